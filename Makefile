@@ -1,0 +1,71 @@
+# The two commands are `make serve` and `make test`. Each makes .venv and installs what it needs, once.
+#
+#   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
+#   make test                             everything that has to pass: style, types, imports, tests
+#   make check                            the quick part of it: style, types, imports
+#   make format                           let ruff rewrite the sources
+#   make clean                            remove .venv and what the tools leave behind
+#
+# Variables:
+#   TORCH_INDEX  address of a package index that has torch, beside pip's default one. Without an NVIDIA GPU set it to
+#                PyTorch's CPU index (or set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS): the default build of
+#                torch brings gigabytes of CUDA libraries.
+#   PYTHON       the Python that .venv is made from, 3.11 or later (default python3)
+#   TESTS        arguments of pytest, for example TESTS="tests/server -k stream"
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
+  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PACKAGING := pyproject.toml $(wildcard setup.py)
+
+# $(call step,what it does,command): says what runs and how long it took
+step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+serve: .venv/serve.stamp
+	$(BIN)/jamba serve $(ARGS)
+
+check: .venv/dev.stamp
+	$(call step,ruff check: style,$(BIN)/ruff check --quiet .)
+	$(call step,ruff format: layout,$(BIN)/ruff format --quiet --check .)
+	$(call step,basedpyright: types,$(BIN)/basedpyright)
+	$(call step,import-linter: which folder may import which,$(BIN)/lint-imports --no-logo)
+
+test: check
+	@echo "== pytest: tests"
+	@$(BIN)/python -m pytest $(TESTS)
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || true); 3.11 or later is needed. Name one: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "== making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@if [ -z "$(TORCH_INDEX)$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL$$PIP_FIND_LINKS" ] \
+	    && ! command -v nvidia-smi >/dev/null; then \
+	  echo "   No NVIDIA GPU found: pip's default torch brings gigabytes of CUDA that this machine cannot use."; \
+	  echo "   To avoid them: make TORCH_INDEX=<address of PyTorch's CPU index> $(MAKECMDGOALS)"; \
+	fi
+
+.venv/serve.stamp: $(PACKAGING) | .venv/bin/python
+	@echo "== installing jamba-server into .venv: about 1 GB with the CPU build of torch"
+	@$(PIP_INSTALL) --quiet --editable .
+	@touch $@
+
+.venv/dev.stamp: $(PACKAGING) | .venv/bin/python
+	@echo "== installing jamba-server and its development tools into .venv"
+	@$(PIP_INSTALL) --quiet --editable '.[dev]'
+	@touch $@ .venv/serve.stamp

@@ -1,0 +1,45 @@
+"""What every test run needs: packages that are ours, no network, few threads, and a closing table of what ran."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from server.cli import foreign_package
+
+ROOT = Path(__file__).parent.parent
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs the network must fail
+for name in [name for name in os.environ if name.startswith("JAMBA_")]:
+    del os.environ[name]  # settings of the person who runs the tests are not the tests'
+
+
+def pytest_configure() -> None:
+    if problem := foreign_package(ROOT):
+        pytest.exit(f"{problem} Or run `make test`, which has one.", returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+def pytest_collection_finish() -> None:
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a machine that is busy
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: dict[str, float] = defaultdict(float)
+    for outcome in OUTCOMES:
+        for report in terminalreporter.stats.get(outcome, []):
+            if isinstance(report, pytest.TestReport):
+                path = Path(report.location[0])
+                folder = str(path.parent if path.parent.name != "tests" else path)
+                counts[folder][outcome] += 1
+                seconds[folder] += report.duration
+    terminalreporter.section("what ran")
+    for folder, outcomes in sorted(counts.items()):
+        words = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+        terminalreporter.line(f"{folder:<32} {words} in {seconds[folder]:.1f} s")
