@@ -1,0 +1,54 @@
+"""`python -m kernels`: what this machine has and which kernels would run on it, as JSON on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.table import describe
+
+# Linux's name of each CPU feature that kernels may ask for, by the name to show.
+CPU_FLAGS = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, CPU flags (None where the system does not tell), GPUs (None without CUDA) and each device's kernels."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu_flags": _cpu_flags(),
+        "threads": torch.get_num_threads(),
+        "cuda_devices": _cuda_devices(),
+        "kernels": {device: [dataclasses.asdict(row) for row in describe(device)] for device in devices},
+    }
+
+
+def _cpu_flags() -> dict[str, bool] | None:
+    if not CPU_INFO.exists():
+        return None
+    words = set(CPU_INFO.read_text().split())
+    return {flag: name in words for flag, name in CPU_FLAGS.items()}
+
+
+def _cuda_devices() -> list[dict[str, Any]] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {"name": device.name, "memory_bytes": device.total_memory, "capability": f"{device.major}.{device.minor}"}
+        for device in properties
+    ]
+
+
+if __name__ == "__main__":
+    json.dump(machine(), sys.stdout, indent=2)
+    sys.stdout.write("\n")

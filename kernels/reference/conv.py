@@ -1,0 +1,52 @@
+"""The short causal convolution in front of the scan (Gu & Dao 2023, figure 3), one filter a channel.
+
+causal_conv1d corresponds to causal_conv1d_fn of the causal-conv1d package, causal_conv1d_update to the function of that
+name. Deviations: the sequences of a batch lie in one row instead of being padded, channels are the last axis (no
+transposition around a Mamba layer), and the state holds W-1 inputs, since the oldest of W is never used again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Segments
+from kernels.reference.exact import silu
+from kernels.reference.ragged import initial_states, sequence_of_row, state_writes
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments) -> Tensor:
+    """See `kernels.ops.CausalConv1d`."""
+    width = weight.shape[0]
+    tokens, sequences = len(x), len(segments.state_ids)
+    row = torch.arange(tokens, device=x.device)
+    history = torch.arange(width - 1, device=x.device)
+    # The tape holds each sequence's stored inputs followed by its new ones: the window of row r starts at
+    # r + (width - 1) * sequence, and the state after row r is that window without its first input.
+    window_start = row + (width - 1) * sequence_of_row(segments)
+    tape = x.new_empty(tokens + (width - 1) * sequences, x.shape[1])
+    first_window = window_start[segments.query_start[:-1]]
+    tape[first_window[:, None] + history] = initial_states(conv_state, segments)
+    tape[window_start + width - 1] = x
+    rows, slots = state_writes(segments)
+    conv_state[slots] = tape[window_start[rows][:, None] + 1 + history]
+    return _filter([tape[window_start + tap] for tap in range(width)], weight, bias)
+
+
+def causal_conv1d_update(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor
+) -> Tensor:
+    """See `kernels.ops.CausalConv1dUpdate`."""
+    window = torch.cat([conv_state[state_ids], x[:, None]], dim=1)
+    conv_state[state_ids] = window[:, 1:]
+    return _filter(list(window.unbind(1)), weight, bias)
+
+
+def _filter(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(sum over taps of inputs[tap] [T, D] * weight[tap] [D], oldest first, + bias). float32 until the end."""
+    total = inputs[0].float() * weight[0].float()
+    for taken, tap in zip(inputs[1:], weight[1:], strict=True):
+        total = total + taken.float() * tap.float()
+    if bias is not None:
+        total = total + bias.float()
+    return silu(total).to(inputs[0].dtype)

@@ -1,0 +1,16 @@
+"""RMSNorm (Zhang & Sennrich 2019, equation 4), rounded where transformers' JambaRMSNorm rounds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.reference.exact import ordered_sum
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops.RmsNorm`."""
+    total = x if residual is None else x + residual
+    wide = total.float()
+    variance = ordered_sum(wide * wide, -1) / total.shape[-1]
+    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype), total

@@ -1,0 +1,170 @@
+"""THE table: every op's implementations, and the choice among them.
+
+A new implementation is one line here, above those that it should be preferred to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kernels.cpu import attention as cpu_attention
+from kernels.cpu import conv as cpu_conv
+from kernels.cpu import linear as cpu_linear
+from kernels.cpu import moe as cpu_moe
+from kernels.cpu import norm as cpu_norm
+from kernels.cpu import route as cpu_route
+from kernels.cpu import sample as cpu_sample
+from kernels.cpu import scan as cpu_scan
+from kernels.cpu import slots as cpu_slots
+from kernels.ops import Kernels, KernelUnavailable
+from kernels.reference import attention, conv, linear, moe, norm, sample, scan, slots
+
+logger = logging.getLogger(__name__)
+
+
+class KernelError(ValueError):
+    """A wish for a kernel that cannot be met; the message says what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One op's code for some devices. `load` returns the op as `kernels.ops` describes it, or raises KernelUnavailable,
+    ImportError (a package is missing) or OSError (a shared library is)."""
+
+    op: str
+    name: str
+    devices: tuple[str, ...]
+    load: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One line of `describe`. `status` is "selected", "available", or why it cannot run."""
+
+    op: str
+    implementation: str
+    status: str
+
+
+_BOTH = ("cpu", "cuda")
+
+TABLE: tuple[Implementation, ...] = (
+    Implementation("rms_norm", "cpu", ("cpu",), cpu_norm.RmsNorm),
+    Implementation("rms_norm", "reference", _BOTH, lambda: norm.rms_norm),
+    Implementation("causal_conv1d", "cpu", ("cpu",), cpu_conv.CausalConv1d),
+    Implementation("causal_conv1d", "reference", _BOTH, lambda: conv.causal_conv1d),
+    Implementation("causal_conv1d_update", "cpu", ("cpu",), cpu_conv.CausalConv1dUpdate),
+    Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
+    Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
+    Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
+    Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),
+    Implementation("selective_state_update", "reference", _BOTH, lambda: scan.selective_state_update),
+    Implementation("write_kv", "cpu", ("cpu",), cpu_slots.WriteKv),
+    Implementation("write_kv", "reference", _BOTH, lambda: slots.write_kv),
+    Implementation("attention_prefill", "cpu", ("cpu",), cpu_attention.AttentionPrefill),
+    Implementation("attention_prefill", "reference", _BOTH, lambda: attention.attention_prefill),
+    Implementation("attention_decode", "cpu", ("cpu",), cpu_attention.AttentionDecode),
+    Implementation("attention_decode", "reference", _BOTH, lambda: attention.attention_decode),
+    Implementation("copy_slots", "cpu", ("cpu",), cpu_slots.CopySlots),
+    Implementation("copy_slots", "reference", _BOTH, lambda: slots.copy_slots),
+    Implementation("silu_and_mul", "cpu", ("cpu",), cpu_moe.SiluAndMul),
+    Implementation("silu_and_mul", "reference", _BOTH, lambda: moe.silu_and_mul),
+    Implementation("route_experts", "cpu", ("cpu",), cpu_route.RouteExperts),
+    Implementation("route_experts", "reference", _BOTH, lambda: moe.route_experts),
+    Implementation("run_experts", "cpu", ("cpu",), cpu_moe.RunExperts),
+    Implementation("run_experts", "reference", _BOTH, moe.RunExperts),
+    Implementation("linear", "cpu", ("cpu",), cpu_linear.Linear),
+    Implementation("linear", "reference", _BOTH, linear.Linear),
+    Implementation("sample", "cpu", ("cpu",), cpu_sample.Sample),
+    Implementation("sample", "reference", _BOTH, lambda: sample.sample),
+)
+
+OPS: tuple[str, ...] = tuple(field.name for field in fields(Kernels) if field.name != "names")
+
+# From the widest to the narrowest; a wish for one op goes before one for its family.
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "all": OPS,
+    "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"),
+    "attention": ("write_kv", "attention_prefill", "attention_decode"),
+    "moe": ("route_experts", "run_experts"),
+}
+
+
+def implementations(op: str, device: str) -> tuple[Implementation, ...]:
+    """An op's implementations for "cpu" or "cuda", the preferred one first."""
+    return tuple(entry for entry in TABLE if entry.op == op and device in entry.devices)
+
+
+def select(device: str, wishes: Mapping[str, str]) -> Kernels:
+    """The kernels of a device: each op's wished implementation, else the first that loads.
+
+    `wishes` maps an op or a family ("mamba", "attention", "moe", "all") to an implementation. A preferred one that
+    cannot load is passed over with a warning. KernelError: an unknown device, op, family or implementation, a wished
+    implementation that cannot load, or an op for which none can.
+    """
+    wished = _expand(device, wishes)
+    chosen: dict[str, tuple[str, Any]] = {}
+    passed_over: dict[tuple[str, str], list[str]] = {}
+    for op in OPS:
+        reasons: dict[str, str] = {}
+        for entry in wished.get(op) or implementations(op, device):
+            loaded, reason = _try_load(entry)
+            if not reason:
+                chosen[op] = (entry.name, loaded)
+                break
+            if op in wished:
+                raise KernelError(f"kernels: {op}={entry.name} cannot run on this machine: {reason}")
+            reasons[entry.name] = reason
+        if op not in chosen:
+            raise KernelError(f"kernels: no implementation of {op} runs on this {device} device: {reasons}")
+        for name, reason in reasons.items():
+            passed_over.setdefault((name, reason), []).append(op)
+    for (name, reason), ops in passed_over.items():
+        logger.warning("kernels: %s passed over for %s: %s", name, ", ".join(ops), reason)
+    return Kernels(
+        **{op: loaded for op, (_, loaded) in chosen.items()}, names={op: name for op, (name, _) in chosen.items()}
+    )
+
+
+def describe(device: str) -> list[TableRow]:
+    """What `select` finds on this machine without wishes: one row per op and implementation."""
+    rows: list[TableRow] = []
+    for op in OPS:
+        status = "selected"
+        for entry in implementations(op, device):
+            _, reason = _try_load(entry)
+            rows.append(TableRow(op, entry.name, reason or status))
+            status = status if reason else "available"
+    return rows
+
+
+def _try_load(entry: Implementation) -> tuple[Any, str]:
+    """(the op, "") or (None, the reason)."""
+    try:
+        return entry.load(), ""
+    except (KernelUnavailable, ImportError, OSError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def _expand(device: str, wishes: Mapping[str, str]) -> dict[str, tuple[Implementation]]:
+    """The wished implementation of each op that a wish names, itself or by its family."""
+    devices = sorted({device for entry in TABLE for device in entry.devices})
+    if device not in devices:
+        raise KernelError(f"kernels: no implementations for device {device!r}; there are some for {', '.join(devices)}")
+    for key in wishes:
+        if key not in FAMILIES and key not in OPS:
+            known = f"the ops {', '.join(OPS)} and the families {', '.join(FAMILIES)}"
+            raise KernelError(f"kernels: {key!r} is neither an op nor a family; there are {known}")
+    by_op = {op: wishes[family] for family, ops in FAMILIES.items() if family in wishes for op in ops}
+    by_op |= {op: name for op, name in wishes.items() if op in OPS}
+    return {op: (_named(op, device, name),) for op, name in by_op.items()}
+
+
+def _named(op: str, device: str, name: str) -> Implementation:
+    entries = {entry.name: entry for entry in implementations(op, device)}
+    if name not in entries:
+        raise KernelError(f"kernels: {op} has no implementation {name!r} for {device}; there are {', '.join(entries)}")
+    return entries[name]

@@ -1,0 +1,90 @@
+"""What the kernel tests share: the implementations to run over, ragged batches, storage as the engine lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.ops import Segments, StateSaves
+from kernels.table import Implementation, KernelUnavailable, implementations
+from tests.kernels.oracle import Array
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EXACT_DTYPES = (torch.float32, torch.bfloat16)
+
+# Half a unit in the last place of the result, for each rounding to dtype on its way; float32 sums add their own.
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def each_implementation(*ops: str) -> pytest.MarkDecorator:
+    """Runs a test with every implementation of the table that has all of `ops` on a CPU, as arguments of these names.
+    One that cannot load here is shown as skipped, with the reason."""
+    by_op = [{entry.name: entry for entry in implementations(op, "cpu")} for op in ops]
+    names = [name for name in by_op[0] if all(name in entries for entries in by_op)]
+    return pytest.mark.parametrize(ops, [_param(name, [entries[name] for entries in by_op]) for name in names])
+
+
+def _param(name: str, entries: list[Implementation]) -> object:
+    try:
+        return pytest.param(*(entry.load() for entry in entries), id=name)
+    except (KernelUnavailable, ImportError, OSError) as error:
+        reason = f"{name} cannot load: {error}"
+        return pytest.param(*(None for _ in entries), id=name, marks=pytest.mark.skip(reason=reason))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def double(x: Tensor) -> Array:
+    return x.double().numpy()
+
+
+def assert_close(actual: Tensor, expected: Array, *, roundings: int = 1, atol: float = 1e-5) -> None:
+    """Within `roundings` roundings to actual's dtype and the error of its float32 sums."""
+    rtol = 1e-5 + roundings * HALF_ULP[actual.dtype]
+    np.testing.assert_allclose(double(actual), expected, rtol=rtol, atol=atol)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """The same bits; NaN equals NaN."""
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def segments(
+    lengths: Sequence[int],
+    slots: Sequence[int],
+    has_state: Sequence[bool],
+    saves: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> Segments:
+    """`saves` has for each sequence (tokens done, slot) pairs, ascending."""
+    starts = [0, *accumulate(lengths)]
+    saves = saves or [()] * len(lengths)
+    rows = [start + done - 1 for start, pairs in zip(starts, saves, strict=False) for done, _ in pairs]
+    return Segments(
+        query_start=_int32(starts),
+        max_query_len=max(lengths),
+        state_ids=_int32(slots),
+        has_state=torch.tensor(list(has_state), dtype=torch.bool),
+        saves=StateSaves(
+            start=_int32([0, *accumulate(len(pairs) for pairs in saves)]),
+            rows=_int32(rows),
+            slots=_int32([slot for pairs in saves for _, slot in pairs]),
+        ),
+    )
+
+
+def layer_storage(slots: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """[slots, *shape], one layer's view of a storage of three layers, all NaN: what nobody wrote nobody may use."""
+    return torch.full((slots, 3, *shape), torch.nan, dtype=dtype)[:, 1]
+
+
+def _int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels.cpu.library import LEVELS, Library, library
+from kernels.ops import KernelUnavailable
+
+
+@pytest.fixture(params=LEVELS)
+def native(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """The compiled library, held to one level, with two threads."""
+    try:
+        found = library()
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    machine = found.level()
+    if LEVELS.index(request.param) > LEVELS.index(machine):
+        pytest.skip(f"this machine has no {request.param}")
+    found.set_level(request.param)
+    found.set_threads(2)
+    yield found
+    found.set_level(machine)
+    found.set_threads(torch.get_num_threads())
