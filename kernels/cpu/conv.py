@@ -1,0 +1,54 @@
+"""The short causal convolution: a vector of channels at a time, inputs read where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kernels.cpu.library import DTYPES, INT, POINTER, library
+from kernels.cpu.segments import SEGMENTS, one_row_each, ragged
+from kernels.ops import Segments
+
+
+class _Convolution:
+    def __init__(self) -> None:
+        self._run = library().function("causal_conv1d", *[POINTER] * 5, *[INT] * 4, *SEGMENTS, INT)
+
+    def _call(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: tuple[Any, ...]
+    ) -> Tensor:
+        width, channels = weight.shape
+        out = x.new_empty(x.shape[0], channels)
+        self._run(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            conv_state.data_ptr(),
+            out.data_ptr(),
+            channels,
+            width,
+            x.stride(0),
+            conv_state.stride(0),
+            *segments,
+            DTYPES[x.dtype],
+        )
+        return out
+
+
+class CausalConv1d(_Convolution):
+    """See `kernels.ops.CausalConv1d`."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
+    ) -> Tensor:
+        """See `kernels.ops.CausalConv1d`."""
+        return self._call(x, weight, bias, conv_state, ragged(segments))
+
+
+class CausalConv1dUpdate(_Convolution):
+    """See `kernels.ops.CausalConv1dUpdate`: the same code, so the same bits."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
+        """See `kernels.ops.CausalConv1dUpdate`."""
+        return self._call(x, weight, bias, conv_state, one_row_each(state_ids))

@@ -1,0 +1,75 @@
+"""The compiled library: finding it, and its functions with their types."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.ops import KernelUnavailable
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""What the library has code for, by the number it uses; each machine runs all up to its own."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The library's numbers for dtypes."""
+
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+"""Types of arguments. A tensor goes as its `data_ptr()`; a missing one as None."""
+
+
+class Library:
+    """The functions of one shared library."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+
+    def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
+        """A function by its name, the types of its arguments and of its result."""
+        try:
+            found = self._library[name]  # an object of its own each time, so that its types are ours alone
+        except AttributeError as error:
+            raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
+        found.argtypes, found.restype = list(arguments), result
+        return found
+
+    def level(self) -> str:
+        """The instructions in use."""
+        return LEVELS[self.function("machine_level", result=INT)()]
+
+    def set_level(self, level: str) -> None:
+        """For tests: uses the code of a lower level. ValueError if the machine cannot run it."""
+        if self.function("set_level", INT, result=INT)(LEVELS.index(level)) != LEVELS.index(level):
+            raise ValueError(f"this machine has no {level}")
+
+    def set_threads(self, threads: int) -> None:
+        """How many threads a kernel may use, the caller's included."""
+        self.function("set_threads", INT)(threads)
+
+
+def library() -> Library:
+    """The library, with as many threads as torch has now. KernelUnavailable if it was not built."""
+    found = open_library(Path(__file__).parent)
+    found.set_threads(torch.get_num_threads())
+    return found
+
+
+@cache
+def open_library(folder: Path) -> Library:
+    """The library in `folder`, loaded once. KernelUnavailable with the reason if there is none, or a broken one."""
+    built = sorted(folder.glob("_native*.so"))
+    if not built:
+        raise KernelUnavailable("it was built without a C++ compiler; install one (g++) and reinstall jamba-server")
+    try:
+        found = Library(built[0])
+    except OSError as error:
+        raise KernelUnavailable(f"{built[0].name} cannot be loaded: {error}") from error
+    logger.info("kernels: %s holds code for %s; this machine runs %s", built[0].name, ", ".join(LEVELS), found.level())
+    return found

@@ -1,0 +1,70 @@
+"""Mixture of experts, and the activation that it shares with the dense feed-forward layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import DTYPES, INT, POINTER, library
+from kernels.cpu.linear import PackedWeight, Packer
+
+
+class SiluAndMul:
+    """See `kernels.ops.SiluAndMul`."""
+
+    def __init__(self) -> None:
+        self._run = library().function("silu_and_mul", POINTER, POINTER, INT, INT, INT, INT)
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """See `kernels.ops.SiluAndMul`."""
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, size)
+        self._run(gate_up.data_ptr(), out.data_ptr(), rows, size, gate_up.stride(0), DTYPES[gate_up.dtype])
+        return out
+
+
+class Experts(NamedTuple):
+    """Packed weights of E experts: gate_up [E, 2F, H], gate rows first, and down [E, H, F]."""
+
+    gate_up: PackedWeight
+    down: PackedWeight
+    num_experts: int
+
+
+class RunExperts:
+    """See `kernels.ops.RunExperts`. The weights of an expert are read once a call for all of its tokens."""
+
+    def __init__(self) -> None:
+        self._pack = Packer()
+        self._run = library().function(
+            "run_experts", POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT, INT, INT, INT, INT
+        )
+
+    def pack(self, gate_up: Tensor, down: Tensor) -> Experts:
+        """See `kernels.ops.RunExperts`."""
+        return Experts(self._pack(gate_up), self._pack(down), len(down))
+
+    def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
+        """See `kernels.ops.RunExperts`."""
+        assert x.dtype == experts.down.dtype and weights.dtype == torch.float32 and ids.dtype == torch.int32
+        weights, ids = weights.contiguous(), ids.contiguous()
+        tokens, top_k = ids.shape
+        y = x.new_empty(tokens, experts.down.rows)
+        self._run(
+            x.data_ptr(),
+            x.stride(0),
+            experts.gate_up.panels.data_ptr(),
+            experts.down.panels.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            top_k,
+            experts.num_experts,
+            experts.down.rows,
+            experts.down.inputs,
+            DTYPES[x.dtype],
+        )
+        return y

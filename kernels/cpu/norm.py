@@ -1,0 +1,34 @@
+"""RMSNorm, with the residual added on the way."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
+
+
+class RmsNorm:
+    """See `kernels.ops.RmsNorm`."""
+
+    def __init__(self) -> None:
+        self._run = library().function("rms_norm", *[POINTER] * 5, *[INT] * 4, FLOAT, INT)
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `kernels.ops.RmsNorm`."""
+        rows, size = x.shape
+        normed = x.new_empty(rows, size)
+        total = x if residual is None else x.new_empty(rows, size)
+        self._run(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            normed.data_ptr(),
+            total.data_ptr(),
+            rows,
+            size,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            eps,
+            DTYPES[x.dtype],
+        )
+        return normed, total

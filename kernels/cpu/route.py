@@ -1,0 +1,32 @@
+"""The router of a mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import DTYPES, INT, POINTER, library
+
+
+class RouteExperts:
+    """See `kernels.ops.RouteExperts`."""
+
+    def __init__(self) -> None:
+        self._run = library().function("route_experts", *[POINTER] * 3, *[INT] * 5)
+
+    def __call__(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See `kernels.ops.RouteExperts`."""
+        rows, experts = logits.shape
+        weights = logits.new_empty(rows, top_k, dtype=torch.float32)
+        ids = logits.new_empty(rows, top_k, dtype=torch.int32)
+        self._run(
+            logits.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            rows,
+            experts,
+            top_k,
+            logits.stride(0),
+            DTYPES[logits.dtype],
+        )
+        return weights, ids

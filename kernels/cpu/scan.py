@@ -1,0 +1,49 @@
+"""The selective scan: a vector of channels at a time, with their state in registers from token to token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kernels.cpu.library import DTYPES, INT, POINTER, library
+from kernels.cpu.segments import SEGMENTS, one_row_each, ragged
+from kernels.ops import ScanInputs, ScanWeights, Segments
+
+
+class _Recurrence:
+    def __init__(self) -> None:
+        self._run = library().function("selective_scan", *[POINTER] * 10, *[INT] * 8, *SEGMENTS, INT)
+
+    def _call(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: tuple[Any, ...]) -> Tensor:
+        channels, states = weights.a.shape
+        out = inputs.u.new_empty(inputs.u.shape[0], channels)
+        self._run(
+            *(tensor.data_ptr() for tensor in inputs),
+            *(tensor.data_ptr() for tensor in weights),
+            ssm_state.data_ptr(),
+            out.data_ptr(),
+            channels,
+            states,
+            *(tensor.stride(0) for tensor in inputs),
+            ssm_state.stride(0),
+            *segments,
+            DTYPES[inputs.u.dtype],
+        )
+        return out
+
+
+class SelectiveScan(_Recurrence):
+    """See `kernels.ops.SelectiveScan`."""
+
+    def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
+        """See `kernels.ops.SelectiveScan`."""
+        return self._call(inputs, weights, ssm_state, ragged(segments))
+
+
+class SelectiveStateUpdate(_Recurrence):
+    """See `kernels.ops.SelectiveStateUpdate`: the same code, so the same bits."""
+
+    def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
+        """See `kernels.ops.SelectiveStateUpdate`."""
+        return self._call(inputs, weights, ssm_state, one_row_each(state_ids))

@@ -1,0 +1,118 @@
+// What all kernels share: number formats, the machine's level, threads.
+//
+// Exactness: a row's result depends on that row alone. Therefore every sum has one order, whatever the number of rows
+// or threads; tails are masked vectors, not other code; products are fused only where `fma` is written.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define JAMBA_X86 1
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define INLINE inline __attribute__((always_inline))
+
+// Code between BEGIN_TARGET_x and END_TARGET may use the instructions of x; only run it where `level()` says so.
+// No standard header may be included in between.
+#if defined(__clang__)
+#define JAMBA_TARGET(features) \
+    _Pragma("clang diagnostic ignored \"-Wunknown-attributes\"") \
+    _Pragma(JAMBA_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define JAMBA_STRING(x) #x
+#define END_TARGET _Pragma("clang attribute pop")
+#define BEGIN_TARGET_AVX2 JAMBA_TARGET("avx2,fma,f16c")
+#define BEGIN_TARGET_AVX512 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define BEGIN_TARGET_AVX512_BF16 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#else
+#define END_TARGET _Pragma("GCC pop_options")
+#define BEGIN_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
+#define BEGIN_TARGET_AVX512 \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\")")
+#define BEGIN_TARGET_AVX512_BF16 \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
+#endif
+
+// The instructions that kernels may use, from `library.cpp`. Ascending: each has those of the ones before.
+enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
+Level level();
+
+// Runs body(begin, end) over pieces of 0..n, in `grain`s, on this thread and idle workers. Which thread gets which
+// piece is left open: a piece's result must not depend on it.
+using Body = void (*)(const void* context, int64_t begin, int64_t end);
+void parallel_for_body(int64_t n, int64_t grain, Body body, const void* context);
+int64_t num_threads();
+
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, const F& f) {
+    parallel_for_body(
+        n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+        &f);
+}
+
+// Scratch memory of the calling thread, 64-byte aligned, kept between calls; it grows and never shrinks. Each `slot`
+// (0..3) is a buffer of its own. A worker that needs some asks within its body.
+void* scratch(int slot, int64_t bytes);
+
+// Formats. The numbers are those that `kernels/cpu/library.py` passes.
+enum class Dtype : int64_t { f32, bf16, f16 };
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE uint32_t to_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
+inline float to_float(f16 x) {
+    // Shifted into float32's place the exponent is 112 short; a product sets it right, subnormals included.
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+    const float scaled = from_bits(rest) * from_bits(0x77800000);  // 2^112
+    return from_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : to_bits(scaled)));
+}
+
+// Rounds to nearest, ties to even.
+template <class T>
+T from_float(float x);
+template <>
+INLINE float from_float<float>(float x) {
+    return x;
+}
+template <>
+INLINE bf16 from_float<bf16>(float x) {
+    const uint32_t bits = to_bits(x);
+    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // a quiet NaN
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline f16 from_float<f16>(float x) {
+    const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and above
+    if (magnitude < 0x38800000) {                                   // subnormal: the sum's last place is 2^-24
+        return {uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)))};
+    }
+    return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+
+// Calls f with a value of the type that `dtype` names: with_dtype(dtype, [&](auto t) { using T = decltype(t); ... }).
+template <class F>
+inline void with_dtype(int64_t dtype, const F& f) {
+    switch (Dtype(dtype)) {
+        case Dtype::f32: return f(float{});
+        case Dtype::bf16: return f(bf16{});
+        case Dtype::f16: return f(f16{});
+    }
+}

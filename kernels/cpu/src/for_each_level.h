@@ -1,0 +1,34 @@
+// Compiles KERNEL_FILE once in each namespace of `simd.h`. Then DISPATCH(f, arguments) calls the one that `level()`
+// names. No include guard: a file may do this for several KERNEL_FILEs.
+#include "simd.h"
+
+#if JAMBA_X86
+BEGIN_TARGET_AVX512
+namespace avx512 {
+#define LEVEL_AVX512
+#include KERNEL_FILE
+#undef LEVEL_AVX512
+}
+END_TARGET
+BEGIN_TARGET_AVX2
+namespace avx2 {
+#define LEVEL_AVX2
+#include KERNEL_FILE
+#undef LEVEL_AVX2
+}
+END_TARGET
+#endif
+namespace portable {
+#include KERNEL_FILE
+}
+
+#ifndef DISPATCH
+#if JAMBA_X86
+#define DISPATCH(f, ...)                                          \
+    (level() >= Level::avx512 ? avx512::f(__VA_ARGS__)            \
+     : level() == Level::avx2 ? avx2::f(__VA_ARGS__)              \
+                              : portable::f(__VA_ARGS__))
+#else
+#define DISPATCH(f, ...) portable::f(__VA_ARGS__)
+#endif
+#endif

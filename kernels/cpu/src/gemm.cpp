@@ -1,0 +1,96 @@
+// Products with packed weights: `linear` and the experts of a layer.
+#include "gemm.h"
+
+#include <sys/mman.h>
+
+#include <type_traits>
+
+#define KERNEL_FILE "products.inl"
+#include "for_each_level.h"
+#if JAMBA_X86
+BEGIN_TARGET_AVX512_BF16
+namespace avx512_bf16 {
+using namespace avx512;
+#define DOT_PRODUCTS
+#include "products.inl"
+#undef DOT_PRODUCTS
+}  // namespace avx512_bf16
+END_TARGET
+#endif
+
+namespace {
+
+template <class T>
+void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
+    const int64_t block = 32;
+    for (int64_t start = 0; start < k; start += block) {
+        T lines[PANEL][block] = {};  // read by whole lines of memory, written by pairs
+        const int64_t n = k - start < block ? k - start : block;
+        for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
+        for (int64_t i = 0; i < (n + 1) / 2 * 2; i++, out += i % 2 ? 0 : 2 * PANEL) {
+            const bool paired = COLUMN_BYTES<T> != sizeof(T);
+            for (int64_t c = 0; c < PANEL; c++) out[paired ? 2 * c + i % 2 : (i % 2) * PANEL + c] = lines[c][i];
+        }
+    }
+}
+
+}  // namespace
+
+EXPORT int64_t packed_bytes(int64_t n, int64_t k, int64_t dtype) {
+    int64_t bytes = 0;
+    with_dtype(dtype, [&](auto t) { bytes = ceil_div(n, PANEL) * ceil_div(k, 2) * PAIR_BYTES<decltype(t)>; });
+    return bytes;
+}
+
+// Asks for huge pages, with which one core reads memory half as fast again. Before the memory is first written.
+EXPORT void use_huge_pages(void* memory, int64_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
+
+// weight: [n, k], contiguous; packed: packed_bytes(n, k) of memory.
+EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const int64_t panel = ceil_div(k, 2) * 2 * PANEL;
+        parallel_for(ceil_div(n, PANEL), 1, [=](int64_t p, int64_t end) {
+            for (; p < end; p++) {
+                const int64_t columns = n - p * PANEL < PANEL ? n - p * PANEL : PANEL;
+                pack_panel((const T*)weight + p * PANEL * k, (T*)packed + p * panel, columns, k);
+            }
+        });
+    });
+}
+
+#if JAMBA_X86
+// The level's `f<T>`, of which bf16 has one more.
+#define DISPATCH_PRODUCT(f, argument)                                                              \
+    do {                                                                                           \
+        if constexpr (std::is_same_v<T, bf16>) {                                                   \
+            if (level() == Level::avx512_bf16) return avx512_bf16::f(argument);                    \
+        }                                                                                          \
+        DISPATCH(f, argument);                                                                     \
+    } while (0)
+#else
+#define DISPATCH_PRODUCT(f, argument) DISPATCH(f, argument)
+#endif
+
+// x: [m, k], rows `x_stride` elements apart; bias: [n] or null; y: [m, n].
+EXPORT void linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y, int64_t m, int64_t n,
+                   int64_t k, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const Product<T> p{(const T*)x, x_stride, nullptr, (const char*)weight, (const T*)bias, (T*)y, m, n, k};
+        DISPATCH_PRODUCT(multiply, p);
+    });
+}
+
+// x: [tokens, hidden], rows `x_stride` elements apart; gate_up, down: packed [experts, 2 * inner, hidden] and
+// [experts, hidden, inner]; weights: [tokens, top_k]; ids: [tokens, top_k]; y: [tokens, hidden].
+EXPORT void run_experts(const void* x, int64_t x_stride, const void* gate_up, const void* down, const float* weights,
+                        const int32_t* ids, void* y, int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
+                        int64_t inner, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const Experts<T> e{(const T*)x, x_stride, (const char*)gate_up, (const char*)down, weights, ids, (T*)y,
+                           tokens, top_k, experts, hidden, inner};
+        DISPATCH_PRODUCT(mix_experts, e);
+    });
+}

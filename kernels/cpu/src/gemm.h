@@ -1,0 +1,51 @@
+// Packed weights and how the rows of x fall into tiles: what does not depend on the level.
+#pragma once
+#include "common.h"
+
+// A weight [N, K] is packed in panels of 32 columns of its transpose, K upwards in pairs (an odd K gets a zero):
+// bf16: [panel][pair][column][2], as the dot product of pairs takes it; f32 and f16: [panel][pair][2][column].
+constexpr int64_t PANEL = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class T>
+constexpr int64_t PAIR_BYTES = PANEL * 2 * sizeof(T);
+template <class T>
+constexpr int64_t COLUMN_BYTES = sizeof(T) == 4 ? 4 : 2;  // from a column to the next within a pair
+template <>
+inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
+
+// `rows` in as few tiles of at most `highest` as possible, of nearly equal sizes.
+struct Tiles {
+    int64_t count, base, extra;
+    Tiles(int64_t rows, int64_t highest)
+        : count(ceil_div(rows, highest)), base(rows / (count ? count : 1)), extra(rows - base * count) {}
+    int64_t first(int64_t t) const { return t * base + (t < extra ? t : extra); }
+    int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
+};
+
+// y = x W^T + bias. `rows`, where given, says which row of x each row of y belongs to.
+template <class T>
+struct Product {
+    const T* x;
+    int64_t x_stride;
+    const int32_t* rows;
+    const char* weight;
+    const T* bias;  // or null
+    T* y;           // rows of n
+    int64_t m, n, k;
+
+    int64_t pairs() const { return ceil_div(k, 2); }
+    int64_t panel_bytes() const { return pairs() * PAIR_BYTES<T>; }
+};
+
+// A layer of experts and the rows that choose among them; see `run_experts`.
+template <class T>
+struct Experts {
+    const T* x;
+    int64_t x_stride;
+    const char *gate_up, *down;
+    const float* weights;
+    const int32_t* ids;
+    T* y;
+    int64_t tokens, top_k, experts, hidden, inner;
+};

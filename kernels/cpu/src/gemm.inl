@@ -1,0 +1,314 @@
+// One matrix product for every number of rows: each element of y is one accumulator that walks K upwards, whichever
+// tile and thread it falls to. Compiled for each level; needs `gemm.h`.
+//
+// A strip is two vectors of columns. A tile is up to MAX_ROWS rows by one strip, or fewer rows by several strips, so
+// that enough accumulators are under way to hide the latency of a product. Rows of x are first brought into the order
+// in which a tile reads them: [pair][row], converted to what the product takes.
+
+constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;  // STRIPS to a panel
+
+#ifdef DOT_PRODUCTS
+constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
+// x as pairs of bf16, one instruction for both products (VDPBF16PS, which has its own fixed order of the two).
+template <class T>
+struct Multiply {
+    using X = uint32_t;
+    static constexpr int64_t X_PER_PAIR = 1;
+
+    template <int MR, int NS>
+    static INLINE void step(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset) {
+#pragma GCC unroll 8
+        for (int s = 0; s < NS; s++) {
+            const __m512bh b0 = (__m512bh)_mm512_loadu_si512(w[s] + offset);
+            const __m512bh b1 = (__m512bh)_mm512_loadu_si512(w[s] + offset + 64);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) {
+                const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
+                c[m][2 * s] = _mm512_dpbf16_ps(c[m][2 * s], a, b0);
+                c[m][2 * s + 1] = _mm512_dpbf16_ps(c[m][2 * s + 1], a, b1);
+            }
+        }
+    }
+
+    // 2 * WIDTH elements of one row, n of them given, to out[pair * rows]
+    static INLINE void spread(const T* x, int64_t n, X* out, int64_t rows) {
+        X pairs[WIDTH] = {};
+        std::memcpy(pairs, x, n * sizeof(T));
+        for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
+    }
+};
+#else
+constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
+constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
+
+template <class T>
+INLINE Vec weight_vector(const char* pair, int64_t vector, int half) {
+    return load((const T*)(pair + half * PAIR_BYTES<T> / 2) + vector * WIDTH);
+}
+#if JAMBA_X86
+template <>
+INLINE Vec weight_vector<bf16>(const char* pair, int64_t vector, int half) {
+    const float* both = (const float*)pair + vector * WIDTH;  // the pair's first number in the lower half
+#if defined(LEVEL_AVX512)
+    const __m512i bits = _mm512_loadu_si512(both);
+    return _mm512_castsi512_ps(half ? _mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000)))
+                                    : _mm512_slli_epi32(bits, 16));
+#elif defined(LEVEL_AVX2)
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)both);
+    return _mm256_castsi256_ps(half ? _mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000)))
+                                    : _mm256_slli_epi32(bits, 16));
+#else
+    IntVec bits;
+    std::memcpy(&bits, both, sizeof(bits));
+    return (Vec)(half ? bits & int(0xffff0000) : bits << 16);
+#endif
+}
+#else
+template <>
+INLINE Vec weight_vector<bf16>(const char* pair, int64_t vector, int half) {
+    const bf16* both = (const bf16*)pair + 2 * vector * WIDTH;
+    return Vec{to_float(both[half]), to_float(both[2 + half]), to_float(both[4 + half]), to_float(both[6 + half])};
+}
+#endif
+
+// x as float32, two fused products.
+template <class T>
+struct Multiply {
+    using X = float;
+    static constexpr int64_t X_PER_PAIR = 2;
+
+    template <int MR, int NS>
+    static INLINE void step(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 8
+            for (int s = 0; s < NS; s++) {
+                const Vec b0 = weight_vector<T>(w[s] + offset, 0, half), b1 = weight_vector<T>(w[s] + offset, 1, half);
+#pragma GCC unroll 16
+                for (int m = 0; m < MR; m++) {
+                    const Vec a = set(x[half * MR + m]);
+                    c[m][2 * s] = fma(a, b0, c[m][2 * s]);
+                    c[m][2 * s + 1] = fma(a, b1, c[m][2 * s + 1]);
+                }
+            }
+        }
+    }
+
+    static INLINE void spread(const T* x, int64_t n, X* out, int64_t rows) {
+        float wide[2 * WIDTH];
+        store(wide, load(x, n < WIDTH ? n : WIDTH));
+        store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
+        for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
+    }
+};
+#endif
+
+constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
+    int strips = 1;
+    while (4 * strips * rows <= ACCUMULATORS && strips < 8) strips *= 2;
+    return strips;
+}
+
+template <class T>
+using PackedX = typename Multiply<T>::X;
+
+// Rows first..first+size-1 of the product, in a tile's order.
+template <class T>
+void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX<T>* out) {
+    using M = Multiply<T>;
+    for (int64_t m = 0; m < size; m++) {
+        const T* x = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
+        for (int64_t k = 0; k < p.k; k += 2 * WIDTH) {
+            const int64_t n = p.k - k < 2 * WIDTH ? p.k - k : 2 * WIDTH;
+            M::spread(x + k, n, out + k / 2 * M::X_PER_PAIR * size + m, size);
+        }
+    }
+}
+
+// What one tile needs beside its template's arguments.
+template <class T>
+struct TileArguments {
+    const Product<T>* product;
+    const PackedX<T>* x;
+    int64_t first_row, strip;
+    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
+    int64_t turn;     // this tile's place among them
+};
+
+template <class T, int MR, int NV>
+INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+    const Product<T>& p = *a.product;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++) {
+        const int64_t column = a.strip * STRIP + v * WIDTH, n = p.n - column;
+        if (n <= 0) return;
+        T* y = p.y + a.first_row * p.n + column;
+        const Vec bias = !p.bias ? set(0.0f) : n < WIDTH ? load(p.bias + column, n) : load(p.bias + column);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) {
+            const Vec result = p.bias ? c[m][v] + bias : c[m][v];
+            if (n < WIDTH) {
+                store(y + m * p.n, result, n);
+            } else {
+                store(y + m * p.n, result);
+            }
+        }
+    }
+}
+
+// Bytes of a panel between the prefetch and the product, for so many strips at once: measured.
+constexpr int64_t ahead(int strips) { return strips < 4 ? 8192 / strips : 2048; }
+
+template <class T, int MR, int NS>
+void tile(const TileArguments<T>& a) {
+    const Product<T>& p = *a.product;
+    const int64_t panel = p.panel_bytes(), end = panel;
+    const char* w[NS];
+    for (int s = 0; s < NS; s++) {
+        const int64_t strip = a.strip + s;
+        w[s] = p.weight + strip / STRIPS * panel + strip % STRIPS * STRIP * COLUMN_BYTES<T>;
+    }
+    const PackedX<T>* x = a.x;
+    // Alone with its strip a tile prefetches what it needs soon; else its share of the panel after this one.
+    const int64_t stride = PAIR_BYTES<T> / a.sharers;
+    const char* next = a.sharers == 1 ? w[0] + ahead(1) : w[0] + panel + a.turn * (p.pairs() * stride);
+    Vec c[MR][2 * NS] = {};
+    for (int64_t offset = 0; offset < end; offset += PAIR_BYTES<T>) {
+        if constexpr (NS == 1) {
+            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(next + 64, 0, 2);
+            next += stride;
+        } else {
+#pragma GCC unroll 8
+            for (int s = 0; s < NS; s++) {
+                __builtin_prefetch(w[s] + offset + ahead(NS), 0, 3);
+                __builtin_prefetch(w[s] + offset + ahead(NS) + 64, 0, 3);
+            }
+        }
+        Multiply<T>::template step<MR, NS>(c, x, w, offset);
+        x += MR * Multiply<T>::X_PER_PAIR;
+    }
+    store_tile<T, MR, 2 * NS>(c, a);
+}
+
+// Strips from a.strip up to `end`, NS at a time, for one tile of MR rows.
+template <class T, int MR, int NS>
+void tile_strips(TileArguments<T> a, int64_t end) {
+    for (; a.strip + NS <= end; a.strip += NS) tile<T, MR, NS>(a);
+    if constexpr (NS > 1) {
+        if (a.strip < end) tile_strips<T, MR, NS / 2>(a, end);
+    }
+}
+
+template <class T, int MR>
+void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
+    if constexpr (MR > 0) {
+        if (rows != MR) return tile_rows<T, MR - 1>(rows, a, end);
+        if (end - a.strip == 1) return tile<T, MR, 1>(a);
+        tile_strips<T, MR, max_strips(MR)>(a, end);
+    }
+}
+
+// The tiles tile..tile_end-1 of a product, columns of the strips strip..strip_end-1; x is packed, tile after tile.
+template <class T>
+void multiply_block(const Product<T>& p, const PackedX<T>* x, int64_t tile, int64_t tile_end, int64_t strip,
+                    int64_t strip_end) {
+    const Tiles tiles(p.m, MAX_ROWS);
+    const int64_t row = p.pairs() * Multiply<T>::X_PER_PAIR;
+    if (tile_end - tile == 1) {
+        const int64_t first = tiles.first(tile);
+        tile_rows<T, MAX_ROWS>(tiles.size(tile), {&p, x + first * row, first, strip, 1, 0}, strip_end);
+        return;
+    }
+    for (; strip < strip_end; strip++) {
+        for (int64_t t = tile; t < tile_end; t++) {
+            const int64_t first = tiles.first(t);
+            const TileArguments<T> a{&p, x + first * row, first, strip, tile_end - tile, t - tile};
+            tile_rows<T, MAX_ROWS>(tiles.size(t), a, strip + 1);
+        }
+    }
+}
+
+constexpr int64_t PIECE_BYTES = 1 << 17;    // of weights, times the tiles that use them: worth a thread's attention
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // of packed x, that stays in the cache while all weights pass by
+
+// Some tiles of a product, as threads share them: in pieces of `grain` strips.
+template <class T>
+struct Part {
+    Product<T> product;
+    PackedX<T>* x;  // of the product's first row
+    int64_t tile, tile_end, strips, grain;
+    int64_t tiles_before, pieces_before;  // those of earlier parts
+};
+
+template <class T>
+struct Parts {
+    Part<T>* parts;
+    int64_t count = 0, tiles = 0, pieces = 0;
+
+    // Splits a product in `blocks` parts. x: memory for its packed rows, x_row<T>(k) elements each.
+    void add(const Product<T>& p, PackedX<T>* x, int64_t blocks) {
+        const Tiles whole(p.m, MAX_ROWS);
+        const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
+        blocks = blocks < 1 ? 1 : blocks > whole.count ? whole.count : blocks;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t tile = whole.count * block / blocks, end = whole.count * (block + 1) / blocks;
+            const int64_t together = end - tile == 1 ? max_strips(int(whole.size(tile))) : 1;
+            int64_t grain = ceil_div(PIECE_BYTES * STRIPS, p.panel_bytes() * (end - tile));
+            grain = ceil_div(grain, together) * together;
+            if (grain > share) grain = share;
+            parts[count++] = {p, x, tile, end, strips, grain, tiles, pieces};
+            tiles += end - tile;
+            pieces += ceil_div(strips, grain);
+        }
+    }
+};
+
+template <class T>
+int64_t x_row(int64_t k) {
+    return ceil_div(k, 2) * Multiply<T>::X_PER_PAIR;
+}
+
+// Brings all rows into the order of the tiles. before(product, first, size) is called ahead of a tile of these rows.
+template <class T, class F>
+void pack_parts(const Parts<T>& all, const F& before) {
+    if (!all.tiles) return;
+    const Product<T>& typical = all.parts[0].product;
+    const int64_t tile_bytes = x_row<T>(typical.k) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
+    parallel_for(all.tiles, ceil_div(PIECE_BYTES / 2, tile_bytes), [&](int64_t tile, int64_t end) {
+        const Part<T>* part = all.parts;
+        for (; tile < end; tile++) {
+            while (part + 1 < all.parts + all.count && part[1].tiles_before <= tile) part++;
+            const Tiles tiles(part->product.m, MAX_ROWS);
+            const int64_t t = part->tile + tile - part->tiles_before, first = tiles.first(t);
+            before(part->product, first, tiles.size(t));
+            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row<T>(part->product.k));
+        }
+    });
+}
+
+template <class T>
+void multiply_parts(const Parts<T>& all) {
+    parallel_for(all.pieces, 1, [&](int64_t piece, int64_t end) {
+        const Part<T>* part = all.parts;
+        for (; piece < end; piece++) {
+            while (part + 1 < all.parts + all.count && part[1].pieces_before <= piece) part++;
+            const int64_t strip = (piece - part->pieces_before) * part->grain, next = strip + part->grain;
+            multiply_block(part->product, part->x, part->tile, part->tile_end, strip,
+                           next < part->strips ? next : part->strips);
+        }
+    });
+}
+
+template <class T>
+void multiply(const Product<T>& p) {
+    if (p.m == 0) return;
+    const int64_t x_bytes = p.m * x_row<T>(p.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
+    // Where columns are few, threads share the rows too.
+    const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
+    Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
+    all.add(p, static_cast<PackedX<T>*>(scratch(0, x_bytes)),
+            threads > 1 && by_threads > by_size ? by_threads : by_size);
+    pack_parts(all, [](const Product<T>&, int64_t, int64_t) {});
+    multiply_parts(all);
+}

@@ -1,0 +1,19 @@
+#include "common.h"
+#define KERNEL_FILE "norm.inl"
+#include "for_each_level.h"
+
+// x, residual: [rows, size], rows `x_stride` and `residual_stride` elements apart; normed, total: [rows, size]. Without
+// a residual (null) `total` is left alone.
+EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
+                     int64_t size, int64_t x_stride, int64_t residual_stride, float eps, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        parallel_for(rows, 1 + 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; r++) {
+                const T* const added = residual ? (const T*)residual + r * residual_stride : nullptr;
+                DISPATCH(rms_norm_row, (const T*)x + r * x_stride, added, (const T*)weight, eps, (T*)normed + r * size,
+                         (T*)total + r * size, size);
+            }
+        });
+    });
+}

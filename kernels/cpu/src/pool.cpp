@@ -1,0 +1,163 @@
+// Threads of our own, for OpenMP's either spin while the server is idle or sleep between two kernels of a step.
+//
+// A job is open while the calling thread works on it. Workers that are awake join and take pieces from a counter; when
+// none is left the caller closes the job and waits for those that joined, not for those that overslept. So a core that
+// another process holds costs its share of the speed and no more. A worker without a job looks out for SPIN_NS, longer
+// than the time between two kernels of a step, and then sleeps.
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t SPIN_NS = 50'000;
+constexpr uint64_t OPEN = uint64_t(1) << 32;  // of `gate`; the bits below count the workers within
+
+void relax() {
+#if JAMBA_X86
+    _mm_pause();
+#endif
+}
+
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+class Pool {
+public:
+    void run(int64_t n, int64_t grain, Body body, const void* context) {
+        if (threads_ == 1 || n <= grain || working) return body(context, 0, n);
+        std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
+        if (!lock) return body(context, 0, n);  // another thread's job is on
+        body_ = body, context_ = context, n_ = n, grain_ = grain;
+        next_.store(0, std::memory_order_relaxed);
+        gate_.fetch_or(OPEN);
+        epoch_.fetch_add(1);
+        if (sleepers_.load() > 0) {
+            std::lock_guard<std::mutex> guard(sleep_);
+            wake_.notify_all();
+        }
+        work();
+        gate_.fetch_and(~OPEN);
+        for (int64_t i = 0; gate_.load() != 0; i++) {
+            if (i < 4000) relax();
+            else std::this_thread::yield();
+        }
+    }
+
+    void set_threads(int64_t threads) {
+        std::lock_guard<std::mutex> lock(caller_);
+        threads = threads < 1 ? 1 : threads;
+        if (threads == threads_) return;
+        stop();
+        threads_ = threads;
+        stopping_.store(false);
+        for (int64_t i = 1; i < threads; i++) workers_.emplace_back([this] { wait_and_work(); });
+    }
+
+    int64_t threads() const { return threads_; }
+
+private:
+    void work() {
+        working = true;
+        for (;;) {
+            const int64_t begin = next_.fetch_add(grain_);
+            if (begin >= n_) break;
+            body_(context_, begin, begin + grain_ < n_ ? begin + grain_ : n_);
+        }
+        working = false;
+    }
+
+    void wait_and_work() {
+        uint64_t seen = 0;
+        for (;;) {
+            wait(seen);
+            if (stopping_.load()) return;
+            seen = epoch_.load();
+            if (gate_.fetch_add(1) & OPEN) work();
+            gate_.fetch_sub(1);
+        }
+    }
+
+    void wait(uint64_t seen) {
+        const int64_t limit = now() + SPIN_NS;
+        do {
+            for (int i = 0; i < 32; i++) {
+                if (epoch_.load(std::memory_order_relaxed) != seen) return;
+                relax();
+            }
+        } while (now() < limit);
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] { return epoch_.load() != seen; });
+        sleepers_.fetch_sub(1);
+    }
+
+    void stop() {
+        stopping_.store(true);
+        {
+            std::lock_guard<std::mutex> guard(sleep_);
+            epoch_.fetch_add(1);
+            wake_.notify_all();
+        }
+        for (auto& worker : workers_) worker.join();
+        workers_.clear();
+    }
+
+    static thread_local bool working;  // a kernel within a kernel runs on its own thread
+    std::mutex caller_, sleep_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+    int64_t threads_ = 1;
+    Body body_ = nullptr;
+    const void* context_ = nullptr;
+    int64_t n_ = 0, grain_ = 1;
+    alignas(64) std::atomic<uint64_t> epoch_{1};
+    alignas(64) std::atomic<uint64_t> gate_{0};
+    alignas(64) std::atomic<int64_t> next_{0};
+    std::atomic<int> sleepers_{0};
+    std::atomic<bool> stopping_{false};
+};
+
+thread_local bool Pool::working = false;
+
+// Never destroyed: its threads end with the process, and a join at exit could wait for ever in a forked child.
+Pool& pool() {
+    static Pool* const instance = new Pool;
+    return *instance;
+}
+
+struct Buffer {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+};
+thread_local Buffer buffers[4];
+
+}  // namespace
+
+void parallel_for_body(int64_t n, int64_t grain, Body body, const void* context) {
+    if (n > 0) pool().run(n, grain, body, context);
+}
+
+int64_t num_threads() { return pool().threads(); }
+
+EXPORT void set_threads(int64_t threads) { pool().set_threads(threads); }
+
+void* scratch(int slot, int64_t bytes) {
+    Buffer& buffer = buffers[slot];
+    if (buffer.size < bytes) {
+        std::free(buffer.data);
+        buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+        buffer.data = std::aligned_alloc(4096, buffer.size);
+        if (!buffer.data) std::abort();  // the kernels have no way to fail
+    }
+    return buffer.data;
+}

@@ -1,0 +1,3 @@
+#include "gemm.inl"
+#include "silu.inl"
+#include "experts.inl"

@@ -1,0 +1,55 @@
+#include "common.h"
+#include "segments.h"
+#include "transpose.h"
+
+namespace {
+
+constexpr int64_t AHEAD = 16;      // rows of a group of channels before the next group's turn
+constexpr int64_t MIN_PIECE = 64;  // groups times rows that are worth another thread's attention, about 6 us
+
+template <class T>
+struct ScanArguments {
+    const T *u, *dt, *b, *c, *z;   // [rows, channels], b and c [rows, states], each with its own distance of rows
+    const float *a, *d, *dt_bias;  // [channels, states], [channels], [channels]
+    float* state;                  // [slots, channels, states]
+    T* out;                        // [rows, channels]
+    int64_t channels, states, u_stride, dt_stride, b_stride, c_stride, z_stride, state_stride;
+    Segments segments;
+};
+
+}  // namespace
+
+#define KERNEL_FILE "scan.inl"
+#include "for_each_level.h"
+
+EXPORT void selective_scan(const void* u, const void* dt, const void* b, const void* c, const void* z, const float* a,
+                           const float* d, const float* dt_bias, float* state, void* out, int64_t channels,
+                           int64_t states, int64_t u_stride, int64_t dt_stride, int64_t b_stride, int64_t c_stride,
+                           int64_t z_stride, int64_t state_stride, int64_t sequences, const int32_t* query_start,
+                           const int32_t* state_ids, const uint8_t* has_state, const int32_t* save_start,
+                           const int32_t* save_rows, const int32_t* save_slots, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const ScanArguments<T> arguments{
+            (const T*)u,
+            (const T*)dt,
+            (const T*)b,
+            (const T*)c,
+            (const T*)z,
+            a,
+            d,
+            dt_bias,
+            state,
+            (T*)out,
+            channels,
+            states,
+            u_stride,
+            dt_stride,
+            b_stride,
+            c_stride,
+            z_stride,
+            state_stride,
+            {sequences, query_start, state_ids, has_state, save_start, save_rows, save_slots}};
+        DISPATCH(scan_all, arguments);
+    });
+}

@@ -1,0 +1,162 @@
+// A lane is a channel, so that no sum crosses lanes and any number of states works alike. The decay rates and the state
+// of a group of WIDTH channels stand transposed, [states, WIDTH], the state in registers from row to row where the
+// compiler knows how many there are. A piece of work is some neighbouring groups, which take turns every AHEAD rows:
+// their inputs lie side by side.
+
+// [n channels, states], contiguous, to [states, WIDTH] and back. Lanes beyond n are zeros.
+INLINE void to_lanes(const float* from, float* to, int64_t states, int64_t n) {
+    if (states == 16 && n == 16 && WIDTH == 16) return transpose16(from, to);
+    for (int64_t i = 0; i < WIDTH; i++) {
+        for (int64_t s = 0; s < states; s++) to[s * WIDTH + i] = i < n ? from[i * states + s] : 0.0f;
+    }
+}
+INLINE void from_lanes(const float* from, float* to, int64_t states, int64_t n) {
+    if (states == 16 && n == 16 && WIDTH == 16) return transpose16(from, to);
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t s = 0; s < states; s++) to[i * states + s] = from[s * WIDTH + i];
+    }
+}
+
+// One row: h = exp(dt * a) * h + drive * b with drive = dt * u; returns h @ c. The only place where the recurrence
+// stands.
+template <int S>
+INLINE Vec scan_step(Vec* h, const float* a, Vec dt, Vec drive, const float* b, const float* c, int64_t states) {
+    constexpr int LOCKSTEP = S % 4 == 0 && S > 0 ? 4 : 1;
+    Vec y[LOCKSTEP];
+    for (int i = 0; i < LOCKSTEP; i++) y[i] = set(0);
+#pragma GCC unroll 4
+    for (int64_t s = 0; s < (S ? S : states); s += LOCKSTEP) {
+        Vec decay[LOCKSTEP];
+        for (int i = 0; i < LOCKSTEP; i++) decay[i] = dt * load(a + (s + i) * WIDTH);
+        exp<LOCKSTEP>(decay, decay);
+        for (int i = 0; i < LOCKSTEP; i++) h[s + i] = fma(decay[i], h[s + i], drive * set(b[s + i]));
+        for (int i = 0; i < LOCKSTEP; i++) y[i] = fma(h[s + i], set(c[s + i]), y[i]);
+    }
+    for (int i = 1; i < LOCKSTEP; i++) y[0] = y[0] + y[i];
+    return y[0];
+}
+
+// Rows [begin, end), at most AHEAD, at n channels from `channel` on. b, c: [rows, states] of these rows.
+// Inputs first and outputs last, because the processor overlaps rows that do not wait for each other.
+template <int S, class T>
+INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, int64_t begin, int64_t end,
+                       int64_t channel, int64_t n, const float* b, const float* c) {
+    const int64_t states = S ? S : a.states;
+    const Vec dt_bias = take(a.dt_bias + channel, n), d = take(a.d + channel, n);
+    Vec dt[AHEAD], u[AHEAD], y[AHEAD];
+    for (int64_t t = begin; t < end; t++) {
+        u[t - begin] = take(a.u + t * a.u_stride + channel, n);
+        dt[t - begin] = softplus(take(a.dt + t * a.dt_stride + channel, n) + dt_bias);
+    }
+    for (int64_t i = 0; i < end - begin; i++) {
+        y[i] = scan_step<S>(h, rates, dt[i], dt[i] * u[i], b + i * states, c + i * states, states);
+    }
+    for (int64_t t = begin; t < end; t++) {
+        const Vec gate = silu(take(a.z + t * a.z_stride + channel, n));
+        put(a.out + t * a.channels + channel, fma(d, u[t - begin], y[t - begin]) * gate, n);
+    }
+}
+
+// [rows, states] of B or C as float32.
+template <class T>
+INLINE void widen_projection(const T* from, int64_t stride, int64_t rows, int64_t states, float* to) {
+    for (int64_t t = 0; t < rows; t++) {
+        for (int64_t s = 0; s < states; s += WIDTH) {
+            const int64_t n = states - s < WIDTH ? states - s : WIDTH;
+            store(to + t * states + s, take(from + t * stride + s, n), n);
+        }
+    }
+}
+
+// A piece of work: channels [first, last), their memory, and what to do with every group of them.
+template <class T>
+struct ScanPiece {
+    const ScanArguments<T>& a;
+    int64_t first, last;
+    float *rates, *h;  // [groups, states, WIDTH]
+    float *b, *c;      // [AHEAD, states]
+
+    template <class F>
+    INLINE void groups(const F& f) const {  // f(first channel, how many, offset in `rates` and `h`)
+        for (int64_t channel = first; channel < last; channel += WIDTH) {
+            f(channel, last - channel < WIDTH ? last - channel : WIDTH, (channel - first) * a.states);
+        }
+    }
+
+    void load_state(int64_t sequence) const {
+        if (!a.segments.continues(sequence)) {
+            std::memset(h, 0, (last - first + WIDTH - 1) / WIDTH * WIDTH * a.states * sizeof(float));
+            return;
+        }
+        const float* const state = a.state + a.segments.state_ids[sequence] * a.state_stride;
+        groups(
+            [&](int64_t channel, int64_t n, int64_t at) { to_lanes(state + channel * a.states, h + at, a.states, n); });
+    }
+
+    void prefetch_state(int64_t slot) const {
+        const float* const state = a.state + slot * a.state_stride + first * a.states;
+        for (int64_t i = 0; i < (last - first) * a.states; i += 16) __builtin_prefetch(state + i);
+    }
+
+    void save_state(int64_t slot) const {
+        float* const state = a.state + slot * a.state_stride;
+        groups([&](int64_t channel, int64_t n, int64_t at) {
+            from_lanes(h + at, state + channel * a.states, a.states, n);
+        });
+    }
+
+    template <int S>
+    void run(int64_t begin, int64_t end) const {
+        for (int64_t t = begin; t < end; t += AHEAD) {
+            const int64_t stop = t + AHEAD < end ? t + AHEAD : end;
+            widen_projection(a.b + t * a.b_stride, a.b_stride, stop - t, a.states, b);
+            widen_projection(a.c + t * a.c_stride, a.c_stride, stop - t, a.states, c);
+            groups([&](int64_t channel, int64_t n, int64_t at) {
+                if constexpr (S > 0) {
+                    Vec state[S];
+                    for (int s = 0; s < S; s++) state[s] = load(h + at + s * WIDTH);
+                    scan_group<S>(a, rates + at, state, t, stop, channel, n, b, c);
+                    for (int s = 0; s < S; s++) store(h + at + s * WIDTH, state[s]);
+                } else {
+                    scan_group<S>(a, rates + at, (Vec*)(h + at), t, stop, channel, n, b, c);
+                }
+            });
+        }
+    }
+
+    template <int S>
+    void all_sequences() const {
+        groups([&](int64_t channel, int64_t n, int64_t at) {
+            to_lanes(a.a + channel * a.states, rates + at, a.states, n);
+        });
+        for (int64_t i = 0; i < a.segments.count; i++) {
+            load_state(i);
+            if (i + 1 < a.segments.count) prefetch_state(a.segments.state_ids[i + 1]);
+            int64_t row = a.segments.begin(i);
+            for (int64_t j = a.segments.first_save(i); j < a.segments.last_save(i); j++) {
+                run<S>(row, a.segments.save_rows[j] + 1);
+                save_state(a.segments.save_slots[j]);
+                row = a.segments.save_rows[j] + 1;
+            }
+            run<S>(row, a.segments.end(i));
+            save_state(a.segments.state_ids[i]);
+        }
+    }
+};
+
+template <class T>
+void scan_all(const ScanArguments<T>& a) {
+    const int64_t width = piece_channels(a.channels, WIDTH), rows = a.segments.end(a.segments.count - 1);
+    parallel_for(
+        (a.channels + width - 1) / width, 1 + MIN_PIECE * WIDTH / (rows * width + 1), [&](int64_t i, int64_t end) {
+            const int64_t block = width * a.states;
+            float* const memory = (float*)scratch(0, (2 * block + 2 * AHEAD * a.states) * sizeof(float));
+            for (; i < end; i++) {
+                const int64_t first = i * width, last = first + width < a.channels ? first + width : a.channels;
+                const ScanPiece<T> piece{
+                    a, first, last, memory, memory + block, memory + 2 * block, memory + 2 * block + AHEAD * a.states};
+                if (a.states == 16) piece.template all_sequences<16>();
+                else piece.template all_sequences<0>();
+            }
+        });
+}

@@ -1,0 +1,188 @@
+// Vectors of float32 for each level: the same operations in namespaces `portable`, `avx2` and `avx512`. Kernels written
+// over them stand in a .inl file, which `for_each_level.h` compiles once in each namespace.
+//
+// `Vec` is a vector of WIDTH floats with the operators of the language. Loads and stores take any address and convert
+// from and to float, bf16 and f16; those with `n` touch only the first n elements and load zeros for the others.
+#pragma once
+#include "common.h"
+
+#if JAMBA_X86
+BEGIN_TARGET_AVX512
+namespace avx512 {
+constexpr int64_t WIDTH = 16;
+using Vec = __m512;
+
+INLINE __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+INLINE Vec set(float x) { return _mm512_set1_ps(x); }
+INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+INLINE Vec widen(bf16, __m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+INLINE Vec widen(f16, __m256i x) { return _mm512_cvtph_ps(x); }
+template <class T>
+INLINE Vec load(const T* p) {
+    return widen(T{}, _mm256_loadu_si256((const __m256i*)p));
+}
+template <class T>
+INLINE Vec load(const T* p, int64_t n) {
+    return widen(T{}, _mm256_maskz_loadu_epi16(first(n), p));
+}
+INLINE __m256i narrow(bf16, Vec x) {
+    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+INLINE __m256i narrow(f16, Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+INLINE void store(float* p, Vec x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x); }
+template <class T>
+INLINE void store(T* p, Vec x) {
+    _mm256_storeu_si256((__m256i*)p, narrow(T{}, x));
+}
+template <class T>
+INLINE void store(T* p, Vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow(T{}, x));
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+// The second operand where one of them is NaN.
+INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
+INLINE Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n for an integral n within +-252
+INLINE Vec scale(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {  // a > b ? then : otherwise
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), otherwise, then);
+}
+// x = m * 2^e with m within [0.75, 1.5), for positive normal x
+INLINE void split(Vec x, Vec& m, Vec& e) {
+    m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    e = _mm512_getexp_ps(x / m);
+}
+#include "math.inl"
+}  // namespace avx512
+END_TARGET
+
+BEGIN_TARGET_AVX2
+namespace avx2 {
+constexpr int64_t WIDTH = 8;
+using Vec = __m256;
+
+INLINE __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE Vec set(float x) { return _mm256_set1_ps(x); }
+INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+INLINE Vec widen(bf16, __m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+INLINE Vec widen(f16, __m128i x) { return _mm256_cvtph_ps(x); }
+template <class T>
+INLINE Vec load(const T* p) {
+    return widen(T{}, _mm_loadu_si128((const __m128i*)p));
+}
+template <class T>
+INLINE Vec load(const T* p, int64_t n) {
+    alignas(16) T part[8] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    return widen(T{}, _mm_load_si128((const __m128i*)part));
+}
+INLINE __m128i narrow(bf16, Vec x) {
+    const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    rounded = _mm256_srli_epi32(rounded, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+INLINE __m128i narrow(f16, Vec x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+INLINE void store(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first(n), x); }
+template <class T>
+INLINE void store(T* p, Vec x) {
+    _mm_storeu_si128((__m128i*)p, narrow(T{}, x));
+}
+template <class T>
+INLINE void store(T* p, Vec x, int64_t n) {
+    alignas(16) T part[8];
+    _mm_store_si128((__m128i*)part, narrow(T{}, x));
+    std::memcpy(p, part, n * sizeof(T));
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+INLINE Vec sqrt(Vec x) { return _mm256_sqrt_ps(x); }
+INLINE Vec round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Vec power_of_two(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+INLINE Vec scale(Vec x, Vec n) {
+    // In two steps, so that results may be infinite, subnormal or zero.
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return x * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
+}
+INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+INLINE void split(Vec x, Vec& m, Vec& e) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i shifted = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f400000));  // 0.75
+    const __m256i exponent = _mm256_srai_epi32(shifted, 23);
+    m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(exponent, 23)));
+    e = _mm256_cvtepi32_ps(exponent);
+}
+#include "math.inl"
+}  // namespace avx2
+END_TARGET
+#endif
+
+// Vectors of the compiler's own: SSE2 or NEON, or single numbers where there is nothing. No fused product, which is
+// slow where the machine has none.
+namespace portable {
+constexpr int64_t WIDTH = 4;
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t IntVec __attribute__((vector_size(16)));
+
+INLINE Vec set(float x) { return Vec{x, x, x, x}; }
+template <class T>
+INLINE Vec load(const T* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+INLINE Vec load(const T* p, int64_t n) {
+    Vec x = {};
+    for (int64_t i = 0; i < n; i++) x[i] = to_float(p[i]);
+    return x;
+}
+template <class T>
+INLINE void store(T* p, Vec x) {
+    for (int i = 0; i < 4; i++) p[i] = from_float<T>(x[i]);
+}
+template <class T>
+INLINE void store(T* p, Vec x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) p[i] = from_float<T>(x[i]);
+}
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec sqrt(Vec x) {
+    for (int i = 0; i < 4; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+}
+INLINE Vec round(Vec x) {  // within +-2^22
+    const Vec shift = set(12582912.0f);
+    return (x + shift) - shift;
+}
+INLINE Vec power_of_two(IntVec n) { return (Vec)((n + 127) << 23); }
+INLINE Vec scale(Vec x, Vec n) {
+    const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
+    return x * power_of_two(half) * power_of_two(whole - half);
+}
+INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) { return a > b ? then : otherwise; }
+INLINE void split(Vec x, Vec& m, Vec& e) {
+    const IntVec bits = (IntVec)x, exponent = (bits - 0x3f400000) >> 23;
+    m = (Vec)(bits - (exponent << 23));
+    e = __builtin_convertvector(exponent, Vec);
+}
+#include "math.inl"
+}  // namespace portable

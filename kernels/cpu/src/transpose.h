@@ -1,0 +1,92 @@
+// Movements across lanes, which the AVX-512 level makes in registers, the others in memory. `transpose16` is for
+// vectors of 16 only; the others have a name for it because code that they never run is compiled for them too.
+#pragma once
+#include "simd.h"
+
+#if JAMBA_X86
+BEGIN_TARGET_AVX512
+namespace avx512 {
+
+// Rows of four vectors' 128-bit parts: part i of each of the four to one vector.
+INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out) {
+    const __m512 ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
+    const __m512 cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
+    out[0] = _mm512_shuffle_f32x4(ab_low, cd_low, 0x88);
+    out[4] = _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd);
+    out[8] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
+    out[12] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
+}
+
+// [16, 16] to its transpose; the two do not overlap.
+INLINE void transpose16(const float* from, float* to) {
+    __m512 quads[16], out[16];  // quads[4 * j + i]: of rows 4j to 4j + 3 the columns i, i + 4, i + 8, i + 12
+    for (int j = 0; j < 4; j++) {
+        __m512 row[4], pair[4];
+        for (int i = 0; i < 4; i++) row[i] = _mm512_loadu_ps(from + 16 * (4 * j + i));
+        for (int i = 0; i < 2; i++) {
+            pair[i] = i ? _mm512_unpackhi_ps(row[0], row[1]) : _mm512_unpacklo_ps(row[0], row[1]);
+            pair[2 + i] = i ? _mm512_unpackhi_ps(row[2], row[3]) : _mm512_unpacklo_ps(row[2], row[3]);
+        }
+        for (int i = 0; i < 4; i++) {
+            const __m512d left = _mm512_castps_pd(pair[i / 2]), right = _mm512_castps_pd(pair[2 + i / 2]);
+            quads[4 * j + i] =
+                _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(left, right) : _mm512_unpacklo_pd(left, right));
+        }
+    }
+    for (int i = 0; i < 4; i++) transpose_parts(quads[i], quads[4 + i], quads[8 + i], quads[12 + i], out + i);
+    for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + 16 * i, out[i]);
+}
+
+// Lane i of the result: the sum of v[i]'s lanes, in an order that is the same for all i.
+INLINE __m512 sums16(const __m512* v) {
+    __m512 quads[4];  // quads[j], part p, lane i: what part p of v[4j + i] sums up to
+    for (int j = 0; j < 4; j++) {
+        const __m512* const x = v + 4 * j;
+        const __m512 left = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+        const __m512 right = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+        const __m512d a = _mm512_castps_pd(left), b = _mm512_castps_pd(right);
+        quads[j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+    __m512 halves[2];
+    for (int j = 0; j < 2; j++) {
+        halves[j] = _mm512_shuffle_f32x4(quads[2 * j], quads[2 * j + 1], 0x88) +
+                    _mm512_shuffle_f32x4(quads[2 * j], quads[2 * j + 1], 0xdd);
+    }
+    return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd);
+}
+
+constexpr int SUMS = 16;  // how many vectors `sums` takes
+INLINE void sums(const __m512* v, float* out) { _mm512_storeu_ps(out, sums16(v)); }
+INLINE float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
+
+}  // namespace avx512
+END_TARGET
+
+BEGIN_TARGET_AVX2
+namespace avx2 {
+constexpr int SUMS = 8;
+INLINE void transpose16(const float*, float*) {}
+INLINE void sums(const Vec* v, float* out) {
+    for (int i = 0; i < SUMS; i++) out[i] = sum(v[i]);
+}
+INLINE float largest(Vec x) {
+    alignas(32) float v[WIDTH];
+    store(v, x);
+    for (int64_t i = 1; i < WIDTH; i++) v[0] = v[0] > v[i] ? v[0] : v[i];
+    return v[0];
+}
+}  // namespace avx2
+END_TARGET
+#endif
+
+namespace portable {
+constexpr int SUMS = 8;
+INLINE void transpose16(const float*, float*) {}
+INLINE void sums(const Vec* v, float* out) {
+    for (int i = 0; i < SUMS; i++) out[i] = sum(v[i]);
+}
+INLINE float largest(Vec x) {
+    for (int64_t i = 1; i < WIDTH; i++) x[0] = x[0] > x[i] ? x[0] : x[i];
+    return x[0];
+}
+}  // namespace portable
