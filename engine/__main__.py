@@ -1,0 +1,75 @@
+"""The engine process: `python -m engine FD`, started by `client.EngineClient` with one end of a socket pair.
+
+It receives its EngineConfig, answers Progress... and Ready or Failed, then runs until it is told to stop or its parent
+is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+from engine.config import EngineConfig
+from engine.core import EngineCore, Inbox
+from engine.errors import ConfigError
+from engine.types import Abort, Failed, Progress, Ready, Submit, ToEngine
+from engine.wire import pack, receive
+from kernels.table import KernelError
+
+logger = logging.getLogger("engine")
+
+
+def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None:
+    """Moves messages into the inbox until the parent says stop or is gone."""
+    try:
+        while True:
+            match receive(connection, ToEngine):
+                case Submit(requests):
+                    inbox.submit(requests)
+                case Abort(request_ids):
+                    inbox.abort(request_ids)
+                case _:
+                    return
+    except ConnectionResetError:
+        return  # the parent was killed before it read our last message
+    finally:
+        stop.set()
+        inbox.wake()
+
+
+def run(connection: socket.socket) -> int:
+    if (config := receive(connection, EngineConfig)) is None:
+        return 1
+    try:
+        core = EngineCore(config, lambda phase, fraction: connection.sendall(pack(Progress(phase, fraction))))
+    except (ConfigError, KernelError) as error:
+        connection.sendall(pack(Failed(str(error))))
+        return 1
+    stop = threading.Event()
+    threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()
+    connection.sendall(pack(Ready(core.info)))
+    while not stop.is_set():
+        if not core.has_work:
+            core.inbox.wait()
+        connection.sendall(pack(core.step()))
+    return 0
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        try:
+            status = run(connection)
+        except (BrokenPipeError, ConnectionResetError):
+            status = 0  # the parent is gone
+    os._exit(status)  # the reader thread may still wait in recv
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""CacheStorage: the tensors behind page and slot ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.model_config import JambaConfig
+
+
+class CacheStorage:
+    """KV pages and state slots of all layers, allocated once. Id 0 of each is a dummy that no sequence owns.
+
+    kv:   dtype   [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of memory
+    conv: dtype   [slots, Mamba layers, W-1, D]
+    ssm:  float32 [slots, Mamba layers, D, S]
+    Layers are counted among their own kind: the third Mamba layer is number 2.
+    """
+
+    def __init__(
+        self,
+        config: JambaConfig,
+        *,
+        num_pages: int,
+        num_slots: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        attention, mamba = len(config.attention_layers), len(config.mamba_layers)
+        self.block_size = block_size
+        self.kv = torch.zeros(
+            num_pages, attention, 2, block_size, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
+        )
+        self.conv = torch.zeros(num_slots, mamba, config.mamba_d_conv - 1, config.d_inner, dtype=dtype, device=device)
+        self.ssm = torch.zeros(
+            num_slots, mamba, config.d_inner, config.mamba_d_state, dtype=torch.float32, device=device
+        )
+
+    def kv_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V pages [pages, block_size, G, Z] of an attention layer."""
+        return self.kv[:, layer, 0], self.kv[:, layer, 1]
+
+    def conv_layer(self, layer: int) -> Tensor:
+        """Convolution states [slots, W-1, D] of a Mamba layer."""
+        return self.conv[:, layer]
+
+    def ssm_layer(self, layer: int) -> Tensor:
+        """SSM states [slots, D, S] of a Mamba layer."""
+        return self.ssm[:, layer]

@@ -1,0 +1,37 @@
+"""EngineConfig: what the engine is asked to be. Results (what it became) are in `types.EngineInfo`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "dummy"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes are upper bounds, shrunk to what fits with one warning; choices that cannot be met are errors.
+
+    `model` is a local folder. None leaves a size to the engine. Bytes are plain numbers. `kernels` maps an op of
+    `kernels.ops` (or "mamba", "attention", "moe", "all" for a family) to an implementation of `kernels.table`.
+    """
+
+    model: str
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    quantization: str | None = None
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    checkpoint_memory_bytes: int | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    enable_priority: bool = False
+    tensor_parallel_size: int = 1
+    seed: int = 0
+    threads: int | None = None
+    kernels: dict[str, str] = msgspec.field(default_factory=dict[str, str])

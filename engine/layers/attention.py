@@ -1,0 +1,50 @@
+"""Attention: grouped-query attention over paged KV, without any encoding of positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.layers.linear import Linear
+from engine.layers.parameter import Backend, Destinations
+from engine.model_config import JambaConfig
+
+
+class Attention:
+    """x [T, H] -> [T, H]; `k_pages` and `v_pages` [pages, block_size, G, Z] are this layer's."""
+
+    def __init__(self, backend: Backend, config: JambaConfig) -> None:
+        self._kernels = backend.kernels
+        self._head_dim = config.head_dim
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self._qkv = Linear(backend, config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv})
+        self._out = Linear(backend, q, {"o_proj": config.hidden_size})
+
+    def __call__(self, x: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self._head_dim)) for y in self._qkv.split(self._qkv(x)))
+        # The chunk's own keys and values are read back through the pages: rounded as any later token will see them.
+        self._kernels.write_kv(k, v, k_pages, v_pages, batch.kv_slots)
+        return self._out(self._attend(q, batch, k_pages, v_pages).flatten(1))
+
+    def _attend(self, q: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        scale = self._head_dim**-0.5
+        decode_q, prefill_q = q[: batch.num_decodes], q[batch.num_decodes :]
+        parts: list[Tensor] = []
+        if batch.decode_tables is not None:
+            pages = batch.decode_tables.pages(k_pages, v_pages)
+            parts.append(self._kernels.attention_decode(decode_q, pages, scale))
+        if batch.prefill is not None:
+            assert batch.prefill_tables is not None, "prefill rows have pages"
+            pages = batch.prefill_tables.pages(k_pages, v_pages)
+            starts, longest = batch.prefill.query_start, batch.prefill.max_query_len
+            parts.append(self._kernels.attention_prefill(prefill_q, pages, starts, longest, scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def destinations(self, prefix: str) -> Destinations:
+        yield from self._qkv.destinations(prefix)
+        yield from self._out.destinations(prefix)
+
+    def pack(self) -> None:
+        self._qkv.pack()
+        self._out.pack()

@@ -1,0 +1,25 @@
+"""RMSNorm (Zhang & Sennrich 2019)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.layers.parameter import Backend, Destination, Destinations
+
+
+class RmsNorm:
+    """x [T, size] -> [T, size]. `add` norms the sum with the residual stream and returns that sum as well."""
+
+    def __init__(self, backend: Backend, size: int, eps: float) -> None:
+        self._rms_norm = backend.kernels.rms_norm
+        self._weight = backend.empty(size)
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._rms_norm(x, self._weight, self._eps)[0]
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._rms_norm(x, self._weight, self._eps, residual)
+
+    def destinations(self, name: str) -> Destinations:
+        yield f"{name}.weight", Destination(self._weight, "one")

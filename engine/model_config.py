@@ -1,0 +1,330 @@
+"""JambaConfig: the shape of a model, read from a Hugging Face checkpoint folder. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+from engine.errors import CheckpointError
+
+# Names in `config.json: architectures`; engine.models has the class of each.
+CAUSAL_LM: Final = "JambaForCausalLM"
+SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
+ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
+DTYPES: Final = ("bfloat16", "float16", "float32")
+
+_VALUE_SHOWN: Final = 100  # characters of a value that an error shows; a quantization_config may have thousands
+
+# Keys that change the arithmetic, with the only value that is implemented; absent means the same.
+_IMPLEMENTED: Final[Mapping[str, object]] = {
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "quantization_config": None,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "mamba_inner_layernorms": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JambaConfig:
+    """What `config.json` says, under its own key names and checked.
+
+    `mamba_dt_rank` "auto" is resolved, `eos_token_id` (one or several) became `eos_token_ids`, those of
+    `generation_config.json` first. `dtype` is the checkpoint's own, one of `DTYPES`.
+    """
+
+    architecture: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    expert_layer_period: int
+    expert_layer_offset: int
+    attn_layer_period: int
+    attn_layer_offset: int
+    mamba_d_state: int
+    mamba_d_conv: int
+    mamba_expand: int
+    mamba_dt_rank: int
+    mamba_conv_bias: bool
+    mamba_proj_bias: bool
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    num_labels: int
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of a Mamba layer."""
+        return self.mamba_expand * self.hidden_size
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_attention(i))
+
+    @property
+    def mamba_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if not self.is_attention(i))
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.architecture == SEQUENCE_CLASSIFICATION
+
+    def is_attention(self, layer: int) -> bool:
+        return layer % self.attn_layer_period == self.attn_layer_offset
+
+    def is_moe(self, layer: int) -> bool:
+        return self.num_experts > 1 and layer % self.expert_layer_period == self.expert_layer_offset
+
+    def num_parameters(self) -> int:
+        """Numbers in the checkpoint; a tied head counts once."""
+        h, attention, mamba = self.hidden_size, len(self.attention_layers), len(self.mamba_layers)
+        moe = sum(self.is_moe(i) for i in range(self.num_hidden_layers))
+        mlp = 3 * h * self.intermediate_size
+        feed_forward = moe * self.num_experts * (mlp + h) + (self.num_hidden_layers - moe) * mlp
+        norms = (2 * self.num_hidden_layers + 1) * h
+        layers = attention * self._attention_parameters() + mamba * self._mamba_parameters() + feed_forward + norms
+        return layers + self.vocab_size * h + self._head_parameters()
+
+    def _attention_parameters(self) -> int:
+        return 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+
+    def _mamba_parameters(self) -> int:
+        h, d, s, r = self.hidden_size, self.d_inner, self.mamba_d_state, self.mamba_dt_rank
+        projections = 3 * d * h + d * (r + 2 * s) + d * r + self.mamba_proj_bias * (2 * d + h)
+        convolution = d * (self.mamba_d_conv + self.mamba_conv_bias)
+        return projections + convolution + d * _scan_parameters(self) + r + 2 * s
+
+    def _head_parameters(self) -> int:
+        if self.is_classifier:
+            return self.num_labels * self.hidden_size
+        return 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+
+
+def weight_bytes(config: JambaConfig, dtype_bytes: int, *, packed: bool = False) -> int:
+    """Memory of the loaded weights in bytes: A, D and the dt bias in float32, the rest `dtype_bytes` a number.
+
+    `packed`: the matrix products have a layout of their own, so that a tied head is there twice.
+    """
+    scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
+    head = config.vocab_size * config.hidden_size if packed and config.tie_word_embeddings else 0
+    return (config.num_parameters() + head - scan) * dtype_bytes + 4 * scan
+
+
+def _scan_parameters(config: JambaConfig) -> int:
+    """A_log, D and dt bias: numbers of one channel that are kept in float32 whatever the model's dtype."""
+    return config.mamba_d_state + 2
+
+
+def load_model_config(folder: Path) -> JambaConfig:
+    """Reads `config.json` and, where there is one, `generation_config.json` of a checkpoint folder.
+
+    Keys that are absent mean what they mean to transformers' JambaConfig. Raises CheckpointError naming file, key and
+    value for anything missing, out of range, foreign, or not implemented here.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; a Hugging Face checkpoint folder is expected.")
+    file = _ConfigFile.read(folder / "config.json")
+    architecture = _architecture(file)
+    for key, value in _IMPLEMENTED.items():
+        if file.values.get(key, value) != value:
+            raise file.refusal(key, f"this server implements {json.dumps(value)} only")
+    config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, folder / "generation_config.json"))
+    _check_schedules(file, config)
+    return config
+
+
+class _ConfigFile:
+    """Typed access to a JSON object; every complaint names file, key and value."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path, self.values = path, values
+
+    @classmethod
+    def read(cls, path: Path) -> _ConfigFile:
+        try:
+            values: object = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; a Hugging Face checkpoint folder has one.") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; an object is expected.")
+        return cls(path, cast(dict[str, Any], values))
+
+    def refusal(self, key: str, rule: str) -> CheckpointError:
+        value = json.dumps(self.values.get(key))
+        shown = value if len(value) <= _VALUE_SHOWN else f"{value[:_VALUE_SHOWN]}..."
+        return CheckpointError(f"{self.path}: {key} is {shown if key in self.values else 'missing'}; {rule}.")
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """The whole number at `key`. A missing one is an error unless there is a `default`."""
+        value = self.values.get(key, default)
+        if not _is_integer(value) or value < minimum:
+            raise self.refusal(key, f"a whole number of at least {minimum} is expected")
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.refusal(key, "true or false is expected")
+        return value
+
+    def positive(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.refusal(key, "a number above 0 is expected")
+        return float(value)
+
+    def token_ids(self, key: str, default: int | None, *, vocab_size: int) -> tuple[int, ...]:
+        """The token id or list of them at `key`; none for null."""
+        value = self.values.get(key, default)
+        many: list[Any] = [] if value is None else cast(list[Any], value) if isinstance(value, list) else [value]
+        if not all(_is_integer(token) and 0 <= token < vocab_size for token in many):
+            raise self.refusal(key, f"token ids from 0 to {vocab_size - 1} are expected")
+        return tuple(dict.fromkeys(many))
+
+    def token_id(self, key: str, default: int | None, *, vocab_size: int) -> int | None:
+        ids = self.token_ids(key, default, vocab_size=vocab_size)
+        if len(ids) > 1:
+            raise self.refusal(key, "one token id is expected")
+        return ids[0] if ids else None
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _architecture(file: _ConfigFile) -> str:
+    """The first of `architectures` that is known here. `model_type` tells a foreign model from a Jamba variant."""
+    if file.values.get("model_type") != "jamba":
+        raise file.refusal("model_type", 'this server runs "jamba" models')
+    named = file.values.get("architectures")
+    known = [name for name in cast(list[Any], named) if name in ARCHITECTURES] if isinstance(named, list) else []
+    if not known:
+        raise file.refusal("architectures", f"one of {', '.join(ARCHITECTURES)} is expected")
+    return known[0]
+
+
+def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[int, ...]) -> JambaConfig:
+    vocab_size, hidden_size = file.integer("vocab_size"), file.integer("hidden_size")
+    heads = file.integer("num_attention_heads")
+    return JambaConfig(
+        architecture=architecture,
+        dtype=_dtype(file),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=file.integer("intermediate_size"),
+        num_hidden_layers=file.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        head_dim=_head_dim(file, hidden_size, heads),
+        num_key_value_heads=_kv_heads(file, heads),
+        num_experts=file.integer("num_experts", 16),
+        num_experts_per_tok=file.integer("num_experts_per_tok", 2),
+        expert_layer_period=file.integer("expert_layer_period", 2),
+        expert_layer_offset=file.integer("expert_layer_offset", 1, minimum=0),
+        attn_layer_period=file.integer("attn_layer_period", 8),
+        attn_layer_offset=file.integer("attn_layer_offset", 4, minimum=0),
+        mamba_d_state=file.integer("mamba_d_state", 16),
+        # With one tap there is no state to keep, and the convolution kernels have none below two.
+        mamba_d_conv=file.integer("mamba_d_conv", 4, minimum=2),
+        mamba_expand=file.integer("mamba_expand", 2),
+        mamba_dt_rank=_dt_rank(file, hidden_size),
+        mamba_conv_bias=file.boolean("mamba_conv_bias", True),
+        mamba_proj_bias=file.boolean("mamba_proj_bias", False),
+        rms_norm_eps=file.positive("rms_norm_eps", 1e-6),
+        tie_word_embeddings=file.boolean("tie_word_embeddings", False),
+        # n_ctx is the name in the configurations of Jamba's remote code, before transformers had the model.
+        max_position_embeddings=file.integer("max_position_embeddings", file.integer("n_ctx", 262144)),
+        bos_token_id=file.token_id("bos_token_id", 1, vocab_size=vocab_size),
+        eos_token_ids=eos_token_ids,
+        pad_token_id=file.token_id("pad_token_id", 0, vocab_size=vocab_size),
+        num_labels=_num_labels(file),
+    )
+
+
+def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
+    """Those of generation_config.json where it names any, else those of config.json, as transformers' generate does."""
+    vocab_size = file.integer("vocab_size")
+    if generation_path.exists():
+        generation = _ConfigFile.read(generation_path)
+        if ids := generation.token_ids("eos_token_id", None, vocab_size=vocab_size):
+            return ids
+    return file.token_ids("eos_token_id", 2, vocab_size=vocab_size)
+
+
+def _dtype(file: _ConfigFile) -> str:
+    """`dtype`, before transformers 5 `torch_dtype`; float32, which loses nothing, where neither is given."""
+    key = "dtype" if file.values.get("dtype") is not None else "torch_dtype"
+    value = file.values.get(key)
+    if value is None:
+        return "float32"
+    if value not in DTYPES:
+        raise file.refusal(key, f"one of {', '.join(DTYPES)} is expected")
+    return value
+
+
+def _kv_heads(file: _ConfigFile, heads: int) -> int:
+    key = "num_key_value_heads"
+    kv_heads = heads if file.values.get(key, 0) is None else file.integer(key, 8)
+    if heads % kv_heads:
+        raise file.refusal(key, f"it must divide num_attention_heads, {heads}")
+    return kv_heads
+
+
+def _head_dim(file: _ConfigFile, hidden_size: int, heads: int) -> int:
+    if file.values.get("head_dim") is not None:
+        return file.integer("head_dim")
+    if hidden_size % heads:
+        raise file.refusal("num_attention_heads", f"it must divide hidden_size, {hidden_size}")
+    return hidden_size // heads
+
+
+def _dt_rank(file: _ConfigFile, hidden_size: int) -> int:
+    key = "mamba_dt_rank"
+    if file.values.get(key, "auto") == "auto":
+        return -(-hidden_size // 16)
+    if not _is_integer(file.values[key]):
+        raise file.refusal(key, '"auto" or a whole number of at least 1 is expected')
+    return file.integer(key)
+
+
+def _num_labels(file: _ConfigFile) -> int:
+    """Outputs of a classifier. transformers writes them as `id2label`, and writes none for its default of two."""
+    labels = file.values.get("id2label")
+    if labels is None:
+        return file.integer("num_labels", 2)
+    if not isinstance(labels, dict) or not labels:
+        raise file.refusal("id2label", "an object from label numbers to names is expected")
+    return len(cast(dict[str, Any], labels))
+
+
+def _check_schedules(file: _ConfigFile, config: JambaConfig) -> None:
+    if config.attn_layer_offset >= config.attn_layer_period:
+        raise file.refusal("attn_layer_offset", f"it must be below attn_layer_period, {config.attn_layer_period}")
+    if config.expert_layer_offset >= config.expert_layer_period:
+        raise file.refusal("expert_layer_offset", f"it must be below expert_layer_period, {config.expert_layer_period}")
+    if config.num_experts > 1 and config.num_experts_per_tok > config.num_experts:
+        raise file.refusal("num_experts_per_tok", f"there are {config.num_experts} experts (num_experts)")
+    if not config.attention_layers or not config.mamba_layers:
+        kind = "Mamba" if config.attention_layers else "attention"
+        raise file.refusal(
+            "attn_layer_period",
+            f"attn_layer_offset {config.attn_layer_offset} and num_hidden_layers {config.num_hidden_layers} "
+            f"leave it no {kind} layer, and this server runs hybrids only",
+        )

@@ -1,0 +1,89 @@
+"""What a request asks to change about its logits before temperature: bias, penalties, min_tokens.
+
+The order is transformers' and vLLM's: logit_bias, repetition penalty, frequency and presence penalty. Host work is for
+rows that ask for something, and linear in their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.sampling.row import SamplingRow
+
+
+class Edit(NamedTuple):
+    """One row's tokens and a number for each: int64 [n] and float32 [n]."""
+
+    row: int
+    token_ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+def adjust_logits(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
+    """Changes `logits` (float32 [N, V]) in place, row n as `rows[n]` asks; where it asks for nothing, not at all."""
+    _add(logits, [_bias(n, row) for n, row in enumerate(rows) if row.params.logit_bias])
+    _repeat(logits, [_repetition(n, row) for n, row in enumerate(rows) if row.params.repetition_penalty != 1])
+    _add(logits, [_counts(n, row) for n, row in enumerate(rows) if _penalises_counts(row)])
+    _add(logits, [_ban(n, row, eos_token_ids) for n, row in enumerate(rows) if _must_go_on(row)])
+
+
+def _bias(n: int, row: SamplingRow) -> Edit:
+    bias = row.params.logit_bias
+    return Edit(n, np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32))
+
+
+def _repetition(n: int, row: SamplingRow) -> Edit:
+    token_ids = np.array(row.tokens, dtype=np.int64)
+    return Edit(n, token_ids, np.full(len(token_ids), row.params.repetition_penalty, dtype=np.float32))
+
+
+def _penalises_counts(row: SamplingRow) -> bool:
+    return row.num_generated > 0 and (row.params.frequency_penalty != 0 or row.params.presence_penalty != 0)
+
+
+def _counts(n: int, row: SamplingRow) -> Edit:
+    """OpenAI's formula: minus count * frequency_penalty + presence_penalty, over generated tokens only."""
+    token_ids, counts = np.unique(np.array(row.tokens[row.num_prompt :], dtype=np.int64), return_counts=True)
+    values = -(counts * row.params.frequency_penalty + row.params.presence_penalty)
+    return Edit(n, token_ids, values.astype(np.float32))
+
+
+def _must_go_on(row: SamplingRow) -> bool:
+    return row.num_generated < row.params.min_tokens
+
+
+def _ban(n: int, row: SamplingRow, eos_token_ids: tuple[int, ...]) -> Edit:
+    """End tokens, with `ignore_eos` too: a reply that must go on is not to look ended."""
+    token_ids = np.array(sorted({*eos_token_ids, *row.params.stop_token_ids}), dtype=np.int64)
+    return Edit(n, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
+
+
+def _add(logits: Tensor, edits: list[Edit]) -> None:
+    """Adds every value to its token; an edit's tokens are distinct."""
+    if edits:
+        where, values = _flatten(edits, logits.device)
+        logits[where] += values
+
+
+def _repeat(logits: Tensor, edits: list[Edit]) -> None:
+    """Divides positive logits by the penalty and multiplies negative ones (Keskar et al. 2019, CTRL, as transformers
+    has it). A token that occurs twice is penalised once: both occurrences write the same number."""
+    if edits:
+        where, penalties = _flatten(edits, logits.device)
+        old = logits[where]
+        logits[where] = torch.where(old > 0, old / penalties, old * penalties)
+
+
+def _flatten(edits: list[Edit], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """All edits as one index (rows, token ids) and its values."""
+    rows = np.repeat([edit.row for edit in edits], [len(edit.token_ids) for edit in edits])
+    token_ids = np.concatenate([edit.token_ids for edit in edits])
+    values = np.concatenate([edit.values for edit in edits])
+    index = torch.from_numpy(np.stack([rows, token_ids])).to(device)
+    return (index[0], index[1]), torch.from_numpy(values).to(device)

@@ -1,0 +1,59 @@
+"""Sequence: one choice of one request while the engine works on it."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from engine.types import Request, SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """`num_computed` chases `len(tokens)`: chunked prefill, prefix hits, preemption and decode are one case.
+
+    `order` sorts sequences: (priority, arrival number), smaller first. `block_ids` are its pages in order,
+    `state_id` its slot (0 while it waits). `hashes[i]` is the chained hash of the prefix up to block i's end.
+    `branch` is a position where its tokens left what others had computed (0: none known). `tokens` and `block_ids` are
+    arrays because each step copies them to tensors: of a long context that is 100 times faster than from a list.
+    """
+
+    request: Request
+    order: tuple[int, int]
+    submitted_at: float
+    tokens: array[int]
+    num_prompt: int
+    num_computed: int = 0
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
+    state_id: int = 0
+    branch: int = 0
+    hashes: list[bytes] = field(default_factory=list[bytes])
+    num_prompt_logprobs: int = 0
+    num_cached: int = 0
+    queue_seconds: float | None = None
+    announced: bool = False
+
+    @classmethod
+    def of(cls, request: Request, *, arrival: int, now: float) -> Sequence:
+        """`now`: seconds on the monotonic clock."""
+        return cls(
+            request=request,
+            order=(request.priority, arrival),
+            submitted_at=now,
+            tokens=array("q", [*request.prompt, *request.generated]),
+            num_prompt=len(request.prompt),
+            num_prompt_logprobs=request.num_prompt_logprobs,
+        )
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose states and KV are still to be computed; at least one while the sequence lives."""
+        return len(self.tokens) - self.num_computed

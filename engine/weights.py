@@ -1,0 +1,187 @@
+"""Fills a model: from the safetensors of a checkpoint folder, or with random numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.layers.parameter import Fill, TensorMap
+from engine.models import Model
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+PHASE: Final = "loading weights"
+_OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+_NAMES_SHOWN: Final = 3  # tensors that an error names; a wrong checkpoint may have thousands
+_CHUNK: Final = 1 << 22  # random numbers made at a time: 16 MiB in float32
+_DT_RANGE: Final = (0.001, 0.1)  # time steps at the start of Mamba's training (Gu & Dao 2023, section 3.6)
+
+
+def load_weights(model: Model, folder: Path, progress: Callable[[str, float], None]) -> None:
+    """Fills `model` from `folder`, tensor by tensor through memory-mapped files, in the model's dtypes.
+
+    Proves that every weight is filled exactly once and that every tensor in the files is used or known to be of no use.
+    `progress` gets ("loading weights", fraction of the bytes) about a hundred times. Raises CheckpointError with one
+    sentence for a folder that is missing, truncated, foreign or incomplete.
+    """
+    _load(model.tensor_map(), folder, progress)
+    model.finish_loading()
+    progress(PHASE, 1.0)
+
+
+def _load(tensor_map: TensorMap, folder: Path, progress: Callable[[str, float], None]) -> None:
+    """Returns before the model packs its weights: as long as the map lives, so do all the raw ones."""
+    paths = _weight_files(folder)
+    loader = _Loader(tensor_map, folder)
+    total, done, shown = sum(path.stat().st_size for path in paths), 0, -1
+    for path in paths:
+        for name, tensor in _read(path):
+            loader.put(name, tensor, path)
+            done += tensor.nbytes
+            if (percent := 100 * done // total) > shown:
+                shown = percent
+                progress(PHASE, done / total)
+    loader.check_complete()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The single file, else the files that the index names; transformers prefers them in this order."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder / INDEX_FILE)
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS) if folder.is_dir() else []
+    beside = f"; {_listed(found)} cannot be read, convert to safetensors" if found else ""
+    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map: object = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}.") from error
+    files = list(cast(dict[str, Any], weight_map).values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to names of files in the same folder.")
+    paths = [index.parent / name for name in sorted(set(files))]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise CheckpointError(f"{index.parent} lacks {_listed(missing)}, named in {index.name}; finish the download.")
+    return paths
+
+
+def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file. They are views of the mapped file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names: list[str] = file.keys()
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no complete safetensors file ({path.stat().st_size:,} bytes; {error}); download it again."
+        ) from error
+
+
+class _Loader:
+    """Copies tensors to where they belong and keeps account of them."""
+
+    def __init__(self, tensor_map: TensorMap, folder: Path) -> None:
+        self._map, self._folder = tensor_map, folder
+        self._filled_by: dict[str, str] = {}  # destination -> the tensor that filled it
+
+    def put(self, name: str, tensor: Tensor, path: Path) -> None:
+        """Raises CheckpointError for a tensor that is unknown, misshapen, of a strange dtype, or one too many."""
+        if name in self._map.destinations:
+            self._copy(name, tensor, self._map.destinations[name].data, path)
+            self._account((name,), name, path)
+        elif name in self._map.fused:
+            fused = self._map.fused[name]
+            self._copy(name, tensor, fused.data, path)
+            self._account(fused.parts, name, path)
+        elif name not in self._map.ignored:
+            raise CheckpointError(
+                f"{path}: tensor {name} {_shape(tensor)} has no place in the model of {self._folder / 'config.json'}."
+            )
+
+    def check_complete(self) -> None:
+        if missing := [name for name in self._map.destinations if name not in self._filled_by]:
+            count = f"{len(missing)} of {len(self._map.destinations)}"
+            raise CheckpointError(f"{self._folder}: {count} tensors are missing: {_listed(missing)}.")
+
+    def _copy(self, name: str, tensor: Tensor, destination: Tensor, path: Path) -> None:
+        if tensor.shape != destination.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {_shape(tensor)}; {self._folder / 'config.json'} makes it "
+                f"{_shape(destination)}."
+            )
+        # Narrower floats and integers are quantised weights, worth nothing without their scales.
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {tensor.dtype}; floats of 16 bits or more are expected."
+            )
+        destination.copy_(tensor)
+        if destination.dtype == torch.float16 != tensor.dtype and not destination.isfinite().all():
+            raise CheckpointError(f"{path}: tensor {name} holds numbers beyond float16's range; use --dtype bfloat16.")
+
+    def _account(self, parts: Collection[str], name: str, path: Path) -> None:
+        for part in parts:
+            if part in self._filled_by:
+                raise CheckpointError(f"{path}: tensor {name} holds what {self._filled_by[part]} has filled already.")
+            self._filled_by[part] = name
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+
+
+def dummy_weights(model: Model, seed: int) -> None:
+    """Fills `model` with random weights that keep activations finite, the same ones for a seed on every machine.
+
+    Each tensor's numbers follow from the seed and its name, so that models of one shape agree across dtypes (up to
+    rounding) and devices.
+    """
+    _fill_all(model.tensor_map(), seed)
+    model.finish_loading()
+
+
+def _fill_all(tensor_map: TensorMap, seed: int) -> None:
+    for name, (data, fill) in tensor_map.destinations.items():
+        # hashed, because torch's generator on a CPU takes in 32 bits of its seed
+        _fill(data, fill, torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+
+
+def _fill(data: Tensor, fill: Fill, generator: torch.Generator) -> None:
+    match fill:
+        case "one":
+            data.fill_(1.0)
+        case "a_log":
+            data.copy_(torch.arange(1, data.shape[-1] + 1).log())
+        case "dt_bias":
+            low, high = map(math.log, _DT_RANGE)
+            dt = torch.empty(data.shape).uniform_(low, high, generator=generator).exp()
+            data.copy_(dt.expm1().log())  # the inverse of softplus
+        case "normed":
+            _fill_uniform(data, math.sqrt(3 / data.shape[-1]), generator)
+        case "unit":
+            _fill_uniform(data, math.sqrt(3), generator)
+
+
+def _fill_uniform(data: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Uniform in (-bound, bound), of variance bound**2 / 3. In chunks, so that a big tensor exists once."""
+    rows = max(1, _CHUNK // (data.numel() // len(data)))
+    for part in data.split(rows):
+        part.copy_(torch.empty(part.shape).uniform_(-bound, bound, generator=generator))

@@ -1,0 +1,36 @@
+"""Frames on the socket between the two processes: four bytes of length (little-endian), then one msgpack message."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import msgspec
+
+HEADER_BYTES = 4
+MAX_FRAME_BYTES = 1 << 30
+
+
+def pack(message: msgspec.Struct) -> bytes:
+    """One frame."""
+    body = msgspec.msgpack.encode(message)
+    assert len(body) < MAX_FRAME_BYTES, f"a message of {len(body)} bytes is over the frame limit {MAX_FRAME_BYTES}"
+    return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+def receive(connection: socket.socket, kind: Any) -> Any:
+    """The next message, decoded as `kind`; None at the end of the stream."""
+    header = _exactly(connection, HEADER_BYTES)
+    if header is None:
+        return None
+    body = _exactly(connection, int.from_bytes(header, "little"))
+    return None if body is None else msgspec.msgpack.decode(body, type=kind)
+
+
+def _exactly(connection: socket.socket, n: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < n:
+        if not (piece := connection.recv(min(n - len(data), 1 << 20))):
+            return None
+        data += piece
+    return bytes(data)

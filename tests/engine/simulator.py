@@ -1,0 +1,145 @@
+"""A model without numbers for testing the scheduler and the cache: a state is the hash of all tokens before it.
+
+Whatever the scheduler reads (pages, slots, saved states) is checked against a recomputation from the tokens, so that a
+page that was overwritten, a state from another position or a lost copy is found at the step in which it would have done
+harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from engine.cache.manager import CacheManager
+from engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
+from engine.types import Request, SamplingParams, TokenUpdate
+
+
+def fold(state: int, token: int) -> int:
+    return hash((state, token))
+
+
+def fold_all(tokens: list[int]) -> int:
+    state = 0
+    for token in tokens:
+        state = fold(state, token)
+    return state
+
+
+class Simulator:
+    """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.block_size = scheduler.cache.block_size
+        self.pages: dict[tuple[int, int], int] = {}
+        self.slots: dict[int, int] = {}
+        self.time = 0.0
+        self.num_saves = 0
+        self.num_tail_hits = 0
+
+    def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
+        self.time += 1.0
+        output = self.scheduler.schedule(now=self.time)
+        self.check_output(output)
+        self.copy(output)
+        results = [self.run(chunk, choose) for chunk in output.chunks]
+        updates = self.scheduler.update(output, results)
+        self.check_integrity()
+        return updates
+
+    def check_output(self, output: SchedulerOutput) -> None:
+        assert sum(c.end - c.start for c in output.chunks) <= self.scheduler.max_num_batched_tokens
+        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        decodes = [c.is_decode for c in output.chunks]
+        assert decodes == sorted(decodes, reverse=True), "decodes come first"
+        assert len({c.sequence for c in output.chunks}) == len(output.chunks)
+        for pairs in (output.copies.pages, output.copies.states):
+            destinations = [d for _, d in pairs]
+            assert len(set(destinations)) == len(destinations), "a destination is written twice"
+            assert not {s for s, _ in pairs} & set(destinations), "a source is written"
+        written = [s.slot for c in output.chunks for s in c.saves] + [c.sequence.state_id for c in output.chunks]
+        assert len(set(written)) == len(written), "two states go to one slot"
+        assert not {s for s, _ in output.copies.states} & set(written), "a copied checkpoint is overwritten"
+
+    def copy(self, output: SchedulerOutput) -> None:
+        for source, destination in output.copies.pages:
+            self.num_tail_hits += 1
+            for offset in range(self.block_size):
+                if (source, offset) in self.pages:
+                    self.pages[destination, offset] = self.pages[source, offset]
+        for source, destination in output.copies.states:
+            self.slots[destination] = self.slots[source]
+
+    def run(self, chunk: Chunk, choose: Callable[[Chunk], int]) -> ChunkResult:
+        seq, size = chunk.sequence, self.block_size
+        saves = {save.position: save.slot for save in chunk.saves}
+        assert chunk.start == seq.num_computed < chunk.end <= len(seq.tokens)
+        state = self.slots[seq.state_id] if chunk.start else 0
+        for position in range(chunk.start, chunk.end):
+            state = fold(state, seq.tokens[position])
+            self.pages[seq.block_ids[position // size], position % size] = state
+            if position + 1 in saves:
+                self.slots[saves.pop(position + 1)] = state
+                self.num_saves += 1
+        assert not saves, "a save lies outside its chunk"
+        self.slots[seq.state_id] = state
+        expected = 0
+        for position in range(chunk.end):
+            expected = fold(expected, seq.tokens[position])
+            assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"
+        assert state == expected, "state corrupted"
+        return ChunkResult(choose(chunk) if chunk.samples else None)
+
+    def check_integrity(self) -> None:
+        cache, running = self.scheduler.cache, self.scheduler.running
+        owned = [b for seq in running for b in seq.block_ids]
+        for i in range(1, len(cache.pages.refs)):
+            assert cache.pages.refs[i] == owned.count(i), f"page {i} has {cache.pages.refs[i]} references"
+        slots = [seq.state_id for seq in running]
+        for i in range(1, len(cache.states.refs)):
+            assert cache.states.refs[i] == slots.count(i), f"slot {i} has {cache.states.refs[i]} references"
+        for pool in (cache.pages, cache.states):
+            assert pool.num_free == sum(r == 0 for r in pool.refs[1:]), "a unit leaked"
+
+
+def make_scheduler(
+    *,
+    num_pages: int = 64,
+    num_slots: int = 16,
+    block_size: int = 4,
+    interval: int = 1024,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 32,
+    max_model_len: int = 200,
+    caching: bool = True,
+) -> Scheduler:
+    cache = CacheManager(
+        num_pages=num_pages, num_slots=num_slots, block_size=block_size, interval=interval, enabled=caching
+    )
+    return Scheduler(
+        cache,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        eos_token_ids=(),
+    )
+
+
+def random_request(random: Random, number: int, stems: list[list[int]], max_len: int) -> Request:
+    stem = random.choice(stems)
+    prompt = stem[: random.randint(1, max_len - 3)] + [random.randrange(5) for _ in range(random.randint(0, 3))]
+    prompt = prompt[: max_len - 2]
+    return Request(
+        id=f"r{number}",
+        prompt=prompt,
+        params=SamplingParams(
+            max_tokens=random.randint(0, max_len - len(prompt)),
+            prompt_logprobs=0 if random.random() < 0.1 else None,
+            seed=number,
+        ),
+        group=f"g{number // 3}" if random.random() < 0.2 else "",
+        priority=random.choice((0, 0, 0, 1)),
+        checkpoints=tuple(random.randint(1, len(prompt)) for _ in range(random.randint(0, 2))),
+        cache_salt=random.choice(("", "", "", "tenant")),
+    )

@@ -1,0 +1,168 @@
+"""What the prefix cache finds, and how it explains what it does not find."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.scheduler import Scheduler
+from engine.types import Request, SamplingParams, TokenUpdate
+from tests.engine.simulator import Simulator, make_scheduler
+
+
+def run(
+    scheduler: Scheduler, simulator: Simulator, prompt: list[int], *, new_tokens: int = 1, **fields: object
+) -> list[TokenUpdate]:
+    number = scheduler.stats.num_steps_total
+    request = Request(id=f"r{number}", prompt=prompt, params=SamplingParams(max_tokens=new_tokens), **fields)  # type: ignore[arg-type]
+    scheduler.add([request], now=0.0)
+    updates: list[TokenUpdate] = []
+    while scheduler.has_work:
+        updates += simulator.step(lambda chunk: 900 + chunk.end)
+    return updates
+
+
+def cached(updates: list[TokenUpdate]) -> int | None:
+    return updates[0].num_cached
+
+
+def fresh(**sizes: int) -> tuple[Scheduler, Simulator]:
+    scheduler = make_scheduler(**sizes)  # type: ignore[arg-type]
+    return scheduler, Simulator(scheduler)
+
+
+def test_the_same_prompt_again_leaves_one_block_at_most() -> None:
+    for length in range(1, 20):
+        scheduler, simulator = fresh(block_size=4)
+        prompt = list(range(length))
+        assert cached(run(scheduler, simulator, prompt)) == 0
+        assert cached(run(scheduler, simulator, prompt)) == (length - 1) // 4 * 4
+
+
+def test_the_next_turn_reuses_the_whole_last_one_also_below_a_block() -> None:
+    for length in range(1, 20):
+        scheduler, simulator = fresh(block_size=8)
+        prompt = list(range(length))
+        answer = [t for u in run(scheduler, simulator, prompt, new_tokens=3) for t in u.token_ids]
+        # the state after the last token but one: the last one was sampled, not computed
+        assert cached(run(scheduler, simulator, [*prompt, *answer, 77, 78])) == length + 2
+
+
+def test_a_message_boundary_pays_from_its_second_request() -> None:
+    scheduler, simulator = fresh(block_size=4)
+    system = list(range(50, 71))
+    run(scheduler, simulator, [*system, 1, 2, 3, 4, 5, 6], checkpoints=(21,))
+    assert cached(run(scheduler, simulator, [*system, 6, 5, 4, 3, 2, 1], checkpoints=(21,))) == 20
+
+
+def test_a_branch_point_pays_from_its_third_request() -> None:
+    scheduler, simulator = fresh(block_size=4)
+    shared = list(range(50, 74))
+    hits = [cached(run(scheduler, simulator, [*shared, *[i] * 9])) for i in range(3)]
+    assert hits == [0, 0, 24]
+    assert scheduler.stats.missed_no_state_total == 24
+
+
+def test_a_salt_separates_tenants() -> None:
+    scheduler, simulator = fresh()
+    prompt = list(range(30))
+    run(scheduler, simulator, prompt, cache_salt="a")
+    assert cached(run(scheduler, simulator, prompt, cache_salt="b")) == 0
+    assert cached(run(scheduler, simulator, prompt, cache_salt="a")) == 28
+
+
+def test_prompt_logprobs_do_not_read_the_cache() -> None:
+    scheduler, simulator = fresh()
+    prompt = list(range(30))
+    run(scheduler, simulator, prompt)
+    request = Request(id="scored", prompt=prompt, params=SamplingParams(max_tokens=1, prompt_logprobs=0))
+    scheduler.add([request], now=0.0)
+    assert simulator.step(lambda _: 1)[0].num_cached == 0
+
+
+def test_evicted_prefixes_are_counted_as_evicted() -> None:
+    scheduler, simulator = fresh(num_pages=14, block_size=4, max_model_len=44)
+    prompt = list(range(40))
+    run(scheduler, simulator, prompt)
+    run(scheduler, simulator, [t + 100 for t in prompt])
+    run(scheduler, simulator, prompt)
+    assert scheduler.stats.prefix_hits_total == 0
+    assert scheduler.stats.missed_evicted_total > 0
+
+
+def test_interior_checkpoints_cost_no_step() -> None:
+    steps: list[int] = []
+    for checkpoints in ((), (400, 800, 1200, 1600)):
+        scheduler, simulator = fresh(
+            num_pages=600, block_size=4, max_num_batched_tokens=512, max_model_len=2100, interval=4096
+        )
+        run(scheduler, simulator, list(range(2000)), checkpoints=checkpoints)
+        steps.append(scheduler.stats.num_steps_total)
+    assert steps == [4, 4]
+    assert simulator.num_saves == 6  # the four, and the prompt's end: 2,000 and the block before it
+
+
+def test_choices_of_one_prompt_compute_it_once() -> None:
+    scheduler, simulator = fresh(num_pages=100, block_size=4, max_num_seqs=8, max_num_batched_tokens=16)
+    params = SamplingParams(max_tokens=4)
+    prompt = list(range(62))
+    scheduler.add([Request(id=f"c{i}", prompt=prompt, params=params, index=i, group="g") for i in range(4)], now=0.0)
+    hits: dict[str, int] = {}
+    while scheduler.has_work:
+        for update in simulator.step(lambda _: 1):
+            if update.num_cached is not None:
+                hits[update.request_id] = update.num_cached
+    assert hits == {"c0": 0, "c1": 60, "c2": 60, "c3": 60}
+
+
+def test_choices_join_together_once_the_prompt_is_computed() -> None:
+    scheduler, simulator = fresh(num_pages=100, block_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+    params = SamplingParams(max_tokens=4)
+    requests = [Request(id=f"c{i}", prompt=list(range(62)), params=params, index=i, group="g") for i in range(4)]
+    scheduler.add(requests, now=0.0)
+    running: list[int] = []
+    for _ in range(2):
+        simulator.step(lambda _: 1)
+        running.append(len(scheduler.running))
+    assert running == [1, 4]
+
+
+def test_choices_that_do_not_read_the_cache_do_not_wait_for_it() -> None:
+    scheduler, simulator = fresh(num_pages=100, block_size=4, max_num_batched_tokens=64)
+    params = SamplingParams(max_tokens=4, prompt_logprobs=0)
+    scheduler.add([Request(id=f"c{i}", prompt=list(range(20)), params=params, group="g") for i in range(3)], now=0.0)
+    simulator.step(lambda _: 1)
+    assert len(scheduler.running) == 3
+
+
+def test_generated_tokens_of_a_replayed_request_are_no_missed_prompt_tokens() -> None:
+    scheduler, simulator = fresh(block_size=4)
+    shared = list(range(50, 74))
+    run(scheduler, simulator, [*shared, *[0] * 9])
+    run(scheduler, simulator, shared[:5], new_tokens=40, generated=[*shared[5:], *[1] * 9])
+    assert scheduler.stats.prefix_queries_total == 33 + 5
+    assert scheduler.stats.missed_no_state_total == 5
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_preempted_prompt_waits_until_it_fits(caching: bool) -> None:
+    """Else it fills what the older sequence leaves, is preempted, and begins again, as often as that one has steps."""
+    scheduler, simulator = fresh(
+        num_pages=51, block_size=4, max_num_batched_tokens=16, max_model_len=190, caching=caching
+    )
+    for name, length, new_tokens in (("old", 80, 40), ("young", 150, 1)):
+        params = SamplingParams(max_tokens=new_tokens)
+        scheduler.add([Request(id=name, prompt=[length] * length, params=params)], now=0.0)
+    while scheduler.has_work:
+        simulator.step(lambda _: 1)
+    assert scheduler.stats.num_preemptions_total == 1
+
+
+def test_an_aborted_sibling_does_not_strand_the_others() -> None:
+    scheduler, simulator = fresh(num_pages=100, block_size=4, max_num_batched_tokens=16)
+    params = SamplingParams(max_tokens=2)
+    prompt = list(range(60))
+    scheduler.add([Request(id=f"c{i}", prompt=prompt, params=params, group="g") for i in range(2)], now=0.0)
+    simulator.step(lambda _: 1)
+    scheduler.abort(["c0"])
+    finished = [u.request_id for _ in range(12) for u in simulator.step(lambda _: 1) if u.finish_reason]
+    assert finished == ["c1"]

@@ -1,0 +1,75 @@
+"""Random work on random sizes: nothing corrupted, nothing leaked, everything finished."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from engine.types import Request
+from tests.engine.simulator import Simulator, make_scheduler, random_request
+
+NUM_REQUESTS = 30
+
+
+def run(seed: int) -> Counter[str]:
+    random = Random(seed)
+    block_size = random.choice((1, 2, 4, 8))
+    num_pages = random.randint(24 // block_size + 8, 200 // block_size + 30)
+    max_len = min((num_pages - 2) * block_size, 60)
+    max_num_seqs = random.randint(1, 6)
+    scheduler = make_scheduler(
+        num_pages=num_pages,
+        num_slots=1 + max_num_seqs + random.randint(1, 7),
+        block_size=block_size,
+        interval=block_size * random.choice((1, 2, 4, 16)),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=random.randint(max_num_seqs, 30),
+        max_model_len=max_len,
+        caching=random.random() < 0.9,
+    )
+    simulator = Simulator(scheduler)
+    stems = [[random.randrange(5) for _ in range(random.randint(1, max_len))] for _ in range(4)]
+    requests = [random_request(random, i, stems, max_len) for i in range(NUM_REQUESTS)]
+    fresh, left = list(requests), {r.id: r for r in requests}
+    generated: dict[str, int] = Counter()
+    aborted = 0
+    while left:
+        assert simulator.time < 20_000, "livelock"
+        if fresh and (random.random() < 0.5 or not scheduler.has_work):
+            new = [fresh.pop() for _ in range(min(len(fresh), random.randint(1, 6)))]
+            scheduler.add(new, now=simulator.time)
+        if random.random() < 0.02:
+            victim: Request = random.choice(requests)
+            scheduler.abort([victim.id])
+            if victim not in fresh:
+                aborted += left.pop(victim.id, None) is not None
+        for update in simulator.step(lambda _: random.randrange(5)):
+            generated[update.request_id] += len(update.token_ids)
+            if update.finish_reason:
+                request = left.pop(update.request_id)
+                allowed = min(request.params.max_tokens, max_len - len(request.prompt))
+                assert generated[request.id] == allowed, "a reply has the wrong length"
+    assert not scheduler.has_work
+    stats = scheduler.stats
+    assert stats.kv_blocks_used == 0
+    assert stats.state_slots_used == 0
+    return Counter(
+        hits=stats.prefix_hits_total,
+        preemptions=stats.num_preemptions_total,
+        missed_no_state=stats.missed_no_state_total,
+        missed_evicted=stats.missed_evicted_total,
+        saves=simulator.num_saves,
+        tail_hits=simulator.num_tail_hits,
+        aborted=aborted,
+    )
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_random_work(first: int) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(first, first + 50):
+        total += run(seed)
+    for event in ("hits", "preemptions", "missed_no_state", "missed_evicted", "saves", "tail_hits", "aborted"):
+        assert total[event] > 0, f"the fuzz never saw {event}"

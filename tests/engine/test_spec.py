@@ -1,0 +1,315 @@
+"""Bytes of cache units against published numbers, and the memory plan against its rules for random machines."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.cache.spec import CacheSpec, MemoryPlan, available_cpus, available_memory, format_bytes, plan_memory
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.model_config import JambaConfig, load_model_config, weight_bytes
+from tests.geometries import GEOMETRIES, write_geometry
+
+MIB, GIB = 1024**2, 1024**3
+Geometry = dict[str, JambaConfig]
+
+
+@pytest.fixture(scope="module")
+def geometry(tmp_path_factory: pytest.TempPathFactory) -> Geometry:
+    return {name: load_model_config(write_geometry(tmp_path_factory.mktemp(name), name)) for name in GEOMETRIES}
+
+
+def make_plan(config: JambaConfig, available: int, device: str = "cpu", **settings: Any) -> MemoryPlan:
+    return plan_memory(
+        config,
+        EngineConfig(model="x", **settings),
+        dtype_bytes=2,
+        weight_bytes=weight_bytes(config, 2),
+        available_bytes=available,
+        device=device,
+    )
+
+
+# Bytes a unit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_bytes_per_token", "bytes_per_slot"),
+    [
+        ("mini", 16_384, 1_376_256 + 14_680_064),
+        ("large", 36_864, 6_193_152 + 66_060_288),
+        ("3b", 1_024, 798_720 + 8_519_680),
+        ("tiny-dev", 1_024, 14 * 1024 * (3 * 2 + 16 * 4)),
+    ],
+)
+def test_bytes_a_unit_in_bfloat16(geometry: Geometry, name: str, kv_bytes_per_token: int, bytes_per_slot: int) -> None:
+    spec = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=2)
+    assert spec.kv_bytes_per_token == kv_bytes_per_token
+    assert spec.bytes_per_page == 16 * kv_bytes_per_token
+    assert spec.bytes_per_slot == bytes_per_slot
+
+
+def test_float32_doubles_pages_and_conv_state_but_not_the_ssm_state(geometry: Geometry) -> None:
+    half, full = (CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size) for size in (2, 4))
+    assert full.bytes_per_page == 2 * half.bytes_per_page
+    assert full.bytes_per_slot - half.bytes_per_slot == 1_376_256
+
+
+def test_a_sequence_takes_its_blocks_one_to_spare_and_a_slot(geometry: Geometry) -> None:
+    spec = CacheSpec.of(geometry["3b"], block_size=16, dtype_bytes=2)
+    assert [spec.pages(n) for n in (1, 16, 17, 32)] == [2, 2, 3, 3]
+    assert spec.sequence_bytes(17) == 3 * 16 * 1_024 + 9_318_400
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (9_318_400, "8.9 MiB"), (96 * GIB, "96.0 GiB")]
+)
+def test_bytes_in_words(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+# The plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_mini_on_a_large_gpu_gets_everything_it_asks_for(geometry: Geometry) -> None:
+    plan = make_plan(geometry["mini"], 141 * GIB, "cuda")
+    assert plan.warnings == ()
+    assert (plan.max_model_len, plan.max_num_seqs, plan.max_num_batched_tokens) == (262_144, 64, 8192)
+    assert plan.weight_bytes == 103_140_646_656 + 28 * 8192 * 18 * 2  # A, D and the dt bias are kept in float32
+    assert plan.kv_bytes == plan.num_pages * 262_144
+    assert plan.state_bytes == plan.num_slots * 16_056_320
+    assert plan.total_bytes > 130 * GIB  # a GPU is the server's own: nearly all of it is used
+
+
+def test_a_cpu_keeps_three_quarters_of_what_weights_leave(geometry: Geometry) -> None:
+    available = 16 * GIB
+    plan = make_plan(geometry["3b"], available)
+    room = available - plan.weight_bytes - plan.activation_bytes
+    assert plan.kv_bytes + plan.state_bytes <= room / 4
+    assert plan.max_num_batched_tokens == 512
+
+
+def test_a_small_model_takes_little_of_a_big_machine(geometry: Geometry) -> None:
+    plan = make_plan(geometry["tiny-dev"], 1024 * GIB, max_model_len=4096)
+    assert plan.warnings == ()
+    assert plan.kv_bytes + plan.state_bytes < 512 * MIB
+
+
+def test_weights_that_do_not_fit_are_an_error_with_both_numbers(geometry: Geometry) -> None:
+    with pytest.raises(ConfigError, match=rf"96\.1 GiB .* 80\.0 GiB \({80 * GIB} bytes\)"):
+        make_plan(geometry["mini"], 80 * GIB, "cuda")
+
+
+def test_no_room_for_a_cache_is_an_error_with_the_need(geometry: Geometry) -> None:
+    weights = weight_bytes(geometry["3b"], 2)
+    with pytest.raises(ConfigError, match=r"the smallest cache takes .* bytes"):
+        make_plan(geometry["3b"], weights + 200 * MIB)
+
+
+def test_sizes_shrink_with_a_warning_that_names_wish_and_result(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], weight_bytes(geometry["3b"], 2) + 2 * GIB, max_num_seqs=100)
+    assert plan.max_num_seqs < 100
+    assert plan.max_model_len < 262_144
+    [seqs, length] = plan.warnings
+    assert seqs.startswith(f"max_num_seqs 100 is reduced to {plan.max_num_seqs}: ")
+    assert length.startswith(f"max_model_len 262144 is reduced to {plan.max_model_len}: ")
+
+
+def test_a_batch_has_room_for_every_sequence(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=64, max_num_batched_tokens=48)
+    assert (plan.max_num_seqs, plan.max_num_batched_tokens) == (48, 48)
+    assert plan.warnings == ("max_num_seqs 64 is reduced to 48: max_num_batched_tokens",)
+
+
+def test_a_context_beyond_the_trained_one_is_reduced(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], 64 * GIB, max_model_len=1_000_000)
+    assert plan.max_model_len == 262_144
+    assert plan.warnings == ("max_model_len 1000000 is reduced to 262144: the model's max_position_embeddings",)
+
+
+def test_kv_cache_memory_counts_pages_only_and_bounds_the_context(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], 64 * GIB, kv_cache_memory_bytes=10 * MIB + 5)
+    assert plan.num_pages == 10 * MIB // (16 * 1024)
+    assert plan.max_model_len == (plan.num_pages - 2) * 16
+    assert plan.num_slots >= 1 + plan.max_num_seqs + 2  # states come on top
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes is 49151; 3 pages, the least, take 49152 bytes"):
+        make_plan(geometry["3b"], 64 * GIB, kv_cache_memory_bytes=49_151)
+
+
+def test_checkpoint_memory_comes_on_top_of_the_running_slots(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=8, checkpoint_memory_bytes=10 * 9_318_400)
+    assert plan.num_slots == 1 + 8 + 10
+    assert plan.warnings == ()
+
+
+def test_checkpoints_take_a_quarter_of_an_explicit_cache(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=8, kv_cache_memory_bytes=30 * 9_318_400)
+    assert plan.num_slots == 1 + 8 + 10
+
+
+def test_without_prefix_caching_there_are_no_checkpoints(geometry: Geometry) -> None:
+    plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=8, enable_prefix_caching=False)
+    assert plan.num_slots == 1 + 8
+
+
+def test_checkpoint_memory_below_zero_is_an_error(geometry: Geometry) -> None:
+    with pytest.raises(ConfigError, match="checkpoint_memory_bytes is -1; it must be at least 0"):
+        make_plan(geometry["3b"], 64 * GIB, "cpu", checkpoint_memory_bytes=-1)
+
+
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads"])
+def test_sizes_below_one_are_an_error(geometry: Geometry, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+        make_plan(geometry["3b"], 64 * GIB, "cpu", **{name: 0})
+
+
+def random_settings(rng: random.Random) -> dict[str, Any]:
+    choices: dict[str, list[Any]] = {
+        "max_model_len": [None, 1, 15, 400, 5000, 10**6],
+        "max_num_seqs": [1, 2, 7, 64, 4096],
+        "max_num_batched_tokens": [None, 1, 16, 48, 100_000],
+        "kv_cache_memory_bytes": [None, None, 10**5, 10**7, 10**9, 10**12],
+        "checkpoint_memory_bytes": [None, None, 0, 10**7, 10**9, 10**12],
+        "block_size": [1, 16, 256, 16384],
+        "enable_prefix_caching": [True, False],
+    }
+    return {name: rng.choice(values) for name, values in choices.items()}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_random_machines_and_wishes(geometry: Geometry, name: str) -> None:
+    config, rng, plans = geometry[name], random.Random(name), 0
+    weights = weight_bytes(config, 2)
+    for _ in range(1500):
+        available = int(weights * rng.uniform(0.9, 1.2) + 10 ** rng.uniform(6, 11.5))
+        settings, device = random_settings(rng), rng.choice(["cpu", "cuda"])
+        try:
+            plan = make_plan(config, available, device, **settings)
+        except ConfigError:
+            continue
+        plans += 1
+        check_plan(plan, config, available, device, settings)
+    assert plans > 500
+
+
+def test_pages_that_are_larger_than_states(geometry: Geometry) -> None:
+    config = geometry["tiny-dev"]
+    settings: dict[str, Any] = {"block_size": 16384, "max_num_seqs": 4096, "max_num_batched_tokens": 4096}
+    smallest = weight_bytes(config, 2) + 800 * MIB
+    fitting = 0
+    for available in range(smallest, smallest + 4 * GIB, 8 * MIB):
+        try:
+            plan = make_plan(config, available, "cuda", **settings)
+        except ConfigError:
+            assert not fitting  # more memory never takes a plan away
+            continue
+        fitting += 1
+        check_plan(plan, config, available, "cuda", settings)
+    assert fitting > 100
+
+
+def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: str, settings: dict[str, Any]) -> None:
+    engine = EngineConfig(model="x", **settings)
+    spec = CacheSpec.of(config, block_size=engine.block_size, dtype_bytes=2)
+    assert plan.total_bytes <= available, settings
+    assert plan.kv_bytes == plan.num_pages * spec.bytes_per_page
+    assert plan.state_bytes == plan.num_slots * spec.bytes_per_slot
+    assert plan.num_pages - 1 >= math.ceil(plan.max_model_len / engine.block_size) + 1
+    assert 1 <= plan.max_num_seqs <= plan.max_num_batched_tokens
+    assert plan.max_model_len >= 1
+    num_saved = plan.num_slots - 1 - plan.max_num_seqs
+    assert num_saved >= 2 if engine.enable_prefix_caching else num_saved == 0
+    if engine.kv_cache_memory_bytes is not None:
+        assert plan.kv_bytes <= engine.kv_cache_memory_bytes
+    if engine.checkpoint_memory_bytes is not None:
+        assert num_saved <= max(2, engine.checkpoint_memory_bytes // spec.bytes_per_slot)
+    wishes = {
+        "max_model_len": engine.max_model_len or config.max_position_embeddings,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens or {"cpu": 512, "cuda": 8192}[device],
+    }
+    shrunk = {line.split()[0] for line in plan.warnings}
+    for key, wish in wishes.items():
+        result = getattr(plan, key)
+        assert result <= wish
+        assert (key in shrunk) == (result < wish), (key, plan.warnings)
+    mentioned = [line for line in plan.warnings if line.startswith("max_num_seqs")]
+    assert not mentioned or mentioned[-1].split(":")[0].endswith(f"reduced to {plan.max_num_seqs}")
+
+
+# The machine -------------------------------------------------------------------------------------------------------
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in ({"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"} | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_memory_of_a_machine_without_control_groups(tmp_path: Path) -> None:
+    assert available_memory(machine(tmp_path, {})) == 8000 * 1024
+
+
+def test_memory_of_a_control_group_version_2(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/a/b"
+    files = {
+        "proc/self/cgroup": "0::/a/b\n",
+        f"{group}/memory.max": "5000000\n",
+        f"{group}/memory.current": "3000000\n",
+        f"{group}/memory.stat": "anon 10\ninactive_file 500000\n",
+    }
+    assert available_memory(machine(tmp_path, files)) == 2_500_000  # its idle page cache counts as free
+
+
+def test_memory_of_the_groups_above_counts_too(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/b/memory.max": "max\n",
+        "sys/fs/cgroup/a/b/memory.current": "1\n",
+        "sys/fs/cgroup/a/memory.max": "4000000\n",
+        "sys/fs/cgroup/a/memory.current": "1000000\n",
+    }
+    assert available_memory(machine(tmp_path, files)) == 3_000_000
+
+
+@pytest.mark.parametrize("path", ["/", "/docker/0123"])
+def test_memory_of_a_control_group_version_1(tmp_path: Path, path: str) -> None:
+    """In a container the path is the host's, and only the mounted root exists."""
+    files = {
+        "proc/self/cgroup": f"3:cpuset:/\n2:cpu,cpuacct:{path}\n4:memory:{path}\n0::/\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "1500000",
+        "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 100000",
+    }
+    assert available_memory(machine(tmp_path, files)) == 600_000
+
+
+def test_memory_is_never_negative(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": "1000",
+        "sys/fs/cgroup/memory.current": "2000",
+    }
+    assert available_memory(machine(tmp_path, files)) == 0
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "limit"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),  # half a core is one thread
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("5:cpu:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ("5:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_cores_of_a_control_group(tmp_path: Path, cgroup: str, files: dict[str, str], limit: int | None) -> None:
+    unlimited = available_cpus(tmp_path)  # no proc/, no quota: the affinity
+    root = machine(tmp_path, {"proc/self/cgroup": cgroup} | {f"sys/fs/cgroup/{n}": text for n, text in files.items()})
+    assert available_cpus(root) == (unlimited if limit is None else limit)
