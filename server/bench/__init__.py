@@ -1,0 +1,1 @@
+"""`jamba bench`: a load generator for OpenAI-compatible servers."""

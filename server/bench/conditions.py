@@ -1,0 +1,44 @@
+"""The machine and the versions of the load generator, for the head of every report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """`cores` are those that this process may use, `memory_gib` the machine's."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    system: str
+
+
+def describe_machine() -> Machine:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(_cpu_model(), cores, round(memory / 2**30, 1), platform.platform())
+
+
+def describe_versions(distributions: Iterable[str]) -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in distributions}
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _cpu_model() -> str:
+    """/proc/cpuinfo names the model on x86 Linux; elsewhere platform knows as much as there is."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()

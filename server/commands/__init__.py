@@ -1,0 +1,1 @@
+"""One file a command; `application` is all of them."""

@@ -1,0 +1,206 @@
+"""`jamba plan`: what fits, from a configuration alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from engine.cache.spec import (
+    DEFAULT_BATCHED_TOKENS,
+    CacheSpec,
+    MemoryPlan,
+    activation_bytes,
+    available_memory,
+    format_bytes,
+    plan_memory,
+)
+from engine.config import Device, EngineConfig
+from engine.errors import ConfigError
+from engine.model_config import JambaConfig, load_model_config, weight_bytes
+from server.commands.checkpoint import find_checkpoint
+from server.commands.settings import with_options
+from server.config import ServerConfig
+from server.options import parse_size
+
+SIZES = (
+    "revision",
+    "device",
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "checkpoint_memory_bytes",
+    "block_size",
+    "enable_prefix_caching",
+)
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CONTEXTS = (4096, 32768, 131072, 262144)
+SEQUENCES = (1, 8, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """`sequences` of `context` tokens at once take `bytes`, weights and activations included."""
+
+    context: int
+    sequences: int
+    bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`."""
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    memory_bytes: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    state_bytes_per_sequence: int
+    table: tuple[Cell, ...]
+    plan: MemoryPlan | None
+    refusal: str | None
+
+
+@with_options(SIZES)
+def plan(
+    config: ServerConfig,
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; only its configuration is read.")],
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 80GiB. [default: what is free here]", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what fits: weights, bytes of the caches, and context lengths against concurrent sequences."""
+    folder = find_checkpoint(config, config_only=True).folder
+    report = make_report(model, load_model_config(folder), config.engine(folder), memory)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+        return
+    console = Console()
+    for line in describe(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(table(report))
+
+
+def make_report(name: str, model: JambaConfig, engine: EngineConfig, memory: str | None) -> Report:
+    """`memory` is a size as text, or None for what is free on this machine. Raises ConfigError for anything else."""
+    device, available = find_memory(engine.device, memory)
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
+    weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu")
+    spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
+    result, refusal = None, None
+    try:
+        result = plan_memory(
+            model,
+            engine,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            weight_bytes=weights,
+            available_bytes=available,
+            device=device,
+        )
+    except ConfigError as error:
+        refusal = str(error)
+    batched = (
+        result.max_num_batched_tokens if result else engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
+    )
+
+    def cell(context: int, sequences: int) -> Cell:
+        activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
+        total = weights + activations + sequences * spec.sequence_bytes(context)
+        return Cell(context=context, sequences=sequences, bytes=total, fits=total <= available)
+
+    longest = min(engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    contexts = [context for context in CONTEXTS if context < longest] + [longest]
+    return Report(
+        model=name,
+        architecture=model.architecture,
+        parameters=model.num_parameters(),
+        dtype=dtype,
+        device=device,
+        memory_bytes=available,
+        weight_bytes=weights,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        state_bytes_per_sequence=spec.bytes_per_slot,
+        table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
+        plan=result,
+        refusal=refusal,
+    )
+
+
+def find_memory(device: Device, memory: str | None) -> tuple[str, int]:
+    """(device, bytes): `memory` if it is given, else what the first GPU or this machine has free."""
+    free_on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
+    name = ("cpu" if free_on_gpu is None else "cuda") if device == "auto" else device
+    if memory is not None:
+        try:
+            return name, parse_size(memory)
+        except ValueError:
+            raise ConfigError(f"--memory is {memory!r}; it must be a size such as 80GiB.") from None
+    if name == "cuda" and free_on_gpu is None:
+        raise ConfigError("--device cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory.")
+    return name, available_memory() if free_on_gpu is None else free_on_gpu
+
+
+def gpu_memory() -> int | None:
+    """Free bytes of the first NVIDIA GPU; None without one. Its driver's tool is asked: torch takes seconds to load."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    mebibytes = answer.stdout.strip()
+    return int(mebibytes) * 1024**2 if answer.returncode == 0 and mebibytes.isdecimal() else None
+
+
+def describe(report: Report) -> list[str]:
+    """Lines before the table."""
+    lines = [
+        f"{report.model}: {report.architecture}, {report.parameters:,} parameters in {report.dtype}",
+        f"weights                 {format_bytes(report.weight_bytes)}",
+        f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
+        f"state                   {format_bytes(report.state_bytes_per_sequence)} a sequence or checkpoint",
+        f"memory ({report.device})".ljust(24) + format_bytes(report.memory_bytes),
+    ]
+    if report.plan is None:
+        return [*lines, f"jamba serve would stop: {report.refusal}"]
+    plan, num_saved = report.plan, report.plan.num_slots - 1 - report.plan.max_num_seqs
+    return [
+        *lines,
+        f"jamba serve would take  {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
+        f"activations {format_bytes(plan.activation_bytes)}, KV pages {format_bytes(plan.kv_bytes)}, states "
+        f"{format_bytes(plan.state_bytes)} ({plan.max_num_seqs} running, {num_saved} saved)",
+        f"and allow               {plan.max_model_len:,} tokens a sequence, {plan.max_num_seqs} sequences, "
+        f"{plan.max_num_batched_tokens} tokens a step",
+        *(f"warning                 {warning}" for warning in plan.warnings),
+    ]
+
+
+def table(report: Report) -> Table:
+    """Memory by context length and number of sequences, without room for prefixes that nobody uses now."""
+    result = Table(
+        title="Memory for sequences at once (in brackets: does not fit)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    result.add_column("context", justify="right")
+    for sequences in SEQUENCES:
+        result.add_column(f"{sequences}", justify="right")
+    for start in range(0, len(report.table), len(SEQUENCES)):
+        row = report.table[start : start + len(SEQUENCES)]
+        cells = [format_bytes(cell.bytes) if cell.fits else f"({format_bytes(cell.bytes)})" for cell in row]
+        result.add_row(f"{row[0].context:,}", *cells)
+    return result

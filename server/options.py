@@ -1,0 +1,152 @@
+"""Option: one setting, read from a field of a settings class. Its flag, YAML key, variable, cast and help follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigError
+
+ENV_PREFIX = "JAMBA_"
+SECRET_MASK = "***"
+_SIZE = re.compile(r"(-?\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """What `--help` says of a field. A secret's value is never printed."""
+
+    text: str
+    secret: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """`annotation` is the field's type with its range (msgspec.Meta); `kind` its core: int, float, bool, str, Literal,
+    tuple or dict."""
+
+    name: str
+    annotation: Any
+    kind: Any
+    choices: tuple[str, ...]
+    ranges: tuple[Meta, ...]
+    default: Any
+    help: Help
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        words = {
+            int: f"a whole number{self._range()} (also as 32K, 1M, 4GiB)",
+            float: f"a number{self._range()}",
+            bool: "true or false",
+            str: "a text",
+            Literal: f"one of {', '.join(self.choices)}",
+            tuple: "a list of texts, none of them empty",
+            dict: "OP=IMPLEMENTATION",
+        }
+        return words[self.kind]
+
+    def _range(self) -> str:
+        limits = [
+            f"{word} {limit}"
+            for meta in self.ranges
+            for word, limit in (("of at least", meta.ge), ("above", meta.gt), ("at most", meta.le))
+            if limit is not None
+        ]
+        return " " + " and ".join(limits) if limits else ""
+
+    def cast(self, value: object, source: str) -> Any:
+        """`value` as the field's type. Raises ConfigError naming `source`, the value, and what is allowed."""
+        try:
+            return msgspec.convert(self._parse(value), self.annotation, strict=False)
+        except (ValueError, msgspec.ValidationError):
+            shown = SECRET_MASK if self.help.secret else repr(value)
+            raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.") from None
+
+    def _parse(self, value: object) -> object:
+        """Texts of sizes, lists and mappings as what they mean; everything else as it is."""
+        if isinstance(value, str) and self.kind is int:
+            return parse_size(value)
+        if isinstance(value, str) and self.kind in (tuple, dict):
+            value = [item for item in map(str.strip, value.split(",")) if item]
+        if isinstance(value, list) and self.kind is dict:
+            return _pairs(cast("list[object]", value))
+        if isinstance(value, list) and "" in value:
+            raise ValueError(value)
+        return value
+
+    def show(self, value: object) -> object:
+        return SECRET_MASK if self.help.secret and value else value
+
+
+def options_of(settings: type[Any]) -> tuple[Option, ...]:
+    """The options of a dataclass whose fields are `Annotated[type, Help(...)]`, in their order."""
+    hints = get_type_hints(settings, include_extras=True)
+    return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(settings))
+
+
+def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
+    metadata, core = _unwrap(annotation)
+    [help] = [item for item in metadata if isinstance(item, Help)]
+    factory = field.default_factory
+    return Option(
+        name=field.name,
+        annotation=annotation,
+        kind=get_origin(core) or core,
+        choices=get_args(core) if get_origin(core) is Literal else (),
+        ranges=tuple(item for item in metadata if isinstance(item, Meta)),
+        default=field.default if factory is dataclasses.MISSING else factory(),
+        help=help,
+    )
+
+
+def _unwrap(annotation: Any) -> tuple[list[object], Any]:
+    """(metadata, type) without Annotated and without `| None`, however they are nested."""
+    metadata: list[object] = []
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *found = get_args(annotation)
+            metadata += found
+        elif get_origin(annotation) in (Union, UnionType):
+            [annotation] = [kind for kind in get_args(annotation) if kind is not NoneType]
+        else:
+            return metadata, annotation
+
+
+def parse_size(text: str) -> int:
+    """`32K`, `1.5M`, `4GiB` (powers of 1024), `4GB` (powers of 1000) or a plain number. Raises ValueError."""
+    if (match := _SIZE.fullmatch(text.strip())) is None:
+        raise ValueError(f"{text!r} is no size")
+    number, prefix, unit = match.groups()
+    base = 1000 if prefix and (unit or "").upper() == "B" else 1024
+    size = Fraction(number) * base ** " KMGT".index(prefix.upper() or " ")
+    if size.denominator != 1:
+        raise ValueError(f"{text!r} is no whole number of bytes")
+    return size.numerator
+
+
+def _pairs(items: Iterable[object]) -> Mapping[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        key, equals, value = str(item).partition("=")
+        if not (key and equals and value):
+            raise ValueError(item)
+        pairs[key.strip()] = value.strip()
+    return pairs

@@ -1,0 +1,139 @@
+"""Text to token ids and back, from a checkpoint's tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import msgspec
+import tokenizers
+
+from engine.errors import CheckpointError, RequestRejected
+from server.text.token_bytes import Decoder, bytes_reader
+from server.text.tokenizer_config import read_tokenizer_config
+
+
+class _EncodeBatch(Protocol):
+    def __call__(self, input: list[str], *, add_special_tokens: bool) -> list[tokenizers.Encoding]: ...
+
+
+class _TokenizerFile(msgspec.Struct, frozen=True):
+    decoder: Decoder | None = None
+
+
+class Tokenizer:
+    """Immutable once built, so that a pool of threads may share it.
+
+    Special tokens written in a text are never parsed: "<|eom|>" in an argument of `encode` is seven ordinary
+    characters. The ids of special tokens come from `special_tokens` and from the post-processor (BOS) alone. Added
+    tokens that are not special (`<think>`, `<tool_call>`) are parsed as what they are: pieces of text.
+    """
+
+    def __init__(self, raw: tokenizers.Tokenizer, decoder: Decoder | None, named_tokens: Mapping[str, str]) -> None:
+        self._raw = raw
+        self._raw.encode_special_tokens = True
+        self._raw.no_truncation()
+        self._raw.no_padding()
+        self.named_tokens: Mapping[str, str] = MappingProxyType(dict(named_tokens))
+        self.special_tokens: Mapping[str, int] = MappingProxyType(self._find_special_tokens())
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._token_bytes = self._read_vocabulary(decoder)
+        self._strips_leading_space = any(step.type == "Strip" for step in (decoder.steps() if decoder else []))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Reads tokenizer.json and the token names of tokenizer_config.json. Raises CheckpointError."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json, which this server needs to read and write text.")
+        try:
+            text = path.read_text(encoding="utf-8")
+            decoder = msgspec.json.decode(text, type=_TokenizerFile).decoder
+            raw = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}.") from error
+        return cls(raw, decoder, read_tokenizer_config(folder).named_tokens())
+
+    def _find_special_tokens(self) -> dict[str, int]:
+        """Added tokens marked special, and those that tokenizer_config.json names."""
+        special = {token.content: id for id, token in self._raw.get_added_tokens_decoder().items() if token.special}
+        for token in self._raw.get_added_tokens_decoder().values():
+            if token.special and (token.lstrip or token.rstrip or token.single_word):
+                raise CheckpointError(
+                    f"tokenizer.json: special token {token.content!r} has lstrip, rstrip or single_word set; this "
+                    "server reads special tokens only as they are written."
+                )
+        for name, token in self.named_tokens.items():
+            token_id = self._raw.token_to_id(token)
+            if token_id is None:
+                raise CheckpointError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json.")
+            special[token] = token_id
+        return special
+
+    def _read_vocabulary(self, decoder: Decoder | None) -> tuple[bytes, ...]:
+        """The bytes of each id; ids between entries of a vocabulary with holes have none."""
+        to_bytes = bytes_reader(decoder)
+        vocabulary = self._raw.get_vocab(with_added_tokens=True)
+        table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for spelling, token_id in vocabulary.items():
+            table[token_id] = to_bytes(spelling)
+        return tuple(table)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id. A model's embedding may have more rows; their text is empty."""
+        return len(self._token_bytes)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._named_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._named_id("pad_token")
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.named_tokens.get(name)
+        return None if token is None else self.special_tokens[token]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`, after BOS where the checkpoint's post-processor adds it and it is asked for."""
+        return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids  # without offsets
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of `text` without BOS, and for each the number of characters up to its end.
+
+        The byte tokens of one character all end where the character ends.
+        """
+        encoding = self._encode(self._raw.encode_batch, text, False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _encode(self, encode: _EncodeBatch, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        """As a batch of one: `encode` of a single text holds the GIL, and with it the event loop, to its end."""
+        try:
+            [encoding] = encode([text], add_special_tokens=add_special_tokens)
+        except TypeError as error:  # the library's word for a text that has no UTF-8 form
+            raise RequestRejected("The text holds half of a surrogate pair, which is not valid Unicode.") from error
+        return encoding
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
+        """The text of a whole sequence: what a Detokenizer gives in pieces. Invalid UTF-8 becomes U+FFFD."""
+        data = b"".join(self.token_bytes(id) for id in ids if not (skip_special_tokens and self.is_special(id)))
+        text = data.decode(errors="replace")
+        return text.removeprefix(" ") if self._strips_leading_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
+
+    def token_text(self, token_id: int) -> str:
+        """A token on its own, for log-probabilities: part of a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids

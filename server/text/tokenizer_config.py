@@ -1,0 +1,53 @@
+"""tokenizer_config.json: the names of the special tokens and, in many checkpoints, the chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import CheckpointError
+
+
+class _AddedToken(msgspec.Struct, frozen=True):
+    content: str
+
+
+class NamedTemplate(msgspec.Struct, frozen=True):
+    name: str
+    template: str
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True):
+    """The keys that are read. The rest of the file (classes, lengths, flags) is for other libraries."""
+
+    bos_token: str | _AddedToken | None = None
+    eos_token: str | _AddedToken | None = None
+    unk_token: str | _AddedToken | None = None
+    pad_token: str | _AddedToken | None = None
+    chat_template: str | list[NamedTemplate] | None = None
+
+    def named_tokens(self) -> dict[str, str]:
+        """{"bos_token": "<|startoftext|>", ...}: only those that the file names."""
+        tokens = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "unk_token": self.unk_token,
+            "pad_token": self.pad_token,
+        }
+        return {
+            name: token.content if isinstance(token, _AddedToken) else token
+            for name, token in tokens.items()
+            if token is not None
+        }
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """A checkpoint may lack the file: then no token has a name and there is no template in it."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return TokenizerConfig()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TokenizerConfig)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,173 @@
+"""An engine that says what a test has written down, when the test wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+
+from engine.client import Health
+from engine.errors import EngineDead, EngineError, EngineLoading
+from engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
+
+EOS = 2
+VOCAB_SIZE = 2048
+MAX_MODEL_LEN = 256
+QUEUE_SECONDS = 0.25
+NUM_CACHED = 3
+
+INFO = EngineInfo(
+    architecture="JambaForCausalLM",
+    num_parameters=1,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=(EOS,),
+    device="cpu",
+    dtype="float32",
+    max_model_len=MAX_MODEL_LEN,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    block_size=16,
+    num_kv_blocks=10,
+    num_state_slots=8,
+    weight_bytes=1,
+    kv_bytes=1,
+    state_bytes=1,
+    kernels={},
+    load_seconds=0.0,
+)
+
+Event = TokenUpdate | Exception
+Script = Callable[[Request], Iterable[Event]]
+
+
+def score(token_id: int, top: int) -> TokenLogprob:
+    """A log-probability that depends on the token alone; the `top` are the ids from 1800 on, best first."""
+    return TokenLogprob(token_id, -(1 + token_id % 7) / 4, tuple((1800 + i, -(1 + i) / 8) for i in range(top)))
+
+
+def updates_of(request: Request, token_ids: list[int], finish: FinishReason, stop_id: int | None) -> Iterator[Event]:
+    """One update a token, after the prompt's log-probabilities in slices of three."""
+    params = request.params
+    scores = [
+        None if i == 0 else score(t, params.prompt_logprobs or 0)
+        for i, t in enumerate(request.prompt)
+        if params.prompt_logprobs is not None
+    ]
+    first = True
+    for start in range(0, len(scores), 3):
+        last = not token_ids and start + 3 >= len(scores)
+        yield TokenUpdate(
+            request_id=request.id,
+            prompt_logprobs=scores[start : start + 3],
+            finish_reason=finish if last else None,
+            num_cached=NUM_CACHED if first else None,
+            queue_seconds=QUEUE_SECONDS if first else None,
+        )
+        first = False
+    for number, token_id in enumerate(token_ids, start=1):
+        last = number == len(token_ids)
+        yield TokenUpdate(
+            request_id=request.id,
+            token_ids=[token_id],
+            logprobs=[] if params.logprobs is None else [score(token_id, params.logprobs)],
+            finish_reason=finish if last else None,
+            stop_token_id=stop_id if last else None,
+            num_cached=NUM_CACHED if first else None,
+            queue_seconds=QUEUE_SECONDS if first else None,
+        )
+        first = False
+    if first:
+        yield TokenUpdate(request_id=request.id, finish_reason=finish, num_cached=NUM_CACHED, queue_seconds=0.0)
+
+
+def says(*replies: list[int]) -> Script:
+    """Choice i says reply i (the last one for all further), then EOS; max_tokens cuts it."""
+
+    def script(request: Request) -> Iterator[Event]:
+        token_ids = [*replies[min(request.index, len(replies) - 1)], EOS]
+        if len(token_ids) > request.params.max_tokens:
+            yield from updates_of(request, token_ids[: request.params.max_tokens], "length", None)
+        else:
+            yield from updates_of(request, token_ids, "stop", EOS)
+
+    return script
+
+
+class FakeStream:
+    """Updates of the requests in turn, one each."""
+
+    def __init__(self, engine: FakeEngine, requests: list[Request]) -> None:
+        self._engine = engine
+        self.open = {request.id: iter(engine.script(request)) for request in requests}
+        self._turns = deque(self.open)
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> TokenUpdate:
+        while self._turns:
+            request_id = self._turns.popleft()
+            if request_id not in self.open:
+                continue
+            await self._engine.wait_for_turn()
+            event = next(self.open[request_id])
+            if isinstance(event, Exception):
+                raise event
+            if event.finish_reason:
+                del self.open[request_id]
+            else:
+                self._turns.append(request_id)
+            return event
+        raise StopAsyncIteration
+
+    def abort(self, request_id: str) -> None:
+        if self.open.pop(request_id, None) is not None:
+            self._engine.aborted.append(request_id)
+
+
+class FakeEngine:
+    """Implements `engine.client.Engine`. With `limit`, it stalls after so many updates until `resume` is set."""
+
+    def __init__(self, script: Script, *, limit: float = math.inf) -> None:
+        self.script = script
+        self.limit = limit
+        self.refusal: EngineError | None = None
+        self.loading = False
+        self.health = Health(alive=True, ready=True)
+        self.stats = EngineStats()
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.num_updates = 0
+        self.stalled = asyncio.Event()
+        self.resume = asyncio.Event()
+        self.left = asyncio.Event()  # a `generate` was left
+
+    @property
+    def info(self) -> EngineInfo:
+        if not self.health.alive:
+            raise EngineDead(self.health.reason)
+        if self.loading:
+            raise EngineLoading(self.health.reason)
+        return INFO
+
+    async def wait_for_turn(self) -> None:
+        if self.num_updates >= self.limit:
+            self.stalled.set()
+            await self.resume.wait()
+        self.num_updates += 1
+        await asyncio.sleep(0)
+
+    @asynccontextmanager
+    async def generate(self, requests: list[Request]) -> AsyncGenerator[FakeStream]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests += requests
+        stream = FakeStream(self, requests)
+        try:
+            yield stream
+        finally:
+            self.aborted += stream.open
+            stream.open = {}
+            self.left.set()

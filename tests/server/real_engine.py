@@ -1,0 +1,32 @@
+"""The application on the real engine, with the demonstration checkpoint, behind uvicorn."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from openai import AsyncOpenAI
+
+from engine.client import EngineClient
+from server.app import create_app
+from server.config import GenerationDefaults, ServerConfig
+from server.demo import demo_folder
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+from tests.server.conftest import Bench
+
+
+@asynccontextmanager
+async def served_engine(config: ServerConfig, engine: EngineClient) -> AsyncGenerator[AsyncOpenAI]:
+    """`engine` has been started. Requests without a seed get 1000, 1001, ..., in the order of their arrival."""
+    folder = demo_folder()
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer, None)
+    app = create_app(config, engine, tokenizer, template, GenerationDefaults(), demo=True)
+    seeds = itertools.count(1000)
+    app.state.services = dataclasses.replace(app.state.services, draw_seed=lambda: next(seeds))
+    async with Bench(app, cast(Any, engine)).openai() as client:
+        yield client

@@ -1,0 +1,323 @@
+"""The command line: what each command prints, and its one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from engine.errors import CheckpointError, ConfigError
+from server.cli import foreign_package
+from server.commands import checkpoint, doctor
+from server.commands.application import app, run
+from server.commands.checkpoint import find_checkpoint
+from server.commands.doctor import KernelRow, kernel_table, without_kernel
+from server.commands.serve import bind, http_config, is_loopback
+from server.config import OPTIONS, ServerConfig
+from tests.geometries import write_geometry
+
+ROOT = Path(__file__).parents[2]
+
+
+def jamba(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs the command in this process; its exit status, or the sentence that it ends with."""
+    monkeypatch.setattr(sys, "argv", ["jamba", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run()
+    return ended.value.code  # pyright: ignore[reportReturnType]
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+# All commands -------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_flag() -> None:
+    text = invoke("--help")
+    assert all(f"  {command} " in text for command in ("serve", "run", "chat", "plan", "bench", "doctor"))
+    text = invoke("serve", "--help")
+    assert all(f"  {option.flag} " in text for option in OPTIONS.values() if option.name != "model")
+    assert "--api-key TEXT" in text
+    assert "[default: 8000]" in " ".join(text.split())
+
+
+def test_version_is_the_distributions() -> None:
+    try:
+        version = metadata.version("jamba-server")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    assert invoke("--version") == f"jamba-server {version}\n"
+
+
+def test_the_command_never_imports_torch() -> None:
+    program = "import sys; from server.commands import application; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve", "--port", "http"], "jamba: --port is 'http'; it must be a whole number"),
+        (["serve", "--quantization", "int4"], "jamba: quantization 'int4' is not supported yet"),
+        (["serve", "--tensor-parallel-size", "2"], "jamba: tensor_parallel_size 2 is not supported yet"),
+        (["serve", "--config", "/no/such.yaml"], "jamba: --config /no/such.yaml: there is no such file."),
+        (["serve", "--port", "0", "/no/such"], "jamba: There is no folder /no/such, and a hub id"),
+        (["plan", "org/name"], "jamba: There is no folder org/name, the hub cache"),
+        (["plan", "org/name", "--memory", "lots"], "jamba: There is no folder org/name"),
+        (
+            ["chat", "http://127.0.0.1:1", "--device", "gpu"],
+            "jamba: --device is 'gpu'; it must be one of auto, cpu, cuda.",
+        ),
+    ],
+)
+def test_mistakes_end_with_one_sentence(monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str) -> None:
+    message = str(jamba(monkeypatch, *arguments))
+    assert message.startswith(sentence)
+    assert "\n" not in message
+
+
+def test_unknown_flags_and_missing_arguments_are_usage_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jamba(monkeypatch, "serve", "--max-modle-len", "1") == 2
+    assert "--max-model-len" in capsys.readouterr().err
+    assert jamba(monkeypatch, "plan") == 2
+
+
+def test_variables_count_for_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JAMBA_MAX_NUM_SEQS", "5")
+    report = json.loads(invoke("plan", str(write_geometry(tmp_path, "tiny-dev")), "--json", "--memory", "8GiB"))
+    assert report["plan"]["max_num_seqs"] == 5
+
+
+# Packages -----------------------------------------------------------------------------------------------------------
+
+
+def test_our_packages_are_ours() -> None:
+    assert foreign_package(ROOT) is None
+
+
+def test_a_foreign_package_is_named_with_both_places(tmp_path: Path) -> None:
+    problem = foreign_package(tmp_path)
+    assert problem is not None
+    assert f"`import server` finds {ROOT / 'server'}" in problem
+    assert str(tmp_path / "server") in problem
+
+
+def test_a_distribution_of_that_name_over_ours_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Foreign:
+        def locate_file(self, path: str) -> Path:
+            return ROOT / path
+
+    def distribution(name: str) -> Foreign:
+        if name != "kernels":
+            raise metadata.PackageNotFoundError(name)
+        return Foreign()
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    problem = foreign_package(ROOT)
+    assert problem is not None
+    assert problem.startswith(f"the distribution 'kernels' is installed in {ROOT / 'kernels'}")
+
+
+def test_the_check_comes_before_any_import_of_ours(tmp_path: Path) -> None:
+    """A folder `kernels` in front of ours on the path; importing it would end otherwise."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('imported')")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from server.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"jamba: `import kernels` finds {tmp_path / 'kernels'}, but jamba-server's is")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_served_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    found = find_checkpoint(ServerConfig(model=str(folder) + "/"))
+    assert (found.folder, found.name, found.demo) == (folder, "my-model", False)
+
+
+def test_no_model_is_the_demonstration() -> None:
+    found = find_checkpoint(ServerConfig())
+    assert (found.name, found.demo) == ("jamba-demo", True)
+    assert (found.folder / "config.json").is_file()
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--revision main is for hub ids"):
+        find_checkpoint(ServerConfig(model=str(tmp_path), revision="main"))
+
+
+@pytest.mark.parametrize(("load_format", "weights"), [("auto", True), ("dummy", False)])
+def test_only_needed_files_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load_format: Any, weights: bool
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    found = find_checkpoint(ServerConfig(model="org/name", revision="v2", load_format=load_format))
+    assert (found.folder, found.name) == (tmp_path, "org/name")
+    assert (asked["name"], asked["revision"]) == ("org/name", "v2")
+    assert ("*.safetensors" in asked["allow_patterns"]) == weights
+    assert {"config.json", "tokenizer.json", "*.jinja"} <= set(asked["allow_patterns"])
+
+
+def test_a_name_that_is_no_hub_id() -> None:
+    with pytest.raises(CheckpointError, match="'org/a--b' is neither a folder nor a hub id"):
+        find_checkpoint(ServerConfig(model="org/a--b"))
+
+
+# plan ---------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_bytes_and_what_fits(tmp_path: Path) -> None:
+    text = invoke("plan", str(write_geometry(tmp_path, "mini")), "--memory", "141GiB", "--device", "cuda")
+    assert "51,570,323,328 parameters in bfloat16" in text
+    assert "96.1 GiB" in text
+    assert "16,384 bytes a token" in text
+    assert "15.3 MiB a sequence or checkpoint" in text
+    assert "262,144 tokens a sequence, 64 sequences, 8192 tokens a step" in text
+    [row] = [line.split() for line in text.splitlines() if line.strip().startswith("131,072 ")]
+    assert [cell.startswith("(") for cell in row[1::2]] == [False, False, True, True, True]
+
+
+def test_plan_as_json_agrees_with_arithmetic(tmp_path: Path) -> None:
+    report = json.loads(
+        invoke("plan", str(write_geometry(tmp_path, "3b")), "--memory", "24GiB", "--device", "cuda", "--json")
+    )
+    assert report["kv_bytes_per_token"] == 1024
+    assert report["state_bytes_per_sequence"] == 9_318_400
+    assert report["memory_bytes"] == 24 * 1024**3
+    assert report["plan"]["max_model_len"] == 262_144
+    assert [cell["context"] for cell in report["table"]][::5] == [4096, 32768, 131072, 262144]
+    one, eight = (next(c for c in report["table"] if c["context"] == 32768 and c["sequences"] == n) for n in (1, 8))
+    assert eight["bytes"] - one["bytes"] == 7 * (9_318_400 + (32768 + 16) * 1024)
+    assert all(cell["fits"] == (cell["bytes"] <= 24 * 1024**3) for cell in report["table"])
+
+
+def test_plan_says_why_a_server_would_stop(tmp_path: Path) -> None:
+    report = json.loads(invoke("plan", str(write_geometry(tmp_path, "large")), "--memory", "80G", "--json"))
+    assert report["plan"] is None
+    assert "742.4 GiB" in report["refusal"]
+    assert not any(cell["fits"] for cell in report["table"])
+
+
+def test_plan_without_a_gpu_asks_for_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = str(write_geometry(tmp_path, "3b"))
+    assert "say how much memory it has with --memory" in str(jamba(monkeypatch, "plan", folder, "--device", "cuda"))
+
+
+def test_plan_asks_the_driver_for_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81000\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    report = json.loads(invoke("plan", str(write_geometry(tmp_path, "3b")), "--json"))
+    assert (report["device"], report["memory_bytes"]) == ("cuda", 81000 * 1024**2)
+
+
+# doctor -------------------------------------------------------------------------------------------------------------
+
+
+def machine(*rows: tuple[str, str, str]) -> doctor.Machine:
+    return doctor.Machine(
+        python="3.11",
+        torch="2.13",
+        platform="Linux",
+        cpu_flags={"avx2": True, "amx": False},
+        threads=2,
+        cuda_devices=None,
+        kernels={"cpu": [KernelRow(*row) for row in rows]},
+    )
+
+
+ROWS = (("linear", "cpu", "no compiler"), ("linear", "reference", "selected"), ("linear", "slow", "available"))
+
+
+def test_doctor_shows_versions_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ask_kernels", lambda: machine(*ROWS))
+    text = invoke("doctor")
+    assert "avx2" in text
+    [row] = [line.split() for line in text.splitlines() if line.strip().startswith("linear ")]
+    assert row == ["linear", "reference", "slow", "cpu:", "no", "compiler"]
+
+
+def test_doctor_fails_where_an_op_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "ask_kernels", lambda: machine(*ROWS, ("sample", "cpu", "no compiler")))
+    assert jamba(monkeypatch, "doctor") == 1
+    assert "No kernel runs for sample on cpu." in capsys.readouterr().out
+
+
+def test_a_table_shows_text_in_brackets_as_it_is() -> None:
+    table = kernel_table("cpu", [KernelRow("linear", "cpu", "gcc [not found]")])
+    assert list(table.columns[3].cells) == ["cpu: gcc \\[not found]"]
+    assert without_kernel([KernelRow("linear", "cpu", "gcc [not found]")]) == ["linear"]
+
+
+def test_the_kernels_report_is_what_doctor_reads() -> None:
+    found = doctor.ask_kernels()
+    assert msgspec.to_builtins(found)["kernels"]["cpu"]
+    assert without_kernel(found.kernels["cpu"]) == []
+
+
+# serve --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_in_use_is_found_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        message = jamba(monkeypatch, "serve", "--port", str(port), "/no/such/model")
+    assert message == f"jamba: --port {port} of --host 127.0.0.1 cannot be used: Address already in use."
+
+
+def test_an_address_of_nobody() -> None:
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
+
+
+def test_an_ipv6_address() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with bind("::1", 0) as listener:
+        assert listener.family == socket.AF_INET6
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+
+
+def test_a_certificate_that_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "file.pem"
+    file.write_text("no certificate")
+    config = ServerConfig(ssl_keyfile=str(file), ssl_certfile=str(file))
+    with pytest.raises(ConfigError, match="ssl_keyfile and ssl_certfile cannot be used"):
+        http_config(config, app=None)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,177 @@
+"""`jamba chat` and `jamba run`: the conversation, and its two partners on a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import httpx
+import pytest
+
+from engine.errors import ConfigError, EngineDead, RequestRejected
+from server.commands.chat import HELP, ChatError, Conversation, LocalPartner, Messages, RemotePartner
+from server.commands.local import LocalModel, Sampling
+from server.config import GenerationDefaults
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+from tests.server.conftest import HELLO, TEMPLATE, Bench, Ids, MakeBench
+from tests.server.fake_engine import FakeEngine, says, updates_of
+
+HI: Messages = [{"role": "user", "content": "Hi"}]
+
+
+class Parrot:
+    """Says the last message in two pieces, and remembers what it was asked. `error` ends a reply after the first."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.asked: list[Messages] = []
+        self.error = error
+
+    async def reply(self, messages: Messages) -> AsyncGenerator[str]:
+        self.asked.append(messages)
+        text = messages[-1]["content"]
+        yield text[:1]
+        if self.error:
+            raise self.error
+        yield text[1:]
+
+
+def converse(conversation: Conversation, *lines: str) -> list[bool]:
+    async def run() -> list[bool]:
+        return [await conversation.take(line) for line in lines]
+
+    return asyncio.run(run())
+
+
+def text_of(partner: LocalPartner | RemotePartner, messages: Messages) -> str:
+    async def run() -> str:
+        async with aclosing(partner.reply(messages)) as pieces:
+            return "".join([piece async for piece in pieces])
+
+    return asyncio.run(run())
+
+
+# The conversation ---------------------------------------------------------------------------------------------------
+
+
+def test_turns_alternate_after_the_system_message() -> None:
+    shown: list[str] = []
+    parrot = Parrot()
+    assert converse(Conversation(parrot, shown.append, "Be brief."), "one", "", "two") == [True] * 3
+    assert "".join(shown) == "one\ntwo\n"
+    assert parrot.asked[1] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "two"},
+    ]
+
+
+def test_commands() -> None:
+    shown: list[str] = []
+    parrot = Parrot()
+    conversation = Conversation(parrot, shown.append)
+    assert converse(conversation, "one", "/reset", "/system Be kind.", "two", "/help", "/what", "/exit") == [
+        *[True] * 6,
+        False,
+    ]
+    assert parrot.asked[1] == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "two"}]
+    assert shown[-2:] == [f"{HELP}\n", f"/what is no command. {HELP}\n"]
+    converse(conversation, "/system")
+    assert conversation.messages == []
+
+
+def test_after_an_error_nothing_of_the_turn_stays() -> None:
+    shown: list[str] = []
+    conversation = Conversation(Parrot(EngineDead("gone")), shown.append)
+    assert converse(conversation, "one") == [True]
+    assert conversation.messages == []
+    assert shown[-1] == "\n[gone]\n"
+
+
+def test_an_interrupted_reply_stays_as_far_as_it_came() -> None:
+    conversation = Conversation(Parrot(asyncio.CancelledError()), lambda text: None)
+    with pytest.raises(asyncio.CancelledError):
+        converse(conversation, "one")
+    assert conversation.messages == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "o"}]
+
+
+# A server -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_gets_the_messages_and_the_sampling(bench: Bench) -> None:
+    partner = RemotePartner(bench.http(), Sampling(max_tokens=9, temperature=0.5, seed=3))
+    assert text_of(partner, HI) == HELLO.lstrip()
+    [request] = bench.engine.requests
+    assert (request.params.max_tokens, request.params.temperature, request.params.seed) == (9, 0.5, 3)
+
+
+def test_a_servers_refusal_is_its_own_sentence(make_bench: MakeBench) -> None:
+    partner = RemotePartner(make_bench(api_key=("k",)).http(), Sampling(max_tokens=9))
+    with pytest.raises(ChatError, match=r"/v1/chat/completions answers 401: Missing or incorrect API key"):
+        text_of(partner, HI)
+
+
+def test_an_error_within_a_stream(make_bench: MakeBench, ids: Ids) -> None:
+    engine = FakeEngine(lambda request: [next(iter(says(ids(" hello"))(request))), EngineDead("it is gone")])
+    partner = RemotePartner(make_bench(engine=engine).http(), Sampling(max_tokens=9))
+    with pytest.raises(ChatError, match="it is gone"):
+        text_of(partner, HI)
+
+
+def test_no_server_there() -> None:
+    partner = RemotePartner(httpx.AsyncClient(base_url="http://127.0.0.1:1"), Sampling(max_tokens=9))
+    with pytest.raises(ChatError, match=r"No answer from http://127\.0\.0\.1:1 .* `jamba serve`"):
+        text_of(partner, HI)
+
+
+# A model in the terminal --------------------------------------------------------------------------------------------
+
+
+def local(engine: FakeEngine, tokenizer: Tokenizer, template: str | None = TEMPLATE) -> LocalModel:
+    compiled = ChatTemplate(template, tokenizer) if template else None
+    return LocalModel(engine, tokenizer, compiled, GenerationDefaults(temperature=0.6, top_p=0.9))
+
+
+def test_a_local_chat(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    partner = LocalPartner(local(engine, tokenizer), Sampling(max_tokens=50, top_p=0.5))
+    assert text_of(partner, HI) == HELLO.lstrip()
+    [request] = engine.requests
+    params = request.params
+    assert (params.max_tokens, params.temperature, params.top_p) == (50, 0.6, 0.5)  # flag before file before OpenAI
+
+
+def test_a_local_chat_without_a_template(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="no chat template: give one with --chat-template, or use `jamba run`"):
+        text_of(LocalPartner(local(engine, tokenizer, None), Sampling(max_tokens=5)), HI)
+
+
+def test_the_stop_token_is_not_shown(tokenizer: Tokenizer, ids: Ids) -> None:
+    hello, stop = ids(" hello"), ids(" the")[-1]
+    model = local(FakeEngine(lambda request: updates_of(request, [*hello, stop], "stop", stop)), tokenizer)
+
+    async def run() -> list[str]:
+        return [piece async for piece in model.stream([5, 6], Sampling(max_tokens=50))]
+
+    assert "".join(asyncio.run(run())) == " hello"
+
+
+def test_prompt_and_sampling_are_checked(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    model = local(engine, tokenizer)
+
+    async def run(prompt: list[int], sampling: Sampling) -> None:
+        async for _ in model.stream(prompt, sampling):
+            pass
+
+    with pytest.raises(RequestRejected, match=r"temperature is 9"):
+        asyncio.run(run([5], Sampling(max_tokens=5, temperature=9.0)))
+    with pytest.raises(RequestRejected, match="the prompt has 300 tokens"):
+        asyncio.run(run([5] * 300, Sampling(max_tokens=5)))
+    assert engine.requests == []
+
+
+def test_each_run_draws_its_own_seed() -> None:
+    drawn = {Sampling(max_tokens=5).params(GenerationDefaults()).seed for _ in range(4)}
+    assert len(drawn) == 4
+    assert Sampling(max_tokens=5, seed=7).params(GenerationDefaults()).seed == 7

@@ -1,0 +1,120 @@
+"""The real engine behind the real server, killed in the middle of eight streams: nobody notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from engine.client import EngineClient
+from engine.types import FromEngine, StepResult
+from server.config import ServerConfig
+from server.demo import demo_folder
+from tests.server.real_engine import served_engine
+
+NUM_TOKENS = 160  # long enough for all streams to be open at once
+STOP_CHOICE = 6  # of the nine choices, the one with a stop string
+CHAT = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
+
+
+class MortalEngine(EngineClient):
+    """Kills its child once, while all nine choices are open: when `kill_after` tokens of the one with a stop string
+    have arrived."""
+
+    kill_after: int | None = None
+
+    def _receive(self, message: FromEngine) -> None:
+        super()._receive(message)
+        if self.kill_after is None or not isinstance(message, StepResult):
+            return
+        live = list(self._live.values())
+        if len(live) == 9 and len(live[STOP_CHOICE].generated) >= self.kill_after:
+            self.kill_after = None
+            assert self.pid is not None
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def requests(stop: str | None) -> list[dict[str, Any]]:
+    """Greedy, sampled without a seed, n = 2, log-probabilities, a stop string."""
+    base = {"messages": CHAT, "max_tokens": NUM_TOKENS, "stream": True, "extra_body": {"ignore_eos": True}}
+    greedy = base | {"temperature": 0}
+    return [
+        greedy,
+        base,
+        base | {"n": 2},
+        greedy | {"logprobs": True, "top_logprobs": 2},
+        base | {"logprobs": True, "top_logprobs": 1},
+        greedy | ({"stop": stop} if stop else {}),
+        base | {"temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+        base | {"seed": 5, "extra_body": {"ignore_eos": True, "min_tokens": 8, "repetition_penalty": 1.2}},
+    ]
+
+
+Reply = dict[int, tuple[str, list[tuple[str, float]], str | None]]
+
+
+async def read(client: AsyncOpenAI, request: dict[str, Any], opened: asyncio.Event) -> Reply:
+    """Per choice: text, (token, log-probability) in order, finish reason."""
+    texts: dict[int, str] = {}
+    scores: dict[int, list[tuple[str, float]]] = {}
+    finish: dict[int, str | None] = {}
+    async for chunk in await client.chat.completions.create(model="jamba-demo", **request):
+        opened.set()
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            scores.setdefault(choice.index, [])
+            if choice.logprobs and choice.logprobs.content:
+                scores[choice.index] += [(entry.token, entry.logprob) for entry in choice.logprobs.content]
+            if choice.finish_reason:
+                assert choice.index not in finish, "a choice ends once"
+                finish[choice.index] = choice.finish_reason
+    return {index: (texts[index], scores[index], finish[index]) for index in sorted(texts)}
+
+
+async def run(kill_after: int | None, stop: str | None) -> tuple[list[Reply], int]:
+    config = ServerConfig(served_model_name=("jamba-demo",), dtype="float32", threads=1, max_num_seqs=16)
+    engine = MortalEngine(config.engine(demo_folder()))
+    engine.kill_after = kill_after
+    await engine.start()
+    first = engine.pid
+    try:
+        async with served_engine(config, engine) as client:
+            tasks: list[asyncio.Task[Reply]] = []
+            for request in requests(stop):  # one after the other, so that each draws its own seed in every run
+                opened = asyncio.Event()
+                tasks.append(asyncio.create_task(read(client, request, opened)))
+                await opened.wait()
+            replies = [await task for task in tasks]
+        return replies, int(engine.pid != first)
+    finally:
+        await engine.close()
+
+
+async def test_eight_streams_survive_the_death_of_the_engine() -> None:
+    undisturbed, deaths = await run(None, None)
+    assert deaths == 0
+    text, scores, _ = undisturbed[3][0]  # greedy, with its tokens
+    tokens = [token for token, _ in scores]
+    assert len(tokens) == NUM_TOKENS, "one log-probability a token"
+    stop, split = next(
+        (stop, i)
+        for i in range(NUM_TOKENS * 2 // 3, NUM_TOKENS)
+        if len(stop := tokens[i - 1][-2:] + tokens[i][:2]) == 4
+        and stop not in "".join(tokens[:i])  # it is complete with token i, and no sooner
+    )
+    expected, deaths = await run(None, stop)
+    assert deaths == 0
+    assert expected[5][0][0] == text[: text.index(stop)]
+    assert expected[5][0][2] == "stop"
+    for kill_after in (split // 2, split):  # before, and between the two halves of the stop string
+        replies, deaths = await run(kill_after, stop)
+        assert deaths == 1, "the engine must have been replaced"
+        for reply, wanted in zip(replies, expected, strict=True):
+            assert reply.keys() == wanted.keys()
+            for index, (text, scores, finish) in reply.items():
+                assert text == wanted[index][0]
+                assert finish == wanted[index][2]
+                assert scores == wanted[index][1], "every log-probability once, and the same bits"

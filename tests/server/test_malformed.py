@@ -1,0 +1,390 @@
+"""Requests at fault: each gets its status and OpenAI's error body, and none reaches the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+
+from server.middleware import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, JsonBody, check_json
+from server.text.tokenizer import Tokenizer
+from tests.server.conftest import Bench, MakeBench, chat
+from tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
+
+CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
+MAX_BODY_BYTES = 100_000
+USER = {"role": "user", "content": "Hi"}
+
+
+def prompt(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "Hi", **fields}
+
+
+def turns(*messages: object) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+def part(kind: str) -> dict[str, Any]:
+    return turns({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": kind, kind: {}}]})
+
+
+def check(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert len(response.content) < 2000
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code", "request_id"}
+    assert error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["request_id"] == response.headers["x-request-id"]
+    return error
+
+
+@pytest.fixture
+def small(make_bench: MakeBench) -> Bench:
+    return make_bench(max_body_bytes=MAX_BODY_BYTES)
+
+
+# path, body, the field that is named, a part of the message
+FIELDS: list[tuple[str, Any, str | None, str]] = [
+    # shape
+    (CHAT, [], None, "valid dictionary"),
+    (CHAT, "text", None, "valid dictionary"),
+    (CHAT, 3, None, "valid dictionary"),
+    (CHAT, {}, "messages", "required"),
+    (CHAT, {"messages": []}, "messages", "at least 1"),
+    (CHAT, {"messages": "Hi"}, "messages", "valid list"),
+    (CHAT, {"messages": None}, "messages", "valid list"),
+    (CHAT, turns("Hi"), "messages.0", "valid dictionary"),
+    (CHAT, chat(unheard_of=1), "unheard_of", "Unknown field"),
+    (CHAT, chat(guided_json={}), "guided_json", "Unknown field"),
+    (CHAT, chat(**{f"x{i}": i for i in range(1000)}), "x0", "Unknown field"),
+    (CHAT, chat(**{"y" * 5000: 1}), "y" * 64, "Unknown field"),
+    (CHAT, chat(stream_options={"x": 1}, stream=True), "stream_options.x", "Unknown field"),
+    # messages
+    (CHAT, turns({"role": "user"}), "messages.0.content", "required"),
+    (CHAT, turns({"content": "Hi"}), "messages.0.role", "required"),
+    (CHAT, turns({"role": "robot", "content": "Hi"}), "messages.0.role", "'assistant'"),
+    (CHAT, turns({"role": ["user"], "content": "Hi"}), "messages.0.role", "'assistant'"),
+    (CHAT, turns({**USER, "weight": 1}), "messages.0.weight", "Unknown field"),
+    (CHAT, turns(USER, {"role": "user", "content": 5}), "messages.1.content", "string or a list"),
+    (CHAT, turns({"role": "user", "content": ["a"]}), "messages.0.content.0", "valid dictionary"),
+    (CHAT, part("image_url"), "messages.0.content.1", "text only"),
+    (CHAT, part("input_audio"), "messages.0.content.1", "text only"),
+    (CHAT, part("file"), "messages.0.content.1", "text only"),
+    (CHAT, turns({"role": "user", "content": [{"type": "text"}]}), "messages.0.content.0.text", "required"),
+    # numbers
+    (CHAT, chat(temperature=2.1), "temperature", "less than or equal to 2"),
+    (CHAT, chat(temperature=-0.1), "temperature", "greater than or equal to 0"),
+    (CHAT, chat(temperature="1"), "temperature", "valid number"),
+    (CHAT, chat(temperature=True), "temperature", "valid number"),
+    (CHAT, chat(temperature=10**400), "temperature", ""),
+    (CHAT, chat(top_p=0), "top_p", "greater than 0"),
+    (CHAT, chat(top_p=1.1), "top_p", "less than or equal to 1"),
+    (CHAT, chat(top_k=-2), "top_k", "greater than or equal to -1"),
+    (CHAT, chat(min_p=2), "min_p", "less than or equal to 1"),
+    (CHAT, chat(repetition_penalty=0), "repetition_penalty", "greater than or equal to 0.01"),
+    (CHAT, chat(presence_penalty=-2.5), "presence_penalty", "greater than or equal to -2"),
+    (CHAT, chat(frequency_penalty=3), "frequency_penalty", "less than or equal to 2"),
+    (CHAT, chat(n=0), "n", "greater than or equal to 1"),
+    (CHAT, chat(n=129), "n", "less than or equal to 128"),
+    (CHAT, chat(n=1.5), "n", "valid integer"),
+    (CHAT, chat(n=True), "n", "valid integer"),
+    (CHAT, chat(seed=2**63), "seed", "less than"),
+    (CHAT, chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    (CHAT, chat(max_tokens=-1), "max_tokens", "greater than or equal to 1"),
+    (CHAT, chat(max_completion_tokens=0), "max_completion_tokens", "greater than or equal to 1"),
+    (CHAT, chat(max_tokens=5, max_completion_tokens=6), "max_tokens", "send one of them"),
+    (CHAT, chat(min_tokens=-1), "min_tokens", "greater than or equal to 0"),
+    (CHAT, chat(min_tokens=6, max_tokens=5), "min_tokens", "must not exceed"),
+    (CHAT, chat(top_logprobs=21, logprobs=True), "top_logprobs", "less than or equal to 20"),
+    (CHAT, chat(top_logprobs=2), "top_logprobs", "`logprobs`: true"),
+    (CHAT, chat(logprobs=5), "logprobs", "valid boolean"),
+    # lists and maps
+    (CHAT, chat(stop=""), "stop", "at least 1"),
+    (CHAT, chat(stop=["a", ""]), "stop.1", "at least 1"),
+    (CHAT, chat(stop=list("abcde")), "stop", "at most 4"),
+    (CHAT, chat(stop=5), "stop", "string or a list"),
+    (CHAT, chat(stop_token_ids=["a"]), "stop_token_ids.0", "valid integer"),
+    (CHAT, chat(stop_token_ids=[VOCAB_SIZE]), "stop_token_ids", str(VOCAB_SIZE)),
+    (CHAT, chat(stop_token_ids=[1] * 129), "stop_token_ids", "at most 128"),
+    (CHAT, chat(logit_bias={"a": 1}), "logit_bias", "token ids"),
+    (CHAT, chat(logit_bias={"1": 101}), "logit_bias.1", "less than or equal to 100"),
+    (CHAT, chat(logit_bias={str(VOCAB_SIZE): 1}), "logit_bias", str(VOCAB_SIZE)),
+    (CHAT, chat(logit_bias={str(i): 1 for i in range(301)}), "logit_bias", "at most 300"),
+    (CHAT, chat(logit_bias=[1]), "logit_bias", "valid dictionary"),
+    # what goes together
+    (CHAT, chat(stream_options={"include_usage": True}), "stream_options", "`stream`: true"),
+    (CHAT, chat(stream=False, stream_options={}), "stream_options", "`stream`: true"),
+    (CHAT, chat(stream=True, stream_options={"include_obfuscation": True}), "stream_options.include_obfuscation", ""),
+    (CHAT, chat(add_special_tokens=True), "add_special_tokens", ""),
+    (CHAT, chat(priority=1), "priority", "--enable-priority"),
+    # prompts
+    (COMPLETIONS, {}, "prompt", "required"),
+    (COMPLETIONS, {"prompt": None}, "prompt", "list of token ids"),
+    (COMPLETIONS, {"prompt": {}}, "prompt", "list of token ids"),
+    (COMPLETIONS, {"prompt": []}, "prompt", "at least 1"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt.0", "at least 1"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt.1", "valid integer"),
+    (COMPLETIONS, {"prompt": ["a", 1]}, "prompt.1", "valid string"),
+    (COMPLETIONS, {"prompt": [1.5]}, "prompt.0", "valid integer"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+    (COMPLETIONS, {"prompt": [VOCAB_SIZE]}, "prompt", str(VOCAB_SIZE)),
+    (COMPLETIONS, {"prompt": ["a"] * 1025}, "prompt", "at most 1024"),
+    (COMPLETIONS, prompt(prompt=["a"] * 1000, n=2), "n", "at most 1024"),
+    (COMPLETIONS, {"prompt": "", "add_special_tokens": False}, "prompt", "at least one token"),
+    (COMPLETIONS, prompt(max_tokens=0), "max_tokens", "`echo`"),
+    (COMPLETIONS, prompt(logprobs=21), "logprobs", "less than or equal to 20"),
+    (COMPLETIONS, prompt(logprobs=True), "logprobs", "valid integer"),
+    (COMPLETIONS, prompt(best_of=2), "best_of", "not supported"),
+    (COMPLETIONS, prompt(messages=[USER]), "messages", "Unknown field"),
+    # text
+    (TOKENIZE, {}, "prompt", "either"),
+    (TOKENIZE, {"prompt": "a", "messages": [USER]}, "prompt", "either"),
+    (TOKENIZE, {"messages": [USER], "add_special_tokens": True}, "add_special_tokens", "chat template"),
+    (TOKENIZE, {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "`messages`"),
+    (DETOKENIZE, {"tokens": ["a"]}, "tokens.0", "valid integer"),
+    (DETOKENIZE, {"tokens": [10**6]}, "tokens", "1000000"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param", "message"), FIELDS)
+async def test_a_field_at_fault(small: Bench, path: str, body: Any, param: str | None, message: str) -> None:
+    async with small.http() as http:
+        error = check(await http.post(path, json=body), 400)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert small.engine.requests == []
+
+
+async def test_of_many_faults_a_few_are_told(bench: Bench) -> None:
+    fields = {"temperature": 9, "top_p": 9, "n": 0, "seed": "a", "min_p": 9}
+    async with bench.http() as http:
+        error = check(await http.post(CHAT, json=chat(**fields)), 400)
+    assert error["message"].count("; ") == 3
+    assert error["message"].endswith("; and 2 more")
+
+
+NOT_YET = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a"},
+    "reasoning_effort": "low",
+    "verbosity": "low",
+    "modalities": ["text", "audio"],
+    "audio": {},
+    "prediction": {},
+    "web_search_options": {},
+    "moderation": {},
+    "documents": [{"text": "a"}],
+    "chat_template": "{{ 1 }}",
+    "chat_template_kwargs": {},
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {},
+}
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+async def test_what_comes_later_is_refused_by_name(bench: Bench, name: str) -> None:
+    async with bench.http() as http:
+        error = check(await http.post(CHAT, json=chat(**{name: NOT_YET[name]})), 400)
+        assert (await http.post(CHAT, json=chat(**{name: None}))).status_code == 200
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert "is not supported yet" in error["message"]
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "tool", "content": "18C", "tool_call_id": "1"}, "messages.0.role"),
+        ({"role": "tool", "content": "18C"}, "messages.0.role"),
+        ({"role": "function", "content": "18C"}, "messages.0.role"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
+    ],
+)
+async def test_tools_in_the_history_come_later_too(bench: Bench, message: dict[str, Any], param: str) -> None:
+    async with bench.http() as http:
+        error = check(await http.post(CHAT, json=turns(message)), 400)
+    assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+
+
+async def test_suffix_comes_later(bench: Bench) -> None:
+    async with bench.http() as http:
+        error = check(await http.post(COMPLETIONS, json=prompt(suffix="x")), 400)
+    assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
+
+
+def nested(depth: int) -> bytes:
+    return b'{"messages": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+RAW: list[tuple[bytes, int, str | None, str]] = [
+    (b"", 400, None, "required"),
+    (b"null", 400, None, "valid dictionary"),
+    (b"{", 400, "invalid_json", "not valid JSON at position 1"),
+    (b"{'messages': []}", 400, "invalid_json", "not valid JSON"),
+    (b'{"messages": []} x', 400, "invalid_json", "not valid JSON"),
+    (b'{"a": \xff}', 400, "invalid_json", "not valid UTF-8 at byte 6"),
+    ('{"a": 1}'.encode("utf-16"), 400, "invalid_json", "UTF-8"),
+    ('{"a": 1}'.encode("utf-16-le"), 400, "invalid_json", "zero bytes"),
+    (json.dumps(chat(user="\ud800")).encode(), 400, "invalid_json", "UTF-16 pair"),
+    (json.dumps({"\udc00": 1}).encode(), 400, "invalid_json", "UTF-16 pair"),
+    (nested(MAX_JSON_DEPTH + 1), 400, "invalid_json", str(MAX_JSON_DEPTH)),
+    (nested(40_000), 400, "invalid_json", str(MAX_JSON_DEPTH)),
+    (nested(MAX_JSON_DEPTH), 400, None, "messages"),
+    (b"[" + b"[]," * MAX_JSON_CONTAINERS + b"[]]", 400, "invalid_json", str(MAX_JSON_CONTAINERS)),
+    (b'[[],[],"\\"' + b"[" * 100, 400, "invalid_json", "Unterminated string"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "parsing the body"),
+    (b'{"temperature": NaN, "messages": [{"role": "user", "content": "Hi"}]}', 400, None, "finite number"),
+    (b'{"temperature": Infinity, "messages": [{"role": "user", "content": "Hi"}]}', 400, None, "finite number"),
+    (b" " * (MAX_BODY_BYTES + 1), 413, "request_too_large", str(MAX_BODY_BYTES)),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "message"), RAW)
+async def test_a_body_at_fault(small: Bench, body: bytes, status: int, code: str | None, message: str) -> None:
+    async with small.http(headers={"Content-Type": "application/json"}) as http:
+        error = check(await http.post(CHAT, content=body), status)
+    assert error["code"] == code
+    assert message in error["message"]
+
+
+async def test_a_body_in_chunks_is_cut_off_at_the_limit(small: Bench) -> None:
+    read = 0
+
+    async def chunks() -> AsyncGenerator[bytes]:
+        nonlocal read
+        while True:
+            read += 1
+            yield b" " * 1000
+
+    async with small.http(headers={"Content-Type": "application/json"}) as http:
+        check(await http.post(CHAT, content=chunks()), 413)
+    assert read == MAX_BODY_BYTES // 1000 + 1
+
+
+async def test_a_body_that_stops_in_the_middle() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("called")
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{", "more_body": True} if parts.pop() else await never
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    parts, never = [False, True], asyncio.get_running_loop().create_future()
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(HTTPException, match=r"stopped for 0\.001 s") as caught:
+        await JsonBody(app, max_bytes=10, body_timeout=0.001)(scope, receive, send)
+    assert caught.value.status_code == 408
+
+
+async def test_brackets_within_strings_are_text(small: Bench) -> None:
+    text = '[{"\\' * 100
+    async with small.http() as http:
+        response = await http.post(CHAT, json=turns({"role": "user", "content": text}))
+    # too long for the model, hence valid JSON
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_string_without_an_end_is_read_once() -> None:
+    # with a second look from each of its quotes, this would take days
+    check_json(b"[]," * MAX_JSON_DEPTH + b'"' + rb"\"" * 8_000_000)
+
+
+async def test_pairs_of_surrogates_are_characters(bench: Bench) -> None:
+    body = json.dumps(turns({"role": "user", "content": "😀"})).encode()
+    assert rb"\ud83d" in body
+    async with bench.http(headers={"Content-Type": "application/json"}) as http:
+        assert (await http.post(CHAT, content=body)).status_code == 200
+
+
+@pytest.mark.parametrize("media_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+async def test_other_media_types(bench: Bench, media_type: str) -> None:
+    async with bench.http(headers={"Content-Type": media_type}) as http:
+        error = check(await http.post(CHAT, content=json.dumps(chat())), 415)
+    assert error["code"] == "unsupported_media_type"
+
+
+async def test_unknown_model(bench: Bench) -> None:
+    async with bench.http() as http:
+        error = check(await http.post(CHAT, json=chat(model="gpt-4")), 404)
+        assert error == check(await http.post(COMPLETIONS, json=prompt(model="gpt-4")), 404) | {
+            "request_id": error["request_id"]
+        }
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "jamba, alias" in error["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_prompt_that_leaves_no_token(bench: Bench, path: str) -> None:
+    long = "x" * MAX_MODEL_LEN
+    body = turns({"role": "user", "content": long}) if path == CHAT else {"prompt": long}
+    async with bench.http() as http:
+        error = check(await http.post(path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == ("messages" if path == CHAT else "prompt")
+    assert str(MAX_MODEL_LEN) in error["message"]
+
+
+async def test_a_prompt_of_megabytes_is_not_even_tokenised(
+    bench: Bench, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    async with bench.http() as http:
+        error = check(await http.post(COMPLETIONS, json={"prompt": "x" * 1_000_000}), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert str(MAX_MODEL_LEN) in error["message"]
+
+
+async def test_what_the_template_refuses(make_bench: MakeBench) -> None:
+    bench = make_bench(template="{{ raise_exception('only one turn') }}")
+    async with bench.http() as http:
+        error = check(await http.post(CHAT, json=chat()), 400)
+    assert "only one turn" in error["message"]
+
+
+# fields that say nothing, as clients send them
+NOTHING: dict[str, dict[str, Any]] = {
+    "nulls": dict.fromkeys(("stop", "stream_options", "logprobs", "min_tokens", "ignore_eos", "skip_special_tokens")),
+    "no tools": {"tools": [], "tool_choice": "none"},
+    "no top_logprobs": {"logprobs": False, "top_logprobs": 0},
+    "priority": {"priority": 0},
+    "a reply sent back": turns(
+        USER, {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "tool_calls": []}, USER
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+async def test_fields_that_say_nothing(bench: Bench, name: str) -> None:
+    async with bench.http() as http:
+        response = await http.post(CHAT, json=chat() | NOTHING[name])
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", CHAT, 405), ("POST", "/v1/nothing", 404), ("PUT", "/", 404)]
+)
+async def test_unknown_routes(bench: Bench, method: str, path: str, status: int) -> None:
+    async with bench.http() as http:
+        response = await http.request(method, path, json={})
+    assert f"{method} {path}" in check(response, status)["message"]
+    assert response.headers.get("allow") == ("POST" if status == 405 else None)
