@@ -1,0 +1,194 @@
+"""Trains the demonstration model on a CPU, resumably.
+
+    python tools/demo/train.py --data FOLDER --out FOLDER --minutes 60
+
+FOLDER of --data holds the files that data.FILES names. --out receives tokenizer.json, last.pt (to resume from; start
+the same command again), best.pt (lowest held-out loss) and log.jsonl. The learning rate follows the clock: full until
+65 % of the minutes have passed since the first start, then down to zero in a line.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two OpenMP pools share the cores: torch's and the kernels'
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import data
+import tokenizers
+import torch
+from model import BALANCE, Jamba, Shape
+from optimizer import Optimizer
+from torch import Tensor
+from train_tokenizer import train_tokenizer
+
+SEED = 20
+TOKENS, LENGTH, LONG = 4096, 512, 1024  # a step; a row; a row of every eighth step
+WARM_UP, COOL_DOWN = 30, 0.35  # steps; share of the time
+EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
+
+
+class Stream:
+    """Epochs of documents as one row of tokens, encoded an epoch at a time."""
+
+    def __init__(self, text: data.Text, tokenizer: tokenizers.Tokenizer, position: tuple[int, int]) -> None:
+        self.text, self.tokenizer = text, tokenizer
+        self.number, self.offset = position
+        self.ids = self._encode()
+
+    def _encode(self) -> Tensor:
+        documents = data.epoch(self.text, SEED + self.number)
+        encoded = self.tokenizer.encode_batch(documents, add_special_tokens=False)
+        return torch.tensor([number for item in encoded for number in item.ids])
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` tokens and the one after them."""
+        if self.offset + count + 1 > len(self.ids):
+            self.number, self.offset = self.number + 1, 0
+            self.ids = self._encode()
+        self.offset += count
+        return self.ids[self.offset - count : self.offset + 1]
+
+
+def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> list[tuple[Tensor, Tensor]]:
+    """Each story by itself after <|startoftext|>, to its <|endoftext|>; in batches of similar length."""
+    texts = [data.BOS + story + data.EOS for story in stories]
+    rows = sorted((item.ids for item in tokenizer.encode_batch(texts, add_special_tokens=False)), key=len)
+    batches: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        ids = torch.zeros(len(part), max(map(len, part)) - 1, dtype=torch.long)
+        targets = torch.full_like(ids, -1)
+        for number, row in enumerate(part):
+            ids[number, : len(row) - 1] = torch.tensor(row[:-1])
+            targets[number, : len(row) - 1] = torch.tensor(row[1:])
+        batches.append((ids, targets))
+    return batches
+
+
+@torch.no_grad()
+def evaluate(model: Jamba, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Nats of all targets together."""
+    return sum(float(model(ids, targets)[0]) * int((targets >= 0).sum()) for ids, targets in batches)
+
+
+class Training:
+    def __init__(self, folder: Path, text: data.Text, minutes: float) -> None:
+        self.folder = folder
+        self.started, self.step, self.best, position = time.time(), 0, math.inf, (0, 0)
+        torch.manual_seed(SEED)
+        random.seed(SEED)
+        self.shape = Shape()
+        self.model = Jamba(self.shape)
+        self.optimizer = Optimizer(self.model)
+        self.tokenizer = self._tokenizer(text)
+        if (folder / "last.pt").exists():
+            saved = torch.load(folder / "last.pt", weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load(saved["optimizer"])
+            self.started, self.step, self.best, position = (
+                saved["started"],
+                saved["step"],
+                saved["best"],
+                saved["position"],
+            )
+        self.seconds = minutes * 60
+        self.stream = Stream(text, self.tokenizer, position)
+        self.batches = held_out_batches(text.held_out, self.tokenizer)
+        self.bytes = sum(len(story.encode()) for story in text.held_out)
+
+    def _tokenizer(self, text: data.Text) -> tokenizers.Tokenizer:
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            tokenizer = train_tokenizer(data.tokenizer_text(text), self.shape.vocab_size)
+            path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
+        return tokenizers.Tokenizer.from_file(str(path))
+
+    def passed(self) -> float:
+        """Share of the time that is over."""
+        return (time.time() - self.started) / self.seconds
+
+    def one_step(self) -> float:
+        length = LONG if self.step % 8 == 7 else LENGTH
+        ids = self.stream.take(TOKENS)
+        loss, balance = self.model(ids[:-1].view(-1, length), ids[1:].view(-1, length))
+        (loss + BALANCE * balance).backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.adam.param_groups[-1]["params"], 1.0)
+        warm, cool = (self.step + 1) / WARM_UP, (1 - self.passed()) / COOL_DOWN
+        self.optimizer.step(max(0.0, min(1.0, warm, cool)))
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(loss.detach())
+
+    def save(self, name: str) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "shape": asdict(self.shape)}
+        state |= {"started": self.started, "step": self.step, "best": self.best}
+        state |= {"position": (self.stream.number, self.stream.offset)}
+        torch.save(state, self.folder / f"{name}.partial")
+        (self.folder / f"{name}.partial").replace(self.folder / f"{name}.pt")
+
+    def report(self, loss: float | None) -> None:
+        nats = evaluate(self.model, self.batches)
+        bits = nats / math.log(2) / self.bytes
+        tokens = self.step * TOKENS
+        line = {
+            "step": self.step,
+            "tokens": tokens,
+            "seconds": round(time.time() - self.started),
+            "epoch": self.stream.number,
+        }
+        line |= {"train_nats": loss and round(loss, 4), "held_out_bits_per_byte": round(bits, 5)}
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+        if bits < self.best:
+            self.best = bits
+            self.save("best")
+
+    def run(self) -> None:
+        evaluated = saved = shown = time.time()
+        average: float | None = None
+        first = self.step
+        while self.passed() < 1:
+            loss = self.one_step()
+            average = loss if average is None else 0.97 * average + 0.03 * loss
+            now = time.time()
+            if now - evaluated > EVALUATE_SECONDS:
+                self.report(average)
+                evaluated = now
+            if now - saved > SAVE_SECONDS:
+                self.save("last")
+                saved = now
+            if now - shown > 20:
+                shown = now
+                print(
+                    f"step {self.step} loss {average:.3f} steps {self.step - first} passed {self.passed():.1%}",
+                    flush=True,
+                )
+        self.report(average)
+        self.save("last")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demonstration model on a CPU.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(data.FILES))
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
+    parser.add_argument("--minutes", type=float, required=True, help="from the first start to the end")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    Training(out, data.read(arguments.data), arguments.minutes).run()
+
+
+if __name__ == "__main__":
+    main()
