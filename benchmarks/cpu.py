@@ -1,0 +1,190 @@
+"""The engine on this CPU beside what the CPU can do: bandwidth and matmul rate are measured in the same run.
+
+    python -m benchmarks.cpu --name cpu-shapes [--shapes small,moe,3b] [--dtype bfloat16]
+
+Dummy weights, in-process, greedy, prompts of four tokens for decode. The limit of a decode step is the bytes of weights
+that it must read, over the bandwidth; of prefill, the matmul rate over two operations per active parameter and token.
+Writes benchmarks/results/NAME.json and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import torch
+
+from engine.llm import LLM
+from engine.model_config import JambaConfig, load_model_config
+from engine.types import SamplingParams
+from server.bench.conditions import describe_machine, describe_versions, utc_now
+
+RESULTS = Path(__file__).parent / "results"
+BASE: dict[str, Any] = {
+    "model_type": "jamba",
+    "architectures": ["JambaForCausalLM"],
+    "attn_layer_period": 8,
+    "attn_layer_offset": 4,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "num_hidden_layers": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 262144,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": BASE
+    | {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1024, "num_experts": 8}
+    | {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "moe": BASE
+    | {"vocab_size": 65536, "hidden_size": 2048, "intermediate_size": 5120, "num_experts": 16}
+    | {"num_attention_heads": 16, "num_key_value_heads": 4},
+    "3b": BASE
+    | {"vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 8192, "num_experts": 1, "num_experts_per_tok": 1}
+    | {"num_hidden_layers": 28, "attn_layer_period": 14, "attn_layer_offset": 7, "tie_word_embeddings": True}
+    | {"num_attention_heads": 20, "num_key_value_heads": 1, "mamba_dt_rank": 160},
+}
+CLIENTS = (1, 8, 16, 32)
+PREFILL_TOKENS = 512
+
+
+def best(work: Callable[[], object], times: int) -> float:
+    """Seconds of the fastest run."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(times))
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that all threads read together, from 1 GiB."""
+    data = torch.ones(1 << 28)
+    return data.nbytes / best(data.sum, 8)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations a second of torch's own product, 512 x 2560 x 8192."""
+    x, weight = torch.randn(512, 2560).to(dtype), torch.randn(8192, 2560).to(dtype)
+    return 2 * 512 * 2560 * 8192 / best(lambda: torch.nn.functional.linear(x, weight), 10)
+
+
+def weights_read(config: JambaConfig, num_sequences: int, dtype_bytes: int) -> float:
+    """Bytes of weights that a decode step must read: of the experts those that some token is expected to choose, and of
+    an untied embedding nothing to speak of."""
+    experts = config.num_experts if config.num_experts > 1 else 0
+    moe_layers = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
+    one_expert = 3 * config.hidden_size * config.intermediate_size
+    total = config.num_parameters() - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    if experts:
+        hit = experts * (1 - (1 - config.num_experts_per_tok / experts) ** num_sequences)
+        total -= moe_layers * (experts - hit) * one_expert
+    return total * dtype_bytes
+
+
+def active_parameters(config: JambaConfig) -> float:
+    """Multiplied with every prompt token; the head only with the last."""
+    return weights_read(config, 1, 1) - config.vocab_size * config.hidden_size
+
+
+def measure(llm: LLM, config: JambaConfig, dtype_bytes: int, bandwidth: float, rate: float) -> dict[str, Any]:
+    random = Random(0)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return [[random.randrange(3, config.vocab_size) for _ in range(length)] for _ in range(count)]
+
+    def generate(count: int, length: int, tokens: int) -> float:
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        batch = prompts(count, length)
+        start = time.perf_counter()
+        llm.generate(list(batch), params)
+        return time.perf_counter() - start
+
+    generate(1, 4, 4)
+    step_bytes = weights_read(config, 1, dtype_bytes)
+    steps = max(8, min(64, int(10 * bandwidth / step_bytes)))
+    decode: dict[str, Any] = {}
+    for clients in CLIENTS:
+        # the prompts' own step is taken off: a run of one token
+        seconds = min(generate(clients, 4, steps + 1) for _ in range(2)) - generate(clients, 4, 1)
+        limit = bandwidth / weights_read(config, clients, dtype_bytes) * clients
+        decode[str(clients)] = {"tok_s": clients * steps / seconds, "limit_tok_s": limit}
+    seconds = min(generate(1, PREFILL_TOKENS, 1) for _ in range(2))
+    limit = rate / (2 * active_parameters(config))
+    return {"decode": decode, "prefill": {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": limit}}
+
+
+def run_shape(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    dtype = getattr(torch, arguments.dtype)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"torch_dtype": arguments.dtype}))
+        config = load_model_config(folder)
+        bandwidth, rate = read_bandwidth(), matmul_rate(dtype)
+        llm = LLM(folder, load_format="dummy", threads=arguments.threads, max_model_len=1024, max_num_seqs=32)
+        kernels = llm.core.info.kernels
+        result = measure(llm, config, dtype.itemsize, bandwidth, rate)
+    return {
+        "shape": shape,
+        "parameters": config.num_parameters(),
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "matmul_tflop_s": rate / 1e12,
+        "kernels": kernels,
+        **result,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = "| shape | parameters | " + " | ".join(f"decode, {n}" for n in CLIENTS) + " | prefill 512 | read, matmul |"
+    lines = [head, "| --- " * (len(CLIENTS) + 4) + "|"]
+
+    def cell(value: dict[str, float]) -> str:
+        return f"{value['tok_s']:,.1f} ({value['tok_s'] / value['limit_tok_s']:.0%})"
+
+    for r in results:
+        cells = [cell(r["decode"][str(n)]) for n in CLIENTS] + [cell(r["prefill"])]
+        measured = f"{r['bandwidth_gb_s']:.0f} GB/s, {r['matmul_tflop_s']:.2f} TFLOP/s"
+        lines.append(f"| {r['shape']} | {r['parameters'] / 1e6:,.0f} M | {' | '.join(cells)} | {measured} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the result files")
+    parser.add_argument("--shapes", default="small,moe,3b")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results: list[dict[str, Any]] = []
+    for shape in arguments.shapes.split(","):
+        results.append(run_shape(shape, arguments))
+        print(table(results[-1:]), flush=True)
+    conditions: dict[str, Any] = {
+        "date": utc_now(),
+        "machine": msgspec.to_builtins(describe_machine()),
+        "versions": describe_versions(["torch", "numpy"]),
+        "threads": arguments.threads,
+        "dtype": arguments.dtype,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    report = {"conditions": conditions, "results": results}
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = f"# {arguments.name}\n\nOutput tok/s (share of the limit), {arguments.dtype}, {arguments.threads} threads, "
+    text += f"{conditions['machine']['cpu']}, {conditions['date']}.\n\n{table(results)}\n"
+    (RESULTS / f"{arguments.name}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
