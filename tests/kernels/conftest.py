@@ -1,3 +1,5 @@
+"""The compiled library for the tests of what only it has: levels and threads."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,7 +13,8 @@ from kernels.ops import KernelUnavailable
 
 @pytest.fixture(params=LEVELS)
 def native(request: pytest.FixtureRequest) -> Iterator[Library]:
-    """The compiled library, held to one level, with two threads."""
+    """The library, held to one level, with two threads (it takes as many as torch has)."""
+    threads = torch.get_num_threads()
     try:
         found = library()
     except KernelUnavailable as error:
@@ -20,7 +23,8 @@ def native(request: pytest.FixtureRequest) -> Iterator[Library]:
     if LEVELS.index(request.param) > LEVELS.index(machine):
         pytest.skip(f"this machine has no {request.param}")
     found.set_level(request.param)
-    found.set_threads(2)
+    torch.set_num_threads(2)
     yield found
     found.set_level(machine)
-    found.set_threads(torch.get_num_threads())
+    torch.set_num_threads(threads)
+    library()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -10,34 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import LEVELS, Library, library
+from kernels.cpu.library import LEVELS, Library
 from kernels.cpu.linear import Linear
 from kernels.cpu.moe import RunExperts, SiluAndMul
-from kernels.ops import KernelUnavailable
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, assert_close, assert_same, double, random
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 24, 31, 64, 200)
 SHAPES = [(1, 1), (5, 33), (35, 19), (64, 160), (300, 77)]
-
-
-@pytest.fixture(params=LEVELS)
-def native(request: pytest.FixtureRequest) -> Iterator[Library]:
-    """The library, held to one level, with two threads (it takes as many as torch has)."""
-    threads = torch.get_num_threads()
-    try:
-        found = library()
-    except KernelUnavailable as error:
-        pytest.skip(str(error))
-    machine = found.level()
-    if LEVELS.index(request.param) > LEVELS.index(machine):
-        pytest.skip(f"this machine has no {request.param}")
-    found.set_level(request.param)
-    torch.set_num_threads(2)
-    yield found
-    found.set_level(machine)
-    torch.set_num_threads(threads)
-    library()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
