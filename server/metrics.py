@@ -29,7 +29,11 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("num_requests_running", "Choices in the batch.", lambda s: s.num_running),
     ("num_requests_waiting", "Choices in the queue.", lambda s: s.num_waiting),
     ("kv_cache_usage_perc", "Used share of the KV pages; 1 is all.", lambda s: s.kv_blocks_used / s.kv_blocks_capacity),
-    ("state_slots_used", "State slots of running sequences; checkpoints lie in the others.", lambda s: s.state_slots_used),
+    (
+        "state_slots_used",
+        "State slots of running sequences; checkpoints lie in the others.",
+        lambda s: s.state_slots_used,
+    ),
     ("state_slots_capacity", "Recurrent states that fit.", lambda s: s.state_slots_capacity),
     ("checkpoints_stored", "Saved states that a later request can go on from.", lambda s: s.checkpoints_stored),
 )
