@@ -106,8 +106,8 @@ def test_prompt_logprobs_of_chunked_prompts(tmp_path: Path) -> None:
 
 def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_path: Path) -> None:
     """A 2,000-token prompt with four checkpoints takes as many steps as with none, and a request that continues from
-    one of them reads the state that a run ending there leaves: the convolution's to the bit, the SSM state as near as
-    matrix products over chunks of other lengths allow."""
+    one of them reads the state that a run ending there leaves, to the bit (with the reference kernels, as near as
+    matrix products over chunks of other lengths allow)."""
     save_tiny(tmp_path, **next(iter(TINY_CONFIGS.values())))
     random = Random(1)
     prompt = [random.randrange(3, 60) for _ in range(2000)]
@@ -127,7 +127,8 @@ def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_pat
         saved, stopped = (state_at(x, prompt[:offset]) for x in (llm, alone))
         conv, ssm = storage.conv[saved], storage.ssm[saved]
         assert torch.equal(conv, alone.core.model_runner.storage.conv[stopped])
-        torch.testing.assert_close(ssm, alone.core.model_runner.storage.ssm[stopped], atol=1e-5, rtol=1e-5)
+        tolerance = 0.0 if llm.core.info.kernels["linear"] == "cpu" else 1e-5
+        torch.testing.assert_close(ssm, alone.core.model_runner.storage.ssm[stopped], atol=tolerance, rtol=tolerance)
     assert cache.states.num_cached >= len(offsets)
 
 
