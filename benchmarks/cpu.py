@@ -1,7 +1,8 @@
 """The engine on this CPU beside what the CPU can do: bandwidth and matmul rate are measured in the same run.
 
-    python -m benchmarks.cpu --name cpu-shapes [--shapes small,moe,3b] [--dtype bfloat16]
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu --name cpu-shapes [--shapes small,moe,3b] [--dtype bfloat16]
 
+The variable is what the engine's own process sets: torch's threads would spin on cores that ours want.
 Dummy weights, in-process, greedy, prompts of four tokens for decode. The limit of a decode step is the bytes of weights
 that it must read, over the bandwidth; of prefill, the matmul rate over two operations per active parameter and token.
 Writes benchmarks/results/NAME.json and NAME.md.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -176,6 +178,7 @@ def main() -> None:
         "machine": msgspec.to_builtins(describe_machine()),
         "versions": describe_versions(["torch", "numpy"]),
         "threads": arguments.threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "dtype": arguments.dtype,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -15,7 +15,8 @@ from server.config import ServerConfig
 from server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
-NUM_TOKENS = 160  # long enough for all streams to be open at once
+NUM_TOKENS = 700  # all streams are open long before the first one ends
+SPLIT_FROM = 150  # and long before the stop string comes
 STOP_CHOICE = 6  # of the nine choices, the one with a stop string
 CHAT = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
 
@@ -101,7 +102,7 @@ async def test_eight_streams_survive_the_death_of_the_engine() -> None:
     assert len(tokens) == NUM_TOKENS, "one log-probability a token"
     stop, split = next(
         (stop, i)
-        for i in range(NUM_TOKENS * 2 // 3, NUM_TOKENS)
+        for i in range(SPLIT_FROM, NUM_TOKENS)
         if len(stop := tokens[i - 1][-2:] + tokens[i][:2]) == 4
         and stop not in "".join(tokens[:i])  # it is complete with token i, and no sooner
     )
