@@ -19,10 +19,11 @@ STORIES, SMALL_TALK = "tinystories-subset.txt.xz", "chitchat-qna.jsonl.xz"
 EXCHANGES, BOOKS = "chatterbot-english.jsonl.xz", "storybooks-cc-by.jsonl.xz"
 FILES = (STORIES, SMALL_TALK, EXCHANGES, BOOKS)
 HELD_OUT = 141  # the last stories of the file: never trained on, and the tokenizer does not see them
+GREETINGS, GREETING_SHARE = ("Hi", "Hello", "Hey", "Hi there"), 0.15  # before a question of small talk
 BOS, EOS, EOM = "<|startoftext|>", "<|endoftext|>", "<|eom|>"
 STYLES = ("friendly", "caring")  # of the small talk's five
-CHAT_STORIES = 0.3  # of the stories in an epoch come as an answer
-SMALL_TALK_SHARE, BOOK_SHARE = 3000, 240  # items in an epoch
+CHAT_STORIES = 0.45  # of the stories in an epoch come as an answer
+SMALL_TALK_SHARE, BOOK_SHARE = 5000, 240  # items in an epoch
 SYSTEM = ("You are a helpful assistant.", "You are a friendly storyteller.", "You tell stories to children.")
 REQUESTS = (
     "Tell me a story about {}.",
@@ -50,9 +51,18 @@ _DULL = re.compile(
     "beautiful|pretty|brave|scary|dark|bright|tall|shiny|soft|strong|strange|fun|funny|cold|hot|warm|wise|lesson|"
     "morning|night|second|rest|top|bottom|side|middle|back|front|young|three|two|had|was|and|but|tiny|fast|lucky|"
     "huge|mean|poor|colorful|delicious|friendly|magical|mysterious|white|black|brown|pink|purple|wonderful|deep|"
-    "surprise|idea|right|only"
+    "surprise|idea|right|only|there|together|too|again|came|began|away|home|outside|inside|before|down|she|he|they|"
+    "just|around|anymore|air|thought|look|people|place|story|ground|smile|walk|face|voice|problem|plan|up|out|her|him|"
+    "it|so|then|not|all|back|went|ran|took|got|felt|knew|heard|found|gave|made|sat|kept|off|over|very|about|after|"
+    r"nearby|fell|woke|grew|flew|put|let|met|left|(?!bed|seed)\w+ed|\w{3,}est|\w+ly"
 )
-_NOUN = re.compile(r"\b(?:a|an|the|The|A) ([a-z]{3,})\b")
+# A noun stands at the end of its phrase: before a mark or a word that is none. Plurals would not go with "a".
+_NOUN = re.compile(
+    r"\b(?:a|an|the|The|A) (?:[a-z]+ )??([a-z]{2,}(?:[a-rt-z]|ss))"
+    r"(?=[.,!?]| (?:and|was|is|in|on|at|to|that|who|had|named|called|with|said|saw|went|wanted|for|from|ran|looked|"
+    r"but)\b)"
+)
+_QUESTIONS = ("how ", "what ", "who ", "can ", "could ", "do ", "are ", "where ", "why ", "tell ", "will ", "would ")
 _NAME = re.compile(r"\bnamed ([A-Z][a-z]+)\b")
 
 
@@ -124,6 +134,8 @@ def epoch(text: Text, seed: int) -> list[str]:
         for _ in range(random_.choice((1, 1, 1, 2))):
             questions, answer = random_.choice(text.small_talk)
             turns += [random_.choice(questions), answer]
+        if random_.random() < GREETING_SHARE and turns[0].lower().startswith(_QUESTIONS):
+            turns[0] = f"{random_.choice(GREETINGS)}, {turns[0][0].lower()}{turns[0][1:]}"
         documents.append(chat(turns, SYSTEM[0] if random_.random() < 0.1 else ""))
     documents += [chat(turns[: len(turns) // 2 * 2]) for turns in text.exchanges if len(turns) > 1]
     documents += [BOS + book + EOS for book in random_.sample(text.books, min(BOOK_SHARE, len(text.books)))]

@@ -30,7 +30,7 @@ class Shape:
     num_key_value_heads: int = 2
     attn_layer_period: int = 8
     attn_layer_offset: int = 4
-    num_experts: int = 4
+    num_experts: int = 8
     num_experts_per_tok: int = 2
     expert_layer_period: int = 2
     expert_layer_offset: int = 1

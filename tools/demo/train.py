@@ -30,7 +30,8 @@ from torch import Tensor
 from train_tokenizer import train_tokenizer
 
 SEED = 20
-TOKENS, LENGTH, LONG = 4096, 512, 1024  # a step; a row; a row of every eighth step
+TOKENS, RAMP = 4096, 0.35  # a step; share of the time after which a step has twice as many
+LENGTH, LONG, LONGEST = 512, 1024, 2048  # tokens of a row; in every eighth step; in every thirty-second
 WARM_UP, COOL_DOWN = 30, 0.35  # steps; share of the time
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
@@ -82,7 +83,7 @@ def evaluate(model: Jamba, batches: list[tuple[Tensor, Tensor]]) -> float:
 class Training:
     def __init__(self, folder: Path, text: data.Text, minutes: float) -> None:
         self.folder = folder
-        self.started, self.step, self.best, position = time.time(), 0, math.inf, (0, 0)
+        self.started, self.step, self.tokens, self.best, position = time.time(), 0, 0, math.inf, (0, 0)
         torch.manual_seed(SEED)
         random.seed(SEED)
         self.shape = Shape()
@@ -93,12 +94,8 @@ class Training:
             saved = torch.load(folder / "last.pt", weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.optimizer.load(saved["optimizer"])
-            self.started, self.step, self.best, position = (
-                saved["started"],
-                saved["step"],
-                saved["best"],
-                saved["position"],
-            )
+            self.started, self.step, self.tokens = saved["started"], saved["step"], saved["tokens"]
+            self.best, position = saved["best"], saved["position"]
         self.seconds = minutes * 60
         self.stream = Stream(text, self.tokenizer, position)
         self.batches = held_out_batches(text.held_out, self.tokenizer)
@@ -116,8 +113,8 @@ class Training:
         return (time.time() - self.started) / self.seconds
 
     def one_step(self) -> float:
-        length = LONG if self.step % 8 == 7 else LENGTH
-        ids = self.stream.take(TOKENS)
+        length = LONGEST if self.step % 32 == 31 else LONG if self.step % 8 == 7 else LENGTH
+        ids = self.stream.take(TOKENS if self.passed() < RAMP else 2 * TOKENS)
         loss, balance = self.model(ids[:-1].view(-1, length), ids[1:].view(-1, length))
         (loss + BALANCE * balance).backward()
         torch.nn.utils.clip_grad_norm_(self.optimizer.adam.param_groups[-1]["params"], 1.0)
@@ -125,11 +122,12 @@ class Training:
         self.optimizer.step(max(0.0, min(1.0, warm, cool)))
         self.model.zero_grad(set_to_none=True)
         self.step += 1
+        self.tokens += len(ids) - 1
         return float(loss.detach())
 
     def save(self, name: str) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "shape": asdict(self.shape)}
-        state |= {"started": self.started, "step": self.step, "best": self.best}
+        state |= {"started": self.started, "step": self.step, "tokens": self.tokens, "best": self.best}
         state |= {"position": (self.stream.number, self.stream.offset)}
         torch.save(state, self.folder / f"{name}.partial")
         (self.folder / f"{name}.partial").replace(self.folder / f"{name}.pt")
@@ -137,10 +135,9 @@ class Training:
     def report(self, loss: float | None) -> None:
         nats = evaluate(self.model, self.batches)
         bits = nats / math.log(2) / self.bytes
-        tokens = self.step * TOKENS
         line = {
             "step": self.step,
-            "tokens": tokens,
+            "tokens": self.tokens,
             "seconds": round(time.time() - self.started),
             "epoch": self.stream.number,
         }
