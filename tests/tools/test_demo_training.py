@@ -133,7 +133,7 @@ def test_loss_leaves_out_negative_targets(load: Callable[[str], ModuleType]) -> 
 @needs_compiler
 def test_experts_equal_the_sum_over_all_of_them(load: Callable[[str], ModuleType]) -> None:
     module = load("model")
-    layer = module.MoE(module.Shape(hidden_size=32, intermediate_size=16))
+    layer = module.MoE(module.Shape(hidden_size=32, intermediate_size=16, num_experts=4))
     for expert in layer.experts:
         torch.nn.init.normal_(expert.down)
     x = activation(40, 32)
