@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 from engine.errors import CheckpointError
 from engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
@@ -152,7 +152,8 @@ def step_bytes(
     return total
 
 
-class Matrix(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Matrix:
     """`count` weights [rows, inputs] of one kind in the whole model."""
 
     role: Role

@@ -28,7 +28,8 @@ class Linear:
         bias: bool = False,
         shared: Tensor | None = None,
     ) -> None:
-        self._backend, self._role = backend, role
+        self._backend = backend
+        self._role: Role = role
         self._linear = backend.kernels.linear
         self._parts, self.is_shared = dict(parts), shared is not None
         rows = sum(parts.values())

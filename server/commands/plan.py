@@ -18,15 +18,19 @@ from engine.cache.spec import (
     CacheSpec,
     MemoryPlan,
     activation_bytes,
+    available_cpus,
     available_memory,
     format_bytes,
     plan_memory,
 )
-from engine.config import Device, EngineConfig
+from engine.config import Device, EngineConfig, Quantization
 from engine.errors import ConfigError
-from engine.model_config import JambaConfig, load_model_config, weight_bytes
+from engine.model_config import JambaConfig, load_model_config, step_bytes, weight_bytes
+from engine.quantization import QuantizationPolicy
+from server.bench.conditions import read_bandwidth
 from server.commands.checkpoint import find_checkpoint
 from server.commands.settings import with_options
+from server.commands.terminal import describe_weights
 from server.config import ServerConfig
 from server.options import parse_size
 
@@ -34,6 +38,9 @@ SIZES = (
     "revision",
     "device",
     "dtype",
+    "quantization",
+    "quantize_mamba",
+    "threads",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -59,15 +66,23 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`."""
+    """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`.
+
+    A decode step of one sequence reads `decode_bytes_per_token` of weights, and the device `bandwidth` bytes a second
+    (None: not known).
+    """
 
     model: str
     architecture: str
     parameters: int
     dtype: str
+    quantization: Quantization | None
+    quantize_mamba: bool
     device: str
     memory_bytes: int
     weight_bytes: int
+    decode_bytes_per_token: int
+    bandwidth: float | None
     kv_bytes_per_token: int
     state_bytes_per_sequence: int
     table: tuple[Cell, ...]
@@ -82,11 +97,15 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Such as 80GiB. [default: what is free here]", show_default=False)
     ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes a second, such as 3.35TB. [default: measured here on a CPU]", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what fits: weights, bytes of the caches, and context lengths against concurrent sequences."""
+    """Show what fits: weights, bytes of the caches, context lengths against concurrent sequences, the decode limit."""
     folder = find_checkpoint(config, config_only=True).folder
-    report = make_report(model, load_model_config(folder), config.engine(folder), memory)
+    report = make_report(model, load_model_config(folder), config.engine(folder), memory, bandwidth)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
         return
@@ -96,11 +115,15 @@ def plan(
     console.print(table(report))
 
 
-def make_report(name: str, model: JambaConfig, engine: EngineConfig, memory: str | None) -> Report:
-    """`memory` is a size as text, or None for what is free on this machine. Raises ConfigError for anything else."""
+def make_report(
+    name: str, model: JambaConfig, engine: EngineConfig, memory: str | None = None, bandwidth: str | None = None
+) -> Report:
+    """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
+    or None for this machine's if the device is a CPU. Raises ConfigError for anything else."""
     device, available = find_memory(engine.device, memory)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu")
+    policy = QuantizationPolicy.of(engine)
+    weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu", policy=policy)
     spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
     result, refusal = None, None
     try:
@@ -130,9 +153,13 @@ def make_report(name: str, model: JambaConfig, engine: EngineConfig, memory: str
         architecture=model.architecture,
         parameters=model.num_parameters(),
         dtype=dtype,
+        quantization=policy.quantization,
+        quantize_mamba=policy.mamba,
         device=device,
         memory_bytes=available,
         weight_bytes=weights,
+        decode_bytes_per_token=step_bytes(model, DTYPE_BYTES[dtype], policy=policy),
+        bandwidth=find_bandwidth(device, bandwidth, engine.threads),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
@@ -155,6 +182,19 @@ def find_memory(device: Device, memory: str | None) -> tuple[str, int]:
     return name, available_memory() if free_on_gpu is None else free_on_gpu
 
 
+def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
+    """Bytes a second: `bandwidth` if it is given, else what `threads` threads of this CPU read; None for a GPU."""
+    if bandwidth is None:
+        return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
+    try:
+        value = parse_size(bandwidth)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise ConfigError(f"--bandwidth is {bandwidth!r}; it must be a size such as 3.35TB, read in a second.")
+    return value
+
+
 def gpu_memory() -> int | None:
     """Free bytes of the first NVIDIA GPU; None without one. Its driver's tool is asked: torch takes seconds to load."""
     if (tool := shutil.which("nvidia-smi")) is None:
@@ -168,11 +208,13 @@ def gpu_memory() -> int | None:
 def describe(report: Report) -> list[str]:
     """Lines before the table."""
     lines = [
-        f"{report.model}: {report.architecture}, {report.parameters:,} parameters in {report.dtype}",
+        f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
+        + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
         f"weights                 {format_bytes(report.weight_bytes)}",
         f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
         f"state                   {format_bytes(report.state_bytes_per_sequence)} a sequence or checkpoint",
         f"memory ({report.device})".ljust(24) + format_bytes(report.memory_bytes),
+        describe_decode(report),
     ]
     if report.plan is None:
         return [*lines, f"jamba serve would stop: {report.refusal}"]
@@ -186,6 +228,16 @@ def describe(report: Report) -> list[str]:
         f"{plan.max_num_batched_tokens} tokens a step",
         *(f"warning                 {warning}" for warning in plan.warnings),
     ]
+
+
+def describe_decode(report: Report) -> str:
+    """In powers of 1000, as makers give bandwidths."""
+    read = f"{report.decode_bytes_per_token / 1e9:.3g} GB a token"
+    if report.bandwidth is None:
+        return f"decode at 1 sequence    reads {read} (with --bandwidth: tokens a second)"
+    limit = report.bandwidth / report.decode_bytes_per_token
+    shown = f"{limit:,.0f}" if limit >= 100 else f"{limit:.3g}"
+    return f"decode limit at 1 sequence: {read} / {report.bandwidth / 1e9:,.0f} GB/s = {shown} tok/s"
 
 
 def table(report: Report) -> Table:

@@ -167,9 +167,7 @@ def recording() -> tuple[Kernels, list[Weight]]:
 def load(
     folder: Path, policy: QuantizationPolicy, kernels: Kernels | None = None, dtype: torch.dtype = torch.float32
 ) -> Model:
-    model = build_model(
-        load_model_config(folder), kernels or select("cpu", REFERENCE), dtype=dtype, device=CPU, policy=policy
-    )
+    model = build_model(load_model_config(folder), kernels or select("cpu", {}), dtype=dtype, device=CPU, policy=policy)
     load_weights(model, folder, lambda phase, fraction: None)
     return model
 
@@ -310,7 +308,7 @@ def plain_loss() -> float:
 
 def loss(quantization: Quantization | None, **settings: Any) -> float:
     """Nats a token that the demonstration checkpoint needs for a story that it has not seen."""
-    llm = LLM(demo_folder(), quantization=quantization, threads=1, max_num_seqs=1, kernels=REFERENCE, **settings)
+    llm = LLM(demo_folder(), quantization=quantization, threads=1, max_num_seqs=1, **settings)
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     [completion] = llm.generate([" ".join(STORY.split())], params)
     scores = [entry.logprob for entry in completion.prompt_logprobs if entry]
