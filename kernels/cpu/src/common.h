@@ -51,7 +51,7 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f) {
 }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept between calls; it grows and never shrinks. Each `slot`
-// (0..4) is a buffer of its own. A worker that needs some asks within its body.
+// (0..3) is a buffer of its own. A worker that needs some asks within its body.
 void* scratch(int slot, int64_t bytes);
 
 // Formats. The numbers are those that `kernels/cpu/library.py` passes.

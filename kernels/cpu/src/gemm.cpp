@@ -43,7 +43,7 @@ uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64
         for (int64_t c = 0; c < columns; c++) {
             for (int64_t i = 0; i < INPUTS && start + i < end; i++) {
                 const uint8_t bits = uint8_t(values[c * k + start + i]);
-                if (BITS == 8) out[2 * c + i] = bits;
+                if (BITS == 8) out[i * PANEL + c] = bits;
                 // Number i of a column: word i % 2, bits 4 * (i / 2) and on, the lower byte first.
                 else out[4 * c + 2 * (i % 2) + i / 4] |= uint8_t((bits & 15) << (i / 2 % 2 * 4));
             }

@@ -5,7 +5,7 @@
 // A weight [N, K] is packed in panels of 32 columns of its transpose, K upwards in pairs (an odd K gets a zero):
 // bf16: [panel][pair][column][2], as the dot product of pairs takes it; f32 and f16: [panel][pair][2][column].
 //
-// Quantised weights: each group of a panel's inputs, then its scales, float32 [column]. int8: [pair][column][2]. int4:
+// Quantised weights: each group of a panel's inputs, then its scales, float32 [column]. int8: [pair][2][column]. int4:
 // [step][column][2] words of 16 bits, each of its number of four pairs, the first in the lowest bits (K is filled up
 // with zeros to whole steps).
 constexpr int64_t PANEL = 32;

@@ -17,8 +17,8 @@ struct Multiply {
     static INLINE void pair(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset, int pair) {
 #pragma GCC unroll 8
         for (int s = 0; s < NS; s++) {
-            const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair, 0);
-            const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair, 0);
+            const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair);
+            const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) {
                 const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
@@ -107,9 +107,8 @@ struct TileArguments {
     const Product<T>* product;
     const PackedX<T>* x;
     int64_t first_row, strip;
-    int64_t sharers;       // tiles that read this strip one after the other; together they prefetch the next panel
-    int64_t turn;          // this tile's place among them
-    const char* unpacked;  // the strip's weights as `Unpacked`, where that is the tile's format
+    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
+    int64_t turn;     // this tile's place among them
 };
 
 template <class T, int MR, int NV>
@@ -134,7 +133,6 @@ INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
 }
 
 // Bytes of a panel between the prefetch and the product, for so many strips at once: measured.
-constexpr int64_t UNPACK_TILES = 3;  // that share a strip, from which on it is converted once for all: measured
 constexpr int64_t ahead(int strips) { return strips < 4 ? 8192 / strips : 2048; }
 
 // totals += scale * c, for the scales of a group: of each strip, `offset` bytes on.
@@ -158,8 +156,8 @@ void tile(const TileArguments<T>& a) {
     const char* w[NS];
     const char* scales[NS];
     for (int s = 0; s < NS; s++) {
-        const int64_t strip = a.strip + s, column = R::COLUMNS == STRIP ? 0 : strip % STRIPS * STRIP;
-        const char* const start = a.unpacked ? a.unpacked : weights.panels + strip / STRIPS * panel;
+        const int64_t strip = a.strip + s, column = strip % STRIPS * STRIP;
+        const char* const start = weights.panels + strip / STRIPS * panel;
         w[s] = start + column * R::COLUMN_BYTES;
         scales[s] = start + column * 4;
     }
@@ -193,7 +191,7 @@ void tile(const TileArguments<T>& a) {
         }
         if constexpr (R::SCALED) {
             add_group<MR, NS>(c, scales, offset, totals);
-            offset += 4 * R::COLUMNS;
+            offset += 4 * PANEL;
         } else {
             store_tile<T, MR, 2 * NS>(c, a);
         }
@@ -215,20 +213,7 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
         if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
         if (end - a.strip == 1) return tile<T, W, MR, 1>(a);
-        if constexpr (!std::is_same_v<W, Unpacked>) tile_strips<T, W, MR, max_strips(MR)>(a, end);
-    }
-}
-
-// All tiles with one strip, one after the other.
-template <class T, class W>
-void multiply_strip(const Product<T>& p, const PackedX<T>* x, int64_t tile, int64_t tile_end, int64_t strip,
-                    const char* unpacked) {
-    const Tiles tiles(p.m, MAX_ROWS);
-    for (int64_t t = tile; t < tile_end; t++) {
-        const int64_t first = tiles.first(t);
-        const TileArguments<T> a{
-            &p, x + first * x_row<T>(p.weights.k), first, strip, tile_end - tile, t - tile, unpacked};
-        tile_rows<T, W, MAX_ROWS>(tiles.size(t), a, strip + 1);
+        tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
 }
 
@@ -236,19 +221,18 @@ template <class T, class W>
 void multiply_strips(const Product<T>& p, const PackedX<T>* x, int64_t tile, int64_t tile_end, int64_t strip,
                      int64_t strip_end) {
     const Tiles tiles(p.m, MAX_ROWS);
+    const int64_t row = x_row<T>(p.weights.k);
     if (tile_end - tile == 1) {
         const int64_t first = tiles.first(tile);
-        const TileArguments<T> a{&p, x + first * x_row<T>(p.weights.k), first, strip, 1, 0, nullptr};
-        return tile_rows<T, W, MAX_ROWS>(tiles.size(tile), a, strip_end);
+        tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, x + first * row, first, strip, 1, 0}, strip_end);
+        return;
     }
     for (; strip < strip_end; strip++) {
-        if constexpr (Reader<W>::SCALED) {
-            if (tile_end - tile >= UNPACK_TILES) {
-                multiply_strip<T, Unpacked>(p, x, tile, tile_end, strip, unpack_strip<T, W>(p.weights, strip));
-                continue;
-            }
+        for (int64_t t = tile; t < tile_end; t++) {
+            const int64_t first = tiles.first(t);
+            const TileArguments<T> a{&p, x + first * row, first, strip, tile_end - tile, t - tile};
+            tile_rows<T, W, MAX_ROWS>(tiles.size(t), a, strip + 1);
         }
-        multiply_strip<T, W>(p, x, tile, tile_end, strip, nullptr);
     }
 }
 
