@@ -50,13 +50,21 @@ struct Reader<Int4> {
 #else
 using Weight = Vec;  // one number of each pair
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
-typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 
-template <class V>
-INLINE V read(const char* p) {
-    V x;
+INLINE Lanes read_lanes(const char* p) {
+    Lanes x;
     std::memcpy(&x, p, sizeof(x));
     return x;
+}
+INLINE Vec read_bytes(const char* p) {  // signed
+#if defined(LEVEL_AVX512)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(LEVEL_AVX2)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    const auto* const x = (const signed char*)p;
+    return __builtin_convertvector(Lanes{x[0], x[1], x[2], x[3]}, Vec);
+#endif
 }
 // Bits first..first+size-1 of each lane, the highest of them being the sign.
 INLINE Vec number(Lanes x, int first, int size) {
@@ -77,7 +85,7 @@ struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        const Lanes pairs = read<Lanes>(step + 4 * WIDTH * vector);  // the first number in the lower half
+        const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);  // the first number in the lower half
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }
 };
@@ -87,7 +95,7 @@ struct Reader<Int8> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        return __builtin_convertvector(read<Bytes>(step + half * PANEL + WIDTH * vector), Vec);
+        return read_bytes(step + half * PANEL + WIDTH * vector);
     }
 };
 
@@ -96,7 +104,7 @@ struct Reader<Int4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
     static INLINE Weight vector(const char* step, int vector, int pair, int half) {
-        return number(read<Lanes>(step + 4 * WIDTH * vector), 16 * half + 4 * pair, 4);
+        return number(read_lanes(step + 4 * WIDTH * vector), 16 * half + 4 * pair, 4);
     }
 };
 #endif
