@@ -55,7 +55,7 @@ void mix_experts(const Experts<T>& e) {
     const int64_t parts_bytes = (e.experts < entries ? e.experts : entries) * int64_t(sizeof(Part<T>));
     auto* const memory = static_cast<char*>(scratch(1, parts_bytes + (2 * entries + e.experts + 1) * 4));
     const Order order = sort_entries(e, reinterpret_cast<int32_t*>(memory + parts_bytes));
-    auto* const packed = static_cast<PackedX<T>*>(scratch(0, entries * x_row<T>(highest) * 4));
+    auto* const packed = static_cast<PackedX*>(scratch(0, entries * x_row(highest) * 4));
     T* const hidden = static_cast<T*>(scratch(2, entries * wide * int64_t(sizeof(T))));
     T* const outputs = static_cast<T*>(scratch(3, entries * e.hidden * int64_t(sizeof(T))));
 
@@ -63,7 +63,7 @@ void mix_experts(const Experts<T>& e) {
         Parts<T> all{reinterpret_cast<Part<T>*>(memory)};
         for (int64_t i = 0; i < e.experts; i++) {
             const int64_t start = order.starts[i], size = order.starts[i + 1] - start;
-            if (size) all.add(product(i, start, size), packed + start * x_row<T>(k), 1);
+            if (size) all.add(product(i, start, size), packed + start * x_row(k), 1);
         }
         return all;
     };

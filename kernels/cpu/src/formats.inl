@@ -62,8 +62,9 @@ INLINE Vec read_bytes(const char* p) {  // signed
 #elif defined(LEVEL_AVX2)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
-    const auto* const x = (const signed char*)p;
-    return __builtin_convertvector(Lanes{x[0], x[1], x[2], x[3]}, Vec);
+    int32_t four;
+    std::memcpy(&four, p, sizeof(four));
+    return __builtin_convertvector(Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24, Vec);
 #endif
 }
 // Bits first..first+size-1 of each lane, the highest of them being the sign.

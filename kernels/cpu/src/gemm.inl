@@ -8,68 +8,62 @@
 #ifdef DOT_PRODUCTS
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
 // x as pairs of bf16, one instruction for both products (VDPBF16PS, which has its own fixed order of the two).
-template <class T>
-struct Multiply {
-    using X = uint32_t;
-    static constexpr int64_t X_PER_PAIR = 1;
+using PackedX = uint32_t;
+constexpr int64_t X_PER_PAIR = 1;
 
-    template <class W, int MR, int NS>
-    static INLINE void pair(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset, int pair) {
+// Adds the products of one pair; the weights stand `offset` bytes on.
+template <class W, int MR, int NS>
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset, int pair) {
 #pragma GCC unroll 8
-        for (int s = 0; s < NS; s++) {
-            const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair);
-            const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair);
+    for (int s = 0; s < NS; s++) {
+        const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair), b1 = Reader<W>::vector(w[s] + offset, 1, pair);
 #pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) {
-                const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
-                c[m][2 * s] = _mm512_dpbf16_ps(c[m][2 * s], a, b0);
-                c[m][2 * s + 1] = _mm512_dpbf16_ps(c[m][2 * s + 1], a, b1);
-            }
+        for (int m = 0; m < MR; m++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
+            c[m][2 * s] = _mm512_dpbf16_ps(c[m][2 * s], a, b0);
+            c[m][2 * s + 1] = _mm512_dpbf16_ps(c[m][2 * s + 1], a, b1);
         }
     }
+}
 
-    // 2 * WIDTH elements of one row, n of them given, to out[pair * rows]
-    static INLINE void spread(const T* x, int64_t n, X* out, int64_t rows) {
-        X pairs[WIDTH] = {};
-        std::memcpy(pairs, x, n * sizeof(T));
-        for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
-    }
-};
+// 2 * WIDTH elements of one row, n of them given, to out[pair * rows]
+INLINE void spread(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
+    PackedX pairs[WIDTH] = {};
+    std::memcpy(pairs, x, n * sizeof(bf16));
+    for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
+}
 #else
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-
 // x as float32, two fused products.
-template <class T>
-struct Multiply {
-    using X = float;
-    static constexpr int64_t X_PER_PAIR = 2;
+using PackedX = float;
+constexpr int64_t X_PER_PAIR = 2;
 
-    template <class W, int MR, int NS>
-    static INLINE void pair(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset, int pair) {
+template <class W, int MR, int NS>
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset, int pair) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 8
-            for (int s = 0; s < NS; s++) {
-                const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair, half);
-                const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair, half);
+        for (int s = 0; s < NS; s++) {
+            const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair, half);
+            const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair, half);
 #pragma GCC unroll 16
-                for (int m = 0; m < MR; m++) {
-                    const Vec a = set(x[half * MR + m]);
-                    c[m][2 * s] = fma(a, b0, c[m][2 * s]);
-                    c[m][2 * s + 1] = fma(a, b1, c[m][2 * s + 1]);
-                }
+            for (int m = 0; m < MR; m++) {
+                const Vec a = set(x[half * MR + m]);
+                c[m][2 * s] = fma(a, b0, c[m][2 * s]);
+                c[m][2 * s + 1] = fma(a, b1, c[m][2 * s + 1]);
             }
         }
     }
+}
 
-    static INLINE void spread(const T* x, int64_t n, X* out, int64_t rows) {
-        float wide[2 * WIDTH];
-        store(wide, load(x, n < WIDTH ? n : WIDTH));
-        store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
-        for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
-    }
-};
+template <class T>
+INLINE void spread(const T* x, int64_t n, PackedX* out, int64_t rows) {
+    float wide[2 * WIDTH];
+    store(wide, load(x, n < WIDTH ? n : WIDTH));
+    store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
+    for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
+}
 #endif
 
 constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
@@ -78,37 +72,37 @@ constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
     return strips;
 }
 
-template <class T>
-using PackedX = typename Multiply<T>::X;
-
-template <class T>
-int64_t x_row(int64_t k) {  // of packed x, filled up to what any format of weights takes in one step
-    return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * Multiply<T>::X_PER_PAIR;
-}
+// Numbers in a row of packed x, which is filled up to what any format of weights takes in one step.
+inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
 // Rows first..first+size-1 of the product, in a tile's order.
 template <class T>
-void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX<T>* out) {
-    using M = Multiply<T>;
+void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     for (int64_t m = 0; m < size; m++) {
         const T* x = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
         for (int64_t k = 0; k < p.weights.k; k += 2 * WIDTH) {
             const int64_t n = p.weights.k - k < 2 * WIDTH ? p.weights.k - k : 2 * WIDTH;
-            M::spread(x + k, n, out + k / 2 * M::X_PER_PAIR * size + m, size);
+            spread(x + k, n, out + k / 2 * X_PER_PAIR * size + m, size);
         }
     }
-    const int64_t used = ceil_div(p.weights.k, 2) * M::X_PER_PAIR;
-    std::memset(out + used * size, 0, (x_row<T>(p.weights.k) - used) * size * sizeof(*out));
+    const int64_t used = ceil_div(p.weights.k, 2) * X_PER_PAIR;
+    std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
+
+// A tile's way along K.
+struct Walk {
+    const PackedX* x;
+    int64_t strip;
+    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
+    int64_t turn;     // this tile's place among them
+};
 
 // What one tile needs beside its template's arguments.
 template <class T>
 struct TileArguments {
     const Product<T>* product;
-    const PackedX<T>* x;
-    int64_t first_row, strip;
-    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
-    int64_t turn;     // this tile's place among them
+    int64_t first_row;
+    Walk walk;
 };
 
 template <class T, int MR, int NV>
@@ -116,7 +110,7 @@ INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
-        const int64_t column = a.strip * STRIP + v * WIDTH, n = p.n - column;
+        const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
         if (n <= 0) return;
         T* y = p.y + a.first_row * p.n + column;
         const Vec bias = !p.bias ? set(0.0f) : n < WIDTH ? load(p.bias + column, n) : load(p.bias + column);
@@ -147,26 +141,23 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
     }
 }
 
-template <class T, class W, int MR, int NS>
-void tile(const TileArguments<T>& a) {
+// The sums of a tile. Weights of `panel` bytes to a panel.
+template <class W, int MR, int NS>
+void accumulate(const Weights& weights, int64_t panel, const Walk& walk, Vec (&totals)[MR][2 * NS]) {
     using R = Reader<W>;
-    const Weights& weights = a.product->weights;
-    const int64_t panel = panel_bytes<T>(weights), steps = weights.pairs() / R::PAIRS;
+    const int64_t steps = weights.pairs() / R::PAIRS;
     const int64_t group_steps = R::SCALED ? weights.group_pairs() / R::PAIRS : steps;
-    const char* w[NS];
-    const char* scales[NS];
+    const char *w[NS], *scales[NS];
     for (int s = 0; s < NS; s++) {
-        const int64_t strip = a.strip + s, column = strip % STRIPS * STRIP;
-        const char* const start = weights.panels + strip / STRIPS * panel;
-        w[s] = start + column * R::COLUMN_BYTES;
-        scales[s] = start + column * 4;
+        const int64_t strip = walk.strip + s, column = strip % STRIPS * STRIP;
+        w[s] = weights.panels + strip / STRIPS * panel + column * R::COLUMN_BYTES;
+        scales[s] = weights.panels + strip / STRIPS * panel + column * 4;
     }
-    const PackedX<T>* x = a.x;
+    const PackedX* x = walk.x;
     // Alone with its strip a tile prefetches what it needs soon; else its share of the panel after this one.
-    const int64_t stride = panel / (steps * a.sharers);
-    const char* next = a.sharers == 1 ? w[0] + ahead(1)
-                                      : weights.panels + (a.strip / STRIPS + 1) * panel + a.turn * (steps * stride);
-    Vec totals[MR][2 * NS] = {};
+    const int64_t stride = R::BYTES / walk.sharers;
+    const char* next = walk.sharers == 1 ? w[0] + ahead(1) : w[0] + panel + walk.turn * (steps * stride);
+    if (R::SCALED) std::memset(totals, 0, sizeof(totals));
     int64_t offset = 0;
     for (int64_t step = 0; step < steps; step += group_steps) {
         Vec c[MR][2 * NS] = {};
@@ -184,27 +175,33 @@ void tile(const TileArguments<T>& a) {
                 }
             }
 #pragma GCC unroll 4
-            for (int pair = 0; pair < R::PAIRS; pair++) {
-                Multiply<T>::template pair<W, MR, NS>(c, x, w, offset, pair);
-                x += MR * Multiply<T>::X_PER_PAIR;
+            for (int pair = 0; pair < R::PAIRS; pair++, x += MR * X_PER_PAIR) {
+                multiply_pair<W, MR, NS>(c, x, w, offset, pair);
             }
         }
         if constexpr (R::SCALED) {
             add_group<MR, NS>(c, scales, offset, totals);
             offset += 4 * PANEL;
         } else {
-            store_tile<T, MR, 2 * NS>(c, a);
+            std::memcpy(totals, c, sizeof(c));
         }
     }
-    if constexpr (R::SCALED) store_tile<T, MR, 2 * NS>(totals, a);
 }
 
-// Strips from a.strip up to `end`, NS at a time, for one tile of MR rows.
+template <class T, class W, int MR, int NS>
+void tile(const TileArguments<T>& a) {
+    Vec c[MR][2 * NS];
+    accumulate<W, MR, NS>(a.product->weights, panel_bytes<T>(a.product->weights), a.walk, c);
+    store_tile<T, MR, 2 * NS>(c, a);
+}
+
+// Strips from the walk's up to `end`, NS at a time, for one tile of MR rows.
 template <class T, class W, int MR, int NS>
 void tile_strips(TileArguments<T> a, int64_t end) {
-    for (; a.strip + NS <= end; a.strip += NS) tile<T, W, MR, NS>(a);
+    int64_t& strip = a.walk.strip;
+    for (; strip + NS <= end; strip += NS) tile<T, W, MR, NS>(a);
     if constexpr (NS > 1) {
-        if (a.strip < end) tile_strips<T, W, MR, NS / 2>(a, end);
+        if (strip < end) tile_strips<T, W, MR, NS / 2>(a, end);
     }
 }
 
@@ -212,25 +209,25 @@ template <class T, class W, int MR>
 void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
         if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
-        if (end - a.strip == 1) return tile<T, W, MR, 1>(a);
+        if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
         tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
 }
 
 template <class T, class W>
-void multiply_strips(const Product<T>& p, const PackedX<T>* x, int64_t tile, int64_t tile_end, int64_t strip,
+void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                      int64_t strip_end) {
     const Tiles tiles(p.m, MAX_ROWS);
-    const int64_t row = x_row<T>(p.weights.k);
+    const int64_t row = x_row(p.weights.k);
     if (tile_end - tile == 1) {
         const int64_t first = tiles.first(tile);
-        tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, x + first * row, first, strip, 1, 0}, strip_end);
+        tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, {x + first * row, strip, 1, 0}}, strip_end);
         return;
     }
     for (; strip < strip_end; strip++) {
         for (int64_t t = tile; t < tile_end; t++) {
             const int64_t first = tiles.first(t);
-            const TileArguments<T> a{&p, x + first * row, first, strip, tile_end - tile, t - tile};
+            const TileArguments<T> a{&p, first, {x + first * row, strip, tile_end - tile, t - tile}};
             tile_rows<T, W, MAX_ROWS>(tiles.size(t), a, strip + 1);
         }
     }
@@ -238,7 +235,7 @@ void multiply_strips(const Product<T>& p, const PackedX<T>* x, int64_t tile, int
 
 // The tiles tile..tile_end-1 of a product, columns of the strips strip..strip_end-1; x is packed, tile after tile.
 template <class T>
-void multiply_block(const Product<T>& p, const PackedX<T>* x, int64_t tile, int64_t tile_end, int64_t strip,
+void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                     int64_t strip_end) {
     switch (p.weights.bits) {
         case 8: return multiply_strips<T, Int8>(p, x, tile, tile_end, strip, strip_end);
@@ -254,7 +251,7 @@ constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // of packed x, that stays in the ca
 template <class T>
 struct Part {
     Product<T> product;
-    PackedX<T>* x;  // of the product's first row
+    PackedX* x;  // of the product's first row
     int64_t tile, tile_end, strips, grain;
     int64_t tiles_before, pieces_before;  // those of earlier parts
 };
@@ -264,8 +261,8 @@ struct Parts {
     Part<T>* parts;
     int64_t count = 0, tiles = 0, pieces = 0;
 
-    // Splits a product in `blocks` parts. x: memory for its packed rows, x_row<T>(k) elements each.
-    void add(const Product<T>& p, PackedX<T>* x, int64_t blocks) {
+    // Splits a product in `blocks` parts. x: memory for its packed rows, x_row(k) elements each.
+    void add(const Product<T>& p, PackedX* x, int64_t blocks) {
         const Tiles whole(p.m, MAX_ROWS);
         const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
         blocks = blocks < 1 ? 1 : blocks > whole.count ? whole.count : blocks;
@@ -287,7 +284,7 @@ template <class T, class F>
 void pack_parts(const Parts<T>& all, const F& before) {
     if (!all.tiles) return;
     const Product<T>& typical = all.parts[0].product;
-    const int64_t tile_bytes = x_row<T>(typical.weights.k) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
+    const int64_t tile_bytes = x_row(typical.weights.k) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
     parallel_for(all.tiles, ceil_div(PIECE_BYTES / 2, tile_bytes), [&](int64_t tile, int64_t end) {
         const Part<T>* part = all.parts;
         for (; tile < end; tile++) {
@@ -295,7 +292,7 @@ void pack_parts(const Parts<T>& all, const F& before) {
             const Tiles tiles(part->product.m, MAX_ROWS);
             const int64_t t = part->tile + tile - part->tiles_before, first = tiles.first(t);
             before(part->product, first, tiles.size(t));
-            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row<T>(part->product.weights.k));
+            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row(part->product.weights.k));
         }
     });
 }
@@ -316,11 +313,11 @@ void multiply_parts(const Parts<T>& all) {
 template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
-    const int64_t x_bytes = p.m * x_row<T>(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
+    const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
     // Where columns are few, threads share the rows too.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
     Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
-    all.add(p, static_cast<PackedX<T>*>(scratch(0, x_bytes)),
+    all.add(p, static_cast<PackedX*>(scratch(0, x_bytes)),
             threads > 1 && by_threads > by_size ? by_threads : by_size);
     pack_parts(all, [](const Product<T>&, int64_t, int64_t) {});
     multiply_parts(all);
