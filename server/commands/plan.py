@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,17 +20,16 @@ from engine.cache.spec import (
     CacheSpec,
     MemoryPlan,
     activation_bytes,
-    available_cpus,
     available_memory,
     format_bytes,
     plan_memory,
 )
 from engine.config import Device, EngineConfig, Quantization
 from engine.errors import ConfigError
-from engine.model_config import JambaConfig, load_model_config, step_bytes, weight_bytes
+from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.quantization import QuantizationPolicy
-from server.bench.conditions import read_bandwidth
 from server.commands.checkpoint import find_checkpoint
+from server.commands.decode_limit import Decode, decode_limits, describe_decode, find_bandwidth, read_bench
 from server.commands.settings import with_options
 from server.commands.terminal import describe_weights
 from server.config import ServerConfig
@@ -67,10 +68,7 @@ class Cell:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`.
-
-    A decode step of one sequence reads `decode_bytes_per_token` of weights, and the device `bandwidth` bytes a second
-    (None: not known).
-    """
+    `bandwidth`: bytes that the device reads in a second; None where that is not known."""
 
     model: str
     architecture: str
@@ -81,8 +79,8 @@ class Report:
     device: str
     memory_bytes: int
     weight_bytes: int
-    decode_bytes_per_token: int
     bandwidth: float | None
+    decode: tuple[Decode, ...]
     kv_bytes_per_token: int
     state_bytes_per_sequence: int
     table: tuple[Cell, ...]
@@ -101,11 +99,16 @@ def plan(
         str | None,
         typer.Option(help="Bytes a second, such as 3.35TB. [default: measured here on a CPU]", show_default=False),
     ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Report of `jamba bench --output`, shown beside the limit.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what fits: weights, bytes of the caches, context lengths against concurrent sequences, the decode limit."""
     folder = find_checkpoint(config, config_only=True).folder
-    report = make_report(model, load_model_config(folder), config.engine(folder), memory, bandwidth)
+    measured = {} if bench is None else read_bench(bench)
+    engine = config.engine(folder)
+    report = make_report(model, load_model_config(folder), engine, memory, bandwidth=bandwidth, measured=measured)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
         return
@@ -116,15 +119,23 @@ def plan(
 
 
 def make_report(
-    name: str, model: JambaConfig, engine: EngineConfig, memory: str | None = None, bandwidth: str | None = None
+    name: str,
+    model: JambaConfig,
+    engine: EngineConfig,
+    memory: str | None,
+    *,
+    bandwidth: str | None,
+    measured: Mapping[int, float],
 ) -> Report:
     """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
-    or None for this machine's if the device is a CPU. Raises ConfigError for anything else."""
+    or None for this machine's if the device is a CPU. `measured`: tokens a second by sequences at once. Raises
+    ConfigError for a text that is no size."""
     device, available = find_memory(engine.device, memory)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine)
     weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu", policy=policy)
     spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
+    speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
         result = plan_memory(
@@ -158,8 +169,8 @@ def make_report(
         device=device,
         memory_bytes=available,
         weight_bytes=weights,
-        decode_bytes_per_token=step_bytes(model, DTYPE_BYTES[dtype], policy=policy),
-        bandwidth=find_bandwidth(device, bandwidth, engine.threads),
+        bandwidth=speed,
+        decode=decode_limits(model, DTYPE_BYTES[dtype], policy, bandwidth=speed, measured=measured),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
@@ -182,19 +193,6 @@ def find_memory(device: Device, memory: str | None) -> tuple[str, int]:
     return name, available_memory() if free_on_gpu is None else free_on_gpu
 
 
-def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
-    """Bytes a second: `bandwidth` if it is given, else what `threads` threads of this CPU read; None for a GPU."""
-    if bandwidth is None:
-        return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
-    try:
-        value = parse_size(bandwidth)
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise ConfigError(f"--bandwidth is {bandwidth!r}; it must be a size such as 3.35TB, read in a second.")
-    return value
-
-
 def gpu_memory() -> int | None:
     """Free bytes of the first NVIDIA GPU; None without one. Its driver's tool is asked: torch takes seconds to load."""
     if (tool := shutil.which("nvidia-smi")) is None:
@@ -214,7 +212,7 @@ def describe(report: Report) -> list[str]:
         f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
         f"state                   {format_bytes(report.state_bytes_per_sequence)} a sequence or checkpoint",
         f"memory ({report.device})".ljust(24) + format_bytes(report.memory_bytes),
-        describe_decode(report),
+        *(describe_decode(decode, report.bandwidth) for decode in report.decode),
     ]
     if report.plan is None:
         return [*lines, f"jamba serve would stop: {report.refusal}"]
@@ -228,16 +226,6 @@ def describe(report: Report) -> list[str]:
         f"{plan.max_num_batched_tokens} tokens a step",
         *(f"warning                 {warning}" for warning in plan.warnings),
     ]
-
-
-def describe_decode(report: Report) -> str:
-    """In powers of 1000, as makers give bandwidths."""
-    read = f"{report.decode_bytes_per_token / 1e9:.3g} GB a token"
-    if report.bandwidth is None:
-        return f"decode at 1 sequence    reads {read} (with --bandwidth: tokens a second)"
-    limit = report.bandwidth / report.decode_bytes_per_token
-    shown = f"{limit:,.0f}" if limit >= 100 else f"{limit:.3g}"
-    return f"decode limit at 1 sequence: {read} / {report.bandwidth / 1e9:,.0f} GB/s = {shown} tok/s"
 
 
 def table(report: Report) -> Table:

@@ -15,6 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.errors import CheckpointError, ConfigError
+from server.bench import report as bench
+from server.bench.client import Reply
+from server.bench.runner import ClosedLoop, Poisson
 from server.cli import foreign_package
 from server.commands import checkpoint, doctor
 from server.commands.application import app, run
@@ -238,10 +241,28 @@ def test_plan_counts_quantised_weights(tmp_path: Path) -> None:
 
 def test_plan_shows_the_decode_limit(tmp_path: Path) -> None:
     flags = ("plan", str(write_geometry(tmp_path, "3b")), "--device", "cuda", "--memory", "80GiB")
-    assert "decode at 1 sequence    reads 6.06 GB a token (with --bandwidth: tokens a second)" in invoke(*flags)
+    assert "decode at 1 sequence: 6.06 GB a token (with --bandwidth: the limit)" in invoke(*flags)
     text = invoke(*flags, "--bandwidth", "3.35TB", "--quantization", "int8", "--quantize-mamba")
     assert "parameters in bfloat16 with int8 weights (Mamba mixers too)" in text
     assert "decode limit at 1 sequence: 3.09 GB a token / 3,350 GB/s = 1,085 tok/s" in text
+
+
+def test_plan_shows_what_was_measured_beside_the_limit(tmp_path: Path) -> None:
+    # the first token after 10 s, 64 more in as many seconds
+    reply = Reply(start=0.0, arrivals=(10.0, 74.0), end=74.0, prompt_tokens=5, output_tokens=65, max_tokens=65)
+    levels = [bench.summarize(bench.Plan(load, 1), [reply]) for load in (ClosedLoop(8), Poisson(2.0))]
+    (tmp_path / "bench.json").write_bytes(bench.to_json(bench.Report({}, levels)))
+    flags = ("--device", "cpu", "--memory", "24GiB", "--bandwidth", "40GB", "--bench", str(tmp_path / "bench.json"))
+    text = invoke("plan", str(write_geometry(tmp_path, "3b")), *flags)
+    assert "decode limit at 1 sequence: 6.06 GB a token / 40 GB/s = 6.6 tok/s\n" in text
+    assert "decode limit at 8 sequences: 6.06 GB a step / 40 GB/s = 52.8 tok/s; measured 8 tok/s, 15% of it\n" in text
+
+
+def test_plan_refuses_what_is_no_bench_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = str(write_geometry(tmp_path, "3b"))
+    for path in ("config.json", "none.json"):
+        message = str(jamba(monkeypatch, "plan", folder, "--memory", "8GiB", "--bench", str(tmp_path / path)))
+        assert message.startswith(f"jamba: --bench {tmp_path / path} cannot be read as a report of `jamba bench --out")
 
 
 def test_plan_measures_the_bandwidth_of_a_cpu(tmp_path: Path) -> None:
