@@ -13,7 +13,8 @@ constexpr int64_t X_PER_PAIR = 1;
 
 // Adds the products of one pair; the weights stand `offset` bytes on.
 template <class W, int MR, int NS>
-INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset, int pair) {
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
+                          int pair) {
 #pragma GCC unroll 8
     for (int s = 0; s < NS; s++) {
         const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair), b1 = Reader<W>::vector(w[s] + offset, 1, pair);
@@ -40,7 +41,8 @@ using PackedX = float;
 constexpr int64_t X_PER_PAIR = 2;
 
 template <class W, int MR, int NS>
-INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset, int pair) {
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
+                          int pair) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 8
@@ -106,7 +108,7 @@ struct TileArguments {
 };
 
 template <class T, int MR, int NV>
-INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
