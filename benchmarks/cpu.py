@@ -1,6 +1,7 @@
 """The engine on this CPU beside what the CPU can do: bandwidth and matmul rate are measured in the same run.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu --name cpu-shapes [--shapes small,moe,3b] [--dtype bfloat16]
+        [--quantization int8 [--quantize-mamba]]
 
 The variable is what the engine's own process sets: torch's threads would spin on cores that ours want.
 Dummy weights, in-process, greedy, prompts of four tokens for decode. The limit of a decode step is the bytes of weights
@@ -24,9 +25,11 @@ import msgspec
 import torch
 
 from engine.llm import LLM
-from engine.model_config import JambaConfig, load_model_config
+from engine.model_config import JambaConfig, load_model_config, step_bytes
+from engine.quantization import FORMATS, QuantizationPolicy
 from engine.types import SamplingParams
-from server.bench.conditions import describe_machine, describe_versions, utc_now
+from server.bench.conditions import describe_machine, describe_versions, read_bandwidth, utc_now
+from server.commands.terminal import describe_weights
 
 RESULTS = Path(__file__).parent / "results"
 BASE: dict[str, Any] = {
@@ -70,37 +73,21 @@ def best(work: Callable[[], object], times: int) -> float:
     return min(once() for _ in range(times))
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that all threads read together, from 1 GiB."""
-    data = torch.ones(1 << 28)
-    return data.nbytes / best(data.sum, 8)
-
-
 def matmul_rate(dtype: torch.dtype) -> float:
     """Operations a second of torch's own product, 512 x 2560 x 8192."""
     x, weight = torch.randn(512, 2560).to(dtype), torch.randn(8192, 2560).to(dtype)
     return 2 * 512 * 2560 * 8192 / best(lambda: torch.nn.functional.linear(x, weight), 10)
 
 
-def weights_read(config: JambaConfig, num_sequences: int, dtype_bytes: int) -> float:
-    """Bytes of weights that a decode step must read: of the experts those that some token is expected to choose, and of
-    an untied embedding nothing to speak of."""
-    experts = config.num_experts if config.num_experts > 1 else 0
-    moe_layers = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-    one_expert = 3 * config.hidden_size * config.intermediate_size
-    total = config.num_parameters() - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
-    if experts:
-        hit = experts * (1 - (1 - config.num_experts_per_tok / experts) ** num_sequences)
-        total -= moe_layers * (experts - hit) * one_expert
-    return total * dtype_bytes
-
-
 def active_parameters(config: JambaConfig) -> float:
     """Multiplied with every prompt token; the head only with the last."""
-    return weights_read(config, 1, 1) - config.vocab_size * config.hidden_size
+    return step_bytes(config, 4) / 4 - config.vocab_size * config.hidden_size
 
 
-def measure(llm: LLM, config: JambaConfig, dtype_bytes: int, bandwidth: float, rate: float) -> dict[str, Any]:
+def measure(
+    llm: LLM, config: JambaConfig, weights_read: Callable[[int], int], bandwidth: float, rate: float
+) -> dict[str, Any]:
+    """`weights_read`: bytes that a step of so many sequences reads."""
     random = Random(0)
 
     def prompts(count: int, length: int) -> list[list[int]]:
@@ -114,13 +101,12 @@ def measure(llm: LLM, config: JambaConfig, dtype_bytes: int, bandwidth: float, r
         return time.perf_counter() - start
 
     generate(1, 4, 4)
-    step_bytes = weights_read(config, 1, dtype_bytes)
-    steps = max(8, min(64, int(10 * bandwidth / step_bytes)))
+    steps = max(8, min(64, int(10 * bandwidth / weights_read(1))))
     decode: dict[str, Any] = {}
     for clients in CLIENTS:
         # the prompts' own step is taken off: a run of one token
         seconds = min(generate(clients, 4, steps + 1) for _ in range(2)) - generate(clients, 4, 1)
-        limit = bandwidth / weights_read(config, clients, dtype_bytes) * clients
+        limit = bandwidth / weights_read(clients) * clients
         decode[str(clients)] = {"tok_s": clients * steps / seconds, "limit_tok_s": limit}
     seconds = min(generate(1, PREFILL_TOKENS, 1) for _ in range(2))
     limit = rate / (2 * active_parameters(config))
@@ -133,10 +119,17 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"torch_dtype": arguments.dtype}))
         config = load_model_config(folder)
-        bandwidth, rate = read_bandwidth(), matmul_rate(dtype)
-        llm = LLM(folder, load_format="dummy", threads=arguments.threads, max_model_len=1024, max_num_seqs=32)
+        bandwidth, rate = read_bandwidth(arguments.threads), matmul_rate(dtype)
+        quantization = {"quantization": arguments.quantization, "quantize_mamba": arguments.quantize_mamba}
+        sizes = {"threads": arguments.threads, "max_model_len": 1024, "max_num_seqs": 32}
+        llm = LLM(folder, load_format="dummy", **quantization, **sizes)
         kernels = llm.core.info.kernels
-        result = measure(llm, config, dtype.itemsize, bandwidth, rate)
+        policy = QuantizationPolicy(arguments.quantization, arguments.quantize_mamba)
+
+        def weights_read(num_sequences: int) -> int:
+            return step_bytes(config, dtype.itemsize, num_sequences=num_sequences, policy=policy)
+
+        result = measure(llm, config, weights_read, bandwidth, rate)
     return {
         "shape": shape,
         "parameters": config.num_parameters(),
@@ -166,6 +159,8 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the result files")
     parser.add_argument("--shapes", default="small,moe,3b")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--quantization", choices=list(FORMATS))
+    parser.add_argument("--quantize-mamba", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -179,13 +174,13 @@ def main() -> None:
         "versions": describe_versions(["torch", "numpy"]),
         "threads": arguments.threads,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "dtype": arguments.dtype,
+        "weights": describe_weights(arguments.dtype, arguments.quantization, arguments.quantize_mamba),
     }
     RESULTS.mkdir(exist_ok=True)
     report = {"conditions": conditions, "results": results}
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = f"# {arguments.name}\n\nOutput tok/s (share of the limit), {arguments.dtype}, {arguments.threads} threads, "
-    text += f"{conditions['machine']['cpu']}, {conditions['date']}.\n\n{table(results)}\n"
+    text = f"# {arguments.name}\n\nOutput tok/s (share of the limit), {conditions['weights']}, "
+    text += f"{arguments.threads} threads, {conditions['machine']['cpu']}, {conditions['date']}.\n\n{table(results)}\n"
     (RESULTS / f"{arguments.name}.md").write_text(text)
 
 

@@ -1,10 +1,11 @@
-"""The matrix product of `kernels.cpu` beside torch's `F.linear`: the best time of many, in ms, for each number of rows.
+"""The matrix product of `kernels.cpu`, for each format of weights, beside torch's `F.linear`: best times of many.
 
     python -m benchmarks.cpu_gemm --dtype bfloat16 --threads 2
 
-Both go over weights that together exceed the cache, so that each product reads its weights from memory as a step of a
-model does. They take turns of a tenth of a second, in which the threads of the other have gone to sleep. Other load on
-the machine shows less in a best time than in a mean; it is printed for that reason.
+All go over weights that together exceed the cache, so that each product reads its weights from memory as a step of a
+model does; GB/s counts the weights as they are stored, with their scales. They take turns of a tenth of a second, in
+which the threads of the other have gone to sleep. Other load on the machine shows less in a best time than in a mean;
+it is printed for that reason.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.library import LEVELS, library
-from kernels.cpu.linear import Linear
+from kernels.cpu.linear import Linear, PackedWeight
+from kernels.ops import QuantizedWeight, Weight
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
 ROTATED_BYTES = 250_000_000
-TURNS, SECONDS = 5, 0.12  # for each number of rows and each of the two
+TURNS, SECONDS = 5, 0.12  # for each number of rows and each contender
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:
@@ -42,21 +44,40 @@ def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[flo
     return best
 
 
+def quantized(outputs: int, inputs: int, bits: int) -> QuantizedWeight:
+    """int8 with a scale for each row, int4 with one for each 128 inputs."""
+    group_size, highest = (inputs, 127) if bits == 8 else (128, 7)
+    values = torch.randint(-highest, highest + 1, (outputs, inputs)).to(torch.int8)
+    return QuantizedWeight(values, torch.rand(outputs, -(-inputs // group_size)), group_size, bits)
+
+
+def rotated(weight: Weight, linear: Linear) -> list[PackedWeight]:
+    """Copies of a packed weight, two at least, of ROTATED_BYTES together."""
+    first = linear.pack(weight)
+    return [first, *(linear.pack(weight) for _ in range(max(1, ROTATED_BYTES // first.panels.numel())))]
+
+
 def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) -> None:
-    """Prints one line for each number of rows."""
-    copies = max(2, ROTATED_BYTES // (outputs * inputs * dtype.itemsize))
-    weights = [torch.randn(outputs, inputs, dtype=dtype) for _ in range(copies)]
-    linear = Linear()
-    packed = [linear.pack(weight) for weight in weights]
-    gigabytes = outputs * inputs * dtype.itemsize / 1e9
-    print(f"{'rows':>6} {'ours':>9} {'torch':>9} {'ratio':>6} {'GB/s':>6} {'TFLOP/s':>8}")
+    """Prints one line for each number of rows and format."""
+    linear, dense = Linear(), torch.randn(outputs, inputs, dtype=dtype)
+    packed = {
+        str(dtype).removeprefix("torch."): rotated(dense, linear),
+        "int8": rotated(quantized(outputs, inputs, 8), linear),
+        "int4": rotated(quantized(outputs, inputs, 4), linear),
+    }
+    plain = [dense.clone() for _ in range(max(2, ROTATED_BYTES // (dense.numel() * dtype.itemsize)))]
+    print(f"{'rows':>6} {'weights':>9} {'ms':>9} {'GB/s':>6} {'TFLOP/s':>8} {'times torch':>12}")
     for m in rows:
         x = torch.randn(m, inputs, dtype=dtype)
-        ours = [lambda x=x, w=w: linear(x, w) for w in packed]
-        theirs = [lambda x=x, w=w: F.linear(x, w) for w in weights]
-        own, other = best_times([ours, theirs])
-        tera = 2 * m * outputs * inputs / own / 1e12
-        print(f"{m:6} {own * 1e3:9.3f} {other * 1e3:9.3f} {other / own:6.2f} {gigabytes / own:6.1f} {tera:8.3f}")
+        theirs = [lambda x=x, w=w: F.linear(x, w) for w in plain]
+        ours = [[lambda x=x, w=w: linear(x, w) for w in weights] for weights in packed.values()]
+        other, *own = best_times([theirs, *ours])
+        for (name, weights), seconds in zip(packed.items(), own, strict=True):
+            gigabytes, tera = weights[0].panels.numel() / 1e9, 2 * m * outputs * inputs / 1e12
+            print(
+                f"{m:6} {name:>9} {seconds * 1e3:9.3f} {gigabytes / seconds:6.1f} {tera / seconds:8.3f} "
+                f"{other / seconds:12.2f}"
+            )
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Quantization = Literal["int8", "int4"]
 LoadFormat = Literal["auto", "dummy"]
 
 
@@ -21,7 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     device: Device = "auto"
     dtype: Dtype = "auto"
-    quantization: str | None = None
+    quantization: Quantization | None = None
+    quantize_mamba: bool = False
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64

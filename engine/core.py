@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.model_runner import ModelRunner
 from engine.models import Model, build_model
+from engine.quantization import QuantizationPolicy
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.types import EngineInfo, Request, StepResult
@@ -76,7 +77,7 @@ class EngineCore:
             raise ConfigError(
                 f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet."
             )
-        dtype = choose_dtype(config, model_config)
+        dtype, policy = choose_dtype(config, model_config), QuantizationPolicy.of(config)
         check_sizes(config)
         if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
@@ -85,11 +86,13 @@ class EngineCore:
             model_config,
             config,
             dtype_bytes=dtype.itemsize,
-            weight_bytes=weight_bytes(model_config, dtype.itemsize, packed=kernels.names["linear"] != "reference"),
+            weight_bytes=weight_bytes(
+                model_config, dtype.itemsize, packed=kernels.names["linear"] != "reference", policy=policy
+            ),
             available_bytes=available_bytes(device),
             device=device.type,
         )
-        model = build_model(model_config, kernels, dtype=dtype, device=device)
+        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
         storage = CacheStorage(
             model_config,
@@ -110,6 +113,8 @@ class EngineCore:
             eos_token_ids=model_config.eos_token_ids,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
+            quantization=config.quantization,
+            quantize_mamba=config.quantize_mamba,
             max_model_len=plan.max_model_len,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -142,8 +147,6 @@ def choose_device(config: EngineConfig) -> torch.device:
     """`auto` is the GPU where there is one."""
     if config.tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} is not supported yet; the limit is 1.")
-    if config.quantization is not None:
-        raise ConfigError(f"quantization {config.quantization!r} is not supported yet; leave it out.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but this torch sees no GPU. Use --device cpu or auto.")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -165,7 +168,8 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
     if config.load_format == "dummy":
         dummy_weights(model, config.seed)
     else:
-        load_weights(model, Path(config.model), on_progress)
+        phase = "loading weights" if config.quantization is None else "loading and quantizing weights"
+        load_weights(model, Path(config.model), on_progress, phase=phase)
 
 
 def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, *, dtype_bytes: int) -> Scheduler:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
 from engine.errors import CheckpointError
+from engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
 
 # Names in `config.json: architectures`; engine.models has the class of each.
 CAUSAL_LM: Final = "JambaForCausalLM"
@@ -116,14 +117,70 @@ class JambaConfig:
         return 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
 
 
-def weight_bytes(config: JambaConfig, dtype_bytes: int, *, packed: bool = False) -> int:
-    """Memory of the loaded weights in bytes: A, D and the dt bias in float32, the rest `dtype_bytes` a number.
+def weight_bytes(
+    config: JambaConfig, dtype_bytes: int, *, packed: bool = False, policy: QuantizationPolicy = UNQUANTIZED
+) -> int:
+    """Memory of the loaded weights in bytes: A, D and the dt bias in float32, what `policy` quantises with its scales,
+    the rest `dtype_bytes` a number.
 
     `packed`: the matrix products have a layout of their own, so that a tied head is there twice.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
-    head = config.vocab_size * config.hidden_size if packed and config.tie_word_embeddings else 0
-    return (config.num_parameters() + head - scan) * dtype_bytes + 4 * scan
+    copied_head = config.tie_word_embeddings and (packed or policy.quantization_of("head") is not None)
+    total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
+    for matrix in matrices(config):
+        size = matrix.count * policy.num_bytes(matrix.role, matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
+        if matrix.role == "head" and config.tie_word_embeddings:
+            total += size if copied_head else 0
+        else:
+            total += size - matrix.count * matrix.rows * matrix.inputs * dtype_bytes
+    return total
+
+
+def step_bytes(
+    config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
+) -> int:
+    """Bytes of weights that one decode step of `num_sequences` reads, a token each: all but the embedding, and of the
+    experts those that some token is expected to choose if all are equally likely."""
+    h = config.hidden_size
+    total = weight_bytes(config, dtype_bytes, packed=True, policy=policy) - config.vocab_size * h * dtype_bytes
+    missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
+    for matrix in matrices(config):
+        if matrix.role == "experts":
+            size = policy.num_bytes("experts", matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
+            total -= round(matrix.count * missed * size)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """`count` weights [rows, inputs] of one kind in the whole model."""
+
+    role: Role
+    rows: int
+    inputs: int
+    count: int
+
+
+def matrices(config: JambaConfig) -> Iterator[Matrix]:
+    """The weights that a policy may quantise, with a tied head."""
+    h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention, mamba = len(config.attention_layers), len(config.mamba_layers)
+    moe = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
+    yield Matrix("attention", q + 2 * kv, h, attention)
+    yield Matrix("attention", h, q, attention)
+    yield Matrix("mamba", 2 * d, h, mamba)
+    yield Matrix("mamba", h, d, mamba)
+    feed_forward: tuple[tuple[Role, int], ...] = (
+        ("mlp", config.num_hidden_layers - moe),
+        ("experts", moe * config.num_experts),
+    )
+    for role, count in feed_forward:
+        yield Matrix(role, 2 * f, h, count)
+        yield Matrix(role, h, f, count)
+    if not config.is_classifier:
+        yield Matrix("head", config.vocab_size, h, 1)
 
 
 def _scan_parameters(config: JambaConfig) -> int:

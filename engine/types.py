@@ -125,6 +125,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: int
     kernels: dict[str, str]
     load_seconds: float
+    quantization: str | None = None
+    quantize_mamba: bool = False
     warnings: tuple[str, ...] = ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, cast
@@ -14,34 +15,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.layers.parameter import Fill, TensorMap
+from engine.layers.parameter import Fill, TensorMap, Unit
 from engine.models import Model
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-PHASE: Final = "loading weights"
 _OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 _NAMES_SHOWN: Final = 3  # tensors that an error names; a wrong checkpoint may have thousands
 _CHUNK: Final = 1 << 22  # random numbers made at a time: 16 MiB in float32
 _DT_RANGE: Final = (0.001, 0.1)  # time steps at the start of Mamba's training (Gu & Dao 2023, section 3.6)
 
 
-def load_weights(model: Model, folder: Path, progress: Callable[[str, float], None]) -> None:
+def load_weights(
+    model: Model, folder: Path, progress: Callable[[str, float], None], *, phase: str = "loading weights"
+) -> None:
     """Fills `model` from `folder`, tensor by tensor through memory-mapped files, in the model's dtypes.
 
+    What the kernels take together (one matrix product, the experts of one layer) is quantised and packed as soon as its
+    last tensor has come, and the raw weights are let go: the model is never in memory twice.
+
     Proves that every weight is filled exactly once and that every tensor in the files is used or known to be of no use.
-    `progress` gets ("loading weights", fraction of the bytes) about a hundred times. Raises CheckpointError with one
-    sentence for a folder that is missing, truncated, foreign or incomplete.
+    `progress` gets (`phase`, fraction of the bytes) about a hundred times. Raises CheckpointError with one sentence for
+    a folder that is missing, truncated, foreign or incomplete.
     """
-    _load(model.tensor_map(), folder, progress)
-    model.finish_loading()
-    progress(PHASE, 1.0)
-
-
-def _load(tensor_map: TensorMap, folder: Path, progress: Callable[[str, float], None]) -> None:
-    """Returns before the model packs its weights: as long as the map lives, so do all the raw ones."""
     paths = _weight_files(folder)
-    loader = _Loader(tensor_map, folder)
+    loader = _Loader(model.tensor_map(), folder)
     total, done, shown = sum(path.stat().st_size for path in paths), 0, -1
     for path in paths:
         for name, tensor in _read(path):
@@ -49,8 +47,9 @@ def _load(tensor_map: TensorMap, folder: Path, progress: Callable[[str, float], 
             done += tensor.nbytes
             if (percent := 100 * done // total) > shown:
                 shown = percent
-                progress(PHASE, done / total)
+                progress(phase, done / total)
     loader.check_complete()
+    progress(phase, 1.0)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -91,30 +90,53 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
 
 
+class _Waiting:
+    """A unit of the model until all of its tensors have come. Then it is packed, and its raw weights are let go."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._unit: Unit | None = unit
+        self._missing = set(unit.destinations)
+        # what a tensor in the file fills, by the names of destinations
+        self.parts = {name: (name,) for name in unit.destinations}
+        self.parts |= {name: fused.parts for name, fused in unit.fused.items()}
+
+    def data(self, name: str) -> Tensor:
+        assert self._unit is not None, "nothing comes twice"
+        unit = self._unit
+        return unit.fused[name].data if name in unit.fused else unit.destinations[name].data
+
+    def mark_filled(self, name: str) -> None:
+        """Nobody else may hold any of the unit's `data` now."""
+        self._missing.difference_update(self.parts[name])
+        if not self._missing:
+            assert self._unit is not None, "a unit is packed once"
+            pack, self._unit = self._unit.pack, None
+            pack()
+
+
 class _Loader:
     """Copies tensors to where they belong and keeps account of them."""
 
     def __init__(self, tensor_map: TensorMap, folder: Path) -> None:
-        self._map, self._folder = tensor_map, folder
+        self._ignored, self._folder = tensor_map.ignored, folder
+        self._names = list(tensor_map.destinations)
+        self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
         self._filled_by: dict[str, str] = {}  # destination -> the tensor that filled it
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
         """Raises CheckpointError for a tensor that is unknown, misshapen, of a strange dtype, or one too many."""
-        if name in self._map.destinations:
-            self._copy(name, tensor, self._map.destinations[name].data, path)
-            self._account((name,), name, path)
-        elif name in self._map.fused:
-            fused = self._map.fused[name]
-            self._copy(name, tensor, fused.data, path)
-            self._account(fused.parts, name, path)
-        elif name not in self._map.ignored:
+        if (unit := self._waiting.get(name)) is not None:
+            self._account(unit.parts[name], name, path)
+            self._copy(name, tensor, unit.data(name), path)
+            unit.mark_filled(name)
+        elif name not in self._ignored:
             raise CheckpointError(
                 f"{path}: tensor {name} {_shape(tensor)} has no place in the model of {self._folder / 'config.json'}."
             )
 
     def check_complete(self) -> None:
-        if missing := [name for name in self._map.destinations if name not in self._filled_by]:
-            count = f"{len(missing)} of {len(self._map.destinations)}"
+        if missing := [name for name in self._names if name not in self._filled_by]:
+            count = f"{len(missing)} of {len(self._names)}"
             raise CheckpointError(f"{self._folder}: {count} tensors are missing: {_listed(missing)}.")
 
     def _copy(self, name: str, tensor: Tensor, destination: Tensor, path: Path) -> None:
@@ -129,14 +151,23 @@ class _Loader:
                 f"{path}: tensor {name} has dtype {tensor.dtype}; floats of 16 bits or more are expected."
             )
         destination.copy_(tensor)
-        if destination.dtype == torch.float16 != tensor.dtype and not destination.isfinite().all():
-            raise CheckpointError(f"{path}: tensor {name} holds numbers beyond float16's range; use --dtype bfloat16.")
+        if not _is_finite(destination):
+            if destination.dtype == torch.float16 and _is_finite(tensor):
+                raise CheckpointError(
+                    f"{path}: tensor {name} holds numbers beyond float16's range; use --dtype bfloat16."
+                )
+            raise CheckpointError(f"{path}: tensor {name} holds numbers that are infinite or none (NaN).")
 
     def _account(self, parts: Collection[str], name: str, path: Path) -> None:
         for part in parts:
             if part in self._filled_by:
                 raise CheckpointError(f"{path}: tensor {name} holds what {self._filled_by[part]} has filled already.")
             self._filled_by[part] = name
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the extremes, which NaN counts as: in one pass and without a mask of the tensor's size."""
+    return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
 def _shape(tensor: Tensor) -> str:
@@ -152,16 +183,20 @@ def dummy_weights(model: Model, seed: int) -> None:
     """Fills `model` with random weights that keep activations finite, the same ones for a seed on every machine.
 
     Each tensor's numbers follow from the seed and its name, so that models of one shape agree across dtypes (up to
-    rounding) and devices.
+    rounding) and devices. Quantised and packed as `load_weights` does.
     """
-    _fill_all(model.tensor_map(), seed)
-    model.finish_loading()
+    units = deque(model.tensor_map().units)
+    while units:
+        pack = _fill_unit(units.popleft(), seed)
+        pack()
 
 
-def _fill_all(tensor_map: TensorMap, seed: int) -> None:
-    for name, (data, fill) in tensor_map.destinations.items():
+def _fill_unit(unit: Unit, seed: int) -> Callable[[], None]:
+    """Returns its `pack`, to be called when nobody holds the unit's raw weights any longer."""
+    for name, (data, fill) in unit.destinations.items():
         # hashed, because torch's generator on a CPU takes in 32 bits of its seed
         _fill(data, fill, torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+    return unit.pack
 
 
 def _fill(data: Tensor, fill: Fill, generator: torch.Generator) -> None:

@@ -180,8 +180,26 @@ class RouteExperts(Protocol):
         ...
 
 
+class QuantizedWeight(NamedTuple):
+    """A weight [..., N, K] in small whole numbers: values * scales, a scale for each row and each `group_size` inputs.
+
+    values: int8 [..., N, K], within -127..127 (int8) or -7..7 (int4, not packed yet); scales: float32
+    [..., N, ceil(K / group_size)]; the last group of a row may be short. `bits` is 8 or 4.
+    The product is sum over groups, upwards, of scale * (sum of value * x in float32).
+    """
+
+    values: Tensor
+    scales: Tensor
+    group_size: int
+    bits: int
+
+
+Weight = Tensor | QuantizedWeight
+"""What `pack` takes."""
+
+
 class RunExperts(Protocol):
-    def pack(self, gate_up: Tensor, down: Tensor) -> Any:
+    def pack(self, gate_up: Weight, down: Weight) -> Any:
         """Brings [E, 2F, H] (gate rows first) and [E, H, F] into this implementation's own layout, once, at load."""
         ...
 
@@ -191,7 +209,7 @@ class RunExperts(Protocol):
 
 
 class Linear(Protocol):
-    def pack(self, weight: Tensor) -> Any:
+    def pack(self, weight: Weight) -> Any:
         """Brings a [N, K] weight into this implementation's own layout, once, at load."""
         ...
 

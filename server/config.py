@@ -20,7 +20,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from engine.config import Device, Dtype, EngineConfig, LoadFormat
+from engine.config import Device, Dtype, EngineConfig, LoadFormat, Quantization
 from engine.errors import CheckpointError, ConfigError
 from server.options import ENV_PREFIX, Help, Option, options_of
 
@@ -63,7 +63,8 @@ class ServerConfig:
 
     device: Annotated[Device, Help("Where the model runs; auto: the GPU if there is one.")] = "auto"
     dtype: Annotated[Dtype, Help("Of weights and KV pages; auto: the checkpoint's.")] = "auto"
-    quantization: Annotated[str | None, Help("Weight format; not supported yet.")] = None
+    quantization: Annotated[Quantization | None, Help("Weight format, made at load; none: --dtype.")] = None
+    quantize_mamba: Annotated[bool, Help("Quantize the Mamba mixers' in_proj and out_proj, too.")] = False
     load_format: Annotated[LoadFormat, Help("dummy: seeded random weights, no file is read.")] = "auto"
     max_model_len: Annotated[Count | None, Help("Longest prompt with its reply; none: the model's.")] = None
     max_num_seqs: Annotated[Count, Help("Sequences that run at once.")] = 64
@@ -93,8 +94,8 @@ class ServerConfig:
 
     def check(self) -> None:
         """Raises ConfigError for choices that cannot be met."""
-        if self.quantization is not None:
-            raise ConfigError(f"quantization {self.quantization!r} is not supported yet; leave it out.")
+        if self.quantize_mamba and self.quantization is None:
+            raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
         if self.tensor_parallel_size > 1:
             raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):

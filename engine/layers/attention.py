@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.layers.linear import Linear
-from engine.layers.parameter import Backend, Destinations
+from engine.layers.parameter import Backend, Units
 from engine.model_config import JambaConfig
 
 
@@ -18,8 +18,8 @@ class Attention:
         self._kernels = backend.kernels
         self._head_dim = config.head_dim
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self._qkv = Linear(backend, config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv})
-        self._out = Linear(backend, q, {"o_proj": config.hidden_size})
+        self._qkv = Linear(backend, config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, role="attention")
+        self._out = Linear(backend, q, {"o_proj": config.hidden_size}, role="attention")
 
     def __call__(self, x: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self._head_dim)) for y in self._qkv.split(self._qkv(x)))
@@ -41,10 +41,6 @@ class Attention:
             parts.append(self._kernels.attention_prefill(prefill_q, pages, starts, longest, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def destinations(self, prefix: str) -> Destinations:
-        yield from self._qkv.destinations(prefix)
-        yield from self._out.destinations(prefix)
-
-    def pack(self) -> None:
-        self._qkv.pack()
-        self._out.pack()
+    def units(self, prefix: str) -> Units:
+        yield self._qkv.unit(prefix)
+        yield self._out.unit(prefix)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.layers.parameter import Backend, Destination, Destinations
+from engine.layers.parameter import Backend, Destination, Unit
 
 
 class Embedding:
@@ -17,5 +19,6 @@ class Embedding:
     def __call__(self, token_ids: Tensor) -> Tensor:
         return F.embedding(token_ids, self.weight)
 
-    def destinations(self, name: str) -> Destinations:
-        yield f"{name}.weight", Destination(self.weight, "unit")
+    def unit(self, name: str, pack: Callable[[], None]) -> Unit:
+        """`pack` is a tied head's."""
+        return Unit({f"{name}.weight": Destination(self.weight, "unit")}, pack)

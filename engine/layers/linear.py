@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.layers.parameter import Backend, Destination, Destinations
+from engine.layers.parameter import Backend, Destination, Unit
+from engine.quantization import Role
 
 
 class Linear:
     """x [T, K] -> [T, N]. `parts` maps each projection's name on disk to its rows; their outputs lie side by side.
 
-    `shared` is a weight that another layer owns and loads.
+    `role` decides whether the weight is quantised. `shared` is a weight that another layer owns and loads; whose
+    unit then packs this one, too.
     """
 
     def __init__(
@@ -22,14 +24,17 @@ class Linear:
         in_features: int,
         parts: Mapping[str, int],
         *,
+        role: Role,
         bias: bool = False,
         shared: Tensor | None = None,
     ) -> None:
+        self._backend = backend
+        self._role: Role = role
         self._linear = backend.kernels.linear
-        self._parts, self._shared = dict(parts), shared is not None
+        self._parts, self.is_shared = dict(parts), shared is not None
         rows = sum(parts.values())
         # the kernel's own layout after `pack`
-        self._weight: Any = backend.empty(rows, in_features) if shared is None else shared
+        self._weight: Any = backend.raw(role, rows, in_features) if shared is None else shared
         self._bias = backend.empty(rows) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -39,15 +44,19 @@ class Linear:
         """The projections' own outputs: views whose rows are apart by all of N."""
         return y.split(list(self._parts.values()), dim=-1)
 
-    def destinations(self, prefix: str) -> Destinations:
-        if self._shared:
-            return
+    def unit(self, prefix: str) -> Unit:
+        assert not self.is_shared, "its owner loads it"
+        destinations: dict[str, Destination] = {}
         start = 0
         for name, rows in self._parts.items():
-            yield f"{prefix}{name}.weight", Destination(self._weight[start : start + rows], "normed")
+            destinations[f"{prefix}{name}.weight"] = Destination(self._weight[start : start + rows], "normed")
             if self._bias is not None:
-                yield f"{prefix}{name}.bias", Destination(self._bias[start : start + rows], "normed")
+                destinations[f"{prefix}{name}.bias"] = Destination(self._bias[start : start + rows], "normed")
             start += rows
+        return Unit(destinations, self.pack)
 
     def pack(self) -> None:
-        self._weight = self._linear.pack(self._weight)
+        """Once, when the weight is filled."""
+        weight, self._weight = self._weight, None
+        weight = self._backend.quantize(self._role, weight)  # the raw one is let go before it is packed
+        self._weight = self._linear.pack(weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.layers.linear import Linear
 from engine.layers.norm import RmsNorm
-from engine.layers.parameter import Backend, Destination, Destinations
+from engine.layers.parameter import Backend, Destination, Unit, Units
 from engine.model_config import JambaConfig
 from kernels.ops import ScanInputs, ScanWeights
 
@@ -21,20 +21,20 @@ class Mamba:
         eps, bias = config.rms_norm_eps, config.mamba_proj_bias
         self._kernels = backend.kernels
         self._x_parts = (r, s, s)
-        self._in = Linear(backend, h, {"in_proj": 2 * d}, bias=bias)
+        self._in = Linear(backend, h, {"in_proj": 2 * d}, role="mamba", bias=bias)
         self._conv_weight = backend.empty(config.mamba_d_conv, d)
         self._conv_bias = backend.empty(d) if config.mamba_conv_bias else None
-        self._x = Linear(backend, d, {"x_proj": r + 2 * s})
+        self._x = Linear(backend, d, {"x_proj": r + 2 * s}, role="other")
         self._dt_norm, self._b_norm, self._c_norm = (RmsNorm(backend, size, eps) for size in self._x_parts)
         # The bias of dt_proj is added in float32 by the scan.
-        self._dt = Linear(backend, r, {"dt_proj": d})
-        # `a` holds A_log until `pack`.
+        self._dt = Linear(backend, r, {"dt_proj": d}, role="other")
+        # `a` holds A_log until it is packed.
         self._scan_weights = ScanWeights(
             a=backend.empty(d, s, dtype=torch.float32),
             d=backend.empty(d, dtype=torch.float32),
             dt_bias=backend.empty(d, dtype=torch.float32),
         )
-        self._out = Linear(backend, d, {"out_proj": h}, bias=bias)
+        self._out = Linear(backend, d, {"out_proj": h}, role="mamba", bias=bias)
 
     def __call__(self, x: Tensor, batch: ForwardBatch, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         u, z = self._in(x).chunk(2, dim=-1)
@@ -63,22 +63,19 @@ class Mamba:
             parts.append(self._kernels.selective_scan(prefills, weights, state, batch.prefill))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def destinations(self, prefix: str) -> Destinations:
-        yield from self._in.destinations(prefix)
-        # On disk [D, 1, W]; here [W, D], so that a step reads each tap's channels in one run.
-        yield f"{prefix}conv1d.weight", Destination(self._conv_weight.t().unsqueeze(1), "normed")
-        if self._conv_bias is not None:
-            yield f"{prefix}conv1d.bias", Destination(self._conv_bias, "normed")
-        yield from self._x.destinations(prefix)
-        for name, norm in (("dt", self._dt_norm), ("b", self._b_norm), ("c", self._c_norm)):
-            yield from norm.destinations(f"{prefix}{name}_layernorm")
-        yield from self._dt.destinations(prefix)
-        yield f"{prefix}dt_proj.bias", Destination(self._scan_weights.dt_bias, "dt_bias")
-        yield f"{prefix}A_log", Destination(self._scan_weights.a, "a_log")
-        yield f"{prefix}D", Destination(self._scan_weights.d, "one")
-        yield from self._out.destinations(prefix)
-
-    def pack(self) -> None:
-        self._scan_weights.a.exp_().neg_()
+    def units(self, prefix: str) -> Units:
         for linear in (self._in, self._x, self._dt, self._out):
-            linear.pack()
+            yield linear.unit(prefix)
+        # On disk [D, 1, W]; here [W, D], so that a step reads each tap's channels in one run.
+        small = {f"{prefix}conv1d.weight": Destination(self._conv_weight.t().unsqueeze(1), "normed")}
+        if self._conv_bias is not None:
+            small[f"{prefix}conv1d.bias"] = Destination(self._conv_bias, "normed")
+        small[f"{prefix}dt_proj.bias"] = Destination(self._scan_weights.dt_bias, "dt_bias")
+        small[f"{prefix}D"] = Destination(self._scan_weights.d, "one")
+        yield Unit(small)
+        yield Unit({f"{prefix}A_log": Destination(self._scan_weights.a, "a_log")}, self._pack_a)
+        for name, norm in (("dt", self._dt_norm), ("b", self._b_norm), ("c", self._c_norm)):
+            yield norm.unit(f"{prefix}{name}_layernorm")
+
+    def _pack_a(self) -> None:
+        self._scan_weights.a.exp_().neg_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.layers.parameter import Backend, Destination, Destinations
+from engine.layers.parameter import Backend, Destination, Unit
 
 
 class RmsNorm:
@@ -21,5 +21,5 @@ class RmsNorm:
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._rms_norm(x, self._weight, self._eps, residual)
 
-    def destinations(self, name: str) -> Destinations:
-        yield f"{name}.weight", Destination(self._weight, "one")
+    def unit(self, name: str) -> Unit:
+        return Unit({f"{name}.weight": Destination(self._weight, "one")})

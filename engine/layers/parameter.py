@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.ops import Kernels
+from engine.quantization import QuantizationPolicy, Role
+from engine.quantization.quantize import quantize
+from kernels.ops import Kernels, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 """How random weights fill a tensor: variance 1 / (last dimension), variance 1, all ones, log(1..S) in every row, or
@@ -23,10 +25,6 @@ class Destination(NamedTuple):
     fill: Fill
 
 
-Destinations = Iterator[tuple[str, Destination]]
-"""Pairs of a tensor's name on disk and where it goes."""
-
-
 class Fused(NamedTuple):
     """Another layout's tensor that fills several destinations (by name) at once."""
 
@@ -34,23 +32,55 @@ class Fused(NamedTuple):
     parts: tuple[str, ...]
 
 
+def keep() -> None:
+    """The `pack` of weights that stay as they are loaded."""
+
+
+class Unit(NamedTuple):
+    """Tensors that become one thing of the kernels' when all of them are filled: then `pack` is called, once, and lets
+    the raw ones go, for which nobody else may hold these destinations any longer.
+
+    By name on disk. Each of `destinations` must be filled, once, by its own tensor or as part of a `fused` one.
+    """
+
+    destinations: Mapping[str, Destination]
+    pack: Callable[[], None] = keep
+    fused: Mapping[str, Fused] = {}
+
+
+Units = Iterator[Unit]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """All that a checkpoint may hold. Each of `destinations` must be filled, once, by its own tensor or as part of a
-    `fused` one; tensors named in `ignored` are known to be of no use."""
+    """All that a checkpoint may hold; tensors named in `ignored` are known to be of no use."""
 
-    destinations: dict[str, Destination]
-    fused: dict[str, Fused]
+    units: tuple[Unit, ...]
     ignored: frozenset[str]
+
+    @property
+    def destinations(self) -> dict[str, Destination]:
+        return {name: destination for unit in self.units for name, destination in unit.destinations.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Where a model lives and what computes it."""
+    """Where a model lives, what computes it, and which of its weights are quantised."""
 
     kernels: Kernels
     dtype: torch.dtype
     device: torch.device
+    policy: QuantizationPolicy
+
+    def raw(self, role: Role, *shape: int) -> Tensor:
+        """Uninitialised memory for a matrix as it is on disk: where it becomes a smaller one, not on the device."""
+        on_host = self.policy.quantization_of(role) is not None
+        return torch.empty(shape, dtype=self.dtype, device="cpu" if on_host else self.device)
+
+    def quantize(self, role: Role, weight: Tensor) -> Weight:
+        """A filled raw weight as the kernels take it: quantised, or as it is."""
+        quantization = self.policy.quantization_of(role)
+        return weight if quantization is None else quantize(weight.to(self.device), quantization)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised weights; on a CPU their memory is not taken before they are written."""

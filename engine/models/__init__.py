@@ -10,9 +10,10 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.cache.storage import CacheStorage
-from engine.layers.parameter import TensorMap
+from engine.layers.parameter import Backend, TensorMap
 from engine.model_config import CAUSAL_LM, SEQUENCE_CLASSIFICATION, JambaConfig
 from engine.models.jamba import JambaForCausalLM, JambaForSequenceClassification
+from engine.quantization import UNQUANTIZED, QuantizationPolicy
 from kernels.ops import Kernels
 
 
@@ -21,15 +22,13 @@ class Model(Protocol):
 
     config: JambaConfig
 
-    def __init__(self, config: JambaConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device) -> None: ...
+    def __init__(self, config: JambaConfig, backend: Backend) -> None: ...
 
     def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def tensor_map(self) -> TensorMap: ...
-
-    def finish_loading(self) -> None: ...
 
 
 MODELS: Final[Mapping[str, type[Model]]] = {
@@ -38,6 +37,13 @@ MODELS: Final[Mapping[str, type[Model]]] = {
 }
 
 
-def build_model(config: JambaConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device) -> Model:
+def build_model(
+    config: JambaConfig,
+    kernels: Kernels,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    policy: QuantizationPolicy = UNQUANTIZED,
+) -> Model:
     """The model of `config.architecture`, its weights not yet filled."""
-    return MODELS[config.architecture](config, kernels, dtype=dtype, device=device)
+    return MODELS[config.architecture](config, Backend(kernels, dtype, device, policy))

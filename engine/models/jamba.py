@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch
@@ -20,9 +19,8 @@ from engine.layers.mamba import Mamba
 from engine.layers.mlp import Mlp
 from engine.layers.moe import Moe
 from engine.layers.norm import RmsNorm
-from engine.layers.parameter import Backend, Destinations, TensorMap
+from engine.layers.parameter import Backend, TensorMap, Units, keep
 from engine.model_config import JambaConfig
-from kernels.ops import Kernels
 
 
 class DecoderLayer:
@@ -45,32 +43,23 @@ class DecoderLayer:
         x, residual = self._pre_ff_norm.add(x, residual)
         return self._feed_forward(x), residual
 
-    def destinations(self) -> Destinations:
-        yield from self._input_norm.destinations(f"{self._name}input_layernorm")
-        yield from self._mixer.destinations(f"{self._name}{'self_attn' if self.is_attention else 'mamba'}.")
-        yield from self._pre_ff_norm.destinations(f"{self._name}pre_ff_layernorm")
-        yield from self._feed_forward.destinations(f"{self._name}feed_forward.")
+    def units(self) -> Units:
+        yield self._input_norm.unit(f"{self._name}input_layernorm")
+        yield from self._mixer.units(f"{self._name}{'self_attn' if self.is_attention else 'mamba'}.")
+        yield self._pre_ff_norm.unit(f"{self._name}pre_ff_layernorm")
+        yield from self._feed_forward.units(f"{self._name}feed_forward.")
 
-    def tensor_map(self) -> TensorMap:
-        moe = self._feed_forward if isinstance(self._feed_forward, Moe) else None
-        return TensorMap(
-            destinations=dict(self.destinations()),
-            fused=moe.fused(f"{self._name}feed_forward.") if moe else {},
-            # Written by conversions that took the unused rotary helper for a part of the model.
-            ignored=frozenset([f"{self._name}self_attn.rotary_emb.inv_freq"] if self.is_attention else []),
-        )
-
-    def pack(self) -> None:
-        self._mixer.pack()
-        self._feed_forward.pack()
+    def ignored(self) -> frozenset[str]:
+        """Written by conversions that took the unused rotary helper for a part of the model."""
+        return frozenset([f"{self._name}self_attn.rotary_emb.inv_freq"] if self.is_attention else [])
 
 
 class Jamba(ABC):
     """The model from token ids to hidden states and logits; its architectures differ in the head."""
 
-    def __init__(self, config: JambaConfig, kernels: Kernels, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config = config
-        self._backend = Backend(kernels, dtype, device)
+        self._backend = backend
         self._embed_tokens = Embedding(self._backend, config.vocab_size, config.hidden_size)
         self._layers = [DecoderLayer(self._backend, config, i) for i in range(config.num_hidden_layers)]
         self._final_norm = RmsNorm(self._backend, config.hidden_size, config.rms_norm_eps)
@@ -90,25 +79,17 @@ class Jamba(ABC):
         return self._head(hidden).float()
 
     def tensor_map(self) -> TensorMap:
-        """Where the tensors of a checkpoint go. Not after `finish_loading`."""
-        maps = [layer.tensor_map() for layer in self._layers]
-        destinations = chain(
-            self._embed_tokens.destinations("model.embed_tokens"),
-            *(layer.destinations.items() for layer in maps),
-            self._final_norm.destinations("model.final_layernorm"),
-            self._head.destinations(""),
-        )
+        """Where the tensors of a checkpoint go. Not after any of them has been packed."""
+        tied = self._head.is_shared
         return TensorMap(
-            destinations=dict(destinations),
-            fused=dict(chain.from_iterable(layer.fused.items() for layer in maps)),
-            ignored=self._other_heads().union(*(layer.ignored for layer in maps)),
+            units=(
+                self._embed_tokens.unit("model.embed_tokens", self._head.pack if tied else keep),
+                *chain.from_iterable(layer.units() for layer in self._layers),
+                self._final_norm.unit("model.final_layernorm"),
+                *([] if tied else [self._head.unit("")]),
+            ),
+            ignored=self._other_heads().union(*(layer.ignored() for layer in self._layers)),
         )
-
-    def finish_loading(self) -> None:
-        """Brings the weights into the kernels' own layouts, layer by layer, and lets the raw ones go."""
-        for layer in self._layers:
-            layer.pack()
-        self._head.pack()
 
     @abstractmethod
     def _make_head(self) -> Linear: ...
@@ -123,7 +104,8 @@ class JambaForCausalLM(Jamba):
 
     def _make_head(self) -> Linear:
         shared = self._embed_tokens.weight if self.config.tie_word_embeddings else None
-        return Linear(self._backend, self.config.hidden_size, {"lm_head": self.config.vocab_size}, shared=shared)
+        parts = {"lm_head": self.config.vocab_size}
+        return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
 
     def _other_heads(self) -> frozenset[str]:
         # Some files hold a tied head all the same; transformers does not read it either.
@@ -134,7 +116,7 @@ class JambaForSequenceClassification(Jamba):
     """Jamba with a score for each label."""
 
     def _make_head(self) -> Linear:
-        return Linear(self._backend, self.config.hidden_size, {"score": self.config.num_labels})
+        return Linear(self._backend, self.config.hidden_size, {"score": self.config.num_labels}, role="other")
 
     def _other_heads(self) -> frozenset[str]:
         return frozenset(["lm_head.weight"])

@@ -8,18 +8,30 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import DTYPES, INT, POINTER, library
+from kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
+_STEP = 8  # inputs that int4 takes at once: no group may end within
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [N, K] in panels of 32 rows (`src/gemm.h`). `panels`: uint8 memory; `rows` is N, `inputs` K."""
+    """A weight [N, K] in panels of 32 rows (`src/gemm.h`). `panels`: uint8 memory; `rows` is N, `inputs` K.
+
+    `dtype` is the weight's and x's; None if the weight is quantised, which any x goes with: in `bits` bits, with a
+    scale for each `group_size` inputs. Both are 0 otherwise.
+    """
 
     panels: Tensor
     rows: int
     inputs: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    bits: int = 0
+    group_size: int = 0
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has the dtype and, in its last dimension, the inputs of this weight."""
+        return x.shape[-1] == self.inputs and (x.dtype in DTYPES if self.dtype is None else x.dtype == self.dtype)
 
 
 class Packer:
@@ -28,11 +40,15 @@ class Packer:
     def __init__(self) -> None:
         native = library()
         self._packed_bytes = native.function("packed_bytes", INT, INT, INT, result=INT)
+        self._packed_quantized_bytes = native.function("packed_quantized_bytes", INT, INT, INT, INT, result=INT)
         self._use_huge_pages = native.function("use_huge_pages", POINTER, INT)
         self._pack = native.function("pack_weight", POINTER, POINTER, INT, INT, INT)
+        self._pack_quantized = native.function("pack_quantized", POINTER, POINTER, POINTER, INT, INT, INT, INT)
 
-    def __call__(self, weight: Tensor) -> PackedWeight:
+    def __call__(self, weight: Weight) -> PackedWeight:
         """weight: [N, K], or [E, N, K], whose E matrices' panels lie one after the other."""
+        if isinstance(weight, QuantizedWeight):
+            return self._quantized(weight)
         rows, inputs = weight.shape[-2:]
         matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
         size = self._packed_bytes(rows, inputs, DTYPES[weight.dtype])
@@ -41,6 +57,18 @@ class Packer:
             whole = matrix.contiguous()
             self._pack(whole.data_ptr(), panels.data_ptr() + i * size, rows, inputs, DTYPES[weight.dtype])
         return PackedWeight(panels, rows, inputs, weight.dtype)
+
+    def _quantized(self, weight: QuantizedWeight) -> PackedWeight:
+        rows, inputs = weight.values.shape[-2:]
+        _check(weight)
+        numbers = (rows, inputs, weight.bits, weight.group_size)
+        values, scales = weight.values.reshape(-1, rows, inputs), weight.scales.reshape(-1, *weight.scales.shape[-2:])
+        size = self._packed_quantized_bytes(*numbers)
+        panels = self._memory(size * len(values))
+        for i, (matrix, own) in enumerate(zip(values, scales, strict=True)):
+            whole, factors = matrix.contiguous(), own.contiguous()
+            self._pack_quantized(whole.data_ptr(), factors.data_ptr(), panels.data_ptr() + i * size, *numbers)
+        return PackedWeight(panels, rows, inputs, None, weight.bits, weight.group_size)
 
     def _memory(self, size: int) -> Tensor:
         """uint8 [size]; from one huge page on it starts at a page's border, and its whole pages are huge ones."""
@@ -52,21 +80,38 @@ class Packer:
         return panels
 
 
+def _check(weight: QuantizedWeight) -> None:
+    """ValueError unless the library has code for this weight."""
+    values, scales, size, bits = weight
+    if bits not in (4, 8):
+        raise ValueError(f"the cpu kernels have products for weights of 4 and 8 bits, not {bits}")
+    if size < 1 or (size < values.shape[-1] and size % _STEP):
+        raise ValueError(f"the cpu kernels take groups of a multiple of {_STEP} inputs or of whole rows, not of {size}")
+    expected = (*values.shape[:-1], -(-values.shape[-1] // size))
+    if tuple(scales.shape) != expected or (values.dtype, scales.dtype) != (torch.int8, torch.float32):
+        raise ValueError(
+            f"quantised values {tuple(values.shape)} in groups of {size} are int8 and have float32 scales {expected}, "
+            f"not {values.dtype} and {scales.dtype} {tuple(scales.shape)}"
+        )
+
+
 class Linear:
     """See `kernels.ops.Linear`."""
 
     def __init__(self) -> None:
         self.pack = Packer()
-        self._run = library().function("linear", POINTER, INT, POINTER, POINTER, POINTER, INT, INT, INT, INT)
+        self._run = library().function("linear", POINTER, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT)
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """See `kernels.ops.Linear`."""
-        assert x.dtype == weight.dtype and x.shape[1] == weight.inputs
+        assert weight.takes(x) and (bias is None or bias.dtype == x.dtype)
         y = x.new_empty(x.shape[0], weight.rows)
         self._run(
             x.data_ptr(),
             x.stride(0),
             weight.panels.data_ptr(),
+            weight.bits,
+            weight.group_size,
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             x.shape[0],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.cpu.library import DTYPES, INT, POINTER, library
 from kernels.cpu.linear import PackedWeight, Packer
+from kernels.ops import Weight
 
 
 class SiluAndMul:
@@ -39,16 +40,20 @@ class RunExperts:
     def __init__(self) -> None:
         self._pack = Packer()
         self._run = library().function(
-            "run_experts", POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT, INT, INT, INT, INT
+            "run_experts", *(POINTER, INT, POINTER, POINTER, INT, INT, INT), *(POINTER,) * 3, *(INT,) * 6
         )
 
-    def pack(self, gate_up: Tensor, down: Tensor) -> Experts:
-        """See `kernels.ops.RunExperts`."""
-        return Experts(self._pack(gate_up), self._pack(down), len(down))
+    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+        """See `kernels.ops.RunExperts`. ValueError unless both have the same format."""
+        packed = Experts(self._pack(gate_up), self._pack(down), len(down if isinstance(down, Tensor) else down.values))
+        first, second = ((weight.dtype, weight.bits) for weight in packed[:2])
+        if first != second:
+            raise ValueError(f"the experts' gate_up and down differ in (dtype, bits): {first} and {second}")
+        return packed
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.RunExperts`."""
-        assert x.dtype == experts.down.dtype and weights.dtype == torch.float32 and ids.dtype == torch.int32
+        assert experts.gate_up.takes(x) and weights.dtype == torch.float32 and ids.dtype == torch.int32
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
         y = x.new_empty(tokens, experts.down.rows)
@@ -57,6 +62,9 @@ class RunExperts:
             x.stride(0),
             experts.gate_up.panels.data_ptr(),
             experts.down.panels.data_ptr(),
+            experts.down.bits,
+            experts.gate_up.group_size,
+            experts.down.group_size,
             weights.data_ptr(),
             ids.data_ptr(),
             y.data_ptr(),

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.ops import Weight
 from kernels.reference.exact import ordered_sum, silu
+from kernels.reference.linear import contiguous, product
 
 
 def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -32,18 +33,27 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 class Experts(NamedTuple):
-    """gate_up [E, 2F, H], gate rows first, and down [E, H, F]."""
+    """gate_up [2F, H], gate rows first, and down [H, F] of each expert."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: tuple[Weight, ...]
+    down: tuple[Weight, ...]
+
+
+def _each(weight: Weight) -> tuple[Weight, ...]:
+    """The matrices of a weight [E, N, K]."""
+    whole = contiguous(weight)
+    if isinstance(whole, Tensor):
+        return whole.unbind()
+    pairs = zip(whole.values.unbind(), whole.scales.unbind(), strict=True)
+    return tuple(whole._replace(values=values, scales=scales) for values, scales in pairs)
 
 
 class RunExperts:
     """See `kernels.ops.RunExperts`. Not exact across batches: see `kernels.reference`."""
 
-    def pack(self, gate_up: Tensor, down: Tensor) -> Experts:
+    def pack(self, gate_up: Weight, down: Weight) -> Experts:
         """Keeps the layout."""
-        return Experts(gate_up.contiguous(), down.contiguous())
+        return Experts(_each(gate_up), _each(down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """Each expert that any token chose runs once, on all of its tokens."""
@@ -54,8 +64,8 @@ class RunExperts:
         counts = chosen.bincount(minlength=len(experts.down)).tolist()
         for expert, entries in enumerate(by_expert.split(counts)):
             if len(entries):
-                hidden = silu_and_mul(F.linear(x[entries // top_k], experts.gate_up[expert]))
-                outputs[entries] = F.linear(hidden, experts.down[expert])
+                hidden = silu_and_mul(product(x[entries // top_k], experts.gate_up[expert]))
+                outputs[entries] = product(hidden, experts.down[expert])
         # Rounded where transformers rounds: the weights, then each expert's weighted output.
         weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
         total = weighted[:, 0].float()

@@ -1,16 +1,19 @@
-"""The machine and the versions of the load generator, for the head of every report."""
+"""The machine, what it can read, and the versions of the load generator: for the head of every report."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -35,6 +38,19 @@ def describe_versions(distributions: Iterable[str]) -> dict[str, str]:
 
 def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> float:
+    """Bytes a second that `threads` threads read together from memory: `size` bytes, the fastest of `rounds`."""
+    parts = [np.ones(size // threads // 8, dtype=np.uint64) for _ in range(threads)]
+
+    def seconds(pool: ThreadPoolExecutor) -> float:
+        start = time.perf_counter()
+        list(pool.map(np.bitwise_or.reduce, parts))  # vectorised, and numpy lets other threads run meanwhile
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(part.nbytes for part in parts) / min(seconds(pool) for _ in range(rounds))
 
 
 def _cpu_model() -> str:

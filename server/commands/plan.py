@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,11 +24,14 @@ from engine.cache.spec import (
     format_bytes,
     plan_memory,
 )
-from engine.config import Device, EngineConfig
+from engine.config import Device, EngineConfig, Quantization
 from engine.errors import ConfigError
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
+from engine.quantization import QuantizationPolicy
 from server.commands.checkpoint import find_checkpoint
+from server.commands.decode_limit import Decode, decode_limits, describe_decode, find_bandwidth, read_bench
 from server.commands.settings import with_options
+from server.commands.terminal import describe_weights
 from server.config import ServerConfig
 from server.options import parse_size
 
@@ -34,6 +39,9 @@ SIZES = (
     "revision",
     "device",
     "dtype",
+    "quantization",
+    "quantize_mamba",
+    "threads",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -59,15 +67,20 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`."""
+    """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`.
+    `bandwidth`: bytes that the device reads in a second; None where that is not known."""
 
     model: str
     architecture: str
     parameters: int
     dtype: str
+    quantization: Quantization | None
+    quantize_mamba: bool
     device: str
     memory_bytes: int
     weight_bytes: int
+    bandwidth: float | None
+    decode: tuple[Decode, ...]
     kv_bytes_per_token: int
     state_bytes_per_sequence: int
     table: tuple[Cell, ...]
@@ -82,11 +95,20 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Such as 80GiB. [default: what is free here]", show_default=False)
     ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes a second, such as 3.35TB. [default: measured here on a CPU]", show_default=False),
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Report of `jamba bench --output`, shown beside the limit.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what fits: weights, bytes of the caches, and context lengths against concurrent sequences."""
+    """Show what fits: weights, bytes of the caches, context lengths against concurrent sequences, the decode limit."""
     folder = find_checkpoint(config, config_only=True).folder
-    report = make_report(model, load_model_config(folder), config.engine(folder), memory)
+    measured = {} if bench is None else read_bench(bench)
+    engine = config.engine(folder)
+    report = make_report(model, load_model_config(folder), engine, memory, bandwidth=bandwidth, measured=measured)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
         return
@@ -96,12 +118,24 @@ def plan(
     console.print(table(report))
 
 
-def make_report(name: str, model: JambaConfig, engine: EngineConfig, memory: str | None) -> Report:
-    """`memory` is a size as text, or None for what is free on this machine. Raises ConfigError for anything else."""
+def make_report(
+    name: str,
+    model: JambaConfig,
+    engine: EngineConfig,
+    memory: str | None,
+    *,
+    bandwidth: str | None,
+    measured: Mapping[int, float],
+) -> Report:
+    """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
+    or None for this machine's if the device is a CPU. `measured`: tokens a second by sequences at once. Raises
+    ConfigError for a text that is no size."""
     device, available = find_memory(engine.device, memory)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu")
+    policy = QuantizationPolicy.of(engine)
+    weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu", policy=policy)
     spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
+    speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
         result = plan_memory(
@@ -130,9 +164,13 @@ def make_report(name: str, model: JambaConfig, engine: EngineConfig, memory: str
         architecture=model.architecture,
         parameters=model.num_parameters(),
         dtype=dtype,
+        quantization=policy.quantization,
+        quantize_mamba=policy.mamba,
         device=device,
         memory_bytes=available,
         weight_bytes=weights,
+        bandwidth=speed,
+        decode=decode_limits(model, DTYPE_BYTES[dtype], policy, bandwidth=speed, measured=measured),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
@@ -168,11 +206,13 @@ def gpu_memory() -> int | None:
 def describe(report: Report) -> list[str]:
     """Lines before the table."""
     lines = [
-        f"{report.model}: {report.architecture}, {report.parameters:,} parameters in {report.dtype}",
+        f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
+        + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
         f"weights                 {format_bytes(report.weight_bytes)}",
         f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
         f"state                   {format_bytes(report.state_bytes_per_sequence)} a sequence or checkpoint",
         f"memory ({report.device})".ljust(24) + format_bytes(report.memory_bytes),
+        *(describe_decode(decode, report.bandwidth) for decode in report.decode),
     ]
     if report.plan is None:
         return [*lines, f"jamba serve would stop: {report.refusal}"]

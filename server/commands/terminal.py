@@ -59,7 +59,8 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
     names = sorted(set(info.kernels.values()))
     kernels = "; ".join(f"{name}: {', '.join(op for op, n in info.kernels.items() if n == name)}" for name in names)
     return [
-        f"model     {info.architecture}, {info.num_parameters:,} parameters, {info.dtype} on {info.device}, "
+        f"model     {info.architecture}, {info.num_parameters:,} parameters, "
+        f"{describe_weights(info.dtype, info.quantization, info.quantize_mamba)} on {info.device}, "
         f"loaded in {info.load_seconds:.1f} s",
         f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
         f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, {checkpoints} saved",
@@ -69,3 +70,10 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"sampling  {sampling}; eos token ids {eos}",
         *(f"warning   {warning}" for warning in info.warnings),
     ]
+
+
+def describe_weights(dtype: str, quantization: str | None, quantize_mamba: bool) -> str:
+    """`bfloat16 with int8 weights`."""
+    if quantization is None:
+        return dtype
+    return f"{dtype} with {quantization} weights" + (" (Mamba mixers too)" if quantize_mamba else "")

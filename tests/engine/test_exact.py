@@ -33,7 +33,13 @@ CONFIG = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-DTYPES = ("bfloat16", "float32")
+QUANTIZED = {"quantize_mamba": True}  # every product that can be
+FORMATS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32": {"dtype": "float32"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8", **QUANTIZED},
+    "int4": {"dtype": "bfloat16", "quantization": "int4", **QUANTIZED},
+}
 NEW_TOKENS = 24
 RANDOM = Random(5)
 SUBJECT = [RANDOM.randrange(3, 500) for _ in range(150)]
@@ -50,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(folder: Path, dtype: str, **settings: Any) -> LLM:
-    return LLM(folder, load_format="dummy", dtype=dtype, max_model_len=512, **{"threads": 1} | settings)
+def load(folder: Path, form: str, **settings: Any) -> LLM:
+    return LLM(folder, load_format="dummy", max_model_len=512, **{"threads": 1} | FORMATS[form] | settings)
 
 
 def result(completion: Completion) -> tuple[list[int], list[tuple[float, Any]]]:
@@ -59,9 +65,9 @@ def result(completion: Completion) -> tuple[list[int], list[tuple[float, Any]]]:
     return completion.token_ids, [(entry.logprob, entry.top) for entry in completion.logprobs]
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=FORMATS)
 def case(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[Any]]:
-    """A dtype, and what the subject gets alone."""
+    """A format, and what the subject gets alone."""
     llm = load(folder, request.param)
     alone = [result(llm.generate([SUBJECT], params)[0]) for params in PARAMS]
     assert len(set(alone[0][0])) > 1, "a reply of one token would say little"
@@ -73,8 +79,8 @@ Case = tuple[str, list[Any]]
 
 @pytest.mark.parametrize("place", [0, 17, 31])
 def test_among_31_others(folder: Path, case: Case, place: int) -> None:
-    dtype, alone = case
-    llm = load(folder, dtype, max_num_seqs=32)
+    form, alone = case
+    llm = load(folder, form, max_num_seqs=32)
     for params, expected in zip(PARAMS, alone, strict=True):
         prompts = [*OTHERS[:place], SUBJECT, *OTHERS[place:]]
         assert result(llm.generate(prompts, params)[place]) == expected
@@ -82,14 +88,14 @@ def test_among_31_others(folder: Path, case: Case, place: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 512])
 def test_every_chunk_size(folder: Path, case: Case, chunk: int) -> None:
-    dtype, alone = case
-    llm = load(folder, dtype, max_num_batched_tokens=chunk, max_num_seqs=1, enable_prefix_caching=False)
+    form, alone = case
+    llm = load(folder, form, max_num_batched_tokens=chunk, max_num_seqs=1, enable_prefix_caching=False)
     assert [result(llm.generate([SUBJECT], params)[0]) for params in PARAMS] == alone
 
 
 def test_cache_cold_and_warm(folder: Path, case: Case) -> None:
-    dtype, alone = case
-    llm = load(folder, dtype)
+    form, alone = case
+    llm = load(folder, form)
     for params, expected in zip(PARAMS, alone, strict=True):
         [cold], [warm] = llm.generate([SUBJECT], params), llm.generate([SUBJECT], params)
         assert result(cold) == result(warm) == expected
@@ -98,16 +104,17 @@ def test_cache_cold_and_warm(folder: Path, case: Case) -> None:
     longer = [*SUBJECT, *alone[0][0], 9, 8, 7]
     [warm] = llm.generate([longer], GREEDY)
     assert warm.num_cached == len(SUBJECT) + NEW_TOKENS - 1
-    [cold] = load(folder, dtype).generate([longer], GREEDY)
+    [cold] = load(folder, form).generate([longer], GREEDY)
     assert result(warm) == result(cold)
 
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_preempted(folder: Path, case: Case, caching: bool) -> None:
-    dtype, alone = case
-    page = 16 * 1 * 2 * 2 * 20 * (2 if dtype == "bfloat16" else 4)  # one attention layer, K and V, two heads of 20
+    form, alone = case
+    number = 4 if FORMATS[form]["dtype"] == "float32" else 2
+    page = 16 * 1 * 2 * 2 * 20 * number  # one attention layer, K and V, two heads of 20
     llm = load(
-        folder, dtype, max_num_seqs=8, kv_cache_memory_bytes=36 * page, enable_prefix_caching=caching,
+        folder, form, max_num_seqs=8, kv_cache_memory_bytes=36 * page, enable_prefix_caching=caching,
         max_num_batched_tokens=64,
     )  # fmt: skip
     for params, expected in zip(PARAMS, alone, strict=True):
@@ -118,17 +125,17 @@ def test_preempted(folder: Path, case: Case, caching: bool) -> None:
 
 
 def test_threads(folder: Path, case: Case) -> None:
-    dtype, alone = case
-    llm = load(folder, dtype, threads=2)
+    form, alone = case
+    llm = load(folder, form, threads=2)
     assert [result(llm.generate([SUBJECT], params)[0]) for params in PARAMS] == alone
 
 
 def test_a_prompt_scored_whole_or_token_by_token(folder: Path, case: Case) -> None:
-    dtype, alone = case
+    form, alone = case
     tokens = [*SUBJECT, *alone[0][0]]
     score = SamplingParams(max_tokens=0, prompt_logprobs=5)
-    [whole] = load(folder, dtype).generate([tokens], score)
-    [single] = load(folder, dtype, max_num_batched_tokens=1, max_num_seqs=1).generate([tokens], score)
+    [whole] = load(folder, form).generate([tokens], score)
+    [single] = load(folder, form, max_num_batched_tokens=1, max_num_seqs=1).generate([tokens], score)
     assert whole.prompt_logprobs == single.prompt_logprobs
     generated = whole.prompt_logprobs[len(SUBJECT) :]
     assert [(entry.logprob, entry.top) for entry in generated if entry] == alone[0][1], "prefill is decode"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -198,10 +199,56 @@ def test_raw_weights_are_let_go_as_they_are_packed(random: bool, tied: bool, tmp
     else:
         load_weights(model, tmp_path, lambda phase, fraction: None)
     assert len(linear.raw) == 3 * 4 + 2 + 2 * 2 + 2 + 1  # Mamba, attention, dense, routers, head
-    assert set(linear.kept) == {0}
-    assert linear.num_raw() == tied, "only a tied head's stays, as the embedding"
+    assert max(linear.kept) == linear.num_raw() == tied, "only a tied head's stays, as the embedding"
     if not random:
         torch.testing.assert_close(logits(model), logits(load(tmp_path)))
+
+
+def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight of layer i is i + 1, so that the kernels can tell which layer they pack."""
+
+    def number(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            tensor.fill_(int(name.split(".")[2]) + 1 if ".layers." in name else 0)
+
+    rewrite(folder, number)
+    events: list[tuple[str, int]] = []
+
+    class Watched:
+        """A file of weights, or an op, that notes what passes."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __enter__(self) -> Watched:
+            return Watched(self.inner.__enter__())
+
+        def __exit__(self, *error: object) -> None:
+            self.inner.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return sorted(self.inner.keys())
+
+        def get_tensor(self, name: str) -> Tensor:
+            if ".layers." in name:
+                events.append(("read", int(name.split(".")[2])))
+            return self.inner.get_tensor(name)
+
+        def pack(self, *weights: Tensor) -> Any:
+            assert all((weight == weights[0].flatten()[0]).all() for weight in weights), "of one layer, all filled"
+            events.append(("pack", int(weights[0].flatten()[0]) - 1))
+            return self.inner.pack(*weights)
+
+    monkeypatch.setattr("engine.weights.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs)))
+    kernels = select("cpu", {})
+    watched: Any = {name: Watched(getattr(kernels, name)) for name in ("linear", "run_experts")}
+    model = build_model(load_model_config(folder), replace(kernels, **watched), dtype=torch.float32, device=CPU)
+    load_weights(model, folder, lambda phase, fraction: None)
+    packs = [[index for index, event in enumerate(events) if event == ("pack", layer)] for layer in range(4)]
+    first_reads = [events.index(("read", layer)) for layer in range(4)]
+    assert [len(indices) for indices in packs] == [4 + 2, 4 + 2, 2 + 2, 4 + 2], "mixer and feed-forward"
+    assert all(max(packs[layer]) < first_reads[layer + 1] for layer in range(3))
+    assert packs[1][0] == first_reads[1] + 3 * 4, "the experts at once, not at the layer's end"
 
 
 def set_tensor(name: str, value: Tensor) -> Callable[[Path], None]:
@@ -322,6 +369,18 @@ def test_numbers_beyond_float16_are_refused_not_made_infinite(folder: Path) -> N
     assert logits(load(folder, torch.bfloat16), torch.bfloat16).isfinite().all()
     with pytest.raises(CheckpointError, match=r"out_proj.weight holds numbers beyond float16's range; use --dtype bfl"):
         load(folder, torch.float16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_refused_by_name(value: float, folder: Path) -> None:
+    name = f"{MOE}experts.3.up_proj.weight"
+    tensor = tensors_of(folder)[name]
+    tensor[5, 7] = value
+    set_tensor(name, tensor)(folder)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.weight holds numbers th"
+    ):
+        load(folder)
 
 
 def random_weights(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Destination]:

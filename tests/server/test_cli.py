@@ -15,6 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.errors import CheckpointError, ConfigError
+from server.bench import report as bench
+from server.bench.client import Reply
+from server.bench.runner import ClosedLoop, Poisson
 from server.cli import foreign_package
 from server.commands import checkpoint, doctor
 from server.commands.application import app, run
@@ -70,7 +73,9 @@ def test_the_command_never_imports_torch() -> None:
     ("arguments", "sentence"),
     [
         (["serve", "--port", "http"], "jamba: --port is 'http'; it must be a whole number"),
-        (["serve", "--quantization", "int4"], "jamba: quantization 'int4' is not supported yet"),
+        (["serve", "--quantization", "int5"], "jamba: --quantization is 'int5'; it must be one of int8, int4."),
+        (["serve", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4."),
+        (["plan", "org/name", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4."),
         (["serve", "--tensor-parallel-size", "2"], "jamba: tensor_parallel_size 2 is not supported yet"),
         (["serve", "--config", "/no/such.yaml"], "jamba: --config /no/such.yaml: there is no such file."),
         (["serve", "--port", "0", "/no/such"], "jamba: There is no folder /no/such, and a hub id"),
@@ -213,6 +218,64 @@ def test_plan_as_json_agrees_with_arithmetic(tmp_path: Path) -> None:
     one, eight = (next(c for c in report["table"] if c["context"] == 32768 and c["sequences"] == n) for n in (1, 8))
     assert eight["bytes"] - one["bytes"] == 7 * (9_318_400 + (32768 + 16) * 1024)
     assert all(cell["fits"] == (cell["bytes"] <= 24 * 1024**3) for cell in report["table"])
+
+
+def plan_as_json(folder: Path, *flags: str) -> Any:
+    return json.loads(invoke("plan", str(folder), "--device", "cuda", "--memory", "141GiB", "--json", *flags))
+
+
+def test_plan_counts_quantised_weights(tmp_path: Path) -> None:
+    folder = write_geometry(tmp_path, "mini")
+    plain, int8 = plan_as_json(folder), plan_as_json(folder, "--quantization", "int8")
+    mixers, experts, mlps = 28 * 3 * 4096 * 8192, 16 * 16 * 3 * 4096 * 14336, 16 * 3 * 4096 * 14336
+    attention, head = 4 * 2 * 4096 * (4096 + 1024), 65536 * 4096
+    rows = 17 * 16 * (2 * 14336 + 4096) + 4 * (4096 + 2 * 1024 + 4096) + 65536  # each has one scale
+    assert plain["weight_bytes"] - int8["weight_bytes"] == experts + mlps + attention + head - 4 * rows
+    both = plan_as_json(folder, "--quantization", "int8", "--quantize-mamba")
+    assert int8["weight_bytes"] - both["weight_bytes"] == mixers - 4 * 28 * (2 * 8192 + 4096)
+    int4 = plan_as_json(folder, "--quantization", "int4")
+    saved = (experts + mlps + attention + head) * (16 - 4 - 32 / 128) / 8
+    assert plain["weight_bytes"] - int4["weight_bytes"] == saved
+    assert int4["plan"]["weight_bytes"] == int4["weight_bytes"]
+
+
+def test_plan_shows_the_decode_limit(tmp_path: Path) -> None:
+    flags = ("plan", str(write_geometry(tmp_path, "3b")), "--device", "cuda", "--memory", "80GiB")
+    assert "decode at 1 sequence: 6.06 GB a token (with --bandwidth: the limit)" in invoke(*flags)
+    text = invoke(*flags, "--bandwidth", "3.35TB", "--quantization", "int8", "--quantize-mamba")
+    assert "parameters in bfloat16 with int8 weights (Mamba mixers too)" in text
+    assert "decode limit at 1 sequence: 3.09 GB a token / 3,350 GB/s = 1,085 tok/s" in text
+
+
+def test_plan_shows_what_was_measured_beside_the_limit(tmp_path: Path) -> None:
+    # the first token after 10 s, 64 more in as many seconds
+    reply = Reply(start=0.0, arrivals=(10.0, 74.0), end=74.0, prompt_tokens=5, output_tokens=65, max_tokens=65)
+    levels = [bench.summarize(bench.Plan(load, 1), [reply]) for load in (ClosedLoop(8), Poisson(2.0))]
+    (tmp_path / "bench.json").write_bytes(bench.to_json(bench.Report({}, levels)))
+    flags = ("--device", "cpu", "--memory", "24GiB", "--bandwidth", "40GB", "--bench", str(tmp_path / "bench.json"))
+    text = invoke("plan", str(write_geometry(tmp_path, "3b")), *flags)
+    assert "decode limit at 1 sequence: 6.06 GB a token / 40 GB/s = 6.6 tok/s\n" in text
+    assert "decode limit at 8 sequences: 6.06 GB a step / 40 GB/s = 52.8 tok/s; measured 8 tok/s, 15% of it\n" in text
+
+
+def test_plan_refuses_what_is_no_bench_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = str(write_geometry(tmp_path, "3b"))
+    for path in ("config.json", "none.json"):
+        message = str(jamba(monkeypatch, "plan", folder, "--memory", "8GiB", "--bench", str(tmp_path / path)))
+        assert message.startswith(f"jamba: --bench {tmp_path / path} cannot be read as a report of `jamba bench --out")
+
+
+def test_plan_measures_the_bandwidth_of_a_cpu(tmp_path: Path) -> None:
+    folder = str(write_geometry(tmp_path, "3b"))
+    report = json.loads(invoke("plan", folder, "--device", "cpu", "--memory", "24GiB", "--threads", "1", "--json"))
+    assert 1e8 < report["bandwidth"] < 1e13
+
+
+def test_plan_refuses_a_bandwidth_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = str(write_geometry(tmp_path, "3b"))
+    for text in ("fast", "0"):
+        message = str(jamba(monkeypatch, "plan", folder, "--device", "cpu", "--bandwidth", text))
+        assert message == f"jamba: --bandwidth is {text!r}; it must be a size such as 3.35TB, read in a second."
 
 
 def test_plan_says_why_a_server_would_stop(tmp_path: Path) -> None:

@@ -205,14 +205,15 @@ def test_what_kubernetes_injects_is_ignored_with_one_line(caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"quantization": "int4"}, "quantization 'int4' is not supported yet"),
+        ({"quantization": "fp8"}, "--quantization is 'fp8'; it must be one of int8, int4."),
+        ({"quantize_mamba": True}, "quantize_mamba needs quantization: int8 or int4."),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size 2 is not supported yet; the limit is 1"),
         ({"ssl_keyfile": "k.pem"}, "ssl_keyfile and ssl_certfile go together"),
         ({"chat_template": "/no/such.jinja"}, "chat_template is '/no/such.jinja'; there is no such file"),
         ({"root_path": "jamba"}, "root_path is 'jamba'; it must begin with a slash"),
     ],
 )
-def test_choices_that_cannot_be_met_are_errors(flags: dict[str, str], message: str) -> None:
+def test_choices_that_cannot_be_met_are_errors(flags: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(flags, {})
 

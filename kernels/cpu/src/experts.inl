@@ -48,12 +48,14 @@ void add_outputs(const Experts<T>& e, const Order& order, const T* outputs) {
 template <class T>
 void mix_experts(const Experts<T>& e) {
     const int64_t entries = e.tokens * e.top_k, wide = 2 * e.inner, highest = e.hidden > e.inner ? e.hidden : e.inner;
-    const int64_t gate_up_bytes = ceil_div(wide, PANEL) * ceil_div(e.hidden, 2) * PAIR_BYTES<T>;
-    const int64_t down_bytes = ceil_div(e.hidden, PANEL) * ceil_div(e.inner, 2) * PAIR_BYTES<T>;
+    auto of_expert = [](Weights all, int64_t n, int64_t i) {
+        all.panels += i * ceil_div(n, PANEL) * panel_bytes<T>(all);
+        return all;
+    };
     const int64_t parts_bytes = (e.experts < entries ? e.experts : entries) * int64_t(sizeof(Part<T>));
     auto* const memory = static_cast<char*>(scratch(1, parts_bytes + (2 * entries + e.experts + 1) * 4));
     const Order order = sort_entries(e, reinterpret_cast<int32_t*>(memory + parts_bytes));
-    auto* const packed = static_cast<PackedX<T>*>(scratch(0, entries * x_row<T>(highest) * 4));
+    auto* const packed = static_cast<PackedX*>(scratch(0, entries * x_row(highest) * 4));
     T* const hidden = static_cast<T*>(scratch(2, entries * wide * int64_t(sizeof(T))));
     T* const outputs = static_cast<T*>(scratch(3, entries * e.hidden * int64_t(sizeof(T))));
 
@@ -61,22 +63,22 @@ void mix_experts(const Experts<T>& e) {
         Parts<T> all{reinterpret_cast<Part<T>*>(memory)};
         for (int64_t i = 0; i < e.experts; i++) {
             const int64_t start = order.starts[i], size = order.starts[i + 1] - start;
-            if (size) all.add(product(i, start, size), packed + start * x_row<T>(k), 1);
+            if (size) all.add(product(i, start, size), packed + start * x_row(k), 1);
         }
         return all;
     };
     const Parts<T> first = each_expert(
         [&](int64_t i, int64_t start, int64_t size) {
-            return Product<T>{e.x, e.x_stride, order.tokens + start, e.gate_up + i * gate_up_bytes, nullptr,
-                              hidden + start * wide, size, wide, e.hidden};
+            return Product<T>{e.x, e.x_stride, order.tokens + start, of_expert(e.gate_up, wide, i), nullptr,
+                              hidden + start * wide, size, wide};
         },
         e.hidden);
     pack_parts(first, [](const Product<T>&, int64_t, int64_t) {});
     multiply_parts(first);
     const Parts<T> second = each_expert(
         [&](int64_t i, int64_t start, int64_t size) {
-            return Product<T>{hidden + start * wide, wide, nullptr, e.down + i * down_bytes, nullptr,
-                              outputs + start * e.hidden, size, e.hidden, e.inner};
+            return Product<T>{hidden + start * wide, wide, nullptr, of_expert(e.down, e.hidden, i), nullptr,
+                              outputs + start * e.hidden, size, e.hidden};
         },
         e.inner);
     pack_parts(second, [&](const Product<T>& p, int64_t row, int64_t size) {

@@ -4,7 +4,14 @@
 
 // A weight [N, K] is packed in panels of 32 columns of its transpose, K upwards in pairs (an odd K gets a zero):
 // bf16: [panel][pair][column][2], as the dot product of pairs takes it; f32 and f16: [panel][pair][2][column].
+//
+// Quantised weights: each group of a panel's inputs, then its scales, float32 [column]. int8: [pair][2][column]. int4:
+// [step][column][2] words of 16 bits, each of its number of four pairs, the first in the lowest bits (K is filled up
+// with zeros to whole steps).
 constexpr int64_t PANEL = 32;
+struct Int8 {};
+struct Int4 {};
+constexpr int64_t INT4_PAIRS = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
@@ -13,6 +20,22 @@ template <class T>
 constexpr int64_t COLUMN_BYTES = sizeof(T) == 4 ? 4 : 2;  // from a column to the next within a pair
 template <>
 inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
+
+// A packed matrix [N, K], or the first of several.
+struct Weights {
+    const char* panels;
+    int64_t k;
+    int64_t bits;        // 8 or 4: whole numbers with scales; 0: numbers of the product's dtype
+    int64_t group_size;  // inputs to a scale, a multiple of 8; K or more is one group
+
+    int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
+    int64_t groups() const { return bits ? ceil_div(k, group_size) : 1; }
+    int64_t group_pairs() const { return groups() == 1 ? pairs() : group_size / 2; }
+};
+template <class T>
+int64_t panel_bytes(const Weights& w) {
+    return w.bits ? w.pairs() * PANEL * w.bits / 4 + w.groups() * PANEL * 4 : w.pairs() * PAIR_BYTES<T>;
+}
 
 // `rows` in as few tiles of at most `highest` as possible, of nearly equal sizes.
 struct Tiles {
@@ -29,13 +52,10 @@ struct Product {
     const T* x;
     int64_t x_stride;
     const int32_t* rows;
-    const char* weight;
+    Weights weights;
     const T* bias;  // or null
     T* y;           // rows of n
-    int64_t m, n, k;
-
-    int64_t pairs() const { return ceil_div(k, 2); }
-    int64_t panel_bytes() const { return pairs() * PAIR_BYTES<T>; }
+    int64_t m, n;
 };
 
 // A layer of experts and the rows that choose among them; see `run_experts`.
@@ -43,7 +63,7 @@ template <class T>
 struct Experts {
     const T* x;
     int64_t x_stride;
-    const char *gate_up, *down;
+    Weights gate_up, down;
     const float* weights;
     const int32_t* ids;
     T* y;

@@ -5,102 +5,67 @@
 // that enough accumulators are under way to hide the latency of a product. Rows of x are first brought into the order
 // in which a tile reads them: [pair][row], converted to what the product takes.
 
-constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;  // STRIPS to a panel
-
 #ifdef DOT_PRODUCTS
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
 // x as pairs of bf16, one instruction for both products (VDPBF16PS, which has its own fixed order of the two).
-template <class T>
-struct Multiply {
-    using X = uint32_t;
-    static constexpr int64_t X_PER_PAIR = 1;
+using PackedX = uint32_t;
+constexpr int64_t X_PER_PAIR = 1;
 
-    template <int MR, int NS>
-    static INLINE void step(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset) {
+// Adds the products of one pair; the weights stand `offset` bytes on.
+template <class W, int MR, int NS>
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
+                          int pair) {
 #pragma GCC unroll 8
-        for (int s = 0; s < NS; s++) {
-            const __m512bh b0 = (__m512bh)_mm512_loadu_si512(w[s] + offset);
-            const __m512bh b1 = (__m512bh)_mm512_loadu_si512(w[s] + offset + 64);
+    for (int s = 0; s < NS; s++) {
+        const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair), b1 = Reader<W>::vector(w[s] + offset, 1, pair);
 #pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) {
-                const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
-                c[m][2 * s] = _mm512_dpbf16_ps(c[m][2 * s], a, b0);
-                c[m][2 * s + 1] = _mm512_dpbf16_ps(c[m][2 * s + 1], a, b1);
-            }
+        for (int m = 0; m < MR; m++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
+            c[m][2 * s] = _mm512_dpbf16_ps(c[m][2 * s], a, b0);
+            c[m][2 * s + 1] = _mm512_dpbf16_ps(c[m][2 * s + 1], a, b1);
         }
     }
+}
 
-    // 2 * WIDTH elements of one row, n of them given, to out[pair * rows]
-    static INLINE void spread(const T* x, int64_t n, X* out, int64_t rows) {
-        X pairs[WIDTH] = {};
-        std::memcpy(pairs, x, n * sizeof(T));
-        for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
-    }
-};
+// 2 * WIDTH elements of one row, n of them given, to out[pair * rows]
+INLINE void spread(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
+    PackedX pairs[WIDTH] = {};
+    std::memcpy(pairs, x, n * sizeof(bf16));
+    for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
+}
 #else
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-
-template <class T>
-INLINE Vec weight_vector(const char* pair, int64_t vector, int half) {
-    return load((const T*)(pair + half * PAIR_BYTES<T> / 2) + vector * WIDTH);
-}
-#if JAMBA_X86
-template <>
-INLINE Vec weight_vector<bf16>(const char* pair, int64_t vector, int half) {
-    const float* both = (const float*)pair + vector * WIDTH;  // the pair's first number in the lower half
-#if defined(LEVEL_AVX512)
-    const __m512i bits = _mm512_loadu_si512(both);
-    return _mm512_castsi512_ps(half ? _mm512_and_si512(bits, _mm512_set1_epi32(int(0xffff0000)))
-                                    : _mm512_slli_epi32(bits, 16));
-#elif defined(LEVEL_AVX2)
-    const __m256i bits = _mm256_loadu_si256((const __m256i*)both);
-    return _mm256_castsi256_ps(half ? _mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000)))
-                                    : _mm256_slli_epi32(bits, 16));
-#else
-    IntVec bits;
-    std::memcpy(&bits, both, sizeof(bits));
-    return (Vec)(half ? bits & int(0xffff0000) : bits << 16);
-#endif
-}
-#else
-template <>
-INLINE Vec weight_vector<bf16>(const char* pair, int64_t vector, int half) {
-    const bf16* both = (const bf16*)pair + 2 * vector * WIDTH;
-    return Vec{to_float(both[half]), to_float(both[2 + half]), to_float(both[4 + half]), to_float(both[6 + half])};
-}
-#endif
-
 // x as float32, two fused products.
-template <class T>
-struct Multiply {
-    using X = float;
-    static constexpr int64_t X_PER_PAIR = 2;
+using PackedX = float;
+constexpr int64_t X_PER_PAIR = 2;
 
-    template <int MR, int NS>
-    static INLINE void step(Vec (&c)[MR][2 * NS], const X* x, const char* const (&w)[NS], int64_t offset) {
+template <class W, int MR, int NS>
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
+                          int pair) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 8
-            for (int s = 0; s < NS; s++) {
-                const Vec b0 = weight_vector<T>(w[s] + offset, 0, half), b1 = weight_vector<T>(w[s] + offset, 1, half);
+        for (int s = 0; s < NS; s++) {
+            const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair, half);
+            const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair, half);
 #pragma GCC unroll 16
-                for (int m = 0; m < MR; m++) {
-                    const Vec a = set(x[half * MR + m]);
-                    c[m][2 * s] = fma(a, b0, c[m][2 * s]);
-                    c[m][2 * s + 1] = fma(a, b1, c[m][2 * s + 1]);
-                }
+            for (int m = 0; m < MR; m++) {
+                const Vec a = set(x[half * MR + m]);
+                c[m][2 * s] = fma(a, b0, c[m][2 * s]);
+                c[m][2 * s + 1] = fma(a, b1, c[m][2 * s + 1]);
             }
         }
     }
+}
 
-    static INLINE void spread(const T* x, int64_t n, X* out, int64_t rows) {
-        float wide[2 * WIDTH];
-        store(wide, load(x, n < WIDTH ? n : WIDTH));
-        store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
-        for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
-    }
-};
+template <class T>
+INLINE void spread(const T* x, int64_t n, PackedX* out, int64_t rows) {
+    float wide[2 * WIDTH];
+    store(wide, load(x, n < WIDTH ? n : WIDTH));
+    store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
+    for (int64_t i = 0; i < (n + 1) / 2 * 2; i++) out[i * rows] = wide[i];
+}
 #endif
 
 constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
@@ -109,38 +74,45 @@ constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
     return strips;
 }
 
-template <class T>
-using PackedX = typename Multiply<T>::X;
+// Numbers in a row of packed x, which is filled up to what any format of weights takes in one step.
+inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
 // Rows first..first+size-1 of the product, in a tile's order.
 template <class T>
-void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX<T>* out) {
-    using M = Multiply<T>;
+void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     for (int64_t m = 0; m < size; m++) {
         const T* x = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
-        for (int64_t k = 0; k < p.k; k += 2 * WIDTH) {
-            const int64_t n = p.k - k < 2 * WIDTH ? p.k - k : 2 * WIDTH;
-            M::spread(x + k, n, out + k / 2 * M::X_PER_PAIR * size + m, size);
+        for (int64_t k = 0; k < p.weights.k; k += 2 * WIDTH) {
+            const int64_t n = p.weights.k - k < 2 * WIDTH ? p.weights.k - k : 2 * WIDTH;
+            spread(x + k, n, out + k / 2 * X_PER_PAIR * size + m, size);
         }
     }
+    const int64_t used = ceil_div(p.weights.k, 2) * X_PER_PAIR;
+    std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
+
+// A tile's way along K.
+struct Walk {
+    const PackedX* x;
+    int64_t strip;
+    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
+    int64_t turn;     // this tile's place among them
+};
 
 // What one tile needs beside its template's arguments.
 template <class T>
 struct TileArguments {
     const Product<T>* product;
-    const PackedX<T>* x;
-    int64_t first_row, strip;
-    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
-    int64_t turn;     // this tile's place among them
+    int64_t first_row;
+    Walk walk;
 };
 
 template <class T, int MR, int NV>
-INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
+void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     const Product<T>& p = *a.product;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
-        const int64_t column = a.strip * STRIP + v * WIDTH, n = p.n - column;
+        const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
         if (n <= 0) return;
         T* y = p.y + a.first_row * p.n + column;
         const Vec bias = !p.bias ? set(0.0f) : n < WIDTH ? load(p.bias + column, n) : load(p.bias + column);
@@ -159,73 +131,118 @@ INLINE void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
 // Bytes of a panel between the prefetch and the product, for so many strips at once: measured.
 constexpr int64_t ahead(int strips) { return strips < 4 ? 8192 / strips : 2048; }
 
-template <class T, int MR, int NS>
-void tile(const TileArguments<T>& a) {
-    const Product<T>& p = *a.product;
-    const int64_t panel = p.panel_bytes(), end = panel;
-    const char* w[NS];
-    for (int s = 0; s < NS; s++) {
-        const int64_t strip = a.strip + s;
-        w[s] = p.weight + strip / STRIPS * panel + strip % STRIPS * STRIP * COLUMN_BYTES<T>;
+// totals += scale * c, for the scales of a group: of each strip, `offset` bytes on.
+template <int MR, int NS>
+INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS], int64_t offset,
+                      Vec (&totals)[MR][2 * NS]) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * NS; v++) {
+        const Vec scale = load((const float*)(scales[v / 2] + offset) + v % 2 * WIDTH);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) totals[m][v] = fma(scale, c[m][v], totals[m][v]);
     }
-    const PackedX<T>* x = a.x;
+}
+
+// The sums of a tile. Weights of `panel` bytes to a panel.
+template <class W, int MR, int NS>
+void accumulate(const Weights& weights, int64_t panel, const Walk& walk, Vec (&totals)[MR][2 * NS]) {
+    using R = Reader<W>;
+    const int64_t steps = weights.pairs() / R::PAIRS;
+    const int64_t group_steps = R::SCALED ? weights.group_pairs() / R::PAIRS : steps;
+    const char *w[NS], *scales[NS];
+    for (int s = 0; s < NS; s++) {
+        const int64_t strip = walk.strip + s, column = strip % STRIPS * STRIP;
+        w[s] = weights.panels + strip / STRIPS * panel + column * R::COLUMN_BYTES;
+        scales[s] = weights.panels + strip / STRIPS * panel + column * 4;
+    }
+    const PackedX* x = walk.x;
     // Alone with its strip a tile prefetches what it needs soon; else its share of the panel after this one.
-    const int64_t stride = PAIR_BYTES<T> / a.sharers;
-    const char* next = a.sharers == 1 ? w[0] + ahead(1) : w[0] + panel + a.turn * (p.pairs() * stride);
-    Vec c[MR][2 * NS] = {};
-    for (int64_t offset = 0; offset < end; offset += PAIR_BYTES<T>) {
-        if constexpr (NS == 1) {
-            __builtin_prefetch(next, 0, 2);
-            __builtin_prefetch(next + 64, 0, 2);
-            next += stride;
-        } else {
+    const int64_t stride = R::BYTES / walk.sharers;
+    const char* next = walk.sharers == 1 ? w[0] + ahead(1) : w[0] + panel + walk.turn * (steps * stride);
+    if (R::SCALED) std::memset(totals, 0, sizeof(totals));
+    int64_t offset = 0;
+    for (int64_t step = 0; step < steps; step += group_steps) {
+        Vec c[MR][2 * NS] = {};
+        const int64_t end = offset + (steps - step < group_steps ? steps - step : group_steps) * R::BYTES;
+        for (; offset < end; offset += R::BYTES) {
+            if constexpr (NS == 1) {
+                __builtin_prefetch(next, 0, 2);
+                if (R::BYTES > 64) __builtin_prefetch(next + 64, 0, 2);
+                next += stride;
+            } else {
 #pragma GCC unroll 8
-            for (int s = 0; s < NS; s++) {
-                __builtin_prefetch(w[s] + offset + ahead(NS), 0, 3);
-                __builtin_prefetch(w[s] + offset + ahead(NS) + 64, 0, 3);
+                for (int s = 0; s < NS; s++) {
+                    __builtin_prefetch(w[s] + offset + ahead(NS), 0, 3);
+                    if (R::BYTES > 64) __builtin_prefetch(w[s] + offset + ahead(NS) + 64, 0, 3);
+                }
+            }
+#pragma GCC unroll 4
+            for (int pair = 0; pair < R::PAIRS; pair++, x += MR * X_PER_PAIR) {
+                multiply_pair<W, MR, NS>(c, x, w, offset, pair);
             }
         }
-        Multiply<T>::template step<MR, NS>(c, x, w, offset);
-        x += MR * Multiply<T>::X_PER_PAIR;
+        if constexpr (R::SCALED) {
+            add_group<MR, NS>(c, scales, offset, totals);
+            offset += 4 * PANEL;
+        } else {
+            std::memcpy(totals, c, sizeof(c));
+        }
     }
+}
+
+template <class T, class W, int MR, int NS>
+void tile(const TileArguments<T>& a) {
+    Vec c[MR][2 * NS];
+    accumulate<W, MR, NS>(a.product->weights, panel_bytes<T>(a.product->weights), a.walk, c);
     store_tile<T, MR, 2 * NS>(c, a);
 }
 
-// Strips from a.strip up to `end`, NS at a time, for one tile of MR rows.
-template <class T, int MR, int NS>
+// Strips from the walk's up to `end`, NS at a time, for one tile of MR rows.
+template <class T, class W, int MR, int NS>
 void tile_strips(TileArguments<T> a, int64_t end) {
-    for (; a.strip + NS <= end; a.strip += NS) tile<T, MR, NS>(a);
+    int64_t& strip = a.walk.strip;
+    for (; strip + NS <= end; strip += NS) tile<T, W, MR, NS>(a);
     if constexpr (NS > 1) {
-        if (a.strip < end) tile_strips<T, MR, NS / 2>(a, end);
+        if (strip < end) tile_strips<T, W, MR, NS / 2>(a, end);
     }
 }
 
-template <class T, int MR>
+template <class T, class W, int MR>
 void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
-        if (rows != MR) return tile_rows<T, MR - 1>(rows, a, end);
-        if (end - a.strip == 1) return tile<T, MR, 1>(a);
-        tile_strips<T, MR, max_strips(MR)>(a, end);
+        if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
+        if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
+        tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
 }
 
-// The tiles tile..tile_end-1 of a product, columns of the strips strip..strip_end-1; x is packed, tile after tile.
-template <class T>
-void multiply_block(const Product<T>& p, const PackedX<T>* x, int64_t tile, int64_t tile_end, int64_t strip,
-                    int64_t strip_end) {
+template <class T, class W>
+void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
+                     int64_t strip_end) {
     const Tiles tiles(p.m, MAX_ROWS);
-    const int64_t row = p.pairs() * Multiply<T>::X_PER_PAIR;
+    const int64_t row = x_row(p.weights.k);
     if (tile_end - tile == 1) {
         const int64_t first = tiles.first(tile);
-        tile_rows<T, MAX_ROWS>(tiles.size(tile), {&p, x + first * row, first, strip, 1, 0}, strip_end);
+        tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, {x + first * row, strip, 1, 0}}, strip_end);
         return;
     }
     for (; strip < strip_end; strip++) {
         for (int64_t t = tile; t < tile_end; t++) {
             const int64_t first = tiles.first(t);
-            const TileArguments<T> a{&p, x + first * row, first, strip, tile_end - tile, t - tile};
-            tile_rows<T, MAX_ROWS>(tiles.size(t), a, strip + 1);
+            const TileArguments<T> a{&p, first, {x + first * row, strip, tile_end - tile, t - tile}};
+            tile_rows<T, W, MAX_ROWS>(tiles.size(t), a, strip + 1);
         }
+    }
+}
+
+// The tiles tile..tile_end-1 of a product, columns of the strips strip..strip_end-1; x is packed, tile after tile.
+template <class T>
+void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
+                    int64_t strip_end) {
+    switch (p.weights.bits) {
+        case 8: return multiply_strips<T, Int8>(p, x, tile, tile_end, strip, strip_end);
+        case 4: return multiply_strips<T, Int4>(p, x, tile, tile_end, strip, strip_end);
+        default: return multiply_strips<T, T>(p, x, tile, tile_end, strip, strip_end);
     }
 }
 
@@ -236,7 +253,7 @@ constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // of packed x, that stays in the ca
 template <class T>
 struct Part {
     Product<T> product;
-    PackedX<T>* x;  // of the product's first row
+    PackedX* x;  // of the product's first row
     int64_t tile, tile_end, strips, grain;
     int64_t tiles_before, pieces_before;  // those of earlier parts
 };
@@ -246,15 +263,15 @@ struct Parts {
     Part<T>* parts;
     int64_t count = 0, tiles = 0, pieces = 0;
 
-    // Splits a product in `blocks` parts. x: memory for its packed rows, x_row<T>(k) elements each.
-    void add(const Product<T>& p, PackedX<T>* x, int64_t blocks) {
+    // Splits a product in `blocks` parts. x: memory for its packed rows, x_row(k) elements each.
+    void add(const Product<T>& p, PackedX* x, int64_t blocks) {
         const Tiles whole(p.m, MAX_ROWS);
         const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
         blocks = blocks < 1 ? 1 : blocks > whole.count ? whole.count : blocks;
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t tile = whole.count * block / blocks, end = whole.count * (block + 1) / blocks;
             const int64_t together = end - tile == 1 ? max_strips(int(whole.size(tile))) : 1;
-            int64_t grain = ceil_div(PIECE_BYTES * STRIPS, p.panel_bytes() * (end - tile));
+            int64_t grain = ceil_div(PIECE_BYTES * STRIPS, panel_bytes<T>(p.weights) * (end - tile));
             grain = ceil_div(grain, together) * together;
             if (grain > share) grain = share;
             parts[count++] = {p, x, tile, end, strips, grain, tiles, pieces};
@@ -264,17 +281,12 @@ struct Parts {
     }
 };
 
-template <class T>
-int64_t x_row(int64_t k) {
-    return ceil_div(k, 2) * Multiply<T>::X_PER_PAIR;
-}
-
 // Brings all rows into the order of the tiles. before(product, first, size) is called ahead of a tile of these rows.
 template <class T, class F>
 void pack_parts(const Parts<T>& all, const F& before) {
     if (!all.tiles) return;
     const Product<T>& typical = all.parts[0].product;
-    const int64_t tile_bytes = x_row<T>(typical.k) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
+    const int64_t tile_bytes = x_row(typical.weights.k) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
     parallel_for(all.tiles, ceil_div(PIECE_BYTES / 2, tile_bytes), [&](int64_t tile, int64_t end) {
         const Part<T>* part = all.parts;
         for (; tile < end; tile++) {
@@ -282,7 +294,7 @@ void pack_parts(const Parts<T>& all, const F& before) {
             const Tiles tiles(part->product.m, MAX_ROWS);
             const int64_t t = part->tile + tile - part->tiles_before, first = tiles.first(t);
             before(part->product, first, tiles.size(t));
-            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row<T>(part->product.k));
+            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row(part->product.weights.k));
         }
     });
 }
@@ -303,11 +315,11 @@ void multiply_parts(const Parts<T>& all) {
 template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
-    const int64_t x_bytes = p.m * x_row<T>(p.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
+    const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
     // Where columns are few, threads share the rows too.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
     Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
-    all.add(p, static_cast<PackedX<T>*>(scratch(0, x_bytes)),
+    all.add(p, static_cast<PackedX*>(scratch(0, x_bytes)),
             threads > 1 && by_threads > by_size ? by_threads : by_size);
     pack_parts(all, [](const Product<T>&, int64_t, int64_t) {});
     multiply_parts(all);

@@ -1,3 +1,4 @@
+#include "formats.inl"
 #include "gemm.inl"
 #include "silu.inl"
 #include "experts.inl"

@@ -1,0 +1,111 @@
+// How a product reads its weights: from each format of `gemm.h` to the numbers that the level multiplies. Nothing is
+// rounded: whole numbers of seven bits and a sign are numbers of bf16.
+//
+// Reader<W>: steps of PAIRS pairs in BYTES bytes, COLUMN_BYTES from a column to the next. `vector` gives the columns
+// vector * WIDTH and on of one of the pairs. Where SCALED, the scales of a group follow its steps.
+
+constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;  // columns of a strip; STRIPS to a panel
+
+#ifdef DOT_PRODUCTS
+using Weight = __m512bh;  // both numbers of a pair side by side
+
+template <class W>
+struct Reader;
+
+template <>
+struct Reader<bf16> {
+    static constexpr bool SCALED = false;
+    static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
+    static INLINE Weight vector(const char* step, int vector, int) {
+        return (Weight)_mm512_loadu_si512(step + 64 * vector);
+    }
+};
+
+template <>
+struct Reader<Int8> {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
+    static INLINE __m512i bits(const char* p) {
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+    }
+    static INLINE Weight vector(const char* step, int vector, int) {
+        // So small a whole number has nothing in the lower half of its float32.
+        const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
+        return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
+    }
+};
+
+template <>
+struct Reader<Int4> {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
+    static INLINE Weight vector(const char* step, int vector, int pair) {
+        // -8..7 by the numbers' four bits, twice: the fifth bit of an index belongs to the next number.
+        const __m256i once = _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, -0x3f00,
+                                               -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080);
+        const __m512i four = _mm512_srli_epi16(_mm512_loadu_si512(step + 64 * vector), 4 * pair);
+        return (Weight)_mm512_permutexvar_epi16(four, _mm512_broadcast_i64x4(once));
+    }
+};
+#else
+using Weight = Vec;  // one number of each pair
+typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
+
+INLINE Lanes read_lanes(const char* p) {
+    Lanes x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+INLINE Vec read_bytes(const char* p) {  // signed
+#if defined(LEVEL_AVX512)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(LEVEL_AVX2)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    int32_t four;
+    std::memcpy(&four, p, sizeof(four));
+    return __builtin_convertvector(Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24, Vec);
+#endif
+}
+// Bits first..first+size-1 of each lane, the highest of them being the sign.
+INLINE Vec number(Lanes x, int first, int size) {
+    return __builtin_convertvector(x << (32 - first - size) >> (32 - size), Vec);
+}
+
+template <class T>
+struct Reader {
+    static constexpr bool SCALED = false;
+    static constexpr int64_t COLUMN_BYTES = sizeof(T), PAIRS = 1, BYTES = PAIR_BYTES<T>;
+    static INLINE Weight vector(const char* step, int vector, int, int half) {
+        return load((const T*)step + half * PANEL + vector * WIDTH);
+    }
+};
+
+template <>
+struct Reader<bf16> {
+    static constexpr bool SCALED = false;
+    static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
+    static INLINE Weight vector(const char* step, int vector, int, int half) {
+        const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);  // the first number in the lower half
+        return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
+    }
+};
+
+template <>
+struct Reader<Int8> {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
+    static INLINE Weight vector(const char* step, int vector, int, int half) {
+        return read_bytes(step + half * PANEL + WIDTH * vector);
+    }
+};
+
+template <>
+struct Reader<Int4> {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
+    static INLINE Weight vector(const char* step, int vector, int pair, int half) {
+        return number(read_lanes(step + 4 * WIDTH * vector), 16 * half + 4 * pair, 4);
+    }
+};
+#endif
