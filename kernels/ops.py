@@ -151,9 +151,9 @@ class MambaWeights(NamedTuple):
 
 
 class MambaDecode(Protocol):
-    """What lies between in_proj and out_proj, for one token each of N sequences that have a state: `CausalConv1dUpdate`,
-    `Linear` (x_proj), `RmsNorm` of dt, B and C, `Linear` (dt_proj), `SelectiveStateUpdate`, with the bits that these
-    ops of the same kernels give one after the other."""
+    """What lies between in_proj and out_proj, for one token each of N sequences that have a state: with the bits that
+    `CausalConv1dUpdate`, `Linear` (x_proj), `RmsNorm` of dt, B and C, `Linear` (dt_proj) and `SelectiveStateUpdate` of
+    the same kernels give one after the other."""
 
     def pack(self, weights: MambaWeights) -> Any:
         """What `__call__` takes; it refers to the tensors of `weights`, which must stay where they are."""

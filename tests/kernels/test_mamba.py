@@ -129,5 +129,5 @@ def test_a_wish_for_another_part_is_a_wish_against_the_whole() -> None:
     except KernelError as error:
         pytest.skip(str(error))
     assert select("cpu", {"selective_state_update": "reference"}).names["mamba_decode"] == "reference"
-    with pytest.raises(KernelError, match="mamba_decode=cpu.*SelectiveStateUpdate"):
+    with pytest.raises(KernelError, match=r"mamba_decode=cpu.*SelectiveStateUpdate"):
         select("cpu", {"selective_state_update": "reference", "mamba_decode": "cpu"})
