@@ -11,6 +11,7 @@ Writes benchmarks/results/NAME.json and NAME.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -114,6 +115,8 @@ def measure(llm: LLM, config: JambaConfig, dtype_bytes: int, bandwidth: float, r
         return time.perf_counter() - start
 
     generate(1, 4, 4)
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     step_bytes = weights_read(config, 1, dtype_bytes)
     steps = max(8, min(64, int(10 * bandwidth / step_bytes)))
     decode: dict[str, Any] = {}
