@@ -18,6 +18,7 @@ class Sample:
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
         """See `kernels.ops.Sample`."""
         rows, size = logits.shape
+        assert (logits.dtype, inputs.keys.dtype, inputs.top_k.dtype) == (torch.float32, torch.int64, torch.int32)
         tokens = logits.new_empty(rows, dtype=torch.int64)
         self._run(
             logits.data_ptr(),
