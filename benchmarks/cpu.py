@@ -12,6 +12,7 @@ Writes benchmarks/results/NAME.json and NAME.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -101,6 +102,8 @@ def measure(
         return time.perf_counter() - start
 
     generate(1, 4, 4)
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     steps = max(8, min(64, int(10 * bandwidth / weights_read(1))))
     decode: dict[str, Any] = {}
     for clients in CLIENTS:

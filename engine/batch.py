@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,29 +52,40 @@ class ForwardBatch:
 def build_batch(chunks: Many[Chunk], *, block_size: int, device: torch.device) -> ForwardBatch:
     """The batch of one step's chunks, decodes first; one logit row for each chunk that samples, in their order."""
 
-    def tensor(values: object, dtype: type) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=dtype)).to(device, non_blocking=True)
-
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "decodes come first"
-    ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
+    token_ids, kv_slots, logit_rows = array("q"), array("q"), array("q")
+    for chunk in chunks:
+        token_ids += chunk.sequence.tokens[chunk.start : chunk.end]
+        _add_kv_slots(kv_slots, chunk, block_size)
+        if chunk.samples:
+            logit_rows.append(len(token_ids) - 1)
     return ForwardBatch(
-        token_ids=tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.end]], np.int64),
-        kv_slots=tensor(np.concatenate([_kv_slots(chunk, block_size) for chunk in chunks]), np.int64),
-        logit_rows=tensor([end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples], np.int64),
+        token_ids=_tensor(token_ids, device),
+        kv_slots=_tensor(kv_slots, device),
+        logit_rows=_tensor(logit_rows, device),
         num_decodes=num_decodes,
-        decode_state_ids=tensor([chunk.sequence.state_id for chunk in decodes], np.int32),
+        decode_state_ids=_tensor(array("i", [chunk.sequence.state_id for chunk in decodes]), device),
         decode_tables=_page_tables(decodes, block_size, device) if decodes else None,
         prefill=_segments(prefills, device) if prefills else None,
         prefill_tables=_page_tables(prefills, block_size, device) if prefills else None,
     )
 
 
-def _kv_slots(chunk: Chunk, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    positions, first = np.arange(chunk.start, chunk.end), chunk.start // block_size
-    blocks = np.asarray(chunk.sequence.block_ids[first : -(-chunk.end // block_size)], dtype=np.int64)
-    return blocks[positions // block_size - first] * block_size + positions % block_size
+def _tensor(values: array[int], device: torch.device) -> Tensor:
+    """On a CPU it is the array's own memory. "q" becomes int64, "i" int32."""
+    return torch.from_numpy(np.asarray(values)).to(device, non_blocking=True)
+
+
+def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
+    block_ids, first = chunk.sequence.block_ids, chunk.start // block_size
+    if chunk.end - chunk.start == 1:
+        kv_slots.append(block_ids[first] * block_size + chunk.start % block_size)
+        return
+    positions = np.arange(chunk.start, chunk.end)
+    blocks = np.asarray(block_ids[first : -(-chunk.end // block_size)], dtype=np.int64)
+    kv_slots.frombytes((blocks[positions // block_size - first] * block_size + positions % block_size).tobytes())
 
 
 def _page_tables(chunks: Many[Chunk], block_size: int, device: torch.device) -> PageTables:
@@ -82,8 +94,8 @@ def _page_tables(chunks: Many[Chunk], block_size: int, device: torch.device) -> 
     for row, chunk in zip(tables, chunks, strict=True):
         used = -(-chunk.end // block_size)
         row[:used] = chunk.sequence.block_ids[:used]
-    lens = np.asarray([chunk.end for chunk in chunks], dtype=np.int32)
-    return PageTables(torch.from_numpy(tables).to(device), torch.from_numpy(lens).to(device), longest)
+    lens = array("i", [chunk.end for chunk in chunks])
+    return PageTables(torch.from_numpy(tables).to(device), _tensor(lens, device), longest)
 
 
 def _segments(chunks: Many[Chunk], device: torch.device) -> Segments:

@@ -33,18 +33,20 @@ class ModelRunner:
         self._copy(output.copies.states, (self.storage.conv, self.storage.ssm))
         batch = build_batch(output.chunks, block_size=self.storage.block_size, device=self.device)
         hidden = self.model.forward(batch, self.storage)
-        sampling = [chunk for chunk in output.chunks if chunk.samples]
-        rows = [_sampling_row(chunk) for chunk in sampling]
-        tokens = iter(self.sampler.sample(self.model.logits(hidden[batch.logit_rows]), rows) if rows else ())
+        sampling = [chunk.samples for chunk in output.chunks]
+        rows = [_sampling_row(chunk) for chunk, samples in zip(output.chunks, sampling, strict=True) if samples]
+        # as many as there are tokens: then they are all rows in order, as in a step of decodes only
+        chosen = hidden if len(rows) == len(hidden) else hidden[batch.logit_rows]
+        tokens = iter(self.sampler.sample(self.model.logits(chosen), rows) if rows else ())
         results: list[ChunkResult] = []
-        first_row = 0
-        for chunk in output.chunks:
-            prompt = tuple(self._prompt_logprobs(chunk, hidden[first_row : first_row + chunk.end - chunk.start]))
-            token = next(tokens) if chunk.samples else None
-            results.append(
-                ChunkResult(None, None, prompt) if token is None else ChunkResult(token.token_id, token.logprob, prompt)
-            )
-            first_row += chunk.end - chunk.start
+        row = 0
+        for chunk, samples in zip(output.chunks, sampling, strict=True):
+            end = row + chunk.end - chunk.start
+            wanted = chunk.sequence.params.prompt_logprobs is not None
+            prompt = tuple(self._prompt_logprobs(chunk, hidden[row:end])) if wanted else ()
+            token_id, logprob = next(tokens) if samples else (None, None)
+            results.append(ChunkResult(token_id, logprob, prompt))
+            row = end
         return results
 
     def _copy(self, pairs: list[tuple[int, int]], tensors: tuple[Tensor, ...]) -> None:
@@ -56,8 +58,8 @@ class ModelRunner:
         """Entries of the prompt tokens that this chunk's rows predict and that were not delivered before. The row of
         position p predicts token p + 1; the first token of all has no prediction."""
         seq = chunk.sequence
-        if (k := seq.params.prompt_logprobs) is None:
-            return
+        k = seq.params.prompt_logprobs
+        assert k is not None, "nobody asked"
         if seq.num_prompt_logprobs == 0:
             yield None
         first = max(chunk.start + 1, seq.num_prompt_logprobs, 1)
@@ -70,4 +72,4 @@ class ModelRunner:
 
 def _sampling_row(chunk: Chunk) -> SamplingRow:
     seq = chunk.sequence
-    return SamplingRow(params=seq.params, tokens=seq.tokens, num_prompt=seq.num_prompt, choice=seq.request.index)
+    return SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index)

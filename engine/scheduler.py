@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
 from engine.sequence import Sequence
@@ -43,8 +44,7 @@ class SchedulerOutput:
     started: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
+class ChunkResult(NamedTuple):
     """What the model said of one chunk: the sampled token, if the chunk samples, and log-probabilities."""
 
     token_id: int | None = None

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from kernels.cpu.library import LEVELS, library
+from kernels.ops import KernelUnavailable
 from kernels.table import describe
 
 # Linux's name of each CPU feature that kernels may ask for, by the name to show.
@@ -19,13 +21,16 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Versions, CPU flags (None where the system does not tell), GPUs (None without CUDA) and each device's kernels."""
+    """Versions, CPU flags (None where the system does not tell), the level of the CPU kernels (None where they were not
+    built), GPUs (None without CUDA) and each device's kernels."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "cpu_flags": _cpu_flags(),
+        "cpu_level": _cpu_level(),
+        "cpu_levels": list(LEVELS),
         "threads": torch.get_num_threads(),
         "cuda_devices": _cuda_devices(),
         "kernels": {device: [dataclasses.asdict(row) for row in describe(device)] for device in devices},
@@ -37,6 +42,13 @@ def _cpu_flags() -> dict[str, bool] | None:
         return None
     words = set(CPU_INFO.read_text().split())
     return {flag: name in words for flag, name in CPU_FLAGS.items()}
+
+
+def _cpu_level() -> str | None:
+    try:
+        return library().level()
+    except KernelUnavailable:
+        return None
 
 
 def _cuda_devices() -> list[dict[str, Any]] | None:

@@ -134,6 +134,37 @@ class SelectiveStateUpdate(Protocol):
         ...
 
 
+class MambaWeights(NamedTuple):
+    """A Mamba layer between its in_proj and its out_proj. conv_weight [W, D], conv_bias [D], the norms' weights dt_norm
+    [R], b_norm and c_norm [S], all dtype; x_proj [R + 2S, D] and dt_proj [D, R] as `Linear.pack` of the same kernels
+    returned them."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Any
+    dt_norm: Tensor
+    b_norm: Tensor
+    c_norm: Tensor
+    eps: float
+    dt_proj: Any
+    scan: ScanWeights
+
+
+class MambaDecode(Protocol):
+    """What lies between in_proj and out_proj, for one token each of N sequences that have a state: with the bits that
+    `CausalConv1dUpdate`, `Linear` (x_proj), `RmsNorm` of dt, B and C, `Linear` (dt_proj) and `SelectiveStateUpdate` of
+    the same kernels give one after the other."""
+
+    def pack(self, weights: MambaWeights) -> Any:
+        """What `__call__` takes; it refers to the tensors of `weights`, which must stay where they are."""
+        ...
+
+    def __call__(self, xz: Tensor, weights: Any, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
+        """xz: dtype [N, 2D], the convolution's inputs, then the gate; the states as the parts take them; state_ids:
+        int32 [N]. Returns dtype [N, D]."""
+        ...
+
+
 class WriteKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
         """Puts row t's k, v (dtype [T, G, Z]) at token slot kv_slots[t] = page * block_size + offset (int64 [T])."""
@@ -255,4 +286,5 @@ class Kernels:
     run_experts: RunExperts
     linear: Linear
     sample: Sample
+    mamba_decode: MambaDecode
     names: dict[str, str]

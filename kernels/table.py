@@ -13,6 +13,7 @@ from typing import Any
 from kernels.cpu import attention as cpu_attention
 from kernels.cpu import conv as cpu_conv
 from kernels.cpu import linear as cpu_linear
+from kernels.cpu import mamba as cpu_mamba
 from kernels.cpu import moe as cpu_moe
 from kernels.cpu import norm as cpu_norm
 from kernels.cpu import route as cpu_route
@@ -20,7 +21,7 @@ from kernels.cpu import sample as cpu_sample
 from kernels.cpu import scan as cpu_scan
 from kernels.cpu import slots as cpu_slots
 from kernels.ops import Kernels, KernelUnavailable
-from kernels.reference import attention, conv, linear, moe, norm, sample, scan, slots
+from kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ class KernelError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Implementation:
     """One op's code for some devices. `load` returns the op as `kernels.ops` describes it, or raises KernelUnavailable,
-    ImportError (a package is missing) or OSError (a shared library is)."""
+    ImportError (a package is missing) or OSError (a shared library is). An op that does the work of others in one is
+    loaded with what was chosen for these `parts`, ops that stand before it in OPS."""
 
     op: str
     name: str
     devices: tuple[str, ...]
-    load: Callable[[], Any]
+    load: Callable[..., Any]
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class TableRow:
 
 
 _BOTH = ("cpu", "cuda")
+_MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
 TABLE: tuple[Implementation, ...] = (
     Implementation("rms_norm", "cpu", ("cpu",), cpu_norm.RmsNorm),
@@ -80,6 +84,8 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("linear", "reference", _BOTH, linear.Linear),
     Implementation("sample", "cpu", ("cpu",), cpu_sample.Sample),
     Implementation("sample", "reference", _BOTH, lambda: sample.sample),
+    Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
+    Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 
 OPS: tuple[str, ...] = tuple(field.name for field in fields(Kernels) if field.name != "names")
@@ -87,7 +93,7 @@ OPS: tuple[str, ...] = tuple(field.name for field in fields(Kernels) if field.na
 # From the widest to the narrowest; a wish for one op goes before one for its family.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "all": OPS,
-    "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"),
+    "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_decode"),
     "attention": ("write_kv", "attention_prefill", "attention_decode"),
     "moe": ("route_experts", "run_experts"),
 }
@@ -111,7 +117,7 @@ def select(device: str, wishes: Mapping[str, str]) -> Kernels:
     for op in OPS:
         reasons: dict[str, str] = {}
         for entry in wished.get(op) or implementations(op, device):
-            loaded, reason = _try_load(entry)
+            loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in chosen.items()})
             if not reason:
                 chosen[op] = (entry.name, loaded)
                 break
@@ -132,19 +138,20 @@ def select(device: str, wishes: Mapping[str, str]) -> Kernels:
 def describe(device: str) -> list[TableRow]:
     """What `select` finds on this machine without wishes: one row per op and implementation."""
     rows: list[TableRow] = []
+    selected: dict[str, Any] = {}
     for op in OPS:
-        status = "selected"
         for entry in implementations(op, device):
-            _, reason = _try_load(entry)
-            rows.append(TableRow(op, entry.name, reason or status))
-            status = status if reason else "available"
+            loaded, reason = _try_load(entry, selected)
+            rows.append(TableRow(op, entry.name, reason or ("available" if op in selected else "selected")))
+            if not reason:
+                selected.setdefault(op, loaded)
     return rows
 
 
-def _try_load(entry: Implementation) -> tuple[Any, str]:
-    """(the op, "") or (None, the reason)."""
+def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:
+    """(the op, "") or (None, the reason). `chosen`: the ops before it."""
     try:
-        return entry.load(), ""
+        return entry.load(*(chosen[part] for part in entry.parts)), ""
     except (KernelUnavailable, ImportError, OSError) as error:
         return None, str(error) or type(error).__name__
 

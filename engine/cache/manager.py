@@ -171,8 +171,8 @@ class CacheManager:
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
         """Slots for the states worth keeping that the chunk (start, end] of `seq` passes, by position. Running
         sequences have been served before; regular states (by interval) push no other checkpoint out."""
-        if not self.enabled:
-            return []
+        if not self.enabled or start // self.block_size == end // self.block_size:
+            return []  # states are saved at block borders only
         saves: list[Save] = []
         worthy = self._worthy(seq)
         regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from engine.model_config import JambaConfig
 
@@ -36,15 +35,7 @@ class CacheStorage:
         self.ssm = torch.zeros(
             num_slots, mamba, config.d_inner, config.mamba_d_state, dtype=torch.float32, device=device
         )
-
-    def kv_layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V pages [pages, block_size, G, Z] of an attention layer."""
-        return self.kv[:, layer, 0], self.kv[:, layer, 1]
-
-    def conv_layer(self, layer: int) -> Tensor:
-        """Convolution states [slots, W-1, D] of a Mamba layer."""
-        return self.conv[:, layer]
-
-    def ssm_layer(self, layer: int) -> Tensor:
-        """SSM states [slots, D, S] of a Mamba layer."""
-        return self.ssm[:, layer]
+        # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]
+        # of an attention layer; states [slots, W-1, D] and [slots, D, S] of a Mamba layer.
+        self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(attention)]
+        self.state_layers = [(self.conv[:, layer], self.ssm[:, layer]) for layer in range(mamba)]

@@ -37,6 +37,11 @@ class Linear:
         self._weight: Any = backend.raw(role, rows, in_features) if shared is None else shared
         self._bias = backend.empty(rows) if bias else None
 
+    @property
+    def weight(self) -> Any:
+        """What an op that does this product among others takes: after `pack`, the kernel's own layout."""
+        return self._weight
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x, self._weight, self._bias)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from engine.layers.linear import Linear
 from engine.layers.norm import RmsNorm
 from engine.layers.parameter import Backend, Destination, Unit, Units
 from engine.model_config import JambaConfig
-from kernels.ops import ScanInputs, ScanWeights
+from kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segments
 
 
 class Mamba:
@@ -35,47 +37,59 @@ class Mamba:
             dt_bias=backend.empty(d, dtype=torch.float32),
         )
         self._out = Linear(backend, d, {"out_proj": h}, role="mamba", bias=bias)
+        self._eps = eps
+        self._decode_weights: Any = None  # from `_pack` on
 
     def __call__(self, x: Tensor, batch: ForwardBatch, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        u, z = self._in(x).chunk(2, dim=-1)
-        u = self._convolve(u, batch, conv_state)
+        xz, n = self._in(x), batch.num_decodes
+        parts: list[Tensor] = []
+        if n:
+            ids = batch.decode_state_ids
+            parts.append(self._kernels.mamba_decode(xz[:n], self._decode_weights, conv_state, ssm_state, ids))
+        if batch.prefill is not None:
+            parts.append(self._prefill(xz[n:], batch.prefill, conv_state, ssm_state))
+        return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _prefill(self, xz: Tensor, segments: Segments, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        u, z = xz.chunk(2, dim=-1)
+        u = self._kernels.causal_conv1d(u, self._conv_weight, self._conv_bias, conv_state, segments)
         dt, b, c = self._x(u).split(self._x_parts, dim=-1)
         inputs = ScanInputs(u, self._dt(self._dt_norm(dt)), self._b_norm(b), self._c_norm(c), z)
-        return self._out(self._scan(inputs, batch, ssm_state))
-
-    def _convolve(self, x: Tensor, batch: ForwardBatch, state: Tensor) -> Tensor:
-        n, weight, bias = batch.num_decodes, self._conv_weight, self._conv_bias
-        parts: list[Tensor] = []
-        if n:
-            parts.append(self._kernels.causal_conv1d_update(x[:n], weight, bias, state, batch.decode_state_ids))
-        if batch.prefill is not None:
-            parts.append(self._kernels.causal_conv1d(x[n:], weight, bias, state, batch.prefill))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _scan(self, inputs: ScanInputs, batch: ForwardBatch, state: Tensor) -> Tensor:
-        n, weights = batch.num_decodes, self._scan_weights
-        parts: list[Tensor] = []
-        if n:
-            decodes = ScanInputs(*(rows[:n] for rows in inputs))
-            parts.append(self._kernels.selective_state_update(decodes, weights, state, batch.decode_state_ids))
-        if batch.prefill is not None:
-            prefills = ScanInputs(*(rows[n:] for rows in inputs))
-            parts.append(self._kernels.selective_scan(prefills, weights, state, batch.prefill))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._kernels.selective_scan(inputs, self._scan_weights, ssm_state, segments)
 
     def units(self, prefix: str) -> Units:
-        for linear in (self._in, self._x, self._dt, self._out):
-            yield linear.unit(prefix)
-        # On disk [D, 1, W]; here [W, D], so that a step reads each tap's channels in one run.
-        small = {f"{prefix}conv1d.weight": Destination(self._conv_weight.t().unsqueeze(1), "normed")}
-        if self._conv_bias is not None:
-            small[f"{prefix}conv1d.bias"] = Destination(self._conv_bias, "normed")
-        small[f"{prefix}dt_proj.bias"] = Destination(self._scan_weights.dt_bias, "dt_bias")
-        small[f"{prefix}D"] = Destination(self._scan_weights.d, "one")
-        yield Unit(small)
-        yield Unit({f"{prefix}A_log": Destination(self._scan_weights.a, "a_log")}, self._pack_a)
-        for name, norm in (("dt", self._dt_norm), ("b", self._b_norm), ("c", self._c_norm)):
-            yield norm.unit(f"{prefix}{name}_layernorm")
+        yield self._in.unit(prefix)
+        yield self._out.unit(prefix)
+        yield Unit(self._between(prefix), self._pack)
 
-    def _pack_a(self) -> None:
+    def _between(self, prefix: str) -> dict[str, Destination]:
+        """All that stands between in_proj and out_proj."""
+        # On disk [D, 1, W]; here [W, D], so that a step reads each tap's channels in one run.
+        destinations = {f"{prefix}conv1d.weight": Destination(self._conv_weight.t().unsqueeze(1), "normed")}
+        if self._conv_bias is not None:
+            destinations[f"{prefix}conv1d.bias"] = Destination(self._conv_bias, "normed")
+        for linear in (self._x, self._dt):
+            destinations.update(linear.unit(prefix).destinations)
+        for name, norm in (("dt", self._dt_norm), ("b", self._b_norm), ("c", self._c_norm)):
+            destinations.update(norm.unit(f"{prefix}{name}_layernorm").destinations)
+        destinations[f"{prefix}dt_proj.bias"] = Destination(self._scan_weights.dt_bias, "dt_bias")
+        destinations[f"{prefix}A_log"] = Destination(self._scan_weights.a, "a_log")
+        destinations[f"{prefix}D"] = Destination(self._scan_weights.d, "one")
+        return destinations
+
+    def _pack(self) -> None:
         self._scan_weights.a.exp_().neg_()
+        for linear in (self._x, self._dt):
+            linear.pack()
+        weights = MambaWeights(
+            conv_weight=self._conv_weight,
+            conv_bias=self._conv_bias,
+            x_proj=self._x.weight,
+            dt_norm=self._dt_norm.weight,
+            b_norm=self._b_norm.weight,
+            c_norm=self._c_norm.weight,
+            eps=self._eps,
+            dt_proj=self._dt.weight,
+            scan=self._scan_weights,
+        )
+        self._decode_weights = self._kernels.mamba_decode.pack(weights)

@@ -12,14 +12,14 @@ class RmsNorm:
 
     def __init__(self, backend: Backend, size: int, eps: float) -> None:
         self._rms_norm = backend.kernels.rms_norm
-        self._weight = backend.empty(size)
+        self.weight = backend.empty(size)
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._rms_norm(x, self._weight, self._eps)[0]
+        return self._rms_norm(x, self.weight, self._eps)[0]
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._rms_norm(x, self._weight, self._eps, residual)
+        return self._rms_norm(x, self.weight, self._eps, residual)
 
     def unit(self, name: str) -> Unit:
-        return Unit({f"{name}.weight": Destination(self._weight, "one")})
+        return Unit({f"{name}.weight": Destination(self.weight, "one")})

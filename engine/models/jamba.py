@@ -67,8 +67,7 @@ class Jamba(ABC):
 
     def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor:
         """Hidden states [T, H] after the final norm. Reads and writes the pages and state slots that `batch` names."""
-        kv_caches = (storage.kv_layer(i) for i in range(len(self.config.attention_layers)))
-        states = ((storage.conv_layer(i), storage.ssm_layer(i)) for i in range(len(self.config.mamba_layers)))
+        kv_caches, states = iter(storage.kv_layers), iter(storage.state_layers)
         x, residual = self._embed_tokens(batch.token_ids), None
         for layer in self._layers:
             x, residual = layer(x, residual, batch, next(kv_caches if layer.is_attention else states))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampling.row import SamplingRow
+from engine.types import SamplingParams
 
 
 class Edit(NamedTuple):
@@ -27,10 +28,17 @@ class Edit(NamedTuple):
 
 def adjust_logits(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
     """Changes `logits` (float32 [N, V]) in place, row n as `rows[n]` asks; where it asks for nothing, not at all."""
-    _add(logits, [_bias(n, row) for n, row in enumerate(rows) if row.params.logit_bias])
-    _repeat(logits, [_repetition(n, row) for n, row in enumerate(rows) if row.params.repetition_penalty != 1])
-    _add(logits, [_counts(n, row) for n, row in enumerate(rows) if _penalises_counts(row)])
-    _add(logits, [_ban(n, row, eos_token_ids) for n, row in enumerate(rows) if _must_go_on(row)])
+    asking = [(n, row) for n, row in enumerate(rows) if _asks(row.params)]
+    if not asking:
+        return
+    _add(logits, [_bias(n, row) for n, row in asking if row.params.logit_bias])
+    _repeat(logits, [_repetition(n, row) for n, row in asking if row.params.repetition_penalty != 1])
+    _add(logits, [_counts(n, row) for n, row in asking if _penalises_counts(row)])
+    _add(logits, [_ban(n, row, eos_token_ids) for n, row in asking if _must_go_on(row)])
+
+
+def _asks(p: SamplingParams) -> bool:
+    return bool(p.logit_bias or p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty or p.min_tokens)
 
 
 def _bias(n: int, row: SamplingRow) -> Edit:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.types import SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """`tokens` are the prompt's `num_prompt` and those generated so far: the sequence's own list, read but never kept.
     `choice` is the number of the choice within its prompt (`Request.index`)."""
 

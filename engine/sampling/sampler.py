@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from kernels.ops import Kernels, SampleInputs
 __all__ = ["SampledToken", "Sampler", "SamplingRow"]
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """`logprob` is None unless the request asked for it."""
 
     token_id: int
@@ -53,16 +52,17 @@ class Sampler:
         return [SampledToken(token_id, logprobs.get(n)) for n, token_id in enumerate(token_ids)]
 
     def _inputs(self, rows: Sequence[SamplingRow], device: torch.device) -> SampleInputs:
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        keys = [row_key(row.params.seed, row.choice, len(row.tokens)) for row in rows]
+        params = [row.params for row in rows]
+        columns = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+        temperature, top_p, min_p = torch.tensor(columns, dtype=torch.float32).to(device, non_blocking=True)
+        # greedy rows have no noise
+        keys = [row_key(row.params.seed, row.choice, len(row.tokens)) if row.params.temperature else 0 for row in rows]
         # a top_k as large as the vocabulary keeps all, which is said by 0
-        top_k = [row.params.top_k if row.params.top_k < self.vocab_size else 0 for row in rows]
+        top_k = [p.top_k if p.top_k < self.vocab_size else 0 for p in params]
         return SampleInputs(
-            temperature=column([row.params.temperature for row in rows]),
-            top_p=column([row.params.top_p for row in rows]),
-            min_p=column([row.params.min_p for row in rows]),
-            top_k=column([*top_k], torch.int32),
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            top_k=torch.tensor(top_k, dtype=torch.int32).to(device, non_blocking=True),
             keys=torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True),
         )

@@ -1,4 +1,4 @@
-"""Sampling from the whole vocabulary in one pass over a row, without temporaries of its size."""
+"""Sampling without sorting the vocabulary: the cut of top-k and top-p is narrowed down digit by digit."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ from torch import Tensor
 
 from kernels.cpu.library import INT, POINTER, library
 from kernels.ops import SampleInputs
-from kernels.reference.sample import sample as sample_by_ranking
 
 
 class Sample:
-    """See `kernels.ops.Sample`. Rows with top_k or top_p go to the reference, for they need a ranking."""
+    """See `kernels.ops.Sample`."""
 
     def __init__(self) -> None:
-        self._run = library().function("sample", *[POINTER] * 5, *[INT] * 3)
+        self._run = library().function("sample", *[POINTER] * 7, *[INT] * 3)
 
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
         """See `kernels.ops.Sample`."""
         rows, size = logits.shape
-        least = inputs.min_p.log()
+        assert (logits.dtype, inputs.keys.dtype, inputs.top_k.dtype) == (torch.float32, torch.int64, torch.int32)
         tokens = logits.new_empty(rows, dtype=torch.int64)
         self._run(
             logits.data_ptr(),
             inputs.temperature.data_ptr(),
-            least.data_ptr(),
+            inputs.top_p.data_ptr(),
+            inputs.min_p.data_ptr(),
+            inputs.top_k.data_ptr(),
             inputs.keys.data_ptr(),
             tokens.data_ptr(),
             rows,
             size,
             logits.stride(0),
         )
-        ranked = ((inputs.top_k > 0) | (inputs.top_p < 1)) & (inputs.temperature > 0)
-        if ranked.any():
-            chosen = ranked.nonzero().squeeze(-1)
-            tokens[chosen] = sample_by_ranking(logits[chosen], SampleInputs(*(field[chosen] for field in inputs)))
         return tokens

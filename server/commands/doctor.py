@@ -45,6 +45,8 @@ class Machine(msgspec.Struct, frozen=True):
     torch: str
     platform: str
     cpu_flags: dict[str, bool] | None
+    cpu_level: str | None
+    cpu_levels: list[str]
     threads: int
     cuda_devices: list[CudaDevice] | None
     kernels: dict[str, list[KernelRow]]
@@ -90,10 +92,18 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
             "CPU",
             "unknown features" if flags is None else ", ".join(name for name, has in flags.items() if has) or "plain",
         ),
+        ("CPU kernels", cpu_kernels(machine)),
         ("cores", f"{available_cpus()} usable"),
         ("memory", f"{format_bytes(available_memory())} available"),
         ("GPU", "; ".join(gpus) or "none that torch can use"),
     ]
+
+
+def cpu_kernels(machine: Machine) -> str:
+    if machine.cpu_level is None:
+        return "not compiled: the reference runs"
+    others = ", ".join(level for level in machine.cpu_levels if level != machine.cpu_level)
+    return f"{machine.cpu_level} (compiled too: {others})"
 
 
 def kernel_table(device: str, rows: list[KernelRow]) -> Table:

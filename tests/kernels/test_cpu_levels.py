@@ -180,11 +180,17 @@ def test_sampling(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1, 2, 37, 1500, 5000):
         test_sample.test_equals_the_oracle(size)
     test_sample.test_equals_the_oracle_with_ties()
+    for size, scale in ((300, 4.0), (3000, 1.0), (9001, 8.0)):
+        test_sample.test_equals_the_oracle_with_ties_and_masks(size, scale)
     for filters in ((0, 1.0, 0.0), (0, 1.0, 0.35), (6, 0.7, 0.2)):
         test_sample.test_draws_exactly_what_the_filters_leave(*filters)
     test_sample.test_a_row_does_not_depend_on_its_batch(4001)
     test_sample.test_greedy_takes_the_first_of_the_best_whatever_the_filters()
+    test_sample.test_top_k_1_and_tiny_top_p_are_greedy()
     test_sample.test_min_p_1_leaves_all_that_tie_for_the_best()
+    test_sample.test_top_p_stops_where_the_mass_is_reached()
+    test_sample.test_top_p_is_a_share_of_what_top_k_leaves_also_beyond_the_candidates()
+    test_sample.test_filters_see_the_tempered_distribution()
     for temperature in (1e-30, 1e-38, 2.0):
         test_sample.test_extreme_logits_overflow_nothing(temperature)
     test_sample.test_banned_tokens_are_never_drawn()

@@ -27,9 +27,9 @@ def make_inputs(
     first_key: int = 0,
 ) -> SampleInputs:
     return SampleInputs(
-        temperature=torch.full((num_rows,), temperature),
-        top_p=torch.full((num_rows,), top_p),
-        min_p=torch.full((num_rows,), min_p),
+        temperature=torch.full((num_rows,), float(temperature)),
+        top_p=torch.full((num_rows,), float(top_p)),
+        min_p=torch.full((num_rows,), float(min_p)),
         top_k=torch.full((num_rows,), top_k, dtype=torch.int32),
         keys=torch.arange(first_key, first_key + num_rows) * 0x2545F4914F6CDD1D,
     )
@@ -134,6 +134,17 @@ def test_equals_the_oracle_with_ties() -> None:
     """bfloat16 logits of a large vocabulary are full of ties; top-k keeps the lower ids of them."""
     logits = random_logits(64, 2000, seed=3, scale=0.5).bfloat16().float()
     inputs = mixed_inputs(64, seed=3)._replace(top_p=torch.ones(64))
+    assert sample(logits.clone(), inputs).tolist() == oracle(logits, inputs)
+
+
+@pytest.mark.parametrize(("size", "scale"), [(300, 4.0), (3000, 1.0), (9001, 8.0)])
+def test_equals_the_oracle_with_ties_and_masks(size: int, scale: float) -> None:
+    """A third of the tokens banned, fewer left than some top-k; bfloat16's ties at the cut of top-p as well."""
+    logits = random_logits(128, size, seed=size, scale=scale).bfloat16().float()
+    logits[random_logits(128, size, seed=1) > 1.3] = -torch.inf
+    logits[:16, 5:] = -torch.inf
+    logits[:, 4] = 0
+    inputs = mixed_inputs(128, seed=size + 1)
     assert sample(logits.clone(), inputs).tolist() == oracle(logits, inputs)
 
 

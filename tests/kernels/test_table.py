@@ -11,18 +11,20 @@ import pytest
 
 from kernels import table
 from kernels.ops import Kernels
-from kernels.reference import attention, conv, linear, moe, norm, sample, scan, slots
+from kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
 from kernels.table import Implementation, KernelError, KernelUnavailable, TableRow
 
 
 def reference_kernels() -> Kernels:
     """Written out, so that the type checker compares every reference with its protocol."""
+    products = linear.Linear()
+    update = scan.selective_state_update
     return Kernels(
         rms_norm=norm.rms_norm,
         causal_conv1d=conv.causal_conv1d,
         causal_conv1d_update=conv.causal_conv1d_update,
         selective_scan=scan.selective_scan,
-        selective_state_update=scan.selective_state_update,
+        selective_state_update=update,
         write_kv=slots.write_kv,
         attention_prefill=attention.attention_prefill,
         attention_decode=attention.attention_decode,
@@ -30,8 +32,9 @@ def reference_kernels() -> Kernels:
         silu_and_mul=moe.silu_and_mul,
         route_experts=moe.route_experts,
         run_experts=moe.RunExperts(),
-        linear=linear.Linear(),
+        linear=products,
         sample=sample.sample,
+        mamba_decode=mamba.MambaDecode(conv.causal_conv1d_update, products, norm.rms_norm, update),
         names=dict.fromkeys(table.OPS, "reference"),
     )
 
@@ -124,6 +127,7 @@ def test_the_narrower_wish_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     names = table.select("cpu", wishes).names
     assert {op for op, name in names.items() if name == "reference"} == {
         "causal_conv1d_update",
+        "mamba_decode",
         "selective_scan",
         "selective_state_update",
     }
@@ -145,6 +149,17 @@ def test_a_wish_that_cannot_be_met_is_an_error(
     add(monkeypatch, "fast", ("linear",), unavailable)
     with pytest.raises(KernelError, match=message):
         table.select("cpu", wishes)
+
+
+def test_an_op_of_parts_is_loaded_with_those_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    add(monkeypatch, "fast", ("linear",), lambda: "fast linear")
+    entry = Implementation("mamba_decode", "fast", ("cpu",), lambda *parts: parts, ("linear", "rms_norm"))
+    monkeypatch.setattr(table, "TABLE", (entry, *table.TABLE))
+    assert table.select("cpu", {}).mamba_decode == ("fast linear", norm.rms_norm)
+    linear_by_reference = table.select("cpu", {"linear": "reference"})
+    assert linear_by_reference.mamba_decode == (linear_by_reference.linear, norm.rms_norm)
+    for entry in table.TABLE:
+        assert all(table.OPS.index(part) < table.OPS.index(entry.op) for part in entry.parts)
 
 
 def test_an_unknown_device_is_an_error() -> None:
@@ -172,6 +187,9 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_the_module_prints_the_machine_and_the_table() -> None:
     command = [sys.executable, "-m", "kernels"]
     printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert set(printed) == {"python", "torch", "platform", "cpu_flags", "threads", "cuda_devices", "kernels"}
+    assert set(printed) == {
+        *("python", "torch", "platform", "cpu_flags", "cpu_level", "cpu_levels", "threads", "cuda_devices", "kernels")
+    }
+    assert printed["cpu_level"] is None or printed["cpu_level"] in printed["cpu_levels"]
     assert {row["op"] for row in printed["kernels"]["cpu"]} == set(table.OPS)
     assert {row["op"] for row in printed["kernels"]["cpu"] if row["status"] == "selected"} == set(table.OPS)

@@ -309,6 +309,8 @@ def machine(*rows: tuple[str, str, str]) -> doctor.Machine:
         torch="2.13",
         platform="Linux",
         cpu_flags={"avx2": True, "amx": False},
+        cpu_level="avx2",
+        cpu_levels=["portable", "avx2", "avx512"],
         threads=2,
         cuda_devices=None,
         kernels={"cpu": [KernelRow(*row) for row in rows]},
@@ -321,7 +323,7 @@ ROWS = (("linear", "cpu", "no compiler"), ("linear", "reference", "selected"), (
 def test_doctor_shows_versions_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ask_kernels", lambda: machine(*ROWS))
     text = invoke("doctor")
-    assert "avx2" in text
+    assert "avx2 (compiled too: portable, avx512)" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("linear ")]
     assert row == ["linear", "reference", "slow", "cpu:", "no", "compiler"]
 

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "ops.h"
 #include "segments.h"
 
 namespace {

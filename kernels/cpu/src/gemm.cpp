@@ -1,5 +1,6 @@
 // Products with packed weights: `linear` and the experts of a layer.
 #include "gemm.h"
+#include "ops.h"
 
 #include <sys/mman.h>
 

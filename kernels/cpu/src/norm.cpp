@@ -1,4 +1,4 @@
-#include "common.h"
+#include "ops.h"
 #define KERNEL_FILE "norm.inl"
 #include "for_each_level.h"
 

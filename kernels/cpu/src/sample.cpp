@@ -1,14 +1,39 @@
-#include "common.h"
+#include <cmath>
+
+#include "transpose.h"
+
+namespace {
+
+struct SampleRow {
+    const float* logits;
+    int64_t size;
+    float temperature, top_p, least;  // least: ln(min_p), -infinity for none
+    int64_t top_k;                    // 0 for all
+    uint64_t key;
+};
+
+constexpr int DIGIT_BITS = 10;               // three digits are a score's magnitude, the first one of 11 bits
+constexpr int64_t BINS = 2 << DIGIT_BITS;
+
+struct Bin {
+    double mass;
+    int64_t count;
+};
+
+}  // namespace
+
 #define KERNEL_FILE "sample.inl"
 #include "for_each_level.h"
 
 // One token for each row of logits [rows, size], rows `stride` elements apart; size below 2^24, places being floats.
-// least: ln(min_p).
-EXPORT void sample(const float* logits, const float* temperature, const float* least, const int64_t* keys,
-                   int64_t* tokens, int64_t rows, int64_t size, int64_t stride) {
+EXPORT void sample(const float* logits, const float* temperature, const float* top_p, const float* min_p,
+                   const int32_t* top_k, const int64_t* keys, int64_t* tokens, int64_t rows, int64_t size,
+                   int64_t stride) {
     parallel_for(rows, 1, [&](int64_t r, int64_t end) {
         for (; r < end; r++) {
-            DISPATCH(sample_row, logits + r * stride, size, temperature[r], least[r], uint64_t(keys[r]), tokens + r);
+            const SampleRow row{logits + r * stride, size,     temperature[r],  top_p[r],
+                                std::log(min_p[r]),  top_k[r], uint64_t(keys[r])};
+            DISPATCH(sample_row, row, tokens + r);
         }
     });
 }

@@ -1,21 +1,42 @@
-// Standard Gumbel noise of tokens id to id + WIDTH - 1 in the row with `key`, as `kernels/reference/sample.py` defines
-// it: -ln(-ln u) with u from output number id of SplitMix64. In float32, so that it differs from the reference's by
-// about 1e-6; the half above u = 1/2 is taken from its end, where the tail needs the digits.
-INLINE Vec gumbel_noise(uint64_t key, int64_t id) {
+// A vector of uniform numbers u: u itself below 1/2, where `upper` is 0, else 1 - u, where it is 1.
+struct Uniform {
+    Vec ends, upper;
+};
+
+// Those of tokens id(0) to id(WIDTH - 1) in the row with `key`, as `kernels/reference/sample.py` defines them: of output
+// number id of SplitMix64.
+template <class F>
+INLINE Uniform uniform(uint64_t key, const F& id) {
+    // Step by step, which the compiler turns into vectors.
+    alignas(64) uint64_t bits[WIDTH];
+    alignas(64) int64_t numbers[WIDTH];
     alignas(64) float ends[WIDTH], upper[WIDTH];
-    for (int64_t i = 0; i < WIDTH; i++) {
-        uint64_t bits = key + uint64_t(id + i + 1) * 0x9E3779B97F4A7C15u;
-        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9u;
-        bits = (bits ^ bits >> 27) * 0x94D049BB133111EBu;
-        const int64_t number = int64_t((bits ^ bits >> 31) >> 12), other = (int64_t(1) << 52) - 1 - number;
-        ends[i] = (float(number < other ? number : other) + 0.5f) * 0x1p-52f;
-        upper[i] = number < other ? 0.0f : 1.0f;
-    }
-    // u or, in the upper half, 1 - u is x. ln(1 - x) = ln(v) + (1 - x - v) / v for v = 1 - x as rounded.
-    const Vec x = load(ends), is_upper = load(upper), one = set(1.0f), half = set(0.5f), v = one - x;
-    const Vec u = where_greater(is_upper, half, v, x);
-    const Vec lost = where_greater(is_upper, half, ((one - v) - x) / v, set(0.0f));
-    return set(0.0f) - log(set(0.0f) - (log(u) + lost));
+    for (int64_t i = 0; i < WIDTH; i++) bits[i] = key + uint64_t(id(i) + 1) * 0x9E3779B97F4A7C15u;
+    for (int64_t i = 0; i < WIDTH; i++) bits[i] = (bits[i] ^ bits[i] >> 30) * 0xBF58476D1CE4E5B9u;
+    for (int64_t i = 0; i < WIDTH; i++) bits[i] = (bits[i] ^ bits[i] >> 27) * 0x94D049BB133111EBu;
+    for (int64_t i = 0; i < WIDTH; i++) numbers[i] = int64_t((bits[i] ^ bits[i] >> 31) >> 12);
+    for (int64_t i = 0; i < WIDTH; i++) upper[i] = float(numbers[i] >> 51);
+    for (int64_t i = 0; i < WIDTH; i++) numbers[i] ^= -(numbers[i] >> 51) & ((int64_t(1) << 52) - 1);
+    for (int64_t i = 0; i < WIDTH; i++) ends[i] = (float(numbers[i]) + 0.5f) * 0x1p-52f;
+    return {load(ends), load(upper)};
+}
+
+// Standard Gumbel noise, -ln(-ln u). In float32, so that it differs from the reference's by about 1e-6; the half above
+// u = 1/2 is taken from its end, where the tail needs the digits.
+INLINE Vec gumbel_noise(const Uniform& u) {
+    // ln(1 - x) = ln(v) + (1 - x - v) / v for v = 1 - x as rounded.
+    const Vec one = set(1.0f), half = set(0.5f), v = one - u.ends;
+    const Vec known = where_greater(u.upper, half, v, u.ends);
+    const Vec lost = where_greater(u.upper, half, ((one - v) - u.ends) / v, set(0.0f));
+    return set(0.0f) - log(set(0.0f) - (log(known) + lost));
+}
+
+// At least the noise, and at most 0.98 more where there is much of it, without a logarithm: -ln(-ln u) < -ln(1 - u), and
+// below u = 1/2 it is less than 0.367.
+INLINE Vec noise_bound(const Uniform& u) {
+    Vec m, e;
+    split(u.ends, m, e);  // m is at least 3/4
+    return where_greater(u.upper, set(0.5f), fma(e, set(-0.6931472f), set(0.289f)), set(0.37f));
 }
 
 // The place of the largest score, the first of equals; 0 where none is above -infinity. score(i, n) gives those of
@@ -47,16 +68,108 @@ INLINE Vec only_first(Vec x, int64_t n) {
     return load(v);
 }
 
-// One row. least: ln(min_p), -infinity for none.
-void sample_row(const float* logits, int64_t size, float temperature, float least, uint64_t key, int64_t* token) {
+// Tokens of a row in ascending order: ids, their scores relative to the best (0 and below), and, where they are wanted,
+// their masses, e to the score.
+struct Tokens {
+    int64_t count;
+    int32_t* ids;
+    float *scores, *masses;
+};
+
+// The magnitude of a score as a number that orders like it: small for the best.
+INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
+
+// Keeps of the tokens in the order of their scores, ties to the lower id, the first `most`, and of these as many as it
+// takes for their mass to reach `mass`. The order is never made: the place of the cut is narrowed down by the digits of
+// its key, from the highest, and what is left has one key. bins: [BINS]; places: [count].
+INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
+    int64_t count = tokens.count, done = 0;  // tokens at the cut's digits so far, and before these
+    double mass_done = 0;
+    for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);
+    for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+        auto digit = [&](int64_t i) { return rank_key(tokens.scores[places[i]]) >> shift & (BINS - 1); };
+        for (int64_t b = 0; b < BINS; b++) bins[b] = {0, 0};
+        for (int64_t i = 0; i < count; i++) {
+            Bin& bin = bins[digit(i)];
+            bin.count++;
+            if (by_mass) bin.mass += double(tokens.masses[places[i]]);
+        }
+        int64_t cut = -1;
+        for (int64_t b = 0; b < BINS; b++) {
+            if (!bins[b].count) continue;
+            if (cut >= 0) done += bins[cut].count, mass_done += bins[cut].mass;
+            cut = b;
+            if (done + bins[b].count >= most || (by_mass && mass_done + bins[b].mass >= mass)) break;
+        }
+        int64_t left = 0;
+        for (int64_t i = 0; i < count; i++) {
+            if (digit(i) == cut) places[left++] = places[i];
+        }
+        count = left;
+    }
+    const uint32_t key = rank_key(tokens.scores[places[0]]);
+    int64_t ties = 0;
+    do {
+        if (by_mass) mass_done += double(tokens.masses[places[ties]]);
+        ties++;
+    } while (ties < count && done + ties < most && !(by_mass && mass_done >= mass));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < tokens.count; i++) {
+        const uint32_t here = rank_key(tokens.scores[i]);
+        if (here > key || (here == key && ties-- <= 0)) continue;
+        tokens.ids[kept] = tokens.ids[i], tokens.scores[kept] = tokens.scores[i], kept++;
+    }
+    tokens.count = kept;
+}
+
+// What top-k, then top-p leave of the row's tokens, whose best has `best`.
+INLINE Tokens filtered(const SampleRow& row, Vec best) {
+    const int64_t whole = (row.size + WIDTH - 1) / WIDTH * WIDTH;
+    auto* const memory = static_cast<int32_t*>(scratch(0, whole * 4 * sizeof(int32_t)));
+    Bin* const bins = static_cast<Bin*>(scratch(1, BINS * sizeof(Bin)));
+    Tokens tokens{row.size, memory, (float*)memory + whole, (float*)memory + 2 * whole};
+    int32_t* const places = memory + 3 * whole;
+    for (int64_t i = 0; i < row.size; i++) tokens.ids[i] = int32_t(i);
+    for (int64_t i = 0; i < row.size; i += WIDTH) {
+        const int64_t n = row.size - i < WIDTH ? row.size - i : WIDTH;
+        store(tokens.scores + i, (take(row.logits + i, n) - best) / set(row.temperature));
+    }
+    if (row.top_k > 0 && row.top_k < row.size) keep_best(tokens, row.top_k, 0, false, bins, places);
+    if (row.top_p < 1) {
+        double mass = 0;
+        for (int64_t i = 0; i < tokens.count; i += WIDTH) {
+            store(tokens.masses + i, exp(load(tokens.scores + i)));
+        }
+        for (int64_t i = 0; i < tokens.count; i++) mass += double(tokens.masses[i]);
+        keep_best(tokens, tokens.count, double(row.top_p) * mass, true, bins, places);
+    }
+    return tokens;
+}
+
+void sample_row(const SampleRow& row, int64_t* token) {
     const int64_t greedy =
-        first_largest(size, [&](int64_t i, int64_t n) { return only_first(take(logits + i, n), n); });
+        first_largest(row.size, [&](int64_t i, int64_t n) { return only_first(take(row.logits + i, n), n); });
     *token = greedy;
-    if (temperature == 0) return;
+    if (row.temperature == 0 || row.logits[greedy] == -__builtin_inff()) return;
     // Relative to the best token, so that no temperature overflows.
-    const Vec best = set(logits[greedy]), divisor = set(temperature), none = set(-__builtin_inff());
-    *token = first_largest(size, [&](int64_t i, int64_t n) {
-        const Vec score = (take(logits + i, n) - best) / divisor;
-        return only_first(where_greater(set(least), score, none, score + gumbel_noise(key, i)), n);
-    });
+    const Vec best = set(row.logits[greedy]), divisor = set(row.temperature), none = set(-__builtin_inff());
+    auto after_min_p = [&](Vec score) { return where_greater(set(row.least), score, none, score); };
+    if (row.top_k == 0 && row.top_p >= 1) {
+        float top = -__builtin_inff();
+        *token = first_largest(row.size, [&](int64_t i, int64_t n) {
+            const Vec score = after_min_p((take(row.logits + i, n) - best) / divisor);
+            const Uniform u = uniform(row.key, [=](int64_t lane) { return i + lane; });
+            if (largest(score + noise_bound(u)) < top) return none;  // nearly always: the winner is among few
+            const Vec noisy = only_first(score + gumbel_noise(u), n);
+            const float here = largest(noisy);
+            top = here > top ? here : top;
+            return noisy;
+        });
+        return;
+    }
+    const Tokens tokens = filtered(row, best);
+    *token = tokens.ids[first_largest(tokens.count, [&](int64_t i, int64_t n) {
+        const Uniform u = uniform(row.key, [&](int64_t lane) { return lane < n ? tokens.ids[i + lane] : 0; });
+        return only_first(after_min_p(take(tokens.scores + i, n)) + gumbel_noise(u), n);
+    })];
 }

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "ops.h"
 #include "segments.h"
 #include "transpose.h"
 
@@ -6,6 +6,7 @@ namespace {
 
 constexpr int64_t AHEAD = 16;      // rows of a group of channels before the next group's turn
 constexpr int64_t MIN_PIECE = 64;  // groups times rows that are worth another thread's attention, about 6 us
+constexpr float PER_LN_2 = 1.44269504f;
 
 template <class T>
 struct ScanArguments {

@@ -1,7 +1,8 @@
 // A lane is a channel, so that no sum crosses lanes and any number of states works alike. The decay rates and the state
 // of a group of WIDTH channels stand transposed, [states, WIDTH], the state in registers from row to row where the
 // compiler knows how many there are. A piece of work is some neighbouring groups, which take turns every AHEAD rows:
-// their inputs lie side by side.
+// their inputs lie side by side. For one row of a sequence that would be transposing for the most part: where a vector
+// is as long as a state a lane is a state instead, and only the sums cross lanes, in the same order.
 
 // [n channels, states], contiguous, to [states, WIDTH] and back. Lanes beyond n are zeros.
 INLINE void to_lanes(const float* from, float* to, int64_t states, int64_t n) {
@@ -17,23 +18,40 @@ INLINE void from_lanes(const float* from, float* to, int64_t states, int64_t n) 
     }
 }
 
-// One row: h = exp(dt * a) * h + drive * b with drive = dt * u; returns h @ c. The only place where the recurrence
-// stands.
+// One row: h = exp(dt * a) * h + drive * b with drive = dt * u; returns h @ c. `step` is dt / ln 2, so that powers of 2
+// do. `state_step` is the same with a lane for each state.
 template <int S>
-INLINE Vec scan_step(Vec* h, const float* a, Vec dt, Vec drive, const float* b, const float* c, int64_t states) {
+INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b, const float* c, int64_t states) {
     constexpr int LOCKSTEP = S % 4 == 0 && S > 0 ? 4 : 1;
-    Vec y[LOCKSTEP];
-    for (int i = 0; i < LOCKSTEP; i++) y[i] = set(0);
+    Vec sums[S ? S / LOCKSTEP : 1];
+    for (Vec& total : sums) total = set(0);
 #pragma GCC unroll 4
     for (int64_t s = 0; s < (S ? S : states); s += LOCKSTEP) {
-        Vec decay[LOCKSTEP];
-        for (int i = 0; i < LOCKSTEP; i++) decay[i] = dt * load(a + (s + i) * WIDTH);
-        exp<LOCKSTEP>(decay, decay);
+        Vec decay[LOCKSTEP], part[LOCKSTEP];
+        for (int i = 0; i < LOCKSTEP; i++) decay[i] = step * load(a + (s + i) * WIDTH);
+        exp2_below_one<LOCKSTEP>(decay, decay);
         for (int i = 0; i < LOCKSTEP; i++) h[s + i] = fma(decay[i], h[s + i], drive * set(b[s + i]));
-        for (int i = 0; i < LOCKSTEP; i++) y[i] = fma(h[s + i], set(c[s + i]), y[i]);
+        for (int i = 0; i < LOCKSTEP; i++) part[i] = h[s + i] * set(c[s + i]);
+        if constexpr (S % 4 == 0 && S > 0) sums[s / 4] = (part[0] + part[2]) + (part[1] + part[3]);
+        else sums[0] = sums[0] + part[0];
     }
-    for (int i = 1; i < LOCKSTEP; i++) y[0] = y[0] + y[i];
-    return y[0];
+    if constexpr (S == 16) return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int s = 1; s < S / LOCKSTEP; s++) sums[0] = sums[0] + sums[s];
+    return sums[0];
+}
+
+// One row at N channels with a lane for each of WIDTH states; parts are h * c, whose lanes `sums` adds up in the order of
+// `scan_step`. h, a: [N, WIDTH].
+template <int N>
+INLINE void state_step(float* h, const float* a, const float* step, const float* drive, Vec b, Vec c, Vec* parts) {
+    Vec decay[N];
+    for (int i = 0; i < N; i++) decay[i] = set(step[i]) * load(a + i * WIDTH);
+    exp2_below_one<N>(decay, decay);
+    for (int i = 0; i < N; i++) {
+        const Vec next = fma(decay[i], load(h + i * WIDTH), set(drive[i]) * b);
+        store(h + i * WIDTH, next);
+        parts[i] = next * c;
+    }
 }
 
 // Rows [begin, end), at most AHEAD, at n channels from `channel` on. b, c: [rows, states] of these rows.
@@ -49,12 +67,39 @@ INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, in
         dt[t - begin] = softplus(take(a.dt + t * a.dt_stride + channel, n) + dt_bias);
     }
     for (int64_t i = 0; i < end - begin; i++) {
-        y[i] = scan_step<S>(h, rates, dt[i], dt[i] * u[i], b + i * states, c + i * states, states);
+        const Vec step = dt[i] * set(PER_LN_2);
+        y[i] = scan_step<S>(h, rates, step, dt[i] * u[i], b + i * states, c + i * states, states);
     }
     for (int64_t t = begin; t < end; t++) {
         const Vec gate = silu(take(a.z + t * a.z_stride + channel, n));
         put(a.out + t * a.channels + channel, fma(d, u[t - begin], y[t - begin]) * gate, n);
     }
+}
+
+// Row t at n channels from `channel` on, for WIDTH states: their state is read and written where it lies.
+template <class T>
+INLINE void scan_row(const ScanArguments<T>& a, int64_t t, float* state, int64_t channel, int64_t n) {
+    alignas(64) float steps[WIDTH], drives[WIDTH], totals[WIDTH];
+    const Vec u = take(a.u + t * a.u_stride + channel, n), d = take(a.d + channel, n);
+    const Vec dt = softplus(take(a.dt + t * a.dt_stride + channel, n) + take(a.dt_bias + channel, n));
+    store(steps, dt * set(PER_LN_2)), store(drives, dt * u);
+    const Vec b = load(a.b + t * a.b_stride), c = load(a.c + t * a.c_stride);
+    float* const h = state + channel * WIDTH;
+    const float* const rates = a.a + channel * WIDTH;
+    Vec parts[SUMS];
+    if (n == WIDTH) {
+        for (int64_t i = 0; i < SUMS; i += 4) {
+            state_step<4>(h + i * WIDTH, rates + i * WIDTH, steps + i, drives + i, b, c, parts + i);
+        }
+    } else {
+        for (Vec& part : parts) part = set(0);
+        for (int64_t i = 0; i < n; i++) {
+            state_step<1>(h + i * WIDTH, rates + i * WIDTH, steps + i, drives + i, b, c, parts + i);
+        }
+    }
+    sums(parts, totals);
+    const Vec gate = silu(take(a.z + t * a.z_stride + channel, n));
+    put(a.out + t * a.channels + channel, fma(d, u, load(totals)) * gate, n);
 }
 
 // [rows, states] of B or C as float32.
@@ -93,10 +138,11 @@ struct ScanPiece {
             [&](int64_t channel, int64_t n, int64_t at) { to_lanes(state + channel * a.states, h + at, a.states, n); });
     }
 
-    void prefetch_state(int64_t slot) const {
-        const float* const state = a.state + slot * a.state_stride + first * a.states;
-        for (int64_t i = 0; i < (last - first) * a.states; i += 16) __builtin_prefetch(state + i);
+    void prefetch(const float* memory, int64_t channel, int64_t n) const {
+        for (int64_t i = 0; i < n * a.states; i += 16) __builtin_prefetch(memory + channel * a.states + i);
     }
+
+    void prefetch_state(int64_t slot) const { prefetch(a.state + slot * a.state_stride, first, last - first); }
 
     void save_state(int64_t slot) const {
         float* const state = a.state + slot * a.state_stride;
@@ -121,6 +167,22 @@ struct ScanPiece {
                     scan_group<S>(a, rates + at, (Vec*)(h + at), t, stop, channel, n, b, c);
                 }
             });
+        }
+    }
+
+    // One row of each sequence, all of which have a state, of WIDTH states.
+    void single_rows() const {
+        prefetch(a.a, first, last - first);
+        prefetch_state(a.segments.state_ids[0]);
+        for (int64_t i = 0; i < a.segments.count; i++) {
+            float* const state = a.state + a.segments.state_ids[i] * a.state_stride;
+            const bool more = i + 1 < a.segments.count;
+            const float* const next = a.state + (more ? a.segments.state_ids[i + 1] * a.state_stride : 0);
+            for (int64_t channel = first; channel < last; channel += WIDTH) {
+                const int64_t n = last - channel < WIDTH ? last - channel : WIDTH;
+                if (more) prefetch(next, channel, n);
+                scan_row(a, i, state, channel, n);
+            }
         }
     }
 
@@ -155,7 +217,8 @@ void scan_all(const ScanArguments<T>& a) {
                 const int64_t first = i * width, last = first + width < a.channels ? first + width : a.channels;
                 const ScanPiece<T> piece{
                     a, first, last, memory, memory + block, memory + 2 * block, memory + 2 * block + AHEAD * a.states};
-                if (a.states == 16) piece.template all_sequences<16>();
+                if (a.states == SUMS && WIDTH == SUMS && !a.segments.query_start) piece.single_rows();
+                else if (a.states == 16) piece.template all_sequences<16>();
                 else piece.template all_sequences<0>();
             }
         });

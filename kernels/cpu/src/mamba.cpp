@@ -1,0 +1,53 @@
+// A Mamba layer's decode between in_proj and out_proj: the functions of its parts, one after the other, over scratch
+// memory. Each of them takes microseconds, which a call from outside and a tensor for its result would double.
+#include "ops.h"
+
+namespace {
+
+// Pieces of one run of memory, each from a cache line's border on.
+struct Memory {
+    char* next;
+    char* take(int64_t bytes) {
+        char* const piece = next;
+        next += (bytes + 63) / 64 * 64;
+        return piece;
+    }
+};
+
+}  // namespace
+
+// As `kernels/cpu/mamba.py` has it. a: [channels, states]; x_proj, dt_proj: packed [rank + 2 * states, channels] and
+// [channels, rank].
+struct MambaWeights {
+    const void *conv_weight, *conv_bias, *x_proj, *dt_norm, *b_norm, *c_norm, *dt_proj;
+    const float *a, *d, *dt_bias;
+    int64_t width, channels, states, rank, dtype;
+    float eps;
+};
+
+// xz: [rows, 2 * channels], rows `stride` elements apart: the convolution's inputs, then the gate; out: [rows, channels].
+EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t stride, int64_t rows, void* conv_state,
+                         int64_t conv_stride, float* ssm_state, int64_t ssm_stride, const int32_t* state_ids,
+                         void* out) {
+    const MambaWeights& w = *weights;
+    const int64_t item = w.dtype == int64_t(Dtype::f32) ? 4 : 2, projected = w.rank + 2 * w.states;
+    const int64_t bytes = 2 * (w.channels + projected) * item * rows + 6 * 64;
+    Memory memory{static_cast<char*>(scratch(3, bytes))};  // the parts use the other buffers
+    char *const u = memory.take(rows * w.channels * item), *const parts = memory.take(rows * projected * item);
+    char *const rank = memory.take(rows * w.rank * item), *const dt = memory.take(rows * w.channels * item);
+    char *const b = memory.take(rows * w.states * item), *const c = memory.take(rows * w.states * item);
+
+    causal_conv1d(xz, w.conv_weight, w.conv_bias, conv_state, u, w.channels, w.width, stride, conv_stride, rows,
+                  nullptr, state_ids, nullptr, nullptr, nullptr, nullptr, w.dtype);
+    linear(u, w.channels, w.x_proj, nullptr, parts, rows, projected, w.channels, w.dtype);
+    auto norm = [&](int64_t first, int64_t size, const void* weight, void* normed) {
+        rms_norm(parts + first * item, nullptr, weight, normed, nullptr, rows, size, projected, 0, w.eps, w.dtype);
+    };
+    norm(0, w.rank, w.dt_norm, rank);
+    norm(w.rank, w.states, w.b_norm, b);
+    norm(w.rank + w.states, w.states, w.c_norm, c);
+    linear(rank, w.rank, w.dt_proj, nullptr, dt, rows, w.channels, w.rank, w.dtype);
+    selective_scan(u, dt, b, c, static_cast<const char*>(xz) + w.channels * item, w.a, w.d, w.dt_bias, ssm_state, out,
+                   w.channels, w.states, w.channels, w.channels, w.states, w.states, stride, ssm_stride, rows, nullptr,
+                   state_ids, nullptr, nullptr, nullptr, nullptr, w.dtype);
+}

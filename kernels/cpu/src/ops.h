@@ -1,0 +1,21 @@
+// The exported functions that others call as well; each is described where it is defined.
+#pragma once
+#include "common.h"
+
+EXPORT void causal_conv1d(const void* x, const void* weight, const void* bias, void* state, void* out, int64_t channels,
+                          int64_t width, int64_t x_stride, int64_t state_stride, int64_t sequences,
+                          const int32_t* query_start, const int32_t* state_ids, const uint8_t* has_state,
+                          const int32_t* save_start, const int32_t* save_rows, const int32_t* save_slots, int64_t dtype);
+
+EXPORT void linear(const void* x, int64_t x_stride, const void* weight, const void* bias, void* y, int64_t m, int64_t n,
+                   int64_t k, int64_t dtype);
+
+EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
+                     int64_t size, int64_t x_stride, int64_t residual_stride, float eps, int64_t dtype);
+
+EXPORT void selective_scan(const void* u, const void* dt, const void* b, const void* c, const void* z, const float* a,
+                           const float* d, const float* dt_bias, float* state, void* out, int64_t channels,
+                           int64_t states, int64_t u_stride, int64_t dt_stride, int64_t b_stride, int64_t c_stride,
+                           int64_t z_stride, int64_t state_stride, int64_t sequences, const int32_t* query_start,
+                           const int32_t* state_ids, const uint8_t* has_state, const int32_t* save_start,
+                           const int32_t* save_rows, const int32_t* save_slots, int64_t dtype);

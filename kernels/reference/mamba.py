@@ -1,0 +1,38 @@
+"""A Mamba layer's decode between in_proj and out_proj: the ops that it consists of, one after the other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, RmsNorm, ScanInputs, SelectiveStateUpdate
+
+
+class MambaDecode:
+    """See `kernels.ops.MambaDecode`. Runs whatever implementations of its parts were chosen."""
+
+    def __init__(
+        self,
+        causal_conv1d_update: CausalConv1dUpdate,
+        linear: Linear,
+        rms_norm: RmsNorm,
+        selective_state_update: SelectiveStateUpdate,
+    ) -> None:
+        self._convolve, self._linear = causal_conv1d_update, linear
+        self._rms_norm, self._update = rms_norm, selective_state_update
+
+    def pack(self, weights: MambaWeights) -> MambaWeights:
+        """See `kernels.ops.MambaDecode`."""
+        return weights
+
+    def __call__(
+        self, xz: Tensor, weights: MambaWeights, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
+    ) -> Tensor:
+        """See `kernels.ops.MambaDecode`."""
+        w = weights
+        x, z = xz.chunk(2, dim=-1)
+        u = self._convolve(x, w.conv_weight, w.conv_bias, conv_state, state_ids)
+        norms = (w.dt_norm, w.b_norm, w.c_norm)
+        projected = self._linear(u, w.x_proj).split([len(norm) for norm in norms], dim=-1)
+        dt, b, c = (self._rms_norm(y, norm, w.eps)[0] for y, norm in zip(projected, norms, strict=True))
+        inputs = ScanInputs(u, self._linear(dt, w.dt_proj), b, c, z)
+        return self._update(inputs, w.scan, ssm_state, state_ids)
