@@ -1,12 +1,13 @@
 """The engine on this CPU beside what the CPU can do: bandwidth and matmul rate are measured in the same run.
 
-    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu --name cpu-shapes [--shapes small,moe,3b] [--dtype bfloat16]
-        [--quantization int8 [--quantize-mamba]]
+    python -m benchmarks.cpu --name cpu-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4,int8+mamba]
+        [--sequences 1,8,16,32,64] [--long 4096,16384] [--peer transformers]
 
-The variable is what the engine's own process sets: torch's threads would spin on cores that ours want.
-Dummy weights, in-process, greedy, prompts of four tokens for decode. The limit of a decode step is the bytes of weights
-that it must read, over the bandwidth; of prefill, the matmul rate over two operations per active parameter and token.
-Writes benchmarks/results/NAME.json and NAME.md.
+Dummy weights, in-process, greedy, prompts of four tokens for decode. Each shape and format has a process of its own,
+so that its memory is what it took itself. The limit of a decode step is the bytes of weights that it must read in this
+format, over the bandwidth; of prefill, the matmul rate over two operations per active parameter and token. Long prompts
+and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at a time.
+Writes benchmarks/results/NAME.json and NAME.md after every process.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import argparse
 import gc
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,166 +27,234 @@ from typing import Any
 import msgspec
 import torch
 
+from benchmarks.shapes import (
+    SHAPES,
+    Format,
+    active_parameters,
+    matmul_rate,
+    read_bandwidth,
+    resident_bytes,
+    weights_read,
+    write_config,
+)
 from engine.llm import LLM
-from engine.model_config import JambaConfig, load_model_config, step_bytes
-from engine.quantization import FORMATS, QuantizationPolicy
+from engine.model_config import load_model_config
 from engine.types import SamplingParams
-from server.bench.conditions import describe_machine, describe_versions, read_bandwidth, utc_now
-from server.commands.terminal import describe_weights
+from server.bench.conditions import describe_machine, describe_versions, utc_now
 
 RESULTS = Path(__file__).parent / "results"
-BASE: dict[str, Any] = {
-    "model_type": "jamba",
-    "architectures": ["JambaForCausalLM"],
-    "attn_layer_period": 8,
-    "attn_layer_offset": 4,
-    "expert_layer_period": 2,
-    "expert_layer_offset": 1,
-    "num_hidden_layers": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 262144,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": BASE
-    | {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1024, "num_experts": 8}
-    | {"num_attention_heads": 8, "num_key_value_heads": 2},
-    "moe": BASE
-    | {"vocab_size": 65536, "hidden_size": 2048, "intermediate_size": 5120, "num_experts": 16}
-    | {"num_attention_heads": 16, "num_key_value_heads": 4},
-    "3b": BASE
-    | {"vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 8192, "num_experts": 1, "num_experts_per_tok": 1}
-    | {"num_hidden_layers": 28, "attn_layer_period": 14, "attn_layer_offset": 7, "tie_word_embeddings": True}
-    | {"num_attention_heads": 20, "num_key_value_heads": 1, "mamba_dt_rank": 160},
-}
-CLIENTS = (1, 8, 16, 32)
 PREFILL_TOKENS = 512
+DECODE_SECONDS = 2.0  # of a run at one sequence, if it reached half the limit
+PEER_SHAPES = ("small", "moe")
+PEER_TOKENS = 17
+PEER_SECONDS = 240.0
+GB = 1e9
 
 
-def best(work: Callable[[], object], times: int) -> float:
-    """Seconds of the fastest run."""
+class Cell:
+    """One shape in one format, in this process."""
 
-    def once() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
+    def __init__(self, shape: str, stored: Format, sequences: list[int], long: list[int]) -> None:
+        self.sequences, self.long, self.stored = sequences, long, stored
+        self.bandwidth, self.rate = read_bandwidth(), matmul_rate()
+        gc.collect()
+        self.resident_before = resident_bytes()
+        with tempfile.TemporaryDirectory() as name:
+            write_config(shape, Path(name))
+            self.config = load_model_config(Path(name))
+            length = max([1024, *(tokens + 16 for tokens in long)])
+            self.llm = LLM(
+                name,
+                load_format="dummy",
+                threads=torch.get_num_threads(),
+                max_model_len=length,
+                max_num_seqs=max(sequences),
+                **stored.settings,
+            )
+        self.random = Random(0)
 
-    return min(once() for _ in range(times))
-
-
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Operations a second of torch's own product, 512 x 2560 x 8192."""
-    x, weight = torch.randn(512, 2560).to(dtype), torch.randn(8192, 2560).to(dtype)
-    return 2 * 512 * 2560 * 8192 / best(lambda: torch.nn.functional.linear(x, weight), 10)
-
-
-def active_parameters(config: JambaConfig) -> float:
-    """Multiplied with every prompt token; the head only with the last."""
-    return step_bytes(config, 4) / 4 - config.vocab_size * config.hidden_size
-
-
-def measure(
-    llm: LLM, config: JambaConfig, weights_read: Callable[[int], int], bandwidth: float, rate: float
-) -> dict[str, Any]:
-    """`weights_read`: bytes that a step of so many sequences reads."""
-    random = Random(0)
-
-    def prompts(count: int, length: int) -> list[list[int]]:
-        return [[random.randrange(3, config.vocab_size) for _ in range(length)] for _ in range(count)]
-
-    def generate(count: int, length: int, tokens: int) -> float:
+    def run(self, count: int, length: int, tokens: int) -> float:
+        """Seconds for so many prompts of random tokens and replies of exactly `tokens`."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        batch = prompts(count, length)
+        vocabulary = range(3, self.config.vocab_size)
+        prompts: list[str | list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
         start = time.perf_counter()
-        llm.generate(list(batch), params)
+        self.llm.generate(prompts, params)
         return time.perf_counter() - start
 
-    generate(1, 4, 4)
-    gc.collect()
-    gc.freeze()  # as the engine's own process does
-    steps = max(8, min(64, int(10 * bandwidth / weights_read(1))))
-    decode: dict[str, Any] = {}
-    for clients in CLIENTS:
-        # the prompts' own step is taken off: a run of one token
-        seconds = min(generate(clients, 4, steps + 1) for _ in range(2)) - generate(clients, 4, 1)
-        limit = bandwidth / weights_read(clients) * clients
-        decode[str(clients)] = {"tok_s": clients * steps / seconds, "limit_tok_s": limit}
-    seconds = min(generate(1, PREFILL_TOKENS, 1) for _ in range(2))
-    limit = rate / (2 * active_parameters(config))
-    return {"decode": decode, "prefill": {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": limit}}
+    def decode(self, count: int) -> dict[str, float]:
+        """The prompts' own step is taken off: a run of one token."""
+        limit = self.bandwidth / weights_read(self.config, count, self.stored)
+        steps = max(8, min(64, int(DECODE_SECONDS * limit / 2)))
+        seconds = min(self.run(count, 4, steps + 1) for _ in range(2)) - min(self.run(count, 4, 1) for _ in range(2))
+        return {"tok_s": count * steps / seconds, "limit_tok_s": count * limit}
+
+    def prefill(self) -> dict[str, float]:
+        seconds = min(self.run(1, PREFILL_TOKENS, 1) for _ in range(3))
+        return {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": self.rate / (2 * active_parameters(self.config))}
+
+    def long_prompt(self, tokens: int) -> dict[str, float]:
+        """Also by how much the process has grown at its largest, beside what the prompt's keys and values take."""
+        Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+        before = resident_bytes()
+        seconds = self.run(1, tokens, 1)
+        peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        info = self.llm.core.info
+        pages = info.kv_bytes / info.num_kv_blocks * (tokens / info.block_size)
+        return {"tok_s": tokens / seconds, "growth_bytes": peak - before, "kv_bytes": pages}
+
+    def measure(self) -> dict[str, Any]:
+        self.run(1, 4, 4)
+        info = self.llm.core.info
+        result: dict[str, Any] = {
+            "format": self.stored.name,
+            "parameters": info.num_parameters,
+            "bandwidth": self.bandwidth,
+            "matmul_rate": self.rate,
+            "kernels": info.kernels,
+            "load_seconds": info.load_seconds,
+            "prefill": self.prefill(),
+            "decode": {str(count): self.decode(count) for count in self.sequences},
+        }
+        self.run(8, 4, 4)
+        result["memory"] = {
+            "resident": resident_bytes() - self.resident_before,
+            "weights": info.weight_bytes,
+            "caches": info.kv_bytes + info.state_bytes,
+        }
+        # The first warms up what a chunk needs at its largest.
+        result["long"] = {str(tokens): self.long_prompt(tokens) for tokens in self.long}
+        return result
 
 
-def run_shape(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    dtype = getattr(torch, arguments.dtype)
+def measure_transformers(shape: str, threads: int) -> dict[str, Any]:
+    """`generate` on the same shape, one request at a time: decode after four tokens, and prefill of 512."""
+    random = Random(0)
+    lengths = [(4, 3), (4, PEER_TOKENS), (PREFILL_TOKENS, 2), (PREFILL_TOKENS, 2)]
+    vocabulary = range(3, SHAPES[shape]["vocab_size"])
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"torch_dtype": arguments.dtype}))
-        config = load_model_config(folder)
-        bandwidth, rate = read_bandwidth(arguments.threads), matmul_rate(dtype)
-        quantization = {"quantization": arguments.quantization, "quantize_mamba": arguments.quantize_mamba}
-        sizes = {"threads": arguments.threads, "max_model_len": 1024, "max_num_seqs": 32}
-        llm = LLM(folder, load_format="dummy", **quantization, **sizes)
-        kernels = llm.core.info.kernels
-        policy = QuantizationPolicy(arguments.quantization, arguments.quantize_mamba)
-
-        def weights_read(num_sequences: int) -> int:
-            return step_bytes(config, dtype.itemsize, num_sequences=num_sequences, policy=policy)
-
-        result = measure(llm, config, weights_read, bandwidth, rate)
+        write_config(shape, Path(name))
+        job = {
+            "model": name,
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "load_format": "dummy",
+            "threads": threads,
+            "requests": [{"prompt": random.choices(vocabulary, k=n), "max_tokens": tokens} for n, tokens in lengths],
+            "max_seconds": PEER_SECONDS,
+        }
+        script = Path(__file__).with_name("peer_transformers.py")
+        answer = json.loads(subprocess.run([sys.executable, script], input=json.dumps(job), **_PIPE).stdout)
+    decode, *prefills = answer["records"]
+    seconds = decode["arrivals"][-1] - decode["arrivals"][0]
+    first = [record["arrivals"][0] - record["start"] for record in prefills]
     return {
         "shape": shape,
-        "parameters": config.num_parameters(),
-        "bandwidth_gb_s": bandwidth / 1e9,
-        "matmul_tflop_s": rate / 1e12,
-        "kernels": kernels,
-        **result,
+        "conditions": answer["conditions"],
+        "decode_tok_s": (PEER_TOKENS - 1) / seconds,
+        "prefill_tok_s": PREFILL_TOKENS / min(first) if first else None,
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    head = "| shape | parameters | " + " | ".join(f"decode, {n}" for n in CLIENTS) + " | prefill 512 | read, matmul |"
-    lines = [head, "| --- " * (len(CLIENTS) + 4) + "|"]
+_PIPE: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
+
+
+def measure_apart(shape: str, stored: Format, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A Cell in a process of its own, whose threads of torch sleep where they have nothing to do, as the server's."""
+    long = arguments.long if shape == "small" and stored.bits == 16 else ""
+    command = ["-m", "benchmarks.cpu", "--cell", shape, stored.name, "--sequences", arguments.sequences]
+    command += ["--threads", str(arguments.threads), "--long", long]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    finished = subprocess.run([sys.executable, *command], env=environment, **_PIPE)
+    return {"shape": shape} | json.loads(finished.stdout.splitlines()[-1])
+
+
+def table(results: list[dict[str, Any]], sequences: list[int]) -> list[str]:
+    names = ["shape", "format", "prefill 512", *(f"decode, {n}" for n in sequences)]
+    names += ["memory, weights + caches (GB)", "read, matmul"]
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
 
     def cell(value: dict[str, float]) -> str:
         return f"{value['tok_s']:,.1f} ({value['tok_s'] / value['limit_tok_s']:.0%})"
 
     for r in results:
-        cells = [cell(r["decode"][str(n)]) for n in CLIENTS] + [cell(r["prefill"])]
-        measured = f"{r['bandwidth_gb_s']:.0f} GB/s, {r['matmul_tflop_s']:.2f} TFLOP/s"
-        lines.append(f"| {r['shape']} | {r['parameters'] / 1e6:,.0f} M | {' | '.join(cells)} | {measured} |")
-    return "\n".join(lines)
+        memory = r["memory"]
+        cells = [r["shape"], r["format"], cell(r["prefill"]), *(cell(r["decode"][str(n)]) for n in sequences)]
+        cells.append(f"{memory['resident'] / GB:.2f}, {(memory['weights'] + memory['caches']) / GB:.2f}")
+        cells.append(f"{r['bandwidth'] / GB:.0f} GB/s, {r['matmul_rate'] / 1e12:.2f} TFLOP/s")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def to_markdown(name: str, report: dict[str, Any], sequences: list[int]) -> str:
+    conditions = report["conditions"]
+    lines = [f"# {name}", "", f"Tok/s (share of the limit), {conditions['threads']} threads, "]
+    lines[-1] += f"{conditions['machine']['cpu']}, {conditions['date']}."
+    lines += ["", *table(report["results"], sequences)]
+    long = [(r, tokens, value) for r in report["results"] for tokens, value in r["long"].items()]
+    if long:
+        lines += [
+            "",
+            "| prompt | tok/s | growth of the process (MB) | its KV pages (MB) |",
+            "| --- | --- | --- | --- |",
+        ]
+    for r, tokens, value in long:
+        growth, pages = value["growth_bytes"] / 1e6, value["kv_bytes"] / 1e6
+        lines.append(f"| {r['shape']} {r['format']}, {tokens} | {value['tok_s']:,.0f} | {growth:,.0f} | {pages:,.0f} |")
+    if report["peers"]:
+        lines += ["", "| transformers, one request | decode tok/s | prefill tok/s |", "| --- | --- | --- |"]
+    for peer in report["peers"]:
+        prefill = "-" if peer["prefill_tok_s"] is None else f"{peer['prefill_tok_s']:,.1f}"
+        lines.append(f"| {peer['shape']} | {peer['decode_tok_s']:,.2f} | {prefill} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="of the result files")
+    parser.add_argument("--shapes", default="small,moe,3b")
+    parser.add_argument("--formats", default="bf16")
+    parser.add_argument("--sequences", default="1,8,16,32")
+    parser.add_argument("--long", default="4096,16384", help="lengths of long prompts")
+    parser.add_argument("--peer", choices=["transformers"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cell", nargs=2, metavar=("SHAPE", "FORMAT"), help="one process's part, as JSON")
+    arguments = parser.parse_args()
+    if not (arguments.name or arguments.cell):
+        parser.error("--name is required")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the result files")
-    parser.add_argument("--shapes", default="small,moe,3b")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--quantization", choices=list(FORMATS))
-    parser.add_argument("--quantize-mamba", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    results: list[dict[str, Any]] = []
-    for shape in arguments.shapes.split(","):
-        results.append(run_shape(shape, arguments))
-        print(table(results[-1:]), flush=True)
+    sequences = [int(n) for n in arguments.sequences.split(",")]
+    if arguments.cell:
+        shape, stored = arguments.cell[0], Format.parse(arguments.cell[1])
+        long = [int(n) for n in arguments.long.split(",") if n]
+        print(json.dumps(Cell(shape, stored, sequences, long).measure()))
+        return
     conditions: dict[str, Any] = {
         "date": utc_now(),
         "machine": msgspec.to_builtins(describe_machine()),
         "versions": describe_versions(["torch", "numpy"]),
         "threads": arguments.threads,
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "weights": describe_weights(arguments.dtype, arguments.quantization, arguments.quantize_mamba),
     }
+    report: dict[str, Any] = {"conditions": conditions, "results": [], "peers": []}
     RESULTS.mkdir(exist_ok=True)
-    report = {"conditions": conditions, "results": results}
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = f"# {arguments.name}\n\nOutput tok/s (share of the limit), {conditions['weights']}, "
-    text += f"{arguments.threads} threads, {conditions['machine']['cpu']}, {conditions['date']}.\n\n{table(results)}\n"
-    (RESULTS / f"{arguments.name}.md").write_text(text)
+
+    def write() -> None:
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / f"{arguments.name}.md").write_text(to_markdown(arguments.name, report, sequences))
+
+    for shape in arguments.shapes.split(","):
+        for name in arguments.formats.split(","):
+            report["results"].append(measure_apart(shape, Format.parse(name), arguments))
+            write()
+        if arguments.peer and shape in PEER_SHAPES:
+            report["peers"].append(measure_transformers(shape, arguments.threads))
+            write()
+    print((RESULTS / f"{arguments.name}.md").read_text())
 
 
 if __name__ == "__main__":

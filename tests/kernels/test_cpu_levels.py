@@ -36,7 +36,7 @@ from tests.kernels.cases import (
 )
 from tests.kernels.oracle import Array
 
-pytestmark = pytest.mark.parametrize("native", LEVELS[:3], indirect=True)  # with BF16 only matrix products differ
+pytestmark = pytest.mark.parametrize("native", LEVELS, indirect=True)
 
 THREADS = (1, 2, 3)
 SCALE = 0.3

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "common.h"
 #include "transpose.h"
 
@@ -20,42 +22,93 @@ struct AttentionArguments {
     int64_t first_row(int64_t sequence) const { return query_start ? query_start[sequence] : sequence; }
 };
 
+// Query rows of some tokens of one sequence that read `heads` KV heads from `head` on.
+template <class Q>
 struct Tile {
-    const float* q;  // [rows, padded], zeros behind `size`
-    int64_t rows, group, padded, size;
+    const Q* q;  // [heads, rows, padded], zeros behind `size`
+    int64_t heads, rows, group, padded, size;
+    float scale;
     const int32_t* table;
-    int64_t head;           // the KV head
+    int64_t head;
     int64_t first_visible;  // how many keys the first token sees
 
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
 
-// Rows of K and V of BLOCK keys, and where the next block's keys lie. Are they to be brought to the cache on the way?
-template <class K>
+// Calls memory to the caches, row by row of `row_bytes`, a few lines whenever the computation has done its share: more
+// at once than a core can have under way would stop it.
+struct Ahead {
+    const char *const *row, *const *last_row;
+    int64_t row_bytes;
+    const char* at;
+    int64_t element_bytes;
+
+    INLINE void call(int64_t elements) {
+        for (int64_t b = elements * element_bytes; b > 0; b -= 64, at += 64) {
+            if (at >= *row + row_bytes) row += row < last_row, at = *row;
+            __builtin_prefetch(at);
+        }
+    }
+};
+
+// Rows of K and V of BLOCK keys.
+template <class K, class V>
 struct KeyBlock {
-    const K *keys[BLOCK], *values[BLOCK];
-    const K* const* next_keys;
-    bool prefetched;
+    const K* keys[BLOCK];
+    const V* values[BLOCK];
+    Ahead* ahead;  // to what will be read next
 };
 
 }  // namespace
 
 #define KERNEL_FILE "attention.inl"
 #include "for_each_level.h"
+#if JAMBA_X86
+BEGIN_TARGET_AVX512_BF16
+namespace avx512_bf16 {
+using namespace avx512;
+#define DOT_PRODUCTS
+#include "attention.inl"
+#undef DOT_PRODUCTS
+}  // namespace avx512_bf16
+END_TARGET
+// The level's `f`, of which bf16 has one more.
+#define DISPATCH_ATTENTION(f, ...)                                                       \
+    do {                                                                                 \
+        if constexpr (std::is_same_v<T, bf16>) {                                         \
+            if (level() == Level::avx512_bf16) return avx512_bf16::f(__VA_ARGS__);       \
+        }                                                                                \
+        return DISPATCH(f, __VA_ARGS__);                                                 \
+    } while (0)
+#else
+#define DISPATCH_ATTENTION(f, ...) return DISPATCH(f, __VA_ARGS__)
+#endif
+
+// How many KV heads a thread reads at once, of `parts` times all: many, for they lie side by side in memory, but so
+// that every thread gets several parts.
+static int64_t heads_together(int64_t kv_heads, int64_t parts) {
+    int64_t heads = kv_heads;
+    while (heads % 2 == 0 && parts * (kv_heads / heads) < 4 * num_threads()) heads /= 2;
+    return heads;
+}
 
 template <class T>
 static void attend(const AttentionArguments<T>& a, int64_t max_context) {
+    const int64_t group = a.heads / a.kv_heads, splits = (max_context + SPLIT - 1) / SPLIT;
     // With work for everybody, splits need not be divided.
-    if (!a.query_start && max_context > SPLIT && a.sequences * a.kv_heads < 8 * num_threads()) {
-        return DISPATCH(attend_splits, a, max_context);
+    if (!a.query_start && splits > 1 && a.sequences < 4 * num_threads()) {
+        const int64_t heads = heads_together(a.kv_heads, a.sequences * splits);
+        const int64_t share = a.sequences * (a.kv_heads / heads) * splits / (8 * num_threads());
+        DISPATCH_ATTENTION(attend_splits, a, splits, share > 1 ? share : 1, heads);
     }
-    const int64_t group = a.heads / a.kv_heads, tile_tokens = group < TILE_ROWS ? TILE_ROWS / group : 1;
+    const int64_t tile_tokens = group < TILE_ROWS ? TILE_ROWS / group : 1;
     int64_t* const first_tile = (int64_t*)scratch(2, (a.sequences + 1) * sizeof(int64_t));
     first_tile[0] = 0;
     for (int64_t i = 0; i < a.sequences; i++) {
         first_tile[i + 1] = first_tile[i] + (a.first_row(i + 1) - a.first_row(i) + tile_tokens - 1) / tile_tokens;
     }
-    DISPATCH(attend_all, a, first_tile, tile_tokens);
+    const int64_t heads = a.query_start ? 1 : heads_together(a.kv_heads, a.sequences);
+    DISPATCH_ATTENTION(attend_all, a, first_tile, tile_tokens, heads);
 }
 
 EXPORT void attention(const void* q, const void* k, const void* v, void* out, int64_t heads, int64_t kv_heads,

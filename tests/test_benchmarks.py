@@ -1,0 +1,54 @@
+"""What the benchmarks divide by: bytes of weights that a decode step reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.http_shapes import write_tokenizer
+from benchmarks.shapes import SHAPES, Format, active_parameters, weights_read, write_config
+from engine.model_config import JambaConfig, load_model_config
+from server.text.tokenizer import Tokenizer
+
+
+def shape(name: str, folder: Path) -> JambaConfig:
+    write_config(name, folder)
+    return load_model_config(folder)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_every_expert_hit_a_step_reads_all_but_the_embedding(name: str, tmp_path: Path) -> None:
+    config = shape(name, tmp_path)
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    expected = 2 * (config.num_parameters() - embedding)
+    assert weights_read(config, 10_000, Format.parse("bf16")) == pytest.approx(expected)
+
+
+def test_one_token_reads_the_experts_that_it_is_sent_to(tmp_path: Path) -> None:
+    config = shape("moe", tmp_path)
+    expert = 3 * config.hidden_size * config.intermediate_size
+    missed = 4 * (16 - 2) * expert
+    everything = weights_read(config, 10_000, Format.parse("bf16"))
+    assert weights_read(config, 1, Format.parse("bf16")) == pytest.approx(everything - 2 * missed)
+    head = config.vocab_size * config.hidden_size
+    assert active_parameters(config) == pytest.approx(everything / 2 - missed - head)
+
+
+def test_formats_store_what_they_say(tmp_path: Path) -> None:
+    config = shape("3b", tmp_path)
+    plain, int8, whole = (weights_read(config, 1, Format.parse(name)) for name in ("bf16", "int8", "int8+mamba"))
+    mixers = 26 * 3 * 2560 * 5120
+    assert int8 - whole == pytest.approx(mixers, rel=2e-3)  # a byte a number less, but for the scales
+    assert plain - whole == pytest.approx(plain / 2, rel=2e-2)
+    assert Format.parse("int4").num_bytes(10, 256) == 10 * (128 + 2 * 4)
+    assert Format.parse("int4+mamba").settings == {"dtype": "bfloat16", "quantization": "int4", "quantize_mamba": True}
+    with pytest.raises(SystemExit, match="bf16, int8 or int4"):
+        Format.parse("bf16+mamba")
+
+
+def test_the_tokenizer_of_a_shape_has_a_text_for_every_id(tmp_path: Path) -> None:
+    write_config("small", tmp_path)
+    write_tokenizer(1000, tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.vocab_size == 1000
