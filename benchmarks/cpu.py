@@ -161,7 +161,7 @@ _PIPE: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
 
 def measure_apart(shape: str, stored: Format, arguments: argparse.Namespace) -> dict[str, Any]:
     """A Cell in a process of its own, whose threads of torch sleep where they have nothing to do, as the server's."""
-    long = arguments.long if shape == "small" and stored.bits == 16 else ""
+    long = arguments.long if shape == "small" and stored.name == "bf16" else ""
     command = ["-m", "benchmarks.cpu", "--cell", shape, stored.name, "--sequences", arguments.sequences]
     command += ["--threads", str(arguments.threads), "--long", long]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}

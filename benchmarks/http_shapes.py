@@ -45,15 +45,15 @@ LLAMA_SOURCE = (
     "llama.cpp server -np 8, same class of machine, other run; its bf16, Q8_0 and Q4_K_M for 16, 8 and 4 bits"
 )
 # Output tok/s by clients, by shape and bits.
-LLAMA: dict[tuple[str, int], dict[int, str]] = {
-    ("small", 16): {1: "118-160", 8: "370", 16: "283"},
-    ("small", 8): {1: "188", 8: "228"},
-    ("moe", 16): {1: "19.0", 8: "36.5"},
-    ("moe", 8): {1: "19", 8: "24"},
-    ("moe", 4): {1: "38", 8: "46"},
-    ("3b", 16): {1: "4.0", 8: "11.5"},
-    ("3b", 8): {1: "4.6", 8: "8.4"},
-    ("3b", 4): {1: "9.2", 8: "11.2"},
+LLAMA: dict[tuple[str, str], dict[int, str]] = {
+    ("small", "bf16"): {1: "118-160", 8: "370", 16: "283"},
+    ("small", "int8"): {1: "188", 8: "228"},
+    ("moe", "bf16"): {1: "19.0", 8: "36.5"},
+    ("moe", "int8"): {1: "19", 8: "24"},
+    ("moe", "int4"): {1: "38", 8: "46"},
+    ("3b", "bf16"): {1: "4.0", 8: "11.5"},
+    ("3b", "int8"): {1: "4.6", 8: "8.4"},
+    ("3b", "int4"): {1: "9.2", 8: "11.2"},
 }
 
 
@@ -168,7 +168,7 @@ def to_markdown(name: str, report: dict[str, Any], clients: list[int]) -> str:
             level = r["clients"][str(n)]
             rate = level["output_throughput"]
             cells.append(f"{rate:,.1f} ({rate / level['limit_tok_s']:.0%})")
-        peer = LLAMA.get((r["shape"], Format.parse(r["format"]).bits), {})
+        peer = LLAMA.get((r["shape"], r["format"].removesuffix("+mamba")), {})
         cells.append(" / ".join(peer.get(n, "-") for n in clients))
         burst = r["burst_ttft_ms"]
         cells.append(f"{burst['p50']:,.0f}, {burst['p95']:,.0f} ({burst['p50'] / burst['p95']:.2f})")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.model_config import JambaConfig
+from engine.model_config import JambaConfig, step_bytes
+from engine.quantization import FORMATS, QuantizationPolicy
+from server.bench import conditions
 
 BASE: dict[str, Any] = {
     "model_type": "jamba",
@@ -40,48 +42,34 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 28, "attn_layer_period": 14, "attn_layer_offset": 7, "tie_word_embeddings": True}
     | {"num_attention_heads": 20, "num_key_value_heads": 1, "mamba_dt_rank": 160},
 }
-GROUPS = {8: None, 4: 128}  # inputs that share a float32 scale, by bits; None: a whole row
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How weights are stored; `bits` 16 is bf16. Written as on the command line: `bf16`, `int8`, `int4+mamba`."""
+    """How weights are stored, written `bf16`, `int8`, `int4+mamba` and so on."""
 
     name: str
-    bits: int
-    mamba: bool
+    policy: QuantizationPolicy
 
     @classmethod
     def parse(cls, name: str) -> Format:
         kind, _, mamba = name.partition("+")
-        bits = {"bf16": 16, "int8": 8, "int4": 4}.get(kind)
-        if bits is None or mamba not in ("", "mamba") or (mamba and bits == 16):
-            raise SystemExit(f"format {name!r} must be bf16, int8 or int4, of the latter two also with +mamba.")
-        return cls(name, bits, bool(mamba))
+        if mamba not in ("", "mamba") or (kind != "bf16" and kind not in FORMATS) or (mamba and kind == "bf16"):
+            known = ", ".join(FORMATS)
+            raise SystemExit(f"format {name!r} must be bf16 or one of {known}; of the latter also with +mamba.")
+        return cls(name, QuantizationPolicy(kind if kind in FORMATS else None, bool(mamba)))
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of EngineConfig."""
-        if self.bits == 16:
-            return {"dtype": "bfloat16"}
-        return {"dtype": "bfloat16", "quantization": f"int{self.bits}"} | (
-            {"quantize_mamba": True} if self.mamba else {}
-        )
+        quantized = {"quantization": self.policy.quantization, "quantize_mamba": self.policy.mamba}
+        return {"dtype": "bfloat16"} | quantized
 
     @property
     def flags(self) -> list[str]:
         """Those of `jamba serve`."""
-        flags = ["--dtype", "bfloat16"]
-        if self.bits < 16:
-            flags += ["--quantization", f"int{self.bits}"]
-        return flags + (["--quantize-mamba"] if self.mamba else [])
-
-    def num_bytes(self, rows: int, inputs: int) -> int:
-        """Of a quantised weight [rows, inputs] with its scales, or in bf16."""
-        if self.bits == 16:
-            return 2 * rows * inputs
-        groups = -(-inputs // (GROUPS[self.bits] or inputs))
-        return rows * (-(-inputs * self.bits // 8) + 4 * groups)
+        quantized = ["--quantization", self.policy.quantization] if self.policy.quantization else []
+        return ["--dtype", "bfloat16", *quantized, *(["--quantize-mamba"] if self.policy.mamba else [])]
 
 
 def write_config(shape: str, folder: Path) -> None:
@@ -89,44 +77,14 @@ def write_config(shape: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"torch_dtype": "bfloat16"}))
 
 
-def matrices(config: JambaConfig, num_sequences: int) -> Iterator[tuple[bool, float, int, int]]:
-    """(is of a Mamba mixer, how many of them a decode step reads, rows, inputs) of the weights that formats store. Of
-    the experts those that some sequence is expected to choose."""
-    h, f, z = config.hidden_size, config.intermediate_size, config.head_dim
-    attention, mamba = len(config.attention_layers), len(config.mamba_layers)
-    moe = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-    missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
-    mlps = config.num_hidden_layers - moe + moe * config.num_experts * (1 - missed)
-    yield False, attention, (config.num_attention_heads + 2 * config.num_key_value_heads) * z, h
-    yield False, attention, h, config.num_attention_heads * z
-    yield False, mlps, 2 * f, h
-    yield False, mlps, h, f
-    yield False, 1, config.vocab_size, h
-    yield True, mamba, 2 * config.d_inner, h
-    yield True, mamba, h, config.d_inner
-
-
-def weights_read(config: JambaConfig, num_sequences: int, stored: Format) -> float:
+def weights_read(config: JambaConfig, num_sequences: int, stored: Format) -> int:
     """Bytes of weights that a decode step must read; of the embedding nothing to speak of."""
-    plain = Format.parse("bf16")
-    total = 0.0
-    for of_mixer, count, rows, inputs in matrices(config, num_sequences):
-        total += count * (stored if stored.mamba or not of_mixer else plain).num_bytes(rows, inputs)
-    return total + 2 * _others(config)
+    return step_bytes(config, 2, num_sequences=num_sequences, policy=stored.policy)
 
 
 def active_parameters(config: JambaConfig) -> float:
     """Multiplied with every prompt token; the head only with the last."""
-    products = sum(count * rows * inputs for _, count, rows, inputs in matrices(config, 1))
-    return products + _others(config) - config.vocab_size * config.hidden_size
-
-
-def _others(config: JambaConfig) -> float:
-    """Numbers in the norms, routers, convolutions and the small projections of the mixers."""
-    all_hit = 1 << 30
-    stored = sum(count * rows * inputs for _, count, rows, inputs in matrices(config, all_hit))
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return config.num_parameters() - embedding - stored
+    return step_bytes(config, 4) / 4 - config.vocab_size * config.hidden_size
 
 
 def median_seconds(run: Callable[[], object], budget: float) -> float:
@@ -142,9 +100,8 @@ def median_seconds(run: Callable[[], object], budget: float) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that all threads of torch read together, from 1 GiB."""
-    data = torch.ones(1 << 28)
-    return data.nbytes / median_seconds(data.sum, 0.5)
+    """Bytes a second that as many threads as torch has read together."""
+    return conditions.read_bandwidth(torch.get_num_threads())
 
 
 def matmul_rate() -> float:
