@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.config import Quantization
 from engine.model_config import JambaConfig, step_bytes
 from engine.quantization import FORMATS, QuantizationPolicy
 from server.bench import conditions
@@ -54,10 +55,11 @@ class Format:
     @classmethod
     def parse(cls, name: str) -> Format:
         kind, _, mamba = name.partition("+")
-        if mamba not in ("", "mamba") or (kind != "bf16" and kind not in FORMATS) or (mamba and kind == "bf16"):
+        by_name: dict[str, Quantization | None] = {"bf16": None} | {known: known for known in FORMATS}
+        if mamba not in ("", "mamba") or kind not in by_name or (mamba and kind == "bf16"):
             known = ", ".join(FORMATS)
             raise SystemExit(f"format {name!r} must be bf16 or one of {known}; of the latter also with +mamba.")
-        return cls(name, QuantizationPolicy(kind if kind in FORMATS else None, bool(mamba)))
+        return cls(name, QuantizationPolicy(by_name[kind], bool(mamba)))
 
     @property
     def settings(self) -> dict[str, Any]:
