@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Format:
     @classmethod
     def parse(cls, name: str) -> Format:
         kind, _, mamba = name.partition("+")
-        by_name: dict[str, Quantization | None] = {"bf16": None} | {known: known for known in FORMATS}
+        by_name: Mapping[str, Quantization | None] = {"bf16": None, **{known: known for known in FORMATS}}
         if mamba not in ("", "mamba") or kind not in by_name or (mamba and kind == "bf16"):
             known = ", ".join(FORMATS)
             raise SystemExit(f"format {name!r} must be bf16 or one of {known}; of the latter also with +mamba.")
