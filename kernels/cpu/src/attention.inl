@@ -37,7 +37,7 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
 // Scores of R rows (zeros behind `size`) with n keys, as [R, BLOCK]. `keys` has entries up to a multiple of SUMS. With
-// AHEAD so much of the next block is called to the caches as is read of this one: the pages of a sequence lie where they
+// AHEAD as much of the next block is called to the caches as is read of this: the pages of a sequence lie where they
 // were free, which no processor foresees.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
