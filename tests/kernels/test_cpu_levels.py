@@ -96,7 +96,7 @@ def long_pages(sequences: Sequence[tuple[Tensor, Tensor]], seed: int) -> Pages:
 
 
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 1), (3, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 1), (3, 3), (8, 4)])
 def test_long_contexts_have_the_same_bits_however_they_come(
     native: Library, heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:

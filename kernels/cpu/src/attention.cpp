@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;      // keys between two updates of the online softmax
+constexpr int64_t PAGE = 16;       // keys that most often lie side by side
 constexpr int64_t SPLIT = 512;     // keys whose softmax is one piece of work; a multiple of BLOCK
 constexpr int64_t TILE_ROWS = 64;  // as many tokens' heads as make these share a trip over the keys
 

@@ -4,13 +4,15 @@
 // A score is a sum over lanes in one order, a value a sum over keys in ascending order. So a row's bits depend on its
 // own keys alone, and splits may go to different threads.
 //
-// With DOT_PRODUCTS, for bf16, queries and keys are multiplied as they are and the score is scaled; without, queries are
+// With DOT_PRODUCTS, for bf16, queries and keys are multiplied as they are and scores are scaled; without, queries are
 // converted to float32 and scaled.
+//
+// In decode a block's heads are read in turn, for its keys lie side by side in memory with all their heads.
 
 constexpr int ROWS = 4;                       // rows that share a key's trip to the registers
 constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;  // vectors of values at a time
 constexpr int LONE_COLUMNS = 8;               // the same for a lone row
-constexpr int64_t WIDENED_ROWS = 2 * ROWS;    // more rows than these have keys and values converted once for all
+constexpr int64_t WIDENED_ROWS = 2 * ROWS;    // more rows than these have what they read converted once for all
 constexpr int64_t SOFTMAX = 2 * WIDTH;        // floats before the values of a row's running softmax:
 constexpr int64_t PEAK = 0, TOTAL = WIDTH;    // its largest score, and its sum of weights by lane
 
@@ -34,7 +36,9 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 #endif
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
-// Scores of R rows (zeros behind `size`) with n keys, as [R, BLOCK]. `keys` has entries up to a multiple of SUMS.
+// Scores of R rows (zeros behind `size`) with n keys, as [R, BLOCK]. `keys` has entries up to a multiple of SUMS. With
+// AHEAD as much of the next block is called to the caches as is read of this: the pages of a sequence lie where they
+// were free, which no processor foresees.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
     constexpr int C = SUMS / R;
@@ -51,15 +55,15 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
                 for (int r = 0; r < R; r++) total[r * C + c] = multiply(rows[r], key, total[r * C + c]);
             }
         }
-        float out[SUMS];
+        alignas(64) float out[SUMS];
         sums(total, out);
+#ifdef DOT_PRODUCTS
+        store(out, load(out) * set(tile.scale));
+#endif
         for (int r = 0; r < R; r++) {
             for (int c = 0; c < C; c++) scores[r * BLOCK + j + c] = out[r * C + c];
         }
     }
-#ifdef DOT_PRODUCTS
-    for (int64_t j = 0; j < R * BLOCK; j += WIDTH) store(scores + j, load(scores + j) * set(tile.scale));
-#endif
 }
 
 // Scores [BLOCK] to weights relative to the new peak. Returns by how much all earlier weights shrink.
@@ -80,8 +84,7 @@ INLINE float soften(float* scores, int64_t n, float* softmax) {
     return shrink;
 }
 
-// Columns [z, z + C vectors) of R rows: values = values * shrink + weights @ v. The pages of a sequence lie where they
-// were free, which no processor foresees, so with AHEAD the same columns of what comes next are called on the way.
+// Columns [z, z + C vectors) of R rows: values = values * shrink + weights @ v.
 template <int R, int C, bool AHEAD, class K, class V>
 INLINE void add_columns(const float* weights, const float* shrink, const KeyBlock<K, V>& block, int64_t n, int64_t z,
                         int64_t count, float* values, int64_t stride) {
@@ -207,9 +210,9 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
         for (int64_t j = 0; j < BLOCK; j++) block.keys[j] = a.k + places[j], block.values[j] = a.v + places[j];
         const char* rows[2 * BLOCK];
         if (start + BLOCK < last) locate(a, tile, start + BLOCK, last, places);
-        for (int64_t j = 0; j < 2 * BLOCK; j++) {
-            const int64_t place = places[j / 32 * 16 + j % 16];
-            rows[j] = (const char*)((j % 32 < 16 ? a.k : a.v) + place);
+        for (int64_t j = 0; j < 2 * BLOCK; j++) {  // in the order of memory, for pages of PAGE keys
+            const int64_t place = places[j / (2 * PAGE) * PAGE + j % PAGE];
+            rows[j] = (const char*)((j / PAGE % 2 ? a.v : a.k) + place);
         }
         const int64_t row_bytes = (tile.heads - 1) * a.head_stride * sizeof(T) + a.size * sizeof(T);
         Ahead ahead{rows, rows + 2 * BLOCK - 1, row_bytes, rows[0], sizeof(T)};
