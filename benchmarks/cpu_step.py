@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import engine.model_runner
-from benchmarks.cpu import RESULTS, SHAPES
+from benchmarks.cpu import RESULTS
+from benchmarks.shapes import SHAPES
 from engine.llm import LLM
 from engine.types import Request, SamplingParams
 from kernels.cpu.library import Library

@@ -69,6 +69,7 @@ class MambaDecode:
         scan, bias = weights.scan, weights.conv_bias
         width, channels = weights.conv_weight.shape
         states, rank, dtype = scan.a.shape[1], len(weights.dt_norm), weights.conv_weight.dtype
+        # Never quantised, so `bits` and `group_size` are what `src/mamba.cpp` takes for granted: 0.
         assert (x_proj.rows, x_proj.inputs, x_proj.dtype) == (rank + 2 * states, channels, dtype)
         assert (dt_proj.rows, dt_proj.inputs, dt_proj.dtype) == (channels, rank, dtype)
         pointers = _Pointers(
