@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.ops import Segments, StateSaves
 from kernels.table import Implementation, KernelUnavailable, implementations
+from kernels.triton import interpreted
 from tests.kernels.oracle import Array
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,11 +23,17 @@ HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def each_implementation(*ops: str) -> pytest.MarkDecorator:
-    """Runs a test with every implementation of the table that has all of `ops` on a CPU, as arguments of these names.
-    One that cannot load here is shown as skipped, with the reason."""
-    by_op = [{entry.name: entry for entry in implementations(op, "cpu")} for op in ops]
+    """Runs a test with every implementation of the table that has all of `ops` on a CPU, as arguments of these names;
+    with TRITON_INTERPRET=1 with triton's alone. One that cannot load here is shown as skipped, with the reason."""
+    by_op = [{entry.name: entry for entry in _entries(op)} for op in ops]
     names = [name for name in by_op[0] if all(name in entries for entries in by_op)]
     return pytest.mark.parametrize(ops, [_param(name, [entries[name] for entries in by_op]) for name in names])
+
+
+def _entries(op: str) -> list[Implementation]:
+    if interpreted():
+        return [entry for entry in implementations(op, "cuda") if entry.name == "triton"]
+    return list(implementations(op, "cpu"))
 
 
 def _param(name: str, entries: list[Implementation]) -> object:
