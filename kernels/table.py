@@ -56,7 +56,8 @@ def _triton(module: str, name: str) -> Callable[[], Any]:
 
     def load() -> Any:
         ensure_available()
-        return getattr(import_module(f"kernels.triton.{module}"), name)
+        op = getattr(import_module(f"kernels.triton.{module}"), name)
+        return op() if isinstance(op, type) else op
 
     return load
 

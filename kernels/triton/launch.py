@@ -45,6 +45,7 @@ def softplus(x: Any) -> Any:
 @triton.jit
 def dot(a: Any, b: Any, accumulator: Any) -> Any:
     """accumulator + a @ b, in float32."""
-    if INTERPRETED:  # it takes the bits of a bfloat16 for an integer
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if INTERPRETED:
+        # Its own product takes the bits of a bfloat16 for an integer, and the order of its sums depends on a row's place.
+        return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, accumulator, input_precision="ieee")
