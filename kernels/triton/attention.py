@@ -1,8 +1,8 @@
 """Causal attention over paged keys and values (Dao et al. 2022, FlashAttention; Dao 2023, Flash-Decoding).
 
-The keys of a sequence fall into splits of SPLIT, from position 0, and each split into blocks of KEYS. Within a split the
-softmax is online; splits are merged in order. Decode computes its splits in parallel and merges them afterwards, prefill
-does both in one loop: the same code over tiles of the same shape, so one token has the same bits in either.
+The keys of a sequence fall into splits of SPLIT, from position 0, and each split into blocks of KEYS. Within a split
+the softmax is online; splits are merged in order. Decode computes its splits in parallel and merges them afterwards,
+prefill does both in one loop: the same code over tiles of the same shape, so one token has the same bits in either.
 
 A tile holds ROWS rows: the query heads that read one KV head, of as many tokens as fit. Decode fills one token's rows
 and wastes the others, which costs no time while keys come from memory; with fewer rows the tensor cores would be
@@ -14,15 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import Pages
-from kernels.triton.launch import EXACT, LOG2_E, dot, rounded
+from kernels.triton.launch import EXACT, LOG2_E, cdiv, dot, jit, next_power_of_2, rounded
 
 SPLIT = 512
-KEYS = 64
+KEYS = 32
 ROWS = 64
 
 
@@ -31,7 +30,7 @@ def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_le
     heads, kv_heads = q.shape[1], pages.k.shape[2]
     tile = _tile(q, pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    prefill_kernel[(triton.cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), kv_heads, len(query_start) - 1)](
+    prefill_kernel[(cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), kv_heads, len(query_start) - 1)](
         q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **EXACT
     )
     return out
@@ -41,7 +40,7 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     """See `kernels.ops.AttentionDecode`."""
     sequences, heads, size = q.shape
     tile = _tile(q, pages)
-    splits = triton.cdiv(pages.max_context_len, SPLIT)
+    splits = cdiv(pages.max_context_len, SPLIT)
     # of every split the largest score, the sum of weights and the weighted sum of values
     peaks, totals = (q.new_empty(sequences, heads, splits, dtype=torch.float32) for _ in range(2))
     values = q.new_empty(sequences, heads, splits, size, dtype=torch.float32)
@@ -63,8 +62,8 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
         "SIZE": size,
         "GROUP": group,
         "BLOCK_SIZE": pages.k.shape[1],
-        "ROWS": max(ROWS, triton.next_power_of_2(group)),
-        "BLOCK_Z": max(16, triton.next_power_of_2(size)),
+        "ROWS": max(ROWS, next_power_of_2(group)),
+        "BLOCK_Z": max(16, next_power_of_2(size)),
         "KEYS": KEYS,
         "SPLIT": SPLIT,
     }
@@ -76,23 +75,23 @@ def _pages(pages: Pages) -> tuple[Any, ...]:
     return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
 
 
-@triton.jit
+@jit
 def prefill_kernel(
-    q: Any,
-    k_pages: Any,
-    v_pages: Any,
-    block_tables: Any,
-    context_lens: Any,
-    table_stride: Any,
-    page_stride: Any,
-    token_stride: Any,
-    head_stride: Any,
-    query_start: Any,
-    out: Any,
-    q_row_stride: Any,
-    q_head_stride: Any,
-    heads: Any,
-    scale: Any,
+    q: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    block_tables: tl.tensor,
+    context_lens: tl.tensor,
+    table_stride: tl.tensor,
+    page_stride: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    query_start: tl.tensor,
+    out: tl.tensor,
+    q_row_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    heads: tl.tensor,
+    scale: tl.tensor,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -128,27 +127,27 @@ def prefill_kernel(
         )  # fmt: skip
         peak, total, values = merge(peak, total, values, more_peak, more_total, more_values)
     at = out + ((start + t).to(tl.int64) * heads + head)[:, None] * SIZE + z
-    tl.store(at, rounded(values / total[:, None], out.dtype.element_ty), mask=mask)
+    tl.store(at, rounded(values / total[:, None], out.type.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def decode_kernel(
-    q: Any,
-    k_pages: Any,
-    v_pages: Any,
-    block_tables: Any,
-    context_lens: Any,
-    table_stride: Any,
-    page_stride: Any,
-    token_stride: Any,
-    head_stride: Any,
-    peaks: Any,
-    totals: Any,
-    values: Any,
-    q_row_stride: Any,
-    q_head_stride: Any,
-    heads: Any,
-    scale: Any,
+    q: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    block_tables: tl.tensor,
+    context_lens: tl.tensor,
+    table_stride: tl.tensor,
+    page_stride: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    peaks: tl.tensor,
+    totals: tl.tensor,
+    values: tl.tensor,
+    q_row_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    heads: tl.tensor,
+    scale: tl.tensor,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -180,14 +179,14 @@ def decode_kernel(
     tl.store(values + place[:, None] * SIZE + z, weighted, mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def merge_kernel(
-    peaks: Any,
-    totals: Any,
-    values: Any,
-    context_lens: Any,
-    out: Any,
-    splits: Any,
+    peaks: tl.tensor,
+    totals: tl.tensor,
+    values: tl.tensor,
+    context_lens: tl.tensor,
+    out: tl.tensor,
+    splits: tl.tensor,
     SPLIT: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_Z: tl.constexpr,
@@ -203,28 +202,28 @@ def merge_kernel(
         peak, total, merged = merge(peak, total, merged, tl.load(peaks + place), tl.load(totals + place), weighted)
         place += 1
     at = out + row * SIZE + z
-    tl.store(at, rounded(merged / total[:, None], out.dtype.element_ty), mask=z < SIZE)
+    tl.store(at, rounded(merged / total[:, None], out.type.element_ty), mask=z < SIZE)
 
 
-@triton.jit
+@jit
 def attend(
-    q: Any,
-    k_head: Any,
-    v_head: Any,
-    table: Any,
-    visible: Any,
-    start: Any,
-    last: Any,
-    page_stride: Any,
-    token_stride: Any,
-    scale: Any,
+    q: tl.tensor,
+    k_head: tl.tensor,
+    v_head: tl.tensor,
+    table: tl.tensor,
+    visible: tl.tensor,
+    start: tl.tensor,
+    last: tl.tensor,
+    page_stride: tl.tensor,
+    token_stride: tl.tensor,
+    scale: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Z: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
-) -> Any:
+) -> tuple[tl.tensor, ...]:
     """Over the keys from `start` to the split's end or `last`: the largest score (in units of log 2), the sum of
     weights [ROWS] and the weighted sum of values [ROWS, BLOCK_Z]. Row r of q sees the keys before visible[r]."""
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -248,8 +247,15 @@ def attend(
     return peak, total, values
 
 
-@triton.jit
-def merge(peak: Any, total: Any, values: Any, more_peak: Any, more_total: Any, more_values: Any) -> Any:
+@jit
+def merge(
+    peak: tl.tensor,
+    total: tl.tensor,
+    values: tl.tensor,
+    more_peak: tl.tensor,
+    more_total: tl.tensor,
+    more_values: tl.tensor,
+) -> tuple[tl.tensor, ...]:
     """What `attend` gives for two runs of keys, from what it gave for each."""
     new_peak = tl.maximum(peak, more_peak)
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import Segments
-from kernels.triton.launch import EXACT, rounded, silu
+from kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded, silu
 
 BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 
@@ -35,7 +32,7 @@ def _launch(
     assert x.stride(1) == 1 and weight.is_contiguous() and conv_state.stride()[1:] == (channels, 1)
     out = x.new_empty(x.shape[0], channels)
     block = 1 if max_query_len is None else BLOCK_TOKENS
-    grid = (triton.cdiv(channels, BLOCK_CHANNELS), triton.cdiv(max_query_len or 1, block), len(ragged[1]))
+    grid = (cdiv(channels, BLOCK_CHANNELS), cdiv(max_query_len or 1, block), len(ragged[1]))
     conv_kernel[grid](
         x,
         weight,
@@ -47,7 +44,7 @@ def _launch(
         x.stride(0),
         conv_state.stride(0),
         WIDTH=width,
-        HISTORY=triton.next_power_of_2(max(width - 1, 1)),
+        HISTORY=next_power_of_2(max(width - 1, 1)),
         HAS_BIAS=bias is not None,
         BLOCK_T=block,
         BLOCK_D=BLOCK_CHANNELS,
@@ -57,22 +54,22 @@ def _launch(
     return out
 
 
-@triton.jit
+@jit
 def conv_kernel(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    conv_state: Any,
-    out: Any,
-    query_start: Any,
-    state_ids: Any,
-    has_state: Any,
-    save_start: Any,
-    save_rows: Any,
-    save_slots: Any,
-    channels: Any,
-    x_stride: Any,
-    slot_stride: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    conv_state: tl.tensor,
+    out: tl.tensor,
+    query_start: tl.tensor,
+    state_ids: tl.tensor,
+    has_state: tl.tensor,
+    save_start: tl.tensor,
+    save_rows: tl.tensor,
+    save_slots: tl.tensor,
+    channels: tl.tensor,
+    x_stride: tl.tensor,
+    slot_stride: tl.tensor,
     WIDTH: tl.constexpr,
     HISTORY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -106,7 +103,7 @@ def conv_kernel(
     if HAS_BIAS:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     at = (start + t).to(tl.int64) * channels + channel
-    tl.store(out + at, rounded(silu(total), out.dtype.element_ty), mask=(t < length) & inside)
+    tl.store(out + at, rounded(silu(total), out.type.element_ty), mask=(t < length) & inside)
     if block > 0:
         return
     old = tl.arange(0, HISTORY)[:, None]
@@ -122,18 +119,18 @@ def conv_kernel(
     tl.store(slot + old * channels, final, mask=(old < WIDTH - 1) & inside)
 
 
-@triton.jit
+@jit
 def read(
-    rows: Any,
-    slot: Any,
-    t: Any,
-    length: Any,
-    known: Any,
-    x_stride: Any,
-    channels: Any,
-    inside: Any,
+    rows: tl.tensor,
+    slot: tl.tensor,
+    t: tl.tensor,
+    length: tl.tensor,
+    known: tl.tensor,
+    x_stride: tl.tensor,
+    channels: tl.tensor,
+    inside: tl.tensor,
     WIDTH: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Inputs number t [rows, 1] of a sequence, [rows, D]; those before 0 from its state, or zeros without one."""
     new = tl.load(rows + t.to(tl.int64) * x_stride, mask=(t >= 0) & (t < length) & inside, other=0.0)
     old = tl.load(slot + (t + (WIDTH - 1)) * channels, mask=(t < 0) & (t >= 1 - WIDTH) & inside, other=0.0)

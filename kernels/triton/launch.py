@@ -1,5 +1,8 @@
 """What the kernels share: launch options, and functions of elements in float32."""
 
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,28 +15,40 @@ from kernels.triton import interpreted
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """Launch option of kernels whose bits must equal those of another kernel: only `tl.fma` fuses."""
 
+jit: Any = triton.jit
+"""Without its types, which have no place for the launch of a kernel and take every argument for a tensor."""
+
 INTERPRETED = tl.constexpr(interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def rounded(x: Any, dtype: tl.constexpr) -> Any:
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+@jit
+def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """x, float32, to the nearest of `dtype`, ties to even."""
-    if INTERPRETED:  # it truncates to bfloat16
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.bfloat16:  # it truncates
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
-@triton.jit
-def silu(x: Any) -> Any:
+@jit
+def silu(x: tl.tensor) -> tl.tensor:
     """x * sigmoid(x)."""
     return x / (1.0 + tl.exp(-x))
 
 
-@triton.jit
-def softplus(x: Any) -> Any:
+@jit
+def softplus(x: tl.tensor) -> tl.tensor:
     """log(1 + exp(x)), and x itself above 20, where float32 knows no difference."""
     e = tl.exp(tl.minimum(x, 20.0))
     # log1p (Kahan): the rounding of 1 + e is taken off again
@@ -42,10 +57,10 @@ def softplus(x: Any) -> Any:
     return tl.where(x > 20.0, x, log1p)
 
 
-@triton.jit
-def dot(a: Any, b: Any, accumulator: Any) -> Any:
+@jit
+def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     """accumulator + a @ b, in float32."""
     if INTERPRETED:
-        # Its own product takes the bits of a bfloat16 for an integer, and the order of its sums depends on a row's place.
+        # its own product takes the bits of a bfloat16 for an integer, and its order of sums depends on a row's place
         return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, accumulator, input_precision="ieee")

@@ -1,14 +1,14 @@
 """Matrix product with a weight, the same bits for a row whatever stands beside it."""
 
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
-from typing import Any
-
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import rounded
+from kernels.triton.launch import cdiv, jit, rounded
 from kernels.triton.product import product, tile_for
 
 
@@ -26,7 +26,7 @@ class Linear:
         assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
         tile = tile_for(rows, x.element_size())
         out = x.new_empty(rows, outputs)
-        linear_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.columns))](
+        linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
             x,
             weight,
             weight if bias is None else bias,
@@ -41,16 +41,16 @@ class Linear:
         return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    out: Any,
-    rows: Any,
-    outputs: Any,
-    inputs: Any,
-    x_stride: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -72,4 +72,4 @@ def linear_kernel(
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)
     at = out + row.to(tl.int64) * outputs + column
-    tl.store(at, rounded(total, out.dtype.element_ty), mask=(row < rows) & (column < outputs))
+    tl.store(at, rounded(total, out.type.element_ty), mask=(row < rows) & (column < outputs))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import rounded
+from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded
 
 PROGRAM_ELEMENTS = 2048
 
@@ -17,12 +14,12 @@ PROGRAM_ELEMENTS = 2048
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `kernels.ops.RmsNorm`."""
     rows, size = x.shape
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     block_rows = max(1, PROGRAM_ELEMENTS // block)
     normed = x.new_empty(rows, size)
     total = x if residual is None else torch.empty_like(normed)
     added = x if residual is None else residual
-    norm_kernel[(triton.cdiv(rows, block_rows),)](
+    norm_kernel[(cdiv(rows, block_rows),)](
         x,
         added,
         weight,
@@ -41,18 +38,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return normed, total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def norm_kernel(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    normed: Any,
-    total: Any,
-    rows: Any,
-    size: Any,
-    x_stride: Any,
-    residual_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    normed: tl.tensor,
+    total: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

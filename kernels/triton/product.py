@@ -9,12 +9,11 @@ checked on every GPU (`tests/kernels/test_linear.py` compares with `==`).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import triton
 import triton.language as tl
 
-from kernels.triton.launch import dot
+from kernels.triton.launch import dot, jit
 
 FEW_ROWS = 64
 
@@ -48,17 +47,17 @@ def tile_for(rows: int, item_bytes: int) -> Tile:
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
 
 
-@triton.jit
+@jit
 def product(
-    x: Any,
-    weight: Any,
-    x_mask: Any,
-    weight_mask: Any,
-    size: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    x_mask: tl.tensor,
+    weight_mask: tl.tensor,
+    size: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """x @ weight.T, float32 [ROWS, COLUMNS]. x: pointers to the first element of each row [ROWS, 1]; weight: the same
     of each of its rows [1, COLUMNS]; `size` is K."""
     k = tl.arange(0, INNER)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.triton.launch import cdiv, jit, next_power_of_2
 
 PROGRAM_ELEMENTS = 1024
 
@@ -15,23 +14,23 @@ PROGRAM_ELEMENTS = 1024
 def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """See `kernels.ops.RouteExperts`."""
     rows, experts = logits.shape
-    block = triton.next_power_of_2(experts)
+    block = next_power_of_2(experts)
     block_rows = max(1, PROGRAM_ELEMENTS // block)
     weights = logits.new_empty(rows, top_k, dtype=torch.float32)
     ids = logits.new_empty(rows, top_k, dtype=torch.int32)
-    route_kernel[(triton.cdiv(rows, block_rows),)](
+    route_kernel[(cdiv(rows, block_rows),)](
         logits, weights, ids, rows, logits.stride(0), EXPERTS=experts, TOP_K=top_k, ROWS=block_rows, BLOCK=block
     )
     return weights, ids
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def route_kernel(
-    logits: Any,
-    weights: Any,
-    ids: Any,
-    rows: Any,
-    row_stride: Any,
+    logits: tl.tensor,
+    weights: tl.tensor,
+    ids: tl.tensor,
+    rows: tl.tensor,
+    row_stride: tl.tensor,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,

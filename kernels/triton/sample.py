@@ -5,15 +5,13 @@ The noise is that of `kernels/reference/sample.py` in float32, which differs by 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import SampleInputs
 from kernels.reference.sample import sample as sample_by_ranking
+from kernels.triton.launch import cdiv, jit, next_power_of_2
 
 BLOCK = 4096
 
@@ -23,11 +21,11 @@ def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
     there are any, the host waits for the device."""
     rows, size = logits.shape
     assert logits.stride(1) == 1
-    blocks = triton.cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     best, scores = (logits.new_empty(rows, blocks) for _ in range(2))
     ids = logits.new_empty(rows, blocks, dtype=torch.int32)
     tokens = logits.new_empty(rows, dtype=torch.int64)
-    many = triton.next_power_of_2(blocks)
+    many = next_power_of_2(blocks)
     best_kernel[(rows, blocks)](logits, best, size, logits.stride(0), BLOCK=BLOCK)
     least = inputs.min_p.log()
     draw_kernel[(rows, blocks)](
@@ -41,25 +39,31 @@ def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
     return tokens
 
 
-@triton.jit
-def best_kernel(logits: Any, best: Any, size: Any, row_stride: Any, BLOCK: tl.constexpr) -> None:
+@jit
+def best_kernel(
+    logits: tl.tensor,
+    best: tl.tensor,
+    size: tl.tensor,
+    row_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """Grid (rows, blocks). best [rows, blocks]: the largest logit of each block."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * row_stride + i, mask=i < size, other=float("-inf"))
     tl.store(best + row * tl.num_programs(1) + tl.program_id(1), tl.max(x, axis=0))
 
 
-@triton.jit
+@jit
 def draw_kernel(
-    logits: Any,
-    best: Any,
-    temperature: Any,
-    least: Any,
-    keys: Any,
-    scores: Any,
-    ids: Any,
-    size: Any,
-    row_stride: Any,
+    logits: tl.tensor,
+    best: tl.tensor,
+    temperature: tl.tensor,
+    least: tl.tensor,
+    keys: tl.tensor,
+    scores: tl.tensor,
+    ids: tl.tensor,
+    size: tl.tensor,
+    row_stride: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
@@ -72,7 +76,7 @@ def draw_kernel(
     if heat > 0:
         # relative to the best token, so that no temperature overflows
         top = tl.max(tl.load(best + row * blocks + block, mask=block < blocks, other=float("-inf")), axis=0)
-        score = tl.where(x == float("-inf"), x, (x - top) / heat)
+        score = (x - tl.maximum(top, -3.4e38)) / heat
         noisy = score + gumbel_noise(tl.load(keys + row), i)
         score = tl.where(score < tl.load(least + row), float("-inf"), noisy)
     tl.store(scores + row * blocks + tl.program_id(1), tl.max(score, axis=0))
@@ -80,8 +84,14 @@ def draw_kernel(
     tl.store(ids + row * blocks + tl.program_id(1), winner + tl.program_id(1) * BLOCK)
 
 
-@triton.jit
-def first_kernel(scores: Any, ids: Any, tokens: Any, blocks: Any, BLOCK: tl.constexpr) -> None:
+@jit
+def first_kernel(
+    scores: tl.tensor,
+    ids: tl.tensor,
+    tokens: tl.tensor,
+    blocks: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """Grid (rows). The first of the best blocks' winner."""
     row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     score = tl.load(scores + row * blocks + block, mask=block < blocks, other=float("-inf"))
@@ -89,8 +99,8 @@ def first_kernel(scores: Any, ids: Any, tokens: Any, blocks: Any, BLOCK: tl.cons
     tl.store(tokens + row, tl.load(ids + row * blocks + winner).to(tl.int64))
 
 
-@triton.jit
-def gumbel_noise(key: Any, i: Any) -> Any:
+@jit
+def gumbel_noise(key: tl.tensor, i: tl.tensor) -> tl.tensor:
     """-log(-log u), with u from output number i of SplitMix64 seeded with `key`."""
     bits = (i + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64, bitcast=True)
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9

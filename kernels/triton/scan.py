@@ -1,19 +1,21 @@
 """The selective scan: a few channels of one sequence a program, with their state in registers from token to token.
 
-The order is that of time, so a chunk may end anywhere. Blocks of channels are narrow so that one long prompt still makes
-some hundreds of programs; the next token's inputs are fetched while the current one is computed.
+The order is that of time, so a chunk may end anywhere. Blocks of channels are narrow so that one long prompt still
+makes some hundreds of programs; the next token's inputs are fetched while the current one is computed.
 """
+
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import ScanInputs, ScanWeights, Segments
-from kernels.triton.launch import EXACT, LOG2_E, rounded, silu, softplus
+from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
 BLOCK_CHANNELS = 16
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
@@ -36,7 +38,7 @@ def _launch(
     channels, states = weights.a.shape
     assert all(rows.stride(1) == 1 for rows in inputs) and ssm_state.stride()[1:] == (states, 1)
     out = inputs.u.new_empty(inputs.u.shape[0], channels)
-    scan_kernel[(triton.cdiv(channels, BLOCK_CHANNELS), len(ragged[1]))](
+    scan_kernel[(cdiv(channels, BLOCK_CHANNELS), len(ragged[1]))](
         *inputs,
         *(weight.contiguous() for weight in weights),
         ssm_state,
@@ -47,38 +49,38 @@ def _launch(
         ssm_state.stride(0),
         STATES=states,
         BLOCK_D=BLOCK_CHANNELS,
-        BLOCK_S=triton.next_power_of_2(states),
+        BLOCK_S=next_power_of_2(states),
         DECODE=decode,
         **OPTIONS,
     )
     return out
 
 
-@triton.jit
+@jit
 def scan_kernel(
-    u: Any,
-    dt: Any,
-    b: Any,
-    c: Any,
-    z: Any,
-    a: Any,
-    d: Any,
-    dt_bias: Any,
-    ssm_state: Any,
-    out: Any,
-    query_start: Any,
-    state_ids: Any,
-    has_state: Any,
-    save_start: Any,
-    save_rows: Any,
-    save_slots: Any,
-    channels: Any,
-    u_stride: Any,
-    dt_stride: Any,
-    b_stride: Any,
-    c_stride: Any,
-    z_stride: Any,
-    slot_stride: Any,
+    u: tl.tensor,
+    dt: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    z: tl.tensor,
+    a: tl.tensor,
+    d: tl.tensor,
+    dt_bias: tl.tensor,
+    ssm_state: tl.tensor,
+    out: tl.tensor,
+    query_start: tl.tensor,
+    state_ids: tl.tensor,
+    has_state: tl.tensor,
+    save_start: tl.tensor,
+    save_rows: tl.tensor,
+    save_slots: tl.tensor,
+    channels: tl.tensor,
+    u_stride: tl.tensor,
+    dt_stride: tl.tensor,
+    b_stride: tl.tensor,
+    c_stride: tl.tensor,
+    z_stride: tl.tensor,
+    slot_stride: tl.tensor,
     STATES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -116,20 +118,30 @@ def scan_kernel(
             u_next, dt_next, z_next = load(u_at, inside), load(dt_at, inside), load(z_at, inside)
             b_next, c_next = load(b_at, inside_s), load(c_at, inside_s)
             h, y = step(h, u_t, dt_t, z_t, b_t, c_t, rate, skip, bias)
-            tl.store(out_at, rounded(y, out.dtype.element_ty), mask=inside)
+            tl.store(out_at, rounded(y, out.type.element_ty), mask=inside)
             out_at += channels
             u_t, dt_t, z_t, b_t, c_t = u_next, dt_next, z_next, b_next, c_next
         row = stop
         tl.store(ssm_state + target * slot_stride + place, h, mask=inside_state)
 
 
-@triton.jit
-def load(at: Any, mask: Any) -> Any:
+@jit
+def load(at: tl.tensor, mask: tl.tensor) -> tl.tensor:
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def step(h: Any, u: Any, dt: Any, z: Any, b: Any, c: Any, rate: Any, skip: Any, bias: Any) -> Any:
+@jit
+def step(
+    h: tl.tensor,
+    u: tl.tensor,
+    dt: tl.tensor,
+    z: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    rate: tl.tensor,
+    skip: tl.tensor,
+    bias: tl.tensor,
+) -> tuple[tl.tensor, ...]:
     """The next state [D, S] and y [D]; `rate` is a in units of log 2."""
     dt = softplus(dt + bias)
     h = tl.fma(tl.exp2(dt[:, None] * rate), h, (dt * u)[:, None] * b[None, :])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.triton.launch import cdiv, jit, next_power_of_2
 
 BLOCK = 4096
 
@@ -27,7 +26,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: T
         k_pages.stride(0),
         BLOCK_SIZE=k_pages.shape[1],
         SIZE=kv_heads * size,
-        BLOCK=triton.next_power_of_2(kv_heads * size),
+        BLOCK=next_power_of_2(kv_heads * size),
     )
 
 
@@ -37,21 +36,21 @@ def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tenso
     for tensor in tensors:
         unit = tensor[0]
         assert unit.is_contiguous(), "a unit is one piece of memory"
-        copy_kernel[(triton.cdiv(unit.numel(), BLOCK), len(sources))](
+        copy_kernel[(cdiv(unit.numel(), BLOCK), len(sources))](
             tensor, sources, destinations, unit.numel(), tensor.stride(0), BLOCK=BLOCK
         )
 
 
-@triton.jit
+@jit
 def write_kernel(
-    k: Any,
-    v: Any,
-    k_pages: Any,
-    v_pages: Any,
-    kv_slots: Any,
-    k_stride: Any,
-    v_stride: Any,
-    page_stride: Any,
+    k: tl.tensor,
+    v: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    kv_slots: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    page_stride: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,9 +63,14 @@ def write_kernel(
     tl.store(v_pages + place, tl.load(v + row * v_stride + i, mask=i < SIZE), mask=i < SIZE)
 
 
-@triton.jit
+@jit
 def copy_kernel(
-    tensor: Any, sources: Any, destinations: Any, size: Any, slot_stride: Any, BLOCK: tl.constexpr
+    tensor: tl.tensor,
+    sources: tl.tensor,
+    destinations: tl.tensor,
+    size: tl.tensor,
+    slot_stride: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Grid (blocks of a unit, pairs)."""
     pair, i = tl.program_id(1), tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
