@@ -23,6 +23,7 @@ from kernels.triton.launch import EXACT, LOG2_E, cdiv, dot, jit, next_power_of_2
 SPLIT = 512
 KEYS = 32
 ROWS = 64
+OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}  # with more, prefill spills registers on sm_80
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
@@ -31,7 +32,7 @@ def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_le
     tile = _tile(q, pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     prefill_kernel[(cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), kv_heads, len(query_start) - 1)](
-        q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **EXACT
+        q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **OPTIONS
     )
     return out
 
@@ -45,7 +46,7 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     peaks, totals = (q.new_empty(sequences, heads, splits, dtype=torch.float32) for _ in range(2))
     values = q.new_empty(sequences, heads, splits, size, dtype=torch.float32)
     decode_kernel[(splits, pages.k.shape[2], sequences)](
-        q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, **tile, **EXACT
+        q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, **tile, **OPTIONS
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     merge_kernel[(heads, sequences)](

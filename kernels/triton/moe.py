@@ -86,8 +86,8 @@ def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
 def find_tile(
     entries: tl.tensor, start: tl.tensor, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """The expert of this program's tile, EXPERTS if there is none; its rows, their choices, and which of them are there,
-    all [ROWS, 1]."""
+    """The expert of this program's tile, EXPERTS if there is none; its rows, their choices, and which of them are
+    there, all [ROWS, 1]."""
     e = tl.arange(0, BLOCK_E)
     begin = tl.load(start + e, mask=e < EXPERTS, other=0)
     end = tl.load(start + e + 1, mask=e < EXPERTS, other=0)

@@ -33,22 +33,18 @@ def test_splits_of_keys_are_merged(
     assert_same(attention_decode(q[[3, 6]], pages, SCALE), out[[3, 6]])
 
 
-@each_implementation("linear")
+@each_implementation("linear", but="reference")
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, dtype: torch.dtype) -> None:
     x, weight = random(2 * TILE + 3, 150, dtype=dtype), linear.pack(random(40, 150, dtype=dtype, seed=1))
-    if "triton" not in getattr(linear, "__module__", ""):
-        pytest.skip("the others have tests of their own, or promise no such thing")
     together = linear(x, weight)
     for start, end in ((0, 1), (70, 71), (3, 3 + TILE), (0, TILE + 1), (100, 131)):
         assert_same(linear(x[start:end], weight), together[start:end])
 
 
-@each_implementation("run_experts")
+@each_implementation("run_experts", but="reference")
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(run_experts: RunExperts, dtype: torch.dtype) -> None:
-    if "triton" not in getattr(run_experts, "__module__", ""):
-        pytest.skip("the others have tests of their own, or promise no such thing")
     tokens = 70  # expert 1's rows fill a tile and more, expert 2 has none
     x = random(tokens, 24, dtype=dtype)
     experts = run_experts.pack(random(4, 20, 24, dtype=dtype, seed=1), random(4, 24, 10, dtype=dtype, seed=2))
