@@ -140,12 +140,15 @@ def measure_engine(limits: dict[str, float]) -> dict[str, Any]:
         llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
         return time.perf_counter() - started
 
+    # a step reads the weights, and reads and writes every sequence's state
     weights = 2 * config.num_parameters()
+    channel = 4 * config.mamba_d_state + 2 * (config.mamba_d_conv - 1)
+    state = 2 * len(config.mamba_layers) * config.d_inner * channel
     decode: dict[str, Any] = {}
     for count in SEQUENCES:
         seconds(count, 4, 4)  # compiles what this number of rows needs
         rate = count * STEPS / (seconds(count, 4, STEPS + 1) - seconds(count, 4, 1))
-        decode[str(count)] = {"tok_s": rate, "limit": count * limits["bandwidth"] / weights}
+        decode[str(count)] = {"tok_s": rate, "limit": count * limits["bandwidth"] / (weights + count * state)}
     prefill: dict[str, Any] = {}
     for length in PROMPTS:
         seconds(1, length, 1)

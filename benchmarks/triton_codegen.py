@@ -4,7 +4,7 @@
 
 Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16; its launches are recorded
 instead of run, and compiled as the launcher would: pointers and multiples of 16 are known as such, ones are constants.
-Fails if a kernel spills registers, or if an op for one token sums over another layout than its twin for many.
+Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if an op for one token sums over another layout than its twin for many.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+# Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
+KNOWN_SPILLS = {("prefill_kernel", "sm_80"): 24}
 TWINS = [("selective_scan", "selective_state_update"), ("attention_prefill", "attention_decode")]
 
 
@@ -208,7 +210,11 @@ def all_launches() -> list[Launch]:
 
 
 def problems(found: list[Resources]) -> list[str]:
-    messages = [f"{r.op}: {r.kernel} spills {r.spilled} bytes on {r.target}" for r in found if r.spilled]
+    messages = [
+        f"{r.op}: {r.kernel} spills {r.spilled} bytes on {r.target}"
+        for r in found
+        if r.spilled > KNOWN_SPILLS.get((r.kernel, r.target), 0)
+    ]
     for many, one in TWINS:
         for target in sorted({r.target for r in found}):
             layouts = {

@@ -21,9 +21,9 @@ from kernels.ops import Pages
 from kernels.triton.launch import EXACT, LOG2_E, cdiv, dot, jit, next_power_of_2, rounded
 
 SPLIT = 512
-KEYS = 32
+KEY_BYTES = 64  # of one element of every key in a block: 32 keys in bfloat16
 ROWS = 64
-OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}  # with more, prefill spills registers on sm_80
+OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}  # with more, prefill spills more on sm_80
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
@@ -65,7 +65,7 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
         "BLOCK_SIZE": pages.k.shape[1],
         "ROWS": max(ROWS, next_power_of_2(group)),
         "BLOCK_Z": max(16, next_power_of_2(size)),
-        "KEYS": KEYS,
+        "KEYS": KEY_BYTES // q.element_size(),
         "SPLIT": SPLIT,
     }
 
@@ -78,29 +78,14 @@ def _pages(pages: Pages) -> tuple[Any, ...]:
 
 @jit
 def prefill_kernel(
-    q: tl.tensor,
-    k_pages: tl.tensor,
-    v_pages: tl.tensor,
-    block_tables: tl.tensor,
-    context_lens: tl.tensor,
-    table_stride: tl.tensor,
-    page_stride: tl.tensor,
-    token_stride: tl.tensor,
-    head_stride: tl.tensor,
-    query_start: tl.tensor,
-    out: tl.tensor,
-    q_row_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    heads: tl.tensor,
-    scale: tl.tensor,
-    SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
-) -> None:
+    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
+    block_tables: tl.tensor, context_lens: tl.tensor,
+    table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
+    query_start: tl.tensor, out: tl.tensor,
+    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (tiles of the longest run, KV heads, sequences)."""
     sequence, kv_head = tl.program_id(2), tl.program_id(1)
     start = tl.load(query_start + sequence)
@@ -133,30 +118,14 @@ def prefill_kernel(
 
 @jit
 def decode_kernel(
-    q: tl.tensor,
-    k_pages: tl.tensor,
-    v_pages: tl.tensor,
-    block_tables: tl.tensor,
-    context_lens: tl.tensor,
-    table_stride: tl.tensor,
-    page_stride: tl.tensor,
-    token_stride: tl.tensor,
-    head_stride: tl.tensor,
-    peaks: tl.tensor,
-    totals: tl.tensor,
-    values: tl.tensor,
-    q_row_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    heads: tl.tensor,
-    scale: tl.tensor,
-    SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
-) -> None:
+    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
+    block_tables: tl.tensor, context_lens: tl.tensor,
+    table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
+    peaks: tl.tensor, totals: tl.tensor, values: tl.tensor,
+    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (splits of the longest context, KV heads, sequences)."""
     sequence, kv_head, split = tl.program_id(2), tl.program_id(1), tl.program_id(0)
     context = tl.load(context_lens + sequence)
@@ -208,23 +177,12 @@ def merge_kernel(
 
 @jit
 def attend(
-    q: tl.tensor,
-    k_head: tl.tensor,
-    v_head: tl.tensor,
-    table: tl.tensor,
-    visible: tl.tensor,
-    start: tl.tensor,
-    last: tl.tensor,
-    page_stride: tl.tensor,
-    token_stride: tl.tensor,
-    scale: tl.tensor,
-    SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
+    q: tl.tensor, k_head: tl.tensor, v_head: tl.tensor, table: tl.tensor, visible: tl.tensor,
+    start: tl.tensor, last: tl.tensor,
+    page_stride: tl.tensor, token_stride: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Over the keys from `start` to the split's end or `last`: the largest score (in units of log 2), the sum of
     weights [ROWS] and the weighted sum of values [ROWS, BLOCK_Z]. Row r of q sees the keys before visible[r]."""
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)

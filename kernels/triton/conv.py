@@ -56,27 +56,13 @@ def _launch(
 
 @jit
 def conv_kernel(
-    x: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    conv_state: tl.tensor,
-    out: tl.tensor,
-    query_start: tl.tensor,
-    state_ids: tl.tensor,
-    has_state: tl.tensor,
-    save_start: tl.tensor,
-    save_rows: tl.tensor,
-    save_slots: tl.tensor,
-    channels: tl.tensor,
-    x_stride: tl.tensor,
-    slot_stride: tl.tensor,
-    WIDTH: tl.constexpr,
-    HISTORY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DECODE: tl.constexpr,
-) -> None:
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, conv_state: tl.tensor, out: tl.tensor,
+    query_start: tl.tensor, state_ids: tl.tensor, has_state: tl.tensor,
+    save_start: tl.tensor, save_rows: tl.tensor, save_slots: tl.tensor,
+    channels: tl.tensor, x_stride: tl.tensor, slot_stride: tl.tensor,
+    WIDTH: tl.constexpr, HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DECODE: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (channel blocks, token blocks of the longest run, sequences).
 
     A sequence's stored inputs matter to its first block only, which therefore writes the states too: no other program

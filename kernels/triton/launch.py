@@ -59,8 +59,8 @@ def softplus(x: tl.tensor) -> tl.tensor:
 
 @jit
 def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
-    """accumulator + a @ b, in float32."""
+    """accumulator + a @ b, in float32: of float32 operands as three products of TF32, far quicker than without."""
     if INTERPRETED:
         # its own product takes the bits of a bfloat16 for an integer, and its order of sums depends on a row's place
         return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision="tf32x3")

@@ -58,34 +58,17 @@ def _launch(
 
 @jit
 def scan_kernel(
-    u: tl.tensor,
-    dt: tl.tensor,
-    b: tl.tensor,
-    c: tl.tensor,
-    z: tl.tensor,
-    a: tl.tensor,
-    d: tl.tensor,
-    dt_bias: tl.tensor,
-    ssm_state: tl.tensor,
-    out: tl.tensor,
-    query_start: tl.tensor,
-    state_ids: tl.tensor,
-    has_state: tl.tensor,
-    save_start: tl.tensor,
-    save_rows: tl.tensor,
-    save_slots: tl.tensor,
+    u: tl.tensor, dt: tl.tensor, b: tl.tensor, c: tl.tensor, z: tl.tensor,
+    a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
+    ssm_state: tl.tensor, out: tl.tensor,
+    query_start: tl.tensor, state_ids: tl.tensor, has_state: tl.tensor,
+    save_start: tl.tensor, save_rows: tl.tensor, save_slots: tl.tensor,
     channels: tl.tensor,
-    u_stride: tl.tensor,
-    dt_stride: tl.tensor,
-    b_stride: tl.tensor,
-    c_stride: tl.tensor,
-    z_stride: tl.tensor,
+    u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor, c_stride: tl.tensor, z_stride: tl.tensor,
     slot_stride: tl.tensor,
-    STATES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    DECODE: tl.constexpr,
-) -> None:
+    STATES: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, DECODE: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (cdiv(channels, BLOCK_D), sequences). DECODE: row i is sequence i's only one, and all have a state."""
     sequence = tl.program_id(1)
     channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
