@@ -4,7 +4,8 @@
 
 Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16; its launches are recorded
 instead of run, and compiled as the launcher would: pointers and multiples of 16 are known as such, ones are constants.
-Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if an op for one token sums over another layout than its twin for many.
+Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if an op for one token sums over another layout than its
+twin for many.
 """
 
 from __future__ import annotations
