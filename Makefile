@@ -2,6 +2,7 @@
 #
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             everything that has to pass: style, types, imports, tests
+#   make test-triton                      the part of it that runs and compiles the GPU kernels without a GPU
 #   make check                            the quick part of it: style, types, imports
 #   make format                           let ruff rewrite the sources
 #   make clean                            remove .venv and what the tools leave behind
@@ -23,7 +24,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format clean
+.PHONY: help serve test test-triton check format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -40,6 +41,12 @@ check: .venv/dev.stamp
 test: check
 	@echo "== pytest: tests"
 	@$(BIN)/python -m pytest $(TESTS)
+	$(if $(TESTS),,@$(MAKE) --no-print-directory test-triton)
+
+test-triton: .venv/dev.stamp
+	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
+	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.triton_codegen)
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

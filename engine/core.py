@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -82,12 +82,13 @@ class EngineCore:
         if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
         kernels = select(device.type, config.kernels)
+        check_quantization(policy, kernels.names)
         plan = plan_memory(
             model_config,
             config,
             dtype_bytes=dtype.itemsize,
             weight_bytes=weight_bytes(
-                model_config, dtype.itemsize, packed=kernels.names["linear"] != "reference", policy=policy
+                model_config, dtype.itemsize, packed=kernels.names["linear"] == "cpu", policy=policy
             ),
             available_bytes=available_bytes(device),
             device=device.type,
@@ -157,6 +158,17 @@ def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype
     """`auto` is the checkpoint's own."""
     name = model_config.dtype if config.dtype == "auto" else config.dtype
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def check_quantization(policy: QuantizationPolicy, names: Mapping[str, str]) -> None:
+    """ConfigError where the kernels chosen (op -> implementation) take no quantised weights."""
+    ops = [op for op in ("linear", "run_experts") if names[op] == "triton"]
+    if policy.quantization is not None and ops:
+        wishes = " ".join(f"--kernels {op}=reference" for op in ops)
+        raise ConfigError(
+            f"quantization {policy.quantization!r} is not supported by the triton kernels yet; leave it out, or add "
+            f"{wishes}, which is slow."
+        )
 
 
 def available_bytes(device: torch.device) -> int:

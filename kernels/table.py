@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from kernels.cpu import attention as cpu_attention
@@ -22,6 +23,7 @@ from kernels.cpu import scan as cpu_scan
 from kernels.cpu import slots as cpu_slots
 from kernels.ops import Kernels, KernelUnavailable
 from kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
+from kernels.triton import ensure_available
 
 logger = logging.getLogger(__name__)
 
@@ -52,37 +54,62 @@ class TableRow:
     status: str
 
 
+def _triton(module: str, name: str) -> Callable[[], Any]:
+    """An op of kernels.triton, whose modules can be imported only where triton is installed."""
+
+    def load() -> Any:
+        ensure_available()
+        op = getattr(import_module(f"kernels.triton.{module}"), name)
+        return op() if isinstance(op, type) else op
+
+    return load
+
+
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
 TABLE: tuple[Implementation, ...] = (
     Implementation("rms_norm", "cpu", ("cpu",), cpu_norm.RmsNorm),
+    Implementation("rms_norm", "triton", ("cuda",), _triton("norm", "rms_norm")),
     Implementation("rms_norm", "reference", _BOTH, lambda: norm.rms_norm),
     Implementation("causal_conv1d", "cpu", ("cpu",), cpu_conv.CausalConv1d),
+    Implementation("causal_conv1d", "triton", ("cuda",), _triton("conv", "causal_conv1d")),
     Implementation("causal_conv1d", "reference", _BOTH, lambda: conv.causal_conv1d),
     Implementation("causal_conv1d_update", "cpu", ("cpu",), cpu_conv.CausalConv1dUpdate),
+    Implementation("causal_conv1d_update", "triton", ("cuda",), _triton("conv", "causal_conv1d_update")),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
+    Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
     Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),
+    Implementation("selective_state_update", "triton", ("cuda",), _triton("scan", "selective_state_update")),
     Implementation("selective_state_update", "reference", _BOTH, lambda: scan.selective_state_update),
     Implementation("write_kv", "cpu", ("cpu",), cpu_slots.WriteKv),
+    Implementation("write_kv", "triton", ("cuda",), _triton("slots", "write_kv")),
     Implementation("write_kv", "reference", _BOTH, lambda: slots.write_kv),
     Implementation("attention_prefill", "cpu", ("cpu",), cpu_attention.AttentionPrefill),
+    Implementation("attention_prefill", "triton", ("cuda",), _triton("attention", "attention_prefill")),
     Implementation("attention_prefill", "reference", _BOTH, lambda: attention.attention_prefill),
     Implementation("attention_decode", "cpu", ("cpu",), cpu_attention.AttentionDecode),
+    Implementation("attention_decode", "triton", ("cuda",), _triton("attention", "attention_decode")),
     Implementation("attention_decode", "reference", _BOTH, lambda: attention.attention_decode),
     Implementation("copy_slots", "cpu", ("cpu",), cpu_slots.CopySlots),
+    Implementation("copy_slots", "triton", ("cuda",), _triton("slots", "copy_slots")),
     Implementation("copy_slots", "reference", _BOTH, lambda: slots.copy_slots),
     Implementation("silu_and_mul", "cpu", ("cpu",), cpu_moe.SiluAndMul),
+    Implementation("silu_and_mul", "triton", ("cuda",), _triton("moe", "silu_and_mul")),
     Implementation("silu_and_mul", "reference", _BOTH, lambda: moe.silu_and_mul),
     Implementation("route_experts", "cpu", ("cpu",), cpu_route.RouteExperts),
+    Implementation("route_experts", "triton", ("cuda",), _triton("route", "route_experts")),
     Implementation("route_experts", "reference", _BOTH, lambda: moe.route_experts),
     Implementation("run_experts", "cpu", ("cpu",), cpu_moe.RunExperts),
+    Implementation("run_experts", "triton", ("cuda",), _triton("moe", "RunExperts")),
     Implementation("run_experts", "reference", _BOTH, moe.RunExperts),
     Implementation("linear", "cpu", ("cpu",), cpu_linear.Linear),
+    Implementation("linear", "triton", ("cuda",), _triton("linear", "Linear")),
     Implementation("linear", "reference", _BOTH, linear.Linear),
     Implementation("sample", "cpu", ("cpu",), cpu_sample.Sample),
+    Implementation("sample", "triton", ("cuda",), _triton("sample", "sample")),
     Implementation("sample", "reference", _BOTH, lambda: sample.sample),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),

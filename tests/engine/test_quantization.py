@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, Quantization
+from engine.core import check_quantization
 from engine.errors import ConfigError
 from engine.llm import LLM
 from engine.model_config import load_model_config, step_bytes, weight_bytes
@@ -136,6 +137,14 @@ def test_the_policy_leaves_mixers_and_small_matrices_alone() -> None:
     with_mamba = QuantizationPolicy("int8", mamba=True)
     assert [role for role in ROLES if with_mamba.quantization_of(role) == "int8"] == list(ROLES[:-1])
     assert not any(map(UNQUANTIZED.quantization_of, ROLES))
+
+
+def test_kernels_without_quantised_products_are_refused_by_name() -> None:
+    quantized, chosen = QuantizationPolicy("int8"), {"linear": "triton", "run_experts": "cpu"}
+    with pytest.raises(ConfigError, match="'int8' is not supported by the triton kernels yet.*linear=reference,"):
+        check_quantization(quantized, chosen)
+    check_quantization(UNQUANTIZED, chosen)
+    check_quantization(quantized, {"linear": "cpu", "run_experts": "reference"})
 
 
 def test_quantize_mamba_needs_a_format() -> None:

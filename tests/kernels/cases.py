@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -12,21 +13,34 @@ from torch import Tensor
 
 from kernels.ops import Segments, StateSaves
 from kernels.table import Implementation, KernelUnavailable, implementations
+from kernels.triton import interpreted
+from tests.kernels.on_device import OnDevice
 from tests.kernels.oracle import Array
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EXACT_DTYPES = (torch.float32, torch.bfloat16)
+EXACT_DTYPES = (torch.bfloat16,) if interpreted() else (torch.float32, torch.bfloat16)  # it takes its time
 
 # Half a unit in the last place of the result, for each rounding to dtype on its way; float32 sums add their own.
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def each_implementation(*ops: str) -> pytest.MarkDecorator:
-    """Runs a test with every implementation of the table that has all of `ops` on a CPU, as arguments of these names.
-    One that cannot load here is shown as skipped, with the reason."""
-    by_op = [{entry.name: entry for entry in implementations(op, "cpu")} for op in ops]
-    names = [name for name in by_op[0] if all(name in entries for entries in by_op)]
+def each_implementation(*ops: str, but: str = "") -> pytest.MarkDecorator:
+    """Runs a test with every implementation of the table that has all of `ops` on a CPU, as arguments of these names,
+    and triton's on a GPU where there is one; with TRITON_INTERPRET=1 triton's alone, interpreted. One that cannot load
+    here is shown as skipped, with the reason. The one named `but` does not promise what is tested."""
+    by_op = [{entry.name: entry for entry in _entries(op)} for op in ops]
+    names = [name for name in by_op[0] if name != but and all(name in entries for entries in by_op)]
     return pytest.mark.parametrize(ops, [_param(name, [entries[name] for entries in by_op]) for name in names])
+
+
+def _entries(op: str) -> list[Implementation]:
+    on_gpu = [entry for entry in implementations(op, "cuda") if entry.name == "triton"]
+    if interpreted():
+        return on_gpu
+    if not torch.cuda.is_available():
+        on_gpu.clear()
+    gpu = torch.device("cuda")
+    return [*implementations(op, "cpu"), *(replace(e, load=lambda e=e: OnDevice(e.load(), gpu)) for e in on_gpu)]
 
 
 def _param(name: str, entries: list[Implementation]) -> object:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from kernels.ops import AttentionDecode, AttentionPrefill, Pages
 from tests.kernels import oracle
-from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.cases import (
+    DTYPES,
+    EXACT_DTYPES,
+    HALF_ULP,
+    assert_close,
+    assert_same,
+    double,
+    each_implementation,
+    random,
+)
 
 SCALE = 0.3
 HEADS = [(4, 1), (6, 2), (3, 3)]  # query heads, KV heads: one, some and all have their own keys
@@ -40,6 +49,11 @@ def keys_and_values(context: int, kv_heads: int, size: int, dtype: torch.dtype, 
     return k, v
 
 
+def slack(attention: AttentionPrefill | AttentionDecode, dtype: torch.dtype) -> float:
+    """Tensor cores take the softmax's weights in dtype, as transformers' product does."""
+    return 1e-5 + (HALF_ULP[dtype] if "triton" in getattr(attention, "__module__", "") else 0.0)
+
+
 def query_start(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
@@ -59,7 +73,8 @@ def test_prefill_equals_the_formula(
     out = attention_prefill(q, paged(known, block_size), starts, max(lengths), SCALE)
     assert out.dtype == dtype
     for (start, end), (k, v) in zip(pairwise(starts.tolist()), known, strict=True):
-        assert_close(out[start:end], oracle.attention(double(q[start:end]), double(k), double(v), SCALE))
+        expected = oracle.attention(double(q[start:end]), double(k), double(v), SCALE)
+        assert_close(out[start:end], expected, atol=slack(attention_prefill, dtype))
 
 
 @each_implementation("attention_decode")
@@ -75,7 +90,8 @@ def test_decode_equals_the_formula(
     out = attention_decode(q, paged(known, block_size), SCALE)
     assert out.dtype == dtype
     for i, (k, v) in enumerate(known):
-        assert_close(out[i : i + 1], oracle.attention(double(q[i : i + 1]), double(k), double(v), SCALE))
+        expected = oracle.attention(double(q[i : i + 1]), double(k), double(v), SCALE)
+        assert_close(out[i : i + 1], expected, atol=slack(attention_decode, dtype))
 
 
 @each_implementation("attention_prefill")

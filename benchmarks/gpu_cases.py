@@ -1,0 +1,203 @@
+"""Every op at a model's shapes, on random data, with the bytes that it must move and the operations that it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A model's sizes, in the letters of `kernels.ops`."""
+
+    name: str
+    h: int
+    f: int
+    d: int
+    heads: int
+    kv_heads: int
+    z: int
+    experts: int
+    v: int = 65536
+    s: int = 16
+    w: int = 4
+
+
+JAMBA_3B = Shape(name="3b", h=2560, f=8192, d=5120, heads=20, kv_heads=1, z=128, experts=0)
+JAMBA_MINI = Shape(name="mini", h=4096, f=14336, d=8192, heads=32, kv_heads=8, z=128, experts=16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """`args` are the op's; `weights` its packed ones, which come second. `written`: bytes written into arguments."""
+
+    op: str
+    label: str
+    args: tuple[Any, ...]
+    weights: tuple[Tensor, ...] = ()
+    moved: int | None = None
+    written: int = 0
+    operations: int = 0
+
+    def prepare(self, op: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """Arguments of its own for a call of `op`, floats converted to `dtype`."""
+        args = tuple(copy(value, dtype) for value in self.args)
+        if not self.weights:
+            return args
+        packed = op.pack(*(copy(weight, dtype) for weight in self.weights))
+        return args[0], packed, *args[1:]
+
+    def bytes_moved(self, result: Any) -> int:
+        """Every argument read once, every result written once, unless the case knows better."""
+        if self.moved is not None:
+            return self.moved
+        return sum(tensor.nbytes for tensor in flatten((self.args, self.weights, result))) + self.written
+
+
+def flatten(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in flatten(item)] if isinstance(value, tuple) else []
+
+
+def copy(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, tuple):
+        copied = [copy(item, dtype) for item in value]
+        return type(value)(*copied) if hasattr(value, "_fields") else tuple(copied)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype, copy=True) if dtype and value.dtype == torch.bfloat16 else value.clone()
+
+
+class Maker:
+    """Random tensors on one device."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def floats(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.generator, device=self.device)
+
+    def random(self, *size: int) -> Tensor:
+        return self.floats(*size).to(torch.bfloat16)
+
+    def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(self.device)
+
+    def rows(self, rows: int) -> Iterator[Case]:
+        """Ops of single rows."""
+        m = self.shape
+        x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
+        yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
+        yield Case(op="silu_and_mul", label=f"{rows} rows", args=(gate_up,))
+        for name, outputs, inputs in (("in_proj", 2 * m.d, m.h), ("out_proj", m.h, m.d), ("gate_up", 2 * m.f, m.h)):
+            weight = self.random(outputs, inputs) / inputs**0.5
+            operations = 2 * rows * outputs * inputs
+            label = f"{name}, {rows} rows"
+            args = (self.random(rows, inputs),)
+            yield Case(op="linear", label=label, args=args, weights=(weight,), operations=operations)
+        if m.experts:
+            yield from self._experts(rows)
+
+    def _experts(self, rows: int) -> Iterator[Case]:
+        m, top_k = self.shape, 2
+        yield Case(op="route_experts", label=f"{rows} rows", args=(self.random(rows, m.experts), top_k))
+        chosen = torch.rand(rows, m.experts, generator=self.generator, device=self.device).topk(top_k).indices.int()
+        weights = torch.full((rows, top_k), 0.5, device=self.device)
+        gate_up, down = self.random(m.experts, 2 * m.f, m.h) / m.h**0.5, self.random(m.experts, m.h, m.f) / m.f**0.5
+        yield Case(
+            op="run_experts",
+            label=f"{rows} rows",
+            args=(self.random(rows, m.h), weights, chosen),
+            weights=(gate_up, down),
+            moved=len(chosen.unique()) * 3 * m.f * m.h * 2 + 4 * rows * m.h,
+            operations=2 * rows * top_k * 3 * m.f * m.h,
+        )
+
+    def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
+        """Convolution and scan of sequences of equal length; of one token each through the ops for one token."""
+        m, rows = self.shape, sequences * tokens
+        label = f"{sequences} x {tokens} tokens"
+        u, dt, z = (self.random(rows, m.d) for _ in range(3))
+        b, c = self.random(rows, m.s), self.random(rows, m.s)
+        weights = ScanWeights(-self.floats(m.d, m.s).exp(), self.floats(m.d), self.floats(m.d) - 3)
+        inputs, ssm = ScanInputs(u, dt, b, c, z), self.floats(sequences, m.d, m.s)
+        conv, taps, bias = self.random(sequences, m.w - 1, m.d), self.random(m.w, m.d), self.random(m.d)
+        ids = self.ints(range(sequences))
+        none = StateSaves(self.ints([0] * (sequences + 1)), ids[:0], ids[:0])
+        known = torch.ones(sequences, dtype=torch.bool, device=self.device)
+        starts = self.ints([i * tokens for i in range(sequences + 1)])
+        where: Any = ids if tokens == 1 else Segments(starts, tokens, ids, known, none)
+        convolve, scan = (
+            ("causal_conv1d_update", "selective_state_update") if tokens == 1 else ("causal_conv1d", "selective_scan")
+        )
+        yield Case(op=convolve, label=label, args=(u, taps, bias, conv, where), written=conv.nbytes)
+        yield Case(op=scan, label=label, args=(inputs, weights, ssm, where), written=ssm.nbytes)
+
+    def attention(self, sequences: int, tokens: int, context: int) -> Iterator[Case]:
+        """The last `tokens` of each sequence of `context` tokens."""
+        m, blocks = self.shape, -(-context // BLOCK_SIZE)
+        k, v = (self.random(sequences * blocks, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
+        order = torch.randperm(sequences * blocks, generator=self.generator, device=self.device)
+        lens = self.ints([context] * sequences)
+        pages = Pages(k, v, order.view(sequences, blocks).int(), lens, context)
+        q = self.random(sequences * tokens, m.heads, m.z)
+        operations = 4 * sequences * m.heads * m.z * sum(range(context - tokens + 1, context + 1))
+        label, scale = f"{sequences} x {tokens} of {context} keys", m.z**-0.5
+        if tokens == 1:
+            yield Case(op="attention_decode", label=label, args=(q, pages, scale), operations=operations)
+            return
+        starts = self.ints([i * tokens for i in range(sequences + 1)])
+        args = (q, pages, starts, tokens, scale)
+        yield Case(op="attention_prefill", label=label, args=args, operations=operations)
+
+    def storage(self, tokens: int, pairs: int) -> Iterator[Case]:
+        m = self.shape
+        k, v = (self.random(tokens, m.kv_heads, m.z) for _ in range(2))
+        k_pages, v_pages = (self.random(tokens // BLOCK_SIZE, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
+        places = torch.randperm(tokens, generator=self.generator, device=self.device)
+        yield Case(op="write_kv", label=f"{tokens} tokens", args=(k, v, k_pages, v_pages, places))
+        slots, first = self.floats(2 * pairs, 4, m.d, m.s), self.ints(range(pairs), torch.int64)
+        yield Case(op="copy_slots", label=f"{pairs} pairs", args=((slots,), first, first + pairs))
+
+    def sampling(self, rows: int) -> Iterator[Case]:
+        ones, keys = torch.ones(rows, device=self.device), self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
+        inputs = SampleInputs(ones, ones, ones * 0, self.ints([0] * rows), keys)
+        yield Case(op="sample", label=f"{rows} rows", args=(self.floats(rows, self.shape.v) * 3, inputs))
+
+
+def check(case: Case, ours: Any, reference: Any) -> float:
+    """The largest relative error ||ours - reference|| / ||reference|| of a result or of an argument written in place,
+    the reference in float32; of indices the share that differs. NaN stays NaN."""
+    args, wide_args = case.prepare(ours), case.prepare(reference, torch.float32)
+    found, expected = flatten((ours(*args), args)), flatten((reference(*wide_args), wide_args))
+    return max((_difference(a, b) for a, b in zip(found, expected, strict=True)), key=lambda e: (e != e, e))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if not a.is_floating_point():
+        return (a != b).float().mean().item() if a.numel() else 0.0
+    wide, scale = b.double(), b.double().norm().item()
+    return (a.double() - wide).norm().item() / (scale or 1.0)
+
+
+def all_cases(maker: Maker, add: Callable[[Iterator[Case]], None]) -> None:
+    """Hands over the cases group by group, so that a group's memory is free before the next."""
+    for rows in (1, 64, 2048):
+        add(maker.rows(rows))
+    for sequences, tokens in ((1, 1), (64, 1), (256, 1), (1, 2048), (16, 512)):
+        add(maker.recurrence(sequences, tokens))
+    for sequences, tokens, context in ((1, 1, 32768), (64, 1, 4096), (1, 2048, 2048), (1, 2048, 32768)):
+        add(maker.attention(sequences, tokens, context))
+    add(maker.storage(8192, 8))
+    for rows in (1, 64):
+        add(maker.sampling(rows))

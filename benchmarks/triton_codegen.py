@@ -1,0 +1,270 @@
+"""Compiles the GPU kernels ahead of time, no GPU needed: registers, spills, shared memory, tensor core instructions.
+
+    python -m benchmarks.triton_codegen [--name triton-codegen] [--targets 80,90,100]
+
+Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16; its launches are recorded
+instead of run, and compiled as the launcher would: pointers and multiples of 16 are known as such, ones are constants.
+Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if an op for one token sums over another layout than its
+twin for many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+from kernels.triton import attention, conv, linear, moe, norm, route, sample, scan, slots
+
+RESULTS = Path(__file__).parent / "results"
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+# Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
+KNOWN_SPILLS = {("prefill_kernel", "sm_80"): 24}
+TWINS = [("selective_scan", "selective_state_update"), ("attention_prefill", "attention_decode")]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel as some op calls it: `signature` has its arguments' types, `constants` their values where known."""
+
+    op: str
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.kernel, "__name__", "?")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Per thread `registers` and `spilled` bytes, per program `shared` bytes and `warps`."""
+
+    op: str
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    instruction: str
+    reductions: tuple[str, ...]
+
+
+def record(op: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches of `call`, which are not carried out."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
+        launches.append(specialize(op, kernel, values, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return launches
+
+
+def specialize(op: str, kernel: JITFunction[Any], values: dict[str, Any], options: dict[str, Any]) -> Launch:
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or (free and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if free and value % 16 == 0:
+                aligned.append(name)
+    return Launch(op, kernel, signature, constants, tuple(aligned), options)
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    names = list(launch.kernel.arg_names)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=launch.signature,
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(DISASSEMBLER), "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return Resources(
+        op=launch.op,
+        kernel=launch.name,
+        target=f"sm_{capability}",
+        registers=counts["REG"],
+        spilled=counts["STACK"] + counts["LOCAL"],
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        instruction=next((name for name in INSTRUCTIONS if name in ptx), ""),
+        reductions=reductions(compiled.asm["ttgir"]),
+    )
+
+
+def reductions(ir: str) -> tuple[str, ...]:
+    """The layouts that are summed over, in floating point."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+    operands = re.findall(r'"tt.reduce".*?\) : \(tensor<([^,>]*f32), (#\w+)>\)', ir, re.DOTALL)
+    return tuple(sorted({f"{shape} {layouts.get(layout, layout)}" for shape, layout in operands}))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)  # never touched: what is not written takes no memory
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    wide = empty(512, 2 * channels)
+    x, z, b = wide[:, :channels], wide[:, channels:], empty(512, states)
+    inputs = ScanInputs(x, empty(512, channels), b, b, z)
+    last = ScanInputs(*(rows[:1] for rows in inputs))
+    a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
+    weights, ssm = ScanWeights(a, d, d), empty(4, 26, channels, states, dtype=torch.float32)[:, 1]
+    state, filters, bias = empty(4, 26, 3, channels)[:, 1], empty(4, channels), empty(channels)
+    segments = Segments(ints(0, 512), 512, ints(1), torch.tensor([True]), StateSaves(ints(0, 1), ints(7), ints(2)))
+    yield "causal_conv1d", lambda: conv.causal_conv1d(x, filters, bias, state, segments)
+    yield "causal_conv1d_update", lambda: conv.causal_conv1d_update(x[:1], filters, bias, state, ints(1))
+    yield "selective_scan", lambda: scan.selective_scan(inputs, weights, ssm, segments)
+    yield "selective_state_update", lambda: scan.selective_state_update(last, weights, ssm, ints(1))
+
+
+def attention_calls(heads: int, kv_heads: int, size: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    storage = empty(64, 2, 2, 16, kv_heads, size)
+    pages = Pages(storage[:, 0, 0], storage[:, 0, 1], torch.zeros(1, 64, dtype=torch.int32), ints(1024), 1024)
+    wide = empty(512, (heads + 2 * kv_heads) * size)
+    q, k, v = (
+        part.unflatten(-1, (-1, size)) for part in wide.split([n * size for n in (heads, kv_heads, kv_heads)], 1)
+    )
+    yield "write_kv", lambda: slots.write_kv(k, v, pages.k, pages.v, torch.zeros(512, dtype=torch.int64))
+    yield "attention_prefill", lambda: attention.attention_prefill(q, pages, ints(0, 512), 512, 0.125)
+    yield "attention_decode", lambda: attention.attention_decode(q[:1], pages, 0.125)
+
+
+def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    for size in (16, 256, 4096):
+        x, weight = empty(64, size), empty(size)
+        yield f"rms_norm {size}", lambda x=x, weight=weight: norm.rms_norm(x, weight, 1e-6, x)
+    yield "silu_and_mul", lambda: moe.silu_and_mul(empty(64, 2 * 14336))
+    yield "route_experts", lambda: route.route_experts(empty(64, 16), 2)
+    state, pair = empty(4, 28, 8192, 16, dtype=torch.float32), torch.tensor([1])
+    yield "copy_slots", lambda: slots.copy_slots((state,), pair, pair + 1)
+    ones = torch.ones(2)
+    inputs = SampleInputs(ones, ones, ones * 0, ones.int() * 0, ones.long())
+    yield "sample", lambda: sample.sample(empty(2, 65536, dtype=torch.float32), inputs)
+
+
+def product_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    weight, experts = empty(16384, 4096), moe.Experts(empty(16, 2 * 14336, 4096), empty(16, 4096, 14336))
+    for rows in (1, 512):
+        x, weights, ids = empty(rows, 4096), torch.ones(rows, 2), torch.zeros(rows, 2, dtype=torch.int32)
+        yield f"linear, {rows}", lambda x=x: linear.Linear()(x, weight)
+        yield f"run_experts, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
+
+
+def all_launches() -> list[Launch]:
+    calls = [*mamba_calls(5120, 16), *attention_calls(20, 1, 128), *row_calls(), *product_calls()]
+    launches = [launch for op, call in calls for launch in record(op, call)]
+    # Mini's heads: other constants, so another kernel
+    mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
+    return launches + mini
+
+
+def problems(found: list[Resources]) -> list[str]:
+    messages = [
+        f"{r.op}: {r.kernel} spills {r.spilled} bytes on {r.target}"
+        for r in found
+        if r.spilled > KNOWN_SPILLS.get((r.kernel, r.target), 0)
+    ]
+    for many, one in TWINS:
+        for target in sorted({r.target for r in found}):
+            layouts = {
+                op: {layout for r in found if (r.op, r.target) == (op, target) for layout in r.reductions}
+                for op in (many, one)
+            }
+            if layouts[many] != layouts[one] or not layouts[one]:
+                messages.append(f"{target}: {many} and {one} sum over different layouts: {layouts}")
+    return messages
+
+
+def table(found: list[Resources]) -> str:
+    targets = sorted({r.target for r in found}, key=lambda target: int(target[3:]))
+    lines = [f"| op | kernel | warps | {' | '.join(targets)} |", f"| --- | --- | ---: |{' ---: |' * len(targets)}"]
+    rows: dict[tuple[str, str], dict[str, Resources]] = {}
+    for r in found:
+        rows.setdefault((r.op, r.kernel), {})[r.target] = r
+    for (op, kernel), by_target in rows.items():
+        cells = [
+            f"{r.registers}, {r.spilled}, {r.shared / 1024:.1f} KiB {r.instruction.split('.')[0]}".rstrip()
+            for r in (by_target[target] for target in targets)
+        ]
+        lines.append(f"| {op} | {kernel} | {by_target[targets[0]].warps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="write benchmarks/results/NAME.md and NAME.json")
+    parser.add_argument("--targets", default="80,90,100", help="compute capabilities times ten")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    launches, targets = all_launches(), [int(target) for target in arguments.targets.split(",")]
+    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        jobs = [pool.submit(compile_for, launch, target) for launch in launches for target in targets]
+        found = [job.result() for job in jobs]
+    seconds = time.monotonic() - started
+    text = "Registers a thread, bytes spilled, shared memory and matrix instruction, bfloat16, compiled by triton "
+    text += f"{triton.__version__} without a GPU.\n\n{table(found)}\n"
+    print(f"{text}\n{len(found)} kernels compiled in {seconds:.0f} s")
+    if arguments.name:
+        (RESULTS / f"{arguments.name}.md").write_text(f"# {arguments.name}\n\n{text}")
+        report = {"triton": triton.__version__, "kernels": [asdict(r) for r in found]}
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    if messages := problems(found):
+        raise SystemExit("\n".join(messages))
+
+
+if __name__ == "__main__":
+    main()

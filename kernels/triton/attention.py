@@ -1,0 +1,224 @@
+"""Causal attention over paged keys and values (Dao et al. 2022, FlashAttention; Dao 2023, Flash-Decoding).
+
+The keys of a sequence fall into splits of SPLIT, from position 0, and each split into blocks of KEYS. Within a split
+the softmax is online; splits are merged in order. Decode computes its splits in parallel and merges them afterwards,
+prefill does both in one loop: the same code over tiles of the same shape, so one token has the same bits in either.
+
+A tile holds ROWS rows: the query heads that read one KV head, of as many tokens as fit. Decode fills one token's rows
+and wastes the others, which costs no time while keys come from memory; with fewer rows the tensor cores would be
+addressed by another instruction, which adds in another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import Pages
+from kernels.triton.launch import EXACT, LOG2_E, cdiv, dot, jit, next_power_of_2, rounded
+
+SPLIT = 512
+KEY_BYTES = 64  # of one element of every key in a block: 32 keys in bfloat16
+ROWS = 64
+OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}  # with more, prefill spills more on sm_80
+
+
+def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
+    """See `kernels.ops.AttentionPrefill`."""
+    heads, kv_heads = q.shape[1], pages.k.shape[2]
+    tile = _tile(q, pages)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    prefill_kernel[(cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), kv_heads, len(query_start) - 1)](
+        q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **OPTIONS
+    )
+    return out
+
+
+def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
+    """See `kernels.ops.AttentionDecode`."""
+    sequences, heads, size = q.shape
+    tile = _tile(q, pages)
+    splits = cdiv(pages.max_context_len, SPLIT)
+    # of every split the largest score, the sum of weights and the weighted sum of values
+    peaks, totals = (q.new_empty(sequences, heads, splits, dtype=torch.float32) for _ in range(2))
+    values = q.new_empty(sequences, heads, splits, size, dtype=torch.float32)
+    decode_kernel[(splits, pages.k.shape[2], sequences)](
+        q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, **tile, **OPTIONS
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    merge_kernel[(heads, sequences)](
+        peaks, totals, values, pages.context_lens, out, splits, SPLIT=SPLIT, SIZE=size, BLOCK_Z=tile["BLOCK_Z"], **EXACT
+    )
+    return out
+
+
+def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
+    _, heads, size = q.shape
+    group = heads // pages.k.shape[2]
+    assert q.stride(2) == 1 and pages.k.stride() == pages.v.stride() and pages.k.stride(3) == 1
+    return {
+        "SIZE": size,
+        "GROUP": group,
+        "BLOCK_SIZE": pages.k.shape[1],
+        "ROWS": max(ROWS, next_power_of_2(group)),
+        "BLOCK_Z": max(16, next_power_of_2(size)),
+        "KEYS": KEY_BYTES // q.element_size(),
+        "SPLIT": SPLIT,
+    }
+
+
+def _pages(pages: Pages) -> tuple[Any, ...]:
+    """The kernels' arguments from `k_pages` to `head_stride`."""
+    tables = pages.block_tables
+    return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
+
+
+@jit
+def prefill_kernel(
+    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
+    block_tables: tl.tensor, context_lens: tl.tensor,
+    table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
+    query_start: tl.tensor, out: tl.tensor,
+    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (tiles of the longest run, KV heads, sequences)."""
+    sequence, kv_head = tl.program_id(2), tl.program_id(1)
+    start = tl.load(query_start + sequence)
+    length, context = tl.load(query_start + sequence + 1) - start, tl.load(context_lens + sequence)
+    first = tl.program_id(0) * (ROWS // GROUP)
+    if first >= length:
+        return
+    r, z = tl.arange(0, ROWS), tl.arange(0, BLOCK_Z)[None, :]
+    t, head = first + r // GROUP, kv_head * GROUP + r % GROUP
+    filled = (r // GROUP < ROWS // GROUP) & (t < length)
+    at = q + (start + t).to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + z
+    mask = filled[:, None] & (z < SIZE)
+    tile = tl.load(at, mask=mask, other=0.0)
+    # an empty row sees one key, so that nothing is divided by zero
+    visible = tl.where(filled, context - length + t + 1, 1)
+    last = tl.minimum(context, context - length + first + ROWS // GROUP)
+    k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
+    table = block_tables + sequence.to(tl.int64) * table_stride
+    peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    values = tl.zeros((ROWS, BLOCK_Z), tl.float32)
+    for split in range(0, last, SPLIT):
+        more_peak, more_total, more_values = attend(
+            tile, k_head, v_head, table, visible, split, last, page_stride, token_stride, scale,
+            SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, KEYS, SPLIT,
+        )  # fmt: skip
+        peak, total, values = merge(peak, total, values, more_peak, more_total, more_values)
+    at = out + ((start + t).to(tl.int64) * heads + head)[:, None] * SIZE + z
+    tl.store(at, rounded(values / total[:, None], out.type.element_ty), mask=mask)
+
+
+@jit
+def decode_kernel(
+    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
+    block_tables: tl.tensor, context_lens: tl.tensor,
+    table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
+    peaks: tl.tensor, totals: tl.tensor, values: tl.tensor,
+    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (splits of the longest context, KV heads, sequences)."""
+    sequence, kv_head, split = tl.program_id(2), tl.program_id(1), tl.program_id(0)
+    context = tl.load(context_lens + sequence)
+    if split * SPLIT >= context:
+        return
+    r, z = tl.arange(0, ROWS), tl.arange(0, BLOCK_Z)[None, :]
+    head = kv_head * GROUP + r
+    mask = (r < GROUP)[:, None] & (z < SIZE)
+    at = q + sequence.to(tl.int64) * q_row_stride + head[:, None] * q_head_stride + z
+    tile = tl.load(at, mask=mask, other=0.0)
+    visible = tl.zeros((ROWS,), tl.int32) + context
+    k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
+    table = block_tables + sequence.to(tl.int64) * table_stride
+    peak, total, weighted = attend(
+        tile, k_head, v_head, table, visible, split * SPLIT, context, page_stride, token_stride, scale,
+        SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, KEYS, SPLIT,
+    )  # fmt: skip
+    place = (sequence.to(tl.int64) * heads + head) * tl.num_programs(0) + split
+    tl.store(peaks + place, peak, mask=r < GROUP)
+    tl.store(totals + place, total, mask=r < GROUP)
+    tl.store(values + place[:, None] * SIZE + z, weighted, mask=mask)
+
+
+@jit(do_not_specialize=["splits"])
+def merge_kernel(
+    peaks: tl.tensor,
+    totals: tl.tensor,
+    values: tl.tensor,
+    context_lens: tl.tensor,
+    out: tl.tensor,
+    splits: tl.tensor,
+    SPLIT: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+) -> None:
+    """Grid (query heads, sequences)."""
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    one, z = tl.arange(0, 1), tl.arange(0, BLOCK_Z)[None, :]
+    peak, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    merged = tl.zeros((1, BLOCK_Z), tl.float32)
+    place = row * splits + one
+    for _ in range(0, tl.load(context_lens + tl.program_id(1)), SPLIT):
+        weighted = tl.load(values + place[:, None] * SIZE + z, mask=z < SIZE, other=0.0)
+        peak, total, merged = merge(peak, total, merged, tl.load(peaks + place), tl.load(totals + place), weighted)
+        place += 1
+    at = out + row * SIZE + z
+    tl.store(at, rounded(merged / total[:, None], out.type.element_ty), mask=z < SIZE)
+
+
+@jit
+def attend(
+    q: tl.tensor, k_head: tl.tensor, v_head: tl.tensor, table: tl.tensor, visible: tl.tensor,
+    start: tl.tensor, last: tl.tensor,
+    page_stride: tl.tensor, token_stride: tl.tensor, scale: tl.tensor,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """Over the keys from `start` to the split's end or `last`: the largest score (in units of log 2), the sum of
+    weights [ROWS] and the weighted sum of values [ROWS, BLOCK_Z]. Row r of q sees the keys before visible[r]."""
+    peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    values = tl.zeros((ROWS, BLOCK_Z), tl.float32)
+    z = tl.arange(0, BLOCK_Z)
+    for block in range(start, tl.minimum(start + SPLIT, last), KEYS):
+        key = block + tl.arange(0, KEYS)
+        page = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
+        token = page * page_stride + key % BLOCK_SIZE * token_stride
+        # what lies behind `last` may be NaN, which a weight of zero would not take away
+        k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
+        scores = dot(q, k, tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
+        scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights, shrink = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
+        v = tl.load(v_head + token[:, None] + z[None, :], mask=(key < last)[:, None] & (z < SIZE)[None, :], other=0.0)
+        total = tl.fma(total, shrink, tl.sum(weights, axis=1))
+        values = dot(rounded(weights, v.dtype), v, values * shrink[:, None])
+        peak = new_peak
+    return peak, total, values
+
+
+@jit
+def merge(
+    peak: tl.tensor,
+    total: tl.tensor,
+    values: tl.tensor,
+    more_peak: tl.tensor,
+    more_total: tl.tensor,
+    more_values: tl.tensor,
+) -> tuple[tl.tensor, ...]:
+    """What `attend` gives for two runs of keys, from what it gave for each."""
+    new_peak = tl.maximum(peak, more_peak)
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shrink, grow = tl.exp2(peak - base), tl.exp2(more_peak - base)
+    total = tl.fma(total, shrink, more_total * grow)
+    values = tl.fma(values, tl.broadcast_to(shrink[:, None], values.shape), more_values * grow[:, None])
+    return new_peak, total, values

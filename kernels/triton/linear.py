@@ -1,0 +1,77 @@
+"""Matrix product with a weight, the same bits for a row whatever stands beside it."""
+
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import Weight
+from kernels.triton.launch import cdiv, jit, rounded
+from kernels.triton.product import product, tile_for
+
+
+class Linear:
+    """See `kernels.ops.Linear`. torch's own product, which picks its order by the number of rows, is the reference."""
+
+    def pack(self, weight: Weight) -> Tensor:
+        """Keeps the layout."""
+        assert isinstance(weight, Tensor), "the engine refuses quantised weights with these kernels"
+        return weight.contiguous()
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `kernels.ops.Linear`."""
+        rows, inputs = x.shape
+        outputs = len(weight)
+        assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
+        tile = tile_for(rows, x.element_size())
+        out = x.new_empty(rows, outputs)
+        linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
+            x,
+            weight,
+            weight if bias is None else bias,
+            out,
+            rows,
+            outputs,
+            inputs,
+            x.stride(0),
+            HAS_BIAS=bias is not None,
+            **tile.options,
+        )
+        return out
+
+
+@jit(do_not_specialize=["rows"])
+def linear_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+) -> None:
+    """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS)): neighbours share a part of the weight."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = product(
+        x + row.to(tl.int64) * x_stride,
+        weight + column.to(tl.int64) * inputs,
+        row < rows,
+        column < outputs,
+        inputs,
+        ROWS,
+        COLUMNS,
+        INNER,
+    )
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)
+    at = out + row.to(tl.int64) * outputs + column
+    tl.store(at, rounded(total, out.type.element_ty), mask=(row < rows) & (column < outputs))

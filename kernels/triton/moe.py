@@ -1,0 +1,210 @@
+"""Mixture of experts as two grouped products, and the activation that it shares with the dense feed-forward layer.
+
+Rows are sorted by expert; an expert's rows fall into tiles of their own. How many tiles there are is known on the
+device only: the grid is their largest possible number, and every program finds its expert. Nobody waits for the
+device.
+"""
+
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import Weight
+from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
+from kernels.triton.product import Tile, product, tile_for
+
+BLOCK = 1024
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """See `kernels.ops.SiluAndMul`."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, size)
+    silu_kernel[(rows, cdiv(size, BLOCK))](gate_up, out, size, gate_up.stride(0), BLOCK=BLOCK)
+    return out
+
+
+class Experts(NamedTuple):
+    """gate_up [E, 2F, H], gate rows first, and down [E, H, F]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+class Groups(NamedTuple):
+    """Choices t * K + rank by expert: `entries` int64 [T * K]; expert e's are start[e]:start[e + 1] (int64 [E+1])."""
+
+    entries: Tensor
+    start: Tensor
+
+
+class RunExperts:
+    """See `kernels.ops.RunExperts`."""
+
+    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+        """Keeps the layout."""
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor), "the engine refuses quantised weights here"
+        return Experts(gate_up.contiguous(), down.contiguous())
+
+    def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
+        """See `kernels.ops.RunExperts`."""
+        assert x.stride(1) == 1
+        weights, ids = weights.contiguous(), ids.contiguous()
+        tokens, top_k = ids.shape
+        count, hidden, intermediate = experts.down.shape
+        in_order = ids.flatten().sort(stable=True)
+        start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
+        groups = Groups(in_order.indices, start)
+        tile = tile_for(tokens * top_k, x.element_size())
+        activated = x.new_empty(tokens * top_k, intermediate)
+        constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1)}
+        grid = (_num_tiles(tokens * top_k, count, tile), cdiv(intermediate, tile.columns // 2))
+        gate_up_kernel[grid](
+            x, experts.gate_up, *groups, activated, hidden, intermediate, x.stride(0), **constants, **tile.options
+        )
+        outputs = x.new_empty(tokens * top_k, hidden)
+        grid = (grid[0], cdiv(hidden, tile.columns))
+        down_kernel[grid](
+            activated, experts.down, *groups, weights, outputs, hidden, intermediate, **constants, **tile.options
+        )
+        out = x.new_empty(tokens, hidden)
+        sum_kernel[(tokens, cdiv(hidden, BLOCK))](outputs, out, hidden, TOP_K=top_k, BLOCK=BLOCK)
+        return out
+
+
+def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
+    """The most tiles that so many choices fall into: each expert's last one may hold a single row."""
+    return min(choices, experts + (choices - 1) // tile.rows)
+
+
+@jit
+def find_tile(
+    entries: tl.tensor, start: tl.tensor, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """The expert of this program's tile, EXPERTS if there is none; its rows, their choices, and which of them are
+    there, all [ROWS, 1]."""
+    e = tl.arange(0, BLOCK_E)
+    begin = tl.load(start + e, mask=e < EXPERTS, other=0)
+    end = tl.load(start + e + 1, mask=e < EXPERTS, other=0)
+    tiles = (end - begin + (ROWS - 1)) // ROWS
+    ends = tl.cumsum(tiles, 0)
+    number = tl.program_id(0)
+    expert = tl.sum(((ends <= number) & (e < EXPERTS)).to(tl.int32), 0)
+    before = tl.sum(tl.where(e < expert, tiles, 0), 0)
+    row = tl.sum(tl.where(e == expert, begin, 0), 0) + (number - before) * ROWS + tl.arange(0, ROWS)[:, None]
+    filled = row < tl.sum(tl.where(e == expert, end, 0), 0)
+    return expert, row, tl.load(entries + row, mask=filled, other=0), filled
+
+
+@jit
+def gate_up_kernel(
+    x: tl.tensor,
+    gate_up: tl.tensor,
+    entries: tl.tensor,
+    start: tl.tensor,
+    activated: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    x_stride: tl.tensor,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+) -> None:
+    """Grid (tiles, cdiv(intermediate, COLUMNS // 2)). activated: silu(gate) * up of every choice, by expert."""
+    expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
+    if expert >= EXPERTS:
+        return
+    # gate and up take turns in the tile's columns
+    pair = tl.arange(0, COLUMNS)[None, :]
+    weight_column = tl.program_id(1) * (COLUMNS // 2) + pair // 2
+    weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column
+    both = product(
+        x + entry // TOP_K * x_stride,
+        gate_up + weight_row * hidden,
+        filled,
+        weight_column < intermediate,
+        hidden,
+        ROWS,
+        COLUMNS,
+        INNER,
+    )
+    gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS // 2, 2)))
+    column = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+    dtype: tl.constexpr = activated.type.element_ty
+    silenced = rounded(silu(rounded(gate, dtype).to(tl.float32)), dtype).to(tl.float32)
+    value = rounded(silenced * rounded(up, dtype).to(tl.float32), dtype)
+    tl.store(activated + row.to(tl.int64) * intermediate + column, value, mask=filled & (column < intermediate))
+
+
+@jit
+def down_kernel(
+    activated: tl.tensor,
+    down: tl.tensor,
+    entries: tl.tensor,
+    start: tl.tensor,
+    weights: tl.tensor,
+    outputs: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+) -> None:
+    """Grid (tiles, cdiv(hidden, COLUMNS)). outputs: the weighted output of every choice, by token and rank."""
+    expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
+    if expert >= EXPERTS:
+        return
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = column < hidden
+    activated_row = activated + row.to(tl.int64) * intermediate
+    down_row = down + (expert.to(tl.int64) * hidden + column) * intermediate
+    total = product(activated_row, down_row, filled, mask, intermediate, ROWS, COLUMNS, INNER)
+    dtype: tl.constexpr = outputs.type.element_ty
+    weight = rounded(tl.load(weights + entry, mask=filled, other=0.0), dtype).to(tl.float32)
+    value = rounded(rounded(total, dtype).to(tl.float32) * weight, dtype)
+    tl.store(outputs + entry * hidden + column, value, mask=filled & mask)
+
+
+@jit
+def sum_kernel(
+    outputs: tl.tensor,
+    out: tl.tensor,
+    hidden: tl.tensor,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid (tokens, cdiv(hidden, BLOCK))."""
+    token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(outputs + token * TOP_K * hidden + i, mask=i < hidden, other=0.0).to(tl.float32)
+    for rank in tl.static_range(1, TOP_K):
+        total += tl.load(outputs + (token * TOP_K + rank) * hidden + i, mask=i < hidden, other=0.0).to(tl.float32)
+    tl.store(out + token * hidden + i, rounded(total, out.type.element_ty), mask=i < hidden)
+
+
+@jit
+def silu_kernel(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    row_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid (rows, cdiv(size, BLOCK))."""
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + row * row_stride + i, mask=i < size, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + size + i, mask=i < size, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.type.element_ty
+    tl.store(out + row * size + i, rounded(rounded(silu(gate), dtype).to(tl.float32) * up, dtype), mask=i < size)

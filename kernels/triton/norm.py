@@ -1,0 +1,70 @@
+"""RMSNorm, several short rows or one long one a program."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded
+
+PROGRAM_ELEMENTS = 2048
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops.RmsNorm`."""
+    rows, size = x.shape
+    block = next_power_of_2(size)
+    block_rows = max(1, PROGRAM_ELEMENTS // block)
+    normed = x.new_empty(rows, size)
+    total = x if residual is None else torch.empty_like(normed)
+    added = x if residual is None else residual
+    norm_kernel[(cdiv(rows, block_rows),)](
+        x,
+        added,
+        weight,
+        normed,
+        total,
+        rows,
+        size,
+        x.stride(0),
+        added.stride(0),
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=block_rows,
+        BLOCK=block,
+        num_warps=8 if block > PROGRAM_ELEMENTS else 4,
+    )
+    return normed, total
+
+
+@jit(do_not_specialize=["rows"])
+def norm_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    normed: tl.tensor,
+    total: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid (cdiv(rows, ROWS))."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < size)
+    s = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        added = tl.load(residual + row * residual_stride + column, mask=mask, other=0.0)
+        s = rounded(s.to(tl.float32) + added.to(tl.float32), s.dtype)
+        tl.store(total + row * size + column, s, mask=mask)
+    wide = s.to(tl.float32)
+    variance = tl.sum(wide * wide, axis=1, keep_dims=True) / size
+    unit = rounded(wide * tl.rsqrt(variance + eps), s.dtype).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
+    tl.store(normed + row * size + column, rounded(unit * scale, s.dtype), mask=mask)

@@ -1,0 +1,47 @@
+"""Runs an op of another device on a test's CPU tensors: what it writes in place is there too when the call returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OnDevice:
+    """An op whose arguments go to `device` and come back. Views keep their strides and share memory there as here, so
+    that a kernel sees the layout that the test made, and a write beside it is found."""
+
+    def __init__(self, op: Any, device: torch.device) -> None:
+        self._op, self._device = op, device
+        self.__module__ = op.__module__
+
+    def pack(self, *weights: Tensor) -> Any:
+        return self._op.pack(*(weight.to(self._device) for weight in weights))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # by address and type: the memory behind some views here, and its copy there
+        memories: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                moved = [move(item) for item in value]
+                return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+            if not isinstance(value, Tensor) or value.device.type != "cpu":
+                return value
+            if value.numel() == 0:
+                return value.to(self._device)
+            key = value.untyped_storage().data_ptr(), value.dtype
+            if key not in memories:
+                memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+                memories[key] = memory, memory.to(self._device, copy=True)
+            return memories[key][1].as_strided(value.shape, value.stride(), value.storage_offset())
+
+        result = self._op(*move(args), **{name: move(value) for name, value in kwargs.items()})
+        for here, there in memories.values():
+            here.copy_(there)
+        return _to_cpu(result)
+
+
+def _to_cpu(value: Any) -> Any:
+    return tuple(map(_to_cpu, value)) if isinstance(value, tuple) else value if value is None else value.cpu()

@@ -1,0 +1,145 @@
+"""What is particular to the Triton kernels: borders of tiles and splits, sampling, and where they cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels.triton
+from kernels import table
+from kernels.ops import AttentionDecode, AttentionPrefill, Kernels, KernelUnavailable, Linear, RunExperts, Sample
+from kernels.ops import SampleInputs as Inputs
+from kernels.reference.sample import sample as reference_sample
+from tests.kernels import oracle
+from tests.kernels.cases import EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.test_attention import SCALE, keys_and_values, paged, query_start, slack
+
+SPLIT = 512  # keys, of attention
+TILE = 64  # rows of a product, up to which another shape of tile computes it
+
+
+@each_implementation("attention_prefill", "attention_decode")
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("context", [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 5])
+def test_splits_of_keys_are_merged(
+    attention_prefill: AttentionPrefill, attention_decode: AttentionDecode, context: int, dtype: torch.dtype
+) -> None:
+    known = [keys_and_values(length, 1, 16, dtype, seed) for seed, length in enumerate((context, 3))]
+    pages, q = paged(known, 16), random(4 + 3, 2, 16, dtype=dtype, seed=9)
+    out = attention_prefill(q, pages, query_start([4, 3]), 4, SCALE)
+    for rows, (k, v) in zip((slice(0, 4), slice(4, 7)), known, strict=True):
+        expected = oracle.attention(double(q[rows]), double(k), double(v), SCALE)
+        assert_close(out[rows], expected, atol=slack(attention_prefill, dtype))
+    assert_same(attention_decode(q[[3, 6]], pages, SCALE), out[[3, 6]])
+
+
+@each_implementation("linear", but="reference")
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, dtype: torch.dtype) -> None:
+    x, weight = random(2 * TILE + 3, 150, dtype=dtype), linear.pack(random(40, 150, dtype=dtype, seed=1))
+    together = linear(x, weight)
+    for start, end in ((0, 1), (70, 71), (3, 3 + TILE), (0, TILE + 1), (100, 131)):
+        assert_same(linear(x[start:end], weight), together[start:end])
+
+
+@each_implementation("run_experts", but="reference")
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(run_experts: RunExperts, dtype: torch.dtype) -> None:
+    tokens = 70  # expert 1's rows fill a tile and more, expert 2 has none
+    x = random(tokens, 24, dtype=dtype)
+    experts = run_experts.pack(random(4, 20, 24, dtype=dtype, seed=1), random(4, 24, 10, dtype=dtype, seed=2))
+    ids = torch.tensor([[1, 3 * (t % 2)] for t in range(tokens)], dtype=torch.int32)
+    weights = torch.softmax(random(tokens, 2, seed=3), dim=-1)
+    together = run_experts(x, experts, weights, ids)
+    for start, end in ((0, 1), (69, 70), (5, 40)):
+        assert_same(run_experts(x[start:end], experts, weights[start:end], ids[start:end]), together[start:end])
+
+
+def rows_of(inputs: Inputs, rows: slice) -> Inputs:
+    return Inputs(*(field[rows] for field in inputs))
+
+
+def mixed_inputs(rows: int) -> Inputs:
+    """Greedy rows, noisy ones, and every filter."""
+    number = torch.arange(rows)
+    return Inputs(
+        temperature=torch.tensor([0.0, 0.4, 1.0, 1.7])[number % 4],
+        top_p=torch.where(number % 7 == 0, 0.8, 1.0),
+        min_p=torch.where(number % 3 == 0, 0.05, 0.0),
+        top_k=torch.where(number % 5 == 0, 4, 0).int(),
+        keys=number * 0x2545F4914F6CDD1D,
+    )
+
+
+@each_implementation("sample")
+@pytest.mark.parametrize("size", [1, 37, 5000])
+def test_sample_draws_what_the_reference_draws(sample: Sample, size: int) -> None:
+    rows = 24
+    logits, inputs = random(rows, size, scale=2), mixed_inputs(rows)
+    tokens = sample(logits.clone(), inputs)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == reference_sample(logits, inputs).tolist()
+    for rows in (slice(2, 3), slice(5, 9)):
+        assert_same(sample(logits[rows].clone(), rows_of(inputs, rows)), tokens[rows])
+
+
+@each_implementation("sample")
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_sample_at_the_ends(sample: Sample) -> None:
+    logits = torch.full((4, 6), -torch.inf)
+    logits[1, [2, 4]] = 1.0  # a tie, of which greedy takes the first
+    logits[2, 5] = -3e38
+    logits[3] = torch.tensor([0.0, 3e38, -3e38, 1e30, 0.0, 0.0])
+    inputs = rows_of(mixed_inputs(8), slice(4, 8))._replace(temperature=torch.tensor([1.0, 0.0, 1.0, 1e-30]))
+    assert sample(logits, inputs._replace(top_k=torch.zeros(4).int(), top_p=torch.ones(4))).tolist() == [0, 2, 5, 1]
+
+
+def test_every_op_has_its_type() -> None:
+    """Written out, so that the type checker compares every op with its protocol."""
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from kernels.triton import attention, conv, linear, moe, norm, route, sample, scan, slots
+
+    ops = Kernels(
+        rms_norm=norm.rms_norm,
+        causal_conv1d=conv.causal_conv1d,
+        causal_conv1d_update=conv.causal_conv1d_update,
+        selective_scan=scan.selective_scan,
+        selective_state_update=scan.selective_state_update,
+        write_kv=slots.write_kv,
+        attention_prefill=attention.attention_prefill,
+        attention_decode=attention.attention_decode,
+        copy_slots=slots.copy_slots,
+        silu_and_mul=moe.silu_and_mul,
+        route_experts=route.route_experts,
+        run_experts=moe.RunExperts(),
+        linear=linear.Linear(),
+        sample=sample.sample,
+        names={},
+    )
+    if kernels.triton.interpreted():
+        chosen = table.select("cuda", {"all": "triton"})
+        for op in table.OPS:
+            assert getattr(chosen, op) == getattr(ops, op) or type(getattr(chosen, op)) is type(getattr(ops, op))
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "capability", "reason"),
+    [
+        (False, True, (9, 0), "the package triton is not installed"),
+        (True, False, (9, 0), "torch sees no CUDA device"),
+        (True, True, (7, 5), "the GPU has compute capability 7.5; 8.0 is needed"),
+        (True, True, (8, 0), None),
+    ],
+)
+def test_reasons(
+    installed: bool, cuda: bool, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels.triton, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if reason is None:
+        kernels.triton.ensure_available()
+    else:
+        with pytest.raises(KernelUnavailable, match=reason):
+            kernels.triton.ensure_available()
