@@ -141,7 +141,7 @@ def test_the_policy_leaves_mixers_and_small_matrices_alone() -> None:
 
 def test_kernels_without_quantised_products_are_refused_by_name() -> None:
     quantized, chosen = QuantizationPolicy("int8"), {"linear": "triton", "run_experts": "cpu"}
-    with pytest.raises(ConfigError, match="'int8' is not supported by the triton kernels yet.*linear=reference,"):
+    with pytest.raises(ConfigError, match=r"'int8' is not supported by the triton kernels yet.*linear=reference,"):
         check_quantization(quantized, chosen)
     check_quantization(UNQUANTIZED, chosen)
     check_quantization(quantized, {"linear": "cpu", "run_experts": "reference"})
