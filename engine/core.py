@@ -87,9 +87,7 @@ class EngineCore:
             model_config,
             config,
             dtype_bytes=dtype.itemsize,
-            weight_bytes=weight_bytes(
-                model_config, dtype.itemsize, packed=kernels.names["linear"] == "cpu", policy=policy
-            ),
+            weight_bytes=weight_bytes(model_config, dtype.itemsize, policy=policy),
             available_bytes=available_bytes(device),
             device=device.type,
         )

@@ -117,21 +117,16 @@ class JambaConfig:
         return 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
 
 
-def weight_bytes(
-    config: JambaConfig, dtype_bytes: int, *, packed: bool = False, policy: QuantizationPolicy = UNQUANTIZED
-) -> int:
+def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
     """Memory of the loaded weights in bytes: A, D and the dt bias in float32, what `policy` quantises with its scales,
-    the rest `dtype_bytes` a number.
-
-    `packed`: the matrix products have a layout of their own, so that a tied head is there twice.
+    the rest `dtype_bytes` a number. A tied head is there twice if it is quantised, which the embedding never is.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
-    copied_head = config.tie_word_embeddings and (packed or policy.quantization_of("head") is not None)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
     for matrix in matrices(config):
         size = matrix.count * policy.num_bytes(matrix.role, matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
         if matrix.role == "head" and config.tie_word_embeddings:
-            total += size if copied_head else 0
+            total += size if policy.quantization_of("head") is not None else 0
         else:
             total += size - matrix.count * matrix.rows * matrix.inputs * dtype_bytes
     return total
@@ -142,8 +137,9 @@ def step_bytes(
 ) -> int:
     """Bytes of weights that one decode step of `num_sequences` reads, a token each: all but the embedding, and of the
     experts those that some token is expected to choose if all are equally likely."""
-    h = config.hidden_size
-    total = weight_bytes(config, dtype_bytes, packed=True, policy=policy) - config.vocab_size * h * dtype_bytes
+    total = weight_bytes(config, dtype_bytes, policy=policy)
+    if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
+        total -= config.vocab_size * config.hidden_size * dtype_bytes
     missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
     for matrix in matrices(config):
         if matrix.role == "experts":

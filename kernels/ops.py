@@ -244,6 +244,10 @@ class Linear(Protocol):
         """Brings a [N, K] weight into this implementation's own layout, once, at load."""
         ...
 
+    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+        """Rows of a packed weight that is not quantised, for a tied embedding. ids: int64 [T]. Returns dtype [T, K]."""
+        ...
+
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x [T, K] times the packed weight [N, K] transposed, plus bias [N]. Returns dtype [T, N]."""
         ...

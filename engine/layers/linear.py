@@ -38,6 +38,10 @@ class Linear:
         self._bias = backend.empty(rows) if bias else None
 
     @property
+    def is_quantized(self) -> bool:
+        return self._backend.policy.quantization_of(self._role) is not None
+
+    @property
     def weight(self) -> Any:
         """What an op that does this product among others takes: after `pack`, the kernel's own layout."""
         return self._weight

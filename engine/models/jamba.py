@@ -82,13 +82,18 @@ class Jamba(ABC):
         tied = self._head.is_shared
         return TensorMap(
             units=(
-                self._embed_tokens.unit("model.embed_tokens", self._head.pack if tied else keep),
+                self._embed_tokens.unit("model.embed_tokens", self._pack_tied_head if tied else keep),
                 *chain.from_iterable(layer.units() for layer in self._layers),
                 self._final_norm.unit("model.final_layernorm"),
                 *([] if tied else [self._head.unit("")]),
             ),
             ignored=self._other_heads().union(*(layer.ignored() for layer in self._layers)),
         )
+
+    def _pack_tied_head(self) -> None:
+        self._head.pack()
+        if not self._head.is_quantized:
+            self._embed_tokens.tie(self._head)
 
     @abstractmethod
     def _make_head(self) -> Linear: ...

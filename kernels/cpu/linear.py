@@ -100,7 +100,17 @@ class Linear:
 
     def __init__(self) -> None:
         self.pack = Packer()
+        self._gather = library().function("gather_rows", POINTER, POINTER, POINTER, INT, INT, INT)
         self._run = library().function("linear", POINTER, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT)
+
+    def rows(self, weight: PackedWeight, ids: Tensor) -> Tensor:
+        """See `kernels.ops.Linear`."""
+        assert weight.dtype is not None and ids.dtype == torch.int64, "quantised weights have no rows to embed with"
+        ids = ids.contiguous()
+        out = torch.empty(len(ids), weight.inputs, dtype=weight.dtype)
+        dtype = DTYPES[weight.dtype]
+        self._gather(weight.panels.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), weight.inputs, dtype)
+        return out
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """See `kernels.ops.Linear`."""

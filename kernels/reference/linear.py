@@ -44,6 +44,11 @@ class Linear:
         """Keeps the layout."""
         return contiguous(weight)
 
+    def rows(self, weight: Weight, ids: Tensor) -> Tensor:
+        """See `kernels.ops.Linear`."""
+        assert isinstance(weight, Tensor), "quantised weights have no rows to embed with"
+        return F.embedding(ids, weight)
+
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """See `kernels.ops.Linear`."""
         return product(x, weight, bias)

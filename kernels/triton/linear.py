@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
@@ -20,6 +21,10 @@ class Linear:
         """Keeps the layout."""
         assert isinstance(weight, Tensor), "the engine refuses quantised weights with these kernels"
         return weight.contiguous()
+
+    def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """See `kernels.ops.Linear`."""
+        return F.embedding(ids, weight)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `kernels.ops.Linear`."""

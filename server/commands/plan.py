@@ -133,7 +133,7 @@ def make_report(
     device, available = find_memory(engine.device, memory)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine)
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], packed=device == "cpu", policy=policy)
+    weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
     spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None

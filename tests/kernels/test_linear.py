@@ -21,3 +21,15 @@ def test_equals_the_formula(
     assert out.dtype == dtype
     expected = double(x) @ double(weight).T + (0 if bias is None else double(bias))
     assert_close(out, expected, roundings=2, atol=1e-5 if dtype == torch.float32 else 1e-1)
+
+
+@each_implementation("linear")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 1), (35, 19), (100, 64)])
+def test_rows_of_a_packed_weight_are_those_of_the_weight(
+    linear: Linear, rows: int, inputs: int, dtype: torch.dtype
+) -> None:
+    weight = random(rows, inputs, dtype=dtype)
+    ids = torch.arange(3 * rows).mul_(7).remainder_(rows)
+    assert torch.equal(linear.rows(linear.pack(weight), ids), weight[ids])
+    assert linear.rows(linear.pack(weight), ids[:0]).shape == (0, inputs)

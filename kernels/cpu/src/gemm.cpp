@@ -78,6 +78,24 @@ EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, 
     });
 }
 
+// Rows of a weight that `pack_weight` packed, to out: [count, k]. ids: [count].
+EXPORT void gather_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        constexpr bool paired = COLUMN_BYTES<T> != sizeof(T);
+        const int64_t panel = ceil_div(k, 2) * 2 * PANEL;
+        parallel_for(count, ceil_div(1 << 13, k), [=](int64_t i, int64_t end) {
+            for (; i < end; i++) {
+                const T* const from = (const T*)packed + ids[i] / PANEL * panel;
+                const int64_t column = ids[i] % PANEL;
+                for (int64_t j = 0; j < k; j++) {
+                    ((T*)out)[i * k + j] = from[paired ? (j / 2 * PANEL + column) * 2 + j % 2 : j * PANEL + column];
+                }
+            }
+        });
+    });
+}
+
 EXPORT int64_t packed_quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_t group_size) {
     return ceil_div(n, PANEL) * panel_bytes<float>(Weights{nullptr, k, bits, group_size});
 }
