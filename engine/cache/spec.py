@@ -189,7 +189,7 @@ class _Planner:
 
     def _batched_tokens(self, free: int) -> int:
         wish = self.engine.max_num_batched_tokens
-        wish = DEFAULT_BATCHED_TOKENS[self.device] if wish is None else wish
+        wish = max(DEFAULT_BATCHED_TOKENS[self.device], self.engine.max_num_seqs) if wish is None else wish
         per_token, fixed = _activation_terms(self.config, min(self.engine.max_num_seqs, wish))
         fits = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
         # below a block a batch hardly gets cheaper; what does not fit then is found by `_check_minimum`

@@ -91,7 +91,7 @@ def test_a_cpu_keeps_three_quarters_of_what_weights_leave(geometry: Geometry) ->
     plan = make_plan(geometry["3b"], available)
     room = available - plan.weight_bytes - plan.activation_bytes
     assert plan.kv_bytes + plan.state_bytes <= room / 4
-    assert plan.max_num_batched_tokens == 512
+    assert plan.max_num_batched_tokens == 128
 
 
 def test_a_small_model_takes_little_of_a_big_machine(geometry: Geometry) -> None:
@@ -231,7 +231,8 @@ def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: st
     wishes = {
         "max_model_len": engine.max_model_len or config.max_position_embeddings,
         "max_num_seqs": engine.max_num_seqs,
-        "max_num_batched_tokens": engine.max_num_batched_tokens or {"cpu": 512, "cuda": 8192}[device],
+        "max_num_batched_tokens": engine.max_num_batched_tokens
+        or max({"cpu": 128, "cuda": 8192}[device], engine.max_num_seqs),
     }
     shrunk = {line.split()[0] for line in plan.warnings}
     for key, wish in wishes.items():

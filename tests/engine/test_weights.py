@@ -20,6 +20,7 @@ from engine.layers.parameter import Destination
 from engine.model_config import load_model_config, weight_bytes
 from engine.models import Model, build_model
 from engine.weights import dummy_weights, load_weights
+from kernels.ops import Weight
 from kernels.reference.mamba import MambaDecode
 from kernels.table import select
 from tests.engine.feeding import Feed, Feeder
@@ -179,7 +180,8 @@ class CopyingLinear:
     def num_raw(self) -> int:
         return sum(ref() is not None for ref in self.raw)
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Weight) -> Tensor:
+        assert isinstance(weight, Tensor)
         self.kept.append(self.num_raw())
         self.raw.append(weakref.ref(weight))
         return weight.t().clone()
