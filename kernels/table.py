@@ -65,6 +65,12 @@ def _triton(module: str, name: str) -> Callable[[], Any]:
     return load
 
 
+def _triton_mamba_decode(*parts: Any) -> mamba.MambaDecode:
+    """There is no kernel of its own yet: what was chosen for the parts, one after the other."""
+    ensure_available()
+    return mamba.MambaDecode(*parts)
+
+
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
@@ -112,6 +118,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("sample", "triton", ("cuda",), _triton("sample", "sample")),
     Implementation("sample", "reference", _BOTH, lambda: sample.sample),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
+    Implementation("mamba_decode", "triton", ("cuda",), _triton_mamba_decode, _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 

@@ -40,7 +40,7 @@ def formula(weight: QuantizedWeight) -> Array:
     return double(weight.values) * scales[..., : weight.values.shape[-1]]
 
 
-@each_implementation("linear")
+@each_implementation("linear", but="triton")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
@@ -68,7 +68,7 @@ def experts_case(bits: int, group_size: int) -> tuple[QuantizedWeight, Quantized
     return gate_up, down, torch.softmax(random(TOKENS, TOP_K, seed=3), dim=-1), ids[:, :TOP_K].int()
 
 
-@each_implementation("run_experts")
+@each_implementation("run_experts", but="triton")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_experts_equal_the_formula(run_experts: RunExperts, bits: int, group_size: int, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import kernels.triton
 from kernels import table
 from kernels.ops import AttentionDecode, AttentionPrefill, Kernels, KernelUnavailable, Linear, RunExperts, Sample
 from kernels.ops import SampleInputs as Inputs
+from kernels.reference.mamba import MambaDecode
 from kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
 from tests.kernels.cases import EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
@@ -114,6 +115,9 @@ def test_every_op_has_its_type() -> None:
         run_experts=moe.RunExperts(),
         linear=linear.Linear(),
         sample=sample.sample,
+        mamba_decode=MambaDecode(
+            conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update
+        ),
         names={},
     )
     if kernels.triton.interpreted():
