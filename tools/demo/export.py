@@ -24,10 +24,13 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data
+from evaluate import ORDER, encoded
 from model import Jamba, Shape
+from ngram import NGram
 from train_tokenizer import SPECIAL_TOKENS
 
 from engine.llm import LLM
+from engine.quantization import FORMATS
 from engine.types import SamplingParams
 
 STORY = "Tell me a story about a dog and a ball."
@@ -79,7 +82,7 @@ def write_json(path: Path, value: object) -> None:
 def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, out: Path) -> int:
     """All files but the card. Returns the number of parameters."""
     model = Jamba(Shape(**saved["shape"]))
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(saved["average"])
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.tensors()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -102,18 +105,20 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def held_out_nats(llm: LLM, tokenizer: Tokenizer, stories: list[str]) -> tuple[float, float]:
-    """Of all tokens of the stories, and of their <|endoftext|>, each story after <|startoftext|> by itself."""
-    end = SPECIAL_TOKENS.index(data.EOS)
-    inside = ending = 0.0
+def load(folder: Path, **settings: Any) -> LLM:
+    sizes = {"max_num_seqs": 16, "kv_cache_memory_bytes": CACHE, "checkpoint_memory_bytes": 0}
+    return LLM(folder, enable_prefix_caching=False, **sizes, **settings)
+
+
+def held_out_nats(llm: LLM, documents: list[list[int]]) -> float:
+    """Of all tokens but each document's first."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-    prompts = [encode(tokenizer, data.BOS + story + data.EOS) for story in stories]
-    for completion in llm.generate(prompts, params):
+    total = 0.0
+    for completion in llm.generate([*documents], params):
         scored = [entry for entry in completion.prompt_logprobs if entry is not None]
-        assert len(scored) == len(completion.prompt) - 1 and scored[-1].token_id == end
-        inside -= sum(entry.logprob for entry in scored[:-1])
-        ending -= scored[-1].logprob
-    return inside, ending
+        assert len(scored) == len(completion.prompt) - 1
+        total -= sum(entry.logprob for entry in scored)
+    return total
 
 
 def answer(llm: LLM, tokenizer: Tokenizer, request: str, temperature: float, seed: int) -> str:
@@ -143,12 +148,14 @@ def main() -> None:
     saved = torch.load(arguments.trained / "best.pt", weights_only=True)
     out: Path = arguments.out
     parameters = write_checkpoint(saved, arguments.trained / "tokenizer.json", arguments.template, out)
-    stories = data.read(arguments.data).held_out
-    size = sum(len(story.encode()) for story in stories) * math.log(2)
-    llm = LLM(out, max_num_seqs=16, kv_cache_memory_bytes=CACHE, checkpoint_memory_bytes=0, enable_prefix_caching=False)
+    text = data.read(arguments.data)
+    size = sum(len(story.encode()) for story in text.held_out) * math.log(2)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    inside, ending = held_out_nats(llm, tokenizer, stories)
-    bits, trained = (inside + ending) / size, saved["best"]
+    documents = encoded(tokenizer, text.held_out)
+    llm = load(out)
+    bits, trained = held_out_nats(llm, documents) / size, saved["best"]
+    counted = NGram(encoded(tokenizer, text.stories), order=ORDER, vocab_size=tokenizer.get_vocab_size())
+    losses = {name: held_out_nats(load(out, quantization=name), documents) / size for name in FORMATS}
     log = [json.loads(line) for line in (arguments.trained / "log.jsonl").read_text().splitlines()]
     step = saved["step"]
     card = CARD.read_text(encoding="utf-8").format(
@@ -156,11 +163,13 @@ def main() -> None:
         parameters=parameters,
         megabytes=(out / "model.safetensors").stat().st_size / 1e6,
         steps=step,
-        tokens=step * 4096 / 1e6,
+        tokens=saved["tokens"] / 1e6,
         epochs=f"pass {saved['position'][0] + 1} over the data",
         minutes=round(next(line["seconds"] for line in log if line["step"] == step) / 60),
         bits=bits,
-        inside=inside / size,
+        **losses,
+        counted=counted.nats(documents) / size,
+        order=ORDER,
         trained=trained,
         chat=data.CHAT_STORIES,
         books=data.BOOK_SHARE,
@@ -170,7 +179,7 @@ def main() -> None:
         ),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
-    print(f"held-out bits per byte: engine {bits:.4f} ({inside / size:.4f} without ends), training {trained:.4f}")
+    print(f"held-out bits per byte: engine {bits:.4f}, training {trained:.4f}, {losses}")
     if abs(bits / trained - 1) > TOLERANCE:
         sys.exit(f"the engine's loss differs from the training code's by more than {TOLERANCE:.1%}")
 

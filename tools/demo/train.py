@@ -3,8 +3,9 @@
     python tools/demo/train.py --data FOLDER --out FOLDER --minutes 60
 
 FOLDER of --data holds the files that data.FILES names. --out receives tokenizer.json, last.pt (to resume from; start
-the same command again), best.pt (lowest held-out loss) and log.jsonl. The learning rate follows the clock: full until
-65 % of the minutes have passed since the first start, then down to zero in a line.
+the same command again), best.pt (of the lowest held-out loss) and log.jsonl. The learning rate follows the clock: full
+until 65 % of the minutes have passed since the first start, then down to zero in a line. What is evaluated and exported
+is a running average of the weights.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SEED = 20
 TOKENS, RAMP = 4096, 0.35  # a step; share of the time after which a step has twice as many
 LENGTH, LONG, LONGEST = 512, 1024, 2048  # tokens of a row; in every eighth step; in every thirty-second
 WARM_UP, COOL_DOWN = 30, 0.35  # steps; share of the time
+WINDOW = 150  # steps that the average of the weights reaches back: it loses less than the weights of any one step
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
 
@@ -87,12 +89,14 @@ class Training:
         torch.manual_seed(SEED)
         random.seed(SEED)
         self.shape = Shape()
-        self.model = Jamba(self.shape)
+        self.model, self.average = Jamba(self.shape), Jamba(self.shape)
+        self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model)
         self.tokenizer = self._tokenizer(text)
         if (folder / "last.pt").exists():
             saved = torch.load(folder / "last.pt", weights_only=True)
             self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
             self.optimizer.load(saved["optimizer"])
             self.started, self.step, self.tokens = saved["started"], saved["step"], saved["tokens"]
             self.best, position = saved["best"], saved["position"]
@@ -122,18 +126,22 @@ class Training:
         self.optimizer.step(max(0.0, min(1.0, warm, cool)))
         self.model.zero_grad(set_to_none=True)
         self.step += 1
+        with torch.no_grad():
+            for mean, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(parameter, 1 / min(self.step, WINDOW))
         self.tokens += len(ids) - 1
         return float(loss.detach())
 
     def save(self, name: str) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "shape": asdict(self.shape)}
+        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "shape": asdict(self.shape)}
+        state |= {"optimizer": self.optimizer.state()}
         state |= {"started": self.started, "step": self.step, "tokens": self.tokens, "best": self.best}
         state |= {"position": (self.stream.number, self.stream.offset)}
         torch.save(state, self.folder / f"{name}.partial")
         (self.folder / f"{name}.partial").replace(self.folder / f"{name}.pt")
 
     def report(self, loss: float | None) -> None:
-        nats = evaluate(self.model, self.batches)
+        nats = evaluate(self.average, self.batches)
         bits = nats / math.log(2) / self.bytes
         line = {
             "step": self.step,
