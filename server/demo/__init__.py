@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 DESCRIPTION: Final = (
-    "demonstration: a model of 6 million parameters that tells short stories and is no assistant; "
+    "demonstration: a model of 9 million parameters that tells short stories and is no assistant; "
     "name a model to serve one"
 )
 
