@@ -25,7 +25,15 @@ setup(
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             # No -march: functions carry their own targets and are chosen when the library runs. No contraction of
             # a * b + c, which would make results depend on the compiler's mood; fused products are written out.
-            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", *WARNINGS],
+            extra_compile_args=[
+                "-O3",
+                "-g0",
+                "-std=c++17",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-pthread",
+                *WARNINGS,
+            ],
             extra_link_args=["-pthread"],
         )
     ],
