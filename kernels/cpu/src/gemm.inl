@@ -70,7 +70,7 @@ INLINE void spread(const T* x, int64_t n, PackedX* out, int64_t rows) {
 
 constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
     int strips = 1;
-    while (4 * strips * rows <= ACCUMULATORS && strips < 8) strips *= 2;
+    while (4 * strips * rows <= ACCUMULATORS && strips < 4) strips *= 2;
     return strips;
 }
 
@@ -91,12 +91,14 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
 
-// A tile's way along K.
+// A tile's way along K: steps first..end-1 of a strip.
 struct Walk {
-    const PackedX* x;
+    const PackedX* x;  // of the tile's rows, from the beginning of K
     int64_t strip;
-    int64_t sharers;  // tiles that read this strip one after the other; together they prefetch the next panel
-    int64_t turn;     // this tile's place among them
+    int64_t first, end;
+    const char* next;  // what to prefetch, `stride` bytes more with each step; null: what is needed soon
+    int64_t stride;
+    float* sums;  // of the steps before, and then with these; null where the walk takes all of K
 };
 
 // What one tile needs beside its template's arguments.
@@ -143,32 +145,67 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
     }
 }
 
-// The sums of a tile. Weights of `panel` bytes to a panel.
-template <class W, int MR, int NS>
-void accumulate(const Weights& weights, int64_t panel, const Walk& walk, Vec (&totals)[MR][2 * NS]) {
+// The steps of a format's weights, as they fall into groups.
+template <class W>
+struct Steps {
+    int64_t count, group;  // all of K; those of a group
+    explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
+        group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
+    }
+    // From the panel's beginning to a step at a group's beginning, or to any of the only group's.
+    int64_t offset(int64_t step) const {
+        return step * Reader<W>::BYTES + (Reader<W>::SCALED ? step / group * 4 * PANEL : 0);
+    }
+};
+
+template <int MR, int NV>
+INLINE void load_sums(Vec (&c)[MR][NV], const float* sums) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) c[m][v] = load(sums + (m * NV + v) * WIDTH);
+    }
+}
+
+template <int MR, int NV>
+INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) store(sums + (m * NV + v) * WIDTH, c[m][v]);
+    }
+}
+
+// A tile's walk: its sums go to y with the last step, and wait in `walk.sums` before. What waits are the sums of the
+// only group, not scaled yet, or the totals of whole groups.
+template <class T, class W, int MR, int NS>
+void tile(const TileArguments<T>& a) {
     using R = Reader<W>;
-    const int64_t steps = weights.pairs() / R::PAIRS;
-    const int64_t group_steps = R::SCALED ? weights.group_pairs() / R::PAIRS : steps;
+    const Weights& weights = a.product->weights;
+    const Walk& walk = a.walk;
+    const Steps<W> steps(weights);
+    const int64_t panel = panel_bytes<T>(weights);
+    const bool one_group = steps.group == steps.count;
     const char *w[NS], *scales[NS];
     for (int s = 0; s < NS; s++) {
         const int64_t strip = walk.strip + s, column = strip % STRIPS * STRIP;
         w[s] = weights.panels + strip / STRIPS * panel + column * R::COLUMN_BYTES;
         scales[s] = weights.panels + strip / STRIPS * panel + column * 4;
     }
-    const PackedX* x = walk.x;
-    // Alone with its strip a tile prefetches what it needs soon; else its share of the panel after this one.
-    const int64_t stride = R::BYTES / walk.sharers;
-    const char* next = walk.sharers == 1 ? w[0] + ahead(1) : w[0] + panel + walk.turn * (steps * stride);
-    if (R::SCALED) std::memset(totals, 0, sizeof(totals));
-    int64_t offset = 0;
-    for (int64_t step = 0; step < steps; step += group_steps) {
+    const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
+    int64_t offset = steps.offset(walk.first);
+    const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
+    const int64_t stride = walk.next ? walk.stride : R::BYTES;
+    Vec totals[MR][2 * NS] = {};  // of scaled groups
+    if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
+    for (int64_t step = walk.first; step < walk.end; step += steps.group) {
         Vec c[MR][2 * NS] = {};
-        const int64_t end = offset + (steps - step < group_steps ? steps - step : group_steps) * R::BYTES;
+        if (one_group && walk.first) load_sums(c, walk.sums);
+        const int64_t end = offset + (walk.end - step < steps.group ? walk.end - step : steps.group) * R::BYTES;
         for (; offset < end; offset += R::BYTES) {
             if constexpr (NS == 1) {
-                __builtin_prefetch(next, 0, 2);
-                if (R::BYTES > 64) __builtin_prefetch(next + 64, 0, 2);
-                next += stride;
+                for (const char* const until = next + stride; next < until; next += 64) __builtin_prefetch(next, 0, 3);
+                next += stride - ceil_div(stride, 64) * 64;
             } else {
 #pragma GCC unroll 8
                 for (int s = 0; s < NS; s++) {
@@ -181,20 +218,13 @@ void accumulate(const Weights& weights, int64_t panel, const Walk& walk, Vec (&t
                 multiply_pair<W, MR, NS>(c, x, w, offset, pair);
             }
         }
-        if constexpr (R::SCALED) {
-            add_group<MR, NS>(c, scales, offset, totals);
-            offset += 4 * PANEL;
-        } else {
-            std::memcpy(totals, c, sizeof(c));
-        }
+        if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
+        if constexpr (!R::SCALED) return store_tile<T, MR, 2 * NS>(c, a);
+        add_group<MR, NS>(c, scales, offset, totals);
+        offset += 4 * PANEL;
     }
-}
-
-template <class T, class W, int MR, int NS>
-void tile(const TileArguments<T>& a) {
-    Vec c[MR][2 * NS];
-    accumulate<W, MR, NS>(a.product->weights, panel_bytes<T>(a.product->weights), a.walk, c);
-    store_tile<T, MR, 2 * NS>(c, a);
+    if (walk.end < steps.count) return store_sums(totals, walk.sums);
+    store_tile<T, MR, 2 * NS>(totals, a);
 }
 
 // Strips from the walk's up to `end`, NS at a time, for one tile of MR rows.
@@ -216,23 +246,46 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
+constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;  // of a strip: what stays in the first cache
+
+// Several tiles take a strip together, a span of K each in turn, so that its weights come from memory once. While
+// they work on one span they prefetch the next, each a share of it: it must arrive before the first of them gets there.
+template <class T, class W>
+void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
+                  int64_t strip_end) {
+    using R = Reader<W>;
+    constexpr int64_t UNIT = (SPAN_PAIRS * (R::BYTES / R::PAIRS) > SPAN_BYTES ? SPAN_BYTES / R::BYTES : SPAN_PAIRS / R::PAIRS);
+    const Tiles tiles(p.m, MAX_ROWS);
+    const Steps<W> steps(p.weights);
+    const int64_t span = steps.group == steps.count ? UNIT : ceil_div(UNIT, steps.group) * steps.group;
+    const int64_t sharers = tile_end - tile, row = x_row(p.weights.k), panel = panel_bytes<T>(p.weights);
+    constexpr int64_t SUMS = MAX_ROWS * STRIP;
+    float* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
+    for (; strip < strip_end; strip++) {
+        auto address = [&](int64_t strip, int64_t step) {
+            return p.weights.panels + strip / STRIPS * panel + strip % STRIPS * STRIP * R::COLUMN_BYTES + steps.offset(step);
+        };
+        for (int64_t first = 0; first < steps.count; first += span) {
+            const int64_t end = first + span < steps.count ? first + span : steps.count;
+            const char* next = end < steps.count ? address(strip, end) : address(strip + (strip + 1 < strip_end), 0);
+            const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
+            for (int64_t t = tile; t < tile_end; t++) {
+                const int64_t row0 = tiles.first(t), turn = t - tile;
+                const Walk walk{x + row0 * row, strip, first, end, next + turn * (end - first) * stride, stride, sums + turn * SUMS};
+                tile_rows<T, W, MAX_ROWS>(tiles.size(t), {&p, row0, walk}, strip + 1);
+            }
+        }
+    }
+}
+
 template <class T, class W>
 void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                      int64_t strip_end) {
+    if (tile_end - tile > 1) return share_strips<T, W>(p, x, tile, tile_end, strip, strip_end);
     const Tiles tiles(p.m, MAX_ROWS);
-    const int64_t row = x_row(p.weights.k);
-    if (tile_end - tile == 1) {
-        const int64_t first = tiles.first(tile);
-        tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, {x + first * row, strip, 1, 0}}, strip_end);
-        return;
-    }
-    for (; strip < strip_end; strip++) {
-        for (int64_t t = tile; t < tile_end; t++) {
-            const int64_t first = tiles.first(t);
-            const TileArguments<T> a{&p, first, {x + first * row, strip, tile_end - tile, t - tile}};
-            tile_rows<T, W, MAX_ROWS>(tiles.size(t), a, strip + 1);
-        }
-    }
+    const int64_t first = tiles.first(tile);
+    const Walk walk{x + first * x_row(p.weights.k), strip, 0, Steps<W>(p.weights).count, nullptr, 0, nullptr};
+    tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, walk}, strip_end);
 }
 
 // The tiles tile..tile_end-1 of a product, columns of the strips strip..strip_end-1; x is packed, tile after tile.
@@ -303,11 +356,13 @@ template <class T>
 void multiply_parts(const Parts<T>& all) {
     parallel_for(all.pieces, 1, [&](int64_t piece, int64_t end) {
         const Part<T>* part = all.parts;
-        for (; piece < end; piece++) {
+        while (piece < end) {
             while (part + 1 < all.parts + all.count && part[1].pieces_before <= piece) part++;
-            const int64_t strip = (piece - part->pieces_before) * part->grain, next = strip + part->grain;
-            multiply_block(part->product, part->x, part->tile, part->tile_end, strip,
-                           next < part->strips ? next : part->strips);
+            const int64_t pieces = ceil_div(part->strips, part->grain), first = piece - part->pieces_before;
+            const int64_t last = end - part->pieces_before < pieces ? end - part->pieces_before : pieces;
+            const int64_t strip_end = last * part->grain < part->strips ? last * part->grain : part->strips;
+            multiply_block(part->product, part->x, part->tile, part->tile_end, first * part->grain, strip_end);
+            piece += last - first;
         }
     });
 }

@@ -67,10 +67,12 @@ public:
 private:
     void work() {
         working = true;
-        for (;;) {
-            const int64_t begin = next_.fetch_add(grain_);
-            if (begin >= n_) break;
-            body_(context_, begin, begin + grain_ < n_ ? begin + grain_ : n_);
+        for (int64_t begin = next_.load(); begin < n_;) {
+            // Long runs first, for memory is read faster in order; short ones at the end, so that all end together.
+            const int64_t run = (n_ - begin) / (2 * threads_ * grain_), size = run > 1 ? run * grain_ : grain_;
+            if (!next_.compare_exchange_weak(begin, begin + size)) continue;
+            body_(context_, begin, begin + size < n_ ? begin + size : n_);
+            begin = next_.load();
         }
         working = false;
     }
@@ -139,7 +141,7 @@ struct Buffer {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
 };
-thread_local Buffer buffers[4];
+thread_local Buffer buffers[5];
 
 }  // namespace
 
