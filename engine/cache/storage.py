@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
+from torch import Tensor
 
 from engine.model_config import JambaConfig
 
@@ -28,14 +32,22 @@ class CacheStorage:
     ) -> None:
         attention, mamba = len(config.attention_layers), len(config.mamba_layers)
         self.block_size = block_size
-        self.kv = torch.zeros(
-            num_pages, attention, 2, block_size, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
-        )
-        self.conv = torch.zeros(num_slots, mamba, config.mamba_d_conv - 1, config.d_inner, dtype=dtype, device=device)
-        self.ssm = torch.zeros(
-            num_slots, mamba, config.d_inner, config.mamba_d_state, dtype=torch.float32, device=device
-        )
+        page = (attention, 2, block_size, config.num_key_value_heads, config.head_dim)
+        self.kv = _zeros((num_pages, *page), dtype, device)
+        self.conv = _zeros((num_slots, mamba, config.mamba_d_conv - 1, config.d_inner), dtype, device)
+        self.ssm = _zeros((num_slots, mamba, config.d_inner, config.mamba_d_state), torch.float32, device)
         # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]
         # of an attention layer; states [slots, W-1, D] and [slots, D, S] of a Mamba layer.
         self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(attention)]
         self.state_layers = [(self.conv[:, layer], self.ssm[:, layer]) for layer in range(mamba)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU in memory that takes room only once it is written and has huge pages, where the system has any: most
+    of a step's accesses to states would miss the translation buffer otherwise."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
