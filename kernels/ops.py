@@ -245,7 +245,7 @@ class Linear(Protocol):
         ...
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
-        """Rows of a packed weight that is not quantised, for a tied embedding. ids: int64 [T]. Returns dtype [T, K]."""
+        """Rows of a weight [N, K] that is not quantised, packed or as it is. ids: int64 [T]. Returns dtype [T, K]."""
         ...
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers.linear import Linear
@@ -21,9 +20,7 @@ class Embedding:
         self._packed: Any = None
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        if self.weight is None:
-            return self._linear.rows(self._packed, token_ids)
-        return F.embedding(token_ids, self.weight)
+        return self._linear.rows(self._packed if self.weight is None else self.weight, token_ids)
 
     def unit(self, name: str, pack: Callable[[], None]) -> Unit:
         """`pack` is a tied head's."""

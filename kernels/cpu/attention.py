@@ -10,7 +10,7 @@ from kernels.ops import Pages
 
 class _Attention:
     def __init__(self) -> None:
-        arguments = (*[POINTER] * 4, *[INT] * 8, FLOAT, INT, INT, *[POINTER] * 3, INT, INT)
+        arguments = (*[POINTER] * 4, *[INT] * 10, *[POINTER] * 3, INT, INT, FLOAT)
         self._run = library().function("attention", *arguments)
 
     def _call(self, q: Tensor, pages: Pages, query_start: Tensor | None, scale: float) -> Tensor:
@@ -30,7 +30,6 @@ class _Attention:
             block_size,
             q.stride(0),
             *strides[:3],
-            scale,
             pages.context_lens.shape[0],
             pages.block_tables.stride(0),
             pages.block_tables.data_ptr(),
@@ -38,6 +37,7 @@ class _Attention:
             None if query_start is None else query_start.data_ptr(),
             pages.max_context_len,
             DTYPES[q.dtype],
+            scale,
         )
         return out
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
+        self._functions: list[Any] = []
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
         """A function by its name, the types of its arguments and of its result."""
@@ -38,7 +40,25 @@ class Library:
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
         found.argtypes, found.restype = list(arguments), result
+        self._functions.append(found)
         return found
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+        """All calls from here to the end, each a function with its arguments."""
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+        def record(result: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
+            calls.append((function, arguments))
+            return result
+
+        for function in self._functions:
+            function.errcheck = record  # ctypes' own hook: calls that nobody records do not pay for it
+        try:
+            yield calls
+        finally:
+            for function in self._functions:
+                del function.errcheck
 
     def level(self) -> str:
         """The instructions in use."""

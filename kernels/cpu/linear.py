@@ -100,16 +100,18 @@ class Linear:
 
     def __init__(self) -> None:
         self.pack = Packer()
-        self._gather = library().function("gather_rows", POINTER, POINTER, POINTER, INT, INT, INT)
+        self._gather = library().function("gather_rows", POINTER, INT, POINTER, POINTER, *[INT] * 3)
         self._run = library().function("linear", POINTER, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT)
 
-    def rows(self, weight: PackedWeight, ids: Tensor) -> Tensor:
+    def rows(self, weight: PackedWeight | Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.Linear`."""
+        packed = isinstance(weight, PackedWeight)
+        memory, inputs = (weight.panels, weight.inputs) if packed else (weight, weight.shape[1])
         assert weight.dtype is not None and ids.dtype == torch.int64, "quantised weights have no rows to embed with"
-        ids = ids.contiguous()
-        out = torch.empty(len(ids), weight.inputs, dtype=weight.dtype)
+        assert ids.is_contiguous() and memory.is_contiguous()
+        out = ids.new_empty(len(ids), inputs, dtype=weight.dtype)
         dtype = DTYPES[weight.dtype]
-        self._gather(weight.panels.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), weight.inputs, dtype)
+        self._gather(memory.data_ptr(), packed, ids.data_ptr(), out.data_ptr(), len(ids), inputs, dtype)
         return out
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

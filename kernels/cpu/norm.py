@@ -11,7 +11,7 @@ class RmsNorm:
     """See `kernels.ops.RmsNorm`."""
 
     def __init__(self) -> None:
-        self._run = library().function("rms_norm", *[POINTER] * 5, *[INT] * 4, FLOAT, INT)
+        self._run = library().function("rms_norm", *[POINTER] * 5, *[INT] * 5, FLOAT)
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `kernels.ops.RmsNorm`."""
@@ -28,7 +28,7 @@ class RmsNorm:
             size,
             x.stride(0),
             0 if residual is None else residual.stride(0),
-            eps,
             DTYPES[x.dtype],
+            eps,
         )
         return normed, total

@@ -114,8 +114,9 @@ static void attend(const AttentionArguments<T>& a, int64_t max_context) {
 
 EXPORT void attention(const void* q, const void* k, const void* v, void* out, int64_t heads, int64_t kv_heads,
                       int64_t size, int64_t block_size, int64_t q_stride, int64_t page_stride, int64_t token_stride,
-                      int64_t head_stride, float scale, int64_t sequences, int64_t table_stride, const int32_t* tables,
-                      const int32_t* context_lens, const int32_t* query_start, int64_t max_context, int64_t dtype) {
+                      int64_t head_stride, int64_t sequences, int64_t table_stride, const int32_t* tables,
+                      const int32_t* context_lens, const int32_t* query_start, int64_t max_context, int64_t dtype,
+                      float scale) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
         attend(AttentionArguments<T>{(const T*)q, (const T*)k, (const T*)v, (T*)out, heads, kv_heads, size, block_size,

@@ -78,15 +78,20 @@ EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, 
     });
 }
 
-// Rows of a weight that `pack_weight` packed, to out: [count, k]. ids: [count].
-EXPORT void gather_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int64_t dtype) {
+// Rows of a weight, as `pack_weight` packed it or as it was, to out: [count, k]. ids: [count].
+EXPORT void gather_rows(const void* weight, int64_t is_packed, const int64_t* ids, void* out, int64_t count, int64_t k,
+                        int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
         constexpr bool paired = COLUMN_BYTES<T> != sizeof(T);
         const int64_t panel = ceil_div(k, 2) * 2 * PANEL;
         parallel_for(count, ceil_div(1 << 13, k), [=](int64_t i, int64_t end) {
             for (; i < end; i++) {
-                const T* const from = (const T*)packed + ids[i] / PANEL * panel;
+                if (!is_packed) {
+                    std::memcpy((T*)out + i * k, (const T*)weight + ids[i] * k, k * sizeof(T));
+                    continue;
+                }
+                const T* const from = (const T*)weight + ids[i] / PANEL * panel;
                 const int64_t column = ids[i] % PANEL;
                 for (int64_t j = 0; j < k; j++) {
                     ((T*)out)[i * k + j] = from[paired ? (j / 2 * PANEL + column) * 2 + j % 2 : j * PANEL + column];

@@ -41,7 +41,7 @@ EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t st
                   nullptr, state_ids, nullptr, nullptr, nullptr, nullptr, w.dtype);
     linear(u, w.channels, w.x_proj, 0, 0, nullptr, parts, rows, projected, w.channels, w.dtype);
     auto norm = [&](int64_t first, int64_t size, const void* weight, void* normed) {
-        rms_norm(parts + first * item, nullptr, weight, normed, nullptr, rows, size, projected, 0, w.eps, w.dtype);
+        rms_norm(parts + first * item, nullptr, weight, normed, nullptr, rows, size, projected, 0, w.dtype, w.eps);
     };
     norm(0, w.rank, w.dt_norm, rank);
     norm(w.rank, w.states, w.b_norm, b);

@@ -5,7 +5,7 @@
 // x, residual: [rows, size], rows `x_stride` and `residual_stride` elements apart; normed, total: [rows, size]. Without
 // a residual (null) `total` is left alone.
 EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
-                     int64_t size, int64_t x_stride, int64_t residual_stride, float eps, int64_t dtype) {
+                     int64_t size, int64_t x_stride, int64_t residual_stride, int64_t dtype, float eps) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
         parallel_for(rows, 1 + 16384 / (size + 1), [&](int64_t begin, int64_t end) {

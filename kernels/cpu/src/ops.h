@@ -11,7 +11,7 @@ EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t 
                    const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t dtype);
 
 EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
-                     int64_t size, int64_t x_stride, int64_t residual_stride, float eps, int64_t dtype);
+                     int64_t size, int64_t x_stride, int64_t residual_stride, int64_t dtype, float eps);
 
 EXPORT void selective_scan(const void* u, const void* dt, const void* b, const void* c, const void* z, const float* a,
                            const float* d, const float* dt_bias, float* state, void* out, int64_t channels,

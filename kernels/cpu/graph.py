@@ -1,0 +1,120 @@
+"""A graph on a CPU: the calls of the compiled library that some code makes, recorded once and then repeated in one call.
+
+What Python does between the kernels of a small model's step takes as long as some of them. It is the same in every step
+of so many rows: only the numbers in a few input tensors differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from kernels.cpu.library import FLOAT, INT, POINTER, library
+
+_MOST_ARGUMENTS = 32
+_ALLOCATIONS = ("new_empty",)
+_VIEWS = ("__get__", "__getitem__", "__len__", "data_ptr", "dim", "stride", "element_size", "is_contiguous",
+          "contiguous", "flatten", "unflatten", "split")  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    """`Call` of `src/replay.cpp`."""
+
+    _fields_ = (
+        ("function", POINTER),
+        ("count", INT),
+        ("arguments", INT * _MOST_ARGUMENTS),
+        ("number", FLOAT),
+        ("has_number", ctypes.c_int32),
+    )
+
+
+class Arena:
+    """Memory for what is under way in graphs. As they are repeated one at a time, a block that one of them has done
+    with belongs to all; a block is never given back while any of them may be repeated."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._free: dict[int, list[int]] = {}  # addresses by size
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks."""
+        return sum(block.numel() for block in self._blocks)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Like `torch.empty`; its block is free again when the last view of it is gone."""
+        wanted = max(1, math.prod(shape)) * dtype.itemsize
+        size = 1 << (wanted - 1).bit_length()
+        free = self._free.setdefault(size, [])
+        if not free:
+            self._blocks.append(torch.empty(size + 64, dtype=torch.uint8))
+            free.append((self._blocks[-1].data_ptr() + 63) // 64 * 64)
+        address = free.pop()
+        memory = (ctypes.c_char * wanted).from_address(address)
+        weakref.finalize(memory, free.append, address)
+        return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(*shape)
+
+
+class _Recorder(TorchFunctionMode):
+    """Takes memory for new tensors from the arena, and lets nothing else of torch be computed: it would be missing
+    when the calls are repeated."""
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__()
+        self._arena = arena
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, named = func.__name__, kwargs or {}
+        if name in _ALLOCATIONS:
+            return self._arena.empty(args[1:], named.get("dtype", args[0].dtype))
+        assert name in _VIEWS, f"{name} cannot be recorded"
+        result = func(*args, **named)
+        assert name not in ("contiguous", "flatten") or result.data_ptr() == args[0].data_ptr(), f"{name} would copy"
+        return result
+
+
+class NativeGraph:
+    """See `engine.graphs.Graph`. Graphs of one arena share its memory, so only one of them may be repeated at a time.
+
+    The inputs of what is recorded, weights and caches must stay where they are.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._replay = library().function("replay", POINTER, INT)
+        self._calls: Any = None
+        self._output: Tensor | None = None
+
+    def capture(self, run: Callable[[], Tensor]) -> None:
+        """Runs `run`, once, and records its calls."""
+        with library().recording() as recorded, _Recorder(self._arena):
+            self._output = run()
+        self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
+
+    def replay(self) -> Tensor:
+        """Repeats them; what `run` returned, which a replay of any graph of the arena may overwrite."""
+        assert self._output is not None, "nothing was captured"
+        self._replay(ctypes.addressof(self._calls), len(self._calls))
+        return self._output
+
+
+def _call(function: Any, arguments: tuple[Any, ...]) -> _Call:
+    *whole, last = arguments
+    has_number = function.argtypes[-1] is FLOAT
+    if not has_number:
+        whole.append(last)
+    values = [0 if value is None else int(value) for value in whole]
+    assert FLOAT not in function.argtypes[: len(values)] and function.restype is None, "not what `Call` can hold"
+    address = ctypes.cast(function, POINTER).value
+    padded = (INT * _MOST_ARGUMENTS)(*values)
+    return _Call(address, len(values), padded, last if has_number else 0.0, has_number)

@@ -1,0 +1,41 @@
+// A list of calls, one after the other: what a decoding step asks of this library, without Python in between.
+#include <utility>
+
+#include "common.h"
+
+constexpr int64_t MOST_ARGUMENTS = 32;
+
+// As `kernels/cpu/graph.py` has it. Every exported function takes whole numbers of 64 bits and pointers, and then, if
+// any, one float.
+struct Call {
+    void (*function)();
+    int64_t count;
+    int64_t arguments[MOST_ARGUMENTS];
+    float number;
+    int32_t has_number;
+};
+
+namespace {
+
+template <size_t>
+using Whole = int64_t;
+
+template <size_t... I>
+void call_with(const Call& c, std::index_sequence<I...>) {
+    if (c.has_number) reinterpret_cast<void (*)(Whole<I>..., float)>(c.function)(c.arguments[I]..., c.number);
+    else reinterpret_cast<void (*)(Whole<I>...)>(c.function)(c.arguments[I]...);
+}
+
+template <int64_t N>
+void call(const Call& c) {
+    if constexpr (N <= MOST_ARGUMENTS) {
+        if (c.count == N) call_with(c, std::make_index_sequence<N>{});
+        else call<N + 1>(c);
+    }
+}
+
+}  // namespace
+
+EXPORT void replay(const Call* calls, int64_t count) {
+    for (int64_t i = 0; i < count; i++) call<0>(calls[i]);
+}
