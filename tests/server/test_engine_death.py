@@ -7,6 +7,7 @@ import os
 import signal
 from typing import Any
 
+import pytest
 from openai import AsyncOpenAI
 
 from engine.client import EngineClient
@@ -17,7 +18,7 @@ from tests.server.real_engine import served_engine
 
 NUM_TOKENS = 700  # all streams are open long before the first one ends
 SPLIT_FROM = 150  # and long before the stop string comes
-STOP_CHOICE = 6  # of the nine choices, the one with a stop string
+STOP_CHOICE = 8  # of the nine choices, the one with a stop string: the last, so that all are open while it runs
 CHAT = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
 
 
@@ -39,7 +40,7 @@ class MortalEngine(EngineClient):
 
 
 def requests(stop: str | None) -> list[dict[str, Any]]:
-    """Greedy, sampled without a seed, n = 2, log-probabilities, a stop string."""
+    """Greedy, sampled without a seed, n = 2, log-probabilities, penalties, a stop string."""
     base = {"messages": CHAT, "max_tokens": NUM_TOKENS, "stream": True, "extra_body": {"ignore_eos": True}}
     greedy = base | {"temperature": 0}
     return [
@@ -48,9 +49,9 @@ def requests(stop: str | None) -> list[dict[str, Any]]:
         base | {"n": 2},
         greedy | {"logprobs": True, "top_logprobs": 2},
         base | {"logprobs": True, "top_logprobs": 1},
-        greedy | ({"stop": stop} if stop else {}),
         base | {"temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.2},
         base | {"seed": 5, "extra_body": {"ignore_eos": True, "min_tokens": 8, "repetition_penalty": 1.2}},
+        greedy | ({"stop": stop} if stop else {}),
     ]
 
 
@@ -75,8 +76,15 @@ async def read(client: AsyncOpenAI, request: dict[str, Any], opened: asyncio.Eve
     return {index: (texts[index], scores[index], finish[index]) for index in sorted(texts)}
 
 
-async def run(kill_after: int | None, stop: str | None) -> tuple[list[Reply], int]:
-    config = ServerConfig(served_model_name=("jamba-demo",), dtype="float32", threads=1, max_num_seqs=16)
+FORMATS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8", "quantize_mamba": True},
+}
+
+
+async def run(settings: dict[str, Any], kill_after: int | None, stop: str | None) -> tuple[list[Reply], int]:
+    config = ServerConfig(served_model_name=("jamba-demo",), threads=1, max_num_seqs=16, **settings)
     engine = MortalEngine(config.engine(demo_folder()))
     engine.kill_after = kill_after
     await engine.start()
@@ -94,8 +102,10 @@ async def run(kill_after: int | None, stop: str | None) -> tuple[list[Reply], in
         await engine.close()
 
 
-async def test_eight_streams_survive_the_death_of_the_engine() -> None:
-    undisturbed, deaths = await run(None, None)
+@pytest.mark.parametrize("form", FORMATS)
+async def test_eight_streams_survive_the_death_of_the_engine(form: str) -> None:
+    settings = FORMATS[form]
+    undisturbed, deaths = await run(settings, None, None)
     assert deaths == 0
     text, scores, _ = undisturbed[3][0]  # greedy, with its tokens
     tokens = [token for token, _ in scores]
@@ -107,12 +117,12 @@ async def test_eight_streams_survive_the_death_of_the_engine() -> None:
         and stop in text  # no special token, of which a text has nothing
         and stop not in "".join(tokens[:i])  # it is complete with token i, and no sooner
     )
-    expected, deaths = await run(None, stop)
+    expected, deaths = await run(settings, None, stop)
     assert deaths == 0
-    assert expected[5][0][0] == text[: text.index(stop)]
-    assert expected[5][0][2] == "stop"
+    assert expected[7][0][0] == text[: text.index(stop)]
+    assert expected[7][0][2] == "stop"
     for kill_after in (split // 2, split):  # before, and between the two halves of the stop string
-        replies, deaths = await run(kill_after, stop)
+        replies, deaths = await run(settings, kill_after, stop)
         assert deaths == 1, "the engine must have been replaced"
         for reply, wanted in zip(replies, expected, strict=True):
             assert reply.keys() == wanted.keys()
