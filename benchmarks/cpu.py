@@ -4,8 +4,9 @@
         [--sequences 1,8,16,32,64] [--long 4096,16384] [--peer transformers]
 
 Dummy weights, in-process, greedy, prompts of four tokens for decode. Each shape and format has a process of its own,
-so that its memory is what it took itself. The limit of a decode step is the bytes of weights that it must read in this
-format, over the bandwidth; of prefill, the matmul rate over two operations per active parameter and token. Long prompts
+so that its memory is what it took itself. The limit of a decode step is the longer of two times: the bytes of weights that
+it must read in this format over the bandwidth, and two operations per active parameter and sequence over the matmul
+rate; of prefill, the latter alone. As the bandwidth drifts it is measured before and after each decode. Long prompts
 and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at a time.
 Writes benchmarks/results/NAME.json and NAME.md after every process.
 """
@@ -56,7 +57,7 @@ class Cell:
 
     def __init__(self, shape: str, stored: Format, sequences: list[int], long: list[int]) -> None:
         self.sequences, self.long, self.stored = sequences, long, stored
-        self.bandwidth, self.rate = read_bandwidth(), matmul_rate()
+        self.bandwidths, self.rate = [read_bandwidth()], matmul_rate()
         gc.collect()
         self.resident_before = resident_bytes()
         with tempfile.TemporaryDirectory() as name:
@@ -84,10 +85,13 @@ class Cell:
 
     def decode(self, count: int) -> dict[str, float]:
         """The prompts' own step is taken off: a run of one token."""
-        limit = self.bandwidth / weights_read(self.config, count, self.stored)
-        steps = max(8, min(64, int(DECODE_SECONDS * limit / 2)))
+        read = weights_read(self.config, count, self.stored)
+        steps = max(8, min(64, int(DECODE_SECONDS * self.bandwidths[-1] / read / 2)))
         seconds = min(self.run(count, 4, steps + 1) for _ in range(2)) - min(self.run(count, 4, 1) for _ in range(2))
-        return {"tok_s": count * steps / seconds, "limit_tok_s": count * limit}
+        self.bandwidths.append(read_bandwidth())
+        bandwidth = sum(self.bandwidths[-2:]) / 2
+        limit = min(count * bandwidth / read, self.rate / (2 * active_parameters(self.config)))
+        return {"tok_s": count * steps / seconds, "limit_tok_s": limit, "bandwidth": bandwidth}
 
     def prefill(self) -> dict[str, float]:
         seconds = min(self.run(1, PREFILL_TOKENS, 1) for _ in range(3))
@@ -109,12 +113,12 @@ class Cell:
         result: dict[str, Any] = {
             "format": self.stored.name,
             "parameters": info.num_parameters,
-            "bandwidth": self.bandwidth,
             "matmul_rate": self.rate,
             "kernels": info.kernels,
             "load_seconds": info.load_seconds,
             "prefill": self.prefill(),
             "decode": {str(count): self.decode(count) for count in self.sequences},
+            "bandwidths": self.bandwidths,
         }
         self.run(8, 4, 4)
         result["memory"] = {
@@ -181,7 +185,8 @@ def table(results: list[dict[str, Any]], sequences: list[int]) -> list[str]:
         memory = r["memory"]
         cells = [r["shape"], r["format"], cell(r["prefill"]), *(cell(r["decode"][str(n)]) for n in sequences)]
         cells.append(f"{memory['resident'] / GB:.2f}, {(memory['weights'] + memory['caches']) / GB:.2f}")
-        cells.append(f"{r['bandwidth'] / GB:.0f} GB/s, {r['matmul_rate'] / 1e12:.2f} TFLOP/s")
+        low, high = min(r["bandwidths"]) / GB, max(r["bandwidths"]) / GB
+        cells.append(f"{low:.0f}-{high:.0f} GB/s, {r['matmul_rate'] / 1e12:.2f} TFLOP/s")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
