@@ -26,8 +26,14 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the last token, so that the next one is chosen."""
-        return self.end == len(self.sequence.tokens) and self.sequence.params.max_tokens > 0
+        """Whether the chunk reaches the last token, so that the next one is chosen. Before `Scheduler.advance`."""
+        seq = self.sequence
+        return self.end == len(seq.tokens) + seq.num_pending and seq.params.max_tokens > 0
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether its token is known on the device only. Before the step that chose it is taken in."""
+        return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
@@ -137,7 +143,7 @@ class Scheduler:
         """Decodes first, so that long prompts never stall replies; then prompts under way, then new sequences."""
         plan = _Plan(self.max_num_batched_tokens)
         for seq in sorted(self.running, key=lambda s: s.num_remaining > 1):
-            if plan.budget and seq.state_id:  # an earlier one of this loop may have preempted it
+            if plan.budget and seq.state_id and not self._ends(seq):  # an earlier one may have preempted it
                 self._extend(seq, plan)
         started = self._admit(plan, now) if not plan.preempted else ()
         chunks = [
@@ -147,6 +153,18 @@ class Scheduler:
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
         return SchedulerOutput(tuple(chunks), self.cache.take_copies(), started)
+
+    def must_wait(self) -> bool:
+        """Whether the next step cannot be scheduled before the tokens of the last one are known: a sequence's
+        penalties count them, or a state would be saved after one, under a key made of it."""
+        return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
+
+    def _ends(self, seq: Sequence) -> bool:
+        """Whether nothing remains to be computed: a step under way brings its last token or prompt log-probability."""
+        if not seq.num_pending:
+            return seq.num_remaining == 0
+        length = len(seq.tokens) + seq.num_pending
+        return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _extend(self, seq: Sequence, plan: _Plan) -> None:
         """Plans the next tokens of a running sequence; where pages are short the youngest one waits again."""
@@ -217,13 +235,22 @@ class Scheduler:
 
     # After the step ---------------------------------------------------------------------------------------------
 
-    def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Takes in what the model said; finished sequences give back what they own."""
+    def advance(self, output: SchedulerOutput) -> None:
+        """The step is under way: whatever is launched from now on finds its pages and states written."""
+        for chunk in output.chunks:
+            seq = chunk.sequence
+            seq.num_pending += chunk.samples
+            seq.num_computed = chunk.end
         self.cache.commit(output.copies)
+
+    def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
+        """Takes in what the model said; finished sequences give back what they own. Steps come in their order, each
+        after its `advance`; a token of a sequence that has ended meanwhile is dropped."""
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
             seq = chunk.sequence
-            seq.num_computed = chunk.end
+            if self._by_id.get(seq.request.id) is not seq:
+                continue
             seq.num_prompt_logprobs += len(result.prompt_logprobs)
             reason: FinishReason | None = None
             if chunk.end == len(seq.tokens):
@@ -239,6 +266,7 @@ class Scheduler:
         if token_id is None:
             return "length"  # max_tokens 0: only the prompt was wanted
         seq.tokens.append(token_id)
+        seq.num_pending -= 1
         if self._stops(seq, token_id):
             return "stop"
         if seq.num_generated >= seq.params.max_tokens or len(seq.tokens) >= self.max_model_len:
