@@ -14,10 +14,8 @@ from engine.scheduler import Chunk, SchedulerOutput
 from engine.sequence import Sequence
 from engine.types import MAX_LOGPROBS, Request, SamplingParams
 
-# Everything that a request can ask for which takes memory.
-PARAMS = SamplingParams(
-    max_tokens=1, top_p=0.9, repetition_penalty=1.1, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS
-)
+# What a request can ask for that takes memory; penalties of contexts that do not fit at once are not among it.
+PARAMS = SamplingParams(max_tokens=1, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS)
 
 
 class DeviceMemory(Protocol):

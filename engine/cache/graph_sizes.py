@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import NamedTuple
 
+MAX_ROWS = 512  # larger batches keep the device busy for longer than their launches take
 # Empty splits of the longest context cost a graph little, so few contexts do.
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 # Rows times context, at most: attention's partial results take memory for it. Steps beyond it are long anyway.
@@ -23,11 +24,12 @@ class GraphKey(NamedTuple):
 
 
 class GraphSizes:
-    """Rows 1, 2, 4, then in steps of 8 up to `max_num_seqs`; for each a few contexts, the last of `max_model_len`."""
+    """Rows 1, 2, 4, then in steps of 8 up to `max_num_seqs` or MAX_ROWS; for each a few contexts, the last of
+    `max_model_len`."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
-        small = [rows for rows in (1, 2, 4) if rows < max_num_seqs]
-        self.rows = [*small, *range(8, max_num_seqs, 8), max_num_seqs]
+        most = min(max_num_seqs, MAX_ROWS)
+        self.rows = [*(rows for rows in (1, 2, 4) if rows < most), *range(8, most, 8), most]
         self.contexts = [FIRST_CONTEXT]
         while self.contexts[-1] < max_model_len:
             self.contexts.append(self.contexts[-1] * CONTEXT_FACTOR)

@@ -13,7 +13,7 @@ from engine.sampling.keys import row_key
 from engine.sampling.logprobs import gather, read
 from engine.sampling.penalties import adjust_logits
 from engine.sampling.row import SamplingRow
-from engine.staging import Fetch, upload
+from engine.staging import Array, Fetch, upload
 from engine.types import TokenLogprob
 from kernels.ops import Kernels, SampleInputs
 
@@ -78,10 +78,11 @@ class Sampler:
     def _inputs(self, rows: Sequence[SamplingRow], device: torch.device) -> SampleInputs:
         params = [row.params for row in rows]
         columns = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+        arrays: list[Array] = [np.array(column, dtype=np.float32) for column in columns]
         # greedy rows have no noise
         keys = [row_key(row.params.seed, row.choice, row.position) if row.params.temperature else 0 for row in rows]
         # a top_k as large as the vocabulary keeps all, which is said by 0
         top_k = [p.top_k if p.top_k < self.vocab_size else 0 for p in params]
-        arrays = np.array(columns, dtype=np.float32), np.array(top_k, dtype=np.int32), np.array(keys, dtype=np.int64)
-        (temperature, top_p, min_p), top_ks, key_column = upload(arrays, device)
+        arrays += [np.array(top_k, dtype=np.int32), np.array(keys, dtype=np.int64)]
+        temperature, top_p, min_p, top_ks, key_column = upload(arrays, device)
         return SampleInputs(temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_ks, keys=key_column)

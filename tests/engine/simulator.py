@@ -142,7 +142,6 @@ def make_scheduler(
     max_num_batched_tokens: int = 32,
     max_model_len: int = 200,
     caching: bool = True,
-    eos_token_ids: tuple[int, ...] = (),
 ) -> Scheduler:
     cache = CacheManager(
         num_pages=num_pages, num_slots=num_slots, block_size=block_size, interval=interval, enabled=caching
@@ -152,7 +151,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=(),
     )
 
 

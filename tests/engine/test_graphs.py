@@ -1,4 +1,4 @@
-"""Graphs without a GPU: a double that repeats what it recorded upon the same buffers, against the eager engine, `==`."""
+"""Graphs without a GPU: a double that repeats what it recorded, upon the same buffers; `==` the eager engine."""
 
 from __future__ import annotations
 
