@@ -102,18 +102,19 @@ def build_batch(
     if prefills:
         arrays += table_arrays(prefills, block_size, len(prefills), longest(prefills))
         arrays += _segment_arrays(prefills)
-    if ahead := any(chunk.is_ahead for chunk in decodes):
-        assert sampled is not None, "somebody keeps the tokens that are ahead"
+    if sampled is not None:
         arrays.append(sampled.sources(decodes, num_rows))
     tensors = iter(upload(arrays, device))
     token_ids, kv_slots, rows = next(tensors), next(tensors), next(tensors)
-    decode_ids, decode_tables = _tables(decodes, tensors) if decodes else (token_ids.new_empty(0).int(), None)
+    decode_ids, decode_tables = (
+        _tables(decodes, tensors) if decodes else (token_ids.new_empty(0, dtype=torch.int32), None)
+    )
     prefill, prefill_tables = None, None
     if prefills:
         state_ids, prefill_tables = _tables(prefills, tensors)
         prefill = _segments(prefills, state_ids, tensors)
     return ForwardBatch(
-        token_ids=sampled.fill(token_ids, next(tensors)) if ahead and sampled else token_ids,
+        token_ids=token_ids if sampled is None else sampled.fill(token_ids, next(tensors)),
         kv_slots=kv_slots,
         logit_rows=rows,
         num_decodes=num_decodes,
@@ -133,8 +134,9 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> lis
     """Of every token: its id (0 for one that is ahead) and its kv slot. Padding writes to page 0, which is nobody's."""
     token_ids, kv_slots = array("q"), array("q")
     for chunk in chunks:
-        token_ids += chunk.sequence.tokens[chunk.start : chunk.end]
-        if chunk.is_ahead:
+        tokens = chunk.sequence.tokens
+        token_ids += tokens[chunk.start : chunk.end]
+        if chunk.end > len(tokens):  # it is ahead
             token_ids.append(0)
         _add_kv_slots(kv_slots, chunk, block_size)
     if padding:

@@ -72,10 +72,10 @@ class LargestSteps:
         """A prompt, or as many as fill the step; and replies at the end of the longest context."""
         full, rest = divmod(self.max_num_batched_tokens, self._max_model_len)
         lengths = [self._max_model_len] * full + ([rest] if rest else [])
-        yield self._output([Chunk(self._sequence(length), 0, length) for length in lengths])
+        yield self._output([Chunk(self._sequence(length), 0, length, samples=True) for length in lengths])
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
-            yield self._output([Chunk(longest, last, last + 1)] * self._max_num_seqs)
+            yield self._output([Chunk(longest, last, last + 1, samples=True)] * self._max_num_seqs)
 
     def _sequence(self, length: int) -> Sequence:
         seq = Sequence.of(Request(id="", prompt=[0] * length, params=PARAMS), arrival=0, now=0.0)

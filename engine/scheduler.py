@@ -17,22 +17,18 @@ from engine.types import EngineStats, FinishReason, Request, TokenLogprob, Token
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending."""
+    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `samples`: it reaches
+    the last token, and the next one is chosen."""
 
     sequence: Sequence
     start: int
     end: int
+    samples: bool
     saves: tuple[Save, ...] = ()
 
     @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the last token, so that the next one is chosen. Before `Scheduler.advance`."""
-        seq = self.sequence
-        return self.end == len(seq.tokens) + seq.num_pending and seq.params.max_tokens > 0
-
-    @property
     def is_ahead(self) -> bool:
-        """Whether its token is known on the device only. Before the step that chose it is taken in."""
+        """Whether its token is known on the device only, until the step that chooses it is taken in."""
         return self.end > len(self.sequence.tokens)
 
     @property
@@ -143,11 +139,11 @@ class Scheduler:
         """Decodes first, so that long prompts never stall replies; then prompts under way, then new sequences."""
         plan = _Plan(self.max_num_batched_tokens)
         for seq in sorted(self.running, key=lambda s: s.num_remaining > 1):
-            if plan.budget and seq.state_id and not self._ends(seq):  # an earlier one may have preempted it
+            if plan.budget and seq.state_id:  # an earlier one of this loop may have preempted it
                 self._extend(seq, plan)
         started = self._admit(plan, now) if not plan.preempted else ()
         chunks = [
-            Chunk(seq, start, end, tuple(self.cache.plan_saves(seq, start, end)))
+            Chunk(seq, start, end, seq.samples_at(end), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
@@ -159,16 +155,12 @@ class Scheduler:
         penalties count them, or a state would be saved after one, under a key made of it."""
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
-    def _ends(self, seq: Sequence) -> bool:
-        """Whether nothing remains to be computed: a step under way brings its last token or prompt log-probability."""
-        if not seq.num_pending:
-            return seq.num_remaining == 0
-        length = len(seq.tokens) + seq.num_pending
-        return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
-
     def _extend(self, seq: Sequence, plan: _Plan) -> None:
         """Plans the next tokens of a running sequence; where pages are short the youngest one waits again."""
-        end = seq.num_computed + min(seq.num_remaining, plan.budget)
+        remaining = seq.num_remaining
+        if not remaining or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
+            return  # a step under way brings its end
+        end = seq.num_computed + min(remaining, plan.budget)
         while not self.cache.grow(seq, end):
             victim = self.running[-1]
             plan.drop(victim)
@@ -269,9 +261,11 @@ class Scheduler:
         seq.num_pending -= 1
         if self._stops(seq, token_id):
             return "stop"
-        if seq.num_generated >= seq.params.max_tokens or len(seq.tokens) >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if self._is_full(seq, len(seq.tokens)) else None
+
+    def _is_full(self, seq: Sequence, length: int) -> bool:
+        """Whether so many tokens are all that it may have."""
+        return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _stops(self, seq: Sequence, token_id: int) -> bool:
         if seq.num_generated < seq.params.min_tokens:

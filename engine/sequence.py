@@ -62,6 +62,10 @@ class Sequence:
         p = self.params
         return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
 
+    def samples_at(self, position: int) -> bool:
+        """Whether a step that computes up to `position` chooses a token."""
+        return position == len(self.tokens) + self.num_pending and self.request.params.max_tokens > 0
+
     @property
     def num_remaining(self) -> int:
         """Tokens whose states and KV are still to be computed. While no step is under way, at least one."""
