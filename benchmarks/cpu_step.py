@@ -85,12 +85,12 @@ def rows(spent: dict[str, float]) -> dict[str, float]:
     """Shares that add up to the step: every kernel's own, and Python's around them."""
     kernels = {name: ns for name, ns in spent.items() if name.startswith("kernel ")}
     in_sampler = spent["kernel sample"]
-    phases = ("schedule", "build_batch", "forward", "logits", "sample", "update")
+    phases = ("schedule", "build_batch", "forward", "logits", "launch", "advance", "update")
     return kernels | {
         "Python: the layers": spent["forward"] + spent["logits"] - sum(kernels.values()) + in_sampler,
-        "Python: sampler": spent["sample"] - in_sampler,
+        "Python: sampler": spent["launch"] - in_sampler,
         "Python: batch": spent["build_batch"],
-        "Python: scheduler": spent["schedule"] + spent["update"],
+        "Python: scheduler": spent["schedule"] + spent["advance"] + spent["update"],
         "Python: the rest": spent["step"] - sum(spent[phase] for phase in phases),
     }
 
@@ -109,8 +109,8 @@ def main() -> None:
         llm = LLM(folder, load_format="dummy", max_model_len=1024, max_num_seqs=32)
     runner, scheduler = llm.core.model_runner, llm.core.scheduler
     for owner, method in (
-        *((scheduler, "schedule"), (scheduler, "update"), (engine.model_runner, "build_batch")),
-        *((runner.model, "forward"), (runner.model, "logits"), (runner.sampler, "sample")),
+        *((scheduler, "schedule"), (scheduler, "advance"), (scheduler, "update"), (engine.model_runner, "build_batch")),
+        *((runner.model, "forward"), (runner.model, "logits"), (runner.sampler, "launch")),
     ):
         clock.watch(owner, method)
     gc.collect()

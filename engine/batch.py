@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from engine.scheduler import Chunk
+from engine.sequence import Sequence
+from engine.staging import Array, upload
 from kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):
-    """Which pages some sequences own: int32 block_tables [N, max_blocks], context_lens [N], and the largest of
-    these."""
+    """Which pages some sequences own: int32 block_tables [N, max_blocks], context_lens [N], and a number that none of
+    these exceeds."""
 
     block_tables: Tensor
     context_lens: Tensor
@@ -49,33 +52,119 @@ class ForwardBatch:
     prefill_tables: PageTables | None
 
 
-def build_batch(chunks: Many[Chunk], *, block_size: int, device: torch.device) -> ForwardBatch:
-    """The batch of one step's chunks, decodes first; one logit row for each chunk that samples, in their order."""
+class SampledTokens:
+    """Tokens of the last step that sampled some, on the device: the host may not know them yet.
 
+    ids: int64 [max_num_seqs].
+    """
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self.ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._rows: dict[Sequence, int] = {}
+
+    def put(self, tokens: Tensor, sequences: Many[Sequence]) -> None:
+        """tokens: int64 [n], the next of each of `sequences`."""
+        self.ids[: len(tokens)].copy_(tokens)
+        self._rows = {seq: row for row, seq in enumerate(sequences)}
+
+    def sources(self, chunks: Many[Chunk], rows: int) -> Array:
+        """int64 [rows]: where in `ids` followed by the step's own token ids each row's token is. The chunks' rows come
+        first."""
+        sources = np.arange(len(self.ids), len(self.ids) + rows)
+        for row, chunk in enumerate(chunks):
+            if chunk.is_ahead:
+                sources[row] = self._rows[chunk.sequence]
+        return sources
+
+    def fill(self, token_ids: Tensor, sources: Tensor) -> Tensor:
+        """The step's token ids, those that the host does not know put in."""
+        return torch.cat((self.ids, token_ids)).index_select(0, sources)
+
+
+def build_batch(
+    chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
+) -> ForwardBatch:
+    """The batch of one step's chunks, decodes first; one logit row for each chunk that samples, in their order. Chunks
+    that are ahead find their tokens in `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "decodes come first"
-    token_ids, kv_slots, logit_rows = array("q"), array("q"), array("q")
+    arrays = row_arrays(chunks, block_size)
+    num_rows = len(arrays[0])
+    logit_rows, row = array("q"), 0
     for chunk in chunks:
-        token_ids += chunk.sequence.tokens[chunk.start : chunk.end]
-        _add_kv_slots(kv_slots, chunk, block_size)
+        row += chunk.end - chunk.start
         if chunk.samples:
-            logit_rows.append(len(token_ids) - 1)
+            logit_rows.append(row - 1)
+    arrays.append(np.asarray(logit_rows))
+    if decodes:
+        arrays += table_arrays(decodes, block_size, len(decodes), longest(decodes))
+    if prefills:
+        arrays += table_arrays(prefills, block_size, len(prefills), longest(prefills))
+        arrays += _segment_arrays(prefills)
+    if sampled is not None:
+        arrays.append(sampled.sources(decodes, num_rows))
+    tensors = iter(upload(arrays, device))
+    token_ids, kv_slots, rows = next(tensors), next(tensors), next(tensors)
+    decode_ids, decode_tables = (
+        _tables(decodes, tensors) if decodes else (token_ids.new_empty(0, dtype=torch.int32), None)
+    )
+    prefill, prefill_tables = None, None
+    if prefills:
+        state_ids, prefill_tables = _tables(prefills, tensors)
+        prefill = _segments(prefills, state_ids, tensors)
     return ForwardBatch(
-        token_ids=_tensor(token_ids, device),
-        kv_slots=_tensor(kv_slots, device),
-        logit_rows=_tensor(logit_rows, device),
+        token_ids=token_ids if sampled is None else sampled.fill(token_ids, next(tensors)),
+        kv_slots=kv_slots,
+        logit_rows=rows,
         num_decodes=num_decodes,
-        decode_state_ids=_tensor(array("i", [chunk.sequence.state_id for chunk in decodes]), device),
-        decode_tables=_page_tables(decodes, block_size, device) if decodes else None,
-        prefill=_segments(prefills, device) if prefills else None,
-        prefill_tables=_page_tables(prefills, block_size, device) if prefills else None,
+        decode_state_ids=decode_ids,
+        decode_tables=decode_tables,
+        prefill=prefill,
+        prefill_tables=prefill_tables,
     )
 
 
-def _tensor(values: array[int], device: torch.device) -> Tensor:
-    """On a CPU it is the array's own memory. "q" becomes int64, "i" int32."""
-    return torch.from_numpy(np.asarray(values)).to(device, non_blocking=True)
+def longest(chunks: Many[Chunk]) -> int:
+    """Tokens of the longest context."""
+    return max(chunk.end for chunk in chunks)
+
+
+def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> list[Array]:
+    """Of every token: its id (0 for one that is ahead) and its kv slot. Padding writes to page 0, which is nobody's."""
+    token_ids, kv_slots = array("q"), array("q")
+    for chunk in chunks:
+        tokens = chunk.sequence.tokens
+        token_ids += tokens[chunk.start : chunk.end]
+        if chunk.end > len(tokens):  # it is ahead
+            token_ids.append(0)
+        _add_kv_slots(kv_slots, chunk, block_size)
+    if padding:
+        token_ids.extend([0] * padding)
+        kv_slots.extend([0] * padding)
+    return [np.asarray(token_ids), np.asarray(kv_slots)]
+
+
+def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> list[Array]:
+    """Of every sequence: state id, page table for `max_context_len` tokens, context length. Rows beyond the chunks are
+    padding: one token in page 0 upon state 0, which are nobody's."""
+    padding = rows - len(chunks)
+    tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
+    for row, chunk in zip(tables, chunks, strict=False):
+        used = -(-chunk.end // block_size)
+        row[:used] = chunk.sequence.block_ids[:used]
+    state_ids = array("i", [chunk.sequence.state_id for chunk in chunks])
+    context_lens = array("i", [chunk.end for chunk in chunks])
+    if padding:
+        state_ids.extend([0] * padding)
+        context_lens.extend([1] * padding)
+    return [np.asarray(state_ids), tables, np.asarray(context_lens)]
+
+
+def _tables(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> tuple[Tensor, PageTables]:
+    """State ids and tables of the arrays that `table_arrays` made."""
+    state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
+    return state_ids, PageTables(block_tables, context_lens, longest(chunks))
 
 
 def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
@@ -88,30 +177,24 @@ def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
     kv_slots.frombytes((blocks[positions // block_size - first] * block_size + positions % block_size).tobytes())
 
 
-def _page_tables(chunks: Many[Chunk], block_size: int, device: torch.device) -> PageTables:
-    longest = max(chunk.end for chunk in chunks)
-    tables = np.zeros((len(chunks), -(-longest // block_size)), dtype=np.int32)
-    for row, chunk in zip(tables, chunks, strict=True):
-        used = -(-chunk.end // block_size)
-        row[:used] = chunk.sequence.block_ids[:used]
-    lens = array("i", [chunk.end for chunk in chunks])
-    return PageTables(torch.from_numpy(tables).to(device), _tensor(lens, device), longest)
-
-
-def _segments(chunks: Many[Chunk], device: torch.device) -> Segments:
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
+def _segment_arrays(chunks: Many[Chunk]) -> list[Array]:
     query_start, save_start, rows, slots = [0], [0], list[int](), list[int]()
     for chunk in chunks:
         rows += [query_start[-1] + save.position - chunk.start - 1 for save in chunk.saves]
         slots += [save.slot for save in chunk.saves]
         save_start.append(len(rows))
         query_start.append(query_start[-1] + chunk.end - chunk.start)
+    has_state = np.array([chunk.start > 0 for chunk in chunks], dtype=np.bool_)
+    return [*(np.array(values, dtype=np.int32) for values in (query_start, save_start, rows, slots)), has_state]
+
+
+def _segments(chunks: Many[Chunk], state_ids: Tensor, tensors: Iterator[Tensor]) -> Segments:
+    """Of the arrays that `_segment_arrays` made."""
+    query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     return Segments(
-        query_start=tensor(query_start),
+        query_start=query_start,
         max_query_len=max(chunk.end - chunk.start for chunk in chunks),
-        state_ids=tensor([chunk.sequence.state_id for chunk in chunks]),
-        has_state=torch.tensor([chunk.start > 0 for chunk in chunks], dtype=torch.bool, device=device),
-        saves=StateSaves(tensor(save_start), tensor(rows), tensor(slots)),
+        state_ids=state_ids,
+        has_state=has_state,
+        saves=StateSaves(save_start, rows, slots),
     )

@@ -17,6 +17,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is a local folder. None leaves a size to the engine. Bytes are plain numbers. `kernels` maps an op of
     `kernels.ops` (or "mamba", "attention", "moe", "all" for a family) to an implementation of `kernels.table`.
+
+    `gpu_memory_utilization` is the share of a GPU's memory that may be in use, by whomever; what a CPU's share is, the
+    memory plan says. `enforce_eager` keeps the engine from CUDA graphs; on a CPU it is always so. `async_scheduling`
+    launches a step before the tokens of the last one are known; None: on a GPU. It changes no token.
     """
 
     model: str
@@ -31,6 +35,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None
     checkpoint_memory_bytes: int | None = None
     block_size: int = 16
+    gpu_memory_utilization: float = 0.92
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     enable_priority: bool = False
     tensor_parallel_size: int = 1

@@ -5,23 +5,38 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from engine.batch import SampledTokens
+from engine.cache.graph_sizes import GraphSizes
 from engine.cache.manager import CacheManager
-from engine.cache.spec import CacheSpec, MemoryPlan, available_cpus, available_memory, check_sizes, plan_memory
+from engine.cache.spec import (
+    CacheSpec,
+    Measured,
+    MemoryPlan,
+    available_cpus,
+    available_memory,
+    check_sizes,
+    plan_memory,
+)
 from engine.cache.storage import CacheStorage
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
+from engine.memory import CudaMemory, DeviceMemory, LargestSteps, measure, usable_memory
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, PendingStep
 from engine.models import Model, build_model
 from engine.quantization import QuantizationPolicy
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
-from engine.types import EngineInfo, Request, StepResult
+from engine.types import EngineInfo, Request, StepResult, TokenUpdate
 from engine.weights import dummy_weights, load_weights
+from kernels.ops import Kernels
 from kernels.table import select
 
 OnProgress = Callable[[str, float], None]
@@ -66,6 +81,27 @@ class Inbox:
         self.abort([""])
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its weights, and what it runs with."""
+
+    model: Model
+    sampler: Sampler
+    kernels: Kernels
+    dtype: torch.dtype
+    device: torch.device
+
+    def storage(self, num_pages: int, num_slots: int, block_size: int) -> CacheStorage:
+        return CacheStorage(
+            self.model.config,
+            num_pages=num_pages,
+            num_slots=num_slots,
+            block_size=block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+
 class EngineCore:
     """Loads the model, plans the memory, and steps. Raises ConfigError where a choice cannot be met."""
 
@@ -83,63 +119,57 @@ class EngineCore:
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
         kernels = select(device.type, config.kernels)
         check_quantization(policy, kernels.names)
-        plan = plan_memory(
+        planned = partial(
+            plan_memory,
             model_config,
             config,
             dtype_bytes=dtype.itemsize,
             weight_bytes=weight_bytes(model_config, dtype.itemsize, policy=policy),
-            available_bytes=available_bytes(device),
             device=device.type,
         )
+        plan = planned(available_bytes=available_bytes(device, config))
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
-        storage = CacheStorage(
-            model_config,
-            num_pages=plan.num_pages,
-            num_slots=plan.num_slots,
-            block_size=config.block_size,
-            dtype=dtype,
-            device=device,
-        )
         sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-        self.model_runner = ModelRunner(model, storage, sampler, kernels)
+        loaded = Loaded(model, sampler, kernels, dtype, device)
+        if device.type == "cuda":
+            on_progress("measuring memory", 0.0)
+            measured = measure_steps(loaded, config, plan, CudaMemory(device))
+            plan = planned(available_bytes=plan.weight_bytes + available_bytes(device, config), measured=measured)
+        self.model_runner = make_runner(loaded, config, plan)
         self.scheduler = make_scheduler(config, model_config, plan, dtype_bytes=dtype.itemsize)
         self.inbox = Inbox()
-        self.info = EngineInfo(
-            architecture=model_config.architecture,
-            num_parameters=model_config.num_parameters(),
-            vocab_size=model_config.vocab_size,
-            eos_token_ids=model_config.eos_token_ids,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            quantization=config.quantization,
-            quantize_mamba=config.quantize_mamba,
-            max_model_len=plan.max_model_len,
-            max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            block_size=config.block_size,
-            num_kv_blocks=plan.num_pages - 1,
-            num_state_slots=plan.num_slots - 1,
-            weight_bytes=plan.weight_bytes,
-            kv_bytes=plan.kv_bytes,
-            state_bytes=plan.state_bytes,
-            kernels=kernels.names,
-            load_seconds=time.monotonic() - started,
-            warnings=plan.warnings,
-        )
+        self._under_way: PendingStep | None = None
+        self.info = make_info(loaded, config, plan, load_seconds=time.monotonic() - started)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._under_way is not None
 
     def step(self) -> StepResult:
-        """Takes in what arrived, runs one batch, and says what came of it."""
+        """Takes in what arrived, launches one batch, and says what came of it; of the one before, where the runner
+        keeps the tokens that the next batch needs."""
+        last, self._under_way = self._under_way, None
+        updates: list[TokenUpdate] = []
+        if last is not None and self.scheduler.must_wait():
+            updates += self._take(last)
+            last = None
         self.scheduler.abort(self.inbox.aborted())
         self.scheduler.add(self.inbox.submitted(), now=time.monotonic())
         output = self.scheduler.schedule(now=time.monotonic())
-        results = self.model_runner.execute(output) if output.chunks else []
-        updates = self.scheduler.update(output, results)
+        if output.chunks:
+            self._under_way = self.model_runner.launch(output)
+            self.scheduler.advance(output)
+        if last is not None:
+            updates += self._take(last)
+        elif self._under_way is not None and self.model_runner.sampled is None:
+            updates += self._take(self._under_way)
+            self._under_way = None
         return StepResult(updates, list(output.started), self.scheduler.stats)
+
+    def _take(self, step: PendingStep) -> list[TokenUpdate]:
+        """Waits for a step's results and takes them in."""
+        return self.scheduler.update(step.output, step.results())
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -169,9 +199,11 @@ def check_quantization(policy: QuantizationPolicy, names: Mapping[str, str]) -> 
         )
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device, config: EngineConfig) -> int:
     """Memory that weights and caches may take on `device` now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if device.type == "cuda":
+        return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
+    return available_memory()
 
 
 def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
@@ -180,6 +212,63 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
     else:
         phase = "loading weights" if config.quantization is None else "loading and quantizing weights"
         load_weights(model, Path(config.model), on_progress, phase=phase)
+
+
+def measure_steps(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, memory: DeviceMemory) -> Measured:
+    """What the largest steps of `plan` take, or of one that has room for more sequences and longer ones."""
+    trained = loaded.model.config.max_position_embeddings
+    steps = LargestSteps(
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_num_seqs=min(config.max_num_seqs, plan.max_num_batched_tokens),
+        max_model_len=min(config.max_model_len or trained, trained),
+        block_size=config.block_size,
+    )
+    storage = loaded.storage(1, 1, config.block_size)
+    runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
+    return measure(lambda output: runner.launch(output).results(), steps, memory)
+
+
+def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> ModelRunner:
+    """With storage, graphs and what else `plan` and `config` ask for."""
+    on_gpu, device = loaded.device.type == "cuda", loaded.device
+    storage, graphs = loaded.storage(plan.num_pages, plan.num_slots, config.block_size), None
+    if on_gpu and not config.enforce_eager and why_no_graphs(loaded.kernels.names) is None:
+        sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len)
+        new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
+        graphs = DecodeGraphs(loaded.model, storage, sizes=sizes, new_graph=new_graph)
+    runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+    sampled = SampledTokens(plan.max_num_seqs, device) if runs_ahead else None
+    return ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels, graphs=graphs, sampled=sampled)
+
+
+def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:
+    model_config = loaded.model.config
+    warnings = plan.warnings
+    if loaded.device.type == "cuda" and not config.enforce_eager:
+        reason = why_no_graphs(loaded.kernels.names)
+        warnings += () if reason is None else (f"no CUDA graphs: {reason}; enforce_eager asks for none",)
+    return EngineInfo(
+        architecture=model_config.architecture,
+        num_parameters=model_config.num_parameters(),
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+        device=str(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        quantization=config.quantization,
+        quantize_mamba=config.quantize_mamba,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_kv_blocks=plan.num_pages - 1,
+        num_state_slots=plan.num_slots - 1,
+        weight_bytes=plan.weight_bytes,
+        kv_bytes=plan.kv_bytes,
+        state_bytes=plan.state_bytes,
+        kernels=loaded.kernels.names,
+        load_seconds=load_seconds,
+        warnings=warnings,
+    )
 
 
 def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, *, dtype_bytes: int) -> Scheduler:

@@ -2,74 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import build_batch
+from engine.batch import SampledTokens, build_batch
 from engine.cache.storage import CacheStorage
+from engine.graphs import DecodeGraphs
 from engine.models import Model
-from engine.sampling.logprobs import token_logprobs
-from engine.sampling.sampler import Sampler, SamplingRow
+from engine.sampling.logprobs import PendingLogprobs
+from engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from engine.scheduler import Chunk, ChunkResult, SchedulerOutput
+from engine.staging import upload
 from engine.types import TokenLogprob
 from kernels.ops import Kernels
 
 PROMPT_LOGITS_ROWS = 128  # prompt logits are computed in slices: [128, V] in float32 is 32 MiB for V = 65,536
 
 
-class ModelRunner:
-    """Runs the model over the storage and turns its rows into tokens and log-probabilities."""
+@dataclass(frozen=True, slots=True)
+class PendingPrompt:
+    """Log-probabilities of a chunk's prompt tokens; `first`: with the entry of the very first token, which is None."""
 
-    def __init__(self, model: Model, storage: CacheStorage, sampler: Sampler, kernels: Kernels) -> None:
+    first: bool
+    slices: tuple[PendingLogprobs, ...]
+
+    def read(self) -> tuple[TokenLogprob | None, ...]:
+        """Waits for them."""
+        return (*((None,) if self.first else ()), *(entry for part in self.slices for entry in part.read()))
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that the device works on. `samples`: which of its chunks get a token, `prompts`: which have more."""
+
+    output: SchedulerOutput
+    samples: list[bool]
+    tokens: PendingTokens | None
+    prompts: dict[int, PendingPrompt]
+
+    def results(self) -> list[ChunkResult]:
+        """One result per chunk, in their order. Waits for the device."""
+        tokens = iter(self.tokens.read() if self.tokens is not None else ())
+        results: list[ChunkResult] = []
+        for i, samples in enumerate(self.samples):
+            token_id, logprob = next(tokens) if samples else (None, None)
+            results.append(ChunkResult(token_id, logprob, self.prompts[i].read() if i in self.prompts else ()))
+        return results
+
+
+class ModelRunner:
+    """Runs the model over the storage and turns its rows into tokens and log-probabilities.
+
+    `graphs` runs the steps that it can; `sampled` keeps tokens for a next step that is launched before they are known.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        storage: CacheStorage,
+        sampler: Sampler,
+        kernels: Kernels,
+        *,
+        graphs: DecodeGraphs | None = None,
+        sampled: SampledTokens | None = None,
+    ) -> None:
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
+        self.graphs, self.sampled = graphs, sampled
         self.device = storage.kv.device
 
     @torch.inference_mode()
-    def execute(self, output: SchedulerOutput) -> list[ChunkResult]:
-        """One result per chunk, in their order."""
+    def launch(self, output: SchedulerOutput) -> PendingStep:
+        """Launches a step and waits for nothing. Before `Scheduler.advance`."""
         self._copy(output.copies.pages, (self.storage.kv,))
         self._copy(output.copies.states, (self.storage.conv, self.storage.ssm))
-        batch = build_batch(output.chunks, block_size=self.storage.block_size, device=self.device)
+        samples = [chunk.samples for chunk in output.chunks]
+        sampling = [chunk for chunk, wanted in zip(output.chunks, samples, strict=True) if wanted]
+        hidden, chosen = self._forward(output.chunks)
+        tokens = self._sample(chosen, sampling) if sampling else None
+        return PendingStep(output, samples, tokens, self._prompt_logprobs(output.chunks, hidden))
+
+    def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
+        """Hidden states of all rows, and those from which tokens are sampled."""
+        if self.graphs is not None and (key := self.graphs.key(chunks)) is not None:
+            hidden = self.graphs.forward(key, chunks, self.sampled)
+            return hidden, hidden
+        block_size = self.storage.block_size
+        batch = build_batch(chunks, block_size=block_size, device=self.device, sampled=self.sampled)
         hidden = self.model.forward(batch, self.storage)
-        sampling = [chunk.samples for chunk in output.chunks]
-        rows = [_sampling_row(chunk) for chunk, samples in zip(output.chunks, sampling, strict=True) if samples]
         # as many as there are tokens: then they are all rows in order, as in a step of decodes only
-        chosen = hidden if len(rows) == len(hidden) else hidden[batch.logit_rows]
-        tokens = iter(self.sampler.sample(self.model.logits(chosen), rows) if rows else ())
-        results: list[ChunkResult] = []
-        row = 0
-        for chunk, samples in zip(output.chunks, sampling, strict=True):
-            end = row + chunk.end - chunk.start
-            wanted = chunk.sequence.params.prompt_logprobs is not None
-            prompt = tuple(self._prompt_logprobs(chunk, hidden[row:end])) if wanted else ()
-            token_id, logprob = next(tokens) if samples else (None, None)
-            results.append(ChunkResult(token_id, logprob, prompt))
-            row = end
-        return results
+        return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
+
+    def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
+        tokens = self.sampler.launch(self.model.logits(hidden), [_sampling_row(chunk) for chunk in chunks])
+        if self.sampled is not None:
+            self.sampled.put(tokens.token_ids, [chunk.sequence for chunk in chunks])
+        return tokens
 
     def _copy(self, pairs: list[tuple[int, int]], tensors: tuple[Tensor, ...]) -> None:
         if pairs:
-            sources, destinations = torch.tensor(pairs, dtype=torch.int64, device=self.device).unbind(1)
-            self.kernels.copy_slots(tensors, sources, destinations)
+            [columns] = upload([np.array(pairs, dtype=np.int64).T.copy()], self.device)
+            self.kernels.copy_slots(tensors, *columns)
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> Iterable[TokenLogprob | None]:
-        """Entries of the prompt tokens that this chunk's rows predict and that were not delivered before. The row of
-        position p predicts token p + 1; the first token of all has no prediction."""
+    def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
+        """Of the chunks that ask for any, by number."""
+        prompts: dict[int, PendingPrompt] = {}
+        row = 0
+        for i, chunk in enumerate(chunks):
+            end = row + chunk.end - chunk.start
+            if (count := chunk.sequence.params.prompt_logprobs) is not None:
+                prompts[i] = self._score_prompt(chunk, hidden[row:end], count)
+            row = end
+        return prompts
+
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor, count: int) -> PendingPrompt:
+        """The prompt tokens that this chunk's rows predict and that were not delivered before. The row of position p
+        predicts token p + 1; the first token of all has no prediction."""
         seq = chunk.sequence
-        k = seq.params.prompt_logprobs
-        assert k is not None, "nobody asked"
-        if seq.num_prompt_logprobs == 0:
-            yield None
         first = max(chunk.start + 1, seq.num_prompt_logprobs, 1)
         last = min(chunk.end, seq.num_prompt - 1)
+        slices: list[PendingLogprobs] = []
         for start in range(first, last + 1, PROMPT_LOGITS_ROWS):
             end = min(start + PROMPT_LOGITS_ROWS, last + 1)
-            rows = hidden[start - 1 - chunk.start : end - 1 - chunk.start]
-            yield from token_logprobs(self.model.logits(rows), seq.tokens[start:end], [k] * len(rows))
+            logits = self.model.logits(hidden[start - 1 - chunk.start : end - 1 - chunk.start])
+            slices.append(PendingLogprobs(logits, seq.tokens[start:end], [count] * (end - start)))
+        return PendingPrompt(chunk.start == 0 and seq.num_prompt_logprobs == 0, tuple(slices))
 
 
 def _sampling_row(chunk: Chunk) -> SamplingRow:
     seq = chunk.sequence
-    return SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index)
+    return SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, seq.num_pending)

@@ -17,17 +17,19 @@ from engine.types import EngineStats, FinishReason, Request, TokenLogprob, Token
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending."""
+    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `samples`: it reaches
+    the last token, and the next one is chosen."""
 
     sequence: Sequence
     start: int
     end: int
+    samples: bool
     saves: tuple[Save, ...] = ()
 
     @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the last token, so that the next one is chosen."""
-        return self.end == len(self.sequence.tokens) and self.sequence.params.max_tokens > 0
+    def is_ahead(self) -> bool:
+        """Whether its token is known on the device only, until the step that chooses it is taken in."""
+        return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
@@ -141,16 +143,24 @@ class Scheduler:
                 self._extend(seq, plan)
         started = self._admit(plan, now) if not plan.preempted else ()
         chunks = [
-            Chunk(seq, start, end, tuple(self.cache.plan_saves(seq, start, end)))
+            Chunk(seq, start, end, seq.samples_at(end), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
         return SchedulerOutput(tuple(chunks), self.cache.take_copies(), started)
 
+    def must_wait(self) -> bool:
+        """Whether the next step cannot be scheduled before the tokens of the last one are known: a sequence's
+        penalties count them, or a state would be saved after one, under a key made of it."""
+        return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
+
     def _extend(self, seq: Sequence, plan: _Plan) -> None:
         """Plans the next tokens of a running sequence; where pages are short the youngest one waits again."""
-        end = seq.num_computed + min(seq.num_remaining, plan.budget)
+        remaining = seq.num_remaining
+        if not remaining or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
+            return  # a step under way brings its end
+        end = seq.num_computed + min(remaining, plan.budget)
         while not self.cache.grow(seq, end):
             victim = self.running[-1]
             plan.drop(victim)
@@ -217,13 +227,22 @@ class Scheduler:
 
     # After the step ---------------------------------------------------------------------------------------------
 
-    def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Takes in what the model said; finished sequences give back what they own."""
+    def advance(self, output: SchedulerOutput) -> None:
+        """The step is under way: whatever is launched from now on finds its pages and states written."""
+        for chunk in output.chunks:
+            seq = chunk.sequence
+            seq.num_pending += chunk.samples
+            seq.num_computed = chunk.end
         self.cache.commit(output.copies)
+
+    def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
+        """Takes in what the model said; finished sequences give back what they own. Steps come in their order, each
+        after its `advance`; a token of a sequence that has ended meanwhile is dropped."""
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
             seq = chunk.sequence
-            seq.num_computed = chunk.end
+            if self._by_id.get(seq.request.id) is not seq:
+                continue
             seq.num_prompt_logprobs += len(result.prompt_logprobs)
             reason: FinishReason | None = None
             if chunk.end == len(seq.tokens):
@@ -239,11 +258,14 @@ class Scheduler:
         if token_id is None:
             return "length"  # max_tokens 0: only the prompt was wanted
         seq.tokens.append(token_id)
+        seq.num_pending -= 1
         if self._stops(seq, token_id):
             return "stop"
-        if seq.num_generated >= seq.params.max_tokens or len(seq.tokens) >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if self._is_full(seq, len(seq.tokens)) else None
+
+    def _is_full(self, seq: Sequence, length: int) -> bool:
+        """Whether so many tokens are all that it may have."""
+        return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _stops(self, seq: Sequence, token_id: int) -> bool:
         if seq.num_generated < seq.params.min_tokens:

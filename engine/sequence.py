@@ -16,6 +16,8 @@ class Sequence:
     `state_id` its slot (0 while it waits). `hashes[i]` is the chained hash of the prefix up to block i's end.
     `branch` is a position where its tokens left what others had computed (0: none known). `tokens` and `block_ids` are
     arrays because each step copies them to tensors: of a long context that is 100 times faster than from a list.
+    `num_pending` tokens after them have been chosen on the device, or will be by steps under way; what they are is not
+    known yet.
     """
 
     request: Request
@@ -24,6 +26,7 @@ class Sequence:
     tokens: array[int]
     num_prompt: int
     num_computed: int = 0
+    num_pending: int = 0
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     state_id: int = 0
     branch: int = 0
@@ -54,6 +57,16 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether what has been generated changes what comes next."""
+        p = self.params
+        return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+
+    def samples_at(self, position: int) -> bool:
+        """Whether a step that computes up to `position` chooses a token."""
+        return position == len(self.tokens) + self.num_pending and self.request.params.max_tokens > 0
+
+    @property
     def num_remaining(self) -> int:
-        """Tokens whose states and KV are still to be computed; at least one while the sequence lives."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose states and KV are still to be computed. While no step is under way, at least one."""
+        return len(self.tokens) + self.num_pending - self.num_computed

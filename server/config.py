@@ -35,6 +35,7 @@ Count = Annotated[int, Meta(ge=1)]
 Number = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -72,6 +73,9 @@ class ServerConfig:
     kv_cache_memory_bytes: Annotated[Count | None, Help("For KV pages; none: what fits.")] = None
     checkpoint_memory_bytes: Annotated[Number | None, Help("For saved states; none: a quarter of the caches.")] = None
     block_size: Annotated[Count, Help("Tokens a KV page.")] = 16
+    gpu_memory_utilization: Annotated[Share, Help("Of a GPU's memory that may be in use.")] = 0.92
+    enforce_eager: Annotated[bool, Help("No CUDA graphs; on a CPU there are none.")] = False
+    async_scheduling: Annotated[bool | None, Help("Launch a step before the last is read; none: on a GPU.")] = None
     enable_prefix_caching: Annotated[bool, Help("Compute prefixes that requests share once.")] = True
     enable_priority: Annotated[bool, Help("Obey the field priority of requests.")] = False
     tensor_parallel_size: Annotated[Count, Help("GPUs that share the model; more than 1 is not supported yet.")] = 1

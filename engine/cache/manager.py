@@ -184,6 +184,10 @@ class CacheManager:
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
 
+    def saves_after(self, position: int) -> bool:
+        """Whether a state after one more token than `position`, all of them past a prompt, may be saved."""
+        return self.enabled and (position + 1) % self.interval == 0
+
     def _worthy(self, seq: Sequence) -> list[int]:
         """Positions worth a state, best first: message boundaries, where others branched off, the prompt's end (also
         one token earlier, for the same prompt again)."""
@@ -196,7 +200,7 @@ class CacheManager:
         return copies
 
     def commit(self, copies: CacheCopies) -> None:
-        """After the step: its copies are done, its saves hold states."""
+        """The step is under way: for all that comes after it, its copies are done and its saves hold states."""
         self.pages.release(source for source, _ in copies.pages)
         self.states.release(source for source, _ in copies.states)
         for save in self._saves:

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from engine.cache.graph_sizes import GraphSizes
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.model_config import JambaConfig
@@ -15,9 +17,9 @@ from engine.model_config import JambaConfig
 # On a CPU what is running waits for every step of a new prompt, and the first of a burst of prompts for the others in
 # its step. Steps of 512 prefill 5 % faster for 3 billion parameters, 13 % with 16 experts, 30 % with 0.1 billion.
 DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
-# Of the memory that weights and activations leave. A CPU shares its memory with everybody else on the machine; a GPU
-# keeps a tenth for fragmentation and the workspaces of libraries.
-CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}
+# Of the memory that weights and activations leave. A CPU shares its memory with everybody else on the machine; of a
+# GPU's, gpu_memory_utilization has left out a part for fragmentation and the workspaces of libraries.
+CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
 CHECKPOINT_SHARE = 0.25  # of the cache memory that running slots leave
 MIN_CHECKPOINTS = 2  # with prefix caching on: a system prompt's end and a conversation's end
 MIN_PAGES = 3  # the dummy, one block, and one to spare
@@ -80,11 +82,25 @@ class MemoryPlan:
     activation_bytes: int
     kv_bytes: int
     state_bytes: int
+    graph_bytes: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes + self.kv_bytes + self.state_bytes
+        return self.weight_bytes + self.activation_bytes + self.graph_bytes + self.kv_bytes + self.state_bytes
+
+
+class Measured(NamedTuple):
+    """What steps of `max_num_batched_tokens` took at their peak beside the weights."""
+
+    max_num_batched_tokens: int
+    activation_bytes: int
+
+
+def usable_bytes(free: int, total: int, utilization: float) -> int:
+    """Of a GPU with `total` bytes, `free` of them now: what is left to take until `utilization` of it is in use,
+    whoever uses it."""
+    return free - (total - int(total * utilization))
 
 
 def plan_memory(
@@ -95,8 +111,10 @@ def plan_memory(
     weight_bytes: int,
     available_bytes: int,
     device: str,
+    measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Fits the sizes of `engine` into `available_bytes` of `device` ("cpu" or "cuda").
+    """Fits the sizes of `engine` into `available_bytes` of `device` ("cpu" or "cuda"), by what steps have taken there
+    or, before that is measured, by an estimate.
 
     Raises ConfigError where even the weights, or a context of one block with its state, do not fit.
     """
@@ -106,10 +124,8 @@ def plan_memory(
             f"The weights need {format_bytes(weight_bytes)} ({weight_bytes} bytes), but this {device} device has "
             f"{format_bytes(available_bytes)} ({available_bytes} bytes) available."
         )
-    planner = _Planner(
-        config, engine, CacheSpec.of(config, block_size=engine.block_size, dtype_bytes=dtype_bytes), device
-    )
-    return planner.plan(weight_bytes, free)
+    spec = CacheSpec.of(config, block_size=engine.block_size, dtype_bytes=dtype_bytes)
+    return _Planner(config, engine, spec, device, measured).plan(weight_bytes, free)
 
 
 def check_sizes(engine: EngineConfig) -> None:
@@ -119,6 +135,10 @@ def check_sizes(engine: EngineConfig) -> None:
         value = getattr(engine, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+    if not 0 < engine.gpu_memory_utilization <= 1:
+        raise ConfigError(
+            f"gpu_memory_utilization is {engine.gpu_memory_utilization}; it must be more than 0 and at most 1."
+        )
 
 
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
@@ -142,8 +162,10 @@ def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]
 class _Planner:
     """One plan in the making: batch first, then running slots, then checkpoints, then pages, then the context."""
 
-    def __init__(self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str) -> None:
-        self.config, self.engine, self.spec, self.device = config, engine, spec, device
+    def __init__(
+        self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
+    ) -> None:
+        self.config, self.engine, self.spec, self.device, self.measured = config, engine, spec, device, measured
         self.warnings: list[str] = []
 
     def plan(self, weight_bytes: int, free: int) -> MemoryPlan:
@@ -152,10 +174,12 @@ class _Planner:
         batched = self._batched_tokens(free)
         max_num_seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, batched, "max_num_batched_tokens")
         activations = activation_bytes(self.config, max_num_batched_tokens=batched, max_num_seqs=max_num_seqs)
-        limit = max(free - activations, 0)
+        activations = activations if self.measured is None else self.measured.activation_bytes
+        graphs = self._graph_bytes(max_num_seqs, max_model_len)
+        limit = max(free - activations - graphs, 0)
         explicit = self.engine.kv_cache_memory_bytes
         budget = limit if explicit is not None else int(limit * CACHE_SHARE[self.device])
-        self._check_minimum(budget, weight_bytes, activations, limit)
+        self._check_minimum(budget, weight_bytes, activations + graphs, limit)
         max_num_seqs = self._running_slots(max_num_seqs, budget)
         rest = budget - (max_num_seqs + 1) * self.spec.bytes_per_slot
         checkpoints = self._checkpoints(max_num_seqs, rest, self.spec.pages(max_model_len) + 1)
@@ -172,6 +196,7 @@ class _Planner:
             activation_bytes=activations,
             kv_bytes=num_pages * self.spec.bytes_per_page,
             state_bytes=num_slots * self.spec.bytes_per_slot,
+            graph_bytes=graphs,
             warnings=tuple(self.warnings),
         )
 
@@ -188,13 +213,24 @@ class _Planner:
         return self._at_most("max_model_len", wish, trained, "the model's max_position_embeddings")
 
     def _batched_tokens(self, free: int) -> int:
-        wish = self.engine.max_num_batched_tokens
+        wish, name, reason = self.engine.max_num_batched_tokens, "max_num_batched_tokens", "the memory for activations"
         wish = max(DEFAULT_BATCHED_TOKENS[self.device], self.engine.max_num_seqs) if wish is None else wish
+        if self.measured is not None:
+            return self._at_most(name, wish, self.measured.max_num_batched_tokens, reason)
         per_token, fixed = _activation_terms(self.config, min(self.engine.max_num_seqs, wish))
         fits = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
         # below a block a batch hardly gets cheaper; what does not fit then is found by `_check_minimum`
         fits = max(fits, min(self.spec.block_size, wish))
-        return self._at_most("max_num_batched_tokens", wish, fits, "the memory for activations")
+        return self._at_most(name, wish, fits, reason)
+
+    def _graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
+        """What CUDA graphs may take."""
+        if self.device == "cpu" or self.engine.enforce_eager:
+            return 0
+        per_row, _ = _activation_terms(self.config, max_num_seqs)
+        # attention's weighted sum, sum of weights and largest score, in float32
+        per_split = 4 * self.config.num_attention_heads * (self.config.head_dim + 2)
+        return GraphSizes(max_num_seqs, max_model_len).graph_bytes(per_row, per_split)
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
         checkpoints = MIN_CHECKPOINTS if self.engine.enable_prefix_caching else 0

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.staging import Fetch, upload
 from engine.types import TokenLogprob
 from kernels.reference.sample import best_ids
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Of row n of `logits` (float32 [N, V]): token_ids[n] and the counts[n] most likely, best first, ties to lower ids.
+class PendingLogprobs:
+    """Of row n of `logits` (float32 [N, V], N at least 1): token_ids[n] and the counts[n] most likely, best first, ties
+    to lower ids. A row's result does not depend on the others."""
 
-    A row's result does not depend on the others. Waits for the device.
-    """
-    if not token_ids:
-        return []
-    chosen = torch.tensor(token_ids, device=logits.device)
-    table = gather(logits.log_softmax(dim=-1), chosen, max(counts))
-    return read(table.tolist(), token_ids, counts)
+    def __init__(self, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> None:
+        self._token_ids, self._counts = token_ids, counts
+        [chosen] = upload([np.array(token_ids, dtype=np.int64)], logits.device)
+        self._table = Fetch(gather(logits.log_softmax(dim=-1), chosen, max(counts)))
+
+    def read(self) -> list[TokenLogprob]:
+        """Waits for them."""
+        return read(self._table.tolist(), self._token_ids, self._counts)
 
 
 def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:

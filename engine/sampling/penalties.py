@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampling.row import SamplingRow
+from engine.staging import upload
 from engine.types import SamplingParams
 
 
@@ -93,5 +94,5 @@ def _flatten(edits: list[Edit], device: torch.device) -> tuple[tuple[Tensor, Ten
     rows = np.repeat([edit.row for edit in edits], [len(edit.token_ids) for edit in edits])
     token_ids = np.concatenate([edit.token_ids for edit in edits])
     values = np.concatenate([edit.values for edit in edits])
-    index = torch.from_numpy(np.stack([rows, token_ids])).to(device)
-    return (index[0], index[1]), torch.from_numpy(values).to(device)
+    row_index, token_index, changes = upload([rows, token_ids, values], device)
+    return (row_index, token_index), changes

@@ -10,13 +10,20 @@ from engine.types import SamplingParams
 
 class SamplingRow(NamedTuple):
     """`tokens` are the prompt's `num_prompt` and those generated so far: the sequence's own list, read but never kept.
-    `choice` is the number of the choice within its prompt (`Request.index`)."""
+    `choice` is the number of the choice within its prompt (`Request.index`). `num_pending` tokens follow that are not
+    known on the host yet; a request with penalties has none."""
 
     params: SamplingParams
     tokens: Sequence[int]
     num_prompt: int
     choice: int
+    num_pending: int = 0
+
+    @property
+    def position(self) -> int:
+        """Of the token to sample: how many stand before it."""
+        return len(self.tokens) + self.num_pending
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return self.position - self.num_prompt

@@ -23,6 +23,7 @@ from engine.cache.spec import (
     available_memory,
     format_bytes,
     plan_memory,
+    usable_bytes,
 )
 from engine.config import Device, EngineConfig, Quantization
 from engine.errors import ConfigError
@@ -46,6 +47,8 @@ SIZES = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+    "enforce_eager",
     "checkpoint_memory_bytes",
     "block_size",
     "enable_prefix_caching",
@@ -67,8 +70,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a model needs on a device with `memory_bytes`, and what the server would do: `plan`, else `refusal`.
-    `bandwidth`: bytes that the device reads in a second; None where that is not known."""
+    """What a model needs on a device where it may take `memory_bytes`, and what the server would do: `plan`, else
+    `refusal`. `bandwidth`: bytes that the device reads in a second; None where that is not known."""
 
     model: str
     architecture: str
@@ -130,7 +133,7 @@ def make_report(
     """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
     or None for this machine's if the device is a CPU. `measured`: tokens a second by sequences at once. Raises
     ConfigError for a text that is no size."""
-    device, available = find_memory(engine.device, memory)
+    device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine)
     weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
@@ -179,28 +182,33 @@ def make_report(
     )
 
 
-def find_memory(device: Device, memory: str | None) -> tuple[str, int]:
-    """(device, bytes): `memory` if it is given, else what the first GPU or this machine has free."""
-    free_on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
-    name = ("cpu" if free_on_gpu is None else "cuda") if device == "auto" else device
+def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
+    """(device, bytes that may be taken): of `memory` if it is given, else of what the first GPU or this machine has."""
+    on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
+    name = ("cpu" if on_gpu is None else "cuda") if device == "auto" else device
     if memory is not None:
         try:
-            return name, parse_size(memory)
+            size = parse_size(memory)
         except ValueError:
             raise ConfigError(f"--memory is {memory!r}; it must be a size such as 80GiB.") from None
-    if name == "cuda" and free_on_gpu is None:
+        return name, usable_bytes(size, size, utilization) if name == "cuda" else size
+    if name == "cuda" and on_gpu is None:
         raise ConfigError("--device cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory.")
-    return name, available_memory() if free_on_gpu is None else free_on_gpu
+    return name, available_memory() if on_gpu is None else usable_bytes(*on_gpu, utilization)
 
 
-def gpu_memory() -> int | None:
-    """Free bytes of the first NVIDIA GPU; None without one. Its driver's tool is asked: torch takes seconds to load."""
+def gpu_memory() -> tuple[int, int] | None:
+    """Bytes of the first NVIDIA GPU, free and in all; None without one. Its driver's tool is asked: torch takes seconds
+    to load."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
-    query = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    query = [tool, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    mebibytes = answer.stdout.strip()
-    return int(mebibytes) * 1024**2 if answer.returncode == 0 and mebibytes.isdecimal() else None
+    match [field.strip() for field in answer.stdout.split(",")] if answer.returncode == 0 else []:
+        case [free, total] if free.isdecimal() and total.isdecimal():
+            return int(free) * 1024**2, int(total) * 1024**2
+        case _:
+            return None
 
 
 def describe(report: Report) -> list[str]:
@@ -211,7 +219,7 @@ def describe(report: Report) -> list[str]:
         f"weights                 {format_bytes(report.weight_bytes)}",
         f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
         f"state                   {format_bytes(report.state_bytes_per_sequence)} a sequence or checkpoint",
-        f"memory ({report.device})".ljust(24) + format_bytes(report.memory_bytes),
+        f"memory ({report.device})".ljust(24) + f"{format_bytes(report.memory_bytes)} that may be taken",
         *(describe_decode(decode, report.bandwidth) for decode in report.decode),
     ]
     if report.plan is None:
@@ -220,8 +228,9 @@ def describe(report: Report) -> list[str]:
     return [
         *lines,
         f"jamba serve would take  {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
-        f"activations {format_bytes(plan.activation_bytes)}, KV pages {format_bytes(plan.kv_bytes)}, states "
-        f"{format_bytes(plan.state_bytes)} ({plan.max_num_seqs} running, {num_saved} saved)",
+        f"activations {format_bytes(plan.activation_bytes)}, CUDA graphs {format_bytes(plan.graph_bytes)}, "
+        f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
+        f"({plan.max_num_seqs} running, {num_saved} saved)",
         f"and allow               {plan.max_model_len:,} tokens a sequence, {plan.max_num_seqs} sequences, "
         f"{plan.max_num_batched_tokens} tokens a step",
         *(f"warning                 {warning}" for warning in plan.warnings),

@@ -12,6 +12,7 @@ from random import Random
 
 from engine.cache.manager import CacheManager
 from engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
+from engine.sequence import Sequence
 from engine.types import Request, SamplingParams, TokenUpdate
 
 
@@ -27,10 +28,14 @@ def fold_all(tokens: list[int]) -> int:
 
 
 class Simulator:
-    """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one."""
+    """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one. `ahead`: a step
+    is run before the scheduler has seen the tokens of the one before."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, *, ahead: bool = False) -> None:
+        self.scheduler, self.ahead = scheduler, ahead
+        self.under_way: tuple[SchedulerOutput, list[ChunkResult]] | None = None
+        self.chosen: dict[Sequence, list[int]] = {}  # tokens of steps that the scheduler has not seen
+        self.num_ahead = 0
         self.block_size = scheduler.cache.block_size
         self.pages: dict[tuple[int, int], int] = {}
         self.slots: dict[int, int] = {}
@@ -40,10 +45,29 @@ class Simulator:
 
     def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
         self.time += 1.0
+        updates = self.take() if self.scheduler.must_wait() else []
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
         self.copy(output)
         results = [self.run(chunk, choose) for chunk in output.chunks]
+        self.scheduler.advance(output)
+        self.check_integrity()
+        updates += self.take()
+        self.under_way = (output, results) if output.chunks else None
+        for chunk, result in zip(output.chunks, results, strict=True):
+            if result.token_id is not None:
+                self.chosen.setdefault(chunk.sequence, []).append(result.token_id)
+        return updates if self.ahead else self.take()
+
+    def take(self) -> list[TokenUpdate]:
+        """The scheduler sees the step under way, if there is one."""
+        if self.under_way is None:
+            return []
+        output, results = self.under_way
+        self.under_way = None
+        for chunk, result in zip(output.chunks, results, strict=True):
+            if result.token_id is not None:
+                assert self.chosen[chunk.sequence].pop(0) == result.token_id
         updates = self.scheduler.update(output, results)
         self.check_integrity()
         return updates
@@ -74,10 +98,15 @@ class Simulator:
     def run(self, chunk: Chunk, choose: Callable[[Chunk], int]) -> ChunkResult:
         seq, size = chunk.sequence, self.block_size
         saves = {save.position: save.slot for save in chunk.saves}
-        assert chunk.start == seq.num_computed < chunk.end <= len(seq.tokens)
+        tokens = [*seq.tokens, *self.chosen.get(seq, ())]
+        assert chunk.start == seq.num_computed < chunk.end <= len(tokens)
+        assert len(tokens) == len(seq.tokens) + seq.num_pending
+        if chunk.is_ahead:
+            self.num_ahead += 1
+            assert chunk.is_decode and not seq.counts_tokens, "a token that is not known would be counted or saved"
         state = self.slots[seq.state_id] if chunk.start else 0
         for position in range(chunk.start, chunk.end):
-            state = fold(state, seq.tokens[position])
+            state = fold(state, tokens[position])
             self.pages[seq.block_ids[position // size], position % size] = state
             if position + 1 in saves:
                 self.slots[saves.pop(position + 1)] = state
@@ -86,7 +115,7 @@ class Simulator:
         self.slots[seq.state_id] = state
         expected = 0
         for position in range(chunk.end):
-            expected = fold(expected, seq.tokens[position])
+            expected = fold(expected, tokens[position])
             assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"
         assert state == expected, "state corrupted"
         return ChunkResult(choose(chunk) if chunk.samples else None)
@@ -136,6 +165,7 @@ def random_request(random: Random, number: int, stems: list[list[int]], max_len:
         params=SamplingParams(
             max_tokens=random.randint(0, max_len - len(prompt)),
             prompt_logprobs=0 if random.random() < 0.1 else None,
+            presence_penalty=1.0 if random.random() < 0.03 else 0.0,
             seed=number,
         ),
         group=f"g{number // 3}" if random.random() < 0.2 else "",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampling.keys import row_key
-from engine.sampling.logprobs import token_logprobs
+from engine.sampling.logprobs import PendingLogprobs
 from engine.sampling.penalties import adjust_logits
 from engine.sampling.sampler import SampledToken, Sampler, SamplingRow
 from engine.types import SamplingParams, TokenLogprob
@@ -177,6 +177,10 @@ def test_min_tokens_ends_when_they_are_there() -> None:
 # Log-probabilities --------------------------------------------------------------------------------------------------
 
 
+def token_logprobs(logits: Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:
+    return PendingLogprobs(logits, token_ids, counts).read()
+
+
 def test_logprobs_equal_the_oracle() -> None:
     logits = random_logits(6, seed=4)
     chosen, counts = [0, 210, 33, 4, 100, 7], [0, 1, 5, 20, 0, 3]
@@ -224,10 +228,6 @@ def test_a_small_vocabulary_gives_all_it_has() -> None:
     (token,) = make_sampler(8).sample(torch.zeros(1, 8), [make_row(SamplingParams(logprobs=20))])
     assert token.logprob is not None
     assert [i for i, _ in token.logprob.top] == list(range(8))
-
-
-def test_no_rows_no_logprobs() -> None:
-    assert token_logprobs(torch.empty(0, VOCAB), [], []) == []
 
 
 # Sampler ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from tests.engine.simulator import Simulator, make_scheduler, random_request
 NUM_REQUESTS = 30
 
 
-def run(seed: int) -> Counter[str]:
+EOS = 5  # in no prompt
+
+
+def run(seed: int, *, ahead: bool) -> Counter[str]:
     random = Random(seed)
     block_size = random.choice((1, 2, 4, 8))
     num_pages = random.randint(24 // block_size + 8, 200 // block_size + 30)
@@ -29,13 +32,14 @@ def run(seed: int) -> Counter[str]:
         max_model_len=max_len,
         caching=random.random() < 0.9,
     )
-    simulator = Simulator(scheduler)
+    scheduler.eos_token_ids = frozenset({EOS})
+    simulator = Simulator(scheduler, ahead=ahead)
     stems = [[random.randrange(5) for _ in range(random.randint(1, max_len))] for _ in range(4)]
     requests = [random_request(random, i, stems, max_len) for i in range(NUM_REQUESTS)]
     fresh, left = list(requests), {r.id: r for r in requests}
     generated: dict[str, int] = Counter()
-    aborted = 0
-    while left:
+    aborted = stopped = 0
+    while left or simulator.under_way:
         assert simulator.time < 20_000, "livelock"
         if fresh and (random.random() < 0.5 or not scheduler.has_work):
             new = [fresh.pop() for _ in range(min(len(fresh), random.randint(1, 6)))]
@@ -45,11 +49,15 @@ def run(seed: int) -> Counter[str]:
             scheduler.abort([victim.id])
             if victim not in fresh:
                 aborted += left.pop(victim.id, None) is not None
-        for update in simulator.step(lambda _: random.randrange(5)):
+        for update in simulator.step(lambda _: EOS if random.random() < 0.03 else random.randrange(5)):
             generated[update.request_id] += len(update.token_ids)
             if update.finish_reason:
                 request = left.pop(update.request_id)
                 allowed = min(request.params.max_tokens, max_len - len(request.prompt))
+                if update.finish_reason == "stop":
+                    stopped += 1
+                    assert update.token_ids == [EOS]
+                    allowed = min(allowed, generated[request.id])
                 assert generated[request.id] == allowed, "a reply has the wrong length"
     assert not scheduler.has_work
     stats = scheduler.stats
@@ -63,13 +71,25 @@ def run(seed: int) -> Counter[str]:
         saves=simulator.num_saves,
         tail_hits=simulator.num_tail_hits,
         aborted=aborted,
+        stopped=stopped,
+        ahead=simulator.num_ahead,
     )
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
-def test_random_work(first: int) -> None:
+@pytest.mark.parametrize(("first", "ahead"), [(0, False), (50, False), (100, False), (150, True), (200, True)])
+def test_random_work(first: int, ahead: bool) -> None:
     total: Counter[str] = Counter()
     for seed in range(first, first + 50):
-        total += run(seed)
-    for event in ("hits", "preemptions", "missed_no_state", "missed_evicted", "saves", "tail_hits", "aborted"):
+        total += run(seed, ahead=ahead)
+    assert (total.pop("ahead", 0) > 0) == ahead
+    for event in (
+        "hits",
+        "preemptions",
+        "missed_no_state",
+        "missed_evicted",
+        "saves",
+        "tail_hits",
+        "aborted",
+        "stopped",
+    ):
         assert total[event] > 0, f"the fuzz never saw {event}"

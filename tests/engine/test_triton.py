@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 
 import engine.core
@@ -13,6 +14,7 @@ from engine.llm import LLM, Completion
 from engine.types import SamplingParams
 from kernels import table
 from kernels.triton import interpreted
+from tests.engine.test_graphs import with_graphs
 from tests.engine.test_parity import NEW_TOKENS, check
 from tests.tiny import TINY_CONFIGS, save_tiny
 
@@ -46,3 +48,19 @@ def test_equals_transformers_and_is_exact(settings: dict[str, Any], tmp_path: Pa
     again = llm.generate(prompts[2:], PARAMS)
     assert again[0].num_cached > 0
     assert result(again[0]) == result(together[2])
+
+
+def test_graphs_and_async_scheduling_change_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
+    plain = LLM(tmp_path, **settings, enforce_eager=True, async_scheduling=False)
+    fast = LLM(tmp_path, **settings, async_scheduling=True)
+    if interpreted():
+        with_graphs(fast)
+    assert plain.core.model_runner.graphs is None
+    assert fast.core.model_runner.graphs is not None
+    random = Random(1)
+    # three rows of a graph for four, captured once and replayed twice
+    prompts = [[random.randrange(3, fast.core.info.vocab_size) for _ in range(length)] for length in (3, 2, 1)]
+    params = msgspec.structs.replace(PARAMS, max_tokens=4)
+    expected = [result(completion) for completion in plain.generate(prompts, params)]
+    assert [result(completion) for completion in fast.generate(prompts, params)] == expected

@@ -212,12 +212,13 @@ def test_plan_as_json_agrees_with_arithmetic(tmp_path: Path) -> None:
     )
     assert report["kv_bytes_per_token"] == 1024
     assert report["state_bytes_per_sequence"] == 9_318_400
-    assert report["memory_bytes"] == 24 * 1024**3
+    usable = 24 * 1024**3 * 92 // 100
+    assert report["memory_bytes"] == usable
     assert report["plan"]["max_model_len"] == 262_144
     assert [cell["context"] for cell in report["table"]][::5] == [4096, 32768, 131072, 262144]
     one, eight = (next(c for c in report["table"] if c["context"] == 32768 and c["sequences"] == n) for n in (1, 8))
     assert eight["bytes"] - one["bytes"] == 7 * (9_318_400 + (32768 + 16) * 1024)
-    assert all(cell["fits"] == (cell["bytes"] <= 24 * 1024**3) for cell in report["table"])
+    assert all(cell["fits"] == (cell["bytes"] <= usable) for cell in report["table"])
 
 
 def plan_as_json(folder: Path, *flags: str) -> Any:
@@ -293,11 +294,13 @@ def test_plan_without_a_gpu_asks_for_its_memory(monkeypatch: pytest.MonkeyPatch,
 
 def test_plan_asks_the_driver_for_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 81000\n")
+    tool.write_text("#!/bin/sh\necho 80000, 81000\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    report = json.loads(invoke("plan", str(write_geometry(tmp_path, "3b")), "--json"))
-    assert (report["device"], report["memory_bytes"]) == ("cuda", 81000 * 1024**2)
+    folder = str(write_geometry(tmp_path, "3b"))
+    report = json.loads(invoke("plan", folder, "--json", "--gpu-memory-utilization", "0.9"))
+    # a tenth of what there is stays free, and 1000 MiB are in use
+    assert (report["device"], report["memory_bytes"]) == ("cuda", (81000 * 9 // 10 - 1000) * 1024**2)
 
 
 # doctor -------------------------------------------------------------------------------------------------------------

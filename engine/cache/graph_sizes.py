@@ -1,0 +1,61 @@
+"""GraphSizes: for which numbers of rows and contexts there are CUDA graphs of decoding steps, and what they take.
+No torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+MAX_ROWS = 512  # larger batches keep the device busy for longer than their launches take
+# Empty splits of the longest context cost a graph little, so few contexts do.
+FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
+# Rows times context, at most: attention's partial results take memory for it. Steps beyond it are long anyway.
+MAX_TOKENS = 8 * 1024**2
+BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: some hundred kernels and their arguments
+ROW_BYTES = 3 * 8 + 2 * 4  # token id, kv slot and source; state id and context length
+SPLIT_TOKENS = 512  # of the kernels' partial results
+
+
+class GraphKey(NamedTuple):
+    """Rows, padding included, and the longest context that there is room for."""
+
+    rows: int
+    context: int
+
+
+class GraphSizes:
+    """Rows 1, 2, 4, then in steps of 8 up to `max_num_seqs` or MAX_ROWS; for each a few contexts, the last of
+    `max_model_len`."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
+        most = min(max_num_seqs, MAX_ROWS)
+        self.rows = [*(rows for rows in (1, 2, 4) if rows < most), *range(8, most, 8), most]
+        self.contexts = [FIRST_CONTEXT]
+        while self.contexts[-1] < max_model_len:
+            self.contexts.append(self.contexts[-1] * CONTEXT_FACTOR)
+        self.contexts[-1] = max_model_len
+
+    def key(self, rows: int, context: int) -> GraphKey | None:
+        """The smallest graph for so many sequences, the longest of which has `context` tokens; None if none is kept."""
+        if rows > self.rows[-1]:
+            return None
+        rows, context = self.rows[bisect_left(self.rows, rows)], self.contexts[bisect_left(self.contexts, context)]
+        return GraphKey(rows, context) if rows * context <= MAX_TOKENS else None
+
+    @property
+    def keys(self) -> list[GraphKey]:
+        """Of all graphs that there may be."""
+        keys = (self.key(rows, context) for rows in self.rows for context in self.contexts)
+        return [key for key in keys if key is not None]
+
+    def input_bytes(self, block_size: int) -> int:
+        """Of the arrays of the largest, each aligned."""
+        alignment = 6 * 16
+        return max((k.rows * (ROW_BYTES + 4 * -(-k.context // block_size)) + alignment for k in self.keys), default=0)
+
+    def graph_bytes(self, bytes_per_row: int, bytes_per_split: int) -> int:
+        """What all of them take, their memory being one: `bytes_per_row` of a forward pass, `bytes_per_split` of
+        attention's result for one row and SPLIT_TOKENS of its context."""
+        keys = self.keys
+        splits = max((key.rows * -(-key.context // SPLIT_TOKENS) for key in keys), default=0)
+        return len(keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + splits * bytes_per_split

@@ -1,0 +1,113 @@
+"""CUDA graphs of steps in which every sequence decodes: hundreds of kernels in one launch.
+
+A graph repeats its kernels with the same addresses and the same numbers. So its inputs lie in one buffer that every
+step fills anew; its batch is the next larger one of a ladder, where padding rows read and write page 0 and state 0,
+which no sequence owns; and its page tables have room for the next longer of a few contexts. A graph is captured when a
+step first needs it, after that step has run without: that compiles whatever the capture meets, and nobody waits for
+graphs that are never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.batch import ForwardBatch, PageTables, SampledTokens, longest, row_arrays, table_arrays
+from engine.cache.graph_sizes import GraphKey, GraphSizes
+from engine.cache.storage import CacheStorage
+from engine.models import Model
+from engine.scheduler import Chunk
+from engine.staging import cut, pack
+
+# Their reference asks the device for sizes, which a capture cannot.
+WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
+
+
+class Graph(Protocol):
+    """Work that is recorded once and then repeated as a whole."""
+
+    def capture(self, run: Callable[[], Tensor]) -> None:
+        """Records what `run` launches; whether it runs, too, is open. Called once."""
+        ...
+
+    def replay(self) -> Tensor:
+        """Repeats it; what `run` returned, which the next replay of any graph may overwrite."""
+        ...
+
+
+class CudaGraph:
+    """A `Graph` on the current device. Graphs with one `pool` share their memory."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool, self._graph = pool, torch.cuda.CUDAGraph()
+        self._output: Tensor | None = None
+
+    def capture(self, run: Callable[[], Tensor]) -> None:
+        # only what this thread does counts: others may compile or allocate meanwhile
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._output = run()
+
+    def replay(self) -> Tensor:
+        assert self._output is not None, "nothing was captured"
+        self._graph.replay()
+        return self._output
+
+
+def why_no_graphs(names: Mapping[str, str]) -> str | None:
+    """Which of the kernels chosen (op -> implementation) keep a step from being captured; None: none of them."""
+    ops = [f"{op}=reference" for op in WAITING_OPS if names[op] == "reference"]
+    return f"{', '.join(ops)} cannot be captured" if ops else None
+
+
+class DecodeGraphs:
+    """The graphs of one model upon one storage, by number of rows and longest context."""
+
+    def __init__(
+        self, model: Model, storage: CacheStorage, *, sizes: GraphSizes, new_graph: Callable[[], Graph]
+    ) -> None:
+        self._model, self._storage, self._sizes, self._new_graph = model, storage, sizes, new_graph
+        self._graphs: dict[GraphKey, Graph] = {}
+        most = sizes.input_bytes(storage.block_size)
+        self._inputs = torch.empty(most, dtype=torch.uint8, device=storage.kv.device)
+
+    def key(self, chunks: Many[Chunk]) -> GraphKey | None:
+        """Of the graph that runs these chunks; None if there is none."""
+        if not all(chunk.is_decode and chunk.samples for chunk in chunks):
+            return None
+        return self._sizes.key(len(chunks), longest(chunks))
+
+    def forward(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> Tensor:
+        """Hidden states [len(chunks), H], valid until the next step."""
+        padding, block_size = key.rows - len(chunks), self._storage.block_size
+        arrays = row_arrays(chunks, block_size, padding=padding)
+        arrays += table_arrays(chunks, block_size, key.rows, key.context)
+        if sampled is not None:
+            arrays.append(sampled.sources(chunks, key.rows))
+        packed = pack(arrays, pinned=self._inputs.is_cuda)
+        self._inputs[: len(packed)].copy_(packed, non_blocking=True)
+        if (graph := self._graphs.get(key)) is not None:
+            return graph.replay()[: len(chunks)]
+        batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
+        hidden = self._model.forward(batch(), self._storage)
+        graph = self._graphs[key] = self._new_graph()
+        graph.capture(lambda: self._model.forward(batch(), self._storage))
+        return hidden[: len(chunks)]
+
+    def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
+        """Of the arrays of `forward`."""
+        token_ids, kv_slots, state_ids, block_tables, context_lens, *sources = inputs
+        return ForwardBatch(
+            token_ids=token_ids if sampled is None else sampled.fill(token_ids, *sources),
+            kv_slots=kv_slots,
+            logit_rows=token_ids[:0],  # all rows are wanted
+            num_decodes=key.rows,
+            decode_state_ids=state_ids,
+            decode_tables=PageTables(block_tables, context_lens, key.context),
+            prefill=None,
+            prefill_tables=None,
+        )

@@ -1,0 +1,95 @@
+"""What steps take on a GPU, measured there before the caches are allocated."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from engine.cache.manager import CacheCopies
+from engine.cache.spec import Measured, usable_bytes
+from engine.scheduler import Chunk, SchedulerOutput
+from engine.sequence import Sequence
+from engine.types import MAX_LOGPROBS, Request, SamplingParams
+
+# What a request can ask for that takes memory; penalties of contexts that do not fit at once are not among it.
+PARAMS = SamplingParams(max_tokens=1, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS)
+
+
+class DeviceMemory(Protocol):
+    """A GPU's memory, in bytes."""
+
+    def free_and_total(self) -> tuple[int, int]:
+        """What nobody uses now, and what there is."""
+        ...
+
+    def allocated(self) -> int:
+        """What tensors of this process take now."""
+        ...
+
+    def reset_peak(self) -> None: ...
+
+    def peak(self) -> int:
+        """What they took at most since `reset_peak`."""
+        ...
+
+
+class CudaMemory:
+    """`DeviceMemory` of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free_and_total(self) -> tuple[int, int]:
+        torch.cuda.empty_cache()  # what torch keeps for later counts as free
+        return torch.cuda.mem_get_info(self._device)
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+
+def usable_memory(memory: DeviceMemory, utilization: float) -> int:
+    """Bytes left to take until the share `utilization` of the device is in use."""
+    return usable_bytes(*memory.free_and_total(), utilization)
+
+
+class LargestSteps:
+    """The largest steps that there can be. They use page 0 and state 0 only, which no sequence owns."""
+
+    def __init__(self, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs, self._max_model_len, self._block_size = max_num_seqs, max_model_len, block_size
+
+    def outputs(self) -> Iterator[SchedulerOutput]:
+        """A prompt, or as many as fill the step; and replies at the end of the longest context."""
+        full, rest = divmod(self.max_num_batched_tokens, self._max_model_len)
+        lengths = [self._max_model_len] * full + ([rest] if rest else [])
+        yield self._output([Chunk(self._sequence(length), 0, length, samples=True) for length in lengths])
+        if (last := self._max_model_len - 1) > 0:
+            longest = self._sequence(self._max_model_len)
+            yield self._output([Chunk(longest, last, last + 1, samples=True)] * self._max_num_seqs)
+
+    def _sequence(self, length: int) -> Sequence:
+        seq = Sequence.of(Request(id="", prompt=[0] * length, params=PARAMS), arrival=0, now=0.0)
+        seq.block_ids = array("i", [0] * -(-length // self._block_size))
+        return seq
+
+    def _output(self, chunks: list[Chunk]) -> SchedulerOutput:
+        return SchedulerOutput(tuple(chunks), CacheCopies(), ())
+
+
+def measure(run: Callable[[SchedulerOutput], object], steps: LargestSteps, memory: DeviceMemory) -> Measured:
+    """Runs the largest steps, which compiles their kernels, too. `run` waits for the step."""
+    memory.reset_peak()
+    before = memory.allocated()
+    for output in steps.outputs():
+        run(output)
+    return Measured(steps.max_num_batched_tokens, memory.peak() - before)

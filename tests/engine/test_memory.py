@@ -1,0 +1,143 @@
+"""The memory of a GPU: what is measured there, and what is planned from it, with a device that is a few numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.cache.spec import Measured, MemoryPlan, plan_memory, usable_bytes
+from engine.config import EngineConfig
+from engine.core import Loaded, measure_steps
+from engine.errors import ConfigError
+from engine.llm import LLM
+from engine.memory import LargestSteps, measure, usable_memory
+from engine.model_config import JambaConfig, load_model_config, weight_bytes
+from engine.scheduler import SchedulerOutput
+from tests.geometries import write_geometry
+from tests.tiny import TINY_CONFIGS, save_tiny
+
+MIB, GIB = 1024**2, 1024**3
+
+
+class FakeMemory:
+    """A GPU of 80 GiB of which others use 2. Steps take what a test says they take."""
+
+    total = 80 * GIB
+
+    def __init__(self, weights: int = 0) -> None:
+        self.weights, self.now, self.most = weights, weights, weights
+
+    def free_and_total(self) -> tuple[int, int]:
+        return self.total - 2 * GIB - self.now, self.total
+
+    def allocated(self) -> int:
+        return self.now
+
+    def reset_peak(self) -> None:
+        self.most = self.now
+
+    def peak(self) -> int:
+        return self.most
+
+    def take(self, count: int) -> None:
+        """For a moment."""
+        self.most = max(self.most, self.now + count)
+
+
+@pytest.mark.parametrize(
+    ("free", "utilization", "usable"),
+    [(100, 1.0, 100), (100, 0.92, 92), (40, 0.92, 32), (5, 0.92, -3)],
+)
+def test_a_share_of_the_whole_device_stays_free_whoever_uses_the_rest(
+    free: int, utilization: float, usable: int
+) -> None:
+    assert usable_bytes(free, 100, utilization) == usable
+
+
+def test_what_steps_take_is_the_peak_beside_the_weights() -> None:
+    memory = FakeMemory(weights=6 * GIB)
+    memory.take(50 * GIB)  # loading, which is over
+    sizes: list[int] = []
+
+    def run(output: SchedulerOutput) -> None:
+        sizes.append(len(output.chunks))
+        memory.take([3 * GIB, GIB][len(sizes) - 1])
+
+    steps = LargestSteps(max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16)
+    assert measure(run, steps, memory) == Measured(100, 3 * GIB)
+    assert sizes == [3, 7]
+    assert usable_memory(memory, 0.9) == 72 * GIB - 2 * GIB - 6 * GIB
+
+
+def test_the_largest_steps_are_as_large_as_can_be() -> None:
+    prompts, replies = LargestSteps(
+        max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16
+    ).outputs()
+    assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 40), (0, 40), (0, 20)]
+    assert [(chunk.start, chunk.end) for chunk in replies.chunks] == [(39, 40)] * 7
+    assert all(chunk.is_decode for chunk in replies.chunks)
+    assert all(chunk.samples for chunk in (*prompts.chunks, *replies.chunks))
+    for chunk in (*prompts.chunks, *replies.chunks):
+        assert set(chunk.sequence.block_ids) == {chunk.sequence.state_id} == {0}
+        assert len(chunk.sequence.block_ids) * 16 >= chunk.end
+
+
+def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> None:
+    save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
+    llm = LLM(tmp_path, max_num_seqs=5, max_num_batched_tokens=70, max_model_len=50)
+    runner, config = llm.core.model_runner, EngineConfig(model="x", max_num_seqs=5, max_model_len=50)
+    loaded = Loaded(runner.model, runner.sampler, runner.kernels, torch.float32, runner.device)
+    plan = plan_on_gpu(config, load_model_config(tmp_path), 10 * GIB)
+    measured = measure_steps(loaded, config, plan, FakeMemory())
+    assert measured == Measured(plan.max_num_batched_tokens, 0)
+
+
+def plan_on_gpu(config: EngineConfig, model: JambaConfig, usable: int, measured: Measured | None = None) -> MemoryPlan:
+    weights = weight_bytes(model, 2)
+    return plan_memory(
+        model,
+        config,
+        dtype_bytes=2,
+        weight_bytes=weights,
+        available_bytes=weights + usable,
+        device="cuda",
+        measured=measured,
+    )
+
+
+def test_caches_get_what_measured_steps_and_graphs_leave(tmp_path: Path) -> None:
+    model = load_model_config(write_geometry(tmp_path, "mini"))
+    config = EngineConfig(model="x", max_num_seqs=256, enforce_eager=True)
+    estimated = plan_on_gpu(config, model, 60 * GIB)
+    plan = plan_on_gpu(config, model, 60 * GIB, Measured(estimated.max_num_batched_tokens, 2 * GIB))
+    assert plan.activation_bytes == 2 * GIB
+    assert plan.graph_bytes == 0
+    assert 58 * GIB - plan.kv_bytes - plan.state_bytes < 16 * MIB, "less than a state is left over"
+    with_graphs = plan_on_gpu(
+        EngineConfig(model="x", max_num_seqs=256), model, 60 * GIB, Measured(plan.max_num_batched_tokens, 2 * GIB)
+    )
+    assert with_graphs.graph_bytes > 0
+    taken = with_graphs.kv_bytes + with_graphs.state_bytes + with_graphs.graph_bytes
+    assert 0 <= 58 * GIB - taken < 16 * MIB
+
+
+def test_a_batch_is_not_larger_than_the_one_that_was_measured(tmp_path: Path) -> None:
+    model = load_model_config(write_geometry(tmp_path, "3b"))
+    plan = plan_on_gpu(EngineConfig(model="x"), model, 60 * GIB, Measured(1000, GIB))
+    assert plan.max_num_batched_tokens == 1000
+    assert plan.warnings == ("max_num_batched_tokens 8192 is reduced to 1000: the memory for activations",)
+
+
+def test_steps_that_take_more_than_there_is_are_an_error(tmp_path: Path) -> None:
+    model = load_model_config(write_geometry(tmp_path, "3b"))
+    with pytest.raises(ConfigError, match=r"No room for a cache .* 5\.\d GiB of activations 0 B are left"):
+        plan_on_gpu(EngineConfig(model="x"), model, 4 * GIB, Measured(8192, 5 * GIB))
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01])
+def test_a_share_that_is_none_is_an_error(tmp_path: Path, share: float) -> None:
+    model = load_model_config(write_geometry(tmp_path, "3b"))
+    with pytest.raises(ConfigError, match=rf"gpu_memory_utilization is {share}; it must be more than 0 and at most 1"):
+        plan_on_gpu(EngineConfig(model="x", gpu_memory_utilization=share), model, 60 * GIB)
