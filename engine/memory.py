@@ -10,6 +10,7 @@ import torch
 
 from engine.cache.manager import CacheCopies
 from engine.cache.spec import Measured, usable_bytes
+from engine.errors import ConfigError
 from engine.scheduler import Chunk, SchedulerOutput
 from engine.sequence import Sequence
 from engine.types import MAX_LOGPROBS, Request, SamplingParams
@@ -68,14 +69,22 @@ class LargestSteps:
         self.max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs, self._max_model_len, self._block_size = max_num_seqs, max_model_len, block_size
 
+    def __str__(self) -> str:
+        return (
+            f"max_num_batched_tokens {self.max_num_batched_tokens}, or max_num_seqs {self._max_num_seqs} at "
+            f"max_model_len {self._max_model_len}"
+        )
+
     def outputs(self) -> Iterator[SchedulerOutput]:
-        """A prompt, or as many as fill the step; and replies at the end of the longest context."""
+        """A prompt, or as many as fill the step; replies at the end of the longest context; and the smallest step, for
+        which other kernels may be compiled."""
         full, rest = divmod(self.max_num_batched_tokens, self._max_model_len)
         lengths = [self._max_model_len] * full + ([rest] if rest else [])
         yield self._output([Chunk(self._sequence(length), 0, length, samples=True) for length in lengths])
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
             yield self._output([Chunk(longest, last, last + 1, samples=True)] * self._max_num_seqs)
+            yield self._output([Chunk(self._sequence(2), 1, 2, samples=True)])
 
     def _sequence(self, length: int) -> Sequence:
         seq = Sequence.of(Request(id="", prompt=[0] * length, params=PARAMS), arrival=0, now=0.0)
@@ -87,9 +96,15 @@ class LargestSteps:
 
 
 def measure(run: Callable[[SchedulerOutput], object], steps: LargestSteps, memory: DeviceMemory) -> Measured:
-    """Runs the largest steps, which compiles their kernels, too. `run` waits for the step."""
+    """Runs the largest steps, which compiles their kernels, too. `run` waits for the step. ConfigError where the device
+    has not the memory for one."""
     memory.reset_peak()
     before = memory.allocated()
-    for output in steps.outputs():
-        run(output)
+    try:
+        for output in steps.outputs():
+            run(output)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The memory of the device is too small for a step of {steps}: lower one of them ({error})."
+        ) from error
     return Measured(steps.max_num_batched_tokens, memory.peak() - before)

@@ -60,7 +60,7 @@ class Pages(NamedTuple):
 
     `k`, `v`: dtype [pages, block_size, G, Z], any stride over pages. `block_tables`: int32 [N, max_blocks], entries
     beyond a sequence's own pages are 0 (a page that no sequence owns). `context_lens`: int32 [N], tokens in the cache
-    including those of this step. `max_context_len` is the largest of them.
+    including those of this step. None of them exceeds `max_context_len`, which may be larger than all.
     """
 
     k: Tensor

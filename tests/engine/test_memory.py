@@ -63,23 +63,33 @@ def test_what_steps_take_is_the_peak_beside_the_weights() -> None:
 
     def run(output: SchedulerOutput) -> None:
         sizes.append(len(output.chunks))
-        memory.take([3 * GIB, GIB][len(sizes) - 1])
+        memory.take([3 * GIB, GIB, 0][len(sizes) - 1])
 
     steps = LargestSteps(max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16)
     assert measure(run, steps, memory) == Measured(100, 3 * GIB)
-    assert sizes == [3, 7]
+    assert sizes == [3, 7, 1]
     assert usable_memory(memory, 0.9) == 72 * GIB - 2 * GIB - 6 * GIB
 
 
+def test_a_step_that_does_not_fit_is_an_error_that_names_the_sizes() -> None:
+    def run(output: SchedulerOutput) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 21 GiB")
+
+    steps = LargestSteps(max_num_batched_tokens=8192, max_num_seqs=4096, max_model_len=262_144, block_size=16)
+    with pytest.raises(ConfigError, match=r"8192, or max_num_seqs 4096 at max_model_len 262144: lower one .*21 GiB"):
+        measure(run, steps, FakeMemory())
+
+
 def test_the_largest_steps_are_as_large_as_can_be() -> None:
-    prompts, replies = LargestSteps(
+    prompts, replies, smallest = LargestSteps(
         max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16
     ).outputs()
     assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 40), (0, 40), (0, 20)]
     assert [(chunk.start, chunk.end) for chunk in replies.chunks] == [(39, 40)] * 7
-    assert all(chunk.is_decode for chunk in replies.chunks)
-    assert all(chunk.samples for chunk in (*prompts.chunks, *replies.chunks))
-    for chunk in (*prompts.chunks, *replies.chunks):
+    assert [(chunk.start, chunk.end) for chunk in smallest.chunks] == [(1, 2)]
+    assert all(chunk.is_decode for chunk in (*replies.chunks, *smallest.chunks))
+    for chunk in (*prompts.chunks, *replies.chunks, *smallest.chunks):
+        assert chunk.samples
         assert set(chunk.sequence.block_ids) == {chunk.sequence.state_id} == {0}
         assert len(chunk.sequence.block_ids) * 16 >= chunk.end
 
