@@ -36,6 +36,7 @@ from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.types import EngineInfo, Request, StepResult, TokenUpdate
 from engine.weights import dummy_weights, load_weights
+from kernels.cpu.graph import Arena, NativeGraph
 from kernels.ops import Kernels
 from kernels.table import select
 
@@ -232,11 +233,13 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     """With storage, graphs and what else `plan` and `config` ask for."""
     on_gpu, device = loaded.device.type == "cuda", loaded.device
     storage, graphs = loaded.storage(plan.num_pages, plan.num_slots, config.block_size), None
-    if on_gpu and not config.enforce_eager and why_no_graphs(loaded.kernels.names) is None:
-        sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len)
-        new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
-        graphs = DecodeGraphs(loaded.model, storage, sizes=sizes, new_graph=new_graph)
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+    # On a CPU a step that runs ahead puts its tokens together with torch, which is in no graph.
+    wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
+    if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
+        sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type)
+        new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle()) if on_gpu else partial(NativeGraph, Arena())
+        graphs = DecodeGraphs(loaded.model, storage, sizes=sizes, new_graph=new_graph)
     sampled = SampledTokens(plan.max_num_seqs, device) if runs_ahead else None
     return ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels, graphs=graphs, sampled=sampled)
 
@@ -245,7 +248,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     model_config = loaded.model.config
     warnings = plan.warnings
     if loaded.device.type == "cuda" and not config.enforce_eager:
-        reason = why_no_graphs(loaded.kernels.names)
+        reason = why_no_graphs(loaded.kernels.names, "cuda")
         warnings += () if reason is None else (f"no CUDA graphs: {reason}; enforce_eager asks for none",)
     return EngineInfo(
         architecture=model_config.architecture,

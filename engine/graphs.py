@@ -1,4 +1,4 @@
-"""CUDA graphs of steps in which every sequence decodes: hundreds of kernels in one launch.
+"""Graphs of steps in which every sequence decodes: hundreds of kernels in one launch, on a GPU as on a CPU.
 
 A graph repeats its kernels with the same addresses and the same numbers. So its inputs lie in one buffer that every
 step fills anew; its batch is the next larger one of a ladder, where padding rows read and write page 0 and state 0,
@@ -22,17 +22,18 @@ from engine.cache.graph_sizes import GraphKey, GraphSizes
 from engine.cache.storage import CacheStorage
 from engine.models import Model
 from engine.scheduler import Chunk
-from engine.staging import cut, pack
+from engine.staging import cut, pack, packed_bytes
 
 # Their reference asks the device for sizes, which a capture cannot.
+UNCAPTURED_OPS = ("sample", "copy_slots", "causal_conv1d", "selective_scan", "attention_prefill")  # of no graph
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 
 
 class Graph(Protocol):
     """Work that is recorded once and then repeated as a whole."""
 
-    def capture(self, run: Callable[[], Tensor]) -> None:
-        """Records what `run` launches; whether it runs, too, is open. Called once."""
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        """Runs `run`, with effect once, and records what it launches. Returns what it returned. Called once."""
         ...
 
     def replay(self) -> Tensor:
@@ -47,10 +48,12 @@ class CudaGraph:
         self._pool, self._graph = pool, torch.cuda.CUDAGraph()
         self._output: Tensor | None = None
 
-    def capture(self, run: Callable[[], Tensor]) -> None:
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        output = run()  # a capture computes nothing, and must not meet what is not compiled yet
         # only what this thread does counts: others may compile or allocate meanwhile
         with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             self._output = run()
+        return output
 
     def replay(self) -> Tensor:
         assert self._output is not None, "nothing was captured"
@@ -58,9 +61,12 @@ class CudaGraph:
         return self._output
 
 
-def why_no_graphs(names: Mapping[str, str]) -> str | None:
-    """Which of the kernels chosen (op -> implementation) keep a step from being captured; None: none of them."""
-    ops = [f"{op}=reference" for op in WAITING_OPS if names[op] == "reference"]
+def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
+    """Which of the kernels chosen (op -> implementation) keep a step from being captured; None: none of them. On a CPU
+    only calls of the compiled library can be."""
+    on_cpu = device == "cpu"
+    candidates = (op for op in names if op not in UNCAPTURED_OPS) if on_cpu else WAITING_OPS
+    ops = [f"{op}={names[op]}" for op in candidates if (names[op] != "cpu" if on_cpu else names[op] == "reference")]
     return f"{', '.join(ops)} cannot be captured" if ops else None
 
 
@@ -75,6 +81,11 @@ class DecodeGraphs:
         most = sizes.input_bytes(storage.block_size)
         self._inputs = torch.empty(most, dtype=torch.uint8, device=storage.kv.device)
 
+    @property
+    def captured(self) -> frozenset[GraphKey]:
+        """Of which graphs there are by now."""
+        return frozenset(self._graphs)
+
     def key(self, chunks: Many[Chunk]) -> GraphKey | None:
         """Of the graph that runs these chunks; None if there is none."""
         if not all(chunk.is_decode and chunk.samples for chunk in chunks):
@@ -88,15 +99,16 @@ class DecodeGraphs:
         arrays += table_arrays(chunks, block_size, key.rows, key.context)
         if sampled is not None:
             arrays.append(sampled.sources(chunks, key.rows))
-        packed = pack(arrays, pinned=self._inputs.is_cuda)
-        self._inputs[: len(packed)].copy_(packed, non_blocking=True)
+        if self._inputs.is_cuda:
+            packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True))
+            self._inputs[: len(packed)].copy_(packed, non_blocking=True)
+        else:
+            pack(arrays, self._inputs)
         if (graph := self._graphs.get(key)) is not None:
             return graph.replay()[: len(chunks)]
         batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
-        hidden = self._model.forward(batch(), self._storage)
         graph = self._graphs[key] = self._new_graph()
-        graph.capture(lambda: self._model.forward(batch(), self._storage))
-        return hidden[: len(chunks)]
+        return graph.capture(lambda: self._model.forward(batch(), self._storage))[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
         """Of the arrays of `forward`."""

@@ -29,12 +29,12 @@ def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     """The arrays (C-contiguous) as tensors on `device`, without waiting for it. On a CPU they share their memory."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    return cut(pack(arrays, pinned=True).to(device, non_blocking=True), arrays)
+    packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True))
+    return cut(packed.to(device, non_blocking=True), arrays)
 
 
-def pack(arrays: Sequence[Array], *, pinned: bool) -> Tensor:
-    """uint8 [bytes] on the host: the arrays one after the other, each aligned."""
-    packed = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=pinned)
+def pack(arrays: Sequence[Array], packed: Tensor) -> Tensor:
+    """Fills `packed`, uint8 on the host, with the arrays, one after the other, each aligned. Returns it."""
     flat, start = packed.numpy(), 0
     for array in arrays:
         flat[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)

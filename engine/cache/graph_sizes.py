@@ -1,4 +1,4 @@
-"""GraphSizes: for which numbers of rows and contexts there are CUDA graphs of decoding steps, and what they take.
+"""GraphSizes: for which numbers of rows and contexts there are graphs of decoding steps, and what they take.
 No torch."""
 
 from __future__ import annotations
@@ -7,10 +7,10 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 MAX_ROWS = 512  # larger batches keep the device busy for longer than their launches take
-# Empty splits of the longest context cost a graph little, so few contexts do.
-FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
-# Rows times context, at most: attention's partial results take memory for it. Steps beyond it are long anyway.
-MAX_TOKENS = 8 * 1024**2
+# Empty splits of the longest context cost a graph little, so few contexts do. Rows times context are limited because
+# attention's partial results take memory for them. Steps beyond the limit are long anyway.
+FIRST_CONTEXT, CONTEXT_FACTOR, MAX_TOKENS = 2048, 4, 8 * 1024**2
+CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
 BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: some hundred kernels and their arguments
 ROW_BYTES = 3 * 8 + 2 * 4  # token id, kv slot and source; state id and context length
 SPLIT_TOKENS = 512  # of the kernels' partial results
@@ -24,15 +24,21 @@ class GraphKey(NamedTuple):
 
 
 class GraphSizes:
-    """Rows 1, 2, 4, then in steps of 8 up to `max_num_seqs` or MAX_ROWS; for each a few contexts, the last of
-    `max_model_len`."""
+    """For each number of rows a few contexts, the last of `max_model_len`. On a GPU rows are 1, 2, 4, then in steps of 8
+    up to `max_num_seqs`: padding costs it next to nothing. On a CPU, where a graph is as soon made, any number is."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
-        most = min(max_num_seqs, MAX_ROWS)
-        self.rows = [*(rows for rows in (1, 2, 4) if rows < most), *range(8, most, 8), most]
-        self.contexts = [FIRST_CONTEXT]
+    def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
+        on_cpu = device == "cpu"
+        self.contexts, factor, self._max_tokens = (
+            ([CPU_FIRST_CONTEXT], CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS)
+            if on_cpu
+            else ([FIRST_CONTEXT], CONTEXT_FACTOR, MAX_TOKENS)
+        )
+        highest = min(max_num_seqs, MAX_ROWS)
+        ladder = [*(rows for rows in (1, 2, 4) if rows < highest), *range(8, highest, 8), highest]
+        self.rows = list(range(1, highest + 1)) if on_cpu else ladder
         while self.contexts[-1] < max_model_len:
-            self.contexts.append(self.contexts[-1] * CONTEXT_FACTOR)
+            self.contexts.append(self.contexts[-1] * factor)
         self.contexts[-1] = max_model_len
 
     def key(self, rows: int, context: int) -> GraphKey | None:
@@ -40,7 +46,7 @@ class GraphSizes:
         if rows > self.rows[-1]:
             return None
         rows, context = self.rows[bisect_left(self.rows, rows)], self.contexts[bisect_left(self.contexts, context)]
-        return GraphKey(rows, context) if rows * context <= MAX_TOKENS else None
+        return GraphKey(rows, context) if rows * context <= self._max_tokens else None
 
     @property
     def keys(self) -> list[GraphKey]:

@@ -95,11 +95,12 @@ class NativeGraph:
         self._calls: Any = None
         self._output: Tensor | None = None
 
-    def capture(self, run: Callable[[], Tensor]) -> None:
-        """Runs `run`, once, and records its calls."""
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        """Runs `run`, once, and records its calls. Returns what it returned."""
         with library().recording() as recorded, _Recorder(self._arena):
             self._output = run()
         self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
+        return self._output
 
     def replay(self) -> Tensor:
         """Repeats them; what `run` returned, which a replay of any graph of the arena may overwrite."""

@@ -1,4 +1,5 @@
-"""Graphs without a GPU: a double that repeats what it recorded, upon the same buffers; `==` the eager engine."""
+"""Graphs without a GPU: a double that repeats what it recorded, upon the same buffers, and the CPU's own. `==` the eager
+engine."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from engine.graphs import DecodeGraphs, why_no_graphs
 from engine.llm import LLM
 from engine.staging import ALIGNMENT, cut, pack, packed_bytes
 from engine.types import SamplingParams
-from tests.engine.test_exact import CONFIG, result
+from kernels.table import OPS
+from tests.engine.test_exact import CONFIG, FORMATS, result
 
 RANDOM = Random(2)
 PROMPTS = [[RANDOM.randrange(3, 500) for _ in range(RANDOM.randint(1, 60))] for _ in range(19)]
@@ -34,9 +36,10 @@ class Recorded:
     def __init__(self, log: list[str]) -> None:
         self._log = log
 
-    def capture(self, run: Callable[[], Tensor]) -> None:
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
         self._log.append("capture")
         self._run = run
+        return run()
 
     def replay(self) -> Tensor:
         self._log.append("replay")
@@ -51,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **settings: Any) -> LLM:
-    defaults = {"threads": 1, "max_num_seqs": MAX_NUM_SEQS, "max_model_len": 512}
+    defaults = {"threads": 1, "max_num_seqs": MAX_NUM_SEQS, "max_model_len": 512, "enforce_eager": True}
     return LLM(folder, load_format="dummy", **defaults | settings)
 
 
@@ -59,7 +62,7 @@ def with_graphs(llm: LLM) -> list[str]:
     """Gives the engine graphs, and returns the list of what happens to them."""
     log: list[str] = []
     runner, info = llm.core.model_runner, llm.core.info
-    sizes = GraphSizes(info.max_num_seqs, info.max_model_len)
+    sizes = GraphSizes(info.max_num_seqs, info.max_model_len, "cuda")
     runner.graphs = DecodeGraphs(runner.model, runner.storage, sizes=sizes, new_graph=lambda: Recorded(log))
     return log
 
@@ -104,6 +107,24 @@ def test_a_context_that_outgrows_its_graph_goes_on_in_the_next(folder: Path) -> 
     assert log.count("capture") == 3  # one row and two up to 2048 tokens, two beyond
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", FORMATS)
+def test_replays_of_the_cpus_own_graphs_equal_eager_steps(tmp_path: Path, form: str, tied: bool) -> None:
+    config = CONFIG | {"max_position_embeddings": 1024, "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = FORMATS[form] | {"max_model_len": 700}
+    eager, graphed = load(tmp_path, **settings), load(tmp_path, **settings | {"enforce_eager": False})
+    graphs = graphed.core.model_runner.graphs
+    if graphs is None:
+        pytest.skip(f"no graphs on this machine: {why_no_graphs(graphed.core.info.kernels, 'cpu')}")
+    long = [RANDOM.randrange(3, 500) for _ in range(506)]  # its replies need room for more than 512 tokens
+    for prompts in (PROMPTS[:1], PROMPTS[:7], [long, *PROMPTS[:4]], PROMPTS[:7], [long]):
+        for params in (GREEDY, SAMPLED):
+            expected = [result(completion) for completion in eager.generate(prompts, params)]
+            assert [result(completion) for completion in graphed.generate(prompts, params)] == expected
+    assert {GraphKey(1, 512), GraphKey(1, 700), GraphKey(7, 512), GraphKey(5, 700)} <= graphs.captured
+
+
 def test_steps_with_prompts_run_without_a_graph(folder: Path) -> None:
     llm = load(folder)
     log = with_graphs(llm)
@@ -118,17 +139,17 @@ def test_steps_with_prompts_run_without_a_graph(folder: Path) -> None:
     ("max_num_seqs", "rows"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20])]
 )
 def test_the_ladder_ends_at_the_largest_batch(max_num_seqs: int, rows: list[int]) -> None:
-    assert GraphSizes(max_num_seqs, 100).rows == rows
+    assert GraphSizes(max_num_seqs, 100, "cuda").rows == rows
 
 
 def test_contexts_end_at_the_longest() -> None:
-    assert GraphSizes(1, 100).contexts == [100]
-    assert GraphSizes(1, 2049).contexts == [2048, 2049]
-    assert GraphSizes(1, 262_144).contexts == [2048, 8192, 32_768, 131_072, 262_144]
+    assert GraphSizes(1, 100, "cuda").contexts == [100]
+    assert GraphSizes(1, 2049, "cuda").contexts == [2048, 2049]
+    assert GraphSizes(1, 262_144, "cuda").contexts == [2048, 8192, 32_768, 131_072, 262_144]
 
 
 def test_the_smallest_graph_with_room_is_taken() -> None:
-    sizes = GraphSizes(256, 262_144)
+    sizes = GraphSizes(256, 262_144, "cuda")
     assert sizes.key(1, 1) == GraphKey(1, 2048)
     assert sizes.key(5, 2049) == GraphKey(8, 8192)
     assert sizes.key(249, 32_768) == GraphKey(256, 32_768)
@@ -140,15 +161,26 @@ def test_the_smallest_graph_with_room_is_taken() -> None:
 
 def test_all_graphs_together_take_a_small_part_of_a_gpu() -> None:
     # the 3B model in float32: its widest layer, and one attention layer of 20 heads
-    assert 0 < GraphSizes(256, 262_144).graph_bytes(4 * 40_960, 4 * 20 * 130) < 2 * 1024**3
-    assert GraphSizes(1, 2048).graph_bytes(1000, 10) == 4 * 1024**2 + 1000 + 4 * 10
+    assert 0 < GraphSizes(256, 262_144, "cuda").graph_bytes(4 * 40_960, 4 * 20 * 130) < 2 * 1024**3
+    assert GraphSizes(1, 2048, "cuda").graph_bytes(1000, 10) == 4 * 1024**2 + 1000 + 4 * 10
 
 
-def test_kernels_that_wait_for_the_host_are_named(folder: Path) -> None:
-    names = load(folder).core.info.kernels
-    assert why_no_graphs(names) is None
-    assert why_no_graphs({**names, "linear": "reference"}) is None
-    reason = why_no_graphs({**names, "attention_decode": "reference", "run_experts": "reference"})
+def test_on_a_cpu_there_is_a_graph_for_any_number_of_rows() -> None:
+    sizes = GraphSizes(64, 262_144, "cpu")
+    assert [sizes.key(rows, 512) for rows in (1, 13, 64)] == [(1, 512), (13, 512), (64, 512)]
+    assert sizes.key(3, 513) == GraphKey(3, 1024)
+    assert sizes.key(64, 16_384) == GraphKey(64, 16_384)
+    assert sizes.key(64, 16_385) is None
+
+
+def test_kernels_that_cannot_be_captured_are_named() -> None:
+    names = dict.fromkeys(OPS, "cpu")
+    assert why_no_graphs(names | {"attention_prefill": "reference", "sample": "reference"}, "cpu") is None
+    assert why_no_graphs(names | {"linear": "reference"}, "cpu") == "linear=reference cannot be captured"
+    names = dict.fromkeys(OPS, "triton")
+    assert why_no_graphs(names, "cuda") is None
+    assert why_no_graphs({**names, "linear": "reference"}, "cuda") is None
+    reason = why_no_graphs({**names, "attention_decode": "reference", "run_experts": "reference"}, "cuda")
     assert reason == "attention_decode=reference, run_experts=reference cannot be captured"
 
 
@@ -163,7 +195,7 @@ def test_packed_arrays_come_back_aligned_and_equal() -> None:
         np.array([True, False, True]),
         np.array([[0.5, -2.0]], dtype=np.float32),
     ]
-    packed = pack(arrays, pinned=False)
+    packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8))
     assert packed.numel() == packed_bytes(arrays)
     tensors = cut(packed, arrays)
     for array, tensor in zip(arrays, tensors, strict=True):
@@ -173,7 +205,7 @@ def test_packed_arrays_come_back_aligned_and_equal() -> None:
 
 @pytest.mark.parametrize("block_size", [1, 16, 256])
 def test_the_input_buffer_has_room_for_every_graph(block_size: int) -> None:
-    sizes = GraphSizes(70, 9000)
+    sizes = GraphSizes(70, 9000, "cuda")
     for rows, context in sizes.keys:
         tables = np.zeros((rows, -(-context // block_size)), dtype=np.int32)
         long, short = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int32)
