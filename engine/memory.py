@@ -78,7 +78,8 @@ class LargestSteps:
     def outputs(self) -> Iterator[SchedulerOutput]:
         """A prompt, or as many as fill the step; replies at the end of the longest context; and the smallest step, for
         which other kernels may be compiled."""
-        full, rest = divmod(self.max_num_batched_tokens, self._max_model_len)
+        # replies that run beside prompts count as more of these
+        full, rest = divmod(self.max_num_batched_tokens + self._max_num_seqs, self._max_model_len)
         lengths = [self._max_model_len] * full + ([rest] if rest else [])
         yield self._output([Chunk(self._sequence(length), 0, length, samples=True) for length in lengths])
         if (last := self._max_model_len - 1) > 0:

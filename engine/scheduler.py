@@ -56,19 +56,19 @@ class ChunkResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Plan:
-    """The chunks of a step in the making; `budget` tokens are left."""
+    """The chunks of a step in the making, each with what it costs of the `budget` that is left."""
 
     budget: int
-    chunks: dict[Sequence, tuple[int, int]] = field(default_factory=dict[Sequence, tuple[int, int]])
+    chunks: dict[Sequence, tuple[int, int, int]] = field(default_factory=dict[Sequence, tuple[int, int, int]])
     preempted: bool = False
 
-    def add(self, seq: Sequence, end: int) -> None:
-        self.chunks[seq] = (seq.num_computed, end)
-        self.budget -= end - seq.num_computed
+    def add(self, seq: Sequence, end: int, cost: int) -> None:
+        self.chunks[seq] = (seq.num_computed, end, cost)
+        self.budget -= cost
 
     def drop(self, seq: Sequence) -> None:
-        start, end = self.chunks.pop(seq, (0, 0))
-        self.budget += end - start
+        *_, cost = self.chunks.pop(seq, (0, 0, 0))
+        self.budget += cost
 
 
 class Scheduler:
@@ -136,15 +136,18 @@ class Scheduler:
     # Before the step --------------------------------------------------------------------------------------------
 
     def schedule(self, *, now: float) -> SchedulerOutput:
-        """Decodes first, so that long prompts never stall replies; then prompts under way, then new sequences."""
+        """Decodes first, so that long prompts never stall replies; then prompts under way, then new sequences.
+
+        Decodes cost nothing of the budget: prompts of just its length take a step each, not a step and a little more.
+        """
         plan = _Plan(self.max_num_batched_tokens)
         for seq in sorted(self.running, key=lambda s: s.num_remaining > 1):
-            if plan.budget and seq.state_id:  # an earlier one of this loop may have preempted it
+            if seq.state_id and (plan.budget or seq.num_remaining == 1):  # an earlier one may have preempted it
                 self._extend(seq, plan)
         started = self._admit(plan, now) if not plan.preempted else ()
         chunks = [
             Chunk(seq, start, end, seq.samples_at(end), tuple(self.cache.plan_saves(seq, start, end)))
-            for seq, (start, end) in plan.chunks.items()
+            for seq, (start, end, _) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
@@ -160,7 +163,8 @@ class Scheduler:
         remaining = seq.num_remaining
         if not remaining or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
             return  # a step under way brings its end
-        end = seq.num_computed + min(remaining, plan.budget)
+        size, cost = (1, 0) if remaining == 1 else (min(remaining, plan.budget),) * 2
+        end = seq.num_computed + size
         while not self.cache.grow(seq, end):
             victim = self.running[-1]
             plan.drop(victim)
@@ -168,7 +172,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return
-        plan.add(seq, end)
+        plan.add(seq, end, cost)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -193,7 +197,7 @@ class Scheduler:
                 seq.queue_seconds, seq.num_cached = now - seq.submitted_at, min(seq.num_computed, seq.num_prompt)
                 self._count_hit(seq, hit)
                 started.append(seq.request.id)
-            plan.add(seq, end)
+            plan.add(seq, end, end - seq.num_computed)
         return tuple(started)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:

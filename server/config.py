@@ -69,7 +69,9 @@ class ServerConfig:
     load_format: Annotated[LoadFormat, Help("dummy: seeded random weights, no file is read.")] = "auto"
     max_model_len: Annotated[Count | None, Help("Longest prompt with its reply; none: the model's.")] = None
     max_num_seqs: Annotated[Count, Help("Sequences that run at once.")] = 64
-    max_num_batched_tokens: Annotated[Count | None, Help("Tokens a step; none: 128 on a CPU, 8192 on a GPU.")] = None
+    max_num_batched_tokens: Annotated[
+        Count | None, Help("Prompt tokens a step, beside one of every reply; none: 128 on a CPU, 8192 on a GPU.")
+    ] = None
     kv_cache_memory_bytes: Annotated[Count | None, Help("For KV pages; none: what fits.")] = None
     checkpoint_memory_bytes: Annotated[Number | None, Help("For saved states; none: a quarter of the caches.")] = None
     block_size: Annotated[Count, Help("Tokens a KV page.")] = 16

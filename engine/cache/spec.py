@@ -144,7 +144,7 @@ def check_sizes(engine: EngineConfig) -> None:
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
     """An estimate of what a forward pass and the sampler hold at their peak, every number in float32."""
     per_token, fixed = _activation_terms(config, max_num_seqs)
-    return fixed + per_token * max_num_batched_tokens
+    return fixed + per_token * (max_num_batched_tokens + max_num_seqs)
 
 
 def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]:
@@ -218,7 +218,7 @@ class _Planner:
         if self.measured is not None:
             return self._at_most(name, wish, self.measured.max_num_batched_tokens, reason)
         per_token, fixed = _activation_terms(self.config, min(self.engine.max_num_seqs, wish))
-        fits = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
+        fits = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token - min(self.engine.max_num_seqs, wish)
         # below a block a batch hardly gets cheaper; what does not fit then is found by `_check_minimum`
         fits = max(fits, min(self.spec.block_size, wish))
         return self._at_most(name, wish, fits, reason)

@@ -84,7 +84,7 @@ def test_the_largest_steps_are_as_large_as_can_be() -> None:
     prompts, replies, smallest = LargestSteps(
         max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16
     ).outputs()
-    assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 40), (0, 40), (0, 20)]
+    assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 40), (0, 40), (0, 27)]
     assert [(chunk.start, chunk.end) for chunk in replies.chunks] == [(39, 40)] * 7
     assert [(chunk.start, chunk.end) for chunk in smallest.chunks] == [(1, 2)]
     assert all(chunk.is_decode for chunk in (*replies.chunks, *smallest.chunks))

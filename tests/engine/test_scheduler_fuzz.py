@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from engine.types import Request
+from engine.types import Request, SamplingParams
 from tests.engine.simulator import Simulator, make_scheduler, random_request
 
 NUM_REQUESTS = 30
@@ -93,3 +93,16 @@ def test_random_work(first: int, ahead: bool) -> None:
         "stopped",
     ):
         assert total[event] > 0, f"the fuzz never saw {event}"
+
+
+def test_prompts_of_the_budgets_length_take_a_step_each() -> None:
+    """However many replies run beside them: of a burst the first tokens come at even intervals."""
+    scheduler = make_scheduler(num_pages=200, max_num_seqs=8, max_num_batched_tokens=32)
+    params = SamplingParams(max_tokens=20)
+    scheduler.add([Request(id=str(i), prompt=[i] * 32, params=params) for i in range(8)], now=0.0)
+    simulator = Simulator(scheduler)
+    firsts = [
+        [update.request_id for update in simulator.step(lambda _: 9) if update.queue_seconds is not None]
+        for _ in range(8)
+    ]
+    assert firsts == [[str(i)] for i in range(8)]

@@ -217,7 +217,7 @@ def test_plan_as_json_agrees_with_arithmetic(tmp_path: Path) -> None:
     assert report["plan"]["max_model_len"] == 262_144
     assert [cell["context"] for cell in report["table"]][::5] == [4096, 32768, 131072, 262144]
     one, eight = (next(c for c in report["table"] if c["context"] == 32768 and c["sequences"] == n) for n in (1, 8))
-    assert eight["bytes"] - one["bytes"] == 7 * (9_318_400 + (32768 + 16) * 1024)
+    assert eight["bytes"] - one["bytes"] == 7 * (9_318_400 + (32768 + 16) * 1024 + 4 * 40_960)  # activations of a reply
     assert all(cell["fits"] == (cell["bytes"] <= usable) for cell in report["table"])
 
 
