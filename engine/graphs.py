@@ -9,6 +9,8 @@ graphs that are never used.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
@@ -23,6 +25,8 @@ from engine.cache.storage import CacheStorage
 from engine.models import Model
 from engine.scheduler import Chunk
 from engine.staging import cut, pack
+
+logger = logging.getLogger(__name__)
 
 # Their reference asks the device for sizes, which a capture cannot.
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
@@ -94,8 +98,11 @@ class DecodeGraphs:
             return graph.replay()[: len(chunks)]
         batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
         hidden = self._model.forward(batch(), self._storage)
+        started = time.monotonic()
         graph = self._graphs[key] = self._new_graph()
         graph.capture(lambda: self._model.forward(batch(), self._storage))
+        seconds = time.monotonic() - started
+        logger.info("captured the graph of %d sequences of up to %d tokens in %.2f s", *key, seconds)
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
