@@ -89,6 +89,7 @@ class Loaded:
     model: Model
     sampler: Sampler
     kernels: Kernels
+    policy: QuantizationPolicy
     dtype: torch.dtype
     device: torch.device
 
@@ -132,7 +133,7 @@ class EngineCore:
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
         sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-        loaded = Loaded(model, sampler, kernels, dtype, device)
+        loaded = Loaded(model, sampler, kernels, policy, dtype, device)
         if device.type == "cuda":
             on_progress("measuring memory", 0.0)
             measured = measure_steps(loaded, config, plan, CudaMemory(device))
@@ -257,8 +258,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
         eos_token_ids=model_config.eos_token_ids,
         device=str(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
-        quantization=config.quantization,
-        quantize_mamba=config.quantize_mamba,
+        quantization=loaded.policy.quantization,
+        quantize_mamba=loaded.policy.mamba,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -9,6 +9,8 @@ graphs that are never used.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
@@ -23,6 +25,8 @@ from engine.cache.storage import CacheStorage
 from engine.models import Model
 from engine.scheduler import Chunk
 from engine.staging import cut, pack, packed_bytes
+
+logger = logging.getLogger(__name__)
 
 # Their reference asks the device for sizes, which a capture cannot.
 UNCAPTURED_OPS = ("sample", "copy_slots", "causal_conv1d", "selective_scan", "attention_prefill")  # of no graph
@@ -50,9 +54,12 @@ class CudaGraph:
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         output = run()  # a capture computes nothing, and must not meet what is not compiled yet
+        started = time.monotonic()
         # only what this thread does counts: others may compile or allocate meanwhile
         with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             self._output = run()
+        rows, seconds = len(output), time.monotonic() - started
+        logger.info("captured a CUDA graph of %d sequences in %.2f s", rows, seconds)
         return output
 
     def replay(self) -> Tensor:

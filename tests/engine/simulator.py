@@ -105,6 +105,8 @@ class Simulator:
         if chunk.is_ahead:
             self.num_ahead += 1
             assert chunk.is_decode and not seq.counts_tokens, "a token that is not known would be counted or saved"
+            assert len(tokens) - seq.num_prompt < seq.params.max_tokens, "nobody wants what follows the last token"
+            assert len(tokens) < self.scheduler.max_model_len, "it has all the tokens that it may have"
         state = self.slots[seq.state_id] if chunk.start else 0
         for position in range(chunk.start, chunk.end):
             state = fold(state, tokens[position])
