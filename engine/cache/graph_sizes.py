@@ -24,8 +24,9 @@ class GraphKey(NamedTuple):
 
 
 class GraphSizes:
-    """For each number of rows a few contexts, the last of `max_model_len`. On a GPU rows are 1, 2, 4, then in steps of 8
-    up to `max_num_seqs`: padding costs it next to nothing. On a CPU, where a graph is as soon made, any number is."""
+    """For each number of rows a few contexts, the last of `max_model_len`. On a GPU rows are 1, 2, 4, then in steps of
+    8 up to `max_num_seqs` or MAX_ROWS: padding costs it next to nothing. On a CPU, where a graph is soon made, any
+    number is."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         on_cpu = device == "cpu"

@@ -1,4 +1,4 @@
-"""A graph on a CPU: the calls of the compiled library that some code makes, recorded once and then repeated in one call.
+"""A graph on a CPU: the calls of the compiled library that some code makes, recorded once and repeated in one call.
 
 What Python does between the kernels of a small model's step takes as long as some of them. It is the same in every step
 of so many rows: only the numbers in a few input tensors differ.

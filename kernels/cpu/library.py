@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -44,7 +44,7 @@ class Library:
         return found
 
     @contextmanager
-    def recording(self) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    def recording(self) -> Generator[list[tuple[Any, tuple[Any, ...]]]]:
         """All calls from here to the end, each a function with its arguments."""
         calls: list[tuple[Any, tuple[Any, ...]]] = []
 

@@ -74,7 +74,9 @@ class Simulator:
 
     def check_output(self, output: SchedulerOutput) -> None:
         sizes = [c.end - c.start for c in output.chunks]
-        assert sum(size for size in sizes if size > 1) <= self.scheduler.max_num_batched_tokens, "single tokens are free"
+        assert sum(size for size in sizes if size > 1) <= self.scheduler.max_num_batched_tokens, (
+            "single tokens are free"
+        )
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         decodes = [c.is_decode for c in output.chunks]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"

@@ -1,5 +1,5 @@
-"""Graphs without a GPU: a double that repeats what it recorded, upon the same buffers, and the CPU's own. `==` the eager
-engine."""
+"""Graphs without a GPU: a double that repeats what it recorded, upon the same buffers, and the CPU's own. `==` the
+eager engine."""
 
 from __future__ import annotations
 
