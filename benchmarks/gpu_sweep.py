@@ -1,0 +1,79 @@
+"""The part `sweep`: every op at a model's shapes, compared with the reference in float32, and timed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from benchmarks.gpu_cases import Case, Maker, Shape, check, groups
+from benchmarks.gpu_predict import Ceilings, Work, measure_ceilings, median_seconds
+from benchmarks.gpu_record import Job, Record
+from benchmarks.shapes import write_config
+from engine.model_config import JambaConfig, load_model_config
+from kernels.ops import Kernels
+from kernels.table import select
+
+GRAPH_MILLISECONDS = 20
+
+
+def kernels_on(device: str) -> tuple[Kernels, Kernels]:
+    """The preferred implementations, and the references."""
+    return select(device, {}), select(device, {"all": "reference"})
+
+
+def config_of(shape: str) -> JambaConfig:
+    with tempfile.TemporaryDirectory() as name:
+        write_config(shape, Path(name))
+        return load_model_config(Path(name))
+
+
+def run(job: Job, record: Record) -> None:
+    ceilings = measure_ceilings(job.device)
+    ours, reference = kernels_on(job.device)
+    record.start_run(job, before=msgspec.to_builtins(ceilings), kernels=ours.names)
+    maker = Maker(Shape.of(job.shape, config_of(job.shape)), torch.device(job.device))
+    for cases in groups(maker):
+        for case in cases:
+            record.cell(job.key(case.op, case.label), lambda case=case: measure(case, ours, reference, ceilings))
+    record.note(after=msgspec.to_builtins(measure_ceilings(job.device)))
+
+
+def measure(case: Case, ours: Kernels, reference: Kernels, ceilings: Ceilings) -> dict[str, Any]:
+    """Microseconds of the op as it is called from Python, and in a CUDA graph, where the L2 cache stays warm; `floor`
+    is what the ceilings allow. Products also with torch's own."""
+    error = check(case, ours, reference)
+    device = "cpu" if case.args[0].device.type == "cpu" else "cuda"
+    op: Any = getattr(ours, case.op)
+    args = case.prepare(ours)
+    work = Work(bytes=case.bytes_moved(op(*args)), operations=case.operations)
+    row: dict[str, Any] = {"op": case.op, "label": case.label, "error_norm": error, "tolerance": case.tolerance}
+    row |= {"us": 1e6 * median_seconds(lambda: op(*args), device), "floor_us": 1e6 * work.seconds(ceilings)}
+    row |= {"bound": work.bound(ceilings)}
+    if device == "cuda":
+        row |= in_graph(lambda: op(*args))
+    if case.op == "linear" and isinstance(case.weights[0], torch.Tensor):
+        x, weight = case.args[0], case.weights[0]
+        row["torch_us"] = 1e6 * median_seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    return row
+
+
+def in_graph(work: Callable[[], object]) -> dict[str, Any]:
+    """Of an op that waits for the device and so cannot be captured, why."""
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        timing: Any = do_bench_cudagraph(work, rep=GRAPH_MILLISECONDS, return_mode="median")
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return {"not_in_graph": str(error).splitlines()[0]}
+    return {"graph_us": 1e3 * timing}
+
+
+def wrong(row: dict[str, Any]) -> bool:
+    """NaN is."""
+    return not row["error_norm"] <= row["tolerance"]
