@@ -40,7 +40,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     def key(self, *names: object) -> str:
         """Of a cell of this job."""
-        return " | ".join(filter(None, [self.shape, self.format if self.shape else "", self.variant, *map(str, names)]))
+        return ", ".join(filter(None, [self.shape, self.format if self.shape else "", self.variant, *map(str, names)]))
 
 
 class Record:
