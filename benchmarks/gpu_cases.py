@@ -53,13 +53,14 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """`args` are the op's without its packed weights, which come second: those that `pack` makes of `weights` with the
-    op's implementation and the other kernels. `written`: bytes written into arguments."""
+    """`args` are the op's without its packed weights, which come second: what `pack` makes of `weights`, quantised if
+    they are to be, with the op's implementation and the other kernels. `written`: bytes written into arguments."""
 
     op: str
     label: str
     args: tuple[Any, ...]
     weights: tuple[Any, ...] = ()
+    quantization: Quantization | None = None
     pack: Callable[[Any, Kernels, tuple[Any, ...]], Any] = lambda op, kernels, weights: op.pack(*weights)
     moved: int | None = None
     written: int = 0
@@ -71,7 +72,10 @@ class Case:
         args = tuple(copy(value, dtype) for value in self.args)
         if not self.weights:
             return args
-        packed = self.pack(getattr(kernels, self.op), kernels, copy(self.weights, dtype))
+        weights: tuple[Any, ...] = copy(self.weights, dtype)
+        if self.quantization is not None:
+            weights = tuple(quantize(weight, self.quantization) for weight in weights)
+        packed = self.pack(getattr(kernels, self.op), kernels, weights)
         return args[0], packed, *args[1:]
 
     def bytes_moved(self, result: Any) -> int:
@@ -139,7 +143,7 @@ class Maker:
         if quantization is None:
             return case
         moved = FORMATS[quantization].num_bytes(outputs, inputs) + 2 * rows * (outputs + inputs)
-        return replace(case, weights=(quantize(weight, quantization),), moved=moved)
+        return replace(case, quantization=quantization, moved=moved)
 
     def experts(self, rows: int) -> Iterator[Case]:
         """Router and experts, of a model that has some."""
@@ -162,9 +166,8 @@ class Maker:
         )
         yield case
         for quantization, stored in FORMATS.items():
-            weights = (quantize(gate_up, quantization), quantize(down, quantization))
             moved = hit * (stored.num_bytes(2 * m.f, m.h) + stored.num_bytes(m.h, m.f)) + 4 * rows * m.h
-            yield replace(case, label=f"{quantization}, {rows} rows", weights=weights, moved=moved)
+            yield replace(case, label=f"{quantization}, {rows} rows", quantization=quantization, moved=moved)
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
         """Convolution and scan of sequences of equal length; of one token each through the ops for one token."""

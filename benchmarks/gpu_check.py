@@ -36,6 +36,7 @@ import torch
 from benchmarks.gpu_record import Job, Record
 from benchmarks.gpu_report import failures, markdown, read_parts
 from benchmarks.shapes import SHAPES, Format
+from engine.config import EngineConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,13 +87,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Values as JSON where they are, else as they stand."""
+    """Values as JSON where they are, else as they stand. A field that the engine lacks is refused: nothing must be
+    measured under its name."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         key = key.replace("-", "_")
         if not equals or key in ("quantization", "quantize_mamba", "device", "dtype", "load_format"):
             raise SystemExit(f"--engine {pair}: KEY=VALUE is expected; --formats and --device have flags of their own.")
+        if key not in EngineConfig.__struct_fields__:
+            raise SystemExit(f"--engine {pair}: engine.config.EngineConfig has no such field.")
         try:
             options[key] = json.loads(text)
         except ValueError:

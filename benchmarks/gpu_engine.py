@@ -24,7 +24,6 @@ from benchmarks.gpu_predict import DTYPE_BYTES, Ceilings, Work, decode_work, mea
 from benchmarks.gpu_record import Job, Record
 from benchmarks.shapes import Format, write_config
 from engine.cache.spec import format_bytes
-from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.types import SamplingParams
@@ -34,6 +33,7 @@ DECODE_PROMPT = 4
 DECODE_SECONDS = 1.0  # that a timed run should take
 STEPS = (8, 128)  # of a timed run: at least, at most
 LONG_STEPS = 32
+PROFILED_STEPS, PROFILED_KERNELS = 8, 15
 SLOW = 20.0  # seconds of a prompt that is not timed a second time
 
 
@@ -52,12 +52,6 @@ SIZES = {
     "tiny": Sizes(sequences=(1, 2), prompts=(32,), long=160),
 }
 OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Of an engine that lacks one, nothing must be measured under its name."""
-    if unknown := sorted(options.keys() - set(EngineConfig.__struct_fields__)):
-        raise SystemExit(f"--engine {', '.join(unknown)}: there is no such field in engine.config.EngineConfig.")
 
 
 @contextmanager
@@ -179,7 +173,6 @@ class Bench:
 
 
 def run(job: Job, record: Record) -> None:
-    check_options(job.options)
     wanted = cells(job, SIZES.get(job.shape, OTHERS))
     if job.key("memory") in record.rows or all(key in record.rows for key in wanted):
         return
@@ -227,7 +220,8 @@ def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]
     found |= {job.key("prefill", n): partial(Bench.prefill, length=n) for n in sizes.prompts}
     if sizes.long:
         found[job.key("one request", sizes.long)] = partial(Bench.long, length=sizes.long)
-    return found
+    ends = (sizes.sequences[0], sizes.sequences[-1])
+    return found | {job.key("profile, decode", n): partial(profile, count=n) for n in ends}
 
 
 def too_large(config: JambaConfig, job: Job) -> str | None:
@@ -240,3 +234,19 @@ def too_large(config: JambaConfig, job: Job) -> str | None:
     if weights < free:
         return None
     return f"{format_bytes(weights)} of weights; this GPU has {format_bytes(free)} free of {format_bytes(total)}"
+
+
+def profile(bench: Bench, count: int) -> dict[str, Any]:
+    """Where a decode step's time goes: microseconds of the longest kernels, of all that ran in a few steps."""
+    activity = torch.profiler.ProfilerActivity
+    gpu = bench.llm.core.info.device != "cpu"
+    prompts = [bench.prompt(DECODE_PROMPT) for _ in range(count)]
+    with torch.profiler.profile(activities=[activity.CUDA] if gpu else [activity.CPU]) as profiler:
+        bench.seconds(prompts, PROFILED_STEPS + 1)
+    events: list[Any] = list(profiler.key_averages())
+    kind = "device" if gpu else "cpu"
+    times = {event.key: (getattr(event, f"self_{kind}_time_total"), event.count) for event in events}
+    total = sum(microseconds for microseconds, _ in times.values())
+    longest = sorted(times.items(), key=lambda item: -item[1][0])[:PROFILED_KERNELS]
+    kernels = [{"name": name[:80], "share": us / total, "us": us / n, "count": n} for name, (us, n) in longest if us]
+    return {"profile": count, "steps": PROFILED_STEPS + 1, "busy_us": total, "longest": kernels}

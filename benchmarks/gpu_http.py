@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import msgspec
 
-from benchmarks.gpu_engine import check_options
 from benchmarks.gpu_predict import Ceilings, decode_work, measure_ceilings
 from benchmarks.gpu_record import Job, Record
 from benchmarks.http_shapes import write_tokenizer
@@ -39,7 +38,6 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def run(job: Job, record: Record) -> None:
-    check_options(job.options)
     clients = CLIENTS.get(job.shape, MOST_CLIENTS)
     wanted = [job.key("clients", count) for count in clients]
     if all(key in record.rows for key in wanted):

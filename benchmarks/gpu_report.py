@@ -66,6 +66,7 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
     lines = [f"# {name}", "", *conditions(parts), "", *ceilings(parts)]
     sections = [checks(parts), engine(parts), replies(parts), http(parts)]
     if sweep:
+        sections.append(profiles(parts))
         sections.append(kernels(parts))
     for section in sections:
         if section:
@@ -190,6 +191,17 @@ def http(parts: Parts) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     head = "| HTTP | weights, engine | clients | predicted tok/s | measured | share | TTFT p50, ms | TPOT p50, ms |"
     return [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", *lines] if lines else []
+
+
+def profiles(parts: Parts) -> list[str]:
+    """Where decode steps spend the device's time."""
+    lines: list[str] = []
+    for part in ENGINE_PARTS:
+        for key, row in parts.get(part, {"rows": {}})["rows"].items():
+            for kernel in row.get("longest", ()):
+                cells = [key, kernel["name"].replace("|", " "), f"{kernel['share']:.0%}", f"{kernel['us']:.1f}"]
+                lines.append(f"| {' | '.join(cells)} | {kernel['count']} |")
+    return ["| profile | kernel | share | us | runs |", "| --- | --- | ---: | ---: | ---: |", *lines] if lines else []
 
 
 def kernels(parts: Parts) -> list[str]:

@@ -57,7 +57,7 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
     row |= {"bound": work.bound(ceilings)}
     if device == "cuda":
         row |= in_graph(lambda: op(*args))
-    if case.op == "linear" and isinstance(case.weights[0], torch.Tensor):
+    if case.op == "linear" and case.quantization is None:
         x, weight = case.args[0], case.weights[0]
         row["torch_us"] = 1e6 * median_seconds(lambda: torch.nn.functional.linear(x, weight), device)
     return row

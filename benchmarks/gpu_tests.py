@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ CONFIGURATION = "[pytest]\naddopts = -q -rfE\nmarkers = cuda: needs an NVIDIA GP
 def run(job: Job, record: Record) -> None:
     record.start_run(job)
     for name, arguments in SETS[job.device].items():
-        log = record.path.with_name(f"{record.path.stem}-{name.replace(' ', '-')}.log")
-        record.cell(job.key(name), lambda arguments=arguments, log=log: run_tests(arguments, log))
+        record.cell(job.key(name), partial(run_tests, arguments, record.path.with_suffix(".log")))
 
 
 def run_tests(arguments: list[str], log: Path) -> dict[str, Any]:
-    """Everything that pytest says is in `log`, also if it is killed."""
+    """Everything that pytest says is appended to `log`, also if it is killed."""
+    begin = log.stat().st_size if log.is_file() else 0
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder) / "pytest.ini"
         mode = "asyncio_mode = auto\n" if find_spec("pytest_asyncio") else ""
@@ -44,9 +45,9 @@ def run_tests(arguments: list[str], log: Path) -> dict[str, Any]:
         command += ["-p", "no:cacheprovider", *arguments]
         if find_spec("xdist"):
             command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-        with log.open("w") as output:
+        with log.open("a") as output:
             status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-    text = log.read_text()
+    text = log.read_bytes()[begin:].decode()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last_line(text))}
     failed = re.findall(r"^(?:FAILED|ERROR) (.+)$", text, re.MULTILINE)
     row: dict[str, Any] = {"exit": status, "passed": status in (0, NO_TESTS), "counts": counts, "failed": failed[:50]}

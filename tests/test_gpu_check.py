@@ -192,13 +192,17 @@ def test_a_process_is_stopped_when_time_is_up(out: Path) -> None:
 
 
 def test_options_reach_the_engine_or_are_refused() -> None:
-    parsed = gpu_check.parse_options(["exact=true", "enforce-eager=false", "gpu_memory_utilization=0.9", "x=a b"])
-    assert parsed == {"exact": True, "enforce_eager": False, "gpu_memory_utilization": 0.9, "x": "a b"}
-    assert gpu_http.flags(parsed)[:3] == ["--exact", "--no-enforce-eager", "--gpu-memory-utilization"]
+    pairs = ["enable-prefix-caching=false", "enable_priority=true", "max_num_seqs=9", "model=a b"]
+    parsed = gpu_check.parse_options(pairs)
+    assert parsed == {"enable_prefix_caching": False, "enable_priority": True, "max_num_seqs": 9, "model": "a b"}
+    flags = ["--no-enable-prefix-caching", "--enable-priority", "--max-num-seqs", "9", "--model", "a b"]
+    assert gpu_http.flags(parsed) == flags
     with pytest.raises(SystemExit, match="KEY=VALUE"):
-        gpu_check.parse_options(["exact"])
-    with pytest.raises(SystemExit, match="no_such_field"):
-        gpu_engine.check_options({"no_such_field": 1, "seed": 0})
+        gpu_check.parse_options(["seed"])
+    with pytest.raises(SystemExit, match="no such field"):
+        gpu_check.parse_options(["seed=1", "no_such_field=1"])
+    with pytest.raises(SystemExit, match="flags of their own"):
+        gpu_check.parse_options(["quantization=int8"])
 
 
 def test_each_part_has_its_jobs(tmp_path: Path) -> None:
