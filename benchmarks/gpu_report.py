@@ -211,12 +211,13 @@ def kernels(parts: Parts) -> list[str]:
             continue
         best = min(row["us"], row.get("graph_us", row["us"]))
         graph = f"{row['graph_us']:.1f}" if "graph_us" in row else "-"
-        cells = [key.split(", ")[0], row["op"], row["label"], f"{row['error_norm']:.1e}", f"{row['us']:.1f}", graph]
+        cells = [key.split(", ")[0], row["op"], row["implementation"], row["label"], f"{row['error_norm']:.1e}"]
+        cells += [f"{row['us']:.1f}", graph]
         cells += [f"{row['floor_us']:.1f}", f"{row['floor_us'] / best:.0%}"]
         cells += [f"{row['torch_us']:.1f}" if "torch_us" in row else ""]
         lines.append(f"| {' | '.join(cells)} |")
-    head = "| model | op | case | error | us | in a graph | floor | share | torch |"
-    return [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", *lines] if lines else []
+    head = "| model | op | implementation | case | error | us | in a graph | floor | share | torch |"
+    return [head, "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", *lines] if lines else []
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -17,14 +17,32 @@ from benchmarks.gpu_record import Job, Record
 from benchmarks.shapes import write_config
 from engine.model_config import JambaConfig, load_model_config
 from kernels.ops import Kernels
-from kernels.table import select
+from kernels.table import KernelError, implementations, select
 
 GRAPH_MILLISECONDS = 20
 
 
-def kernels_on(device: str) -> tuple[Kernels, Kernels]:
-    """The preferred implementations, and the references."""
-    return select(device, {}), select(device, {"all": "reference"})
+class Candidates:
+    """Every implementation that loads on a device, each among the kernels that are preferred there."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._by_op: dict[str, dict[str, Kernels]] = {}
+        self.preferred, self.reference = select(device, {}), select(device, {"all": "reference"})
+
+    def of(self, op: str) -> dict[str, Kernels]:
+        """By name; the reference, which the others are compared with, only where it is alone."""
+        if op not in self._by_op:
+            names = [entry.name for entry in implementations(op, self._device) if entry.name != "reference"]
+            loaded = {name: kernels for name in names if (kernels := self._select(op, name)) is not None}
+            self._by_op[op] = loaded or {"reference": self.reference}
+        return self._by_op[op]
+
+    def _select(self, op: str, name: str) -> Kernels | None:
+        try:
+            return select(self._device, {op: name})
+        except KernelError:
+            return None
 
 
 def config_of(shape: str) -> JambaConfig:
@@ -35,13 +53,14 @@ def config_of(shape: str) -> JambaConfig:
 
 def run(job: Job, record: Record) -> None:
     ceilings = measure_ceilings(job.device)
-    ours, reference = kernels_on(job.device)
-    record.start_run(job, before=msgspec.to_builtins(ceilings), kernels=ours.names)
+    candidates = Candidates(job.device)
+    record.start_run(job, before=msgspec.to_builtins(ceilings), kernels=candidates.preferred.names)
     maker = Maker(Shape.of(job.shape, config_of(job.shape)), torch.device(job.device))
     for cases in groups(maker):
         for case in cases:
-            measured = partial(measure, case, job.device, ours, reference, ceilings)
-            record.cell(job.key(case.op, case.label), measured)
+            for name, kernels in candidates.of(case.op).items():
+                measured = partial(measure, case, job.device, kernels, candidates.reference, ceilings)
+                record.cell(job.key(case.op, name, case.label), measured)
     record.note(after=msgspec.to_builtins(measure_ceilings(job.device)))
 
 
@@ -52,7 +71,13 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
     op: Any = getattr(ours, case.op)
     args = case.prepare(ours)
     work = Work(bytes=case.bytes_moved(op(*args)), operations=case.operations)
-    row: dict[str, Any] = {"op": case.op, "label": case.label, "error_norm": error, "tolerance": case.tolerance}
+    row: dict[str, Any] = {
+        "op": case.op,
+        "implementation": ours.names[case.op],
+        "label": case.label,
+        "error_norm": error,
+        "tolerance": case.tolerance,
+    }
     row |= {"us": 1e6 * median_seconds(lambda: op(*args), device), "floor_us": 1e6 * work.seconds(ceilings)}
     row |= {"bound": work.bound(ceilings)}
     if device == "cuda":
