@@ -135,7 +135,9 @@ def run_job(job: Job) -> None:
 def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
     """Runs a job until it ends by itself or time is up. A process that dies in a cell costs this cell alone."""
     path = Path(job.path)
-    while deadline - time.monotonic() > LEAST_SECONDS:
+    name = " ".join(filter(None, [job.part, job.shape, job.format if job.shape else "", job.variant]))
+    while (left := deadline - time.monotonic()) > LEAST_SECONDS:
+        print(f"== {name}: {left:.0f} s left", flush=True)
         known = len(Record(path).rows)
         status, tail = run_process(job, deadline, environment)
         record = Record(path)
@@ -151,10 +153,10 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
             record.finish(record.running, {"error": said})
         elif record.runs and len(record.rows) == known:
             record.note(ended=said)
-        print(f"{job.part}: {said}", flush=True)
+        print(f"== {name}: {said}", flush=True)
         if len(record.rows) == known:
             return
-    print(f"{job.part} {job.shape} {job.format}: no time is left", flush=True)
+    print(f"== {name}: no time is left", flush=True)
 
 
 def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
@@ -202,6 +204,7 @@ def main() -> None:
     if arguments.child:
         run_job(msgspec.json.decode(arguments.child, type=Job))
         return
+    arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU.")

@@ -32,6 +32,8 @@ def flags(options: dict[str, Any]) -> list[str]:
         name = key.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            found += [part for item in value.items() for part in (f"--{name}", "=".join(item))]
         else:
             found += [f"--{name}", str(value)]
     return found

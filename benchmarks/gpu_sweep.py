@@ -89,14 +89,18 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
 
 
 def in_graph(work: Callable[[], object]) -> dict[str, Any]:
-    """Of an op that waits for the device and so cannot be captured, why."""
+    """Of an op that waits for the device and so cannot be captured, why. That is found out before: a capture that
+    breaks off leaves torch's allocator unusable."""
     from triton.testing import do_bench_cudagraph
 
     try:
-        timing: Any = do_bench_cudagraph(work, rep=GRAPH_MILLISECONDS, return_mode="median")
+        torch.cuda.set_sync_debug_mode("error")
+        work()
     except RuntimeError as error:
-        torch.cuda.synchronize()
         return {"not_in_graph": str(error).splitlines()[0]}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    timing: Any = do_bench_cudagraph(work, rep=GRAPH_MILLISECONDS, return_mode="median")
     return {"graph_us": 1e3 * timing}
 
 

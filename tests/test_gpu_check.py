@@ -18,6 +18,7 @@ from benchmarks.gpu_report import failures, markdown, read_parts
 from benchmarks.gpu_tests import run_tests
 from benchmarks.shapes import Format, write_config
 from engine.model_config import JambaConfig, load_model_config
+from engine.quantization import FORMATS
 
 CEILINGS = Ceilings(bandwidth=1e10, matmul=1e11)
 
@@ -125,7 +126,7 @@ def test_kernels_are_compared_and_timed(out: Path, monkeypatch: pytest.MonkeyPat
     record = run_part("sweep", out, monkeypatch, shape="tiny")
     assert {row["op"] for row in record.rows.values()} >= {"run_experts", "mamba_decode"}
     assert failures(read_parts("x", [out])) == []
-    assert markdown("x", read_parts("x", [out]), sweep=True).count("| tiny | run_experts |") == 3
+    assert markdown("x", read_parts("x", [out]), sweep=True).count("| tiny | run_experts |") == 1 + len(FORMATS)
 
 
 def test_what_pytest_says_is_counted(tmp_path: Path) -> None:
@@ -193,10 +194,12 @@ def test_a_process_is_stopped_when_time_is_up(out: Path) -> None:
 
 def test_options_reach_the_engine_or_are_refused() -> None:
     pairs = ["enable-prefix-caching=false", "enable_priority=true", "max_num_seqs=9", "model=a b"]
-    parsed = gpu_check.parse_options(pairs)
+    parsed = gpu_check.parse_options([*pairs, 'kernels={"moe": "reference", "sample": "cpu"}'])
+    kernels = parsed.pop("kernels")
     assert parsed == {"enable_prefix_caching": False, "enable_priority": True, "max_num_seqs": 9, "model": "a b"}
     flags = ["--no-enable-prefix-caching", "--enable-priority", "--max-num-seqs", "9", "--model", "a b"]
     assert gpu_http.flags(parsed) == flags
+    assert gpu_http.flags({"kernels": kernels}) == ["--kernels", "moe=reference", "--kernels", "sample=cpu"]
     with pytest.raises(SystemExit, match="KEY=VALUE"):
         gpu_check.parse_options(["seed"])
     with pytest.raises(SystemExit, match="no such field"):
