@@ -77,6 +77,8 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
         for key, row in content["rows"].items()
         if "left_out" in row
     ]
+    last_runs = [(part, content["runs"][-1]) for part, content in parts.items() if content["runs"]]
+    left_out += [f"- {part}: {run['stopped']}" for part, run in last_runs if "stopped" in run]
     if left_out:
         lines += ["", "Left out:", "", *left_out]
     failed = [f"- {line}" for line in failures(parts)]

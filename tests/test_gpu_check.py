@@ -160,7 +160,7 @@ def supervised(out: Path, monkeypatch: pytest.MonkeyPatch, ends: list[tuple[int 
         status, begun = next(left)
         record = Record(path)
         record.start_run(job)
-        record.finish(f"cell {len(record.rows)}", {"tok_s": 1})
+        record.finish(f"cell {len(record.rows)}", {"load_seconds": 1})
         record.running = "another" if begun else None
         record.write()
         return status, "Segmentation fault"
@@ -183,6 +183,7 @@ def test_a_process_that_dies_costs_one_cell(out: Path, monkeypatch: pytest.Monke
 def test_when_time_is_up_nothing_is_lost(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = supervised(out, monkeypatch, [(None, True)])
     assert (list(record.rows), record.running) == (["cell 0"], None)
+    assert "time was up after 1 cells" in markdown("x", read_parts("x", [out]), sweep=False)
     assert failures(read_parts("x", [out])) == []
 
 
