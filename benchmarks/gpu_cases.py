@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+from engine.config import Quantization
+from engine.model_config import JambaConfig
+from engine.quantization import FORMATS
+from engine.quantization.quantize import quantize
+from kernels.ops import Kernels, MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
 
 BLOCK_SIZE = 16
 
@@ -26,33 +30,52 @@ class Shape:
     kv_heads: int
     z: int
     experts: int
+    r: int
     v: int = 65536
     s: int = 16
     w: int = 4
 
-
-JAMBA_3B = Shape(name="3b", h=2560, f=8192, d=5120, heads=20, kv_heads=1, z=128, experts=0)
-JAMBA_MINI = Shape(name="mini", h=4096, f=14336, d=8192, heads=32, kv_heads=8, z=128, experts=16)
+    @classmethod
+    def of(cls, name: str, config: JambaConfig) -> Shape:
+        return cls(
+            name=name,
+            h=config.hidden_size,
+            f=config.intermediate_size,
+            d=config.d_inner,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            z=config.head_dim,
+            experts=config.num_experts if config.num_experts > 1 else 0,
+            r=config.mamba_dt_rank,
+            v=config.vocab_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """`args` are the op's; `weights` its packed ones, which come second. `written`: bytes written into arguments."""
+    """`args` are the op's without its packed weights, which come second: what `pack` makes of `weights`, quantised if
+    they are to be, with the op's implementation and the other kernels. `written`: bytes written into arguments."""
 
     op: str
     label: str
     args: tuple[Any, ...]
-    weights: tuple[Tensor, ...] = ()
+    weights: tuple[Any, ...] = ()
+    quantization: Quantization | None = None
+    pack: Callable[[Any, Kernels, tuple[Any, ...]], Any] = lambda op, kernels, weights: op.pack(*weights)
     moved: int | None = None
     written: int = 0
     operations: int = 0
+    tolerance: float = 1e-2  # relative, of a bfloat16 result
 
-    def prepare(self, op: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Arguments of its own for a call of `op`, floats converted to `dtype`."""
+    def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """Arguments of its own for a call with `kernels`, floats converted to `dtype`."""
         args = tuple(copy(value, dtype) for value in self.args)
         if not self.weights:
             return args
-        packed = op.pack(*(copy(weight, dtype) for weight in self.weights))
+        weights: tuple[Any, ...] = copy(self.weights, dtype)
+        if self.quantization is not None:
+            weights = tuple(quantize(weight, self.quantization) for weight in weights)
+        packed = self.pack(getattr(kernels, self.op), kernels, weights)
         return args[0], packed, *args[1:]
 
     def bytes_moved(self, result: Any) -> int:
@@ -99,29 +122,52 @@ class Maker:
         x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
         yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
         yield Case(op="silu_and_mul", label=f"{rows} rows", args=(gate_up,))
-        for name, outputs, inputs in (("in_proj", 2 * m.d, m.h), ("out_proj", m.h, m.d), ("gate_up", 2 * m.f, m.h)):
-            weight = self.random(outputs, inputs) / inputs**0.5
-            operations = 2 * rows * outputs * inputs
-            label = f"{name}, {rows} rows"
-            args = (self.random(rows, inputs),)
-            yield Case(op="linear", label=label, args=args, weights=(weight,), operations=operations)
-        if m.experts:
-            yield from self._experts(rows)
+        weight = self.random(m.h, m.d) / m.d**0.5
+        yield self._linear(f"out_proj, {rows} rows", rows, weight, None)
+        weight = self.random(2 * m.d, m.h) / m.h**0.5
+        yield self._linear(f"in_proj, {rows} rows", rows, weight, None)
+        weight = self.random(2 * m.f, m.h) / m.h**0.5
+        for quantization in (None, *FORMATS):
+            name = " ".join(filter(None, ("gate_up", quantization)))
+            yield self._linear(f"{name}, {rows} rows", rows, weight, quantization)
 
-    def _experts(self, rows: int) -> Iterator[Case]:
+    def _linear(self, label: str, rows: int, weight: Tensor, quantization: Quantization | None) -> Case:
+        outputs, inputs = weight.shape
+        case = Case(
+            op="linear",
+            label=label,
+            args=(self.random(rows, inputs),),
+            weights=(weight,),
+            operations=2 * rows * outputs * inputs,
+        )
+        if quantization is None:
+            return case
+        moved = FORMATS[quantization].num_bytes(outputs, inputs) + 2 * rows * (outputs + inputs)
+        return replace(case, quantization=quantization, moved=moved)
+
+    def experts(self, rows: int) -> Iterator[Case]:
+        """Router and experts, of a model that has some."""
         m, top_k = self.shape, 2
+        if not m.experts:
+            return
         yield Case(op="route_experts", label=f"{rows} rows", args=(self.random(rows, m.experts), top_k))
         chosen = torch.rand(rows, m.experts, generator=self.generator, device=self.device).topk(top_k).indices.int()
-        weights = torch.full((rows, top_k), 0.5, device=self.device)
-        gate_up, down = self.random(m.experts, 2 * m.f, m.h) / m.h**0.5, self.random(m.experts, m.h, m.f) / m.f**0.5
-        yield Case(
+        gate_up, down = self.random(m.experts, 2 * m.f, m.h), self.random(m.experts, m.h, m.f)
+        gate_up /= m.h**0.5
+        down /= m.f**0.5
+        hit = len(chosen.unique())
+        case = Case(
             op="run_experts",
             label=f"{rows} rows",
-            args=(self.random(rows, m.h), weights, chosen),
+            args=(self.random(rows, m.h), torch.full((rows, top_k), 0.5, device=self.device), chosen),
             weights=(gate_up, down),
-            moved=len(chosen.unique()) * 3 * m.f * m.h * 2 + 4 * rows * m.h,
+            moved=hit * 3 * m.f * m.h * 2 + 4 * rows * m.h,
             operations=2 * rows * top_k * 3 * m.f * m.h,
         )
+        yield case
+        for quantization, stored in FORMATS.items():
+            moved = hit * (stored.num_bytes(2 * m.f, m.h) + stored.num_bytes(m.h, m.f)) + 4 * rows * m.h
+            yield replace(case, label=f"{quantization}, {rows} rows", quantization=quantization, moved=moved)
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
         """Convolution and scan of sequences of equal length; of one token each through the ops for one token."""
@@ -142,6 +188,42 @@ class Maker:
         )
         yield Case(op=convolve, label=label, args=(u, taps, bias, conv, where), written=conv.nbytes)
         yield Case(op=scan, label=label, args=(inputs, weights, ssm, where), written=ssm.nbytes)
+        if tokens == 1:
+            yield self._mamba_decode(label, weights, conv, ssm, ids)
+
+    def _mamba_decode(self, label: str, scan: ScanWeights, conv: Tensor, ssm: Tensor, ids: Tensor) -> Case:
+        """All between in_proj and out_proj."""
+        m = self.shape
+        x_proj, dt_proj = self.random(m.r + 2 * m.s, m.d) / m.d**0.5, self.random(m.d, m.r) / m.r**0.5
+        norms = tuple(1 + 0.1 * self.random(size) for size in (m.r, m.s, m.s))
+        between = (self.random(m.w, m.d), self.random(m.d), x_proj, *norms, dt_proj, scan)
+
+        def pack(op: Any, kernels: Kernels, weights: tuple[Any, ...]) -> Any:
+            conv_weight, conv_bias, x_proj, dt_norm, b_norm, c_norm, dt_proj, scan = weights
+            return op.pack(
+                MambaWeights(
+                    conv_weight=conv_weight,
+                    conv_bias=conv_bias,
+                    x_proj=kernels.linear.pack(x_proj),
+                    dt_norm=dt_norm,
+                    b_norm=b_norm,
+                    c_norm=c_norm,
+                    eps=1e-6,
+                    dt_proj=kernels.linear.pack(dt_proj),
+                    scan=scan,
+                )
+            )
+
+        # rounded after each of its parts
+        return Case(
+            op="mamba_decode",
+            label=label,
+            args=(self.random(len(ids), 2 * m.d), conv, ssm, ids),
+            weights=between,
+            pack=pack,
+            written=conv.nbytes + ssm.nbytes,
+            tolerance=2e-2,
+        )
 
     def attention(self, sequences: int, tokens: int, context: int) -> Iterator[Case]:
         """The last `tokens` of each sequence of `context` tokens."""
@@ -175,11 +257,11 @@ class Maker:
         yield Case(op="sample", label=f"{rows} rows", args=(self.floats(rows, self.shape.v) * 3, inputs))
 
 
-def check(case: Case, ours: Any, reference: Any) -> float:
+def check(case: Case, ours: Kernels, reference: Kernels) -> float:
     """The largest relative error ||ours - reference|| / ||reference|| of a result or of an argument written in place,
     the reference in float32; of indices the share that differs. NaN stays NaN."""
     args, wide_args = case.prepare(ours), case.prepare(reference, torch.float32)
-    results = ours(*args), reference(*wide_args)
+    results = getattr(ours, case.op)(*args), getattr(reference, case.op)(*wide_args)
     if case.weights:  # packed, in layouts of their own
         args, wide_args = args[:1] + args[2:], wide_args[:1] + wide_args[2:]
     found, expected = flatten((results[0], args)), flatten((results[1], wide_args))
@@ -193,14 +275,15 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return (a.double() - wide).norm().item() / (scale or 1.0)
 
 
-def all_cases(maker: Maker, add: Callable[[Iterator[Case]], None]) -> None:
-    """Hands over the cases group by group, so that a group's memory is free before the next."""
-    for rows in (1, 64, 2048):
-        add(maker.rows(rows))
+def groups(maker: Maker) -> Iterator[Iterator[Case]]:
+    """Group by group, so that a group's memory is free before the next."""
+    for rows in (1, 64, 256, 2048):
+        yield maker.rows(rows)
+        yield maker.experts(rows)
     for sequences, tokens in ((1, 1), (64, 1), (256, 1), (1, 2048), (16, 512)):
-        add(maker.recurrence(sequences, tokens))
+        yield maker.recurrence(sequences, tokens)
     for sequences, tokens, context in ((1, 1, 32768), (64, 1, 4096), (1, 2048, 2048), (1, 2048, 32768)):
-        add(maker.attention(sequences, tokens, context))
-    add(maker.storage(8192, 8))
-    for rows in (1, 64):
-        add(maker.sampling(rows))
+        yield maker.attention(sequences, tokens, context)
+    yield maker.storage(8192, 8)
+    for rows in (1, 64, 256):
+        yield maker.sampling(rows)

@@ -1,221 +1,221 @@
-"""Everything that a machine with a GPU can tell about this tree, in one command and without a network.
+"""All that a machine with a GPU can tell about this tree, in one command and without a network.
 
-    python -m benchmarks.gpu_check --name h200 [--skip tests,kernels,engine]
+    python -m benchmarks.gpu_check --name h200 [--only kernels,parity,3b,mini,http,transformers,sweep]
+    python -m benchmarks.gpu_check --name h200 --report
 
-* tests: the kernel tests on the GPU, all dtypes, and the engine there against transformers (where installed);
-* kernels: every Triton kernel in bfloat16 against the reference in float32, and its time beside what the copy bandwidth
-  and the matrix rate measured in the same run allow;
-* engine: dummy weights in the shape of the 3B models through engine.llm.LLM, decode and prefill.
+* kernels: the kernel tests on the GPU, in all dtypes;
+* parity: tiny checkpoints through this engine and through transformers on the same GPU;
+* sweep: every kernel at the shapes of the 3B and Mini models in bfloat16, against the reference in float32, and timed;
+* 3b, mini: the engine with dummy weights: decode, prefill, the first reply; a context of 256K tokens;
+* http: a server under the load of `jamba bench`;
+* transformers: the same shapes through its `generate`.
 
-Writes benchmarks/results/NAME.json and NAME.md after every part. Random data, nothing is timed on zeros.
+Every part runs in processes of its own and is written after every cell to OUT/NAME-parts/PART.json, so that nothing is
+lost when time is up; what is measured already, there or in the folder EARLIER, is not measured again, what failed is.
+`--report` writes OUT/NAME.json and OUT/NAME.md from all parts. Random data, nothing is timed on zeros.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import re
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import msgspec
 import torch
 
-from benchmarks.gpu_cases import JAMBA_3B, JAMBA_MINI, Case, Maker, Shape, all_cases, check
-from engine.llm import LLM
-from engine.model_config import load_model_config
-from engine.types import SamplingParams
-from kernels.table import Implementation, implementations
-from server.bench.conditions import describe_machine, describe_versions, utc_now
+from benchmarks.gpu_record import Job, Record
+from benchmarks.gpu_report import failures, markdown, read_parts
+from benchmarks.shapes import SHAPES, Format
+from engine.config import EngineConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PARTS = ("tests", "kernels", "engine")
-TESTS = ["tests/kernels", "tests/engine/test_triton.py", "-k", "triton"]
-TOLERANCE = 1e-2  # relative, of a bfloat16 result
-CONFIG_3B = {
-    "model_type": "jamba",
-    "architectures": ["JambaForCausalLM"],
-    "vocab_size": 65536,
-    "hidden_size": 2560,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 1,
-    "attn_layer_period": 14,
-    "attn_layer_offset": 7,
-    "num_experts": 1,
-    "num_experts_per_tok": 1,
-    "mamba_dt_rank": 160,
-    "max_position_embeddings": 262144,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+MODULES = {
+    "kernels": "gpu_tests",
+    "parity": "gpu_parity",
+    "3b": "gpu_engine",
+    "mini": "gpu_engine",
+    "http": "gpu_http",
+    "transformers": "gpu_transformers",
+    "sweep": "gpu_sweep",
 }
-SEQUENCES, PROMPTS, STEPS = (1, 8, 64, 256), (2048, 32768), 32
+# What a part measures where --shape and --formats do not say.
+DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
+    "3b": ("3b",),
+    "mini": ("mini",),
+    "http": ("3b",),
+    "transformers": ("3b", "mini"),
+    "sweep": ("3b", "mini"),
+}
+DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
+MINUTES = 8.5
+GRACE_SECONDS = 25.0  # that a process has to stop its server
+LEAST_SECONDS = 15.0  # in which anything can be measured
+ERROR_TAIL = 1500  # characters
 
 
-def median_seconds(work: Callable[[], object], milliseconds: int = 100) -> float:
-    """Of many runs, each from a cold L2 cache. Launches from Python are part of it: short ops cost less in a graph."""
-    from triton.testing import do_bench
-
-    timing: Any = do_bench(work, warmup=milliseconds // 4, rep=milliseconds, return_mode="median")
-    return timing / 1e3
-
-
-def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy (read and written both count), operations a second of a bfloat16 product."""
-    data = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(data)
-    bandwidth = 2 * data.nbytes / median_seconds(lambda: target.copy_(data))
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return {"bandwidth": bandwidth, "matmul": 2 * 8192**3 / median_seconds(lambda: a @ b)}
-
-
-def run_tests() -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", *TESTS]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", result.stdout)}
-    return {"exit": result.returncode, "counts": counts, "output": result.stdout[-4000:] + result.stderr[-1000:]}
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="of the results")
+    parser.add_argument("--only", default=",".join(MODULES), help="parts, in their order")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the table and its JSON")
+    parser.add_argument("--engine", action="append", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="in place of the parts' own")
+    parser.add_argument("--formats", help="of weights, such as bf16,int8, in place of the parts' own")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which what runs is stopped")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)), help="default: $OUT")
+    parser.add_argument("--earlier", type=Path, default=RESULTS, help="where other runs have put their parts")
+    parser.add_argument("--commit", default="", help="where git cannot tell")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if not (parsed.name or parsed.child):
+        parser.error("--name is required")
+    if unknown := [part for part in parsed.only.split(",") if part not in MODULES]:
+        parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(MODULES)}")
+    return parsed
 
 
-def loaded(op: str) -> tuple[Any, Any]:
-    """The preferred implementation on a GPU, and the reference."""
-    entries: tuple[Implementation, ...] = implementations(op, "cuda")
-    return entries[0].load(), entries[-1].load()
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Values as JSON where they are, else as they stand. A field that the engine lacks is refused: nothing must be
+    measured under its name."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key in ("quantization", "quantize_mamba", "device", "dtype", "load_format"):
+            raise SystemExit(f"--engine {pair}: KEY=VALUE is expected; --formats and --device have flags of their own.")
+        if key not in EngineConfig.__struct_fields__:
+            raise SystemExit(f"--engine {pair}: engine.config.EngineConfig has no such field.")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
 
 
-def measure_kernels(shape: Shape, limits: dict[str, float]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-
-    def add(cases: Iterator[Case]) -> None:
-        for case in cases:
-            rows.append(measure_case(case, limits) | {"model": shape.name})
-            print(kernel_line(rows[-1]), flush=True)
-        torch.cuda.empty_cache()
-
-    all_cases(Maker(shape, torch.device("cuda")), add)
-    return rows
-
-
-def measure_case(case: Case, limits: dict[str, float]) -> dict[str, Any]:
-    ours, reference = loaded(case.op)
-    error = check(case, ours, reference)
-    args = case.prepare(ours)
-    moved = case.bytes_moved(ours(*args))
-    seconds = median_seconds(lambda: ours(*args))
-    floor = max(moved / limits["bandwidth"], case.operations / limits["matmul"])
-    row = {"op": case.op, "label": case.label, "error": error, "us": seconds * 1e6, "floor_us": floor * 1e6}
-    if case.op == "linear":
-        args = case.prepare(reference)
-        row["torch_us"] = median_seconds(lambda: reference(*args)) * 1e6
-    return row
+def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]:
+    """A process each."""
+    base = Job(part=part, path=str(path), device=arguments.device, commit=arguments.commit)
+    shapes = DEFAULT_SHAPES.get(part, ())
+    if shapes and arguments.shape:
+        shapes = (arguments.shape,)
+    formats: Sequence[str] = DEFAULT_FORMATS.get(part, ("bf16",))
+    if arguments.formats and part in DEFAULT_FORMATS:
+        formats = [Format.parse(name).name for name in arguments.formats.split(",")]
+    options = {} if part in ("kernels", "transformers", "sweep") else parse_options(arguments.engine)
+    base = msgspec.structs.replace(base, options=options)
+    if not shapes:
+        return [base]
+    jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
+    # an engine that finds no compiled kernel; the others of this part find its
+    return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
 
 
-def kernel_line(row: dict[str, Any]) -> str:
-    share = row["floor_us"] / row["us"]
-    note = f", torch {row['torch_us']:.0f} us" if "torch_us" in row else ""
-    name = f"{row['model']} | {row['op']} | {row['label']}"
-    return f"| {name} | {row['error']:.1e} | {row['us']:.1f} | {share:.0%}{note} |"
+def run_job(job: Job) -> None:
+    """In a process of its own."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(f"stopped by signal {number}")
+
+    signal.signal(signal.SIGTERM, stop)  # so that what it has started is stopped, too
+    importlib.import_module(f"benchmarks.{MODULES[job.part]}").run(job, Record(Path(job.path)))
 
 
-def measure_engine(limits: dict[str, float]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "config.json").write_text(json.dumps(CONFIG_3B))
-        config = load_model_config(Path(name))
-        llm = LLM(name, load_format="dummy", device="cuda", max_model_len=max(PROMPTS) + 64, max_num_seqs=SEQUENCES[-1])
-    random = Random(0)
-
-    def seconds(count: int, length: int, tokens: int) -> float:
-        prompts: list[str | list[int]] = [[random.randrange(3, 65536) for _ in range(length)] for _ in range(count)]
-        started = time.perf_counter()
-        llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
-        return time.perf_counter() - started
-
-    # a step reads the weights, and reads and writes every sequence's state
-    weights = 2 * config.num_parameters()
-    channel = 4 * config.mamba_d_state + 2 * (config.mamba_d_conv - 1)
-    state = 2 * len(config.mamba_layers) * config.d_inner * channel
-    decode: dict[str, Any] = {}
-    for count in SEQUENCES:
-        seconds(count, 4, 4)  # compiles what this number of rows needs
-        rate = count * STEPS / (seconds(count, 4, STEPS + 1) - seconds(count, 4, 1))
-        decode[str(count)] = {"tok_s": rate, "limit": count * limits["bandwidth"] / (weights + count * state)}
-    prefill: dict[str, Any] = {}
-    for length in PROMPTS:
-        seconds(1, length, 1)
-        rate = length / min(seconds(1, length, 1) for _ in range(2))
-        active = config.num_parameters() - config.vocab_size * config.hidden_size  # the head sees the last token only
-        prefill[str(length)] = {"tok_s": rate, "limit": limits["matmul"] / (2 * active)}
-    info = llm.core.info
-    return {"decode": decode, "prefill": prefill, "kernels": info.kernels, "load_seconds": info.load_seconds}
+def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
+    """Runs a job until it ends by itself or time is up. A process that dies in a cell costs this cell alone."""
+    path = Path(job.path)
+    name = " ".join(filter(None, [job.part, job.shape, job.format if job.shape else "", job.variant]))
+    while (left := deadline - time.monotonic()) > LEAST_SECONDS:
+        print(f"== {name}: {left:.0f} s left", flush=True)
+        known = len(Record(path).rows)
+        status, tail = run_process(job, deadline, environment)
+        record = Record(path)
+        if status == 0:
+            return
+        if status is None:
+            record.running = None  # not measured, not failed
+            if record.runs:
+                record.note(stopped=f"time was up after {len(record.rows)} cells")
+            return
+        said = f"the process ended with status {status}: {tail}"
+        if record.running is not None:
+            record.finish(record.running, {"error": said})
+        elif record.runs and len(record.rows) == known:
+            record.note(ended=said)
+        print(f"== {name}: {said}", flush=True)
+        if len(record.rows) == known:
+            return
+    print(f"== {name}: no time is left", flush=True)
 
 
-def markdown(name: str, report: dict[str, Any]) -> str:
-    limits = report["ceilings"]
-    lines = [f"# {name}", "", f"{report['conditions']['gpu']}, {report['conditions']['date']}."]
-    lines += [
-        f"Copy {limits['bandwidth'] / 1e12:.2f} TB/s, bfloat16 product {limits['matmul'] / 1e12:.0f} TFLOP/s.",
-        "",
-    ]
-    if tests := report.get("tests"):
-        lines += [f"Tests: {tests['counts'] or tests['output']}.", ""]
-    if engine := report.get("engine"):
-        lines += ["| 3b, dummy weights | tok/s | share of the limit |", "| --- | ---: | ---: |"]
-        for kind, unit in (("decode", "sequences"), ("prefill", "tokens")):
-            for size, value in engine[kind].items():
-                share = value["tok_s"] / value["limit"]
-                lines.append(f"| {kind}, {size} {unit} | {value['tok_s']:,.0f} | {share:.0%} |")
-        lines.append("")
-    if kernels := report.get("kernels"):
-        lines += ["| model | op | case | error | us | share of the limit |", "| --- | --- | --- | ---: | ---: | ---: |"]
-        lines += map(kernel_line, kernels)
-    return "\n".join(lines) + "\n"
+def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """The status of a job's process, None if time was up, and the end of what it wrote to stderr."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--child", msgspec.json.encode(job).decode()]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
+        status: int | None = None
+        try:
+            status = process.wait(deadline - time.monotonic())
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        errors.seek(0)
+        return status, errors.read()[-ERROR_TAIL:].strip()
+
+
+def start_of(path: Path, earlier: Path) -> None:
+    """What is known of a part, without what failed, in its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() and earlier.is_file():
+        path.write_bytes(earlier.read_bytes())
+    if path.is_file():
+        Record(path).forget_errors()
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for part in arguments.only.split(","):
+        path = arguments.out / f"{arguments.name}-parts" / f"{part}.json"
+        start_of(path, arguments.earlier / f"{arguments.name}-parts" / f"{part}.json")
+        jobs = make_jobs(part, arguments, path)
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = {"TRITON_CACHE_DIR": folder} if jobs[0].cold else {}
+            for job in jobs:
+                supervise(job, deadline, os.environ | fresh)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the result files")
-    parser.add_argument("--skip", default="", help=f"some of {','.join(PARTS)}")
-    arguments = parser.parse_args()
-    skipped = set(filter(None, arguments.skip.split(",")))
-    if unknown := skipped - set(PARTS):
-        parser.error(f"--skip {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-    if not torch.cuda.is_available():
-        raise SystemExit(f"benchmarks.gpu_check needs an NVIDIA GPU, and torch {torch.__version__} sees none.")
-    conditions: dict[str, Any] = {
-        "date": utc_now(),
-        "gpu": torch.cuda.get_device_name(),
-        "machine": msgspec.to_builtins(describe_machine()),
-        "versions": describe_versions(["torch", "triton"]),
-        "cuda": torch.version.cuda,
-    }
-    report: dict[str, Any] = {"conditions": conditions, "ceilings": ceilings()}
-    parts: dict[str, Callable[[], Any]] = {
-        "tests": run_tests,
-        "kernels": lambda: [
-            row for shape in (JAMBA_3B, JAMBA_MINI) for row in measure_kernels(shape, report["ceilings"])
-        ],
-        "engine": lambda: measure_engine(report["ceilings"]),
-    }
-    for part, run in parts.items():
-        if part in skipped:
-            continue
-        report[part] = run()
-        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / f"{arguments.name}.md").write_text(markdown(arguments.name, report))
-    print(markdown(arguments.name, report))
-    wrong = [kernel_line(row) for row in report.get("kernels", []) if not row["error"] <= TOLERANCE]
-    if wrong or report.get("tests", {}).get("exit"):
-        raise SystemExit("\n".join(["Tests failed, or these kernels are wrong:", *wrong]))
+    arguments = parse_arguments()
+    if arguments.child:
+        run_job(msgspec.json.decode(arguments.child, type=Job))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU.")
+        measure(arguments)
+    parts = read_parts(arguments.name, [arguments.out, arguments.earlier])
+    if arguments.report:
+        (arguments.out / f"{arguments.name}.json").write_text(json.dumps(parts, indent=1) + "\n")
+        (arguments.out / f"{arguments.name}.md").write_text(markdown(arguments.name, parts, sweep=True))
+    print(markdown(arguments.name, parts, sweep=False))
+    if failures(parts):
+        raise SystemExit("Something failed: see above.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The three shapes that the CPU is measured with, what a decode step of each must read, and what the machine can do."""
+"""The shapes that are measured, what a decode step of each must read, and what a CPU can do."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 8192, "num_experts": 1, "num_experts_per_tok": 1}
     | {"num_hidden_layers": 28, "attn_layer_period": 14, "attn_layer_offset": 7, "tie_word_embeddings": True}
     | {"num_attention_heads": 20, "num_key_value_heads": 1, "mamba_dt_rank": 160},
+    # AI21-Jamba-Mini, all versions: 51.6 billion parameters, 12.1 of them for a token.
+    "mini": BASE
+    | {"vocab_size": 65536, "hidden_size": 4096, "intermediate_size": 14336, "num_experts": 16}
+    | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_dt_rank": 256},
+    # For the tests of these programs.
+    "tiny": BASE
+    | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_experts": 4}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
 
 

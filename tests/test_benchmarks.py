@@ -17,7 +17,7 @@ def shape(name: str, folder: Path) -> JambaConfig:
     return load_model_config(folder)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"tiny"}))
 def test_with_every_expert_hit_a_step_reads_all_but_the_embedding(name: str, tmp_path: Path) -> None:
     config = shape(name, tmp_path)
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size

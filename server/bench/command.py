@@ -32,6 +32,7 @@ from server.bench.workloads import (
     Workload,
     leave_out_long,
 )
+from server.commands.decode_limit import Served
 
 WORKLOADS: dict[str, type[Random] | type[Trace]] = {
     "random": Random,
@@ -78,6 +79,12 @@ class BenchOptions:
     seed: Annotated[int, _option("Of prompts, lengths and arrivals. The same seed finds its prompts cached.")] = 0
     model: Annotated[str | None, _option("Served model name. [default: the first]")] = None
     api_key: Annotated[str | None, typer.Option(help="Bearer token.", envvar="JAMBA_API_KEY")] = None
+    checkpoint: Annotated[
+        Path | None, _option("The model's folder: shows the decode limit beside what was measured.")
+    ] = None
+    bandwidth: Annotated[str | None, _option("--checkpoint: bytes a second of its device, such as 3.35TB.")] = None
+    quantization: Annotated[str | None, _option("--checkpoint: weight format that the server was given.")] = None
+    quantize_mamba: Annotated[bool | None, _option("--checkpoint: the server was told so.")] = None
     goodput: Annotated[list[str] | None, _option("SLO in ms, ttft:500, tpot:50 or e2el:5000; repeatable.")] = None
     output: Annotated[Path | None, _option("Write the report as JSON.")] = None
 
@@ -104,6 +111,20 @@ class BenchOptions:
         if self.request_rate is not None:
             return [Poisson(rate) for rate in _numbers("--request-rate", self.request_rate, float)]
         return [ClosedLoop(number) for number in _numbers("--concurrency", self.concurrency or "1,8,32", int)]
+
+    def served(self) -> Served | None:
+        """None without --checkpoint."""
+        if self.checkpoint is not None:
+            return Served.find(
+                self.checkpoint,
+                bandwidth=self.bandwidth,
+                quantization=self.quantization,
+                quantize_mamba=bool(self.quantize_mamba),
+            )
+        names = ("bandwidth", "quantization", "quantize_mamba")
+        if unused := [name for name in names if getattr(self, name) is not None]:
+            raise ConfigError(f"{_flags(unused)} means nothing without --checkpoint.")
+        return None
 
     def check(self) -> None:
         for name, minimum in (("num_prompts", 1), ("num_warmups", 0), ("vocab_size", 1), ("seed", 0)):
@@ -223,11 +244,12 @@ def bench(**flags: Any) -> None:
     options = BenchOptions(**flags)
     if options.output and not os.access(options.output.parent, os.W_OK):
         raise ConfigError(f"--output {options.output}: {options.output.parent} is not a folder to write in.")
+    served = options.served()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         result = run_bench(url, options, progress)
     console = Console()
     console.print(report.table(result.levels))
-    for note in report.notes(result.levels):
+    for note in [*report.notes(result.levels), *(served.describe(result.levels) if served else ())]:
         console.print(note, markup=False, highlight=False)
     if options.output:
         options.output.write_bytes(report.to_json(result))
@@ -250,7 +272,7 @@ cast(Any, bench).__signature__ = _command_signature()
 
 def _conditions(options: BenchOptions, workload: Workload, url: httpx.URL, target: Target) -> dict[str, Any]:
     arguments = {name: value for name, value in asdict(options).items() if value is not None and name != "api_key"}
-    arguments |= {"output": str(options.output)} if options.output else {}
+    arguments |= {name: str(path) for name in ("output", "checkpoint") if (path := getattr(options, name))}
     return {
         "date": utc_now(),
         "url": str(url),

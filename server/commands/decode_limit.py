@@ -1,30 +1,35 @@
-"""What the memory's bandwidth allows a decode step, beside what was measured. A part of `jamba plan`."""
+"""What the memory's bandwidth allows a decode step, beside what was measured: for `jamba plan` and `jamba bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from engine.cache.spec import available_cpus
+from engine.cache.spec import CacheSpec, available_cpus
+from engine.config import Quantization
 from engine.errors import ConfigError
-from engine.model_config import JambaConfig, step_bytes
-from engine.quantization import QuantizationPolicy
+from engine.model_config import JambaConfig, load_model_config, step_bytes
+from engine.quantization import FORMATS, QuantizationPolicy
 from server.bench.conditions import read_bandwidth
-from server.bench.report import Report
+from server.bench.report import Level, Report
 from server.bench.runner import ClosedLoop
 from server.options import parse_size
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
-    """A decode step of `sequences` at once reads `step_bytes` of weights. Tokens a second of all of them together: what
-    the bandwidth allows, and what `jamba bench` measured (None: not known)."""
+    """A decode step of `sequences` at once reads `step_bytes` of weights, and reads and writes states, `state_bytes` in
+    all; keys and values, little of a hybrid's, are left out. Tokens a second of all sequences together: what the
+    bandwidth allows, and what `jamba bench` measured (None: not known)."""
 
     sequences: int
     step_bytes: int
+    state_bytes: int
     limit: float | None
     measured: float | None
 
@@ -39,18 +44,58 @@ def decode_limits(
 ) -> tuple[Decode, ...]:
     """For one sequence, and for as many as tokens a second have been `measured` for. `bandwidth`: bytes a second."""
 
+    slot = CacheSpec.of(model, block_size=1, dtype_bytes=dtype_bytes).bytes_per_slot
+
     def decode(sequences: int) -> Decode:
         read = step_bytes(model, dtype_bytes, num_sequences=sequences, policy=policy)
-        limit = None if bandwidth is None else bandwidth / read * sequences
-        return Decode(sequences=sequences, step_bytes=read, limit=limit, measured=measured.get(sequences))
+        states = 2 * sequences * slot
+        return Decode(
+            sequences=sequences,
+            step_bytes=read,
+            state_bytes=states,
+            limit=None if bandwidth is None else bandwidth / (read + states) * sequences,
+            measured=measured.get(sequences),
+        )
 
     return tuple(map(decode, sorted({1, *measured})))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A checkpoint as a server reads it: in the formats of `policy`, else in its own dtype. `bandwidth`: bytes that the
+    server's device reads in a second, None where that is not known."""
+
+    model: JambaConfig
+    policy: QuantizationPolicy
+    bandwidth: float | None
+
+    @classmethod
+    def find(cls, folder: Path, *, bandwidth: str | None, quantization: str | None, quantize_mamba: bool) -> Served:
+        """Raises ConfigError and, for a folder without a configuration, CheckpointError."""
+        formats: dict[str, Quantization] = {name: name for name in FORMATS}
+        kind = None if quantization is None else formats.get(quantization)
+        if kind is None and (quantization is not None or quantize_mamba):
+            shown = "missing" if quantization is None else repr(quantization)
+            raise ConfigError(f"--quantization is {shown}; it must be one of {', '.join(FORMATS)}.")
+        speed = None if bandwidth is None else parse_bandwidth(bandwidth)
+        return cls(model=load_model_config(folder), policy=QuantizationPolicy(kind, quantize_mamba), bandwidth=speed)
+
+    def describe(self, levels: Iterable[Level]) -> list[str]:
+        """What the bandwidth allows beside what was measured, for one sequence and for the closed loops."""
+        size = DTYPE_BYTES[self.model.dtype]
+        limits = decode_limits(self.model, size, self.policy, bandwidth=self.bandwidth, measured=decode_rates(levels))
+        return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 
 def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
     """Bytes a second: `bandwidth` if it is given, else what `threads` threads of this CPU read; None for a GPU."""
     if bandwidth is None:
         return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
+    return parse_bandwidth(bandwidth)
+
+
+def parse_bandwidth(bandwidth: str) -> float:
+    """Bytes a second."""
     try:
         value = parse_size(bandwidth)
     except ValueError:
@@ -64,7 +109,8 @@ def describe_decode(decode: Decode, bandwidth: float | None) -> str:
     """In powers of 1000, as makers give bandwidths."""
     one = decode.sequences == 1
     at = "at 1 sequence" if one else f"at {decode.sequences} sequences"
-    read = f"{decode.step_bytes / 1e9:.3g} GB a {'token' if one else 'step'}"
+    moved = (decode.step_bytes + decode.state_bytes) / 1e9
+    read = f"{moved:.3g} GB a {'token' if one else 'step'}"
     measured = "" if decode.measured is None else f"; measured {_figure(decode.measured)} tok/s"
     if bandwidth is None or decode.limit is None:
         return f"decode {at}: {read} (with --bandwidth: the limit){measured}"
@@ -83,8 +129,13 @@ def read_bench(path: Path) -> dict[int, float]:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"--bench {path} cannot be read as a report of `jamba bench --output`: {error}.") from error
+    return decode_rates(report.levels)
+
+
+def decode_rates(levels: Iterable[Level]) -> dict[int, float]:
+    """Decoded tokens a second by clients at once, of the closed loops."""
     return {
         level.load.concurrency: 1000 * level.load.concurrency / level.tpot_ms.mean
-        for level in report.levels
+        for level in levels
         if isinstance(level.load, ClosedLoop) and level.tpot_ms
     }

@@ -30,7 +30,14 @@ from engine.errors import ConfigError
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.quantization import QuantizationPolicy
 from server.commands.checkpoint import find_checkpoint
-from server.commands.decode_limit import Decode, decode_limits, describe_decode, find_bandwidth, read_bench
+from server.commands.decode_limit import (
+    DTYPE_BYTES,
+    Decode,
+    decode_limits,
+    describe_decode,
+    find_bandwidth,
+    read_bench,
+)
 from server.commands.settings import with_options
 from server.commands.terminal import describe_weights
 from server.config import ServerConfig
@@ -53,7 +60,6 @@ SIZES = (
     "block_size",
     "enable_prefix_caching",
 )
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CONTEXTS = (4096, 32768, 131072, 262144)
 SEQUENCES = (1, 8, 32, 64, 128)
 

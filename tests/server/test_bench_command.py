@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from typer.testing import CliRunner
 
+from benchmarks.shapes import write_config
 from engine.errors import ConfigError, JambaError
 from server.bench.command import Bench, BenchOptions, bench, open_http
 from server.bench.discovery import BenchError
@@ -295,6 +296,35 @@ def test_the_command_writes_its_report(url: str, tmp_path: Path) -> None:
         assert level["goodput"] == level["request_throughput"] > 0
     assert report["conditions"]["server_version"] is None
     assert "secret" not in output.read_text()
+
+
+def test_the_command_shows_the_decode_limit(url: str, tmp_path: Path) -> None:
+    write_config("3b", tmp_path)
+    flags = [
+        "--concurrency",
+        "2",
+        "--num-prompts",
+        "2",
+        "--input-len",
+        "20",
+        "--output-len",
+        "8",
+        "--api-key",
+        "secret",
+    ]
+    flags += ["--bandwidth", "40GB"]
+    flags += ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "report.json")]
+    code, text = invoke(url, *flags, "--quantization", "int8", "--quantize-mamba")
+    assert code == 0, text
+    # 3.09 GB of weights, and 18.6 MB for a sequence's state, read and written
+    assert "decode limit at 1 sequence: 3.11 GB a token / 40 GB/s = 12.9 tok/s\n" in text
+    assert "decode limit at 2 sequences: 3.13 GB a step / 40 GB/s = 25.6 tok/s; measured " in text
+    assert json.loads((tmp_path / "report.json").read_text())["conditions"]["arguments"]["checkpoint"] == str(tmp_path)
+    for wrong in (["--quantization", "int3"], ["--quantize-mamba"]):
+        code, text = invoke(url, *flags, *wrong)
+        assert (code, "it must be one of int8, int4" in text) == (1, True)
+    code, text = invoke(url, "--bandwidth", "40GB", "--quantization", "int8")
+    assert (code, "--bandwidth, --quantization means nothing without --checkpoint" in text) == (1, True)
 
 
 def test_a_client_keeps_its_connection(url: str, ports: set[int]) -> None:
