@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, rounded
 from kernels.triton.product import product, tile_for
-from kernels.triton.quantized import PackedWeight, pack, read
+from kernels.triton.quantized import BITS, PackedWeight, pack, read
 
 
 class Linear:
@@ -31,7 +31,7 @@ class Linear:
         data, scales, inputs, format = read(weight)
         rows, outputs = len(x), len(data)
         assert x.shape[1] == inputs and x.stride(1) == 1 and (format or x.dtype == data.dtype)
-        tile = tile_for(rows, x.element_size(), quantized=bool(format))
+        tile = tile_for(rows, x.element_size(), bits=BITS[format])
         out = x.new_empty(rows, outputs)
         linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
             x,
@@ -66,6 +66,7 @@ def linear_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS)): neighbours share a part of the weight."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -78,10 +79,12 @@ def linear_kernel(
         row < rows,
         column < outputs,
         inputs,
+        outputs,
         ROWS,
         COLUMNS,
         INNER,
         FORMAT,
+        STAGES,
     )
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)

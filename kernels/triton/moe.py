@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
 from kernels.triton.product import Tile, product, tile_for
-from kernels.triton.quantized import PackedWeight, pack, read
+from kernels.triton.quantized import BITS, PackedWeight, pack, read
 
 BLOCK = 1024
 
@@ -59,12 +59,12 @@ class RunExperts:
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
         first, second = read(experts.gate_up), read(experts.down)
-        count, hidden, intermediate = *second.data.shape[:2], second.inputs
+        count, hidden, intermediate = *second.words.shape[:2], second.inputs
         in_order = ids.flatten().sort(stable=True)
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
         assert x.shape[1] == first.inputs == hidden and first.format == second.format
-        tile = tile_for(tokens * top_k, x.element_size(), quantized=bool(first.format))
+        tile = tile_for(tokens * top_k, x.element_size(), bits=BITS[first.format])
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1), "FORMAT": first.format}
         grid = (_num_tiles(tokens * top_k, count, tile), cdiv(intermediate, tile.columns // 2))
@@ -123,6 +123,7 @@ def gate_up_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Grid (tiles, cdiv(intermediate, COLUMNS // 2)). activated: silu(gate) * up of every choice, by expert."""
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
@@ -140,10 +141,12 @@ def gate_up_kernel(
         filled,
         weight_column < intermediate,
         hidden,
+        EXPERTS * 2 * intermediate,
         ROWS,
         COLUMNS,
         INNER,
         FORMAT,
+        STAGES,
     )
     gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS // 2, 2)))
     column = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
@@ -171,6 +174,7 @@ def down_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Grid (tiles, cdiv(hidden, COLUMNS)). outputs: the weighted output of every choice, by token and rank."""
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
@@ -181,7 +185,19 @@ def down_kernel(
     activated_row = activated + row.to(tl.int64) * intermediate
     down_row = expert.to(tl.int64) * hidden + column
     total = product(
-        activated_row, down, scales, down_row, filled, mask, intermediate, ROWS, COLUMNS, INNER, FORMAT
+        activated_row,
+        down,
+        scales,
+        down_row,
+        filled,
+        mask,
+        intermediate,
+        EXPERTS * hidden,
+        ROWS,
+        COLUMNS,
+        INNER,
+        FORMAT,
+        STAGES,
     )
     dtype: tl.constexpr = outputs.type.element_ty
     weight = rounded(tl.load(weights + entry, mask=filled, other=0.0), dtype).to(tl.float32)

@@ -17,6 +17,8 @@ from kernels.triton.launch import EXACT, dot, jit
 from kernels.triton.quantized import GROUP, numbers
 
 FEW_ROWS = 64
+FEWER_ROWS = 16  # of quantised products, whose rows are the tensor cores' columns
+SHARED_BYTES = 96 << 10  # of a program's tiles on their way, which every GPU has
 
 
 class Tile(NamedTuple):
@@ -35,24 +37,28 @@ class Tile(NamedTuple):
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "INNER": self.inner,
+            "STAGES": self.num_stages,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
 
 
-def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
-    """The tile for a product of so many rows."""
-    if quantized:
-        inner = 256 // item_bytes
-        if rows <= 16:
-            return Tile(rows=16, columns=64, inner=inner, num_warps=4, num_stages=6)
-        if rows <= FEW_ROWS:
-            return Tile(rows=64, columns=64, inner=inner, num_warps=4, num_stages=4)
-        return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=2)
+def tile_for(rows: int, item_bytes: int, *, bits: int = 0) -> Tile:
+    """The tile for a product of so many rows; `bits` of a quantised weight's numbers."""
+    if bits:
+        return quantized_tile(rows, item_bytes, bits)
     inner = 128 // item_bytes
     if rows <= FEW_ROWS:
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=6)
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
+
+
+def quantized_tile(rows: int, item_bytes: int, bits: int) -> Tile:
+    """`tile_for` a quantised weight: at least 64 columns, which are the tensor cores' rows."""
+    many = rows > FEW_ROWS and item_bytes < 4
+    height, columns = (128, 128) if many else (FEWER_ROWS if rows <= FEWER_ROWS else FEW_ROWS, 64)
+    stage_bytes = GROUP.value * (height * item_bytes + columns * bits // 8)
+    return Tile(height, columns, GROUP.value, 8 if many else 4, min(8, SHARED_BYTES // stage_bytes))
 
 
 @jit
@@ -64,17 +70,21 @@ def product(
     x_mask: tl.tensor,
     weight_mask: tl.tensor,
     size: tl.tensor,
+    weight_rows: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     FORMAT: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> tl.tensor:
     """x @ weight.T, float32 [ROWS, COLUMNS]. x: pointers to the first element of each row [ROWS, 1]; weight_row: int64
-    [1, COLUMNS], which rows of the weight; `size` is K. `scales` belong to a weight with a FORMAT, another than ""."""
+    [1, COLUMNS], which of the `weight_rows`; `size` is K. `scales` and STAGES are those of a weight with a FORMAT."""
     if FORMAT == "":
         total = plain_product(x, weight, weight_row, x_mask, weight_mask, size, ROWS, COLUMNS, INNER)
     else:
-        total = quantized_product(x, weight, scales, weight_row, x_mask, weight_mask, size, ROWS, COLUMNS, FORMAT)
+        total = quantized_product(
+            x, weight, scales, weight_row, x_mask, weight_mask, size, weight_rows, ROWS, COLUMNS, FORMAT, STAGES
+        )
     return total
 
 
@@ -113,38 +123,30 @@ def quantized_product(
     x_mask: tl.tensor,
     weight_mask: tl.tensor,
     size: tl.tensor,
+    weight_rows: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FORMAT: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> tl.tensor:
-    """`product` of a packed weight, group after group: the other way round, weight @ x.T, so that its numbers go to the
-    tensor cores from the registers in which they are made."""
-    BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
-    PARTS: tl.constexpr = 16 // BITS
-    WORDS: tl.constexpr = GROUP * BITS // 32
-    SIZE: tl.constexpr = GROUP // PARTS
-    groups = tl.cdiv(size, GROUP)
-    scale_at = tl.trans(scales + weight_row * (groups if FORMAT == "int4" else 1))
-    weight_at = tl.trans(weight + weight_row * (groups * WORDS)) + tl.arange(0, WORDS)[None, :]
-    k, mask = tl.arange(0, SIZE)[None, :], tl.trans(weight_mask)
-    total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    x_at = x + k
+    """`product` of a packed weight. Inside it is weight @ x.T, so that the tensor cores take the weight from the
+    registers in which its numbers are made."""
+    WORDS: tl.constexpr = GROUP // 8 if FORMAT == "int4" else GROUP // 4
     dtype: tl.constexpr = x.dtype.element_ty
-    for start in range(0, size, GROUP):
-        words = tl.load(weight_at, mask=mask, other=0)
+    k, mask, scale_at = tl.arange(0, GROUP)[None, :], tl.trans(weight_mask), tl.trans(scales + weight_row)
+    weight_at = tl.trans(weight + weight_row * (tl.cdiv(size, GROUP) * WORDS)) + tl.arange(0, WORDS)[None, :]
+    x_at = x + k
+    total = tl.zeros((COLUMNS, ROWS), tl.float32)
+    # with a number of stages of its own, the loop fetches the scales ahead, too
+    for start in tl.range(0, size, GROUP, num_stages=STAGES):
+        a = numbers(tl.load(weight_at, mask=mask, other=0), FORMAT).to(dtype)
+        b = tl.trans(tl.load(x_at, mask=x_mask & (k < size - start), other=0.0))
         if FORMAT == "int4":
-            scale = tl.load(scale_at, mask=mask, other=0.0)
-            part = tl.zeros((COLUMNS, ROWS), tl.float32)
+            group = dot(a, b, tl.zeros((COLUMNS, ROWS), tl.float32))
+            total = tl.fma(tl.load(scale_at, mask=mask, other=0.0), group, total)
+            scale_at += weight_rows
         else:
-            part = total
-        for i in tl.static_range(PARTS):
-            b = tl.load(x_at + i * SIZE, mask=x_mask & (k < size - start - i * SIZE), other=0.0)
-            part = dot(numbers(words, i, FORMAT).to(dtype), tl.trans(b), part)
-        if FORMAT == "int4":
-            total = tl.fma(scale, part, total)
-            scale_at += 1
-        else:
-            total = part
+            total = dot(a, b, total)
         x_at += GROUP
         weight_at += WORDS
     if FORMAT != "int4":

@@ -1,21 +1,23 @@
 """Quantised weights on the device: their layout, and how a product reads it.
 
-Whatever the format, the inputs of a row are filled up with zeros to whole groups of 128, so that every row starts at a
-border of 64 bytes and none needs a mask along K:
+The inputs of a row are filled up with zeros to whole groups of 128. A group is so many words of 32 bits: 32 of one-byte
+numbers, 16 of int4. The numbers of a word lie a half-word apart in pairs of neighbours: number 2w + h of a part (a half
+of the group, or a quarter for int4) is in half h of word w. A mask then brings a part's numbers to where two bfloat16
+stand side by side, 0.5 instructions a number, and one more makes numbers of all the bits:
 
-* int8 and fp8: a byte a number, the latter's bits as they are.
-* int4: 64 bytes a group. The lower half of byte j is number j of the group, the upper half number 64 + j: each half of
-  a tile of bytes is a tile of numbers without any exchange between threads. Both have 8 added, which makes them
-  mantissas.
+* int4, with 8 added: the last digits of 128, from which 136 is taken.
+* int8, as a sign and a magnitude of seven bits: the last digits of 128 or -128, from which that is taken.
+* fp8: sign, exponent and mantissa move to bfloat16's places; times 2^120, the exponent is right, also of subnormals.
 
-A kernel meets the numbers as exact ones of x's dtype; the scales stay outside its products.
+All are numbers of bfloat16, exactly, and of every other dtype of x. Their scales stay outside the products.
 """
 
 # What the compiler knows of a kernel, the type checker does not.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -24,27 +26,37 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import QuantizedWeight
-from kernels.triton.launch import cdiv, jit
+from kernels.triton.launch import INTERPRETED, cdiv, jit
 
-GROUP: Final = tl.constexpr(128)
+GROUP = tl.constexpr(128)
 """Inputs that int4 has a scale for, and to a multiple of which every row is filled up."""
+
+BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
 class PackedWeight(NamedTuple):
-    """A quantised weight [..., N, K]. data: int8 [..., N, bytes of a row]; scales: float32 [..., N, groups]."""
+    """A quantised weight [..., N, K]. words: int32 [..., N, words of a row]; scales: float32 [groups, rows], of all
+    matrices' rows, side by side as a tile takes them; one group where a row has one scale."""
 
-    data: Tensor
+    words: Tensor
     scales: Tensor
     inputs: int
     format: str
+
+
+def read(weight: Tensor | PackedWeight) -> PackedWeight:
+    """What kernels take of any weight [..., N, K]: one of floats has no format, and no scales that are read."""
+    return weight if isinstance(weight, PackedWeight) else PackedWeight(weight, weight, weight.shape[-1], "")
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """ValueError unless there is a kernel for this weight."""
     values, scales, group_size, bits = weight
     inputs, group = values.shape[-1], GROUP.value
-    format = "fp8" if values.dtype == torch.float8_e4m3fn else f"int{bits}"
-    if format not in ("int8", "int4", "fp8") or values.dtype.itemsize != 1:
+    format = {(torch.int8, 8): "int8", (torch.int8, 4): "int4", (torch.float8_e4m3fn, 8): "fp8"}.get(
+        (values.dtype, bits)
+    )
+    if format is None:
         raise ValueError(f"the triton kernels read int8, int4 and fp8 weights, not {values.dtype} of {bits} bits")
     if group_size != group if format == "int4" else group_size < inputs:
         rule = f"{group} inputs" if format == "int4" else "whole rows"
@@ -55,40 +67,59 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
             f"values {tuple(values.shape)} in groups of {group_size} have float32 scales {expected}, not "
             f"{scales.dtype} {tuple(scales.shape)}"
         )
-    return PackedWeight(_words(values.view(torch.int8), format), scales.contiguous(), inputs, format)
+    words = torch.empty(*values.shape[:-1], cdiv(inputs, group) * group * bits // 32, dtype=torch.int32)
+    words = words.to(values.device)
+    rows = zip(values.flatten(0, -2).split(PACKED_ROWS), words.flatten(0, -2).split(PACKED_ROWS), strict=True)
+    for some, packed in rows:
+        packed.copy_(_words(some.view(torch.int8), format))
+    return PackedWeight(words, scales.flatten(0, -2).t().contiguous(), inputs, format)
+
+
+PACKED_ROWS: Final = 4096  # at a time: the numbers are of 32 bits on the way
 
 
 def _words(values: Tensor, format: str) -> Tensor:
-    whole = F.pad(values, (0, -values.shape[-1] % GROUP.value)).int()
-    bits = 4 if format == "int4" else 8
-    codes = whole + 8 if format == "int4" else whole.abs() | (whole & 0x80) if format == "int8" else whole & 0xFF
-    # [..., groups, parts of a group, words, halves of a word]
-    codes = codes.unflatten(-1, (-1, 16 // bits, GROUP.value * bits // 32, 2))
-    halves = codes[..., 0, :, :].clone()
-    for part in range(1, 16 // bits):
-        halves |= codes[..., part, :, :] << bits * part
+    """int8 [rows, K] or bytes of fp8 -> int32 [rows, words]."""
+    bits = BITS[format]
+    numbers = F.pad(values, (0, -values.shape[-1] % GROUP.value)).int()
+    if format == "int4":
+        numbers = numbers + 8
+    elif format == "int8":
+        numbers = numbers.abs() | (numbers & 0x80)
+    else:
+        numbers = numbers & 0xFF
+    # [rows, groups, parts, words of a group, halves of a word]
+    numbers = numbers.unflatten(-1, (-1, 16 // bits, GROUP.value * bits // 32, 2))
+    shifts = torch.arange(16 // bits, dtype=torch.int32, device=values.device) * bits
+    halves = (numbers << shifts[:, None, None]).sum(2, dtype=torch.int32)
     return (halves[..., 0] | (halves[..., 1] << 16)).flatten(-2)
 
 
-def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """What kernels take of any weight [..., N, K]: one of floats has no format, and no scales that are read."""
-    return weight if isinstance(weight, PackedWeight) else PackedWeight(weight, weight, weight.shape[-1], "")
+@jit
+def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """bfloat16 [rows, GROUP] of int32 [rows, words of a group]."""
+    if FORMAT == "int4":
+        first = tl.join(int4_part(words, 0), int4_part(words, 1))
+        second = tl.join(int4_part(words, 2), int4_part(words, 3))
+        parts = tl.permute(tl.join(first, second), (0, 3, 2, 1))
+    else:
+        parts = tl.permute(tl.join(byte_part(words << 8, FORMAT), byte_part(words, FORMAT)), (0, 2, 1))
+    return tl.reshape(parts, (words.shape[0], GROUP))
 
 
 @jit
-def numbers(words: tl.tensor, PART: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
-    """bfloat16 [rows, 2 * words]: the exact numbers of a PART."""
-    if FORMAT == "int4":
-        x = pairs((words >> (4 * PART)) & 0x000F000F | 0x43004300) - 136.0
-    elif FORMAT == "fp8":
-        if PART == 0:
-            words = words << 8
-        x = pairs((words & -0x7FFF8000) | ((words & 0x7F007F00) >> 4)) * 2.0**120
+def int4_part(words: tl.tensor, PART: tl.constexpr) -> tl.tensor:
+    return minus(pairs((words >> (4 * PART)) & 0x000F000F | 0x43004300), 136.0)
+
+
+@jit
+def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """Of the upper byte of each half of a word."""
+    sign = words & -0x7FFF8000
+    if FORMAT == "int8":
+        x = minus(pairs((words >> 8) & 0x007F007F | sign | 0x43004300), pairs(sign | 0x43004300))
     else:
-        if PART == 0:
-            words = words << 8
-        sign = words & -0x7FFF8000
-        x = pairs(((words >> 8) & 0x007F007F) | sign | 0x43004300) - pairs(sign | 0x43004300)
+        x = times(pairs((words >> 4) & 0x07F007F0 | sign), 2.0**120)
     return x
 
 
@@ -98,3 +129,23 @@ def pairs(words: tl.tensor) -> tl.tensor:
     lower = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
     upper = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.join(lower, upper), (words.shape[0], 2 * words.shape[1]))
+
+
+# The interpreter takes the bits of bfloat16 for integers.
+
+
+@jit
+def minus(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """x - y, bfloat16, where that is exact."""
+    if INTERPRETED:
+        other = y.to(tl.float32) if isinstance(y, tl.tensor) else y
+        return (x.to(tl.float32) - other).to(tl.bfloat16)
+    return x - y
+
+
+@jit
+def times(x: tl.tensor, factor: tl.constexpr) -> tl.tensor:
+    """x * factor, bfloat16, where that is exact."""
+    if INTERPRETED:
+        return (x.to(tl.float32) * factor).to(tl.bfloat16)
+    return x * factor
