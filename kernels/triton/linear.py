@@ -19,7 +19,7 @@ class Linear:
     """See `kernels.ops.Linear`. torch's own product, which picks its order by the number of rows, is the reference."""
 
     def pack(self, weight: Weight) -> Tensor | PackedWeight:
-        """Keeps the layout of floats; the other ones stay as small as they are."""
+        """Keeps the layout of floats; the others stay as small as they are."""
         return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
     def rows(self, weight: Tensor, ids: Tensor) -> Tensor:

@@ -50,8 +50,12 @@ class RunExperts:
     """See `kernels.ops.RunExperts`."""
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Keeps the layout of floats; the other ones stay as small as they are."""
-        return Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
+        """Keeps the layout of floats; the others stay as small as they are. ValueError unless both have one format."""
+        experts = Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
+        first, second = (read(weight).format for weight in experts)
+        if first != second:
+            raise ValueError(f"the experts' gate_up and down differ in format: {first or 'none'} and {second or 'none'}")
+        return experts
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.RunExperts`."""
@@ -63,7 +67,7 @@ class RunExperts:
         in_order = ids.flatten().sort(stable=True)
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
-        assert x.shape[1] == first.inputs == hidden and first.format == second.format
+        assert x.shape[1] == first.inputs == hidden
         tile = tile_for(tokens * top_k, x.element_size(), bits=BITS[first.format])
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1), "FORMAT": first.format}

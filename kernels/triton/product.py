@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     inner: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread; None: as many as the compiler thinks best
 
     @property
     def options(self) -> dict[str, Any]:
@@ -40,6 +41,7 @@ class Tile(NamedTuple):
             "STAGES": self.num_stages,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
         }
 
 
@@ -54,11 +56,17 @@ def tile_for(rows: int, item_bytes: int, *, bits: int = 0) -> Tile:
 
 
 def quantized_tile(rows: int, item_bytes: int, bits: int) -> Tile:
-    """`tile_for` a quantised weight: at least 64 columns, which are the tensor cores' rows."""
-    many = rows > FEW_ROWS and item_bytes < 4
-    height, columns = (128, 128) if many else (FEWER_ROWS if rows <= FEWER_ROWS else FEW_ROWS, 64)
+    """`tile_for` a quantised weight. Its columns are the tensor cores' rows: at least 64, for the reason above. With
+    fewer registers than there are, some GPUs' compilers spill for the sake of programs that shared memory has no room
+    for."""
+    if rows <= FEWER_ROWS or item_bytes == 4:  # float32 takes three registers for one
+        height, columns, num_warps = FEWER_ROWS, 64, 4
+    elif rows <= FEW_ROWS:
+        height, columns, num_warps = FEW_ROWS, 64, 4
+    else:
+        height, columns, num_warps = FEW_ROWS, 128, 8
     stage_bytes = GROUP.value * (height * item_bytes + columns * bits // 8)
-    return Tile(height, columns, GROUP.value, 8 if many else 4, min(8, SHARED_BYTES // stage_bytes))
+    return Tile(height, columns, GROUP.value, num_warps, min(6, SHARED_BYTES // stage_bytes), max_registers=255)
 
 
 @jit

@@ -31,6 +31,7 @@ from kernels.triton.launch import INTERPRETED, cdiv, jit
 GROUP = tl.constexpr(128)
 """Inputs that int4 has a scale for, and to a multiple of which every row is filled up."""
 
+CHUNK: Final = 1 << 22  # numbers that are packed at a time, of 32 bits on the way
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
@@ -67,19 +68,16 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
             f"values {tuple(values.shape)} in groups of {group_size} have float32 scales {expected}, not "
             f"{scales.dtype} {tuple(scales.shape)}"
         )
-    words = torch.empty(*values.shape[:-1], cdiv(inputs, group) * group * bits // 32, dtype=torch.int32)
-    words = words.to(values.device)
-    rows = zip(values.flatten(0, -2).split(PACKED_ROWS), words.flatten(0, -2).split(PACKED_ROWS), strict=True)
-    for some, packed in rows:
-        packed.copy_(_words(some.view(torch.int8), format))
+    words = values.new_empty(*values.shape[:-1], cdiv(inputs, group) * group * bits // 32, dtype=torch.int32)
+    step = max(1, CHUNK // inputs)
+    chunks = zip(*(rows.flatten(0, -2).split(step) for rows in (values.view(torch.int8), words)), strict=True)
+    for some_values, some_words in chunks:
+        some_words.copy_(_words(some_values, format))
     return PackedWeight(words, scales.flatten(0, -2).t().contiguous(), inputs, format)
 
 
-PACKED_ROWS: Final = 4096  # at a time: the numbers are of 32 bits on the way
-
-
 def _words(values: Tensor, format: str) -> Tensor:
-    """int8 [rows, K] or bytes of fp8 -> int32 [rows, words]."""
+    """int8 [rows, K], of fp8 their bits -> int32 [rows, words]."""
     bits = BITS[format]
     numbers = F.pad(values, (0, -values.shape[-1] % GROUP.value)).int()
     if format == "int4":
@@ -109,43 +107,46 @@ def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @jit
 def int4_part(words: tl.tensor, PART: tl.constexpr) -> tl.tensor:
-    return minus(pairs((words >> (4 * PART)) & 0x000F000F | 0x43004300), 136.0)
+    """The numbers of four bits from 4 * PART on in each half of a word."""
+    return difference((words >> (4 * PART)) & 0x000F000F | 0x43004300, tl.full(words.shape, 0x43084308, tl.int32))
 
 
 @jit
 def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """Of the upper byte of each half of a word."""
+    """Those of the upper byte of each half of a word."""
     sign = words & -0x7FFF8000
     if FORMAT == "int8":
-        x = minus(pairs((words >> 8) & 0x007F007F | sign | 0x43004300), pairs(sign | 0x43004300))
+        x = difference((words >> 8) & 0x007F007F | sign | 0x43004300, sign | 0x43004300)
     else:
-        x = times(pairs((words >> 4) & 0x07F007F0 | sign), 2.0**120)
+        x = scaled((words >> 4) & 0x07F007F0 | sign)
     return x
 
 
-@jit
-def pairs(words: tl.tensor) -> tl.tensor:
-    """bfloat16 [rows, 2 * words] of the words' lower and upper halves."""
-    lower = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    upper = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.reshape(tl.join(lower, upper), (words.shape[0], 2 * words.shape[1]))
-
-
-# The interpreter takes the bits of bfloat16 for integers.
+# bfloat16 in the interpreter: see `launch.dot`.
 
 
 @jit
-def minus(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """x - y, bfloat16, where that is exact."""
+def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
+    """Of two pairs of bfloat16 each, exact."""
+    x, y = pairs(words), pairs(others)
     if INTERPRETED:
-        other = y.to(tl.float32) if isinstance(y, tl.tensor) else y
-        return (x.to(tl.float32) - other).to(tl.bfloat16)
+        return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
     return x - y
 
 
 @jit
-def times(x: tl.tensor, factor: tl.constexpr) -> tl.tensor:
-    """x * factor, bfloat16, where that is exact."""
-    if INTERPRETED:
-        return (x.to(tl.float32) * factor).to(tl.bfloat16)
-    return x * factor
+def scaled(words: tl.tensor) -> tl.tensor:
+    """Pairs of bfloat16 times 2^120, exact."""
+    x = pairs(words)
+    if INTERPRETED:  # its conversion loses subnormals
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return (bits.to(tl.float32, bitcast=True) * 2.0**120).to(tl.bfloat16)
+    return x * 2.0**120
+
+
+@jit
+def pairs(words: tl.tensor) -> tl.tensor:
+    """bfloat16 [rows, 2 * words]: the lower and the upper half of each."""
+    lower = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    upper = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.reshape(tl.join(lower, upper), (words.shape[0], 2 * words.shape[1]))
