@@ -52,9 +52,9 @@ class RunExperts:
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
         """Keeps the layout of floats; the others stay as small as they are. ValueError unless both have one format."""
         experts = Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
-        first, second = (read(weight).format for weight in experts)
+        first, second = (read(weight).format or "none" for weight in experts)
         if first != second:
-            raise ValueError(f"the experts' gate_up and down differ in format: {first or 'none'} and {second or 'none'}")
+            raise ValueError(f"the experts' gate_up and down differ in format: {first} and {second}")
         return experts
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:

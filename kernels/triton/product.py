@@ -139,10 +139,10 @@ def quantized_product(
 ) -> tl.tensor:
     """`product` of a packed weight. Inside it is weight @ x.T, so that the tensor cores take the weight from the
     registers in which its numbers are made."""
-    WORDS: tl.constexpr = GROUP // 8 if FORMAT == "int4" else GROUP // 4
+    words: tl.constexpr = GROUP // 8 if FORMAT == "int4" else GROUP // 4
     dtype: tl.constexpr = x.dtype.element_ty
     k, mask, scale_at = tl.arange(0, GROUP)[None, :], tl.trans(weight_mask), tl.trans(scales + weight_row)
-    weight_at = tl.trans(weight + weight_row * (tl.cdiv(size, GROUP) * WORDS)) + tl.arange(0, WORDS)[None, :]
+    weight_at = tl.trans(weight + weight_row * (tl.cdiv(size, GROUP) * words)) + tl.arange(0, words)[None, :]
     x_at = x + k
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
     # with a number of stages of its own, the loop fetches the scales ahead, too
@@ -156,7 +156,7 @@ def quantized_product(
         else:
             total = dot(a, b, total)
         x_at += GROUP
-        weight_at += WORDS
+        weight_at += words
     if FORMAT != "int4":
         total *= tl.load(scale_at, mask=mask, other=0.0)
     return tl.trans(total)

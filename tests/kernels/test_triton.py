@@ -7,8 +7,17 @@ import torch
 
 import kernels.triton
 from kernels import table
-from kernels.ops import AttentionDecode, AttentionPrefill, Kernels, KernelUnavailable, Linear, QuantizedWeight
-from kernels.ops import RunExperts, Sample, Weight
+from kernels.ops import (
+    AttentionDecode,
+    AttentionPrefill,
+    Kernels,
+    KernelUnavailable,
+    Linear,
+    QuantizedWeight,
+    RunExperts,
+    Sample,
+    Weight,
+)
 from kernels.ops import SampleInputs as Inputs
 from kernels.reference.mamba import MambaDecode
 from kernels.reference.sample import sample as reference_sample
