@@ -184,21 +184,27 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
     """The names on disk, without `.weight`, of all matrices that are multiplied with, and what each is for."""
     for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}."
+        layer, feed_forward = f"model.layers.{i}.", f"model.layers.{i}.feed_forward."
         if config.is_attention(i):
-            yield from ((f"{layer}self_attn.{name}_proj", "attention") for name in "qkvo")
+            yield from _projections(f"{layer}self_attn.", ("q", "k", "v", "o"), "attention")
         else:
-            yield from ((f"{layer}mamba.{name}_proj", "mamba") for name in ("in", "out"))
-            yield from ((f"{layer}mamba.{name}_proj", "other") for name in ("x", "dt"))
-        moe, role = config.is_moe(i), "experts" if config.is_moe(i) else "mlp"
-        if moe:
-            yield f"{layer}feed_forward.router", "other"
-        for part in [f"experts.{e}." for e in range(config.num_experts)] if moe else [""]:
-            yield from ((f"{layer}feed_forward.{part}{name}_proj", role) for name in ("gate", "up", "down"))
+            yield from _projections(f"{layer}mamba.", ("in", "out"), "mamba")
+            yield from _projections(f"{layer}mamba.", ("x", "dt"), "other")
+        if config.is_moe(i):
+            yield f"{feed_forward}router", "other"
+            for e in range(config.num_experts):
+                yield from _projections(f"{feed_forward}experts.{e}.", ("gate", "up", "down"), "experts")
+        else:
+            yield from _projections(feed_forward, ("gate", "up", "down"), "mlp")
     if config.is_classifier:
         yield "score", "other"
     elif not config.tie_word_embeddings:
         yield "lm_head", "head"
+
+
+def _projections(prefix: str, names: tuple[str, ...], role: Role) -> Iterator[tuple[str, Role]]:
+    for name in names:
+        yield f"{prefix}{name}_proj", role
 
 
 def _scan_parameters(config: JambaConfig) -> int:
