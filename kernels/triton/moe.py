@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
 from kernels.triton.product import Tile, product, tile_for
-from kernels.triton.quantized import BITS, PackedWeight, pack, read
+from kernels.triton.quantized import PackedWeight, pack, read
 
 BLOCK = 1024
 
@@ -68,7 +68,7 @@ class RunExperts:
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
         assert x.shape[1] == first.inputs == hidden
-        tile = tile_for(tokens * top_k, x.element_size(), bits=BITS[first.format])
+        tile = tile_for(tokens * top_k, x.element_size(), quantized=bool(first.format))
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1), "FORMAT": first.format}
         grid = (_num_tiles(tokens * top_k, count, tile), cdiv(intermediate, tile.columns // 2))

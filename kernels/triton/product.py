@@ -4,7 +4,10 @@ Tiles have at least 64 rows even for one token: with fewer, tensor cores are add
 that are not there cost no time where weights come from memory. Two shapes of tile: of many rows for prefill, of few
 columns for decode, so that every multiprocessor reads a part of the weight. A row has the same bits in both as long as
 the tensor cores add over K in the same order whatever the tile's width; that holds for one instruction and is to be
-checked on every GPU (`tests/kernels/test_linear.py` compares with `==`).
+checked on every GPU (`tests/kernels/test_triton.py` compares with `==`).
+
+Of a quantised weight the tile is computed the other way round, weight @ x.T: its numbers are made in registers, from
+which tensor cores take their first operand only. Then its columns are the 64 at least, and its rows as few as 16.
 """
 
 # What the compiler knows of a kernel, the type checker does not.
@@ -21,7 +24,6 @@ from kernels.triton.quantized import GROUP, numbers
 
 FEW_ROWS = 64
 FEWER_ROWS = 16  # of quantised products, whose rows are the tensor cores' columns
-SHARED_BYTES = 96 << 10  # of a program's tiles on their way, which every GPU has
 
 
 class Tile(NamedTuple):
@@ -48,28 +50,24 @@ class Tile(NamedTuple):
         }
 
 
-def tile_for(rows: int, item_bytes: int, *, bits: int = 0) -> Tile:
-    """The tile for a product of so many rows; `bits` of a quantised weight's numbers."""
-    if bits:
-        return quantized_tile(rows, item_bytes, bits)
+def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
+    """The tile for a product of so many rows of x, whose numbers have `item_bytes`."""
+    if quantized:
+        return _quantized_tile(rows, item_bytes)
     inner = 128 // item_bytes
     if rows <= FEW_ROWS:
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=6)
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
 
 
-def quantized_tile(rows: int, item_bytes: int, bits: int) -> Tile:
-    """`tile_for` a quantised weight. Its columns are the tensor cores' rows: at least 64, for the reason above. With
-    fewer registers than there are, some GPUs' compilers spill for the sake of programs that shared memory has no room
-    for."""
+def _quantized_tile(rows: int, item_bytes: int) -> Tile:
+    """Left to itself the compiler spills for the sake of programs that shared memory has no room for."""
+    inner, max_registers = GROUP.value, 255
     if rows <= FEWER_ROWS or item_bytes == 4:  # float32 takes three registers for one
-        height, columns, num_warps = FEWER_ROWS, 64, 4
-    elif rows <= FEW_ROWS:
-        height, columns, num_warps = FEW_ROWS, 64, 4
-    else:
-        height, columns, num_warps = FEW_ROWS, 128, 8
-    stage_bytes = GROUP.value * (height * item_bytes + columns * bits // 8)
-    return Tile(height, columns, GROUP.value, num_warps, min(6, SHARED_BYTES // stage_bytes), max_registers=255)
+        return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=6, max_registers=max_registers)
+    if rows <= FEW_ROWS:
+        return Tile(FEW_ROWS, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
+    return Tile(FEW_ROWS, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
 
 
 @jit

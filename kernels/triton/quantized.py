@@ -13,7 +13,7 @@ All are numbers of bfloat16, exactly, and of every other dtype of x. Their scale
 """
 
 # What the compiler knows of a kernel, the type checker does not.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
