@@ -1,9 +1,9 @@
 """Quantised weights on the device: their layout, and how a product reads it.
 
 The inputs of a row are filled up with zeros to whole groups of 128. A group is so many words of 32 bits: 32 of one-byte
-numbers, 16 of int4. The numbers of a word lie a half-word apart in pairs of neighbours: number 2w + h of a part (a half
-of the group, or a quarter for int4) is in half h of word w. A mask then brings a part's numbers to where two bfloat16
-stand side by side, 0.5 instructions a number, and one more makes numbers of all the bits:
+numbers, 16 of int4. It has two parts, four for int4; number 2w + h of a part is in half h of word w, the first part in
+the lowest bits. A shift and a mask bring a part's numbers to where two bfloat16 stand side by side in one register, and
+one instruction more makes numbers of the bits, two at a time:
 
 * int4, with 8 added: the last digits of 128, from which 136 is taken.
 * int8, as a sign and a magnitude of seven bits: the last digits of 128 or -128, from which that is taken.

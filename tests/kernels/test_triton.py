@@ -22,7 +22,7 @@ from kernels.ops import SampleInputs as Inputs
 from kernels.reference.mamba import MambaDecode
 from kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
-from tests.kernels.cases import EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.test_attention import SCALE, keys_and_values, paged, query_start, slack
 from tests.kernels.test_quantized import FORMATS, quantized
 
@@ -79,6 +79,16 @@ def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(
     together = run_experts(x, experts, weights, ids)
     for start, end in ((0, 1), (69, 70), (5, 12), (5, 40)):
         assert_same(run_experts(x[start:end], experts, weights[start:end], ids[start:end]), together[start:end])
+
+
+@each_implementation("linear", but="reference")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", dict(FORMATS))
+def test_every_number_of_a_format_is_met_exactly(linear: Linear, format: str, dtype: torch.dtype) -> None:
+    weight = quantized(9, 150, format=format, group_size=dict(FORMATS)[format])
+    weight = weight._replace(scales=torch.ones_like(weight.scales))
+    assert len(set(weight.values.float().flatten().tolist())) == {"int8": 255, "int4": 15, "fp8": 253}[format]
+    assert_same(linear(torch.eye(150, dtype=dtype), linear.pack(weight)), weight.values.to(dtype).t())
 
 
 REFUSED = quantized(4, 300, format="int4", group_size=128)
