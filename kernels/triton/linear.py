@@ -45,6 +45,7 @@ class Linear:
             x.stride(0),
             HAS_BIAS=bias is not None,
             FORMAT=format,
+            STAGES=tile.num_stages,
             **tile.options,
         )
         return out

@@ -70,7 +70,8 @@ class RunExperts:
         assert x.shape[1] == first.inputs == hidden
         tile = tile_for(tokens * top_k, x.element_size(), quantized=bool(first.format))
         activated = x.new_empty(tokens * top_k, intermediate)
-        constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1), "FORMAT": first.format}
+        constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1)}
+        constants |= {"FORMAT": first.format, "STAGES": tile.num_stages}
         grid = (_num_tiles(tokens * top_k, count, tile), cdiv(intermediate, tile.columns // 2))
         gate_up_kernel[grid](
             *(x, *first[:2], *groups, activated, hidden, intermediate, x.stride(0)), **constants, **tile.options

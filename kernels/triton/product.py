@@ -43,7 +43,6 @@ class Tile(NamedTuple):
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "INNER": self.inner,
-            "STAGES": self.num_stages,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "maxnreg": self.max_registers,
