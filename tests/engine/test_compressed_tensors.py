@@ -14,10 +14,13 @@ from torch import Tensor
 from engine.errors import CheckpointError, ConfigError
 from engine.llm import LLM
 from engine.model_config import load_model_config, weight_bytes
+from engine.models import build_model
 from engine.quantization import QuantizationPolicy, Role
 from engine.types import SamplingParams
+from engine.weights import dummy_weights
 from kernels.ops import QuantizedWeight
-from tests.engine.test_quantization import load, recording
+from kernels.table import select
+from tests.engine.test_quantization import CPU, load, recording
 from tests.engine.test_weights import CONFIG, Tensors, logits, rewrite, set_tensor, write_checkpoint
 
 GROUP: dict[str, Any] = {
@@ -128,6 +131,23 @@ def test_it_is_served_without_a_flag(folder: Path) -> None:
     assert len(completion.token_ids) == 4
     with pytest.raises(ConfigError, match="quantization is 'int8', but the checkpoint's weights are fp8 already"):
         LLM(folder, quantization="int8")
+
+
+@pytest.mark.parametrize("ignore", [QUANTIZATION["ignore"], ["re:.*(x|dt)_proj", "re:.*router"]])
+def test_random_weights_take_its_place(ignore: list[str], tmp_path: Path) -> None:
+    write_config(tmp_path, QUANTIZATION | {"ignore": ignore}, tie_word_embeddings=True)
+    model = build_model(
+        config := load_model_config(tmp_path),
+        select("cpu", {}),
+        dtype=torch.float32,
+        device=CPU,
+        policy=policy_of(tmp_path),
+    )
+    dummy_weights(model, seed=1)
+    found = logits(model)
+    assert found.isfinite().all()
+    assert found.std() > 0.1
+    assert ("mamba" in config.fp8_roles) == ("re:.*mamba.*" not in ignore)
 
 
 @pytest.mark.parametrize(
