@@ -7,8 +7,7 @@ Dummy weights, in-process, greedy, prompts of four tokens for decode. Each shape
 so that its memory is what it took itself. The limit of a decode step is the longer of two times: the bytes of weights
 that it must read in this format over the bandwidth, and two operations per active parameter and sequence over the
 matmul rate; of prefill, the latter alone. As the bandwidth drifts it is measured before and after each decode. Long
-prompts
-and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at a time.
+prompts and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at a time.
 Writes benchmarks/results/NAME.json and NAME.md after every process.
 """
 

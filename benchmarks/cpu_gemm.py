@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.quantization import FORMATS
+from engine.quantization.quantize import quantize
 from kernels.cpu.library import LEVELS, library
 from kernels.cpu.linear import Linear, PackedWeight
-from kernels.ops import QuantizedWeight, Weight
+from kernels.ops import Weight
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
 ROTATED_BYTES = 250_000_000
@@ -44,13 +46,6 @@ def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[flo
     return best
 
 
-def quantized(outputs: int, inputs: int, bits: int) -> QuantizedWeight:
-    """int8 with a scale for each row, int4 with one for each 128 inputs."""
-    group_size, highest = (inputs, 127) if bits == 8 else (128, 7)
-    values = torch.randint(-highest, highest + 1, (outputs, inputs)).to(torch.int8)
-    return QuantizedWeight(values, torch.rand(outputs, -(-inputs // group_size)), group_size, bits)
-
-
 def rotated(weight: Weight, linear: Linear) -> list[PackedWeight]:
     """Copies of a packed weight, two at least, of ROTATED_BYTES together."""
     first = linear.pack(weight)
@@ -62,8 +57,7 @@ def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) 
     linear, dense = Linear(), torch.randn(outputs, inputs, dtype=dtype)
     packed = {
         str(dtype).removeprefix("torch."): rotated(dense, linear),
-        "int8": rotated(quantized(outputs, inputs, 8), linear),
-        "int4": rotated(quantized(outputs, inputs, 4), linear),
+        **{name: rotated(quantize(torch.randn(outputs, inputs), name), linear) for name in FORMATS},
     }
     plain = [dense.clone() for _ in range(max(2, ROTATED_BYTES // (dense.numel() * dtype.itemsize)))]
     print(f"{'rows':>6} {'weights':>9} {'ms':>9} {'GB/s':>6} {'TFLOP/s':>8} {'times torch':>12}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
-from kernels.triton import attention, conv, linear, moe, norm, route, sample, scan, slots
+from kernels.triton import attention, conv, linear, moe, norm, quantized, route, sample, scan, slots
 
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -194,16 +195,30 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "sample", lambda: sample.sample(empty(2, 65536, dtype=torch.float32), inputs)
 
 
-def product_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    weight, experts = empty(16384, 4096), moe.Experts(empty(16, 2 * 14336, 4096), empty(16, 4096, 14336))
-    for rows in (1, 512):
+def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
+    """A weight [..., N, K], of bfloat16 if it has no format."""
+    if not format:
+        return empty(*shape)
+    *rows, inputs = shape
+    words = empty(*rows, inputs * quantized.BITS[format] // 32, dtype=torch.int32)
+    groups = inputs // quantized.GROUP.value if format == "int4" else 1
+    return quantized.PackedWeight(words, empty(groups, math.prod(rows), dtype=torch.float32), inputs, format)
+
+
+def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One call for each shape of tile."""
+    weight = matrix(format, 16384, 4096)
+    experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
+    name = f", {format}" if format else ""
+    for rows in (1, 32, 512) if format else (1, 512):
         x, weights, ids = empty(rows, 4096), torch.ones(rows, 2), torch.zeros(rows, 2, dtype=torch.int32)
-        yield f"linear, {rows}", lambda x=x: linear.Linear()(x, weight)
-        yield f"run_experts, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
+        yield f"linear{name}, {rows}", lambda x=x: linear.Linear()(x, weight)
+        yield f"run_experts{name}, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
 
 
 def all_launches() -> list[Launch]:
-    calls = [*mamba_calls(5120, 16), *attention_calls(20, 1, 128), *row_calls(), *product_calls()]
+    calls = [*mamba_calls(5120, 16), *attention_calls(20, 1, 128), *row_calls()]
+    calls += [call for format in quantized.BITS for call in product_calls(format)]
     launches = [launch for op, call in calls for launch in record(op, call)]
     # Mini's heads: other constants, so another kernel
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]

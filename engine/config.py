@@ -8,7 +8,7 @@ import msgspec
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,12 +115,11 @@ class EngineCore:
             raise ConfigError(
                 f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet."
             )
-        dtype, policy = choose_dtype(config, model_config), QuantizationPolicy.of(config)
+        dtype, policy = choose_dtype(config, model_config), QuantizationPolicy.of(config, model_config.fp8_roles)
         check_sizes(config)
         if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
         kernels = select(device.type, config.kernels)
-        check_quantization(policy, kernels.names)
         planned = partial(
             plan_memory,
             model_config,
@@ -188,17 +187,6 @@ def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype
     """`auto` is the checkpoint's own."""
     name = model_config.dtype if config.dtype == "auto" else config.dtype
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-
-
-def check_quantization(policy: QuantizationPolicy, names: Mapping[str, str]) -> None:
-    """ConfigError where the kernels chosen (op -> implementation) take no quantised weights."""
-    ops = [op for op in ("linear", "run_experts") if names[op] == "triton"]
-    if policy.quantization is not None and ops:
-        wishes = " ".join(f"--kernels {op}=reference" for op in ops)
-        raise ConfigError(
-            f"quantization {policy.quantization!r} is not supported by the triton kernels yet; leave it out, or add "
-            f"{wishes}, which is slow."
-        )
 
 
 def available_bytes(device: torch.device, config: EngineConfig) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from engine.errors import CheckpointError
 from engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
+from engine.quantization.compressed_tensors import fp8_roles
 
 # Names in `config.json: architectures`; engine.models has the class of each.
 CAUSAL_LM: Final = "JambaForCausalLM"
@@ -24,7 +25,6 @@ _VALUE_SHOWN: Final = 100  # characters of a value that an error shows; a quanti
 _IMPLEMENTED: Final[Mapping[str, object]] = {
     "hidden_act": "silu",
     "sliding_window": None,
-    "quantization_config": None,
     "rope_scaling": None,
     "attention_bias": False,
     "mlp_bias": False,
@@ -37,7 +37,8 @@ class JambaConfig:
     """What `config.json` says, under its own key names and checked.
 
     `mamba_dt_rank` "auto" is resolved, `eos_token_id` (one or several) became `eos_token_ids`, those of
-    `generation_config.json` first. `dtype` is the checkpoint's own, one of `DTYPES`.
+    `generation_config.json` first. `dtype` is the checkpoint's own, one of `DTYPES`. `fp8_roles`, from
+    `quantization_config`: what the weights are for that it holds in fp8.
     """
 
     architecture: str
@@ -68,6 +69,7 @@ class JambaConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     num_labels: int
+    fp8_roles: frozenset[Role] = frozenset()
 
     @property
     def d_inner(self) -> int:
@@ -179,6 +181,32 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
         yield Matrix("head", config.vocab_size, h, 1)
 
 
+def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
+    """The names on disk, without `.weight`, of all matrices that are multiplied with, and what each is for."""
+    for i in range(config.num_hidden_layers):
+        layer, feed_forward = f"model.layers.{i}.", f"model.layers.{i}.feed_forward."
+        if config.is_attention(i):
+            yield from _projections(f"{layer}self_attn.", ("q", "k", "v", "o"), "attention")
+        else:
+            yield from _projections(f"{layer}mamba.", ("in", "out"), "mamba")
+            yield from _projections(f"{layer}mamba.", ("x", "dt"), "other")
+        if config.is_moe(i):
+            yield f"{feed_forward}router", "other"
+            for e in range(config.num_experts):
+                yield from _projections(f"{feed_forward}experts.{e}.", ("gate", "up", "down"), "experts")
+        else:
+            yield from _projections(feed_forward, ("gate", "up", "down"), "mlp")
+    if config.is_classifier:
+        yield "score", "other"
+    elif not config.tie_word_embeddings:
+        yield "lm_head", "head"
+
+
+def _projections(prefix: str, names: tuple[str, ...], role: Role) -> Iterator[tuple[str, Role]]:
+    for name in names:
+        yield f"{prefix}{name}_proj", role
+
+
 def _scan_parameters(config: JambaConfig) -> int:
     """A_log, D and dt bias: numbers of one channel that are kept in float32 whatever the model's dtype."""
     return config.mamba_d_state + 2
@@ -199,6 +227,8 @@ def load_model_config(folder: Path) -> JambaConfig:
             raise file.refusal(key, f"this server implements {json.dumps(value)} only")
     config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, folder / "generation_config.json"))
     _check_schedules(file, config)
+    if (quantization := file.values.get("quantization_config")) is not None:
+        return replace(config, fp8_roles=fp8_roles(file.path, quantization, linear_modules(config)))
     return config
 
 

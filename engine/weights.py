@@ -145,8 +145,14 @@ class _Loader:
                 f"{path}: tensor {name} has shape {_shape(tensor)}; {self._folder / 'config.json'} makes it "
                 f"{_shape(destination)}."
             )
+        if destination.dtype == torch.float8_e4m3fn:
+            if tensor.dtype != destination.dtype:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has dtype {tensor.dtype}; by quantization_config of "
+                    f"{self._folder / 'config.json'} it is {destination.dtype}."
+                )
         # Narrower floats and integers are quantised weights, worth nothing without their scales.
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        elif not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(
                 f"{path}: tensor {name} has dtype {tensor.dtype}; floats of 16 bits or more are expected."
             )
@@ -167,6 +173,8 @@ class _Loader:
 
 def _is_finite(tensor: Tensor) -> bool:
     """By the extremes, which NaN counts as: in one pass and without a mask of the tensor's size."""
+    if tensor.dtype == torch.float8_e4m3fn:  # which has no infinity, and one NaN
+        return bool((tensor.view(torch.uint8) & 0x7F).amax() < 0x7F)
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 

@@ -212,10 +212,10 @@ class RouteExperts(Protocol):
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight [..., N, K] in small whole numbers: values * scales, a scale for each row and each `group_size` inputs.
+    """A weight [..., N, K] in small numbers: values * scales, a scale for each row and each `group_size` inputs.
 
-    values: int8 [..., N, K], within -127..127 (int8) or -7..7 (int4, not packed yet); scales: float32
-    [..., N, ceil(K / group_size)]; the last group of a row may be short. `bits` is 8 or 4.
+    values: [..., N, K], int8 within -127..127 (int8) or -7..7 (int4, not packed yet), or float8_e4m3fn, finite (fp8);
+    scales: float32 [..., N, ceil(K / group_size)]; the last group of a row may be short. `bits` is 8 or 4.
     The product is sum over groups, upwards, of scale * (sum of value * x in float32).
     """
 

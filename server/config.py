@@ -64,7 +64,7 @@ class ServerConfig:
 
     device: Annotated[Device, Help("Where the model runs; auto: the GPU if there is one.")] = "auto"
     dtype: Annotated[Dtype, Help("Of weights and KV pages; auto: the checkpoint's.")] = "auto"
-    quantization: Annotated[Quantization | None, Help("Weight format, made at load; none: --dtype.")] = None
+    quantization: Annotated[Quantization | None, Help("Weight format, made at load; none: the checkpoint's.")] = None
     quantize_mamba: Annotated[bool, Help("Quantize the Mamba mixers' in_proj and out_proj, too.")] = False
     load_format: Annotated[LoadFormat, Help("dummy: seeded random weights, no file is read.")] = "auto"
     max_model_len: Annotated[Count | None, Help("Longest prompt with its reply; none: the model's.")] = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.layers.parameter import Backend, Destination, Unit
+from engine.layers.parameter import Backend, Destination, Unit, matrix, part
 from engine.quantization import Role
 
 
@@ -58,7 +58,7 @@ class Linear:
         destinations: dict[str, Destination] = {}
         start = 0
         for name, rows in self._parts.items():
-            destinations[f"{prefix}{name}.weight"] = Destination(self._weight[start : start + rows], "normed")
+            destinations |= matrix(f"{prefix}{name}", part(self._weight, slice(start, start + rows)))
             if self._bias is not None:
                 destinations[f"{prefix}{name}.bias"] = Destination(self._bias[start : start + rows], "normed")
             start += rows

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.layers.linear import Linear
-from engine.layers.parameter import Backend, Destination, Fused, Unit, Units
+from engine.layers.parameter import Backend, Destination, Fused, Unit, Units, matrix, part
 from engine.model_config import JambaConfig
 
 
@@ -35,15 +35,18 @@ class Moe:
     def _destinations(self, prefix: str) -> dict[str, Destination]:
         """One tensor an expert and projection, as on the disk of every published checkpoint."""
         destinations: dict[str, Destination] = {}
-        for e, (gate_up, down) in enumerate(zip(*self._raw, strict=True)):
-            destinations[f"{prefix}{e}.gate_proj.weight"] = Destination(gate_up[: self._rows], "normed")
-            destinations[f"{prefix}{e}.up_proj.weight"] = Destination(gate_up[self._rows :], "normed")
-            destinations[f"{prefix}{e}.down_proj.weight"] = Destination(down, "normed")
+        for e in range(self._num_experts):
+            gate_up, down = (part(raw, e) for raw in self._raw)
+            destinations |= matrix(f"{prefix}{e}.gate_proj", part(gate_up, slice(None, self._rows)))
+            destinations |= matrix(f"{prefix}{e}.up_proj", part(gate_up, slice(self._rows, None)))
+            destinations |= matrix(f"{prefix}{e}.down_proj", down)
         return destinations
 
     def _fused(self, prefix: str) -> dict[str, Fused]:
         """All experts in two tensors, as in transformers 5: [E, 2F, H], gate rows first, and [E, H, F]."""
         gate_up, down = self._raw
+        if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
+            return {}  # quantised on disk: the experts are apart
 
         def parts(*projections: str) -> tuple[str, ...]:
             return tuple(f"{prefix}{e}.{p}.weight" for e in range(self._num_experts) for p in projections)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.quantization import QuantizationPolicy, Role
 from engine.quantization.quantize import quantize
-from kernels.ops import Kernels, Weight
+from kernels.ops import Kernels, QuantizedWeight, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 """How random weights fill a tensor: variance 1 / (last dimension), variance 1, all ones, log(1..S) in every row, or
@@ -30,6 +30,20 @@ class Fused(NamedTuple):
 
     data: Tensor
     parts: tuple[str, ...]
+
+
+def part(raw: Weight, index: int | slice) -> Weight:
+    """A view of some rows, or of one matrix of several."""
+    if isinstance(raw, Tensor):
+        return raw[index]
+    return raw._replace(values=raw.values[index], scales=raw.scales[index])
+
+
+def matrix(name: str, raw: Weight) -> dict[str, Destination]:
+    """Where the tensors of the linear module `name` go: its weight, and the scales of one that is quantised on disk."""
+    if isinstance(raw, Tensor):
+        return {f"{name}.weight": Destination(raw, "normed")}
+    return {f"{name}.weight": Destination(raw.values, "normed"), f"{name}.weight_scale": Destination(raw.scales, "one")}
 
 
 def keep() -> None:
@@ -72,13 +86,18 @@ class Backend:
     device: torch.device
     policy: QuantizationPolicy
 
-    def raw(self, role: Role, *shape: int) -> Tensor:
+    def raw(self, role: Role, *shape: int) -> Weight:
         """Uninitialised memory for a matrix as it is on disk: where it becomes a smaller one, not on the device."""
+        if role in self.policy.stored:
+            values = torch.empty(shape, dtype=torch.float8_e4m3fn)
+            return QuantizedWeight(values, torch.empty(*shape[:-1], 1), group_size=shape[-1], bits=8)
         on_host = self.policy.quantization_of(role) is not None
         return torch.empty(shape, dtype=self.dtype, device="cpu" if on_host else self.device)
 
-    def quantize(self, role: Role, weight: Tensor) -> Weight:
-        """A filled raw weight as the kernels take it: quantised, or as it is."""
+    def quantize(self, role: Role, weight: Weight) -> Weight:
+        """A filled raw weight as the kernels take it, on the device: quantised, or as it is."""
+        if isinstance(weight, QuantizedWeight):
+            return weight._replace(values=weight.values.to(self.device), scales=weight.scales.to(self.device))
         quantization = self.policy.quantization_of(role)
         return weight if quantization is None else quantize(weight.to(self.device), quantization)
 

@@ -19,15 +19,12 @@ the router, which are small and to which the model is sensitive, and a classifie
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """Signed whole numbers of `bits` bits; `group_size` inputs of a row (None: all of them) share a float32 scale."""
+    """Numbers of `bits` bits from -limit to limit; `group_size` inputs of a row (None: all of them) share a float32
+    scale."""
 
     bits: int
+    limit: int
     group_size: int | None
-
-    @property
-    def limit(self) -> int:
-        """Values go from -limit to limit."""
-        return 2 ** (self.bits - 1) - 1
 
     def num_bytes(self, rows: int, inputs: int) -> int:
         """Of a weight [rows, inputs] with its scales."""
@@ -36,8 +33,9 @@ class Format:
 
 
 FORMATS: Final[Mapping[Quantization, Format]] = {
-    "int8": Format(bits=8, group_size=None),
-    "int4": Format(bits=4, group_size=128),
+    "int8": Format(bits=8, limit=127, group_size=None),
+    "int4": Format(bits=4, limit=7, group_size=128),
+    "fp8": Format(bits=8, limit=448, group_size=None),
 }
 
 
@@ -47,19 +45,31 @@ class QuantizationPolicy:
 
     The Mamba mixers are left alone unless `mamba`, as the model's authors advise (their model cards' int8 recipe skips
     them): they are a small part of a large model, and their errors go on in the recurrent state.
+
+    Where the checkpoint holds weights in fp8 already, it has decided: `stored` are the roles of those.
     """
 
     quantization: Quantization | None = None
     mamba: bool = False
+    stored: frozenset[Role] = frozenset()
 
     @classmethod
-    def of(cls, engine: EngineConfig) -> QuantizationPolicy:
-        """Raises ConfigError for `quantize_mamba` without a format."""
+    def of(cls, engine: EngineConfig, stored: frozenset[Role] = frozenset()) -> QuantizationPolicy:
+        """Raises ConfigError for `quantize_mamba` without a format, and for any wish where weights are `stored`."""
         if engine.quantize_mamba and engine.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization, one of {', '.join(FORMATS)}.")
+        if stored:
+            if engine.quantization is not None:
+                raise ConfigError(
+                    f"quantization is {engine.quantization!r}, but the checkpoint's weights are fp8 already "
+                    "(quantization_config in its config.json); leave it out."
+                )
+            return cls("fp8", "mamba" in stored, stored)
         return cls(engine.quantization, engine.quantize_mamba)
 
     def quantization_of(self, role: Role) -> Quantization | None:
+        if self.stored:
+            return self.quantization if role in self.stored else None
         if role == "other" or (role == "mamba" and not self.mamba):
             return None
         return self.quantization

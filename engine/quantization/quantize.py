@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from engine.config import Quantization
-from engine.quantization import FORMATS, int4, int8
+from engine.quantization import FORMATS, fp8, int4, int8
 from kernels.ops import QuantizedWeight
 
-# float32 [rows, groups, inputs of a group], finite -> whole numbers of the same shape, and scales [rows, groups]
+# float32 [rows, groups, inputs of a group], finite -> numbers of the same shape, and scales [rows, groups]
 QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]
-QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {"int8": int8.quantize, "int4": int4.quantize}
+QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
+    "int8": int8.quantize,
+    "int4": int4.quantize,
+    "fp8": fp8.quantize,
+}
 _CHUNK: Final = 1 << 18  # numbers in float32 at a time: 1 MiB, which caches hold
 
 
@@ -24,13 +28,14 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     group_size = FORMATS[quantization].group_size or inputs
     num_groups = -(-inputs // group_size)
     rows = weight.flatten(0, -2)
-    values = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    dtype = torch.float8_e4m3fn if quantization == "fp8" else torch.int8
+    values = torch.empty(rows.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(rows), num_groups, device=weight.device)
     step = max(1, _CHUNK // inputs)
     for chunk, chunk_values, chunk_scales in zip(*(t.split(step) for t in (rows, values, scales)), strict=True):
         padded = torch.nn.functional.pad(chunk.float(), (0, num_groups * group_size - inputs))
-        whole, scale = QUANTIZERS[quantization](padded.unflatten(-1, (num_groups, group_size)))
-        chunk_values.copy_(whole.flatten(1)[:, :inputs])
+        numbers, scale = QUANTIZERS[quantization](padded.unflatten(-1, (num_groups, group_size)))
+        chunk_values.copy_(numbers.flatten(1)[:, :inputs])
         chunk_scales.copy_(scale)
     return QuantizedWeight(
         values.view(weight.shape), scales.view(*weight.shape[:-1], num_groups), group_size, FORMATS[quantization].bits

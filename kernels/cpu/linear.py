@@ -12,14 +12,15 @@ from kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
 _STEP = 8  # inputs that int4 takes at once: no group may end within
+_FP8 = -8  # what the library calls the bits of float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight [N, K] in panels of 32 rows (`src/gemm.h`). `panels`: uint8 memory; `rows` is N, `inputs` K.
 
-    `dtype` is the weight's and x's; None if the weight is quantised, which any x goes with: in `bits` bits, with a
-    scale for each `group_size` inputs. Both are 0 otherwise.
+    `dtype` is the weight's and x's; None if the weight is quantised, which any x goes with: in `bits` bits (-8: fp8),
+    with a scale for each `group_size` inputs. Both are 0 otherwise.
     """
 
     panels: Tensor
@@ -61,14 +62,15 @@ class Packer:
     def _quantized(self, weight: QuantizedWeight) -> PackedWeight:
         rows, inputs = weight.values.shape[-2:]
         _check(weight)
-        numbers = (rows, inputs, weight.bits, weight.group_size)
+        bits = weight.bits if weight.values.dtype == torch.int8 else _FP8
+        numbers = (rows, inputs, bits, weight.group_size)
         values, scales = weight.values.reshape(-1, rows, inputs), weight.scales.reshape(-1, *weight.scales.shape[-2:])
         size = self._packed_quantized_bytes(*numbers)
         panels = self._memory(size * len(values))
         for i, (matrix, own) in enumerate(zip(values, scales, strict=True)):
             whole, factors = matrix.contiguous(), own.contiguous()
             self._pack_quantized(whole.data_ptr(), factors.data_ptr(), panels.data_ptr() + i * size, *numbers)
-        return PackedWeight(panels, rows, inputs, None, weight.bits, weight.group_size)
+        return PackedWeight(panels, rows, inputs, None, bits, weight.group_size)
 
     def _memory(self, size: int) -> Tensor:
         """uint8 [size]; from one huge page on it starts at a page's border, and its whole pages are huge ones."""
@@ -85,13 +87,15 @@ def _check(weight: QuantizedWeight) -> None:
     values, scales, size, bits = weight
     if bits not in (4, 8):
         raise ValueError(f"the cpu kernels have products for weights of 4 and 8 bits, not {bits}")
+    if values.dtype != torch.int8 and (values.dtype != torch.float8_e4m3fn or bits != 8):
+        raise ValueError(f"the cpu kernels read int8 values, and float8_e4m3fn of 8 bits, not {values.dtype} of {bits}")
     if size < 1 or (size < values.shape[-1] and size % _STEP):
         raise ValueError(f"the cpu kernels take groups of a multiple of {_STEP} inputs or of whole rows, not of {size}")
     expected = (*values.shape[:-1], -(-values.shape[-1] // size))
-    if tuple(scales.shape) != expected or (values.dtype, scales.dtype) != (torch.int8, torch.float32):
+    if tuple(scales.shape) != expected or scales.dtype != torch.float32:
         raise ValueError(
-            f"quantised values {tuple(values.shape)} in groups of {size} are int8 and have float32 scales {expected}, "
-            f"not {values.dtype} and {scales.dtype} {tuple(scales.shape)}"
+            f"quantised values {tuple(values.shape)} in groups of {size} have float32 scales {expected}, "
+            f"not {scales.dtype} {tuple(scales.shape)}"
         )
 
 

@@ -12,37 +12,40 @@ from torch import Tensor
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, rounded
 from kernels.triton.product import product, tile_for
+from kernels.triton.quantized import PackedWeight, pack, read
 
 
 class Linear:
     """See `kernels.ops.Linear`. torch's own product, which picks its order by the number of rows, is the reference."""
 
-    def pack(self, weight: Weight) -> Tensor:
-        """Keeps the layout."""
-        assert isinstance(weight, Tensor), "the engine refuses quantised weights with these kernels"
-        return weight.contiguous()
+    def pack(self, weight: Weight) -> Tensor | PackedWeight:
+        """Keeps the layout of floats; the others stay as small as they are."""
+        return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
     def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.Linear`."""
         return F.embedding(ids, weight)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
         """See `kernels.ops.Linear`."""
-        rows, inputs = x.shape
-        outputs = len(weight)
-        assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
-        tile = tile_for(rows, x.element_size())
+        data, scales, inputs, format = read(weight)
+        rows, outputs = len(x), len(data)
+        assert x.shape[1] == inputs and x.stride(1) == 1 and (format or x.dtype == data.dtype)
+        tile = tile_for(rows, x.element_size(), quantized=bool(format))
         out = x.new_empty(rows, outputs)
         linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
             x,
-            weight,
-            weight if bias is None else bias,
+            data,
+            scales,
+            data if bias is None else bias,
             out,
             rows,
             outputs,
             inputs,
             x.stride(0),
             HAS_BIAS=bias is not None,
+            FORMAT=format,
+            STAGES=tile.num_stages,
             **tile.options,
         )
         return out
@@ -52,6 +55,7 @@ class Linear:
 def linear_kernel(
     x: tl.tensor,
     weight: tl.tensor,
+    scales: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
@@ -59,22 +63,29 @@ def linear_kernel(
     inputs: tl.tensor,
     x_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS)): neighbours share a part of the weight."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = product(
         x + row.to(tl.int64) * x_stride,
-        weight + column.to(tl.int64) * inputs,
+        weight,
+        scales,
+        column.to(tl.int64),
         row < rows,
         column < outputs,
         inputs,
+        outputs,
         ROWS,
         COLUMNS,
         INNER,
+        FORMAT,
+        STAGES,
     )
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)

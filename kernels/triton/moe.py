@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
 from kernels.triton.product import Tile, product, tile_for
+from kernels.triton.quantized import PackedWeight, pack, read
 
 BLOCK = 1024
 
@@ -34,8 +35,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 class Experts(NamedTuple):
     """gate_up [E, 2F, H], gate rows first, and down [E, H, F]."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | PackedWeight
+    down: Tensor | PackedWeight
 
 
 class Groups(NamedTuple):
@@ -49,30 +50,36 @@ class RunExperts:
     """See `kernels.ops.RunExperts`."""
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Keeps the layout."""
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor), "the engine refuses quantised weights here"
-        return Experts(gate_up.contiguous(), down.contiguous())
+        """Keeps the layout of floats; the others stay as small as they are. ValueError unless both have one format."""
+        experts = Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
+        first, second = (read(weight).format or "none" for weight in experts)
+        if first != second:
+            raise ValueError(f"the experts' gate_up and down differ in format: {first} and {second}")
+        return experts
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.RunExperts`."""
         assert x.stride(1) == 1
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
-        count, hidden, intermediate = experts.down.shape
+        first, second = read(experts.gate_up), read(experts.down)
+        count, hidden, intermediate = *second.words.shape[:2], second.inputs
         in_order = ids.flatten().sort(stable=True)
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
-        tile = tile_for(tokens * top_k, x.element_size())
+        assert x.shape[1] == first.inputs == hidden
+        tile = tile_for(tokens * top_k, x.element_size(), quantized=bool(first.format))
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1)}
+        constants |= {"FORMAT": first.format, "STAGES": tile.num_stages}
         grid = (_num_tiles(tokens * top_k, count, tile), cdiv(intermediate, tile.columns // 2))
         gate_up_kernel[grid](
-            x, experts.gate_up, *groups, activated, hidden, intermediate, x.stride(0), **constants, **tile.options
+            *(x, *first[:2], *groups, activated, hidden, intermediate, x.stride(0)), **constants, **tile.options
         )
         outputs = x.new_empty(tokens * top_k, hidden)
         grid = (grid[0], cdiv(hidden, tile.columns))
         down_kernel[grid](
-            activated, experts.down, *groups, weights, outputs, hidden, intermediate, **constants, **tile.options
+            *(activated, *second[:2], *groups, weights, outputs, hidden, intermediate), **constants, **tile.options
         )
         out = x.new_empty(tokens, hidden)
         sum_kernel[(tokens, cdiv(hidden, BLOCK))](outputs, out, hidden, TOP_K=top_k, BLOCK=BLOCK)
@@ -107,6 +114,7 @@ def find_tile(
 def gate_up_kernel(
     x: tl.tensor,
     gate_up: tl.tensor,
+    scales: tl.tensor,
     entries: tl.tensor,
     start: tl.tensor,
     activated: tl.tensor,
@@ -116,9 +124,11 @@ def gate_up_kernel(
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Grid (tiles, cdiv(intermediate, COLUMNS // 2)). activated: silu(gate) * up of every choice, by expert."""
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
@@ -130,13 +140,18 @@ def gate_up_kernel(
     weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column
     both = product(
         x + entry // TOP_K * x_stride,
-        gate_up + weight_row * hidden,
+        gate_up,
+        scales,
+        weight_row,
         filled,
         weight_column < intermediate,
         hidden,
+        EXPERTS * 2 * intermediate,
         ROWS,
         COLUMNS,
         INNER,
+        FORMAT,
+        STAGES,
     )
     gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS // 2, 2)))
     column = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
@@ -150,6 +165,7 @@ def gate_up_kernel(
 def down_kernel(
     activated: tl.tensor,
     down: tl.tensor,
+    scales: tl.tensor,
     entries: tl.tensor,
     start: tl.tensor,
     weights: tl.tensor,
@@ -159,9 +175,11 @@ def down_kernel(
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Grid (tiles, cdiv(hidden, COLUMNS)). outputs: the weighted output of every choice, by token and rank."""
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
@@ -170,8 +188,22 @@ def down_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = column < hidden
     activated_row = activated + row.to(tl.int64) * intermediate
-    down_row = down + (expert.to(tl.int64) * hidden + column) * intermediate
-    total = product(activated_row, down_row, filled, mask, intermediate, ROWS, COLUMNS, INNER)
+    down_row = expert.to(tl.int64) * hidden + column
+    total = product(
+        activated_row,
+        down,
+        scales,
+        down_row,
+        filled,
+        mask,
+        intermediate,
+        EXPERTS * hidden,
+        ROWS,
+        COLUMNS,
+        INNER,
+        FORMAT,
+        STAGES,
+    )
     dtype: tl.constexpr = outputs.type.element_ty
     weight = rounded(tl.load(weights + entry, mask=filled, other=0.0), dtype).to(tl.float32)
     value = rounded(rounded(total, dtype).to(tl.float32) * weight, dtype)

@@ -141,7 +141,7 @@ def make_report(
     ConfigError for a text that is no size."""
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    policy = QuantizationPolicy.of(engine)
+    policy = QuantizationPolicy.of(engine, model.fp8_roles)
     weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
     spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
     speed = find_bandwidth(device, bandwidth, engine.threads)

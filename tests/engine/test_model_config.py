@@ -208,7 +208,7 @@ def test_labels(changes: dict[str, Any], expected: int, tmp_path: Path) -> None:
         ({"architectures": ABSENT}, "architectures is missing; one of JambaForCausalLM"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; this server implements "silu" only'),
         ({"sliding_window": 4096}, "sliding_window is 4096; this server implements null only"),
-        ({"quantization_config": {"quant_method": "fp8"}}, 'quantization_config is {"quant_method": "fp8"}; this'),
+        ({"quantization_config": {"quant_method": "fp8"}}, 'quantization_config.quant_method is "fp8"; this'),
         ({"attention_bias": True}, "attention_bias is true; this server implements false only"),
         ({"rope_scaling": {"factor": 2.0}}, 'rope_scaling is {"factor": 2.0}; this'),
         ({"mamba_inner_layernorms": False}, "mamba_inner_layernorms is false; this server implements true only"),

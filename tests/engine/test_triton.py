@@ -34,6 +34,26 @@ def result(completion: Completion) -> tuple[list[int], list[float]]:
     return completion.token_ids, [entry.logprob for entry in completion.logprobs]
 
 
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_quantised_weights_give_what_the_other_kernels_give(
+    format: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
+    settings |= {"quantization": format, "quantize_mamba": True}
+    prompts = [[5, 9, 23, 4, 17, 40], [7, 3]]
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=0)
+    found = LLM(tmp_path, **settings).generate(prompts, params)
+    [alone] = LLM(tmp_path, **settings | {"max_num_batched_tokens": 4}).generate(prompts[:1], params)
+    assert result(alone) == result(found[0])
+    monkeypatch.setattr(engine.core, "select", table.select)
+    kernels = {"linear": "reference", "run_experts": "reference"}
+    expected = LLM(tmp_path, **settings | {"device": "cpu", "kernels": kernels}).generate(prompts, params)
+    for ours, theirs in zip(found, expected, strict=True):
+        (tokens, scores), (other_tokens, other_scores) = result(ours), result(theirs)
+        assert tokens == other_tokens
+        assert scores == pytest.approx(other_scores, abs=1e-4)
+
+
 def test_equals_transformers_and_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:
     model = save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
     llm = LLM(tmp_path, **settings)

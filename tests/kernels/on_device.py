@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.ops import Weight
+
 
 class OnDevice:
     """An op whose arguments go to `device` and come back. Views keep their strides and share memory there as here, so
@@ -16,8 +18,13 @@ class OnDevice:
         self._op, self._device = op, device
         self.__module__ = op.__module__
 
-    def pack(self, *weights: Tensor) -> Any:
-        return self._op.pack(*(weight.to(self._device) for weight in weights))
+    def pack(self, *weights: Weight) -> Any:
+        return self._op.pack(*map(self._move, weights))
+
+    def _move(self, weight: Weight) -> Weight:
+        if isinstance(weight, Tensor):
+            return weight.to(self._device)
+        return weight._replace(values=weight.values.to(self._device), scales=weight.scales.to(self._device))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # by address and type: the memory behind some views here, and its copy there

@@ -7,13 +7,24 @@ import torch
 
 import kernels.triton
 from kernels import table
-from kernels.ops import AttentionDecode, AttentionPrefill, Kernels, KernelUnavailable, Linear, RunExperts, Sample
+from kernels.ops import (
+    AttentionDecode,
+    AttentionPrefill,
+    Kernels,
+    KernelUnavailable,
+    Linear,
+    QuantizedWeight,
+    RunExperts,
+    Sample,
+    Weight,
+)
 from kernels.ops import SampleInputs as Inputs
 from kernels.reference.mamba import MambaDecode
 from kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
-from tests.kernels.cases import EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
+from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.test_attention import SCALE, keys_and_values, paged, query_start, slack
+from tests.kernels.test_quantized import FORMATS, quantized
 
 SPLIT = 512  # keys, of attention
 TILE = 64  # rows of a product, up to which another shape of tile computes it
@@ -34,26 +45,92 @@ def test_splits_of_keys_are_merged(
     assert_same(attention_decode(q[[3, 6]], pages, SCALE), out[[3, 6]])
 
 
+def some_weight(*shape: int, format: str, dtype: torch.dtype, seed: int) -> Weight:
+    """Random, and quantised unless `format` is empty."""
+    if not format:
+        return random(*shape, dtype=dtype, seed=seed)
+    return quantized(*shape, format=format, group_size=dict(FORMATS)[format], seed=seed)
+
+
 @each_implementation("linear", but="reference")
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
-def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, dtype: torch.dtype) -> None:
-    x, weight = random(2 * TILE + 3, 150, dtype=dtype), linear.pack(random(40, 150, dtype=dtype, seed=1))
-    together = linear(x, weight)
-    for start, end in ((0, 1), (70, 71), (3, 3 + TILE), (0, TILE + 1), (100, 131)):
-        assert_same(linear(x[start:end], weight), together[start:end])
+@pytest.mark.parametrize("format", ["", *dict(FORMATS)])
+def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, format: str, dtype: torch.dtype) -> None:
+    x = random(2 * TILE + 3, 150, dtype=dtype)
+    weight = linear.pack(some_weight(70, 150, format=format, dtype=dtype, seed=1))
+    bias = random(70, dtype=dtype, seed=2)
+    together = linear(x, weight, bias)
+    for start, end in ((0, 1), (70, 71), (20, 36), (50, 67), (3, 3 + TILE), (0, TILE + 1), (100, 131)):
+        assert_same(linear(x[start:end], weight, bias), together[start:end])
 
 
 @each_implementation("run_experts", but="reference")
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
-def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(run_experts: RunExperts, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", ["", *dict(FORMATS)])
+def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(
+    run_experts: RunExperts, format: str, dtype: torch.dtype
+) -> None:
     tokens = 70  # expert 1's rows fill a tile and more, expert 2 has none
     x = random(tokens, 24, dtype=dtype)
-    experts = run_experts.pack(random(4, 20, 24, dtype=dtype, seed=1), random(4, 24, 10, dtype=dtype, seed=2))
+    gate_up = some_weight(4, 20, 24, format=format, dtype=dtype, seed=1)
+    experts = run_experts.pack(gate_up, some_weight(4, 24, 10, format=format, dtype=dtype, seed=2))
     ids = torch.tensor([[1, 3 * (t % 2)] for t in range(tokens)], dtype=torch.int32)
     weights = torch.softmax(random(tokens, 2, seed=3), dim=-1)
     together = run_experts(x, experts, weights, ids)
-    for start, end in ((0, 1), (69, 70), (5, 40)):
+    for start, end in ((0, 1), (69, 70), (5, 12), (5, 40)):
         assert_same(run_experts(x[start:end], experts, weights[start:end], ids[start:end]), together[start:end])
+
+
+@each_implementation("linear", but="reference")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", dict(FORMATS))
+def test_every_number_of_a_format_is_met_exactly(linear: Linear, format: str, dtype: torch.dtype) -> None:
+    weight = quantized(9, 150, format=format, group_size=dict(FORMATS)[format])
+    weight = weight._replace(scales=torch.ones_like(weight.scales))
+    assert len(set(weight.values.float().flatten().tolist())) == {"int8": 255, "int4": 15, "fp8": 253}[format]
+    assert_same(linear(torch.eye(150, dtype=dtype), linear.pack(weight)), weight.values.to(dtype).t())
+
+
+REFUSED = quantized(4, 300, format="int4", group_size=128)
+
+
+@pytest.mark.parametrize("format", dict(FORMATS))
+def test_a_packed_weight_is_as_small_as_its_numbers(format: str) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from kernels.triton.quantized import BITS, pack
+
+    packed = pack(quantized(3, 5, 1000, format=format, group_size=dict(FORMATS)[format]))
+    assert packed.words.shape[:2] == (3, 5)
+    assert packed.words.nbytes == 15 * 1024 * BITS[format] // 8
+    assert packed.scales.shape == (8 if format == "int4" else 1, 15)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (REFUSED._replace(bits=3), "read int8, int4 and fp8 weights, not torch.int8 of 3 bits"),
+        (REFUSED._replace(values=REFUSED.values.short()), "not torch.int16 of 4 bits"),
+        (REFUSED._replace(group_size=64), "int4 weights in groups of 128 inputs, not of 64"),
+        (REFUSED._replace(bits=8), "int8 weights in groups of whole rows, not of 128"),
+        (REFUSED._replace(scales=REFUSED.scales[:, :2]), r"float32 scales \(4, 3\), not torch.float32 \(4, 2\)"),
+        (REFUSED._replace(scales=REFUSED.scales.double()), "not torch.float64"),
+    ],
+)
+def test_a_weight_without_a_triton_kernel_for_it_is_refused(weight: QuantizedWeight, message: str) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from kernels.triton.linear import Linear
+
+    with pytest.raises(ValueError, match=message):
+        Linear().pack(weight)
+
+
+def test_triton_experts_of_two_formats_are_refused() -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from kernels.triton.moe import RunExperts
+
+    gate_up, down = quantized(2, 8, 16, format="int8", group_size=16), quantized(2, 16, 4, format="fp8", group_size=4)
+    with pytest.raises(ValueError, match="gate_up and down differ in format: int8 and fp8"):
+        RunExperts().pack(gate_up, down)
 
 
 def rows_of(inputs: Inputs, rows: slice) -> Inputs:

@@ -73,9 +73,9 @@ def test_the_command_never_imports_torch() -> None:
     ("arguments", "sentence"),
     [
         (["serve", "--port", "http"], "jamba: --port is 'http'; it must be a whole number"),
-        (["serve", "--quantization", "int5"], "jamba: --quantization is 'int5'; it must be one of int8, int4."),
-        (["serve", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4."),
-        (["plan", "org/name", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4."),
+        (["serve", "--quantization", "int5"], "jamba: --quantization is 'int5'; it must be one of int8, int4, fp8."),
+        (["serve", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4 or fp8."),
+        (["plan", "org/name", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4 or fp8."),
         (["serve", "--tensor-parallel-size", "2"], "jamba: tensor_parallel_size 2 is not supported yet"),
         (["serve", "--config", "/no/such.yaml"], "jamba: --config /no/such.yaml: there is no such file."),
         (["serve", "--port", "0", "/no/such"], "jamba: There is no folder /no/such, and a hub id"),

@@ -1,5 +1,6 @@
 // How a product reads its weights: from each format of `gemm.h` to the numbers that the level multiplies. Nothing is
-// rounded: whole numbers of seven bits and a sign are numbers of bf16.
+// rounded: whole numbers of seven bits and a sign are numbers of bf16, and so are those of e4m3. The latter's bits move
+// to float32's places; times 2^120 the exponent is right, also of subnormals.
 //
 // Reader<W>: steps of PAIRS pairs in BYTES bytes, COLUMN_BYTES from a column to the next. `vector` gives the columns
 // vector * WIDTH and on of one of the pairs. Where SCALED, the scales of a group follow its steps.
@@ -36,6 +37,21 @@ struct Reader<Int8> {
 };
 
 template <>
+struct Reader<Fp8> {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
+    static INLINE __m512i bits(const char* p) {
+        const __m512i moved = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)), 20);
+        const __m512i places = _mm512_and_si512(moved, _mm512_set1_epi32(int(0x87f00000)));
+        return _mm512_castps_si512(_mm512_castsi512_ps(places) * set(0x1p120f));
+    }
+    static INLINE Weight vector(const char* step, int vector, int) {
+        const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
+        return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
+    }
+};
+
+template <>
 struct Reader<Int4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
@@ -56,15 +72,15 @@ INLINE Lanes read_lanes(const char* p) {
     std::memcpy(&x, p, sizeof(x));
     return x;
 }
-INLINE Vec read_bytes(const char* p) {  // signed
+INLINE Lanes read_bytes(const char* p) {  // signed
 #if defined(LEVEL_AVX512)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    return (Lanes)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(LEVEL_AVX2)
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    return (Lanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
     int32_t four;
     std::memcpy(&four, p, sizeof(four));
-    return __builtin_convertvector(Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24, Vec);
+    return Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24;
 #endif
 }
 // Bits first..first+size-1 of each lane, the highest of them being the sign.
@@ -96,7 +112,16 @@ struct Reader<Int8> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        return read_bytes(step + half * PANEL + WIDTH * vector);
+        return __builtin_convertvector(read_bytes(step + half * PANEL + WIDTH * vector), Vec);
+    }
+};
+
+template <>
+struct Reader<Fp8> {
+    static constexpr bool SCALED = true;
+    static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
+    static INLINE Weight vector(const char* step, int vector, int, int half) {
+        return (Vec)(read_bytes(step + half * PANEL + WIDTH * vector) << 20 & int(0x87f00000)) * set(0x1p120f);
     }
 };
 

@@ -35,7 +35,7 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     }
 }
 
-// A panel's whole numbers `from`..`end` of K in the order that `BITS` of them have.
+// A panel's numbers `from`..`end` of K in the order that those of `BITS` bits have.
 template <int BITS>
 uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
     constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;  // of a column in a step
@@ -117,8 +117,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
             auto* out = static_cast<uint8_t*>(packed) + p * panel;
             for (int64_t group = 0; group < groups; group++) {
                 const int64_t start = group * group_size, end = k - start < group_size ? k : start + group_size;
-                out = bits == 8 ? pack_numbers<8>(from, out, columns, k, start, end)
-                                : pack_numbers<4>(from, out, columns, k, start, end);
+                out = bits == 4 ? pack_numbers<4>(from, out, columns, k, start, end)
+                                : pack_numbers<8>(from, out, columns, k, start, end);
                 float row[PANEL] = {};
                 for (int64_t c = 0; c < columns; c++) row[c] = scales[(p * PANEL + c) * groups + group];
                 std::memcpy(out, row, sizeof(row));

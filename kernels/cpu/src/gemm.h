@@ -5,12 +5,14 @@
 // A weight [N, K] is packed in panels of 32 columns of its transpose, K upwards in pairs (an odd K gets a zero):
 // bf16: [panel][pair][column][2], as the dot product of pairs takes it; f32 and f16: [panel][pair][2][column].
 //
-// Quantised weights: each group of a panel's inputs, then its scales, float32 [column]. int8: [pair][2][column]. int4:
-// [step][column][2] words of 16 bits, each of its number of four pairs, the first in the lowest bits (K is filled up
-// with zeros to whole steps).
+// Quantised weights: each group of a panel's inputs, then its scales, float32 [column]. int8 and fp8 (e4m3 without
+// infinities): [pair][2][column]. int4: [step][column][2] words of 16 bits, each of its number of four pairs, the first
+// in the lowest bits (K is filled up with zeros to whole steps).
 constexpr int64_t PANEL = 32;
 struct Int8 {};
 struct Int4 {};
+struct Fp8 {};
+constexpr int64_t FP8 = -8;  // in place of 8 bits
 constexpr int64_t INT4_PAIRS = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,7 +27,7 @@ inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
 struct Weights {
     const char* panels;
     int64_t k;
-    int64_t bits;        // 8 or 4: whole numbers with scales; 0: numbers of the product's dtype
+    int64_t bits;        // 8 or 4: whole numbers with scales; FP8: with scales, too; 0: numbers of the product's dtype
     int64_t group_size;  // inputs to a scale, a multiple of 8; K or more is one group
 
     int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
@@ -34,7 +36,8 @@ struct Weights {
 };
 template <class T>
 int64_t panel_bytes(const Weights& w) {
-    return w.bits ? w.pairs() * PANEL * w.bits / 4 + w.groups() * PANEL * 4 : w.pairs() * PAIR_BYTES<T>;
+    const int64_t bits = w.bits == FP8 ? 8 : w.bits;
+    return bits ? w.pairs() * PANEL * bits / 4 + w.groups() * PANEL * 4 : w.pairs() * PAIR_BYTES<T>;
 }
 
 // `rows` in as few tiles of at most `highest` as possible, of nearly equal sizes.

@@ -295,6 +295,7 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     switch (p.weights.bits) {
         case 8: return multiply_strips<T, Int8>(p, x, tile, tile_end, strip, strip_end);
         case 4: return multiply_strips<T, Int4>(p, x, tile, tile_end, strip, strip_end);
+        case FP8: return multiply_strips<T, Fp8>(p, x, tile, tile_end, strip, strip_end);
         default: return multiply_strips<T, T>(p, x, tile, tile_end, strip, strip_end);
     }
 }
