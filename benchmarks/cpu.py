@@ -6,8 +6,9 @@
 Dummy weights, in-process, greedy, prompts of four tokens for decode. Each shape and format has a process of its own,
 so that its memory is what it took itself. The limit of a decode step is the longer of two times: the bytes of weights
 that it must read in this format over the bandwidth, and two operations per active parameter and sequence over the
-matmul rate; of prefill, the latter alone. As the bandwidth drifts it is measured before and after each decode. Long
-prompts and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at a time.
+matmul rate; of prefill, the latter alone. As the bandwidth drifts it is measured before and after each decode.
+Long prompts and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at
+a time.
 Writes benchmarks/results/NAME.json and NAME.md after every process.
 """
 
