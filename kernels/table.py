@@ -61,18 +61,12 @@ class TableRow:
 def _triton(module: str, name: str) -> Callable[[], Any]:
     """An op of kernels.triton, whose modules can be imported only where triton is installed."""
 
-    def load() -> Any:
+    def load(*parts: Any) -> Any:
         ensure_available()
         op = getattr(import_module(f"kernels.triton.{module}"), name)
-        return op() if isinstance(op, type) else op
+        return op(*parts) if isinstance(op, type) else op
 
     return load
-
-
-def _triton_mamba_decode(*parts: Any) -> mamba.MambaDecode:
-    """There is no kernel of its own yet: what was chosen for the parts, one after the other."""
-    ensure_available()
-    return mamba.MambaDecode(*parts)
 
 
 # Reference kernels that leave sums to torch are not exact, where its libraries choose the order by the tensor's shape.
@@ -126,7 +120,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("sample", "reference", ("cpu",), lambda: sample.sample),
     Implementation("sample", "reference", ("cuda",), lambda: sample.sample, exact=False),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
-    Implementation("mamba_decode", "triton", ("cuda",), _triton_mamba_decode, _MAMBA_PARTS),
+    Implementation("mamba_decode", "triton", ("cuda",), _triton("mamba", "MambaDecode"), _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 
