@@ -84,6 +84,9 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("causal_conv1d_update", "triton", ("cuda",), _triton("conv", "causal_conv1d_update")),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
+    Implementation(
+        "selective_scan", "triton-chunked", ("cuda",), _triton("scan_chunked", "selective_scan"), exact=False
+    ),
     Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
     Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),

@@ -5,7 +5,7 @@ function and tile by tile: the bits are theirs.
 """
 
 # What the compiler knows of a kernel, the type checker does not.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

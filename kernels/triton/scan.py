@@ -5,7 +5,7 @@ makes some hundreds of programs; the next token's inputs are fetched while the c
 """
 
 # What the compiler knows of a kernel, the type checker does not.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def scan_kernel(
 ) -> None:  # fmt: skip
     """Grid (cdiv(channels, BLOCK_D), sequences). DECODE: row i is sequence i's only one, and all have a state."""
     sequence = tl.program_id(1)
-    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
-    inside, inside_s = channel < channels, s < STATES
-    place, inside_state = channel[:, None] * STATES + s[None, :], inside[:, None] & inside_s[None, :]
+    place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     slot = tl.load(state_ids + sequence).to(tl.int64)
     h = tl.load(ssm_state + slot * slot_stride + place, mask=inside_state, other=0.0)
     if DECODE:
@@ -82,17 +80,43 @@ def scan_kernel(
         row, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
         save, last_save = tl.load(save_start + sequence), tl.load(save_start + sequence + 1)
         h = tl.where(tl.load(has_state + sequence) != 0, h, 0.0)
+    walk(
+        h, row, end, u, dt, b, c, z, a, d, dt_bias, ssm_state, out, slot, True,
+        save, last_save, save_rows, save_slots,
+        channels, u_stride, dt_stride, b_stride, c_stride, z_stride, slot_stride, STATES, BLOCK_D, BLOCK_S,
+    )  # fmt: skip
+
+
+@jit
+def walk(
+    h: tl.tensor, row: tl.tensor, end: tl.tensor,
+    u: tl.tensor, dt: tl.tensor, b: tl.tensor, c: tl.tensor, z: tl.tensor,
+    a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
+    ssm_state: tl.tensor, out: tl.tensor, slot: tl.tensor, is_last: tl.tensor,
+    save: tl.tensor, last_save: tl.tensor, save_rows: tl.tensor, save_slots: tl.tensor,
+    channels: tl.tensor,
+    u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor, c_stride: tl.tensor, z_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows `row` to `end` of a sequence from the state h [D, S] on. Of its saves `save` to `last_save` those at these
+    rows are written, and, where they are its last rows, the final state into `slot`."""
+    first = row
+    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    inside, inside_s = channel < channels, s < STATES
+    place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     rate = tl.load(a + place, mask=inside_state, other=0.0) * LOG2_E
     skip, bias = tl.load(d + channel, mask=inside, other=0.0), tl.load(dt_bias + channel, mask=inside, other=0.0)
-    first = row.to(tl.int64)
-    u_at, dt_at, z_at = u + first * u_stride + channel, dt + first * dt_stride + channel, z + first * z_stride + channel
-    b_at, c_at, out_at = b + first * b_stride + s, c + first * c_stride + s, out + first * channels + channel
+    at = row.to(tl.int64)
+    u_at, dt_at, z_at = u + at * u_stride + channel, dt + at * dt_stride + channel, z + at * z_stride + channel
+    b_at, c_at, out_at = b + at * b_stride + s, c + at * c_stride + s, out + at * channels + channel
     u_t, dt_t, z_t = load(u_at, inside), load(dt_at, inside), load(z_at, inside)
     b_t, c_t = load(b_at, inside_s), load(c_at, inside_s)
     # from one state to write to the next; the last of them is the final one
     for i in range(save, last_save + 1):
         more = i < last_save
-        stop = tl.where(more, tl.load(save_rows + i, mask=more, other=0) + 1, end)
+        saved = tl.load(save_rows + i, mask=more, other=0)
+        stop = tl.where(more, tl.minimum(tl.maximum(saved + 1, first), end), end)
         target = tl.where(more, tl.load(save_slots + i, mask=more, other=0).to(tl.int64), slot)
         for t in range(row, stop):
             ahead = tl.where(t + 1 < end, 1, 0).to(tl.int64)
@@ -105,7 +129,17 @@ def scan_kernel(
             out_at += channels
             u_t, dt_t, z_t, b_t, c_t = u_next, dt_next, z_next, b_next, c_next
         row = stop
-        tl.store(ssm_state + target * slot_stride + place, h, mask=inside_state)
+        if tl.where(more, (saved >= first) & (saved < end), is_last):
+            tl.store(ssm_state + target * slot_stride + place, h, mask=inside_state)
+
+
+@jit
+def state_block(
+    channels: tl.tensor, STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Where in a state [channels, STATES] the program's block [BLOCK_D, BLOCK_S] is, and which of it exists."""
+    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    return channel[:, None] * STATES + s[None, :], (channel < channels)[:, None] & (s < STATES)[None, :]
 
 
 @jit

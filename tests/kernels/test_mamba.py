@@ -145,6 +145,42 @@ def test_it_equals_the_formula(name: str) -> None:
     assert_close(ssm[2].cpu(), final, atol=1e-4)
 
 
+@pytest.mark.parametrize("programs", [20, 4])  # of 18 rows 4 share one, or 16
+@pytest.mark.skipif("triton" not in NAMES, reason="neither triton's interpreter nor a GPU")
+def test_triton_gives_a_row_the_same_bits_alone_and_in_one_program_with_others(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels.triton import mamba
+
+    kernels, device = kernels_for("triton")
+    weights = pack(kernels, move(make_weights(40, 5, 10, torch.bfloat16), device))
+    slots = [(7 * i + 3) % SLOTS for i in range(18)]
+    xz = random(18, 2 * 40, dtype=torch.bfloat16, seed=11).to(device)
+    ids = torch.tensor(slots, dtype=torch.int32).to(device)
+    packed = kernels.mamba_decode.pack(weights)
+    conv, ssm = move(make_states(40, 5, slots, torch.bfloat16), device)
+    alone = [kernels.mamba_decode(xz[i : i + 1], packed, conv, ssm, ids[i : i + 1]) for i in range(18)]
+    monkeypatch.setattr(mamba, "PROGRAMS", programs)
+    more_conv, more_ssm = move(make_states(40, 5, slots, torch.bfloat16), device)
+    together = kernels.mamba_decode(xz, packed, more_conv, more_ssm, ids)
+    assert not together.isnan().any()
+    assert_same(together, torch.cat(alone))
+    assert_same(more_conv, conv)
+    assert_same(more_ssm, ssm)
+
+
+@pytest.mark.skipif(not interpreted(), reason="not in triton's interpreter")
+def test_triton_stands_for_its_own_parts_only() -> None:
+    assert select("cuda", {"selective_state_update": "reference"}).names["mamba_decode"] == "reference"
+    with pytest.raises(KernelError, match=r"mamba_decode=triton.*kernels.triton's Linear"):
+        select("cuda", {"linear": "reference", "mamba_decode": "triton"})
+    # the scan of whole prompts is none of them
+    fastest = select("cuda", {}, exact=False)
+    assert (fastest.names["selective_scan"], fastest.names["mamba_decode"]) == ("triton-chunked", "triton")
+    assert fastest.inexact_ops == ("selective_scan",)
+    assert select("cuda", {}).inexact_ops == ()
+
+
 def test_a_wish_for_another_part_is_a_wish_against_the_whole() -> None:
     try:
         select("cpu", {"mamba_decode": "cpu"})

@@ -9,7 +9,6 @@ import kernels.triton
 from kernels import table
 from kernels.ops import AttentionDecode, AttentionPrefill, Kernels, KernelUnavailable, Linear, RunExperts, Sample
 from kernels.ops import SampleInputs as Inputs
-from kernels.reference.mamba import MambaDecode
 from kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
 from tests.kernels.cases import EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
@@ -98,7 +97,7 @@ def test_sample_at_the_ends(sample: Sample) -> None:
 def test_every_op_has_its_type() -> None:
     """Written out, so that the type checker compares every op with its protocol."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton import attention, conv, linear, moe, norm, route, sample, scan, slots
+    from kernels.triton import attention, conv, linear, mamba, moe, norm, route, sample, scan, slots
 
     ops = Kernels(
         rms_norm=norm.rms_norm,
@@ -115,7 +114,7 @@ def test_every_op_has_its_type() -> None:
         run_experts=moe.RunExperts(),
         linear=linear.Linear(),
         sample=sample.sample,
-        mamba_decode=MambaDecode(
+        mamba_decode=mamba.MambaDecode(
             conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update
         ),
         names={},
