@@ -243,9 +243,17 @@ def product_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"run_experts, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
 
 
+def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """x_proj of the 3B models: sections added by one program or from memory."""
+    weight = empty(192, 5120)
+    for rows in (64, 2048):
+        x = empty(rows, 5120)
+        yield f"linear, narrow, {rows}", lambda x=x: linear.Linear()(x, weight)
+
+
 def all_launches() -> list[Launch]:
     calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
-    calls += product_calls()
+    calls += [*product_calls(), *narrow_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     # Mini's heads: other constants, so another kernel
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]

@@ -1,7 +1,8 @@
 """A Mamba layer's decode between in_proj and out_proj in three launches: the convolution, x_proj, and all the rest.
 
-The rest is one kernel, so that dt, B and C never wait for a launch. Its arithmetic is that of its parts, function by
-function and tile by tile: the bits are theirs.
+The rest is one kernel. Its arithmetic is that of the parts, function by function and tile by tile: the bits are theirs.
+Of few rows it also adds up the sections of x_proj's product, see `kernels.triton.narrow`; every program does so for
+itself, which with many rows would be more than a launch costs.
 """
 
 # What the compiler knows of a kernel, the type checker does not.
@@ -9,6 +10,7 @@ function and tile by tile: the bits are theirs.
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -16,10 +18,11 @@ from kernels.ops import KernelUnavailable, MambaWeights
 from kernels.triton.conv import causal_conv1d_update
 from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
 from kernels.triton.linear import Linear
+from kernels.triton.narrow import add_sections, is_narrow, section_product, section_sums, tile_for
 from kernels.triton.norm import normalized, rms_norm, tile_rows
-from kernels.triton.product import product, tile_for
 from kernels.triton.scan import load, selective_state_update, step
 
+BLOCK_CHANNELS = 32
 PROGRAMS = 1024
 """As many fill a large GPU; while there are fewer, no program takes several rows."""
 STAGES = 2  # of dt_proj's short product, whose buffers would otherwise keep other programs out
@@ -46,21 +49,31 @@ class MambaDecode:
         """See `kernels.ops.MambaDecode`."""
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
-        return _update(u, z, self._linear(u, weights.x_proj), weights, ssm_state, state_ids)
+        few = program_rows(len(u), weights.scan.a.shape[0]) == 1
+        sectioned = few and isinstance(weights.x_proj, Tensor) and is_narrow(*weights.x_proj.shape)
+        projected = section_sums(u, weights.x_proj) if sectioned else self._linear(u, weights.x_proj)
+        return _update(u, z, projected, weights, ssm_state, state_ids)
+
+
+def program_rows(rows: int, channels: int) -> int:
+    """How many rows a program takes. They share what it reads of dt_proj."""
+    programs = rows * cdiv(channels, BLOCK_CHANNELS)
+    return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
 
 def _update(
     u: Tensor, z: Tensor, projected: Tensor, weights: MambaWeights, ssm_state: Tensor, state_ids: Tensor
 ) -> Tensor:
-    """From x_proj's product on."""
-    channels, states = weights.scan.a.shape
-    assert z.stride(1) == 1 and ssm_state.stride()[1:] == (states, 1)
-    rows, tile = len(u), tile_for(1, u.element_size())
-    blocks, rank = cdiv(channels, tile.columns), len(weights.dt_norm)
+    """From x_proj's product [N, R + 2S] on, or from the sums of its sections [sections, N, R + 2S]."""
+    (channels, states), rows = weights.scan.a.shape, len(u)
+    assert u.is_contiguous() and z.stride(1) == 1 and ssm_state.stride()[1:] == (states, 1)
+    tile = tile_for(1, u.element_size())
+    rank, shared = len(weights.dt_norm), program_rows(rows, channels)
     rank_block, state_block = next_power_of_2(rank), next_power_of_2(states)
-    program_rows = 1 if rows * blocks <= PROGRAMS else 4 if rows * blocks <= 4 * PROGRAMS else 16
-    out = u.new_empty(rows, channels)
-    update_kernel[(blocks, cdiv(rows, program_rows))](
+    sections = len(projected) if projected.dim() == 3 else 0
+    scratch = (u.new_empty(1 + bool(sections), rows, projected.shape[-1]), torch.empty_like(u))
+    out = torch.empty_like(u)
+    update_kernel[(cdiv(channels, BLOCK_CHANNELS), cdiv(rows, shared))](
         u,
         z,
         projected,
@@ -71,19 +84,21 @@ def _update(
         *weights.scan,
         ssm_state,
         state_ids,
-        projected.new_empty(projected.shape),
-        u.new_empty(rows, channels),
+        *scratch,
         out,
         rows,
+        sections,
         channels,
         rank,
         z.stride(0),
         ssm_state.stride(0),
         weights.eps,
         STATES=states,
-        ROWS=program_rows,
+        ROWS=shared,
+        SECTIONED=sections > 0,
         TILE_ROWS=tile.rows,
-        BLOCK_D=tile.columns,
+        BLOCK_D=BLOCK_CHANNELS,
+        BLOCK_P=next_power_of_2(projected.shape[-1]),
         INNER=tile.inner,
         BLOCK_R=rank_block,
         NORM_ROWS_R=tile_rows(rank_block),
@@ -103,17 +118,25 @@ def update_kernel(
     a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
     ssm_state: tl.tensor, state_ids: tl.tensor,
     normed: tl.tensor, dt: tl.tensor, out: tl.tensor,
-    rows: tl.tensor, channels: tl.tensor, rank: tl.tensor,
+    rows: tl.tensor, sections: tl.tensor, channels: tl.tensor, rank: tl.tensor,
     z_stride: tl.tensor, slot_stride: tl.tensor, eps: tl.tensor,
-    STATES: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INNER: tl.constexpr,
+    STATES: tl.constexpr, ROWS: tl.constexpr, SECTIONED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
     BLOCK_R: tl.constexpr, NORM_ROWS_R: tl.constexpr, BLOCK_S: tl.constexpr, NORM_ROWS_S: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (cdiv(channels, BLOCK_D), cdiv(rows, ROWS)). `normed` and `dt` are scratch memory of the shapes of
-    `projected` and `out`: what a program wrote there it reads again in another layout. All programs of the same rows
-    write the same bits into `normed`."""
+    """Grid (cdiv(channels, BLOCK_D), cdiv(rows, ROWS)). `normed` [1 or 2, rows, rank + 2 * STATES] and `dt` [rows,
+    channels] are scratch memory: what a program wrote there it reads again in another layout. All programs of the same
+    rows write the same bits into `normed`. SECTIONED, with ROWS 1: `projected` holds the sums of sections."""
     first = tl.program_id(1).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, rows)
     width = rank + 2 * STATES
+    if SECTIONED:
+        column = first * width + tl.arange(0, BLOCK_P)
+        mask = tl.arange(0, BLOCK_P) < width
+        total = add_sections(projected + column, mask, sections, rows.to(tl.int64) * width)
+        projected = normed + rows.to(tl.int64) * width
+        tl.store(projected + column, rounded(total, normed.type.element_ty), mask=mask)
+        tl.debug_barrier()
     normalize(projected, normed, dt_norm, first, end, width, rank, eps, ROWS, BLOCK_R, NORM_ROWS_R)
     b_raw, b_at = projected + rank, normed + rank
     normalize(b_raw, b_at, b_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
@@ -123,7 +146,7 @@ def update_kernel(
     row = first + tl.arange(0, TILE_ROWS)[:, None]
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     weight = dt_proj + column.to(tl.int64) * rank
-    total = product(normed + row * width, weight, row < end, column < channels, rank, TILE_ROWS, BLOCK_D, INNER)
+    total = section_product(normed + row * width, weight, row < end, column < channels, rank, TILE_ROWS, BLOCK_D, INNER)
     tl.store(dt + row * channels + column, rounded(total, dt.type.element_ty), mask=(row < end) & (column < channels))
     tl.debug_barrier()
     channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)

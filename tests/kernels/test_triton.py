@@ -42,6 +42,24 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, dtyp
         assert_same(linear(x[start:end], weight), together[start:end])
 
 
+@each_implementation("linear", but="reference")
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("inputs", [512, 1100])  # K in one section, and in three
+def test_a_narrow_product_adds_its_sections_in_one_order(
+    linear: Linear, inputs: int, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = pytest.importorskip("kernels.triton.narrow", reason="the package triton is not installed")
+    x, raw = random(TILE + 3, inputs + 7, dtype=dtype)[:, :inputs], random(33, inputs, dtype=dtype, seed=1)
+    weight, bias = linear.pack(raw), random(33, dtype=dtype, seed=2) if with_bias else None
+    separately = linear(x, weight, bias)
+    expected = double(x) @ double(raw).T + (0 if bias is None else double(bias))
+    assert_close(separately, expected, atol=1e-4)
+    assert_same(linear(x[65:66], weight, bias), separately[65:66])
+    monkeypatch.setattr(narrow, "MANY_ROWS", TILE)  # from where on one program adds them all
+    assert_same(linear(x, weight, bias), separately)
+
+
 @each_implementation("run_experts", but="reference")
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_a_token_has_the_same_bits_whoever_else_chose_its_experts(run_experts: RunExperts, dtype: torch.dtype) -> None:
