@@ -22,7 +22,6 @@ from kernels.triton.narrow import add_sections, is_narrow, section_product, sect
 from kernels.triton.norm import normalized, rms_norm, tile_rows
 from kernels.triton.scan import load, selective_state_update, step
 
-BLOCK_CHANNELS = 32
 PROGRAMS = 1024
 """As many fill a large GPU; while there are fewer, no program takes several rows."""
 STAGES = 2  # of dt_proj's short product, whose buffers would otherwise keep other programs out
@@ -49,15 +48,21 @@ class MambaDecode:
         """See `kernels.ops.MambaDecode`."""
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
-        few = program_rows(len(u), weights.scan.a.shape[0]) == 1
+        few = program_rows(len(u), *weights.scan.a.shape) == 1
         sectioned = few and isinstance(weights.x_proj, Tensor) and is_narrow(*weights.x_proj.shape)
         projected = section_sums(u, weights.x_proj) if sectioned else self._linear(u, weights.x_proj)
         return _update(u, z, projected, weights, ssm_state, state_ids)
 
 
-def program_rows(rows: int, channels: int) -> int:
+def block_channels(states: int) -> int:
+    """Channels of a program: the tile of dt_proj, or more where a thread would have less than four elements of a state:
+    then the sum over a channel's states would not be shared out among threads as the scan does it."""
+    return max(32, min(128, 512 // next_power_of_2(states)))
+
+
+def program_rows(rows: int, channels: int, states: int) -> int:
     """How many rows a program takes. They share what it reads of dt_proj."""
-    programs = rows * cdiv(channels, BLOCK_CHANNELS)
+    programs = rows * cdiv(channels, block_channels(states))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
 
@@ -68,12 +73,12 @@ def _update(
     (channels, states), rows = weights.scan.a.shape, len(u)
     assert u.is_contiguous() and z.stride(1) == 1 and ssm_state.stride()[1:] == (states, 1)
     tile = tile_for(1, u.element_size())
-    rank, shared = len(weights.dt_norm), program_rows(rows, channels)
+    rank, shared, block = len(weights.dt_norm), program_rows(rows, channels, states), block_channels(states)
     rank_block, state_block = next_power_of_2(rank), next_power_of_2(states)
     sections = len(projected) if projected.dim() == 3 else 0
     scratch = (u.new_empty(1 + bool(sections), rows, projected.shape[-1]), torch.empty_like(u))
     out = torch.empty_like(u)
-    update_kernel[(cdiv(channels, BLOCK_CHANNELS), cdiv(rows, shared))](
+    update_kernel[(cdiv(channels, block), cdiv(rows, shared))](
         u,
         z,
         projected,
@@ -97,7 +102,7 @@ def _update(
         ROWS=shared,
         SECTIONED=sections > 0,
         TILE_ROWS=tile.rows,
-        BLOCK_D=BLOCK_CHANNELS,
+        BLOCK_D=block,
         BLOCK_P=next_power_of_2(projected.shape[-1]),
         INNER=tile.inner,
         BLOCK_R=rank_block,

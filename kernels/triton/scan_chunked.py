@@ -18,11 +18,11 @@ from torch import Tensor
 from kernels.ops import ScanInputs, ScanWeights, Segments
 from kernels.triton import scan
 from kernels.triton.launch import LOG2_E, cdiv, jit, next_power_of_2, softplus
-from kernels.triton.scan import BLOCK_CHANNELS, OPTIONS, load, state_block, walk
+from kernels.triton.scan import GROUP, OPTIONS, SCHEDULERS, decayed, load, row_of, state_block, vectors, walk
 
-CHUNK = 256
+CHUNK = 256  # tokens, a multiple of GROUP
 MIN_CHUNKS = 4
-PROGRAMS = 1024  # of one warp each: half of what a GPU with some hundred multiprocessors needs to hide waiting
+BLOCK_CHANNELS = 16
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
@@ -34,11 +34,12 @@ def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, 
 
 
 def pays(rows: int, longest: int, channels: int) -> bool:
-    """Whether two levels are quicker than one, for a batch of so many rows: they do the work about twice, CHUNK tokens
-    one after the other. One level waits for the longest prompt, which shares the GPU with as many programs as had work
-    if all prompts were as long. A matter of shapes alone, the same on every GPU."""
-    programs = cdiv(channels, BLOCK_CHANNELS) * rows // longest
-    return longest >= MIN_CHUNKS * CHUNK and programs < PROGRAMS
+    """Whether two levels are quicker than one, for a batch of so many rows. They take 1.6 times as many instructions
+    (counted, not timed), but CHUNK tokens one after the other: good where one level has fewer warps than there are
+    schedulers. It has as many at work as if all prompts were as long as the longest. A matter of shapes alone, the same
+    on every GPU."""
+    warps = cdiv(channels, BLOCK_CHANNELS) * rows // longest
+    return longest >= MIN_CHUNKS * CHUNK and warps < SCHEDULERS
 
 
 def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
@@ -56,7 +57,19 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
     sizes = {"STATES": states, "BLOCK_D": BLOCK_CHANNELS, "BLOCK_S": next_power_of_2(states), "CHUNK": CHUNK}
     known = (segments.query_start, segments.state_ids, segments.has_state)
     chunk_kernel[(blocks, chunks - 1, sequences)](
-        u, dt, b, a, dt_bias, starts, times, segments.query_start, channels, *strides[:3], **sizes, **OPTIONS
+        u,
+        dt,
+        b,
+        a,
+        dt_bias,
+        starts,
+        times,
+        segments.query_start,
+        channels,
+        *strides[:3],
+        GROUP=GROUP,
+        **sizes,
+        **OPTIONS,
     )
     start_kernel[(blocks, sequences)](
         a, starts, times, ssm_state, *known, channels, ssm_state.stride(0), **sizes, **OPTIONS
@@ -64,6 +77,7 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
     output_kernel[(blocks, chunks, sequences)](
         *(u, dt, b, c, z, a, d, dt_bias, starts, ssm_state, out, *known[:2], *segments.saves),
         *(channels, *strides, ssm_state.stride(0)),
+        GROUP=GROUP,
         **sizes,
         **OPTIONS,
     )
@@ -81,7 +95,7 @@ def chunk_kernel(
     u: tl.tensor, dt: tl.tensor, b: tl.tensor, a: tl.tensor, dt_bias: tl.tensor,
     starts: tl.tensor, times: tl.tensor, query_start: tl.tensor,
     channels: tl.tensor, u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor,
-    STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     """What a chunk makes of a zero state, into the place of the next one, and the sum of its dt, into its own. Grid
     (cdiv(channels, BLOCK_D), chunks of the longest sequence but one, sequences)."""
@@ -90,24 +104,29 @@ def chunk_kernel(
     row = start + chunk * CHUNK
     if row + CHUNK >= tl.load(query_start + sequence + 1):
         return
-    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
-    inside, inside_s = channel < channels, s < STATES
+    channel, s, group = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S), tl.arange(0, GROUP)
+    inside, inside_s, group = (channel < channels)[None, :], s < STATES, group[:, None]
     place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     rate = tl.load(a + place, mask=inside_state, other=0.0) * LOG2_E
-    bias = tl.load(dt_bias + channel, mask=inside, other=0.0)
-    at = row.to(tl.int64)
-    u_at, dt_at, b_at = u + at * u_stride + channel, dt + at * dt_stride + channel, b + at * b_stride + s
-    u_t, dt_t, b_t = load(u_at, inside), load(dt_at, inside), load(b_at, inside_s)
-    h, time = tl.zeros((BLOCK_D, BLOCK_S), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    for _ in range(CHUNK):  # a row follows each of them
-        u_at, dt_at, b_at = u_at + u_stride, dt_at + dt_stride, b_at + b_stride
-        u_next, dt_next, b_next = load(u_at, inside), load(dt_at, inside), load(b_at, inside_s)
-        dt_t = softplus(dt_t + bias)
-        h = tl.fma(tl.exp2(dt_t[:, None] * rate), h, (dt_t * u_t)[:, None] * b_t[None, :])
-        time += dt_t
+    bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)[None, :]
+    last, rows = row + CHUNK - 1, (row + group).to(tl.int64)
+    u_at, dt_at = u + channel[None, :] + rows * u_stride, dt + channel[None, :] + rows * dt_stride
+    u_t, dt_t = load(u_at, inside), load(dt_at, inside)
+    b_t = vectors(b + s, b_stride, row, last, inside_s, GROUP)
+    h, time = tl.zeros((BLOCK_D, BLOCK_S), tl.float32), tl.zeros((GROUP, BLOCK_D), tl.float32)
+    for t in range(row, row + CHUNK, GROUP):
+        ahead = tl.where(t + GROUP <= last, GROUP, 0).to(tl.int64)
+        u_at, dt_at = u_at + ahead * u_stride, dt_at + ahead * dt_stride
+        u_next, dt_next = load(u_at, inside), load(dt_at, inside)
+        b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
+        delta = softplus(dt_t + bias)
+        drive = delta * u_t
+        for k in tl.static_range(GROUP):
+            h = decayed(h, row_of(delta, group, k), row_of(drive, group, k), b_t[k], rate)
+        time += delta
         u_t, dt_t, b_t = u_next, dt_next, b_next
     own = place_of(start, sequence, CHUNK) + chunk
-    tl.store(times + own * channels + channel, time, mask=inside)
+    tl.store(times + own * channels + channel, tl.sum(time, axis=0), mask=channel < channels)
     tl.store(starts + (own + 1) * channels * STATES + place, h, mask=inside_state)
 
 
@@ -149,7 +168,7 @@ def output_kernel(
     channels: tl.tensor,
     u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor, c_stride: tl.tensor, z_stride: tl.tensor,
     slot_stride: tl.tensor,
-    STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     """A chunk from the state that it starts with. Grid (cdiv(channels, BLOCK_D), chunks of the longest sequence,
     sequences)."""
@@ -165,5 +184,5 @@ def output_kernel(
     walk(
         h, row, tl.minimum(row + CHUNK, end), u, dt, b, c, z, a, d, dt_bias, ssm_state, out, slot, row + CHUNK >= end,
         tl.load(save_start + sequence), tl.load(save_start + sequence + 1), save_rows, save_slots,
-        channels, u_stride, dt_stride, b_stride, c_stride, z_stride, slot_stride, STATES, BLOCK_D, BLOCK_S,
+        channels, u_stride, dt_stride, b_stride, c_stride, z_stride, slot_stride, STATES, BLOCK_D, BLOCK_S, GROUP,
     )  # fmt: skip

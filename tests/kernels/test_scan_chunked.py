@@ -1,4 +1,4 @@
-"""The scan in two levels against float64: sequences that end before, at and behind the borders of chunks."""
+"""The scan in two levels against float64, where sequences end before, at and behind a chunk; and its blocks."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def test_triton_cuts_few_long_prompts_only(module: ModuleType) -> None:
     assert pays(131072, 131072, d)
     assert pays(8192, 8000, d), "short ones beside a long one"
     assert not pays(1023, 1023, d), "too short to be worth it"
-    assert not pays(16384, 2048, d), "eight of them fill the GPU as they are"
+    assert not pays(4096, 2048, d), "two of them fill the GPU as they are"
     assert not pays(64, 1, d)
+    assert not pays(8192, 8192, 16384), "so many channels that one prompt is enough work"
 
 
 def test_triton_keeps_the_sequential_bits_where_nothing_is_cut(module: ModuleType) -> None:
@@ -84,5 +85,21 @@ def test_triton_keeps_the_sequential_bits_where_nothing_is_cut(module: ModuleTyp
     for scan in (module.selective_scan, module.scan.selective_scan):
         states.append(layer_storage(2, 5, 4, dtype=torch.float32))
         outputs.append(on_device(scan)(inputs, weights, states[-1], segments([20], [1], [False])))
+    assert_same(outputs[0], outputs[1])
+    assert_same(states[0], states[1])
+
+
+def test_triton_gives_the_same_bits_in_wide_and_in_narrow_blocks(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, weights = make_inputs(23, 37, 16, torch.bfloat16), make_weights(37, 16)
+    outputs: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
+    for schedulers in (528, 0):
+        monkeypatch.setattr(module.scan, "SCHEDULERS", schedulers)
+        states.append(layer_storage(3, 37, 16, dtype=torch.float32))
+        known = segments([5, 18], [1, 2], [False, False])
+        outputs.append(on_device(module.scan.selective_scan)(inputs, weights, states[-1], known))
+    assert module.scan.block_channels(37, 16, sequences=2) == 16
     assert_same(outputs[0], outputs[1])
     assert_same(states[0], states[1])
