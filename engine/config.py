@@ -19,8 +19,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `kernels.ops` (or "mamba", "attention", "moe", "all" for a family) to an implementation of `kernels.table`.
 
     `gpu_memory_utilization` is the share of a GPU's memory that may be in use, by whomever; what a CPU's share is, the
-    memory plan says. `enforce_eager` keeps the engine from CUDA graphs; on a CPU it is always so. `async_scheduling`
+    memory plan says. `enforce_eager` keeps the engine from recording graphs of its steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None: on a GPU. It changes no token.
+
+    `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is
+    an error where there are none; False: the fastest run. What `kernels` names runs in any case.
     """
 
     model: str
@@ -43,4 +46,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     seed: int = 0
     threads: int | None = None
+    exact: bool | None = None
     kernels: dict[str, str] = msgspec.field(default_factory=dict[str, str])

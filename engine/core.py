@@ -119,7 +119,7 @@ class EngineCore:
         check_sizes(config)
         if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
-        kernels = select(device.type, config.kernels)
+        kernels = select(device.type, config.kernels, config.exact)
         planned = partial(
             plan_memory,
             model_config,
@@ -258,6 +258,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
         kv_bytes=plan.kv_bytes,
         state_bytes=plan.state_bytes,
         kernels=loaded.kernels.names,
+        inexact_ops=loaded.kernels.inexact_ops,
         load_seconds=load_seconds,
         warnings=warnings,
     )

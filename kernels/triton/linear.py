@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, rounded
+from kernels.triton.narrow import is_narrow, narrow_linear
 from kernels.triton.product import product, tile_for
 from kernels.triton.quantized import PackedWeight, pack, read
 
@@ -31,6 +32,8 @@ class Linear:
         data, scales, inputs, format = read(weight)
         rows, outputs = len(x), len(data)
         assert x.shape[1] == inputs and x.stride(1) == 1 and (format or x.dtype == data.dtype)
+        if not format and is_narrow(outputs, inputs):
+            return narrow_linear(x, data, bias)
         tile = tile_for(rows, x.element_size(), quantized=bool(format))
         out = x.new_empty(rows, outputs)
         linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
