@@ -76,7 +76,7 @@ class ServerConfig:
     checkpoint_memory_bytes: Annotated[Number | None, Help("For saved states; none: a quarter of the caches.")] = None
     block_size: Annotated[Count, Help("Tokens a KV page.")] = 16
     gpu_memory_utilization: Annotated[Share, Help("Of a GPU's memory that may be in use.")] = 0.92
-    enforce_eager: Annotated[bool, Help("No CUDA graphs; on a CPU there are none.")] = False
+    enforce_eager: Annotated[bool, Help("No graphs of decoding steps: Python launches every kernel.")] = False
     async_scheduling: Annotated[bool | None, Help("Launch a step before the last is read; none: on a GPU.")] = None
     enable_prefix_caching: Annotated[bool, Help("Compute prefixes that requests share once.")] = True
     enable_priority: Annotated[bool, Help("Obey the field priority of requests.")] = False
