@@ -22,6 +22,7 @@ from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.types import EngineInfo, Request, StepResult
 from engine.weights import dummy_weights, load_weights
+from kernels.external import FLASH_PAGE
 from kernels.table import select
 
 OnProgress = Callable[[str, float], None]
@@ -83,6 +84,7 @@ class EngineCore:
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
         kernels = select(device.type, config.kernels)
         check_quantization(policy, kernels.names)
+        check_flash_attention(config.block_size, dtype, kernels.names)
         plan = plan_memory(
             model_config,
             config,
@@ -167,6 +169,18 @@ def check_quantization(policy: QuantizationPolicy, names: Mapping[str, str]) -> 
             f"quantization {policy.quantization!r} is not supported by the triton kernels yet; leave it out, or add "
             f"{wishes}, which is slow."
         )
+
+
+def check_flash_attention(block_size: int, dtype: torch.dtype, names: Mapping[str, str]) -> None:
+    """ConfigError where flash-attn was chosen and does not take these pages (op -> implementation)."""
+    ops = [op for op in ("attention_prefill", "attention_decode") if names[op] == "flash-attn"]
+    if ops and block_size % FLASH_PAGE:
+        raise ConfigError(
+            f"kernels: {ops[0]}=flash-attn reads pages of a multiple of {FLASH_PAGE} tokens, not of {block_size}: add "
+            f"--block-size {FLASH_PAGE}, or leave it out."
+        )
+    if ops and dtype == torch.float32:
+        raise ConfigError(f"kernels: {ops[0]}=flash-attn takes bfloat16 and float16, not float32.")
 
 
 def available_bytes(device: torch.device) -> int:
