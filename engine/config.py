@@ -17,6 +17,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is a local folder. None leaves a size to the engine. Bytes are plain numbers. `kernels` maps an op of
     `kernels.ops` (or "mamba", "attention", "moe", "all" for a family) to an implementation of `kernels.table`.
+    `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is an
+    error where there are none; False: the fastest run. What `kernels` names runs in any case.
     """
 
     model: str
@@ -36,4 +38,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     seed: int = 0
     threads: int | None = None
+    exact: bool | None = None
     kernels: dict[str, str] = msgspec.field(default_factory=dict[str, str])

@@ -82,7 +82,7 @@ class EngineCore:
         check_sizes(config)
         if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
-        kernels = select(device.type, config.kernels)
+        kernels = select(device.type, config.kernels, config.exact)
         check_quantization(policy, kernels.names)
         check_flash_attention(config.block_size, dtype, kernels.names)
         plan = plan_memory(
@@ -126,6 +126,7 @@ class EngineCore:
             kv_bytes=plan.kv_bytes,
             state_bytes=plan.state_bytes,
             kernels=kernels.names,
+            inexact_ops=kernels.inexact_ops,
             load_seconds=time.monotonic() - started,
             warnings=plan.warnings,
         )

@@ -106,7 +106,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine became: sent once, when it is ready. Sizes are results, not wishes."""
+    """What the engine became: sent once, when it is ready. Sizes are results, not wishes. `inexact_ops`: ops whose last
+    bits may depend on the batch."""
 
     architecture: str
     num_parameters: int
@@ -127,6 +128,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
     quantization: str | None = None
     quantize_mamba: bool = False
+    inexact_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 

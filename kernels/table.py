@@ -37,22 +37,26 @@ class KernelError(ValueError):
 class Implementation:
     """One op's code for some devices. `load` returns the op as `kernels.ops` describes it, or raises KernelUnavailable,
     ImportError (a package is missing) or OSError (a shared library is). An op that does the work of others in one is
-    loaded with what was chosen for these `parts`, ops that stand before it in OPS."""
+    loaded with what was chosen for these `parts`, ops that stand before it in OPS. `exact`: a row's bits depend neither
+    on its batch mates nor on how its sequence is cut."""
 
     op: str
     name: str
     devices: tuple[str, ...]
     load: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One line of `describe`. `status` is "selected", "available", or why it cannot run."""
+    """One line of `describe`. `status` is "selected", "available", or why it cannot run; `exact` as in
+    `Implementation`."""
 
     op: str
     implementation: str
     status: str
+    exact: bool = True
 
 
 def _triton(module: str, name: str) -> Callable[[], Any]:
@@ -80,6 +84,7 @@ def _torch_experts(silu_and_mul: Any) -> torch_ops.RunExperts:
     return torch_ops.RunExperts(silu_and_mul, _triton("moe", "RunExperts")())
 
 
+# Reference kernels that leave sums to torch are not exact, where its libraries choose the order by the tensor's shape.
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
@@ -89,32 +94,38 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("rms_norm", "reference", _BOTH, lambda: norm.rms_norm),
     Implementation("causal_conv1d", "cpu", ("cpu",), cpu_conv.CausalConv1d),
     Implementation("causal_conv1d", "triton", ("cuda",), _triton("conv", "causal_conv1d")),
-    Implementation("causal_conv1d", "causal-conv1d", ("cuda",), external.CausalConv1d),
+    Implementation("causal_conv1d", "causal-conv1d", ("cuda",), external.CausalConv1d, exact=False),
     Implementation("causal_conv1d", "reference", _BOTH, lambda: conv.causal_conv1d),
     Implementation("causal_conv1d_update", "cpu", ("cpu",), cpu_conv.CausalConv1dUpdate),
     Implementation("causal_conv1d_update", "triton", ("cuda",), _triton("conv", "causal_conv1d_update")),
-    Implementation("causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate),
+    Implementation(
+        "causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, exact=False
+    ),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
     Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
-    Implementation("selective_scan", "mamba-ssm", ("cuda",), external.selective_scan),
+    Implementation("selective_scan", "mamba-ssm", ("cuda",), external.selective_scan, exact=False),
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
     Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),
     Implementation("selective_state_update", "triton", ("cuda",), _triton("scan", "selective_state_update")),
-    Implementation("selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate),
+    Implementation(
+        "selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate, exact=False
+    ),
     Implementation("selective_state_update", "reference", _BOTH, lambda: scan.selective_state_update),
     Implementation("write_kv", "cpu", ("cpu",), cpu_slots.WriteKv),
     Implementation("write_kv", "triton", ("cuda",), _triton("slots", "write_kv")),
     Implementation("write_kv", "reference", _BOTH, lambda: slots.write_kv),
     Implementation("attention_prefill", "cpu", ("cpu",), cpu_attention.AttentionPrefill),
+    Implementation("attention_prefill", "torch", ("cuda",), _torch_attention, exact=False),
     Implementation("attention_prefill", "triton", ("cuda",), _triton("attention", "attention_prefill")),
-    Implementation("attention_prefill", "torch", ("cuda",), _torch_attention),
-    Implementation("attention_prefill", "flash-attn", ("cuda",), external.AttentionPrefill),
-    Implementation("attention_prefill", "reference", _BOTH, lambda: attention.attention_prefill),
+    Implementation("attention_prefill", "flash-attn", ("cuda",), external.AttentionPrefill, exact=False),
+    Implementation("attention_prefill", "reference", ("cpu",), lambda: attention.attention_prefill),
+    Implementation("attention_prefill", "reference", ("cuda",), lambda: attention.attention_prefill, exact=False),
     Implementation("attention_decode", "cpu", ("cpu",), cpu_attention.AttentionDecode),
     Implementation("attention_decode", "triton", ("cuda",), _triton("attention", "attention_decode")),
-    Implementation("attention_decode", "flash-attn", ("cuda",), external.AttentionDecode),
-    Implementation("attention_decode", "reference", _BOTH, lambda: attention.attention_decode),
+    Implementation("attention_decode", "flash-attn", ("cuda",), external.AttentionDecode, exact=False),
+    Implementation("attention_decode", "reference", ("cpu",), lambda: attention.attention_decode),
+    Implementation("attention_decode", "reference", ("cuda",), lambda: attention.attention_decode, exact=False),
     Implementation("copy_slots", "cpu", ("cpu",), cpu_slots.CopySlots),
     Implementation("copy_slots", "triton", ("cuda",), _triton("slots", "copy_slots")),
     Implementation("copy_slots", "reference", _BOTH, lambda: slots.copy_slots),
@@ -125,21 +136,22 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("route_experts", "triton", ("cuda",), _triton("route", "route_experts")),
     Implementation("route_experts", "reference", _BOTH, lambda: moe.route_experts),
     Implementation("run_experts", "cpu", ("cpu",), cpu_moe.RunExperts),
+    Implementation("run_experts", "torch", ("cuda",), _torch_experts, ("silu_and_mul",), exact=False),
     Implementation("run_experts", "triton", ("cuda",), _triton("moe", "RunExperts")),
-    Implementation("run_experts", "torch", ("cuda",), _torch_experts, ("silu_and_mul",)),
-    Implementation("run_experts", "reference", _BOTH, moe.RunExperts),
+    Implementation("run_experts", "reference", _BOTH, moe.RunExperts, exact=False),
     Implementation("linear", "cpu", ("cpu",), cpu_linear.Linear),
     Implementation("linear", "triton", ("cuda",), _triton("linear", "Linear")),
-    Implementation("linear", "reference", _BOTH, linear.Linear),
+    Implementation("linear", "reference", _BOTH, linear.Linear, exact=False),
     Implementation("sample", "cpu", ("cpu",), cpu_sample.Sample),
     Implementation("sample", "triton", ("cuda",), _triton("sample", "sample")),
-    Implementation("sample", "reference", _BOTH, lambda: sample.sample),
+    Implementation("sample", "reference", ("cpu",), lambda: sample.sample),
+    Implementation("sample", "reference", ("cuda",), lambda: sample.sample, exact=False),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
     Implementation("mamba_decode", "triton", ("cuda",), _triton_mamba_decode, _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 
-OPS: tuple[str, ...] = tuple(field.name for field in fields(Kernels) if field.name != "names")
+OPS: tuple[str, ...] = tuple(field.name for field in fields(Kernels) if field.name not in ("names", "inexact_ops"))
 
 # From the widest to the narrowest; a wish for one op goes before one for its family.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -155,48 +167,67 @@ def implementations(op: str, device: str) -> tuple[Implementation, ...]:
     return tuple(entry for entry in TABLE if entry.op == op and device in entry.devices)
 
 
-def select(device: str, wishes: Mapping[str, str]) -> Kernels:
+def select(device: str, wishes: Mapping[str, str], exact: bool | None = None) -> Kernels:
     """The kernels of a device: each op's wished implementation, else the first that loads.
 
     `wishes` maps an op or a family ("mamba", "attention", "moe", "all") to an implementation. A preferred one that
-    cannot load is passed over with a warning. KernelError: an unknown device, op, family or implementation, a wished
-    implementation that cannot load, or an op for which none can.
+    cannot load is passed over with a warning. `exact` decides about those that no wish names: True takes exact ones
+    only, None these before all others, False in the table's order. KernelError: an unknown device, op, family or
+    implementation, a wished implementation that cannot load, or an op for which none can.
     """
     wished = _expand(device, wishes)
-    chosen: dict[str, tuple[str, Any]] = {}
+    chosen: dict[str, tuple[Implementation, Any]] = {}
     passed_over: dict[tuple[str, str], list[str]] = {}
     for op in OPS:
         reasons: dict[str, str] = {}
-        for entry in wished.get(op) or implementations(op, device):
+        for entry in wished.get(op) or _candidates(op, device, exact):
             loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in chosen.items()})
             if not reason:
-                chosen[op] = (entry.name, loaded)
+                chosen[op] = (entry, loaded)
                 break
             if op in wished:
                 raise KernelError(f"kernels: {op}={entry.name} cannot run on this machine: {reason}")
             reasons[entry.name] = reason
         if op not in chosen:
-            raise KernelError(f"kernels: no implementation of {op} runs on this {device} device: {reasons}")
+            kind = "exact implementation" if exact else "implementation"
+            raise KernelError(f"kernels: no {kind} of {op} runs on this {device} device: {reasons}")
         for name, reason in reasons.items():
             passed_over.setdefault((name, reason), []).append(op)
     for (name, reason), ops in passed_over.items():
         logger.warning("kernels: %s passed over for %s: %s", name, ", ".join(ops), reason)
+    entries = {op: entry for op, (entry, _) in chosen.items()}
     return Kernels(
-        **{op: loaded for op, (_, loaded) in chosen.items()}, names={op: name for op, (name, _) in chosen.items()}
+        **{op: loaded for op, (_, loaded) in chosen.items()},
+        names={op: entry.name for op, entry in entries.items()},
+        inexact_ops=tuple(op for op, entry in entries.items() if not _is_exact(entry, entries)),
     )
 
 
 def describe(device: str) -> list[TableRow]:
     """What `select` finds on this machine without wishes: one row per op and implementation."""
     rows: list[TableRow] = []
-    selected: dict[str, Any] = {}
+    selected: dict[str, tuple[Implementation, Any]] = {}
     for op in OPS:
-        for entry in implementations(op, device):
-            loaded, reason = _try_load(entry, selected)
-            rows.append(TableRow(op, entry.name, reason or ("available" if op in selected else "selected")))
+        for entry in _candidates(op, device, exact=None):
+            loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in selected.items()})
+            status = reason or ("available" if op in selected else "selected")
             if not reason:
-                selected.setdefault(op, loaded)
+                selected.setdefault(op, (entry, loaded))
+            rows.append(TableRow(op, entry.name, status, _is_exact(entry, {op: e for op, (e, _) in selected.items()})))
     return rows
+
+
+def _candidates(op: str, device: str, exact: bool | None) -> list[Implementation]:
+    """Those that `select` tries in turn where nobody wishes for one."""
+    entries = implementations(op, device)
+    if exact is None:
+        return sorted(entries, key=lambda entry: not entry.exact)
+    return [entry for entry in entries if entry.exact or not exact]
+
+
+def _is_exact(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
+    """Itself and its parts. None of them has parts."""
+    return entry.exact and all(chosen[part].exact for part in entry.parts)
 
 
 def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:

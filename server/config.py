@@ -77,6 +77,7 @@ class ServerConfig:
     tensor_parallel_size: Annotated[Count, Help("GPUs that share the model; more than 1 is not supported yet.")] = 1
     seed: Annotated[int, Help("Of the random weights of --load-format dummy.")] = 0
     threads: Annotated[Count | None, Help("CPU threads of the engine; none: one a core.")] = None
+    exact: Annotated[bool | None, Help("The same bits in every batch; --no-exact: faster kernels.")] = None
     kernels: Annotated[dict[str, str], Help("OP=IMPLEMENTATION, see `jamba doctor`; repeatable.")] = field(
         default_factory=dict[str, str]
     )

@@ -25,11 +25,17 @@ TIMEOUT_SECONDS = 120.0  # the first start after an installation compiles torch'
 
 
 class KernelRow(msgspec.Struct, frozen=True):
-    """`status` is "selected", "available", or why the implementation cannot run."""
+    """`status` is "selected", "available", or why the implementation cannot run. Where not `exact`, results may depend
+    on the batch in their last bits."""
 
     op: str
     implementation: str
     status: str
+    exact: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.implementation if self.exact else f"{self.implementation} (not exact)"
 
 
 class CudaDevice(msgspec.Struct, frozen=True):
@@ -113,8 +119,8 @@ def kernel_table(device: str, rows: list[KernelRow]) -> Table:
         table.add_column(column, overflow="fold")
     for op in dict.fromkeys(row.op for row in rows):
         mine = [row for row in rows if row.op == op]
-        runs = [row.implementation for row in mine if row.status == "selected"]
-        could = [row.implementation for row in mine if row.status == "available"]
+        runs = [row.name for row in mine if row.status == "selected"]
+        could = [row.name for row in mine if row.status == "available"]
         cannot = [f"{row.implementation}: {row.status}" for row in mine if row.status not in ("selected", "available")]
         table.add_row(op, *(escape("\n".join(items) or "-") for items in (runs, could, cannot)))
     return table

@@ -51,13 +51,15 @@ class LoadProgress:
 
 
 def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]:
-    """Lines on what was loaded, what it takes, which kernels run, and how requests are sampled."""
+    """Lines on what was loaded, what it takes, which kernels run, how exact results are, how requests are sampled."""
     sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.non_defaults().items()) or "OpenAI's defaults"
     eos = ", ".join(map(str, info.eos_token_ids)) or "none"
     checkpoints = info.num_state_slots - info.max_num_seqs
     tokens = info.num_kv_blocks * info.block_size
     names = sorted(set(info.kernels.values()))
     kernels = "; ".join(f"{name}: {', '.join(op for op, n in info.kernels.items() if n == name)}" for name in names)
+    exact = "the same bits in every batch, however prompts are cut and cached"
+    inexact = f"last bits may depend on the batch: {', '.join(info.inexact_ops)}"
     return [
         f"model     {info.architecture}, {info.num_parameters:,} parameters, "
         f"{describe_weights(info.dtype, info.quantization, info.quantize_mamba)} on {info.device}, "
@@ -67,6 +69,7 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"limits    {info.max_model_len:,} tokens a sequence, {info.max_num_seqs} sequences, "
         f"{info.max_num_batched_tokens} tokens a step",
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
+        f"results   {inexact if info.inexact_ops else exact}",
         f"sampling  {sampling}; eos token ids {eos}",
         *(f"warning   {warning}" for warning in info.warnings),
     ]

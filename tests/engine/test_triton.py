@@ -22,7 +22,9 @@ PARAMS = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True,
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     if interpreted():
-        monkeypatch.setattr(engine.core, "select", lambda device, wishes: table.select("cuda", {"all": "triton"}))
+        monkeypatch.setattr(
+            engine.core, "select", lambda device, wishes, exact: table.select("cuda", {"all": "triton"}, exact)
+        )
     device = "cpu" if interpreted() else "cuda"
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 20}
     return {"device": device, "dtype": "float32", **sizes}

@@ -244,6 +244,17 @@ def test_the_table_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "neither an initial state nor packed sequences" in rows["selective_scan", "mamba-ssm"]
 
 
+def test_none_is_preferred_to_our_own() -> None:
+    packages = ("causal-conv1d", "mamba-ssm", "flash-attn")
+    for op in table.OPS:
+        entries = table.implementations(op, "cuda")
+        names = [entry.name for entry in entries]
+        for entry in entries:
+            if entry.name in packages:
+                assert not entry.exact
+                assert names.index("triton") < names.index(entry.name)
+
+
 def test_another_version_is_refused(install: Install) -> None:
     install("mamba_ssm.ops.triton.selective_state_update", "selective_state_update", Fake("state, x", refuse))
     with pytest.raises(KernelUnavailable, match="mamba-ssm has a selective_state_update without state_batch_indices"):

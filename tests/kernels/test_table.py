@@ -162,6 +162,35 @@ def test_an_op_of_parts_is_loaded_with_those_that_were_chosen(monkeypatch: pytes
         assert all(table.OPS.index(part) < table.OPS.index(entry.op) for part in entry.parts)
 
 
+def add_inexact(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
+    entries = tuple(Implementation(op, "rough", ("cpu",), object, exact=False) for op in ops)
+    monkeypatch.setattr(table, "TABLE", entries + table.TABLE)
+
+
+def test_exact_ones_go_first_and_inexact_ones_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(monkeypatch, "fast", ("linear", "run_experts"), object)
+    add_inexact(monkeypatch, "linear", "copy_slots")
+    for exact in (None, True):
+        chosen = table.select("cpu", {}, exact)
+        assert (chosen.names["linear"], chosen.names["copy_slots"]) == ("fast", "reference")
+        assert chosen.inexact_ops == ()
+    fastest = table.select("cpu", {}, exact=False)
+    assert (fastest.names["linear"], fastest.names["copy_slots"]) == ("rough", "rough")
+    assert fastest.inexact_ops == ("copy_slots", "linear", "mamba_decode")
+    assert not caplog.messages
+
+
+def test_without_an_exact_one_the_default_starts_and_exact_does_not() -> None:
+    assert table.select("cpu", {}).inexact_ops == ("run_experts", "linear", "mamba_decode")
+    assert "sample" in table.select("cuda", {}).inexact_ops
+    with pytest.raises(KernelError, match="no exact implementation of run_experts runs on this cpu device"):
+        table.select("cpu", {}, exact=True)
+    wished = table.select("cpu", {"linear": "reference", "moe": "reference"}, exact=True)
+    assert wished.inexact_ops == ("run_experts", "linear", "mamba_decode")
+
+
 def test_an_unknown_device_is_an_error() -> None:
     with pytest.raises(KernelError, match=r"'tpu'; there are some for cpu, cuda"):
         table.select("tpu", {})
@@ -174,7 +203,12 @@ def test_describe_says_what_would_run_and_why_not_the_others(monkeypatch: pytest
     assert [row for row in rows if row.op == "linear"] == [
         TableRow("linear", "faster", "needs a newer CPU"),
         TableRow("linear", "fast", "selected"),
-        TableRow("linear", "reference", "available"),
+        TableRow("linear", "reference", "available", exact=False),
+    ]
+    add_inexact(monkeypatch, "linear")
+    assert [row for row in table.describe("cpu") if row.op == "linear"][2:] == [
+        TableRow("linear", "rough", "available", exact=False),
+        TableRow("linear", "reference", "available", exact=False),
     ]
     assert [row.op for row in rows if row.status == "selected"] == list(table.OPS)
 

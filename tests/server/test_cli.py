@@ -24,8 +24,10 @@ from server.commands.application import app, run
 from server.commands.checkpoint import find_checkpoint
 from server.commands.doctor import KernelRow, kernel_table, without_kernel
 from server.commands.serve import bind, http_config, is_loopback
-from server.config import OPTIONS, ServerConfig
+from server.commands.terminal import describe_engine
+from server.config import OPTIONS, GenerationDefaults, ServerConfig
 from tests.geometries import write_geometry
+from tests.server.fake_engine import INFO
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,6 +302,14 @@ def test_plan_asks_the_driver_for_the_memory_of_a_gpu(monkeypatch: pytest.Monkey
     assert (report["device"], report["memory_bytes"]) == ("cuda", 81000 * 1024**2)
 
 
+def test_the_start_says_whether_results_are_exact() -> None:
+    lines = describe_engine(msgspec.structs.replace(INFO, kernels={"linear": "cpu"}), GenerationDefaults())
+    assert "results   the same bits in every batch, however prompts are cut and cached" in lines
+    info = msgspec.structs.replace(INFO, kernels={"linear": "reference"}, inexact_ops=("linear", "run_experts"))
+    lines = describe_engine(info, GenerationDefaults())
+    assert "results   last bits may depend on the batch: linear, run_experts" in lines
+
+
 # doctor -------------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +350,11 @@ def test_a_table_shows_text_in_brackets_as_it_is() -> None:
     table = kernel_table("cpu", [KernelRow("linear", "cpu", "gcc [not found]")])
     assert list(table.columns[3].cells) == ["cpu: gcc \\[not found]"]
     assert without_kernel([KernelRow("linear", "cpu", "gcc [not found]")]) == ["linear"]
+
+
+def test_doctor_says_what_is_not_exact() -> None:
+    table = kernel_table("cpu", [KernelRow("linear", "reference", "selected", exact=False)])
+    assert list(table.columns[1].cells) == ["reference (not exact)"]
 
 
 def test_the_kernels_report_is_what_doctor_reads() -> None:

@@ -39,6 +39,11 @@ def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
     assert (config.enable_priority, config.enable_prefix_caching) == (False, True)
 
 
+def test_exact_has_three_values() -> None:
+    for flags, exact in (({}, None), ({"exact": True}, True), ({"exact": False}, False)):
+        assert load_config(flags, {}).engine(Path("m")).exact is exact
+
+
 def test_a_variable_may_name_the_file_and_a_flag_goes_before_it(tmp_path: Path) -> None:
     first, other = tmp_path / "first.yaml", tmp_path / "other.yaml"
     first.write_text("port: 1")
