@@ -98,9 +98,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("causal_conv1d", "reference", _BOTH, lambda: conv.causal_conv1d),
     Implementation("causal_conv1d_update", "cpu", ("cpu",), cpu_conv.CausalConv1dUpdate),
     Implementation("causal_conv1d_update", "triton", ("cuda",), _triton("conv", "causal_conv1d_update")),
-    Implementation(
-        "causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, exact=False
-    ),
+    Implementation("causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, exact=False),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
     Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
@@ -108,9 +106,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
     Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),
     Implementation("selective_state_update", "triton", ("cuda",), _triton("scan", "selective_state_update")),
-    Implementation(
-        "selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate, exact=False
-    ),
+    Implementation("selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate, exact=False),
     Implementation("selective_state_update", "reference", _BOTH, lambda: scan.selective_state_update),
     Implementation("write_kv", "cpu", ("cpu",), cpu_slots.WriteKv),
     Implementation("write_kv", "triton", ("cuda",), _triton("slots", "write_kv")),

@@ -16,6 +16,7 @@ from kernels.reference import moe
 from kernels.reference.attention import attention_prefill
 from tests.kernels import oracle
 from tests.kernels.cases import assert_close, assert_same, double, random
+from tests.kernels.on_device import OnDevice
 from tests.kernels.test_attention import SCALE, keys_and_values, paged, query_start
 from tests.kernels.test_external import Fake
 
@@ -171,3 +172,37 @@ def test_they_are_preferred_where_exactness_is_not_asked_for() -> None:
         assert not entries["torch"].exact
         assert entries["triton"].exact
         assert list(entries).index("torch") < list(entries).index("triton")
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@on_a_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(20, 1, 128), (32, 8, 128), (6, 2, 64)])
+def test_attention_beside_triton(heads: int, kv_heads: int, size: int) -> None:
+    entries = {entry.name: entry for entry in table.implementations("attention_prefill", "cuda")}
+    contexts, lengths = (LONG, 900, 700, 37), (LONG, 300, 700, 1)
+    pages, starts = batch(contexts, kv_heads, size, torch.bfloat16), query_start(lengths)
+    q = random(sum(lengths), heads, size, dtype=torch.bfloat16, seed=9)
+    ours, triton = (OnDevice(entries[name].load(), torch.device("cuda")) for name in ("torch", "triton"))
+    args = q, pages, starts, max(lengths), size**-0.5
+    torch.testing.assert_close(ours(*args), triton(*args), rtol=2e-2, atol=2e-2)
+
+
+@on_a_gpu
+@pytest.mark.cuda
+def test_experts_beside_triton() -> None:
+    entries = {entry.name: entry for entry in table.implementations("run_experts", "cuda")}
+    tokens, hidden, intermediate, count = 700, 512, 256, 16
+    silu_and_mul = table.implementations("silu_and_mul", "cuda")[0].load()
+    x = random(tokens, hidden, dtype=torch.bfloat16).cuda()
+    matrices = [
+        (random(*shape, dtype=torch.bfloat16, seed=shape[1]) / shape[2] ** 0.5).cuda()
+        for shape in ((count, 2 * intermediate, hidden), (count, hidden, intermediate))
+    ]
+    scores = random(tokens, count, seed=3).softmax(dim=-1).topk(2)
+    results: list[Tensor] = []
+    for op in (entries["torch"].load(silu_and_mul), entries["triton"].load()):
+        results.append(op(x, op.pack(*matrices), scores.values.cuda(), scores.indices.int().cuda()))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
