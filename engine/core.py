@@ -25,6 +25,9 @@ from engine.weights import dummy_weights, load_weights
 from kernels.external import FLASH_PAGE
 from kernels.table import select
 
+FP8_KERNELS = ("triton", "reference")  # of attention, which read and write pages in float8_e4m3fn
+FP8_CAPABILITY = (8, 9)
+
 OnProgress = Callable[[str, float], None]
 
 
@@ -85,6 +88,7 @@ class EngineCore:
         kernels = select(device.type, config.kernels, config.exact)
         check_quantization(policy, kernels.names)
         check_flash_attention(config.block_size, dtype, kernels.names)
+        check_fp8_pages(config, device, kernels.names)
         plan = plan_memory(
             model_config,
             config,
@@ -95,14 +99,7 @@ class EngineCore:
         )
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
-        storage = CacheStorage(
-            model_config,
-            num_pages=plan.num_pages,
-            num_slots=plan.num_slots,
-            block_size=config.block_size,
-            dtype=dtype,
-            device=device,
-        )
+        storage = make_storage(config, model_config, plan, dtype, device)
         sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
         self.model_runner = ModelRunner(model, storage, sampler, kernels)
         self.scheduler = make_scheduler(config, model_config, plan, dtype_bytes=dtype.itemsize)
@@ -184,6 +181,23 @@ def check_flash_attention(block_size: int, dtype: torch.dtype, names: Mapping[st
         raise ConfigError(f"kernels: {ops[0]}=flash-attn takes bfloat16 and float16, not float32.")
 
 
+def check_fp8_pages(config: EngineConfig, device: torch.device, names: Mapping[str, str]) -> None:
+    """ConfigError where the kernels chosen (op -> implementation) or the GPU cannot read the pages that are wanted."""
+    if config.kv_cache_dtype == "auto":
+        return
+    able = {"write_kv": FP8_KERNELS, "attention_prefill": (*FP8_KERNELS, "torch"), "attention_decode": FP8_KERNELS}
+    unable = [f"{op}={names[op]}" for op, kernels in able.items() if names[op] not in kernels]
+    if unable:
+        raise ConfigError(
+            f"kv_cache_dtype 'fp8' is not supported by the kernels {', '.join(unable)}; leave it out, or add --kernels "
+            "attention=reference, which is slow."
+        )
+    if device.type == "cuda" and (have := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        raise ConfigError(
+            "kv_cache_dtype 'fp8' needs a GPU of compute capability {}.{}, not {}.{}.".format(*FP8_CAPABILITY, *have)
+        )
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that weights and caches may take on `device` now."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
@@ -197,8 +211,22 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
         load_weights(model, Path(config.model), on_progress, phase=phase)
 
 
+def make_storage(
+    config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
+) -> CacheStorage:
+    return CacheStorage(
+        model_config,
+        num_pages=plan.num_pages,
+        num_slots=plan.num_slots,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+        kv_dtype=None if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn,
+    )
+
+
 def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, *, dtype_bytes: int) -> Scheduler:
-    spec = CacheSpec.of(model_config, block_size=config.block_size, dtype_bytes=dtype_bytes)
+    spec = CacheSpec.wanted(model_config, config, dtype_bytes=dtype_bytes)
     # a regular state every four times as many tokens as have a state's size in KV (design, "where a state is saved")
     interval = -(-4 * spec.bytes_per_slot // spec.bytes_per_page) * config.block_size
     cache = CacheManager(

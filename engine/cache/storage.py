@@ -10,8 +10,9 @@ from engine.model_config import JambaConfig
 class CacheStorage:
     """KV pages and state slots of all layers, allocated once. Id 0 of each is a dummy that no sequence owns.
 
-    kv:   dtype   [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of memory
-    conv: dtype   [slots, Mamba layers, W-1, D]
+    kv:   kv_dtype (None: dtype) [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of
+          memory
+    conv: dtype [slots, Mamba layers, W-1, D]
     ssm:  float32 [slots, Mamba layers, D, S]
     Layers are counted among their own kind: the third Mamba layer is number 2.
     """
@@ -25,11 +26,14 @@ class CacheStorage:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         attention, mamba = len(config.attention_layers), len(config.mamba_layers)
         self.block_size = block_size
         self.kv = torch.zeros(
-            num_pages, attention, 2, block_size, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
+            *(num_pages, attention, 2, block_size, config.num_key_value_heads, config.head_dim),
+            dtype=kv_dtype or dtype,
+            device=device,
         )
         self.conv = torch.zeros(num_slots, mamba, config.mamba_d_conv - 1, config.d_inner, dtype=dtype, device=device)
         self.ssm = torch.zeros(
