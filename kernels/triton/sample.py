@@ -21,7 +21,7 @@ from kernels.ops import SampleInputs
 from kernels.triton.launch import cdiv, jit, next_power_of_2
 
 BLOCK = 4096
-CUT_WARPS = 16
+CUT_BLOCK, CUT_WARPS = 8192, 16
 END = tl.constexpr(0x7F800001)  # above the keys of all scores, that of -infinity included
 NO_CUT = tl.constexpr(-1)
 LEAST = tl.constexpr(-3.4e38)
@@ -38,9 +38,8 @@ def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
     tokens = logits.new_empty(rows, dtype=torch.int64)
     many = next_power_of_2(blocks)
     best_kernel[(rows, blocks)](logits, best, size, logits.stride(0), BLOCK=BLOCK)
-    cut_kernel[(rows,)](
-        logits, best, *inputs[:2], inputs.top_k, cuts, size, logits.stride(0), blocks, BLOCK, many, num_warps=CUT_WARPS
-    )
+    row = (logits, best, inputs.temperature, inputs.top_p, inputs.top_k, cuts, size, logits.stride(0), blocks)
+    cut_kernel[(rows,)](*row, BLOCK=min(CUT_BLOCK, next_power_of_2(size)), BLOCKS=many, num_warps=CUT_WARPS)
     least = inputs.min_p.log()
     draw_kernel[(rows, blocks)](
         logits, best, inputs.temperature, least, inputs.keys, cuts, scores, ids, size, logits.stride(0), BLOCK, many
@@ -91,18 +90,18 @@ def cut_kernel(
         x = tl.load(scores + i, mask=i < size, other=0.0)
         tl.store(scores + i, tl.div_rn(x - top, heat), mask=i < size)
     tl.debug_barrier()
-    count, mass = measure(scores, size, END, BLOCK)
-    low, high, ties = 0, END, size
+    low, high, ties, within = 0, END, size, size
     if (k > 0) & (k < size):
-        low, high, before, mass_before, count, mass = search(scores, size, count, mass, k.to(tl.float64), False, BLOCK)
+        low, high, before, within = search(scores, size, k.to(tl.float64), False, BLOCK)
         ties = k - before
-        mass = mass_before + (mass - mass_before) * ties / (count - before)
     if p < 1:
-        wanted = p.to(tl.float64) * mass
-        count, mass = measure(scores, size, END, BLOCK)
-        p_low, p_high, before, mass_before, count, mass = search(scores, size, count, mass, wanted, True, BLOCK)
-        each = (mass - mass_before) / (count - before)
-        p_ties = tl.maximum(tl.ceil((wanted - mass_before) / each).to(tl.int32), 1)
+        _, mass_before = measure(scores, size, low, True, BLOCK)
+        _, mass = measure(scores, size, high, True, BLOCK)
+        wanted = p.to(tl.float64) * (mass_before + (mass - mass_before) * ties / within)
+        p_low, p_high, before, within = search(scores, size, wanted, True, BLOCK)
+        _, mass_before = measure(scores, size, p_low, True, BLOCK)
+        _, mass = measure(scores, size, p_high, True, BLOCK)
+        p_ties = tl.maximum(tl.ceil((wanted - mass_before) * within / (mass - mass_before)).to(tl.int32), 1)
         # fewer than top-k leaves, but for rounding
         fewer = (k <= 0) | (before + p_ties < k)
         low, high, ties = tl.where(fewer, p_low, low), tl.where(fewer, p_high, high), tl.where(fewer, p_ties, ties)
@@ -118,40 +117,35 @@ def key_of(score: tl.tensor) -> tl.tensor:
 
 
 @jit
-def measure(scores: tl.tensor, size: tl.tensor, bound: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """How many tokens have a key below `bound`, and their mass, e to the score."""
-    count, mass = 0, tl.cast(0.0, tl.float64)
+def measure(
+    scores: tl.tensor, size: tl.tensor, bound: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """How many tokens have a key below `bound`, and if it is asked for their mass, e to the score."""
+    counts, masses = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         score = tl.load(scores + i, mask=i < size, other=float("-inf"))
         inside = (key_of(score) < bound) & (i < size)
-        count += tl.sum(inside.to(tl.int32), axis=0)
-        mass += tl.sum(tl.where(inside, tl.exp(score), 0.0), axis=0).to(tl.float64)
-    return count, mass
+        counts += inside.to(tl.int32)
+        if BY_MASS:
+            masses += tl.where(inside, tl.exp(score), 0.0)
+    return tl.sum(counts, axis=0), tl.sum(masses, axis=0).to(tl.float64)
 
 
 @jit
 def search(
-    scores: tl.tensor,
-    size: tl.tensor,
-    count: tl.tensor,
-    mass: tl.tensor,
-    goal: tl.tensor,
-    BY_MASS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    scores: tl.tensor, size: tl.tensor, goal: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """The keys [low, high) of the token with which the best ones reach `goal`, in number or in mass: this token alone,
-    or some with the same key; number and mass of the tokens below `low`, then below `high`. `count` and `mass` are
-    those of all tokens."""
-    low, high, before, mass_before = 0, END, 0, tl.cast(0.0, tl.float64)
+    """The keys [low, high) of the token with which the best ones reach `goal`, in number or in mass: of this token
+    alone, or of some with the same key; how many tokens are below `low`, and how many within."""
+    low, high, before, count = 0, END, 0, size
     while (high - low > 1) & (count - before > 1):
         middle = low + (high - low) // 2
-        middle_count, middle_mass = measure(scores, size, middle, BLOCK)
+        middle_count, middle_mass = measure(scores, size, middle, BY_MASS, BLOCK)
         reached = middle_mass >= goal if BY_MASS else middle_count >= goal
         low, high = tl.where(reached, low, middle), tl.where(reached, middle, high)
         before, count = tl.where(reached, before, middle_count), tl.where(reached, middle_count, count)
-        mass_before, mass = tl.where(reached, mass_before, middle_mass), tl.where(reached, middle_mass, mass)
-    return low, high, before, mass_before, count, mass
+    return low, high, before, count - before
 
 
 @jit
