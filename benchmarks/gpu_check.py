@@ -88,9 +88,9 @@ def run_tests() -> dict[str, Any]:
 
 
 def loaded(op: str) -> tuple[Any, Any]:
-    """The preferred implementation on a GPU, of the exact ones, and the reference."""
+    """The preferred implementation on a GPU, and the reference."""
     entries: tuple[Implementation, ...] = implementations(op, "cuda")
-    return next(entry for entry in entries if entry.exact).load(), entries[-1].load()
+    return entries[0].load(), entries[-1].load()
 
 
 def measure_kernels(shape: Shape, limits: dict[str, float]) -> list[dict[str, Any]]:

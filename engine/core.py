@@ -14,6 +14,7 @@ from engine.cache.spec import CacheSpec, MemoryPlan, available_cpus, available_m
 from engine.cache.storage import CacheStorage
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.kernel_choice import check_kernels
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.model_runner import ModelRunner
 from engine.models import Model, build_model
@@ -22,11 +23,7 @@ from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.types import EngineInfo, Request, StepResult
 from engine.weights import dummy_weights, load_weights
-from kernels.external import FLASH_PAGE
 from kernels.table import select
-
-FP8_KERNELS = ("triton", "reference")  # of attention, which read and write pages in float8_e4m3fn
-FP8_CAPABILITY = (8, 9)
 
 OnProgress = Callable[[str, float], None]
 
@@ -87,8 +84,7 @@ class EngineCore:
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
         kernels = select(device.type, config.kernels, config.exact)
         check_quantization(policy, kernels.names)
-        check_flash_attention(config.block_size, dtype, kernels.names)
-        check_fp8_pages(config, device, kernels.names)
+        check_kernels(config, dtype, device, kernels.names)
         plan = plan_memory(
             model_config,
             config,
@@ -166,35 +162,6 @@ def check_quantization(policy: QuantizationPolicy, names: Mapping[str, str]) -> 
         raise ConfigError(
             f"quantization {policy.quantization!r} is not supported by the triton kernels yet; leave it out, or add "
             f"{wishes}, which is slow."
-        )
-
-
-def check_flash_attention(block_size: int, dtype: torch.dtype, names: Mapping[str, str]) -> None:
-    """ConfigError where flash-attn was chosen and does not take these pages (op -> implementation)."""
-    ops = [op for op in ("attention_prefill", "attention_decode") if names[op] == "flash-attn"]
-    if ops and block_size % FLASH_PAGE:
-        raise ConfigError(
-            f"kernels: {ops[0]}=flash-attn reads pages of a multiple of {FLASH_PAGE} tokens, not of {block_size}: add "
-            f"--block-size {FLASH_PAGE}, or leave it out."
-        )
-    if ops and dtype == torch.float32:
-        raise ConfigError(f"kernels: {ops[0]}=flash-attn takes bfloat16 and float16, not float32.")
-
-
-def check_fp8_pages(config: EngineConfig, device: torch.device, names: Mapping[str, str]) -> None:
-    """ConfigError where the kernels chosen (op -> implementation) or the GPU cannot read the pages that are wanted."""
-    if config.kv_cache_dtype == "auto":
-        return
-    able = {"write_kv": FP8_KERNELS, "attention_prefill": (*FP8_KERNELS, "torch"), "attention_decode": FP8_KERNELS}
-    unable = [f"{op}={names[op]}" for op, kernels in able.items() if names[op] not in kernels]
-    if unable:
-        raise ConfigError(
-            f"kv_cache_dtype 'fp8' is not supported by the kernels {', '.join(unable)}; leave it out, or add --kernels "
-            "attention=reference, which is slow."
-        )
-    if device.type == "cuda" and (have := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
-        raise ConfigError(
-            "kv_cache_dtype 'fp8' needs a GPU of compute capability {}.{}, not {}.{}.".format(*FP8_CAPABILITY, *have)
         )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.core import check_flash_attention, check_fp8_pages
 from engine.errors import ConfigError
+from engine.kernel_choice import check_kernels
 from engine.llm import LLM
 from kernels.table import OPS
 from tests.engine.test_exact import CONFIG, GREEDY, OTHERS, SAMPLED, SUBJECT, result
@@ -19,36 +19,40 @@ from tests.engine.test_exact import CONFIG, GREEDY, OTHERS, SAMPLED, SUBJECT, re
 FP8 = EngineConfig(model="m", kv_cache_dtype="fp8")
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 @pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
 def test_flash_attention_wants_its_own_pages(op: str) -> None:
     names = dict.fromkeys(OPS, "triton") | {op: "flash-attn"}
     for size in (16, 128, 300):
         with pytest.raises(ConfigError, match=rf"{op}=flash-attn reads pages of .* 256 tokens, not of {size}"):
-            check_flash_attention(size, torch.bfloat16, names)
+            check_kernels(EngineConfig(model="m", block_size=size), torch.bfloat16, CUDA, names)
+    config = EngineConfig(model="m", block_size=512)
     with pytest.raises(ConfigError, match="not float32"):
-        check_flash_attention(256, torch.float32, names)
-    check_flash_attention(512, torch.float16, names)
-    check_flash_attention(16, torch.float32, dict.fromkeys(OPS, "triton"))
+        check_kernels(config, torch.float32, CUDA, names)
+    check_kernels(config, torch.float16, CUDA, names)
+    check_kernels(EngineConfig(model="m"), torch.float32, CUDA, dict.fromkeys(OPS, "triton"))
 
 
 def test_fp8_pages_want_kernels_that_read_them() -> None:
-    cpu = torch.device("cpu")
+    large = EngineConfig(model="m", kv_cache_dtype="fp8", block_size=256)
     for name in ("cpu", "flash-attn", "torch"):
         names = dict.fromkeys(OPS, "triton") | {"attention_decode": name}
         with pytest.raises(ConfigError, match=rf"kv_cache_dtype 'fp8' .*_decode={name};.*attention=reference"):
-            check_fp8_pages(FP8, cpu, names)
-        check_fp8_pages(EngineConfig(model="m"), cpu, names)
+            check_kernels(large, torch.bfloat16, CPU, names)
+        check_kernels(EngineConfig(model="m", block_size=256), torch.bfloat16, CPU, names)
     for names in (dict.fromkeys(OPS, "reference"), dict.fromkeys(OPS, "triton") | {"attention_prefill": "torch"}):
-        check_fp8_pages(FP8, cpu, names)
+        check_kernels(FP8, torch.bfloat16, CPU, names)
 
 
 def test_fp8_pages_want_a_gpu_that_has_such_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    names, cuda = dict.fromkeys(OPS, "triton"), torch.device("cuda")
+    names = dict.fromkeys(OPS, "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(ConfigError, match=r"needs a GPU of compute capability 8\.9, not 8\.6"):
-        check_fp8_pages(FP8, cuda, names)
+        check_kernels(FP8, torch.bfloat16, CUDA, names)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    check_fp8_pages(FP8, cuda, names)
+    check_kernels(FP8, torch.bfloat16, CUDA, names)
 
 
 @pytest.fixture
