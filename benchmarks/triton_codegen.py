@@ -4,8 +4,7 @@
 
 Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16; its launches are recorded
 instead of run, and compiled as the launcher would: pointers and multiples of 16 are known as such, ones are constants.
-Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if an op for one token sums over another layout than its
-twin for many.
+Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if ops that promise the same bits add in another order.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
-from kernels.triton import attention, conv, linear, moe, norm, route, sample, scan, slots
+from kernels.ops import MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+from kernels.triton import attention, conv, linear, mamba, moe, norm, route, sample, scan, scan_chunked, slots
 
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -43,7 +42,15 @@ FP8_CAPABILITY = 89  # has such numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 # Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
 KNOWN_SPILLS = {("prefill_kernel", "sm_80"): 24}
-TWINS = [("selective_scan", "selective_state_update"), ("attention_prefill", "attention_decode")]
+# Ops that must sum as these ops do, all of them together.
+TWINS = {
+    "selective_state_update": ("selective_scan",),
+    "selective_scan, 64": ("selective_scan",),
+    "selective_state_update, 64": ("selective_scan",),
+    "attention_decode": ("attention_prefill",),
+    "mamba_decode, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+    "mamba_decode, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +152,24 @@ def compile_for(launch: Launch, capability: int) -> Resources:
 
 
 def reductions(ir: str) -> tuple[str, ...]:
-    """The layouts that are summed over, in floating point."""
+    """How sums of floating point numbers are shared out: what decides their order, in words."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
-    operands = re.findall(r'"tt.reduce".*?\) : \(tensor<([^,>]*f32), (#\w+)>\)', ir, re.DOTALL)
-    return tuple(sorted({f"{shape} {layouts.get(layout, layout)}" for shape, layout in operands}))
+    operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
+    # over axis 0 the scan picks a row: zeros and one number, whose order does not matter
+    return tuple(
+        sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
+    )
+
+
+def summation(axis: int, shape: str, layout: str) -> str:
+    """Of a blocked layout only `axis` matters: what stands beside it adds for itself."""
+    fields = dict(re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]*)\]", layout))
+    if not layout.startswith("#ttg.blocked"):
+        return f"{shape} {layout}"
+    elements, warps, threads = (
+        int(fields[name].split(", ")[axis]) for name in ("sizePerThread", "warpsPerCTA", "threadsPerWarp")
+    )
+    return f"{shape.split('x')[axis]} by {warps} warps, {threads} threads, {elements} elements"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -168,10 +189,40 @@ def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], 
     weights, ssm = ScanWeights(a, d, d), empty(4, 26, channels, states, dtype=torch.float32)[:, 1]
     state, filters, bias = empty(4, 26, 3, channels)[:, 1], empty(4, channels), empty(channels)
     segments = Segments(ints(0, 512), 512, ints(1), torch.tensor([True]), StateSaves(ints(0, 1), ints(7), ints(2)))
+    long = segments._replace(max_query_len=scan_chunked.MIN_CHUNKS * scan_chunked.CHUNK)
     yield "causal_conv1d", lambda: conv.causal_conv1d(x, filters, bias, state, segments)
     yield "causal_conv1d_update", lambda: conv.causal_conv1d_update(x[:1], filters, bias, state, ints(1))
     yield "selective_scan", lambda: scan.selective_scan(inputs, weights, ssm, segments)
     yield "selective_state_update", lambda: scan.selective_state_update(last, weights, ssm, ints(1))
+    many = segments._replace(
+        query_start=torch.arange(65, dtype=torch.int32), state_ids=torch.ones(64, dtype=torch.int32)
+    )
+    yield "selective_scan, 64", lambda: scan.selective_scan(inputs, weights, ssm, many)
+    yield "selective_state_update, 64", lambda: scan.selective_state_update(inputs, weights, ssm, many.state_ids)
+    yield "selective_scan, chunked", lambda: scan_chunked.selective_scan(inputs, weights, ssm, long)
+
+
+def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A Mamba layer's whole decode: of few and of many rows."""
+    a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
+    weights = MambaWeights(
+        conv_weight=empty(4, channels),
+        conv_bias=empty(channels),
+        x_proj=empty(rank + 2 * states, channels),
+        dt_norm=empty(rank),
+        b_norm=empty(states),
+        c_norm=empty(states),
+        eps=1e-6,
+        dt_proj=empty(channels, rank),
+        scan=ScanWeights(a, d, d),
+    )
+    parts = (conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update)
+    decode = mamba.MambaDecode(*parts)
+    for rows in (1, 256):
+        ids, xz = torch.zeros(rows, dtype=torch.int32), empty(rows, 2 * channels)
+        state, ssm = empty(rows, 26, 3, channels)[:, 1], empty(rows, 26, channels, states, dtype=torch.float32)[:, 1]
+        args = (xz, decode.pack(weights), state, ssm, ids)
+        yield f"mamba_decode, {rows}", lambda args=args: decode(*args)
 
 
 def attention_calls(
@@ -209,8 +260,17 @@ def product_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"run_experts, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
 
 
+def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """x_proj of the 3B models: sections added by one program or from memory."""
+    weight = empty(192, 5120)
+    for rows in (64, 2048):
+        x = empty(rows, 5120)
+        yield f"linear, narrow, {rows}", lambda x=x: linear.Linear()(x, weight)
+
+
 def all_launches() -> list[Launch]:
-    calls = [*mamba_calls(5120, 16), *attention_calls(20, 1, 128), *row_calls(), *product_calls()]
+    calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
+    calls += [*product_calls(), *narrow_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     # Mini's heads: other constants, so another kernel
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
@@ -224,14 +284,15 @@ def problems(found: list[Resources]) -> list[str]:
         for r in found
         if r.spilled > KNOWN_SPILLS.get((r.kernel, r.target), 0)
     ]
-    for many, one in TWINS:
-        for target in sorted({r.target for r in found}):
-            layouts = {
-                op: {layout for r in found if (r.op, r.target) == (op, target) for layout in r.reductions}
-                for op in (many, one)
-            }
-            if layouts[many] != layouts[one] or not layouts[one]:
-                messages.append(f"{target}: {many} and {one} sum over different layouts: {layouts}")
+    for target in sorted({r.target for r in found}):
+        sums: dict[str, set[str]] = {}
+        for r in found:
+            if r.target == target:
+                sums.setdefault(r.op, set()).update(r.reductions)
+        for op, twins in TWINS.items():
+            expected = {order for twin in twins for order in sums[twin]}
+            if sums[op] != expected or not expected:
+                messages.append(f"{target}: {op} sums as {sums[op]}, but {', '.join(twins)} as {expected}")
     return messages
 
 

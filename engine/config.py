@@ -18,8 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is a local folder. None leaves a size to the engine. Bytes are plain numbers. `kernels` maps an op of
     `kernels.ops` (or "mamba", "attention", "moe", "all" for a family) to an implementation of `kernels.table`.
-    `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is an
-    error where there are none; False: the fastest run. What `kernels` names runs in any case.
+    `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is
+    an error where there are none; False: the fastest run. What `kernels` names runs in any case.
     `kv_cache_dtype`: "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's dtype.
     """
 

@@ -62,18 +62,12 @@ class TableRow:
 def _triton(module: str, name: str) -> Callable[[], Any]:
     """An op of kernels.triton, whose modules can be imported only where triton is installed."""
 
-    def load() -> Any:
+    def load(*parts: Any) -> Any:
         ensure_available()
         op = getattr(import_module(f"kernels.triton.{module}"), name)
-        return op() if isinstance(op, type) else op
+        return op(*parts) if isinstance(op, type) else op
 
     return load
-
-
-def _triton_mamba_decode(*parts: Any) -> mamba.MambaDecode:
-    """There is no kernel of its own yet: what was chosen for the parts, one after the other."""
-    ensure_available()
-    return mamba.MambaDecode(*parts)
 
 
 def _torch_attention() -> torch_ops.AttentionPrefill:
@@ -101,6 +95,9 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, exact=False),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
+    Implementation(
+        "selective_scan", "triton-chunked", ("cuda",), _triton("scan_chunked", "selective_scan"), exact=False
+    ),
     Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
     Implementation("selective_scan", "mamba-ssm", ("cuda",), external.selective_scan, exact=False),
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
@@ -143,7 +140,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("sample", "reference", ("cpu",), lambda: sample.sample),
     Implementation("sample", "reference", ("cuda",), lambda: sample.sample, exact=False),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
-    Implementation("mamba_decode", "triton", ("cuda",), _triton_mamba_decode, _MAMBA_PARTS),
+    Implementation("mamba_decode", "triton", ("cuda",), _triton("mamba", "MambaDecode"), _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.ops import Weight
 from kernels.triton.launch import cdiv, jit, rounded
+from kernels.triton.narrow import is_narrow, narrow_linear
 from kernels.triton.product import product, tile_for
 
 
@@ -31,6 +32,8 @@ class Linear:
         rows, inputs = x.shape
         outputs = len(weight)
         assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
+        if is_narrow(outputs, inputs):
+            return narrow_linear(x, weight, bias)
         tile = tile_for(rows, x.element_size())
         out = x.new_empty(rows, outputs)
         linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](

@@ -6,16 +6,22 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded
+from kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
 PROGRAM_ELEMENTS = 2048
+
+
+def tile_rows(block: int) -> int:
+    """How many rows of so many elements a tile has: with the number of warps, what a row's order of summation rests
+    on."""
+    return max(1, PROGRAM_ELEMENTS // block)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `kernels.ops.RmsNorm`."""
     rows, size = x.shape
     block = next_power_of_2(size)
-    block_rows = max(1, PROGRAM_ELEMENTS // block)
+    block_rows = tile_rows(block)
     normed = x.new_empty(rows, size)
     total = x if residual is None else torch.empty_like(normed)
     added = x if residual is None else residual
@@ -34,6 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         ROWS=block_rows,
         BLOCK=block,
         num_warps=8 if block > PROGRAM_ELEMENTS else 4,
+        **EXACT,
     )
     return normed, total
 
@@ -63,8 +70,14 @@ def norm_kernel(
         added = tl.load(residual + row * residual_stride + column, mask=mask, other=0.0)
         s = rounded(s.to(tl.float32) + added.to(tl.float32), s.dtype)
         tl.store(total + row * size + column, s, mask=mask)
+    scale = tl.load(weight + column, mask=column < size, other=0.0)
+    tl.store(normed + row * size + column, normalized(s, scale, size, eps), mask=mask)
+
+
+@jit
+def normalized(s: tl.tensor, scale: tl.tensor, size: tl.tensor, eps: tl.tensor) -> tl.tensor:
+    """Rows of `size` elements, and zeros behind them, over their root mean square, times `scale`."""
     wide = s.to(tl.float32)
     variance = tl.sum(wide * wide, axis=1, keep_dims=True) / size
     unit = rounded(wide * tl.rsqrt(variance + eps), s.dtype).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-    tl.store(normed + row * size + column, rounded(unit * scale, s.dtype), mask=mask)
+    return rounded(unit * scale.to(tl.float32), s.dtype)

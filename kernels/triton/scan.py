@@ -1,11 +1,14 @@
 """The selective scan: a few channels of one sequence a program, with their state in registers from token to token.
 
 The order is that of time, so a chunk may end anywhere. Blocks of channels are narrow so that one long prompt still
-makes some hundreds of programs; the next token's inputs are fetched while the current one is computed.
+makes some hundreds of programs. Tokens are taken in groups: a group's inputs are fetched while the one before it is
+computed, and what does not depend on the state, dt and the gate, is computed for a group together, as a tile that is
+spread over the threads.
 """
 
 # What the compiler knows of a kernel, the type checker does not.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from torch import Tensor
 from kernels.ops import ScanInputs, ScanWeights, Segments
 from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-BLOCK_CHANNELS = 16
+GROUP = 4  # with more, a thread's registers do not suffice
+SCHEDULERS = 528  # of warps on an H100 or H200
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
 
 
@@ -38,7 +42,8 @@ def _launch(
     channels, states = weights.a.shape
     assert all(rows.stride(1) == 1 for rows in inputs) and ssm_state.stride()[1:] == (states, 1)
     out = inputs.u.new_empty(inputs.u.shape[0], channels)
-    scan_kernel[(cdiv(channels, BLOCK_CHANNELS), len(ragged[1]))](
+    block = block_channels(channels, states, sequences=len(ragged[1]))
+    scan_kernel[(cdiv(channels, block), len(ragged[1]))](
         *inputs,
         *(weight.contiguous() for weight in weights),
         ssm_state,
@@ -48,12 +53,21 @@ def _launch(
         *(rows.stride(0) for rows in inputs),
         ssm_state.stride(0),
         STATES=states,
-        BLOCK_D=BLOCK_CHANNELS,
+        BLOCK_D=block,
         BLOCK_S=next_power_of_2(states),
+        GROUP=1 if decode else GROUP,
         DECODE=decode,
         **OPTIONS,
     )
     return out
+
+
+def block_channels(channels: int, states: int, *, sequences: int) -> int:
+    """Channels of a program, which is one warp: few where the warps are too few for a large GPU, since one with less to
+    do is sooner at the next token. Blocks have at least four elements a thread, so that the sum over a channel's states
+    is shared out among threads in one way."""
+    wide = sequences * cdiv(channels, 16) >= 2 * SCHEDULERS
+    return max(16 if wide else 8, min(32, 128 // next_power_of_2(states)))
 
 
 @jit
@@ -67,13 +81,11 @@ def scan_kernel(
     u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor, c_stride: tl.tensor, z_stride: tl.tensor,
     slot_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, DECODE: tl.constexpr,
+    BLOCK_S: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid (cdiv(channels, BLOCK_D), sequences). DECODE: row i is sequence i's only one, and all have a state."""
     sequence = tl.program_id(1)
-    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
-    inside, inside_s = channel < channels, s < STATES
-    place, inside_state = channel[:, None] * STATES + s[None, :], inside[:, None] & inside_s[None, :]
+    place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     slot = tl.load(state_ids + sequence).to(tl.int64)
     h = tl.load(ssm_state + slot * slot_stride + place, mask=inside_state, other=0.0)
     if DECODE:
@@ -82,30 +94,97 @@ def scan_kernel(
         row, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
         save, last_save = tl.load(save_start + sequence), tl.load(save_start + sequence + 1)
         h = tl.where(tl.load(has_state + sequence) != 0, h, 0.0)
+    walk(
+        h, row, end, u, dt, b, c, z, a, d, dt_bias, ssm_state, out, slot, True,
+        save, last_save, save_rows, save_slots,
+        channels, u_stride, dt_stride, b_stride, c_stride, z_stride, slot_stride, STATES, BLOCK_D, BLOCK_S, GROUP,
+    )  # fmt: skip
+
+
+@jit
+def walk(
+    h: tl.tensor, row: tl.tensor, end: tl.tensor,
+    u: tl.tensor, dt: tl.tensor, b: tl.tensor, c: tl.tensor, z: tl.tensor,
+    a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
+    ssm_state: tl.tensor, out: tl.tensor, slot: tl.tensor, is_last: tl.tensor,
+    save: tl.tensor, last_save: tl.tensor, save_rows: tl.tensor, save_slots: tl.tensor,
+    channels: tl.tensor,
+    u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor, c_stride: tl.tensor, z_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows `row` to `end` of a sequence from the state h [D, S] on. Of its saves `save` to `last_save` those at these
+    rows are written, and, where they are its last rows, the final state into `slot`."""
+    first = row
+    channel, s, group = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S), tl.arange(0, GROUP)
+    inside, inside_s, group = (channel < channels)[None, :], s < STATES, group[:, None]
+    place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     rate = tl.load(a + place, mask=inside_state, other=0.0) * LOG2_E
-    skip, bias = tl.load(d + channel, mask=inside, other=0.0), tl.load(dt_bias + channel, mask=inside, other=0.0)
-    first = row.to(tl.int64)
-    u_at, dt_at, z_at = u + first * u_stride + channel, dt + first * dt_stride + channel, z + first * z_stride + channel
-    b_at, c_at, out_at = b + first * b_stride + s, c + first * c_stride + s, out + first * channels + channel
-    u_t, dt_t, z_t = load(u_at, inside), load(dt_at, inside), load(z_at, inside)
-    b_t, c_t = load(b_at, inside_s), load(c_at, inside_s)
+    skip = tl.load(d + channel, mask=channel < channels, other=0.0)[None, :]
+    bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)[None, :]
+    u_at, dt_at, z_at = u + channel[None, :], dt + channel[None, :], z + channel[None, :]
     # from one state to write to the next; the last of them is the final one
     for i in range(save, last_save + 1):
         more = i < last_save
-        stop = tl.where(more, tl.load(save_rows + i, mask=more, other=0) + 1, end)
+        saved = tl.load(save_rows + i, mask=more, other=0)
+        stop = tl.where(more, tl.minimum(tl.maximum(saved + 1, first), end), end)
         target = tl.where(more, tl.load(save_slots + i, mask=more, other=0).to(tl.int64), slot)
-        for t in range(row, stop):
-            ahead = tl.where(t + 1 < end, 1, 0).to(tl.int64)
-            u_at, dt_at, z_at = u_at + ahead * u_stride, dt_at + ahead * dt_stride, z_at + ahead * z_stride
-            b_at, c_at = b_at + ahead * b_stride, c_at + ahead * c_stride
-            u_next, dt_next, z_next = load(u_at, inside), load(dt_at, inside), load(z_at, inside)
-            b_next, c_next = load(b_at, inside_s), load(c_at, inside_s)
-            h, y = step(h, u_t, dt_t, z_t, b_t, c_t, rate, skip, bias)
-            tl.store(out_at, rounded(y, out.type.element_ty), mask=inside)
-            out_at += channels
+        last = tl.maximum(stop - 1, first)
+        rows = tl.minimum(row + group, last).to(tl.int64)
+        u_t, dt_t, z_t = (
+            load(u_at + rows * u_stride, inside),
+            load(dt_at + rows * dt_stride, inside),
+            load(z_at + rows * z_stride, inside),
+        )
+        b_t = vectors(b + s, b_stride, row, last, inside_s, GROUP)
+        c_t = vectors(c + s, c_stride, row, last, inside_s, GROUP)
+        for t in range(row, stop, GROUP):
+            # the next rows are fetched while these are computed
+            next_rows = tl.minimum(t + GROUP + group, last).to(tl.int64)
+            u_next, dt_next = load(u_at + next_rows * u_stride, inside), load(dt_at + next_rows * dt_stride, inside)
+            z_next = load(z_at + next_rows * z_stride, inside)
+            b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
+            c_next = vectors(c + s, c_stride, t + GROUP, last, inside_s, GROUP)
+            # rows that are not there leave the state as it is
+            delta = tl.where(t + group < stop, softplus(dt_t + bias), 0.0)
+            drive, read = delta * u_t, tl.zeros((GROUP, BLOCK_D), tl.float32)
+            for k in tl.static_range(GROUP):
+                h = decayed(h, row_of(delta, group, k), row_of(drive, group, k), b_t[k], rate)
+                read = tl.where(group == k, tl.sum(h * c_t[k][None, :], axis=1)[None, :], read)
+            y = gated(read, u_t, z_t, tl.broadcast_to(skip, read.shape))
+            rows = (t + group).to(tl.int64)
+            tl.store(
+                out + rows * channels + channel[None, :], rounded(y, out.type.element_ty), mask=inside & (rows < stop)
+            )
             u_t, dt_t, z_t, b_t, c_t = u_next, dt_next, z_next, b_next, c_next
         row = stop
-        tl.store(ssm_state + target * slot_stride + place, h, mask=inside_state)
+        if tl.where(more, (saved >= first) & (saved < end), is_last):
+            tl.store(ssm_state + target * slot_stride + place, h, mask=inside_state)
+
+
+@jit
+def vectors(
+    at: tl.tensor, stride: tl.tensor, row: tl.tensor, last: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr
+) -> tl.tuple:
+    """Rows `row` and on, or `last` in their place, of b or c: GROUP of them, each [S]."""
+    rows = ()
+    for k in tl.static_range(GROUP):
+        rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask),)
+    return rows
+
+
+@jit
+def row_of(tile: tl.tensor, number: tl.tensor, k: tl.constexpr) -> tl.tensor:
+    return tl.sum(tl.where(number == k, tile, 0.0), axis=0)
+
+
+@jit
+def state_block(
+    channels: tl.tensor, STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Where in a state [channels, STATES] the program's block [BLOCK_D, BLOCK_S] is, and which of it exists."""
+    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    return channel[:, None] * STATES + s[None, :], (channel < channels)[:, None] & (s < STATES)[None, :]
 
 
 @jit
@@ -126,7 +205,18 @@ def step(
     bias: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
     """The next state [D, S] and y [D]; `rate` is a in units of log 2."""
-    dt = softplus(dt + bias)
-    h = tl.fma(tl.exp2(dt[:, None] * rate), h, (dt * u)[:, None] * b[None, :])
-    y = tl.fma(skip, u, tl.sum(h * c[None, :], axis=1))
-    return h, y * silu(z)
+    delta = softplus(dt + bias)
+    h = decayed(h, delta, delta * u, b, rate)
+    return h, gated(tl.sum(h * c[None, :], axis=1), u, z, skip)
+
+
+@jit
+def decayed(h: tl.tensor, delta: tl.tensor, drive: tl.tensor, b: tl.tensor, rate: tl.tensor) -> tl.tensor:
+    """exp(delta * a) * h + drive * b, [D, S]."""
+    return tl.fma(tl.exp2(delta[:, None] * rate), h, drive[:, None] * b[None, :])
+
+
+@jit
+def gated(read: tl.tensor, u: tl.tensor, z: tl.tensor, skip: tl.tensor) -> tl.tensor:
+    """(h @ c + d * u) * silu(z)."""
+    return tl.fma(skip, u, read) * silu(z)

@@ -9,7 +9,6 @@ import kernels.triton
 from kernels import table
 from kernels.ops import AttentionDecode, AttentionPrefill, Kernels, KernelUnavailable, Linear, RunExperts, Sample
 from kernels.ops import SampleInputs as Inputs
-from kernels.reference.mamba import MambaDecode
 from kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
 from tests.kernels.cases import EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
@@ -41,6 +40,24 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, dtyp
     together = linear(x, weight)
     for start, end in ((0, 1), (70, 71), (3, 3 + TILE), (0, TILE + 1), (100, 131)):
         assert_same(linear(x[start:end], weight), together[start:end])
+
+
+@each_implementation("linear", but="reference")
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("inputs", [512, 1100])  # K in one section, and in three
+def test_a_narrow_product_adds_its_sections_in_one_order(
+    linear: Linear, inputs: int, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = pytest.importorskip("kernels.triton.narrow", reason="the package triton is not installed")
+    x, raw = random(TILE + 3, inputs + 7, dtype=dtype)[:, :inputs], random(33, inputs, dtype=dtype, seed=1)
+    weight, bias = linear.pack(raw), random(33, dtype=dtype, seed=2) if with_bias else None
+    separately = linear(x, weight, bias)
+    expected = double(x) @ double(raw).T + (0 if bias is None else double(bias))
+    assert_close(separately, expected, atol=1e-4)
+    assert_same(linear(x[65:66], weight, bias), separately[65:66])
+    monkeypatch.setattr(narrow, "MANY_ROWS", TILE)  # from where on one program adds them all
+    assert_same(linear(x, weight, bias), separately)
 
 
 @each_implementation("run_experts", but="reference")
@@ -98,7 +115,7 @@ def test_sample_at_the_ends(sample: Sample) -> None:
 def test_every_op_has_its_type() -> None:
     """Written out, so that the type checker compares every op with its protocol."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton import attention, conv, linear, moe, norm, route, sample, scan, slots
+    from kernels.triton import attention, conv, linear, mamba, moe, norm, route, sample, scan, slots
 
     ops = Kernels(
         rms_norm=norm.rms_norm,
@@ -115,7 +132,7 @@ def test_every_op_has_its_type() -> None:
         run_experts=moe.RunExperts(),
         linear=linear.Linear(),
         sample=sample.sample,
-        mamba_decode=MambaDecode(
+        mamba_decode=mamba.MambaDecode(
             conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update
         ),
         names={},

@@ -1,0 +1,200 @@
+"""A Mamba layer's decode between in_proj and out_proj in three launches: the convolution, x_proj, and all the rest.
+
+The rest is one kernel. Its arithmetic is that of the parts, function by function and tile by tile: the bits are theirs.
+Of few rows it also adds up the sections of x_proj's product, see `kernels.triton.narrow`; every program does so for
+itself, which with many rows would be more than a launch costs.
+"""
+
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import KernelUnavailable, MambaWeights
+from kernels.triton.conv import causal_conv1d_update
+from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
+from kernels.triton.linear import Linear
+from kernels.triton.narrow import add_sections, is_narrow, section_product, section_sums, tile_for
+from kernels.triton.norm import normalized, rms_norm, tile_rows
+from kernels.triton.scan import load, selective_state_update, step
+
+PROGRAMS = 1024
+"""As many fill a large GPU; while there are fewer, no program takes several rows."""
+STAGES = 2  # of dt_proj's short product, whose buffers would otherwise keep other programs out
+
+
+class MambaDecode:
+    """See `kernels.ops.MambaDecode`."""
+
+    def __init__(self, *parts: object) -> None:
+        kinds = (causal_conv1d_update, Linear, rms_norm, selective_state_update)
+        for part, kind in zip(parts, kinds, strict=True):
+            if part is not kind and type(part) is not kind:
+                raise KernelUnavailable(f"it stands for kernels.triton's {kind.__name__}, another one was chosen")
+        self._linear = Linear()
+
+    def pack(self, weights: MambaWeights) -> MambaWeights:
+        """See `kernels.ops.MambaDecode`."""
+        assert isinstance(weights.dt_proj, Tensor), "dt_proj is never quantised"
+        return weights._replace(scan=type(weights.scan)(*(weight.contiguous() for weight in weights.scan)))
+
+    def __call__(
+        self, xz: Tensor, weights: MambaWeights, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
+    ) -> Tensor:
+        """See `kernels.ops.MambaDecode`."""
+        x, z = xz.chunk(2, dim=-1)
+        u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
+        few = program_rows(len(u), *weights.scan.a.shape) == 1
+        sectioned = few and isinstance(weights.x_proj, Tensor) and is_narrow(*weights.x_proj.shape)
+        projected = section_sums(u, weights.x_proj) if sectioned else self._linear(u, weights.x_proj)
+        return _update(u, z, projected, weights, ssm_state, state_ids)
+
+
+def block_channels(states: int) -> int:
+    """Channels of a program: the tile of dt_proj, or more where a thread would have less than four elements of a state:
+    then the sum over a channel's states would not be shared out among threads as the scan does it."""
+    return max(32, min(128, 512 // next_power_of_2(states)))
+
+
+def program_rows(rows: int, channels: int, states: int) -> int:
+    """How many rows a program takes. They share what it reads of dt_proj."""
+    programs = rows * cdiv(channels, block_channels(states))
+    return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
+
+
+def _update(
+    u: Tensor, z: Tensor, projected: Tensor, weights: MambaWeights, ssm_state: Tensor, state_ids: Tensor
+) -> Tensor:
+    """From x_proj's product [N, R + 2S] on, or from the sums of its sections [sections, N, R + 2S]."""
+    (channels, states), rows = weights.scan.a.shape, len(u)
+    assert u.is_contiguous() and z.stride(1) == 1 and ssm_state.stride()[1:] == (states, 1)
+    tile = tile_for(1, u.element_size())
+    rank, shared, block = len(weights.dt_norm), program_rows(rows, channels, states), block_channels(states)
+    rank_block, state_block = next_power_of_2(rank), next_power_of_2(states)
+    sections = len(projected) if projected.dim() == 3 else 0
+    scratch = (u.new_empty(1 + bool(sections), rows, projected.shape[-1]), torch.empty_like(u))
+    out = torch.empty_like(u)
+    update_kernel[(cdiv(channels, block), cdiv(rows, shared))](
+        u,
+        z,
+        projected,
+        weights.dt_norm,
+        weights.b_norm,
+        weights.c_norm,
+        weights.dt_proj,
+        *weights.scan,
+        ssm_state,
+        state_ids,
+        *scratch,
+        out,
+        rows,
+        sections,
+        channels,
+        rank,
+        z.stride(0),
+        ssm_state.stride(0),
+        weights.eps,
+        STATES=states,
+        ROWS=shared,
+        SECTIONED=sections > 0,
+        TILE_ROWS=tile.rows,
+        BLOCK_D=block,
+        BLOCK_P=next_power_of_2(projected.shape[-1]),
+        INNER=tile.inner,
+        BLOCK_R=rank_block,
+        NORM_ROWS_R=tile_rows(rank_block),
+        BLOCK_S=state_block,
+        NORM_ROWS_S=tile_rows(state_block),
+        num_warps=tile.num_warps,
+        num_stages=STAGES,
+        **EXACT,
+    )
+    return out
+
+
+@jit(do_not_specialize=["rows"])
+def update_kernel(
+    u: tl.tensor, z: tl.tensor, projected: tl.tensor,
+    dt_norm: tl.tensor, b_norm: tl.tensor, c_norm: tl.tensor, dt_proj: tl.tensor,
+    a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
+    ssm_state: tl.tensor, state_ids: tl.tensor,
+    normed: tl.tensor, dt: tl.tensor, out: tl.tensor,
+    rows: tl.tensor, sections: tl.tensor, channels: tl.tensor, rank: tl.tensor,
+    z_stride: tl.tensor, slot_stride: tl.tensor, eps: tl.tensor,
+    STATES: tl.constexpr, ROWS: tl.constexpr, SECTIONED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_R: tl.constexpr, NORM_ROWS_R: tl.constexpr, BLOCK_S: tl.constexpr, NORM_ROWS_S: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (cdiv(channels, BLOCK_D), cdiv(rows, ROWS)). `normed` [1 or 2, rows, rank + 2 * STATES] and `dt` [rows,
+    channels] are scratch memory: what a program wrote there it reads again in another layout. All programs of the same
+    rows write the same bits into `normed`. SECTIONED, with ROWS 1: `projected` holds the sums of sections."""
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    end = tl.minimum(first + ROWS, rows)
+    width = rank + 2 * STATES
+    if SECTIONED:
+        column = first * width + tl.arange(0, BLOCK_P)
+        mask = tl.arange(0, BLOCK_P) < width
+        total = add_sections(projected + column, mask, sections, rows.to(tl.int64) * width)
+        projected = normed + rows.to(tl.int64) * width
+        tl.store(projected + column, rounded(total, normed.type.element_ty), mask=mask)
+        tl.debug_barrier()
+    normalize(projected, normed, dt_norm, first, end, width, rank, eps, ROWS, BLOCK_R, NORM_ROWS_R)
+    b_raw, b_at = projected + rank, normed + rank
+    normalize(b_raw, b_at, b_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
+    c_at = b_at + STATES
+    normalize(b_raw + STATES, c_at, c_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
+    tl.debug_barrier()
+    row = first + tl.arange(0, TILE_ROWS)[:, None]
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    weight = dt_proj + column.to(tl.int64) * rank
+    total = section_product(normed + row * width, weight, row < end, column < channels, rank, TILE_ROWS, BLOCK_D, INNER)
+    tl.store(dt + row * channels + column, rounded(total, dt.type.element_ty), mask=(row < end) & (column < channels))
+    tl.debug_barrier()
+    channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    inside, inside_s = channel < channels, s < STATES
+    place, inside_state = channel[:, None] * STATES + s[None, :], inside[:, None] & inside_s[None, :]
+    rate = tl.load(a + place, mask=inside_state, other=0.0) * LOG2_E
+    skip, bias = tl.load(d + channel, mask=inside, other=0.0), tl.load(dt_bias + channel, mask=inside, other=0.0)
+    u_at, dt_at, z_at, out_at, state_at = u + channel, dt + channel, z + channel, out + channel, ssm_state + place
+    slot = tl.load(state_ids + first).to(tl.int64) * slot_stride
+    h = tl.load(state_at + slot, mask=inside_state, other=0.0)
+    for _ in range(first, end):
+        # the next row's state is fetched while this one's is computed
+        following = tl.minimum(first + 1, end - 1)
+        next_slot = tl.load(state_ids + following).to(tl.int64) * slot_stride
+        next_h = tl.load(state_at + next_slot, mask=inside_state, other=0.0)
+        at = first * channels
+        u_t, dt_t, z_t = load(u_at + at, inside), load(dt_at + at, inside), load(z_at + first * z_stride, inside)
+        b_t, c_t = load(b_at + first * width + s, inside_s), load(c_at + first * width + s, inside_s)
+        h, y = step(h, u_t, dt_t, z_t, b_t, c_t, rate, skip, bias)
+        tl.store(out_at + at, rounded(y, out.type.element_ty), mask=inside)
+        tl.store(state_at + slot, h, mask=inside_state)
+        first, slot, h = following, next_slot, next_h
+
+
+@jit
+def normalize(
+    x: tl.tensor,
+    normed: tl.tensor,
+    weight: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+) -> None:
+    """`rms_norm` of rows `first` to `end`, at most ROWS, in tiles of its own."""
+    column = tl.arange(0, BLOCK)[None, :]
+    scale = tl.load(weight + column, mask=column < size, other=0.0)
+    for start in tl.static_range(0, ROWS, TILE_ROWS):
+        row = first + start + tl.arange(0, TILE_ROWS)[:, None]
+        at, mask = row * stride + column, (row < end) & (column < size)
+        s = tl.load(x + at, mask=mask, other=0.0)
+        tl.store(normed + at, normalized(s, scale, size, eps), mask=mask)

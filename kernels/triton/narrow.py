@@ -1,0 +1,181 @@
+"""The matrix product with a weight of few rows and long ones, such as Mamba's x_proj: K in sections, added in order.
+
+With tiles of whole rows a few programs would read such a weight while the rest of the GPU waits. Instead K is taken in
+sections of fixed length, and the sections' sums are added in their order: by one program that computes them all, where
+there are many rows, else from memory, where a program for each section has left them. The bits are the same.
+"""
+
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
+from kernels.triton.product import Tile
+
+SECTION = 512
+MANY_ROWS = 1024  # from where on there are enough programs without one for each section
+SUM_BLOCK = 1024
+
+
+def is_narrow(outputs: int, inputs: int) -> bool:
+    """Whether a weight is multiplied in sections: a property of the weight, so that all its products add alike."""
+    return 8 * outputs <= inputs
+
+
+def tile_for(rows: int, item_bytes: int) -> Tile:
+    """The tile for a product of so many rows: at least 64 of them, as in `kernels.triton.product`."""
+    inner = 128 // item_bytes
+    if rows < MANY_ROWS:
+        return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4)
+    return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
+
+
+def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.ops.Linear`."""
+    rows, outputs = len(x), len(weight)
+    out = x.new_empty(rows, outputs)
+    if rows < MANY_ROWS:
+        sums = section_sums(x, weight)
+        grid = (cdiv(out.numel(), SUM_BLOCK),)
+        bias_or_any = sums if bias is None else bias
+        sum_kernel[grid](
+            sums, bias_or_any, out, out.numel(), outputs, len(sums), HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK
+        )
+        return out
+    tile = tile_for(rows, x.element_size())
+    narrow_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
+        *(x, weight, weight if bias is None else bias, out, rows, outputs, x.shape[1], x.stride(0)),
+        HAS_BIAS=bias is not None,
+        SECTION=SECTION,
+        **tile.options | EXACT,
+    )
+    return out
+
+
+def section_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """The product's sums over each section of K: float32 [sections, T, N]."""
+    (rows, inputs), outputs = x.shape, len(weight)
+    assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
+    sums = torch.empty(cdiv(inputs, SECTION), rows, outputs, device=x.device)
+    tile = tile_for(1, x.element_size())
+    section_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns), len(sums))](
+        x, weight, sums, rows, outputs, inputs, x.stride(0), SECTION=SECTION, **tile.options | EXACT
+    )
+    return sums
+
+
+@jit(do_not_specialize=["rows"])
+def section_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    sums: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    SECTION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+) -> None:
+    """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    start = tl.program_id(2) * SECTION
+    x_at, weight_at = x + row.to(tl.int64) * x_stride + start, weight + column.to(tl.int64) * inputs + start
+    size = tl.minimum(inputs - start, SECTION)
+    total = section_product(x_at, weight_at, row < rows, column < outputs, size, ROWS, COLUMNS, INNER)
+    at = sums + (tl.program_id(2).to(tl.int64) * rows + row) * outputs + column
+    tl.store(at, total, mask=(row < rows) & (column < outputs))
+
+
+@jit(do_not_specialize=["rows"])
+def narrow_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    SECTION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+) -> None:
+    """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x_at, weight_at = x + row.to(tl.int64) * x_stride, weight + column.to(tl.int64) * inputs
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, inputs, SECTION):
+        size = tl.minimum(inputs - start, SECTION)
+        total += section_product(x_at, weight_at, row < rows, column < outputs, size, ROWS, COLUMNS, INNER)
+        x_at += SECTION
+        weight_at += SECTION
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)
+    at = out + row.to(tl.int64) * outputs + column
+    tl.store(at, rounded(total, out.type.element_ty), mask=(row < rows) & (column < outputs))
+
+
+@jit
+def section_product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    x_mask: tl.tensor,
+    weight_mask: tl.tensor,
+    size: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+) -> tl.tensor:
+    """x @ weight.T over `size` inputs, float32 [ROWS, COLUMNS], from pointers to the first of each row [ROWS, 1], and
+    to that of each of the weight's rows [1, COLUMNS]."""
+    k = tl.arange(0, INNER)
+    x_at, weight_at = x + k[None, :], weight + k[:, None]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, size, INNER):
+        inside = k < size - start
+        a = tl.load(x_at, mask=x_mask & inside[None, :], other=0.0)
+        b = tl.load(weight_at, mask=weight_mask & inside[:, None], other=0.0)
+        total = dot(a, b, total)
+        x_at += INNER
+        weight_at += INNER
+    return total
+
+
+@jit(do_not_specialize=["size"])
+def sum_kernel(
+    sums: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    outputs: tl.tensor,
+    sections: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid (cdiv(size, BLOCK)), of out [rows, outputs] with `size` elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = add_sections(sums + at, at < size, sections, size)
+    if HAS_BIAS:
+        total += tl.load(bias + at % outputs, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + at, rounded(total, out.type.element_ty), mask=at < size)
+
+
+@jit
+def add_sections(sums: tl.tensor, mask: tl.tensor, sections: tl.tensor, stride: tl.tensor) -> tl.tensor:
+    """In their order. `sums`: pointers into the first section."""
+    total = tl.load(sums, mask=mask, other=0.0)
+    for _ in range(1, sections):
+        sums += stride
+        total += tl.load(sums, mask=mask, other=0.0)
+    return total
