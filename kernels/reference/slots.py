@@ -16,8 +16,10 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: T
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as pages of `dtype` hold it: in a narrower one the nearest number, and the largest one for all beyond it."""
+    if x.dtype == dtype:
+        return x
     limit = torch.finfo(dtype).max
-    return x if x.dtype == dtype else x.clamp(-limit, limit).to(dtype)
+    return x.clamp(-limit, limit).to(dtype)
 
 
 def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
