@@ -88,9 +88,9 @@ class RunExperts:
     weights and takes those alone that are quantised or no bfloat16."""
 
     def __init__(self, silu_and_mul: ops.SiluAndMul, other: ops.RunExperts) -> None:
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() not in GROUPED_CAPABILITIES:
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() not in GROUPED_CAPABILITIES:
             need = " or ".join(f"{major}.{minor}" for major, minor in GROUPED_CAPABILITIES)
-            raise KernelUnavailable(f"torch's grouped product needs compute capability {need}")
+            raise KernelUnavailable(f"torch's grouped product needs a GPU of compute capability {need}")
         self._silu_and_mul, self._other = silu_and_mul, other
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:

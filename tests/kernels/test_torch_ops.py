@@ -110,6 +110,13 @@ class Other(moe.RunExperts):
         return super().__call__(x, experts, weights, ids)
 
 
+@pytest.fixture
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_many_rows_by_the_grouped_product(top_k: int) -> None:
     """One expert is nobody's choice, one is nearly everybody's."""
@@ -135,6 +142,7 @@ def quantized(*shape: int) -> QuantizedWeight:
     return QuantizedWeight(values, torch.full((*shape[:-1], 1), 0.01), shape[-1], 8)
 
 
+@pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("kind", ["quantized", "float32", "odd"])
 def test_weights_that_it_does_not_take_go_to_the_other(kind: str) -> None:
     tokens, hidden, intermediate, count = 80, 24, 12 if kind == "odd" else 16, 2
@@ -150,6 +158,7 @@ def test_weights_that_it_does_not_take_go_to_the_other(kind: str) -> None:
     assert_same(out, other(x, other.pack(gate_up, down), weights, ids))
 
 
+@pytest.mark.usefixtures("_hopper")
 def test_packing_copies_nothing() -> None:
     gate_up, down = random(2, 32, 24, dtype=torch.bfloat16), random(2, 24, 16, dtype=torch.bfloat16)
     packed = torch_ops.RunExperts(refuse, Other()).pack(gate_up, down)
@@ -159,10 +168,11 @@ def test_packing_copies_nothing() -> None:
     assert pointers == [packed.packed.gate_up[0].data_ptr(), packed.packed.down[0].data_ptr()]
 
 
-def test_gpus_without_the_grouped_kernel_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_machines_without_the_grouped_kernel_are_refused(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(KernelUnavailable, match=r"needs compute capability 9\.0 or 10\.0"):
+    with pytest.raises(KernelUnavailable, match=r"needs a GPU of compute capability 9\.0 or 10\.0"):
         torch_ops.RunExperts(refuse, Other())
 
 
