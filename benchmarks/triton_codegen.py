@@ -51,6 +51,8 @@ from kernels.triton import (
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+TYPES[torch.float8_e4m3fn] = "fp8e4nv"
+FP8_CAPABILITY = 89  # has such numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 # Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
 KNOWN_SPILLS = {("prefill_kernel", "sm_80"): 24}
@@ -79,6 +81,9 @@ class Launch:
     @property
     def name(self) -> str:
         return getattr(self.kernel, "__name__", "?")
+
+    def runs_on(self, capability: int) -> bool:
+        return capability >= FP8_CAPABILITY or "*fp8e4nv" not in self.signature.values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +239,10 @@ def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, C
         yield f"mamba_decode, {rows}", lambda args=args: decode(*args)
 
 
-def attention_calls(heads: int, kv_heads: int, size: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    storage = empty(64, 2, 2, 16, kv_heads, size)
+def attention_calls(
+    heads: int, kv_heads: int, size: int, stored: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    storage = empty(64, 2, 2, 16, kv_heads, size, dtype=stored)
     pages = Pages(storage[:, 0, 0], storage[:, 0, 1], torch.zeros(1, 64, dtype=torch.int32), ints(1024), 1024)
     wide = empty(512, (heads + 2 * kv_heads) * size)
     q, k, v = (
@@ -294,7 +301,8 @@ def all_launches() -> list[Launch]:
     launches = [launch for op, call in calls for launch in record(op, call)]
     # Mini's heads: other constants, so another kernel
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
-    return launches + mini
+    narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)
+    return launches + mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]
 
 
 def problems(found: list[Resources]) -> list[str]:
@@ -324,9 +332,12 @@ def table(found: list[Resources]) -> str:
     for (op, kernel), by_target in rows.items():
         cells = [
             f"{r.registers}, {r.spilled}, {r.shared / 1024:.1f} KiB {r.instruction.split('.')[0]}".rstrip()
-            for r in (by_target[target] for target in targets)
+            if (r := by_target.get(target))
+            else ""
+            for target in targets
         ]
-        lines.append(f"| {op} | {kernel} | {by_target[targets[0]].warps} | {' | '.join(cells)} |")
+        warps = next(iter(by_target.values())).warps
+        lines.append(f"| {op} | {kernel} | {warps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -340,7 +351,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        jobs = [pool.submit(compile_for, launch, target) for launch in launches for target in targets]
+        pairs = [(launch, target) for launch in launches for target in targets if launch.runs_on(target)]
+        jobs = [pool.submit(compile_for, *pair) for pair in pairs]
         found = [job.result() for job in jobs]
     seconds = time.monotonic() - started
     text = "Registers a thread, bytes spilled, shared memory and matrix instruction, bfloat16, compiled by triton "

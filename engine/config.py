@@ -10,6 +10,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["int8", "int4", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
+KvCacheDtype = Literal["auto", "fp8"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is
     an error where there are none; False: the fastest run. What `kernels` names runs in any case.
+    `kv_cache_dtype`: "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's dtype.
     """
 
     model: str
@@ -36,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
     checkpoint_memory_bytes: int | None = None
     block_size: int = 16
     gpu_memory_utilization: float = 0.92

@@ -27,6 +27,7 @@ from engine.cache.storage import CacheStorage
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
+from engine.kernel_choice import check_kernels
 from engine.memory import CudaMemory, DeviceMemory, LargestSteps, measure, usable_memory
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.model_runner import ModelRunner, PendingStep
@@ -91,6 +92,7 @@ class Loaded:
     kernels: Kernels
     policy: QuantizationPolicy
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
 
     def storage(self, num_pages: int, num_slots: int, block_size: int) -> CacheStorage:
@@ -100,6 +102,7 @@ class Loaded:
             num_slots=num_slots,
             block_size=block_size,
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             device=self.device,
         )
 
@@ -120,6 +123,7 @@ class EngineCore:
         if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
             torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
         kernels = select(device.type, config.kernels, config.exact)
+        check_kernels(config, dtype, device, kernels.names)
         planned = partial(
             plan_memory,
             model_config,
@@ -131,8 +135,9 @@ class EngineCore:
         plan = planned(available_bytes=available_bytes(device, config))
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
+        kv_dtype = dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
         sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-        loaded = Loaded(model, sampler, kernels, policy, dtype, device)
+        loaded = Loaded(model, sampler, kernels, policy, dtype, kv_dtype, device)
         if device.type == "cuda":
             on_progress("measuring memory", 0.0)
             measured = measure_steps(loaded, config, plan, CudaMemory(device))
@@ -265,7 +270,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
 
 
 def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, *, dtype_bytes: int) -> Scheduler:
-    spec = CacheSpec.of(model_config, block_size=config.block_size, dtype_bytes=dtype_bytes)
+    spec = CacheSpec.wanted(model_config, config, dtype_bytes=dtype_bytes)
     # a regular state every four times as many tokens as have a state's size in KV (design, "where a state is saved")
     interval = -(-4 * spec.bytes_per_slot // spec.bytes_per_page) * config.block_size
     cache = CacheManager(

@@ -58,9 +58,10 @@ class Segments(NamedTuple):
 class Pages(NamedTuple):
     """One attention layer's paged KV and the tables of N sequences.
 
-    `k`, `v`: dtype [pages, block_size, G, Z], any stride over pages. `block_tables`: int32 [N, max_blocks], entries
-    beyond a sequence's own pages are 0 (a page that no sequence owns). `context_lens`: int32 [N], tokens in the cache
-    including those of this step. None of them exceeds `max_context_len`, which may be larger than all.
+    `k`, `v`: dtype [pages, block_size, G, Z], any stride over pages; the implementations "triton" and "reference" take
+    float8_e4m3fn too, numbers without a scale. `block_tables`: int32 [N, max_blocks], entries beyond a sequence's own
+    pages are 0 (a page that no sequence owns). `context_lens`: int32 [N], tokens in the cache including those of this
+    step. None of them exceeds `max_context_len`, which may be larger than all.
     """
 
     k: Tensor
@@ -167,7 +168,8 @@ class MambaDecode(Protocol):
 
 class WriteKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-        """Puts row t's k, v (dtype [T, G, Z]) at token slot kv_slots[t] = page * block_size + offset (int64 [T])."""
+        """Puts row t's k, v (dtype [T, G, Z]) at token slot kv_slots[t] = page * block_size + offset (int64 [T]).
+        Numbers beyond the largest of float8_e4m3fn, 448, are stored there as that."""
         ...
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
+from kernels import external, torch_ops
 from kernels.cpu import attention as cpu_attention
 from kernels.cpu import conv as cpu_conv
 from kernels.cpu import linear as cpu_linear
@@ -69,6 +70,14 @@ def _triton(module: str, name: str) -> Callable[[], Any]:
     return load
 
 
+def _torch_attention() -> torch_ops.AttentionPrefill:
+    return torch_ops.AttentionPrefill(_triton("attention", "attention_prefill")())
+
+
+def _torch_experts(silu_and_mul: Any) -> torch_ops.RunExperts:
+    return torch_ops.RunExperts(silu_and_mul, _triton("moe", "RunExperts")())
+
+
 # Reference kernels that leave sums to torch are not exact, where its libraries choose the order by the tensor's shape.
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
@@ -79,28 +88,35 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("rms_norm", "reference", _BOTH, lambda: norm.rms_norm),
     Implementation("causal_conv1d", "cpu", ("cpu",), cpu_conv.CausalConv1d),
     Implementation("causal_conv1d", "triton", ("cuda",), _triton("conv", "causal_conv1d")),
+    Implementation("causal_conv1d", "causal-conv1d", ("cuda",), external.CausalConv1d, exact=False),
     Implementation("causal_conv1d", "reference", _BOTH, lambda: conv.causal_conv1d),
     Implementation("causal_conv1d_update", "cpu", ("cpu",), cpu_conv.CausalConv1dUpdate),
     Implementation("causal_conv1d_update", "triton", ("cuda",), _triton("conv", "causal_conv1d_update")),
+    Implementation("causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, exact=False),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
     Implementation(
         "selective_scan", "triton-chunked", ("cuda",), _triton("scan_chunked", "selective_scan"), exact=False
     ),
     Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
+    Implementation("selective_scan", "mamba-ssm", ("cuda",), external.selective_scan, exact=False),
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
     Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),
     Implementation("selective_state_update", "triton", ("cuda",), _triton("scan", "selective_state_update")),
+    Implementation("selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate, exact=False),
     Implementation("selective_state_update", "reference", _BOTH, lambda: scan.selective_state_update),
     Implementation("write_kv", "cpu", ("cpu",), cpu_slots.WriteKv),
     Implementation("write_kv", "triton", ("cuda",), _triton("slots", "write_kv")),
     Implementation("write_kv", "reference", _BOTH, lambda: slots.write_kv),
     Implementation("attention_prefill", "cpu", ("cpu",), cpu_attention.AttentionPrefill),
+    Implementation("attention_prefill", "torch", ("cuda",), _torch_attention, exact=False),
     Implementation("attention_prefill", "triton", ("cuda",), _triton("attention", "attention_prefill")),
+    Implementation("attention_prefill", "flash-attn", ("cuda",), external.AttentionPrefill, exact=False),
     Implementation("attention_prefill", "reference", ("cpu",), lambda: attention.attention_prefill),
     Implementation("attention_prefill", "reference", ("cuda",), lambda: attention.attention_prefill, exact=False),
     Implementation("attention_decode", "cpu", ("cpu",), cpu_attention.AttentionDecode),
     Implementation("attention_decode", "triton", ("cuda",), _triton("attention", "attention_decode")),
+    Implementation("attention_decode", "flash-attn", ("cuda",), external.AttentionDecode, exact=False),
     Implementation("attention_decode", "reference", ("cpu",), lambda: attention.attention_decode),
     Implementation("attention_decode", "reference", ("cuda",), lambda: attention.attention_decode, exact=False),
     Implementation("copy_slots", "cpu", ("cpu",), cpu_slots.CopySlots),
@@ -113,6 +129,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("route_experts", "triton", ("cuda",), _triton("route", "route_experts")),
     Implementation("route_experts", "reference", _BOTH, lambda: moe.route_experts),
     Implementation("run_experts", "cpu", ("cpu",), cpu_moe.RunExperts),
+    Implementation("run_experts", "torch", ("cuda",), _torch_experts, ("silu_and_mul",), exact=False),
     Implementation("run_experts", "triton", ("cuda",), _triton("moe", "RunExperts")),
     Implementation("run_experts", "reference", _BOTH, moe.RunExperts, exact=False),
     Implementation("linear", "cpu", ("cpu",), cpu_linear.Linear),

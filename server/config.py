@@ -20,7 +20,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from engine.config import Device, Dtype, EngineConfig, LoadFormat, Quantization
+from engine.config import Device, Dtype, EngineConfig, KvCacheDtype, LoadFormat, Quantization
 from engine.errors import CheckpointError, ConfigError
 from server.options import ENV_PREFIX, Help, Option, options_of
 
@@ -72,6 +72,7 @@ class ServerConfig:
     max_num_batched_tokens: Annotated[
         Count | None, Help("Prompt tokens a step, beside one of every reply; none: 128 on a CPU, 8192 on a GPU.")
     ] = None
+    kv_cache_dtype: Annotated[KvCacheDtype, Help("Of KV pages; fp8: half the memory; auto: --dtype.")] = "auto"
     kv_cache_memory_bytes: Annotated[Count | None, Help("For KV pages; none: what fits.")] = None
     checkpoint_memory_bytes: Annotated[Number | None, Help("For saved states; none: a quarter of the caches.")] = None
     block_size: Annotated[Count, Help("Tokens a KV page.")] = 16

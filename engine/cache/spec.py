@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.cache.graph_sizes import GraphSizes
-from engine.config import EngineConfig
+from engine.config import EngineConfig, KvCacheDtype
 from engine.errors import ConfigError
 from engine.model_config import JambaConfig
 
@@ -38,8 +38,9 @@ LOGITS_COPIES = 3  # logits, their log-softmax, and one sorted or masked copy
 class CacheSpec:
     """Bytes per unit.
 
-    A page: K and V of `block_size` tokens of all attention layers, in the model's dtype. A slot: the last W-1 inputs of
-    the convolution [W-1, D] in that dtype and the SSM state [D, S] in float32, of all Mamba layers.
+    A page: K and V of `block_size` tokens of all attention layers, in the model's dtype or one byte a number. A slot:
+    the last W-1 inputs of the convolution [W-1, D] in the model's dtype and the SSM state [D, S] in float32, of all
+    Mamba layers.
     """
 
     block_size: int
@@ -48,8 +49,11 @@ class CacheSpec:
     bytes_per_slot: int
 
     @classmethod
-    def of(cls, config: JambaConfig, *, block_size: int, dtype_bytes: int) -> CacheSpec:
-        kv = len(config.attention_layers) * 2 * config.num_key_value_heads * config.head_dim * dtype_bytes
+    def of(
+        cls, config: JambaConfig, *, block_size: int, dtype_bytes: int, kv_cache_dtype: KvCacheDtype = "auto"
+    ) -> CacheSpec:
+        kv_bytes = dtype_bytes if kv_cache_dtype == "auto" else 1
+        kv = len(config.attention_layers) * 2 * config.num_key_value_heads * config.head_dim * kv_bytes
         conv = (config.mamba_d_conv - 1) * config.d_inner * dtype_bytes
         ssm = config.d_inner * config.mamba_d_state * 4
         return cls(
@@ -58,6 +62,12 @@ class CacheSpec:
             bytes_per_page=block_size * kv,
             bytes_per_slot=len(config.mamba_layers) * (conv + ssm),
         )
+
+    @classmethod
+    def wanted(cls, config: JambaConfig, engine: EngineConfig, *, dtype_bytes: int) -> CacheSpec:
+        """What `engine` asks for."""
+        size, kv_cache_dtype = engine.block_size, engine.kv_cache_dtype
+        return cls.of(config, block_size=size, dtype_bytes=dtype_bytes, kv_cache_dtype=kv_cache_dtype)
 
     def pages(self, num_tokens: int) -> int:
         """Pages that one sequence of `num_tokens` takes at most: one extra for a partly filled page that is copied."""
@@ -124,7 +134,7 @@ def plan_memory(
             f"The weights need {format_bytes(weight_bytes)} ({weight_bytes} bytes), but this {device} device has "
             f"{format_bytes(available_bytes)} ({available_bytes} bytes) available."
         )
-    spec = CacheSpec.of(config, block_size=engine.block_size, dtype_bytes=dtype_bytes)
+    spec = CacheSpec.wanted(config, engine, dtype_bytes=dtype_bytes)
     return _Planner(config, engine, spec, device, measured).plan(weight_bytes, free)
 
 

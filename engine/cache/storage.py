@@ -14,8 +14,9 @@ from engine.model_config import JambaConfig
 class CacheStorage:
     """KV pages and state slots of all layers, allocated once. Id 0 of each is a dummy that no sequence owns.
 
-    kv:   dtype   [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of memory
-    conv: dtype   [slots, Mamba layers, W-1, D]
+    kv:   kv_dtype (None: dtype) [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of
+          memory
+    conv: dtype [slots, Mamba layers, W-1, D]
     ssm:  float32 [slots, Mamba layers, D, S]
     Layers are counted among their own kind: the third Mamba layer is number 2.
     """
@@ -29,11 +30,12 @@ class CacheStorage:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         attention, mamba = len(config.attention_layers), len(config.mamba_layers)
         self.block_size = block_size
         page = (attention, 2, block_size, config.num_key_value_heads, config.head_dim)
-        self.kv = _zeros((num_pages, *page), dtype, device)
+        self.kv = _zeros((num_pages, *page), kv_dtype or dtype, device)
         self.conv = _zeros((num_slots, mamba, config.mamba_d_conv - 1, config.d_inner), dtype, device)
         self.ssm = _zeros((num_slots, mamba, config.d_inner, config.mamba_d_state), torch.float32, device)
         # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]

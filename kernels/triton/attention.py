@@ -194,14 +194,14 @@ def attend(
         token = page * page_stride + key % BLOCK_SIZE * token_stride
         # what lies behind `last` may be NaN, which a weight of zero would not take away
         k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
-        scores = dot(q, k, tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
+        scores = dot(q, k.to(q.dtype), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights, shrink = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
         v = tl.load(v_head + token[:, None] + z[None, :], mask=(key < last)[:, None] & (z < SIZE)[None, :], other=0.0)
         total = tl.fma(total, shrink, tl.sum(weights, axis=1))
-        values = dot(rounded(weights, v.dtype), v, values * shrink[:, None])
+        values = dot(rounded(weights, q.dtype), v.to(q.dtype), values * shrink[:, None])
         peak = new_peak
     return peak, total, values
 

@@ -1,7 +1,15 @@
-"""Sampling from the whole vocabulary: three passes over a row, many programs each, no temporaries of its size.
+"""Sampling from the whole vocabulary: passes over a row, many programs each, no temporaries of its size.
 
-The noise is that of `kernels/reference/sample.py` in float32, which differs by about 1e-6.
+Where a row wants top-k or top-p, one program more halves the range of scores until it knows where to cut: no ranking is
+made, and the host never waits. Sums have one order, so a row's result does not depend on its batch.
+
+The noise is that of `kernels/reference/sample.py` in float32, which differs by about 1e-6, as masses do; scores are the
+same.
 """
+
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false
 
 from __future__ import annotations
 
@@ -10,32 +18,33 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import SampleInputs
-from kernels.reference.sample import sample as sample_by_ranking
 from kernels.triton.launch import cdiv, jit, next_power_of_2
 
 BLOCK = 4096
+CUT_BLOCK, CUT_WARPS = 8192, 16
+END = tl.constexpr(0x7F800001)  # above the keys of all scores, that of -infinity included
+NO_CUT = tl.constexpr(-1)
+LEAST = tl.constexpr(-3.4e38)
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """See `kernels.ops.Sample`. Rows with top_k or top_p go to the reference, for they need a ranking: to know whether
-    there are any, the host waits for the device."""
+    """See `kernels.ops.Sample`."""
     rows, size = logits.shape
     assert logits.stride(1) == 1
     blocks = cdiv(size, BLOCK)
     best, scores = (logits.new_empty(rows, blocks) for _ in range(2))
     ids = logits.new_empty(rows, blocks, dtype=torch.int32)
+    cuts = logits.new_empty(rows, 3, dtype=torch.int32)
     tokens = logits.new_empty(rows, dtype=torch.int64)
     many = next_power_of_2(blocks)
     best_kernel[(rows, blocks)](logits, best, size, logits.stride(0), BLOCK=BLOCK)
+    row = (logits, best, inputs.temperature, inputs.top_p, inputs.top_k, cuts, size, logits.stride(0), blocks)
+    cut_kernel[(rows,)](*row, BLOCK=min(CUT_BLOCK, next_power_of_2(size)), BLOCKS=many, num_warps=CUT_WARPS)
     least = inputs.min_p.log()
     draw_kernel[(rows, blocks)](
-        logits, best, inputs.temperature, least, inputs.keys, scores, ids, size, logits.stride(0), BLOCK, many
+        logits, best, inputs.temperature, least, inputs.keys, cuts, scores, ids, size, logits.stride(0), BLOCK, many
     )
     first_kernel[(rows,)](scores, ids, tokens, blocks, BLOCK=many)
-    ranked = ((inputs.top_k > 0) | (inputs.top_p < 1)) & (inputs.temperature > 0)
-    chosen = ranked.nonzero().squeeze(-1)
-    if len(chosen) > 0:
-        tokens[chosen] = sample_by_ranking(logits[chosen], SampleInputs(*(field[chosen] for field in inputs)))
     return tokens
 
 
@@ -54,29 +63,133 @@ def best_kernel(
 
 
 @jit
-def draw_kernel(
+def cut_kernel(
     logits: tl.tensor,
     best: tl.tensor,
     temperature: tl.tensor,
-    least: tl.tensor,
-    keys: tl.tensor,
-    scores: tl.tensor,
-    ids: tl.tensor,
+    top_p: tl.tensor,
+    top_k: tl.tensor,
+    cuts: tl.tensor,
     size: tl.tensor,
     row_stride: tl.tensor,
+    blocks: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
+    """Grid (rows). cuts [rows, 3]: top-k and top-p leave the tokens with a key below the first, and of those below the
+    second the ones up to the id that is the third. A row's logits become its scores; where there is nothing to cut they
+    stay, and the first is NO_CUT."""
+    row = tl.program_id(0).to(tl.int64)
+    heat, p, k = tl.load(temperature + row), tl.load(top_p + row), tl.load(top_k + row)
+    scores, top = logits + row * row_stride, highest(best + row * blocks, blocks, BLOCKS)
+    if (heat <= 0) | ((k <= 0) & (p >= 1)) | (top == LEAST):
+        tl.store(cuts + row * 3, NO_CUT)
+        return
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(scores + i, mask=i < size, other=0.0)
+        tl.store(scores + i, tl.div_rn(x - top, heat), mask=i < size)
+    tl.debug_barrier()
+    low, high, ties, within = 0, END, size, size
+    if (k > 0) & (k < size):
+        low, high, before, within = search(scores, size, k.to(tl.float64), False, BLOCK)
+        ties = k - before
+    if p < 1:
+        _, mass_before = measure(scores, size, low, True, BLOCK)
+        _, mass = measure(scores, size, high, True, BLOCK)
+        wanted = p.to(tl.float64) * (mass_before + (mass - mass_before) * ties / within)
+        p_low, p_high, before, within = search(scores, size, wanted, True, BLOCK)
+        _, mass_before = measure(scores, size, p_low, True, BLOCK)
+        _, mass = measure(scores, size, p_high, True, BLOCK)
+        p_ties = tl.maximum(tl.ceil((wanted - mass_before) * within / (mass - mass_before)).to(tl.int32), 1)
+        # fewer than top-k leaves, but for rounding
+        fewer = (k <= 0) | (before + p_ties < k)
+        low, high, ties = tl.where(fewer, p_low, low), tl.where(fewer, p_high, high), tl.where(fewer, p_ties, ties)
+    tl.store(cuts + row * 3, low)
+    tl.store(cuts + row * 3 + 1, high)
+    tl.store(cuts + row * 3 + 2, id_of(scores, size, low, high, ties, BLOCK))
+
+
+@jit
+def key_of(score: tl.tensor) -> tl.tensor:
+    """A number that orders like a score (0 and below): small for the best."""
+    return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def measure(
+    scores: tl.tensor, size: tl.tensor, bound: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """How many tokens have a key below `bound`, and if it is asked for their mass, e to the score."""
+    counts, masses = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        score = tl.load(scores + i, mask=i < size, other=float("-inf"))
+        inside = (key_of(score) < bound) & (i < size)
+        counts += inside.to(tl.int32)
+        if BY_MASS:
+            masses += tl.where(inside, tl.exp(score), 0.0)
+    return tl.sum(counts, axis=0), tl.sum(masses, axis=0).to(tl.float64)
+
+
+@jit
+def search(
+    scores: tl.tensor, size: tl.tensor, goal: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """The keys [low, high) of the token with which the best ones reach `goal`, in number or in mass: of this token
+    alone, or of some with the same key; how many tokens are below `low`, and how many within."""
+    low, high, before, count = 0, END, 0, size
+    while (high - low > 1) & (count - before > 1):
+        middle = low + (high - low) // 2
+        middle_count, middle_mass = measure(scores, size, middle, BY_MASS, BLOCK)
+        reached = middle_mass >= goal if BY_MASS else middle_count >= goal
+        low, high = tl.where(reached, low, middle), tl.where(reached, middle, high)
+        before, count = tl.where(reached, before, middle_count), tl.where(reached, middle_count, count)
+    return low, high, before, count - before
+
+
+@jit
+def id_of(
+    scores: tl.tensor, size: tl.tensor, low: tl.tensor, high: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """The id of token `number`, from 1, among those with a key in [low, high); `size` if there are fewer."""
+    seen, found = 0, size
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        key = key_of(tl.load(scores + i, mask=i < size, other=0.0))
+        inside = (key >= low) & (key < high) & (i < size)
+        rank = seen + tl.cumsum(inside.to(tl.int32), 0)
+        found = tl.minimum(found, tl.min(tl.where(inside & (rank == number), i, size), axis=0))
+        seen += tl.sum(inside.to(tl.int32), axis=0)
+    return found
+
+
+@jit
+def highest(best: tl.tensor, blocks: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
+    """A row's largest logit, to which scores are relative, so that no temperature overflows; LEAST where all are
+    -infinity."""
+    block = tl.arange(0, BLOCKS)
+    return tl.maximum(tl.max(tl.load(best + block, mask=block < blocks, other=float("-inf")), axis=0), LEAST)
+
+
+@jit
+def draw_kernel(
+    logits: tl.tensor, best: tl.tensor, temperature: tl.tensor, least: tl.tensor, keys: tl.tensor, cuts: tl.tensor,
+    scores: tl.tensor, ids: tl.tensor, size: tl.tensor, row_stride: tl.tensor,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (rows, blocks). scores, ids [rows, blocks]: each block's winner; `least` is log(min_p)."""
     row, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
-    i, block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
-    x = tl.load(logits + row * row_stride + i, mask=i < size, other=float("-inf"))
-    heat = tl.load(temperature + row)
-    score = x
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    score = tl.load(logits + row * row_stride + i, mask=i < size, other=float("-inf"))
+    heat, low = tl.load(temperature + row), tl.load(cuts + row * 3)
     if heat > 0:
-        # relative to the best token, so that no temperature overflows
-        top = tl.max(tl.load(best + row * blocks + block, mask=block < blocks, other=float("-inf")), axis=0)
-        score = (x - tl.maximum(top, -3.4e38)) / heat
+        if low == NO_CUT:
+            score = tl.div_rn(score - highest(best + row * blocks, blocks, BLOCKS), heat)
+        else:
+            key = key_of(score)
+            tied = (key < tl.load(cuts + row * 3 + 1)) & (i <= tl.load(cuts + row * 3 + 2))
+            score = tl.where((key < low) | tied, score, float("-inf"))
         noisy = score + gumbel_noise(tl.load(keys + row), i)
         score = tl.where(score < tl.load(least + row), float("-inf"), noisy)
     tl.store(scores + row * blocks + tl.program_id(1), tl.max(score, axis=0))

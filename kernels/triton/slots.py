@@ -1,13 +1,17 @@
 """Writes into paged and slotted storage."""
 
+# What the compiler knows of a kernel, the type checker does not.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import cdiv, jit, next_power_of_2
+from kernels.triton.launch import INTERPRETED, cdiv, jit, next_power_of_2
 
 BLOCK = 4096
+FP8_LIMIT = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
@@ -59,8 +63,21 @@ def write_kernel(
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     slot = tl.load(kv_slots + row)
     place = slot // BLOCK_SIZE * page_stride + slot % BLOCK_SIZE * SIZE + i
-    tl.store(k_pages + place, tl.load(k + row * k_stride + i, mask=i < SIZE), mask=i < SIZE)
-    tl.store(v_pages + place, tl.load(v + row * v_stride + i, mask=i < SIZE), mask=i < SIZE)
+    k_row, v_row = tl.load(k + row * k_stride + i, mask=i < SIZE), tl.load(v + row * v_stride + i, mask=i < SIZE)
+    tl.store(k_pages + place, stored(k_row, k_pages.type.element_ty), mask=i < SIZE)
+    tl.store(v_pages + place, stored(v_row, v_pages.type.element_ty), mask=i < SIZE)
+
+
+@jit
+def stored(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """x as pages of `dtype` hold it: in float8_e4m3fn the nearest number, and the largest one for all beyond it."""
+    if dtype == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -FP8_LIMIT), FP8_LIMIT)
+        if INTERPRETED:  # it rounds otherwise: three digits, and multiples of 2**-9 below 2**-6
+            bits = x.to(tl.int32, bitcast=True)
+            digits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+            x = tl.where(tl.abs(x) < 2.0**-6, (x + 1.5 * 2.0**14) - 1.5 * 2.0**14, digits)
+    return x.to(dtype)
 
 
 @jit

@@ -53,6 +53,7 @@ SIZES = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "kv_cache_dtype",
     "kv_cache_memory_bytes",
     "gpu_memory_utilization",
     "enforce_eager",
@@ -143,7 +144,7 @@ def make_report(
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine, model.fp8_roles)
     weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
-    spec = CacheSpec.of(model, block_size=engine.block_size, dtype_bytes=DTYPE_BYTES[dtype])
+    spec = CacheSpec.wanted(model, engine, dtype_bytes=DTYPE_BYTES[dtype])
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:

@@ -99,7 +99,8 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
     llm = LLM(tmp_path, max_num_seqs=5, max_num_batched_tokens=70, max_model_len=50)
     runner, config = llm.core.model_runner, EngineConfig(model="x", max_num_seqs=5, max_model_len=50)
-    loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, torch.float32, runner.device)
+    dtype = torch.float32
+    loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, dtype, dtype, runner.device)
     plan = plan_on_gpu(config, load_model_config(tmp_path), 10 * GIB)
     measured = measure_steps(loaded, config, plan, FakeMemory())
     assert measured == Measured(plan.max_num_batched_tokens, 0)

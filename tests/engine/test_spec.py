@@ -60,6 +60,15 @@ def test_float32_doubles_pages_and_conv_state_but_not_the_ssm_state(geometry: Ge
     assert full.bytes_per_slot - half.bytes_per_slot == 1_376_256
 
 
+def test_fp8_pages_take_one_byte_a_number_whatever_the_dtype(geometry: Geometry) -> None:
+    plain = CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=2)
+    for size in (2, 4):
+        spec = CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size, kv_cache_dtype="fp8")
+        assert spec.bytes_per_page * 2 == plain.bytes_per_page
+        assert spec.kv_bytes_per_token * 2 == plain.kv_bytes_per_token
+        assert spec.bytes_per_slot == CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size).bytes_per_slot
+
+
 def test_a_sequence_takes_its_blocks_one_to_spare_and_a_slot(geometry: Geometry) -> None:
     spec = CacheSpec.of(geometry["3b"], block_size=16, dtype_bytes=2)
     assert [spec.pages(n) for n in (1, 16, 17, 32)] == [2, 2, 3, 3]

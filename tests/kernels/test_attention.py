@@ -149,3 +149,19 @@ def test_batch_mates_change_nothing(
         assert_same(own, together[start:end])
         assert_same(attention_decode(last[i : i + 1], alone, SCALE), decoded[i : i + 1])
         assert_same(decoded[i], together[end - 1])
+
+
+@each_implementation("attention_prefill", "attention_decode", but="cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_in_fp8(
+    attention_prefill: AttentionPrefill, attention_decode: AttentionDecode, dtype: torch.dtype
+) -> None:
+    """As if the same numbers had been stored in the model's dtype, bit for bit."""
+    contexts, lengths = [40, 5, 150], [12, 5, 1]
+    narrow = [keys_and_values(n, 2, 16, torch.float8_e4m3fn, seed) for seed, n in enumerate(contexts)]
+    wide = [(k.to(dtype), v.to(dtype)) for k, v in narrow]
+    starts, q = query_start(lengths), random(sum(lengths), 4, 16, dtype=dtype, seed=9)
+    out, expected = (attention_prefill(q, paged(known, 16), starts, 12, SCALE) for known in (narrow, wide))
+    assert_same(out, expected)
+    last = starts[1:].long() - 1
+    assert_same(attention_decode(q[last], paged(narrow, 16), SCALE), out[last])

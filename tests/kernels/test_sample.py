@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.ops import SampleInputs
+from kernels.ops import Sample, SampleInputs
 from kernels.reference import sample as module
 from kernels.reference.sample import CANDIDATES, gumbel_noise, random_bits, sample, uniform
+from kernels.reference.sample import sample as reference_sample
+from tests.kernels.cases import each_implementation
 
 Floats = NDArray[np.float64]
 
@@ -177,6 +179,36 @@ def test_a_row_does_not_depend_on_its_batch(size: int) -> None:
     assert torch.equal(torch.cat(alone), together)
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample(logits[order], SampleInputs(*(f[order] for f in inputs))), together[order])
+
+
+@each_implementation("sample", but="reference")
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize(("size", "scale"), [(2, 1.0), (300, 4.0), (3000, 1.0), (5000, 0.5)])
+def test_every_implementation_cuts_where_the_reference_does(sample: Sample, size: int, scale: float) -> None:
+    """bfloat16's ties at the cuts, banned tokens, fewer tokens than top-k, and rows without any."""
+    num_rows = 32
+    logits = random_logits(num_rows, size, seed=size, scale=scale).bfloat16().float()
+    logits[random_logits(num_rows, size, seed=1) > 1.3] = -torch.inf
+    logits[:6, 5:] = -torch.inf
+    logits[6] = -torch.inf
+    logits[7, 0] = 3e38
+    inputs = mixed_inputs(num_rows, seed=size)
+    tokens = sample(logits.clone(), inputs)
+    assert tokens.tolist() == reference_sample(logits, inputs).tolist()
+    some = slice(3, 12)
+    assert torch.equal(sample(logits[some].clone(), SampleInputs(*(f[some] for f in inputs))), tokens[some])
+
+
+@each_implementation("sample", but="reference")
+def test_every_implementation_cuts_equal_tokens_at_the_same_id(sample: Sample) -> None:
+    """The mass of half of them is exactly half."""
+    cuts = [(5, 1.0), (0, 0.5), (0, 0.51), (40, 0.5), (64, 0.25), (3, 0.9)]
+    inputs = make_inputs(4 * len(cuts))._replace(
+        top_k=torch.tensor([k for k, _ in cuts], dtype=torch.int32).repeat(4),
+        top_p=torch.tensor([p for _, p in cuts]).repeat(4),
+    )
+    tokens = sample(torch.zeros(4 * len(cuts), 64), inputs)
+    assert tokens.tolist() == reference_sample(torch.zeros(4 * len(cuts), 64), inputs).tolist()
 
 
 def test_greedy_takes_the_first_of_the_best_whatever_the_filters() -> None:

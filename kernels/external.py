@@ -1,0 +1,175 @@
+"""Adapters to causal-conv1d, mamba-ssm and flash-attn: entries of the table, chosen by wish (`--kernels op=name`).
+
+A package is imported when its entry is loaded, never before. None of them promises that a row's bits do not depend on
+its batch or on chunking.
+
+What they lack: mamba-ssm's scan and causal-conv1d's packed form start every sequence from zeros, where a chunk of a
+prompt goes on from a state, and neither writes states at interior positions; flash-attn reads pages of 256 tokens or a
+multiple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanWeights, Segments
+from kernels.reference.exact import silu
+from kernels.reference.ragged import initial_states, state_writes
+
+FLASH_PAGE = 256  # tokens: flash-attn's page sizes are its multiples
+
+
+def _function(package: str, module: str, name: str, *parameters: str) -> Callable[..., Any]:
+    """A function of an optional package, once it is sure to take `parameters`. ImportError if its compiled part is
+    missing."""
+    if find_spec(module.partition(".")[0]) is None:
+        raise KernelUnavailable(f"the package {package} is not installed")
+    function = getattr(import_module(module), name)
+    if missing := set(parameters) - set(signature(function).parameters):
+        raise KernelUnavailable(f"this version of {package} has a {name} without {', '.join(sorted(missing))}")
+    return function
+
+
+class CausalConv1dUpdate:
+    """See `kernels.ops.CausalConv1dUpdate`; by causal-conv1d, which takes 2 to 4 taps."""
+
+    def __init__(self) -> None:
+        self._update = _function("causal-conv1d", "causal_conv1d", "causal_conv1d_update", "conv_state_indices")
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
+        """See `kernels.ops.CausalConv1dUpdate`."""
+        _check_index(conv_state)
+        return self._update(
+            x, conv_state.transpose(1, 2), weight.t(), bias, activation="silu", conv_state_indices=state_ids
+        )
+
+
+def _check_index(conv_state: Tensor) -> None:
+    elements = conv_state.shape[0] * conv_state.stride(0)
+    if elements > 2**32:
+        raise ValueError(f"causal-conv1d counts elements in 32 bits, but the conv states of all layers have {elements}")
+
+
+class CausalConv1d:
+    """See `kernels.ops.CausalConv1d`; by causal-conv1d, which takes 2 to 4 taps, and channels in multiples of 8.
+
+    Packed sequences start from zeros there and leave no states behind: the first W - 1 rows of each sequence, and the
+    states, are computed here.
+    """
+
+    def __init__(self) -> None:
+        self._convolve = _function("causal-conv1d", "causal_conv1d", "causal_conv1d_fn", "seq_idx", "activation")
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
+    ) -> Tensor:
+        """See `kernels.ops.CausalConv1d`."""
+        starts, lengths = segments.query_start.long(), segments.query_start.diff()
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
+        sequence = torch.repeat_interleave(numbers, lengths, output_size=len(x))
+        # as [1, D, T] and [D, W], views
+        out = self._convolve(x.t()[None], weight.t(), bias, seq_idx=sequence[None], activation="silu")[0].t()
+        states = initial_states(conv_state, segments)
+        history = torch.arange(len(weight) - 1, device=x.device)
+        # of a sequence of fewer rows the last one several times
+        first = torch.minimum(history, lengths[:, None] - 1)
+        line = torch.cat([states, x[starts[:-1, None] + first]], dim=1)
+        taps = first[:, :, None] + torch.arange(len(weight), device=x.device)
+        out[starts[:-1, None] + first] = _filter(line[numbers[:, None, None], taps], weight, bias)
+        rows, slots = state_writes(segments)
+        owner = sequence[rows]
+        taken = rows[:, None] - (len(weight) - 2) + history
+        t = taken - starts[owner][:, None]  # before 0 in the old state
+        old = states[owner[:, None], (t + len(history)).clamp(max=len(history) - 1)]
+        conv_state[slots] = torch.where((t >= 0)[:, :, None], x[taken.clamp(min=0)], old)
+        return out
+
+
+def _filter(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(sum over taps + bias) of inputs [..., W, D]."""
+    total = (inputs.float() * weight.float()).sum(-2)
+    return silu(total if bias is None else total + bias.float()).to(inputs.dtype)
+
+
+class SelectiveStateUpdate:
+    """See `kernels.ops.SelectiveStateUpdate`; by mamba-ssm."""
+
+    def __init__(self) -> None:
+        self._update = _function(
+            "mamba-ssm", "mamba_ssm.ops.triton.selective_state_update", "selective_state_update", "state_batch_indices"
+        )
+
+    def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
+        """See `kernels.ops.SelectiveStateUpdate`."""
+        return self._update(
+            ssm_state,
+            inputs.u,
+            inputs.dt,
+            weights.a,
+            inputs.b,
+            inputs.c,
+            D=weights.d,
+            z=inputs.z,
+            dt_bias=weights.dt_bias,
+            dt_softplus=True,
+            # it multiplies them by a stride in their own type: in 32 bits, some hundred slots of a large model overflow
+            state_batch_indices=state_ids.long(),
+        )
+
+
+def selective_scan() -> NoReturn:
+    """Why mamba-ssm has no entry for prefill."""
+    raise KernelUnavailable(
+        "selective_scan_fn of mamba-ssm takes neither an initial state nor packed sequences, and a chunk needs both"
+    )
+
+
+class AttentionPrefill:
+    """See `kernels.ops.AttentionPrefill`; by flash-attn, for bfloat16 and float16 and pages of `FLASH_PAGE`."""
+
+    def __init__(self) -> None:
+        self._attend = _function("flash-attn", "flash_attn", "flash_attn_varlen_func", "block_table")
+
+    def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
+        """See `kernels.ops.AttentionPrefill`."""
+        assert pages.k.shape[1] % FLASH_PAGE == 0, "the engine refuses other page sizes here"
+        key_start = torch.nn.functional.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+        return self._attend(
+            q,
+            pages.k,
+            pages.v,
+            query_start,
+            key_start,
+            max_query_len,
+            pages.max_context_len,
+            softmax_scale=scale,
+            causal=True,
+            block_table=pages.block_tables,
+        )
+
+
+class AttentionDecode:
+    """See `kernels.ops.AttentionDecode`; by flash-attn, for bfloat16 and float16 and pages of `FLASH_PAGE`."""
+
+    def __init__(self) -> None:
+        self._attend = _function("flash-attn", "flash_attn", "flash_attn_with_kvcache", "cache_seqlens", "block_table")
+
+    def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
+        """See `kernels.ops.AttentionDecode`."""
+        assert pages.k.shape[1] % FLASH_PAGE == 0, "the engine refuses other page sizes here"
+        return self._attend(
+            q[:, None],
+            pages.k,
+            pages.v,
+            cache_seqlens=pages.context_lens,
+            block_table=pages.block_tables,
+            softmax_scale=scale,
+            causal=True,
+        )[:, 0]
