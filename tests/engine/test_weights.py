@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -170,6 +170,10 @@ def test_a_classifier_ignores_the_language_head(tmp_path: Path) -> None:
     assert logits(load(tmp_path)).shape == (37, 2)
 
 
+class Transposed(NamedTuple):
+    data: Tensor
+
+
 class CopyingLinear:
     """A linear kernel with a layout of its own, transposed. Watches how many raw weights there are while it packs."""
 
@@ -180,17 +184,17 @@ class CopyingLinear:
     def num_raw(self) -> int:
         return sum(ref() is not None for ref in self.raw)
 
-    def pack(self, weight: Weight) -> Tensor:
+    def pack(self, weight: Weight) -> Transposed:
         assert isinstance(weight, Tensor)
         self.kept.append(self.num_raw())
         self.raw.append(weakref.ref(weight))
-        return weight.t().clone()
+        return Transposed(weight.t().clone())
 
-    def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
-        return weight.t()[ids]
+    def rows(self, weight: Transposed | Tensor, ids: Tensor) -> Tensor:
+        return weight.data.t()[ids] if isinstance(weight, Transposed) else weight[ids]
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return x @ weight if bias is None else x @ weight + bias
+    def __call__(self, x: Tensor, weight: Transposed, bias: Tensor | None = None) -> Tensor:
+        return x @ weight.data if bias is None else x @ weight.data + bias
 
 
 @pytest.mark.parametrize("tied", [False, True])
