@@ -47,6 +47,7 @@ from server.bench.conditions import describe_machine, describe_versions, utc_now
 RESULTS = Path(__file__).parent / "results"
 PREFILL_TOKENS = 512
 DECODE_SECONDS = 2.0  # of a run at one sequence, if it reached half the limit
+ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
 PEER_TOKENS = 17
 PEER_SECONDS = 240.0
@@ -88,11 +89,20 @@ class Cell:
         """The prompts' own step is taken off: a run of one token."""
         read = weights_read(self.config, count, self.stored)
         steps = max(8, min(64, int(DECODE_SECONDS * self.bandwidths[-1] / read / 2)))
-        seconds = min(self.run(count, 4, steps + 1) for _ in range(2)) - min(self.run(count, 4, 1) for _ in range(2))
+        seconds = self.run(count, 4, steps + 1) - min(self.run(count, 4, 1) for _ in range(2))
         self.bandwidths.append(read_bandwidth())
         bandwidth = sum(self.bandwidths[-2:]) / 2
         limit = min(count * bandwidth / read, self.rate / (2 * active_parameters(self.config)))
         return {"tok_s": count * steps / seconds, "limit_tok_s": limit, "bandwidth": bandwidth}
+
+    def decodes(self) -> dict[str, dict[str, float]]:
+        """By sequences, the best of some rounds: a machine has slower minutes."""
+        best: dict[str, dict[str, float]] = {}
+        for count in self.sequences * ROUNDS:
+            found = self.decode(count)
+            if found["tok_s"] > best.get(str(count), {"tok_s": 0.0})["tok_s"]:
+                best[str(count)] = found
+        return best
 
     def prefill(self) -> dict[str, float]:
         seconds = min(self.run(1, PREFILL_TOKENS, 1) for _ in range(3))
@@ -118,7 +128,7 @@ class Cell:
             "kernels": info.kernels,
             "load_seconds": info.load_seconds,
             "prefill": self.prefill(),
-            "decode": {str(count): self.decode(count) for count in self.sequences},
+            "decode": self.decodes(),
             "bandwidths": self.bandwidths,
         }
         self.run(8, 4, 4)

@@ -142,6 +142,7 @@ class EngineCore:
             on_progress("measuring memory", 0.0)
             measured = measure_steps(loaded, config, plan, CudaMemory(device))
             plan = planned(available_bytes=plan.weight_bytes + available_bytes(device, config), measured=measured)
+            on_progress("measuring memory", 1.0)
         self.model_runner = make_runner(loaded, config, plan)
         self.scheduler = make_scheduler(config, model_config, plan, dtype_bytes=dtype.itemsize)
         self.inbox = Inbox()
@@ -157,10 +158,10 @@ class EngineCore:
         keeps the tokens that the next batch needs."""
         last, self._under_way = self._under_way, None
         updates: list[TokenUpdate] = []
+        self.scheduler.abort(self.inbox.aborted())  # before anything is said of them
         if last is not None and self.scheduler.must_wait():
             updates += self._take(last)
             last = None
-        self.scheduler.abort(self.inbox.aborted())
         self.scheduler.add(self.inbox.submitted(), now=time.monotonic())
         output = self.scheduler.schedule(now=time.monotonic())
         if output.chunks:
@@ -214,7 +215,7 @@ def measure_steps(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, memory
     trained = loaded.model.config.max_position_embeddings
     steps = LargestSteps(
         max_num_batched_tokens=plan.max_num_batched_tokens,
-        max_num_seqs=min(config.max_num_seqs, plan.max_num_batched_tokens),
+        max_num_seqs=min(config.max_num_seqs, max(plan.max_num_batched_tokens, plan.max_num_seqs)),
         max_model_len=min(config.max_model_len or trained, trained),
         block_size=config.block_size,
     )
@@ -241,9 +242,9 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
 def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:
     model_config = loaded.model.config
     warnings = plan.warnings
-    if loaded.device.type == "cuda" and not config.enforce_eager:
-        reason = why_no_graphs(loaded.kernels.names, "cuda")
-        warnings += () if reason is None else (f"no CUDA graphs: {reason}; enforce_eager asks for none",)
+    reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
+    if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:  # which is told already
+        warnings += (f"no graphs of decoding steps: {reason}; enforce_eager asks for none",)
     return EngineInfo(
         architecture=model_config.architecture,
         num_parameters=model_config.num_parameters(),

@@ -114,8 +114,10 @@ class DecodeGraphs:
         if (graph := self._graphs.get(key)) is not None:
             return graph.replay()[: len(chunks)]
         batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
-        graph = self._graphs[key] = self._new_graph()
-        return graph.capture(lambda: self._model.forward(batch(), self._storage))[: len(chunks)]
+        graph = self._new_graph()
+        hidden = graph.capture(lambda: self._model.forward(batch(), self._storage))
+        self._graphs[key] = graph  # now that it is whole
+        return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
         """Of the arrays of `forward`."""

@@ -67,24 +67,26 @@ class LargestSteps:
 
     def __init__(self, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs, self._max_model_len, self._block_size = max_num_seqs, max_model_len, block_size
+        self.max_num_seqs, self._max_model_len, self._block_size = max_num_seqs, max_model_len, block_size
 
     def __str__(self) -> str:
         return (
-            f"max_num_batched_tokens {self.max_num_batched_tokens}, or max_num_seqs {self._max_num_seqs} at "
+            f"max_num_batched_tokens {self.max_num_batched_tokens}, or max_num_seqs {self.max_num_seqs} at "
             f"max_model_len {self._max_model_len}"
         )
 
     def outputs(self) -> Iterator[SchedulerOutput]:
-        """A prompt, or as many as fill the step; replies at the end of the longest context; and the smallest step, for
-        which other kernels may be compiled."""
+        """A prompt, or as many as fill the step; a prompt and replies at the end of the longest context; and the
+        smallest step, for which other kernels may be compiled."""
         # replies that run beside prompts count as more of these
-        full, rest = divmod(self.max_num_batched_tokens + self._max_num_seqs, self._max_model_len)
+        full, rest = divmod(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len)
         lengths = [self._max_model_len] * full + ([rest] if rest else [])
         yield self._output([Chunk(self._sequence(length), 0, length, samples=True) for length in lengths])
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
-            yield self._output([Chunk(longest, last, last + 1, samples=True)] * self._max_num_seqs)
+            first = max(self._max_model_len - self.max_num_batched_tokens, 0)
+            yield self._output([Chunk(longest, first, self._max_model_len, samples=True)])
+            yield self._output([Chunk(longest, last, last + 1, samples=True)] * self.max_num_seqs)
             yield self._output([Chunk(self._sequence(2), 1, 2, samples=True)])
 
     def _sequence(self, length: int) -> Sequence:
@@ -108,4 +110,4 @@ def measure(run: Callable[[SchedulerOutput], object], steps: LargestSteps, memor
         raise ConfigError(
             f"The memory of the device is too small for a step of {steps}: lower one of them ({error})."
         ) from error
-    return Measured(steps.max_num_batched_tokens, memory.peak() - before)
+    return Measured(steps.max_num_batched_tokens, steps.max_num_seqs, memory.peak() - before)

@@ -163,7 +163,7 @@ class Scheduler:
         remaining = seq.num_remaining
         if not remaining or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
             return  # a step under way brings its end
-        size, cost = (1, 0) if remaining == 1 else (min(remaining, plan.budget),) * 2
+        size = min(remaining, max(plan.budget, 1))
         end = seq.num_computed + size
         while not self.cache.grow(seq, end):
             victim = self.running[-1]
@@ -172,7 +172,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is seq:
                 return
-        plan.add(seq, end, cost)
+        plan.add(seq, end, cost=size if remaining > 1 else 0)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -197,7 +197,7 @@ class Scheduler:
                 seq.queue_seconds, seq.num_cached = now - seq.submitted_at, min(seq.num_computed, seq.num_prompt)
                 self._count_hit(seq, hit)
                 started.append(seq.request.id)
-            plan.add(seq, end, end - seq.num_computed)
+            plan.add(seq, end, cost=end - seq.num_computed)
         return tuple(started)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:

@@ -101,16 +101,17 @@ class MemoryPlan:
 
 
 class Measured(NamedTuple):
-    """What steps of `max_num_batched_tokens` took at their peak beside the weights."""
+    """What steps of so many prompt tokens and sequences took at their peak beside the weights."""
 
     max_num_batched_tokens: int
+    max_num_seqs: int
     activation_bytes: int
 
 
 def usable_bytes(free: int, total: int, utilization: float) -> int:
     """Of a GPU with `total` bytes, `free` of them now: what is left to take until `utilization` of it is in use,
     whoever uses it."""
-    return free - (total - int(total * utilization))
+    return max(0, free - (total - int(total * utilization)))
 
 
 def plan_memory(
@@ -132,7 +133,8 @@ def plan_memory(
     if (free := available_bytes - weight_bytes) <= 0:
         raise ConfigError(
             f"The weights need {format_bytes(weight_bytes)} ({weight_bytes} bytes), but this {device} device has "
-            f"{format_bytes(available_bytes)} ({available_bytes} bytes) available."
+            f"{format_bytes(available_bytes)} ({available_bytes} bytes) available"
+            + (f" within gpu_memory_utilization {engine.gpu_memory_utilization}." if device == "cuda" else ".")
         )
     spec = CacheSpec.wanted(config, engine, dtype_bytes=dtype_bytes)
     return _Planner(config, engine, spec, device, measured).plan(weight_bytes, free)
@@ -181,8 +183,7 @@ class _Planner:
     def plan(self, weight_bytes: int, free: int) -> MemoryPlan:
         """`free`: bytes that the weights leave."""
         max_model_len = self._wished_model_len()
-        batched = self._batched_tokens(free)
-        max_num_seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, batched, "max_num_batched_tokens")
+        batched, max_num_seqs = self._batch(free)
         activations = activation_bytes(self.config, max_num_batched_tokens=batched, max_num_seqs=max_num_seqs)
         activations = activations if self.measured is None else self.measured.activation_bytes
         graphs = self._graph_bytes(max_num_seqs, max_model_len)
@@ -222,16 +223,21 @@ class _Planner:
         wish = trained if self.engine.max_model_len is None else self.engine.max_model_len
         return self._at_most("max_model_len", wish, trained, "the model's max_position_embeddings")
 
-    def _batched_tokens(self, free: int) -> int:
-        wish, name, reason = self.engine.max_num_batched_tokens, "max_num_batched_tokens", "the memory for activations"
-        wish = max(DEFAULT_BATCHED_TOKENS[self.device], self.engine.max_num_seqs) if wish is None else wish
-        if self.measured is not None:
-            return self._at_most(name, wish, self.measured.max_num_batched_tokens, reason)
-        per_token, fixed = _activation_terms(self.config, min(self.engine.max_num_seqs, wish))
-        fits = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token - min(self.engine.max_num_seqs, wish)
-        # below a block a batch hardly gets cheaper; what does not fit then is found by `_check_minimum`
-        fits = max(fits, min(self.spec.block_size, wish))
-        return self._at_most(name, wish, fits, reason)
+    def _batch(self, free: int) -> tuple[int, int]:
+        """max_num_batched_tokens and max_num_seqs, as the memory for activations allows."""
+        wish, reason = self.engine.max_num_batched_tokens, "the memory for activations"
+        wish = DEFAULT_BATCHED_TOKENS[self.device] if wish is None else wish
+        if self.measured is None:
+            per_token, fixed = _activation_terms(self.config, self.engine.max_num_seqs)
+            room = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
+            # below a block a batch hardly gets cheaper; what does not fit then is found by `_check_minimum`
+            most = max(room // 2, self.spec.block_size)
+            seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, most, reason)
+            tokens = max(room - seqs, self.spec.block_size)
+        else:
+            tokens, most, _ = self.measured
+            seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, most, reason)
+        return self._at_most("max_num_batched_tokens", wish, tokens, reason), seqs
 
     def _graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
         """What CUDA graphs may take."""

@@ -41,6 +41,8 @@ class Arena:
     with belongs to all; a block is never given back while any of them may be repeated."""
 
     def __init__(self) -> None:
+        self.library = library()
+        self.replay = self.library.function("replay", POINTER, INT)
         self._blocks: list[Tensor] = []
         self._free: dict[int, list[int]] = {}  # addresses by size
 
@@ -58,9 +60,15 @@ class Arena:
             self._blocks.append(torch.empty(size + 64, dtype=torch.uint8))
             free.append((self._blocks[-1].data_ptr() + 63) // 64 * 64)
         address = free.pop()
-        memory = (ctypes.c_char * wanted).from_address(address)
-        weakref.finalize(memory, free.append, address)
-        return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(*shape)
+        return _at(address, shape, dtype, lambda: free.append(address))
+
+
+def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable[[], None] | None = None) -> Tensor:
+    """A tensor over memory; `let_go` is called when its last view is gone."""
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    if let_go is not None:
+        weakref.finalize(memory, let_go)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 class _Recorder(TorchFunctionMode):
@@ -79,8 +87,14 @@ class _Recorder(TorchFunctionMode):
             return self._arena.empty(args[1:], named.get("dtype", args[0].dtype))
         assert name in _VIEWS, f"{name} cannot be recorded"
         result = func(*args, **named)
-        assert name not in ("contiguous", "flatten") or result.data_ptr() == args[0].data_ptr(), f"{name} would copy"
+        for view in result if isinstance(result, (tuple, list)) else (result,):
+            same = not isinstance(view, Tensor) or _storage(view) == _storage(args[0])
+            assert same, f"{name} would copy"
         return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class NativeGraph:
@@ -91,21 +105,26 @@ class NativeGraph:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._replay = library().function("replay", POINTER, INT)
         self._calls: Any = None
         self._output: Tensor | None = None
 
+    @property
+    def num_calls(self) -> int:
+        return len(self._calls)
+
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Runs `run`, once, and records its calls. Returns what it returned."""
-        with library().recording() as recorded, _Recorder(self._arena):
-            self._output = run()
+        """Runs `run`, once, and records its calls. Returns what it returned, which is good while the arena lives."""
+        with self._arena.library.recording() as recorded, _Recorder(self._arena):
+            output = run()
         self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
-        return self._output
+        # The graph remembers where its result lies; the block is the arena's again once the caller has done with it.
+        self._output = _at(output.data_ptr(), output.shape, output.dtype)
+        return output
 
     def replay(self) -> Tensor:
         """Repeats them; what `run` returned, which a replay of any graph of the arena may overwrite."""
         assert self._output is not None, "nothing was captured"
-        self._replay(ctypes.addressof(self._calls), len(self._calls))
+        self._arena.replay(ctypes.addressof(self._calls), len(self._calls))
         return self._output
 
 

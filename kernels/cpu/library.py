@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
@@ -32,6 +33,9 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._functions: list[Any] = []
+        self._recorder = threading.Lock()
+        self._recorded = threading.local()
+        self._hook = self._record  # one object for ever: a call under way on another thread may be about to use it
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
         """A function by its name, the types of its arguments and of its result."""
@@ -45,20 +49,23 @@ class Library:
 
     @contextmanager
     def recording(self) -> Generator[list[tuple[Any, tuple[Any, ...]]]]:
-        """All calls from here to the end, each a function with its arguments."""
+        """All calls of this thread from here to the end, each a function with its arguments."""
         calls: list[tuple[Any, tuple[Any, ...]]] = []
+        with self._recorder:
+            try:
+                self._recorded.calls = calls
+                for function in self._functions:
+                    function.errcheck = self._hook  # ctypes' own: calls that nobody records do not pay for it
+                yield calls
+            finally:
+                self._recorded.calls = None
+                for function in self._functions:
+                    del function.errcheck
 
-        def record(result: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
+    def _record(self, result: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if (calls := getattr(self._recorded, "calls", None)) is not None:
             calls.append((function, arguments))
-            return result
-
-        for function in self._functions:
-            function.errcheck = record  # ctypes' own hook: calls that nobody records do not pay for it
-        try:
-            yield calls
-        finally:
-            for function in self._functions:
-                del function.errcheck
+        return result
 
     def level(self) -> str:
         """The instructions in use."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from engine.cache.spec import CacheSpec, available_cpus
-from engine.config import Quantization
+from engine.config import EngineConfig, Quantization
 from engine.errors import ConfigError
 from engine.model_config import JambaConfig, load_model_config, step_bytes
 from engine.quantization import FORMATS, QuantizationPolicy
@@ -78,7 +78,9 @@ class Served:
             shown = "missing" if quantization is None else repr(quantization)
             raise ConfigError(f"--quantization is {shown}; it must be one of {', '.join(FORMATS)}.")
         speed = None if bandwidth is None else parse_bandwidth(bandwidth)
-        return cls(model=load_model_config(folder), policy=QuantizationPolicy(kind, quantize_mamba), bandwidth=speed)
+        engine = EngineConfig(model=str(folder), quantization=kind, quantize_mamba=quantize_mamba)
+        model = load_model_config(folder)
+        return cls(model=model, policy=QuantizationPolicy.of(engine, model.fp8_roles), bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
         """What the bandwidth allows beside what was measured, for one sequence and for the closed loops."""

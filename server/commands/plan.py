@@ -148,6 +148,8 @@ def make_report(
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
+        if model.is_classifier:
+            raise ConfigError(f"{name} is a {model.architecture}; serving classifiers is not supported yet.")
         result = plan_memory(
             model,
             engine,
@@ -158,13 +160,12 @@ def make_report(
         )
     except ConfigError as error:
         refusal = str(error)
-    batched = (
-        result.max_num_batched_tokens if result else engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
-    )
+    batched = result and result.max_num_batched_tokens
+    batched = batched or engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
 
     def cell(context: int, sequences: int) -> Cell:
         activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
-        total = weights + activations + sequences * spec.sequence_bytes(context)
+        total = weights + activations + (result.graph_bytes if result else 0) + sequences * spec.sequence_bytes(context)
         return Cell(context=context, sequences=sequences, bytes=total, fits=total <= available)
 
     longest = min(engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
@@ -235,11 +236,12 @@ def describe(report: Report) -> list[str]:
     return [
         *lines,
         f"jamba serve would take  {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
-        f"activations {format_bytes(plan.activation_bytes)}, CUDA graphs {format_bytes(plan.graph_bytes)}, "
-        f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
+        f"activations {format_bytes(plan.activation_bytes)}, "
+        + (f"CUDA graphs {format_bytes(plan.graph_bytes)}, " if plan.graph_bytes else "")
+        + f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
         f"({plan.max_num_seqs} running, {num_saved} saved)",
         f"and allow               {plan.max_model_len:,} tokens a sequence, {plan.max_num_seqs} sequences, "
-        f"{plan.max_num_batched_tokens} tokens a step",
+        f"{plan.max_num_batched_tokens} prompt tokens a step",
         *(f"warning                 {warning}" for warning in plan.warnings),
     ]
 

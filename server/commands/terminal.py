@@ -67,7 +67,7 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
         f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, {checkpoints} saved",
         f"limits    {info.max_model_len:,} tokens a sequence, {info.max_num_seqs} sequences, "
-        f"{info.max_num_batched_tokens} tokens a step",
+        f"{info.max_num_batched_tokens} prompt tokens a step",
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
         f"results   {inexact if info.inexact_ops else exact}",
         f"sampling  {sampling}; eos token ids {eos}",

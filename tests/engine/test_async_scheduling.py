@@ -143,3 +143,15 @@ def test_an_abort_while_a_step_is_under_way(folder: Path) -> None:
         tokens = [token for update in updates if update.request_id == str(i) for token in update.token_ids]
         assert tokens == expected[i].token_ids
     finish(llm)
+
+
+@pytest.mark.parametrize("penalties", [{}, PENALTIES])
+def test_nothing_is_said_of_a_request_that_was_aborted(folder: Path, penalties: dict[str, float]) -> None:
+    """Not even the token of a step that was under way."""
+    llm = load(folder, async_scheduling=True)
+    params = msgspec.structs.replace(PLAIN, **penalties)
+    llm.core.inbox.submit([Request(id="gone", prompt=PROMPTS[0], params=params)])
+    for _ in range(4):
+        llm.core.step()
+    llm.core.inbox.abort(["gone"])
+    finish(llm)

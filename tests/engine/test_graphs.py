@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.batch import ForwardBatch
 from engine.cache.graph_sizes import MAX_TOKENS, GraphKey, GraphSizes
+from engine.cache.storage import CacheStorage
 from engine.graphs import DecodeGraphs, why_no_graphs
 from engine.llm import LLM
 from engine.staging import ALIGNMENT, cut, pack, packed_bytes
@@ -123,6 +125,23 @@ def test_replays_of_the_cpus_own_graphs_equal_eager_steps(tmp_path: Path, form: 
             expected = [result(completion) for completion in eager.generate(prompts, params)]
             assert [result(completion) for completion in graphed.generate(prompts, params)] == expected
     assert {GraphKey(1, 512), GraphKey(1, 700), GraphKey(7, 512), GraphKey(5, 700)} <= graphs.captured
+
+
+def test_an_interrupted_capture_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, expected = load(folder, enforce_eager=False), load(folder).generate(PROMPTS[:2], GREEDY)
+    forward = llm.core.model_runner.model.forward
+
+    def interrupted(batch: ForwardBatch, storage: CacheStorage) -> Tensor:
+        if batch.prefill is None:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return forward(batch, storage)
+
+    monkeypatch.setattr(llm.core.model_runner.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS[:2], GREEDY)
+    completions = llm.generate(PROMPTS[:2], GREEDY)
+    assert [result(completion) for completion in completions] == [result(completion) for completion in expected]
 
 
 def test_steps_with_prompts_run_without_a_graph(folder: Path) -> None:

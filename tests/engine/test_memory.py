@@ -49,7 +49,7 @@ class FakeMemory:
 
 @pytest.mark.parametrize(
     ("free", "utilization", "usable"),
-    [(100, 1.0, 100), (100, 0.92, 92), (40, 0.92, 32), (5, 0.92, -3)],
+    [(100, 1.0, 100), (100, 0.92, 92), (40, 0.92, 32), (5, 0.92, 0)],
 )
 def test_a_share_of_the_whole_device_stays_free_whoever_uses_the_rest(
     free: int, utilization: float, usable: int
@@ -64,11 +64,11 @@ def test_what_steps_take_is_the_peak_beside_the_weights() -> None:
 
     def run(output: SchedulerOutput) -> None:
         sizes.append(len(output.chunks))
-        memory.take([3 * GIB, GIB, 0][len(sizes) - 1])
+        memory.take([3 * GIB, GIB, GIB, 0][len(sizes) - 1])
 
     steps = LargestSteps(max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16)
-    assert measure(run, steps, memory) == Measured(100, 3 * GIB)
-    assert sizes == [3, 7, 1]
+    assert measure(run, steps, memory) == Measured(100, 7, 3 * GIB)
+    assert sizes == [3, 1, 7, 1]
     assert usable_memory(memory, 0.9) == 72 * GIB - 2 * GIB - 6 * GIB
 
 
@@ -82,10 +82,11 @@ def test_a_step_that_does_not_fit_is_an_error_that_names_the_sizes() -> None:
 
 
 def test_the_largest_steps_are_as_large_as_can_be() -> None:
-    prompts, replies, smallest = LargestSteps(
-        max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16
+    prompts, last, replies, smallest = LargestSteps(
+        max_num_batched_tokens=30, max_num_seqs=7, max_model_len=40, block_size=16
     ).outputs()
-    assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 40), (0, 40), (0, 27)]
+    assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 37)]
+    assert [(chunk.start, chunk.end) for chunk in last.chunks] == [(10, 40)]
     assert [(chunk.start, chunk.end) for chunk in replies.chunks] == [(39, 40)] * 7
     assert [(chunk.start, chunk.end) for chunk in smallest.chunks] == [(1, 2)]
     assert all(chunk.is_decode for chunk in (*replies.chunks, *smallest.chunks))
@@ -103,7 +104,7 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, dtype, dtype, runner.device)
     plan = plan_on_gpu(config, load_model_config(tmp_path), 10 * GIB)
     measured = measure_steps(loaded, config, plan, FakeMemory())
-    assert measured == Measured(plan.max_num_batched_tokens, 0)
+    assert measured == Measured(plan.max_num_batched_tokens, 5, 0)
 
 
 def plan_on_gpu(config: EngineConfig, model: JambaConfig, usable: int, measured: Measured | None = None) -> MemoryPlan:
@@ -123,12 +124,12 @@ def test_caches_get_what_measured_steps_and_graphs_leave(tmp_path: Path) -> None
     model = load_model_config(write_geometry(tmp_path, "mini"))
     config = EngineConfig(model="x", max_num_seqs=256, enforce_eager=True)
     estimated = plan_on_gpu(config, model, 60 * GIB)
-    plan = plan_on_gpu(config, model, 60 * GIB, Measured(estimated.max_num_batched_tokens, 2 * GIB))
+    plan = plan_on_gpu(config, model, 60 * GIB, Measured(estimated.max_num_batched_tokens, 256, 2 * GIB))
     assert plan.activation_bytes == 2 * GIB
     assert plan.graph_bytes == 0
     assert 58 * GIB - plan.kv_bytes - plan.state_bytes < 16 * MIB, "less than a state is left over"
     with_graphs = plan_on_gpu(
-        EngineConfig(model="x", max_num_seqs=256), model, 60 * GIB, Measured(plan.max_num_batched_tokens, 2 * GIB)
+        EngineConfig(model="x", max_num_seqs=256), model, 60 * GIB, Measured(plan.max_num_batched_tokens, 256, 2 * GIB)
     )
     assert with_graphs.graph_bytes > 0
     taken = with_graphs.kv_bytes + with_graphs.state_bytes + with_graphs.graph_bytes
@@ -137,7 +138,7 @@ def test_caches_get_what_measured_steps_and_graphs_leave(tmp_path: Path) -> None
 
 def test_a_batch_is_not_larger_than_the_one_that_was_measured(tmp_path: Path) -> None:
     model = load_model_config(write_geometry(tmp_path, "3b"))
-    plan = plan_on_gpu(EngineConfig(model="x"), model, 60 * GIB, Measured(1000, GIB))
+    plan = plan_on_gpu(EngineConfig(model="x"), model, 60 * GIB, Measured(1000, 64, GIB))
     assert plan.max_num_batched_tokens == 1000
     assert plan.warnings == ("max_num_batched_tokens 8192 is reduced to 1000: the memory for activations",)
 
@@ -145,7 +146,7 @@ def test_a_batch_is_not_larger_than_the_one_that_was_measured(tmp_path: Path) ->
 def test_steps_that_take_more_than_there_is_are_an_error(tmp_path: Path) -> None:
     model = load_model_config(write_geometry(tmp_path, "3b"))
     with pytest.raises(ConfigError, match=r"No room for a cache .* 5\.\d GiB of activations 0 B are left"):
-        plan_on_gpu(EngineConfig(model="x"), model, 4 * GIB, Measured(8192, 5 * GIB))
+        plan_on_gpu(EngineConfig(model="x"), model, 4 * GIB, Measured(8192, 64, 5 * GIB))
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.01])

@@ -28,7 +28,7 @@ def run(seed: int, *, ahead: bool) -> Counter[str]:
         block_size=block_size,
         interval=block_size * random.choice((1, 2, 4, 16)),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=random.randint(max_num_seqs, 30),
+        max_num_batched_tokens=random.randint(1, 30),
         max_model_len=max_len,
         caching=random.random() < 0.9,
     )

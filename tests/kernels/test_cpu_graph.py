@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from torch import Tensor
 
@@ -60,6 +62,29 @@ def test_graphs_share_memory_and_results_stay_right() -> None:
     before = arena.num_bytes
     NativeGraph(arena).capture(lambda: layer(graphs[0][0]))
     assert arena.num_bytes - before < alone.num_bytes / 2, "one more graph takes memory for its result only"
+
+
+def test_other_threads_calls_are_their_own() -> None:
+    layer, x = FeedForward(48, 80), random(5, 48)
+    expected, others, done = layer(x), list[Tensor](), threading.Event()
+
+    def work() -> None:
+        own = random(7, 48)
+        while not done.is_set():
+            others[:] = [layer(own)]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            graph = NativeGraph(Arena())
+            assert_same(graph.capture(lambda: layer(x)), expected)
+            assert graph.num_calls == 5
+            assert_same(graph.replay(), expected)
+    finally:
+        done.set()
+        thread.join()
+    assert_same(others[0], layer(random(7, 48)))
 
 
 def test_what_a_replay_would_miss_is_refused() -> None:

@@ -203,7 +203,7 @@ def test_plan_shows_bytes_and_what_fits(tmp_path: Path) -> None:
     assert "96.1 GiB" in text
     assert "16,384 bytes a token" in text
     assert "15.3 MiB a sequence or checkpoint" in text
-    assert "262,144 tokens a sequence, 64 sequences, 8192 tokens a step" in text
+    assert "262,144 tokens a sequence, 64 sequences, 8192 prompt tokens a step" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("131,072 ")]
     assert [cell.startswith("(") for cell in row[1::2]] == [False, False, True, True, True]
 

@@ -38,20 +38,21 @@ enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
 Level level();
 
 // Runs body(begin, end) over pieces of 0..n, in `grain`s, on this thread and idle workers. Which thread gets which
-// piece is left open: a piece's result must not depend on it.
+// piece is left open: a piece's result must not depend on it. `in_runs`: of even work upon memory in order, a thread
+// takes many grains at once as long as there are many.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
-void parallel_for_body(int64_t n, int64_t grain, Body body, const void* context);
+void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
 int64_t num_threads();
 
 template <class F>
-inline void parallel_for(int64_t n, int64_t grain, const F& f) {
+inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = false) {
     parallel_for_body(
-        n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
-        &f);
+        n, grain, in_runs,
+        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
 }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept between calls; it grows and never shrinks. Each `slot`
-// (0..3) is a buffer of its own. A worker that needs some asks within its body.
+// (0..4) is a buffer of its own. A worker that needs some asks within its body.
 void* scratch(int slot, int64_t bytes);
 
 // Formats. The numbers are those that `kernels/cpu/library.py` passes.

@@ -131,7 +131,7 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
 }
 
 // Bytes of a panel between the prefetch and the product, for so many strips at once: measured.
-constexpr int64_t ahead(int strips) { return strips < 4 ? 8192 / strips : 2048; }
+constexpr int64_t ahead(int strips) { return 8192 / strips; }
 
 // totals += scale * c, for the scales of a group: of each strip, `offset` bytes on.
 template <int MR, int NS>
@@ -254,25 +254,27 @@ template <class T, class W>
 void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                   int64_t strip_end) {
     using R = Reader<W>;
-    constexpr int64_t UNIT = (SPAN_PAIRS * (R::BYTES / R::PAIRS) > SPAN_BYTES ? SPAN_BYTES / R::BYTES : SPAN_PAIRS / R::PAIRS);
+    constexpr int64_t PAIR = R::BYTES / R::PAIRS, SUMS = MAX_ROWS * STRIP;
+    constexpr int64_t UNIT = (SPAN_PAIRS * PAIR > SPAN_BYTES ? SPAN_BYTES / PAIR : SPAN_PAIRS) / R::PAIRS;
     const Tiles tiles(p.m, MAX_ROWS);
     const Steps<W> steps(p.weights);
     const int64_t span = steps.group == steps.count ? UNIT : ceil_div(UNIT, steps.group) * steps.group;
     const int64_t sharers = tile_end - tile, row = x_row(p.weights.k), panel = panel_bytes<T>(p.weights);
-    constexpr int64_t SUMS = MAX_ROWS * STRIP;
     float* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
+    auto address = [&](int64_t of_strip, int64_t step) {
+        const int64_t column = of_strip % STRIPS * STRIP;
+        return p.weights.panels + of_strip / STRIPS * panel + column * R::COLUMN_BYTES + steps.offset(step);
+    };
     for (; strip < strip_end; strip++) {
-        auto address = [&](int64_t strip, int64_t step) {
-            return p.weights.panels + strip / STRIPS * panel + strip % STRIPS * STRIP * R::COLUMN_BYTES + steps.offset(step);
-        };
         for (int64_t first = 0; first < steps.count; first += span) {
             const int64_t end = first + span < steps.count ? first + span : steps.count;
             const char* next = end < steps.count ? address(strip, end) : address(strip + (strip + 1 < strip_end), 0);
             const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
             for (int64_t t = tile; t < tile_end; t++) {
-                const int64_t row0 = tiles.first(t), turn = t - tile;
-                const Walk walk{x + row0 * row, strip, first, end, next + turn * (end - first) * stride, stride, sums + turn * SUMS};
-                tile_rows<T, W, MAX_ROWS>(tiles.size(t), {&p, row0, walk}, strip + 1);
+                const int64_t first_row = tiles.first(t), turn = t - tile;
+                const char* const share = next + turn * (end - first) * stride;
+                const Walk walk{x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS};
+                tile_rows<T, W, MAX_ROWS>(tiles.size(t), {&p, first_row, walk}, strip + 1);
             }
         }
     }
@@ -365,7 +367,7 @@ void multiply_parts(const Parts<T>& all) {
             multiply_block(part->product, part->x, part->tile, part->tile_end, first * part->grain, strip_end);
             piece += last - first;
         }
-    });
+    }, /*in_runs=*/true);
 }
 
 template <class T>

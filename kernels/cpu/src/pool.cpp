@@ -32,11 +32,11 @@ int64_t now() {
 
 class Pool {
 public:
-    void run(int64_t n, int64_t grain, Body body, const void* context) {
+    void run(int64_t n, int64_t grain, bool in_runs, Body body, const void* context) {
         if (threads_ == 1 || n <= grain || working) return body(context, 0, n);
         std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
         if (!lock) return body(context, 0, n);  // another thread's job is on
-        body_ = body, context_ = context, n_ = n, grain_ = grain;
+        body_ = body, context_ = context, n_ = n, grain_ = grain, in_runs_ = in_runs;
         next_.store(0, std::memory_order_relaxed);
         gate_.fetch_or(OPEN);
         epoch_.fetch_add(1);
@@ -69,7 +69,8 @@ private:
         working = true;
         for (int64_t begin = next_.load(); begin < n_;) {
             // Long runs first, for memory is read faster in order; short ones at the end, so that all end together.
-            const int64_t run = (n_ - begin) / (2 * threads_ * grain_), size = run > 1 ? run * grain_ : grain_;
+            const int64_t run = in_runs_ ? (n_ - begin) / (2 * threads_ * grain_) : 1;
+            const int64_t size = run > 1 ? run * grain_ : grain_;
             if (!next_.compare_exchange_weak(begin, begin + size)) continue;
             body_(context_, begin, begin + size < n_ ? begin + size : n_);
             begin = next_.load();
@@ -121,6 +122,7 @@ private:
     Body body_ = nullptr;
     const void* context_ = nullptr;
     int64_t n_ = 0, grain_ = 1;
+    bool in_runs_ = false;
     alignas(64) std::atomic<uint64_t> epoch_{1};
     alignas(64) std::atomic<uint64_t> gate_{0};
     alignas(64) std::atomic<int64_t> next_{0};
@@ -145,8 +147,8 @@ thread_local Buffer buffers[5];
 
 }  // namespace
 
-void parallel_for_body(int64_t n, int64_t grain, Body body, const void* context) {
-    if (n > 0) pool().run(n, grain, body, context);
+void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context) {
+    if (n > 0) pool().run(n, grain, in_runs, body, context);
 }
 
 int64_t num_threads() { return pool().threads(); }
