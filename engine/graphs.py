@@ -1,10 +1,10 @@
 """Graphs of steps in which every sequence decodes: hundreds of kernels in one launch, on a GPU as on a CPU.
 
 A graph repeats its kernels with the same addresses and the same numbers. So its inputs lie in one buffer that every
-step fills anew; its batch is the next larger one of a ladder, where padding rows read and write page 0 and state 0,
-which no sequence owns; and its page tables have room for the next longer of a few contexts. A graph is captured when a
-step first needs it, after that step has run without: that compiles whatever the capture meets, and nobody waits for
-graphs that are never used.
+step fills anew; its batch is, on a GPU, the next larger one of a ladder, where padding rows read and write page 0 and
+state 0, which no sequence owns; and its page tables have room for the next longer of a few contexts. A graph is
+captured when a step first needs it, so that nobody waits for graphs that are never used: on a CPU while that step runs,
+on a GPU after it, for then all that the capture meets is compiled.
 """
 
 from __future__ import annotations
