@@ -31,7 +31,7 @@ from engine.types import Request, SamplingParams
 from kernels.cpu.library import Library
 from server.bench.conditions import describe_machine, utc_now
 
-STEPS, WARM_UP = 60, 8
+STEPS, WARM_UP = 30, 8
 
 
 class Clock:
@@ -107,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(SHAPES[arguments.shape] | {"torch_dtype": "bfloat16"}))
-        llm = LLM(folder, load_format="dummy", max_model_len=1024, max_num_seqs=32)
+        llm = LLM(folder, load_format="dummy", max_model_len=1024, max_num_seqs=64)
     runner, scheduler = llm.core.model_runner, llm.core.scheduler
     for owner, method in (
         *((scheduler, "schedule"), (scheduler, "advance"), (scheduler, "update"), (engine.model_runner, "build_batch")),
