@@ -1,4 +1,5 @@
-"""The kernels for NVIDIA GPUs, in Triton: no compiler is needed at install.
+"""The kernels for NVIDIA GPUs, in Triton: no compiler is needed at install. At the first start triton builds its
+launcher, with a C compiler and Python's headers, and keeps it in its cache.
 
 Results do not depend on batch mates or on chunking because
 * every sum has one order: tiles are fixed, no product is split over K, keys are taken in splits of fixed length;
@@ -11,6 +12,8 @@ With TRITON_INTERPRET=1, which triton reads when a kernel is defined, they run o
 from __future__ import annotations
 
 import os
+import subprocess
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -36,3 +39,10 @@ def ensure_available() -> None:
     if (capability := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
         have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         raise KernelUnavailable(f"the GPU has compute capability {have}; {need} is needed")
+    try:
+        import_module("triton.runtime").driver.active.get_current_target()
+    except (RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        raise KernelUnavailable(
+            f"triton cannot build its launcher, for which it needs a C compiler (gcc), Python's headers (python3-dev) "
+            f"and the driver's libcuda.so.1: {error}"
+        ) from error

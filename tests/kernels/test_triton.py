@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
@@ -236,8 +238,21 @@ def test_reasons(
     monkeypatch.setattr(kernels.triton, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(kernels.triton, "import_module", lambda name: MagicMock())
     if reason is None:
         kernels.triton.ensure_available()
     else:
         with pytest.raises(KernelUnavailable, match=reason):
             kernels.triton.ensure_available()
+
+
+def test_no_compiler_for_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out when kernels are chosen, not in the first step."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    runtime = MagicMock()
+    runtime.driver.active.get_current_target.side_effect = RuntimeError("Failed to find C compiler.")
+    monkeypatch.setattr(kernels.triton, "import_module", lambda name: runtime)
+    with pytest.raises(KernelUnavailable, match=r"needs a C compiler .* Failed to find C compiler"):
+        kernels.triton.ensure_available()
