@@ -5,7 +5,7 @@ A launch fails where a lane that is not masked off
   of their argument in the bits above an address, which arithmetic leaves alone;
 * reads what another program of the launch writes, or writes what another one reads, or another value than it;
 * reads what another lane of its program wrote, or the other way round, without a barrier between;
-* or where an integer of 32 bits overflows.
+* or where an integer of 32 bits overflows, or the grid is larger than CUDA allows (an empty one is no launch at all).
 
 Programs run in a random order. What a masked load leaves open is NaN or a huge number, and so is memory that torch
 allocates empty: kernels that use it give wrong results. Lanes are elements of a tile: that two of them are one thread
@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from random import Random
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -29,11 +30,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Order = Literal["forward", "reverse", "random"]
+Grid = tuple[int, int, int]
 Ints = NDArray[np.int64]
 
 TAG_BITS = 48  # addresses of a process are below
 ADDRESS = np.uint64((1 << TAG_BITS) - 1)
 NOBODY, MANY = -1, -2
+GRID_LIMITS: Grid = 2**31 - 1, 65535, 65535  # CUDA's
 
 
 class MemoryFault(Exception):
@@ -106,11 +109,19 @@ class Launch:
     """One launch of a kernel: what its programs touched."""
 
     kernel: str
-    grid: tuple[int, int, int]
+    grid: Grid
     arguments: list[Argument] = field(default_factory=list[Argument])
     accesses: dict[int, list[Access]] = field(default_factory=lambda: defaultdict(list))
     program: int = 0
     barriers: int = 0
+
+    def __post_init__(self) -> None:
+        if any(not 0 < size <= limit for size, limit in zip(self.grid, GRID_LIMITS, strict=True)):
+            raise MemoryFault(f"{self.kernel}: the grid {self.grid} has an axis beyond {GRID_LIMITS}")
+
+    def index(self, program: int) -> Grid:
+        x, y, z = map(int, np.unravel_index(program, self.grid))
+        return x, y, z
 
     def pointer(self, name: str, tensor: Tensor) -> int:
         """What the kernel gets for a tensor."""
@@ -138,7 +149,7 @@ class Launch:
 
     def fail(self, what: str, program: int | None = None) -> None:
         program = self.program if program is None else program
-        raise MemoryFault(f"{self.kernel}, program {np.unravel_index(program, self.grid)} of {self.grid}, {what}")
+        raise MemoryFault(f"{self.kernel}, program {self.index(program)} of {self.grid}, {what}")
 
     def where(self, access: Access, lane: int) -> str:
         pointer = int(np.broadcast_to(access.pointers, access.mask.shape).reshape(-1)[lane])
@@ -232,8 +243,8 @@ class Replay:
 class Guard:
     """Takes the place of the interpreter's launch and of its accesses to memory."""
 
-    def __init__(self, order: Order, seed: int) -> None:
-        self._order, self._random = order, Random(seed)
+    def __init__(self, order: Order, seed: int, corner: int | None) -> None:
+        self._order, self._random, self._corner = order, Random(seed), corner
         self._launch: Launch | None = None
         self.launches: list[str] = []
 
@@ -250,8 +261,8 @@ class Guard:
         signature = inspect.signature(executor.fn)
         options = set(kwargs) - set(signature.parameters)  # of the launch, such as num_warps
         bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in options})
-        grid: tuple[int, int, int] = (*executor.grid, 1, 1)[:3]
-        launch = self._launch = Launch(executor.fn.__name__, grid)
+        x, y, z = (*executor.grid, 1, 1)[:3]
+        launch = self._launch = Launch(executor.fn.__name__, (x, y, z))
         self.launches.append(launch.kernel)
         values = {
             name: value if name in executor.constexprs else self._value(name, value)
@@ -262,10 +273,10 @@ class Guard:
         functions: tuple[Any, ...] = (executor.fn, tl.sum.fn)
         scopes = [interpreter._patch_lang(function) for function in functions]  # pyright: ignore[reportPrivateUsage]
         try:
-            builder.set_grid_dim(*grid)
-            for launch.program in self._programs(int(np.prod(grid))):
-                launch.barriers = 0
-                builder.set_grid_idx(*map(int, np.unravel_index(launch.program, grid)))
+            builder.set_grid_dim(x, y, z)
+            for program in self._programs(launch.grid):
+                launch.program, launch.barriers = program, 0
+                builder.set_grid_idx(*launch.index(program))
                 executor.fn(**values)
         finally:
             for scope in reversed(scopes):
@@ -282,8 +293,10 @@ class Guard:
             converted.handle.data[0] = self.launch.pointer(name, value)
         return converted
 
-    def _programs(self, count: int) -> list[int]:
-        programs = list(range(count))
+    def _programs(self, grid: Grid) -> list[int]:
+        axes = [range(size if self._corner is None else min(size, self._corner)) for size in grid]
+        last = [size - 1 for size in grid]
+        programs = [int(np.ravel_multi_index(np.subtract(last, back), grid)) for back in product(*axes)][::-1]
         if self._order == "random":
             self._random.shuffle(programs)
         return programs[::-1] if self._order == "reverse" else programs
@@ -329,11 +342,12 @@ def call(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def guard(order: Order = "random", seed: int = 0) -> Generator[Guard]:
-    """Kernels that are launched inside run guarded, in triton's interpreter."""
+def guard(order: Order = "random", seed: int = 0, corner: int | None = None) -> Generator[Guard]:
+    """Kernels that are launched inside run guarded, in triton's interpreter; with a `corner` only so many of the last
+    programs on every axis of a grid, and memory that is allocated empty stays so, however large."""
     from triton.runtime import interpreter
 
-    guarded, builder = Guard(order, seed), interpreter.InterpreterBuilder
+    guarded, builder = Guard(order, seed, corner), interpreter.InterpreterBuilder
     methods = {
         "create_masked_load": guarded.load,
         "create_masked_store": guarded.store,
@@ -349,7 +363,8 @@ def guard(order: Order = "random", seed: int = 0) -> Generator[Guard]:
         mock.patch.object(interpreter.InterpretedFunction, "__call__", call),
         mock.patch.object(interpreter.interpreter_builder, "options", options),
     ):
-        torch.use_deterministic_algorithms(True)  # and so torch.empty is filled, see fill_uninitialized_memory
+        # what fills empty memory: torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(corner is None)
         try:
             yield guarded
         finally:
