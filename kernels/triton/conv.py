@@ -119,5 +119,5 @@ def read(
 ) -> tl.tensor:
     """Inputs number t [rows, 1] of a sequence, [rows, D]; those before 0 from its state, or zeros without one."""
     new = tl.load(rows + t.to(tl.int64) * x_stride, mask=(t >= 0) & (t < length) & inside, other=0.0)
-    old = tl.load(slot + (t + (WIDTH - 1)) * channels, mask=(t < 0) & (t >= 1 - WIDTH) & inside, other=0.0)
+    old = tl.load(slot + (t + (WIDTH - 1)).to(tl.int64) * channels, mask=(t < 0) & (t >= 1 - WIDTH) & inside, other=0.0)
     return tl.where(t >= 0, new, tl.where(known, old, 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,9 +17,17 @@ from kernels import table
 from kernels.triton import interpreted
 from tests.engine.test_graphs import with_graphs
 from tests.engine.test_parity import NEW_TOKENS, check
+from tests.kernels.interpreter_guard import guard
 from tests.tiny import TINY_CONFIGS, save_tiny
 
 PARAMS = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=2)
+
+
+@pytest.fixture(autouse=interpreted())
+def guarded() -> Iterator[None]:
+    """See `interpreter_guard`."""
+    with guard():
+        yield
 
 
 @pytest.fixture

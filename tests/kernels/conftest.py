@@ -1,4 +1,5 @@
-"""The compiled library for the tests of what only it has: levels and threads."""
+"""The compiled library for the tests of what only it has: levels and threads. In triton's interpreter every kernel runs
+guarded."""
 
 from __future__ import annotations
 
@@ -9,6 +10,15 @@ import torch
 
 from kernels.cpu.library import LEVELS, Library, library
 from kernels.ops import KernelUnavailable
+from kernels.triton import interpreted
+from tests.kernels.interpreter_guard import guard
+
+
+@pytest.fixture(autouse=interpreted())
+def guarded() -> Iterator[None]:
+    """See `interpreter_guard`."""
+    with guard():
+        yield
 
 
 @pytest.fixture(params=LEVELS)

@@ -15,10 +15,11 @@ from tests.kernels.on_device import OnDevice
 from tests.kernels.test_scan import make_inputs, make_weights, run_oracle
 
 CHUNK = 8
-LENGTHS, SLOTS = (50, 1, 16, 33, 8), (4, 1, 16, 13, 9)
-HAS_STATE = (True, True, False, False, True)
+# the last sequence takes the last place that there is for a chunk
+LENGTHS, SLOTS = (50, 1, 16, 8, 33), (4, 1, 16, 9, 13)
+HAS_STATE = (True, True, False, True, False)
 # (tokens done, slot): in the first chunk and at its end, twice in one chunk, at a sequence's end
-SAVES = ([(3, 0), (8, 2), (19, 3), (22, 5), (50, 6)], [], [(16, 7)], [(32, 8), (33, 10)], [(1, 11)])
+SAVES = ([(3, 0), (8, 2), (19, 3), (22, 5), (50, 6)], [], [(16, 7)], [(1, 11)], [(32, 8), (33, 10)])
 
 
 @pytest.fixture
