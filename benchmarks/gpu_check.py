@@ -48,6 +48,7 @@ MODULES = {
     "http": "gpu_http",
     "transformers": "gpu_transformers",
     "sweep": "gpu_sweep",
+    "tune": "gpu_tune",
 }
 # What a part measures where --shape and --formats do not say.
 DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
@@ -56,6 +57,7 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "http": ("3b",),
     "transformers": ("3b", "mini"),
     "sweep": ("3b", "mini"),
+    "tune": ("3b", "mini"),
 }
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
@@ -113,7 +115,7 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     formats: Sequence[str] = DEFAULT_FORMATS.get(part, ("bf16",))
     if arguments.formats and part in DEFAULT_FORMATS:
         formats = [Format.parse(name).name for name in arguments.formats.split(",")]
-    options = {} if part in ("kernels", "transformers", "sweep") else parse_options(arguments.engine)
+    options = {} if part in ("kernels", "transformers", "sweep", "tune") else parse_options(arguments.engine)
     base = msgspec.structs.replace(base, options=options)
     if not shapes:
         return [base]
@@ -195,6 +197,8 @@ def measure(arguments: argparse.Namespace) -> None:
         jobs = make_jobs(part, arguments, path)
         with tempfile.TemporaryDirectory() as folder:
             fresh = {"TRITON_CACHE_DIR": folder} if jobs[0].cold else {}
+            if part == "tune" and arguments.device == "cpu":
+                fresh |= {"TRITON_INTERPRET": "1"}  # there is nothing else to tune
             for job in jobs:
                 supervise(job, deadline, os.environ | fresh)
 
