@@ -6,7 +6,7 @@ The kernels have no options for it: their constants and the functions that choos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -83,7 +83,11 @@ def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
 def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
     """For `linear` or `run_experts` of so many rows of products."""
     tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
-    return [Variant({PRODUCT_TILES[op]: tile}) for tile in tiles]
+    return _distinct(Variant({PRODUCT_TILES[op]: tile}) for tile in tiles)
+
+
+def _distinct(variants: Iterable[Variant]) -> list[Variant]:
+    return list({variant.label: variant for variant in variants}.values())
 
 
 def _tile(rows: int, columns: int, num_warps: int, num_stages: int, **more: int | None) -> Fields:
@@ -134,7 +138,8 @@ def narrow_variants(rows: int) -> list[Variant]:
     if rows > FEW_ROWS:
         wide = grid("narrow.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
         tiles = iter([*tiles, *wide])
-    return [*tiles, *constants(False, narrow__SECTION=(256, 1024)), *constants(True, narrow__MANY_ROWS=(64, 1 << 20))]
+    sections = constants(False, narrow__SECTION=(256, 1024))
+    return _distinct([*tiles, *sections, *constants(True, narrow__MANY_ROWS=(64, 1 << 20))])
 
 
 def mamba_decode_variants() -> list[Variant]:
