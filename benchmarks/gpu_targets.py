@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_cases import Case, Maker, Shape
+from benchmarks.gpu_predict import Work
 from benchmarks.gpu_sweep import config_of
 from benchmarks.gpu_variants import (
     Variant,
@@ -49,6 +50,18 @@ class Target:
     count: int
     variants: Sequence[Variant]
     implementation: str = "triton"
+
+    def work(self) -> Work:
+        """The least that a call must move and compute; its results have the sizes of its first arguments."""
+        case = self.case
+        results = case.args[0] if case.op in ("attention_decode", "attention_prefill") else ()
+        if case.op == "selective_scan":
+            results = case.args[0].u
+        if case.op == "mamba_decode":
+            results = case.args[0][:, : case.args[0].shape[1] // 2]
+        if case.op == "linear":
+            results = case.args[0].new_empty(len(case.args[0]), len(case.weights[0]), device="meta")
+        return Work(bytes=case.bytes_moved(results), operations=case.operations)
 
     def kernels(self) -> Kernels:
         return select("cuda", {"all": "triton", self.case.op: self.implementation})

@@ -23,7 +23,7 @@ import torch
 import engine.quantization.quantize
 from benchmarks.gpu_cases import Case, flatten
 from benchmarks.gpu_compile import Compiler
-from benchmarks.gpu_predict import Ceilings, Work, measure_ceilings
+from benchmarks.gpu_predict import Ceilings, measure_ceilings
 from benchmarks.gpu_record import Job, Record
 from benchmarks.gpu_targets import Target, targets_of
 from benchmarks.gpu_variants import applied
@@ -74,7 +74,7 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
             packed += [case.packed(kernels) for _ in range(copies(case, device))]
     bench = Bench(case, kernels, packed, device)
     expected = bench.result()
-    work = Work(bytes=case.bytes_moved(expected[0]), operations=case.operations)
+    work = target.work()
     floor = work.seconds(ceilings)
     times: dict[str, Any] = {"as it is": 1e6 * bench.seconds(floor)}
     differ: dict[str, float] = {}

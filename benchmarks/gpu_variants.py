@@ -22,9 +22,9 @@ Fields = dict[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`changes` by "module.name" in kernels.triton: of a function that returns a named tuple, or of a dictionary, the
-    fields that are others; of another function what it returns; of a constant its value. `exact`: the bits of a result
-    must be those of the kernel as it is."""
+    """`changes` by "module.name" in kernels.triton: of a dictionary, or of a function that returns one or a named tuple,
+    the fields that are others; of another function what it returns; of a constant its value. `exact`: the bits of a
+    result must be those of the kernel as it is."""
 
     changes: Mapping[str, Any]
     exact: bool = True
@@ -64,7 +64,12 @@ def _changed(old: Any, value: Any) -> Any:
         return value
     inner: Callable[..., Any] = old
     if isinstance(value, dict):
-        return lambda *args, **kwargs: inner(*args, **kwargs)._replace(**value)
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            found = inner(*args, **kwargs)
+            return found | value if isinstance(found, dict) else found._replace(**value)
+
+        return changed
     return lambda *args, **kwargs: value
 
 
@@ -151,13 +156,20 @@ def mamba_decode_variants() -> list[Variant]:
 
 
 def attention_variants(*, decode: bool) -> list[Variant]:
-    options = [{"num_stages": stages, "num_warps": warps} for warps, stages in product((4, 8), (1, 2, 3))]
-    found = [Variant({"attention.OPTIONS": chosen}, exact=chosen["num_warps"] == 4) for chosen in options]
-    for key_bytes, chosen in product((128, 256), options):
+    """KEYS is how many a block has: with more or fewer the sums have another order, as with another ROWS or SPLIT."""
+    module = import_module("kernels.triton.attention")
+    own = decode and hasattr(module, "DECODE_OPTIONS")
+    place = "attention.DECODE_OPTIONS" if own else "attention.OPTIONS"
+    options = [
+        {"num_stages": stages, "num_warps": warps}
+        for warps, stages in product((4, 8), (1, 2, 3, 4, 6)[: 5 if own else 3])
+    ]
+    found = [Variant({place: chosen}, exact=chosen["num_warps"] == 4) for chosen in options]
+    for keys, chosen in product((16, 64, 128), options):
         if chosen["num_stages"] in (2, 3):
-            found.append(Variant({"attention.KEY_BYTES": key_bytes, "attention.OPTIONS": chosen}, exact=False))
-    found += constants(False, attention__SPLIT=(256, 1024), attention__ROWS=(16,) if decode else (128,))
-    return found
+            found.append(Variant({"attention._tile": {"KEYS": keys}, place: chosen}, exact=False))
+    found += grid("attention._tile", ROWS=(16,) if decode else (128,), exact=False)
+    return [*found, *constants(False, attention__SPLIT=(256, 1024))]
 
 
 def scan_variants(implementation: str) -> list[Variant]:

@@ -106,6 +106,14 @@ def test_kernels_compiled_without_numbers_are_those_that_numbers_want(
     assert found[0] and found[1] == found[0]
 
 
+def test_a_target_knows_its_work_without_a_result() -> None:
+    reference = select("cpu", {"all": "reference"})
+    for target in [target for group in gpu_tune.targets_of("tiny", "cpu").groups() for target in group]:
+        if target.case.quantization is None:
+            result = getattr(reference, target.case.op)(*target.case.prepare(reference))
+            assert target.work().bytes == target.case.bytes_moved(result), target.label
+
+
 def test_the_best_variant_is_one_with_the_right_result() -> None:
     variants = [Variant({"scan.GROUP": 2}), Variant({"scan.GROUP": 8}), Variant({"attention.SPLIT": 64}, exact=False)]
     [target, *_] = shapes_alone("tiny")
