@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 import engine.quantization.quantize
+import kernels.triton.launch
 import kernels.triton.quantized
 from benchmarks.gpu_targets import Target, targets_of
 from benchmarks.gpu_variants import AS_IT_IS, Variant, applied
@@ -61,8 +62,12 @@ def compiling_only(capability: int) -> Generator[None]:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(driver, "_active", Elsewhere(capability)))
         stack.enter_context(mock.patch("kernels.table.ensure_available"))
-        capabilities = {"get_device_capability": lambda *_: divmod(capability, 10)}
-        stack.enter_context(mock.patch.multiple(torch.cuda, **capabilities))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
+        # tiles may depend on it, which is asked for once
+        known = getattr(kernels.triton.launch, "capability", None)
+        for forget in (known.cache_clear,) if known is not None else ():
+            forget()
+            stack.callback(forget)
         # no numbers, no pieces
         stack.enter_context(mock.patch.object(engine.quantization.quantize, "_CHUNK", 1 << 60))
         stack.enter_context(mock.patch.object(kernels.triton.quantized, "CHUNK", 1 << 60))

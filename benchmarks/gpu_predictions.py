@@ -26,8 +26,8 @@ CHUNK = 8192  # of a prompt, the engine's limit where memory allows it
 HEAD = """# Predictions for GPUs: nothing here has been measured
 
 Every number is computed, by `python -m benchmarks.gpu_predictions`, from the bytes that must be moved and the
-operations that must be done. Assumed are, of an H100 and an H200, 3.0 and 4.3 TB/s (the data sheets say 3.35 and 4.8) and of both
-650 TFLOP/s in bfloat16 (about 800 have been seen in a single large product). No launch, no imperfect overlap and no
+operations that must be done. Assumed are, of an H100 and an H200, 3.0 and 4.3 TB/s (the data sheets say 3.35 and 4.8)
+and of both 650 TFLOP/s in bfloat16 (a single large product reaches about 800). No launch, no imperfect overlap and no
 kernel's own loss is in them: they are limits, and a measurement is a share of them. The targets are 80% of them at one
 sequence, 70% at 256, and 50% for prompts. Mini's weights in bfloat16 (96 GiB) do not fit on an H100 of 80 GB.
 """
