@@ -16,6 +16,7 @@ from engine.quantization.quantize import quantize
 from kernels.ops import Kernels, MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
 
 BLOCK_SIZE = 16
+TOP_K = 2  # experts of a row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,20 +70,32 @@ class Case:
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
         """Arguments of its own for a call with `kernels`, floats converted to `dtype`."""
-        args = tuple(copy(value, dtype) for value in self.args)
+        return self.arguments(self.packed(kernels, dtype), dtype)
+
+    def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
+        """A copy of the weights as `kernels` take them; None if there are none."""
         if not self.weights:
-            return args
+            return None
         weights: tuple[Any, ...] = copy(self.weights, dtype)
         if self.quantization is not None:
             weights = tuple(quantize(weight, self.quantization) for weight in weights)
-        packed = self.pack(getattr(kernels, self.op), kernels, weights)
-        return args[0], packed, *args[1:]
+        return self.pack(getattr(kernels, self.op), kernels, weights)
+
+    def arguments(self, packed: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """Of a call, a copy of `args` with `packed` in its place."""
+        args = tuple(copy(value, dtype) for value in self.args)
+        return args if packed is None else (args[0], packed, *args[1:])
 
     def bytes_moved(self, result: Any) -> int:
         """Every argument read once, every result written once, unless the case knows better."""
         if self.moved is not None:
             return self.moved
         return sum(tensor.nbytes for tensor in flatten((self.args, self.weights, result))) + self.written
+
+
+def _expert_bytes(shape: Shape, quantization: Quantization) -> int:
+    stored = FORMATS[quantization]
+    return stored.num_bytes(2 * shape.f, shape.h) + stored.num_bytes(shape.h, shape.f)
 
 
 def flatten(value: Any) -> list[Tensor]:
@@ -101,17 +114,21 @@ def copy(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 class Maker:
-    """Random tensors on one device."""
+    """Random tensors on one device; on `meta` shapes alone."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def floats(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.device)
 
     def random(self, *size: int) -> Tensor:
         return self.floats(*size).to(torch.bfloat16)
+
+    def matrix(self, *size: int) -> Tensor:
+        """Weights that keep the size of what they are multiplied with."""
+        return self.random(*size).mul_(size[-1] ** -0.5)
 
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
@@ -122,16 +139,14 @@ class Maker:
         x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
         yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
         yield Case(op="silu_and_mul", label=f"{rows} rows", args=(gate_up,))
-        weight = self.random(m.h, m.d) / m.d**0.5
-        yield self._linear(f"out_proj, {rows} rows", rows, weight, None)
-        weight = self.random(2 * m.d, m.h) / m.h**0.5
-        yield self._linear(f"in_proj, {rows} rows", rows, weight, None)
-        weight = self.random(2 * m.f, m.h) / m.h**0.5
+        yield self.linear(f"out_proj, {rows} rows", rows, self.matrix(m.h, m.d), None)
+        yield self.linear(f"in_proj, {rows} rows", rows, self.matrix(2 * m.d, m.h), None)
+        weight = self.matrix(2 * m.f, m.h)
         for quantization in (None, *FORMATS):
             name = " ".join(filter(None, ("gate_up", quantization)))
-            yield self._linear(f"{name}, {rows} rows", rows, weight, quantization)
+            yield self.linear(f"{name}, {rows} rows", rows, weight, quantization)
 
-    def _linear(self, label: str, rows: int, weight: Tensor, quantization: Quantization | None) -> Case:
+    def linear(self, label: str, rows: int, weight: Tensor, quantization: Quantization | None) -> Case:
         outputs, inputs = weight.shape
         case = Case(
             op="linear",
@@ -147,27 +162,32 @@ class Maker:
 
     def experts(self, rows: int) -> Iterator[Case]:
         """Router and experts, of a model that has some."""
-        m, top_k = self.shape, 2
+        m = self.shape
         if not m.experts:
             return
-        yield Case(op="route_experts", label=f"{rows} rows", args=(self.random(rows, m.experts), top_k))
-        chosen = torch.rand(rows, m.experts, generator=self.generator, device=self.device).topk(top_k).indices.int()
-        gate_up, down = self.random(m.experts, 2 * m.f, m.h), self.random(m.experts, m.h, m.f)
-        gate_up /= m.h**0.5
-        down /= m.f**0.5
-        hit = len(chosen.unique())
-        case = Case(
+        yield Case(op="route_experts", label=f"{rows} rows", args=(self.random(rows, m.experts), TOP_K))
+        weights = self.expert_weights()
+        for quantization in (None, *FORMATS):
+            yield self.expert_case(rows, weights, quantization)
+
+    def expert_weights(self) -> tuple[Tensor, Tensor]:
+        m = self.shape
+        return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
+
+    def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
+        """Every row with experts of its own choice; those that nobody chooses are not read."""
+        m, choice = self.shape, torch.Generator().manual_seed(rows)
+        chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
+        each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
+        return Case(
             op="run_experts",
-            label=f"{rows} rows",
-            args=(self.random(rows, m.h), torch.full((rows, top_k), 0.5, device=self.device), chosen),
-            weights=(gate_up, down),
-            moved=hit * 3 * m.f * m.h * 2 + 4 * rows * m.h,
-            operations=2 * rows * top_k * 3 * m.f * m.h,
+            label=", ".join(filter(None, (quantization, f"{rows} rows"))),
+            args=(self.random(rows, m.h), self.floats(rows, TOP_K).fill_(0.5), self.ints(chosen)),
+            weights=weights,
+            quantization=quantization,
+            moved=len(chosen.unique()) * each + 4 * rows * m.h,
+            operations=2 * rows * TOP_K * 3 * m.f * m.h,
         )
-        yield case
-        for quantization, stored in FORMATS.items():
-            moved = hit * (stored.num_bytes(2 * m.f, m.h) + stored.num_bytes(m.h, m.f)) + 4 * rows * m.h
-            yield replace(case, label=f"{quantization}, {rows} rows", quantization=quantization, moved=moved)
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
         """Convolution and scan of sequences of equal length; of one token each through the ops for one token."""
@@ -194,7 +214,7 @@ class Maker:
     def _mamba_decode(self, label: str, scan: ScanWeights, conv: Tensor, ssm: Tensor, ids: Tensor) -> Case:
         """All between in_proj and out_proj."""
         m = self.shape
-        x_proj, dt_proj = self.random(m.r + 2 * m.s, m.d) / m.d**0.5, self.random(m.d, m.r) / m.r**0.5
+        x_proj, dt_proj = self.matrix(m.r + 2 * m.s, m.d), self.matrix(m.d, m.r)
         norms = tuple(1 + 0.1 * self.random(size) for size in (m.r, m.s, m.s))
         between = (self.random(m.w, m.d), self.random(m.d), x_proj, *norms, dt_proj, scan)
 
@@ -252,9 +272,24 @@ class Maker:
         yield Case(op="copy_slots", label=f"{pairs} pairs", args=((slots,), first, first + pairs))
 
     def sampling(self, rows: int) -> Iterator[Case]:
-        ones, keys = torch.ones(rows, device=self.device), self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
-        inputs = SampleInputs(ones, ones, ones * 0, self.ints([0] * rows), keys)
-        yield Case(op="sample", label=f"{rows} rows", args=(self.floats(rows, self.shape.v) * 3, inputs))
+        """From all tokens, from those that each limit leaves, and with all of it in one batch, greedy rows too."""
+        ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
+        keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
+        plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
+        kinds = {
+            "all tokens": plain,
+            "greedy": plain._replace(temperature=zeros),
+            "top-k 50": plain._replace(top_k=zeros.int() + 50),
+            "top-p 0.9": plain._replace(top_p=ones * 0.9),
+            "min-p 0.05": plain._replace(min_p=ones * 0.05),
+        }
+        kinds["top-k, top-p, min-p"] = SampleInputs(ones * 0.8, ones * 0.95, ones * 0.02, zeros.int() + 40, keys)
+        turn = torch.arange(rows, device=self.device) % len(kinds)
+        fields = zip(*kinds.values(), strict=True)
+        kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
+        for kind, inputs in kinds.items():
+            logits = self.floats(rows, self.shape.v) * 3
+            yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs))
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:

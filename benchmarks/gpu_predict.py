@@ -40,6 +40,13 @@ def measure_ceilings(device: str) -> Ceilings:
     of random numbers. On a CPU what `shapes` measures."""
     if device == "cpu":
         return Ceilings(shapes.read_bandwidth(), shapes.matmul_rate())
+    try:
+        return _gpu_ceilings(device)
+    finally:
+        torch.cuda.empty_cache()  # a server in another process wants this memory
+
+
+def _gpu_ceilings(device: str) -> Ceilings:
     data = torch.randn(COPIED, device=device)
     target = torch.empty_like(data)
     bandwidth = 2 * data.nbytes / median_seconds(lambda: target.copy_(data), device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -107,6 +108,14 @@ def summary(row: dict[str, Any]) -> str:
     )
 
 
+def _said(describe: Callable[[], str | None]) -> str | None:
+    """None where git or the driver's command is missing or fails: no reason to measure nothing."""
+    try:
+        return describe()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def conditions(job: Job) -> dict[str, Any]:
     """Of a run: machine, versions, what was asked for."""
     versions: dict[str, str] = {}
@@ -118,8 +127,8 @@ def conditions(job: Job) -> dict[str, Any]:
     cuda = cast(Any, torch.version).cuda
     return {
         "date": utc_now(),
-        "commit": job.commit or describe_commit(),
-        "gpu": describe_gpu(),
+        "commit": job.commit or _said(describe_commit),
+        "gpu": _said(describe_gpu),
         "machine": msgspec.to_builtins(describe_machine()),
         "versions": versions | {"cuda": cuda},
         "job": {key: value for key, value in msgspec.to_builtins(job).items() if key not in ("path", "commit")},

@@ -15,6 +15,7 @@ Parts = dict[str, dict[str, Any]]
 FIRST_REPLY_SECONDS = 10.0
 COLUMNS = "| model | weights, engine | what | predicted tok/s | measured | share | target | transformers |"
 ENGINE_PARTS = ("3b", "mini")
+SHOWN_TILES = 20
 CEILINGS = (
     "Measured before and after each run: bytes a second of a copy (read and written), and the rate of a bfloat16",
     "product. `predicted` is what they allow: weights, states, keys and values that a step must read or write, over",
@@ -68,6 +69,7 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
     if sweep:
         sections.append(profiles(parts))
         sections.append(kernels(parts))
+    sections.append(tiles(parts, None if sweep else SHOWN_TILES))
     for section in sections:
         if section:
             lines += ["", *section]
@@ -220,6 +222,28 @@ def kernels(parts: Parts) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     head = "| model | op | implementation | case | error | us | in a graph | floor | share | torch |"
     return [head, "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", *lines] if lines else []
+
+
+def tiles(parts: Parts, most: int | None) -> list[str]:
+    """What other tiles would gain in a step, the most first, and which variants' results are not what they must be."""
+    rows = [(key, row) for key, row in parts.get("tune", {"rows": {}})["rows"].items() if "variants" in row]
+    rows.sort(key=lambda item: item[1]["count"] * (item[1]["best_us"] - item[1]["default_us"]))
+    lines: list[str] = []
+    for key, row in rows[:most]:
+        gain = row["count"] * (row["default_us"] - row["best_us"])
+        numbers = [f"{row[name]:.1f}" for name in ("floor_us", "default_us", "best_us", "best_exact_us")]
+        exact = "the same" if row["best_exact"] == row["best"] else row["best_exact"]
+        lines.append(f"| {key} | {row['count']} | {' | '.join(numbers)} | {row['best']} | {exact} | {gain:.0f} |")
+    head = (
+        "| tuned | in a step | floor, us | as it is | best | best of the same bits | best tile | tile of the same bits "
+    )
+    table = [head + "| gain in a step, us |", "| --- |" + " ---: |" * 5 + " --- | --- | ---: |", *lines]
+    differ = [
+        f"- {key}: {label}: differs by {error:.1e}" for key, row in rows for label, error in row["differ"].items()
+    ]
+    if differ:
+        table += ["", f"Variants with results other than they must be ({len(differ)}):", "", *differ[:most]]
+    return table if lines else []
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -17,12 +17,20 @@ from benchmarks.gpu_record import Job, Record
 ROOT = Path(__file__).parent.parent
 WORKERS = 8  # processes that share the GPU
 NO_TESTS = 5  # pytest's exit status
+TEST_SECONDS = 120  # after which a test's process is ended, where pytest-timeout is installed
+KERNELS = "tests/kernels"
+PRODUCTS = [f"{KERNELS}/test_{name}.py" for name in ("linear", "moe", "quantized")]
+RECURRENCE = [f"{KERNELS}/test_{name}.py" for name in ("conv", "scan", "scan_chunked", "recurrence", "mamba")]
+OTHERS = [KERNELS, "tests/engine/test_triton.py", *(f"--ignore={path}" for path in (*PRODUCTS, *RECURRENCE))]
+# Several, so that time that is up leaves some of them.
 SETS = {
     "cuda": {
-        "triton": ["tests/kernels", "tests/engine/test_triton.py", "-k", "triton"],
-        "marked cuda": ["tests/kernels", "tests/engine", "-m", "cuda"],
+        "triton, products": [*PRODUCTS, "-k", "triton"],
+        "triton, recurrence": [*RECURRENCE, "-k", "triton"],
+        "triton, others": [*OTHERS, "-k", "triton"],
+        "marked cuda": [KERNELS, "tests/engine", "-m", "cuda"],
     },
-    "cpu": {"a few": ["tests/kernels/test_norm.py"]},
+    "cpu": {"a few": [f"{KERNELS}/test_norm.py"]},
 }
 # Not the project's own: its plugins may be missing, and warnings of another torch are no errors here.
 CONFIGURATION = "[pytest]\naddopts = -q -rfE\nmarkers = cuda: needs an NVIDIA GPU\n"
@@ -45,6 +53,8 @@ def run_tests(arguments: list[str], log: Path) -> dict[str, Any]:
         command += ["-p", "no:cacheprovider", *arguments]
         if find_spec("xdist"):
             command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+        if find_spec("pytest_timeout"):
+            command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
         with log.open("a") as output:
             status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     text = log.read_bytes()[begin:].decode()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import zlib
+import struct
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 _OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 _NAMES_SHOWN: Final = 3  # tensors that an error names; a wrong checkpoint may have thousands
-_CHUNK: Final = 1 << 22  # random numbers made at a time: 16 MiB in float32
+_CHUNK: Final = 1 << 20  # random numbers made at a time: 4 MiB in float32, of which a CPU's caches hold a few
+_STEP: Final = 0x9E3779B9 - 2**32  # odd: 2**32 steps reach every int32 (2**32 / golden ratio, as int32)
 _DT_RANGE: Final = (0.001, 0.1)  # time steps at the start of Mamba's training (Gu & Dao 2023, section 3.6)
 
 
@@ -191,23 +193,26 @@ def dummy_weights(model: Model, seed: int) -> None:
     """Fills `model` with random weights that keep activations finite, the same ones for a seed on every machine.
 
     Each tensor's numbers follow from the seed and its name, so that models of one shape agree across dtypes (up to
-    rounding) and devices. Quantised and packed as `load_weights` does.
+    rounding) and devices. They are drawn where the model is. Quantised and packed as `load_weights` does.
     """
     units = deque(model.tensor_map().units)
+    devices = [data.device for unit in units for data, _ in unit.destinations.values()]
+    # raw weights that will be quantised wait in the host's memory, which is no place to draw billions of numbers
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
-        pack = _fill_unit(units.popleft(), seed)
+        pack = _fill_unit(units.popleft(), seed, device)
         pack()
 
 
-def _fill_unit(unit: Unit, seed: int) -> Callable[[], None]:
+def _fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]:
     """Returns its `pack`, to be called when nobody holds the unit's raw weights any longer."""
     for name, (data, fill) in unit.destinations.items():
-        # hashed, because torch's generator on a CPU takes in 32 bits of its seed
-        _fill(data, fill, torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+        key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        _fill(data, fill, struct.unpack("<2i", key), device)
     return unit.pack
 
 
-def _fill(data: Tensor, fill: Fill, generator: torch.Generator) -> None:
+def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) -> None:
     match fill:
         case "one":
             data.fill_(1.0)
@@ -215,16 +220,44 @@ def _fill(data: Tensor, fill: Fill, generator: torch.Generator) -> None:
             data.copy_(torch.arange(1, data.shape[-1] + 1).log())
         case "dt_bias":
             low, high = map(math.log, _DT_RANGE)
-            dt = torch.empty(data.shape).uniform_(low, high, generator=generator).exp()
-            data.copy_(dt.expm1().log())  # the inverse of softplus
+            # few numbers, and functions that a GPU rounds otherwise
+            fill_uniform(logs := torch.empty(data.shape), (high - low) / 2, key, logs.device)
+            data.copy_((logs + (high + low) / 2).exp().expm1().log())  # the inverse of softplus
         case "normed":
-            _fill_uniform(data, math.sqrt(3 / data.shape[-1]), generator)
+            fill_uniform(data, math.sqrt(3 / data.shape[-1]), key, device)
         case "unit":
-            _fill_uniform(data, math.sqrt(3), generator)
+            fill_uniform(data, math.sqrt(3), key, device)
 
 
-def _fill_uniform(data: Tensor, bound: float, generator: torch.Generator) -> None:
-    """Uniform in (-bound, bound), of variance bound**2 / 3. In chunks, so that a big tensor exists once."""
-    rows = max(1, _CHUNK // (data.numel() // len(data)))
+def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch.device) -> None:
+    """Uniform in [-bound, bound], of variance bound**2 / 3: a hash of key and index decides every number, in integers
+    and in one product, so that it is the same on all devices. In chunks, so that a big tensor exists once."""
+    width = data.numel() // len(data)
+    rows = min(len(data), max(1, _CHUNK // width))
+    steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP
+    bits, scratch = torch.empty_like(steps), torch.empty_like(steps)
+    numbers = torch.empty(rows * width, device=device)
+    start = 0
     for part in data.split(rows):
-        part.copy_(torch.empty(part.shape).uniform_(-bound, bound, generator=generator))
+        if (count := part.numel()) < len(bits):
+            steps, bits, scratch, numbers = steps[:count], bits[:count], scratch[:count], numbers[:count]
+        _scramble(torch.add(steps, _int32(start * _STEP + key[0]), out=bits), key[1], scratch)
+        numbers.copy_(bits).mul_(bound * 2.0**-31)
+        # only what goes elsewhere is rounded before: half the bytes
+        part.copy_((numbers if part.device == device else numbers.to(part.dtype)).view(part.shape))
+        start += count
+
+
+def _scramble(bits: Tensor, key: int, scratch: Tensor) -> None:
+    """A hash of every int32 in place (lowbias32, Wellons 2018, less its last step, which is for the lowest bits).
+    Between its products comes a key, since without one all keys' sequences would be pieces of a single one."""
+    for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
+        torch.bitwise_right_shift(bits, shift, out=scratch)  # with copies of the sign, which the mask takes away
+        bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
+        if shift == 16:
+            bits.bitwise_xor_(key)
+
+
+def _int32(number: int) -> int:
+    """What int32 arithmetic makes of it."""
+    return (number + 2**31) % 2**32 - 2**31

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from benchmarks import gpu_check, gpu_engine, gpu_http, gpu_parity, gpu_sweep, gpu_transformers
@@ -185,6 +188,51 @@ def test_when_time_is_up_nothing_is_lost(out: Path, monkeypatch: pytest.MonkeyPa
     assert (list(record.rows), record.running) == (["cell 0"], None)
     assert "time was up after 1 cells" in markdown("x", read_parts("x", [out]), sweep=False)
     assert failures(read_parts("x", [out])) == []
+
+
+def test_what_fails_before_its_first_cell_is_reported(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "run_process", lambda *args: (1, "ModuleNotFoundError: transformers"))
+    job = Job(part="transformers", path=str(out / "x-parts" / "transformers.json"), device="cpu", shape="tiny")
+    gpu_check.supervise(job, gpu_check.time.monotonic() + 100, {})
+    assert failures(read_parts("x", [out])) == [
+        "transformers: tiny, bf16, start: the process ended with status 1: ModuleNotFoundError: transformers"
+    ]
+
+
+def test_a_process_that_gets_nowhere_is_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "CELL_SECONDS", 0.05)
+    monkeypatch.setattr(gpu_check, "POLL_SECONDS", 0.02)
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    status, why = gpu_check.watch(process, out / "none.json", gpu_check.time.monotonic() + 50)
+    assert (status, process.returncode) == (-signal.SIGKILL, -signal.SIGTERM)
+    assert "nothing had come" in why
+
+
+def test_what_a_dead_process_has_left_behind_is_ended() -> None:
+    """A server in a session of its own."""
+    ours, other = (
+        subprocess.Popen(["sleep", "60"], start_new_session=True, env={gpu_check.MARK: name}) for name in ("a", "ab")
+    )
+    try:
+        gpu_check.kill_marked(f"{gpu_check.MARK}=a")
+        assert ours.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_cache_of_kernels_is_kept_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(part="3b", path="", device="cpu", cold=True)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert gpu_check.environment_of("fresh", job)["TRITON_CACHE_DIR"] == "fresh"
+    warm = msgspec.structs.replace(job, cold=False)
+    monkeypatch.setattr("os.access", lambda path, mode: True)
+    assert "TRITON_CACHE_DIR" not in gpu_check.environment_of("", warm)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert Path(gpu_check.environment_of("", warm)["TRITON_CACHE_DIR"]).is_absolute()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "given")
+    assert gpu_check.environment_of("", warm)["TRITON_CACHE_DIR"] == "given"
 
 
 def test_a_process_is_stopped_when_time_is_up(out: Path) -> None:

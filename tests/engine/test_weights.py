@@ -19,7 +19,7 @@ from engine.errors import CheckpointError
 from engine.layers.parameter import Destination
 from engine.model_config import load_model_config, weight_bytes
 from engine.models import Model, build_model
-from engine.weights import dummy_weights, load_weights
+from engine.weights import dummy_weights, fill_uniform, load_weights
 from kernels.ops import Weight
 from kernels.reference.mamba import MambaDecode
 from kernels.table import select
@@ -433,3 +433,33 @@ def test_random_time_steps_and_decays_are_mambas_own(tmp_path: Path) -> None:
     assert dt.max() > 5 * dt.min()
     torch.testing.assert_close(weights[f"{MAMBA}A_log"].data, -torch.arange(1.0, 5.0).expand(32, 4))
     assert (weights[f"{MAMBA}D"].data == 1).all()
+
+
+def test_random_numbers_are_those_of_a_plain_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the chunks: of Python's own integers, the number at each index."""
+
+    def number(index: int, key: tuple[int, int]) -> int:
+        bits = (index * 0x9E3779B9 + key[0]) % 2**32
+        bits = (bits ^ (bits >> 16)) * 0x7FEB352D % 2**32 ^ key[1] % 2**32
+        bits = (bits ^ (bits >> 15)) * 0x846CA68B % 2**32
+        return bits - 2**32 if bits >= 2**31 else bits
+
+    key = (-123456789, 987654321)
+    expected = torch.tensor([number(index, key) for index in range(70 * 11)]).float().view(70, 11) * 2.0**-31
+    for chunk in (7, 100, 1 << 20):
+        monkeypatch.setattr("engine.weights._CHUNK", chunk)
+        fill_uniform(data := torch.empty(11, 70).t(), 1.0, key, CPU)
+        assert torch.equal(data, expected)
+
+
+def test_random_numbers_of_two_keys_are_independent_and_uniform() -> None:
+    first, second = torch.empty(2, 1 << 20)
+    fill_uniform(first, 1.0, (-558133027, 1740219661), CPU)
+    fill_uniform(second, 1.0, (1390208809, -214013), CPU)
+    for shift in (0, 1, 2):
+        products = first * second.roll(shift)
+        assert abs(products.mean()) < 5 / 3 / 1024, "five standard errors"
+    for power in (1, 2, 4, 8):  # the 20 highest bits
+        slots = ((first + 1) * 2 ** (power - 1)).long().clamp(max=2**power - 1)
+        counts = slots.bincount(minlength=2**power).float() / len(first)
+        assert (counts * 2**power - 1).abs().max() < 5 * (2**power / len(first)) ** 0.5
