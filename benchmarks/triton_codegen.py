@@ -32,7 +32,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.ops import MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+from kernels.ops import (
+    CompressedStates,
+    MambaWeights,
+    Pages,
+    SampleInputs,
+    ScanInputs,
+    ScanWeights,
+    Segments,
+    StateSaves,
+)
 from kernels.triton import (
     attention,
     conv,
@@ -261,6 +270,9 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "route_experts", lambda: route.route_experts(empty(64, 16), 2)
     state, pair = empty(4, 28, 8192, 16, dtype=torch.float32), torch.tensor([1])
     yield "copy_slots", lambda: slots.copy_slots((state,), pair, pair + 1)
+    compressed = CompressedStates(empty(4, 28, 8192, 16, dtype=torch.int8), empty(4, 28, 8192, dtype=torch.float32))
+    yield "compress_states", lambda: slots.compress_states(state, compressed, pair, pair)
+    yield "restore_states", lambda: slots.restore_states(compressed, state, pair, pair)
     ones = torch.ones(2)
     inputs = SampleInputs(ones, ones, ones * 0, ones.int() * 0, ones.long())
     yield "sample", lambda: sample.sample(empty(2, 65536, dtype=torch.float32), inputs)
