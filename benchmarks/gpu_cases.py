@@ -261,7 +261,9 @@ class Maker:
         slots, first = self.floats(2 * pairs, 4, m.d, m.s), self.ints(range(pairs), torch.int64)
         yield Case(op="copy_slots", label=f"{pairs} pairs", args=((slots,), first, first + pairs))
         scales = self.floats(2 * pairs, 4, m.d).abs()
-        values = self.ints(torch.randint(-127, 128, slots.shape, generator=torch.Generator().manual_seed(0)), torch.int8)
+        values = self.ints(
+            torch.randint(-127, 128, slots.shape, generator=torch.Generator().manual_seed(0)), torch.int8
+        )
         compressed, places = CompressedStates(values, scales), (first, first + pairs)
         half = (slots.nbytes + values.nbytes + scales.nbytes) // 2
         label = f"{pairs} pairs"

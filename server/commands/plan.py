@@ -145,20 +145,16 @@ def make_report(
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine, model.fp8_roles)
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
-    spec = CacheSpec.wanted(model, engine, dtype_bytes=DTYPE_BYTES[dtype])
+    size = DTYPE_BYTES[dtype]
+    weights = weight_bytes(model, size, policy=policy)
+    spec = CacheSpec.wanted(model, engine, dtype_bytes=size)
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
         if model.is_classifier:
             raise ConfigError(f"{name} is a {model.architecture}; serving classifiers is not supported yet.")
         result = plan_memory(
-            model,
-            engine,
-            dtype_bytes=DTYPE_BYTES[dtype],
-            weight_bytes=weights,
-            available_bytes=available,
-            device=device,
+            model, engine, dtype_bytes=size, weight_bytes=weights, available_bytes=available, device=device
         )
     except ConfigError as error:
         refusal = str(error)
@@ -183,7 +179,7 @@ def make_report(
         memory_bytes=available,
         weight_bytes=weights,
         bandwidth=speed,
-        decode=decode_limits(model, DTYPE_BYTES[dtype], policy, bandwidth=speed, measured=measured),
+        decode=decode_limits(model, size, policy, bandwidth=speed, measured=measured),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         state_bytes_per_checkpoint=spec.bytes_per_checkpoint,

@@ -53,9 +53,11 @@ class Simulator:
         updates = self.take() if self.scheduler.must_wait() else []
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
-        self.copy(output.copies)
-        results = [self.run(chunk, choose) for chunk in output.chunks]
-        self.scheduler.advance(output)
+        results: list[ChunkResult] = []
+        if output.chunks:  # else nothing is launched
+            self.copy(output.copies)
+            results = [self.run(chunk, choose) for chunk in output.chunks]
+            self.scheduler.advance(output)
         self.check_integrity()
         updates += self.take()
         self.under_way = (output, results) if output.chunks else None
@@ -180,24 +182,15 @@ class Simulator:
 
 def make_scheduler(
     *,
-    num_pages: int = 64,
-    num_slots: int = 16,
-    num_checkpoints: int = 0,
-    block_size: int = 4,
-    interval: int = 1024,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 32,
     max_model_len: int = 200,
     caching: bool = True,
+    **sizes: int,
 ) -> Scheduler:
-    cache = CacheManager(
-        num_pages=num_pages,
-        num_slots=num_slots,
-        num_checkpoints=num_checkpoints,
-        block_size=block_size,
-        interval=interval,
-        enabled=caching,
-    )
+    """`sizes` are the cache's."""
+    defaults = {"num_pages": 64, "num_slots": 16, "block_size": 4, "interval": 1024}
+    cache = CacheManager(**defaults | sizes, enabled=caching)
     return Scheduler(
         cache,
         max_num_seqs=max_num_seqs,

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from engine.scheduler import Scheduler
 from engine.types import Request, SamplingParams
 from tests.engine.simulator import Simulator, make_scheduler, random_request
 
@@ -16,14 +17,13 @@ NUM_REQUESTS = 30
 EOS = 5  # in no prompt
 
 
-def run(seed: int, *, ahead: bool, compressed: bool) -> Counter[str]:
-    random = Random(seed)
+def some_scheduler(random: Random, *, compressed: bool) -> Scheduler:
     block_size = random.choice((1, 2, 4, 8))
     num_pages = random.randint(24 // block_size + 8, 200 // block_size + 30)
     max_len = min((num_pages - 2) * block_size, 60)
     max_num_seqs = random.randint(1, 6)
     more = random.randint(1, 7)
-    scheduler = make_scheduler(
+    return make_scheduler(
         num_pages=num_pages,
         num_slots=1 + max_num_seqs + (more // 2 if compressed else more),
         num_checkpoints=1 + more if compressed else 0,
@@ -34,6 +34,12 @@ def run(seed: int, *, ahead: bool, compressed: bool) -> Counter[str]:
         max_model_len=max_len,
         caching=random.random() < 0.9 or compressed,
     )
+
+
+def run(seed: int, *, ahead: bool, compressed: bool) -> Counter[str]:
+    random = Random(seed)
+    scheduler = some_scheduler(random, compressed=compressed)
+    max_len = scheduler.max_model_len
     scheduler.eos_token_ids = frozenset({EOS})
     simulator = Simulator(scheduler, ahead=ahead)
     stems = [[random.randrange(5) for _ in range(random.randint(1, max_len))] for _ in range(4)]
