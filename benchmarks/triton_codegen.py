@@ -60,7 +60,7 @@ from kernels.triton import (
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-TYPES |= {torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"}
+TYPES.update({torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
 FP8_CAPABILITY = 89  # has such numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 # Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
