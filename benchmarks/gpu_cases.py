@@ -13,7 +13,17 @@ from engine.config import Quantization
 from engine.model_config import JambaConfig
 from engine.quantization import FORMATS
 from engine.quantization.quantize import quantize
-from kernels.ops import Kernels, MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+from kernels.ops import (
+    CompressedStates,
+    Kernels,
+    MambaWeights,
+    Pages,
+    SampleInputs,
+    ScanInputs,
+    ScanWeights,
+    Segments,
+    StateSaves,
+)
 
 BLOCK_SIZE = 16
 TOP_K = 2  # experts of a row
@@ -270,6 +280,15 @@ class Maker:
         yield Case(op="write_kv", label=f"{tokens} tokens", args=(k, v, k_pages, v_pages, places))
         slots, first = self.floats(2 * pairs, 4, m.d, m.s), self.ints(range(pairs), torch.int64)
         yield Case(op="copy_slots", label=f"{pairs} pairs", args=((slots,), first, first + pairs))
+        scales = self.floats(2 * pairs, 4, m.d).abs()
+        values = self.ints(
+            torch.randint(-127, 128, slots.shape, generator=torch.Generator().manual_seed(0)), torch.int8
+        )
+        compressed, places = CompressedStates(values, scales), (first, first + pairs)
+        half = (slots.nbytes + values.nbytes + scales.nbytes) // 2
+        label = f"{pairs} pairs"
+        yield Case(op="compress_states", label=label, args=(slots, compressed, *places), moved=half)
+        yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
 
     def sampling(self, rows: int) -> Iterator[Case]:
         """From all tokens, from those that each limit leaves, and with all of it in one batch, greedy rows too."""

@@ -32,7 +32,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.ops import MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
+from kernels.ops import (
+    CompressedStates,
+    MambaWeights,
+    Pages,
+    SampleInputs,
+    ScanInputs,
+    ScanWeights,
+    Segments,
+    StateSaves,
+)
 from kernels.triton import (
     attention,
     conv,
@@ -51,7 +60,7 @@ from kernels.triton import (
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-TYPES[torch.float8_e4m3fn] = "fp8e4nv"
+TYPES.update({torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
 FP8_CAPABILITY = 89  # has such numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 # Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
@@ -261,6 +270,9 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "route_experts", lambda: route.route_experts(empty(64, 16), 2)
     state, pair = empty(4, 28, 8192, 16, dtype=torch.float32), torch.tensor([1])
     yield "copy_slots", lambda: slots.copy_slots((state,), pair, pair + 1)
+    compressed = CompressedStates(empty(4, 28, 8192, 16, dtype=torch.int8), empty(4, 28, 8192, dtype=torch.float32))
+    yield "compress_states", lambda: slots.compress_states(state, compressed, pair, pair)
+    yield "restore_states", lambda: slots.restore_states(compressed, state, pair, pair)
     ones = torch.ones(2)
     inputs = SampleInputs(ones, ones, ones * 0, ones.int() * 0, ones.long())
     yield "sample", lambda: sample.sample(empty(2, 65536, dtype=torch.float32), inputs)

@@ -11,6 +11,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["int8", "int4", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
+CheckpointDtype = Literal["auto", "int8"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is
     an error where there are none; False: the fastest run. What `kernels` names runs in any case.
     `kv_cache_dtype`: "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's dtype.
+    `checkpoint_dtype`: "int8" keeps saved SSM states in a byte a number with a scale a channel, so that prefix-cache
+    hits are not exact; "auto" as running sequences have them.
     """
 
     model: str
@@ -40,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
     checkpoint_memory_bytes: int | None = None
+    checkpoint_dtype: CheckpointDtype = "auto"
     block_size: int = 16
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False

@@ -95,11 +95,12 @@ class Loaded:
     kv_dtype: torch.dtype
     device: torch.device
 
-    def storage(self, num_pages: int, num_slots: int, block_size: int) -> CacheStorage:
+    def storage(self, num_pages: int, num_slots: int, block_size: int, num_checkpoints: int = 0) -> CacheStorage:
         return CacheStorage(
             self.model.config,
             num_pages=num_pages,
             num_slots=num_slots,
+            num_checkpoints=num_checkpoints,
             block_size=block_size,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
@@ -227,7 +228,8 @@ def measure_steps(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, memory
 def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> ModelRunner:
     """With storage, graphs and what else `plan` and `config` ask for."""
     on_gpu, device = loaded.device.type == "cuda", loaded.device
-    storage, graphs = loaded.storage(plan.num_pages, plan.num_slots, config.block_size), None
+    storage = loaded.storage(plan.num_pages, plan.num_slots, config.block_size, plan.num_checkpoints)
+    graphs = None
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
     # On a CPU a step that runs ahead puts its tokens together with torch, which is in no graph.
     wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
@@ -260,6 +262,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
         block_size=config.block_size,
         num_kv_blocks=plan.num_pages - 1,
         num_state_slots=plan.num_slots - 1,
+        num_checkpoints=plan.num_saved,
+        checkpoint_dtype=config.checkpoint_dtype,
         weight_bytes=plan.weight_bytes,
         kv_bytes=plan.kv_bytes,
         state_bytes=plan.state_bytes,
@@ -273,10 +277,11 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
 def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, *, dtype_bytes: int) -> Scheduler:
     spec = CacheSpec.wanted(model_config, config, dtype_bytes=dtype_bytes)
     # a regular state every four times as many tokens as have a state's size in KV (design, "where a state is saved")
-    interval = -(-4 * spec.bytes_per_slot // spec.bytes_per_page) * config.block_size
+    interval = -(-4 * spec.bytes_per_checkpoint // spec.bytes_per_page) * config.block_size
     cache = CacheManager(
         num_pages=plan.num_pages,
         num_slots=plan.num_slots,
+        num_checkpoints=plan.num_checkpoints,
         block_size=config.block_size,
         interval=interval,
         enabled=config.enable_prefix_caching,

@@ -29,7 +29,10 @@ from engine.staging import cut, pack, packed_bytes
 logger = logging.getLogger(__name__)
 
 # Their reference asks the device for sizes, which a capture cannot.
-UNCAPTURED_OPS = ("sample", "copy_slots", "causal_conv1d", "selective_scan", "attention_prefill")  # of no graph
+UNCAPTURED_OPS = (  # of no graph
+    *("sample", "copy_slots", "compress_states", "restore_states"),
+    *("causal_conv1d", "selective_scan", "attention_prefill"),
+)
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import SampledTokens, build_batch
+from engine.cache.manager import CacheCopies
 from engine.cache.storage import CacheStorage
 from engine.graphs import DecodeGraphs
 from engine.models import Model
@@ -77,8 +78,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
         """Launches a step and waits for nothing. Before `Scheduler.advance`."""
-        self._copy(output.copies.pages, (self.storage.kv,))
-        self._copy(output.copies.states, (self.storage.conv, self.storage.ssm))
+        self._copy_units(output.copies)
         samples = [chunk.samples for chunk in output.chunks]
         sampling = [chunk for chunk, wanted in zip(output.chunks, samples, strict=True) if wanted]
         hidden, chosen = self._forward(output.chunks)
@@ -102,10 +102,27 @@ class ModelRunner:
             self.sampled.put(tokens.token_ids, [chunk.sequence for chunk in chunks])
         return tokens
 
+    def _copy_units(self, copies: CacheCopies) -> None:
+        kv, conv, ssm, checkpoints = self.storage.kv, self.storage.conv, self.storage.ssm, self.storage.checkpoints
+        self._copy(copies.pages, (kv,))
+        if checkpoints is None:
+            self._copy(copies.states, (conv, ssm))
+            return
+        first = self.storage.num_slots  # unit of the checkpoints' convolutions
+        if copies.saves:
+            self.kernels.compress_states(ssm, checkpoints, *self._columns(copies.saves))
+            self._copy([(slot, first + state_id) for slot, state_id in copies.saves], (conv,))
+        if copies.states:
+            self.kernels.restore_states(checkpoints, ssm, *self._columns(copies.states))
+            self._copy([(first + state_id, slot) for state_id, slot in copies.states], (conv,))
+
     def _copy(self, pairs: list[tuple[int, int]], tensors: tuple[Tensor, ...]) -> None:
         if pairs:
-            [columns] = upload([np.array(pairs, dtype=np.int64).T.copy()], self.device)
-            self.kernels.copy_slots(tensors, *columns)
+            self.kernels.copy_slots(tensors, *self._columns(pairs))
+
+    def _columns(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        [columns] = upload([np.array(pairs, dtype=np.int64).T.copy()], self.device)
+        return columns[0], columns[1]
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
         """Of the chunks that ask for any, by number."""

@@ -116,15 +116,15 @@ class Scheduler:
 
     @property
     def stats(self) -> EngineStats:
-        pages, states, count = self.cache.pages, self.cache.states, self._counters
+        pages, slots, count = self.cache.pages, self.cache.slots, self._counters
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             kv_blocks_used=pages.capacity - pages.num_free,
             kv_blocks_capacity=pages.capacity,
-            state_slots_used=states.capacity - states.num_free,
-            state_slots_capacity=states.capacity,
-            checkpoints_stored=states.num_cached,
+            state_slots_used=slots.capacity - slots.num_free,
+            state_slots_capacity=slots.capacity,
+            checkpoints_stored=self.cache.states.num_cached,
             num_preemptions_total=count["preemptions"],
             prefix_queries_total=count["queries"],
             prefix_hits_total=count["hits"],
@@ -151,7 +151,8 @@ class Scheduler:
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
-        return SchedulerOutput(tuple(chunks), self.cache.take_copies(), started)
+        copies = self.cache.take_copies() if chunks else CacheCopies()  # without a step they wait for the next
+        return SchedulerOutput(tuple(chunks), copies, started)
 
     def must_wait(self) -> bool:
         """Whether the next step cannot be scheduled before the tokens of the last one are known: a sequence's

@@ -107,7 +107,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine became: sent once, when it is ready. Sizes are results, not wishes. `inexact_ops`: ops whose last
-    bits may depend on the batch."""
+    bits may depend on the batch. `num_state_slots` have states of running sequences and, unless these are compressed
+    (`checkpoint_dtype`), saved ones, of which there may be `num_checkpoints` while all sequences run."""
 
     architecture: str
     num_parameters: int
@@ -121,6 +122,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_kv_blocks: int
     num_state_slots: int
+    num_checkpoints: int
     weight_bytes: int
     kv_bytes: int
     state_bytes: int
@@ -128,6 +130,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
     quantization: str | None = None
     quantize_mamba: bool = False
+    checkpoint_dtype: str = "auto"
     inexact_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -198,6 +198,32 @@ class CopySlots(Protocol):
         ...
 
 
+class CompressedStates(NamedTuple):
+    """SSM states in a byte a number: values * scales. values: int8 [slots, M, D, S] within -127..127 of M layers;
+    scales: float32 [slots, M, D]."""
+
+    values: Tensor
+    scales: Tensor
+
+
+class CompressStates(Protocol):
+    def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
+        """For every pair i, slot sources[i] of `states` (float32 [slots, M, D, S]) to slot destinations[i].
+
+        A channel's scale is its largest magnitude times 1/127; a value is x times (127 over that magnitude) to the
+        nearest number, ties to even, all in float32. A channel within 2**-100 counts as zeros. int64 [pairs];
+        destinations are distinct.
+        """
+        ...
+
+
+class RestoreStates(Protocol):
+    def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
+        """For every pair i: states[destinations[i]] = values[sources[i]] * scales[sources[i]], as in
+        `CompressStates`."""
+        ...
+
+
 class SiluAndMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up. gate_up: dtype [T, 2F], gate first. silu in float32, rounded before the product. [T, F]."""
@@ -288,6 +314,8 @@ class Kernels:
     attention_prefill: AttentionPrefill
     attention_decode: AttentionDecode
     copy_slots: CopySlots
+    compress_states: CompressStates
+    restore_states: RestoreStates
     silu_and_mul: SiluAndMul
     route_experts: RouteExperts
     run_experts: RunExperts

@@ -20,7 +20,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from engine.config import Device, Dtype, EngineConfig, KvCacheDtype, LoadFormat, Quantization
+from engine.config import CheckpointDtype, Device, Dtype, EngineConfig, KvCacheDtype, LoadFormat, Quantization
 from engine.errors import CheckpointError, ConfigError
 from server.options import ENV_PREFIX, Help, Option, options_of
 
@@ -75,6 +75,9 @@ class ServerConfig:
     kv_cache_dtype: Annotated[KvCacheDtype, Help("Of KV pages; fp8: half the memory; auto: --dtype.")] = "auto"
     kv_cache_memory_bytes: Annotated[Count | None, Help("For KV pages; none: what fits.")] = None
     checkpoint_memory_bytes: Annotated[Number | None, Help("For saved states; none: a quarter of the caches.")] = None
+    checkpoint_dtype: Annotated[
+        CheckpointDtype, Help("Of saved states; int8: two fifths of the memory, cache hits are not exact.")
+    ] = "auto"
     block_size: Annotated[Count, Help("Tokens a KV page.")] = 16
     gpu_memory_utilization: Annotated[Share, Help("Of a GPU's memory that may be in use.")] = 0.92
     enforce_eager: Annotated[bool, Help("No graphs of decoding steps: Python launches every kernel.")] = False

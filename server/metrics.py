@@ -31,7 +31,7 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("kv_cache_usage_perc", "Used share of the KV pages; 1 is all.", lambda s: s.kv_blocks_used / s.kv_blocks_capacity),
     (
         "state_slots_used",
-        "State slots of running sequences; checkpoints lie in the others.",
+        "State slots of running sequences; checkpoints lie in the others, int8 ones apart.",
         lambda s: s.state_slots_used,
     ),
     ("state_slots_capacity", "Recurrent states that fit.", lambda s: s.state_slots_capacity),

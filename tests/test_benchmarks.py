@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import checkpoint_error
 from benchmarks.http_shapes import write_tokenizer
 from benchmarks.shapes import SHAPES, Format, active_parameters, weights_read, write_config
 from engine.model_config import JambaConfig, load_model_config
+from engine.types import SamplingParams
 from server.text.tokenizer import Tokenizer
 
 
@@ -53,3 +55,20 @@ def test_the_tokenizer_of_a_shape_has_a_text_for_every_id(tmp_path: Path) -> Non
     write_tokenizer(1000, tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.vocab_size == 1000
+
+
+def test_a_forced_text_without_a_restore_is_scored_as_a_prompt_is() -> None:
+    llm = checkpoint_error.load("float32")
+    [text] = checkpoint_error.some_texts(llm, 1)
+    runner, cuts = llm.core.model_runner, (100, 150)
+    [scored] = llm.generate([text], SamplingParams(max_tokens=0, prompt_logprobs=1))
+    if llm.core.info.inexact_ops:
+        pytest.skip("these kernels' results depend on how a prompt is cut")
+    expected = [entry for entry in scored.prompt_logprobs[101:] if entry is not None]
+    assert checkpoint_error.forced(runner, text, cuts, checkpoint_error.as_it_is) == expected
+    for restore in (checkpoint_error.through_int8, checkpoint_error.through_bfloat16):
+        found = checkpoint_error.forced(runner, text, cuts, restore)
+        rows = checkpoint_error.summary(checkpoint_error.compare(zip(range(1, 300), found, expected, strict=True)))
+        assert len(found) == 299
+        assert sum(row["tokens"] for row in rows) == 299
+        assert all(0 < row["mean"] < 0.1 for row in rows)

@@ -10,6 +10,9 @@ h(i) = sha256(h(i-1) + tokens of block i), h(-1) comes from the request's salt. 
 it holds, a state under the key of the prefix it follows. A hit is a chain of full pages, perhaps a partly filled one
 (copied, for its owner will write on), and a state exactly at their end. Bookkeeping only: copies and saves are handed
 out as lists.
+
+Saved states lie in the slots that sequences run in, or compressed in slots of their own. Then nothing is kept without
+a copy, which waits for the next step. Such copies run before all else in it, so the slot they read is free at once.
 """
 
 from __future__ import annotations
@@ -38,18 +41,22 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """The state after `position` tokens of `sequence` goes to `slot` in this step."""
+    """The state after `position` tokens of `sequence` goes to `slot` in this step, and from there to `state_id`, where
+    it is kept: the same slot, or a compressed one."""
 
     sequence: Sequence
     position: int
     slot: int
+    state_id: int
 
 
 @dataclass(slots=True)
 class CacheCopies:
-    """(source, destination) pairs to run before the step. Destinations are distinct and none is a source."""
+    """(source, destination) pairs to run before the step: `pages`, `saves` from slots to compressed states, and after
+    these `states`, from saved states to slots. In each, destinations are distinct and none is a source."""
 
     pages: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    saves: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     states: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
 
@@ -59,15 +66,28 @@ def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
 
 
 class CacheManager:
-    """Two pools and the rules between them. `interval`: tokens between regular states, a multiple of block_size.
+    """Pools and the rules between them. `interval`: tokens between regular states, a multiple of block_size.
 
-    One sequence of any length always fits: a page more than the longest one has (a copied tail's source), and with
-    caching a slot more than sequences run (a restored state's source).
+    `slots` are of running sequences and of states on their way, `states` of saved ones: one pool, or two where
+    `num_checkpoints` says how many compressed ones there are. One sequence of any length always fits: a page more than
+    the longest one has (a copied tail's source), and with caching, in one pool, a slot more than sequences run (a
+    restored state's source).
     """
 
-    def __init__(self, *, num_pages: int, num_slots: int, block_size: int, interval: int, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        num_slots: int,
+        block_size: int,
+        interval: int,
+        num_checkpoints: int = 0,
+        enabled: bool = True,
+    ) -> None:
         assert interval % block_size == 0, f"interval {interval} is no multiple of the block size {block_size}"
-        self.pages, self.states = BlockPool(num_pages), BlockPool(num_slots)
+        self.pages, self.slots = BlockPool(num_pages), BlockPool(num_slots)
+        self.states = BlockPool(num_checkpoints) if num_checkpoints else self.slots
+        self.compresses = num_checkpoints > 0
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}  # key of the last full block -> tails with a state
         self._copies = CacheCopies()
@@ -130,11 +150,11 @@ class CacheManager:
         revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))  # free units that the hit takes back
         if need + revived + reserve > self.pages.num_free:
             return False
-        if 1 + sum(self.states.refs[s] == 0 for s in states) > self.states.num_free:
+        if 1 + sum(self.states.refs[s] == 0 for s in states if not self.compresses) > self.slots.num_free:
             return False
         self.pages.retain((*hit.block_ids, *sources))  # sources are held until the step that copies them is done
         self.states.retain(states)
-        fresh, slots = self.pages.allocate(need), self.states.allocate(1)
+        fresh, slots = self.pages.allocate(need), self.slots.allocate(1)
         assert fresh is not None, "counted above"
         assert slots is not None, "counted above"
         seq.block_ids, [seq.state_id] = array("i", (*hit.block_ids, *fresh)), slots
@@ -157,20 +177,22 @@ class CacheManager:
         """Takes back what `seq` owns; what it computed stays findable until the room is needed.
 
         Its slot becomes the checkpoint of its last position: a conversation goes on from there, and so does a preempted
-        sequence, without a copy.
+        sequence, without a copy unless states are compressed.
         """
         if self.enabled and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
-            self._publish_state(seq, seq.num_computed, seq.state_id)
+            if (state_id := self._place(seq, seq.num_computed, seq.state_id, evict=True)) is not None:
+                self._keep(Save(seq, seq.num_computed, seq.state_id, state_id))
         self.pages.release(reversed(seq.block_ids))  # tails leave the cache before heads
-        self.states.release([seq.state_id])
+        self.slots.release([seq.state_id])
         seq.block_ids, seq.state_id, seq.num_computed, seq.branch = array("i"), 0, 0, 0
 
     # Saving -----------------------------------------------------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
         """Slots for the states worth keeping that the chunk (start, end] of `seq` passes, by position. Running
-        sequences have been served before; regular states (by interval) push no other checkpoint out."""
+        sequences have been served before; regular states (by interval) push no other checkpoint out. Compressed ones
+        pass through slots that nobody runs in: where these are short, the best are kept."""
         if not self.enabled or start // self.block_size == end // self.block_size:
             return []  # states are saved at block borders only
         saves: list[Save] = []
@@ -179,8 +201,13 @@ class CacheManager:
         for position in dict.fromkeys([*worthy, *regular]):
             if not start < position <= end or self.states.lookup(self._key(seq, position)) is not None:
                 continue
-            if (slots := self.states.allocate(1, evict=position in worthy)) is not None:
-                saves.append(Save(seq, position, slots[0]))
+            evict = position in worthy
+            if (slots := self.slots.allocate(1, evict=evict)) is None:
+                break
+            if (state_id := self._place(seq, position, slots[0], evict=evict)) is None:
+                self.slots.release(slots)
+                continue
+            saves.append(Save(seq, position, slots[0], state_id))
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
 
@@ -195,19 +222,39 @@ class CacheManager:
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
-        """The copies that must run before the step. Their sources are held until `commit`."""
+        """The copies that must run before the step, for which they wait however long. Saved states that are copied,
+        from or to, and pages are held until `commit`."""
         copies, self._copies = self._copies, CacheCopies()
         return copies
 
     def commit(self, copies: CacheCopies) -> None:
         """The step is under way: for all that comes after it, its copies are done and its saves hold states."""
         self.pages.release(source for source, _ in copies.pages)
+        self.states.release(destination for _, destination in copies.saves)
         self.states.release(source for source, _ in copies.states)
         for save in self._saves:
             self._publish_pages(save.sequence, save.position)
-            self._publish_state(save.sequence, save.position, save.slot)
-            self.states.release([save.slot])
+            self._keep(save)
+            self.slots.release([save.slot])
         self._saves = []
+
+    def _place(self, seq: Sequence, position: int, slot: int, *, evict: bool) -> int | None:
+        """Where the state that is in `slot`, or will be, can stay: there, or in a compressed slot. None if that is
+        nowhere, or is not needed."""
+        if not self.compresses:
+            return slot
+        if self.states.lookup(self._key(seq, position)) is not None:
+            return None
+        states = self.states.allocate(1, evict=evict)
+        return None if states is None else states[0]
+
+    def _keep(self, save: Save) -> None:
+        """Makes a state findable. Its slot holds it; if it is to be compressed, the next step will do so first."""
+        kept = self._publish_state(save.sequence, save.position, save.state_id)
+        if self.compresses and kept:
+            self._copies.saves.append((save.slot, save.state_id))
+        elif self.compresses:  # another one of this step's is the same
+            self.states.release([save.state_id])
 
     # Keys -------------------------------------------------------------------------------------------------------
 
@@ -236,15 +283,17 @@ class CacheManager:
         if tail:
             self.pages.publish(seq.block_ids[n], self._key(seq, position))
 
-    def _publish_state(self, seq: Sequence, position: int, slot: int) -> None:
-        if not self.states.publish(slot, self._key(seq, position), worth=self._worth(seq, position)):
-            return
+    def _publish_state(self, seq: Sequence, position: int, state_id: int) -> bool:
+        """Whether it was not there yet."""
+        if not self.states.publish(state_id, self._key(seq, position), worth=self._worth(seq, position)):
+            return False
         n, tail = divmod(position, self.block_size)
         if tail:
             root = seq.hashes[n - 1] if n else self._root(seq)
             tails = self._tails.setdefault(root, [])
             tails.append(tuple(seq.tokens[position - tail : position]))
             self._drop_dead_tails(root)
+        return True
 
     def _worth(self, seq: Sequence, position: int) -> int:
         """Tokens to compute again without the state at `position`: those since the state before it (Marconi,

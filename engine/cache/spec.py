@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.cache.graph_sizes import GraphSizes
-from engine.config import EngineConfig, KvCacheDtype
+from engine.config import CheckpointDtype, EngineConfig, KvCacheDtype
 from engine.errors import ConfigError
 from engine.model_config import JambaConfig
 
@@ -22,6 +22,7 @@ DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
 CHECKPOINT_SHARE = 0.25  # of the cache memory that running slots leave
 MIN_CHECKPOINTS = 2  # with prefix caching on: a system prompt's end and a conversation's end
+STAGING_SLOTS = 4  # through which states are compressed while all sequences run: what a prompt saves in one step
 MIN_PAGES = 3  # the dummy, one block, and one to spare
 # Pages are kept for as many tokens again as can run at once. On a CPU, where prefill is slow and memory is others' too,
 # an average context is assumed for each running sequence, and a state for each of the places where conversations branch
@@ -40,34 +41,48 @@ class CacheSpec:
 
     A page: K and V of `block_size` tokens of all attention layers, in the model's dtype or one byte a number. A slot:
     the last W-1 inputs of the convolution [W-1, D] in the model's dtype and the SSM state [D, S] in float32, of all
-    Mamba layers.
+    Mamba layers. A checkpoint: the same, or with the SSM state in one byte a number and a float32 scale a channel [D].
     """
 
     block_size: int
     kv_bytes_per_token: int
     bytes_per_page: int
     bytes_per_slot: int
+    bytes_per_checkpoint: int
 
     @classmethod
     def of(
-        cls, config: JambaConfig, *, block_size: int, dtype_bytes: int, kv_cache_dtype: KvCacheDtype = "auto"
+        cls,
+        config: JambaConfig,
+        *,
+        block_size: int,
+        dtype_bytes: int,
+        kv_cache_dtype: KvCacheDtype = "auto",
+        checkpoint_dtype: CheckpointDtype = "auto",
     ) -> CacheSpec:
         kv_bytes = dtype_bytes if kv_cache_dtype == "auto" else 1
         kv = len(config.attention_layers) * 2 * config.num_key_value_heads * config.head_dim * kv_bytes
         conv = (config.mamba_d_conv - 1) * config.d_inner * dtype_bytes
         ssm = config.d_inner * config.mamba_d_state * 4
+        saved = ssm if checkpoint_dtype == "auto" else config.d_inner * (config.mamba_d_state + 4)
         return cls(
             block_size=block_size,
             kv_bytes_per_token=kv,
             bytes_per_page=block_size * kv,
             bytes_per_slot=len(config.mamba_layers) * (conv + ssm),
+            bytes_per_checkpoint=len(config.mamba_layers) * (conv + saved),
         )
 
     @classmethod
     def wanted(cls, config: JambaConfig, engine: EngineConfig, *, dtype_bytes: int) -> CacheSpec:
         """What `engine` asks for."""
-        size, kv_cache_dtype = engine.block_size, engine.kv_cache_dtype
-        return cls.of(config, block_size=size, dtype_bytes=dtype_bytes, kv_cache_dtype=kv_cache_dtype)
+        return cls.of(
+            config,
+            block_size=engine.block_size,
+            dtype_bytes=dtype_bytes,
+            kv_cache_dtype=engine.kv_cache_dtype,
+            checkpoint_dtype=engine.checkpoint_dtype,
+        )
 
     def pages(self, num_tokens: int) -> int:
         """Pages that one sequence of `num_tokens` takes at most: one extra for a partly filled page that is copied."""
@@ -80,8 +95,9 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What the engine allocates. `num_pages` and `num_slots` include the dummy unit 0; one sequence of `max_model_len`
-    fits into the pages with one to spare. `warnings`: one for each size that became smaller than its wish."""
+    """What the engine allocates. `num_pages`, `num_slots` and `num_checkpoints` include the dummy unit 0; one sequence
+    of `max_model_len` fits into the pages with one to spare. `num_checkpoints` are compressed; 0: saved states lie in
+    slots. `warnings`: one for each size that became smaller than its wish."""
 
     max_model_len: int
     max_num_seqs: int
@@ -92,8 +108,14 @@ class MemoryPlan:
     activation_bytes: int
     kv_bytes: int
     state_bytes: int
+    num_checkpoints: int = 0
     graph_bytes: int = 0
     warnings: tuple[str, ...] = ()
+
+    @property
+    def num_saved(self) -> int:
+        """States that can be saved while all sequences run."""
+        return self.num_checkpoints - 1 if self.num_checkpoints else self.num_slots - 1 - self.max_num_seqs
 
     @property
     def total_bytes(self) -> int:
@@ -141,7 +163,7 @@ def plan_memory(
 
 
 def check_sizes(engine: EngineConfig) -> None:
-    """Raises ConfigError for a size that means nothing."""
+    """Raises ConfigError for a size that means nothing, and for a kind of saved state that others rule out."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads")
     for name, least in (*((name, 1) for name in names), ("checkpoint_memory_bytes", 0)):
         value = getattr(engine, name)
@@ -151,6 +173,10 @@ def check_sizes(engine: EngineConfig) -> None:
         raise ConfigError(
             f"gpu_memory_utilization is {engine.gpu_memory_utilization}; it must be more than 0 and at most 1."
         )
+    if engine.checkpoint_dtype == "int8" and engine.exact:
+        raise ConfigError("exact and checkpoint_dtype 'int8' exclude each other: hits on rounded states are not exact.")
+    if engine.checkpoint_dtype == "int8" and not engine.enable_prefix_caching:
+        raise ConfigError("checkpoint_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching.")
 
 
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
@@ -178,6 +204,8 @@ class _Planner:
         self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
     ) -> None:
         self.config, self.engine, self.spec, self.device, self.measured = config, engine, spec, device, measured
+        self.compresses = engine.checkpoint_dtype != "auto"
+        self.fixed_slots = 1 + (STAGING_SLOTS if self.compresses else 0)  # the dummy, and those of no sequence
         self.warnings: list[str] = []
 
     def plan(self, weight_bytes: int, free: int) -> MemoryPlan:
@@ -192,10 +220,12 @@ class _Planner:
         budget = limit if explicit is not None else int(limit * CACHE_SHARE[self.device])
         self._check_minimum(budget, weight_bytes, activations + graphs, limit)
         max_num_seqs = self._running_slots(max_num_seqs, budget)
-        rest = budget - (max_num_seqs + 1) * self.spec.bytes_per_slot
-        checkpoints = self._checkpoints(max_num_seqs, rest, self.spec.pages(max_model_len) + 1)
-        num_slots = 1 + max_num_seqs + checkpoints
-        num_pages = self._pages(budget - num_slots * self.spec.bytes_per_slot, max_num_seqs, max_model_len)
+        num_slots = self.fixed_slots + max_num_seqs
+        rest = budget - num_slots * self.spec.bytes_per_slot - self.compresses * self.spec.bytes_per_checkpoint
+        saved = self._checkpoints(max_num_seqs, rest, self.spec.pages(max_model_len) + 1)
+        num_slots, num_checkpoints = (num_slots, saved + 1) if self.compresses else (num_slots + saved, 0)
+        state_bytes = num_slots * self.spec.bytes_per_slot + num_checkpoints * self.spec.bytes_per_checkpoint
+        num_pages = self._pages(budget - state_bytes, max_num_seqs, max_model_len)
         fits = (num_pages - 2) * self.spec.block_size
         return MemoryPlan(
             max_model_len=self._at_most("max_model_len", max_model_len, fits, "what the KV pages hold"),
@@ -203,10 +233,11 @@ class _Planner:
             max_num_batched_tokens=batched,
             num_pages=num_pages,
             num_slots=num_slots,
+            num_checkpoints=num_checkpoints,
             weight_bytes=weight_bytes,
             activation_bytes=activations,
             kv_bytes=num_pages * self.spec.bytes_per_page,
-            state_bytes=num_slots * self.spec.bytes_per_slot,
+            state_bytes=state_bytes,
             graph_bytes=graphs,
             warnings=tuple(self.warnings),
         )
@@ -249,13 +280,14 @@ class _Planner:
         return GraphSizes(max_num_seqs, max_model_len, self.device).graph_bytes(per_row, per_split)
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
-        checkpoints = MIN_CHECKPOINTS if self.engine.enable_prefix_caching else 0
+        checkpoints = (MIN_CHECKPOINTS if self.engine.enable_prefix_caching else 0) + self.compresses  # and their dummy
         pages = MIN_PAGES * self.spec.bytes_per_page
         explicit = self.engine.kv_cache_memory_bytes
         if explicit is not None and explicit < pages:
             raise ConfigError(f"kv_cache_memory_bytes is {explicit}; {MIN_PAGES} pages, the least, take {pages} bytes.")
-        # one half for the running slots: the dummy and one sequence; the other half for everything else
-        needed = 2 * max(2 * self.spec.bytes_per_slot, checkpoints * self.spec.bytes_per_slot + pages)
+        # one half for the slots, of one sequence and of none; the other half for everything else
+        slots = (self.fixed_slots + 1) * self.spec.bytes_per_slot
+        needed = 2 * max(slots, checkpoints * self.spec.bytes_per_checkpoint + pages)
         if budget < needed:
             raise ConfigError(
                 f"No room for a cache on this {self.device} device: beside {format_bytes(weight_bytes)} of weights and "
@@ -265,17 +297,17 @@ class _Planner:
 
     def _running_slots(self, wish: int, budget: int) -> int:
         size = self.spec.bytes_per_slot
-        half = budget // 2 // size - 1
+        half = budget // 2 // size - self.fixed_slots
         return self._at_most(
             "max_num_seqs", wish, half, f"a state takes {format_bytes(size)}, and half of the cache memory"
         )
 
     def _checkpoints(self, max_num_seqs: int, rest: int, longest: int) -> int:
-        """Slots for saved states. `rest`: bytes that the running slots leave. `longest`: pages of the longest context,
+        """How many states can be saved. `rest`: bytes that other slots leave. `longest`: pages of the longest context,
         which goes before a wish for more than the usual share."""
         if not self.engine.enable_prefix_caching:
             return 0
-        size, page = self.spec.bytes_per_slot, self.spec.bytes_per_page
+        size, page = self.spec.bytes_per_checkpoint, self.spec.bytes_per_page
         wish, explicit_kv = self.engine.checkpoint_memory_bytes, self.engine.kv_cache_memory_bytes
         share = min(int(rest * CHECKPOINT_SHARE), rest - MIN_PAGES * page)
         if wish is not None:

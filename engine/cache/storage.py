@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.model_config import JambaConfig
+from kernels.ops import CompressedStates
 
 
 class CacheStorage:
@@ -19,6 +20,8 @@ class CacheStorage:
           memory
     conv: dtype [slots, Mamba layers, W-1, D]
     ssm:  float32 [slots, Mamba layers, D, S]
+    With `num_checkpoints` (the dummy included) saved states lie beside these: `checkpoints` has their SSM states
+    compressed, and conv their convolutions', as they are, in units after those of the slots.
     Layers are counted among their own kind: the third Mamba layer is number 2.
     """
 
@@ -28,17 +31,24 @@ class CacheStorage:
         *,
         num_pages: int,
         num_slots: int,
+        num_checkpoints: int = 0,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         attention, mamba = len(config.attention_layers), len(config.mamba_layers)
-        self.block_size = block_size
+        self.block_size, self.num_slots = block_size, num_slots
         page = (attention, 2, block_size, config.num_key_value_heads, config.head_dim)
         self.kv = _zeros((num_pages, *page), kv_dtype or dtype, device)
-        self.conv = _zeros((num_slots, mamba, config.mamba_d_conv - 1, config.d_inner), dtype, device)
-        self.ssm = _zeros((num_slots, mamba, config.d_inner, config.mamba_d_state), torch.float32, device)
+        conv = (mamba, config.mamba_d_conv - 1, config.d_inner)
+        ssm = (mamba, config.d_inner, config.mamba_d_state)
+        self.conv = _zeros((num_slots + num_checkpoints, *conv), dtype, device)
+        self.ssm = _zeros((num_slots, *ssm), torch.float32, device)
+        self.checkpoints: CompressedStates | None = None
+        if num_checkpoints:
+            values = _zeros((num_checkpoints, *ssm), torch.int8, device)
+            self.checkpoints = CompressedStates(values, _zeros((num_checkpoints, *ssm[:2]), torch.float32, device))
         # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]
         # of an attention layer; states [slots, W-1, D] and [slots, D, S] of a Mamba layer.
         self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(attention)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.cpu.library import INT, POINTER, library
+from kernels.ops import CompressedStates
 
 
 class WriteKv:
@@ -54,3 +55,53 @@ class CopySlots:
                 destinations.data_ptr(),
                 sources.shape[0],
             )
+
+
+class CompressStates:
+    """See `kernels.ops.CompressStates`."""
+
+    def __init__(self) -> None:
+        self._run = library().function("compress_states", *[POINTER, INT] * 3, *[POINTER] * 2, *[INT] * 3)
+
+    def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
+        """See `kernels.ops.CompressStates`."""
+        values, scales = compressed
+        sources, destinations = sources.contiguous(), destinations.contiguous()
+        self._run(
+            *_units(states),
+            *_units(values),
+            *_units(scales),
+            sources.data_ptr(),
+            destinations.data_ptr(),
+            sources.shape[0],
+            scales[0].numel(),
+            states.shape[-1],
+        )
+
+
+class RestoreStates:
+    """See `kernels.ops.RestoreStates`."""
+
+    def __init__(self) -> None:
+        self._run = library().function("restore_states", *[POINTER, INT] * 3, *[POINTER] * 2, *[INT] * 3)
+
+    def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
+        """See `kernels.ops.RestoreStates`."""
+        values, scales = compressed
+        sources, destinations = sources.contiguous(), destinations.contiguous()
+        self._run(
+            *_units(values),
+            *_units(scales),
+            *_units(states),
+            sources.data_ptr(),
+            destinations.data_ptr(),
+            sources.shape[0],
+            scales[0].numel(),
+            states.shape[-1],
+        )
+
+
+def _units(tensor: Tensor) -> tuple[int, int]:
+    """(address, numbers from one unit to the next)."""
+    assert tensor[0].is_contiguous(), "a unit is one piece of memory"
+    return tensor.data_ptr(), tensor.stride(0)

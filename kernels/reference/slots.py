@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.ops import CompressedStates
+
+LEVELS = 127  # of a compressed number on each side of zero
+SMALLEST = 2.0**-100  # below it a channel counts as zeros: its scale's reciprocal would be infinite
+
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
     """See `kernels.ops.WriteKv`."""
@@ -26,3 +31,18 @@ def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tenso
     """See `kernels.ops.CopySlots`."""
     for tensor in tensors:
         tensor[destinations] = tensor[sources]
+
+
+def compress_states(states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
+    """See `kernels.ops.CompressStates`."""
+    x = states[sources]
+    largest = x.abs().amax(-1)
+    largest = torch.where(largest < SMALLEST, 0, largest)
+    steps = torch.where(largest == 0, 0, torch.full_like(largest, LEVELS) / largest)  # one division, not a reciprocal
+    compressed.values[destinations] = (x * steps[..., None]).round().to(torch.int8)
+    compressed.scales[destinations] = largest * (1 / LEVELS)
+
+
+def restore_states(compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
+    """See `kernels.ops.RestoreStates`."""
+    states[destinations] = compressed.values[sources] * compressed.scales[sources][..., None]

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import INTERPRETED, cdiv, jit, next_power_of_2
+from kernels.ops import CompressedStates
+from kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
 BLOCK = 4096
+CHANNELS = 128  # of a program
+LEVELS, SMALLEST = tl.constexpr(127.0), tl.constexpr(2.0**-100)
+ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken off again, it leaves the nearest whole number, ties to even
 FP8_LIMIT = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 
 
@@ -43,6 +49,37 @@ def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tenso
         copy_kernel[(cdiv(unit.numel(), BLOCK), len(sources))](
             tensor, sources, destinations, unit.numel(), tensor.stride(0), BLOCK=BLOCK
         )
+
+
+def compress_states(states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
+    """See `kernels.ops.CompressStates`."""
+    _launch(compress_kernel, states, compressed, sources, destinations)
+
+
+def restore_states(compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
+    """See `kernels.ops.RestoreStates`."""
+    _launch(restore_kernel, states, compressed, sources, destinations)
+
+
+def _launch(kernel: Any, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
+    values, scales = compressed
+    assert states[0].is_contiguous() and values[0].is_contiguous() and scales[0].is_contiguous(), "units in one piece"
+    channels, size = scales[0].numel(), states.shape[-1]
+    kernel[(cdiv(channels, CHANNELS), len(sources))](
+        states,
+        values,
+        scales,
+        sources.contiguous(),
+        destinations.contiguous(),
+        channels,
+        states.stride(0),
+        values.stride(0),
+        scales.stride(0),
+        SIZE=size,
+        CHANNELS=CHANNELS,
+        BLOCK=next_power_of_2(size),
+        **EXACT,
+    )
 
 
 @jit
@@ -93,3 +130,64 @@ def copy_kernel(
     pair, i = tl.program_id(1), tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source, destination = tl.load(sources + pair) * slot_stride, tl.load(destinations + pair) * slot_stride
     tl.store(tensor + destination + i, tl.load(tensor + source + i, mask=i < size), mask=i < size)
+
+
+@jit
+def compress_kernel(
+    states: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    sources: tl.tensor,
+    destinations: tl.tensor,
+    channels: tl.tensor,
+    state_stride: tl.tensor,
+    value_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid (blocks of channels, pairs)."""
+    pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    i, used = places(channel, channels, SIZE, BLOCK)
+    source, destination = tl.load(sources + pair), tl.load(destinations + pair)
+    x = tl.load(states + source * state_stride + i, mask=used, other=0.0)
+    largest = tl.max(tl.abs(x), axis=1)
+    largest = tl.where(largest < SMALLEST, 0.0, largest)
+    steps = tl.where(largest == 0.0, 0.0, tl.div_rn(LEVELS, tl.where(largest == 0.0, 1.0, largest)))
+    rounded = (x * steps[:, None] + ROUND) - ROUND
+    tl.store(values + destination * value_stride + i, rounded.to(tl.int32).to(tl.int8), mask=used)
+    tl.store(scales + destination * scale_stride + channel, largest * (1 / LEVELS), mask=channel < channels)
+
+
+@jit
+def restore_kernel(
+    states: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    sources: tl.tensor,
+    destinations: tl.tensor,
+    channels: tl.tensor,
+    state_stride: tl.tensor,
+    value_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Grid (blocks of channels, pairs)."""
+    pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    i, used = places(channel, channels, SIZE, BLOCK)
+    source, destination = tl.load(sources + pair), tl.load(destinations + pair)
+    scale = tl.load(scales + source * scale_stride + channel, mask=channel < channels, other=0.0)
+    x = tl.load(values + source * value_stride + i, mask=used, other=0).to(tl.float32) * scale[:, None]
+    tl.store(states + destination * state_stride + i, x, mask=used)
+
+
+@jit
+def places(
+    channel: tl.tensor, channels: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """(where the numbers of each channel are in a unit, which of them there are)."""
+    column = tl.arange(0, BLOCK)[None, :]
+    return channel[:, None] * SIZE + column, (channel[:, None] < channels) & (column < SIZE)

@@ -58,6 +58,7 @@ SIZES = (
     "gpu_memory_utilization",
     "enforce_eager",
     "checkpoint_memory_bytes",
+    "checkpoint_dtype",
     "block_size",
     "enable_prefix_caching",
 )
@@ -93,6 +94,7 @@ class Report:
     decode: tuple[Decode, ...]
     kv_bytes_per_token: int
     state_bytes_per_sequence: int
+    state_bytes_per_checkpoint: int
     table: tuple[Cell, ...]
     plan: MemoryPlan | None
     refusal: str | None
@@ -143,20 +145,16 @@ def make_report(
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine, model.fp8_roles)
-    weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
-    spec = CacheSpec.wanted(model, engine, dtype_bytes=DTYPE_BYTES[dtype])
+    size = DTYPE_BYTES[dtype]
+    weights = weight_bytes(model, size, policy=policy)
+    spec = CacheSpec.wanted(model, engine, dtype_bytes=size)
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
         if model.is_classifier:
             raise ConfigError(f"{name} is a {model.architecture}; serving classifiers is not supported yet.")
         result = plan_memory(
-            model,
-            engine,
-            dtype_bytes=DTYPE_BYTES[dtype],
-            weight_bytes=weights,
-            available_bytes=available,
-            device=device,
+            model, engine, dtype_bytes=size, weight_bytes=weights, available_bytes=available, device=device
         )
     except ConfigError as error:
         refusal = str(error)
@@ -181,9 +179,10 @@ def make_report(
         memory_bytes=available,
         weight_bytes=weights,
         bandwidth=speed,
-        decode=decode_limits(model, DTYPE_BYTES[dtype], policy, bandwidth=speed, measured=measured),
+        decode=decode_limits(model, size, policy, bandwidth=speed, measured=measured),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
+        state_bytes_per_checkpoint=spec.bytes_per_checkpoint,
         table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
         plan=result,
         refusal=refusal,
@@ -221,25 +220,28 @@ def gpu_memory() -> tuple[int, int] | None:
 
 def describe(report: Report) -> list[str]:
     """Lines before the table."""
+    state, checkpoint = report.state_bytes_per_sequence, report.state_bytes_per_checkpoint
+    compressed = state != checkpoint
     lines = [
         f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
         + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
         f"weights                 {format_bytes(report.weight_bytes)}",
         f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
-        f"state                   {format_bytes(report.state_bytes_per_sequence)} a sequence or checkpoint",
+        f"state                   {format_bytes(state)} a sequence"
+        + (f", {format_bytes(checkpoint)} a checkpoint (int8)" if compressed else " or checkpoint"),
         f"memory ({report.device})".ljust(24) + f"{format_bytes(report.memory_bytes)} that may be taken",
         *(describe_decode(decode, report.bandwidth) for decode in report.decode),
     ]
     if report.plan is None:
         return [*lines, f"jamba serve would stop: {report.refusal}"]
-    plan, num_saved = report.plan, report.plan.num_slots - 1 - report.plan.max_num_seqs
+    plan = report.plan
     return [
         *lines,
         f"jamba serve would take  {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
         f"activations {format_bytes(plan.activation_bytes)}, "
         + (f"CUDA graphs {format_bytes(plan.graph_bytes)}, " if plan.graph_bytes else "")
         + f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
-        f"({plan.max_num_seqs} running, {num_saved} saved)",
+        f"({plan.max_num_seqs} running, {plan.num_saved} saved)",
         f"and allow               {plan.max_model_len:,} tokens a sequence, {plan.max_num_seqs} sequences, "
         f"{plan.max_num_batched_tokens} prompt tokens a step",
         *(f"warning                 {warning}" for warning in plan.warnings),

@@ -54,25 +54,32 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
     """Lines on what was loaded, what it takes, which kernels run, how exact results are, how requests are sampled."""
     sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.non_defaults().items()) or "OpenAI's defaults"
     eos = ", ".join(map(str, info.eos_token_ids)) or "none"
-    checkpoints = info.num_state_slots - info.max_num_seqs
     tokens = info.num_kv_blocks * info.block_size
     names = sorted(set(info.kernels.values()))
     kernels = "; ".join(f"{name}: {', '.join(op for op, n in info.kernels.items() if n == name)}" for name in names)
-    exact = "the same bits in every batch, however prompts are cut and cached"
-    inexact = f"last bits may depend on the batch: {', '.join(info.inexact_ops)}"
     return [
         f"model     {info.architecture}, {info.num_parameters:,} parameters, "
         f"{describe_weights(info.dtype, info.quantization, info.quantize_mamba)} on {info.device}, "
         f"loaded in {info.load_seconds:.1f} s",
         f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
-        f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, {checkpoints} saved",
+        f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, "
+        f"{info.num_checkpoints} saved{' as int8' if info.checkpoint_dtype == 'int8' else ''}",
         f"limits    {info.max_model_len:,} tokens a sequence, {info.max_num_seqs} sequences, "
         f"{info.max_num_batched_tokens} prompt tokens a step",
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
-        f"results   {inexact if info.inexact_ops else exact}",
+        f"results   {describe_results(info)}",
         f"sampling  {sampling}; eos token ids {eos}",
         *(f"warning   {warning}" for warning in info.warnings),
     ]
+
+
+def describe_results(info: EngineInfo) -> str:
+    """How far they depend on anything but the request."""
+    inexact = f"last bits may depend on the batch: {', '.join(info.inexact_ops)}"
+    if info.checkpoint_dtype == "auto":
+        return inexact if info.inexact_ops else "the same bits in every batch, however prompts are cut and cached"
+    batch = inexact if info.inexact_ops else "the same bits in every batch, however prompts are cut"
+    return f"{batch}; not exact after a prefix-cache hit or a preemption: {info.checkpoint_dtype} checkpoints"
 
 
 def describe_weights(dtype: str, quantization: str | None, quantize_mamba: bool) -> str:

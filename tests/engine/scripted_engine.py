@@ -41,6 +41,7 @@ INFO = EngineInfo(
     block_size=16,
     num_kv_blocks=1,
     num_state_slots=1,
+    num_checkpoints=0,
     weight_bytes=0,
     kv_bytes=0,
     state_bytes=0,

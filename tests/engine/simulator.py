@@ -7,10 +7,12 @@ harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from random import Random
 
-from engine.cache.manager import CacheManager
+from engine.cache.manager import CacheCopies, CacheManager
 from engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
 from engine.sequence import Sequence
 from engine.types import Request, SamplingParams, TokenUpdate
@@ -28,8 +30,8 @@ def fold_all(tokens: list[int]) -> int:
 
 
 class Simulator:
-    """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one. `ahead`: a step
-    is run before the scheduler has seen the tokens of the one before."""
+    """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one, and so do
+    compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before."""
 
     def __init__(self, scheduler: Scheduler, *, ahead: bool = False) -> None:
         self.scheduler, self.ahead = scheduler, ahead
@@ -39,18 +41,23 @@ class Simulator:
         self.block_size = scheduler.cache.block_size
         self.pages: dict[tuple[int, int], int] = {}
         self.slots: dict[int, int] = {}
+        self.saved: dict[int, int] = {} if scheduler.cache.compresses else self.slots
+        self.texts: dict[Sequence, list[int]] = {}  # of every sequence that ran, as far as is known
         self.time = 0.0
         self.num_saves = 0
         self.num_tail_hits = 0
+        self.num_saved = 0
 
     def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
         self.time += 1.0
         updates = self.take() if self.scheduler.must_wait() else []
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
-        self.copy(output)
-        results = [self.run(chunk, choose) for chunk in output.chunks]
-        self.scheduler.advance(output)
+        results: list[ChunkResult] = []
+        if output.chunks:  # else nothing is launched
+            self.copy(output.copies)
+            results = [self.run(chunk, choose) for chunk in output.chunks]
+            self.scheduler.advance(output)
         self.check_integrity()
         updates += self.take()
         self.under_way = (output, results) if output.chunks else None
@@ -81,22 +88,57 @@ class Simulator:
         decodes = [c.is_decode for c in output.chunks]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         assert len({c.sequence for c in output.chunks}) == len(output.chunks)
-        for pairs in (output.copies.pages, output.copies.states):
+        copies, compresses = output.copies, self.scheduler.cache.compresses
+        for pairs, within_one_pool in ((copies.pages, True), (copies.states, not compresses), (copies.saves, False)):
             destinations = [d for _, d in pairs]
             assert len(set(destinations)) == len(destinations), "a destination is written twice"
-            assert not {s for s, _ in pairs} & set(destinations), "a source is written"
+            assert not (within_one_pool and {s for s, _ in pairs} & set(destinations)), "a source is written"
         written = [s.slot for c in output.chunks for s in c.saves] + [c.sequence.state_id for c in output.chunks]
         assert len(set(written)) == len(written), "two states go to one slot"
-        assert not {s for s, _ in output.copies.states} & set(written), "a copied checkpoint is overwritten"
+        if compresses:
+            saves = [s.state_id for c in output.chunks for s in c.saves] + [d for _, d in copies.saves]
+            assert len(set(saves)) == len(saves), "two states go to one compressed slot"
+            if output.chunks:
+                refs = self.scheduler.cache.states.refs
+                held = {i for i, count in enumerate(refs) if count}
+                assert held == {*saves, *(s for s, _ in copies.states)}, "a compressed slot leaked or is not held"
+        else:
+            assert not {s for s, _ in copies.states} & set(written), "a copied checkpoint is overwritten"
+            assert not copies.saves
 
-    def copy(self, output: SchedulerOutput) -> None:
-        for source, destination in output.copies.pages:
+    def copy(self, copies: CacheCopies) -> None:
+        for source, destination in copies.pages:
             self.num_tail_hits += 1
             for offset in range(self.block_size):
                 if (source, offset) in self.pages:
                     self.pages[destination, offset] = self.pages[source, offset]
-        for source, destination in output.copies.states:
-            self.slots[destination] = self.slots[source]
+        for source, destination in copies.saves:
+            self.saved[destination] = self.slots[source]
+        for source, destination in copies.states:
+            self.slots[destination] = self.saved[source]
+
+    def finish(self) -> None:
+        """Once nothing runs: the copies that wait for a step; then all is free, and what is findable is right."""
+        cache = self.scheduler.cache
+        copies = cache.take_copies()
+        self.copy(copies)
+        cache.commit(copies)
+        assert not any((*cache.pages.refs, *cache.slots.refs, *cache.states.refs))
+        for seq, tokens in self.texts.items():
+            for key, state in self.prefixes(seq.request.cache_salt, tokens):
+                if (state_id := cache.states.lookup(key)) is not None:
+                    assert self.saved[state_id] == state, "a saved state is not that of its prefix"
+                    self.num_saved += 1
+
+    def prefixes(self, salt: str, tokens: list[int]) -> Iterator[tuple[bytes, int]]:
+        """Keys of all prefixes, computed anew, and the states after them."""
+        root, state = sha256(salt.encode()).digest(), 0
+        for position, token in enumerate(tokens):
+            state, start = fold(state, token), position - position % self.block_size
+            key = sha256(root + array("q", tokens[start : position + 1]).tobytes()).digest()
+            yield key, state
+            if position % self.block_size == self.block_size - 1:
+                root = key
 
     def run(self, chunk: Chunk, choose: Callable[[Chunk], int]) -> ChunkResult:
         seq, size = chunk.sequence, self.block_size
@@ -123,6 +165,7 @@ class Simulator:
             expected = fold(expected, tokens[position])
             assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"
         assert state == expected, "state corrupted"
+        self.texts[seq] = tokens
         return ChunkResult(choose(chunk) if chunk.samples else None)
 
     def check_integrity(self) -> None:
@@ -131,26 +174,23 @@ class Simulator:
         for i in range(1, len(cache.pages.refs)):
             assert cache.pages.refs[i] == owned.count(i), f"page {i} has {cache.pages.refs[i]} references"
         slots = [seq.state_id for seq in running]
-        for i in range(1, len(cache.states.refs)):
-            assert cache.states.refs[i] == slots.count(i), f"slot {i} has {cache.states.refs[i]} references"
-        for pool in (cache.pages, cache.states):
+        for i in range(1, len(cache.slots.refs)):
+            assert cache.slots.refs[i] == slots.count(i), f"slot {i} has {cache.slots.refs[i]} references"
+        for pool in (cache.pages, cache.slots, cache.states):
             assert pool.num_free == sum(r == 0 for r in pool.refs[1:]), "a unit leaked"
 
 
 def make_scheduler(
     *,
-    num_pages: int = 64,
-    num_slots: int = 16,
-    block_size: int = 4,
-    interval: int = 1024,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 32,
     max_model_len: int = 200,
     caching: bool = True,
+    **sizes: int,
 ) -> Scheduler:
-    cache = CacheManager(
-        num_pages=num_pages, num_slots=num_slots, block_size=block_size, interval=interval, enabled=caching
-    )
+    """`sizes` are the cache's."""
+    defaults = {"num_pages": 64, "num_slots": 16, "block_size": 4, "interval": 1024}
+    cache = CacheManager(**defaults | sizes, enabled=caching)
     return Scheduler(
         cache,
         max_num_seqs=max_num_seqs,

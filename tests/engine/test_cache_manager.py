@@ -30,32 +30,39 @@ def fresh(**sizes: int) -> tuple[Scheduler, Simulator]:
     return scheduler, Simulator(scheduler)
 
 
-def test_the_same_prompt_again_leaves_one_block_at_most() -> None:
+EITHER_KIND = pytest.mark.parametrize("checkpoints", [0, 8])  # in the slots that sequences run in, and compressed
+
+
+@EITHER_KIND
+def test_the_same_prompt_again_leaves_one_block_at_most(checkpoints: int) -> None:
     for length in range(1, 20):
-        scheduler, simulator = fresh(block_size=4)
+        scheduler, simulator = fresh(block_size=4, num_checkpoints=checkpoints)
         prompt = list(range(length))
         assert cached(run(scheduler, simulator, prompt)) == 0
         assert cached(run(scheduler, simulator, prompt)) == (length - 1) // 4 * 4
 
 
-def test_the_next_turn_reuses_the_whole_last_one_also_below_a_block() -> None:
+@EITHER_KIND
+def test_the_next_turn_reuses_the_whole_last_one_also_below_a_block(checkpoints: int) -> None:
     for length in range(1, 20):
-        scheduler, simulator = fresh(block_size=8)
+        scheduler, simulator = fresh(block_size=8, num_checkpoints=checkpoints)
         prompt = list(range(length))
         answer = [t for u in run(scheduler, simulator, prompt, new_tokens=3) for t in u.token_ids]
         # the state after the last token but one: the last one was sampled, not computed
         assert cached(run(scheduler, simulator, [*prompt, *answer, 77, 78])) == length + 2
 
 
-def test_a_message_boundary_pays_from_its_second_request() -> None:
-    scheduler, simulator = fresh(block_size=4)
+@EITHER_KIND
+def test_a_message_boundary_pays_from_its_second_request(checkpoints: int) -> None:
+    scheduler, simulator = fresh(block_size=4, num_checkpoints=checkpoints)
     system = list(range(50, 71))
     run(scheduler, simulator, [*system, 1, 2, 3, 4, 5, 6], checkpoints=(21,))
     assert cached(run(scheduler, simulator, [*system, 6, 5, 4, 3, 2, 1], checkpoints=(21,))) == 20
 
 
-def test_a_branch_point_pays_from_its_third_request() -> None:
-    scheduler, simulator = fresh(block_size=4)
+@EITHER_KIND
+def test_a_branch_point_pays_from_its_third_request(checkpoints: int) -> None:
+    scheduler, simulator = fresh(block_size=4, num_checkpoints=checkpoints)
     shared = list(range(50, 74))
     hits = [cached(run(scheduler, simulator, [*shared, *[i] * 9])) for i in range(3)]
     assert hits == [0, 0, 24]
@@ -166,3 +173,69 @@ def test_an_aborted_sibling_does_not_strand_the_others() -> None:
     scheduler.abort(["c0"])
     finished = [u.request_id for _ in range(12) for u in simulator.step(lambda _: 1) if u.finish_reason]
     assert finished == ["c1"]
+
+
+def start(scheduler: Scheduler, name: str, prompt: list[int], **fields: object) -> None:
+    request = Request(id=name, prompt=prompt, params=SamplingParams(max_tokens=9), **fields)  # type: ignore[arg-type]
+    scheduler.add([request], now=0.0)
+
+
+def test_a_reply_that_ends_is_compressed_by_the_next_step_before_anybody_goes_on_from_it() -> None:
+    scheduler, simulator = fresh(block_size=4, num_slots=3, num_checkpoints=4, max_num_seqs=1)
+    start(scheduler, "a", list(range(30)), checkpoints=(9,))
+    for _ in range(3):
+        simulator.step(lambda _: 1)
+    simulator.step(lambda _: 2)
+    scheduler.abort(["a"])
+    for _ in range(3):  # nothing is launched: the copy waits, and its destination with it
+        assert not simulator.step(lambda _: 1)
+        assert sum(scheduler.cache.states.refs) == 1
+    start(scheduler, "b", [*range(30), 1, 1, 1, 2, 3])
+    output = scheduler.schedule(now=0.0)
+    [(slot, state_id)], [(source, destination)] = output.copies.saves, output.copies.states
+    [chunk] = output.chunks
+    assert (chunk.start, source) == (33, state_id)
+    assert destination == chunk.sequence.state_id
+    assert simulator.saved.get(state_id) is None
+    assert simulator.slots[slot] is not None
+    simulator.copy(output.copies)
+    simulator.run(chunk, lambda _: 4)
+    scheduler.advance(output)
+    assert sum(scheduler.cache.states.refs) == 0
+
+
+def test_where_every_compressed_slot_waits_for_a_copy_nothing_more_is_kept() -> None:
+    scheduler, simulator = fresh(block_size=4, num_slots=9, num_checkpoints=1 + 2, max_num_seqs=4)
+    for i in range(4):
+        start(scheduler, str(i), [10 * i] * 7)
+    simulator.step(lambda _: 1)
+    scheduler.abort(map(str, range(4)))
+    assert scheduler.stats.checkpoints_stored == 2
+    assert sum(scheduler.cache.states.refs) == 2
+    start(scheduler, "next", [3])
+    simulator.step(lambda _: 1)
+    scheduler.abort(["next"])
+    simulator.finish()
+    assert simulator.num_saved == 2  # the newest and one of those two
+
+
+def test_states_pass_through_the_slots_that_are_free_the_best_first() -> None:
+    boundaries = (8, 16, 24)
+    for staging, expected in ((1, [8]), (2, [8, 16]), (9, [4, 8, 12, 16, 20, 24, 28])):
+        scheduler, simulator = fresh(
+            block_size=4, interval=4, num_slots=1 + 1 + staging, num_checkpoints=20, max_num_seqs=1
+        )
+        start(scheduler, "a", list(range(30)), checkpoints=boundaries)
+        output = scheduler.schedule(now=0.0)
+        [chunk] = output.chunks
+        assert [save.position for save in chunk.saves] == expected
+        assert len({chunk.sequence.state_id, *(save.slot for save in chunk.saves)}) == 1 + len(expected)
+        result = simulator.run(chunk, lambda _: 1)
+        scheduler.advance(output)
+        scheduler.update(output, [result])
+        assert scheduler.stats.state_slots_used == 1
+        assert scheduler.stats.checkpoints_stored == len(expected)
+        simulator.step(lambda _: 1)
+        scheduler.abort(["a"])
+        simulator.finish()
+        assert simulator.num_saved == len(expected) + 1

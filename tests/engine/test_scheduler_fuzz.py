@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from engine.scheduler import Scheduler
 from engine.types import Request, SamplingParams
 from tests.engine.simulator import Simulator, make_scheduler, random_request
 
@@ -16,22 +17,29 @@ NUM_REQUESTS = 30
 EOS = 5  # in no prompt
 
 
-def run(seed: int, *, ahead: bool) -> Counter[str]:
-    random = Random(seed)
+def some_scheduler(random: Random, *, compressed: bool) -> Scheduler:
     block_size = random.choice((1, 2, 4, 8))
     num_pages = random.randint(24 // block_size + 8, 200 // block_size + 30)
     max_len = min((num_pages - 2) * block_size, 60)
     max_num_seqs = random.randint(1, 6)
-    scheduler = make_scheduler(
+    more = random.randint(1, 7)
+    return make_scheduler(
         num_pages=num_pages,
-        num_slots=1 + max_num_seqs + random.randint(1, 7),
+        num_slots=1 + max_num_seqs + (more // 2 if compressed else more),
+        num_checkpoints=1 + more if compressed else 0,
         block_size=block_size,
         interval=block_size * random.choice((1, 2, 4, 16)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=random.randint(1, 30),
         max_model_len=max_len,
-        caching=random.random() < 0.9,
+        caching=random.random() < 0.9 or compressed,
     )
+
+
+def run(seed: int, *, ahead: bool, compressed: bool) -> Counter[str]:
+    random = Random(seed)
+    scheduler = some_scheduler(random, compressed=compressed)
+    max_len = scheduler.max_model_len
     scheduler.eos_token_ids = frozenset({EOS})
     simulator = Simulator(scheduler, ahead=ahead)
     stems = [[random.randrange(5) for _ in range(random.randint(1, max_len))] for _ in range(4)]
@@ -63,12 +71,14 @@ def run(seed: int, *, ahead: bool) -> Counter[str]:
     stats = scheduler.stats
     assert stats.kv_blocks_used == 0
     assert stats.state_slots_used == 0
+    simulator.finish()
     return Counter(
         hits=stats.prefix_hits_total,
         preemptions=stats.num_preemptions_total,
         missed_no_state=stats.missed_no_state_total,
         missed_evicted=stats.missed_evicted_total,
         saves=simulator.num_saves,
+        saved=simulator.num_saved,
         tail_hits=simulator.num_tail_hits,
         aborted=aborted,
         stopped=stopped,
@@ -76,11 +86,12 @@ def run(seed: int, *, ahead: bool) -> Counter[str]:
     )
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize(("first", "ahead"), [(0, False), (50, False), (100, False), (150, True), (200, True)])
-def test_random_work(first: int, ahead: bool) -> None:
+def test_random_work(first: int, ahead: bool, compressed: bool) -> None:
     total: Counter[str] = Counter()
     for seed in range(first, first + 50):
-        total += run(seed, ahead=ahead)
+        total += run(seed, ahead=ahead, compressed=compressed)
     assert (total.pop("ahead", 0) > 0) == ahead
     for event in (
         "hits",
@@ -88,6 +99,7 @@ def test_random_work(first: int, ahead: bool) -> None:
         "missed_no_state",
         "missed_evicted",
         "saves",
+        "saved",
         "tail_hits",
         "aborted",
         "stopped",

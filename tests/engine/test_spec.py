@@ -69,6 +69,18 @@ def test_fp8_pages_take_one_byte_a_number_whatever_the_dtype(geometry: Geometry)
         assert spec.bytes_per_slot == CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size).bytes_per_slot
 
 
+def test_an_int8_checkpoint_has_a_byte_a_number_and_a_scale_a_channel(geometry: Geometry) -> None:
+    for name, size, expected in (
+        ("3b", 2, 798_720 + 26 * 5_120 * (16 + 4)),
+        ("mini", 2, 1_376_256 + 28 * 8_192 * (16 + 4)),
+        ("mini", 4, 2 * 1_376_256 + 28 * 8_192 * (16 + 4)),
+    ):
+        plain = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size)
+        spec = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size, checkpoint_dtype="int8")
+        assert plain.bytes_per_checkpoint == plain.bytes_per_slot == spec.bytes_per_slot
+        assert spec.bytes_per_checkpoint == expected
+
+
 def test_a_sequence_takes_its_blocks_one_to_spare_and_a_slot(geometry: Geometry) -> None:
     spec = CacheSpec.of(geometry["3b"], block_size=16, dtype_bytes=2)
     assert [spec.pages(n) for n in (1, 16, 17, 32)] == [2, 2, 3, 3]
@@ -167,6 +179,30 @@ def test_without_prefix_caching_there_are_no_checkpoints(geometry: Geometry) -> 
     assert plan.num_slots == 1 + 8
 
 
+def test_int8_checkpoints_lie_beside_the_slots_that_run_and_stage(geometry: Geometry) -> None:
+    settings: dict[str, Any] = {"max_num_seqs": 8, "checkpoint_memory_bytes": 10 * 9_318_400}
+    plan = make_plan(geometry["3b"], 64 * GIB, checkpoint_dtype="int8", **settings)
+    assert plan.num_slots == 1 + 8 + 4
+    assert plan.num_saved == plan.num_checkpoints - 1 == 10 * 9_318_400 // 3_461_120 == 26
+    assert plan.state_bytes == 13 * 9_318_400 + 27 * 3_461_120
+    assert plan.warnings == ()
+    plain = make_plan(geometry["3b"], 64 * GIB, **settings)
+    assert (plain.num_checkpoints, plain.num_saved) == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exact": True}, "exact and checkpoint_dtype 'int8' exclude each other"),
+        ({"enable_prefix_caching": False}, "checkpoint_dtype 'int8' .* needs enable_prefix_caching"),
+    ],
+)
+def test_what_rules_out_int8_checkpoints(geometry: Geometry, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(geometry["3b"], 64 * GIB, checkpoint_dtype="int8", **settings)
+    make_plan(geometry["3b"], 64 * GIB, **settings)
+
+
 def test_checkpoint_memory_below_zero_is_an_error(geometry: Geometry) -> None:
     with pytest.raises(ConfigError, match="checkpoint_memory_bytes is -1; it must be at least 0"):
         make_plan(geometry["3b"], 64 * GIB, "cpu", checkpoint_memory_bytes=-1)
@@ -188,7 +224,10 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
         "block_size": [1, 16, 256, 16384],
         "enable_prefix_caching": [True, False],
     }
-    return {name: rng.choice(values) for name, values in choices.items()}
+    settings = {name: rng.choice(values) for name, values in choices.items()}
+    if settings["enable_prefix_caching"]:
+        settings["checkpoint_dtype"] = rng.choice(["auto", "int8"])
+    return settings
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -225,19 +264,25 @@ def test_pages_that_are_larger_than_states(geometry: Geometry) -> None:
 
 def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: str, settings: dict[str, Any]) -> None:
     engine = EngineConfig(model="x", **settings)
-    spec = CacheSpec.of(config, block_size=engine.block_size, dtype_bytes=2)
+    spec = CacheSpec.wanted(config, engine, dtype_bytes=2)
     assert plan.total_bytes <= available, settings
     assert plan.kv_bytes == plan.num_pages * spec.bytes_per_page
-    assert plan.state_bytes == plan.num_slots * spec.bytes_per_slot
+    checkpoints = plan.num_checkpoints * spec.bytes_per_checkpoint
+    assert plan.state_bytes == plan.num_slots * spec.bytes_per_slot + checkpoints
     assert plan.num_pages - 1 >= math.ceil(plan.max_model_len / engine.block_size) + 1
     assert min(plan.max_num_seqs, plan.max_num_batched_tokens) >= 1
     assert plan.max_model_len >= 1
-    num_saved = plan.num_slots - 1 - plan.max_num_seqs
+    compressed = engine.checkpoint_dtype == "int8"
+    assert (plan.num_checkpoints > 0) == compressed
+    num_saved = plan.num_checkpoints - 1 if compressed else plan.num_slots - 1 - plan.max_num_seqs
+    assert num_saved == plan.num_saved
+    if compressed:
+        assert plan.num_slots == 1 + plan.max_num_seqs + 4
     assert num_saved >= 2 if engine.enable_prefix_caching else num_saved == 0
     if engine.kv_cache_memory_bytes is not None:
         assert plan.kv_bytes <= engine.kv_cache_memory_bytes
     if engine.checkpoint_memory_bytes is not None:
-        assert num_saved <= max(2, engine.checkpoint_memory_bytes // spec.bytes_per_slot)
+        assert num_saved <= max(2, engine.checkpoint_memory_bytes // spec.bytes_per_checkpoint)
     wishes = {
         "max_model_len": engine.max_model_len or config.max_position_embeddings,
         "max_num_seqs": engine.max_num_seqs,

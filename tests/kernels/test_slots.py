@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from kernels.ops import CopySlots, WriteKv
+from kernels.ops import CompressedStates, CompressStates, CopySlots, RestoreStates, WriteKv
 from tests.kernels.cases import DTYPES, assert_same, each_implementation, layer_storage, random
 
 
@@ -53,3 +54,58 @@ def test_copy_slots_copies_whole_units_of_every_tensor(copy_slots: CopySlots) ->
     copy_slots(tensors, sources, destinations)
     for tensor, wanted in zip(tensors, expected, strict=True):
         assert_same(tensor, wanted)
+
+
+PAIRS = [(1, 4), (2, 0), (1, 3)]  # one source may serve several
+
+
+def some_states(size: int) -> torch.Tensor:
+    """Six slots of two layers of 150 channels: of all magnitudes, zeros, next to nothing, and ties between values."""
+    states = random(6, 2, 150, size) * 10.0 ** (torch.arange(150) % 9 - 4)[:, None]
+    states[:, :, 1] = 0.0
+    states[:, 1, 2] = 1e-38
+    states[:, :, 3, 1:] = torch.arange(size - 1) - size // 2 + 0.5
+    states[:, :, 3, 0] = 127.0
+    return states
+
+
+def no_states(size: int) -> CompressedStates:
+    return CompressedStates(torch.full((6, 2, 150, size), 99, dtype=torch.int8), torch.full((6, 2, 150), torch.nan))
+
+
+@each_implementation("compress_states")
+@pytest.mark.parametrize("size", [5, 16])
+def test_compressed_states_are_the_nearest_of_255(compress_states: CompressStates, size: int) -> None:
+    states, compressed = some_states(size), no_states(size)
+    compress_states(states, compressed, *torch.tensor(PAIRS).unbind(1))
+    for source, destination in PAIRS:
+        x = states[source].numpy()
+        largest = np.abs(x).max(-1, keepdims=True)
+        largest[largest < 2.0**-100] = 0
+        with np.errstate(divide="ignore"):
+            steps = np.where(largest == 0, np.float32(0), np.float32(127) / largest)
+        np.testing.assert_array_equal(compressed.values[destination].numpy(), np.rint(x * steps))
+        np.testing.assert_array_equal(compressed.scales[destination].numpy(), (largest * np.float32(1 / 127))[..., 0])
+    untouched, expected = [1, 2, 5], no_states(size)
+    assert_same(compressed.values[untouched], expected.values[untouched])
+    assert_same(compressed.scales[untouched], expected.scales[untouched])
+
+
+@each_implementation("compress_states", "restore_states")
+@pytest.mark.parametrize("size", [5, 16])
+def test_a_restored_state_is_half_a_step_away_at_most(
+    compress_states: CompressStates, restore_states: RestoreStates, size: int
+) -> None:
+    states, compressed = some_states(size), no_states(size)
+    compress_states(states, compressed, *torch.tensor(PAIRS).unbind(1))
+    back, expected = states.clone(), states.clone()
+    places = torch.tensor([(4, 5), (0, 2), (4, 1)])
+    for source, destination in places.tolist():
+        expected[destination] = compressed.values[source] * compressed.scales[source][..., None]
+    restore_states(compressed, back, *places.unbind(1))
+    assert_same(back, expected)
+    error = (back[5] - states[1]).abs()
+    assert bool((error <= states[1].abs().amax(-1, keepdim=True) / 254 * (1 + 1e-5) + 1e-30).all())
+    again = no_states(size)  # which loses no more
+    compress_states(back, again, torch.tensor([5]), torch.tensor([0]))
+    assert_same(again.values[0], compressed.values[4])

@@ -29,6 +29,8 @@ def reference_kernels() -> Kernels:
         attention_prefill=attention.attention_prefill,
         attention_decode=attention.attention_decode,
         copy_slots=slots.copy_slots,
+        compress_states=slots.compress_states,
+        restore_states=slots.restore_states,
         silu_and_mul=moe.silu_and_mul,
         route_experts=moe.route_experts,
         run_experts=moe.RunExperts(),

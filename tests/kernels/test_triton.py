@@ -206,6 +206,8 @@ def test_every_op_has_its_type() -> None:
         attention_prefill=attention.attention_prefill,
         attention_decode=attention.attention_decode,
         copy_slots=slots.copy_slots,
+        compress_states=slots.compress_states,
+        restore_states=slots.restore_states,
         silu_and_mul=moe.silu_and_mul,
         route_experts=route.route_experts,
         run_experts=moe.RunExperts(),

@@ -31,6 +31,7 @@ INFO = EngineInfo(
     block_size=16,
     num_kv_blocks=10,
     num_state_slots=8,
+    num_checkpoints=4,
     weight_bytes=1,
     kv_bytes=1,
     state_bytes=1,

@@ -208,6 +208,20 @@ def test_plan_shows_bytes_and_what_fits(tmp_path: Path) -> None:
     assert [cell.startswith("(") for cell in row[1::2]] == [False, False, True, True, True]
 
 
+def test_plan_counts_int8_checkpoints(tmp_path: Path) -> None:
+    folder, flags = str(write_geometry(tmp_path, "3b")), ("--memory", "24GiB", "--device", "cuda")
+    sizes = (*flags, "--max-num-seqs", "8", "--checkpoint-memory-bytes", "100MiB", "--checkpoint-dtype", "int8")
+    text = invoke("plan", folder, *sizes)
+    assert "8.9 MiB a sequence, 3.3 MiB a checkpoint (int8)" in text
+    assert "(8 running, 30 saved)" in text
+    report = json.loads(invoke("plan", folder, *sizes, "--json"))
+    assert (report["state_bytes_per_sequence"], report["state_bytes_per_checkpoint"]) == (9_318_400, 3_461_120)
+    refused = invoke("plan", folder, *sizes, "--no-enable-prefix-caching")
+    assert "jamba serve would stop: checkpoint_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching" in (
+        refused
+    )
+
+
 def test_plan_as_json_agrees_with_arithmetic(tmp_path: Path) -> None:
     report = json.loads(
         invoke("plan", str(write_geometry(tmp_path, "3b")), "--memory", "24GiB", "--device", "cuda", "--json")
@@ -311,6 +325,16 @@ def test_the_start_says_whether_results_are_exact() -> None:
     info = msgspec.structs.replace(INFO, kernels={"linear": "reference"}, inexact_ops=("linear", "run_experts"))
     lines = describe_engine(info, GenerationDefaults())
     assert "results   last bits may depend on the batch: linear, run_experts" in lines
+
+
+def test_the_start_says_that_hits_on_int8_checkpoints_are_not_exact() -> None:
+    info = msgspec.structs.replace(INFO, kernels={"linear": "cpu"}, checkpoint_dtype="int8")
+    lines = describe_engine(info, GenerationDefaults())
+    assert any(line.startswith("memory ") and line.endswith(": 4 running, 4 saved as int8") for line in lines)
+    not_exact = "not exact after a prefix-cache hit or a preemption: int8 checkpoints"
+    assert f"results   the same bits in every batch, however prompts are cut; {not_exact}" in lines
+    lines = describe_engine(msgspec.structs.replace(info, inexact_ops=("linear",)), GenerationDefaults())
+    assert f"results   last bits may depend on the batch: linear; {not_exact}" in lines
 
 
 # doctor -------------------------------------------------------------------------------------------------------------

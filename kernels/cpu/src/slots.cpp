@@ -1,4 +1,6 @@
-// Movements of whole units; nothing is computed.
+// Movements of whole units.
+#include <cmath>
+
 #include "common.h"
 
 // Row t of k and v, `row_bytes` each and `k_stride` and `v_stride` bytes apart, to token slot slots[t].
@@ -21,6 +23,55 @@ EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t
             const int64_t pair = item / pieces, offset = item % pieces * PIECE;
             std::memcpy(units + destinations[pair] * stride + offset, units + sources[pair] * stride + offset,
                         bytes - offset < PIECE ? bytes - offset : PIECE);
+        }
+    });
+}
+
+// Each(pair, first channel, last) of every pair, in pieces.
+template <class Each>
+static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
+    constexpr int64_t PIECE = 4096;
+    const int64_t pieces = (channels + PIECE - 1) / PIECE;
+    parallel_for(pairs * pieces, 1, [&](int64_t item, int64_t end) {
+        for (; item < end; item++) {
+            const int64_t first = item % pieces * PIECE;
+            each(item / pieces, first, first + PIECE < channels ? first + PIECE : channels);
+        }
+    });
+}
+
+// SSM states to a byte a number and back, to the formulas of kernels.ops.CompressStates and RestoreStates. A unit has
+// `channels` times `size` numbers; strides are in numbers.
+EXPORT void compress_states(const float* states, int64_t stride, int8_t* values, int64_t value_stride, float* scales,
+                            int64_t scale_stride, const int64_t* sources, const int64_t* destinations, int64_t pairs,
+                            int64_t channels, int64_t size) {
+    constexpr float LEVELS = 127.0f, SMALLEST = 0x1p-100f;
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added and taken off again, it leaves the nearest whole number
+    for_each_piece(pairs, channels, [=](int64_t pair, int64_t first, int64_t last) {
+        float* __restrict scale = scales + destinations[pair] * scale_stride;
+        for (int64_t c = first; c < last; c++) {
+            const float* __restrict x = states + sources[pair] * stride + c * size;
+            int8_t* __restrict value = values + destinations[pair] * value_stride + c * size;
+            float largest = 0.0f;
+            for (int64_t i = 0; i < size; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+            if (largest < SMALLEST) largest = 0.0f;
+            const float steps = largest == 0.0f ? 0.0f : LEVELS / largest;
+            for (int64_t i = 0; i < size; i++)
+                value[i] = static_cast<int8_t>(static_cast<int32_t>((x[i] * steps + ROUND) - ROUND));
+            scale[c] = largest * (1 / LEVELS);
+        }
+    });
+}
+
+EXPORT void restore_states(const int8_t* values, int64_t value_stride, const float* scales, int64_t scale_stride,
+                           float* states, int64_t stride, const int64_t* sources, const int64_t* destinations,
+                           int64_t pairs, int64_t channels, int64_t size) {
+    for_each_piece(pairs, channels, [=](int64_t pair, int64_t first, int64_t last) {
+        const float* __restrict scale = scales + sources[pair] * scale_stride;
+        for (int64_t c = first; c < last; c++) {
+            const int8_t* __restrict value = values + sources[pair] * value_stride + c * size;
+            float* __restrict x = states + destinations[pair] * stride + c * size;
+            for (int64_t i = 0; i < size; i++) x[i] = value[i] * scale[c];
         }
     });
 }
