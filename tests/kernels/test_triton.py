@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels.triton
-from kernels import table, torch_ops
+from kernels import table
 from kernels.ops import (
     AttentionDecode,
     AttentionPrefill,
@@ -19,7 +19,6 @@ from kernels.ops import (
     Weight,
 )
 from kernels.ops import SampleInputs as Inputs
-from kernels.reference import linear as reference_linear
 from kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
@@ -244,16 +243,6 @@ def test_every_op_has_its_type() -> None:
         chosen = table.select("cuda", {"all": "triton"})
         for op in table.OPS:
             assert getattr(chosen, op) == getattr(ops, op) or type(getattr(chosen, op)) is type(getattr(ops, op))
-
-
-def test_mamba_decode_stands_for_torchs_product_too() -> None:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton import conv, linear, mamba, norm, scan
-
-    others = norm.rms_norm, scan.selective_state_update
-    mamba.MambaDecode(conv.causal_conv1d_update, torch_ops.Linear(linear.Linear()), *others)
-    with pytest.raises(KernelUnavailable, match="stands for kernels.triton's Linear"):
-        mamba.MambaDecode(conv.causal_conv1d_update, reference_linear.Linear(), *others)
 
 
 @pytest.mark.parametrize(
