@@ -1,10 +1,11 @@
 """Compiles the GPU kernels ahead of time, no GPU needed: registers, spills, shared memory, tensor core instructions.
 
-    python -m benchmarks.triton_codegen [--name triton-codegen] [--targets 80,90,100]
+    python -m benchmarks.triton_codegen [--name triton-codegen] [--targets 80,86,89,90,100,120]
 
-Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16; its launches are recorded
-instead of run, and compiled as the launcher would: pointers and multiples of 16 are known as such, ones are constants.
-Fails if a kernel spills registers (but for `KNOWN_SPILLS`), or if ops that promise the same bits add in another order.
+Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16, once for each target, whose
+tiles may differ; its launches are recorded instead of run, and compiled as the launcher would: pointers and multiples
+of 16 are known as such, ones are constants. Fails if a kernel spills registers or needs more shared memory than a
+program may have on that target, or if ops that promise the same bits add in another order.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from kernels.triton import (
     scan_chunked,
     slots,
 )
+from kernels.triton.launch import capability
 
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -63,14 +65,13 @@ TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torc
 TYPES.update({torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
 FP8_CAPABILITY = 89  # has such numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-# Bytes, six registers: fewer keys a block would avoid it, and slow attention down on newer GPUs.
-KNOWN_SPILLS = {("prefill_kernel", "sm_80"): 24}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""What a program may have of shared memory (CUDA C++ Programming Guide, technical specifications), by target."""
 # Ops that must sum as these ops do, all of them together.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
     "selective_state_update, 64": ("selective_scan",),
-    "attention_decode": ("attention_prefill",),
     "mamba_decode, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
     "mamba_decode, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
 }
@@ -307,6 +308,15 @@ def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"linear, narrow, {rows}", lambda x=x: linear.Linear()(x, weight)
 
 
+def launches_on(target: int) -> list[Launch]:
+    """Those of the ops that its GPUs can run."""
+    capability.cache_clear()
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10)):
+        found = all_launches()
+    without = {launch.op for launch in found if not launch.runs_on(target)}
+    return [launch for launch in found if launch.op not in without]
+
+
 def all_launches() -> list[Launch]:
     calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
     calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
@@ -314,21 +324,27 @@ def all_launches() -> list[Launch]:
     # Mini's heads: other constants, so another kernel
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
     narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)
-    return launches + mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]
+    launches += mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]
+    for size, groups in ((64, 4), (64, 20), (128, 1), (256, 20)):
+        for stored in (torch.bfloat16, torch.float8_e4m3fn):
+            for op, call in attention_calls(2 * groups, 2, size, stored):
+                if op != "write_kv":
+                    launches += record(f"{op}, {groups} x {size}{', fp8' * (stored != torch.bfloat16)}", call)
+    return launches
 
 
 def problems(found: list[Resources]) -> list[str]:
-    messages = [
-        f"{r.op}: {r.kernel} spills {r.spilled} bytes on {r.target}"
-        for r in found
-        if r.spilled > KNOWN_SPILLS.get((r.kernel, r.target), 0)
-    ]
+    messages = [f"{r.op}: {r.kernel} spills {r.spilled} bytes on {r.target}" for r in found if r.spilled]
+    for r in found:
+        if r.shared > (limit := SHARED_KIB[int(r.target[3:])] * 1024):
+            messages.append(f"{r.op}: {r.kernel} takes {r.shared} bytes of shared memory on {r.target} of {limit}")
     for target in sorted({r.target for r in found}):
         sums: dict[str, set[str]] = {}
         for r in found:
             if r.target == target:
                 sums.setdefault(r.op, set()).update(r.reductions)
-        for op, twins in TWINS.items():
+        decodes = {op: (op.replace("decode", "prefill"),) for op in sums if op.startswith("attention_decode")}
+        for op, twins in (TWINS | decodes).items():
             expected = {order for twin in twins for order in sums[twin]}
             if sums[op] != expected or not expected:
                 messages.append(f"{target}: {op} sums as {sums[op]}, but {', '.join(twins)} as {expected}")
@@ -356,14 +372,16 @@ def table(found: list[Resources]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="write benchmarks/results/NAME.md and NAME.json")
-    parser.add_argument("--targets", default="80,90,100", help="compute capabilities times ten")
+    parser.add_argument("--targets", default=",".join(map(str, SHARED_KIB)), help="compute capabilities times ten")
     arguments = parser.parse_args()
     started = time.monotonic()
-    launches, targets = all_launches(), [int(target) for target in arguments.targets.split(",")]
+    targets = [int(target) for target in arguments.targets.split(",")]
+    if unknown := set(targets) - set(SHARED_KIB):
+        parser.error(f"--targets: {sorted(unknown)} unknown; there are {', '.join(map(str, SHARED_KIB))}")
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        pairs = [(launch, target) for launch in launches for target in targets if launch.runs_on(target)]
+        pairs = [(launch, target) for target in targets for launch in launches_on(target)]
         jobs = [pool.submit(compile_for, *pair) for pair in pairs]
         found = [job.result() for job in jobs]
     seconds = time.monotonic() - started

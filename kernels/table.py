@@ -74,6 +74,10 @@ def _torch_attention() -> torch_ops.AttentionPrefill:
     return torch_ops.AttentionPrefill(_triton("attention", "attention_prefill")())
 
 
+def _torch_linear() -> torch_ops.Linear:
+    return torch_ops.Linear(_triton("linear", "Linear")())
+
+
 def _torch_experts(silu_and_mul: Any) -> torch_ops.RunExperts:
     return torch_ops.RunExperts(silu_and_mul, _triton("moe", "RunExperts")())
 
@@ -139,6 +143,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("run_experts", "triton", ("cuda",), _triton("moe", "RunExperts")),
     Implementation("run_experts", "reference", _BOTH, moe.RunExperts, exact=False),
     Implementation("linear", "cpu", ("cpu",), cpu_linear.Linear),
+    Implementation("linear", "torch", ("cuda",), _torch_linear, exact=False),
     Implementation("linear", "triton", ("cuda",), _triton("linear", "Linear")),
     Implementation("linear", "reference", _BOTH, linear.Linear, exact=False),
     Implementation("sample", "cpu", ("cpu",), cpu_sample.Sample),

@@ -20,6 +20,7 @@ from kernels.ops import KernelUnavailable, Pages, Weight
 MIN_QUERY_LEN = 64  # below, gathering the keys costs more than the faster product gains
 MAX_GATHERED_BYTES = 1 << 29  # of contiguous keys and values, while an op runs
 MIN_ROWS_PER_EXPERT = 32  # below, experts are read rather than computed with
+MIN_ROWS = 65  # of a product; below, the weight is read rather than computed with
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))  # elsewhere torch runs a loop over the experts, and waits for the device
 
 
@@ -74,6 +75,28 @@ def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tenso
     page = pages.block_tables[sequence, (position // block_size).clamp_(max=pages.block_tables.shape[1] - 1)]
     offset = position % block_size
     return pages.k[page, offset], pages.v[page, offset]
+
+
+class Linear:
+    """See `kernels.ops.Linear`; of many rows by torch's product (cuBLAS), of few rows and with quantised weights by
+    `other`, which must keep the layout of floats."""
+
+    def __init__(self, other: ops.Linear) -> None:
+        self._other = other
+
+    def pack(self, weight: Weight) -> Any:
+        """Keeps the layout of floats; the others are packed for `other`."""
+        return self._other.pack(weight)
+
+    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+        """See `kernels.ops.Linear`."""
+        return self._other.rows(weight, ids)
+
+    def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """See `kernels.ops.Linear`."""
+        if not isinstance(weight, Tensor) or len(x) < MIN_ROWS:
+            return self._other(x, weight, bias)
+        return F.linear(x, weight, bias)
 
 
 class Experts(NamedTuple):

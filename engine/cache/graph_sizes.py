@@ -7,13 +7,13 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 MAX_ROWS = 512  # larger batches keep the device busy for longer than their launches take
-# Empty splits of the longest context cost a graph little, so few contexts do. Rows times context are limited because
-# attention's partial results take memory for them. Steps beyond the limit are long anyway.
-FIRST_CONTEXT, CONTEXT_FACTOR, MAX_TOKENS = 2048, 4, 8 * 1024**2
+# Empty splits of the longest context cost a GPU's graph little, so few contexts do. On a CPU attention's partial
+# results take memory for rows times context, which are limited: steps beyond are long anyway.
+FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
 BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: some hundred kernels and their arguments
 ROW_BYTES = 3 * 8 + 2 * 4  # token id, kv slot and source; state id and context length
-SPLIT_TOKENS = 512  # of the kernels' partial results
+ATTENTION_BYTES = 64 * 1024**2  # of partial results on a GPU, which takes as many rows at a time as fit
 
 
 class GraphKey(NamedTuple):
@@ -30,11 +30,8 @@ class GraphSizes:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         on_cpu = device == "cpu"
-        self.contexts, factor, self._max_tokens = (
-            ([CPU_FIRST_CONTEXT], CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS)
-            if on_cpu
-            else ([FIRST_CONTEXT], CONTEXT_FACTOR, MAX_TOKENS)
-        )
+        first, factor = (CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR) if on_cpu else (FIRST_CONTEXT, CONTEXT_FACTOR)
+        self.contexts, self._max_tokens = [first], CPU_MAX_TOKENS if on_cpu else None
         highest = min(max_num_seqs, MAX_ROWS)
         ladder = [*(rows for rows in (1, 2, 4) if rows < highest), *range(8, highest, 8), highest]
         self.rows = list(range(1, highest + 1)) if on_cpu else ladder
@@ -47,7 +44,7 @@ class GraphSizes:
         if rows > self.rows[-1]:
             return None
         rows, context = self.rows[bisect_left(self.rows, rows)], self.contexts[bisect_left(self.contexts, context)]
-        return GraphKey(rows, context) if rows * context <= self._max_tokens else None
+        return GraphKey(rows, context) if self._max_tokens is None or rows * context <= self._max_tokens else None
 
     @property
     def keys(self) -> list[GraphKey]:
@@ -60,9 +57,6 @@ class GraphSizes:
         alignment = 6 * 16
         return max((k.rows * (ROW_BYTES + 4 * -(-k.context // block_size)) + alignment for k in self.keys), default=0)
 
-    def graph_bytes(self, bytes_per_row: int, bytes_per_split: int) -> int:
-        """What all of them take, their memory being one: `bytes_per_row` of a forward pass, `bytes_per_split` of
-        attention's result for one row and SPLIT_TOKENS of its context."""
-        keys = self.keys
-        splits = max((key.rows * -(-key.context // SPLIT_TOKENS) for key in keys), default=0)
-        return len(keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + splits * bytes_per_split
+    def graph_bytes(self, bytes_per_row: int) -> int:
+        """What all of a GPU's take, their memory being one: `bytes_per_row` of a forward pass."""
+        return len(self.keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + ATTENTION_BYTES

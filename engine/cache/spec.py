@@ -275,9 +275,7 @@ class _Planner:
         if self.device == "cpu" or self.engine.enforce_eager:
             return 0
         per_row, _ = _activation_terms(self.config, max_num_seqs)
-        # attention's weighted sum, sum of weights and largest score, in float32
-        per_split = 4 * self.config.num_attention_heads * (self.config.head_dim + 2)
-        return GraphSizes(max_num_seqs, max_model_len, self.device).graph_bytes(per_row, per_split)
+        return GraphSizes(max_num_seqs, max_model_len, self.device).graph_bytes(per_row)
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
         checkpoints = (MIN_CHECKPOINTS if self.engine.enable_prefix_caching else 0) + self.compresses  # and their dummy

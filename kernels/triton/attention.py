@@ -7,6 +7,9 @@ prefill does both in one loop: the same code over tiles of the same shape, so on
 A tile holds ROWS rows: the query heads that read one KV head, of as many tokens as fit. Decode fills one token's rows
 and wastes the others, which costs no time while keys come from memory; with fewer rows the tensor cores would be
 addressed by another instruction, which adds in another order.
+
+A program's values are two halves of at most 64 columns, each a product of its own: of wider ones the compiler shares
+out the columns among warps instead of the rows, and then every warp holds the queries of all rows.
 """
 
 from __future__ import annotations
@@ -18,20 +21,25 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ops import Pages
-from kernels.triton.launch import EXACT, LOG2_E, cdiv, dot, jit, next_power_of_2, rounded
+from kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
 SPLIT = 512
-KEY_BYTES = 64  # of one element of every key in a block: 32 keys in bfloat16
 ROWS = 64
-OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}  # with more, prefill spills more on sm_80
+VALUES = 128  # columns of a program, whose sums lie in registers
+OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
+# Decode waits for memory, so two blocks of keys are on their way; the others of its stages are for their pages' ids.
+# Left to itself the compiler spills for the sake of more programs.
+DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
+PARTIAL_BYTES = 64 * 1024**2  # of the splits' results in decode, or those of one sequence if they take more
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
     """See `kernels.ops.AttentionPrefill`."""
-    heads, kv_heads = q.shape[1], pages.k.shape[2]
+    _, heads, size = q.shape
     tile = _tile(q, pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    prefill_kernel[(cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), kv_heads, len(query_start) - 1)](
+    tiles, parts = cdiv(max_query_len, tile["ROWS"] // tile["GROUP"]), cdiv(size, VALUES)
+    prefill_kernel[(tiles, pages.k.shape[2] * parts, len(query_start) - 1)](
         q, *_pages(pages), query_start, out, *q.stride()[:2], heads, scale, **tile, **OPTIONS
     )
     return out
@@ -42,30 +50,37 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     sequences, heads, size = q.shape
     tile = _tile(q, pages)
     splits = cdiv(pages.max_context_len, SPLIT)
+    at_once = min(sequences, max(1, PARTIAL_BYTES // (4 * heads * splits * (size + 2))))
     # of every split the largest score, the sum of weights and the weighted sum of values
-    peaks, totals = (q.new_empty(sequences, heads, splits, dtype=torch.float32) for _ in range(2))
-    values = q.new_empty(sequences, heads, splits, size, dtype=torch.float32)
-    decode_kernel[(splits, pages.k.shape[2], sequences)](
-        q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, **tile, **OPTIONS
-    )
+    peaks, totals = (q.new_empty(at_once, heads, splits, dtype=torch.float32) for _ in range(2))
+    values = q.new_empty(at_once, heads, splits, size, dtype=torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    merge_kernel[(heads, sequences)](
-        peaks, totals, values, pages.context_lens, out, splits, SPLIT=SPLIT, SIZE=size, BLOCK_Z=tile["BLOCK_Z"], **EXACT
-    )
+    for first in range(0, sequences, at_once):
+        count = min(at_once, sequences - first)
+        decode_kernel[(splits, pages.k.shape[2] * cdiv(size, VALUES), count)](
+            q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, first, **tile, **DECODE_OPTIONS
+        )
+        merge_kernel[(heads, count)](
+            *(peaks, totals, values, pages.context_lens, out, splits, first),
+            SPLIT=SPLIT, SIZE=size, BLOCK_Z=tile["BLOCK_Z"], **EXACT,
+        )  # fmt: skip
     return out
 
 
 def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     _, heads, size = q.shape
-    group = heads // pages.k.shape[2]
+    group, block = heads // pages.k.shape[2], max(32, next_power_of_2(size))
     assert q.stride(2) == 1 and pages.k.stride() == pages.v.stride() and pages.k.stride(3) == 1
+    # of one element of every key in a block, as many as registers have room for; the others compute with them there
+    key_bytes = 64 if capability()[0] in (9, 10) and size <= VALUES else 32
     return {
         "SIZE": size,
         "GROUP": group,
         "BLOCK_SIZE": pages.k.shape[1],
         "ROWS": max(ROWS, next_power_of_2(group)),
-        "BLOCK_Z": max(16, next_power_of_2(size)),
-        "KEYS": KEY_BYTES // q.element_size(),
+        "BLOCK_Z": block,
+        "HALF": min(block, VALUES) // 2,
+        "KEYS": max(16, key_bytes // q.element_size()),
         "SPLIT": SPLIT,
     }
 
@@ -84,10 +99,11 @@ def prefill_kernel(
     query_start: tl.tensor, out: tl.tensor,
     q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (tiles of the longest run, KV heads, sequences)."""
-    sequence, kv_head = tl.program_id(2), tl.program_id(1)
+    """Grid (tiles of the longest run, KV heads * parts of 2 * HALF values, sequences)."""
+    parts: tl.constexpr = (SIZE + 2 * HALF - 1) // (2 * HALF)
+    sequence, kv_head, part = tl.program_id(2), tl.program_id(1) // parts, tl.program_id(1) % parts
     start = tl.load(query_start + sequence)
     length, context = tl.load(query_start + sequence + 1) - start, tl.load(context_lens + sequence)
     first = tl.program_id(0) * (ROWS // GROUP)
@@ -97,59 +113,67 @@ def prefill_kernel(
     t, head = first + r // GROUP, kv_head * GROUP + r % GROUP
     filled = (r // GROUP < ROWS // GROUP) & (t < length)
     at = q + (start + t).to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + z
-    mask = filled[:, None] & (z < SIZE)
-    tile = tl.load(at, mask=mask, other=0.0)
+    tile = tl.load(at, mask=filled[:, None] & (z < SIZE), other=0.0)
     # an empty row sees one key, so that nothing is divided by zero
     visible = tl.where(filled, context - length + t + 1, 1)
     last = tl.minimum(context, context - length + first + ROWS // GROUP)
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
+    column = part * (2 * HALF) + tl.arange(0, HALF)[None, :]
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    values = tl.zeros((ROWS, BLOCK_Z), tl.float32)
+    low, high = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
     for split in range(0, last, SPLIT):
-        more_peak, more_total, more_values = attend(
-            tile, k_head, v_head, table, visible, split, last, page_stride, token_stride, scale,
-            SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, KEYS, SPLIT,
+        more_peak, more_total, more_low, more_high = attend(
+            tile, k_head, v_head, table, visible, split, last, column, page_stride, token_stride, scale,
+            SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
         )  # fmt: skip
-        peak, total, values = merge(peak, total, values, more_peak, more_total, more_values)
-    at = out + ((start + t).to(tl.int64) * heads + head)[:, None] * SIZE + z
-    tl.store(at, rounded(values / total[:, None], out.type.element_ty), mask=mask)
+        _, _, low = merge(peak, total, low, more_peak, more_total, more_low)
+        peak, total, high = merge(peak, total, high, more_peak, more_total, more_high)
+    at = out + ((start + t).to(tl.int64) * heads + head)[:, None] * SIZE + column
+    mask, total = filled[:, None] & (column < SIZE), total[:, None]
+    tl.store(at, rounded(low / total, out.type.element_ty), mask=mask)
+    mask = filled[:, None] & (column + HALF < SIZE)
+    tl.store(at + HALF, rounded(high / total, out.type.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def decode_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
     block_tables: tl.tensor, context_lens: tl.tensor,
     table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
     peaks: tl.tensor, totals: tl.tensor, values: tl.tensor,
-    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor,
+    q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor, first: tl.tensor,
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (splits of the longest context, KV heads, sequences)."""
-    sequence, kv_head, split = tl.program_id(2), tl.program_id(1), tl.program_id(0)
+    """Grid (splits of the longest context, KV heads * parts of 2 * HALF values, sequences from `first` on)."""
+    parts: tl.constexpr = (SIZE + 2 * HALF - 1) // (2 * HALF)
+    sequence, kv_head, part = first + tl.program_id(2), tl.program_id(1) // parts, tl.program_id(1) % parts
+    split = tl.program_id(0)
     context = tl.load(context_lens + sequence)
     if split * SPLIT >= context:
         return
     r, z = tl.arange(0, ROWS), tl.arange(0, BLOCK_Z)[None, :]
     head = kv_head * GROUP + r
-    mask = (r < GROUP)[:, None] & (z < SIZE)
     at = q + sequence.to(tl.int64) * q_row_stride + head[:, None] * q_head_stride + z
-    tile = tl.load(at, mask=mask, other=0.0)
+    tile = tl.load(at, mask=(r < GROUP)[:, None] & (z < SIZE), other=0.0)
     visible = tl.zeros((ROWS,), tl.int32) + context
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
-    peak, total, weighted = attend(
-        tile, k_head, v_head, table, visible, split * SPLIT, context, page_stride, token_stride, scale,
-        SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, KEYS, SPLIT,
+    column = part * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    peak, total, low, high = attend(
+        tile, k_head, v_head, table, visible, split * SPLIT, context, column, page_stride, token_stride, scale,
+        SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
     )  # fmt: skip
-    place = (sequence.to(tl.int64) * heads + head) * tl.num_programs(0) + split
+    place = (tl.program_id(2).to(tl.int64) * heads + head) * tl.num_programs(0) + split
     tl.store(peaks + place, peak, mask=r < GROUP)
     tl.store(totals + place, total, mask=r < GROUP)
-    tl.store(values + place[:, None] * SIZE + z, weighted, mask=mask)
+    at = values + place[:, None] * SIZE + column
+    tl.store(at, low, mask=(r < GROUP)[:, None] & (column < SIZE))
+    tl.store(at + HALF, high, mask=(r < GROUP)[:, None] & (column + HALF < SIZE))
 
 
-@jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits", "first"])
 def merge_kernel(
     peaks: tl.tensor,
     totals: tl.tensor,
@@ -157,36 +181,38 @@ def merge_kernel(
     context_lens: tl.tensor,
     out: tl.tensor,
     splits: tl.tensor,
+    first: tl.tensor,
     SPLIT: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ) -> None:
-    """Grid (query heads, sequences)."""
+    """Grid (query heads, sequences from `first` on)."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one, z = tl.arange(0, 1), tl.arange(0, BLOCK_Z)[None, :]
     peak, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
     merged = tl.zeros((1, BLOCK_Z), tl.float32)
     place = row * splits + one
-    for _ in range(0, tl.load(context_lens + tl.program_id(1)), SPLIT):
+    for _ in range(0, tl.load(context_lens + first + tl.program_id(1)), SPLIT):
         weighted = tl.load(values + place[:, None] * SIZE + z, mask=z < SIZE, other=0.0)
         peak, total, merged = merge(peak, total, merged, tl.load(peaks + place), tl.load(totals + place), weighted)
         place += 1
-    at = out + row * SIZE + z
+    at = out + (row + first.to(tl.int64) * tl.num_programs(0)) * SIZE + z
     tl.store(at, rounded(merged / total[:, None], out.type.element_ty), mask=z < SIZE)
 
 
 @jit
 def attend(
     q: tl.tensor, k_head: tl.tensor, v_head: tl.tensor, table: tl.tensor, visible: tl.tensor,
-    start: tl.tensor, last: tl.tensor,
+    start: tl.tensor, last: tl.tensor, column: tl.tensor,
     page_stride: tl.tensor, token_stride: tl.tensor, scale: tl.tensor,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Over the keys from `start` to the split's end or `last`: the largest score (in units of log 2), the sum of
-    weights [ROWS] and the weighted sum of values [ROWS, BLOCK_Z]. Row r of q sees the keys before visible[r]."""
+    weights [ROWS] and the weighted sum of values, twice [ROWS, HALF]: of the columns `column` [1, HALF] and of those
+    HALF behind them. Row r of q sees the keys before visible[r]."""
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    values = tl.zeros((ROWS, BLOCK_Z), tl.float32)
+    low, high = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
     z = tl.arange(0, BLOCK_Z)
     for block in range(start, tl.minimum(start + SPLIT, last), KEYS):
         key = block + tl.arange(0, KEYS)
@@ -199,11 +225,15 @@ def attend(
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights, shrink = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
-        v = tl.load(v_head + token[:, None] + z[None, :], mask=(key < last)[:, None] & (z < SIZE)[None, :], other=0.0)
+        v_at, inside = v_head + token[:, None] + column, (key < last)[:, None]
+        v_low = tl.load(v_at, mask=inside & (column < SIZE), other=0.0)
+        v_high = tl.load(v_at + HALF, mask=inside & (column + HALF < SIZE), other=0.0)
         total = tl.fma(total, shrink, tl.sum(weights, axis=1))
-        values = dot(rounded(weights, q.dtype), v.to(q.dtype), values * shrink[:, None])
+        weights, shrink = rounded(weights, q.dtype), shrink[:, None]
+        low = dot(weights, v_low.to(q.dtype), low * shrink)
+        high = dot(weights, v_high.to(q.dtype), high * shrink)
         peak = new_peak
-    return peak, total, values
+    return peak, total, low, high
 
 
 @jit

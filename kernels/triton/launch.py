@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -20,6 +22,12 @@ jit: Any = triton.jit
 
 INTERPRETED = tl.constexpr(interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@cache
+def capability() -> tuple[int, int]:
+    """Of the GPU; (0, 0) in the interpreter. Tiles may depend on it: a device's bits stay its own."""
+    return (0, 0) if interpreted() else torch.cuda.get_device_capability()
 
 
 def cdiv(a: int, b: int) -> int:

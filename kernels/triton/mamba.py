@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kernels import torch_ops
 from kernels.ops import KernelUnavailable, MambaWeights
 from kernels.triton.conv import causal_conv1d_update
 from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
@@ -28,12 +29,14 @@ STAGES = 2  # of dt_proj's short product, whose buffers would otherwise keep oth
 
 
 class MambaDecode:
-    """See `kernels.ops.MambaDecode`."""
+    """See `kernels.ops.MambaDecode`. It also stands for `torch_ops.Linear`, of whose products it takes none but those
+    of few rows, Triton's own: also of many rows x_proj and dt_proj are computed as few are."""
 
     def __init__(self, *parts: object) -> None:
         kinds = (causal_conv1d_update, Linear, rms_norm, selective_state_update)
         for part, kind in zip(parts, kinds, strict=True):
-            if part is not kind and type(part) is not kind:
+            accepted = (kind, torch_ops.Linear) if kind is Linear else (kind,)
+            if part is not kind and type(part) not in accepted:
                 raise KernelUnavailable(f"it stands for kernels.triton's {kind.__name__}, another one was chosen")
         self._linear = Linear()
 

@@ -12,7 +12,7 @@ from torch.nn.attention import varlen
 
 from kernels import table, torch_ops
 from kernels.ops import KernelUnavailable, Pages, QuantizedWeight
-from kernels.reference import moe
+from kernels.reference import linear, moe
 from kernels.reference.attention import attention_prefill
 from tests.kernels import oracle
 from tests.kernels.cases import assert_close, assert_same, double, random
@@ -168,6 +168,41 @@ def test_packing_copies_nothing() -> None:
     assert pointers == [packed.packed.gate_up[0].data_ptr(), packed.packed.down[0].data_ptr()]
 
 
+class OtherLinear(linear.Linear):
+    """The reference, which counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return super().__call__(x, weight, bias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_many_rows_by_torchs_product(with_bias: bool) -> None:
+    raw, bias = random(12, 40, dtype=torch.bfloat16, seed=1), random(12, dtype=torch.bfloat16) if with_bias else None
+    other = OtherLinear()
+    ours = torch_ops.Linear(other)
+    weight = ours.pack(raw)
+    assert weight.data_ptr() == raw.data_ptr()
+    assert_same(ours.rows(weight, torch.tensor([3, 0])), raw[[3, 0]])
+    for rows, calls in ((torch_ops.MIN_ROWS, 0), (torch_ops.MIN_ROWS - 1, 1)):
+        x = random(rows, 40, dtype=torch.bfloat16)
+        expected = double(x) @ double(raw).T + (0 if bias is None else double(bias))
+        assert_close(ours(x, weight, bias), expected, roundings=2, atol=1e-2)
+        assert other.calls == calls
+
+
+def test_a_quantised_product_goes_to_the_other() -> None:
+    other = OtherLinear()
+    ours, raw = torch_ops.Linear(other), quantized(12, 40)
+    x = random(torch_ops.MIN_ROWS, 40)
+    out = ours(x, ours.pack(raw))
+    assert other.calls == 1
+    assert_same(out, linear.Linear()(x, raw))
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_machines_without_the_grouped_kernel_are_refused(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -177,7 +212,7 @@ def test_machines_without_the_grouped_kernel_are_refused(monkeypatch: pytest.Mon
 
 
 def test_they_are_preferred_where_exactness_is_not_asked_for() -> None:
-    for op in ("attention_prefill", "run_experts"):
+    for op in ("attention_prefill", "run_experts", "linear"):
         entries = {entry.name: entry for entry in table.implementations(op, "cuda")}
         assert not entries["torch"].exact
         assert entries["triton"].exact

@@ -46,6 +46,31 @@ def test_splits_of_keys_are_merged(
     assert_same(attention_decode(q[[3, 6]], pages, SCALE), out[[3, 6]])
 
 
+@each_implementation("attention_prefill", "attention_decode")
+def test_wide_heads(attention_prefill: AttentionPrefill, attention_decode: AttentionDecode) -> None:
+    """Of more values than a program holds."""
+    [(k, v)] = known = [keys_and_values(21, 2, 200, torch.bfloat16)]
+    pages, q = paged(known, 16), random(5, 4, 200, dtype=torch.bfloat16, seed=9)
+    out = attention_prefill(q, pages, query_start([5]), 5, 0.07)
+    expected = oracle.attention(double(q), double(k), double(v), 0.07)
+    assert_close(out, expected, atol=slack(attention_prefill, torch.bfloat16))
+    assert_same(attention_decode(q[4:], pages, 0.07), out[4:])
+
+
+@each_implementation("attention_decode", but="reference")
+@pytest.mark.parametrize("at_once", [0, 1, 2, 3, 5])
+def test_rows_of_decode_go_in_groups(
+    attention_decode: AttentionDecode, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = pytest.importorskip("kernels.triton.attention", reason="the package triton is not installed")
+    contexts, heads, size = (3, SPLIT + 1, 40, 1, 600), 2, 16
+    pages = paged([keys_and_values(n, 1, size, torch.bfloat16, seed) for seed, n in enumerate(contexts)], 16)
+    q = random(len(contexts), heads, size, dtype=torch.bfloat16, seed=9)
+    together = attention_decode(q, pages, SCALE)
+    monkeypatch.setattr(attention, "PARTIAL_BYTES", at_once * 4 * heads * 2 * (size + 2))  # two splits
+    assert_same(attention_decode(q, pages, SCALE), together)
+
+
 def some_weight(*shape: int, format: str, dtype: torch.dtype, seed: int) -> Weight:
     """Random, and quantised unless `format` is empty."""
     if not format:
