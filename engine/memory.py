@@ -80,7 +80,7 @@ class DummySteps:
         """A prompt, or as many as fill the step; a prompt and replies at the end of the longest context; and the
         smallest step, for which other kernels may be compiled."""
         # replies that run beside prompts count as more of these
-        yield self._output(self._prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
+        yield self._output(self.prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
             first = max(self._max_model_len - self.max_num_batched_tokens, 0)
@@ -96,15 +96,15 @@ class DummySteps:
             reply = Chunk(self._sequence(2), 1, 2, samples=True)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
-            yield self._output([reply, *self._prompts(2, 2)])  # in which the prompt's first row is not the batch's
+            yield self._output([reply, *self.prompts(2, 2)])  # in which the prompt's first row is not the batch's
         for tokens in _powers_of_two(self.max_num_batched_tokens):
-            yield self._output(self._prompts(tokens, self._max_model_len))
+            yield self._output(self.prompts(tokens, self._max_model_len))
         for count in _powers_of_two(self.max_num_seqs):
-            yield self._output(self._prompts(count, 1))
+            yield self._output(self.prompts(count, 1))
         for copies in ([(0, 0)], [(0, 0)] * 2):
-            yield SchedulerOutput(tuple(self._prompts(1, 1)), CacheCopies(copies, copies), ())
+            yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(copies, copies), ())
 
-    def _prompts(self, tokens: int, longest: int) -> list[Chunk]:
+    def prompts(self, tokens: int, longest: int) -> list[Chunk]:
         """So many tokens, in as few prompts as can be if none is longer than `longest`."""
         full, rest = divmod(tokens, longest)
         lengths = [longest] * full + ([rest] if rest else [])

@@ -9,7 +9,7 @@ import torch
 
 from engine.cache.spec import Measured, MemoryPlan, plan_memory, usable_bytes
 from engine.config import EngineConfig
-from engine.core import Loaded, measure_steps
+from engine.core import Loaded, dummy_steps, measure_steps
 from engine.errors import ConfigError
 from engine.llm import LLM
 from engine.memory import DummySteps, measure, usable_memory
@@ -102,8 +102,8 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     runner, config = llm.core.model_runner, EngineConfig(model="x", max_num_seqs=5, max_model_len=50)
     dtype = torch.float32
     loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, dtype, dtype, runner.device)
-    plan = plan_on_gpu(config, load_model_config(tmp_path), 10 * GIB)
-    measured = measure_steps(loaded, config, plan, FakeMemory())
+    plan = plan_on_gpu(config, loaded.model.config, 10 * GIB)
+    measured = measure_steps(loaded, dummy_steps(config, loaded.model.config, plan), FakeMemory())
     assert measured == Measured(plan.max_num_batched_tokens, 5, 0)
 
 
