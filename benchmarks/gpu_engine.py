@@ -54,19 +54,26 @@ OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
 
 
 @contextmanager
-def time_of_loading() -> Generator[list[float]]:
-    """When the weights were loaded."""
-    loaded: list[float] = []
-    load = engine.core.load
+def times_of_loading() -> Generator[list[float]]:
+    """When the weights were loaded; on a GPU also when kernels were compiled and steps could be measured."""
+    times: list[float] = []
+    load, measure_steps = engine.core.load, engine.core.measure_steps
 
-    def timed(*args: Any, **kwargs: Any) -> None:
+    def timed_load(*args: Any, **kwargs: Any) -> None:
         load(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        loaded.append(time.perf_counter())
+        times.append(time.perf_counter())
 
-    with mock.patch.object(engine.core, "load", timed):
-        yield loaded
+    def timed_measure(*args: Any, **kwargs: Any) -> Any:
+        times.append(time.perf_counter())
+        return measure_steps(*args, **kwargs)
+
+    with (
+        mock.patch.object(engine.core, "load", timed_load),
+        mock.patch.object(engine.core, "measure_steps", timed_measure),
+    ):
+        yield times
 
 
 class Bench:
@@ -83,9 +90,9 @@ class Bench:
             "max_model_len": min(longest, config.max_position_embeddings),
         }
         start = time.perf_counter()
-        with time_of_loading() as loaded:
+        with times_of_loading() as times:
             self.llm = LLM(folder, **settings | self.stored.settings | job.options)
-        self.loaded_at, self.ready_at = loaded[0], time.perf_counter()
+        self.loaded_at, self.compiled_at, self.ready_at = times[0], times[-1], time.perf_counter()
         self.load_seconds = self.loaded_at - start
         self.random = Random(0)
 
@@ -105,6 +112,7 @@ class Bench:
         return {
             "seconds": self.ready_at - self.loaded_at + reply,
             "of_them_until_ready": self.ready_at - self.loaded_at,
+            "of_them_until_compiled": self.compiled_at - self.loaded_at,
             "of_them_reply": reply,
             "kernels_compiled_before": compiled,
         }

@@ -21,7 +21,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.triton_rehearsal import MODELS, STEPS, rehearsal_of
 from kernels.ops import (
     CompressedStates,
     MambaWeights,
@@ -136,7 +138,8 @@ def specialize(op: str, kernel: JITFunction[Any], values: dict[str, Any], option
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
-            aligned.append(name)
+            if value.data_ptr() % 16 == 0:
+                aligned.append(name)
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -317,10 +320,30 @@ def launches_on(target: int) -> list[Launch]:
     return [launch for launch in found if launch.op not in without]
 
 
+def rehearsed(known: list[Launch]) -> list[Launch]:
+    """What servers of whole models launch, as far as it is not known: by the constants of each kernel."""
+    seen, found = {identity(launch) for launch in known}, list[Launch]()
+    for model in MODELS:
+        for launch in record(model, partial(rehearsal_of(model).launch, STEPS)):
+            if (key := identity(launch)) not in seen:
+                seen.add(key)
+                constants = [f"{name} {value}" for name, value in launch.constants.items() if value and name.isupper()]
+                op = f"{model}: {', '.join(constants)}"
+                others = sum(other.op.startswith(op) and other.kernel is launch.kernel for other in found)
+                found.append(replace(launch, op=f"{op} ({others + 1})" if others else op))
+    return found
+
+
+def identity(launch: Launch) -> str:
+    """The same of launches that share a compiled kernel."""
+    return repr(replace(launch, op=""))
+
+
 def all_launches() -> list[Launch]:
     calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
     calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
+    launches += rehearsed(launches)
     # Mini's heads: other constants, so another kernel
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
     narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,12 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
 from engine.kernel_choice import check_kernels
-from engine.memory import CudaMemory, DeviceMemory, LargestSteps, measure, usable_memory
+from engine.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.model_runner import ModelRunner, PendingStep
 from engine.models import Model, build_model
 from engine.quantization import QuantizationPolicy
+from engine.rehearsal import Rehearsal, compiled_meanwhile
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.types import EngineInfo, Request, StepResult, TokenUpdate
@@ -134,14 +136,17 @@ class EngineCore:
             device=device.type,
         )
         plan = planned(available_bytes=available_bytes(device, config))
-        model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
-        load(model, config, on_progress)
         kv_dtype = dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
+        steps = dummy_steps(config, model_config, plan)
+        rehearsal = Rehearsal(model_config, kernels, policy, dtype, kv_dtype, config.block_size)
+        with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
+            model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
+            load(model, config, on_progress)
         sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
         loaded = Loaded(model, sampler, kernels, policy, dtype, kv_dtype, device)
         if device.type == "cuda":
             on_progress("measuring memory", 0.0)
-            measured = measure_steps(loaded, config, plan, CudaMemory(device))
+            measured = measure_steps(loaded, steps, CudaMemory(device))
             plan = planned(available_bytes=plan.weight_bytes + available_bytes(device, config), measured=measured)
             on_progress("measuring memory", 1.0)
         self.model_runner = make_runner(loaded, config, plan)
@@ -211,16 +216,20 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
         load_weights(model, Path(config.model), on_progress, phase=phase)
 
 
-def measure_steps(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, memory: DeviceMemory) -> Measured:
-    """What the largest steps of `plan` take, or of one that has room for more sequences and longer ones."""
-    trained = loaded.model.config.max_position_embeddings
-    steps = LargestSteps(
+def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
+    """Of `plan`, or of one that has room for more sequences and longer ones."""
+    trained = model_config.max_position_embeddings
+    return DummySteps(
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_num_seqs=min(config.max_num_seqs, max(plan.max_num_batched_tokens, plan.max_num_seqs)),
         max_model_len=min(config.max_model_len or trained, trained),
         block_size=config.block_size,
     )
-    storage = loaded.storage(1, 1, config.block_size)
+
+
+def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
+    """What the largest of them take."""
+    storage = loaded.storage(1, 1, steps.block_size)
     runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
 

@@ -29,6 +29,8 @@ def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     """The arrays (C-contiguous) as tensors on `device`, without waiting for it. On a CPU they share their memory."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
+    if device.type == "meta":  # where steps are rehearsed
+        return cut(torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=device), arrays)
     packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True))
     return cut(packed.to(device, non_blocking=True), arrays)
 

@@ -88,11 +88,12 @@ class Backend:
 
     def raw(self, role: Role, *shape: int) -> Weight:
         """Uninitialised memory for a matrix as it is on disk: where it becomes a smaller one, not on the device."""
+        host = self.device if self.device.type == "meta" else torch.device("cpu")
         if role in self.policy.stored:
-            values = torch.empty(shape, dtype=torch.float8_e4m3fn)
-            return QuantizedWeight(values, torch.empty(*shape[:-1], 1), group_size=shape[-1], bits=8)
+            values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=host)
+            return QuantizedWeight(values, torch.empty(*shape[:-1], 1, device=host), group_size=shape[-1], bits=8)
         on_host = self.policy.quantization_of(role) is not None
-        return torch.empty(shape, dtype=self.dtype, device="cpu" if on_host else self.device)
+        return torch.empty(shape, dtype=self.dtype, device=host if on_host else self.device)
 
     def quantize(self, role: Role, weight: Weight) -> Weight:
         """A filled raw weight as the kernels take it, on the device: quantised, or as it is."""

@@ -31,7 +31,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     dtype = torch.float8_e4m3fn if quantization == "fp8" else torch.int8
     values = torch.empty(rows.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(rows), num_groups, device=weight.device)
-    step = max(1, _CHUNK // inputs)
+    step = len(rows) if rows.is_meta else max(1, _CHUNK // inputs)  # there is nothing to go through there
     for chunk, chunk_values, chunk_scales in zip(*(t.split(step) for t in (rows, values, scales)), strict=True):
         padded = torch.nn.functional.pad(chunk.float(), (0, num_groups * group_size - inputs))
         numbers, scale = QUANTIZERS[quantization](padded.unflatten(-1, (num_groups, group_size)))

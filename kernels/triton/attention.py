@@ -91,7 +91,7 @@ def _pages(pages: Pages) -> tuple[Any, ...]:
     return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
 
 
-@jit
+@jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
     block_tables: tl.tensor, context_lens: tl.tensor,
@@ -136,7 +136,7 @@ def prefill_kernel(
     tl.store(at + HALF, rounded(high / total, out.type.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["first"])
+@jit(do_not_specialize=["first", "table_stride"])
 def decode_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
     block_tables: tl.tensor, context_lens: tl.tensor,

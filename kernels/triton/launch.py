@@ -5,20 +5,53 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from kernels.triton import interpreted
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """Launch option of kernels whose bits must equal those of another kernel: only `tl.fma` fuses."""
 
-jit: Any = triton.jit
-"""Without its types, which have no place for the launch of a kernel and take every argument for a tensor."""
+_only_compiles: ContextVar[bool] = ContextVar("_only_compiles", default=False)
+
+
+class Kernel(JITFunction[Any]):
+    """Compiled when it is launched with arguments of new kinds; within `compile_launches` never launched."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return super().run(*args, grid=grid, warmup=warmup or _only_compiles.get(), **options)
+
+
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`triton.jit` without its types, which have no place for the launch of a kernel and take every argument for a
+    tensor."""
+    if function is None:
+        return partial(jit, **options)
+    return triton.jit(function, **options) if interpreted() else Kernel(function, **options)
+
+
+def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
+    """Compiles the kernels that `launch` launches, in `executor`, and loads them onto the device, but runs none of
+    them: tensors may be on the device "meta". Returns how many. Raises the first error. Meanwhile no other thread may
+    launch any."""
+    token = _only_compiles.set(True)
+    try:
+        with triton.AsyncCompileMode(executor) as mode:
+            launch()
+    finally:
+        _only_compiles.reset(token)
+    # triton 3.6 compiles a launcher for each
+    return sum(1 for _ in executor.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
+
 
 INTERPRETED = tl.constexpr(interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -69,7 +69,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
             f"{scales.dtype} {tuple(scales.shape)}"
         )
     words = values.new_empty(*values.shape[:-1], cdiv(inputs, group) * group * bits // 32, dtype=torch.int32)
-    step = max(1, CHUNK // inputs)
+    step = len(words.flatten(0, -2)) if words.is_meta else max(1, CHUNK // inputs)
     chunks = zip(*(rows.flatten(0, -2).split(step) for rows in (values.view(torch.int8), words)), strict=True)
     for some_values, some_words in chunks:
         some_words.copy_(_words(some_values, format))

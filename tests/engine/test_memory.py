@@ -9,10 +9,10 @@ import torch
 
 from engine.cache.spec import Measured, MemoryPlan, plan_memory, usable_bytes
 from engine.config import EngineConfig
-from engine.core import Loaded, measure_steps
+from engine.core import Loaded, dummy_steps, measure_steps
 from engine.errors import ConfigError
 from engine.llm import LLM
-from engine.memory import LargestSteps, measure, usable_memory
+from engine.memory import DummySteps, measure, usable_memory
 from engine.model_config import JambaConfig, load_model_config, weight_bytes
 from engine.quantization import UNQUANTIZED
 from engine.scheduler import SchedulerOutput
@@ -66,7 +66,7 @@ def test_what_steps_take_is_the_peak_beside_the_weights() -> None:
         sizes.append(len(output.chunks))
         memory.take([3 * GIB, GIB, GIB, 0][len(sizes) - 1])
 
-    steps = LargestSteps(max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16)
+    steps = DummySteps(max_num_batched_tokens=100, max_num_seqs=7, max_model_len=40, block_size=16)
     assert measure(run, steps, memory) == Measured(100, 7, 3 * GIB)
     assert sizes == [3, 1, 7, 1]
     assert usable_memory(memory, 0.9) == 72 * GIB - 2 * GIB - 6 * GIB
@@ -76,15 +76,15 @@ def test_a_step_that_does_not_fit_is_an_error_that_names_the_sizes() -> None:
     def run(output: SchedulerOutput) -> None:
         raise torch.OutOfMemoryError("tried to allocate 21 GiB")
 
-    steps = LargestSteps(max_num_batched_tokens=8192, max_num_seqs=4096, max_model_len=262_144, block_size=16)
+    steps = DummySteps(max_num_batched_tokens=8192, max_num_seqs=4096, max_model_len=262_144, block_size=16)
     with pytest.raises(ConfigError, match=r"8192, or max_num_seqs 4096 at max_model_len 262144: lower one .*21 GiB"):
         measure(run, steps, FakeMemory())
 
 
 def test_the_largest_steps_are_as_large_as_can_be() -> None:
-    prompts, last, replies, smallest = LargestSteps(
+    prompts, last, replies, smallest = DummySteps(
         max_num_batched_tokens=30, max_num_seqs=7, max_model_len=40, block_size=16
-    ).outputs()
+    ).largest()
     assert [(chunk.start, chunk.end) for chunk in prompts.chunks] == [(0, 37)]
     assert [(chunk.start, chunk.end) for chunk in last.chunks] == [(10, 40)]
     assert [(chunk.start, chunk.end) for chunk in replies.chunks] == [(39, 40)] * 7
@@ -102,8 +102,8 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     runner, config = llm.core.model_runner, EngineConfig(model="x", max_num_seqs=5, max_model_len=50)
     dtype = torch.float32
     loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, dtype, dtype, runner.device)
-    plan = plan_on_gpu(config, load_model_config(tmp_path), 10 * GIB)
-    measured = measure_steps(loaded, config, plan, FakeMemory())
+    plan = plan_on_gpu(config, loaded.model.config, 10 * GIB)
+    measured = measure_steps(loaded, dummy_steps(config, loaded.model.config, plan), FakeMemory())
     assert measured == Measured(plan.max_num_batched_tokens, 5, 0)
 
 

@@ -1,0 +1,208 @@
+"""Kernels compiled while the weights load: after a rehearsal no step needs another. A GPU, its compiler and what it
+computes are doubles; Triton's own code decides which launches share a compiled kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+import engine.core
+import kernels.table
+from benchmarks.shapes import Format, write_config
+from engine.cache.spec import available_cpus
+from engine.errors import CheckpointError
+from engine.llm import LLM
+from engine.memory import DummySteps
+from engine.model_config import load_model_config
+from engine.rehearsal import Rehearsal, compiled_meanwhile
+from engine.types import SamplingParams
+from kernels.ops import Kernels, SampleInputs
+from tests.engine.test_graphs import with_graphs
+from tests.tiny import TINY_CONFIGS, save_tiny
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+class Gpu:
+    """What Triton asks of a device, and which kernels it compiled for this one. A launch does nothing."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+        self.launched: list[str] = []
+        self.may_compile = threading.Event()
+        self.may_compile.set()
+        self.broken = ""  # a kernel that does not compile
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> Any:
+        return id(self)  # no other test has compiled for it
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def compile(self, source: Any, **_: Any) -> Any:
+        assert self.may_compile.wait(10)
+        if (name := source.fn.__name__) == self.broken:
+            raise RuntimeError(f"{name} is broken")
+        self.compiled.append(name)
+        kernel = SimpleNamespace(run=lambda *_: self.launched.append(name), function=None, packed_metadata=None)
+        kernel.launch_metadata = lambda *_: None
+        return kernel
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    import triton.compiler
+    from triton.runtime import driver
+
+    found = Gpu()
+    monkeypatch.setattr(driver, "_active", found)
+    monkeypatch.setattr(triton.compiler, "compile", found.compile)
+    monkeypatch.setattr(kernels.table, "ensure_available", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return found
+
+
+def triton_kernels(exact: bool | None = None) -> Kernels:
+    return kernels.table.select("cuda", {"all": "triton"}, exact)
+
+
+def token_0(chosen: Kernels) -> Kernels:
+    """These kernels, which do nothing, with a token that there is."""
+
+    def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
+        return chosen.sample(logits, inputs).zero_()
+
+    return dataclasses.replace(chosen, sample=sample)
+
+
+CASES = [
+    ("moe-gqa", {}),
+    ("dense-mqa-tied", {"kv_cache_dtype": "fp8"}),
+    ("conv3-state8-all-biases", {"dtype": "float32", "quantization": "fp8"}),
+    ("expand3-no-biases-moe-everywhere", {"quantization": "int8", "quantize_mamba": True}),
+    ("conv2-dt-rank-auto", {"quantization": "int4"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=[name for name, _ in CASES])
+def test_nothing_is_compiled_after_the_weights_are_loaded(
+    name: str, settings: dict[str, Any], gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU that passes for a GPU."""
+    save_tiny(tmp_path, **TINY_CONFIGS[name])
+    monkeypatch.setattr(engine.core, "select", lambda device, wishes, exact: token_0(triton_kernels(exact)))
+    monkeypatch.setattr(Rehearsal, "is_for", lambda self, device: True)
+    sizes = {"max_num_seqs": 70, "max_num_batched_tokens": 1100, "max_model_len": 1300}
+    llm = LLM(tmp_path, device="cpu", **{"dtype": "bfloat16"} | sizes | settings)
+    before = list(gpu.compiled)
+    assert len(before) > 20
+    assert gpu.launched == []
+    with_graphs(llm)
+    random = Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return random.choices(range(3, 60), k=length)
+
+    for params in (GREEDY, SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logprobs=2, prompt_logprobs=1)):
+        for count in (*range(1, 20), 31, 64, 65, 70):
+            prompts = [prompt(random.choice((1, 2, 17, 40))) for _ in range(count)]
+            llm.generate([*prompts], msgspec.structs.replace(params, max_tokens=3))
+        for length in (1, 15, 16, 17, 63, 64, 65, 130, 511, 1023, 1024, 1100, 1250):
+            llm.generate([prompt(length)], msgspec.structs.replace(params, max_tokens=2))
+    for _ in range(3):  # answers that were not read to their end, so that pages and states are copied
+        llm.generate([[5] * 20 + [0] * extra for extra in range(9)], msgspec.structs.replace(GREEDY, max_tokens=9))
+    assert "copy_kernel" in gpu.launched
+    assert set(gpu.launched) == set(before), "nothing was compiled in vain"
+    assert gpu.compiled == before
+
+
+def rehearsal_of(shape: str, format: str, folder: Path) -> Rehearsal:
+    write_config(shape, folder)
+    policy = Format.parse(format).policy
+    return Rehearsal(load_model_config(folder), triton_kernels(), policy, torch.bfloat16, torch.bfloat16, 16)
+
+
+def dummy_steps(max_num_seqs: int, max_num_batched_tokens: int) -> DummySteps:
+    return DummySteps(
+        max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, max_model_len=4096, block_size=16
+    )
+
+
+@pytest.mark.parametrize(("shape", "format"), [("3b", "bf16"), ("mini", "int8"), ("mini", "int4+mamba")])
+def test_any_step_of_a_real_model_launches_what_was_rehearsed(
+    shape: str, format: str, gpu: Gpu, tmp_path: Path
+) -> None:
+    """Any number of replies beside any number of prompts of any length."""
+    rehearsal, steps, random = rehearsal_of(shape, format, tmp_path), dummy_steps(256, 2048), Random(0)
+    with ThreadPoolExecutor(2) as executor:
+        assert rehearsal.compile(steps, executor) == len(gpu.compiled) > 25
+    runner, before = rehearsal.runner(), list(gpu.compiled)
+    output = next(steps.of_all_sizes())
+    for _ in range(60):
+        replies = output.chunks * random.choice((0, 1, random.randint(1, 30), random.randint(1, 256)))
+        lengths = [random.choice((1, 5, 70, 500, 1100)) for _ in range(random.choice((0, 1, 4, 20)))]
+        prompts = [chunk for length in lengths for chunk in steps.prompts(length, length)]
+        if replies or prompts:
+            runner.launch(dataclasses.replace(output, chunks=(*replies, *prompts)))
+    assert set(gpu.launched) == set(before) - {"copy_kernel"}
+    assert gpu.compiled == before
+
+
+def test_the_thread_that_loads_launches_as_ever(gpu: Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from kernels.triton.norm import rms_norm
+
+    rehearsal, x = rehearsal_of("tiny", "bf16", tmp_path), torch.ones(2, 64)
+    with caplog.at_level(logging.INFO), compiled_meanwhile(rehearsal, dummy_steps(4, 64)):
+        rms_norm(x, x[0], 1e-6)
+    assert gpu.launched == ["norm_kernel"]
+    [record] = caplog.records
+    assert f"compiled {len(gpu.compiled) - 1} kernels in " in record.getMessage()
+
+
+def test_what_cannot_be_compiled_ahead_is_told_and_stops_nobody(
+    gpu: Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.broken = "scan_kernel"
+    with compiled_meanwhile(rehearsal_of("tiny", "bf16", tmp_path), dummy_steps(4, 64)):
+        pass
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "kernels are compiled when they are needed, not while the weights load: " in caplog.text
+    assert "scan_kernel is broken" in caplog.text
+    assert "merge_kernel" in gpu.compiled, "the others are compiled all the same"
+
+
+def test_nobody_waits_for_kernels_of_a_model_that_cannot_be_loaded(
+    gpu: Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.may_compile.clear()
+    rehearsal = rehearsal_of("tiny", "bf16", tmp_path)
+    threading.Timer(0.5, gpu.may_compile.set).start()
+    with pytest.raises(CheckpointError, match="no weights"), compiled_meanwhile(rehearsal, dummy_steps(4, 64)):
+        raise CheckpointError("no weights")
+    assert len(gpu.compiled) <= available_cpus()
+    assert caplog.text == ""
+
+
+def test_only_a_gpu_with_triton_kernels_has_something_to_compile(tmp_path: Path, gpu: Gpu) -> None:
+    rehearsal = rehearsal_of("tiny", "bf16", tmp_path)
+    assert rehearsal.is_for(torch.device("cuda"))
+    assert not rehearsal.is_for(torch.device("cpu"))
+    without = dataclasses.replace(rehearsal, kernels=kernels.table.select("cuda", {"all": "reference"}))
+    assert not without.is_for(torch.device("cuda"))
