@@ -23,8 +23,8 @@ Fields = dict[str, int | None]
 @dataclass(frozen=True, slots=True)
 class Variant:
     """`changes` by "module.name" in kernels.triton: of a dictionary, or of a function that returns one or a named
-    tuple, the fields that are others; of another function what it returns; of a constant its value. `exact`: the bits of a
-    result must be those of the kernel as it is."""
+    tuple, the fields that are others; of another function what it returns; of a constant its value. `exact`: the bits
+    of a result must be those of the kernel as it is."""
 
     changes: Mapping[str, Any]
     exact: bool = True
