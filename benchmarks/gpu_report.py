@@ -177,7 +177,10 @@ def replies(parts: Parts) -> list[str]:
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
             if "of_them_reply" in row:
-                split = f"{row['of_them_until_ready']:.2f} until ready, {row['of_them_reply']:.2f} for the reply"
+                compiled, ready = row["of_them_until_compiled"], row["of_them_until_ready"]
+                split = (
+                    f"{compiled:.2f} until compiled, {ready:.2f} until ready, {row['of_them_reply']:.2f} for the reply"
+                )
                 lines.append(f"| {key} | {row['seconds']:.2f} ({split}) |")
     for key, row in parts.get("http", {"rows": {}})["rows"].items():
         if "until_ready" in row:
