@@ -138,7 +138,9 @@ class EngineCore:
         plan = planned(available_bytes=available_bytes(device, config))
         kv_dtype = dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
         steps = dummy_steps(config, model_config, plan)
-        rehearsal = Rehearsal(model_config, kernels, policy, dtype, kv_dtype, config.block_size)
+        rehearsal = Rehearsal(
+            model_config, kernels, policy, dtype, kv_dtype, config.block_size, config.checkpoint_dtype == "int8"
+        )
         with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
             model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
             load(model, config, on_progress)

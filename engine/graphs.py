@@ -59,8 +59,13 @@ class CudaGraph:
         output = run()  # a capture computes nothing, and must not meet what is not compiled yet
         started = time.monotonic()
         # only what this thread does counts: others may compile or allocate meanwhile
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._output = run()
+        try:
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._output = run()
+        except RuntimeError as error:  # which leaves torch's allocator as it was in the middle: the engine must end
+            raise RuntimeError(
+                f"no CUDA graph of {len(output)} sequences could be captured ({error}); --enforce-eager does without"
+            ) from error
         rows, seconds = len(output), time.monotonic() - started
         logger.info("captured a CUDA graph of %d sequences in %.2f s", rows, seconds)
         return output

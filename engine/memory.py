@@ -102,7 +102,7 @@ class DummySteps:
         for count in _powers_of_two(self.max_num_seqs):
             yield self._output(self.prompts(count, 1))
         for copies in ([(0, 0)], [(0, 0)] * 2):
-            yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(pages=copies, states=copies), ())
+            yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(pages=copies, states=copies, saves=copies), ())
 
     def prompts(self, tokens: int, longest: int) -> list[Chunk]:
         """So many tokens, in as few prompts as can be if none is longer than `longest`."""

@@ -39,6 +39,7 @@ class Rehearsal:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     block_size: int
+    compresses: bool = False  # saved states
 
     def is_for(self, device: torch.device) -> bool:
         """Whether there is anything to compile."""
@@ -56,6 +57,7 @@ class Rehearsal:
             self.config,
             num_pages=1,
             num_slots=1,
+            num_checkpoints=int(self.compresses),
             block_size=self.block_size,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,

@@ -23,6 +23,7 @@ CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
 CHECKPOINT_SHARE = 0.25  # of the cache memory that running slots leave
 MIN_CHECKPOINTS = 2  # with prefix caching on: a system prompt's end and a conversation's end
 STAGING_SLOTS = 4  # through which states are compressed while all sequences run: what a prompt saves in one step
+MAX_NUM_SEQS = 65_535  # GPU kernels have sequences on their grid's second and third axis, which goes no further
 MIN_PAGES = 3  # the dummy, one block, and one to spare
 # Pages are kept for as many tokens again as can run at once. On a CPU, where prefill is slow and memory is others' too,
 # an average context is assumed for each running sequence, and a state for each of the places where conversations branch
@@ -169,6 +170,8 @@ def check_sizes(engine: EngineConfig) -> None:
         value = getattr(engine, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+    if engine.max_num_seqs > MAX_NUM_SEQS:
+        raise ConfigError(f"max_num_seqs is {engine.max_num_seqs}; it must be at most {MAX_NUM_SEQS}.")
     if not 0 < engine.gpu_memory_utilization <= 1:
         raise ConfigError(
             f"gpu_memory_utilization is {engine.gpu_memory_utilization}; it must be more than 0 and at most 1."

@@ -4,7 +4,8 @@ eager engine."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.cache.graph_sizes import GraphKey, GraphSizes
 from engine.cache.storage import CacheStorage
-from engine.graphs import DecodeGraphs, why_no_graphs
+from engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
 from engine.llm import LLM
 from engine.staging import ALIGNMENT, cut, pack, packed_bytes
 from engine.types import SamplingParams
@@ -200,6 +201,18 @@ def test_kernels_that_cannot_be_captured_are_named() -> None:
     assert why_no_graphs({**names, "linear": "reference"}, "cuda") is None
     reason = why_no_graphs({**names, "attention_decode": "reference", "run_experts": "reference"}, "cuda")
     assert reason == "attention_decode=reference, run_experts=reference cannot be captured"
+
+
+def test_a_capture_that_fails_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def refuse(*args: object, **kwargs: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    with pytest.raises(RuntimeError, match=r"of 3 sequences could be captured \(operation not .*--enforce-eager"):
+        CudaGraph(pool=None).capture(lambda: torch.zeros(3, 8))
 
 
 # Staging ----------------------------------------------------------------------------------------------------------

@@ -98,10 +98,11 @@ CASES = [
     ("conv3-state8-all-biases", {"dtype": "float32", "quantization": "fp8"}),
     ("expand3-no-biases-moe-everywhere", {"quantization": "int8", "quantize_mamba": True}),
     ("conv2-dt-rank-auto", {"quantization": "int4"}),
+    ("moe-gqa", {"checkpoint_dtype": "int8"}),
 ]
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_nothing_is_compiled_after_the_weights_are_loaded(
     name: str, settings: dict[str, Any], gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,11 @@ def test_sizes_below_one_are_an_error(geometry: Geometry, name: str) -> None:
         make_plan(geometry["3b"], 64 * GIB, "cpu", **{name: 0})
 
 
+def test_more_sequences_than_a_grid_has_are_an_error(geometry: Geometry) -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs is 65536; it must be at most 65535"):
+        make_plan(geometry["3b"], 64 * GIB, max_num_seqs=65_536)
+
+
 def random_settings(rng: random.Random) -> dict[str, Any]:
     choices: dict[str, list[Any]] = {
         "max_model_len": [None, 1, 15, 400, 5000, 10**6],
