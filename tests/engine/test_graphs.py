@@ -4,7 +4,7 @@ eager engine."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -205,7 +205,7 @@ def test_kernels_that_cannot_be_captured_are_named() -> None:
 
 def test_a_capture_that_fails_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def refuse(*args: object, **kwargs: object) -> Iterator[None]:
+    def refuse(*args: object, **kwargs: object) -> Generator[None]:
         yield
         raise RuntimeError("operation not permitted when stream is capturing")
 
