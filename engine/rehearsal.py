@@ -113,11 +113,11 @@ def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[Non
         rehearsed = stage.submit(rehearsal.compile, steps, compilers)
         try:
             yield
+            loaded = time.monotonic()
+            error = rehearsed.exception()
         except BaseException:
             compilers.call_off()  # nobody waits for more than what is under way
             raise
-        loaded = time.monotonic()
-        error = rehearsed.exception()
     if error is not None:
         logger.warning("kernels are compiled when they are needed, not while the weights load: %r", error)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +229,19 @@ def test_a_load_that_fails_late_ends_the_wait_for_kernels_in_the_queue(gpu: Gpu,
 
     threading.Thread(target=load, daemon=True).start()
     assert ended.wait(15)
+    assert len(gpu.compiled) <= available_cpus()
+
+
+def test_an_interrupt_ends_the_wait_for_kernels(gpu: Gpu, tmp_path: Path) -> None:
+    gpu.may_compile.clear()
+    main = threading.get_ident()
+    threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    threading.Timer(1.0, gpu.may_compile.set).start()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        compiled_meanwhile(rehearsal_of("tiny", "bf16", tmp_path), dummy_steps(4, 64)),
+    ):
+        pass
     assert len(gpu.compiled) <= available_cpus()
 
 
