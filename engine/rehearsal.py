@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -27,6 +28,9 @@ from engine.sampling.sampler import Sampler
 from kernels.ops import Kernels
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +83,41 @@ class Rehearsal:
         return compile_launches(lambda: self.launch(steps), executor)
 
 
+class Compilers(ThreadPoolExecutor):
+    """Threads whose work can be called off. `shutdown(cancel_futures=True)` does so, too, but never wakes a thread that
+    is in `as_completed` with such futures, as Triton's is."""
+
+    _called_off = False
+
+    def call_off(self) -> None:
+        """What has not begun fails, and nothing more is taken."""
+        self._called_off = True
+        self.shutdown(wait=False)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        def run() -> T:
+            if self._called_off:
+                raise CancelledError
+            return fn(*args, **kwargs)
+
+        return super().submit(run)
+
+
 @contextmanager
 def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[None]:
     """Compiles the kernels of `steps` in other threads during a `with` block, in which nobody else may launch one; its
     end waits for them. What is not compiled then, because an op does not run on the device "meta", will be when it is
     needed: that is told, but stops nobody."""
     started = time.monotonic()
-    with ThreadPoolExecutor(available_cpus()) as compilers, ThreadPoolExecutor(1) as stage:
+    with Compilers(available_cpus()) as compilers, ThreadPoolExecutor(1) as stage:
         rehearsed = stage.submit(rehearsal.compile, steps, compilers)
         try:
             yield
+            loaded = time.monotonic()
+            error = rehearsed.exception()
         except BaseException:
-            compilers.shutdown(wait=False, cancel_futures=True)  # nobody waits for more than what is under way
+            compilers.call_off()  # nobody waits for more than what is under way
             raise
-        loaded = time.monotonic()
-        error = rehearsed.exception()
     if error is not None:
         logger.warning("kernels are compiled when they are needed, not while the weights load: %r", error)
         return

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -199,6 +202,47 @@ def test_nobody_waits_for_kernels_of_a_model_that_cannot_be_loaded(
         raise CheckpointError("no weights")
     assert len(gpu.compiled) <= available_cpus()
     assert caplog.text == ""
+
+
+def test_a_load_that_fails_late_ends_the_wait_for_kernels_in_the_queue(gpu: Gpu, tmp_path: Path) -> None:
+    """All are submitted, most have not begun, and their thread waits for them when they are called off."""
+    gpu.may_compile.clear()
+    rehearsal, launched = rehearsal_of("tiny", "bf16", tmp_path), threading.Event()
+
+    class Watched(Rehearsal):
+        """Tells when all is submitted."""
+
+        def launch(self, steps: DummySteps) -> None:
+            super().launch(steps)
+            launched.set()
+
+    watched = Watched(**{field.name: getattr(rehearsal, field.name) for field in dataclasses.fields(rehearsal)})
+    ended = threading.Event()
+
+    def load() -> None:
+        with suppress(CheckpointError), compiled_meanwhile(watched, dummy_steps(4, 64)):
+            assert launched.wait(60)
+            time.sleep(0.2)  # for the wait to begin, without which the test would pass whatever happens
+            threading.Timer(0.5, gpu.may_compile.set).start()
+            raise CheckpointError("no weights")
+        ended.set()
+
+    threading.Thread(target=load, daemon=True).start()
+    assert ended.wait(15)
+    assert len(gpu.compiled) <= available_cpus()
+
+
+def test_an_interrupt_ends_the_wait_for_kernels(gpu: Gpu, tmp_path: Path) -> None:
+    gpu.may_compile.clear()
+    main = threading.get_ident()
+    threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    threading.Timer(1.0, gpu.may_compile.set).start()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        compiled_meanwhile(rehearsal_of("tiny", "bf16", tmp_path), dummy_steps(4, 64)),
+    ):
+        pass
+    assert len(gpu.compiled) <= available_cpus()
 
 
 def test_only_a_gpu_with_triton_kernels_has_something_to_compile(tmp_path: Path, gpu: Gpu) -> None:
