@@ -64,7 +64,8 @@ from kernels.triton.launch import capability
 RESULTS = Path(__file__).parent / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-TYPES.update({torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
+TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
+TENSOR_COLUMNS = 512  # of tensor memory that a program may have; beyond it triton compiles nothing, without an error
 FP8_CAPABILITY = 89  # has such numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -100,7 +101,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Per thread `registers` and `spilled` bytes, per program `shared` bytes and `warps`."""
+    """Per thread `registers` and `spilled` bytes, per program `shared` bytes, `warps` and columns of tensor memory."""
 
     op: str
     kernel: str
@@ -111,6 +112,7 @@ class Resources:
     warps: int
     instruction: str
     reductions: tuple[str, ...]
+    tensor_columns: int = 0
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
@@ -175,6 +177,7 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         warps=compiled.metadata.num_warps,
         instruction=next((name for name in INSTRUCTIONS if name in ptx), ""),
         reductions=reductions(compiled.asm["ttgir"]),
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
 
 
@@ -361,6 +364,8 @@ def problems(found: list[Resources]) -> list[str]:
     for r in found:
         if r.shared > (limit := SHARED_KIB[int(r.target[3:])] * 1024):
             messages.append(f"{r.op}: {r.kernel} takes {r.shared} bytes of shared memory on {r.target} of {limit}")
+        if r.tensor_columns > TENSOR_COLUMNS:
+            messages.append(f"{r.op}: {r.kernel} takes {r.tensor_columns} columns of tensor memory on {r.target}")
     for target in sorted({r.target for r in found}):
         sums: dict[str, set[str]] = {}
         for r in found:

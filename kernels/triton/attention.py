@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
 # Decode waits for memory, so two blocks of keys are on their way; the others of its stages are for their pages' ids.
 # Left to itself the compiler spills for the sake of more programs.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
+WIDE_BYTES = 512  # of a head, beyond which rows and stages of these numbers do not fit into shared memory
 PARTIAL_BYTES = 64 * 1024**2  # of the splits' results in decode, or those of one sequence if they take more
 
 
@@ -49,6 +50,7 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     """See `kernels.ops.AttentionDecode`."""
     sequences, heads, size = q.shape
     tile = _tile(q, pages)
+    options = OPTIONS if size * q.element_size() > WIDE_BYTES else DECODE_OPTIONS
     splits = cdiv(pages.max_context_len, SPLIT)
     at_once = min(sequences, max(1, PARTIAL_BYTES // (4 * heads * splits * (size + 2))))
     # of every split the largest score, the sum of weights and the weighted sum of values
@@ -58,7 +60,7 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     for first in range(0, sequences, at_once):
         count = min(at_once, sequences - first)
         decode_kernel[(splits, pages.k.shape[2] * cdiv(size, VALUES), count)](
-            q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, first, **tile, **DECODE_OPTIONS
+            q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, first, **tile, **options
         )
         merge_kernel[(heads, count)](
             *(peaks, totals, values, pages.context_lens, out, splits, first),
@@ -72,12 +74,14 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     group, block = heads // pages.k.shape[2], max(32, next_power_of_2(size))
     assert q.stride(2) == 1 and pages.k.stride() == pages.v.stride() and pages.k.stride(3) == 1
     # of one element of every key in a block, as many as registers have room for; the others compute with them there
-    key_bytes = 64 if capability()[0] in (9, 10) and size <= VALUES else 32
+    large = capability()[0] in (9, 10)  # tensor cores that take 64 rows at once, and twice the shared memory
+    key_bytes = 64 if large and size <= VALUES else 32
+    rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
     return {
         "SIZE": size,
         "GROUP": group,
         "BLOCK_SIZE": pages.k.shape[1],
-        "ROWS": max(ROWS, next_power_of_2(group)),
+        "ROWS": max(rows, next_power_of_2(group)),
         "BLOCK_Z": block,
         "HALF": min(block, VALUES) // 2,
         "KEYS": max(16, key_bytes // q.element_size()),

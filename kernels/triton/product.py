@@ -62,7 +62,9 @@ def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
 def _quantized_tile(rows: int, item_bytes: int) -> Tile:
     """Left to itself the compiler spills for the sake of programs that shared memory has no room for."""
     inner, max_registers = GROUP.value, 255
-    if rows <= FEWER_ROWS or item_bytes == 4:  # float32 takes three registers for one
+    if item_bytes == 4:  # float32 takes three registers for one; more stages of int4 do not fit into 99 KiB
+        return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
+    if rows <= FEWER_ROWS:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=6, max_registers=max_registers)
     if rows <= FEW_ROWS:
         return Tile(FEW_ROWS, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)

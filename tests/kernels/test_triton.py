@@ -47,13 +47,17 @@ def test_splits_of_keys_are_merged(
 
 
 @each_implementation("attention_prefill", "attention_decode")
-def test_wide_heads(attention_prefill: AttentionPrefill, attention_decode: AttentionDecode) -> None:
-    """Of more values than a program holds."""
-    [(k, v)] = known = [keys_and_values(21, 2, 200, torch.bfloat16)]
-    pages, q = paged(known, 16), random(5, 4, 200, dtype=torch.bfloat16, seed=9)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [4, 40])
+def test_wide_heads(
+    attention_prefill: AttentionPrefill, attention_decode: AttentionDecode, dtype: torch.dtype, heads: int
+) -> None:
+    """Of more values than a program holds; of float32 also of so many bytes that a tile has fewer rows."""
+    [(k, v)] = known = [keys_and_values(21, 2, 200, dtype)]
+    pages, q = paged(known, 16), random(5, heads, 200, dtype=dtype, seed=9)
     out = attention_prefill(q, pages, query_start([5]), 5, 0.07)
     expected = oracle.attention(double(q), double(k), double(v), 0.07)
-    assert_close(out, expected, atol=slack(attention_prefill, torch.bfloat16))
+    assert_close(out, expected, atol=slack(attention_prefill, dtype))
     assert_same(attention_decode(q[4:], pages, 0.07), out[4:])
 
 

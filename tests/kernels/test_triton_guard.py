@@ -82,6 +82,13 @@ def collide(out: tl.tensor, BLOCK: tl.constexpr) -> None:
 
 
 @jit
+def write_and_read(out: tl.tensor, BLOCK: tl.constexpr) -> None:
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, i.to(tl.float32))
+    tl.store(out + BLOCK + i, tl.load(out + i))
+
+
+@jit
 def multiply(out: tl.tensor, row: tl.tensor, stride: tl.tensor) -> None:
     tl.store(out + row * stride * 0, 1.0)
 
@@ -142,6 +149,14 @@ def test_lanes_need_a_barrier_between_them() -> None:
     shift_in_place[(1,)](numbers(5), BLOCK=4, BARRIER=True)
     with pytest.raises(MemoryFault, match=r"writes without a barrier what another lane read: argument x"):
         shift_in_place[(1,)](numbers(5), BLOCK=4, BARRIER=False)
+
+
+def test_a_small_tile_is_read_by_threads_that_did_not_write_it() -> None:
+    write_and_read[(1,)](torch.empty(256), BLOCK=128)
+    write_and_read[(1,)](torch.empty(64), BLOCK=32, num_warps=1)
+    for block, warps in ((1, 1), (64, 4), (128, 8)):
+        with pytest.raises(MemoryFault, match=r"reads without a barrier what another lane wrote: argument out"):
+            write_and_read[(1,)](torch.empty(2 * block), BLOCK=block, num_warps=warps)
 
 
 def test_lanes_may_not_write_two_values_to_one_address() -> None:
