@@ -211,8 +211,8 @@ class CompressStates(Protocol):
         """For every pair i, slot sources[i] of `states` (float32 [slots, M, D, S]) to slot destinations[i].
 
         A channel's scale is its largest magnitude times 1/127; a value is x times (127 over that magnitude) to the
-        nearest number, ties to even, all in float32. A channel within 2**-100 counts as zeros. int64 [pairs];
-        destinations are distinct.
+        nearest number, ties to even, all in float32. A channel within 2**-100 counts as zeros. The states are
+        finite: of NaN and infinity nothing is said. int64 [pairs]; destinations are distinct.
         """
         ...
 
