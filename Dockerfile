@@ -34,6 +34,7 @@ COPY README.md LICENSE setup.py ./
 COPY kernels kernels
 COPY engine engine
 COPY server server
+COPY src src
 RUN /opt/jamba/bin/pip install --no-deps .
 
 FROM base AS runtime

@@ -46,7 +46,7 @@ test: check
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
-	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.triton_codegen)
+	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen)
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -15,7 +15,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # the last is wrong
 setup(
     ext_modules=[
         Extension(
-            "kernels.cpu._native",
+            "jamba_server.kernels.cpu._native",
             sorted(glob(f"{SOURCES}/*.cpp")),
             depends=sorted(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inl")),
             language="c++",

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from engine.config import Quantization
-from engine.model_config import JambaConfig, step_bytes
-from engine.quantization import FORMATS, QuantizationPolicy
-from server.bench import conditions
+from jamba_server.engine.config import Quantization
+from jamba_server.engine.model_config import JambaConfig, step_bytes
+from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
+from jamba_server.server.cli.bench import conditions
 
 BASE: dict[str, Any] = {
     "model_type": "jamba",

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.scheduler import Chunk
-from engine.sequence import Sequence
-from engine.staging import Array, upload
-from kernels.ops import Pages, Segments, StateSaves
+from jamba_server.engine.scheduler import Chunk
+from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.staging import Array, upload
+from jamba_server.kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):

@@ -11,7 +11,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["int8", "int4", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
-CheckpointDtype = Literal["auto", "int8"]
+StateCacheDtype = Literal["auto", "int8"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,10 +24,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory plan says. `enforce_eager` keeps the engine from recording graphs of its steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None: on a GPU. It changes no token.
 
-    `exact`: results do not depend on batch, chunking or cache. None: exact kernels run where there are any; True: it is
-    an error where there are none; False: the fastest run. What `kernels` names runs in any case.
+    `batch_invariant`: results do not depend on batch, chunking or cache. None: such kernels run where there are any;
+    True: it is an error where there are none; False: the fastest run. What `kernels` names runs in any case.
     `kv_cache_dtype`: "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's dtype.
-    `checkpoint_dtype`: "int8" keeps saved SSM states in a byte a number with a scale a channel, so that prefix-cache
+    `state_cache_dtype`: "int8" keeps saved SSM states in a byte a number with a scale a channel, so that prefix-cache
     hits are not exact; "auto" as running sequences have them.
     """
 
@@ -42,8 +42,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
-    checkpoint_memory_bytes: int | None = None
-    checkpoint_dtype: CheckpointDtype = "auto"
+    state_cache_memory_bytes: int | None = None
+    state_cache_dtype: StateCacheDtype = "auto"
     block_size: int = 16
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
@@ -53,5 +53,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     seed: int = 0
     threads: int | None = None
-    exact: bool | None = None
+    batch_invariant: bool | None = None
     kernels: dict[str, str] = msgspec.field(default_factory=dict[str, str])

@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch, PageTables, SampledTokens, longest, row_arrays, table_arrays
-from engine.cache.graph_sizes import GraphKey, GraphSizes
-from engine.cache.storage import CacheStorage
-from engine.models import Model
-from engine.scheduler import Chunk
-from engine.staging import cut, pack, packed_bytes
+from jamba_server.engine.batch import ForwardBatch, PageTables, SampledTokens, longest, row_arrays, table_arrays
+from jamba_server.engine.cache.graph_sizes import GraphKey, GraphSizes
+from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.models import Model
+from jamba_server.engine.scheduler import Chunk
+from jamba_server.engine.staging import cut, pack, packed_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from engine.errors import CheckpointError
-from engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
-from engine.quantization.compressed_tensors import fp8_roles
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
+from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
 # Names in `config.json: architectures`; engine.models has the class of each.
 CAUSAL_LM: Final = "JambaForCausalLM"

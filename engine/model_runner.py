@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import SampledTokens, build_batch
-from engine.cache.manager import CacheCopies
-from engine.cache.storage import CacheStorage
-from engine.graphs import DecodeGraphs
-from engine.models import Model
-from engine.sampling.logprobs import PendingLogprobs
-from engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
-from engine.scheduler import Chunk, ChunkResult, SchedulerOutput
-from engine.staging import upload
-from engine.types import TokenLogprob
-from kernels.ops import Kernels
+from jamba_server.engine.batch import SampledTokens, build_batch
+from jamba_server.engine.cache.manager import CacheCopies
+from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.graphs import DecodeGraphs
+from jamba_server.engine.models import Model
+from jamba_server.engine.sampling.logprobs import PendingLogprobs
+from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
+from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
+from jamba_server.engine.staging import upload
+from jamba_server.engine.types import TokenLogprob
+from jamba_server.kernels.ops import Kernels
 
 PROMPT_LOGITS_ROWS = 128  # prompt logits are computed in slices: [128, V] in float32 is 32 MiB for V = 65,536
 
@@ -103,17 +103,17 @@ class ModelRunner:
         return tokens
 
     def _copy_units(self, copies: CacheCopies) -> None:
-        kv, conv, ssm, checkpoints = self.storage.kv, self.storage.conv, self.storage.ssm, self.storage.checkpoints
+        kv, conv, ssm, compressed = self.storage.kv, self.storage.conv, self.storage.ssm, self.storage.compressed
         self._copy(copies.pages, (kv,))
-        if checkpoints is None:
+        if compressed is None:
             self._copy(copies.states, (conv, ssm))
             return
-        first = self.storage.num_slots  # unit of the checkpoints' convolutions
+        first = self.storage.num_slots  # unit of the saved states' convolutions
         if copies.saves:
-            self.kernels.compress_states(ssm, checkpoints, *self._columns(copies.saves))
+            self.kernels.compress_states(ssm, compressed, *self._columns(copies.saves))
             self._copy([(slot, first + state_id) for slot, state_id in copies.saves], (conv,))
         if copies.states:
-            self.kernels.restore_states(checkpoints, ssm, *self._columns(copies.states))
+            self.kernels.restore_states(compressed, ssm, *self._columns(copies.states))
             self._copy([(first + state_id, slot) for state_id, slot in copies.states], (conv,))
 
     def _copy(self, pairs: list[tuple[int, int]], tensors: tuple[Tensor, ...]) -> None:

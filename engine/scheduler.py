@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
-from engine.sequence import Sequence
-from engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
+from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
+from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Scheduler:
             kv_blocks_capacity=pages.capacity,
             state_slots_used=slots.capacity - slots.num_free,
             state_slots_capacity=slots.capacity,
-            checkpoints_stored=self.cache.states.num_cached,
+            saved_states=self.cache.states.num_cached,
             num_preemptions_total=count["preemptions"],
             prefix_queries_total=count["queries"],
             prefix_hits_total=count["hits"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from engine.types import Request, SamplingParams
+from jamba_server.engine.types import Request, SamplingParams
 
 
 @dataclass(eq=False, slots=True)

@@ -52,7 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `index` is the choice's number within its prompt (0..n-1); requests of one prompt share `group`, so that its
     prefix is computed once. `generated` and `num_prompt_logprobs` say what an earlier engine has delivered already
-    (replay after a restart). `checkpoints` are token offsets into the prompt where a state is worth keeping.
+    (replay after a restart). `save_positions` are token offsets into the prompt where a state is worth keeping.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: int = 0
     group: str = ""
     priority: int = 0
-    checkpoints: tuple[int, ...] = ()
+    save_positions: tuple[int, ...] = ()
     cache_salt: str = ""
     generated: list[int] = msgspec.field(default_factory=list[int])
     num_prompt_logprobs: int = 0
@@ -96,7 +96,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_capacity: int = 1
     state_slots_used: int = 0
     state_slots_capacity: int = 1
-    checkpoints_stored: int = 0
+    saved_states: int = 0
     num_preemptions_total: int = 0
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
@@ -106,9 +106,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine became: sent once, when it is ready. Sizes are results, not wishes. `inexact_ops`: ops whose last
-    bits may depend on the batch. `num_state_slots` have states of running sequences and, unless these are compressed
-    (`checkpoint_dtype`), saved ones, of which there may be `num_checkpoints` while all sequences run."""
+    """What the engine became: sent once, when it is ready. Sizes are results, not wishes.
+
+    `batch_dependent_ops`: ops whose last bits may depend on the batch. `num_state_slots` have states of running
+    sequences and, unless these are compressed (`state_cache_dtype`), saved ones, of which there may be
+    `num_saved_states` while all sequences run.
+    """
 
     architecture: str
     num_parameters: int
@@ -122,7 +125,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_kv_blocks: int
     num_state_slots: int
-    num_checkpoints: int
+    num_saved_states: int
     weight_bytes: int
     kv_bytes: int
     state_bytes: int
@@ -130,8 +133,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
     quantization: str | None = None
     quantize_mamba: bool = False
-    checkpoint_dtype: str = "auto"
-    inexact_ops: tuple[str, ...] = ()
+    state_cache_dtype: str = "auto"
+    batch_dependent_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 

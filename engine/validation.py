@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.errors import ContextTooLong, RequestRejected
-from engine.types import MAX_LOGPROBS, SamplingParams
+from jamba_server.engine.errors import ContextTooLong, RequestRejected
+from jamba_server.engine.types import MAX_LOGPROBS, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 128

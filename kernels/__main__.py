@@ -1,4 +1,4 @@
-"""`python -m kernels`: what this machine has and which kernels would run on it, as JSON on stdout."""
+"""`python -m jamba_server.kernels`: what this machine has and which kernels would run on it, as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from kernels.cpu.library import LEVELS, library
-from kernels.ops import KernelUnavailable
-from kernels.table import describe
+from jamba_server.kernels.cpu.library import LEVELS, library
+from jamba_server.kernels.ops import KernelUnavailable
+from jamba_server.kernels.table import describe
 
 # Linux's name of each CPU feature that kernels may ask for, by the name to show.
 CPU_FLAGS = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanWeights, Segments
-from kernels.reference.exact import silu
-from kernels.reference.ragged import initial_states, state_writes
+from jamba_server.kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanWeights, Segments
+from jamba_server.kernels.reference.exact import silu
+from jamba_server.kernels.reference.ragged import initial_states, state_writes
 
 FLASH_PAGE = 256  # tokens: flash-attn's page sizes are its multiples
 

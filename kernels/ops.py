@@ -302,8 +302,8 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """The implementations a model runs with; `names` says which (op -> implementation), `inexact_ops` those under which
-    a row's last bits may depend on its batch mates or on how its sequence was cut."""
+    """The implementations a model runs with; `names` says which (op -> implementation), `batch_dependent_ops` those
+    under which a row's last bits may depend on its batch mates or on how its sequence was cut."""
 
     rms_norm: RmsNorm
     causal_conv1d: CausalConv1d
@@ -323,4 +323,4 @@ class Kernels:
     sample: Sample
     mamba_decode: MambaDecode
     names: dict[str, str]
-    inexact_ops: tuple[str, ...] = ()
+    batch_dependent_ops: tuple[str, ...] = ()

@@ -11,20 +11,20 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from kernels import external, torch_ops
-from kernels.cpu import attention as cpu_attention
-from kernels.cpu import conv as cpu_conv
-from kernels.cpu import linear as cpu_linear
-from kernels.cpu import mamba as cpu_mamba
-from kernels.cpu import moe as cpu_moe
-from kernels.cpu import norm as cpu_norm
-from kernels.cpu import route as cpu_route
-from kernels.cpu import sample as cpu_sample
-from kernels.cpu import scan as cpu_scan
-from kernels.cpu import slots as cpu_slots
-from kernels.ops import Kernels, KernelUnavailable
-from kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
-from kernels.triton import ensure_available
+from jamba_server.kernels import external, torch_ops
+from jamba_server.kernels.cpu import attention as cpu_attention
+from jamba_server.kernels.cpu import conv as cpu_conv
+from jamba_server.kernels.cpu import linear as cpu_linear
+from jamba_server.kernels.cpu import mamba as cpu_mamba
+from jamba_server.kernels.cpu import moe as cpu_moe
+from jamba_server.kernels.cpu import norm as cpu_norm
+from jamba_server.kernels.cpu import route as cpu_route
+from jamba_server.kernels.cpu import sample as cpu_sample
+from jamba_server.kernels.cpu import scan as cpu_scan
+from jamba_server.kernels.cpu import slots as cpu_slots
+from jamba_server.kernels.ops import Kernels, KernelUnavailable
+from jamba_server.kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
+from jamba_server.kernels.triton import ensure_available
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +37,26 @@ class KernelError(ValueError):
 class Implementation:
     """One op's code for some devices. `load` returns the op as `kernels.ops` describes it, or raises KernelUnavailable,
     ImportError (a package is missing) or OSError (a shared library is). An op that does the work of others in one is
-    loaded with what was chosen for these `parts`, ops that stand before it in OPS. `exact`: a row's bits depend neither
-    on its batch mates nor on how its sequence is cut."""
+    loaded with what was chosen for these `parts`, ops that stand before it in OPS. `batch_invariant`: a row's bits
+    depend neither on its batch mates nor on how its sequence is cut."""
 
     op: str
     name: str
     devices: tuple[str, ...]
     load: Callable[..., Any]
     parts: tuple[str, ...] = ()
-    exact: bool = True
+    batch_invariant: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One line of `describe`. `status` is "selected", "available", or why it cannot run; `exact` as in
+    """One line of `describe`. `status` is "selected", "available", or why it cannot run; `batch_invariant` as in
     `Implementation`."""
 
     op: str
     implementation: str
     status: str
-    exact: bool = True
+    batch_invariant: bool = True
 
 
 def _triton(module: str, name: str) -> Callable[[], Any]:
@@ -64,7 +64,7 @@ def _triton(module: str, name: str) -> Callable[[], Any]:
 
     def load(*parts: Any) -> Any:
         ensure_available()
-        op = getattr(import_module(f"kernels.triton.{module}"), name)
+        op = getattr(import_module(f"jamba_server.kernels.triton.{module}"), name)
         return op(*parts) if isinstance(op, type) else op
 
     return load
@@ -92,37 +92,45 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("rms_norm", "reference", _BOTH, lambda: norm.rms_norm),
     Implementation("causal_conv1d", "cpu", ("cpu",), cpu_conv.CausalConv1d),
     Implementation("causal_conv1d", "triton", ("cuda",), _triton("conv", "causal_conv1d")),
-    Implementation("causal_conv1d", "causal-conv1d", ("cuda",), external.CausalConv1d, exact=False),
+    Implementation("causal_conv1d", "causal-conv1d", ("cuda",), external.CausalConv1d, batch_invariant=False),
     Implementation("causal_conv1d", "reference", _BOTH, lambda: conv.causal_conv1d),
     Implementation("causal_conv1d_update", "cpu", ("cpu",), cpu_conv.CausalConv1dUpdate),
     Implementation("causal_conv1d_update", "triton", ("cuda",), _triton("conv", "causal_conv1d_update")),
-    Implementation("causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, exact=False),
+    Implementation(
+        "causal_conv1d_update", "causal-conv1d", ("cuda",), external.CausalConv1dUpdate, batch_invariant=False
+    ),
     Implementation("causal_conv1d_update", "reference", _BOTH, lambda: conv.causal_conv1d_update),
     Implementation("selective_scan", "cpu", ("cpu",), cpu_scan.SelectiveScan),
     Implementation(
-        "selective_scan", "triton-chunked", ("cuda",), _triton("scan_chunked", "selective_scan"), exact=False
+        "selective_scan", "triton-chunked", ("cuda",), _triton("scan_chunked", "selective_scan"), batch_invariant=False
     ),
     Implementation("selective_scan", "triton", ("cuda",), _triton("scan", "selective_scan")),
-    Implementation("selective_scan", "mamba-ssm", ("cuda",), external.selective_scan, exact=False),
+    Implementation("selective_scan", "mamba-ssm", ("cuda",), external.selective_scan, batch_invariant=False),
     Implementation("selective_scan", "reference", _BOTH, lambda: scan.selective_scan),
     Implementation("selective_state_update", "cpu", ("cpu",), cpu_scan.SelectiveStateUpdate),
     Implementation("selective_state_update", "triton", ("cuda",), _triton("scan", "selective_state_update")),
-    Implementation("selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate, exact=False),
+    Implementation(
+        "selective_state_update", "mamba-ssm", ("cuda",), external.SelectiveStateUpdate, batch_invariant=False
+    ),
     Implementation("selective_state_update", "reference", _BOTH, lambda: scan.selective_state_update),
     Implementation("write_kv", "cpu", ("cpu",), cpu_slots.WriteKv),
     Implementation("write_kv", "triton", ("cuda",), _triton("slots", "write_kv")),
     Implementation("write_kv", "reference", _BOTH, lambda: slots.write_kv),
     Implementation("attention_prefill", "cpu", ("cpu",), cpu_attention.AttentionPrefill),
-    Implementation("attention_prefill", "torch", ("cuda",), _torch_attention, exact=False),
+    Implementation("attention_prefill", "torch", ("cuda",), _torch_attention, batch_invariant=False),
     Implementation("attention_prefill", "triton", ("cuda",), _triton("attention", "attention_prefill")),
-    Implementation("attention_prefill", "flash-attn", ("cuda",), external.AttentionPrefill, exact=False),
+    Implementation("attention_prefill", "flash-attn", ("cuda",), external.AttentionPrefill, batch_invariant=False),
     Implementation("attention_prefill", "reference", ("cpu",), lambda: attention.attention_prefill),
-    Implementation("attention_prefill", "reference", ("cuda",), lambda: attention.attention_prefill, exact=False),
+    Implementation(
+        "attention_prefill", "reference", ("cuda",), lambda: attention.attention_prefill, batch_invariant=False
+    ),
     Implementation("attention_decode", "cpu", ("cpu",), cpu_attention.AttentionDecode),
     Implementation("attention_decode", "triton", ("cuda",), _triton("attention", "attention_decode")),
-    Implementation("attention_decode", "flash-attn", ("cuda",), external.AttentionDecode, exact=False),
+    Implementation("attention_decode", "flash-attn", ("cuda",), external.AttentionDecode, batch_invariant=False),
     Implementation("attention_decode", "reference", ("cpu",), lambda: attention.attention_decode),
-    Implementation("attention_decode", "reference", ("cuda",), lambda: attention.attention_decode, exact=False),
+    Implementation(
+        "attention_decode", "reference", ("cuda",), lambda: attention.attention_decode, batch_invariant=False
+    ),
     Implementation("copy_slots", "cpu", ("cpu",), cpu_slots.CopySlots),
     Implementation("copy_slots", "triton", ("cuda",), _triton("slots", "copy_slots")),
     Implementation("copy_slots", "reference", _BOTH, lambda: slots.copy_slots),
@@ -139,23 +147,25 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("route_experts", "triton", ("cuda",), _triton("route", "route_experts")),
     Implementation("route_experts", "reference", _BOTH, lambda: moe.route_experts),
     Implementation("run_experts", "cpu", ("cpu",), cpu_moe.RunExperts),
-    Implementation("run_experts", "torch", ("cuda",), _torch_experts, ("silu_and_mul",), exact=False),
+    Implementation("run_experts", "torch", ("cuda",), _torch_experts, ("silu_and_mul",), batch_invariant=False),
     Implementation("run_experts", "triton", ("cuda",), _triton("moe", "RunExperts")),
-    Implementation("run_experts", "reference", _BOTH, moe.RunExperts, exact=False),
+    Implementation("run_experts", "reference", _BOTH, moe.RunExperts, batch_invariant=False),
     Implementation("linear", "cpu", ("cpu",), cpu_linear.Linear),
-    Implementation("linear", "torch", ("cuda",), _torch_linear, exact=False),
+    Implementation("linear", "torch", ("cuda",), _torch_linear, batch_invariant=False),
     Implementation("linear", "triton", ("cuda",), _triton("linear", "Linear")),
-    Implementation("linear", "reference", _BOTH, linear.Linear, exact=False),
+    Implementation("linear", "reference", _BOTH, linear.Linear, batch_invariant=False),
     Implementation("sample", "cpu", ("cpu",), cpu_sample.Sample),
     Implementation("sample", "triton", ("cuda",), _triton("sample", "sample")),
     Implementation("sample", "reference", ("cpu",), lambda: sample.sample),
-    Implementation("sample", "reference", ("cuda",), lambda: sample.sample, exact=False),
+    Implementation("sample", "reference", ("cuda",), lambda: sample.sample, batch_invariant=False),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
     Implementation("mamba_decode", "triton", ("cuda",), _triton("mamba", "MambaDecode"), _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 
-OPS: tuple[str, ...] = tuple(field.name for field in fields(Kernels) if field.name not in ("names", "inexact_ops"))
+OPS: tuple[str, ...] = tuple(
+    field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
+)
 
 # From the widest to the narrowest; a wish for one op goes before one for its family.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -171,20 +181,20 @@ def implementations(op: str, device: str) -> tuple[Implementation, ...]:
     return tuple(entry for entry in TABLE if entry.op == op and device in entry.devices)
 
 
-def select(device: str, wishes: Mapping[str, str], exact: bool | None = None) -> Kernels:
+def select(device: str, wishes: Mapping[str, str], batch_invariant: bool | None = None) -> Kernels:
     """The kernels of a device: each op's wished implementation, else the first that loads.
 
     `wishes` maps an op or a family ("mamba", "attention", "moe", "all") to an implementation. A preferred one that
-    cannot load is passed over with a warning. `exact` decides about those that no wish names: True takes exact ones
-    only, None these before all others, False in the table's order. KernelError: an unknown device, op, family or
-    implementation, a wished implementation that cannot load, or an op for which none can.
+    cannot load is passed over with a warning. `batch_invariant` decides about those that no wish names: True takes
+    such ones only, None these before all others, False in the table's order. KernelError: an unknown device, op, family
+    or implementation, a wished implementation that cannot load, or an op for which none can.
     """
     wished = _expand(device, wishes)
     chosen: dict[str, tuple[Implementation, Any]] = {}
     passed_over: dict[tuple[str, str], list[str]] = {}
     for op in OPS:
         reasons: dict[str, str] = {}
-        for entry in wished.get(op) or _candidates(op, device, exact):
+        for entry in wished.get(op) or _candidates(op, device, batch_invariant):
             loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in chosen.items()})
             if not reason:
                 chosen[op] = (entry, loaded)
@@ -193,7 +203,7 @@ def select(device: str, wishes: Mapping[str, str], exact: bool | None = None) ->
                 raise KernelError(f"kernels: {op}={entry.name} cannot run on this machine: {reason}")
             reasons[entry.name] = reason
         if op not in chosen:
-            kind = "exact implementation" if exact else "implementation"
+            kind = "batch-invariant implementation" if batch_invariant else "implementation"
             raise KernelError(f"kernels: no {kind} of {op} runs on this {device} device: {reasons}")
         for name, reason in reasons.items():
             passed_over.setdefault((name, reason), []).append(op)
@@ -203,7 +213,7 @@ def select(device: str, wishes: Mapping[str, str], exact: bool | None = None) ->
     return Kernels(
         **{op: loaded for op, (_, loaded) in chosen.items()},
         names={op: entry.name for op, entry in entries.items()},
-        inexact_ops=tuple(op for op, entry in entries.items() if not _is_exact(entry, entries)),
+        batch_dependent_ops=tuple(op for op, entry in entries.items() if not _is_batch_invariant(entry, entries)),
     )
 
 
@@ -212,26 +222,28 @@ def describe(device: str) -> list[TableRow]:
     rows: list[TableRow] = []
     selected: dict[str, tuple[Implementation, Any]] = {}
     for op in OPS:
-        for entry in _candidates(op, device, exact=None):
+        for entry in _candidates(op, device, batch_invariant=None):
             loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in selected.items()})
             status = reason or ("available" if op in selected else "selected")
             if not reason:
                 selected.setdefault(op, (entry, loaded))
-            rows.append(TableRow(op, entry.name, status, _is_exact(entry, {op: e for op, (e, _) in selected.items()})))
+            rows.append(
+                TableRow(op, entry.name, status, _is_batch_invariant(entry, {op: e for op, (e, _) in selected.items()}))
+            )
     return rows
 
 
-def _candidates(op: str, device: str, exact: bool | None) -> list[Implementation]:
+def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Implementation]:
     """Those that `select` tries in turn where nobody wishes for one."""
     entries = implementations(op, device)
-    if exact is None:
-        return sorted(entries, key=lambda entry: not entry.exact)
-    return [entry for entry in entries if entry.exact or not exact]
+    if batch_invariant is None:
+        return sorted(entries, key=lambda entry: not entry.batch_invariant)
+    return [entry for entry in entries if entry.batch_invariant or not batch_invariant]
 
 
-def _is_exact(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
+def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
     """Itself and its parts. None of them has parts."""
-    return entry.exact and all(chosen[part].exact for part in entry.parts)
+    return entry.batch_invariant and all(chosen[part].batch_invariant for part in entry.parts)
 
 
 def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:

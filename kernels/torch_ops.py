@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import ops
-from kernels.ops import KernelUnavailable, Pages, Weight
+from jamba_server.kernels import ops
+from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
 MIN_QUERY_LEN = 64  # below, gathering the keys costs more than the faster product gains
 MAX_GATHERED_BYTES = 1 << 29  # of contiguous keys and values, while an op runs

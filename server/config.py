@@ -20,9 +20,17 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from engine.config import CheckpointDtype, Device, Dtype, EngineConfig, KvCacheDtype, LoadFormat, Quantization
-from engine.errors import CheckpointError, ConfigError
-from server.options import ENV_PREFIX, Help, Option, options_of
+from jamba_server.engine.config import (
+    Device,
+    Dtype,
+    EngineConfig,
+    KvCacheDtype,
+    LoadFormat,
+    Quantization,
+    StateCacheDtype,
+)
+from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +82,12 @@ class ServerConfig:
     ] = None
     kv_cache_dtype: Annotated[KvCacheDtype, Help("Of KV pages; fp8: half the memory; auto: --dtype.")] = "auto"
     kv_cache_memory_bytes: Annotated[Count | None, Help("For KV pages; none: what fits.")] = None
-    checkpoint_memory_bytes: Annotated[Number | None, Help("For saved states; none: a quarter of the caches.")] = None
-    checkpoint_dtype: Annotated[
-        CheckpointDtype, Help("Of saved states; int8: two fifths of the memory, cache hits are not exact.")
+    state_cache_memory_bytes: Annotated[
+        Number | None, Help("For saved states; none: a quarter of the caches.", formerly="checkpoint_memory_bytes")
+    ] = None
+    state_cache_dtype: Annotated[
+        StateCacheDtype,
+        Help("Of saved states; int8: two fifths of the memory, cache hits are not exact.", formerly="checkpoint_dtype"),
     ] = "auto"
     block_size: Annotated[Count, Help("Tokens a KV page.")] = 16
     gpu_memory_utilization: Annotated[Share, Help("Of a GPU's memory that may be in use.")] = 0.92
@@ -87,7 +98,9 @@ class ServerConfig:
     tensor_parallel_size: Annotated[Count, Help("GPUs that share the model; more than 1 is not supported yet.")] = 1
     seed: Annotated[int, Help("Of the random weights of --load-format dummy.")] = 0
     threads: Annotated[Count | None, Help("CPU threads of the engine; none: one a core.")] = None
-    exact: Annotated[bool | None, Help("The same bits in every batch; --no-exact: faster kernels.")] = None
+    batch_invariant: Annotated[
+        bool | None, Help("The same bits in every batch; --no-batch-invariant: faster kernels.", formerly="exact")
+    ] = None
     kernels: Annotated[dict[str, str], Help("OP=IMPLEMENTATION, see `jamba doctor`; repeatable.")] = field(
         default_factory=dict[str, str]
     )
@@ -120,6 +133,16 @@ class ServerConfig:
 
 
 OPTIONS: Mapping[str, Option] = {option.name: option for option in options_of(ServerConfig)}
+FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.values() if o.help.formerly}
+
+
+def present_name(name: str, shown: str) -> str:
+    """The name of the option that was called `name` in the version before, with a warning; else `name` as it is.
+    `shown` is how the user wrote it."""
+    if (present := FORMER_NAMES.get(name)) is None:
+        return name
+    logger.warning("%s is now called %s; the next version reads only that name.", shown, present)
+    return present
 
 
 def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: Path | None = None) -> ServerConfig:
@@ -151,7 +174,7 @@ def _from_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} holds a {type(document).__name__}; keys with values are expected.")
     values: dict[str, Any] = {}
     for key, value in cast("dict[object, object]", document or {}).items():
-        name = str(key).replace("-", "_")
+        name = present_name(str(key).replace("-", "_"), f"{path}: {key}")
         if name not in OPTIONS:
             raise ConfigError(f"{path}: {key!r} is no option{_suggestion(name)}")
         if value is not None:
@@ -169,13 +192,18 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         if _INJECTED_VALUE.match(text) or _INJECTED_NAME.search(name):
             injected.append(name)
-        elif (option := variables.get(name)) is None:
+        elif (option := variables.get(_present_variable(name))) is None:
             raise ConfigError(f"The variable {name} is no option{_suggestion(name)}")
         else:
             values[option.name] = option.cast(text, name)
     if injected:
         logger.warning("ignored variables, which Kubernetes sets for services: %s", ", ".join(injected))
     return values
+
+
+def _present_variable(name: str) -> str:
+    former = name.removeprefix(ENV_PREFIX).lower()
+    return ENV_PREFIX + present_name(former, name).upper() if former in FORMER_NAMES else name
 
 
 def _suggestion(unknown: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 import msgspec
 from msgspec import Meta
 
-from engine.errors import ConfigError
+from jamba_server.engine.errors import ConfigError
 
 ENV_PREFIX = "JAMBA_"
 SECRET_MASK = "***"
@@ -22,10 +22,12 @@ _SIZE = re.compile(r"(-?\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """What `--help` says of a field. A secret's value is never printed."""
+    """What `--help` says of a field. A secret's value is never printed. `formerly` is the field's name in the version
+    before this one: it is still read, with a warning."""
 
     text: str
     secret: bool = False
+    formerly: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

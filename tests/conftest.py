@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.cli import foreign_package
+import jamba_server
 
 ROOT = Path(__file__).parent.parent
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
@@ -20,8 +20,11 @@ for name in [name for name in os.environ if name.startswith("JAMBA_")]:
 
 
 def pytest_configure() -> None:
-    if problem := foreign_package(ROOT):
-        pytest.exit(f"{problem} Or run `make test`, which has one.", returncode=pytest.ExitCode.USAGE_ERROR)
+    if not Path(jamba_server.__file__).resolve().is_relative_to(ROOT):
+        pytest.exit(
+            f"`import jamba_server` finds {jamba_server.__file__}, which is not this checkout: run `make test`.",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
 
 
 def pytest_collection_finish() -> None:

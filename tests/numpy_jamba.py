@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.model_config import JambaConfig
+from jamba_server.engine.model_config import JambaConfig
 
 Array = NDArray[np.float64]
 

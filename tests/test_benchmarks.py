@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkpoint_error
-from benchmarks.http_shapes import write_tokenizer
+from benchmarks.cpu import saved_state_error as saved_state_error
+from benchmarks.http.shapes import write_tokenizer
 from benchmarks.shapes import SHAPES, Format, active_parameters, weights_read, write_config
-from engine.model_config import JambaConfig, load_model_config
-from engine.types import SamplingParams
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.types import SamplingParams
+from jamba_server.server.text.tokenizer import Tokenizer
 
 
 def shape(name: str, folder: Path) -> JambaConfig:
@@ -58,17 +58,17 @@ def test_the_tokenizer_of_a_shape_has_a_text_for_every_id(tmp_path: Path) -> Non
 
 
 def test_a_forced_text_without_a_restore_is_scored_as_a_prompt_is() -> None:
-    llm = checkpoint_error.load("float32")
-    [text] = checkpoint_error.some_texts(llm, 1)
+    llm = saved_state_error.load("float32")
+    [text] = saved_state_error.some_texts(llm, 1)
     runner, cuts = llm.core.model_runner, (100, 150)
     [scored] = llm.generate([text], SamplingParams(max_tokens=0, prompt_logprobs=1))
-    if llm.core.info.inexact_ops:
+    if llm.core.info.batch_dependent_ops:
         pytest.skip("these kernels' results depend on how a prompt is cut")
     expected = [entry for entry in scored.prompt_logprobs[101:] if entry is not None]
-    assert checkpoint_error.forced(runner, text, cuts, checkpoint_error.as_it_is) == expected
-    for restore in (checkpoint_error.through_int8, checkpoint_error.through_bfloat16):
-        found = checkpoint_error.forced(runner, text, cuts, restore)
-        rows = checkpoint_error.summary(checkpoint_error.compare(zip(range(1, 300), found, expected, strict=True)))
+    assert saved_state_error.forced(runner, text, cuts, saved_state_error.as_it_is) == expected
+    for restore in (saved_state_error.through_int8, saved_state_error.through_bfloat16):
+        found = saved_state_error.forced(runner, text, cuts, restore)
+        rows = saved_state_error.summary(saved_state_error.compare(zip(range(1, 300), found, expected, strict=True)))
         assert len(found) == 299
         assert sum(row["tokens"] for row in rows) == 299
         assert all(0 < row["mean"] < 0.1 for row in rows)

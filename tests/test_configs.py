@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.types import EngineStats
-from server.config import OPTIONS, load_config
-from server.metrics import Metrics
-from server.options import Option
+from jamba_server.engine.types import EngineStats
+from jamba_server.server.config import OPTIONS, load_config
+from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.options import Option
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

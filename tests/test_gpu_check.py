@@ -1,4 +1,4 @@
-"""`benchmarks.gpu_check` at a tiny shape on a CPU: a mistake in it would cost a rented GPU's time."""
+"""`benchmarks.gpu.check` at a tiny shape on a CPU: a mistake in it would cost a rented GPU's time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks import gpu_check, gpu_engine, gpu_http, gpu_parity, gpu_sweep, gpu_transformers
-from benchmarks.gpu_predict import Ceilings, decode_work, prefill_work
-from benchmarks.gpu_record import Job, Record
-from benchmarks.gpu_report import failures, markdown, read_parts
-from benchmarks.gpu_tests import run_tests
+from benchmarks.gpu import check, engine, parity, peer_transformers, serving, sweep
+from benchmarks.gpu.predict import Ceilings, decode_work, prefill_work
+from benchmarks.gpu.record import Job, Record
+from benchmarks.gpu.report import failures, markdown, read_parts
+from benchmarks.gpu.tests import run_tests
 from benchmarks.shapes import Format, write_config
-from engine.model_config import JambaConfig, load_model_config
-from engine.quantization import FORMATS
+from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.quantization import FORMATS
 
 CEILINGS = Ceilings(bandwidth=1e10, matmul=1e11)
 
@@ -39,7 +39,7 @@ def out(tmp_path: Path) -> Path:
 
 def run_part(part: str, out: Path, monkeypatch: pytest.MonkeyPatch, **job: Any) -> Record:
     """In this process, with given ceilings."""
-    module = importlib.import_module(f"benchmarks.{gpu_check.MODULES[part]}")
+    module = importlib.import_module(f"benchmarks.gpu.{check.MODULES[part]}")
     if hasattr(module, "measure_ceilings"):
         monkeypatch.setattr(module, "measure_ceilings", lambda device: CEILINGS)
     path = out / "x-parts" / f"{part}.json"
@@ -88,7 +88,7 @@ def test_one_token_reads_two_experts_of_a_layer(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_measured_and_not_measured_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_engine, "DECODE_SECONDS", 0.01)
+    monkeypatch.setattr(engine, "DECODE_SECONDS", 0.01)
     record = run_part("mini", out, monkeypatch, shape="tiny", format="int8", options={"enable_prefix_caching": True})
     decode = record.rows["tiny, int8, enable_prefix_caching=true, decode, 2"]
     assert decode["predicted"] > 0 and decode["tok_s"] > 0 and decode["bound"] == "bandwidth"
@@ -101,8 +101,8 @@ def test_the_engine_is_measured_and_not_measured_again(out: Path, monkeypatch: p
 
 
 def test_the_server_is_measured(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_http, "OUTPUT_LEN", 4)
-    monkeypatch.setattr(gpu_http, "CLIENTS", {"tiny": (2,)})
+    monkeypatch.setattr(serving, "OUTPUT_LEN", 4)
+    monkeypatch.setattr(serving, "CLIENTS", {"tiny": (2,)})
     options = {"enable_prefix_caching": False, "max_num_batched_tokens": 64}
     record = run_part("http", out, monkeypatch, shape="tiny", options=options)
     row = next(row for row in record.rows.values() if row.get("kind") == "http")
@@ -111,12 +111,12 @@ def test_the_server_is_measured(out: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_transformers_agrees_and_is_measured(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_parity, "LENGTHS", (1, 20))
-    monkeypatch.setattr(gpu_transformers, "SIZES", {"tiny": gpu_engine.Sizes(sequences=(2,), prompts=(8,))})
+    monkeypatch.setattr(parity, "LENGTHS", (1, 20))
+    monkeypatch.setattr(peer_transformers, "SIZES", {"tiny": engine.Sizes(sequences=(2,), prompts=(8,))})
     for name in ("WARM_UP", "STEPS"):
-        monkeypatch.setattr(gpu_transformers, name, 1)
-    parity = run_part("parity", out, monkeypatch)
-    assert [row["passed"] for row in parity.rows.values()] == [True, True]
+        monkeypatch.setattr(peer_transformers, name, 1)
+    measured = run_part("parity", out, monkeypatch)
+    assert [row["passed"] for row in measured.rows.values()] == [True, True]
     peer = run_part("transformers", out, monkeypatch, shape="tiny")
     assert {row["kind"] for row in peer.rows.values()} == {"decode", "prefill"}
     text = markdown("x", read_parts("x", [out]), sweep=True)
@@ -124,8 +124,8 @@ def test_transformers_agrees_and_is_measured(out: Path, monkeypatch: pytest.Monk
 
 
 def test_kernels_are_compared_and_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_sweep, "groups", lambda maker: [maker.experts(3), maker.recurrence(2, 1)])
-    monkeypatch.setattr(gpu_sweep, "median_seconds", lambda work, device: work() is None or 1e-6)
+    monkeypatch.setattr(sweep, "groups", lambda maker: [maker.experts(3), maker.recurrence(2, 1)])
+    monkeypatch.setattr(sweep, "median_seconds", lambda work, device: work() is None or 1e-6)
     record = run_part("sweep", out, monkeypatch, shape="tiny")
     assert {row["op"] for row in record.rows.values()} >= {"run_experts", "mamba_decode"}
     assert failures(read_parts("x", [out])) == []
@@ -147,9 +147,9 @@ def test_the_command_measures_and_reports(out: Path, monkeypatch: pytest.MonkeyP
     arguments = ["gpu_check", "--name", "x", "--device", "cpu", "--out", str(out), "--earlier", str(out)]
     measured = [*arguments, "--only", "kernels", "--minutes", "2", "--commit", "abc"]
     monkeypatch.setattr(sys, "argv", measured)
-    gpu_check.main()
+    check.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--report"])
-    gpu_check.main()
+    check.main()
     assert set(json.loads((out / "x.json").read_text())) == {"kernels"}
     assert "commit abc" in (out / "x.md").read_text()
 
@@ -168,8 +168,8 @@ def supervised(out: Path, monkeypatch: pytest.MonkeyPatch, ends: list[tuple[int 
         record.write()
         return status, "Segmentation fault"
 
-    monkeypatch.setattr(gpu_check, "run_process", run_process)
-    gpu_check.supervise(Job(part="3b", path=str(path), device="cpu"), gpu_check.time.monotonic() + 100, {})
+    monkeypatch.setattr(check, "run_process", run_process)
+    check.supervise(Job(part="3b", path=str(path), device="cpu"), check.time.monotonic() + 100, {})
     assert list(left) == []
     return Record(path)
 
@@ -191,19 +191,19 @@ def test_when_time_is_up_nothing_is_lost(out: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_fails_before_its_first_cell_is_reported(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "run_process", lambda *args: (1, "ModuleNotFoundError: transformers"))
+    monkeypatch.setattr(check, "run_process", lambda *args: (1, "ModuleNotFoundError: transformers"))
     job = Job(part="transformers", path=str(out / "x-parts" / "transformers.json"), device="cpu", shape="tiny")
-    gpu_check.supervise(job, gpu_check.time.monotonic() + 100, {})
+    check.supervise(job, check.time.monotonic() + 100, {})
     assert failures(read_parts("x", [out])) == [
         "transformers: tiny, bf16, start: the process ended with status 1: ModuleNotFoundError: transformers"
     ]
 
 
 def test_a_process_that_gets_nowhere_is_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "CELL_SECONDS", 0.05)
-    monkeypatch.setattr(gpu_check, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(check, "CELL_SECONDS", 0.05)
+    monkeypatch.setattr(check, "POLL_SECONDS", 0.02)
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    status, why = gpu_check.watch(process, out / "none.json", gpu_check.time.monotonic() + 50)
+    status, why = check.watch(process, out / "none.json", check.time.monotonic() + 50)
     assert (status, process.returncode) == (-signal.SIGKILL, -signal.SIGTERM)
     assert "nothing had come" in why
 
@@ -211,10 +211,10 @@ def test_a_process_that_gets_nowhere_is_stopped(out: Path, monkeypatch: pytest.M
 def test_what_a_dead_process_has_left_behind_is_ended() -> None:
     """A server in a session of its own."""
     ours, other = (
-        subprocess.Popen(["sleep", "60"], start_new_session=True, env={gpu_check.MARK: name}) for name in ("a", "ab")
+        subprocess.Popen(["sleep", "60"], start_new_session=True, env={check.MARK: name}) for name in ("a", "ab")
     )
     try:
-        gpu_check.kill_marked(f"{gpu_check.MARK}=a")
+        check.kill_marked(f"{check.MARK}=a")
         assert ours.wait(10) == -signal.SIGKILL
         assert other.poll() is None
     finally:
@@ -225,45 +225,45 @@ def test_what_a_dead_process_has_left_behind_is_ended() -> None:
 def test_a_cache_of_kernels_is_kept_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(part="3b", path="", device="cpu", cold=True)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    assert gpu_check.environment_of("fresh", job)["TRITON_CACHE_DIR"] == "fresh"
+    assert check.environment_of("fresh", job)["TRITON_CACHE_DIR"] == "fresh"
     warm = msgspec.structs.replace(job, cold=False)
     monkeypatch.setattr("os.access", lambda path, mode: True)
-    assert "TRITON_CACHE_DIR" not in gpu_check.environment_of("", warm)
+    assert "TRITON_CACHE_DIR" not in check.environment_of("", warm)
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert Path(gpu_check.environment_of("", warm)["TRITON_CACHE_DIR"]).is_absolute()
+    assert Path(check.environment_of("", warm)["TRITON_CACHE_DIR"]).is_absolute()
     monkeypatch.setenv("TRITON_CACHE_DIR", "given")
-    assert gpu_check.environment_of("", warm)["TRITON_CACHE_DIR"] == "given"
+    assert check.environment_of("", warm)["TRITON_CACHE_DIR"] == "given"
 
 
 def test_a_process_is_stopped_when_time_is_up(out: Path) -> None:
     job = Job(part="mini", path=str(out / "x-parts" / "mini.json"), device="cpu", shape="tiny")
-    status, _ = gpu_check.run_process(job, gpu_check.time.monotonic() + 0.2, {"PATH": ""})
+    status, _ = check.run_process(job, check.time.monotonic() + 0.2, {"PATH": ""})
     assert status is None
 
 
 def test_options_reach_the_engine_or_are_refused() -> None:
     pairs = ["enable-prefix-caching=false", "enable_priority=true", "max_num_seqs=9", "model=a b"]
-    parsed = gpu_check.parse_options([*pairs, 'kernels={"moe": "reference", "sample": "cpu"}'])
+    parsed = check.parse_options([*pairs, 'kernels={"moe": "reference", "sample": "cpu"}'])
     kernels = parsed.pop("kernels")
     assert parsed == {"enable_prefix_caching": False, "enable_priority": True, "max_num_seqs": 9, "model": "a b"}
     flags = ["--no-enable-prefix-caching", "--enable-priority", "--max-num-seqs", "9", "--model", "a b"]
-    assert gpu_http.flags(parsed) == flags
-    assert gpu_http.flags({"kernels": kernels}) == ["--kernels", "moe=reference", "--kernels", "sample=cpu"]
+    assert serving.flags(parsed) == flags
+    assert serving.flags({"kernels": kernels}) == ["--kernels", "moe=reference", "--kernels", "sample=cpu"]
     with pytest.raises(SystemExit, match="KEY=VALUE"):
-        gpu_check.parse_options(["seed"])
+        check.parse_options(["seed"])
     with pytest.raises(SystemExit, match="no such field"):
-        gpu_check.parse_options(["seed=1", "no_such_field=1"])
+        check.parse_options(["seed=1", "no_such_field=1"])
     with pytest.raises(SystemExit, match="flags of their own"):
-        gpu_check.parse_options(["quantization=int8"])
+        check.parse_options(["quantization=int8"])
 
 
 def test_each_part_has_its_jobs(tmp_path: Path) -> None:
-    arguments = gpu_check.parse_arguments(["--name", "x", "--engine", "seed=1"])
-    jobs = {part: gpu_check.make_jobs(part, arguments, tmp_path) for part in gpu_check.MODULES}
+    arguments = check.parse_arguments(["--name", "x", "--engine", "seed=1"])
+    jobs = {part: check.make_jobs(part, arguments, tmp_path) for part in check.MODULES}
     names = {part: [(job.shape, job.format, job.cold) for job in found] for part, found in jobs.items()}
     assert names["3b"] == [("3b", "bf16", True), ("3b", "bf16", False)]
     assert names["mini"] == [("mini", "int8", False), ("mini", "bf16", False)]
     assert [job.options for job in jobs["http"]] == [{"seed": 1}]
     assert [job.options for job in jobs["transformers"]] == [{}, {}]
-    given = gpu_check.parse_arguments(["--name", "x", "--formats", "int4", "--shape", "tiny"])
-    assert [(job.shape, job.format) for job in gpu_check.make_jobs("http", given, tmp_path)] == [("tiny", "int4")]
+    given = check.parse_arguments(["--name", "x", "--formats", "int4", "--shape", "tiny"])
+    assert [(job.shape, job.format) for job in check.make_jobs("http", given, tmp_path)] == [("tiny", "int4")]

@@ -35,8 +35,9 @@ def run(command: Sequence[str | Path], *, cwd: Path, path: Path | None = None) -
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, for setuptools leaves its work beside the sources. Most of the time is the C++ compiler's."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (*PACKAGES, "src"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored, symlinks=True)
     for name in METADATA_FILES:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
@@ -58,10 +59,13 @@ def project() -> dict[str, object]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_the_wheel_has_the_three_packages_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_one_package_and_nothing_else(wheel: Path) -> None:
     names = {Path(name) for name in ZipFile(wheel).namelist()}
-    assert {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")} == set(PACKAGES)
-    sources = {file.relative_to(ROOT) for package in PACKAGES for file in (ROOT / package).rglob("*.py")}
+    assert {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")} == {"jamba_server"}
+    sources = {file.relative_to(ROOT / "src") for file in (ROOT / "src").rglob("*.py")}
+    sources |= {
+        "jamba_server" / file.relative_to(ROOT) for package in PACKAGES for file in (ROOT / package).rglob("*.py")
+    }
     assert {name for name in names if name.suffix == ".py"} == sources
 
 
@@ -83,12 +87,14 @@ def test_the_product_does_not_depend_on_its_oracles(wheel: Path) -> None:
 
 
 def test_the_command_says_its_version_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
-    for command in ([sys.executable, "-m", "server.cli"], [installed / "bin" / "jamba"]):
+    for command in ([sys.executable, "-m", "jamba_server"], [installed / "bin" / "jamba"]):
         assert str(project()["version"]) in run([*command, "--version"], cwd=tmp_path, path=installed)
 
 
 def test_the_demonstration_checkpoint_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
-    where = run([sys.executable, "-c", "import server; print(server.__file__)"], cwd=tmp_path, path=installed)
+    where = run(
+        [sys.executable, "-c", "import jamba_server; print(jamba_server.__file__)"], cwd=tmp_path, path=installed
+    )
     assert Path(where.strip()).is_relative_to(installed)
-    command = [sys.executable, "-m", "server.cli", "run", "--prompt", "Hello", "--max-tokens", "4"]
+    command = [sys.executable, "-m", "jamba_server", "run", "--prompt", "Hello", "--max-tokens", "4"]
     assert run(command, cwd=tmp_path, path=installed).strip()

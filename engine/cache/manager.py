@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from engine.cache.block_pool import BlockPool
-from engine.sequence import Sequence
+from jamba_server.engine.cache.block_pool import BlockPool
+from jamba_server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class CacheManager:
     """Pools and the rules between them. `interval`: tokens between regular states, a multiple of block_size.
 
     `slots` are of running sequences and of states on their way, `states` of saved ones: one pool, or two where
-    `num_checkpoints` says how many compressed ones there are. One sequence of any length always fits: a page more than
+    `num_compressed` says how many compressed ones there are. One sequence of any length always fits: a page more than
     the longest one has (a copied tail's source), and with caching, in one pool, a slot more than sequences run (a
     restored state's source).
     """
@@ -81,13 +81,13 @@ class CacheManager:
         num_slots: int,
         block_size: int,
         interval: int,
-        num_checkpoints: int = 0,
+        num_compressed: int = 0,
         enabled: bool = True,
     ) -> None:
         assert interval % block_size == 0, f"interval {interval} is no multiple of the block size {block_size}"
         self.pages, self.slots = BlockPool(num_pages), BlockPool(num_slots)
-        self.states = BlockPool(num_checkpoints) if num_checkpoints else self.slots
-        self.compresses = num_checkpoints > 0
+        self.states = BlockPool(num_compressed) if num_compressed else self.slots
+        self.compresses = num_compressed > 0
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}  # key of the last full block -> tails with a state
         self._copies = CacheCopies()
@@ -218,7 +218,7 @@ class CacheManager:
     def _worthy(self, seq: Sequence) -> list[int]:
         """Positions worth a state, best first: message boundaries, where others branched off, the prompt's end (also
         one token earlier, for the same prompt again)."""
-        boundaries = [*seq.request.checkpoints, seq.branch, seq.num_prompt, seq.num_prompt - 1]
+        boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:

@@ -9,8 +9,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from engine.model_config import JambaConfig
-from kernels.ops import CompressedStates
+from jamba_server.engine.model_config import JambaConfig
+from jamba_server.kernels.ops import CompressedStates
 
 
 class CacheStorage:
@@ -20,7 +20,7 @@ class CacheStorage:
           memory
     conv: dtype [slots, Mamba layers, W-1, D]
     ssm:  float32 [slots, Mamba layers, D, S]
-    With `num_checkpoints` (the dummy included) saved states lie beside these: `checkpoints` has their SSM states
+    With `num_compressed` (the dummy included) saved states lie beside these: `compressed` has their SSM states
     compressed, and conv their convolutions', as they are, in units after those of the slots.
     Layers are counted among their own kind: the third Mamba layer is number 2.
     """
@@ -31,7 +31,7 @@ class CacheStorage:
         *,
         num_pages: int,
         num_slots: int,
-        num_checkpoints: int = 0,
+        num_compressed: int = 0,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -43,12 +43,12 @@ class CacheStorage:
         self.kv = _zeros((num_pages, *page), kv_dtype or dtype, device)
         conv = (mamba, config.mamba_d_conv - 1, config.d_inner)
         ssm = (mamba, config.d_inner, config.mamba_d_state)
-        self.conv = _zeros((num_slots + num_checkpoints, *conv), dtype, device)
+        self.conv = _zeros((num_slots + num_compressed, *conv), dtype, device)
         self.ssm = _zeros((num_slots, *ssm), torch.float32, device)
-        self.checkpoints: CompressedStates | None = None
-        if num_checkpoints:
-            values = _zeros((num_checkpoints, *ssm), torch.int8, device)
-            self.checkpoints = CompressedStates(values, _zeros((num_checkpoints, *ssm[:2]), torch.float32, device))
+        self.compressed: CompressedStates | None = None
+        if num_compressed:
+            values = _zeros((num_compressed, *ssm), torch.int8, device)
+            self.compressed = CompressedStates(values, _zeros((num_compressed, *ssm[:2]), torch.float32, device))
         # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]
         # of an attention layer; states [slots, W-1, D] and [slots, D, S] of a Mamba layer.
         self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(attention)]

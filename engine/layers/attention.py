@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch
-from engine.layers.linear import Linear
-from engine.layers.parameter import Backend, Units
-from engine.model_config import JambaConfig
+from jamba_server.engine.batch import ForwardBatch
+from jamba_server.engine.layers.linear import Linear
+from jamba_server.engine.layers.parameter import Backend, Units
+from jamba_server.engine.model_config import JambaConfig
 
 
 class Attention:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.layers.linear import Linear
-from engine.layers.parameter import Backend, Destination, Unit
+from jamba_server.engine.layers.linear import Linear
+from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class Embedding:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.layers.parameter import Backend, Destination, Unit, matrix, part
-from engine.quantization import Role
+from jamba_server.engine.layers.parameter import Backend, Destination, Unit, matrix, part
+from jamba_server.engine.quantization import Role
 
 
 class Linear:

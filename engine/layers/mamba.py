@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch
-from engine.layers.linear import Linear
-from engine.layers.norm import RmsNorm
-from engine.layers.parameter import Backend, Destination, Unit, Units
-from engine.model_config import JambaConfig
-from kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segments
+from jamba_server.engine.batch import ForwardBatch
+from jamba_server.engine.layers.linear import Linear
+from jamba_server.engine.layers.norm import RmsNorm
+from jamba_server.engine.layers.parameter import Backend, Destination, Unit, Units
+from jamba_server.engine.model_config import JambaConfig
+from jamba_server.kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segments
 
 
 class Mamba:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.layers.linear import Linear
-from engine.layers.parameter import Backend, Units
-from engine.model_config import JambaConfig
+from jamba_server.engine.layers.linear import Linear
+from jamba_server.engine.layers.parameter import Backend, Units
+from jamba_server.engine.model_config import JambaConfig
 
 
 class Mlp:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.layers.linear import Linear
-from engine.layers.parameter import Backend, Destination, Fused, Unit, Units, matrix, part
-from engine.model_config import JambaConfig
+from jamba_server.engine.layers.linear import Linear
+from jamba_server.engine.layers.parameter import Backend, Destination, Fused, Unit, Units, matrix, part
+from jamba_server.engine.model_config import JambaConfig
 
 
 class Moe:

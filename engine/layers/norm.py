@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.layers.parameter import Backend, Destination, Unit
+from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class RmsNorm:

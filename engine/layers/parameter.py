@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.quantization import QuantizationPolicy, Role
-from engine.quantization.quantize import quantize
-from kernels.ops import Kernels, QuantizedWeight, Weight
+from jamba_server.engine.quantization import QuantizationPolicy, Role
+from jamba_server.engine.quantization.quantize import quantize
+from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 """How random weights fill a tensor: variance 1 / (last dimension), variance 1, all ones, log(1..S) in every row, or

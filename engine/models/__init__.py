@@ -8,13 +8,13 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch
-from engine.cache.storage import CacheStorage
-from engine.layers.parameter import Backend, TensorMap
-from engine.model_config import CAUSAL_LM, SEQUENCE_CLASSIFICATION, JambaConfig
-from engine.models.jamba import JambaForCausalLM, JambaForSequenceClassification
-from engine.quantization import UNQUANTIZED, QuantizationPolicy
-from kernels.ops import Kernels
+from jamba_server.engine.batch import ForwardBatch
+from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.layers.parameter import Backend, TensorMap
+from jamba_server.engine.model_config import CAUSAL_LM, SEQUENCE_CLASSIFICATION, JambaConfig
+from jamba_server.engine.models.jamba import JambaForCausalLM, JambaForSequenceClassification
+from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy
+from jamba_server.kernels.ops import Kernels
 
 
 class Model(Protocol):

@@ -10,17 +10,17 @@ from itertools import chain
 
 from torch import Tensor
 
-from engine.batch import ForwardBatch
-from engine.cache.storage import CacheStorage
-from engine.layers.attention import Attention
-from engine.layers.embedding import Embedding
-from engine.layers.linear import Linear
-from engine.layers.mamba import Mamba
-from engine.layers.mlp import Mlp
-from engine.layers.moe import Moe
-from engine.layers.norm import RmsNorm
-from engine.layers.parameter import Backend, TensorMap, Units, keep
-from engine.model_config import JambaConfig
+from jamba_server.engine.batch import ForwardBatch
+from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.layers.attention import Attention
+from jamba_server.engine.layers.embedding import Embedding
+from jamba_server.engine.layers.linear import Linear
+from jamba_server.engine.layers.mamba import Mamba
+from jamba_server.engine.layers.mlp import Mlp
+from jamba_server.engine.layers.moe import Moe
+from jamba_server.engine.layers.norm import RmsNorm
+from jamba_server.engine.layers.parameter import Backend, TensorMap, Units, keep
+from jamba_server.engine.model_config import JambaConfig
 
 
 class DecoderLayer:

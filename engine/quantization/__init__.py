@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from engine.config import EngineConfig, Quantization
-from engine.errors import ConfigError
+from jamba_server.engine.config import EngineConfig, Quantization
+from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
 """What a weight is for. "mamba" are the mixers' in_proj and out_proj; "other" is never quantised: x_proj, dt_proj and

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
-from engine.errors import CheckpointError
-from engine.quantization import Role
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.quantization import Role
 
 METHOD: Final = "compressed-tensors"
 FORMAT: Final = "float-quantized"

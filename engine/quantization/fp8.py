@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.quantization import FORMATS
+from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["fp8"].limit
 

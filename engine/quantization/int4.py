@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.quantization import FORMATS
+from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["int4"].limit
 # Smaller ones gain less than 0.2 % more.

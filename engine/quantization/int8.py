@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.quantization import FORMATS
+from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["int8"].limit
 

@@ -8,9 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.config import Quantization
-from engine.quantization import FORMATS, fp8, int4, int8
-from kernels.ops import QuantizedWeight
+from jamba_server.engine.config import Quantization
+from jamba_server.engine.quantization import FORMATS, fp8, int4, int8
+from jamba_server.kernels.ops import QuantizedWeight
 
 # float32 [rows, groups, inputs of a group], finite -> numbers of the same shape, and scales [rows, groups]
 QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.staging import Fetch, upload
-from engine.types import TokenLogprob
-from kernels.reference.sample import best_ids
+from jamba_server.engine.staging import Fetch, upload
+from jamba_server.engine.types import TokenLogprob
+from jamba_server.kernels.reference.sample import best_ids
 
 
 class PendingLogprobs:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampling.row import SamplingRow
-from engine.staging import upload
-from engine.types import SamplingParams
+from jamba_server.engine.sampling.row import SamplingRow
+from jamba_server.engine.staging import upload
+from jamba_server.engine.types import SamplingParams
 
 
 class Edit(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.types import SamplingParams
+from jamba_server.engine.types import SamplingParams
 
 
 class SamplingRow(NamedTuple):

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.sampling.keys import row_key
-from engine.sampling.logprobs import gather, read
-from engine.sampling.penalties import adjust_logits
-from engine.sampling.row import SamplingRow
-from engine.staging import Array, Fetch, upload
-from engine.types import TokenLogprob
-from kernels.ops import Kernels, SampleInputs
+from jamba_server.engine.sampling.keys import row_key
+from jamba_server.engine.sampling.logprobs import gather, read
+from jamba_server.engine.sampling.penalties import adjust_logits
+from jamba_server.engine.sampling.row import SamplingRow
+from jamba_server.engine.staging import Array, Fetch, upload
+from jamba_server.engine.types import TokenLogprob
+from jamba_server.kernels.ops import Kernels, SampleInputs
 
 __all__ = ["SampledToken", "Sampler", "SamplingRow"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
-from kernels.ops import Pages
+from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
+from jamba_server.kernels.ops import Pages
 
 
 class _Attention:

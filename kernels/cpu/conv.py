@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.cpu.library import DTYPES, INT, POINTER, library
-from kernels.cpu.segments import SEGMENTS, one_row_each, ragged
-from kernels.ops import Segments
+from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
+from jamba_server.kernels.cpu.segments import SEGMENTS, one_row_each, ragged
+from jamba_server.kernels.ops import Segments
 
 
 class _Convolution:

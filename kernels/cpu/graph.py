@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kernels.cpu.library import FLOAT, INT, POINTER, library
+from jamba_server.kernels.cpu.library import FLOAT, INT, POINTER, library
 
 _MOST_ARGUMENTS = 32
 _ALLOCATIONS = ("new_empty",)

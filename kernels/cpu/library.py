@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.ops import KernelUnavailable
+from jamba_server.kernels.ops import KernelUnavailable
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPES, INT, POINTER, library
-from kernels.ops import QuantizedWeight, Weight
+from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
+from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
 _STEP = 8  # inputs that int4 takes at once: no group may end within

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cpu.conv import CausalConv1dUpdate
-from kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
-from kernels.cpu.linear import Linear, PackedWeight
-from kernels.cpu.norm import RmsNorm
-from kernels.cpu.scan import SelectiveStateUpdate
-from kernels.ops import KernelUnavailable, MambaWeights
+from jamba_server.kernels.cpu.conv import CausalConv1dUpdate
+from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
+from jamba_server.kernels.cpu.linear import Linear, PackedWeight
+from jamba_server.kernels.cpu.norm import RmsNorm
+from jamba_server.kernels.cpu.scan import SelectiveStateUpdate
+from jamba_server.kernels.ops import KernelUnavailable, MambaWeights
 
 _PARTS = (CausalConv1dUpdate, Linear, RmsNorm, SelectiveStateUpdate)
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPES, INT, POINTER, library
-from kernels.cpu.linear import PackedWeight, Packer
-from kernels.ops import Weight
+from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
+from jamba_server.kernels.cpu.linear import PackedWeight, Packer
+from jamba_server.kernels.ops import Weight
 
 
 class SiluAndMul:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
+from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
 
 
 class RmsNorm:

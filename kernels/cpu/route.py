@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPES, INT, POINTER, library
+from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 
 
 class RouteExperts:

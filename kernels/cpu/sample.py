@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import INT, POINTER, library
-from kernels.ops import SampleInputs
+from jamba_server.kernels.cpu.library import INT, POINTER, library
+from jamba_server.kernels.ops import SampleInputs
 
 
 class Sample:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.cpu.library import INT, POINTER
-from kernels.ops import Segments
+from jamba_server.kernels.cpu.library import INT, POINTER
+from jamba_server.kernels.ops import Segments
 
 SEGMENTS = (INT, *[POINTER] * 6)
 """Types of what `ragged` and `one_row_each` return."""

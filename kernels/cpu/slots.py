@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.cpu.library import INT, POINTER, library
-from kernels.ops import CompressedStates
+from jamba_server.kernels.cpu.library import INT, POINTER, library
+from jamba_server.kernels.ops import CompressedStates
 
 
 class WriteKv:

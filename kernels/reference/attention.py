@@ -16,7 +16,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.ops import Pages
+from jamba_server.kernels.ops import Pages
 
 TILE = 8  # a lone token costs as much as TILE
 KEYS = 128

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import Segments
-from kernels.reference.exact import silu
-from kernels.reference.ragged import initial_states, sequence_of_row, state_writes
+from jamba_server.kernels.ops import Segments
+from jamba_server.kernels.reference.exact import silu
+from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments) -> Tensor:

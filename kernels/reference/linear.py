@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import QuantizedWeight, Weight
+from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 
 def contiguous(weight: Weight) -> Weight:

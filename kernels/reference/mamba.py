@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, RmsNorm, ScanInputs, SelectiveStateUpdate
+from jamba_server.kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, RmsNorm, ScanInputs, SelectiveStateUpdate
 
 
 class MambaDecode:

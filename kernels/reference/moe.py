@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.ops import Weight
-from kernels.reference.exact import ordered_sum, silu
-from kernels.reference.linear import contiguous, product
+from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.reference.exact import ordered_sum, silu
+from jamba_server.kernels.reference.linear import contiguous, product
 
 
 def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import Segments
+from jamba_server.kernels.ops import Segments
 
 
 def sequence_of_row(segments: Segments) -> Tensor:

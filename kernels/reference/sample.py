@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import SampleInputs
+from jamba_server.kernels.ops import SampleInputs
 
 # SplitMix64's increment (2**64 / golden ratio, odd) and multipliers, as signed integers: int64 arithmetic wraps around
 GAMMA = 0x9E3779B97F4A7C15 - 2**64

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.ops import ScanInputs, ScanWeights, Segments
-from kernels.reference.exact import ordered_sum, silu, softplus
-from kernels.reference.ragged import initial_states, sequence_of_row, state_writes
+from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
+from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
+from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
 BLOCK_ROWS = 32  # [S, D] float32 tensors are made for so many rows at a time: 512 KiB each for Jamba Mini
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import CompressedStates
+from jamba_server.kernels.ops import CompressedStates
 
 LEVELS = 127  # of a compressed number on each side of zero
 SMALLEST = 2.0**-100  # below it a channel counts as zeros: its scale's reciprocal would be infinite

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 import torch
 
-from kernels.ops import KernelUnavailable
+from jamba_server.kernels.ops import KernelUnavailable
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 

@@ -20,8 +20,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import Pages
-from kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
+from jamba_server.kernels.ops import Pages
+from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
 SPLIT = 512
 ROWS = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import Segments
-from kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded, silu
+from jamba_server.kernels.ops import Segments
+from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded, silu
 
 BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from kernels.triton import interpreted
+from jamba_server.kernels.triton import interpreted
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """Launch option of kernels whose bits must equal those of another kernel: only `tl.fma` fuses."""

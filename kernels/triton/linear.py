@@ -9,11 +9,11 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import Weight
-from kernels.triton.launch import cdiv, jit, rounded
-from kernels.triton.narrow import is_narrow, narrow_linear
-from kernels.triton.product import product, tile_for
-from kernels.triton.quantized import PackedWeight, pack, read
+from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.triton.launch import cdiv, jit, rounded
+from jamba_server.kernels.triton.narrow import is_narrow, narrow_linear
+from jamba_server.kernels.triton.product import product, tile_for
+from jamba_server.kernels.triton.quantized import PackedWeight, pack, read
 
 
 class Linear:

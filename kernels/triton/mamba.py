@@ -14,14 +14,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels import torch_ops
-from kernels.ops import KernelUnavailable, MambaWeights
-from kernels.triton.conv import causal_conv1d_update
-from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
-from kernels.triton.linear import Linear
-from kernels.triton.narrow import add_sections, is_narrow, section_product, section_sums, tile_for
-from kernels.triton.norm import normalized, rms_norm, tile_rows
-from kernels.triton.scan import load, selective_state_update, step
+from jamba_server.kernels import torch_ops
+from jamba_server.kernels.ops import KernelUnavailable, MambaWeights
+from jamba_server.kernels.triton.conv import causal_conv1d_update
+from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
+from jamba_server.kernels.triton.linear import Linear
+from jamba_server.kernels.triton.narrow import add_sections, is_narrow, section_product, section_sums, tile_for
+from jamba_server.kernels.triton.norm import normalized, rms_norm, tile_rows
+from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
 """As many fill a large GPU; while there are fewer, no program takes several rows."""

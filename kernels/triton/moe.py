@@ -16,10 +16,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import Weight
-from kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
-from kernels.triton.product import Tile, product, tile_for
-from kernels.triton.quantized import PackedWeight, pack, read
+from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
+from jamba_server.kernels.triton.product import Tile, product, tile_for
+from jamba_server.kernels.triton.quantized import PackedWeight, pack, read
 
 BLOCK = 1024
 

@@ -14,8 +14,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
-from kernels.triton.product import Tile
+from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
+from jamba_server.kernels.triton.product import Tile
 
 SECTION = 512
 MANY_ROWS = 1024  # from where on there are enough programs without one for each section

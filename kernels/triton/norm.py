@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
+from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
 PROGRAM_ELEMENTS = 2048
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from kernels.triton.launch import EXACT, dot, jit
-from kernels.triton.quantized import GROUP, numbers
+from jamba_server.kernels.triton.launch import EXACT, dot, jit
+from jamba_server.kernels.triton.quantized import GROUP, numbers
 
 FEW_ROWS = 64
 FEWER_ROWS = 16  # of quantised products, whose rows are the tensor cores' columns

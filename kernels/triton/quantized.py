@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import QuantizedWeight
-from kernels.triton.launch import INTERPRETED, cdiv, jit
+from jamba_server.kernels.ops import QuantizedWeight
+from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 
 GROUP = tl.constexpr(128)
 """Inputs that int4 has a scale for, and to a multiple of which every row is filled up."""

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import cdiv, jit, next_power_of_2
+from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
 PROGRAM_ELEMENTS = 1024
 

@@ -17,8 +17,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import SampleInputs
-from kernels.triton.launch import cdiv, jit, next_power_of_2
+from jamba_server.kernels.ops import SampleInputs
+from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
 BLOCK = 4096
 CUT_BLOCK, CUT_WARPS = 8192, 16

@@ -17,8 +17,8 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import ScanInputs, ScanWeights, Segments
-from kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
+from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
+from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
 GROUP = 4  # with more, a thread's registers do not suffice
 SCHEDULERS = 528  # of warps on an H100 or H200

@@ -15,10 +15,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import ScanInputs, ScanWeights, Segments
-from kernels.triton import scan
-from kernels.triton.launch import LOG2_E, cdiv, jit, next_power_of_2, softplus
-from kernels.triton.scan import GROUP, OPTIONS, SCHEDULERS, decayed, load, row_of, state_block, vectors, walk
+from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
+from jamba_server.kernels.triton import scan
+from jamba_server.kernels.triton.launch import LOG2_E, cdiv, jit, next_power_of_2, softplus
+from jamba_server.kernels.triton.scan import (
+    GROUP,
+    OPTIONS,
+    SCHEDULERS,
+    decayed,
+    load,
+    row_of,
+    state_block,
+    vectors,
+    walk,
+)
 
 CHUNK = 256  # tokens, a multiple of GROUP
 MIN_CHUNKS = 4

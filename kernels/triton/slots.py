@@ -10,8 +10,8 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import CompressedStates
-from kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
+from jamba_server.kernels.ops import CompressedStates
+from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
 BLOCK = 4096
 CHANNELS = 128  # of a program

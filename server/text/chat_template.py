@@ -9,11 +9,11 @@ from pathlib import Path
 
 import jinja2
 
-from engine.errors import CheckpointError, ConfigError, RequestRejected
-from server.text.special_text import SpecialText, restore
-from server.text.template_environment import MAX_OUTPUT_CHARS, create_environment, undeclared_variables
-from server.text.tokenizer import Tokenizer
-from server.text.tokenizer_config import read_tokenizer_config
+from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
+from jamba_server.server.text.special_text import SpecialText, restore
+from jamba_server.server.text.template_environment import MAX_OUTPUT_CHARS, create_environment, undeclared_variables
+from jamba_server.server.text.tokenizer import Tokenizer
+from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 Message = Mapping[str, object]
 
@@ -37,13 +37,14 @@ _ASSISTANT = "<|assistant|>"
 class RenderedChat:
     """A prompt, ready for the engine.
 
-    `checkpoints` are offsets into `prompt_ids` where a message boundary lies that later requests are likely to share.
+    `save_positions` are offsets into `prompt_ids` where a message boundary lies that later requests are likely to
+    share.
     `strip_leading_space` says that the reply will begin with a space that belongs to the template.
     """
 
     text: str
     prompt_ids: list[int]
-    checkpoints: tuple[int, ...]
+    save_positions: tuple[int, ...]
     strip_leading_space: bool
 
 
@@ -117,7 +118,7 @@ class ChatTemplate:
         return RenderedChat(
             text=restore(rendered),
             prompt_ids=prompt_ids,
-            checkpoints=tuple(sorted({offset for offset in offsets if 0 < offset < len(prompt_ids)})),
+            save_positions=tuple(sorted({offset for offset in offsets if 0 < offset < len(prompt_ids)})),
             strip_leading_space=prompt_ids[-1:] == [self._tokenizer.special_tokens.get(_ASSISTANT)],
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
-from server.text.tokenizer import Tokenizer
+from jamba_server.server.text.tokenizer import Tokenizer
 
 
 class Detokenizer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from engine.errors import CheckpointError
+from jamba_server.engine.errors import CheckpointError
 
 # Noncharacters of Unicode. Should a client send the first one itself, it is rendered as _OWN.
 MARKS = MARK, _SPLIT, _LITERAL = "\ufdd0", "\ufdd1", "\ufdd2"

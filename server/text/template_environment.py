@@ -17,7 +17,7 @@ from jinja2 import ext, meta, nodes, runtime, sandbox, utils
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 
-from server.text.special_text import MARKS
+from jamba_server.server.text.special_text import MARKS
 
 MAX_OUTPUT_CHARS = 16 << 20
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from engine.errors import CheckpointError
+from jamba_server.engine.errors import CheckpointError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

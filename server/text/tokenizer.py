@@ -10,9 +10,9 @@ from typing import Protocol
 import msgspec
 import tokenizers
 
-from engine.errors import CheckpointError, RequestRejected
-from server.text.token_bytes import Decoder, bytes_reader
-from server.text.tokenizer_config import read_tokenizer_config
+from jamba_server.engine.errors import CheckpointError, RequestRejected
+from jamba_server.server.text.token_bytes import Decoder, bytes_reader
+from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 
 class _EncodeBatch(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.errors import CheckpointError
+from jamba_server.engine.errors import CheckpointError
 
 
 class _AddedToken(msgspec.Struct, frozen=True):

@@ -10,10 +10,10 @@ from random import Random
 import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch, PageTables
-from engine.cache.storage import CacheStorage
-from engine.models import Model
-from kernels.ops import Segments, StateSaves
+from jamba_server.engine.batch import ForwardBatch, PageTables
+from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.models import Model
+from jamba_server.kernels.ops import Segments, StateSaves
 
 BLOCK_SIZE = 4
 GARBAGE = 7.0  # what pages and slots hold before anyone owns them

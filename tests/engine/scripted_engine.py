@@ -13,8 +13,9 @@ import socket
 import sys
 from pathlib import Path
 
-from engine.config import EngineConfig
-from engine.types import (
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.process.wire import pack, receive
+from jamba_server.engine.types import (
     Abort,
     EngineInfo,
     EngineStats,
@@ -26,7 +27,6 @@ from engine.types import (
     ToEngine,
     TokenUpdate,
 )
-from engine.wire import pack, receive
 
 INFO = EngineInfo(
     architecture="Scripted",
@@ -41,7 +41,7 @@ INFO = EngineInfo(
     block_size=16,
     num_kv_blocks=1,
     num_state_slots=1,
-    num_checkpoints=0,
+    num_saved_states=0,
     weight_bytes=0,
     kv_bytes=0,
     state_bytes=0,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from random import Random
 
-from engine.cache.manager import CacheCopies, CacheManager
-from engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
-from engine.sequence import Sequence
-from engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.engine.cache.manager import CacheCopies, CacheManager
+from jamba_server.engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
+from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 
 
 def fold(state: int, token: int) -> int:
@@ -215,6 +215,6 @@ def random_request(random: Random, number: int, stems: list[list[int]], max_len:
         ),
         group=f"g{number // 3}" if random.random() < 0.2 else "",
         priority=random.choice((0, 0, 0, 1)),
-        checkpoints=tuple(random.randint(1, len(prompt)) for _ in range(random.randint(0, 2))),
+        save_positions=tuple(random.randint(1, len(prompt)) for _ in range(random.randint(0, 2))),
         cache_salt=random.choice(("", "", "", "tenant")),
     )

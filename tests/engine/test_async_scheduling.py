@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.llm import LLM, Completion
-from engine.scheduler import SchedulerOutput
-from engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.engine.scheduler import SchedulerOutput
+from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.llm import LLM, Completion
 from tests.engine.test_exact import CONFIG
 
 RANDOM = Random(11)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.cache.block_pool import BlockPool
+from jamba_server.engine.cache.block_pool import BlockPool
 
 
 def fill(pool: BlockPool, worths: dict[bytes, float]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.scheduler import Scheduler
-from engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 from tests.engine.simulator import Simulator, make_scheduler
 
 
@@ -30,22 +30,22 @@ def fresh(**sizes: int) -> tuple[Scheduler, Simulator]:
     return scheduler, Simulator(scheduler)
 
 
-EITHER_KIND = pytest.mark.parametrize("checkpoints", [0, 8])  # in the slots that sequences run in, and compressed
+EITHER_KIND = pytest.mark.parametrize("num_compressed", [0, 8])  # in the slots that sequences run in, and compressed
 
 
 @EITHER_KIND
-def test_the_same_prompt_again_leaves_one_block_at_most(checkpoints: int) -> None:
+def test_the_same_prompt_again_leaves_one_block_at_most(num_compressed: int) -> None:
     for length in range(1, 20):
-        scheduler, simulator = fresh(block_size=4, num_checkpoints=checkpoints)
+        scheduler, simulator = fresh(block_size=4, num_compressed=num_compressed)
         prompt = list(range(length))
         assert cached(run(scheduler, simulator, prompt)) == 0
         assert cached(run(scheduler, simulator, prompt)) == (length - 1) // 4 * 4
 
 
 @EITHER_KIND
-def test_the_next_turn_reuses_the_whole_last_one_also_below_a_block(checkpoints: int) -> None:
+def test_the_next_turn_reuses_the_whole_last_one_also_below_a_block(num_compressed: int) -> None:
     for length in range(1, 20):
-        scheduler, simulator = fresh(block_size=8, num_checkpoints=checkpoints)
+        scheduler, simulator = fresh(block_size=8, num_compressed=num_compressed)
         prompt = list(range(length))
         answer = [t for u in run(scheduler, simulator, prompt, new_tokens=3) for t in u.token_ids]
         # the state after the last token but one: the last one was sampled, not computed
@@ -53,16 +53,16 @@ def test_the_next_turn_reuses_the_whole_last_one_also_below_a_block(checkpoints:
 
 
 @EITHER_KIND
-def test_a_message_boundary_pays_from_its_second_request(checkpoints: int) -> None:
-    scheduler, simulator = fresh(block_size=4, num_checkpoints=checkpoints)
+def test_a_message_boundary_pays_from_its_second_request(num_compressed: int) -> None:
+    scheduler, simulator = fresh(block_size=4, num_compressed=num_compressed)
     system = list(range(50, 71))
-    run(scheduler, simulator, [*system, 1, 2, 3, 4, 5, 6], checkpoints=(21,))
-    assert cached(run(scheduler, simulator, [*system, 6, 5, 4, 3, 2, 1], checkpoints=(21,))) == 20
+    run(scheduler, simulator, [*system, 1, 2, 3, 4, 5, 6], save_positions=(21,))
+    assert cached(run(scheduler, simulator, [*system, 6, 5, 4, 3, 2, 1], save_positions=(21,))) == 20
 
 
 @EITHER_KIND
-def test_a_branch_point_pays_from_its_third_request(checkpoints: int) -> None:
-    scheduler, simulator = fresh(block_size=4, num_checkpoints=checkpoints)
+def test_a_branch_point_pays_from_its_third_request(num_compressed: int) -> None:
+    scheduler, simulator = fresh(block_size=4, num_compressed=num_compressed)
     shared = list(range(50, 74))
     hits = [cached(run(scheduler, simulator, [*shared, *[i] * 9])) for i in range(3)]
     assert hits == [0, 0, 24]
@@ -98,11 +98,11 @@ def test_evicted_prefixes_are_counted_as_evicted() -> None:
 
 def test_interior_checkpoints_cost_no_step() -> None:
     steps: list[int] = []
-    for checkpoints in ((), (400, 800, 1200, 1600)):
+    for save_positions in ((), (400, 800, 1200, 1600)):
         scheduler, simulator = fresh(
             num_pages=600, block_size=4, max_num_batched_tokens=512, max_model_len=2100, interval=4096
         )
-        run(scheduler, simulator, list(range(2000)), checkpoints=checkpoints)
+        run(scheduler, simulator, list(range(2000)), save_positions=save_positions)
         steps.append(scheduler.stats.num_steps_total)
     assert steps == [4, 4]
     assert simulator.num_saves == 6  # the four, and the prompt's end: 2,000 and the block before it
@@ -181,8 +181,8 @@ def start(scheduler: Scheduler, name: str, prompt: list[int], **fields: object) 
 
 
 def test_a_reply_that_ends_is_compressed_by_the_next_step_before_anybody_goes_on_from_it() -> None:
-    scheduler, simulator = fresh(block_size=4, num_slots=3, num_checkpoints=4, max_num_seqs=1)
-    start(scheduler, "a", list(range(30)), checkpoints=(9,))
+    scheduler, simulator = fresh(block_size=4, num_slots=3, num_compressed=4, max_num_seqs=1)
+    start(scheduler, "a", list(range(30)), save_positions=(9,))
     for _ in range(3):
         simulator.step(lambda _: 1)
     simulator.step(lambda _: 2)
@@ -205,12 +205,12 @@ def test_a_reply_that_ends_is_compressed_by_the_next_step_before_anybody_goes_on
 
 
 def test_where_every_compressed_slot_waits_for_a_copy_nothing_more_is_kept() -> None:
-    scheduler, simulator = fresh(block_size=4, num_slots=9, num_checkpoints=1 + 2, max_num_seqs=4)
+    scheduler, simulator = fresh(block_size=4, num_slots=9, num_compressed=1 + 2, max_num_seqs=4)
     for i in range(4):
         start(scheduler, str(i), [10 * i] * 7)
     simulator.step(lambda _: 1)
     scheduler.abort(map(str, range(4)))
-    assert scheduler.stats.checkpoints_stored == 2
+    assert scheduler.stats.saved_states == 2
     assert sum(scheduler.cache.states.refs) == 2
     start(scheduler, "next", [3])
     simulator.step(lambda _: 1)
@@ -223,9 +223,9 @@ def test_states_pass_through_the_slots_that_are_free_the_best_first() -> None:
     boundaries = (8, 16, 24)
     for staging, expected in ((1, [8]), (2, [8, 16]), (9, [4, 8, 12, 16, 20, 24, 28])):
         scheduler, simulator = fresh(
-            block_size=4, interval=4, num_slots=1 + 1 + staging, num_checkpoints=20, max_num_seqs=1
+            block_size=4, interval=4, num_slots=1 + 1 + staging, num_compressed=20, max_num_seqs=1
         )
-        start(scheduler, "a", list(range(30)), checkpoints=boundaries)
+        start(scheduler, "a", list(range(30)), save_positions=boundaries)
         output = scheduler.schedule(now=0.0)
         [chunk] = output.chunks
         assert [save.position for save in chunk.saves] == expected
@@ -234,7 +234,7 @@ def test_states_pass_through_the_slots_that_are_free_the_best_first() -> None:
         scheduler.advance(output)
         scheduler.update(output, [result])
         assert scheduler.stats.state_slots_used == 1
-        assert scheduler.stats.checkpoints_stored == len(expected)
+        assert scheduler.stats.saved_states == len(expected)
         simulator.step(lambda _: 1)
         scheduler.abort(["a"])
         simulator.finish()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 
-from engine.__main__ import read
-from engine.core import Inbox
+from jamba_server.engine.core import Inbox
+from jamba_server.engine.process.__main__ import read
 
 
 def test_a_parent_killed_before_it_read_our_last_message_ends_the_engine() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.client import EngineClient
-from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded
-from engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded
+from jamba_server.engine.process.client import EngineClient
+from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
@@ -153,7 +153,7 @@ async def test_an_engine_that_cannot_load_again_is_given_up_however_slowly_it_di
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCRIPTED_ENGINE_MARK", str(tmp_path / "mark"))
-    monkeypatch.setattr("engine.client.DEATH_WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr("jamba_server.engine.process.client.DEATH_WINDOW_SECONDS", 0.0)
     engine = client(model="loads once")
     await engine.start()
     async with asyncio.timeout(30):

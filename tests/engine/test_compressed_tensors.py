@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.errors import CheckpointError, ConfigError
-from engine.llm import LLM
-from engine.model_config import load_model_config, weight_bytes
-from engine.models import build_model
-from engine.quantization import QuantizationPolicy, Role
-from engine.types import SamplingParams
-from engine.weights import dummy_weights
-from kernels.ops import QuantizedWeight
-from kernels.table import select
+from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.engine.model_config import load_model_config, weight_bytes
+from jamba_server.engine.models import build_model
+from jamba_server.engine.quantization import QuantizationPolicy, Role
+from jamba_server.engine.start.weights import dummy_weights
+from jamba_server.engine.types import SamplingParams
+from jamba_server.kernels.ops import QuantizedWeight
+from jamba_server.kernels.table import select
+from jamba_server.llm import LLM
 from tests.engine.test_quantization import CPU, load, recording
 from tests.engine.test_weights import CONFIG, Tensors, logits, rewrite, set_tensor, write_checkpoint
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.llm import LLM, Completion
-from engine.types import SamplingParams
+from jamba_server.engine.types import SamplingParams
+from jamba_server.llm import LLM, Completion
 
 CONFIG = {
     "model_type": "jamba",

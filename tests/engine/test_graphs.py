@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch
-from engine.cache.graph_sizes import GraphKey, GraphSizes
-from engine.cache.storage import CacheStorage
-from engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
-from engine.llm import LLM
-from engine.staging import ALIGNMENT, cut, pack, packed_bytes
-from engine.types import SamplingParams
-from kernels.table import OPS
+from jamba_server.engine.batch import ForwardBatch
+from jamba_server.engine.cache.graph_sizes import GraphKey, GraphSizes
+from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
+from jamba_server.engine.staging import ALIGNMENT, cut, pack, packed_bytes
+from jamba_server.engine.types import SamplingParams
+from jamba_server.kernels.table import OPS
+from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, FORMATS, result
 
 RANDOM = Random(2)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import EngineConfig
-from engine.errors import ConfigError
-from engine.kernel_choice import check_kernels
-from engine.llm import LLM
-from kernels.table import OPS
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.start.kernel_choice import check_kernels
+from jamba_server.kernels.table import OPS
+from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, GREEDY, OTHERS, SAMPLED, SUBJECT, result
 
 FP8 = EngineConfig(model="m", kv_cache_dtype="fp8")
@@ -68,7 +68,7 @@ def load(folder: Path, kv_cache_dtype: str, **settings: Any) -> LLM:
 
 def test_an_engine_on_fp8_pages(folder: Path) -> None:
     """Half the bytes a page; near to what it says with wide pages; exact in any batch, chunking and from the cache."""
-    sizes = {"max_num_seqs": 4, "checkpoint_memory_bytes": 1 << 20}
+    sizes = {"max_num_seqs": 4, "state_cache_memory_bytes": 1 << 20}
     plain, narrow = (load(folder, dtype, **sizes) for dtype in ("auto", "fp8"))
     assert plain.core.info.kv_bytes / plain.core.info.num_kv_blocks == pytest.approx(
         2 * narrow.core.info.kv_bytes / narrow.core.info.num_kv_blocks, rel=0.01

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.llm import LLM
-from engine.types import SamplingParams, StepResult
+from jamba_server.engine.types import SamplingParams, StepResult
+from jamba_server.llm import LLM
 from tests.tiny import TINY_CONFIGS, save_tiny
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cache.spec import Measured, MemoryPlan, plan_memory, usable_bytes
-from engine.config import EngineConfig
-from engine.core import Loaded, dummy_steps, measure_steps
-from engine.errors import ConfigError
-from engine.llm import LLM
-from engine.memory import DummySteps, measure, usable_memory
-from engine.model_config import JambaConfig, load_model_config, weight_bytes
-from engine.quantization import UNQUANTIZED
-from engine.scheduler import SchedulerOutput
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.quantization import UNQUANTIZED
+from jamba_server.engine.scheduler import SchedulerOutput
+from jamba_server.engine.start.build import Loaded, dummy_steps, measure_steps
+from jamba_server.engine.start.memory import DummySteps, measure, usable_memory
+from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, plan_memory, usable_bytes
+from jamba_server.llm import LLM
 from tests.geometries import write_geometry
 from tests.tiny import TINY_CONFIGS, save_tiny
 

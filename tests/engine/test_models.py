@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.model_config import ARCHITECTURES, load_model_config
-from engine.models import MODELS, Model, build_model
-from engine.weights import dummy_weights, load_weights
-from kernels.table import select
+from jamba_server.engine.model_config import ARCHITECTURES, load_model_config
+from jamba_server.engine.models import MODELS, Model, build_model
+from jamba_server.engine.start.weights import dummy_weights, load_weights
+from jamba_server.kernels.table import select
 from tests.engine.feeding import Feed, Feeder
 from tests.numpy_jamba import Array, LayerState, NumpyJamba, golden_weights
 from tests.tiny import TINY_CONFIGS, oracle_logits, save_tiny

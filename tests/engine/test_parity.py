@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.cache.spec import CacheSpec
-from engine.llm import LLM, Completion
-from engine.sequence import Sequence
-from engine.types import Request, SamplingParams
+from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.types import Request, SamplingParams
+from jamba_server.llm import LLM, Completion
 from tests.tiny import TINY_CONFIGS, oracle_logits, save_tiny
 
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 7, "max_num_batched_tokens": 48, "threads": 1}
@@ -105,7 +105,7 @@ def test_prompt_logprobs_of_chunked_prompts(tmp_path: Path) -> None:
 
 
 def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_path: Path) -> None:
-    """A 2,000-token prompt with four checkpoints takes as many steps as with none, and a request that continues from
+    """A 2,000-token prompt with four saved states takes as many steps as with none, and a request that continues from
     one of them reads the state that a run ending there leaves, to the bit (with the reference kernels, as near as
     matrix products over chunks of other lengths allow)."""
     save_tiny(tmp_path, **next(iter(TINY_CONFIGS.values())))
@@ -113,9 +113,9 @@ def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_pat
     prompt = [random.randrange(3, 60) for _ in range(2000)]
     offsets = (400, 800, 1200, 1600)
     steps: list[int] = []
-    for checkpoints in ((), offsets):
+    for save_positions in ((), offsets):
         llm = LLM(tmp_path, dtype="float32", max_num_batched_tokens=512, max_model_len=2048, max_num_seqs=2, threads=1)
-        run(llm, prompt, checkpoints)
+        run(llm, prompt, save_positions)
         steps.append(llm.core.scheduler.stats.num_steps_total)
         cache, storage = llm.core.scheduler.cache, llm.core.model_runner.storage
     assert steps[0] == steps[1]
@@ -132,10 +132,10 @@ def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_pat
     assert cache.states.num_cached >= len(offsets)
 
 
-def run(llm: LLM, prompt: list[int], checkpoints: tuple[int, ...]) -> None:
+def run(llm: LLM, prompt: list[int], save_positions: tuple[int, ...]) -> None:
 
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-    llm.core.inbox.submit([Request(id="r", prompt=prompt, params=params, checkpoints=checkpoints)])
+    llm.core.inbox.submit([Request(id="r", prompt=prompt, params=params, save_positions=save_positions)])
     llm.core.step()
     while llm.core.has_work:
         llm.core.step()

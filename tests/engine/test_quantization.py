@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, Quantization
-from engine.errors import ConfigError
-from engine.llm import LLM
-from engine.model_config import load_model_config, step_bytes, weight_bytes
-from engine.models import Model, build_model
-from engine.quantization import FORMATS, UNQUANTIZED, QuantizationPolicy, Role
-from engine.quantization.quantize import quantize
-from engine.types import SamplingParams
-from engine.weights import dummy_weights, load_weights
-from kernels.ops import Kernels, QuantizedWeight, Weight
-from kernels.table import select
-from server.demo import demo_folder
+from jamba_server.engine.config import EngineConfig, Quantization
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_config import load_model_config, step_bytes, weight_bytes
+from jamba_server.engine.models import Model, build_model
+from jamba_server.engine.quantization import FORMATS, UNQUANTIZED, QuantizationPolicy, Role
+from jamba_server.engine.quantization.quantize import quantize
+from jamba_server.engine.start.weights import dummy_weights, load_weights
+from jamba_server.engine.types import SamplingParams
+from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
+from jamba_server.kernels.table import select
+from jamba_server.llm import LLM
+from jamba_server.server.demo import demo_folder
 from tests.engine.test_weights import Tensors, fuse, logits, rewrite, shard, tensors_of, write_checkpoint
 from tests.geometries import write_geometry
 

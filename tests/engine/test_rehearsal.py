@@ -20,17 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.core
-import kernels.table
+import jamba_server.kernels.table
 from benchmarks.shapes import Format, write_config
-from engine.cache.spec import available_cpus
-from engine.errors import CheckpointError
-from engine.llm import LLM
-from engine.memory import DummySteps
-from engine.model_config import load_model_config
-from engine.rehearsal import Rehearsal, compiled_meanwhile
-from engine.types import SamplingParams
-from kernels.ops import Kernels, SampleInputs
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.model_config import load_model_config
+from jamba_server.engine.start import build
+from jamba_server.engine.start.machine import available_cpus
+from jamba_server.engine.start.memory import DummySteps
+from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
+from jamba_server.engine.types import SamplingParams
+from jamba_server.kernels.ops import Kernels, SampleInputs
+from jamba_server.llm import LLM
 from tests.engine.test_graphs import with_graphs
 from tests.tiny import TINY_CONFIGS, save_tiny
 
@@ -77,13 +77,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     found = Gpu()
     monkeypatch.setattr(driver, "_active", found)
     monkeypatch.setattr(triton.compiler, "compile", found.compile)
-    monkeypatch.setattr(kernels.table, "ensure_available", lambda: None)
+    monkeypatch.setattr(jamba_server.kernels.table, "ensure_available", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return found
 
 
-def triton_kernels(exact: bool | None = None) -> Kernels:
-    return kernels.table.select("cuda", {"all": "triton"}, exact)
+def triton_kernels(batch_invariant: bool | None = None) -> Kernels:
+    return jamba_server.kernels.table.select("cuda", {"all": "triton"}, batch_invariant)
 
 
 def token_0(chosen: Kernels) -> Kernels:
@@ -101,7 +101,7 @@ CASES = [
     ("conv3-state8-all-biases", {"dtype": "float32", "quantization": "fp8"}),
     ("expand3-no-biases-moe-everywhere", {"quantization": "int8", "quantize_mamba": True}),
     ("conv2-dt-rank-auto", {"quantization": "int4"}),
-    ("moe-gqa", {"checkpoint_dtype": "int8"}),
+    ("moe-gqa", {"state_cache_dtype": "int8"}),
 ]
 
 
@@ -111,7 +111,9 @@ def test_nothing_is_compiled_after_the_weights_are_loaded(
 ) -> None:
     """On a CPU that passes for a GPU."""
     save_tiny(tmp_path, **TINY_CONFIGS[name])
-    monkeypatch.setattr(engine.core, "select", lambda device, wishes, exact: token_0(triton_kernels(exact)))
+    monkeypatch.setattr(
+        build, "select", lambda device, wishes, batch_invariant: token_0(triton_kernels(batch_invariant))
+    )
     monkeypatch.setattr(Rehearsal, "is_for", lambda self, device: True)
     sizes = {"max_num_seqs": 70, "max_num_batched_tokens": 1100, "max_model_len": 1300}
     llm = LLM(tmp_path, device="cpu", **{"dtype": "bfloat16"} | sizes | settings)
@@ -170,7 +172,7 @@ def test_any_step_of_a_real_model_launches_what_was_rehearsed(
 
 
 def test_the_thread_that_loads_launches_as_ever(gpu: Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from kernels.triton.norm import rms_norm
+    from jamba_server.kernels.triton.norm import rms_norm
 
     rehearsal, x = rehearsal_of("tiny", "bf16", tmp_path), torch.ones(2, 64)
     with caplog.at_level(logging.INFO), compiled_meanwhile(rehearsal, dummy_steps(4, 64)):
@@ -249,5 +251,5 @@ def test_only_a_gpu_with_triton_kernels_has_something_to_compile(tmp_path: Path,
     rehearsal = rehearsal_of("tiny", "bf16", tmp_path)
     assert rehearsal.is_for(torch.device("cuda"))
     assert not rehearsal.is_for(torch.device("cpu"))
-    without = dataclasses.replace(rehearsal, kernels=kernels.table.select("cuda", {"all": "reference"}))
+    without = dataclasses.replace(rehearsal, kernels=jamba_server.kernels.table.select("cuda", {"all": "reference"}))
     assert not without.is_for(torch.device("cuda"))

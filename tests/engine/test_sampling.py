@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampling.keys import row_key
-from engine.sampling.logprobs import PendingLogprobs
-from engine.sampling.penalties import adjust_logits
-from engine.sampling.sampler import SampledToken, Sampler, SamplingRow
-from engine.types import SamplingParams, TokenLogprob
-from kernels.ops import Kernels
-from kernels.reference.sample import sample
+from jamba_server.engine.sampling.keys import row_key
+from jamba_server.engine.sampling.logprobs import PendingLogprobs
+from jamba_server.engine.sampling.penalties import adjust_logits
+from jamba_server.engine.sampling.sampler import SampledToken, Sampler, SamplingRow
+from jamba_server.engine.types import SamplingParams, TokenLogprob
+from jamba_server.kernels.ops import Kernels
+from jamba_server.kernels.reference.sample import sample
 
 VOCAB = 211
 EOS = (2, 5)

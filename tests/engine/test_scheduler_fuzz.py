@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from engine.scheduler import Scheduler
-from engine.types import Request, SamplingParams
+from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.types import Request, SamplingParams
 from tests.engine.simulator import Simulator, make_scheduler, random_request
 
 NUM_REQUESTS = 30
@@ -26,7 +26,7 @@ def some_scheduler(random: Random, *, compressed: bool) -> Scheduler:
     return make_scheduler(
         num_pages=num_pages,
         num_slots=1 + max_num_seqs + (more // 2 if compressed else more),
-        num_checkpoints=1 + more if compressed else 0,
+        num_compressed=1 + more if compressed else 0,
         block_size=block_size,
         interval=block_size * random.choice((1, 2, 4, 16)),
         max_num_seqs=max_num_seqs,

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from engine.cache.spec import CacheSpec, MemoryPlan, available_cpus, available_memory, format_bytes, plan_memory
-from engine.config import EngineConfig
-from engine.errors import ConfigError
-from engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.start.machine import available_cpus, available_memory, format_bytes
+from jamba_server.engine.start.memory_plan import MemoryPlan, plan_memory
 from tests.geometries import GEOMETRIES, write_geometry
 
 MIB, GIB = 1024**2, 1024**3
@@ -69,16 +71,16 @@ def test_fp8_pages_take_one_byte_a_number_whatever_the_dtype(geometry: Geometry)
         assert spec.bytes_per_slot == CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size).bytes_per_slot
 
 
-def test_an_int8_checkpoint_has_a_byte_a_number_and_a_scale_a_channel(geometry: Geometry) -> None:
+def test_an_int8_saved_state_has_a_byte_a_number_and_a_scale_a_channel(geometry: Geometry) -> None:
     for name, size, expected in (
         ("3b", 2, 798_720 + 26 * 5_120 * (16 + 4)),
         ("mini", 2, 1_376_256 + 28 * 8_192 * (16 + 4)),
         ("mini", 4, 2 * 1_376_256 + 28 * 8_192 * (16 + 4)),
     ):
         plain = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size)
-        spec = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size, checkpoint_dtype="int8")
-        assert plain.bytes_per_checkpoint == plain.bytes_per_slot == spec.bytes_per_slot
-        assert spec.bytes_per_checkpoint == expected
+        spec = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size, state_cache_dtype="int8")
+        assert plain.bytes_per_saved_state == plain.bytes_per_slot == spec.bytes_per_slot
+        assert spec.bytes_per_saved_state == expected
 
 
 def test_a_sequence_takes_its_blocks_one_to_spare_and_a_slot(geometry: Geometry) -> None:
@@ -164,7 +166,7 @@ def test_kv_cache_memory_counts_pages_only_and_bounds_the_context(geometry: Geom
 
 
 def test_checkpoint_memory_comes_on_top_of_the_running_slots(geometry: Geometry) -> None:
-    plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=8, checkpoint_memory_bytes=10 * 9_318_400)
+    plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=8, state_cache_memory_bytes=10 * 9_318_400)
     assert plan.num_slots == 1 + 8 + 10
     assert plan.warnings == ()
 
@@ -174,38 +176,38 @@ def test_checkpoints_take_a_quarter_of_an_explicit_cache(geometry: Geometry) -> 
     assert plan.num_slots == 1 + 8 + 10
 
 
-def test_without_prefix_caching_there_are_no_checkpoints(geometry: Geometry) -> None:
+def test_without_prefix_caching_there_are_no_saved_states(geometry: Geometry) -> None:
     plan = make_plan(geometry["3b"], 64 * GIB, max_num_seqs=8, enable_prefix_caching=False)
     assert plan.num_slots == 1 + 8
 
 
-def test_int8_checkpoints_lie_beside_the_slots_that_run_and_stage(geometry: Geometry) -> None:
-    settings: dict[str, Any] = {"max_num_seqs": 8, "checkpoint_memory_bytes": 10 * 9_318_400}
-    plan = make_plan(geometry["3b"], 64 * GIB, checkpoint_dtype="int8", **settings)
+def test_int8_saved_states_lie_beside_the_slots_that_run_and_stage(geometry: Geometry) -> None:
+    settings: dict[str, Any] = {"max_num_seqs": 8, "state_cache_memory_bytes": 10 * 9_318_400}
+    plan = make_plan(geometry["3b"], 64 * GIB, state_cache_dtype="int8", **settings)
     assert plan.num_slots == 1 + 8 + 4
-    assert plan.num_saved == plan.num_checkpoints - 1 == 10 * 9_318_400 // 3_461_120 == 26
+    assert plan.num_saved == plan.num_compressed - 1 == 10 * 9_318_400 // 3_461_120 == 26
     assert plan.state_bytes == 13 * 9_318_400 + 27 * 3_461_120
     assert plan.warnings == ()
     plain = make_plan(geometry["3b"], 64 * GIB, **settings)
-    assert (plain.num_checkpoints, plain.num_saved) == (0, 10)
+    assert (plain.num_compressed, plain.num_saved) == (0, 10)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exact": True}, "exact and checkpoint_dtype 'int8' exclude each other"),
-        ({"enable_prefix_caching": False}, "checkpoint_dtype 'int8' .* needs enable_prefix_caching"),
+        ({"batch_invariant": True}, "batch_invariant and state_cache_dtype 'int8' exclude each other"),
+        ({"enable_prefix_caching": False}, "state_cache_dtype 'int8' .* needs enable_prefix_caching"),
     ],
 )
-def test_what_rules_out_int8_checkpoints(geometry: Geometry, settings: dict[str, Any], message: str) -> None:
+def test_what_rules_out_int8_saved_states(geometry: Geometry, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_plan(geometry["3b"], 64 * GIB, checkpoint_dtype="int8", **settings)
+        make_plan(geometry["3b"], 64 * GIB, state_cache_dtype="int8", **settings)
     make_plan(geometry["3b"], 64 * GIB, **settings)
 
 
 def test_checkpoint_memory_below_zero_is_an_error(geometry: Geometry) -> None:
-    with pytest.raises(ConfigError, match="checkpoint_memory_bytes is -1; it must be at least 0"):
-        make_plan(geometry["3b"], 64 * GIB, "cpu", checkpoint_memory_bytes=-1)
+    with pytest.raises(ConfigError, match="state_cache_memory_bytes is -1; it must be at least 0"):
+        make_plan(geometry["3b"], 64 * GIB, "cpu", state_cache_memory_bytes=-1)
 
 
 @pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads"])
@@ -225,13 +227,13 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
         "max_num_seqs": [1, 2, 7, 64, 4096],
         "max_num_batched_tokens": [None, 1, 16, 48, 100_000],
         "kv_cache_memory_bytes": [None, None, 10**5, 10**7, 10**9, 10**12],
-        "checkpoint_memory_bytes": [None, None, 0, 10**7, 10**9, 10**12],
+        "state_cache_memory_bytes": [None, None, 0, 10**7, 10**9, 10**12],
         "block_size": [1, 16, 256, 16384],
         "enable_prefix_caching": [True, False],
     }
     settings = {name: rng.choice(values) for name, values in choices.items()}
     if settings["enable_prefix_caching"]:
-        settings["checkpoint_dtype"] = rng.choice(["auto", "int8"])
+        settings["state_cache_dtype"] = rng.choice(["auto", "int8"])
     return settings
 
 
@@ -272,22 +274,22 @@ def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: st
     spec = CacheSpec.wanted(config, engine, dtype_bytes=2)
     assert plan.total_bytes <= available, settings
     assert plan.kv_bytes == plan.num_pages * spec.bytes_per_page
-    checkpoints = plan.num_checkpoints * spec.bytes_per_checkpoint
-    assert plan.state_bytes == plan.num_slots * spec.bytes_per_slot + checkpoints
+    saved = plan.num_compressed * spec.bytes_per_saved_state
+    assert plan.state_bytes == plan.num_slots * spec.bytes_per_slot + saved
     assert plan.num_pages - 1 >= math.ceil(plan.max_model_len / engine.block_size) + 1
     assert min(plan.max_num_seqs, plan.max_num_batched_tokens) >= 1
     assert plan.max_model_len >= 1
-    compressed = engine.checkpoint_dtype == "int8"
-    assert (plan.num_checkpoints > 0) == compressed
-    num_saved = plan.num_checkpoints - 1 if compressed else plan.num_slots - 1 - plan.max_num_seqs
+    compressed = engine.state_cache_dtype == "int8"
+    assert (plan.num_compressed > 0) == compressed
+    num_saved = plan.num_compressed - 1 if compressed else plan.num_slots - 1 - plan.max_num_seqs
     assert num_saved == plan.num_saved
     if compressed:
         assert plan.num_slots == 1 + plan.max_num_seqs + 4
     assert num_saved >= 2 if engine.enable_prefix_caching else num_saved == 0
     if engine.kv_cache_memory_bytes is not None:
         assert plan.kv_bytes <= engine.kv_cache_memory_bytes
-    if engine.checkpoint_memory_bytes is not None:
-        assert num_saved <= max(2, engine.checkpoint_memory_bytes // spec.bytes_per_checkpoint)
+    if engine.state_cache_memory_bytes is not None:
+        assert num_saved <= max(2, engine.state_cache_memory_bytes // spec.bytes_per_saved_state)
     wishes = {
         "max_model_len": engine.max_model_len or config.max_position_embeddings,
         "max_num_seqs": engine.max_num_seqs,

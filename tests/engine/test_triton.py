@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-import engine.core
-from engine.llm import LLM, Completion
-from engine.types import SamplingParams
-from kernels import table
-from kernels.triton import interpreted
+from jamba_server.engine.start import build
+from jamba_server.engine.types import SamplingParams
+from jamba_server.kernels import table
+from jamba_server.kernels.triton import interpreted
+from jamba_server.llm import LLM, Completion
 from tests.engine.test_graphs import with_graphs
 from tests.engine.test_parity import NEW_TOKENS, check
 from tests.kernels.interpreter_guard import guard
@@ -34,7 +34,9 @@ def guarded() -> Iterator[None]:
 def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     if interpreted():
         monkeypatch.setattr(
-            engine.core, "select", lambda device, wishes, exact: table.select("cuda", {"all": "triton"}, exact)
+            build,
+            "select",
+            lambda device, wishes, batch_invariant: table.select("cuda", {"all": "triton"}, batch_invariant),
         )
     device = "cpu" if interpreted() else "cuda"
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 20}
@@ -56,7 +58,7 @@ def test_quantised_weights_give_what_the_other_kernels_give(
     found = LLM(tmp_path, **settings).generate(prompts, params)
     [alone] = LLM(tmp_path, **settings | {"max_num_batched_tokens": 4}).generate(prompts[:1], params)
     assert result(alone) == result(found[0])
-    monkeypatch.setattr(engine.core, "select", table.select)
+    monkeypatch.setattr(build, "select", table.select)
     kernels = {"linear": "reference", "run_experts": "reference"}
     expected = LLM(tmp_path, **settings | {"device": "cpu", "kernels": kernels}).generate(prompts, params)
     for ours, theirs in zip(found, expected, strict=True):

@@ -9,9 +9,9 @@ import sys
 import msgspec
 import pytest
 
-from engine.errors import ContextTooLong, RequestRejected
-from engine.types import SamplingParams
-from engine.validation import clamp_max_tokens, validate, validate_prompt
+from jamba_server.engine.errors import ContextTooLong, RequestRejected
+from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
 
 VOCAB = 100
 

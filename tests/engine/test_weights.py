@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.errors import CheckpointError
-from engine.layers.parameter import Destination
-from engine.model_config import load_model_config, weight_bytes
-from engine.models import Model, build_model
-from engine.weights import dummy_weights, fill_uniform, load_weights
-from kernels.ops import Weight
-from kernels.reference.mamba import MambaDecode
-from kernels.table import select
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.layers.parameter import Destination
+from jamba_server.engine.model_config import load_model_config, weight_bytes
+from jamba_server.engine.models import Model, build_model
+from jamba_server.engine.start.weights import dummy_weights, fill_uniform, load_weights
+from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.reference.mamba import MambaDecode
+from jamba_server.kernels.table import select
 from tests.engine.feeding import Feed, Feeder
 from tests.numpy_jamba import tensor_shapes
 
@@ -251,7 +251,9 @@ def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeyp
             events.append(("pack", int(weights[0].flatten()[0]) - 1))
             return self.inner.pack(*weights)
 
-    monkeypatch.setattr("engine.weights.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs)))
+    monkeypatch.setattr(
+        "jamba_server.engine.start.weights.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs))
+    )
     kernels = select("cpu", {})
     watched: Any = {name: Watched(getattr(kernels, name)) for name in ("linear", "run_experts")}
     model = build_model(load_model_config(folder), replace(kernels, **watched), dtype=torch.float32, device=CPU)
@@ -447,7 +449,7 @@ def test_random_numbers_are_those_of_a_plain_hash(monkeypatch: pytest.MonkeyPatc
     key = (-123456789, 987654321)
     expected = torch.tensor([number(index, key) for index in range(70 * 11)]).float().view(70, 11) * 2.0**-31
     for chunk in (7, 100, 1 << 20):
-        monkeypatch.setattr("engine.weights._CHUNK", chunk)
+        monkeypatch.setattr("jamba_server.engine.start.weights._CHUNK", chunk)
         fill_uniform(data := torch.empty(11, 70).t(), 1.0, key, CPU)
         assert torch.equal(data, expected)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import Segments, StateSaves
-from kernels.table import Implementation, KernelUnavailable, implementations
-from kernels.triton import interpreted
+from jamba_server.kernels.ops import Segments, StateSaves
+from jamba_server.kernels.table import Implementation, KernelUnavailable, implementations
+from jamba_server.kernels.triton import interpreted
 from tests.kernels.on_device import OnDevice
 from tests.kernels.oracle import Array
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.cpu.library import LEVELS, Library, library
-from kernels.ops import KernelUnavailable
-from kernels.triton import interpreted
+from jamba_server.kernels.cpu.library import LEVELS, Library, library
+from jamba_server.kernels.ops import KernelUnavailable
+from jamba_server.kernels.triton import interpreted
 from tests.kernels.interpreter_guard import guard
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.ops import Weight
+from jamba_server.kernels.ops import Weight
 
 
 class OnDevice:

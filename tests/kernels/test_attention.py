@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionDecode, AttentionPrefill, Pages
+from jamba_server.kernels.ops import AttentionDecode, AttentionPrefill, Pages
 from tests.kernels import oracle
 from tests.kernels.cases import (
     DTYPES,

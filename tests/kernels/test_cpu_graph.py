@@ -7,12 +7,12 @@ import threading
 import pytest
 from torch import Tensor
 
-from kernels.cpu.graph import Arena, NativeGraph
-from kernels.cpu.library import library
-from kernels.cpu.linear import Linear
-from kernels.cpu.moe import SiluAndMul
-from kernels.cpu.norm import RmsNorm
-from kernels.ops import KernelUnavailable
+from jamba_server.kernels.cpu.graph import Arena, NativeGraph
+from jamba_server.kernels.cpu.library import library
+from jamba_server.kernels.cpu.linear import Linear
+from jamba_server.kernels.cpu.moe import SiluAndMul
+from jamba_server.kernels.cpu.norm import RmsNorm
+from jamba_server.kernels.ops import KernelUnavailable
 from tests.kernels.cases import assert_same, random
 
 

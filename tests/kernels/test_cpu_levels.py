@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.attention import AttentionDecode, AttentionPrefill
-from kernels.cpu.conv import CausalConv1d, CausalConv1dUpdate
-from kernels.cpu.library import LEVELS, Library
-from kernels.cpu.norm import RmsNorm
-from kernels.cpu.route import RouteExperts
-from kernels.cpu.sample import Sample
-from kernels.cpu.scan import SelectiveScan, SelectiveStateUpdate
-from kernels.ops import Pages, ScanInputs, ScanWeights
+from jamba_server.kernels.cpu.attention import AttentionDecode, AttentionPrefill
+from jamba_server.kernels.cpu.conv import CausalConv1d, CausalConv1dUpdate
+from jamba_server.kernels.cpu.library import LEVELS, Library
+from jamba_server.kernels.cpu.norm import RmsNorm
+from jamba_server.kernels.cpu.route import RouteExperts
+from jamba_server.kernels.cpu.sample import Sample
+from jamba_server.kernels.cpu.scan import SelectiveScan, SelectiveStateUpdate
+from jamba_server.kernels.ops import Pages, ScanInputs, ScanWeights
 from tests.kernels import test_attention, test_conv, test_moe, test_norm, test_recurrence, test_sample, test_scan
 from tests.kernels.cases import (
     DTYPES,

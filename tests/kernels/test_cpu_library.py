@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import table
-from kernels.cpu import library as library_module
-from kernels.cpu.library import LEVELS, library, open_library
-from kernels.cpu.linear import Linear
-from kernels.ops import KernelUnavailable
+from jamba_server.kernels import table
+from jamba_server.kernels.cpu import library as library_module
+from jamba_server.kernels.cpu.library import LEVELS, library, open_library
+from jamba_server.kernels.cpu.linear import Linear
+from jamba_server.kernels.ops import KernelUnavailable
 from tests.kernels.cases import assert_same, random
 
 

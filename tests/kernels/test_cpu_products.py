@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import LEVELS, Library
-from kernels.cpu.linear import Linear
-from kernels.cpu.moe import RunExperts, SiluAndMul
+from jamba_server.kernels.cpu.library import LEVELS, Library
+from jamba_server.kernels.cpu.linear import Linear
+from jamba_server.kernels.cpu.moe import RunExperts, SiluAndMul
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, assert_close, assert_same, double, random
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference.exact import ordered_sum, silu, softplus
+from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
 from tests.kernels.cases import assert_close, assert_same, double, random
 from tests.kernels.oracle import silu as silu_oracle
 

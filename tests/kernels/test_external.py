@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import external, table
-from kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanWeights
-from kernels.reference.attention import attention_decode, attention_prefill
-from kernels.reference.conv import causal_conv1d, causal_conv1d_update
-from kernels.reference.scan import selective_state_update
+from jamba_server.kernels import external, table
+from jamba_server.kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanWeights
+from jamba_server.kernels.reference.attention import attention_decode, attention_prefill
+from jamba_server.kernels.reference.conv import causal_conv1d, causal_conv1d_update
+from jamba_server.kernels.reference.scan import selective_state_update
 from tests.kernels.cases import assert_close, assert_same, double, layer_storage, random, segments
 from tests.kernels.on_device import OnDevice
 from tests.kernels.test_attention import SCALE, keys_and_values, paged, query_start
@@ -262,7 +262,7 @@ def test_none_is_preferred_to_our_own() -> None:
         names = [entry.name for entry in entries]
         for entry in entries:
             if entry.name in packages:
-                assert not entry.exact
+                assert not entry.batch_invariant
                 assert names.index("triton") < names.index(entry.name)
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_check` runs on a GPU, at a tiny shape: the reference against itself, and triton interpreted."""
+"""What `benchmarks.gpu.check` runs on a GPU, at a tiny shape: the reference against itself, and triton interpreted."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_tune
-from benchmarks.gpu_cases import Case, Maker, Shape, check, groups
-from benchmarks.gpu_compile import Elsewhere, compiling_only, shapes_alone
-from benchmarks.gpu_predict import Ceilings
-from benchmarks.gpu_sweep import config_of
-from benchmarks.gpu_targets import Target
-from benchmarks.gpu_tune import best_of, difference
-from benchmarks.gpu_variants import Variant, applied
-from kernels.table import OPS, select
-from kernels.triton import interpreted
+from benchmarks.gpu import tune
+from benchmarks.gpu.cases import Case, Maker, Shape, check, groups
+from benchmarks.gpu.compile import Elsewhere, compiling_only, shapes_alone
+from benchmarks.gpu.predict import Ceilings
+from benchmarks.gpu.sweep import config_of
+from benchmarks.gpu.targets import Target
+from benchmarks.gpu.tune import best_of, difference
+from benchmarks.gpu.variants import Variant, applied
+from jamba_server.kernels.table import OPS, select
+from jamba_server.kernels.triton import interpreted
 
 TINY = Shape(name="tiny", h=24, f=20, d=40, heads=4, kv_heads=2, z=16, experts=5, r=6, v=300, s=8)
 REFERENCE = select("cpu", {"all": "reference"})
@@ -72,7 +72,7 @@ def test_what_is_tuned_is_named_once_and_can_be_tried(shape: str) -> None:
 
 def test_a_variant_changes_tiles_constants_and_options_and_nothing_afterwards() -> None:
     pytest.importorskip("triton")
-    from kernels.triton import attention, linear, mamba, scan
+    from jamba_server.kernels.triton import attention, linear, mamba, scan
 
     before = (linear.tile_for, attention.OPTIONS, attention.SPLIT, mamba.block_channels)
     changes = {"linear.tile_for": {"columns": 16}, "attention.OPTIONS": {"num_stages": 3}, "attention.SPLIT": 64}
@@ -94,7 +94,7 @@ def test_kernels_compiled_without_numbers_are_those_that_numbers_want(
     """By the names of triton's cache: a second call, with tensors that have numbers, adds none."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    real = gpu_tune.targets_of("tiny", "cpu")
+    real = tune.targets_of("tiny", "cpu")
     found: list[set[str]] = []
     for device, targets in enumerate((shapes_alone("tiny"), [target for group in real.groups() for target in group])):
         # what a process has compiled it keeps by the device's number
@@ -108,7 +108,7 @@ def test_kernels_compiled_without_numbers_are_those_that_numbers_want(
 
 def test_a_target_knows_its_work_without_a_result() -> None:
     reference = select("cpu", {"all": "reference"})
-    for target in [target for group in gpu_tune.targets_of("tiny", "cpu").groups() for target in group]:
+    for target in [target for group in tune.targets_of("tiny", "cpu").groups() for target in group]:
         if target.case.quantization is None:
             result = getattr(reference, target.case.op)(*target.case.prepare(reference))
             assert target.work().bytes == target.case.bytes_moved(result), target.label
@@ -139,7 +139,7 @@ def test_variants_are_timed_and_compared() -> None:
     tiles = ({"columns": 16}, {"inner": 17})  # the second one no kernel takes
     variants = [Variant({"linear.tile_for": tile}) for tile in tiles]
     target = Target(case=case, label="", count=1, variants=variants)
-    row = gpu_tune.measure(target, [], "cpu", Ceilings(bandwidth=1e10, matmul=1e11))
+    row = tune.measure(target, [], "cpu", Ceilings(bandwidth=1e10, matmul=1e11))
     assert row["best"] in ("as it is", "columns 16") and row["best_us"] <= row["default_us"]
     assert isinstance(row["variants"]["columns 16"], float)
     assert "power of 2" in row["variants"]["inner 17"]

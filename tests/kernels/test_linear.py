@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.ops import Linear
+from jamba_server.kernels.ops import Linear
 from tests.kernels.cases import DTYPES, assert_close, double, each_implementation, random
 
 

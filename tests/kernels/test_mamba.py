@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import Library
-from kernels.ops import Kernels, MambaWeights, ScanInputs, ScanWeights, Segments
-from kernels.table import KernelError, select
-from kernels.triton import interpreted
+from jamba_server.kernels.cpu.library import Library
+from jamba_server.kernels.ops import Kernels, MambaWeights, ScanInputs, ScanWeights, Segments
+from jamba_server.kernels.table import KernelError, select
+from jamba_server.kernels.triton import interpreted
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, layer_storage, random, segments
 
@@ -156,7 +156,7 @@ def test_it_equals_the_formula(name: str) -> None:
 def test_triton_gives_a_row_the_same_bits_alone_and_in_one_program_with_others(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kernels.triton import mamba
+    from jamba_server.kernels.triton import mamba
 
     kernels, device = kernels_for("triton")
     weights = pack(kernels, move(make_weights(40, 5, 10, torch.bfloat16), device))
@@ -181,12 +181,12 @@ def test_triton_stands_for_its_own_parts_only() -> None:
     with pytest.raises(KernelError, match=r"mamba_decode=triton.*kernels.triton's Linear"):
         select("cuda", {"linear": "reference", "mamba_decode": "triton"})
     # the scan of whole prompts is none of them, and torch's product leaves few rows to Triton's
-    fastest = select("cuda", {}, exact=False)
+    fastest = select("cuda", {}, batch_invariant=False)
     assert [fastest.names[op] for op in ("selective_scan", "linear", "mamba_decode")] == [
         *("triton-chunked", "torch", "triton")
     ]
-    assert fastest.inexact_ops == ("selective_scan", "linear", "mamba_decode")
-    assert select("cuda", {}).inexact_ops == ()
+    assert fastest.batch_dependent_ops == ("selective_scan", "linear", "mamba_decode")
+    assert select("cuda", {}).batch_dependent_ops == ()
 
 
 def test_a_wish_for_another_part_is_a_wish_against_the_whole() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.ops import RouteExperts, RunExperts, SiluAndMul
+from jamba_server.kernels.ops import RouteExperts, RunExperts, SiluAndMul
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.ops import RmsNorm
+from jamba_server.kernels.ops import RmsNorm
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
 

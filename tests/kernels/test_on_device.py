@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.reference import conv, slots
-from kernels.reference.linear import Linear as ReferenceLinear
+from jamba_server.kernels.reference import conv, slots
+from jamba_server.kernels.reference.linear import Linear as ReferenceLinear
 from tests.kernels.cases import assert_same, layer_storage, random, segments
 from tests.kernels.on_device import OnDevice
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import LEVELS, Library
-from kernels.cpu.linear import Linear as CpuLinear
-from kernels.cpu.moe import RunExperts as CpuRunExperts
-from kernels.cpu.moe import SiluAndMul
-from kernels.ops import Linear, QuantizedWeight, RunExperts
+from jamba_server.kernels.cpu.library import LEVELS, Library
+from jamba_server.kernels.cpu.linear import Linear as CpuLinear
+from jamba_server.kernels.cpu.moe import RunExperts as CpuRunExperts
+from jamba_server.kernels.cpu.moe import SiluAndMul
+from jamba_server.kernels.ops import Linear, QuantizedWeight, RunExperts
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.oracle import Array

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import (
+from jamba_server.kernels.ops import (
     CausalConv1d,
     CausalConv1dUpdate,
     ScanInputs,

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.ops import Sample, SampleInputs
-from kernels.reference import sample as module
-from kernels.reference.sample import CANDIDATES, gumbel_noise, random_bits, sample, uniform
-from kernels.reference.sample import sample as reference_sample
+from jamba_server.kernels.ops import Sample, SampleInputs
+from jamba_server.kernels.reference import sample as module
+from jamba_server.kernels.reference.sample import CANDIDATES, gumbel_noise, random_bits, sample, uniform
+from jamba_server.kernels.reference.sample import sample as reference_sample
 from tests.kernels.cases import each_implementation
 
 Floats = NDArray[np.float64]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.ops import ScanInputs, ScanWeights, SelectiveScan, SelectiveStateUpdate
+from jamba_server.kernels.ops import ScanInputs, ScanWeights, SelectiveScan, SelectiveStateUpdate
 from tests.kernels import oracle
 from tests.kernels.cases import (
     DTYPES,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.ops import SelectiveScan
-from kernels.triton import interpreted
+from jamba_server.kernels.ops import SelectiveScan
+from jamba_server.kernels.triton import interpreted
 from tests.kernels.cases import DTYPES, assert_close, assert_same, layer_storage, random, segments
 from tests.kernels.on_device import OnDevice
 from tests.kernels.test_scan import make_inputs, make_weights, run_oracle
@@ -27,7 +27,7 @@ def module() -> ModuleType:
     pytest.importorskip("triton", reason="the package triton is not installed")
     if not (interpreted() or torch.cuda.is_available()):
         pytest.skip("neither triton's interpreter nor a GPU")
-    from kernels.triton import scan_chunked
+    from jamba_server.kernels.triton import scan_chunked
 
     return scan_chunked
 

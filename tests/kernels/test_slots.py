@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.ops import CompressedStates, CompressStates, CopySlots, RestoreStates, WriteKv
+from jamba_server.kernels.ops import CompressedStates, CompressStates, CopySlots, RestoreStates, WriteKv
 from tests.kernels.cases import DTYPES, assert_same, each_implementation, layer_storage, random
 
 

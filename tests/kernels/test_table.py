@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kernels import table
-from kernels.ops import Kernels
-from kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
-from kernels.table import Implementation, KernelError, KernelUnavailable, TableRow
+from jamba_server.kernels import table
+from jamba_server.kernels.ops import Kernels
+from jamba_server.kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
+from jamba_server.kernels.table import Implementation, KernelError, KernelUnavailable, TableRow
 
 
 def reference_kernels() -> Kernels:
@@ -165,7 +165,7 @@ def test_an_op_of_parts_is_loaded_with_those_that_were_chosen(monkeypatch: pytes
 
 
 def add_inexact(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
-    entries = tuple(Implementation(op, "rough", ("cpu",), object, exact=False) for op in ops)
+    entries = tuple(Implementation(op, "rough", ("cpu",), object, batch_invariant=False) for op in ops)
     monkeypatch.setattr(table, "TABLE", entries + table.TABLE)
 
 
@@ -174,23 +174,23 @@ def test_exact_ones_go_first_and_inexact_ones_are_named(
 ) -> None:
     add(monkeypatch, "fast", ("linear", "run_experts"), object)
     add_inexact(monkeypatch, "linear", "copy_slots")
-    for exact in (None, True):
-        chosen = table.select("cpu", {}, exact)
+    for batch_invariant in (None, True):
+        chosen = table.select("cpu", {}, batch_invariant)
         assert (chosen.names["linear"], chosen.names["copy_slots"]) == ("fast", "reference")
-        assert chosen.inexact_ops == ()
-    fastest = table.select("cpu", {}, exact=False)
+        assert chosen.batch_dependent_ops == ()
+    fastest = table.select("cpu", {}, batch_invariant=False)
     assert (fastest.names["linear"], fastest.names["copy_slots"]) == ("rough", "rough")
-    assert fastest.inexact_ops == ("copy_slots", "linear", "mamba_decode")
+    assert fastest.batch_dependent_ops == ("copy_slots", "linear", "mamba_decode")
     assert not caplog.messages
 
 
 def test_without_an_exact_one_the_default_starts_and_exact_does_not() -> None:
-    assert table.select("cpu", {}).inexact_ops == ("run_experts", "linear", "mamba_decode")
-    assert "sample" in table.select("cuda", {}).inexact_ops
-    with pytest.raises(KernelError, match="no exact implementation of run_experts runs on this cpu device"):
-        table.select("cpu", {}, exact=True)
-    wished = table.select("cpu", {"linear": "reference", "moe": "reference"}, exact=True)
-    assert wished.inexact_ops == ("run_experts", "linear", "mamba_decode")
+    assert table.select("cpu", {}).batch_dependent_ops == ("run_experts", "linear", "mamba_decode")
+    assert "sample" in table.select("cuda", {}).batch_dependent_ops
+    with pytest.raises(KernelError, match="no batch-invariant implementation of run_experts runs on this cpu device"):
+        table.select("cpu", {}, batch_invariant=True)
+    wished = table.select("cpu", {"linear": "reference", "moe": "reference"}, batch_invariant=True)
+    assert wished.batch_dependent_ops == ("run_experts", "linear", "mamba_decode")
 
 
 def test_an_unknown_device_is_an_error() -> None:
@@ -205,12 +205,12 @@ def test_describe_says_what_would_run_and_why_not_the_others(monkeypatch: pytest
     assert [row for row in rows if row.op == "linear"] == [
         TableRow("linear", "faster", "needs a newer CPU"),
         TableRow("linear", "fast", "selected"),
-        TableRow("linear", "reference", "available", exact=False),
+        TableRow("linear", "reference", "available", batch_invariant=False),
     ]
     add_inexact(monkeypatch, "linear")
     assert [row for row in table.describe("cpu") if row.op == "linear"][2:] == [
-        TableRow("linear", "rough", "available", exact=False),
-        TableRow("linear", "reference", "available", exact=False),
+        TableRow("linear", "rough", "available", batch_invariant=False),
+        TableRow("linear", "reference", "available", batch_invariant=False),
     ]
     assert [row.op for row in rows if row.status == "selected"] == list(table.OPS)
 
@@ -221,7 +221,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 def test_the_module_prints_the_machine_and_the_table() -> None:
-    command = [sys.executable, "-m", "kernels"]
+    command = [sys.executable, "-m", "jamba_server.kernels"]
     printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert set(printed) == {
         *("python", "torch", "platform", "cpu_flags", "cpu_level", "cpu_levels", "threads", "cuda_devices", "kernels")

@@ -7,9 +7,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-import kernels.triton
-from kernels import table
-from kernels.ops import (
+import jamba_server.kernels.triton
+from jamba_server.kernels import table
+from jamba_server.kernels.ops import (
     AttentionDecode,
     AttentionPrefill,
     Kernels,
@@ -20,8 +20,8 @@ from kernels.ops import (
     Sample,
     Weight,
 )
-from kernels.ops import SampleInputs as Inputs
-from kernels.reference.sample import sample as reference_sample
+from jamba_server.kernels.ops import SampleInputs as Inputs
+from jamba_server.kernels.reference.sample import sample as reference_sample
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, each_implementation, random
 from tests.kernels.test_attention import SCALE, keys_and_values, paged, query_start, slack
@@ -66,7 +66,9 @@ def test_wide_heads(
 def test_rows_of_decode_go_in_groups(
     attention_decode: AttentionDecode, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention = pytest.importorskip("kernels.triton.attention", reason="the package triton is not installed")
+    attention = pytest.importorskip(
+        "jamba_server.kernels.triton.attention", reason="the package triton is not installed"
+    )
     contexts, heads, size = (3, SPLIT + 1, 40, 1, 600), 2, 16
     pages = paged([keys_and_values(n, 1, size, torch.bfloat16, seed) for seed, n in enumerate(contexts)], 16)
     q = random(len(contexts), heads, size, dtype=torch.bfloat16, seed=9)
@@ -101,7 +103,7 @@ def test_a_row_of_a_product_has_the_same_bits_in_every_tile(linear: Linear, form
 def test_a_narrow_product_adds_its_sections_in_one_order(
     linear: Linear, inputs: int, with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow = pytest.importorskip("kernels.triton.narrow", reason="the package triton is not installed")
+    narrow = pytest.importorskip("jamba_server.kernels.triton.narrow", reason="the package triton is not installed")
     x, raw = random(TILE + 3, inputs + 7, dtype=dtype)[:, :inputs], random(33, inputs, dtype=dtype, seed=1)
     weight, bias = linear.pack(raw), random(33, dtype=dtype, seed=2) if with_bias else None
     separately = linear(x, weight, bias)
@@ -145,7 +147,7 @@ REFUSED = quantized(4, 300, format="int4", group_size=128)
 @pytest.mark.parametrize("format", dict(FORMATS))
 def test_a_packed_weight_is_as_small_as_its_numbers(format: str) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton.quantized import BITS, pack
+    from jamba_server.kernels.triton.quantized import BITS, pack
 
     packed = pack(quantized(3, 5, 1000, format=format, group_size=dict(FORMATS)[format]))
     assert packed.words.shape[:2] == (3, 5)
@@ -166,7 +168,7 @@ def test_a_packed_weight_is_as_small_as_its_numbers(format: str) -> None:
 )
 def test_a_weight_without_a_triton_kernel_for_it_is_refused(weight: QuantizedWeight, message: str) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton.linear import Linear
+    from jamba_server.kernels.triton.linear import Linear
 
     with pytest.raises(ValueError, match=message):
         Linear().pack(weight)
@@ -174,7 +176,7 @@ def test_a_weight_without_a_triton_kernel_for_it_is_refused(weight: QuantizedWei
 
 def test_triton_experts_of_two_formats_are_refused() -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton.moe import RunExperts
+    from jamba_server.kernels.triton.moe import RunExperts
 
     gate_up, down = quantized(2, 8, 16, format="int8", group_size=16), quantized(2, 16, 4, format="fp8", group_size=4)
     with pytest.raises(ValueError, match="gate_up and down differ in format: int8 and fp8"):
@@ -223,7 +225,7 @@ def test_sample_at_the_ends(sample: Sample) -> None:
 def test_every_op_has_its_type() -> None:
     """Written out, so that the type checker compares every op with its protocol."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from kernels.triton import attention, conv, linear, mamba, moe, norm, route, sample, scan, slots
+    from jamba_server.kernels.triton import attention, conv, linear, mamba, moe, norm, route, sample, scan, slots
 
     ops = Kernels(
         rms_norm=norm.rms_norm,
@@ -247,7 +249,7 @@ def test_every_op_has_its_type() -> None:
         ),
         names={},
     )
-    if kernels.triton.interpreted():
+    if jamba_server.kernels.triton.interpreted():
         chosen = table.select("cuda", {"all": "triton"})
         for op in table.OPS:
             assert getattr(chosen, op) == getattr(ops, op) or type(getattr(chosen, op)) is type(getattr(ops, op))
@@ -266,15 +268,15 @@ def test_reasons(
     installed: bool, cuda: bool, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(kernels.triton, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(jamba_server.kernels.triton, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(kernels.triton, "import_module", lambda name: MagicMock())
+    monkeypatch.setattr(jamba_server.kernels.triton, "import_module", lambda name: MagicMock())
     if reason is None:
-        kernels.triton.ensure_available()
+        jamba_server.kernels.triton.ensure_available()
     else:
         with pytest.raises(KernelUnavailable, match=reason):
-            kernels.triton.ensure_available()
+            jamba_server.kernels.triton.ensure_available()
 
 
 def test_no_compiler_for_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +286,6 @@ def test_no_compiler_for_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     runtime = MagicMock()
     runtime.driver.active.get_current_target.side_effect = RuntimeError("Failed to find C compiler.")
-    monkeypatch.setattr(kernels.triton, "import_module", lambda name: runtime)
+    monkeypatch.setattr(jamba_server.kernels.triton, "import_module", lambda name: runtime)
     with pytest.raises(KernelUnavailable, match=r"needs a C compiler .* Failed to find C compiler"):
-        kernels.triton.ensure_available()
+        jamba_server.kernels.triton.ensure_available()

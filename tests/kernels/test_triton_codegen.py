@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.triton import interpreted
+from jamba_server.kernels.triton import interpreted
 
 if interpreted():
     pytest.skip("it is for triton's compiler", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from benchmarks import triton_codegen
-from benchmarks.triton_codegen import Resources, attention_calls, compile_for, problems, product_calls, record
+from benchmarks.gpu import codegen
+from benchmarks.gpu.codegen import Resources, attention_calls, compile_for, problems, product_calls, record
 
 
 def of_float32(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,15 +23,15 @@ def of_float32(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def compiled(monkeypatch: pytest.MonkeyPatch, target: int) -> list[Resources]:
-    monkeypatch.setattr(triton_codegen, "empty", of_float32)
+    monkeypatch.setattr(codegen, "empty", of_float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(target, 10))
-    triton_codegen.capability.cache_clear()
+    codegen.capability.cache_clear()
     try:
         calls = [call for call in attention_calls(20, 1, 256) if call[0] != "write_kv"]
         calls += [call for call in product_calls("int4") if call[0] == "linear, int4, 1"]
         launches = [launch for op, call in calls for launch in record(op, call)]
     finally:
-        triton_codegen.capability.cache_clear()
+        codegen.capability.cache_clear()
     return [compile_for(launch, target) for launch in launches]
 
 
@@ -39,12 +39,12 @@ def test_float32_fits_into_the_least_shared_memory(monkeypatch: pytest.MonkeyPat
     """It may spill, but heads of 256 and int4 weights can be launched; decode adds as prefill does."""
     found = compiled(monkeypatch, 86)
     assert {r.kernel for r in found} == {"prefill_kernel", "decode_kernel", "merge_kernel", "linear_kernel"}
-    monkeypatch.setattr(triton_codegen, "TWINS", {})  # of other ops
+    monkeypatch.setattr(codegen, "TWINS", {})  # of other ops
     assert problems([replace(r, spilled=0) for r in found]) == []
 
 
 def test_what_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_codegen, "TWINS", {})
+    monkeypatch.setattr(codegen, "TWINS", {})
     fits = Resources("some op", "some_kernel", "sm_100", 255, 0, 227 << 10, 4, "", (), 512)
     assert problems([fits]) == []
     for wrong in (replace(fits, spilled=4), replace(fits, shared=fits.shared + 1), replace(fits, tensor_columns=513)):

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import Kernels, Pages, SampleInputs, ScanInputs, ScanWeights
-from kernels.table import select
-from kernels.triton import interpreted
+from jamba_server.kernels.ops import Kernels, Pages, SampleInputs, ScanInputs, ScanWeights
+from jamba_server.kernels.table import select
+from jamba_server.kernels.triton import interpreted
 from tests.kernels.cases import assert_same, random, segments
 from tests.kernels.interpreter_guard import guard
 from tests.kernels.test_mamba import make_weights as make_mamba_weights
@@ -117,7 +117,7 @@ def scan_inputs(rows: int, channels: int) -> tuple[ScanInputs, ScanWeights]:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_states_of_the_scan(ops: Kernels, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.triton import scan_chunked
+    from jamba_server.kernels.triton import scan_chunked
 
     monkeypatch.setattr(scan_chunked, "CHUNK", 4)
     monkeypatch.setattr(scan_chunked, "pays", lambda rows, longest, channels: True)

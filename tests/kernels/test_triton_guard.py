@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.triton import interpreted
+from jamba_server.kernels.triton import interpreted
 
 if not interpreted():
     pytest.skip("it is for triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton.language as tl
 
-from kernels.triton.launch import jit
+from jamba_server.kernels.triton.launch import jit
 from tests.kernels.interpreter_guard import MemoryFault, Order, guard
 
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "random")

@@ -16,10 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI
 
-from server.app import create_app
-from server.config import GenerationDefaults, ServerConfig
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
+from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.http.app import create_app
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, says
 from tests.synthetic_tokenizer import write_tokenizer
 

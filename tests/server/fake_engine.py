@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 
-from engine.client import Health
-from engine.errors import EngineDead, EngineError, EngineLoading
-from engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
+from jamba_server.engine.errors import EngineDead, EngineError, EngineLoading
+from jamba_server.engine.process.client import Health
+from jamba_server.engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 
 EOS = 2
 VOCAB_SIZE = 2048
@@ -31,7 +31,7 @@ INFO = EngineInfo(
     block_size=16,
     num_kv_blocks=10,
     num_state_slots=8,
-    num_checkpoints=4,
+    num_saved_states=4,
     weight_bytes=1,
     kv_bytes=1,
     state_bytes=1,
@@ -129,7 +129,7 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Implements `engine.client.Engine`. With `limit`, it stalls after so many updates until `resume` is set."""
+    """Implements `process.client.Engine`. With `limit`, it stalls after so many updates until `resume` is set."""
 
     def __init__(self, script: Script, *, limit: float = math.inf) -> None:
         self.script = script

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from openai import AsyncOpenAI
 
-from engine.client import EngineClient
-from server.app import create_app
-from server.config import GenerationDefaults, ServerConfig
-from server.demo import demo_folder
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.process.client import EngineClient
+from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.demo import demo_folder
+from jamba_server.server.http.app import create_app
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import Bench
 
 

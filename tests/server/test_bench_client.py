@@ -8,8 +8,8 @@ import httpx
 import pytest
 from typing_extensions import override
 
-from server.bench.client import Client, EventDecoder, Failure, Message, Record, Reply
-from server.bench.workloads import Turn
+from jamba_server.server.cli.bench.client import Client, EventDecoder, Failure, Message, Record, Reply
+from jamba_server.server.cli.bench.workloads import Turn
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 TURN = Turn((5, 6, 7), 4)

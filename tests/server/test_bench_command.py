@@ -18,12 +18,12 @@ from fastapi.responses import StreamingResponse
 from typer.testing import CliRunner
 
 from benchmarks.shapes import write_config
-from engine.errors import ConfigError, JambaError
-from server.bench.command import Bench, BenchOptions, bench, open_http
-from server.bench.discovery import BenchError
-from server.bench.report import Report
-from server.bench.runner import ClosedLoop, Poisson, Replay
-from server.bench.workloads import SharedPrefix, TokenRange
+from jamba_server.engine.errors import ConfigError, JambaError
+from jamba_server.server.cli.bench.command import Bench, BenchOptions, bench, open_http
+from jamba_server.server.cli.bench.discovery import BenchError
+from jamba_server.server.cli.bench.report import Report
+from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson, Replay
+from jamba_server.server.cli.bench.workloads import SharedPrefix, TokenRange
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 SMALL = BenchOptions(concurrency="1,2", num_prompts=4, num_warmups=0, input_len=10, output_len=5)

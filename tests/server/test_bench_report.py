@@ -6,10 +6,20 @@ import statistics
 import msgspec
 import pytest
 
-from engine.errors import ConfigError
-from server.bench.client import Failure, Record, Reply
-from server.bench.report import Plan, Report, Slo, distribution, notes, parse_slo, rows, summarize, to_json
-from server.bench.runner import ClosedLoop
+from jamba_server.engine.errors import ConfigError
+from jamba_server.server.cli.bench.client import Failure, Record, Reply
+from jamba_server.server.cli.bench.report import (
+    Plan,
+    Report,
+    Slo,
+    distribution,
+    notes,
+    parse_slo,
+    rows,
+    summarize,
+    to_json,
+)
+from jamba_server.server.cli.bench.runner import ClosedLoop
 
 
 def reply(start: float, arrivals: tuple[float, ...], *, cached: int | None = None, wanted: int | None = None) -> Reply:

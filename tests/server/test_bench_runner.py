@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from server.bench.client import Client, Failure, Record, Reply
-from server.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner
-from server.bench.workloads import Session, Turn
+from jamba_server.server.cli.bench.client import Client, Failure, Record, Reply
+from jamba_server.server.cli.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner
+from jamba_server.server.cli.bench.workloads import Session, Turn
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 

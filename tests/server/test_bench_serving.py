@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from benchmarks.serving import announcement, flag, parse_arguments, wait_until_ready
+from benchmarks.http.serving import announcement, flag, parse_arguments, wait_until_ready
 
 
 def test_what_follows_the_dashes_goes_to_the_server() -> None:

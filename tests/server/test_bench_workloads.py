@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError
-from server.bench.runner import ClosedLoop, Poisson, poisson_arrivals, schedule
-from server.bench.workloads import (
+from jamba_server.engine.errors import ConfigError
+from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson, poisson_arrivals, schedule
+from jamba_server.server.cli.bench.workloads import (
     MultiTurn,
     Random,
     Session,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from server.config import GenerationDefaults
-from server.text.tokenizer import Tokenizer
+from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import EOS, NUM_CACHED, says, score
 
@@ -48,8 +48,8 @@ async def test_the_prompt_is_the_rendered_chat(bench: Bench, tokenizer: Tokenize
     assert tokenizer.decode(request.prompt, skip_special_tokens=False) == expected
     eom = tokenizer.special_tokens["<|eom|>"]
     assert request.prompt.count(eom) == 4  # the one that the user wrote is text
-    assert request.checkpoints == tuple(sorted(request.checkpoints))
-    assert request.prompt[request.checkpoints[0] - 1] == eom
+    assert request.save_positions == tuple(sorted(request.save_positions))
+    assert request.prompt[request.save_positions[0] - 1] == eom
 
 
 async def test_every_parameter_arrives(make_bench: MakeBench) -> None:

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from engine.types import Request, SamplingParams, TokenUpdate
-from server.choice import MIN_LOGPROB, Choice, ChoiceDelta, TextOptions, merge
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.server.http.choice import MIN_LOGPROB, Choice, ChoiceDelta, TextOptions, merge
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import Ids
 from tests.server.fake_engine import EOS, score
 

@@ -14,18 +14,17 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from engine.errors import CheckpointError, ConfigError
-from server.bench import report as bench
-from server.bench.client import Reply
-from server.bench.runner import ClosedLoop, Poisson
-from server.cli import foreign_package
-from server.commands import checkpoint, doctor
-from server.commands.application import app, run
-from server.commands.checkpoint import find_checkpoint
-from server.commands.doctor import KernelRow, kernel_table, without_kernel
-from server.commands.serve import bind, http_config, is_loopback
-from server.commands.terminal import describe_engine
-from server.config import OPTIONS, GenerationDefaults, ServerConfig
+from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.server.cli import checkpoint, doctor
+from jamba_server.server.cli.application import app, run
+from jamba_server.server.cli.bench import report as bench
+from jamba_server.server.cli.bench.client import Reply
+from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson
+from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
+from jamba_server.server.cli.serve import bind, http_config, is_loopback
+from jamba_server.server.cli.terminal import describe_engine
+from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
 from tests.geometries import write_geometry
 from tests.server.fake_engine import INFO
 
@@ -67,7 +66,7 @@ def test_version_is_the_distributions() -> None:
 
 
 def test_the_command_never_imports_torch() -> None:
-    program = "import sys; from server.commands import application; sys.exit('torch' in sys.modules)"
+    program = "import sys; from jamba_server.server.cli import application; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
@@ -107,47 +106,6 @@ def test_variables_count_for_commands(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("JAMBA_MAX_NUM_SEQS", "5")
     report = json.loads(invoke("plan", str(write_geometry(tmp_path, "tiny-dev")), "--json", "--memory", "8GiB"))
     assert report["plan"]["max_num_seqs"] == 5
-
-
-# Packages -----------------------------------------------------------------------------------------------------------
-
-
-def test_our_packages_are_ours() -> None:
-    assert foreign_package(ROOT) is None
-
-
-def test_a_foreign_package_is_named_with_both_places(tmp_path: Path) -> None:
-    problem = foreign_package(tmp_path)
-    assert problem is not None
-    assert f"`import server` finds {ROOT / 'server'}" in problem
-    assert str(tmp_path / "server") in problem
-
-
-def test_a_distribution_of_that_name_over_ours_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Foreign:
-        def locate_file(self, path: str) -> Path:
-            return ROOT / path
-
-    def distribution(name: str) -> Foreign:
-        if name != "kernels":
-            raise metadata.PackageNotFoundError(name)
-        return Foreign()
-
-    monkeypatch.setattr(metadata, "distribution", distribution)
-    problem = foreign_package(ROOT)
-    assert problem is not None
-    assert problem.startswith(f"the distribution 'kernels' is installed in {ROOT / 'kernels'}")
-
-
-def test_the_check_comes_before_any_import_of_ours(tmp_path: Path) -> None:
-    """A folder `kernels` in front of ours on the path; importing it would end otherwise."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('imported')")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from server.cli import main; main()"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"jamba: `import kernels` finds {tmp_path / 'kernels'}, but jamba-server's is")
-    assert len(result.stderr.splitlines()) == 1
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
@@ -202,23 +160,24 @@ def test_plan_shows_bytes_and_what_fits(tmp_path: Path) -> None:
     assert "51,570,323,328 parameters in bfloat16" in text
     assert "96.1 GiB" in text
     assert "16,384 bytes a token" in text
-    assert "15.3 MiB a sequence or checkpoint" in text
+    assert "15.3 MiB a sequence or saved state" in text
     assert "262,144 tokens a sequence, 64 sequences, 8192 prompt tokens a step" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("131,072 ")]
     assert [cell.startswith("(") for cell in row[1::2]] == [False, False, True, True, True]
 
 
-def test_plan_counts_int8_checkpoints(tmp_path: Path) -> None:
+def test_plan_counts_int8_saved_states(tmp_path: Path) -> None:
     folder, flags = str(write_geometry(tmp_path, "3b")), ("--memory", "24GiB", "--device", "cuda")
-    sizes = (*flags, "--max-num-seqs", "8", "--checkpoint-memory-bytes", "100MiB", "--checkpoint-dtype", "int8")
+    sizes = (*flags, "--max-num-seqs", "8", "--state-cache-memory-bytes", "100MiB", "--state-cache-dtype", "int8")
     text = invoke("plan", folder, *sizes)
-    assert "8.9 MiB a sequence, 3.3 MiB a checkpoint (int8)" in text
+    assert "8.9 MiB a sequence, 3.3 MiB a saved state (int8)" in text
     assert "(8 running, 30 saved)" in text
     report = json.loads(invoke("plan", folder, *sizes, "--json"))
-    assert (report["state_bytes_per_sequence"], report["state_bytes_per_checkpoint"]) == (9_318_400, 3_461_120)
+    assert (report["state_bytes_per_sequence"], report["bytes_per_saved_state"]) == (9_318_400, 3_461_120)
     refused = invoke("plan", folder, *sizes, "--no-enable-prefix-caching")
-    assert "jamba serve would stop: checkpoint_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching" in (
-        refused
+    assert (
+        "jamba serve would stop: state_cache_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching"
+        in (refused)
     )
 
 
@@ -322,18 +281,18 @@ def test_plan_asks_the_driver_for_the_memory_of_a_gpu(monkeypatch: pytest.Monkey
 def test_the_start_says_whether_results_are_exact() -> None:
     lines = describe_engine(msgspec.structs.replace(INFO, kernels={"linear": "cpu"}), GenerationDefaults())
     assert "results   the same bits in every batch, however prompts are cut and cached" in lines
-    info = msgspec.structs.replace(INFO, kernels={"linear": "reference"}, inexact_ops=("linear", "run_experts"))
+    info = msgspec.structs.replace(INFO, kernels={"linear": "reference"}, batch_dependent_ops=("linear", "run_experts"))
     lines = describe_engine(info, GenerationDefaults())
     assert "results   last bits may depend on the batch: linear, run_experts" in lines
 
 
-def test_the_start_says_that_hits_on_int8_checkpoints_are_not_exact() -> None:
-    info = msgspec.structs.replace(INFO, kernels={"linear": "cpu"}, checkpoint_dtype="int8")
+def test_the_start_says_that_hits_on_int8_saved_states_are_not_exact() -> None:
+    info = msgspec.structs.replace(INFO, kernels={"linear": "cpu"}, state_cache_dtype="int8")
     lines = describe_engine(info, GenerationDefaults())
     assert any(line.startswith("memory ") and line.endswith(": 4 running, 4 saved as int8") for line in lines)
-    not_exact = "not exact after a prefix-cache hit or a preemption: int8 checkpoints"
+    not_exact = "not exact after a prefix-cache hit or a preemption: int8 saved states"
     assert f"results   the same bits in every batch, however prompts are cut; {not_exact}" in lines
-    lines = describe_engine(msgspec.structs.replace(info, inexact_ops=("linear",)), GenerationDefaults())
+    lines = describe_engine(msgspec.structs.replace(info, batch_dependent_ops=("linear",)), GenerationDefaults())
     assert f"results   last bits may depend on the batch: linear; {not_exact}" in lines
 
 
@@ -380,8 +339,8 @@ def test_a_table_shows_text_in_brackets_as_it_is() -> None:
 
 
 def test_doctor_says_what_is_not_exact() -> None:
-    table = kernel_table("cpu", [KernelRow("linear", "reference", "selected", exact=False)])
-    assert list(table.columns[1].cells) == ["reference (not exact)"]
+    table = kernel_table("cpu", [KernelRow("linear", "reference", "selected", batch_invariant=False)])
+    assert list(table.columns[1].cells) == ["reference (depends on the batch)"]
 
 
 def test_the_kernels_report_is_what_doctor_reads() -> None:

@@ -9,12 +9,12 @@ from contextlib import aclosing
 import httpx
 import pytest
 
-from engine.errors import ConfigError, EngineDead, RequestRejected
-from server.commands.chat import HELP, ChatError, Conversation, LocalPartner, Messages, RemotePartner
-from server.commands.local import LocalModel, Sampling
-from server.config import GenerationDefaults
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.errors import ConfigError, EngineDead, RequestRejected
+from jamba_server.server.cli.chat import HELP, ChatError, Conversation, LocalPartner, Messages, RemotePartner
+from jamba_server.server.cli.local import LocalModel, Sampling
+from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, TEMPLATE, Bench, Ids, MakeBench
 from tests.server.fake_engine import FakeEngine, says, updates_of
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine.types import Request, TokenLogprob, TokenUpdate
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.types import Request, TokenLogprob, TokenUpdate
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, Bench, Ids
 from tests.server.fake_engine import EOS, Event, says, score
 

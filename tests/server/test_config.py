@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError
-from server.config import OPTIONS, GenerationDefaults, ServerConfig, load_config
-from server.options import parse_size
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig, load_config
+from jamba_server.server.options import parse_size
 
 
 def write(folder: Path, text: str) -> Path:
@@ -40,8 +40,8 @@ def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
 
 
 def test_exact_has_three_values() -> None:
-    for flags, exact in (({}, None), ({"exact": True}, True), ({"exact": False}, False)):
-        assert load_config(flags, {}).engine(Path("m")).exact is exact
+    for flags, wish in (({}, None), ({"batch_invariant": True}, True), ({"batch_invariant": False}, False)):
+        assert load_config(flags, {}).engine(Path("m")).batch_invariant is wish
 
 
 def test_a_variable_may_name_the_file_and_a_flag_goes_before_it(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine.model_config import load_model_config
-from server.demo import DESCRIPTION, demo_folder
-from server.text.chat_template import ChatTemplate
-from server.text.detokenizer import Detokenizer
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.model_config import load_model_config
+from jamba_server.server.demo import DESCRIPTION, demo_folder
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.tokenizer import Tokenizer
 
 FOLDER = demo_folder()
 

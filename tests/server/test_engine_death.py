@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from engine.client import EngineClient
-from engine.types import FromEngine, StepResult
-from server.config import ServerConfig
-from server.demo import demo_folder
+from jamba_server.engine.process.client import EngineClient
+from jamba_server.engine.types import FromEngine, StepResult
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
 NUM_TOKENS = 700  # all streams are open long before the first one ends

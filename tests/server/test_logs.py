@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from engine.types import EngineStats
-from server.logs import Snapshot, describe_interval, log_stats
-from server.metrics import Metrics
+from jamba_server.engine.types import EngineStats
+from jamba_server.server.http.logs import Snapshot, describe_interval, log_stats
+from jamba_server.server.http.metrics import Metrics
 from tests.server.conftest import Bench, chat
 from tests.server.fake_engine import FakeEngine
 
@@ -52,7 +52,7 @@ async def test_a_line_an_interval_while_busy(engine: FakeEngine, caplog: pytest.
 
 
 async def test_a_line_a_request(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "server.generation")
+    caplog.set_level("INFO", "jamba_server.server.http.generation")
     async with bench.http() as http:
         headers = {"X-Request-Id": "r1"}
         await http.post("/v1/chat/completions", json=chat(n=2, max_tokens=1), headers=headers)
@@ -66,9 +66,9 @@ async def test_a_line_a_request(bench: Bench, caplog: pytest.LogCaptureFixture) 
 
 def test_the_set_up() -> None:
     program = (
-        "import logging; from server.logs import configure_logging; configure_logging('INFO')\n"
-        "logging.getLogger('server.x').info('a %s', 'b'); logging.getLogger('uvicorn.error').info('c')\n"
-        "logging.getLogger('uvicorn.access').info('d'); logging.getLogger('server.x').debug('e')\n"
+        "import logging; from jamba_server.server.http.logs import configure_logging; configure_logging('INFO')\n"
+        "logging.getLogger('jamba_server.server.x').info('a %s', 'b'); logging.getLogger('uvicorn.error').info('c')\n"
+        "logging.getLogger('uvicorn.access').info('d'); logging.getLogger('jamba_server.server.x').debug('e')\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lines = result.stderr.splitlines()

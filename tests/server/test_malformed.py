@@ -12,8 +12,8 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from server.middleware import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, JsonBody, check_json
-from server.text.tokenizer import Tokenizer
+from jamba_server.server.http.middleware import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, JsonBody, check_json
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import Bench, MakeBench, chat
 from tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
 

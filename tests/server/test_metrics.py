@@ -10,13 +10,13 @@ from subprocess import PIPE, STDOUT
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.types import EngineStats
+from jamba_server.engine.types import EngineStats
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import QUEUE_SECONDS, FakeEngine
 
 STATS = EngineStats(
     num_running=3, num_waiting=5, kv_blocks_used=1, kv_blocks_capacity=4, state_slots_used=6, state_slots_capacity=8,
-    checkpoints_stored=2, num_preemptions_total=7, prefix_queries_total=100, prefix_hits_total=60,
+    saved_states=2, num_preemptions_total=7, prefix_queries_total=100, prefix_hits_total=60,
     missed_no_state_total=11, missed_evicted_total=12, num_steps_total=13,
 )  # fmt: skip
 FROM_STATS = {
@@ -25,7 +25,7 @@ FROM_STATS = {
     "jamba_kv_cache_usage_perc": 0.25,
     "jamba_state_slots_used": 6,
     "jamba_state_slots_capacity": 8,
-    "jamba_checkpoints_stored": 2,
+    "jamba_saved_states": 2,
     "jamba_num_preemptions_total": 7,
     "jamba_prefix_cache_queries_total": 100,
     "jamba_prefix_cache_hits_total": 60,

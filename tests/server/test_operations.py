@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
-from engine.client import Health
-from engine.errors import EngineDead, EngineFailed, Overloaded
-from server.app import package_version
-from server.lifecycle import RETRY_AFTER_SECONDS
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.errors import EngineDead, EngineFailed, Overloaded
+from jamba_server.engine.process.client import Health
+from jamba_server.server.http.app import package_version
+from jamba_server.server.http.lifecycle import RETRY_AFTER_SECONDS
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.asgi import Exchange
 from tests.server.conftest import Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import MAX_MODEL_LEN, FakeEngine
@@ -51,7 +51,7 @@ async def test_a_slash_at_the_end_means_nothing(make_bench: MakeBench) -> None:
 
 
 async def test_a_path_writes_no_lines_into_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "server.middleware")
+    caplog.set_level("INFO", "jamba_server.server.http.middleware")
     async with bench.http() as http:
         await http.get("/nothing%0a2026-01-01 INFO forged" + "x" * 1000)
     [record] = [r for r in caplog.records if "404" in r.getMessage()]

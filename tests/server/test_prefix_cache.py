@@ -11,9 +11,9 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from engine.client import EngineClient
-from server.config import ServerConfig
-from server.demo import demo_folder
+from jamba_server.engine.process.client import EngineClient
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
 
@@ -74,7 +74,7 @@ async def test_a_shared_system_message_pays_from_the_second_chat(talk: Talk) -> 
     assert cached >= 288
     assert await talk.metric("jamba_prefix_cache_hits_total") == cached
     assert await talk.metric("jamba_prefix_cache_queries_total") > 600
-    assert await talk.metric("jamba_checkpoints_stored") > 0
+    assert await talk.metric("jamba_saved_states") > 0
 
 
 @pytest.mark.parametrize("words", range(1, 34, 4))

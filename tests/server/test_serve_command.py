@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import httpx
 
-COMMAND = (sys.executable, "-m", "server.cli", "serve")
+COMMAND = (sys.executable, "-m", "jamba_server", "serve")
 STREAM = {"prompt": [5, 6, 7], "max_tokens": 600, "ignore_eos": True, "stream": True}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.errors import EngineDead, EngineFailed, Overloaded
-from engine.types import Request, TokenUpdate
+from jamba_server.engine.errors import EngineDead, EngineFailed, Overloaded
+from jamba_server.engine.types import Request, TokenUpdate
 from tests.server.asgi import Exchange
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import NUM_CACHED, Event, FakeEngine, says

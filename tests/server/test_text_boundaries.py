@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from engine.errors import CheckpointError
-from server.demo import demo_folder
-from server.text.chat_template import ChatTemplate
-from server.text.special_text import MARKS, SpecialText, restore
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.server.demo import demo_folder
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.special_text import MARKS, SpecialText, restore
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.synthetic_tokenizer import write_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -109,7 +109,7 @@ def test_special_tokens_that_cannot_be_broken(token: str) -> None:
 def texts_up_to(chat_template: ChatTemplate, tokenizer: Tokenizer, *turns: str, **kwargs: object) -> list[str]:
     rendered = chat_template.render(chat(*turns), kwargs=kwargs)
     return [
-        tokenizer.decode(rendered.prompt_ids[:offset], skip_special_tokens=False) for offset in rendered.checkpoints
+        tokenizer.decode(rendered.prompt_ids[:offset], skip_special_tokens=False) for offset in rendered.save_positions
     ]
 
 
@@ -166,7 +166,7 @@ def test_a_token_across_the_boundary_floors_it(
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     rendered = template.render(messages)
     prefixes = [
-        tokenizer.decode(rendered.prompt_ids[1:offset], skip_special_tokens=False) for offset in rendered.checkpoints
+        tokenizer.decode(rendered.prompt_ids[1:offset], skip_special_tokens=False) for offset in rendered.save_positions
     ]
     assert prefixes == (floored or [""])
     assert tokenizer.decode(rendered.prompt_ids[1:], skip_special_tokens=False) == system + user
@@ -176,4 +176,4 @@ def test_boundaries_are_counted_in_what_the_client_wrote(jamba: ChatTemplate, to
     """Marks inside the client's text do not shift an offset behind it."""
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", tokenizer)
     rendered = template.render(chat(f"system: <|eom|>{MARKS[0]}<|eom|>", "user: hello"))
-    assert rendered.prompt_ids[rendered.checkpoints[0] :] == tokenizer.encode("hello", add_special_tokens=False)
+    assert rendered.prompt_ids[rendered.save_positions[0] :] == tokenizer.encode("hello", add_special_tokens=False)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from engine.errors import CheckpointError, ConfigError, RequestRejected
-from server.demo import demo_folder
-from server.text.chat_template import ChatTemplate
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
+from jamba_server.server.demo import demo_folder
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.synthetic_tokenizer import build_tokenizer, write_tokenizer
 
 Chat = list[dict[str, Any]]

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from server.text.detokenizer import Detokenizer
-from server.text.tokenizer import Tokenizer
+from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.synthetic_tokenizer import FIRST_BYTE, write_tokenizer
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from server.text.stop import StopStrings
+from jamba_server.server.text.stop import StopStrings
 
 
 def feed(stops: tuple[str, ...], pieces: list[str], *, include: bool = False) -> tuple[str, str | None]:

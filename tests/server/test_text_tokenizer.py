@@ -14,8 +14,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.errors import CheckpointError, RequestRejected
-from server.text.tokenizer import Tokenizer
+from jamba_server.engine.errors import CheckpointError, RequestRejected
+from jamba_server.server.text.tokenizer import Tokenizer
 from tests.synthetic_tokenizer import FIRST_BYTE, build_tokenizer, special_ids, write_tokenizer
 
 

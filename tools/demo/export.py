@@ -29,9 +29,9 @@ from model import Jamba, Shape
 from ngram import NGram
 from train_tokenizer import SPECIAL_TOKENS
 
-from engine.llm import LLM
-from engine.quantization import FORMATS
-from engine.types import SamplingParams
+from jamba_server.engine.quantization import FORMATS
+from jamba_server.engine.types import SamplingParams
+from jamba_server.llm import LLM
 
 STORY = "Tell me a story about a dog and a ball."
 GREETING = "Hi, how are you?"
@@ -107,7 +107,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def load(folder: Path, **settings: Any) -> LLM:
-    sizes = {"max_num_seqs": 16, "kv_cache_memory_bytes": CACHE, "checkpoint_memory_bytes": 0}
+    sizes = {"max_num_seqs": 16, "kv_cache_memory_bytes": CACHE, "state_cache_memory_bytes": 0}
     return LLM(folder, enable_prefix_caching=False, **sizes, **settings)
 
 

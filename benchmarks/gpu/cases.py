@@ -1,0 +1,347 @@
+"""Every op at a model's shapes, on random data, with the bytes that it must move and the operations that it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jamba_server.engine.config import Quantization
+from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.quantization import FORMATS
+from jamba_server.engine.quantization.quantize import quantize
+from jamba_server.kernels.ops import (
+    CompressedStates,
+    Kernels,
+    MambaWeights,
+    Pages,
+    SampleInputs,
+    ScanInputs,
+    ScanWeights,
+    Segments,
+    StateSaves,
+)
+
+BLOCK_SIZE = 16
+TOP_K = 2  # experts of a row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A model's sizes, in the letters of `kernels.ops`."""
+
+    name: str
+    h: int
+    f: int
+    d: int
+    heads: int
+    kv_heads: int
+    z: int
+    experts: int
+    r: int
+    v: int = 65536
+    s: int = 16
+    w: int = 4
+
+    @classmethod
+    def of(cls, name: str, config: JambaConfig) -> Shape:
+        return cls(
+            name=name,
+            h=config.hidden_size,
+            f=config.intermediate_size,
+            d=config.d_inner,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            z=config.head_dim,
+            experts=config.num_experts if config.num_experts > 1 else 0,
+            r=config.mamba_dt_rank,
+            v=config.vocab_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """`args` are the op's without its packed weights, which come second: what `pack` makes of `weights`, quantised if
+    they are to be, with the op's implementation and the other kernels. `written`: bytes written into arguments."""
+
+    op: str
+    label: str
+    args: tuple[Any, ...]
+    weights: tuple[Any, ...] = ()
+    quantization: Quantization | None = None
+    pack: Callable[[Any, Kernels, tuple[Any, ...]], Any] = lambda op, kernels, weights: op.pack(*weights)
+    moved: int | None = None
+    written: int = 0
+    operations: int = 0
+    tolerance: float = 1e-2  # relative, of a bfloat16 result
+    scratch: bool = False  # the first argument may hold anything afterwards
+
+    def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """Arguments of its own for a call with `kernels`, floats converted to `dtype`."""
+        return self.arguments(self.packed(kernels, dtype), dtype)
+
+    def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
+        """A copy of the weights as `kernels` take them; None if there are none."""
+        if not self.weights:
+            return None
+        weights: tuple[Any, ...] = copy(self.weights, dtype)
+        if self.quantization is not None:
+            weights = tuple(quantize(weight, self.quantization) for weight in weights)
+        return self.pack(getattr(kernels, self.op), kernels, weights)
+
+    def arguments(self, packed: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """Of a call, a copy of `args` with `packed` in its place."""
+        args = tuple(copy(value, dtype) for value in self.args)
+        return args if packed is None else (args[0], packed, *args[1:])
+
+    def bytes_moved(self, result: Any) -> int:
+        """Every argument read once, every result written once, unless the case knows better."""
+        if self.moved is not None:
+            return self.moved
+        return sum(tensor.nbytes for tensor in flatten((self.args, self.weights, result))) + self.written
+
+
+def _expert_bytes(shape: Shape, quantization: Quantization) -> int:
+    stored = FORMATS[quantization]
+    return stored.num_bytes(2 * shape.f, shape.h) + stored.num_bytes(shape.h, shape.f)
+
+
+def flatten(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in flatten(item)] if isinstance(value, tuple) else []
+
+
+def copy(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, tuple):
+        copied = [copy(item, dtype) for item in value]
+        return type(value)(*copied) if hasattr(value, "_fields") else tuple(copied)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype, copy=True) if dtype and value.dtype == torch.bfloat16 else value.clone()
+
+
+class Maker:
+    """Random tensors on one device; on `meta` shapes alone."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def floats(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.generator, device=self.device)
+
+    def random(self, *size: int) -> Tensor:
+        return self.floats(*size).to(torch.bfloat16)
+
+    def matrix(self, *size: int) -> Tensor:
+        """Weights that keep the size of what they are multiplied with."""
+        return self.random(*size).mul_(size[-1] ** -0.5)
+
+    def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(self.device)
+
+    def rows(self, rows: int) -> Iterator[Case]:
+        """Ops of single rows."""
+        m = self.shape
+        x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
+        yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
+        yield Case(op="silu_and_mul", label=f"{rows} rows", args=(gate_up,))
+        yield self.linear(f"out_proj, {rows} rows", rows, self.matrix(m.h, m.d), None)
+        yield self.linear(f"in_proj, {rows} rows", rows, self.matrix(2 * m.d, m.h), None)
+        weight = self.matrix(2 * m.f, m.h)
+        for quantization in (None, *FORMATS):
+            name = " ".join(filter(None, ("gate_up", quantization)))
+            yield self.linear(f"{name}, {rows} rows", rows, weight, quantization)
+
+    def linear(self, label: str, rows: int, weight: Tensor, quantization: Quantization | None) -> Case:
+        outputs, inputs = weight.shape
+        case = Case(
+            op="linear",
+            label=label,
+            args=(self.random(rows, inputs),),
+            weights=(weight,),
+            operations=2 * rows * outputs * inputs,
+        )
+        if quantization is None:
+            return case
+        moved = FORMATS[quantization].num_bytes(outputs, inputs) + 2 * rows * (outputs + inputs)
+        return replace(case, quantization=quantization, moved=moved)
+
+    def experts(self, rows: int) -> Iterator[Case]:
+        """Router and experts, of a model that has some."""
+        m = self.shape
+        if not m.experts:
+            return
+        yield Case(op="route_experts", label=f"{rows} rows", args=(self.random(rows, m.experts), TOP_K))
+        weights = self.expert_weights()
+        for quantization in (None, *FORMATS):
+            yield self.expert_case(rows, weights, quantization)
+
+    def expert_weights(self) -> tuple[Tensor, Tensor]:
+        m = self.shape
+        return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
+
+    def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
+        """Every row with experts of its own choice; those that nobody chooses are not read."""
+        m, choice = self.shape, torch.Generator().manual_seed(rows)
+        chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
+        each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
+        return Case(
+            op="run_experts",
+            label=", ".join(filter(None, (quantization, f"{rows} rows"))),
+            args=(self.random(rows, m.h), self.floats(rows, TOP_K).fill_(0.5), self.ints(chosen)),
+            weights=weights,
+            quantization=quantization,
+            moved=len(chosen.unique()) * each + 4 * rows * m.h,
+            operations=2 * rows * TOP_K * 3 * m.f * m.h,
+        )
+
+    def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
+        """Convolution and scan of sequences of equal length; of one token each through the ops for one token."""
+        m, rows = self.shape, sequences * tokens
+        label = f"{sequences} x {tokens} tokens"
+        u, dt, z = (self.random(rows, m.d) for _ in range(3))
+        b, c = self.random(rows, m.s), self.random(rows, m.s)
+        weights = ScanWeights(-self.floats(m.d, m.s).exp(), self.floats(m.d), self.floats(m.d) - 3)
+        inputs, ssm = ScanInputs(u, dt, b, c, z), self.floats(sequences, m.d, m.s)
+        conv, taps, bias = self.random(sequences, m.w - 1, m.d), self.random(m.w, m.d), self.random(m.d)
+        ids = self.ints(range(sequences))
+        none = StateSaves(self.ints([0] * (sequences + 1)), ids[:0], ids[:0])
+        known = torch.ones(sequences, dtype=torch.bool, device=self.device)
+        starts = self.ints([i * tokens for i in range(sequences + 1)])
+        where: Any = ids if tokens == 1 else Segments(starts, tokens, ids, known, none)
+        convolve, scan = (
+            ("causal_conv1d_update", "selective_state_update") if tokens == 1 else ("causal_conv1d", "selective_scan")
+        )
+        yield Case(op=convolve, label=label, args=(u, taps, bias, conv, where), written=conv.nbytes)
+        yield Case(op=scan, label=label, args=(inputs, weights, ssm, where), written=ssm.nbytes)
+        if tokens == 1:
+            yield self._mamba_decode(label, weights, conv, ssm, ids)
+
+    def _mamba_decode(self, label: str, scan: ScanWeights, conv: Tensor, ssm: Tensor, ids: Tensor) -> Case:
+        """All between in_proj and out_proj."""
+        m = self.shape
+        x_proj, dt_proj = self.matrix(m.r + 2 * m.s, m.d), self.matrix(m.d, m.r)
+        norms = tuple(1 + 0.1 * self.random(size) for size in (m.r, m.s, m.s))
+        between = (self.random(m.w, m.d), self.random(m.d), x_proj, *norms, dt_proj, scan)
+
+        def pack(op: Any, kernels: Kernels, weights: tuple[Any, ...]) -> Any:
+            conv_weight, conv_bias, x_proj, dt_norm, b_norm, c_norm, dt_proj, scan = weights
+            return op.pack(
+                MambaWeights(
+                    conv_weight=conv_weight,
+                    conv_bias=conv_bias,
+                    x_proj=kernels.linear.pack(x_proj),
+                    dt_norm=dt_norm,
+                    b_norm=b_norm,
+                    c_norm=c_norm,
+                    eps=1e-6,
+                    dt_proj=kernels.linear.pack(dt_proj),
+                    scan=scan,
+                )
+            )
+
+        # rounded after each of its parts
+        return Case(
+            op="mamba_decode",
+            label=label,
+            args=(self.random(len(ids), 2 * m.d), conv, ssm, ids),
+            weights=between,
+            pack=pack,
+            written=conv.nbytes + ssm.nbytes,
+            tolerance=2e-2,
+        )
+
+    def attention(self, sequences: int, tokens: int, context: int) -> Iterator[Case]:
+        """The last `tokens` of each sequence of `context` tokens."""
+        m, blocks = self.shape, -(-context // BLOCK_SIZE)
+        k, v = (self.random(sequences * blocks, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
+        order = torch.randperm(sequences * blocks, generator=self.generator, device=self.device)
+        lens = self.ints([context] * sequences)
+        pages = Pages(k, v, order.view(sequences, blocks).int(), lens, context)
+        q = self.random(sequences * tokens, m.heads, m.z)
+        operations = 4 * sequences * m.heads * m.z * sum(range(context - tokens + 1, context + 1))
+        label, scale = f"{sequences} x {tokens} of {context} keys", m.z**-0.5
+        if tokens == 1:
+            yield Case(op="attention_decode", label=label, args=(q, pages, scale), operations=operations)
+            return
+        starts = self.ints([i * tokens for i in range(sequences + 1)])
+        args = (q, pages, starts, tokens, scale)
+        yield Case(op="attention_prefill", label=label, args=args, operations=operations)
+
+    def storage(self, tokens: int, pairs: int) -> Iterator[Case]:
+        m = self.shape
+        k, v = (self.random(tokens, m.kv_heads, m.z) for _ in range(2))
+        k_pages, v_pages = (self.random(tokens // BLOCK_SIZE, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
+        places = torch.randperm(tokens, generator=self.generator, device=self.device)
+        yield Case(op="write_kv", label=f"{tokens} tokens", args=(k, v, k_pages, v_pages, places))
+        slots, first = self.floats(2 * pairs, 4, m.d, m.s), self.ints(range(pairs), torch.int64)
+        yield Case(op="copy_slots", label=f"{pairs} pairs", args=((slots,), first, first + pairs))
+        scales = self.floats(2 * pairs, 4, m.d).abs()
+        values = self.ints(
+            torch.randint(-127, 128, slots.shape, generator=torch.Generator().manual_seed(0)), torch.int8
+        )
+        compressed, places = CompressedStates(values, scales), (first, first + pairs)
+        half = (slots.nbytes + values.nbytes + scales.nbytes) // 2
+        label = f"{pairs} pairs"
+        yield Case(op="compress_states", label=label, args=(slots, compressed, *places), moved=half)
+        yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
+
+    def sampling(self, rows: int) -> Iterator[Case]:
+        """From all tokens, from those that each limit leaves, and with all of it in one batch, greedy rows too."""
+        ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
+        keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
+        plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
+        kinds = {
+            "all tokens": plain,
+            "greedy": plain._replace(temperature=zeros),
+            "top-k 50": plain._replace(top_k=zeros.int() + 50),
+            "top-p 0.9": plain._replace(top_p=ones * 0.9),
+            "min-p 0.05": plain._replace(min_p=ones * 0.05),
+        }
+        kinds["top-k, top-p, min-p"] = SampleInputs(ones, ones * 0.95, ones * 0.02, zeros.int() + 40, keys)
+        turn = torch.arange(rows, device=self.device) % len(kinds)
+        fields = zip(*kinds.values(), strict=True)
+        kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
+        for kind, inputs in kinds.items():
+            logits = self.floats(rows, self.shape.v) * 3
+            # logits become scores; with temperature 1 a second run finds what the first one found
+            yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
+
+
+def check(case: Case, ours: Kernels, reference: Kernels) -> float:
+    """The largest relative error ||ours - reference|| / ||reference|| of a result or of an argument written in place,
+    the reference in float32; of indices the share that differs. NaN stays NaN."""
+    args, wide_args = case.prepare(ours), case.prepare(reference, torch.float32)
+    results = getattr(ours, case.op)(*args), getattr(reference, case.op)(*wide_args)
+    if case.weights:  # packed, in layouts of their own
+        args, wide_args = args[:1] + args[2:], wide_args[:1] + wide_args[2:]
+    if case.scratch:
+        args, wide_args = args[1:], wide_args[1:]
+    found, expected = flatten((results[0], args)), flatten((results[1], wide_args))
+    return max((_difference(a, b) for a, b in zip(found, expected, strict=True)), key=lambda e: (e != e, e))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if not a.is_floating_point():
+        return (a != b).float().mean().item() if a.numel() else 0.0
+    wide, scale = b.double(), b.double().norm().item()
+    return (a.double() - wide).norm().item() / (scale or 1.0)
+
+
+def groups(maker: Maker) -> Iterator[Iterator[Case]]:
+    """Group by group, so that a group's memory is free before the next."""
+    for rows in (1, 64, 256, 2048):
+        yield maker.rows(rows)
+        yield maker.experts(rows)
+    for sequences, tokens in ((1, 1), (64, 1), (256, 1), (1, 2048), (16, 512)):
+        yield maker.recurrence(sequences, tokens)
+    for sequences, tokens, context in ((1, 1, 32768), (64, 1, 4096), (1, 2048, 2048), (1, 2048, 32768)):
+        yield maker.attention(sequences, tokens, context)
+    yield maker.storage(8192, 8)
+    for rows in (1, 64, 256):
+        yield maker.sampling(rows)

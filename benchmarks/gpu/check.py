@@ -1,0 +1,292 @@
+"""All that a machine with a GPU can tell about this tree, in one command and without a network.
+
+    python -m benchmarks.gpu.check --name h200 [--only kernels,parity,3b,mini,http,transformers,sweep,tune]
+    python -m benchmarks.gpu.check --name h200 --report
+
+* kernels: the kernel tests on the GPU, in all dtypes;
+* parity: tiny checkpoints through this engine and through transformers on the same GPU;
+* sweep: every kernel at the shapes of the 3B and Mini models in bfloat16, against the reference in float32, and timed;
+* 3b, mini: the engine with dummy weights: decode, prefill, the first reply; a context of 256K tokens;
+* tune: the kernels that take a step's time, with other tiles;
+* http: a server under the load of `jamba bench`;
+* transformers: the same shapes through its `generate`.
+
+Every part runs in processes of its own and is written after every cell to OUT/NAME-parts/PART.json, so that nothing is
+lost when time is up; what is measured already, there or in the folder EARLIER, is not measured again, what failed is.
+`--report` writes OUT/NAME.json and OUT/NAME.md from all parts. Random data, nothing is timed on zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import torch
+
+from benchmarks.gpu.record import Job, Record
+from benchmarks.gpu.report import failures, markdown, read_parts
+from benchmarks.shapes import SHAPES, Format
+from jamba_server.engine.config import EngineConfig
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+MODULES = {
+    "kernels": "tests",
+    "parity": "parity",
+    "3b": "engine",
+    "mini": "engine",
+    "http": "serving",
+    "transformers": "peer_transformers",
+    "sweep": "sweep",
+    "tune": "tune",
+}
+# What a part measures where --shape and --formats do not say.
+DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
+    "3b": ("3b",),
+    "mini": ("mini",),
+    "http": ("3b",),
+    "transformers": ("3b", "mini"),
+    "sweep": ("3b", "mini"),
+    "tune": ("3b", "mini"),
+}
+DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
+MINUTES = 8.5
+GRACE_SECONDS = 25.0  # that a process has to stop its server
+LEAST_SECONDS = 15.0  # in which anything can be measured
+CELL_SECONDS = 240.0  # that a cell, or what comes before the first one, may take
+POLL_SECONDS = 2.0
+FREE_SECONDS, FREE_SLACK = 20.0, 256  # to wait for the GPU's memory; MiB that may stay
+ERROR_TAIL = 1500  # characters
+MARK = "GPU_CHECK_PROCESS"  # in the environment of all that a part starts
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="of the results")
+    parser.add_argument("--only", default=",".join(MODULES), help="parts, in their order")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the table and its JSON")
+    parser.add_argument("--engine", action="append", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="in place of the parts' own")
+    parser.add_argument("--formats", help="of weights, such as bf16,int8, in place of the parts' own")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which what runs is stopped")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)), help="default: $OUT")
+    parser.add_argument("--earlier", type=Path, default=RESULTS, help="where other runs have put their parts")
+    parser.add_argument("--commit", default="", help="where git cannot tell")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if not (parsed.name or parsed.child):
+        parser.error("--name is required")
+    if unknown := [part for part in parsed.only.split(",") if part not in MODULES]:
+        parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(MODULES)}")
+    return parsed
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Values as JSON where they are, else as they stand. A field that the engine lacks is refused: nothing must be
+    measured under its name."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key in ("quantization", "quantize_mamba", "device", "dtype", "load_format"):
+            raise SystemExit(f"--engine {pair}: KEY=VALUE is expected; --formats and --device have flags of their own.")
+        if key not in EngineConfig.__struct_fields__:
+            raise SystemExit(f"--engine {pair}: engine.config.EngineConfig has no such field.")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]:
+    """A process each."""
+    base = Job(part=part, path=str(path), device=arguments.device, commit=arguments.commit)
+    shapes = DEFAULT_SHAPES.get(part, ())
+    if shapes and arguments.shape:
+        shapes = (arguments.shape,)
+    formats: Sequence[str] = DEFAULT_FORMATS.get(part, ("bf16",))
+    if arguments.formats and part in DEFAULT_FORMATS:
+        formats = [Format.parse(name).name for name in arguments.formats.split(",")]
+    options = {} if part in ("kernels", "transformers", "sweep", "tune") else parse_options(arguments.engine)
+    base = msgspec.structs.replace(base, options=options)
+    if not shapes:
+        return [base]
+    jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
+    # an engine that finds no compiled kernel; the others of this part find its
+    return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
+
+
+def run_job(job: Job) -> None:
+    """In a process of its own."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(f"stopped by signal {number}")
+
+    signal.signal(signal.SIGTERM, stop)  # so that what it has started is stopped, too
+    importlib.import_module(f"benchmarks.gpu.{MODULES[job.part]}").run(job, Record(Path(job.path)))
+
+
+def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
+    """Runs a job until it ends by itself or time is up. A process that dies in a cell, or is stopped because the cell
+    takes too long, costs this cell alone."""
+    path = Path(job.path)
+    name = " ".join(filter(None, [job.part, job.shape, job.format if job.shape else "", job.variant]))
+    while (left := deadline - time.monotonic()) > LEAST_SECONDS:
+        print(f"== {name}: {left:.0f} s left", flush=True)
+        known = len(Record(path).rows)
+        status, tail = run_process(job, deadline, environment)
+        record = Record(path)
+        if status == 0:
+            return
+        if status is None:
+            record.running = None  # not measured, not failed
+            record.write()
+            if record.runs:
+                record.note(stopped=f"time was up after {len(record.rows)} cells")
+            return
+        said = f"the process ended with status {status}: {tail}"
+        print(f"== {name}: {said}", flush=True)
+        if record.running is not None:
+            record.finish(record.running, {"error": said})
+        elif len(record.rows) == known:  # it would end like this again
+            record.finish(job.key("start"), {"error": said})
+            return
+    print(f"== {name}: no time is left", flush=True)
+
+
+def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """The status of a job's process, None if time was up, and the end of what it wrote to stderr. Whatever it has
+    started is gone when this returns, and its memory on the GPU is free."""
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--child", msgspec.json.encode(job).decode()]
+    mark, before = f"{MARK}={uuid4().hex}", gpu_memory_used()
+    marked = {**environment, MARK: mark.partition("=")[2]}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=marked, stderr=errors, start_new_session=True)
+        status, why = watch(process, Path(job.path), deadline)
+        kill_marked(mark)
+        errors.seek(0)
+        tail = errors.read()[-ERROR_TAIL:].strip()
+    give_up = time.monotonic() + FREE_SECONDS
+    while before is not None and (used := gpu_memory_used()) is not None and used > before + FREE_SLACK:
+        if time.monotonic() > give_up:
+            print(f"== {used - before} MiB of the GPU's memory are still taken after a process has ended", flush=True)
+            break
+        time.sleep(0.5)
+    return status, f"{why}{tail}"
+
+
+def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[int | None, str]:
+    """Waits for a process, and stops it when time is up (its status is None then) or when what it writes to `path`
+    after every cell stays as it is for too long."""
+    changed, seen = time.monotonic(), -1.0
+    while time.monotonic() < deadline:
+        try:
+            return process.wait(min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))), ""
+        except subprocess.TimeoutExpired:
+            pass
+        if (modified := path.stat().st_mtime if path.is_file() else 0.0) != seen:
+            changed, seen = time.monotonic(), modified
+        elif time.monotonic() - changed > CELL_SECONDS:
+            stop(process)
+            return -signal.SIGKILL, f"stopped, for nothing had come for {CELL_SECONDS:.0f} s. "
+    stop(process)
+    return None, ""
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def kill_marked(mark: str) -> None:
+    """Ends what a process has left behind, in whatever session: a server whose parent was killed holds the memory."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:
+            continue  # gone, or another user's
+
+
+def gpu_memory_used() -> int | None:
+    """MiB of the first GPU, by all processes; None where the driver does not say."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        return int(said.split()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def environment_of(folder: str, job: Job) -> dict[str, str]:
+    """Of a part's processes; `folder` is empty at first, and the part's own."""
+    known = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    if job.cold:
+        known["TRITON_CACHE_DIR"] = folder
+    elif "TRITON_CACHE_DIR" not in known and not os.access(Path.home(), os.W_OK):
+        known["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "triton-cache")  # a later call finds it
+    if job.part == "tune" and job.device == "cpu":
+        known["TRITON_INTERPRET"] = "1"  # there is nothing else to tune
+    return known
+
+
+def start_of(path: Path, earlier: Path) -> None:
+    """What is known of a part, without what failed, in its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() and earlier.is_file():
+        path.write_bytes(earlier.read_bytes())
+    if path.is_file():
+        Record(path).forget_errors()
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for part in arguments.only.split(","):
+        path = arguments.out.resolve() / f"{arguments.name}-parts" / f"{part}.json"
+        start_of(path, arguments.earlier / f"{arguments.name}-parts" / f"{part}.json")
+        jobs = make_jobs(part, arguments, path)
+        with tempfile.TemporaryDirectory() as folder:
+            environment = environment_of(folder, jobs[0])
+            for job in jobs:
+                supervise(job, deadline, environment)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.child:
+        run_job(msgspec.json.decode(arguments.child, type=Job))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU.")
+        measure(arguments)
+    parts = read_parts(arguments.name, [arguments.out, arguments.earlier])
+    if arguments.report:
+        (arguments.out / f"{arguments.name}.json").write_text(json.dumps(parts, indent=1) + "\n")
+        (arguments.out / f"{arguments.name}.md").write_text(markdown(arguments.name, parts, sweep=True))
+    print(markdown(arguments.name, parts, sweep=False))
+    if failures(parts):
+        raise SystemExit("Something failed: see above.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""Compiles the GPU kernels ahead of time, no GPU needed: registers, spills, shared memory, tensor core instructions.
+
+    python -m benchmarks.gpu.codegen [--name triton-codegen] [--targets 80,86,89,90,100,120]
+
+Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16, once for each target, whose
+tiles may differ; its launches are recorded instead of run, and compiled as the launcher would: pointers and multiples
+of 16 are known as such, ones are constants. Fails if a kernel spills registers or needs more shared memory than a
+program may have on that target, or if ops that promise the same bits add in another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu.rehearsal import MODELS, STEPS, rehearsal_of
+from jamba_server.kernels.ops import (
+    CompressedStates,
+    MambaWeights,
+    Pages,
+    SampleInputs,
+    ScanInputs,
+    ScanWeights,
+    Segments,
+    StateSaves,
+)
+from jamba_server.kernels.triton import (
+    attention,
+    conv,
+    linear,
+    mamba,
+    moe,
+    norm,
+    quantized,
+    route,
+    sample,
+    scan,
+    scan_chunked,
+    slots,
+)
+from jamba_server.kernels.triton.launch import capability
+
+RESULTS = Path(__file__).parents[1] / "results"
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
+TENSOR_COLUMNS = 512  # of tensor memory that a program may have; beyond it triton compiles nothing, without an error
+FP8_CAPABILITY = 89  # has such numbers
+INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""What a program may have of shared memory (CUDA C++ Programming Guide, technical specifications), by target."""
+# Ops that must sum as these ops do, all of them together.
+TWINS = {
+    "selective_state_update": ("selective_scan",),
+    "selective_scan, 64": ("selective_scan",),
+    "selective_state_update, 64": ("selective_scan",),
+    "mamba_decode, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+    "mamba_decode, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel as some op calls it: `signature` has its arguments' types, `constants` their values where known."""
+
+    op: str
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.kernel, "__name__", "?")
+
+    def runs_on(self, capability: int) -> bool:
+        return capability >= FP8_CAPABILITY or "*fp8e4nv" not in self.signature.values()
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Per thread `registers` and `spilled` bytes, per program `shared` bytes, `warps` and columns of tensor memory."""
+
+    op: str
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    instruction: str
+    reductions: tuple[str, ...]
+    tensor_columns: int = 0
+
+
+def record(op: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches of `call`, which are not carried out."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
+        launches.append(specialize(op, kernel, values, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return launches
+
+
+def specialize(op: str, kernel: JITFunction[Any], values: dict[str, Any], options: dict[str, Any]) -> Launch:
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or (free and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if free and value % 16 == 0:
+                aligned.append(name)
+    return Launch(op, kernel, signature, constants, tuple(aligned), options)
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    names = list(launch.kernel.arg_names)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=launch.signature,
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(DISASSEMBLER), "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return Resources(
+        op=launch.op,
+        kernel=launch.name,
+        target=f"sm_{capability}",
+        registers=counts["REG"],
+        spilled=counts["STACK"] + counts["LOCAL"],
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        instruction=next((name for name in INSTRUCTIONS if name in ptx), ""),
+        reductions=reductions(compiled.asm["ttgir"]),
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+    )
+
+
+def reductions(ir: str) -> tuple[str, ...]:
+    """How sums of floating point numbers are shared out: what decides their order, in words."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+    operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
+    # over axis 0 the scan picks a row: zeros and one number, whose order does not matter
+    return tuple(
+        sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
+    )
+
+
+def summation(axis: int, shape: str, layout: str) -> str:
+    """Of a blocked layout only `axis` matters: what stands beside it adds for itself."""
+    fields = dict(re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]*)\]", layout))
+    if not layout.startswith("#ttg.blocked"):
+        return f"{shape} {layout}"
+    elements, warps, threads = (
+        int(fields[name].split(", ")[axis]) for name in ("sizePerThread", "warpsPerCTA", "threadsPerWarp")
+    )
+    return f"{shape.split('x')[axis]} by {warps} warps, {threads} threads, {elements} elements"
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)  # never touched: what is not written takes no memory
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    wide = empty(512, 2 * channels)
+    x, z, b = wide[:, :channels], wide[:, channels:], empty(512, states)
+    inputs = ScanInputs(x, empty(512, channels), b, b, z)
+    last = ScanInputs(*(rows[:1] for rows in inputs))
+    a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
+    weights, ssm = ScanWeights(a, d, d), empty(4, 26, channels, states, dtype=torch.float32)[:, 1]
+    state, filters, bias = empty(4, 26, 3, channels)[:, 1], empty(4, channels), empty(channels)
+    segments = Segments(ints(0, 512), 512, ints(1), torch.tensor([True]), StateSaves(ints(0, 1), ints(7), ints(2)))
+    long = segments._replace(max_query_len=scan_chunked.MIN_CHUNKS * scan_chunked.CHUNK)
+    yield "causal_conv1d", lambda: conv.causal_conv1d(x, filters, bias, state, segments)
+    yield "causal_conv1d_update", lambda: conv.causal_conv1d_update(x[:1], filters, bias, state, ints(1))
+    yield "selective_scan", lambda: scan.selective_scan(inputs, weights, ssm, segments)
+    yield "selective_state_update", lambda: scan.selective_state_update(last, weights, ssm, ints(1))
+    many = segments._replace(
+        query_start=torch.arange(65, dtype=torch.int32), state_ids=torch.ones(64, dtype=torch.int32)
+    )
+    yield "selective_scan, 64", lambda: scan.selective_scan(inputs, weights, ssm, many)
+    yield "selective_state_update, 64", lambda: scan.selective_state_update(inputs, weights, ssm, many.state_ids)
+    yield "selective_scan, chunked", lambda: scan_chunked.selective_scan(inputs, weights, ssm, long)
+
+
+def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A Mamba layer's whole decode: of few and of many rows."""
+    a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
+    weights = MambaWeights(
+        conv_weight=empty(4, channels),
+        conv_bias=empty(channels),
+        x_proj=empty(rank + 2 * states, channels),
+        dt_norm=empty(rank),
+        b_norm=empty(states),
+        c_norm=empty(states),
+        eps=1e-6,
+        dt_proj=empty(channels, rank),
+        scan=ScanWeights(a, d, d),
+    )
+    parts = (conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update)
+    decode = mamba.MambaDecode(*parts)
+    for rows in (1, 256):
+        ids, xz = torch.zeros(rows, dtype=torch.int32), empty(rows, 2 * channels)
+        state, ssm = empty(rows, 26, 3, channels)[:, 1], empty(rows, 26, channels, states, dtype=torch.float32)[:, 1]
+        args = (xz, decode.pack(weights), state, ssm, ids)
+        yield f"mamba_decode, {rows}", lambda args=args: decode(*args)
+
+
+def attention_calls(
+    heads: int, kv_heads: int, size: int, stored: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    storage = empty(64, 2, 2, 16, kv_heads, size, dtype=stored)
+    pages = Pages(storage[:, 0, 0], storage[:, 0, 1], torch.zeros(1, 64, dtype=torch.int32), ints(1024), 1024)
+    wide = empty(512, (heads + 2 * kv_heads) * size)
+    q, k, v = (
+        part.unflatten(-1, (-1, size)) for part in wide.split([n * size for n in (heads, kv_heads, kv_heads)], 1)
+    )
+    yield "write_kv", lambda: slots.write_kv(k, v, pages.k, pages.v, torch.zeros(512, dtype=torch.int64))
+    yield "attention_prefill", lambda: attention.attention_prefill(q, pages, ints(0, 512), 512, 0.125)
+    yield "attention_decode", lambda: attention.attention_decode(q[:1], pages, 0.125)
+
+
+def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    for size in (16, 256, 4096):
+        x, weight = empty(64, size), empty(size)
+        yield f"rms_norm {size}", lambda x=x, weight=weight: norm.rms_norm(x, weight, 1e-6, x)
+    yield "silu_and_mul", lambda: moe.silu_and_mul(empty(64, 2 * 14336))
+    yield "route_experts", lambda: route.route_experts(empty(64, 16), 2)
+    state, pair = empty(4, 28, 8192, 16, dtype=torch.float32), torch.tensor([1])
+    yield "copy_slots", lambda: slots.copy_slots((state,), pair, pair + 1)
+    compressed = CompressedStates(empty(4, 28, 8192, 16, dtype=torch.int8), empty(4, 28, 8192, dtype=torch.float32))
+    yield "compress_states", lambda: slots.compress_states(state, compressed, pair, pair)
+    yield "restore_states", lambda: slots.restore_states(compressed, state, pair, pair)
+    ones = torch.ones(2)
+    inputs = SampleInputs(ones, ones, ones * 0, ones.int() * 0, ones.long())
+    yield "sample", lambda: sample.sample(empty(2, 65536, dtype=torch.float32), inputs)
+
+
+def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
+    """A weight [..., N, K], of bfloat16 if it has no format."""
+    if not format:
+        return empty(*shape)
+    *rows, inputs = shape
+    words = empty(*rows, inputs * quantized.BITS[format] // 32, dtype=torch.int32)
+    groups = inputs // quantized.GROUP.value if format == "int4" else 1
+    return quantized.PackedWeight(words, empty(groups, math.prod(rows), dtype=torch.float32), inputs, format)
+
+
+def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One call for each shape of tile."""
+    weight = matrix(format, 16384, 4096)
+    experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
+    name = f", {format}" if format else ""
+    for rows in (1, 32, 512) if format else (1, 512):
+        x, weights, ids = empty(rows, 4096), torch.ones(rows, 2), torch.zeros(rows, 2, dtype=torch.int32)
+        yield f"linear{name}, {rows}", lambda x=x: linear.Linear()(x, weight)
+        yield f"run_experts{name}, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
+
+
+def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """x_proj of the 3B models: sections added by one program or from memory."""
+    weight = empty(192, 5120)
+    for rows in (64, 2048):
+        x = empty(rows, 5120)
+        yield f"linear, narrow, {rows}", lambda x=x: linear.Linear()(x, weight)
+
+
+def launches_on(target: int) -> list[Launch]:
+    """Those of the ops that its GPUs can run."""
+    capability.cache_clear()
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10)):
+        found = all_launches()
+    without = {launch.op for launch in found if not launch.runs_on(target)}
+    return [launch for launch in found if launch.op not in without]
+
+
+def rehearsed(known: list[Launch]) -> list[Launch]:
+    """What servers of whole models launch, as far as it is not known: by the constants of each kernel."""
+    seen, found = {identity(launch) for launch in known}, list[Launch]()
+    for model in MODELS:
+        for launch in record(model, partial(rehearsal_of(model).launch, STEPS)):
+            if (key := identity(launch)) not in seen:
+                seen.add(key)
+                constants = [f"{name} {value}" for name, value in launch.constants.items() if value and name.isupper()]
+                op = f"{model}: {', '.join(constants)}"
+                others = sum(other.op.startswith(op) and other.kernel is launch.kernel for other in found)
+                found.append(replace(launch, op=f"{op} ({others + 1})" if others else op))
+    return found
+
+
+def identity(launch: Launch) -> str:
+    """The same of launches that share a compiled kernel."""
+    return repr(replace(launch, op=""))
+
+
+def all_launches() -> list[Launch]:
+    calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
+    calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
+    launches = [launch for op, call in calls for launch in record(op, call)]
+    launches += rehearsed(launches)
+    # Mini's heads: other constants, so another kernel
+    mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
+    narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)
+    launches += mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]
+    for size, groups in ((64, 4), (64, 20), (128, 1), (256, 20)):
+        for stored in (torch.bfloat16, torch.float8_e4m3fn):
+            for op, call in attention_calls(2 * groups, 2, size, stored):
+                if op != "write_kv":
+                    launches += record(f"{op}, {groups} x {size}{', fp8' * (stored != torch.bfloat16)}", call)
+    return launches
+
+
+def problems(found: list[Resources]) -> list[str]:
+    messages = [f"{r.op}: {r.kernel} spills {r.spilled} bytes on {r.target}" for r in found if r.spilled]
+    for r in found:
+        if r.shared > (limit := SHARED_KIB[int(r.target[3:])] * 1024):
+            messages.append(f"{r.op}: {r.kernel} takes {r.shared} bytes of shared memory on {r.target} of {limit}")
+        if r.tensor_columns > TENSOR_COLUMNS:
+            messages.append(f"{r.op}: {r.kernel} takes {r.tensor_columns} columns of tensor memory on {r.target}")
+    for target in sorted({r.target for r in found}):
+        sums: dict[str, set[str]] = {}
+        for r in found:
+            if r.target == target:
+                sums.setdefault(r.op, set()).update(r.reductions)
+        decodes = {op: (op.replace("decode", "prefill"),) for op in sums if op.startswith("attention_decode")}
+        for op, twins in (TWINS | decodes).items():
+            expected = {order for twin in twins for order in sums[twin]}
+            if sums[op] != expected or not expected:
+                messages.append(f"{target}: {op} sums as {sums[op]}, but {', '.join(twins)} as {expected}")
+    return messages
+
+
+def table(found: list[Resources]) -> str:
+    targets = sorted({r.target for r in found}, key=lambda target: int(target[3:]))
+    lines = [f"| op | kernel | warps | {' | '.join(targets)} |", f"| --- | --- | ---: |{' ---: |' * len(targets)}"]
+    rows: dict[tuple[str, str], dict[str, Resources]] = {}
+    for r in found:
+        rows.setdefault((r.op, r.kernel), {})[r.target] = r
+    for (op, kernel), by_target in rows.items():
+        cells = [
+            f"{r.registers}, {r.spilled}, {r.shared / 1024:.1f} KiB {r.instruction.split('.')[0]}".rstrip()
+            if (r := by_target.get(target))
+            else ""
+            for target in targets
+        ]
+        warps = next(iter(by_target.values())).warps
+        lines.append(f"| {op} | {kernel} | {warps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="write benchmarks/results/NAME.md and NAME.json")
+    parser.add_argument("--targets", default=",".join(map(str, SHARED_KIB)), help="compute capabilities times ten")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    targets = [int(target) for target in arguments.targets.split(",")]
+    if unknown := set(targets) - set(SHARED_KIB):
+        parser.error(f"--targets: {sorted(unknown)} unknown; there are {', '.join(map(str, SHARED_KIB))}")
+    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        pairs = [(launch, target) for target in targets for launch in launches_on(target)]
+        jobs = [pool.submit(compile_for, *pair) for pair in pairs]
+        found = [job.result() for job in jobs]
+    seconds = time.monotonic() - started
+    text = "Registers a thread, bytes spilled, shared memory and matrix instruction, bfloat16, compiled by triton "
+    text += f"{triton.__version__} without a GPU.\n\n{table(found)}\n"
+    print(f"{text}\n{len(found)} kernels compiled in {seconds:.0f} s")
+    if arguments.name:
+        (RESULTS / f"{arguments.name}.md").write_text(f"# {arguments.name}\n\n{text}")
+        report = {"triton": triton.__version__, "kernels": [asdict(r) for r in found]}
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    if messages := problems(found):
+        raise SystemExit("\n".join(messages))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Compiles what `tune` will run, in processes that need no GPU, into triton's cache on disk.
+
+A call is made with tensors of shapes alone, and launches stop where the kernel is compiled: so the cache's keys are
+those of the call on the GPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from types import TracebackType
+from typing import Any
+from unittest import mock
+
+import torch
+
+import jamba_server.engine.quantization.quantize
+import jamba_server.kernels.triton.launch
+import jamba_server.kernels.triton.quantized
+from benchmarks.gpu.targets import Target, targets_of
+from benchmarks.gpu.variants import AS_IT_IS, Variant, applied
+
+WARP = 32  # threads
+MOST_PROCESSES = 16
+
+
+class Elsewhere:
+    """Stands for triton's driver of a GPU that need not be there."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, WARP)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_only(capability: int) -> Generator[None]:
+    """Launches compile, for a GPU of this capability (times ten), and do nothing else."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    run: Any = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> Any:
+        return run(kernel, *args, grid=grid, warmup=True, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        stack.enter_context(mock.patch.object(driver, "_active", Elsewhere(capability)))
+        stack.enter_context(mock.patch("jamba_server.kernels.table.ensure_available"))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
+        # tiles may depend on it, which is asked for once
+        known = getattr(jamba_server.kernels.triton.launch, "capability", None)
+        for forget in (known.cache_clear,) if known is not None else ():
+            forget()
+            stack.callback(forget)
+        # no numbers, no pieces
+        stack.enter_context(mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", 1 << 60))
+        stack.enter_context(mock.patch.object(jamba_server.kernels.triton.quantized, "CHUNK", 1 << 60))
+        yield
+
+
+@cache
+def shapes_alone(shape: str) -> tuple[Target, ...]:
+    """Every target, without numbers."""
+    return tuple(target for group in targets_of(shape, "meta").groups() for target in group)
+
+
+def compile_one(shape: str, capability: int, index: int, variant: Variant) -> str:
+    """What went wrong, if anything did. In a process of its own."""
+    torch.set_num_threads(1)
+    target = shapes_alone(shape)[index]
+    try:
+        with compiling_only(capability), applied(variant):
+            getattr(target.kernels(), target.case.op)(*target.case.prepare(target.kernels()))
+    except Exception as error:  # noqa: BLE001 - the same happens on the GPU, and is written down there
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class Compiler:
+    """Compiles ahead of who measures, target by target. Where kernels are interpreted it has nothing to do."""
+
+    def __init__(self, shape: str, capability: int | None) -> None:
+        self._shape, self._capability = shape, capability
+        self._pool: ProcessPoolExecutor | None = None
+        self._of_target: dict[int, list[Future[str]]] = {}
+        self._by_key: dict[object, Future[str]] = {}
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, indices: Iterable[int]) -> None:
+        """In their order. Of a variant that several targets share, the first one's call is compiled."""
+        if self._capability is None:
+            return
+        processes = max(1, min(MOST_PROCESSES, os.cpu_count() or 1) - 1)
+        # a process that is forked off one with a GPU cannot use torch
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        for index in indices:
+            target = shapes_alone(self._shape)[index]
+            for variant in (AS_IT_IS, *target.variants):
+                shared = (target.case.op, target.case.quantization) if variant.whole_tile else target.label
+                key = (shared, repr(variant.changes))
+                if key not in self._by_key:
+                    call = (self._shape, self._capability, index, variant)
+                    self._by_key[key] = self._pool.submit(compile_one, *call)
+                self._of_target.setdefault(index, []).append(self._by_key[key])
+
+    def wait(self, index: int) -> None:
+        """Until what the target needs is compiled, or has failed."""
+        for future in self._of_target.get(index, ()):
+            if (error := future.exception()) is not None:
+                print(f"compiling ahead: {error}", file=sys.stderr, flush=True)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many calls were compiled, and how many of them cannot be."""
+        done = [future for future in self._by_key.values() if future.done() and future.exception() is None]
+        return {"compiled": len(done), "of_them_failed": sum(bool(future.result()) for future in done)}

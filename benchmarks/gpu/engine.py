@@ -1,0 +1,246 @@
+"""The parts `3b` and `mini`: the engine with dummy weights, decode and prefill beside what the ceilings allow."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
+
+import msgspec
+import torch
+
+from benchmarks.gpu.predict import DTYPE_BYTES, Ceilings, Work, decode_work, measure_ceilings, prefill_work
+from benchmarks.gpu.record import Job, Record
+from benchmarks.shapes import Format, write_config
+from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.start import build
+from jamba_server.engine.start.machine import format_bytes
+from jamba_server.engine.types import SamplingParams
+from jamba_server.llm import LLM
+
+FIRST_PROMPT = 128  # tokens
+DECODE_PROMPT = 4
+DECODE_SECONDS = 1.0  # that a timed run should take
+STEPS = (8, 128)  # of a timed run: at least, at most
+LONG_STEPS = 32
+PROFILED_STEPS, PROFILED_KERNELS = 8, 15
+SLOW = 20.0  # seconds of a prompt that is not timed a second time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Sequences that decode at once; lengths of prompts; the length of one more request, reply included."""
+
+    sequences: tuple[int, ...]
+    prompts: tuple[int, ...]
+    long: int | None = None
+
+
+SIZES = {
+    "3b": Sizes(sequences=(1, 8, 64, 256), prompts=(2048, 32768, 131072)),
+    "mini": Sizes(sequences=(1, 16, 64, 256), prompts=(2048, 32768), long=262144),
+    "tiny": Sizes(sequences=(1, 2), prompts=(32,), long=160),
+}
+OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
+
+
+@contextmanager
+def times_of_loading() -> Generator[list[float]]:
+    """When the weights were loaded; on a GPU also when kernels were compiled and steps could be measured."""
+    times: list[float] = []
+    load, measure_steps = build.load, build.measure_steps
+
+    def timed_load(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    def timed_measure(*args: Any, **kwargs: Any) -> Any:
+        times.append(time.perf_counter())
+        return measure_steps(*args, **kwargs)
+
+    with (
+        mock.patch.object(build, "load", timed_load),
+        mock.patch.object(build, "measure_steps", timed_measure),
+    ):
+        yield times
+
+
+class Bench:
+    """One engine, in this process."""
+
+    def __init__(self, job: Job, config: JambaConfig, folder: str, sizes: Sizes, ceilings: Ceilings) -> None:
+        self.config, self.ceilings = config, ceilings
+        self.stored = Format.parse(job.format)
+        longest = max(*(tokens + 64 for tokens in sizes.prompts), sizes.long or 0)
+        settings: dict[str, Any] = {
+            "device": job.device,
+            "load_format": "dummy",
+            "max_num_seqs": max(sizes.sequences),
+            "max_model_len": min(longest, config.max_position_embeddings),
+        }
+        start = time.perf_counter()
+        with times_of_loading() as times:
+            self.llm = LLM(folder, **settings | self.stored.settings | job.options)
+        self.loaded_at, self.compiled_at, self.ready_at = times[0], times[-1], time.perf_counter()
+        self.load_seconds = self.loaded_at - start
+        self.random = Random(0)
+
+    def prompt(self, length: int) -> list[int]:
+        return self.random.choices(range(3, self.config.vocab_size), k=length)
+
+    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
+        """For replies of exactly `tokens`."""
+        start = time.perf_counter()
+        self.llm.generate([*prompts], SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
+        return time.perf_counter() - start
+
+    def first_reply(self) -> dict[str, Any]:
+        """The first token of the first request, from the weights being loaded. It must be the first cell."""
+        compiled = sum(1 for _ in Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser().glob("*"))
+        reply = self.seconds([self.prompt(FIRST_PROMPT)], 1)
+        return {
+            "seconds": self.ready_at - self.loaded_at + reply,
+            "of_them_until_ready": self.ready_at - self.loaded_at,
+            "of_them_until_compiled": self.compiled_at - self.loaded_at,
+            "of_them_reply": reply,
+            "kernels_compiled_before": compiled,
+        }
+
+    def decode(self, count: int) -> dict[str, Any]:
+        """The prompts' own step is taken off: runs of one token."""
+
+        def fresh() -> list[list[int]]:
+            return [self.prompt(DECODE_PROMPT) for _ in range(count)]
+
+        self.seconds(fresh(), STEPS[0] + 1)  # compiles what this number of rows needs
+        step = self.seconds(fresh(), STEPS[0] + 1) / (STEPS[0] + 1)
+        steps = max(STEPS[0], min(STEPS[1], int(DECODE_SECONDS / step)))
+        seconds = min(self.seconds(fresh(), steps + 1) for _ in range(2)) - min(
+            self.seconds(fresh(), 1) for _ in range(2)
+        )
+        work = decode_work(self.config, self.stored.policy, sequences=count, context=DECODE_PROMPT + steps // 2)
+        return self.row("decode", count, count * steps / seconds, count, work) | {"step_ms": 1e3 * seconds / steps}
+
+    def prefill(self, length: int) -> dict[str, Any]:
+        first = self.seconds([self.prompt(length)], 1)
+        if first < SLOW:
+            first = min(self.seconds([self.prompt(length)], 1) for _ in range(2))
+        return self.row("prefill", length, length / first, length, self.prefill_work(length))
+
+    def long(self, length: int) -> dict[str, Any]:
+        """One request that fills the context. Its decode is timed with the same prompt from the prefix cache."""
+        length = min(length, self.llm.core.info.max_model_len)
+        prompt = self.prompt(length - LONG_STEPS - 1)
+        first = self.seconds([prompt], 1)
+        one = min(self.seconds([prompt], 1) for _ in range(2))
+        many = self.seconds([prompt], LONG_STEPS + 1)
+        row = self.row("one request", length, len(prompt) / first, len(prompt), self.prefill_work(len(prompt)))
+        work = decode_work(self.config, self.stored.policy, sequences=1, context=length)
+        return row | {
+            "first_token_seconds": first,
+            "decode_tok_s": LONG_STEPS / (many - one),
+            "decode_predicted": 1 / work.seconds(self.ceilings),
+        }
+
+    def prefill_work(self, tokens: int) -> Work:
+        chunk = self.llm.core.info.max_num_batched_tokens
+        return prefill_work(self.config, self.stored.policy, tokens=tokens, chunk=chunk)
+
+    def row(self, kind: str, size: int, rate: float, tokens: int, work: Work) -> dict[str, Any]:
+        """`predicted`: tokens a second at the ceiling."""
+        predicted = tokens / work.seconds(self.ceilings)
+        bound = work.bound(self.ceilings)
+        return {"kind": kind, "size": size, "tok_s": rate, "predicted": predicted, "bound": bound}
+
+
+def run(job: Job, record: Record) -> None:
+    wanted = cells(job, SIZES.get(job.shape, OTHERS))
+    if job.key("memory") in record.rows or all(key in record.rows for key in wanted):
+        return
+    ceilings = measure_ceilings(job.device)
+    record.start_run(job, before=msgspec.to_builtins(ceilings))
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(job.shape, Path(folder))
+        config = load_model_config(Path(folder))
+        if (reason := too_large(config, job)) is not None:
+            record.cell(job.key("memory"), lambda: {"left_out": reason})
+            return
+        measure(job, record, config, folder, ceilings)
+    if job.device == "cuda":
+        gc.collect()
+        record.note(peak_memory_bytes=torch.cuda.max_memory_allocated())
+        torch.cuda.empty_cache()
+    record.note(after=msgspec.to_builtins(measure_ceilings(job.device)))
+
+
+def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings: Ceilings) -> None:
+    """Loads the model and measures its cells; nothing of it is left afterwards."""
+    sizes = SIZES.get(job.shape, OTHERS)
+    loaded: list[Bench] = []
+
+    def load() -> dict[str, Any]:
+        loaded.append(Bench(job, config, folder, sizes, ceilings))
+        record.note(engine=msgspec.to_builtins(loaded[0].llm.core.info))
+        return {"load_seconds": loaded[0].load_seconds}
+
+    if "error" in record.rows.get(job.key("load"), {}):  # in an earlier process of this run
+        return
+    record.rows.pop(job.key("load"), None)
+    if record.cell(job.key("load"), load) is None:
+        return
+    for key, work in cells(job, sizes).items():
+        known = key in record.rows
+        if record.cell(key, partial(work, loaded[0])) is None and not known and "profile" not in key:
+            raise SystemExit("After what failed, its requests are still in the engine: another process goes on.")
+
+
+def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]]:
+    """By key, in their order: the first reply must be the first."""
+    if job.cold:
+        return {job.key("first reply", "nothing compiled before"): Bench.first_reply}
+    found: dict[str, Callable[[Bench], dict[str, Any]]] = {job.key("first reply"): Bench.first_reply}
+    found |= {job.key("decode", n): partial(Bench.decode, count=n) for n in sizes.sequences}
+    found |= {job.key("prefill", n): partial(Bench.prefill, length=n) for n in sizes.prompts}
+    if sizes.long:
+        found[job.key("one request", sizes.long)] = partial(Bench.long, length=sizes.long)
+    ends = (sizes.sequences[0], sizes.sequences[-1])
+    return found | {job.key("profile, decode", n): partial(profile, count=n) for n in ends}
+
+
+def too_large(config: JambaConfig, job: Job) -> str | None:
+    """Why the weights do not fit on this GPU, if they do not."""
+    if job.device == "cpu":
+        return None
+    torch.cuda.empty_cache()
+    weights = weight_bytes(config, DTYPE_BYTES, policy=Format.parse(job.format).policy)
+    free, total = torch.cuda.mem_get_info()
+    if weights < free:
+        return None
+    return f"{format_bytes(weights)} of weights; this GPU has {format_bytes(free)} free of {format_bytes(total)}"
+
+
+def profile(bench: Bench, count: int) -> dict[str, Any]:
+    """Where a decode step's time goes: microseconds of the longest kernels, of all that ran in a few steps."""
+    activity = torch.profiler.ProfilerActivity
+    gpu = bench.llm.core.info.device != "cpu"
+    prompts = [bench.prompt(DECODE_PROMPT) for _ in range(count)]
+    with torch.profiler.profile(activities=[activity.CUDA] if gpu else [activity.CPU]) as profiler:
+        bench.seconds(prompts, PROFILED_STEPS + 1)
+    events: list[Any] = list(profiler.key_averages())
+    kind = "device" if gpu else "cpu"
+    times = {event.key: (getattr(event, f"self_{kind}_time_total"), event.count) for event in events}
+    total = sum(microseconds for microseconds, _ in times.values())
+    longest = sorted(times.items(), key=lambda item: -item[1][0])[:PROFILED_KERNELS]
+    kernels = [{"name": name[:80], "share": us / total, "us": us / n, "count": n} for name, (us, n) in longest if us]
+    return {"profile": count, "steps": PROFILED_STEPS + 1, "busy_us": total, "longest": kernels}

@@ -1,0 +1,142 @@
+"""The part `parity`: tiny checkpoints through this engine and through transformers, on the same device.
+
+In float32 every greedy token is the argmax of transformers' forward over the whole prompt and reply, and every
+log-probability is close. In bfloat16 two orders of rounding differ, so both are compared with transformers in float32:
+ours should be no further from it than transformers' own bfloat16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.gpu.record import Job, Record
+from jamba_server.engine.types import SamplingParams
+from jamba_server.llm import LLM, Completion
+
+BASE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "attn_layer_period": 4,
+    "attn_layer_offset": 2,
+    "mamba_dt_rank": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS: Mapping[str, dict[str, Any]] = {
+    "experts": BASE,
+    "dense, tied, one KV head": BASE
+    | {"num_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    # AI21's Jamba-tiny-dev
+    "0.3 billion": BASE
+    | {"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 8, "attn_layer_period": 8}
+    | {"attn_layer_offset": 4, "mamba_dt_rank": 32},
+}
+LENGTHS, NEW_TOKENS = (1, 17, 64, 300), 16
+FLOAT32_LIMIT = 1e-3  # of a log-probability
+BFLOAT16_LIMIT = 2.0  # times the error of transformers' own bfloat16
+SETTINGS: Mapping[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 128,
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+
+
+def run(job: Job, record: Record) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    record.start_run(job)
+    names = list(MODELS) if job.device == "cuda" else list(MODELS)[:1]
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            if all(job.key(name, dtype) in record.rows for dtype in ("float32", "bfloat16")):
+                continue
+            model = make_model(Path(folder), MODELS[name]).to(job.device)
+            record.cell(job.key(name, "float32"), lambda folder=folder, model=model: float32(job, folder, model))
+            record.cell(job.key(name, "bfloat16"), lambda folder=folder, model=model: bfloat16(job, folder, model))
+
+
+def make_model(folder: Path, config: dict[str, Any]) -> Any:
+    """Saved in `folder` in float32. Transformers' own random weights are so small that all logits are nearly equal."""
+    torch.manual_seed(0)
+    model: Any = transformers.JambaForCausalLM(transformers.JambaConfig(**config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith("A_log"):
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
+    """Greedy replies to prompts of some lengths, all at once, with the log-probabilities of all tokens."""
+    llm = LLM(folder, device=job.device, dtype=dtype, **{**SETTINGS, **job.options})
+    random = Random(0)
+    prompts: list[str | list[int]] = [
+        [random.randrange(3, llm.core.info.vocab_size) for _ in range(length)] for length in LENGTHS
+    ]
+    params = SamplingParams(
+        max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0, seed=1
+    )
+    return llm.generate(prompts, params)
+
+
+def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Float32 [len(tokens) - 1, V]: of every token after the first. No kernels of other packages."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def ours(completion: Completion, device: Any) -> torch.Tensor:
+    """Log-probabilities of every token after the first, of prompt and reply."""
+    prompt = [entry.logprob for entry in completion.prompt_logprobs[1:] if entry is not None]
+    return torch.tensor([*prompt, *(entry.logprob for entry in completion.logprobs)], device=device)
+
+
+def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
+    """`different`: replies that are not transformers' greedy ones, which two nearly equal logits may cause; each such
+    token's log-probability is then how far below the best."""
+    worst, below, different = 0.0, 0.0, 0
+    for completion in generate(job, folder, "float32"):
+        tokens = [*completion.prompt, *completion.token_ids]
+        expected = logprobs(model, tokens)
+        theirs = expected.gather(1, torch.tensor(tokens[1:], device=expected.device)[:, None])[:, 0]
+        worst = max(worst, (theirs - ours(completion, expected.device)).abs().max().item())
+        gap = (expected.max(-1).values - theirs)[len(completion.prompt) - 1 :].max().item()
+        different += gap > 0
+        below = max(below, gap)
+    passed = worst <= FLOAT32_LIMIT and below <= FLOAT32_LIMIT
+    return {"replies": len(LENGTHS), "different": different, "worst": worst, "limit": FLOAT32_LIMIT, "passed": passed}
+
+
+def bfloat16(job: Job, folder: str, model: Any) -> dict[str, Any]:
+    """Root mean squares over all tokens of differences of log-probabilities."""
+    half: Any = transformers.JambaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.to(job.device).eval()
+    squares: dict[str, list[torch.Tensor]] = {"ours": [], "transformers": []}
+    for completion in generate(job, folder, "bfloat16"):
+        tokens = [*completion.prompt, *completion.token_ids]
+        exact, rounded = (
+            logprobs(m, tokens).gather(1, torch.tensor(tokens[1:], device=job.device)[:, None])[:, 0]
+            for m in (model, half)
+        )
+        squares["ours"].append((ours(completion, job.device) - exact) ** 2)
+        squares["transformers"].append((rounded - exact) ** 2)
+    error, peer = (torch.cat(values).mean().sqrt().item() for values in squares.values())
+    return {"error_rms": error, "transformers_rms": peer, "limit": BFLOAT16_LIMIT, "passed": error <= 2 * peer}

@@ -1,0 +1,137 @@
+"""How long the kernels of whole models take to compile, one after the other and in threads, no GPU needed.
+
+    python -m benchmarks.gpu.rehearsal [--name triton-rehearsal] [--target 90]
+
+What an engine does while its weights load (`engine.start.rehearsal`), for a GPU that is none: Triton compiles, and
+nothing is loaded or run. Each run has an empty cache and a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import jamba_server.kernels.table
+from benchmarks.shapes import Format, write_config
+from jamba_server.engine.model_config import load_model_config
+from jamba_server.engine.start.memory import DummySteps
+from jamba_server.engine.start.rehearsal import Rehearsal
+from jamba_server.server.cli.bench import conditions
+
+RESULTS = Path(__file__).parents[1] / "results"
+STEPS: Final = DummySteps(max_num_batched_tokens=8192, max_num_seqs=256, max_model_len=262144, block_size=16)
+MODELS: Final[Mapping[str, tuple[str, str, torch.dtype]]] = {
+    "3b": ("3b", "bf16", torch.bfloat16),
+    "3b, int8, fp8 pages": ("3b", "int8", torch.float8_e4m3fn),
+    "mini, int8": ("mini", "int8", torch.bfloat16),
+}
+
+
+class NoGpu:
+    """What Triton asks of a device in order to compile for it."""
+
+    launcher_cls = staticmethod(lambda *_: None)
+
+    def __init__(self, target: int) -> None:
+        self._target = GPUTarget("cuda", target, 32)
+        properties = {"max_shared_mem": 1 << 20}
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (0, 0, 0, 0, 1024), get_device_properties=lambda _: properties
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def rehearsal_of(model: str) -> Rehearsal:
+    """One of `MODELS`, with Triton's kernels."""
+    shape, format, kv_dtype = MODELS[model]
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(shape, Path(folder))
+        config = load_model_config(Path(folder))
+    with mock.patch.object(jamba_server.kernels.table, "ensure_available"):
+        chosen = jamba_server.kernels.table.select("cuda", {"all": "triton"})
+    return Rehearsal(config, chosen, Format.parse(format).policy, torch.bfloat16, kv_dtype, STEPS.block_size)
+
+
+def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:
+    """Kernels and seconds. The imports that a first run brings are not in them, as an engine has begun by then."""
+    driver.set_active(NoGpu(target))  # pyright: ignore[reportArgumentType]
+    rehearsal = rehearsal_of(model)
+    rehearsal.runner()
+    gpu = mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10))
+    with gpu, ThreadPoolExecutor(threads) as executor:
+        started = time.perf_counter()
+        count = rehearsal.compile(STEPS, executor)
+        return count, time.perf_counter() - started
+
+
+def measured(model: str, threads: int, target: int) -> tuple[int, float]:
+    """`compile_once` in a process of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", __spec__.name, "--once", model, "--threads", str(threads)]
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        result = subprocess.run(
+            [*command, "--target", str(target)], env=environment, check=True, capture_output=True, text=True
+        )
+    count, seconds = result.stdout.split()
+    return int(count), float(seconds)
+
+
+def report(target: int) -> str:
+    machine = conditions.describe_machine()
+    threads = [1, machine.cores]
+    lines = [
+        "Kernels that an engine compiles while its weights load, and seconds that it takes in so many threads: triton "
+        f"{triton.__version__}, sm_{target}, nothing compiled before, nothing loaded meanwhile. {machine.cpu}, "
+        f"{machine.cores} cores.",
+        "",
+        f"| model | kernels | {' | '.join(f'{number} threads, s' for number in threads)} |",
+        f"| --- | ---: |{' ---: |' * len(threads)}",
+    ]
+    for model in MODELS:
+        found: list[Any] = [measured(model, n, target) for n in threads]
+        lines.append(f"| {model} | {found[0][0]} | {' | '.join(f'{seconds:.1f}' for _, seconds in found)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", help="write benchmarks/results/NAME.md")
+    parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
+    parser.add_argument("--once", choices=MODELS, help="kernels and seconds of one model, in this process")
+    parser.add_argument("--threads", type=int, default=1, help="with --once")
+    arguments = parser.parse_args()
+    if arguments.once:
+        print(*compile_once(arguments.once, arguments.threads, arguments.target))
+        return
+    text = report(arguments.target)
+    print(text)
+    if arguments.name:
+        (RESULTS / f"{arguments.name}.md").write_text(f"# {arguments.name}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

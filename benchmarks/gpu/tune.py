@@ -1,0 +1,173 @@
+"""The part `tune`: the kernels that take a step's time, with other tiles than they take by themselves.
+
+Each is timed in a CUDA graph that goes through copies of its arguments which the L2 cache cannot hold, as in a step;
+each variant's result is compared with that of the kernel as it is. What is needed is compiled before, by other
+processes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from itertools import cycle, islice, pairwise
+from typing import Any
+from unittest import mock
+
+import msgspec
+import torch
+
+import jamba_server.engine.quantization.quantize
+from benchmarks.gpu.cases import Case, flatten
+from benchmarks.gpu.compile import Compiler
+from benchmarks.gpu.predict import Ceilings, measure_ceilings
+from benchmarks.gpu.record import Job, Record
+from benchmarks.gpu.targets import Target, targets_of
+from benchmarks.gpu.variants import applied
+from jamba_server.kernels.ops import Kernels
+from jamba_server.kernels.triton import interpreted
+
+COLD_BYTES = 160 << 20  # of all copies of the arguments together, more than twice the L2 cache
+MOST_COPIES = 64
+GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3  # that one run of a graph, all timed runs should take, by the floor
+MOST_LAUNCHES = 128
+LEAST_RUNS, MOST_RUNS = 3, 15
+TOLERANCE = 1e-2  # relative, of results that are summed in another order
+QUANTIZED_CHUNK = 1 << 26  # numbers quantised at a time on a GPU, where less costs as many launches
+
+
+def run(job: Job, record: Record) -> None:
+    if job.device == "cpu" and not interpreted():
+        raise SystemExit("The part tune needs a GPU, or triton's interpreter: TRITON_INTERPRET=1.")
+    targets = targets_of(job.shape, job.device)
+    wanted = targets.labels()
+    if all(job.key(label) in record.rows for label in wanted):
+        return
+    capability = None
+    if job.device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    with Compiler(job.shape, capability) as compiler:
+        compiler.submit(number for number, label in enumerate(wanted) if job.key(label) not in record.rows)
+        ceilings = measure_ceilings(job.device)
+        record.start_run(job, before=msgspec.to_builtins(ceilings))
+        number = 0
+        for group in targets.groups():
+            packed: list[Any] = []
+            for target in group:
+                compiler.wait(number)
+                record.cell(job.key(target.label), partial(measure, target, packed, job.device, ceilings))
+                number += 1
+        record.note(**compiler.counts)
+    record.note(after=msgspec.to_builtins(measure_ceilings(job.device)))
+
+
+def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) -> dict[str, Any]:
+    """Microseconds by variant, or why there are none. `packed`: copies of the weights of the target's group, made with
+    its first case."""
+    case, kernels = target.case, target.kernels()
+    if not packed:
+        with quantized_at_once(device):
+            packed += [case.packed(kernels) for _ in range(copies(case, device))]
+    bench = Bench(case, kernels, packed, device)
+    expected = bench.result()
+    work = target.work()
+    floor = work.seconds(ceilings)
+    times: dict[str, Any] = {"as it is": 1e6 * bench.seconds(floor)}
+    differ: dict[str, float] = {}
+    for variant in target.variants:
+        try:
+            with applied(variant):
+                error = difference(bench.result(), expected, same=variant.exact)
+                times[variant.label] = 1e6 * bench.seconds(floor)
+        except Exception as failure:  # noqa: BLE001 - too many registers or too much shared memory, for the table
+            times[variant.label] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises if the device is lost
+            continue
+        if not error <= (0 if variant.exact else TOLERANCE):
+            differ[variant.label] = error
+    row: dict[str, Any] = {"kind": "tune", "count": target.count, "floor_us": 1e6 * floor}
+    return row | {"bound": work.bound(ceilings)} | best_of(target, times, differ)
+
+
+def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> dict[str, Any]:
+    """`differ`: variants whose results are not what they must be, which are not chosen. `best_exact_us`: of those that
+    keep a result's bits."""
+    right = {label: us for label, us in times.items() if not isinstance(us, str) and label not in differ}
+    inexact = {variant.label for variant in target.variants if not variant.exact}
+    exact = {label: us for label, us in right.items() if label not in inexact}
+    best, best_exact = min(right, key=lambda label: right[label]), min(exact, key=lambda label: exact[label])
+    found: dict[str, Any] = {"default_us": times["as it is"], "best_us": right[best], "best": best}
+    found |= {"best_exact_us": exact[best_exact], "best_exact": best_exact}
+    return found | {"variants": times, "differ": differ}
+
+
+def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool) -> float:
+    """The largest relative one of all results and states; 0 only if all bits are equal, which `same` asks for."""
+    pairs = list(zip(flatten(found), flatten(expected), strict=True))
+    if all(torch.equal(a, b) for a, b in pairs):
+        return 0.0
+    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs if a.is_floating_point()]
+    worst = max(errors, key=lambda e: (e != e, e))
+    return max(worst, 1e-300) if same else worst
+
+
+@contextmanager
+def quantized_at_once(device: str) -> Generator[None]:
+    """On a GPU by pieces so large that launches do not count."""
+    if device != "cuda":
+        yield
+        return
+    with mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", QUANTIZED_CHUNK):
+        yield
+
+
+def copies(case: Case, device: str) -> int:
+    """As many as the L2 cache cannot hold together."""
+    moved = case.moved or case.bytes_moved(())
+    return 1 if device == "cpu" else min(MOST_COPIES, math.ceil(COLD_BYTES / moved))
+
+
+class Bench:
+    """One op and its arguments, which it may change."""
+
+    def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
+        self._case, self._device = case, device
+        self._op: Any = getattr(kernels, case.op)
+        self._packed = packed[0]
+        count = min(copies(case, device), len(packed)) if case.weights else copies(case, device)
+        weights = packed[:count] if case.weights else [None] * count
+        self._calls = [case.arguments(one) for one in weights]
+
+    def result(self) -> tuple[Any, ...]:
+        """What a call returns, and what it leaves in its other arguments, which are the same for every call."""
+        args = self._case.arguments(self._packed)
+        result = self._op(*args)
+        return result, args if self._packed is None else (args[0], *args[2:])
+
+    def seconds(self, floor: float) -> float:
+        """Of a call, after `result`. `floor`: what it takes at least."""
+        if self._device == "cpu":
+            start = time.perf_counter()
+            self._op(*self._calls[0])
+            return time.perf_counter() - start
+        rounds = math.ceil(min(MOST_LAUNCHES, GRAPH_SECONDS / floor) / len(self._calls))
+        launches = max(1, rounds) * len(self._calls)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for args in islice(cycle(self._calls), launches):
+                self._op(*args)
+        graph.replay()
+        runs = max(LEAST_RUNS, min(MOST_RUNS, math.ceil(TIMED_SECONDS / (floor * launches))))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+        for event in events[:-1]:
+            event.record()
+            graph.replay()
+        events[-1].record()
+        events[-1].synchronize()
+        times = [first.elapsed_time(second) for first, second in pairwise(events)]
+        return statistics.median(times) / 1e3 / launches

@@ -1,0 +1,185 @@
+"""What `tune` tries: other tiles, stages, warps and lengths of sections than the kernels take by themselves.
+
+The kernels have no options for it: their constants and the functions that choose a tile are replaced while a variant is
+`applied`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+from typing import Any
+from unittest import mock
+
+SHARED_BYTES = 227 << 10  # that a program may have on an H100 or H200
+FEW_ROWS, FEWER_ROWS = 64, 16  # up to which the kernels take their tiles of few rows; quantised ones
+PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
+Fields = dict[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """`changes` by "module.name" in kernels.triton: of a dictionary, or of a function that returns one or a named
+    tuple, the fields that are others; of another function what it returns; of a constant its value. `exact`: the bits
+    of a result must be those of the kernel as it is."""
+
+    changes: Mapping[str, Any]
+    exact: bool = True
+
+    @property
+    def label(self) -> str:
+        words: dict[str, None] = {}
+        for place, value in self.changes.items():
+            name = place.split(".")[-1]
+            fields = value.items() if isinstance(value, dict) else ((name, value),)
+            words |= {f"{field.removeprefix('num_')} {number}": None for field, number in fields}
+        return ", ".join(words)
+
+    @property
+    def whole_tile(self) -> bool:
+        """Whether all that a product's kernel is compiled for is said: the number of rows changes nothing."""
+        return any(place in self.changes for place in PRODUCT_TILES.values())
+
+
+AS_IT_IS = Variant({})
+
+
+@contextmanager
+def applied(variant: Variant) -> Generator[None]:
+    with ExitStack() as stack:
+        for place, value in variant.changes.items():
+            module_name, _, name = place.rpartition(".")
+            module = import_module(f"jamba_server.kernels.triton.{module_name}")
+            stack.enter_context(mock.patch.object(module, name, _changed(getattr(module, name), value)))
+        yield
+
+
+def _changed(old: Any, value: Any) -> Any:
+    if isinstance(old, dict):
+        return old | value
+    if not callable(old):
+        return value
+    inner: Callable[..., Any] = old
+    if isinstance(value, dict):
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            found = inner(*args, **kwargs)
+            return found | value if isinstance(found, dict) else found._replace(**value)
+
+        return changed
+    return lambda *args, **kwargs: value
+
+
+def grid(place: str, *, exact: bool = True, **choices: tuple[int | None, ...]) -> Iterator[Variant]:
+    """All combinations of the fields of what is at `place`."""
+    for values in product(*choices.values()):
+        yield Variant({place: dict(zip(choices, values, strict=True))}, exact)
+
+
+def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
+    """Each value by itself; dots in names are written as two underscores."""
+    for name, values in choices.items():
+        yield from (Variant({name.replace("__", "."): value}, exact) for value in values)
+
+
+def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
+    """For `linear` or `run_experts` of so many rows of products."""
+    tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
+    return _distinct(Variant({PRODUCT_TILES[op]: tile}) for tile in tiles)
+
+
+def _distinct(variants: Iterable[Variant]) -> list[Variant]:
+    return list({variant.label: variant for variant in variants}.values())
+
+
+def _tile(rows: int, columns: int, num_warps: int, num_stages: int, **more: int | None) -> Fields:
+    return {"rows": rows, "columns": columns, "num_warps": num_warps, "num_stages": num_stages} | more
+
+
+def _plain_tiles(rows: int) -> Iterator[Fields]:
+    """bfloat16. `inner` is how much of K is taken at a time."""
+    few = product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4, 6, 8))
+    for columns, inner, warps, stages in few if rows <= 4 * FEW_ROWS else ():
+        if 2 * (64 + columns) * inner * stages > SHARED_BYTES or (warps == 8 and (columns < 64 or inner > 64)):
+            continue
+        if stages == 3 and columns < 64:
+            continue
+        if rows <= FEW_ROWS or (columns >= 32 and inner == 64):
+            yield _tile(64, columns, warps, stages, inner=inner)
+    if rows > FEW_ROWS:
+        for warps, stages in ((8, 3), (8, 4), (4, 3), (4, 4)):
+            yield _tile(128, 128, warps, stages, inner=64)
+        for warps, stages in ((8, 3), (8, 4)):
+            yield _tile(128, 256, warps, stages, inner=64)
+            yield _tile(256, 128, warps, stages, inner=64)
+        yield from (_tile(64, 256, 4, 4, inner=64), _tile(128, 64, 4, 4, inner=64))
+        yield from (_tile(128, 128, 8, 2, inner=128), _tile(128, 256, 8, 2, inner=128))
+
+
+def _quantized_tiles(rows: int) -> Iterator[Fields]:
+    """Whose matrix units take the weight's columns for rows."""
+    if rows <= FEWER_ROWS:
+        for columns, warps, stages in product((64, 128), (4, 8), (3, 4, 6, 8)):
+            if warps == 4 or columns == 128:
+                yield _tile(16, columns, warps, stages)
+        yield _tile(16, 64, 4, 6, max_registers=None)
+        yield _tile(16, 64, 4, 6, max_registers=128)
+    if FEWER_ROWS < rows <= 4 * FEW_ROWS:
+        for tile_rows, (columns, warps), stages in product((16, 32, 64), ((64, 4), (128, 8)), (3, 4)):
+            yield _tile(tile_rows, columns, warps, stages)
+    if rows > FEW_ROWS:
+        for columns, warps, stages in ((128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 4, 3), (64, 4, 3), (256, 8, 2)):
+            yield _tile(64, columns, warps, stages)
+        for columns, warps, stages in ((64, 4, 3), (128, 8, 2), (128, 8, 3), (256, 8, 2)):
+            yield _tile(128, columns, warps, stages)
+
+
+def narrow_variants(rows: int) -> list[Variant]:
+    """For x_proj by itself, which takes K in sections."""
+    tiles = grid("narrow.tile_for", columns=(16, 32, 64), num_stages=(3, 4, 6), num_warps=(4,))
+    if rows > FEW_ROWS:
+        wide = grid("narrow.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
+        tiles = iter([*tiles, *wide])
+    sections = constants(False, narrow__SECTION=(256, 1024))
+    return _distinct([*tiles, *sections, *constants(True, narrow__MANY_ROWS=(64, 1 << 20))])
+
+
+def mamba_decode_variants() -> list[Variant]:
+    found = [*constants(True, mamba__STAGES=(1, 3), mamba__PROGRAMS=(1, 256, 4096, 1 << 20))]
+    found += constants(True, mamba__block_channels=(64, 128))
+    found += grid("narrow.tile_for", columns=(16, 64), num_stages=(4, 6))
+    found += grid("mamba.tile_for", num_warps=(2, 8), exact=False)
+    return [*found, *constants(False, narrow__SECTION=(256, 1024))]
+
+
+def attention_variants(*, decode: bool) -> list[Variant]:
+    """KEYS is how many a block has: with more or fewer the sums have another order, as with another ROWS or SPLIT."""
+    module = import_module("jamba_server.kernels.triton.attention")
+    own = decode and hasattr(module, "DECODE_OPTIONS")
+    place = "attention.DECODE_OPTIONS" if own else "attention.OPTIONS"
+    options = [
+        {"num_stages": stages, "num_warps": warps}
+        for warps, stages in product((4, 8), (1, 2, 3, 4, 6)[: 5 if own else 3])
+    ]
+    found = [Variant({place: chosen}, exact=chosen["num_warps"] == 4) for chosen in options]
+    for keys, chosen in product((16, 64, 128), options):
+        if chosen["num_stages"] in (2, 3):
+            found.append(Variant({"attention._tile": {"KEYS": keys}, place: chosen}, exact=False))
+    found += grid("attention._tile", ROWS=(16,) if decode else (128,), exact=False)
+    return [*found, *constants(False, attention__SPLIT=(256, 1024))]
+
+
+def scan_variants(implementation: str) -> list[Variant]:
+    """Of prompts."""
+    if implementation == "triton-chunked":
+        found = [*constants(False, scan_chunked__CHUNK=(64, 128, 512))]
+        found += constants(True, scan_chunked__BLOCK_CHANNELS=(8, 32), scan_chunked__GROUP=(2, 8))
+        return found
+    found = [Variant({"scan.GROUP": group}) for group in (2, 8)]
+    found += [
+        Variant({"scan.block_channels": block, "scan.GROUP": group}) for block, group in product((8, 16, 32), (2, 4, 8))
+    ]
+    return [*found, *grid("scan.OPTIONS", num_warps=(2,), exact=False)]

@@ -1,0 +1,229 @@
+"""Starts `jamba serve` on a free loopback port, measures it with 1, 8 and 32 clients, and writes the results.
+
+    python -m benchmarks.http.serving --name tiny-cpu --peer transformers -- MODEL --dtype float32
+
+What follows `--` goes to `jamba serve`. Server, load generator and peer run on this machine, the peer after the server
+has stopped. Results: benchmarks/results/NAME.json and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from jamba_server.server.cli.bench import report
+from jamba_server.server.cli.bench.client import Reply
+from jamba_server.server.cli.bench.command import Bench, BenchOptions, open_http, run_bench
+from jamba_server.server.cli.bench.conditions import describe_versions
+from jamba_server.server.cli.bench.discovery import discover
+from jamba_server.server.cli.bench.runner import ClosedLoop
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+STOP_SECONDS = 60  # more than the server gives its running requests
+LOG_TAIL = 3000  # characters of the server's log that a failure shows
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and what goes to `jamba serve`."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the result files")
+    parser.add_argument("--peer", choices=["transformers"], help="also time transformers' generate, one at a time")
+    parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument("--num-prompts", type=int)
+    parser.add_argument("--input-len", type=int, default=256)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--max-seconds", type=float, default=300.0, help="of each measurement")
+    parser.add_argument("--start-timeout", type=float, default=600.0, help="seconds until the server must be ready")
+    return parser.parse_args(arguments[:split]), list(arguments[split + 1 :])
+
+
+@contextmanager
+def running_server(serve_arguments: list[str], start_timeout: float) -> Generator[tuple[str, IO[str]]]:
+    """The URL and the log of a ready server, which is stopped on leaving."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("a+") as log:  # appending, for the server shares our position in the file
+        arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            wait_until_ready(process, url, log, start_timeout)
+            yield url, log
+        finally:
+            stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(0.2)
+    ended = "is not ready" if process.poll() is None else f"ended with status {process.returncode}"
+    log.seek(0)
+    sys.exit(f"{log.read()[-LOG_TAIL:]}\nThe server {ended} after at most {timeout:g} s; the end of its log is above.")
+
+
+def announcement(log: IO[str]) -> list[str]:
+    """What the server said at its start about model, memory, limits and kernels."""
+    log.seek(0)
+    return [line.rstrip() for line in log if line.startswith(("model ", "memory ", "limits ", "kernels ", "sampling "))]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def flag(serve_arguments: list[str], name: str, default: str) -> str:
+    """The value of `--name value` or `--name=value`."""
+    for argument, following in pairwise([*serve_arguments, ""]):
+        if argument == name:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return default
+
+
+async def draw_prompts(url: str, options: BenchOptions) -> list[dict[str, Any]]:
+    """The requests of the first measurement, for the peer."""
+    async with open_http(url, None) as http:
+        bench = Bench(http, options)
+        tokens = await bench.token_range((await discover(http, options.model)).model)
+        return [msgspec.to_builtins(turn) for session in bench.sessions(tokens, 0) for turn in session.turns]
+
+
+def measure_transformers(
+    requests: list[dict[str, Any]], serve_arguments: list[str], max_seconds: float
+) -> tuple[dict[str, Any], report.Level]:
+    """The same requests on the server's checkpoint, device, dtype and threads: what ran, and its numbers."""
+    named = bool(serve_arguments) and not serve_arguments[0].startswith("-")
+    job = {
+        "model": serve_arguments[0] if named else str(ROOT / "server" / "demo"),
+        "device": flag(serve_arguments, "--device", "auto"),
+        "dtype": flag(serve_arguments, "--dtype", "auto"),
+        "load_format": flag(serve_arguments, "--load-format", "auto"),
+        "threads": int(flag(serve_arguments, "--threads", "0")),
+        "requests": [requests[0], *requests],  # the first warms up
+        "max_seconds": max_seconds,
+    }
+    script = Path(__file__).with_name("peer_transformers.py")
+    result = subprocess.run([sys.executable, script], input=json.dumps(job), stdout=subprocess.PIPE, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{script.name} ended with status {result.returncode}.")
+    answer = json.loads(result.stdout)
+    replies = msgspec.convert(answer["records"], list[Reply])
+    return answer["conditions"], report.summarize(report.Plan(ClosedLoop(1), len(requests)), replies)
+
+
+def describe_commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    result = subprocess.run(git, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def to_markdown(name: str, conditions: dict[str, Any], columns: dict[str, report.Level]) -> str:
+    levels = list(columns.values())
+    machine = "{cpu}, {cores} cores, {memory_gib} GiB".format(**conditions["client_machine"])
+    command = " ".join(["jamba serve", *conditions["serve_arguments"]])
+    versions = ", ".join(f"{package} {number}" for package, number in conditions["server_packages"].items())
+    gpu = f", {conditions['gpu']}" if conditions["gpu"] else ""
+    lines = [
+        f"# {name}",
+        "",
+        f"`{command}`, {conditions['date']}, commit {conditions['commit']}.",
+        f"{machine}{gpu}; {conditions['client_machine']['system']}; {versions}.",
+        f"Server and load generator on this machine. Workload: {json.dumps(conditions['workload'])}.",
+        "",
+        "```",
+        *conditions["server"],
+        "```",
+        "",
+        f"| | {' | '.join(columns)} |",
+        "| --- |" + " ---: |" * len(columns),
+        *(f"| {row} | {' | '.join(values)} |" for row, values in report.rows(levels)),
+        "",
+        *(f"- {note}" for note in report.notes(levels)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def describe_gpu() -> str | None:
+    """The GPUs as the driver names them."""
+    if (command := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return "; ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")).strip("; ")
+
+
+def main() -> None:
+    flags, serve_arguments = parse_arguments(sys.argv[1:])
+    options = BenchOptions(
+        concurrency=flags.concurrency,
+        num_prompts=flags.num_prompts,
+        max_seconds=flags.max_seconds,
+        input_len=flags.input_len,
+        output_len=flags.output_len,
+    )
+    with (
+        running_server(serve_arguments, flags.start_timeout) as (url, log),
+        Progress(console=Console(stderr=True)) as progress,
+    ):
+        result = run_bench(url, options, progress)
+        server = announcement(log)
+        requests = asyncio.run(draw_prompts(url, options)) if flags.peer else []
+    conditions = result.conditions | {
+        "commit": describe_commit(),
+        "serve_arguments": serve_arguments,
+        "server": server,
+        "server_packages": describe_versions(("torch", "fastapi", "uvicorn", "tokenizers")),
+        "gpu": describe_gpu(),
+    }
+    columns = {str(level.load): level for level in result.levels}
+    if flags.peer:
+        conditions["transformers"], columns["transformers, one at a time"] = measure_transformers(
+            requests, serve_arguments, flags.max_seconds
+        )
+    RESULTS.mkdir(exist_ok=True)
+    content = {"conditions": conditions, "measurements": msgspec.to_builtins(columns)}
+    (RESULTS / f"{flags.name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    markdown = to_markdown(flags.name, conditions, columns)
+    (RESULTS / f"{flags.name}.md").write_text(markdown)
+    sys.stdout.write(markdown)
+    if not all(level.completed for level in columns.values()):
+        sys.exit("A measurement without a completed request: see the notes.")
+
+
+if __name__ == "__main__":
+    main()

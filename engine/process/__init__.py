@@ -1,0 +1,1 @@
+"""The engine as a process of its own: what supervises it, what they say to each other, and its main loop."""

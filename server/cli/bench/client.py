@@ -1,0 +1,252 @@
+"""One streamed request and when its tokens arrived.
+
+Times are seconds on the clock that the client is given. A server may put several tokens into one event, and several
+events into one packet: an arrival is an event, and token counts come from the server's usage.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import msgspec
+
+from jamba_server.server.cli.bench.workloads import Turn
+
+MAX_MESSAGE = 300  # characters of a server's error text that a report keeps
+LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete reply. `arrivals` are of the events with tokens, `end` of the one with the finish reason."""
+
+    start: float
+    arrivals: tuple[float, ...]
+    end: float
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    cached_tokens: int | None = None
+    text: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token."""
+        return self.arrivals[0] - self.start
+
+    @property
+    def e2el(self) -> float:
+        """End-to-end latency."""
+        return self.end - self.start
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first; a reply of one token has none."""
+        return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def itl(self) -> tuple[float, ...]:
+        """Inter-token latencies: the gaps between arrivals."""
+        return tuple(b - a for a, b in pairwise(self.arrivals))
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A request without a complete reply. `kind`: http_<status>, timeout, connection, stream_error, incomplete,
+    cut_off."""
+
+    start: float
+    end: float
+    kind: str
+    message: str
+
+
+Record = Reply | Failure
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class EventDecoder:
+    """The data of server-sent events (HTML standard, section 9.2.6) from bytes that are cut anywhere."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._after_cr = False
+        self._data: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        # A CR that ended the last chunk has ended its line already; the LF of the same pair is dropped here.
+        if self._after_cr and chunk:
+            chunk = chunk.removeprefix(b"\n")
+            self._after_cr = False
+        self._after_cr = self._after_cr or chunk.endswith(b"\r")
+        *lines, self._rest = LINE_END.split(self._rest + chunk)
+        return [event for line in lines if (event := self._line(line)) is not None]
+
+    def _line(self, line: bytes) -> bytes | None:
+        if line:
+            field, _, value = line.partition(b":")
+            if field == b"data":
+                self._data.append(value.removeprefix(b" "))
+            return None
+        event = b"\n".join(self._data) if self._data else None
+        self._data = []
+        return event
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+    @property
+    def content(self) -> str:
+        return self.text or (self.delta and self.delta.content) or ""
+
+    @property
+    def carries_token(self) -> bool:
+        """Text, or an event that exists only because of a token whose text is empty or still withheld."""
+        if self.content or (self.delta and (self.delta.reasoning or self.delta.reasoning_content)):
+            return True
+        return self.finish_reason is None and not (self.delta and self.delta.role)
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    code: str | int | None = None
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = msgspec.field(default_factory=list[_Choice])
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+class _Failed(Exception):
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Client:
+    """Sends turns to one server over `http`, whose base URL and headers are set. Greedy unless told otherwise."""
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        model: str,
+        *,
+        temperature: float = 0.0,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.now = now
+        self._http = http
+        self._common: dict[str, Any] = {
+            "model": model,
+            "temperature": temperature,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+    async def send(self, turn: Turn, history: list[Message]) -> Record:
+        """Never raises for what the server or the network does: that is a Failure."""
+        body = self._common | {"max_tokens": turn.max_tokens}
+        if isinstance(turn.prompt, str):
+            path, body["messages"] = "/v1/chat/completions", [*history, Message("user", turn.prompt)]
+        else:
+            path, body["prompt"] = "/v1/completions", turn.prompt
+        content = msgspec.json.encode(body)
+        start = self.now()
+        try:
+            return await self._stream(path, content, start, turn.max_tokens)
+        except _Failed as error:
+            kind, message = error.kind, str(error)
+        except httpx.TimeoutException as error:
+            kind, message = "timeout", repr(error)
+        except httpx.RequestError as error:
+            kind, message = "connection", repr(error)
+        return Failure(start=start, end=self.now(), kind=kind, message=message[:MAX_MESSAGE])
+
+    async def _stream(self, path: str, content: bytes, start: float, max_tokens: int) -> Reply:
+        arrivals: list[float] = []
+        text: list[str] = []
+        end: float | None = None
+        usage: _Usage | None = None
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        async with self._http.stream("POST", path, content=content, headers=headers) as response:
+            async for arrival, event in self._events(response):
+                usage = event.usage or usage
+                for choice in event.choices:
+                    text.append(choice.content)
+                    if choice.carries_token:
+                        arrivals.append(arrival)
+                    if choice.finish_reason:
+                        end = arrival
+        if usage is None or end is None or usage.completion_tokens < 1:
+            raise _Failed("incomplete", "The stream ended with no usage, no finish_reason or no token.")
+        return Reply(
+            start=start,
+            # Every token's text may be empty (special tokens): then the finish reason is the first that shows.
+            arrivals=tuple(arrivals) or (end,),
+            end=max([end, *arrivals]),
+            prompt_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            max_tokens=max_tokens,
+            cached_tokens=usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens,
+            text="".join(text),
+        )
+
+    async def _events(self, response: httpx.Response) -> AsyncIterator[tuple[float, _Event]]:
+        """(arrival, event) until [DONE], and the body to its end, without which its connection is not used again."""
+        if response.status_code != 200:
+            await response.aread()
+            raise _Failed(f"http_{response.status_code}", error_message(response))
+        decoder = EventDecoder()
+        done = False
+        async for chunk in response.aiter_bytes():
+            arrival = self.now()
+            for data in decoder.feed(chunk):
+                if done := done or data == b"[DONE]":
+                    break
+                try:
+                    event = msgspec.json.decode(data, type=_Event)
+                except msgspec.DecodeError as error:
+                    raise _Failed("stream_error", f"Not an event of the OpenAI API ({error}): {data[:80]!r}") from error
+                if event.error is not None:
+                    raise _Failed("stream_error", event.error.message)
+                yield arrival, event
+        if not done:
+            raise _Failed("incomplete", "The stream ended without [DONE].")
+
+
+def error_message(response: httpx.Response) -> str:
+    """The message of an OpenAI error body, or the beginning of whatever the body is."""
+    try:
+        event = msgspec.json.decode(response.content, type=_Event)
+    except msgspec.DecodeError:
+        event = _Event()
+    return event.error.message if event.error else response.text[:MAX_MESSAGE]

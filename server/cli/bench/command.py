@@ -1,0 +1,300 @@
+"""The command `jamba bench URL`."""
+
+import asyncio
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import httpx
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from jamba_server.engine.errors import ConfigError
+from jamba_server.server.cli.bench import report
+from jamba_server.server.cli.bench.client import Client, Failure, Reply
+from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
+from jamba_server.server.cli.bench.discovery import BenchError, Target, discover, discover_tokens
+from jamba_server.server.cli.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner, schedule
+from jamba_server.server.cli.bench.workloads import (
+    MultiTurn,
+    Random,
+    Session,
+    SharedPrefix,
+    TokenRange,
+    Trace,
+    Workload,
+    leave_out_long,
+)
+from jamba_server.server.cli.decode_limit import Served
+
+WORKLOADS: dict[str, type[Random] | type[Trace]] = {
+    "random": Random,
+    "shared-prefix": SharedPrefix,
+    "multi-turn": MultiTurn,
+    "trace": Trace,
+}
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _option(help: str) -> Any:
+    return typer.Option(help=help)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """The flags; None means not given. A flag that the workload or the load does not use is refused."""
+
+    workload: Annotated[str, _option(f"What is asked: {', '.join(WORKLOADS)}.")] = "random"
+    concurrency: Annotated[
+        str | None, _option("Closed loop: clients at once, one measurement each. [default: 1,8,32]")
+    ] = None
+    request_rate: Annotated[str | None, _option("Open loop: Poisson arrivals a second, e.g. 0.5,2.")] = None
+    num_prompts: Annotated[
+        int | None,
+        _option("Sessions a measurement; of a trace, its first rows. [default: 4 a client, at least 16; open loop 64]"),
+    ] = None
+    num_warmups: Annotated[
+        int | None, _option("Sessions before each measurement that are not counted. [default: 1 a client; open loop 1]")
+    ] = None
+    max_seconds: Annotated[float, _option("End each measurement after so long.")] = 300.0
+    input_len: Annotated[int | None, _option("Tokens a prompt (multi-turn: words a message). [default: 256]")] = None
+    output_len: Annotated[int | None, _option("Tokens a reply. [default: 64]")] = None
+    range_ratio: Annotated[float | None, _option("Lengths vary by up to this share. [default: 0]")] = None
+    prefix_len: Annotated[int | None, _option("shared-prefix: tokens of a prefix. [default: 512]")] = None
+    num_prefixes: Annotated[int | None, _option("shared-prefix: prefixes that take turns. [default: 4]")] = None
+    turns: Annotated[int | None, _option("multi-turn: messages of a chat. [default: 4]")] = None
+    trace: Annotated[str | None, _option("trace: CSV or .xz with seconds,input_tokens,output_tokens.")] = None
+    time_scale: Annotated[float | None, _option("trace: multiplies the times; 0.5 is twice as fast.")] = None
+    vocab_size: Annotated[int | None, _option("Draw prompts from ids below this. [default: ask /tokenize]")] = None
+    temperature: Annotated[float, _option("Sampling temperature, 0 is greedy.")] = 0.0
+    seed: Annotated[int, _option("Of prompts, lengths and arrivals. The same seed finds its prompts cached.")] = 0
+    model: Annotated[str | None, _option("Served model name. [default: the first]")] = None
+    api_key: Annotated[str | None, typer.Option(help="Bearer token.", envvar="JAMBA_API_KEY")] = None
+    checkpoint: Annotated[
+        Path | None, _option("The model's folder: shows the decode limit beside what was measured.")
+    ] = None
+    bandwidth: Annotated[str | None, _option("--checkpoint: bytes a second of its device, such as 3.35TB.")] = None
+    quantization: Annotated[str | None, _option("--checkpoint: weight format that the server was given.")] = None
+    quantize_mamba: Annotated[bool | None, _option("--checkpoint: the server was told so.")] = None
+    goodput: Annotated[list[str] | None, _option("SLO in ms, ttft:500, tpot:50 or e2el:5000; repeatable.")] = None
+    output: Annotated[Path | None, _option("Write the report as JSON.")] = None
+
+    def make_workload(self) -> Workload:
+        if (kind := WORKLOADS.get(self.workload)) is None:
+            raise ConfigError(f"--workload {self.workload!r} must be one of: {', '.join(WORKLOADS)}.")
+        names = {name for each in WORKLOADS.values() for name in each.__struct_fields__}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if unused := given.keys() - set(kind.__struct_fields__):
+            raise ConfigError(f"{_flags(unused)} means nothing for --workload {self.workload}.")
+        if kind is MultiTurn and self.vocab_size is not None:
+            raise ConfigError("--vocab-size means nothing for --workload multi-turn, whose prompts are text.")
+        if kind is Trace and self.trace is None:
+            raise ConfigError("--workload trace needs --trace FILE.")
+        return kind(**given)
+
+    def make_loads(self) -> list[Load]:
+        if self.concurrency is not None and self.request_rate is not None:
+            raise ConfigError("--concurrency (closed loop) and --request-rate (open loop) exclude each other.")
+        if self.workload == "trace" and self.concurrency is None and self.request_rate is None:
+            return [Replay()]
+        if self.time_scale is not None:
+            raise ConfigError("--time-scale means nothing with --concurrency or --request-rate.")
+        if self.request_rate is not None:
+            return [Poisson(rate) for rate in _numbers("--request-rate", self.request_rate, float)]
+        return [ClosedLoop(number) for number in _numbers("--concurrency", self.concurrency or "1,8,32", int)]
+
+    def served(self) -> Served | None:
+        """None without --checkpoint."""
+        if self.checkpoint is not None:
+            return Served.find(
+                self.checkpoint,
+                bandwidth=self.bandwidth,
+                quantization=self.quantization,
+                quantize_mamba=bool(self.quantize_mamba),
+            )
+        names = ("bandwidth", "quantization", "quantize_mamba")
+        if unused := [name for name in names if getattr(self, name) is not None]:
+            raise ConfigError(f"{_flags(unused)} means nothing without --checkpoint.")
+        return None
+
+    def check(self) -> None:
+        for name, minimum in (("num_prompts", 1), ("num_warmups", 0), ("vocab_size", 1), ("seed", 0)):
+            if (value := getattr(self, name)) is not None and value < minimum:
+                raise ConfigError(f"{_flags([name])} {value} must be at least {minimum}.")
+        if not 0 < self.max_seconds < float("inf"):
+            raise ConfigError(f"--max-seconds {self.max_seconds:g} must be more than 0 and finite.")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"--temperature {self.temperature:g} must be from 0 to 2.")
+
+
+class Bench:
+    """Measures one server at every load that the options name."""
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        options: BenchOptions,
+        *,
+        now: Callable[[], float] = time.perf_counter,
+        progress: Progress | None = None,
+    ) -> None:
+        options.check()
+        self.options = options
+        self.workload = options.make_workload()
+        self.loads = options.make_loads()
+        self._slo = report.parse_slo(options.goodput or ())
+        self._http = http
+        self._now = now
+        self._progress = progress or Progress(disable=True)
+
+    async def run(self) -> report.Report:
+        """Stops at the first load of which no request completed: the rest would tell nothing either."""
+        target = await discover(self._http, self.options.model)
+        tokens = await self.token_range(target.model)
+        client = Client(self._http, target.model, temperature=self.options.temperature, now=self._now)
+        levels: list[report.Level] = []
+        for index in range(len(self.loads)):
+            levels.append(await self._measure(client, tokens, target, index))
+            if not levels[-1].completed:
+                break
+        return report.Report(_conditions(self.options, self.workload, self._http.base_url, target), levels)
+
+    async def token_range(self, model: str) -> TokenRange:
+        if isinstance(self.workload, MultiTurn):
+            return TokenRange(0, 0)  # not drawn from: a chat is text
+        if self.options.vocab_size is not None:
+            return TokenRange(0, self.options.vocab_size - 1)
+        return await discover_tokens(self._http, model)
+
+    def sessions(self, tokens: TokenRange, index: int) -> list[Session]:
+        """The sessions of load `index`. Every load has its own, or it would find the last one's prompts cached."""
+        load = self.loads[index]
+        count = self.options.num_prompts
+        if count is None:
+            count = max(16, 4 * load.concurrency) if isinstance(load, ClosedLoop) else 64
+        rng = np.random.default_rng([self.options.seed, index, 0])
+        return schedule(load, self.workload.sessions(rng, count, tokens), rng)
+
+    async def _measure(self, client: Client, tokens: TokenRange, target: Target, index: int) -> report.Level:
+        load = self.loads[index]
+        drawn = self.sessions(tokens, index)
+        sessions = leave_out_long(drawn, target.max_model_len)
+        if not sessions:
+            raise BenchError(f"Every prompt with its reply exceeds the server's context of {target.max_model_len}.")
+        await self._warm_up(client, tokens, target, index)
+        planned = sum(len(session.turns) for session in sessions)
+        task = self._progress.add_task(str(load), total=planned)
+        runner = Runner(client, on_end=lambda: self._progress.advance(task))
+        cpu_start = time.process_time()
+        await runner.run(load, sessions, max_seconds=self.options.max_seconds)
+        cpu_seconds = time.process_time() - cpu_start
+        plan = report.Plan(load, planned, len(drawn) - len(sessions))
+        return report.summarize(plan, runner.records, slo=self._slo, cpu_seconds=cpu_seconds)
+
+    async def _warm_up(self, client: Client, tokens: TokenRange, target: Target, index: int) -> None:
+        load = self.loads[index]
+        concurrency = load.concurrency if isinstance(load, ClosedLoop) else 1
+        count = concurrency if self.options.num_warmups is None else self.options.num_warmups
+        if not count:
+            return
+        sessions = self.workload.sessions(np.random.default_rng([self.options.seed, index, 1]), count, tokens)
+        sessions = leave_out_long(sessions, target.max_model_len)
+        runner = Runner(client)
+        await runner.run(ClosedLoop(concurrency), sessions, max_seconds=self.options.max_seconds)
+        failures = [record for record in runner.records if isinstance(record, Failure)]
+        if failures and not any(isinstance(record, Reply) for record in runner.records):
+            raise BenchError(f"Every warm-up request failed, the first with {failures[0].kind}: {failures[0].message}")
+
+
+def run_bench(url: str, options: BenchOptions, progress: Progress | None = None) -> report.Report:
+    """Blocks until all loads are measured. Raises ConfigError for the options, BenchError for the server."""
+
+    async def run() -> report.Report:
+        async with open_http(url, options.api_key) as http:
+            return await Bench(http, options, progress=progress).run()
+
+    return asyncio.run(run())
+
+
+def open_http(url: str, api_key: str | None) -> httpx.AsyncClient:
+    """Without bounds on connections or reading: the load decides the one, --max-seconds bounds the other."""
+    base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise ConfigError(f"URL {url!r} must begin with http:// or https://.")
+    return httpx.AsyncClient(
+        base_url=base,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=httpx.Timeout(10.0, read=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+    )
+
+
+def bench(**flags: Any) -> None:
+    """Measure a server: TTFT, ITL, TPOT, throughput and goodput under load."""
+    url = cast(str, flags.pop("url"))
+    options = BenchOptions(**flags)
+    if options.output and not os.access(options.output.parent, os.W_OK):
+        raise ConfigError(f"--output {options.output}: {options.output.parent} is not a folder to write in.")
+    served = options.served()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        result = run_bench(url, options, progress)
+    console = Console()
+    console.print(report.table(result.levels))
+    for note in [*report.notes(result.levels), *(served.describe(result.levels) if served else ())]:
+        console.print(note, markup=False, highlight=False)
+    if options.output:
+        options.output.write_bytes(report.to_json(result))
+    if not result.levels[-1].completed:
+        raise BenchError(f"No request was completed with {result.levels[-1].load}.")
+
+
+def _command_signature() -> inspect.Signature:
+    """typer reads a command's parameters from its signature: here the URL and the fields of BenchOptions."""
+    url = inspect.Parameter(
+        "url",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        annotation=Annotated[str, typer.Argument(metavar="URL", help="Of the server, e.g. http://127.0.0.1:8000.")],
+    )
+    return inspect.Signature([url, *inspect.signature(BenchOptions).parameters.values()])
+
+
+cast(Any, bench).__signature__ = _command_signature()
+
+
+def _conditions(options: BenchOptions, workload: Workload, url: httpx.URL, target: Target) -> dict[str, Any]:
+    arguments = {name: value for name, value in asdict(options).items() if value is not None and name != "api_key"}
+    arguments |= {name: str(path) for name in ("output", "checkpoint") if (path := getattr(options, name))}
+    return {
+        "date": utc_now(),
+        "url": str(url),
+        "client_machine": msgspec.to_builtins(describe_machine()),
+        "client_versions": describe_versions(("httpx", "numpy")),
+        "server_version": target.version,
+        "server_models": target.models,
+        "workload": msgspec.to_builtins(workload),
+        "arguments": arguments,
+    }
+
+
+def _numbers(flag: str, text: str, kind: type[Number]) -> list[Number]:
+    """From `1,8,32`, all of them more than 0."""
+    try:
+        values = [kind(item) for item in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise ConfigError(f"{flag} {text!r} must be numbers above 0, separated by commas.")
+    return values
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))

@@ -1,0 +1,83 @@
+"""What the bench asks the server before it begins: model, context length, version, token ids."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+
+from jamba_server.engine.errors import JambaError
+from jamba_server.server.cli.bench.client import error_message
+from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
+
+Reply = TypeVar("Reply")
+TIMEOUT = 30.0  # seconds for each question
+
+
+class BenchError(JambaError):
+    """The server cannot be measured; the message says why."""
+
+
+class _Card(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Card]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class Target(msgspec.Struct, frozen=True):
+    """`version` and `models` are the server's replies as they are; /version is None where there is none."""
+
+    model: str
+    max_model_len: int | None
+    version: Any
+    models: Any
+
+
+async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
+    """The served model, `model` or else the first one."""
+    response = await _ask(http, "GET", "/v1/models")
+    if response.is_error:
+        raise BenchError(f"{response.url} answers {response.status_code}: {error_message(response)}")
+    cards = _decode(response, _Models).data
+    chosen = next((card for card in cards if model in (None, card.id)), None)
+    if chosen is None:
+        raise BenchError(f"The server at {http.base_url} has no model {model!r}, but: {[card.id for card in cards]}.")
+    version = await _ask(http, "GET", "/version")
+    return Target(chosen.id, chosen.max_model_len, None if version.is_error else version.json(), response.json())
+
+
+async def discover_tokens(http: httpx.AsyncClient, model: str) -> TokenRange:
+    """The ids between the lowest and the highest of those that ordinary words are made of."""
+    body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
+    response = await _ask(http, "POST", "/tokenize", body)
+    if response.is_error:
+        raise BenchError(
+            f"{response.url} answers {response.status_code}: {error_message(response)} "
+            "With --vocab-size the bench draws its token ids without asking."
+        )
+    tokens = _decode(response, _Tokens).tokens
+    if not tokens:
+        raise BenchError(f"{response.url} returned no tokens for a text. Give --vocab-size.")
+    return TokenRange(min(tokens), max(tokens))
+
+
+async def _ask(http: httpx.AsyncClient, method: str, path: str, body: object = None) -> httpx.Response:
+    try:
+        return await http.request(method, path, json=body, timeout=TIMEOUT)
+    except httpx.RequestError as error:
+        raise BenchError(f"No answer from {http.base_url} ({error!r}). Is the server running there?") from error
+
+
+def _decode(response: httpx.Response, kind: type[Reply]) -> Reply:
+    try:
+        return msgspec.json.decode(response.content, type=kind)
+    except msgspec.DecodeError as error:
+        raise BenchError(f"{response.url} is not as the OpenAI API has it: {error}.") from error

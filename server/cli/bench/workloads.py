@@ -1,0 +1,194 @@
+"""What is asked: sessions of one or several turns, drawn from a seed.
+
+A prompt of token ids goes to /v1/completions as it is, so its length is exact and no tokenizer is needed here. Only
+`multi-turn` speaks text, because a chat's history is text; its lengths are counted in words and the report shows the
+server's token counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import lzma
+from collections.abc import Iterator
+from itertools import islice
+from math import ceil, floor
+from typing import Protocol, TextIO
+
+import msgspec
+from numpy.random import Generator
+
+from jamba_server.engine.errors import ConfigError
+
+TEXT = (
+    "about after again always animal another answer apple around autumn because before begin better between bread "
+    "bridge bring brother candle carry change children city clear close cloud color corner country dance different "
+    "early earth evening every family father field finger flower follow forest friend garden glass golden green "
+    "happy heart heavy house island journey kitchen language laugh letter light listen little machine market "
+    "morning mother mountain music never night number ocean often open other paper people picture place question "
+    "quiet river road school second silver simple small snow something song spring station story street summer "
+    "table teacher think through together travel under village voice water weather window winter without wonder "
+    "world write yellow yesterday young"
+)
+WORDS = tuple(TEXT.split())
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One request. `prompt` is either token ids for /v1/completions or the user's message of a chat."""
+
+    prompt: tuple[int, ...] | str
+    max_tokens: int
+
+
+class Session(msgspec.Struct, frozen=True):
+    """Turns in order, each sent when the reply to the last is complete. `arrival`: seconds after the start."""
+
+    turns: tuple[Turn, ...]
+    arrival: float = 0.0
+
+
+class TokenRange(msgspec.Struct, frozen=True):
+    """Token ids that a prompt may contain, both ends included."""
+
+    first: int
+    last: int
+
+    def draw(self, rng: Generator, count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(self.first, self.last + 1, size=count).tolist())
+
+
+class Workload(Protocol):
+    """`sessions` gives the same ones for the same state of `rng`; a trace may have fewer than `count`."""
+
+    def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]: ...
+
+
+class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
+    """Independent prompts. A length L is uniform in [L (1 - range_ratio), L (1 + range_ratio)], as in vLLM's bench."""
+
+    input_len: int = 256
+    output_len: int = 64
+    range_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "input_len", "output_len")
+        if not 0 <= self.range_ratio < 1:
+            raise ConfigError(f"--range-ratio {self.range_ratio:g} must be at least 0 and less than 1.")
+
+    def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
+        return [Session((self._turn(rng, tokens),)) for _ in range(count)]
+
+    def _turn(self, rng: Generator, tokens: TokenRange, prefix: tuple[int, ...] = ()) -> Turn:
+        length = self.draw_length(rng, self.input_len)
+        return Turn(prefix + tokens.draw(rng, length), self.draw_length(rng, self.output_len))
+
+    def draw_length(self, rng: Generator, length: int) -> int:
+        low = max(1, floor(length * (1 - self.range_ratio)))
+        return int(rng.integers(low, ceil(length * (1 + self.range_ratio)) + 1))
+
+
+class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
+    """`num_prefixes` prefixes of `prefix_len` tokens take turns; each prompt adds `input_len` tokens of its own."""
+
+    prefix_len: int = 512
+    num_prefixes: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "prefix_len", "num_prefixes")
+
+    def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
+        prefixes = [tokens.draw(rng, self.prefix_len) for _ in range(self.num_prefixes)]
+        return [Session((self._turn(rng, tokens, prefixes[i % len(prefixes)]),)) for i in range(count)]
+
+
+class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
+    """Chats of `turns` user messages of `input_len` words; the server's own replies become the history."""
+
+    turns: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "turns")
+
+    def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
+        return [Session(tuple(self._message(rng) for _ in range(self.turns))) for _ in range(count)]
+
+    def _message(self, rng: Generator) -> Turn:
+        words = TokenRange(0, len(WORDS) - 1).draw(rng, self.draw_length(rng, self.input_len))
+        return Turn(" ".join(WORDS[word] for word in words), self.draw_length(rng, self.output_len))
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
+    """Recorded lengths and times: CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens.
+
+    The first row arrives at 0; `time_scale` multiplies the distances (0.5: twice as fast). The text of the requests
+    is not in a trace: its prompts are random tokens, so nothing is shared between them.
+    """
+
+    trace: str
+    time_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.time_scale > 0:
+            raise ConfigError(f"--time-scale {self.time_scale:g} must be more than 0.")
+
+    def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
+        rows = list(islice(self._rows(), count))
+        if not rows:
+            raise ConfigError(f"--trace {self.trace} has no requests.")
+        return [
+            Session((Turn(tokens.draw(rng, length), output),), (seconds - rows[0][0]) * self.time_scale)
+            for seconds, length, output in rows
+        ]
+
+    def _rows(self) -> Iterator[tuple[float, int, int]]:
+        """(seconds, input tokens, output tokens) of each row."""
+        try:
+            with _open_text(self.trace) as file:
+                reader = csv.reader(file)
+                header = ",".join(next(reader, list[str]()))
+                if header != "seconds,input_tokens,output_tokens":
+                    raise ConfigError(
+                        f"--trace {self.trace} must begin with seconds,input_tokens,output_tokens, not {header!r}."
+                    )
+                previous = 0.0
+                for row in reader:
+                    yield (parsed := self._parse(row, reader.line_num, previous))
+                    previous = parsed[0]
+        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"--trace {self.trace} cannot be read: {error}.") from error
+
+    def _parse(self, row: list[str], line: int, previous: float) -> tuple[float, int, int]:
+        try:
+            seconds, length, output = row
+            parsed = float(seconds), int(length), int(output)
+        except ValueError:
+            parsed = None
+        if parsed is None or not previous <= parsed[0] < float("inf") or parsed[1] < 1 or parsed[2] < 1:
+            raise ConfigError(
+                f"--trace {self.trace}, line {line}: {','.join(row)!r} must be seconds that do not decrease, from "
+                f"{previous:g} on, and two token counts of at least 1."
+            )
+        return parsed
+
+
+def leave_out_long(sessions: list[Session], max_model_len: int | None) -> list[Session]:
+    """The sessions whose token prompts and replies fit the server's context. Texts are not judged."""
+    if max_model_len is None:
+        return sessions
+
+    def fits(turn: Turn) -> bool:
+        return isinstance(turn.prompt, str) or len(turn.prompt) + turn.max_tokens <= max_model_len
+
+    return [session for session in sessions if all(map(fits, session.turns))]
+
+
+def _open_text(path: str) -> TextIO:
+    opener = lzma.open if path.endswith(".xz") else open
+    return opener(path, "rt", encoding="utf-8", newline="")
+
+
+def _at_least(workload: Random, minimum: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(workload, name)) < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}.")

@@ -1,0 +1,80 @@
+"""Where the model is: the demonstration checkpoint, a folder, or a hub id that is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of the HTTP library that the hub's client is built on
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.demo import demo_folder
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+DEMO_NAME = "jamba-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A local folder and the name by which the model is served unless another is asked for."""
+
+    folder: Path
+    name: str
+    demo: bool = False
+
+
+def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
+    """Downloads what is missing of a hub id: all that a server needs, or only the configuration.
+
+    Raises CheckpointError with one sentence that says what to do.
+    """
+    if config.model is None:
+        return Checkpoint(demo_folder(), DEMO_NAME, demo=True)
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        if config.revision is not None:
+            raise CheckpointError(f"--revision {config.revision} is for hub ids, and {config.model} is a folder.")
+        return Checkpoint(folder, folder.resolve().name)
+    if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
+        raise CheckpointError(f"There is no folder {config.model}, and a hub id has the form ORGANISATION/NAME.")
+    patterns = [*CONFIG_FILES]
+    if not config_only:
+        patterns += TEXT_FILES
+        patterns += () if config.load_format == "dummy" else WEIGHT_FILES
+    return Checkpoint(_download(config.model, config.revision, patterns), config.model)
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    wish = name if revision is None else f"{name} at revision {revision}"
+    try:
+        return Path(str(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])))
+    except HFValidationError as error:
+        raise CheckpointError(f"{name!r} is neither a folder nor a hub id: {error}") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{wish} is gated: accept its licence on {constants.ENDPOINT}/{name} and set HF_TOKEN to a token of yours."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{constants.ENDPOINT} has {name}, but not its revision {revision}.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"There is no folder {name}, and {constants.ENDPOINT} has no such model (or it is private: set HF_TOKEN)."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise CheckpointError(
+            f"There is no folder {name}, the hub cache {constants.HF_HUB_CACHE} has no {wish}, and {reason}."
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise CheckpointError(f"The download of {wish} from {constants.ENDPOINT} failed: {error}") from error

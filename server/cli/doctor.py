@@ -1,0 +1,132 @@
+"""`jamba doctor`: versions, devices, and which kernels would run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import jamba_server
+from jamba_server.engine.errors import JambaError
+from jamba_server.engine.start.machine import available_cpus, available_memory, format_bytes
+from jamba_server.server.http.app import package_version
+
+DISTRIBUTIONS = ("fastapi", "uvicorn", "tokenizers", "safetensors", "huggingface_hub", "llguidance")
+TIMEOUT_SECONDS = 120.0  # the first start after an installation compiles torch's Python files
+
+
+class KernelRow(msgspec.Struct, frozen=True):
+    """`status` is "selected", "available", or why the implementation cannot run. Where not `batch_invariant`,
+    results may depend on the batch in their last bits."""
+
+    op: str
+    implementation: str
+    status: str
+    batch_invariant: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.implementation if self.batch_invariant else f"{self.implementation} (depends on the batch)"
+
+
+class CudaDevice(msgspec.Struct, frozen=True):
+    name: str
+    memory_bytes: int
+    capability: str
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What `python -m jamba_server.kernels` prints."""
+
+    python: str
+    torch: str
+    platform: str
+    cpu_flags: dict[str, bool] | None
+    cpu_level: str | None
+    cpu_levels: list[str]
+    threads: int
+    cuda_devices: list[CudaDevice] | None
+    kernels: dict[str, list[KernelRow]]
+
+
+def doctor() -> None:
+    """Show versions, devices, and which kernels would run here; status 1 if some op has none."""
+    console = Console()
+    machine = ask_kernels()
+    for name, value in facts(machine):
+        console.print(f"{name:<16} {value}", markup=False, highlight=False, soft_wrap=True)
+    for device, rows in machine.kernels.items():
+        console.print(kernel_table(device, rows))
+    if missing := [f"{op} on {device}" for device, rows in machine.kernels.items() for op in without_kernel(rows)]:
+        console.print(f"No kernel runs for {', '.join(missing)}.", markup=False)
+        raise typer.Exit(1)
+
+
+def ask_kernels() -> Machine:
+    """The kernels' own report, from a process of its own because it loads torch. Raises JambaError."""
+    root = str(Path(jamba_server.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    command = [sys.executable, "-P", "-m", "jamba_server.kernels"]
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise JambaError(f"`python -m jamba_server.kernels` has not answered for {TIMEOUT_SECONDS:.0f} s.") from None
+    if result.returncode:
+        raise JambaError(f"`python -m jamba_server.kernels` failed:\n{result.stderr.decode(errors='replace').strip()}")
+    return msgspec.json.decode(result.stdout, type=Machine)
+
+
+def facts(machine: Machine) -> list[tuple[str, str]]:
+    flags = machine.cpu_flags
+    gpus = [f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, sm {gpu.capability}" for gpu in machine.cuda_devices or []]
+    return [
+        ("jamba-server", package_version()),
+        ("python", machine.python),
+        ("torch", machine.torch),
+        *((name, metadata.version(name)) for name in DISTRIBUTIONS),
+        ("platform", machine.platform),
+        (
+            "CPU",
+            "unknown features" if flags is None else ", ".join(name for name, has in flags.items() if has) or "plain",
+        ),
+        ("CPU kernels", cpu_kernels(machine)),
+        ("cores", f"{available_cpus()} usable"),
+        ("memory", f"{format_bytes(available_memory())} available"),
+        ("GPU", "; ".join(gpus) or "none that torch can use"),
+    ]
+
+
+def cpu_kernels(machine: Machine) -> str:
+    if machine.cpu_level is None:
+        return "not compiled: the reference runs"
+    others = ", ".join(level for level in machine.cpu_levels if level != machine.cpu_level)
+    return f"{machine.cpu_level} (compiled too: {others})"
+
+
+def kernel_table(device: str, rows: list[KernelRow]) -> Table:
+    """One row an op: what runs, what else could, and why the rest cannot."""
+    table = Table(title=f"Kernels on {device}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("op", "runs", "could run too", "cannot run"):
+        table.add_column(column, overflow="fold")
+    for op in dict.fromkeys(row.op for row in rows):
+        mine = [row for row in rows if row.op == op]
+        runs = [row.name for row in mine if row.status == "selected"]
+        could = [row.name for row in mine if row.status == "available"]
+        cannot = [f"{row.implementation}: {row.status}" for row in mine if row.status not in ("selected", "available")]
+        table.add_row(op, *(escape("\n".join(items) or "-") for items in (runs, could, cannot)))
+    return table
+
+
+def without_kernel(rows: list[KernelRow]) -> list[str]:
+    """Ops for which nothing is selected."""
+    selected = {row.op for row in rows if row.status == "selected"}
+    return [op for op in dict.fromkeys(row.op for row in rows) if op not in selected]

@@ -1,0 +1,109 @@
+"""LocalModel: a model in this terminal, without HTTP."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.process.client import Engine, EngineClient
+from jamba_server.engine.types import Request, SamplingParams
+from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.terminal import LoadProgress
+from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.http.generation import Prompt
+from jamba_server.server.http.sampling import admit_prompt
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """The flags of a terminal session; None leaves a parameter to the checkpoint's generation_config.json."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def params(self, defaults: GenerationDefaults) -> SamplingParams:
+        settings: dict[str, Any] = {name: getattr(defaults, name) for name in defaults.__struct_fields__}
+        settings = {"seed": secrets.randbits(63)} | settings | self.given
+        return SamplingParams(**settings)
+
+
+class LocalModel:
+    """An engine with its texts; `open` makes one."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, defaults: GenerationDefaults
+    ) -> None:
+        self.engine, self.tokenizer, self.template, self.defaults = engine, tokenizer, template, defaults
+        self._num_requests = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: ServerConfig, console: Console) -> AsyncGenerator[LocalModel]:
+        """Loads the model of `config` for one sequence at a time. Raises ConfigError."""
+        folder = find_checkpoint(config).folder
+        tokenizer = Tokenizer.from_folder(folder)
+        override = None if config.chat_template is None else Path(config.chat_template)
+        template = ChatTemplate.from_folder(folder, tokenizer, override)
+        defaults = GenerationDefaults.of(folder)
+        with LoadProgress(console) as progress:
+            client = EngineClient(
+                replace(config, max_num_seqs=1).engine(folder),
+                engine_timeout=config.engine_timeout,
+                on_progress=progress.update,
+            )
+            try:
+                await client.start()
+            except BaseException:
+                await client.close()
+                raise
+        try:
+            yield cls(client, tokenizer, template, defaults)
+        finally:
+            await client.close()
+
+    async def stream(
+        self,
+        token_ids: list[int],
+        sampling: Sampling,
+        *,
+        save_positions: tuple[int, ...] = (),
+        strip_leading_space: bool = False,
+    ) -> AsyncGenerator[str]:
+        """The reply's text as it comes. Raises RequestRejected, EngineDead and EngineFailed."""
+        prompt = admit_prompt(
+            token_ids, sampling.params(self.defaults), self.engine, param="prompt", save_positions=save_positions
+        )
+        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=True, strip_leading_space=strip_leading_space)
+        async with self.engine.generate([self._request(prompt)]) as updates:
+            async for update in updates:
+                if update.finish_reason == "error":
+                    raise EngineFailed(update.error or "The engine failed to run this request.")
+                stop = update.stop_token_id is not None
+                yield detokenizer.push(update.token_ids[:-1] if stop else update.token_ids)
+        yield detokenizer.finish()
+
+    def _request(self, prompt: Prompt) -> Request:
+        self._num_requests += 1
+        return Request(
+            id=f"local-{self._num_requests}",
+            prompt=prompt.token_ids,
+            params=prompt.params,
+            save_positions=prompt.save_positions,
+        )

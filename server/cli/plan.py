@@ -1,0 +1,265 @@
+"""`jamba plan`: what fits, from a configuration alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.config import Device, EngineConfig, Quantization
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.start.machine import available_memory, format_bytes
+from jamba_server.engine.start.memory_plan import (
+    DEFAULT_BATCHED_TOKENS,
+    MemoryPlan,
+    activation_bytes,
+    plan_memory,
+    usable_bytes,
+)
+from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.decode_limit import (
+    DTYPE_BYTES,
+    Decode,
+    decode_limits,
+    describe_decode,
+    find_bandwidth,
+    read_bench,
+)
+from jamba_server.server.cli.settings import with_options
+from jamba_server.server.cli.terminal import describe_weights
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.options import parse_size
+
+SIZES = (
+    "revision",
+    "device",
+    "dtype",
+    "quantization",
+    "quantize_mamba",
+    "threads",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_dtype",
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "state_cache_memory_bytes",
+    "state_cache_dtype",
+    "block_size",
+    "enable_prefix_caching",
+)
+CONTEXTS = (4096, 32768, 131072, 262144)
+SEQUENCES = (1, 8, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """`sequences` of `context` tokens at once take `bytes`, weights and activations included."""
+
+    context: int
+    sequences: int
+    bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a model needs on a device where it may take `memory_bytes`, and what the server would do: `plan`, else
+    `refusal`. `bandwidth`: bytes that the device reads in a second; None where that is not known."""
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    quantization: Quantization | None
+    quantize_mamba: bool
+    device: str
+    memory_bytes: int
+    weight_bytes: int
+    bandwidth: float | None
+    decode: tuple[Decode, ...]
+    kv_bytes_per_token: int
+    state_bytes_per_sequence: int
+    bytes_per_saved_state: int
+    table: tuple[Cell, ...]
+    plan: MemoryPlan | None
+    refusal: str | None
+
+
+@with_options(SIZES)
+def plan(
+    config: ServerConfig,
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; only its configuration is read.")],
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 80GiB. [default: what is free here]", show_default=False)
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes a second, such as 3.35TB. [default: measured here on a CPU]", show_default=False),
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Report of `jamba bench --output`, shown beside the limit.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what fits: weights, bytes of the caches, context lengths against concurrent sequences, the decode limit."""
+    folder = find_checkpoint(config, config_only=True).folder
+    measured = {} if bench is None else read_bench(bench)
+    engine = config.engine(folder)
+    report = make_report(model, load_model_config(folder), engine, memory, bandwidth=bandwidth, measured=measured)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+        return
+    console = Console()
+    for line in describe(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(table(report))
+
+
+def make_report(
+    name: str,
+    model: JambaConfig,
+    engine: EngineConfig,
+    memory: str | None,
+    *,
+    bandwidth: str | None,
+    measured: Mapping[int, float],
+) -> Report:
+    """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
+    or None for this machine's if the device is a CPU. `measured`: tokens a second by sequences at once. Raises
+    ConfigError for a text that is no size."""
+    device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
+    policy = QuantizationPolicy.of(engine, model.fp8_roles)
+    size = DTYPE_BYTES[dtype]
+    weights = weight_bytes(model, size, policy=policy)
+    spec = CacheSpec.wanted(model, engine, dtype_bytes=size)
+    speed = find_bandwidth(device, bandwidth, engine.threads)
+    result, refusal = None, None
+    try:
+        if model.is_classifier:
+            raise ConfigError(f"{name} is a {model.architecture}; serving classifiers is not supported yet.")
+        result = plan_memory(
+            model, engine, dtype_bytes=size, weight_bytes=weights, available_bytes=available, device=device
+        )
+    except ConfigError as error:
+        refusal = str(error)
+    batched = result and result.max_num_batched_tokens
+    batched = batched or engine.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device]
+
+    def cell(context: int, sequences: int) -> Cell:
+        activations = activation_bytes(model, max_num_batched_tokens=batched, max_num_seqs=sequences)
+        total = weights + activations + (result.graph_bytes if result else 0) + sequences * spec.sequence_bytes(context)
+        return Cell(context=context, sequences=sequences, bytes=total, fits=total <= available)
+
+    longest = min(engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    contexts = [context for context in CONTEXTS if context < longest] + [longest]
+    return Report(
+        model=name,
+        architecture=model.architecture,
+        parameters=model.num_parameters(),
+        dtype=dtype,
+        quantization=policy.quantization,
+        quantize_mamba=policy.mamba,
+        device=device,
+        memory_bytes=available,
+        weight_bytes=weights,
+        bandwidth=speed,
+        decode=decode_limits(model, size, policy, bandwidth=speed, measured=measured),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        state_bytes_per_sequence=spec.bytes_per_slot,
+        bytes_per_saved_state=spec.bytes_per_saved_state,
+        table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
+        plan=result,
+        refusal=refusal,
+    )
+
+
+def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
+    """(device, bytes that may be taken): of `memory` if it is given, else of what the first GPU or this machine has."""
+    on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
+    name = ("cpu" if on_gpu is None else "cuda") if device == "auto" else device
+    if memory is not None:
+        try:
+            size = parse_size(memory)
+        except ValueError:
+            raise ConfigError(f"--memory is {memory!r}; it must be a size such as 80GiB.") from None
+        return name, usable_bytes(size, size, utilization) if name == "cuda" else size
+    if name == "cuda" and on_gpu is None:
+        raise ConfigError("--device cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory.")
+    return name, available_memory() if on_gpu is None else usable_bytes(*on_gpu, utilization)
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """Bytes of the first NVIDIA GPU, free and in all; None without one. Its driver's tool is asked: torch takes seconds
+    to load."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [tool, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    match [field.strip() for field in answer.stdout.split(",")] if answer.returncode == 0 else []:
+        case [free, total] if free.isdecimal() and total.isdecimal():
+            return int(free) * 1024**2, int(total) * 1024**2
+        case _:
+            return None
+
+
+def describe(report: Report) -> list[str]:
+    """Lines before the table."""
+    state, checkpoint = report.state_bytes_per_sequence, report.bytes_per_saved_state
+    compressed = state != checkpoint
+    lines = [
+        f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
+        + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
+        f"weights                 {format_bytes(report.weight_bytes)}",
+        f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
+        f"state                   {format_bytes(state)} a sequence"
+        + (f", {format_bytes(checkpoint)} a saved state (int8)" if compressed else " or saved state"),
+        f"memory ({report.device})".ljust(24) + f"{format_bytes(report.memory_bytes)} that may be taken",
+        *(describe_decode(decode, report.bandwidth) for decode in report.decode),
+    ]
+    if report.plan is None:
+        return [*lines, f"jamba serve would stop: {report.refusal}"]
+    plan = report.plan
+    return [
+        *lines,
+        f"jamba serve would take  {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
+        f"activations {format_bytes(plan.activation_bytes)}, "
+        + (f"CUDA graphs {format_bytes(plan.graph_bytes)}, " if plan.graph_bytes else "")
+        + f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
+        f"({plan.max_num_seqs} running, {plan.num_saved} saved)",
+        f"and allow               {plan.max_model_len:,} tokens a sequence, {plan.max_num_seqs} sequences, "
+        f"{plan.max_num_batched_tokens} prompt tokens a step",
+        *(f"warning                 {warning}" for warning in plan.warnings),
+    ]
+
+
+def table(report: Report) -> Table:
+    """Memory by context length and number of sequences, without room for prefixes that nobody uses now."""
+    result = Table(
+        title="Memory for sequences at once (in brackets: does not fit)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    result.add_column("context", justify="right")
+    for sequences in SEQUENCES:
+        result.add_column(f"{sequences}", justify="right")
+    for start in range(0, len(report.table), len(SEQUENCES)):
+        row = report.table[start : start + len(SEQUENCES)]
+        cells = [format_bytes(cell.bytes) if cell.fits else f"({format_bytes(cell.bytes)})" for cell in row]
+        result.add_row(f"{row[0].context:,}", *cells)
+    return result

@@ -1,0 +1,91 @@
+"""What people see on stderr: start-up progress and what was loaded."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from jamba_server.engine.start.machine import format_bytes
+from jamba_server.engine.types import EngineInfo
+from jamba_server.server.config import GenerationDefaults
+
+logger = logging.getLogger(__name__)
+
+LOG_STEP = 0.25  # without a terminal a phase is logged at every quarter
+
+
+class LoadProgress:
+    """Shows the phases of a start: bars on a terminal, else a few log lines. `update` is EngineClient's on_progress."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._logged: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def update(self, phase: str, fraction: float) -> None:
+        """`fraction` of `phase` is done."""
+        if self._bars:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=1.0)
+            self._bars.update(self._tasks[phase], completed=fraction)
+        elif fraction >= self._logged.get(phase, 0.0):
+            logger.info("%s: %.0f %%", phase, 100 * fraction)
+            # the next quarter; a start from 0 again (an engine that is restarted) is not logged
+            self._logged[phase] = (int(fraction / LOG_STEP) + 1) * LOG_STEP
+
+
+def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]:
+    """Lines on what was loaded, what it takes, which kernels run, how exact results are, how requests are sampled."""
+    sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.non_defaults().items()) or "OpenAI's defaults"
+    eos = ", ".join(map(str, info.eos_token_ids)) or "none"
+    tokens = info.num_kv_blocks * info.block_size
+    names = sorted(set(info.kernels.values()))
+    kernels = "; ".join(f"{name}: {', '.join(op for op, n in info.kernels.items() if n == name)}" for name in names)
+    return [
+        f"model     {info.architecture}, {info.num_parameters:,} parameters, "
+        f"{describe_weights(info.dtype, info.quantization, info.quantize_mamba)} on {info.device}, "
+        f"loaded in {info.load_seconds:.1f} s",
+        f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
+        f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, "
+        f"{info.num_saved_states} saved{' as int8' if info.state_cache_dtype == 'int8' else ''}",
+        f"limits    {info.max_model_len:,} tokens a sequence, {info.max_num_seqs} sequences, "
+        f"{info.max_num_batched_tokens} prompt tokens a step",
+        f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
+        f"results   {describe_results(info)}",
+        f"sampling  {sampling}; eos token ids {eos}",
+        *(f"warning   {warning}" for warning in info.warnings),
+    ]
+
+
+def describe_results(info: EngineInfo) -> str:
+    """How far they depend on anything but the request."""
+    inexact = f"last bits may depend on the batch: {', '.join(info.batch_dependent_ops)}"
+    if info.state_cache_dtype == "auto":
+        return (
+            inexact if info.batch_dependent_ops else "the same bits in every batch, however prompts are cut and cached"
+        )
+    batch = inexact if info.batch_dependent_ops else "the same bits in every batch, however prompts are cut"
+    return f"{batch}; not exact after a prefix-cache hit or a preemption: {info.state_cache_dtype} saved states"
+
+
+def describe_weights(dtype: str, quantization: str | None, quantize_mamba: bool) -> str:
+    """`bfloat16 with int8 weights`."""
+    if quantization is None:
+        return dtype
+    return f"{dtype} with {quantization} weights" + (" (Mamba mixers too)" if quantize_mamba else "")

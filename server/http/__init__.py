@@ -1,0 +1,1 @@
+"""The HTTP side: routes, their wire types, and a request's way to the engine and back."""

@@ -1,0 +1,116 @@
+"""The application: everything arrives through `create_app`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from importlib import metadata
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from jamba_server.engine.errors import EngineError
+from jamba_server.engine.process.client import Engine
+from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.http.errors import error_response, request_id_of
+from jamba_server.server.http.logs import log_stats
+from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.middleware import OPEN_PATHS, ApiKey, JsonBody, RequestContext
+from jamba_server.server.http.routes import chat, completions, models, operations, tokenize
+from jamba_server.server.http.services import Services
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
+
+ROUTERS = (chat.router, completions.router, models.router, tokenize.router, operations.router)
+
+
+def create_app(
+    config: ServerConfig,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    defaults: GenerationDefaults,
+    *,
+    demo: bool,
+) -> FastAPI:
+    """The HTTP side of `engine`, which may still be loading. `app.state.lifecycle.drain()` makes it refuse new work.
+
+    `config.served_model_name` must name the model; replies and metrics carry its first name.
+    """
+    assert config.served_model_name, "the caller names the model"
+    services = Services(
+        config=config,
+        engine=engine,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        defaults=defaults,
+        metrics=Metrics(engine, model_name=config.served_model_name[0]),
+        demo=demo,
+        version=package_version(),
+        longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
+    )
+    app = FastAPI(
+        title="jamba-server",
+        description="Jamba models behind OpenAI's API.",
+        version=services.version,
+        middleware=_middleware(config, services.metrics),
+        lifespan=_lifespan,
+        redirect_slashes=False,  # the middleware drops them: a redirect would lose a proxy's prefix and scheme
+    )
+    app.state.services = services
+    app.state.lifecycle = services.lifecycle
+    for router in ROUTERS:
+        app.include_router(router)
+    for kind in (EngineError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _handle)
+    return app
+
+
+def package_version() -> str:
+    try:
+        return metadata.version("jamba-server")
+    except metadata.PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed
+
+
+def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
+    """From the outside in. CORS is first: a browser shows an error only if that, too, carries the headers."""
+    chain: list[Middleware] = []
+    if config.allowed_origins:
+        chain.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(config.allowed_origins),
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id"],
+            )
+        )
+    chain.append(Middleware(RequestContext, metrics=metrics, root_path=config.root_path))
+    if config.api_key:
+        open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
+        chain.append(Middleware(ApiKey, keys=config.api_key, open_paths=open_paths))
+    chain.append(Middleware(JsonBody, max_bytes=config.max_body_bytes))
+    return chain
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    services: Services = app.state.services
+    statistics = asyncio.create_task(log_stats(services.metrics, services.engine), name="statistics")
+    yield
+    statistics.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await statistics
+
+
+async def _handle(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
+        detail = f"There is no {request.method} {request.url.path}; /docs lists what there is."
+        exc = HTTPException(exc.status_code, detail, headers=exc.headers)
+    return error_response(exc, request_id_of(request.scope))

@@ -1,0 +1,156 @@
+"""One choice of a reply: its tokens become text, log-probabilities and a finish reason, as they arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jamba_server.engine.types import Request, TokenLogprob, TokenUpdate
+from jamba_server.server.http.schemas.base import FinishReason
+from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.stop import StopStrings
+from jamba_server.server.text.tokenizer import Tokenizer
+
+MIN_LOGPROB = -9999.0  # JSON has no infinity; vLLM's floor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token with its log-probability, and those of the `top` most likely ones at its position as (id, logprob).
+
+    `offset`: characters of the choice's text before the token's first one. Only a prompt's first token has no
+    log-probability.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceDelta:
+    """What is new of a choice. `stop_reason`: the stop string or stop token id of the request that ended it."""
+
+    index: int
+    text: str = ""
+    scores: tuple[TokenScore, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How the tokens of a request's choices become text."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    strip_leading_space: bool = False
+    echo: bool = False
+
+
+class Choice:
+    """Takes the updates of one `Request`. `index` is the choice's number in the HTTP reply."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
+        self.request, self.index = request, index
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._include_stop = options.include_stop
+        self._bos_token_id = tokenizer.bos_token_id
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=options.skip_special_tokens,
+            strip_leading_space=options.strip_leading_space,
+        )
+        self._stops = StopStrings(options.stops, include=options.include_stop)
+        self._to_echo = request.prompt if options.echo else []
+        self._num_echoed = 0
+        self._text = ""  # ready, but not yet in a delta
+        self._scores: list[TokenScore] = []
+        self._num_chars = 0  # of all tokens so far, those that are held back included
+
+    def take(self, update: TokenUpdate) -> ChoiceDelta | None:
+        """Books the update. None while there is nothing to send yet; log-probabilities wait for their text."""
+        self._echo(update)
+        for i, token_id in enumerate(update.token_ids):
+            ends = update.stop_token_id is not None and i == len(update.token_ids) - 1
+            self._add(token_id, update.logprobs[i] if update.logprobs else None, silent=ends and not self._include_stop)
+            if self.finish_reason:  # a stop string; what the step brought after it was not wanted
+                break
+        if update.finish_reason and not self.finish_reason:
+            self._finish(update)
+        if not self._text and not self.finish_reason:
+            return None
+        delta = ChoiceDelta(
+            index=self.index,
+            text=self._text,
+            scores=tuple(self._scores),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        self._text, self._scores = "", []
+        return delta
+
+    def _echo(self, update: TokenUpdate) -> None:
+        """The prompt's own text, all at once or as its log-probabilities come. Stop strings do not apply to it."""
+        with_scores = self.request.params.prompt_logprobs is not None
+        end = self._num_echoed + len(update.prompt_logprobs) if with_scores else len(self._to_echo)
+        for position in range(self._num_echoed, end):
+            token_id = self._to_echo[position]
+            if with_scores:
+                self._score(token_id, update.prompt_logprobs[position - self._num_echoed])
+            if position or token_id != self._bos_token_id:  # the text of BOS is not echoed
+                self._text += self._decode(token_id)
+        self._num_echoed = end
+
+    def _add(self, token_id: int, logprob: TokenLogprob | None, *, silent: bool) -> None:
+        self.num_tokens += 1
+        if logprob is not None:
+            self._score(token_id, logprob)
+        text = "" if silent else self._decode(token_id)
+        if self.num_tokens <= self.request.params.min_tokens:
+            self._text += text
+        else:
+            self._emit(text)
+
+    def _finish(self, update: TokenUpdate) -> None:
+        self._emit(self._detokenizer.finish())
+        if self.finish_reason:
+            return
+        assert update.finish_reason != "error", "a failed request has no reply"
+        self._text += self._stops.flush()
+        self.finish_reason = update.finish_reason
+        if update.stop_token_id in self.request.params.stop_token_ids:
+            self.stop_reason = update.stop_token_id
+
+    def _emit(self, text: str) -> None:
+        ready, matched = self._stops.push(text)
+        self._text += ready
+        if matched is not None:
+            self.finish_reason, self.stop_reason = "stop", matched
+
+    def _decode(self, token_id: int) -> str:
+        text = self._detokenizer.push([token_id])
+        self._num_chars += len(text)
+        return text
+
+    def _score(self, token_id: int, logprob: TokenLogprob | None) -> None:
+        if logprob is None:
+            self._scores.append(TokenScore(token_id, None, (), self._num_chars))
+            return
+        top = tuple((id_, max(value, MIN_LOGPROB)) for id_, value in logprob.top)
+        self._scores.append(TokenScore(token_id, max(logprob.logprob, MIN_LOGPROB), top, self._num_chars))
+
+
+def merge(deltas: list[ChoiceDelta]) -> ChoiceDelta:
+    """The deltas of one choice, in order, as one."""
+    last = deltas[-1]
+    return ChoiceDelta(
+        index=last.index,
+        text="".join(delta.text for delta in deltas),
+        scores=tuple(score for delta in deltas for score in delta.scores),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )

@@ -1,0 +1,170 @@
+"""Exceptions as replies: one table from what was raised to status, OpenAI error type and code.
+
+Every error that leaves the server has OpenAI's body, `{"error": {"message", "type", "param", "code", "request_id"}}`,
+before the first byte of a reply as the body, after it as the last event of the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, cast
+
+import msgspec
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Scope
+
+from jamba_server.engine.errors import (
+    EngineDead,
+    EngineFailed,
+    EngineLoading,
+    ModelNotFound,
+    Overloaded,
+    RequestRejected,
+)
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but the log and the metrics show it
+MAX_SUB_ERRORS = 3
+MAX_MESSAGE_CHARS = 1000  # an error never grows with the request that caused it
+MAX_NAME_CHARS = 64
+
+# exception, status, type, code (a code that the exception carries goes before it)
+_TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
+    (RequestRejected, 400, "invalid_request_error", None),
+    (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
+    (Overloaded, 503, "service_unavailable_error", "overloaded"),
+    (EngineLoading, 503, "service_unavailable_error", "engine_loading"),
+    (EngineDead, 503, "service_unavailable_error", "engine_dead"),
+    (EngineFailed, 500, "server_error", "engine_failed"),
+    (ClientDisconnect, CLIENT_CLOSED_REQUEST, "invalid_request_error", "client_disconnected"),
+)
+
+_STATUS_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+
+_PYDANTIC_CODES = {
+    "json_invalid": "invalid_json",
+    "unknown_field": "unknown_parameter",
+    "not_supported_yet": "unsupported_parameter",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What a client is told."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def body(self, request_id: str) -> bytes:
+        message = self.message
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = message[: MAX_MESSAGE_CHARS - 1] + "…"
+        error = {
+            "message": message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+            "request_id": request_id,
+        }
+        return msgspec.json.encode({"error": error})
+
+
+def describe(exc: Exception) -> Problem:
+    """What the client is told of `exc`; nothing of an unexpected one, which goes to the log instead."""
+    if isinstance(exc, RequestValidationError):
+        return _describe_validation(cast("Sequence[Mapping[str, Any]]", exc.errors()))
+    if isinstance(exc, HTTPException):
+        return _describe_http(exc)
+    for kind, status, type_, code in _TABLE:
+        if isinstance(exc, kind):
+            return Problem(
+                status=status,
+                message=str(exc),
+                type=type_,
+                param="model" if isinstance(exc, ModelNotFound) else getattr(exc, "param", None),
+                code=getattr(exc, "code", None) or code,
+                headers={"Retry-After": str(exc.retry_after)} if isinstance(exc, Overloaded | EngineLoading) else {},
+            )
+    logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
+    return Problem(
+        status=500,
+        message="The server had an unexpected error; its log has the details under this request id.",
+        type="server_error",
+        code="internal_error",
+    )
+
+
+def error_response(exc: Exception, request_id: str) -> Response:
+    problem = describe(exc)
+    return Response(
+        problem.body(request_id),
+        status_code=problem.status,
+        headers=problem.headers,
+        media_type="application/json",
+    )
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that `middleware.RequestContext` gave the request."""
+    state: dict[str, str] = scope["state"]
+    return state["request_id"]
+
+
+def _describe_http(exc: HTTPException) -> Problem:
+    status = exc.status_code
+    server_error = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return Problem(
+        status=status,
+        message=exc.detail,
+        type="server_error" if server_error else "invalid_request_error",
+        code=_STATUS_CODES.get(status),
+        headers=exc.headers or {},
+    )
+
+
+def _describe_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """The first few findings; what the client sent is not repeated, but for a field's name."""
+    shown = [_describe_finding(error) for error in errors[:MAX_SUB_ERRORS]]
+    if len(errors) > len(shown):
+        shown.append(f"and {len(errors) - len(shown)} more")
+    return Problem(
+        status=400,
+        message="; ".join(shown),
+        param=_param(errors[0]),
+        code=_PYDANTIC_CODES.get(errors[0]["type"]),
+    )
+
+
+def _describe_finding(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"The body is not valid JSON at position {error['loc'][-1]}: {error['ctx']['error']}"
+    param, text = _param(error), error["msg"]
+    return text if param is None else f"{param}: {text}"
+
+
+def _param(error: Mapping[str, Any]) -> str | None:
+    """Path of the field, as `messages.0.content`. Parts in parentheses are tags of unions, not of the path."""
+    if error["type"] == "json_invalid":
+        return None
+    parts = [str(part) for part in error["loc"][1:]]
+    if "field" in error.get("ctx", {}):  # a validator of a whole object names the field itself
+        parts.append(error["ctx"]["field"])
+    return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None

@@ -1,0 +1,188 @@
+"""One request's life: from its prompts to the last delta, in one `async with`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.process.client import Engine, UpdateStream
+from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenUpdate
+from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
+from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.schemas.base import PromptTokensDetails, Usage
+from jamba_server.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, how their replies are sampled, and the offsets where a saved state is worth keeping."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    save_positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """A validated request. Choices are prompt-major: all `n` of the first prompt, then those of the second."""
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    n: int
+    text: TextOptions
+    priority: int = 0
+    http_request_id: str = ""
+
+    def requests(self) -> list[Request]:
+        return [
+            Request(
+                id=f"{self.id}-{number}-{index}",
+                prompt=prompt.token_ids,
+                params=prompt.params,
+                index=index,
+                group=f"{self.id}-{number}" if self.n > 1 else "",
+                priority=self.priority,
+                save_positions=prompt.save_positions,
+            )
+            for number, prompt in enumerate(self.prompts)
+            for index in range(self.n)
+        ]
+
+
+class _Timeline:
+    """When things happened to one choice, in seconds of the clock."""
+
+    def __init__(self) -> None:
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.queue_seconds: float | None = None
+        self.num_cached: int | None = None
+
+
+class Generation:
+    """Runs a spec once. Counts and times are booked whichever way the request ends."""
+
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.spec = spec
+        self._engine, self._metrics, self._clock = engine, metrics, clock
+        self._arrived = clock()
+        self._choices = {
+            request.id: Choice(request, i, tokenizer, spec.text) for i, request in enumerate(spec.requests())
+        }
+        self._timelines = {request_id: _Timeline() for request_id in self._choices}
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def usage(self) -> Usage:
+        """So far. What the prefix cache gave is that of each prompt's first choice; its siblings share the prompt."""
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.spec.prompts)
+        generated = sum(choice.num_tokens for choice in self._choices.values())
+        first_choices = list(self._timelines.values())[:: self.spec.n]
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=prompt_tokens + generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(t.num_cached or 0 for t in first_choices)),
+        )
+
+    @asynccontextmanager
+    async def run(self) -> AsyncGenerator[AsyncIterator[ChoiceDelta]]:
+        """Entering submits; raises Overloaded and EngineDead. Leaving, however it happens, aborts what still runs."""
+        async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
+            end: FinishReason = "abort"  # of the choices that have not come to theirs
+            try:
+                async with aclosing(self._deltas(updates)) as deltas:
+                    yield deltas
+            except Exception:
+                end = "error"
+                raise
+            finally:
+                self._close(end)
+
+    async def collect(self) -> list[ChoiceDelta]:
+        """Everything of every choice, by index."""
+        parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
+        async with self.run() as deltas:
+            async for delta in deltas:
+                parts[delta.index].append(delta)
+        return [merge(part) for part in parts]
+
+    async def _deltas(self, updates: UpdateStream) -> AsyncGenerator[ChoiceDelta]:
+        num_open = len(self._choices)
+        async for update in updates:
+            if update.finish_reason == "error":
+                raise EngineFailed(update.error or "The engine failed to run this request.")
+            choice = self._choices[update.request_id]
+            self._observe(choice, update)
+            delta = choice.take(update)
+            if choice.finish_reason:
+                num_open -= 1
+                self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
+                if update.finish_reason is None:  # a stop string: the engine does not know of those
+                    updates.abort(update.request_id)
+            if delta is not None:
+                yield delta
+        assert num_open == 0, f"the engine left {num_open} choices of {self.spec.id} without an end"
+
+    # Book-keeping -----------------------------------------------------------------------------------------------
+
+    def _observe(self, choice: Choice, update: TokenUpdate) -> None:
+        timeline, now = self._timelines[update.request_id], self._clock()
+        if update.num_cached is not None:
+            timeline.num_cached = update.num_cached
+            if choice.request.index == 0:
+                self._metrics.prompt_tokens += len(choice.request.prompt)
+        if update.queue_seconds is not None:
+            timeline.queue_seconds = update.queue_seconds
+            self._metrics.queued(update.queue_seconds)
+        if not update.token_ids:
+            return
+        self._metrics.generation_tokens += len(update.token_ids)
+        if timeline.last_token is None:
+            timeline.first_token = now
+            self._metrics.first_token(now - self._arrived)
+        else:
+            self._metrics.next_token((now - timeline.last_token) / len(update.token_ids))
+        timeline.last_token = now
+
+    def _close(self, end: FinishReason) -> None:
+        ends = [choice.finish_reason or end for choice in self._choices.values()]
+        for choice in self._choices.values():
+            if choice.finish_reason is None:
+                self._metrics.finished(end, self._clock() - self._arrived)
+        usage, timelines = self.usage, self._timelines.values()
+        logger.info(
+            "request_id=%s id=%s prompt=%d cached=%d generated=%d queue=%s ttft=%s e2e=%.3f s finish=%s",
+            self.spec.http_request_id,
+            self.spec.id,
+            usage.prompt_tokens,
+            usage.prompt_tokens_details.cached_tokens,
+            usage.completion_tokens,
+            _seconds(max((t.queue_seconds for t in timelines if t.queue_seconds is not None), default=None)),
+            _seconds(min((t.first_token - self._arrived for t in timelines if t.first_token), default=None)),
+            self._clock() - self._arrived,
+            ",".join(sorted(set(ends))),
+        )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} s"

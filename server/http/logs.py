@@ -1,0 +1,76 @@
+"""Logging: one line an event. Set up once, by the command that starts the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging.config
+from dataclasses import dataclass
+
+from jamba_server.engine.process.client import Engine
+from jamba_server.engine.types import EngineStats
+from jamba_server.server.http.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+STATS_INTERVAL_SECONDS = 10.0
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Sends everything to stderr; uvicorn's own access log gives way to the lines of `server.http.middleware`."""
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+            "root": {"level": level, "handlers": ["stderr"]},
+            "loggers": {
+                "uvicorn": {"handlers": [], "propagate": True},
+                "uvicorn.access": {"level": "WARNING"},
+                "httpx": {"level": "WARNING"},
+            },
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Counters at one moment; the difference of two makes a line."""
+
+    prompt_tokens: int
+    generation_tokens: int
+    stats: EngineStats
+
+    @classmethod
+    def take(cls, metrics: Metrics, engine: Engine) -> Snapshot:
+        return cls(metrics.prompt_tokens, metrics.generation_tokens, engine.stats)
+
+
+def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str | None:
+    """What happened between two snapshots, or None if nothing did."""
+    prompt_tokens = after.prompt_tokens - before.prompt_tokens
+    generation_tokens = after.generation_tokens - before.generation_tokens
+    now = after.stats
+    if not (prompt_tokens or generation_tokens or now.num_running or now.num_waiting):
+        return None
+    queries = now.prefix_queries_total - before.stats.prefix_queries_total
+    hits = now.prefix_hits_total - before.stats.prefix_hits_total
+    return (
+        f"prompt {prompt_tokens / seconds:.1f} tok/s, generation {generation_tokens / seconds:.1f} tok/s, "
+        f"running {now.num_running}, waiting {now.num_waiting}, "
+        f"KV cache {now.kv_blocks_used / now.kv_blocks_capacity:.1%}, "
+        f"state slots {now.state_slots_used}/{now.state_slots_capacity}, "
+        f"prefix cache hits {f'{hits / queries:.1%}' if queries else '-'}"
+    )
+
+
+async def log_stats(metrics: Metrics, engine: Engine, *, interval: float = STATS_INTERVAL_SECONDS) -> None:
+    """Writes a line every `interval` seconds while the server is busy; runs until it is cancelled."""
+    loop = asyncio.get_running_loop()
+    before, since = Snapshot.take(metrics, engine), loop.time()
+    while True:
+        await asyncio.sleep(interval)
+        after, now = Snapshot.take(metrics, engine), loop.time()
+        if line := describe_interval(before, after, now - since):
+            logger.info("%s", line)
+        before, since = after, now

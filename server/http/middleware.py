@@ -1,0 +1,222 @@
+"""What happens to every request before a route sees it. Plain ASGI, so that streams pass unbuffered.
+
+`RequestContext` is the outer one: it turns what the others raise into replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+from urllib.parse import quote
+
+import anyio
+import anyio.to_thread
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, error_response
+from jamba_server.server.http.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_JSON_DEPTH = 64
+MAX_JSON_CONTAINERS = 32_768  # objects and lists; validation takes some 10 us for each
+MAX_LOGGED_PATH_CHARS = 256
+CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
+# Possessive, and the last quote may be missing: each byte is looked at once, also in a string without an end.
+_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+OPEN_PATHS = frozenset({"/health", "/ready"})
+
+
+class RequestContext:
+    """Gives the request its id, counts it, and answers for whatever the application lets through.
+
+    `root_path` is the prefix under which a proxy publishes the server, whether it strips it from paths or not.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, root_path: str) -> None:
+        self.app, self.metrics, self.root_path = app, metrics, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
+        scope.setdefault("state", {})["request_id"] = request_id
+        scope["root_path"] = self.root_path or scope.get("root_path", "")
+        inner = _canonical(scope)
+        started, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(inner, receive, send_with_id)
+        except Exception as exc:
+            if status:
+                raise
+            await error_response(exc, request_id)(scope, receive, send_with_id)
+        finally:
+            status = status or CLIENT_CLOSED_REQUEST
+            self.metrics.count_http_request(getattr(inner.get("route"), "path", "other"), status)
+            logger.log(
+                logging.INFO if status >= 400 and scope["path"] not in OPEN_PATHS else logging.DEBUG,  # probes poll
+                "request_id=%s %s %s: %d in %.3f s",
+                request_id, scope["method"], _printable(scope["path"]), status, time.monotonic() - started,
+            )  # fmt: skip
+
+
+class ApiKey:
+    """Every path but `open_paths` wants one of `keys` as bearer token."""
+
+    def __init__(self, app: ASGIApp, *, keys: Iterable[str], open_paths: frozenset[str]) -> None:
+        self.app, self.keys, self.open_paths = app, [key.encode() for key in keys], open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _route_path(scope) in self.open_paths or self._valid(scope):
+            await self.app(scope, receive, send)
+            return
+        raise HTTPException(
+            401,
+            "Missing or incorrect API key. Send the header `Authorization: Bearer KEY`.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _valid(self, scope: Scope) -> bool:
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        sent = token.strip().encode("latin-1")
+        # all of them, so that the time says nothing about which one it was
+        matches = [hmac.compare_digest(sent, key) for key in self.keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class JsonBody:
+    """Reads the body within its limits before the application does: JSON in UTF-8, not too large, not too deep."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, body_timeout: float = 30.0) -> None:
+        """`body_timeout`: seconds of silence within a body, after which its client is given up."""
+        self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self.app(scope, receive, send)
+            return
+        body = await self._read(Headers(scope=scope), receive)
+        if len(body) > CHECKED_AT_ONCE_BYTES:
+            await anyio.to_thread.run_sync(check_json, body)
+        else:
+            check_json(body)
+        replayed = False
+
+        async def replay() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise HTTPException(415, f"Content-Type is {media_type[:64]!r}; it must be application/json.")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self.max_bytes:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), self.body_timeout)
+            except TimeoutError:
+                raise HTTPException(408, f"The body stopped for {self.body_timeout:g} s before its end.") from None
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk: bytes = message.get("body", b"")
+            more = message.get("more_body", False)
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > self.max_bytes:
+                raise self._too_large()
+        return b"".join(chunks)
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"The body is larger than the limit of {self.max_bytes} bytes.")
+
+
+def clean_request_id(sent: str) -> str:
+    """The client's id without what could do harm in a header or a log line; a new one if nothing is left."""
+    return _NOT_IN_REQUEST_ID.sub("", sent[:MAX_REQUEST_ID_CHARS]) or uuid.uuid4().hex
+
+
+def check_json(body: bytes) -> None:
+    """Raises RequestRejected for what a JSON parser takes but nobody should: other encodings, deep or endless nesting,
+    halves of UTF-16 pairs."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as exc:
+        raise RequestRejected(f"The body is not valid UTF-8 at byte {exc.start}.", code="invalid_json") from exc
+    if b"\0" in body:  # UTF-16 and UTF-32 have them, JSON in UTF-8 cannot
+        raise RequestRejected("The body must be JSON in UTF-8, which has no zero bytes.", code="invalid_json")
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
+        _check_structure(body)
+    if _SURROGATE_ESCAPE.search(body):
+        _check_surrogates(body)
+
+
+def _check_structure(body: bytes) -> None:
+    brackets = _JSON_STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    depth = 0
+    for bracket in brackets[: 2 * MAX_JSON_CONTAINERS]:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_JSON_DEPTH:
+            raise RequestRejected(f"The body nests deeper than the limit of {MAX_JSON_DEPTH}.", code="invalid_json")
+    if len(brackets) > 2 * MAX_JSON_CONTAINERS:
+        raise RequestRejected(
+            f"The body has more objects and lists than the limit of {MAX_JSON_CONTAINERS}.", code="invalid_json"
+        )
+
+
+def _check_surrogates(body: bytes) -> None:
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise RequestRejected(r"A string has half of a UTF-16 pair (\ud800 to \udfff).", code="invalid_json") from exc
+    except ValueError:
+        return  # malformed; the application says where
+
+
+def _canonical(scope: Scope) -> Scope:
+    """HEAD is GET, whose body the HTTP server leaves out; a slash at the end of a path means nothing."""
+    method, path = scope["method"], scope["path"]
+    return {**scope, "method": "GET" if method == "HEAD" else method, "path": path.rstrip("/") or "/"}
+
+
+def _printable(path: str) -> str:
+    """Percent-encoded again, so that a path cannot write lines of its own into the log."""
+    return quote(path)[:MAX_LOGGED_PATH_CHARS]
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as routes see it, without the prefix under which a proxy publishes the server."""
+    path: str = scope["path"]
+    root_path: str = scope.get("root_path", "")
+    return path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path

@@ -1,0 +1,17 @@
+"""How routes answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from jamba_server.server.http.schemas.base import ErrorReply
+
+# for the OpenAPI document
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+
+
+def json_response(reply: BaseModel, *, status: int = 200) -> Response:
+    return Response(reply.model_dump_json(), status_code=status, media_type="application/json")

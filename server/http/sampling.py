@@ -1,0 +1,71 @@
+"""From a request's fields to `SamplingParams`: the request's word, else the model's default."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.engine.process.client import Engine
+from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
+from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.http.generation import Prompt
+from jamba_server.server.http.schemas.base import GenerationBody
+
+T = TypeVar("T")
+
+
+def sampling_params(
+    body: GenerationBody,
+    defaults: GenerationDefaults,
+    *,
+    max_tokens: int,
+    seed: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    top_k = _first(body.top_k, defaults.top_k)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=_first(body.temperature, defaults.temperature),
+        top_p=_first(body.top_p, defaults.top_p),
+        top_k=0 if top_k == -1 else top_k,
+        min_p=_first(body.min_p, defaults.min_p),
+        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.logit_bias or {},
+        seed=seed if body.seed is None else body.seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def admit_prompt(
+    token_ids: list[int], params: SamplingParams, engine: Engine, *, param: str, save_positions: tuple[int, ...] = ()
+) -> Prompt:
+    """The prompt with its limits checked and max_tokens cut to the context. Raises RequestRejected; `param` is the
+    field that the prompt came from."""
+    info = engine.info
+    validate(params, vocab_size=info.vocab_size)
+    validate_prompt(
+        token_ids,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        max_tokens=params.max_tokens,
+        param=param,
+    )
+    return Prompt(token_ids, clamp_max_tokens(params, len(token_ids), info.max_model_len), save_positions)
+
+
+def check_priority(priority: int | None, *, enabled: bool) -> int:
+    if priority and not enabled:
+        raise RequestRejected("priority needs a server that runs with --enable-priority.", param="priority")
+    return priority or 0
+
+
+def _first(wish: T | None, default: T) -> T:
+    return default if wish is None else wish
