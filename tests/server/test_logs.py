@@ -72,4 +72,4 @@ def test_the_set_up() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lines = result.stderr.splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["INFO server.x: a b", "INFO uvicorn.error: c"]
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO jamba_server.server.x: a b", "INFO uvicorn.error: c"]
