@@ -20,7 +20,7 @@ import anyio.to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jamba_server.engine.errors import RequestRejected
@@ -224,17 +224,17 @@ def _check_surrogates(body: bytes) -> None:
 
 
 def _canonical(scope: Scope) -> Scope:
-    """HEAD is GET, whose body the HTTP server leaves out; a slash at the end of a path means nothing, except that the
-    prefix of a proxy by itself means `/`."""
-    method, path = scope["method"], scope["path"].rstrip("/")
-    if path == scope["root_path"]:
-        path += "/"
-    return {**scope, "method": "GET" if method == "HEAD" else method, "path": path or "/"}
+    """HEAD is GET, whose body the HTTP server leaves out. A slash at the end of a path means nothing. As ASGI wants it,
+    the path begins with the prefix of the proxy, even if that has taken it off."""
+    method, path, root = scope["method"], scope["path"].rstrip("/"), scope["root_path"]
+    if path != root and not path.startswith(f"{root}/"):
+        path = root + path
+    return {**scope, "method": "GET" if method == "HEAD" else method, "path": f"{path}/" if path == root else path}
 
 
 def _has_route(scope: Scope) -> bool:
     """Without one the router answers 404 or 405, whatever the body is."""
-    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes if not isinstance(route, Mount))
 
 
 def _latin_1(header: str) -> bytes:
