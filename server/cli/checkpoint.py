@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.foreign import names_a_file, refuse_foreign
+from jamba_server.engine.start.contents import INDEX_FILE
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 
@@ -42,17 +44,28 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
     if config.model is None:
         return Checkpoint(demo_folder(), DEMO_NAME, demo=True)
     folder = Path(config.model).expanduser()
-    if folder.is_dir():
+    if is_local(folder):
+        refuse_foreign(folder)
         if config.revision is not None:
             raise CheckpointError(f"--revision {config.revision} is for hub ids, and {config.model} is a folder.")
         return Checkpoint(folder, folder.resolve().name)
     if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
         raise CheckpointError(f"There is no folder {config.model}, and a hub id has the form ORGANISATION/NAME.")
-    patterns = [*CONFIG_FILES]
+    patterns = [*CONFIG_FILES, INDEX_FILE]  # the index says whether there is a head beside the embedding
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
-    return Checkpoint(_download(config.model, config.revision, patterns), config.model)
+    folder = _download(config.model, config.revision, patterns)
+    refuse_foreign(folder)
+    return Checkpoint(folder, config.model)
+
+
+def is_local(path: Path) -> bool:
+    """Whether a name means something here, or could mean nothing on a hub."""
+    try:
+        return path.exists() or names_a_file(path.name)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
