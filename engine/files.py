@@ -12,7 +12,6 @@ from jamba_server.engine.errors import CheckpointError
 
 MAX_BYTES: Final = 16 << 20  # of a configuration, an index or a template; the largest published ones take 1 MB
 _KINDS: Final = (
-    (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
     (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
@@ -23,8 +22,7 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
     """The content of a file, None where there is none. Raises CheckpointError for anything but a regular file of at
     most `limit` bytes."""
     try:
-        # without O_NONBLOCK a pipe would wait for somebody who writes into it
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no regular file")
@@ -36,6 +34,11 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _open(path: str, flags: int) -> int:
+    """Without O_NONBLOCK a pipe would wait for somebody who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:

@@ -169,7 +169,7 @@ def _shape(tensor: Tensor) -> str:
 def _decided_by(names: Collection[str], how: str) -> str:
     """The key of config.json that makes the model what it is, `how`, in respect of one of these tensors."""
     keys = [key for end, key in _DECIDED_BY.items() if any(name.endswith(end) for name in names)]
-    return f"; {keys[0]} there makes a model {how}" if keys else ""
+    return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
 
 
 def _transposed(name: str, tensor: Tensor, destination: Tensor) -> str:

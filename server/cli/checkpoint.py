@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.foreign import names_a_file, refuse_foreign
+from jamba_server.engine.foreign import names_a_file
+from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.start.contents import INDEX_FILE
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
@@ -25,6 +26,7 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 DEMO_NAME = "jamba-demo"
+_NAME_SHOWN = 200  # characters of a name that may be too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         return Checkpoint(demo_folder(), DEMO_NAME, demo=True)
     folder = Path(config.model).expanduser()
     if is_local(folder):
-        refuse_foreign(folder)
+        load_model_config(folder)  # says what is wrong before a tokenizer or an engine is loaded
         if config.revision is not None:
             raise CheckpointError(f"--revision {config.revision} is for hub ids, and {config.model} is a folder.")
         return Checkpoint(folder, folder.resolve().name)
@@ -56,7 +58,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
     folder = _download(config.model, config.revision, patterns)
-    refuse_foreign(folder)
+    load_model_config(folder)
     return Checkpoint(folder, config.model)
 
 
@@ -65,7 +67,7 @@ def is_local(path: Path) -> bool:
     try:
         return path.exists() or names_a_file(path.name)
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{str(path)[:_NAME_SHOWN]} cannot be read: {error.strerror}.") from error
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
