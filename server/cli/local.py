@@ -69,10 +69,12 @@ class LocalModel:
                 on_progress=progress.update,
             )
             try:
-                await client.start()
+                info = await client.start()
             except BaseException:
                 await client.close()
                 raise
+        for warning in info.warnings:
+            console.print(f"warning   {warning}", markup=False, highlight=False, soft_wrap=True)
         try:
             yield cls(client, tokenizer, template, defaults)
         finally:
