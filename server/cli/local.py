@@ -73,9 +73,9 @@ class LocalModel:
             except BaseException:
                 await client.close()
                 raise
-        for warning in info.warnings:
-            console.print(f"warning   {warning}", markup=False, highlight=False, soft_wrap=True)
         try:
+            for warning in info.warnings:
+                console.print(f"warning   {warning}", markup=False, highlight=False, soft_wrap=True)
             yield cls(client, tokenizer, template, defaults)
         finally:
             await client.close()
