@@ -29,8 +29,8 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import CheckpointError, ConfigError
-from jamba_server.engine.validation import RANGES
 from jamba_server.engine.files import read_object, read_text
+from jamba_server.engine.validation import RANGES
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
