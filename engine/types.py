@@ -19,7 +19,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     `logprobs` None: none are returned; 0: those of the chosen tokens; k: also of the k most likely ones.
     `prompt_logprobs` likewise for the prompt. Log-probabilities are of the raw distribution, before penalties,
-    bias, temperature and masks. `top_k` 0 means all. `seed` has been drawn by whoever accepted the request.
+    bias, temperature and masks. `top_k` 0 means all. `seed` None: whoever accepts the request draws one; for the engine
+    itself it is 0.
     """
 
     max_tokens: int = 16
@@ -32,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict[int, float])
-    seed: int = 0
+    seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None

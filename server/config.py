@@ -176,13 +176,19 @@ def _from_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(document, dict | None):
         raise ConfigError(f"--config {path} holds a {type(document).__name__}; keys with values are expected.")
+    return cast_settings(cast("dict[object, object]", document or {}), str(path))
+
+
+def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]:
+    """Options by their names, as they are meant; None leaves the default. Raises ConfigError, which begins with
+    `source`, for a key that is no option or has no such value."""
     values: dict[str, Any] = {}
-    for key, value in cast("dict[object, object]", document or {}).items():
-        name = present_name(str(key).replace("-", "_"), f"{path}: {key}")
+    for key, value in settings.items():
+        name = present_name(str(key).replace("-", "_"), f"{source}: {key}")
         if name not in OPTIONS:
-            raise ConfigError(f"{path}: {key!r} is no option{_suggestion(name)}")
+            raise ConfigError(f"{source}: {key!r} is no option{_suggestion(name)}")
         if value is not None:
-            values[name] = OPTIONS[name].cast(value, f"{path}: {name}")
+            values[name] = OPTIONS[name].cast(value, f"{source}: {name}")
     return values
 
 

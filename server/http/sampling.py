@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from jamba_server.engine.errors import RequestRejected
-from jamba_server.engine.process.client import Engine
-from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.types import EngineInfo, SamplingParams
 from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
 from jamba_server.server.config import GenerationDefaults
 from jamba_server.server.http.generation import Prompt
 from jamba_server.server.http.schemas.base import GenerationBody
 
 T = TypeVar("T")
+
+
+class HasInfo(Protocol):
+    """An engine, in this process or another."""
+
+    @property
+    def info(self) -> EngineInfo: ...
 
 
 def sampling_params(
@@ -45,7 +51,7 @@ def sampling_params(
 
 
 def admit_prompt(
-    token_ids: list[int], params: SamplingParams, engine: Engine, *, param: str, save_positions: tuple[int, ...] = ()
+    token_ids: list[int], params: SamplingParams, engine: HasInfo, *, param: str, save_positions: tuple[int, ...] = ()
 ) -> Prompt:
     """The prompt with its limits checked and max_tokens cut to the context. Raises RequestRejected; `param` is the
     field that the prompt came from."""
