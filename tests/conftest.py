@@ -13,6 +13,7 @@ import jamba_server
 
 ROOT = Path(__file__).parent.parent
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
+FOLDERS = ("server", "engine", "kernels")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs the network must fail
 for name in [name for name in os.environ if name.startswith("JAMBA_")]:
@@ -32,6 +33,17 @@ def pytest_collection_finish() -> None:
         torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a machine that is busy
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if stray_modules() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def stray_modules() -> list[str]:
+    """Our folders, imported by a name that is not ours: each would be there a second time, with classes of its own, and
+    in an installed environment the name may be that of somebody else's package."""
+    return sorted(name for name in sys.modules if name.split(".")[0] in FOLDERS)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: dict[str, float] = defaultdict(float)
@@ -46,3 +58,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for folder, outcomes in sorted(counts.items()):
         words = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
         terminalreporter.line(f"{folder:<32} {words} in {seconds[folder]:.1f} s")
+    if stray := stray_modules():
+        terminalreporter.line(f"FAILED: imported past the package jamba_server: {', '.join(stray)}", red=True)
