@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def test_a_stop_string_ends_the_tokens_too_and_releases_everything(llm: LLM) -> 
     assert (stats.num_running, stats.kv_blocks_used, stats.state_slots_used) == (0, 0, 0)
 
 
+def test_a_prompt_can_be_scored_alone(llm: LLM) -> None:
+    [scored] = llm.generate(STORY, max_tokens=0, prompt_logprobs=2)
+    assert (scored.text, scored.token_ids, scored.finish_reason) == ("", [], "length")
+    assert [score and score.token_id for score in scored.prompt_logprobs] == [None, *scored.prompt[1:]]
+
+
 def test_a_progress_bar_is_drawn_on_a_terminal_or_when_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate([STORY, STORY], max_tokens=1)
     assert capsys.readouterr() == ("", "")
@@ -236,7 +243,10 @@ def test_an_interrupt_leaves_no_work_for_the_next_call(bare: LLM, monkeypatch: p
     assert bare.core.scheduler.stats.kv_blocks_used == 0
 
 
-def test_the_package_offers_what_the_readme_imports() -> None:
-    assert jamba_server.LLM is LLM
-    assert jamba_server.SamplingParams is SamplingParams
+def test_the_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(from jamba_server import .*?)```", readme, re.DOTALL)
+    exec(example.replace("path/to/model", str(demo_folder())), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("]") and lines[-1].endswith(("stop", "length"))
     assert not hasattr(jamba_server, "Nothing")

@@ -112,9 +112,8 @@ def test_no_module_of_ours_has_a_name_outside_our_package(installed: Path, tmp_p
     )
     for path in (installed, ROOT / "src"):
         found = run([sys.executable, "-c", program], cwd=tmp_path, path=path)
-        assert found.split("\n")[:3] == [f"{name} cannot be imported" for name in PACKAGES] or (
-            str(installed) not in found and str(ROOT) not in found
-        )
+        assert [line.split()[0] for line in found.splitlines()] == list(PACKAGES)
+        assert str(installed) not in found and str(ROOT) not in found
 
 
 def write_foreign_wheel(folder: Path) -> Path:
@@ -140,7 +139,7 @@ def test_it_lives_beside_another_package_called_kernels(wheel: Path, tmp_path: P
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", python]
 
     def install(what: Path) -> None:
-        run([*pip, "install", "--no-deps", "--no-index", what], cwd=tmp_path)
+        run([*pip, "install", "--no-deps", "--no-index", "--no-compile", what], cwd=tmp_path)
 
     def uninstall(name: str) -> None:
         run([*pip, "uninstall", "--yes", name], cwd=tmp_path)

@@ -222,7 +222,8 @@ class _Reply:
         completion.num_cached = completion.num_cached if update.num_cached is None else update.num_cached
         if choice is None:
             completion.finish_reason = update.finish_reason
-        elif delta := choice.take(update):
+        # the log-probabilities of a prompt would be echoed with its text
+        elif delta := choice.take(msgspec.structs.replace(update, prompt_logprobs=[])):
             completion.text += delta.text
             completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
             # what the step brought after a stop string was not wanted
