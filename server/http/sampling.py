@@ -50,7 +50,7 @@ def admit_prompt(
     """The prompt with its limits checked and max_tokens cut to the context. Raises RequestRejected; `param` is the
     field that the prompt came from."""
     info = engine.info
-    validate(params, vocab_size=info.vocab_size)
+    validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
     validate_prompt(
         token_ids,
         vocab_size=info.vocab_size,

@@ -82,7 +82,7 @@ class LLM:
 
     def _check(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
         info = self.core.info
-        validate(params, vocab_size=info.vocab_size)
+        validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
         validate_prompt(
             prompt,
             vocab_size=info.vocab_size,
