@@ -23,7 +23,9 @@ def sampling_params(
     seed: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
+    """`bad_words` are the body's, as tokens."""
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -36,6 +38,8 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias or {},
+        bad_words=bad_words,
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
         seed=seed if body.seed is None else body.seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
