@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import NoBadWordsLogitsProcessor
 
 from jamba_server.engine.sampling.keys import row_key
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
@@ -177,6 +178,19 @@ def test_tokens_of_the_prompt_count_for_repetition_only() -> None:
     after = before.clone()
     adjust_logits(after, [make_row(SamplingParams(repetition_penalty=2.0))], EOS)
     assert after[0, 4] == before[0, 4] / 2  # it stands in the prompt twice
+
+
+def test_bad_words_are_those_of_transformers() -> None:
+    """transformers looks at the prompt too, so there is none."""
+    words = [[7], [1, 2], [2, 1], [1, 1, 2], [2, 2, 2, 2], [0, 1, 2, 0]]
+    oracle = NoBadWordsLogitsProcessor(words)
+    params = SamplingParams(bad_words=tuple(map(tuple, words)))
+    replies = np.random.default_rng(2).integers(0, 3, (300, 5))
+    before = random_logits(len(replies))
+    after = before.clone()
+    adjust_logits(after, [make_row(params, prompt=(), generated=tuple(reply)) for reply in replies.tolist()], EOS)
+    assert torch.equal(after, oracle(cast(torch.LongTensor, torch.from_numpy(replies)), before))
+    assert len({tuple(row.isneginf().nonzero().flatten().tolist()) for row in after}) > 3
 
 
 def test_min_tokens_ends_when_they_are_there() -> None:
