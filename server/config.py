@@ -46,6 +46,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
+UnknownFields = Literal["ignore", "reject"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,9 @@ class ServerConfig:
     metrics_public: Annotated[bool, Help("Leave /metrics open where there is an API key.")] = False
     sse_keep_alive: Annotated[Seconds, Help("Seconds until a silent stream gets a comment.")] = 15.0
     max_body_bytes: Annotated[Count, Help("Longest request body.")] = 4 * 1024**2
+    unknown_fields: Annotated[
+        UnknownFields, Help("Of requests; ignore: unless they would change the answer; reject: all of them.")
+    ] = "ignore"
     log_level: Annotated[LogLevel, Help("Least severe lines to log.")] = "info"
 
     device: Annotated[Device, Help("Where the model runs; auto: the GPU if there is one.")] = "auto"

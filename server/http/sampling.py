@@ -29,7 +29,9 @@ def sampling_params(
     seed: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
+    """`bad_words` are the body's, as tokens."""
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -42,6 +44,8 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias or {},
+        bad_words=bad_words,
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
         seed=seed if body.seed is None else body.seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
@@ -56,7 +60,7 @@ def admit_prompt(
     """The prompt with its limits checked and max_tokens cut to the context. Raises RequestRejected; `param` is the
     field that the prompt came from."""
     info = engine.info
-    validate(params, vocab_size=info.vocab_size)
+    validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
     validate_prompt(
         token_ids,
         vocab_size=info.vocab_size,
