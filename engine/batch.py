@@ -84,7 +84,7 @@ class SampledTokens:
 def build_batch(
     chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
 ) -> ForwardBatch:
-    """The batch of one step's chunks, decodes first; one logit row for each chunk that samples, in their order. Chunks
+    """The batch of one step's chunks, decodes first; a logit row for each token that is chosen, in their order. Chunks
     that are ahead find their tokens in `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
@@ -94,8 +94,8 @@ def build_batch(
     logit_rows, row = array("q"), 0
     for chunk in chunks:
         row += chunk.end - chunk.start
-        if chunk.samples:
-            logit_rows.append(row - 1)
+        if chunk.num_sampled:
+            logit_rows.extend(range(row - chunk.num_sampled, row))
     arrays.append(np.asarray(logit_rows))
     if decodes:
         arrays += table_arrays(decodes, block_size, len(decodes), longest(decodes))

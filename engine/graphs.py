@@ -103,7 +103,7 @@ class DecodeGraphs:
 
     def key(self, chunks: Many[Chunk]) -> GraphKey | None:
         """Of the graph that runs these chunks; None if there is none."""
-        if not all(chunk.is_decode and chunk.samples for chunk in chunks):
+        if not all(chunk.is_decode and chunk.num_sampled for chunk in chunks):
             return None
         return self._sizes.key(len(chunks), longest(chunks))
 

@@ -17,13 +17,14 @@ from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenL
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `samples`: it reaches
-    the last token, and the next one is chosen."""
+    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `num_sampled`: after
+    so many of its positions, the last ones, a token is chosen: none before the prompt's end, one where the next token
+    is wanted, all of them to check tokens that were guessed."""
 
     sequence: Sequence
     start: int
     end: int
-    samples: bool
+    num_sampled: int
     saves: tuple[Save, ...] = ()
 
     @property
@@ -47,11 +48,13 @@ class SchedulerOutput:
 
 
 class ChunkResult(NamedTuple):
-    """What the model said of one chunk: the sampled token, if the chunk samples, and log-probabilities."""
+    """What the model said of one chunk: the tokens that were chosen, with their log-probabilities if these were asked
+    for; log-probabilities of prompt tokens; a vector, where the request is for one."""
 
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    vector: tuple[float, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -124,7 +127,7 @@ class Scheduler:
             kv_blocks_capacity=pages.capacity,
             state_slots_used=slots.capacity - slots.num_free,
             state_slots_capacity=slots.capacity,
-            saved_states=self.cache.states.num_cached,
+            saved_states=self.cache.store.num_saved,
             num_preemptions_total=count["preemptions"],
             prefix_queries_total=count["queries"],
             prefix_hits_total=count["hits"],
@@ -146,7 +149,7 @@ class Scheduler:
                 self._extend(seq, plan)
         started = self._admit(plan, now) if not plan.preempted else ()
         chunks = [
-            Chunk(seq, start, end, seq.samples_at(end), tuple(self.cache.plan_saves(seq, start, end)))
+            Chunk(seq, start, end, int(seq.samples_at(end)), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end, _) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
@@ -177,7 +180,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.cache.free(seq)  # its state stays as a checkpoint: it resumes there if its pages survive
+        self.cache.free(seq)  # its state is saved: it resumes there if its pages survive
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
 
@@ -233,16 +236,17 @@ class Scheduler:
     # After the step ---------------------------------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
-        """The step is under way: whatever is launched from now on finds its pages and states written."""
+        """The step has been launched: whatever is launched from now on finds its pages and states written."""
         for chunk in output.chunks:
             seq = chunk.sequence
-            seq.num_pending += chunk.samples
+            seq.num_pending += chunk.num_sampled
             seq.num_computed = chunk.end
-        self.cache.commit(output.copies)
+        self.cache.launch(output.copies)
 
     def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Takes in what the model said; finished sequences give back what they own. Steps come in their order, each
-        after its `advance`; a token of a sequence that has ended meanwhile is dropped."""
+        """Confirms a step and takes in what the model said; finished sequences give back what they own. Steps come in
+        their order, each after its `advance`; tokens of a sequence that has ended meanwhile are dropped."""
+        self.cache.confirm()
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
             seq = chunk.sequence
@@ -251,22 +255,38 @@ class Scheduler:
             seq.num_prompt_logprobs += len(result.prompt_logprobs)
             reason: FinishReason | None = None
             if chunk.end == len(seq.tokens):
-                reason = self._take(seq, result.token_id)
-            if result.token_id is not None or result.prompt_logprobs or reason:
+                result, reason = self._take(seq, result)
+            if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
             if reason:
                 self._remove(seq)
         return updates
 
-    def _take(self, seq: Sequence, token_id: int | None) -> FinishReason | None:
-        """Appends a sampled token and says whether and why the sequence ends with it."""
-        if token_id is None:
-            return "length"  # max_tokens 0: only the prompt was wanted
-        seq.tokens.append(token_id)
-        seq.num_pending -= 1
-        if self._stops(seq, token_id):
-            return "stop"
-        return "length" if self._is_full(seq, len(seq.tokens)) else None
+    def discard(self) -> None:
+        """A step has failed, wherever it was: what it touched is lost. Requests that have begun end without an update,
+        because those of the failed step reach nobody; requests that only wait still do."""
+        self.running = []
+        self.waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
+        self._by_id = {seq.request.id: seq for seq in self.waiting}
+        for seq in self.waiting:
+            seq.vacate()  # it may have been on its way to run
+        self.cache.discard()
+
+    def _take(self, seq: Sequence, result: ChunkResult) -> tuple[ChunkResult, FinishReason | None]:
+        """Appends the tokens that were chosen, up to the one that ends the sequence. What is left of the result, and
+        whether and why the sequence ends."""
+        if not result.token_ids:
+            return result, "length"  # max_tokens 0: only the prompt was wanted
+        for count, token_id in enumerate(result.token_ids, start=1):
+            seq.tokens.append(token_id)
+            seq.num_pending -= 1
+            stops = self._stops(seq, token_id)
+            if stops or self._is_full(seq, len(seq.tokens)):
+                if count < len(result.token_ids):
+                    left = result.token_ids[:count], result.logprobs[:count]
+                    result = result._replace(token_ids=left[0], logprobs=left[1])
+                return result, "stop" if stops else "length"
+        return result, None
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
         """Whether so many tokens are all that it may have."""
@@ -281,11 +301,12 @@ class Scheduler:
         first, seq.announced = not seq.announced, True
         return TokenUpdate(
             request_id=seq.request.id,
-            token_ids=[] if result.token_id is None else [result.token_id],
-            logprobs=[] if result.logprob is None else [result.logprob],
+            token_ids=list(result.token_ids),
+            logprobs=list(result.logprobs),
             prompt_logprobs=list(result.prompt_logprobs),
             finish_reason=reason,
-            stop_token_id=result.token_id if reason == "stop" else None,
+            stop_token_id=result.token_ids[-1] if reason == "stop" else None,
+            vector=result.vector,
             num_cached=seq.num_cached if first else None,
             queue_seconds=seq.queue_seconds if first else None,
         )

@@ -89,7 +89,7 @@ def forced(runner: ModelRunner, tokens: list[int], cuts: Many[int], restore: Res
     found: list[TokenLogprob] = []
     for start, end in zip((0, *cuts), (*cuts, len(tokens)), strict=True):
         copies = restore(runner) if start else CacheCopies()
-        [result] = runner.launch(SchedulerOutput((Chunk(seq, start, end, samples=False),), copies, ())).results()
+        [result] = runner.launch(SchedulerOutput((Chunk(seq, start, end, num_sampled=0),), copies, ())).results()
         found += [entry for entry in result.prompt_logprobs if entry is not None] if start else []
     return found
 

@@ -15,6 +15,7 @@ from jamba_server.engine.batch import SampledTokens
 from jamba_server.engine.cache.graph_sizes import GraphSizes
 from jamba_server.engine.cache.manager import CacheManager
 from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.cache.state_store import CompressedStates, SlotStates
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import EngineCore
@@ -221,10 +222,10 @@ def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: Memory
     spec = CacheSpec.wanted(model_config, config, dtype_bytes=dtype_bytes)
     # a regular state every four times as many tokens as have a state's size in KV (design, "where a state is saved")
     interval = -(-4 * spec.bytes_per_saved_state // spec.bytes_per_page) * config.block_size
+    slots, compressed = plan.num_slots, plan.num_compressed
     cache = CacheManager(
+        CompressedStates(slots, compressed) if compressed else SlotStates(slots),
         num_pages=plan.num_pages,
-        num_slots=plan.num_slots,
-        num_compressed=plan.num_compressed,
         block_size=config.block_size,
         interval=interval,
         enabled=config.enable_prefix_caching,

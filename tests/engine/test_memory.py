@@ -91,7 +91,7 @@ def test_the_largest_steps_are_as_large_as_can_be() -> None:
     assert [(chunk.start, chunk.end) for chunk in smallest.chunks] == [(1, 2)]
     assert all(chunk.is_decode for chunk in (*replies.chunks, *smallest.chunks))
     for chunk in (*prompts.chunks, *replies.chunks, *smallest.chunks):
-        assert chunk.samples
+        assert chunk.num_sampled == 1
         assert set(chunk.sequence.block_ids) == {chunk.sequence.state_id} == {0}
         assert len(chunk.sequence.block_ids) * 16 >= chunk.end
 

@@ -129,7 +129,7 @@ def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_pat
         assert torch.equal(conv, alone.core.model_runner.storage.conv[stopped])
         tolerance = 0.0 if llm.core.info.kernels["linear"] == "cpu" else 1e-5
         torch.testing.assert_close(ssm, alone.core.model_runner.storage.ssm[stopped], atol=tolerance, rtol=tolerance)
-    assert cache.states.num_cached >= len(offsets)
+    assert cache.store.num_saved >= len(offsets)
 
 
 def run(llm: LLM, prompt: list[int], save_positions: tuple[int, ...]) -> None:
@@ -148,5 +148,5 @@ def state_at(llm: LLM, prefix: list[int]) -> int:
     seq = Sequence.of(Request(id="x", prompt=[*prefix, 3], params=SamplingParams()), arrival=0, now=0.0)
     hit = cache.match(seq)
     assert hit.num_tokens == len(prefix)
-    assert hit.state_id is not None
-    return hit.state_id
+    assert hit.place is not None
+    return hit.place
