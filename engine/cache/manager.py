@@ -44,7 +44,8 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """The state after `position` tokens of `sequence` goes to the slot of `room` in this step; it stays at its place."""
+    """The state after `position` tokens of `sequence` goes to the slot of `room` in this step, and stays at its
+    place."""
 
     sequence: Sequence
     position: int

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.llm import LLM, Completion
@@ -69,7 +69,7 @@ def test_few_pages_preempt_and_change_nothing(name: str, caching: bool, tmp_path
     settings: dict[str, Any] = SETTINGS | {"max_model_len": 320}
     roomy = LLM(tmp_path, **settings)
     config = roomy.core.model_runner.model.config
-    page = CacheSpec.of(config, block_size=16, dtype_bytes=4).bytes_per_page
+    page = cache_layout(config, block_size=16, dtype="float32").num_bytes("page")
     llm = LLM(tmp_path, **settings, kv_cache_memory_bytes=24 * page, enable_prefix_caching=caching)
     assert llm.core.info.num_kv_blocks <= 24
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=2)
