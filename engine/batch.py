@@ -216,8 +216,8 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
         save_start.append(len(rows))
         query_start.append(query_start[-1] + chunk.end - chunk.start)
     has_state = np.array([chunk.start > 0 for chunk in chunks], dtype=np.bool_)
-    columns = (np.array(values, dtype=np.int32) for values in (query_start, save_start, rows, slots))
-    return SegmentArrays(*columns, has_state)
+    starts, saves, at, to = (np.array(values, dtype=np.int32) for values in (query_start, save_start, rows, slots))
+    return SegmentArrays(starts, saves, at, to, has_state)
 
 
 def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:

@@ -139,7 +139,8 @@ class ModelRunner:
 
 
 def _sampling_rows(chunk: Chunk) -> list[SamplingRow]:
-    """One for each token that is chosen; nothing is known of those before it in the chunk."""
-    seq, pending = chunk.sequence, chunk.sequence.num_pending
+    """One for each token that is chosen, after one position of the chunk."""
+    seq = chunk.sequence
+    pending = chunk.end - len(seq.tokens)  # before the last of them
     row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
-    return [row, *(row._replace(num_pending=pending + i) for i in range(1, chunk.num_sampled))]
+    return [*(row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)), row]

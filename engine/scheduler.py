@@ -101,6 +101,7 @@ class Scheduler:
         """Queues requests in the order of their priority, then of their arrival. `now`: monotonic seconds."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
+            assert request.kind == "generate", "the kind of the request was not validated"
             assert 0 < len(request.prompt) + len(request.generated) <= self.max_model_len, "prompt was not validated"
             self._arrivals += 1
             seq = Sequence.of(request, arrival=self._arrivals, now=now)

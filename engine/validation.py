@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
-from jamba_server.engine.types import MAX_LOGPROBS, SamplingParams
+from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 128
@@ -57,6 +57,12 @@ def validate(params: SamplingParams, *, vocab_size: int) -> None:
         _reject("min_tokens", f"is {params.min_tokens}; it must not exceed max_tokens, which is {params.max_tokens}")
     _check_logit_bias(params.logit_bias, vocab_size)
     _check_stop_token_ids(params.stop_token_ids, vocab_size)
+
+
+def validate_kind(kind: RequestKind) -> None:
+    """Raises RequestRejected for a kind of request that no engine serves yet."""
+    if kind != "generate":
+        _reject("kind", f"is {kind!r}; this engine serves 'generate' only")
 
 
 def validate_prompt(

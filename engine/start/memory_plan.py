@@ -142,7 +142,7 @@ def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]
 
 
 class _Planner:
-    """One plan in the making: batch first, then running slots, then checkpoints, then pages, then the context."""
+    """One plan in the making: batch first, then running slots, then saved states, then pages, then the context."""
 
     def __init__(
         self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
@@ -257,7 +257,7 @@ class _Planner:
             return max(
                 self._at_most("state_cache_memory_bytes", wish, most, "the cache memory") // size, MIN_SAVED_STATES
             )
-        if explicit_kv is not None:  # a quarter of what checkpoints and pages take together
+        if explicit_kv is not None:  # a quarter of what saved states and pages take together
             share = min(share, explicit_kv // 3)
         count = share // size
         if self.device == "cpu":

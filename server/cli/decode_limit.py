@@ -87,8 +87,8 @@ class Served:
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
         """What the bandwidth allows beside what was measured, for one sequence and for the closed loops."""
-        size = DTYPE_BYTES[self.model.dtype]
-        limits = decode_limits(self.model, size, self.policy, bandwidth=self.bandwidth, measured=decode_rates(levels))
+        model, measured = self.model, decode_rates(levels)
+        limits = decode_limits(model, model.dtype, self.policy, bandwidth=self.bandwidth, measured=measured)
         return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 

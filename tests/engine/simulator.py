@@ -18,6 +18,7 @@ from jamba_server.engine.cache.state_store import CompressedStates, SlotStates, 
 from jamba_server.engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
+from tests.engine.host_states import HostStates
 
 
 def fold(state: int, token: int) -> int:
@@ -31,19 +32,36 @@ def fold_all(tokens: list[int]) -> int:
     return state
 
 
+class HostMemory(dict[int, int]):
+    """What is at the places of `HostStates`: its own, or in the slots."""
+
+    def __init__(self, slots: dict[int, int], first: int) -> None:
+        self._slots, self._first = slots, first
+
+    def __getitem__(self, place: int) -> int:
+        return self._slots[place] if place < self._first else super().__getitem__(place)
+
+
+def saved_states(store: StateStore, slots: dict[int, int]) -> dict[int, int]:
+    """What is at the places of a store."""
+    if isinstance(store, HostStates):
+        return HostMemory(slots, store.first)
+    return slots if isinstance(store, SlotStates) else {}
+
+
 class Simulator:
     """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one, and so do
     compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before."""
 
-    def __init__(self, scheduler: Scheduler, *, ahead: bool = False) -> None:
-        self.scheduler, self.ahead = scheduler, ahead
+    def __init__(self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0) -> None:
+        self.scheduler, self.ahead, self.second = scheduler, ahead, second  # what the clock moves by in a step
         self.under_way: tuple[SchedulerOutput, list[ChunkResult]] | None = None
         self.chosen: dict[Sequence, list[int]] = {}  # tokens of steps that the scheduler has not seen
         self.num_ahead = 0
         self.block_size = scheduler.cache.block_size
         self.pages: dict[tuple[int, int], int] = {}
         self.slots: dict[int, int] = {}
-        self.saved: dict[int, int] = self.slots if isinstance(scheduler.cache.store, SlotStates) else {}
+        self.saved = saved_states(scheduler.cache.store, self.slots)
         self.texts: dict[Sequence, list[int]] = {}  # of every sequence that ran, as far as is known
         self.time = 0.0
         self.num_saves = 0
@@ -51,7 +69,7 @@ class Simulator:
         self.num_saved = 0
 
     def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
-        self.time += 1.0
+        self.time += self.second
         updates = self.take() if self.scheduler.must_wait() else []
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
@@ -113,7 +131,7 @@ class Simulator:
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         assert len({c.sequence for c in output.chunks}) == len(output.chunks)
         copies, store = output.copies, self.scheduler.cache.store
-        in_slots = isinstance(store, SlotStates)
+        in_slots = type(store) is SlotStates
         for pairs, within_one_pool in ((copies.pages, True), (copies.states, in_slots), (copies.saves, False)):
             destinations = [d for _, d in pairs]
             assert len(set(destinations)) == len(destinations), "a destination is written twice"
@@ -195,8 +213,7 @@ class Simulator:
     def pools(self) -> list[BlockPool]:
         """All that units can leak from."""
         cache = self.scheduler.cache
-        places = [cache.store.places] if isinstance(cache.store, CompressedStates) else []
-        return [cache.pages, cache.slots, *places]
+        return [cache.pages, *(pool for pool in vars(cache.store).values() if isinstance(pool, BlockPool))]
 
     def check_integrity(self) -> None:
         cache, running = self.scheduler.cache, self.scheduler.running

@@ -96,7 +96,7 @@ def test_evicted_prefixes_are_counted_as_evicted() -> None:
     assert scheduler.stats.missed_evicted_total > 0
 
 
-def test_interior_checkpoints_cost_no_step() -> None:
+def test_interior_states_cost_no_step() -> None:
     steps: list[int] = []
     for save_positions in ((), (400, 800, 1200, 1600)):
         scheduler, simulator = fresh(
