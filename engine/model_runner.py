@@ -17,6 +17,7 @@ from jamba_server.engine.models import Model
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
+from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
@@ -51,8 +52,9 @@ class PendingStep:
         for i, chunk in enumerate(self.output.chunks):
             chosen = tokens[first : first + chunk.num_sampled]
             first += chunk.num_sampled
-            token_ids = tuple([token.token_id for token in chosen])
-            logprobs = tuple([token.logprob for token in chosen if token.logprob is not None])
+            token_ids, logprobs = zip(*chosen, strict=True) if chosen else ((), ())
+            if None in logprobs:  # of none of the chunk's tokens was it asked for
+                logprobs = ()
             results.append(ChunkResult(token_ids, logprobs, self.prompts[i].read() if i in self.prompts else ()))
         return results
 
@@ -99,10 +101,20 @@ class ModelRunner:
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
     def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
-        rows = [row for chunk in chunks for row in _sampling_rows(chunk)]
+        rows: list[SamplingRow] = []
+        sequences: list[Sequence] = []
+        for chunk in chunks:
+            seq = chunk.sequence
+            pending = chunk.end - len(seq.tokens)  # before the last token that the chunk chooses
+            row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
+            if chunk.num_sampled > 1:
+                rows += [row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)]
+                sequences += [seq] * (chunk.num_sampled - 1)
+            rows.append(row)
+            sequences.append(seq)
         tokens = self.sampler.launch(self.model.logits(hidden), rows)
         if self.sampled is not None:
-            self.sampled.put(tokens.token_ids, [chunk.sequence for chunk in chunks for _ in range(chunk.num_sampled)])
+            self.sampled.put(tokens.token_ids, sequences)
         return tokens
 
     def _copy_units(self, copies: CacheCopies) -> None:
@@ -136,11 +148,3 @@ class ModelRunner:
             logits = self.model.logits(hidden[start - 1 - chunk.start : end - 1 - chunk.start])
             slices.append(PendingLogprobs(logits, seq.tokens[start:end], [count] * (end - start)))
         return PendingPrompt(chunk.start == 0 and seq.num_prompt_logprobs == 0, tuple(slices))
-
-
-def _sampling_rows(chunk: Chunk) -> list[SamplingRow]:
-    """One for each token that is chosen, after one position of the chunk."""
-    seq = chunk.sequence
-    pending = chunk.end - len(seq.tokens)  # before the last of them
-    row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
-    return [*(row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)), row]

@@ -278,16 +278,19 @@ class Scheduler:
         whether and why the sequence ends."""
         if not result.token_ids:
             return result, "length"  # max_tokens 0: only the prompt was wanted
-        for count, token_id in enumerate(result.token_ids, start=1):
+        before, reason = len(seq.tokens), None
+        for token_id in result.token_ids:
             seq.tokens.append(token_id)
             seq.num_pending -= 1
-            stops = self._stops(seq, token_id)
-            if stops or self._is_full(seq, len(seq.tokens)):
-                if count < len(result.token_ids):
-                    left = result.token_ids[:count], result.logprobs[:count]
-                    result = result._replace(token_ids=left[0], logprobs=left[1])
-                return result, "stop" if stops else "length"
-        return result, None
+            if self._stops(seq, token_id):
+                reason = "stop"
+                break
+            if self._is_full(seq, len(seq.tokens)):
+                reason = "length"
+                break
+        if (count := len(seq.tokens) - before) < len(result.token_ids):
+            result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
+        return result, reason
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
         """Whether so many tokens are all that it may have."""

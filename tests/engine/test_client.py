@@ -78,6 +78,13 @@ async def test_one_choice_can_end_while_its_sibling_goes_on(running: EngineClien
     assert sum(u.request_id == "b" for u in after) == 30
 
 
+async def test_a_kind_that_no_engine_serves_is_refused(running: EngineClient) -> None:
+    with pytest.raises(RequestRejected, match="kind is 'embed'"):
+        async with running.generate([msgspec.structs.replace(request("a", tokens=1), kind="embed")]):
+            pass
+    assert await collect(running, [request("a", tokens=2)]), "it left nothing behind"
+
+
 async def test_a_killed_engine_is_replaced_and_every_token_comes_once(running: EngineClient) -> None:
     first = running.pid
     tokens: list[int] = []
