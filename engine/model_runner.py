@@ -50,12 +50,15 @@ class PendingStep:
         results: list[ChunkResult] = []
         first = 0
         for i, chunk in enumerate(self.output.chunks):
-            chosen = tokens[first : first + chunk.num_sampled]
+            prompt = self.prompts[i].read() if i in self.prompts else ()
+            if chunk.num_sampled == 1:  # as nearly all do
+                token_id, logprob = tokens[first]
+                results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
+            else:
+                chosen = tokens[first : first + chunk.num_sampled]
+                logprobs = [token.logprob for token in chosen if token.logprob is not None]
+                results.append(ChunkResult(tuple(token.token_id for token in chosen), tuple(logprobs), prompt))
             first += chunk.num_sampled
-            token_ids, logprobs = zip(*chosen, strict=True) if chosen else ((), ())
-            if None in logprobs:  # of none of the chunk's tokens was it asked for
-                logprobs = ()
-            results.append(ChunkResult(token_ids, logprobs, self.prompts[i].read() if i in self.prompts else ()))
         return results
 
 

@@ -255,8 +255,10 @@ class Scheduler:
                 continue
             seq.num_prompt_logprobs += len(result.prompt_logprobs)
             reason: FinishReason | None = None
-            if chunk.end == len(seq.tokens):
-                result, reason = self._take(seq, result)
+            if chunk.end == (length := len(seq.tokens)):
+                reason = self._take(seq, result.token_ids)
+                if (count := len(seq.tokens) - length) < len(result.token_ids):  # nobody wants what follows the end
+                    result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
             if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
             if reason:
@@ -273,24 +275,18 @@ class Scheduler:
             seq.vacate()  # it may have been on its way to run
         self.cache.discard()
 
-    def _take(self, seq: Sequence, result: ChunkResult) -> tuple[ChunkResult, FinishReason | None]:
-        """Appends the tokens that were chosen, up to the one that ends the sequence. What is left of the result, and
-        whether and why the sequence ends."""
-        if not result.token_ids:
-            return result, "length"  # max_tokens 0: only the prompt was wanted
-        before, reason = len(seq.tokens), None
-        for token_id in result.token_ids:
+    def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
+        """Appends the tokens that were chosen, up to one that ends the sequence, and says whether and why it ends."""
+        if not token_ids:
+            return "length"  # max_tokens 0: only the prompt was wanted
+        for token_id in token_ids:
             seq.tokens.append(token_id)
             seq.num_pending -= 1
             if self._stops(seq, token_id):
-                reason = "stop"
-                break
+                return "stop"
             if self._is_full(seq, len(seq.tokens)):
-                reason = "length"
-                break
-        if (count := len(seq.tokens) - before) < len(result.token_ids):
-            result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
-        return result, reason
+                return "length"
+        return None
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
         """Whether so many tokens are all that it may have."""
@@ -305,9 +301,9 @@ class Scheduler:
         first, seq.announced = not seq.announced, True
         return TokenUpdate(
             request_id=seq.request.id,
-            token_ids=list(result.token_ids),
-            logprobs=list(result.logprobs),
-            prompt_logprobs=list(result.prompt_logprobs),
+            token_ids=[*result.token_ids],
+            logprobs=[*result.logprobs],
+            prompt_logprobs=[*result.prompt_logprobs],
             finish_reason=reason,
             stop_token_id=result.token_ids[-1] if reason == "stop" else None,
             vector=result.vector,

@@ -9,10 +9,11 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded
+from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded, RequestRejected
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 
