@@ -31,13 +31,25 @@ class PageTables(NamedTuple):
         return Pages(k, v, self.block_tables, self.context_lens, self.max_context_len)
 
 
+class Decodes(NamedTuple):
+    """Single tokens of sequences that have a state: state ids int32 [N], and the pages."""
+
+    state_ids: Tensor
+    tables: PageTables
+
+
+class Prefills(NamedTuple):
+    """Longer runs and first tokens, their rows counted from the first of them, and the pages."""
+
+    segments: Segments
+    tables: PageTables
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
-    """T tokens of several sequences in one ragged row.
+    """T tokens of several sequences in one ragged row: `num_decodes` rows of `decodes`, then those of `prefills`; each
+    is None if there are none.
 
-    Rows [0, num_decodes) are single tokens of sequences that have a state: `decode_state_ids` (int32) and
-    `decode_tables` belong to them. The rest are longer runs or first tokens: `prefill` describes them with row numbers
-    counted from num_decodes, `prefill_tables` holds their pages; both are None if there are none.
     token_ids int64 [T]; kv_slots int64 [T] (page * block_size + offset); logit_rows int64: rows whose logits are
     wanted.
     """
@@ -46,10 +58,33 @@ class ForwardBatch:
     kv_slots: Tensor
     logit_rows: Tensor
     num_decodes: int
-    decode_state_ids: Tensor
-    decode_tables: PageTables | None
-    prefill: Segments | None
-    prefill_tables: PageTables | None
+    decodes: Decodes | None
+    prefills: Prefills | None
+
+
+class RowArrays(NamedTuple):
+    """Of every token: its id (0 for one that is ahead) and its kv slot."""
+
+    token_ids: Array
+    kv_slots: Array
+
+
+class TableArrays(NamedTuple):
+    """Of every sequence: state id, page table, context length."""
+
+    state_ids: Array
+    block_tables: Array
+    context_lens: Array
+
+
+class SegmentArrays(NamedTuple):
+    """Of every run, as in `Segments` and `StateSaves`."""
+
+    query_start: Array
+    save_start: Array
+    save_rows: Array
+    save_slots: Array
+    has_state: Array
 
 
 class SampledTokens:
@@ -84,45 +119,41 @@ class SampledTokens:
 def build_batch(
     chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
 ) -> ForwardBatch:
-    """The batch of one step's chunks, decodes first; one logit row for each chunk that samples, in their order. Chunks
+    """The batch of one step's chunks, decodes first; a logit row for each token that is chosen, in their order. Chunks
     that are ahead find their tokens in `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "decodes come first"
-    arrays = row_arrays(chunks, block_size)
-    num_rows = len(arrays[0])
-    logit_rows, row = array("q"), 0
-    for chunk in chunks:
-        row += chunk.end - chunk.start
-        if chunk.samples:
-            logit_rows.append(row - 1)
-    arrays.append(np.asarray(logit_rows))
+    rows = row_arrays(chunks, block_size)
+    arrays: list[Array] = [*rows, _logit_rows(chunks)]
     if decodes:
         arrays += table_arrays(decodes, block_size, len(decodes), longest(decodes))
     if prefills:
         arrays += table_arrays(prefills, block_size, len(prefills), longest(prefills))
         arrays += _segment_arrays(prefills)
     if sampled is not None:
-        arrays.append(sampled.sources(decodes, num_rows))
+        arrays.append(sampled.sources(decodes, len(rows.token_ids)))
     tensors = iter(upload(arrays, device))
-    token_ids, kv_slots, rows = next(tensors), next(tensors), next(tensors)
-    decode_ids, decode_tables = (
-        _tables(decodes, tensors) if decodes else (token_ids.new_empty(0, dtype=torch.int32), None)
-    )
-    prefill, prefill_tables = None, None
-    if prefills:
-        state_ids, prefill_tables = _tables(prefills, tensors)
-        prefill = _segments(prefills, state_ids, tensors)
+    token_ids, kv_slots, logit_rows = next(tensors), next(tensors), next(tensors)
+    decode_part = _decodes(decodes, tensors) if decodes else None
+    prefill_part = _prefills(prefills, tensors) if prefills else None
     return ForwardBatch(
         token_ids=token_ids if sampled is None else sampled.fill(token_ids, next(tensors)),
         kv_slots=kv_slots,
-        logit_rows=rows,
+        logit_rows=logit_rows,
         num_decodes=num_decodes,
-        decode_state_ids=decode_ids,
-        decode_tables=decode_tables,
-        prefill=prefill,
-        prefill_tables=prefill_tables,
+        decodes=decode_part,
+        prefills=prefill_part,
     )
+
+
+def _logit_rows(chunks: Many[Chunk]) -> Array:
+    rows, row = array("q"), 0
+    for chunk in chunks:
+        row += chunk.end - chunk.start
+        if chunk.num_sampled:
+            rows.extend(range(row - chunk.num_sampled, row))
+    return np.asarray(rows)
 
 
 def longest(chunks: Many[Chunk]) -> int:
@@ -130,8 +161,8 @@ def longest(chunks: Many[Chunk]) -> int:
     return max(chunk.end for chunk in chunks)
 
 
-def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> list[Array]:
-    """Of every token: its id (0 for one that is ahead) and its kv slot. Padding writes to page 0, which is nobody's."""
+def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> RowArrays:
+    """Those of all chunks, one after the other. Padding writes to page 0, which is nobody's."""
     token_ids, kv_slots = array("q"), array("q")
     for chunk in chunks:
         tokens = chunk.sequence.tokens
@@ -142,12 +173,12 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> lis
     if padding:
         token_ids.extend([0] * padding)
         kv_slots.extend([0] * padding)
-    return [np.asarray(token_ids), np.asarray(kv_slots)]
+    return RowArrays(np.asarray(token_ids), np.asarray(kv_slots))
 
 
-def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> list[Array]:
-    """Of every sequence: state id, page table for `max_context_len` tokens, context length. Rows beyond the chunks are
-    padding: one token in page 0 upon state 0, which are nobody's."""
+def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
+    """With page tables for `max_context_len` tokens. Rows beyond the chunks are padding: one token in page 0 upon state
+    0, which are nobody's."""
     padding = rows - len(chunks)
     tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=False):
@@ -158,13 +189,13 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
     if padding:
         state_ids.extend([0] * padding)
         context_lens.extend([1] * padding)
-    return [np.asarray(state_ids), tables, np.asarray(context_lens)]
+    return TableArrays(np.asarray(state_ids), tables, np.asarray(context_lens))
 
 
-def _tables(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> tuple[Tensor, PageTables]:
-    """State ids and tables of the arrays that `table_arrays` made."""
+def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
+    """Of what `table_arrays` made."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
-    return state_ids, PageTables(block_tables, context_lens, longest(chunks))
+    return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
 
 
 def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
@@ -177,7 +208,7 @@ def _add_kv_slots(kv_slots: array[int], chunk: Chunk, block_size: int) -> None:
     kv_slots.frombytes((blocks[positions // block_size - first] * block_size + positions % block_size).tobytes())
 
 
-def _segment_arrays(chunks: Many[Chunk]) -> list[Array]:
+def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
     query_start, save_start, rows, slots = [0], [0], list[int](), list[int]()
     for chunk in chunks:
         rows += [query_start[-1] + save.position - chunk.start - 1 for save in chunk.saves]
@@ -185,16 +216,19 @@ def _segment_arrays(chunks: Many[Chunk]) -> list[Array]:
         save_start.append(len(rows))
         query_start.append(query_start[-1] + chunk.end - chunk.start)
     has_state = np.array([chunk.start > 0 for chunk in chunks], dtype=np.bool_)
-    return [*(np.array(values, dtype=np.int32) for values in (query_start, save_start, rows, slots)), has_state]
+    starts, saves, at, to = (np.array(values, dtype=np.int32) for values in (query_start, save_start, rows, slots))
+    return SegmentArrays(starts, saves, at, to, has_state)
 
 
-def _segments(chunks: Many[Chunk], state_ids: Tensor, tensors: Iterator[Tensor]) -> Segments:
-    """Of the arrays that `_segment_arrays` made."""
+def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
+    """Of what `table_arrays` and `_segment_arrays` made."""
+    state_ids, tables = _decodes(chunks, tensors)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
-    return Segments(
+    segments = Segments(
         query_start=query_start,
         max_query_len=max(chunk.end - chunk.start for chunk in chunks),
         state_ids=state_ids,
         has_state=has_state,
         saves=StateSaves(save_start, rows, slots),
     )
+    return Prefills(segments, tables)

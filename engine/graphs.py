@@ -19,7 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from jamba_server.engine.batch import ForwardBatch, PageTables, SampledTokens, longest, row_arrays, table_arrays
+from jamba_server.engine.batch import (
+    Decodes,
+    ForwardBatch,
+    PageTables,
+    SampledTokens,
+    longest,
+    row_arrays,
+    table_arrays,
+)
 from jamba_server.engine.cache.graph_sizes import GraphKey, GraphSizes
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.models import Model
@@ -103,15 +111,15 @@ class DecodeGraphs:
 
     def key(self, chunks: Many[Chunk]) -> GraphKey | None:
         """Of the graph that runs these chunks; None if there is none."""
-        if not all(chunk.is_decode and chunk.samples for chunk in chunks):
+        if not all(chunk.is_decode and chunk.num_sampled for chunk in chunks):
             return None
         return self._sizes.key(len(chunks), longest(chunks))
 
     def forward(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> Tensor:
         """Hidden states [len(chunks), H], valid until the next step."""
         padding, block_size = key.rows - len(chunks), self._storage.block_size
-        arrays = row_arrays(chunks, block_size, padding=padding)
-        arrays += table_arrays(chunks, block_size, key.rows, key.context)
+        tables = table_arrays(chunks, block_size, key.rows, key.context)
+        arrays = [*row_arrays(chunks, block_size, padding=padding), *tables]
         if sampled is not None:
             arrays.append(sampled.sources(chunks, key.rows))
         if self._inputs.is_cuda:
@@ -135,8 +143,6 @@ class DecodeGraphs:
             kv_slots=kv_slots,
             logit_rows=token_ids[:0],  # all rows are wanted
             num_decodes=key.rows,
-            decode_state_ids=state_ids,
-            decode_tables=PageTables(block_tables, context_lens, key.context),
-            prefill=None,
-            prefill_tables=None,
+            decodes=Decodes(state_ids, PageTables(block_tables, context_lens, key.context)),
+            prefills=None,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,8 @@ from jamba_server.engine.models import Model
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
-from jamba_server.engine.staging import upload
+from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.state_copies import columns, state_copies
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
 
@@ -37,27 +37,36 @@ class PendingPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A step that the device works on. `samples`: which of its chunks get a token, `prompts`: which have more."""
+    """A step that the device works on. `tokens`: those of all chunks, in their order; `prompts`: of the chunks, by
+    number, that have log-probabilities of a prompt."""
 
     output: SchedulerOutput
-    samples: list[bool]
     tokens: PendingTokens | None
     prompts: dict[int, PendingPrompt]
 
     def results(self) -> list[ChunkResult]:
         """One result per chunk, in their order. Waits for the device."""
-        tokens = iter(self.tokens.read() if self.tokens is not None else ())
+        tokens = self.tokens.read() if self.tokens is not None else []
         results: list[ChunkResult] = []
-        for i, samples in enumerate(self.samples):
-            token_id, logprob = next(tokens) if samples else (None, None)
-            results.append(ChunkResult(token_id, logprob, self.prompts[i].read() if i in self.prompts else ()))
+        first = 0
+        for i, chunk in enumerate(self.output.chunks):
+            prompt = self.prompts[i].read() if i in self.prompts else ()
+            if chunk.num_sampled == 1:  # as nearly all do
+                token_id, logprob = tokens[first]
+                results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
+            else:
+                chosen = tokens[first : first + chunk.num_sampled]
+                logprobs = [token.logprob for token in chosen if token.logprob is not None]
+                results.append(ChunkResult(tuple(token.token_id for token in chosen), tuple(logprobs), prompt))
+            first += chunk.num_sampled
         return results
 
 
 class ModelRunner:
     """Runs the model over the storage and turns its rows into tokens and log-probabilities.
 
-    `graphs` runs the steps that it can; `sampled` keeps tokens for a next step that is launched before they are known.
+    `graphs` runs the steps that it can; `sampled` keeps tokens for a next step that is launched before they are known;
+    `states` copies states to the places of the store and back.
     """
 
     def __init__(
@@ -71,18 +80,17 @@ class ModelRunner:
         sampled: SampledTokens | None = None,
     ) -> None:
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
-        self.graphs, self.sampled = graphs, sampled
+        self.graphs, self.sampled, self.states = graphs, sampled, state_copies(storage, kernels)
         self.device = storage.kv.device
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
         """Launches a step and waits for nothing. Before `Scheduler.advance`."""
         self._copy_units(output.copies)
-        samples = [chunk.samples for chunk in output.chunks]
-        sampling = [chunk for chunk, wanted in zip(output.chunks, samples, strict=True) if wanted]
+        sampling = [chunk for chunk in output.chunks if chunk.num_sampled]
         hidden, chosen = self._forward(output.chunks)
         tokens = self._sample(chosen, sampling) if sampling else None
-        return PendingStep(output, samples, tokens, self._prompt_logprobs(output.chunks, hidden))
+        return PendingStep(output, tokens, self._prompt_logprobs(output.chunks, hidden))
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
         """Hidden states of all rows, and those from which tokens are sampled."""
@@ -96,32 +104,29 @@ class ModelRunner:
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
     def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
-        tokens = self.sampler.launch(self.model.logits(hidden), [_sampling_row(chunk) for chunk in chunks])
+        rows: list[SamplingRow] = []
+        sequences: list[Sequence] = []
+        for chunk in chunks:
+            seq = chunk.sequence
+            pending = chunk.end - len(seq.tokens)  # before the last token that the chunk chooses
+            row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
+            if chunk.num_sampled > 1:
+                rows += [row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)]
+                sequences += [seq] * (chunk.num_sampled - 1)
+            rows.append(row)
+            sequences.append(seq)
+        tokens = self.sampler.launch(self.model.logits(hidden), rows)
         if self.sampled is not None:
-            self.sampled.put(tokens.token_ids, [chunk.sequence for chunk in chunks])
+            self.sampled.put(tokens.token_ids, sequences)
         return tokens
 
     def _copy_units(self, copies: CacheCopies) -> None:
-        kv, conv, ssm, compressed = self.storage.kv, self.storage.conv, self.storage.ssm, self.storage.compressed
-        self._copy(copies.pages, (kv,))
-        if compressed is None:
-            self._copy(copies.states, (conv, ssm))
-            return
-        first = self.storage.num_slots  # unit of the saved states' convolutions
+        if copies.pages:
+            self.kernels.copy_slots((self.storage.kv,), *columns(copies.pages, self.device))
         if copies.saves:
-            self.kernels.compress_states(ssm, compressed, *self._columns(copies.saves))
-            self._copy([(slot, first + state_id) for slot, state_id in copies.saves], (conv,))
+            self.states.save(copies.saves)
         if copies.states:
-            self.kernels.restore_states(compressed, ssm, *self._columns(copies.states))
-            self._copy([(first + state_id, slot) for state_id, slot in copies.states], (conv,))
-
-    def _copy(self, pairs: list[tuple[int, int]], tensors: tuple[Tensor, ...]) -> None:
-        if pairs:
-            self.kernels.copy_slots(tensors, *self._columns(pairs))
-
-    def _columns(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        [columns] = upload([np.array(pairs, dtype=np.int64).T.copy()], self.device)
-        return columns[0], columns[1]
+            self.states.restore(copies.states)
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
         """Of the chunks that ask for any, by number."""
@@ -146,8 +151,3 @@ class ModelRunner:
             logits = self.model.logits(hidden[start - 1 - chunk.start : end - 1 - chunk.start])
             slices.append(PendingLogprobs(logits, seq.tokens[start:end], [count] * (end - start)))
         return PendingPrompt(chunk.start == 0 and seq.num_prompt_logprobs == 0, tuple(slices))
-
-
-def _sampling_row(chunk: Chunk) -> SamplingRow:
-    seq = chunk.sequence
-    return SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, seq.num_pending)

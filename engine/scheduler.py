@@ -17,13 +17,14 @@ from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenL
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `samples`: it reaches
-    the last token, and the next one is chosen."""
+    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `num_sampled`: after
+    so many of its positions, the last ones, a token is chosen: none before the prompt's end, one where the next token
+    is wanted, all of them to check tokens that were guessed."""
 
     sequence: Sequence
     start: int
     end: int
-    samples: bool
+    num_sampled: int
     saves: tuple[Save, ...] = ()
 
     @property
@@ -47,11 +48,13 @@ class SchedulerOutput:
 
 
 class ChunkResult(NamedTuple):
-    """What the model said of one chunk: the sampled token, if the chunk samples, and log-probabilities."""
+    """What the model said of one chunk: the tokens that were chosen, with their log-probabilities if these were asked
+    for; log-probabilities of prompt tokens; a vector, where the request is for one."""
 
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    vector: tuple[float, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -98,6 +101,7 @@ class Scheduler:
         """Queues requests in the order of their priority, then of their arrival. `now`: monotonic seconds."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
+            assert request.kind == "generate", "the kind of the request was not validated"
             assert 0 < len(request.prompt) + len(request.generated) <= self.max_model_len, "prompt was not validated"
             self._arrivals += 1
             seq = Sequence.of(request, arrival=self._arrivals, now=now)
@@ -124,7 +128,7 @@ class Scheduler:
             kv_blocks_capacity=pages.capacity,
             state_slots_used=slots.capacity - slots.num_free,
             state_slots_capacity=slots.capacity,
-            saved_states=self.cache.states.num_cached,
+            saved_states=self.cache.store.num_saved,
             num_preemptions_total=count["preemptions"],
             prefix_queries_total=count["queries"],
             prefix_hits_total=count["hits"],
@@ -146,7 +150,7 @@ class Scheduler:
                 self._extend(seq, plan)
         started = self._admit(plan, now) if not plan.preempted else ()
         chunks = [
-            Chunk(seq, start, end, seq.samples_at(end), tuple(self.cache.plan_saves(seq, start, end)))
+            Chunk(seq, start, end, int(seq.samples_at(end)), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end, _) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
@@ -177,7 +181,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.cache.free(seq)  # its state stays as a checkpoint: it resumes there if its pages survive
+        self.cache.free(seq)  # its state is saved: it resumes there if its pages survive
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
 
@@ -233,16 +237,17 @@ class Scheduler:
     # After the step ---------------------------------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
-        """The step is under way: whatever is launched from now on finds its pages and states written."""
+        """The step has been launched: whatever is launched from now on finds its pages and states written."""
         for chunk in output.chunks:
             seq = chunk.sequence
-            seq.num_pending += chunk.samples
+            seq.num_pending += chunk.num_sampled
             seq.num_computed = chunk.end
-        self.cache.commit(output.copies)
+        self.cache.launch(output.copies)
 
     def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Takes in what the model said; finished sequences give back what they own. Steps come in their order, each
-        after its `advance`; a token of a sequence that has ended meanwhile is dropped."""
+        """Confirms a step and takes in what the model said; finished sequences give back what they own. Steps come in
+        their order, each after its `advance`; tokens of a sequence that has ended meanwhile are dropped."""
+        self.cache.confirm()
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
             seq = chunk.sequence
@@ -250,23 +255,38 @@ class Scheduler:
                 continue
             seq.num_prompt_logprobs += len(result.prompt_logprobs)
             reason: FinishReason | None = None
-            if chunk.end == len(seq.tokens):
-                reason = self._take(seq, result.token_id)
-            if result.token_id is not None or result.prompt_logprobs or reason:
+            if chunk.end == (length := len(seq.tokens)):
+                reason = self._take(seq, result.token_ids)
+                if (count := len(seq.tokens) - length) < len(result.token_ids):  # nobody wants what follows the end
+                    result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
+            if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
             if reason:
                 self._remove(seq)
         return updates
 
-    def _take(self, seq: Sequence, token_id: int | None) -> FinishReason | None:
-        """Appends a sampled token and says whether and why the sequence ends with it."""
-        if token_id is None:
+    def discard(self) -> None:
+        """A step has failed, wherever it was: what it touched is lost. Requests that have begun end without an update,
+        because those of the failed step reach nobody; requests that only wait still do."""
+        self.running = []
+        self.waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
+        self._by_id = {seq.request.id: seq for seq in self.waiting}
+        for seq in self.waiting:
+            seq.vacate()  # it may have been on its way to run
+        self.cache.discard()
+
+    def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
+        """Appends the tokens that were chosen, up to one that ends the sequence, and says whether and why it ends."""
+        if not token_ids:
             return "length"  # max_tokens 0: only the prompt was wanted
-        seq.tokens.append(token_id)
-        seq.num_pending -= 1
-        if self._stops(seq, token_id):
-            return "stop"
-        return "length" if self._is_full(seq, len(seq.tokens)) else None
+        for token_id in token_ids:
+            seq.tokens.append(token_id)
+            seq.num_pending -= 1
+            if self._stops(seq, token_id):
+                return "stop"
+            if self._is_full(seq, len(seq.tokens)):
+                return "length"
+        return None
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
         """Whether so many tokens are all that it may have."""
@@ -281,11 +301,12 @@ class Scheduler:
         first, seq.announced = not seq.announced, True
         return TokenUpdate(
             request_id=seq.request.id,
-            token_ids=[] if result.token_id is None else [result.token_id],
-            logprobs=[] if result.logprob is None else [result.logprob],
-            prompt_logprobs=list(result.prompt_logprobs),
+            token_ids=[*result.token_ids],
+            logprobs=[*result.logprobs],
+            prompt_logprobs=[*result.prompt_logprobs],
             finish_reason=reason,
-            stop_token_id=result.token_id if reason == "stop" else None,
+            stop_token_id=result.token_ids[-1] if reason == "stop" else None,
+            vector=result.vector,
             num_cached=seq.num_cached if first else None,
             queue_seconds=seq.queue_seconds if first else None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from jamba_server.engine.types import Request, SamplingParams
+from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 
 @dataclass(eq=False, slots=True)
@@ -17,7 +17,7 @@ class Sequence:
     `branch` is a position where its tokens left what others had computed (0: none known). `tokens` and `block_ids` are
     arrays because each step copies them to tensors: of a long context that is 100 times faster than from a list.
     `num_pending` tokens after them have been chosen on the device, or will be by steps under way; what they are is not
-    known yet.
+    known yet. `num_computed` positions have been launched: those of steps under way are not confirmed.
     """
 
     request: Request
@@ -53,6 +53,14 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def kind(self) -> RequestKind:
+        return self.request.kind
+
+    def vacate(self) -> None:
+        """It owns nothing any more, and begins again wherever the cache lets it."""
+        self.block_ids, self.state_id, self.num_computed, self.branch = array("i"), 0, 0, 0
 
     @property
     def num_generated(self) -> int:

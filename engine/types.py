@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+RequestKind = Literal["generate", "classify", "embed"]
 MAX_LOGPROBS = 20
 
 
@@ -53,7 +54,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One choice of one prompt.
+    """One choice of one prompt. `kind`: tokens are wanted, or a classifier's scores, or an embedding.
 
     `index` is the choice's number within its prompt (0..n-1); requests of one prompt share `group`, so that its
     prefix is computed once. `generated` and `num_prompt_logprobs` say what an earlier engine has delivered already
@@ -64,6 +65,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     prompt: list[int]
     params: SamplingParams
+    kind: RequestKind = "generate"
     index: int = 0
     group: str = ""
     priority: int = 0
@@ -80,6 +82,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     where the last update stopped; its very first entry is None. `num_cached` (prompt tokens read from the prefix
     cache) and `queue_seconds` come with the request's first update. `finish_reason` closes the request;
     `stop_token_id` names the token that did, which is also the last of `token_ids`. `error` goes with "error".
+    `vector`: a classifier's scores, or an embedding.
     """
 
     request_id: str
@@ -91,6 +94,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     num_cached: int | None = None
     queue_seconds: float | None = None
     error: str | None = None
+    vector: tuple[float, ...] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
-from jamba_server.engine.types import MAX_LOGPROBS, SamplingParams
+from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 128
@@ -62,6 +62,12 @@ def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[in
     _check_token_ids("allowed_token_ids", params.allowed_token_ids, vocab_size, limit=MAX_ALLOWED_TOKEN_IDS)
     _check_bad_words(params, vocab_size)
     _check_choice_is_left(params, vocab_size, eos_token_ids)
+
+
+def validate_kind(kind: RequestKind) -> None:
+    """Raises RequestRejected for a kind of request that no engine serves yet."""
+    if kind != "generate":
+        _reject("kind", f"is {kind!r}; this engine serves 'generate' only")
 
 
 def validate_prompt(

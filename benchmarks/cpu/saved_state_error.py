@@ -26,7 +26,7 @@ from benchmarks.cpu.engine import RESULTS
 from benchmarks.http.serving import describe_commit
 from benchmarks.shapes import median_seconds, write_config
 from jamba_server.engine.cache.manager import CacheCopies
-from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.scheduler import Chunk, SchedulerOutput
@@ -89,7 +89,7 @@ def forced(runner: ModelRunner, tokens: list[int], cuts: Many[int], restore: Res
     found: list[TokenLogprob] = []
     for start, end in zip((0, *cuts), (*cuts, len(tokens)), strict=True):
         copies = restore(runner) if start else CacheCopies()
-        [result] = runner.launch(SchedulerOutput((Chunk(seq, start, end, samples=False),), copies, ())).results()
+        [result] = runner.launch(SchedulerOutput((Chunk(seq, start, end, num_sampled=0),), copies, ())).results()
         found += [entry for entry in result.prompt_logprobs if entry is not None] if start else []
     return found
 
@@ -162,8 +162,11 @@ def cost(shape: str) -> dict[str, float]:
     with TemporaryDirectory() as name:
         write_config(shape, Path(name))
         config = load_model_config(Path(name))
-    plain = CacheSpec.of(config, block_size=BLOCK_SIZE, dtype_bytes=2)
-    narrow = CacheSpec.of(config, block_size=BLOCK_SIZE, dtype_bytes=2, state_cache_dtype="int8")
+    layouts = [
+        cache_layout(config, block_size=BLOCK_SIZE, dtype="bfloat16", state_cache_dtype=kind)
+        for kind in ("auto", "int8")
+    ]
+    plain, narrow = (layout.num_bytes("saved") for layout in layouts)
     kernels, unit = select("cpu", {}), (len(config.mamba_layers), config.d_inner)
     states = torch.randn(8, *unit, config.mamba_d_state)  # as many as no cache holds
     compressed = CompressedStates(torch.zeros(states.shape, dtype=torch.int8), torch.zeros(8, *unit))
@@ -174,7 +177,7 @@ def cost(shape: str) -> dict[str, float]:
         median_seconds(lambda: kernels.restore_states(compressed, states, slots, slots), 0.5) / 8,
     )
     named = dict(zip(("copy_us", "compress_us", "restore_us"), (time * 1e6 for time in times), strict=True))
-    return {"auto": plain.bytes_per_saved_state, "int8": narrow.bytes_per_saved_state, **named}
+    return {"auto": plain, "int8": narrow, **named}
 
 
 def cost_table(costs: Mapping[str, Mapping[str, float]]) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import shapes
 from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
 
@@ -73,7 +74,7 @@ class Work:
 def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: int, context: int) -> Work:
     """One step of `sequences`, a token each, after `context` tokens: it reads the weights, of the experts those that
     are expected to be chosen; it reads and writes every state; it reads keys and values."""
-    spec = CacheSpec.of(config, block_size=16, dtype_bytes=DTYPE_BYTES)
+    spec = CacheSpec.of(cache_layout(config, block_size=16, dtype="bfloat16"))
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=sequences, policy=policy)
     head = config.vocab_size * config.hidden_size
     keys = 4 * len(config.attention_layers) * config.num_attention_heads * config.head_dim * context
@@ -86,7 +87,7 @@ def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: i
 def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int, chunk: int) -> Work:
     """One prompt and its first token, `chunk` tokens a step: each step reads the weights, the keys and values before it
     and the state. Of the scan, which no matrix unit does, only the state counts."""
-    spec = CacheSpec.of(config, block_size=16, dtype_bytes=DTYPE_BYTES)
+    spec = CacheSpec.of(cache_layout(config, block_size=16, dtype="bfloat16"))
     steps = -(-tokens // chunk)
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=min(tokens, chunk), policy=policy)
     keys_read = sum(range(chunk, tokens, chunk)) + tokens

@@ -28,6 +28,8 @@ from triton.runtime import driver
 
 import jamba_server.kernels.table
 from benchmarks.shapes import Format, write_config
+from jamba_server.engine.config import KvCacheDtype
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.start.memory import DummySteps
 from jamba_server.engine.start.rehearsal import Rehearsal
@@ -35,10 +37,10 @@ from jamba_server.server.cli.bench import conditions
 
 RESULTS = Path(__file__).parents[1] / "results"
 STEPS: Final = DummySteps(max_num_batched_tokens=8192, max_num_seqs=256, max_model_len=262144, block_size=16)
-MODELS: Final[Mapping[str, tuple[str, str, torch.dtype]]] = {
-    "3b": ("3b", "bf16", torch.bfloat16),
-    "3b, int8, fp8 pages": ("3b", "int8", torch.float8_e4m3fn),
-    "mini, int8": ("mini", "int8", torch.bfloat16),
+MODELS: Final[Mapping[str, tuple[str, str, KvCacheDtype]]] = {
+    "3b": ("3b", "bf16", "auto"),
+    "3b, int8, fp8 pages": ("3b", "int8", "fp8"),
+    "mini, int8": ("mini", "int8", "auto"),
 }
 
 
@@ -66,13 +68,14 @@ class NoGpu:
 
 def rehearsal_of(model: str) -> Rehearsal:
     """One of `MODELS`, with Triton's kernels."""
-    shape, format, kv_dtype = MODELS[model]
+    shape, format, kv_cache_dtype = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
         config = load_model_config(Path(folder))
     with mock.patch.object(jamba_server.kernels.table, "ensure_available"):
         chosen = jamba_server.kernels.table.select("cuda", {"all": "triton"})
-    return Rehearsal(config, chosen, Format.parse(format).policy, torch.bfloat16, kv_dtype, STEPS.block_size)
+    layout = cache_layout(config, block_size=STEPS.block_size, dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
+    return Rehearsal(config, chosen, Format.parse(format).policy, torch.bfloat16, layout)
 
 
 def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from heapq import heapify, heappop, heappush
 
 
@@ -27,7 +27,8 @@ class BlockPool:
         self._queue: list[tuple[float, int, int]] = []  # heap of (*rank, id); entries that no longer hold are skipped
         self._clock = 0.0  # rank of the last unit evicted
         self._releases = 0
-        self._evicted: OrderedDict[bytes, None] = OrderedDict()
+        self._lost: OrderedDict[bytes, None] = OrderedDict()
+        self.evicted: list[tuple[int, bytes]] = []  # (id, key) of the units that the last `allocate` evicted
 
     @property
     def capacity(self) -> int:
@@ -48,12 +49,13 @@ class BlockPool:
 
     def was_evicted(self, key: bytes) -> bool:
         """Whether `key` was cached and lost lately (as many keys are remembered as four pools hold)."""
-        return key in self._evicted
+        return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
         """`n` ids with one reference each, or None and nothing happens. Without `evict`, cached units stay."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
+        self.evicted = []
         ids = [self._empty.pop() if self._empty else self._evict() for _ in range(n)]
         for i in ids:
             self.refs[i] = 1
@@ -82,8 +84,19 @@ class BlockPool:
         if key in self._ids or i in self._keys:
             return False
         self._keys[i], self._ids[key], self._worth[i] = key, i, worth
-        self._evicted.pop(key, None)
+        self._lost.pop(key, None)
         return True
+
+    def reset(self, forgotten: Set[bytes]) -> None:
+        """Takes all references back and forgets some keys. Whatever a failed step left half done is set right: all that
+        counts is which unit has which key."""
+        self._keys = {i: key for i, key in self._keys.items() if key not in forgotten}
+        self._ids = {key: i for i, key in self._keys.items()}
+        self._worth = {i: self._worth.get(i, 0.0) for i in self._keys}
+        self._ranks = {i: self._ranks.get(i, (self._clock + worth, self._releases)) for i, worth in self._worth.items()}
+        self._empty = [i for i in range(self.capacity, 0, -1) if i not in self._keys]
+        self._rebuild_queue()
+        self.refs = [0] * len(self.refs)
 
     def _set_free(self, i: int) -> None:
         if i not in self._keys:
@@ -93,8 +106,11 @@ class BlockPool:
         self._ranks[i] = (self._clock + self._worth[i], self._releases)
         heappush(self._queue, (*self._ranks[i], i))
         if len(self._queue) > 2 * len(self.refs):
-            self._queue = [(*rank, i) for i, rank in self._ranks.items()]
-            heapify(self._queue)
+            self._rebuild_queue()
+
+    def _rebuild_queue(self) -> None:
+        self._queue = [(*rank, i) for i, rank in self._ranks.items()]
+        heapify(self._queue)
 
     def _evict(self) -> int:
         """The cached unit of least rank, its content forgotten."""
@@ -106,7 +122,8 @@ class BlockPool:
         del self._ranks[i], self._worth[i]
         key = self._keys.pop(i)
         del self._ids[key]
-        self._evicted[key] = None
-        if len(self._evicted) > 4 * len(self.refs):
-            self._evicted.popitem(last=False)
+        self.evicted.append((i, key))
+        self._lost[key] = None
+        if len(self._lost) > 4 * len(self.refs):
+            self._lost.popitem(last=False)
         return i

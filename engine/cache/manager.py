@@ -11,8 +11,8 @@ it holds, a state under the key of the prefix it follows. A hit is a chain of fu
 (copied, for its owner will write on), and a state exactly at their end. Bookkeeping only: copies and saves are handed
 out as lists.
 
-Saved states lie in the slots that sequences run in, or compressed in slots of their own. Then nothing is kept without
-a copy, which waits for the next step. Such copies run before all else in it, so the slot they read is free at once.
+Where saved states lie is the `StateStore`'s business. Positions are launched and then confirmed; what rests on launched
+ones is found by steps that are launched later, and forgotten if a step fails (`Unconfirmed`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from jamba_server.engine.cache.block_pool import BlockPool
+from jamba_server.engine.cache.state_store import Pairs, Room, StateStore
+from jamba_server.engine.cache.unconfirmed import Unconfirmed
 from jamba_server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """`num_tokens` need not be computed again. `shared` is how far the pages alone would have reached."""
+    """`num_tokens` need not be computed again, the state after them being at `place` of the store. `shared` is how far
+    the pages alone would have reached."""
 
     num_tokens: int = 0
     block_ids: tuple[int, ...] = ()
     tail_page: int | None = None
-    state_id: int | None = None
+    place: int | None = None
     shared: int = 0
     missed_no_state: int = 0
     missed_evicted: int = 0
@@ -41,23 +44,26 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """The state after `position` tokens of `sequence` goes to `slot` in this step, and from there to `state_id`, where
-    it is kept: the same slot, or a compressed one."""
+    """The state after `position` tokens of `sequence` goes to the slot of `room` in this step, and stays at its
+    place."""
 
     sequence: Sequence
     position: int
-    slot: int
-    state_id: int
+    room: Room
+
+    @property
+    def slot(self) -> int:
+        return self.room.slot
 
 
 @dataclass(slots=True)
 class CacheCopies:
-    """(source, destination) pairs to run before the step: `pages`, `saves` from slots to compressed states, and after
-    these `states`, from saved states to slots. In each, destinations are distinct and none is a source."""
+    """(source, destination) pairs to run before the step: `pages`, `saves` from slots to places of the store, and after
+    these `states`, from places to slots. In each, destinations are distinct and none is a source."""
 
-    pages: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    saves: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    states: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    pages: Pairs = field(default_factory=list[tuple[int, int]])
+    saves: Pairs = field(default_factory=list[tuple[int, int]])
+    states: Pairs = field(default_factory=list[tuple[int, int]])
 
 
 def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
@@ -66,32 +72,27 @@ def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
 
 
 class CacheManager:
-    """Pools and the rules between them. `interval`: tokens between regular states, a multiple of block_size.
+    """Pages, the store of states, and the rules between them. `interval`: tokens between regular states, a multiple of
+    block_size.
 
-    `slots` are of running sequences and of states on their way, `states` of saved ones: one pool, or two where
-    `num_compressed` says how many compressed ones there are. One sequence of any length always fits: a page more than
-    the longest one has (a copied tail's source), and with caching, in one pool, a slot more than sequences run (a
-    restored state's source).
+    One sequence of any length always fits: a page more than the longest one has (a copied tail's source), and with
+    caching, where saved states lie in slots, a slot more than sequences run (a restored state's source).
     """
 
     def __init__(
-        self,
-        *,
-        num_pages: int,
-        num_slots: int,
-        block_size: int,
-        interval: int,
-        num_compressed: int = 0,
-        enabled: bool = True,
+        self, store: StateStore, *, num_pages: int, block_size: int, interval: int, enabled: bool = True
     ) -> None:
         assert interval % block_size == 0, f"interval {interval} is no multiple of the block size {block_size}"
-        self.pages, self.slots = BlockPool(num_pages), BlockPool(num_slots)
-        self.states = BlockPool(num_compressed) if num_compressed else self.slots
-        self.compresses = num_compressed > 0
+        self.pages, self.store = BlockPool(num_pages), store
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}  # key of the last full block -> tails with a state
-        self._copies = CacheCopies()
+        self._page_copies: Pairs = []
         self._saves: list[Save] = []
+        self._unconfirmed = Unconfirmed()  # of pages
+
+    @property
+    def slots(self) -> BlockPool:
+        return self.store.slots
 
     # Looking up -------------------------------------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ class CacheManager:
         for n in range(len(blocks), -1, -1):
             root = hashes[n - 1] if n else self._root(seq)
             found = self._find_tail(seq, root, n * self.block_size, limit)
-            if found is None and n and (state := self.states.lookup(root)) is not None:
+            if found is None and n and (state := self.store.find(root)) is not None:
                 found = (n * self.block_size, None, state)
             if found is not None:
                 position, page, state = found
@@ -119,14 +120,14 @@ class CacheManager:
         return PrefixHit(0, (), None, None, shared, *self._missed(hashes, 0, len(blocks)))
 
     def _find_tail(self, seq: Sequence, root: bytes, start: int, limit: int) -> tuple[int, int, int] | None:
-        """(position, page, state) of the longest cached tail after `root` that `seq` continues."""
+        """(position, page, place of the state) of the longest cached tail after `root` that `seq` continues."""
         found: tuple[int, int, int] | None = None
         for tail in self._tails.get(root, ()):
             end = start + len(tail)
             if end > limit or (found and end <= found[0]) or tuple(seq.tokens[start:end]) != tail:
                 continue
             key = chain(root, tail)
-            page, state = self.pages.lookup(key), self.states.lookup(key)
+            page, state = self.pages.lookup(key), self.store.find(key)
             if page is not None and state is not None:
                 found = (end, page, state)
         return found
@@ -137,7 +138,7 @@ class CacheManager:
         evicted_to = shared
         while evicted_to < len(hashes) and self.pages.was_evicted(hashes[evicted_to]):
             evicted_to += 1
-        lost = next((n for n in range(shared, hit, -1) if self.states.was_evicted(hashes[n - 1])), hit)
+        lost = next((n for n in range(shared, hit, -1) if self.store.was_evicted(hashes[n - 1])), hit)
         return (shared - lost) * self.block_size, (evicted_to - shared + lost - hit) * self.block_size
 
     # Owning -----------------------------------------------------------------------------------------------------
@@ -145,22 +146,18 @@ class CacheManager:
     def admit(self, seq: Sequence, hit: PrefixHit, num_tokens: int, *, reserve: int = 0) -> bool:
         """Gives `seq` pages for `num_tokens` and a slot, leaving `reserve` pages free, or changes nothing."""
         sources = () if hit.tail_page is None else (hit.tail_page,)
-        states = () if hit.state_id is None else (hit.state_id,)
         need = -(-num_tokens // self.block_size) - len(hit.block_ids)
         revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))  # free units that the hit takes back
         if need + revived + reserve > self.pages.num_free:
             return False
-        if 1 + sum(self.states.refs[s] == 0 for s in states if not self.compresses) > self.slots.num_free:
+        if (slot := self.store.start(hit.place)) is None:
             return False
-        self.pages.retain((*hit.block_ids, *sources))  # sources are held until the step that copies them is done
-        self.states.retain(states)
-        fresh, slots = self.pages.allocate(need), self.slots.allocate(1)
+        self.pages.retain((*hit.block_ids, *sources))  # sources are held until the step that copies them is launched
+        fresh = self.pages.allocate(need)
         assert fresh is not None, "counted above"
-        assert slots is not None, "counted above"
-        seq.block_ids, [seq.state_id] = array("i", (*hit.block_ids, *fresh)), slots
+        seq.block_ids, seq.state_id = array("i", (*hit.block_ids, *fresh)), slot
         seq.num_computed, seq.branch = hit.num_tokens, hit.shared
-        self._copies.pages += [(s, fresh[0]) for s in sources]
-        self._copies.states += [(s, seq.state_id) for s in states]
+        self._page_copies += [(s, fresh[0]) for s in sources]
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
@@ -176,38 +173,33 @@ class CacheManager:
     def free(self, seq: Sequence) -> None:
         """Takes back what `seq` owns; what it computed stays findable until the room is needed.
 
-        Its slot becomes the checkpoint of its last position: a conversation goes on from there, and so does a preempted
-        sequence, without a copy unless states are compressed.
+        The state of its last position is saved: a conversation goes on from there, and so does a preempted sequence.
         """
         if self.enabled and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
-            if (state_id := self._place(seq, seq.num_computed, seq.state_id, evict=True)) is not None:
-                self._keep(Save(seq, seq.num_computed, seq.state_id, state_id))
+            key = self._key(seq, seq.num_computed)
+            if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
+                self._publish_state(Save(seq, seq.num_computed, room))
         self.pages.release(reversed(seq.block_ids))  # tails leave the cache before heads
         self.slots.release([seq.state_id])
-        seq.block_ids, seq.state_id, seq.num_computed, seq.branch = array("i"), 0, 0, 0
+        seq.vacate()
 
     # Saving -----------------------------------------------------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
-        """Slots for the states worth keeping that the chunk (start, end] of `seq` passes, by position. Running
-        sequences have been served before; regular states (by interval) push no other checkpoint out. Compressed ones
-        pass through slots that nobody runs in: where these are short, the best are kept."""
+        """Room for the states worth keeping that the chunk (start, end] of `seq` passes, by position. Running sequences
+        have been served before; regular states (by interval) push no other saved state out. Where slots are short, the
+        best are kept."""
         if not self.enabled or start // self.block_size == end // self.block_size:
             return []  # states are saved at block borders only
         saves: list[Save] = []
         worthy = self._worthy(seq)
         regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
         for position in dict.fromkeys([*worthy, *regular]):
-            if not start < position <= end or self.states.lookup(self._key(seq, position)) is not None:
+            if not start < position <= end or self.store.find(key := self._key(seq, position)) is not None:
                 continue
-            evict = position in worthy
-            if (slots := self.slots.allocate(1, evict=evict)) is None:
-                break
-            if (state_id := self._place(seq, position, slots[0], evict=evict)) is None:
-                self.slots.release(slots)
-                continue
-            saves.append(Save(seq, position, slots[0], state_id))
+            if (room := self.store.reserve(key, evict=position in worthy)) is not None:
+                saves.append(Save(seq, position, room))
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
 
@@ -222,39 +214,36 @@ class CacheManager:
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
-        """The copies that must run before the step, for which they wait however long. Saved states that are copied,
-        from or to, and pages are held until `commit`."""
-        copies, self._copies = self._copies, CacheCopies()
-        return copies
+        """The copies that must run before the step, for which they wait however long. What they read, and the places
+        that they write to, are held until `launch`."""
+        pages, self._page_copies = self._page_copies, []
+        return CacheCopies(pages, *self.store.take_copies())
 
-    def commit(self, copies: CacheCopies) -> None:
-        """The step is under way: for all that comes after it, its copies are done and its saves hold states."""
+    # Launched, confirmed, failed --------------------------------------------------------------------------------
+
+    def launch(self, copies: CacheCopies) -> None:
+        """The step has been launched: for all that comes after it, its copies are done and its saves hold states."""
+        self._unconfirmed.launch()
+        self.store.launch(copies.saves, copies.states)
         self.pages.release(source for source, _ in copies.pages)
-        self.states.release(destination for _, destination in copies.saves)
-        self.states.release(source for source, _ in copies.states)
         for save in self._saves:
             self._publish_pages(save.sequence, save.position)
-            self._keep(save)
+            self._publish_state(save)
             self.slots.release([save.slot])
         self._saves = []
 
-    def _place(self, seq: Sequence, position: int, slot: int, *, evict: bool) -> int | None:
-        """Where the state that is in `slot`, or will be, can stay: there, or in a compressed slot. None if that is
-        nowhere, or is not needed."""
-        if not self.compresses:
-            return slot
-        if self.states.lookup(self._key(seq, position)) is not None:
-            return None
-        states = self.states.allocate(1, evict=evict)
-        return None if states is None else states[0]
+    def confirm(self) -> None:
+        """The results of the oldest step that was launched have been read: what it wrote is right."""
+        self._unconfirmed.confirm()
+        self.store.confirm()
 
-    def _keep(self, save: Save) -> None:
-        """Makes a state findable. Its slot holds it; if it is to be compressed, the next step will do so first."""
-        kept = self._publish_state(save.sequence, save.position, save.state_id)
-        if self.compresses and kept:
-            self._copies.saves.append((save.slot, save.state_id))
-        elif self.compresses:  # another one of this step's is the same
-            self.states.release([save.state_id])
+    def discard(self) -> None:
+        """A step has failed, wherever it was. Nobody owns anything any more, and what no confirmed step wrote is
+        forgotten."""
+        self._page_copies, self._saves = [], []
+        self.pages.reset(self._unconfirmed.discard())
+        self._unconfirmed.clear()
+        self.store.discard()
 
     # Keys -------------------------------------------------------------------------------------------------------
 
@@ -279,33 +268,37 @@ class CacheManager:
     def _publish_pages(self, seq: Sequence, position: int) -> None:
         n, tail = divmod(position, self.block_size)
         for block, key in zip(seq.block_ids, self._hashes(seq, n), strict=False):
-            self.pages.publish(block, key)
+            self._publish_page(block, key)
         if tail:
-            self.pages.publish(seq.block_ids[n], self._key(seq, position))
+            self._publish_page(seq.block_ids[n], self._key(seq, position))
 
-    def _publish_state(self, seq: Sequence, position: int, state_id: int) -> bool:
-        """Whether it was not there yet."""
-        if not self.states.publish(state_id, self._key(seq, position), worth=self._worth(seq, position)):
-            return False
+    def _publish_page(self, block: int, key: bytes) -> None:
+        if self.pages.lookup(key) is None:
+            self._unconfirmed.add(key)
+            self.pages.publish(block, key)
+
+    def _publish_state(self, save: Save) -> None:
+        seq, position = save.sequence, save.position
+        if not self.store.save(self._key(seq, position), save.room, worth=self._worth(seq, position)):
+            return
         n, tail = divmod(position, self.block_size)
         if tail:
             root = seq.hashes[n - 1] if n else self._root(seq)
             tails = self._tails.setdefault(root, [])
             tails.append(tuple(seq.tokens[position - tail : position]))
             self._drop_dead_tails(root)
-        return True
 
     def _worth(self, seq: Sequence, position: int) -> int:
         """Tokens to compute again without the state at `position`: those since the state before it (Marconi,
         arXiv 2411.19379, section 4: slots are all of one size, so cost per byte is cost)."""
         hashes = self._hashes(seq, (position - 1) // self.block_size)
-        before = (n for n in range(len(hashes), 0, -1) if self.states.lookup(hashes[n - 1]) is not None)
+        before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
         return position - next(before, 0) * self.block_size
 
     def _drop_dead_tails(self, root: bytes) -> None:
-        alive = [t for t in dict.fromkeys(self._tails[root]) if self.states.lookup(chain(root, t)) is not None]
+        alive = [t for t in dict.fromkeys(self._tails[root]) if self.store.find(chain(root, t)) is not None]
         self._tails[root] = alive
-        if len(self._tails) > 2 * self.states.capacity + 8:
+        if len(self._tails) > 2 * self.store.capacity + 8:
             for other in list(self._tails):
-                if not any(self.states.lookup(chain(other, t)) is not None for t in self._tails[other]):
+                if not any(self.store.find(chain(other, t)) is not None for t in self._tails[other]):
                     del self._tails[other]

@@ -9,17 +9,16 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.cache.layout import CacheLayout, Unit
 from jamba_server.kernels.ops import CompressedStates
 
 
 class CacheStorage:
     """KV pages and state slots of all layers, allocated once. Id 0 of each is a dummy that no sequence owns.
 
-    kv:   kv_dtype (None: dtype) [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of
-          memory
-    conv: dtype [slots, Mamba layers, W-1, D]
-    ssm:  float32 [slots, Mamba layers, D, S]
+    kv:   [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of memory
+    conv: [slots, Mamba layers, W-1, D]
+    ssm:  [slots, Mamba layers, D, S]
     With `num_compressed` (the dummy included) saved states lie beside these: `compressed` has their SSM states
     compressed, and conv their convolutions', as they are, in units after those of the slots.
     Layers are counted among their own kind: the third Mamba layer is number 2.
@@ -27,32 +26,29 @@ class CacheStorage:
 
     def __init__(
         self,
-        config: JambaConfig,
+        layout: CacheLayout,
         *,
         num_pages: int,
         num_slots: int,
         num_compressed: int = 0,
-        block_size: int,
-        dtype: torch.dtype,
         device: torch.device,
-        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        attention, mamba = len(config.attention_layers), len(config.mamba_layers)
-        self.block_size, self.num_slots = block_size, num_slots
-        page = (attention, 2, block_size, config.num_key_value_heads, config.head_dim)
-        self.kv = _zeros((num_pages, *page), kv_dtype or dtype, device)
-        conv = (mamba, config.mamba_d_conv - 1, config.d_inner)
-        ssm = (mamba, config.d_inner, config.mamba_d_state)
-        self.conv = _zeros((num_slots + num_compressed, *conv), dtype, device)
-        self.ssm = _zeros((num_slots, *ssm), torch.float32, device)
+        def zeros(unit: Unit, name: str, count: int) -> Tensor:
+            shape, dtype = layout.stacked(unit, name)
+            return _zeros((count, *shape), getattr(torch, dtype), device)
+
+        self.block_size, self.num_slots = layout.block_size, num_slots
+        self.kv = zeros("page", "kv", num_pages)
+        self.conv = zeros("slot", "conv", num_slots + num_compressed)
+        self.ssm = zeros("slot", "ssm", num_slots)
         self.compressed: CompressedStates | None = None
         if num_compressed:
-            values = _zeros((num_compressed, *ssm), torch.int8, device)
-            self.compressed = CompressedStates(values, _zeros((num_compressed, *ssm[:2]), torch.float32, device))
+            values, scales = (zeros("saved", name, num_compressed) for name in ("values", "scales"))
+            self.compressed = CompressedStates(values, scales)
         # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]
         # of an attention layer; states [slots, W-1, D] and [slots, D, S] of a Mamba layer.
-        self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(attention)]
-        self.state_layers = [(self.conv[:, layer], self.ssm[:, layer]) for layer in range(mamba)]
+        self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(self.kv.shape[1])]
+        self.state_layers = [(self.conv[:, layer], self.ssm[:, layer]) for layer in range(self.ssm.shape[1])]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

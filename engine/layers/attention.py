@@ -31,13 +31,12 @@ class Attention:
         scale = self._head_dim**-0.5
         decode_q, prefill_q = q[: batch.num_decodes], q[batch.num_decodes :]
         parts: list[Tensor] = []
-        if batch.decode_tables is not None:
-            pages = batch.decode_tables.pages(k_pages, v_pages)
+        if batch.decodes is not None:
+            pages = batch.decodes.tables.pages(k_pages, v_pages)
             parts.append(self._kernels.attention_decode(decode_q, pages, scale))
-        if batch.prefill is not None:
-            assert batch.prefill_tables is not None, "prefill rows have pages"
-            pages = batch.prefill_tables.pages(k_pages, v_pages)
-            starts, longest = batch.prefill.query_start, batch.prefill.max_query_len
+        if batch.prefills is not None:
+            pages, segments = batch.prefills.tables.pages(k_pages, v_pages), batch.prefills.segments
+            starts, longest = segments.query_start, segments.max_query_len
             parts.append(self._kernels.attention_prefill(prefill_q, pages, starts, longest, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -43,11 +43,11 @@ class Mamba:
     def __call__(self, x: Tensor, batch: ForwardBatch, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         xz, n = self._in(x), batch.num_decodes
         parts: list[Tensor] = []
-        if n:
-            ids = batch.decode_state_ids
+        if batch.decodes is not None:
+            ids = batch.decodes.state_ids
             parts.append(self._kernels.mamba_decode(xz[:n], self._decode_weights, conv_state, ssm_state, ids))
-        if batch.prefill is not None:
-            parts.append(self._prefill(xz[n:], batch.prefill, conv_state, ssm_state))
+        if batch.prefills is not None:
+            parts.append(self._prefill(xz[n:], batch.prefills.segments, conv_state, ssm_state))
         return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _prefill(self, xz: Tensor, segments: Segments, conv_state: Tensor, ssm_state: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from jamba_server.engine.types import (
     Submit,
     TokenUpdate,
 )
+from jamba_server.engine.validation import validate_kind
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class Engine(Protocol):
         """Runs the choices of one HTTP request; their updates arrive interleaved, until every one has a finish_reason.
 
         Entering submits; leaving, however it happens, aborts what still runs and releases all. Raises Overloaded on
-        entry when the queue is full, EngineDead when there is no engine; EngineDead and EngineFailed while iterating.
+        entry when the queue is full, EngineDead when there is no engine, RequestRejected for a kind of request that no
+        engine serves; EngineDead and EngineFailed while iterating.
         """
         ...
 
@@ -210,6 +212,8 @@ class EngineClient:
 
     @asynccontextmanager
     async def generate(self, requests: list[Request]) -> AsyncGenerator[_Stream]:
+        for request in requests:
+            validate_kind(request.kind)
         if not self._health.alive:
             raise EngineDead(self._health.reason)
         num_waiting = sum(not live.started for live in self._live.values())

@@ -13,13 +13,16 @@ import torch
 
 from jamba_server.engine.batch import SampledTokens
 from jamba_server.engine.cache.graph_sizes import GraphSizes
+from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.manager import CacheManager
 from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.cache.state_store import CompressedStates, SlotStates
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import EngineCore
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
+from jamba_server.engine.model_cache import wanted_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.models import Model, build_model
@@ -50,19 +53,16 @@ class Loaded:
     kernels: Kernels
     policy: QuantizationPolicy
     dtype: torch.dtype
-    kv_dtype: torch.dtype
+    layout: CacheLayout
     device: torch.device
     warnings: tuple[str, ...] = ()
 
-    def storage(self, num_pages: int, num_slots: int, block_size: int, num_compressed: int = 0) -> CacheStorage:
+    def storage(self, num_pages: int, num_slots: int, num_compressed: int = 0) -> CacheStorage:
         return CacheStorage(
-            self.model.config,
+            self.layout,
             num_pages=num_pages,
             num_slots=num_slots,
             num_compressed=num_compressed,
-            block_size=block_size,
-            dtype=self.dtype,
-            kv_dtype=self.kv_dtype,
             device=self.device,
         )
 
@@ -82,25 +82,23 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
+    layout = wanted_layout(model_config, config)
     planned = partial(
         plan_memory,
         model_config,
         config,
-        dtype_bytes=dtype.itemsize,
+        layout,
         weight_bytes=weight_bytes(model_config, dtype.itemsize, policy=policy),
         device=device.type,
     )
     plan = planned(available_bytes=available_bytes(device, config))
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else torch.float8_e4m3fn
     steps = dummy_steps(config, model_config, plan)
-    rehearsal = Rehearsal(
-        model_config, kernels, policy, dtype, kv_dtype, config.block_size, config.state_cache_dtype == "int8"
-    )
+    rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-    loaded = Loaded(model, sampler, kernels, policy, dtype, kv_dtype, device, stored.warnings)
+    loaded = Loaded(model, sampler, kernels, policy, dtype, layout, device, stored.warnings)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -108,7 +106,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         on_progress("measuring memory", 1.0)
     return EngineCore(
         make_runner(loaded, config, plan),
-        make_scheduler(config, model_config, plan, dtype_bytes=dtype.itemsize),
+        make_scheduler(loaded, config, plan),
         make_info(loaded, config, plan, load_seconds=time.monotonic() - started),
     )
 
@@ -163,7 +161,7 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
 
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
     """What the largest of them take."""
-    storage = loaded.storage(1, 1, steps.block_size)
+    storage = loaded.storage(1, 1)
     runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
 
@@ -171,7 +169,7 @@ def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Me
 def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> ModelRunner:
     """With storage, graphs and what else `plan` and `config` ask for."""
     on_gpu, device = loaded.device.type == "cuda", loaded.device
-    storage = loaded.storage(plan.num_pages, plan.num_slots, config.block_size, plan.num_compressed)
+    storage = loaded.storage(plan.num_pages, plan.num_slots, plan.num_compressed)
     graphs = None
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
     # On a CPU a step that runs ahead puts its tokens together with torch, which is in no graph.
@@ -217,14 +215,14 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     )
 
 
-def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, *, dtype_bytes: int) -> Scheduler:
-    spec = CacheSpec.wanted(model_config, config, dtype_bytes=dtype_bytes)
+def make_scheduler(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Scheduler:
+    spec = CacheSpec.of(loaded.layout)
     # a regular state every four times as many tokens as have a state's size in KV (design, "where a state is saved")
     interval = -(-4 * spec.bytes_per_saved_state // spec.bytes_per_page) * config.block_size
+    slots, compressed = plan.num_slots, plan.num_compressed
     cache = CacheManager(
+        CompressedStates(slots, compressed) if compressed else SlotStates(slots),
         num_pages=plan.num_pages,
-        num_slots=plan.num_slots,
-        num_compressed=plan.num_compressed,
         block_size=config.block_size,
         interval=interval,
         enabled=config.enable_prefix_caching,
@@ -234,5 +232,5 @@ def make_scheduler(config: EngineConfig, model_config: JambaConfig, plan: Memory
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
-        eos_token_ids=model_config.eos_token_ids,
+        eos_token_ids=loaded.model.config.eos_token_ids,
     )

@@ -84,16 +84,16 @@ class DummySteps:
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
             first = max(self._max_model_len - self.max_num_batched_tokens, 0)
-            yield self._output([Chunk(longest, first, self._max_model_len, samples=True)])
-            yield self._output([Chunk(longest, last, last + 1, samples=True)] * self.max_num_seqs)
-            yield self._output([Chunk(self._sequence(2), 1, 2, samples=True)])
+            yield self._output([Chunk(longest, first, self._max_model_len, num_sampled=1)])
+            yield self._output([Chunk(longest, last, last + 1, num_sampled=1)] * self.max_num_seqs)
+            yield self._output([Chunk(self._sequence(2), 1, 2, num_sampled=1)])
 
     def of_all_sizes(self) -> Iterator[SchedulerOutput]:
         """Replies, prompts as long as can be and as short, in powers of two: a kernel's tile, which changes with the
         number of rows or sequences by larger factors, is met in all of its shapes. One and two copies, because the
         address of every other list of their numbers is no multiple of 16."""
         if self._max_model_len > 1:
-            reply = Chunk(self._sequence(2), 1, 2, samples=True)
+            reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
             yield self._output([reply, *self.prompts(2, 2)])  # in which the prompt's first row is not the batch's
@@ -108,7 +108,7 @@ class DummySteps:
         """So many tokens, in as few prompts as can be if none is longer than `longest`."""
         full, rest = divmod(tokens, longest)
         lengths = [longest] * full + ([rest] if rest else [])
-        return [Chunk(self._sequence(length), 0, length, samples=True) for length in lengths]
+        return [Chunk(self._sequence(length), 0, length, num_sampled=1) for length in lengths]
 
     def _sequence(self, length: int) -> Sequence:
         seq = Sequence.of(Request(id="", prompt=[0] * length, params=PARAMS), arrival=0, now=0.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jamba_server.engine.cache.graph_sizes import GraphSizes
+from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS, EngineConfig
 from jamba_server.engine.errors import ConfigError
@@ -79,15 +80,15 @@ def usable_bytes(free: int, total: int, utilization: float) -> int:
 def plan_memory(
     config: JambaConfig,
     engine: EngineConfig,
+    layout: CacheLayout,
     *,
-    dtype_bytes: int,
     weight_bytes: int,
     available_bytes: int,
     device: str,
     measured: Measured | None = None,
 ) -> MemoryPlan:
     """Fits the sizes of `engine` into `available_bytes` of `device` ("cpu" or "cuda"), by what steps have taken there
-    or, before that is measured, by an estimate.
+    or, before that is measured, by an estimate. `layout`: of the caches that `engine` asks for.
 
     Raises ConfigError where even the weights, or a context of one block with its state, do not fit.
     """
@@ -98,8 +99,7 @@ def plan_memory(
             f"{format_bytes(available_bytes)} ({available_bytes} bytes) available"
             + (f" within gpu_memory_utilization {engine.gpu_memory_utilization}." if device == "cuda" else ".")
         )
-    spec = CacheSpec.wanted(config, engine, dtype_bytes=dtype_bytes)
-    return _Planner(config, engine, spec, device, measured).plan(weight_bytes, free)
+    return _Planner(config, engine, CacheSpec.of(layout), device, measured).plan(weight_bytes, free)
 
 
 def check_sizes(engine: EngineConfig) -> None:
@@ -142,7 +142,7 @@ def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]
 
 
 class _Planner:
-    """One plan in the making: batch first, then running slots, then checkpoints, then pages, then the context."""
+    """One plan in the making: batch first, then running slots, then saved states, then pages, then the context."""
 
     def __init__(
         self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
@@ -257,7 +257,7 @@ class _Planner:
             return max(
                 self._at_most("state_cache_memory_bytes", wish, most, "the cache memory") // size, MIN_SAVED_STATES
             )
-        if explicit_kv is not None:  # a quarter of what checkpoints and pages take together
+        if explicit_kv is not None:  # a quarter of what saved states and pages take together
             share = min(share, explicit_kv // 3)
         count = share // size
         if self.device == "cpu":

@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.model_runner import ModelRunner
@@ -41,9 +42,7 @@ class Rehearsal:
     kernels: Kernels
     policy: QuantizationPolicy
     dtype: torch.dtype
-    kv_dtype: torch.dtype
-    block_size: int
-    compresses: bool = False  # saved states
+    layout: CacheLayout
 
     def is_for(self, device: torch.device) -> bool:
         """Whether there is anything to compile."""
@@ -57,16 +56,8 @@ class Rehearsal:
         model = build_model(config, self.kernels, dtype=self.dtype, device=meta, policy=self.policy)
         for unit in model.tensor_map().units:
             unit.pack()
-        storage = CacheStorage(
-            self.config,
-            num_pages=1,
-            num_slots=1,
-            num_compressed=int(self.compresses),
-            block_size=self.block_size,
-            dtype=self.dtype,
-            kv_dtype=self.kv_dtype,
-            device=meta,
-        )
+        places = int(self.layout.compresses)
+        storage = CacheStorage(self.layout, num_pages=1, num_slots=1, num_compressed=places, device=meta)
         sampler = Sampler(self.kernels, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
         return ModelRunner(model, storage, sampler, self.kernels)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
 from jamba_server.engine.start.contents import read_plan
@@ -38,7 +38,7 @@ class Decode:
 
 def decode_limits(
     model: JambaConfig,
-    dtype_bytes: int,
+    dtype: str,
     policy: QuantizationPolicy,
     *,
     bandwidth: float | None,
@@ -46,10 +46,10 @@ def decode_limits(
 ) -> tuple[Decode, ...]:
     """For one sequence, and for as many as tokens a second have been `measured` for. `bandwidth`: bytes a second."""
 
-    slot = CacheSpec.of(model, block_size=1, dtype_bytes=dtype_bytes).bytes_per_slot
+    slot = cache_layout(model, block_size=1, dtype=dtype).num_bytes("slot")
 
     def decode(sequences: int) -> Decode:
-        read = step_bytes(model, dtype_bytes, num_sequences=sequences, policy=policy)
+        read = step_bytes(model, DTYPE_BYTES[dtype], num_sequences=sequences, policy=policy)
         states = 2 * sequences * slot
         return Decode(
             sequences=sequences,
@@ -87,8 +87,8 @@ class Served:
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
         """What the bandwidth allows beside what was measured, for one sequence and for the closed loops."""
-        size = DTYPE_BYTES[self.model.dtype]
-        limits = decode_limits(self.model, size, self.policy, bandwidth=self.bandwidth, measured=decode_rates(levels))
+        model, measured = self.model, decode_rates(levels)
+        limits = decode_limits(model, model.dtype, self.policy, bandwidth=self.bandwidth, measured=measured)
         return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 

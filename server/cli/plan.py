@@ -18,6 +18,7 @@ from rich.table import Table
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_cache import wanted_layout
 from jamba_server.engine.model_config import weight_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.contents import StoredModel, read_plan
@@ -149,15 +150,14 @@ def make_report(
     policy = QuantizationPolicy.of(engine, model.fp8_roles, model.made_at_load)
     size = DTYPE_BYTES[dtype]
     weights = weight_bytes(model, size, policy=policy)
-    spec = CacheSpec.wanted(model, engine, dtype_bytes=size)
+    layout = wanted_layout(model, engine)
+    spec = CacheSpec.of(layout)
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
         if model.is_classifier:
             raise ConfigError(f"{name} is a {model.architecture}; serving classifiers is not supported yet.")
-        result = plan_memory(
-            model, engine, dtype_bytes=size, weight_bytes=weights, available_bytes=available, device=device
-        )
+        result = plan_memory(model, engine, layout, weight_bytes=weights, available_bytes=available, device=device)
     except ConfigError as error:
         refusal = str(error)
     batched = result and result.max_num_batched_tokens
@@ -181,7 +181,7 @@ def make_report(
         memory_bytes=available,
         weight_bytes=weights,
         bandwidth=speed,
-        decode=decode_limits(model, size, policy, bandwidth=speed, measured=measured),
+        decode=decode_limits(model, dtype, policy, bandwidth=speed, measured=measured),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         state_bytes_per_sequence=spec.bytes_per_slot,
         bytes_per_saved_state=spec.bytes_per_saved_state,

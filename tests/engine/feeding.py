@@ -10,8 +10,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from jamba_server.engine.batch import ForwardBatch, PageTables
+from jamba_server.engine.batch import Decodes, ForwardBatch, PageTables, Prefills
 from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.models import Model
 from jamba_server.kernels.ops import Segments, StateSaves
 
@@ -47,11 +48,9 @@ class Feeder:
     def __init__(self, model: Model, *, dtype: torch.dtype = torch.float32, num_pages: int = 64) -> None:
         self.model = model
         self.storage = CacheStorage(
-            model.config,
+            cache_layout(model.config, block_size=BLOCK_SIZE, dtype=str(dtype).removeprefix("torch.")),
             num_pages=num_pages,
             num_slots=12,
-            block_size=BLOCK_SIZE,
-            dtype=dtype,
             device=torch.device("cpu"),
         )
         for tensor in (self.storage.kv, self.storage.conv, self.storage.ssm):
@@ -85,10 +84,8 @@ class Feeder:
             kv_slots=torch.tensor([fed.pages[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for fed, p in positions]),
             logit_rows=torch.tensor([end - 1 for end in accumulate(len(feed.ids) for feed in feeds)]),
             num_decodes=len(decodes),
-            decode_state_ids=_int32([feed.to.slot for feed in decodes]),
-            decode_tables=_tables(decodes) if decodes else None,
-            prefill=_segments(prefills) if prefills else None,
-            prefill_tables=_tables(prefills) if prefills else None,
+            decodes=Decodes(_int32([feed.to.slot for feed in decodes]), _tables(decodes)) if decodes else None,
+            prefills=Prefills(_segments(prefills), _tables(prefills)) if prefills else None,
         )
 
 

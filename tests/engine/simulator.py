@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from random import Random
 
+from jamba_server.engine.cache.block_pool import BlockPool
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager
+from jamba_server.engine.cache.state_store import CompressedStates, SlotStates, StateStore
 from jamba_server.engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
+from tests.engine.host_states import HostStates
 
 
 def fold(state: int, token: int) -> int:
@@ -29,19 +32,36 @@ def fold_all(tokens: list[int]) -> int:
     return state
 
 
+class HostMemory(dict[int, int]):
+    """What is at the places of `HostStates`: its own, or in the slots."""
+
+    def __init__(self, slots: dict[int, int], first: int) -> None:
+        self._slots, self._first = slots, first
+
+    def __getitem__(self, place: int) -> int:
+        return self._slots[place] if place < self._first else super().__getitem__(place)
+
+
+def saved_states(store: StateStore, slots: dict[int, int]) -> dict[int, int]:
+    """What is at the places of a store."""
+    if isinstance(store, HostStates):
+        return HostMemory(slots, store.first)
+    return slots if isinstance(store, SlotStates) else {}
+
+
 class Simulator:
     """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one, and so do
     compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before."""
 
-    def __init__(self, scheduler: Scheduler, *, ahead: bool = False) -> None:
-        self.scheduler, self.ahead = scheduler, ahead
+    def __init__(self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0) -> None:
+        self.scheduler, self.ahead, self.second = scheduler, ahead, second  # what the clock moves by in a step
         self.under_way: tuple[SchedulerOutput, list[ChunkResult]] | None = None
         self.chosen: dict[Sequence, list[int]] = {}  # tokens of steps that the scheduler has not seen
         self.num_ahead = 0
         self.block_size = scheduler.cache.block_size
         self.pages: dict[tuple[int, int], int] = {}
         self.slots: dict[int, int] = {}
-        self.saved: dict[int, int] = {} if scheduler.cache.compresses else self.slots
+        self.saved = saved_states(scheduler.cache.store, self.slots)
         self.texts: dict[Sequence, list[int]] = {}  # of every sequence that ran, as far as is known
         self.time = 0.0
         self.num_saves = 0
@@ -49,7 +69,7 @@ class Simulator:
         self.num_saved = 0
 
     def step(self, choose: Callable[[Chunk], int]) -> list[TokenUpdate]:
-        self.time += 1.0
+        self.time += self.second
         updates = self.take() if self.scheduler.must_wait() else []
         output = self.scheduler.schedule(now=self.time)
         self.check_output(output)
@@ -62,9 +82,31 @@ class Simulator:
         updates += self.take()
         self.under_way = (output, results) if output.chunks else None
         for chunk, result in zip(output.chunks, results, strict=True):
-            if result.token_id is not None:
-                self.chosen.setdefault(chunk.sequence, []).append(result.token_id)
+            if result.token_ids:
+                self.chosen.setdefault(chunk.sequence, []).extend(result.token_ids)
         return updates if self.ahead else self.take()
+
+    def fail(self, choose: Callable[[Chunk], int], *, advances: bool) -> None:
+        """A step that has run when it fails, and whatever is under way with it; what it wrote is spoilt."""
+        if self.scheduler.must_wait():
+            self.take()
+        output = self.scheduler.schedule(now=self.time)
+        if output.chunks:
+            self.copy(output.copies)
+            for chunk in output.chunks:
+                self.run(chunk, choose)
+                for slot in (chunk.sequence.state_id, *(save.slot for save in chunk.saves)):
+                    self.slots[slot] = -1
+                for position in range(chunk.start, chunk.end):
+                    page = chunk.sequence.block_ids[position // self.block_size]
+                    self.pages[page, position % self.block_size] = -1
+            for destination in (destination for _, destination in output.copies.saves):
+                self.saved[destination] = -1
+            if advances:
+                self.scheduler.advance(output)
+        self.scheduler.discard()
+        self.under_way, self.chosen = None, {}
+        self.check_integrity()
 
     def take(self) -> list[TokenUpdate]:
         """The scheduler sees the step under way, if there is one."""
@@ -73,8 +115,8 @@ class Simulator:
         output, results = self.under_way
         self.under_way = None
         for chunk, result in zip(output.chunks, results, strict=True):
-            if result.token_id is not None:
-                assert self.chosen[chunk.sequence].pop(0) == result.token_id
+            for token_id in result.token_ids:
+                assert self.chosen[chunk.sequence].pop(0) == token_id
         updates = self.scheduler.update(output, results)
         self.check_integrity()
         return updates
@@ -88,22 +130,22 @@ class Simulator:
         decodes = [c.is_decode for c in output.chunks]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         assert len({c.sequence for c in output.chunks}) == len(output.chunks)
-        copies, compresses = output.copies, self.scheduler.cache.compresses
-        for pairs, within_one_pool in ((copies.pages, True), (copies.states, not compresses), (copies.saves, False)):
+        copies, store = output.copies, self.scheduler.cache.store
+        in_slots = type(store) is SlotStates
+        for pairs, within_one_pool in ((copies.pages, True), (copies.states, in_slots), (copies.saves, False)):
             destinations = [d for _, d in pairs]
             assert len(set(destinations)) == len(destinations), "a destination is written twice"
             assert not (within_one_pool and {s for s, _ in pairs} & set(destinations)), "a source is written"
         written = [s.slot for c in output.chunks for s in c.saves] + [c.sequence.state_id for c in output.chunks]
         assert len(set(written)) == len(written), "two states go to one slot"
-        if compresses:
-            saves = [s.state_id for c in output.chunks for s in c.saves] + [d for _, d in copies.saves]
+        if isinstance(store, CompressedStates):
+            saves = [s.room.place for c in output.chunks for s in c.saves] + [d for _, d in copies.saves]
             assert len(set(saves)) == len(saves), "two states go to one compressed slot"
             if output.chunks:
-                refs = self.scheduler.cache.states.refs
-                held = {i for i, count in enumerate(refs) if count}
+                held = {i for i, count in enumerate(store.places.refs) if count}
                 assert held == {*saves, *(s for s, _ in copies.states)}, "a compressed slot leaked or is not held"
-        else:
-            assert not {s for s, _ in copies.states} & set(written), "a copied checkpoint is overwritten"
+        elif in_slots:
+            assert not {s for s, _ in copies.states} & set(written), "a saved state that is copied is overwritten"
             assert not copies.saves
 
     def copy(self, copies: CacheCopies) -> None:
@@ -122,12 +164,12 @@ class Simulator:
         cache = self.scheduler.cache
         copies = cache.take_copies()
         self.copy(copies)
-        cache.commit(copies)
-        assert not any((*cache.pages.refs, *cache.slots.refs, *cache.states.refs))
+        cache.launch(copies)
+        assert not any(count for pool in self.pools() for count in pool.refs)
         for seq, tokens in self.texts.items():
             for key, state in self.prefixes(seq.request.cache_salt, tokens):
-                if (state_id := cache.states.lookup(key)) is not None:
-                    assert self.saved[state_id] == state, "a saved state is not that of its prefix"
+                if (place := cache.store.find(key)) is not None:
+                    assert self.saved[place] == state, "a saved state is not that of its prefix"
                     self.num_saved += 1
 
     def prefixes(self, salt: str, tokens: list[int]) -> Iterator[tuple[bytes, int]]:
@@ -166,7 +208,12 @@ class Simulator:
             assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"
         assert state == expected, "state corrupted"
         self.texts[seq] = tokens
-        return ChunkResult(choose(chunk) if chunk.samples else None)
+        return ChunkResult((choose(chunk),) if chunk.num_sampled else ())
+
+    def pools(self) -> list[BlockPool]:
+        """All that units can leak from."""
+        cache = self.scheduler.cache
+        return [cache.pages, *(pool for pool in vars(cache.store).values() if isinstance(pool, BlockPool))]
 
     def check_integrity(self) -> None:
         cache, running = self.scheduler.cache, self.scheduler.running
@@ -176,7 +223,7 @@ class Simulator:
         slots = [seq.state_id for seq in running]
         for i in range(1, len(cache.slots.refs)):
             assert cache.slots.refs[i] == slots.count(i), f"slot {i} has {cache.slots.refs[i]} references"
-        for pool in (cache.pages, cache.slots, cache.states):
+        for pool in self.pools():
             assert pool.num_free == sum(r == 0 for r in pool.refs[1:]), "a unit leaked"
 
 
@@ -186,11 +233,16 @@ def make_scheduler(
     max_num_batched_tokens: int = 32,
     max_model_len: int = 200,
     caching: bool = True,
+    num_slots: int = 16,
+    num_compressed: int = 0,
+    store: StateStore | None = None,
     **sizes: int,
 ) -> Scheduler:
     """`sizes` are the cache's."""
-    defaults = {"num_pages": 64, "num_slots": 16, "block_size": 4, "interval": 1024}
-    cache = CacheManager(**defaults | sizes, enabled=caching)
+    defaults = {"num_pages": 64, "block_size": 4, "interval": 1024}
+    if store is None:
+        store = CompressedStates(num_slots, num_compressed) if num_compressed else SlotStates(num_slots)
+    cache = CacheManager(store, **defaults | sizes, enabled=caching)
     return Scheduler(
         cache,
         max_num_seqs=max_num_seqs,

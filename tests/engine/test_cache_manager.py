@@ -96,7 +96,7 @@ def test_evicted_prefixes_are_counted_as_evicted() -> None:
     assert scheduler.stats.missed_evicted_total > 0
 
 
-def test_interior_checkpoints_cost_no_step() -> None:
+def test_interior_states_cost_no_step() -> None:
     steps: list[int] = []
     for save_positions in ((), (400, 800, 1200, 1600)):
         scheduler, simulator = fresh(
@@ -189,7 +189,7 @@ def test_a_reply_that_ends_is_compressed_by_the_next_step_before_anybody_goes_on
     scheduler.abort(["a"])
     for _ in range(3):  # nothing is launched: the copy waits, and its destination with it
         assert not simulator.step(lambda _: 1)
-        assert sum(scheduler.cache.states.refs) == 1
+        assert sum(simulator.pools()[-1].refs) == 1
     start(scheduler, "b", [*range(30), 1, 1, 1, 2, 3])
     output = scheduler.schedule(now=0.0)
     [(slot, state_id)], [(source, destination)] = output.copies.saves, output.copies.states
@@ -201,7 +201,7 @@ def test_a_reply_that_ends_is_compressed_by_the_next_step_before_anybody_goes_on
     simulator.copy(output.copies)
     simulator.run(chunk, lambda _: 4)
     scheduler.advance(output)
-    assert sum(scheduler.cache.states.refs) == 0
+    assert sum(simulator.pools()[-1].refs) == 0
 
 
 def test_where_every_compressed_slot_waits_for_a_copy_nothing_more_is_kept() -> None:
@@ -211,7 +211,7 @@ def test_where_every_compressed_slot_waits_for_a_copy_nothing_more_is_kept() -> 
     simulator.step(lambda _: 1)
     scheduler.abort(map(str, range(4)))
     assert scheduler.stats.saved_states == 2
-    assert sum(scheduler.cache.states.refs) == 2
+    assert sum(simulator.pools()[-1].refs) == 2
     start(scheduler, "next", [3])
     simulator.step(lambda _: 1)
     scheduler.abort(["next"])

@@ -9,10 +9,11 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded
+from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded, RequestRejected
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 
@@ -76,6 +77,13 @@ async def test_one_choice_can_end_while_its_sibling_goes_on(running: EngineClien
             after.append(update)
     assert sum(u.request_id == "a" for u in after) == 1
     assert sum(u.request_id == "b" for u in after) == 30
+
+
+async def test_a_kind_that_no_engine_serves_is_refused(running: EngineClient) -> None:
+    with pytest.raises(RequestRejected, match="kind is 'embed'"):
+        async with running.generate([msgspec.structs.replace(request("a", tokens=1), kind="embed")]):
+            pass
+    assert await collect(running, [request("a", tokens=2)]), "it left nothing behind"
 
 
 async def test_a_killed_engine_is_replaced_and_every_token_comes_once(running: EngineClient) -> None:

@@ -133,7 +133,7 @@ def test_an_interrupted_capture_leaves_nothing_behind(folder: Path, monkeypatch:
     forward = llm.core.model_runner.model.forward
 
     def interrupted(batch: ForwardBatch, storage: CacheStorage) -> Tensor:
-        if batch.prefill is None:
+        if batch.prefills is None:
             monkeypatch.undo()
             raise KeyboardInterrupt
         return forward(batch, storage)

@@ -9,6 +9,7 @@ import torch
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
 from jamba_server.engine.quantization import UNQUANTIZED
 from jamba_server.engine.scheduler import SchedulerOutput
@@ -91,7 +92,7 @@ def test_the_largest_steps_are_as_large_as_can_be() -> None:
     assert [(chunk.start, chunk.end) for chunk in smallest.chunks] == [(1, 2)]
     assert all(chunk.is_decode for chunk in (*replies.chunks, *smallest.chunks))
     for chunk in (*prompts.chunks, *replies.chunks, *smallest.chunks):
-        assert chunk.samples
+        assert chunk.num_sampled == 1
         assert set(chunk.sequence.block_ids) == {chunk.sequence.state_id} == {0}
         assert len(chunk.sequence.block_ids) * 16 >= chunk.end
 
@@ -100,8 +101,8 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     save_tiny(tmp_path, **TINY_CONFIGS["moe-gqa"])
     llm = LLM(tmp_path, max_num_seqs=5, max_num_batched_tokens=70, max_model_len=50)
     runner, config = llm.core.model_runner, EngineConfig(model="x", max_num_seqs=5, max_model_len=50)
-    dtype = torch.float32
-    loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, dtype, dtype, runner.device)
+    layout = cache_layout(runner.model.config, block_size=16, dtype="float32")
+    loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, torch.float32, layout, runner.device)
     plan = plan_on_gpu(config, loaded.model.config, 10 * GIB)
     measured = measure_steps(loaded, dummy_steps(config, loaded.model.config, plan), FakeMemory())
     assert measured == Measured(plan.max_num_batched_tokens, 5, 0)
@@ -112,7 +113,7 @@ def plan_on_gpu(config: EngineConfig, model: JambaConfig, usable: int, measured:
     return plan_memory(
         model,
         config,
-        dtype_bytes=2,
+        cache_layout(model, block_size=config.block_size, dtype="bfloat16"),
         weight_bytes=weights,
         available_bytes=weights + usable,
         device="cuda",

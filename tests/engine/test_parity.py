@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jamba_server.engine.cache.spec import CacheSpec
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.llm import LLM, Completion
@@ -69,7 +69,7 @@ def test_few_pages_preempt_and_change_nothing(name: str, caching: bool, tmp_path
     settings: dict[str, Any] = SETTINGS | {"max_model_len": 320}
     roomy = LLM(tmp_path, **settings)
     config = roomy.core.model_runner.model.config
-    page = CacheSpec.of(config, block_size=16, dtype_bytes=4).bytes_per_page
+    page = cache_layout(config, block_size=16, dtype="float32").num_bytes("page")
     llm = LLM(tmp_path, **settings, kv_cache_memory_bytes=24 * page, enable_prefix_caching=caching)
     assert llm.core.info.num_kv_blocks <= 24
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=2)
@@ -129,7 +129,7 @@ def test_interior_checkpoints_hold_the_states_of_runs_that_stopped_there(tmp_pat
         assert torch.equal(conv, alone.core.model_runner.storage.conv[stopped])
         tolerance = 0.0 if llm.core.info.kernels["linear"] == "cpu" else 1e-5
         torch.testing.assert_close(ssm, alone.core.model_runner.storage.ssm[stopped], atol=tolerance, rtol=tolerance)
-    assert cache.states.num_cached >= len(offsets)
+    assert cache.store.num_saved >= len(offsets)
 
 
 def run(llm: LLM, prompt: list[int], save_positions: tuple[int, ...]) -> None:
@@ -148,5 +148,5 @@ def state_at(llm: LLM, prefix: list[int]) -> int:
     seq = Sequence.of(Request(id="x", prompt=[*prefix, 3], params=SamplingParams()), arrival=0, now=0.0)
     hit = cache.match(seq)
     assert hit.num_tokens == len(prefix)
-    assert hit.state_id is not None
-    return hit.state_id
+    assert hit.place is not None
+    return hit.place

@@ -23,6 +23,7 @@ from torch import Tensor
 import jamba_server.kernels.table
 from benchmarks.shapes import Format, write_config
 from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.start import build
 from jamba_server.engine.start.machine import available_cpus
@@ -142,7 +143,9 @@ def test_nothing_is_compiled_after_the_weights_are_loaded(
 def rehearsal_of(shape: str, format: str, folder: Path) -> Rehearsal:
     write_config(shape, folder)
     policy = Format.parse(format).policy
-    return Rehearsal(load_model_config(folder), triton_kernels(), policy, torch.bfloat16, torch.bfloat16, 16)
+    config = load_model_config(folder)
+    layout = cache_layout(config, block_size=16, dtype="bfloat16")
+    return Rehearsal(config, triton_kernels(), policy, torch.bfloat16, layout)
 
 
 def dummy_steps(max_num_seqs: int, max_num_batched_tokens: int) -> DummySteps:

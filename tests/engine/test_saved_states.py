@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jamba_server.engine.cache.state_store import CompressedStates
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.llm import LLM, Completion
@@ -111,12 +112,13 @@ def test_preemptions_and_aborts_leave_nothing_behind(folder: Path, ahead: bool) 
             core.inbox.abort([str(random.randrange(20))])
     assert len(ended) > 10
     cache, stats = core.scheduler.cache, core.scheduler.stats
+    assert isinstance(cache.store, CompressedStates)
     assert stats.num_preemptions_total > 0
     assert (stats.kv_blocks_used, stats.state_slots_used) == (0, 0)
     llm.generate([[5]], GREEDY)  # a step that carries the last copies
     while core.has_work:
         core.step()
-    assert sum(cache.states.refs) <= 1  # of the request that has just ended
+    assert sum(cache.store.places.refs) <= 1  # of the request that has just ended
     assert not any((*cache.slots.refs, *cache.pages.refs))
 
 

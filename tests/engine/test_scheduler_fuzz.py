@@ -7,8 +7,9 @@ from random import Random
 
 import pytest
 
-from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.scheduler import Scheduler, SchedulerOutput
 from jamba_server.engine.types import Request, SamplingParams
+from tests.engine.host_states import HostStates
 from tests.engine.simulator import Simulator, make_scheduler, random_request
 
 NUM_REQUESTS = 30
@@ -17,28 +18,30 @@ NUM_REQUESTS = 30
 EOS = 5  # in no prompt
 
 
-def some_scheduler(random: Random, *, compressed: bool) -> Scheduler:
+def some_scheduler(random: Random, kind: str) -> Scheduler:
     block_size = random.choice((1, 2, 4, 8))
     num_pages = random.randint(24 // block_size + 8, 200 // block_size + 30)
     max_len = min((num_pages - 2) * block_size, 60)
     max_num_seqs = random.randint(1, 6)
     more = random.randint(1, 7)
+    compressed, num_slots = kind == "compressed", 1 + max_num_seqs + more
     return make_scheduler(
         num_pages=num_pages,
-        num_slots=1 + max_num_seqs + (more // 2 if compressed else more),
+        num_slots=1 + max_num_seqs + more // 2 if compressed else num_slots,
         num_compressed=1 + more if compressed else 0,
+        store=HostStates(num_slots, random.randint(2, 9)) if kind == "host" else None,
         block_size=block_size,
         interval=block_size * random.choice((1, 2, 4, 16)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=random.randint(1, 30),
         max_model_len=max_len,
-        caching=random.random() < 0.9 or compressed,
+        caching=random.random() < 0.9 or kind != "slots",
     )
 
 
-def run(seed: int, *, ahead: bool, compressed: bool) -> Counter[str]:
+def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
     random = Random(seed)
-    scheduler = some_scheduler(random, compressed=compressed)
+    scheduler = some_scheduler(random, kind)
     max_len = scheduler.max_model_len
     scheduler.eos_token_ids = frozenset({EOS})
     simulator = Simulator(scheduler, ahead=ahead)
@@ -86,12 +89,15 @@ def run(seed: int, *, ahead: bool, compressed: bool) -> Counter[str]:
     )
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize(("first", "ahead"), [(0, False), (50, False), (100, False), (150, True), (200, True)])
-def test_random_work(first: int, ahead: bool, compressed: bool) -> None:
+SEEDS = [(0, False), (50, False), (100, False), (150, True), (200, True)]  # the first of 50, whether steps run ahead
+KINDS = [*(("slots", *seeds) for seeds in SEEDS), *(("compressed", *seeds) for seeds in SEEDS)]
+
+
+@pytest.mark.parametrize(("kind", "first", "ahead"), [*KINDS, ("host", 0, False), ("host", 150, True)])
+def test_random_work(kind: str, first: int, ahead: bool) -> None:
     total: Counter[str] = Counter()
     for seed in range(first, first + 50):
-        total += run(seed, ahead=ahead, compressed=compressed)
+        total += run(seed, kind, ahead=ahead)
     assert (total.pop("ahead", 0) > 0) == ahead
     for event in (
         "hits",
@@ -118,3 +124,31 @@ def test_prompts_of_the_budgets_length_take_a_step_each() -> None:
         for _ in range(8)
     ]
     assert firsts == [[str(i)] for i in range(8)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_decision_depends_on_the_clock(ahead: bool) -> None:
+    """Only what a request waited for is told by it: several ranks that take in the same requests schedule the same."""
+
+    def decisions(second: float) -> list[object]:
+        random = Random(5)
+        scheduler = make_scheduler(num_pages=40, max_model_len=60, interval=8)
+        simulator, taken = Simulator(scheduler, ahead=ahead, second=second), list[object]()
+        schedule = scheduler.schedule
+
+        def recorded(*, now: float) -> SchedulerOutput:
+            output = schedule(now=now)
+            taken.append([(c.sequence.request.id, c.start, c.end, list(c.sequence.block_ids)) for c in output.chunks])
+            taken.append(output.copies)
+            return output
+
+        scheduler.schedule = recorded
+        stems = [[random.randrange(5) for _ in range(40)] for _ in range(3)]
+        requests = [random_request(random, i, stems, 60) for i in range(40)]
+        while requests or scheduler.has_work or simulator.under_way:
+            if requests and random.random() < 0.5:
+                scheduler.add([requests.pop()], now=simulator.time)
+            simulator.step(lambda _: random.randrange(5))
+        return taken
+
+    assert decisions(1.0) == decisions(-1e6) == decisions(0.0)

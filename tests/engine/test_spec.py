@@ -12,6 +12,7 @@ import pytest
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.model_cache import cache_layout, wanted_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
 from jamba_server.engine.start.machine import available_cpus, available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import MemoryPlan, plan_memory
@@ -27,14 +28,20 @@ def geometry(tmp_path_factory: pytest.TempPathFactory) -> Geometry:
 
 
 def make_plan(config: JambaConfig, available: int, device: str = "cpu", **settings: Any) -> MemoryPlan:
+    engine = EngineConfig(model="x", dtype="bfloat16", **settings)
     return plan_memory(
         config,
-        EngineConfig(model="x", **settings),
-        dtype_bytes=2,
+        engine,
+        wanted_layout(config, engine),
         weight_bytes=weight_bytes(config, 2),
         available_bytes=available,
         device=device,
     )
+
+
+def make_spec(config: JambaConfig, *, dtype_bytes: int, **kinds: Any) -> CacheSpec:
+    dtype = {2: "bfloat16", 4: "float32"}[dtype_bytes]
+    return CacheSpec.of(cache_layout(config, block_size=16, dtype=dtype, **kinds))
 
 
 # Bytes a unit ------------------------------------------------------------------------------------------------------
@@ -50,25 +57,25 @@ def make_plan(config: JambaConfig, available: int, device: str = "cpu", **settin
     ],
 )
 def test_bytes_a_unit_in_bfloat16(geometry: Geometry, name: str, kv_bytes_per_token: int, bytes_per_slot: int) -> None:
-    spec = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=2)
+    spec = make_spec(geometry[name], dtype_bytes=2)
     assert spec.kv_bytes_per_token == kv_bytes_per_token
     assert spec.bytes_per_page == 16 * kv_bytes_per_token
     assert spec.bytes_per_slot == bytes_per_slot
 
 
 def test_float32_doubles_pages_and_conv_state_but_not_the_ssm_state(geometry: Geometry) -> None:
-    half, full = (CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size) for size in (2, 4))
+    half, full = (make_spec(geometry["mini"], dtype_bytes=size) for size in (2, 4))
     assert full.bytes_per_page == 2 * half.bytes_per_page
     assert full.bytes_per_slot - half.bytes_per_slot == 1_376_256
 
 
 def test_fp8_pages_take_one_byte_a_number_whatever_the_dtype(geometry: Geometry) -> None:
-    plain = CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=2)
+    plain = make_spec(geometry["mini"], dtype_bytes=2)
     for size in (2, 4):
-        spec = CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size, kv_cache_dtype="fp8")
+        spec = make_spec(geometry["mini"], dtype_bytes=size, kv_cache_dtype="fp8")
         assert spec.bytes_per_page * 2 == plain.bytes_per_page
         assert spec.kv_bytes_per_token * 2 == plain.kv_bytes_per_token
-        assert spec.bytes_per_slot == CacheSpec.of(geometry["mini"], block_size=16, dtype_bytes=size).bytes_per_slot
+        assert spec.bytes_per_slot == make_spec(geometry["mini"], dtype_bytes=size).bytes_per_slot
 
 
 def test_an_int8_saved_state_has_a_byte_a_number_and_a_scale_a_channel(geometry: Geometry) -> None:
@@ -77,14 +84,14 @@ def test_an_int8_saved_state_has_a_byte_a_number_and_a_scale_a_channel(geometry:
         ("mini", 2, 1_376_256 + 28 * 8_192 * (16 + 4)),
         ("mini", 4, 2 * 1_376_256 + 28 * 8_192 * (16 + 4)),
     ):
-        plain = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size)
-        spec = CacheSpec.of(geometry[name], block_size=16, dtype_bytes=size, state_cache_dtype="int8")
+        plain = make_spec(geometry[name], dtype_bytes=size)
+        spec = make_spec(geometry[name], dtype_bytes=size, state_cache_dtype="int8")
         assert plain.bytes_per_saved_state == plain.bytes_per_slot == spec.bytes_per_slot
         assert spec.bytes_per_saved_state == expected
 
 
 def test_a_sequence_takes_its_blocks_one_to_spare_and_a_slot(geometry: Geometry) -> None:
-    spec = CacheSpec.of(geometry["3b"], block_size=16, dtype_bytes=2)
+    spec = make_spec(geometry["3b"], dtype_bytes=2)
     assert [spec.pages(n) for n in (1, 16, 17, 32)] == [2, 2, 3, 3]
     assert spec.sequence_bytes(17) == 3 * 16 * 1_024 + 9_318_400
 
@@ -270,8 +277,8 @@ def test_pages_that_are_larger_than_states(geometry: Geometry) -> None:
 
 
 def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: str, settings: dict[str, Any]) -> None:
-    engine = EngineConfig(model="x", **settings)
-    spec = CacheSpec.wanted(config, engine, dtype_bytes=2)
+    engine = EngineConfig(model="x", dtype="bfloat16", **settings)
+    spec = CacheSpec.of(wanted_layout(config, engine))
     assert plan.total_bytes <= available, settings
     assert plan.kv_bytes == plan.num_pages * spec.bytes_per_page
     saved = plan.num_compressed * spec.bytes_per_saved_state

@@ -11,7 +11,7 @@ import pytest
 
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
 from jamba_server.engine.types import SamplingParams
-from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
+from jamba_server.engine.validation import clamp_max_tokens, validate, validate_kind, validate_prompt
 
 VOCAB = 100
 
@@ -201,3 +201,10 @@ def test_max_tokens_that_fits_stays() -> None:
 def test_validation_does_without_torch() -> None:
     code = "import sys, engine.validation, engine.sampling.keys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_kinds_that_are_not_served_are_refused_by_name() -> None:
+    validate_kind("generate")
+    for kind in ("classify", "embed"):
+        with pytest.raises(RequestRejected, match=f"kind is '{kind}'; this engine serves 'generate' only"):
+            validate_kind(kind)

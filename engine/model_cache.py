@@ -1,0 +1,47 @@
+"""The cache layout of a model, from its configuration. No torch."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jamba_server.engine.cache.layout import CacheDtype, CacheLayout, attention_cache, mamba_cache
+from jamba_server.engine.config import EngineConfig, KvCacheDtype, StateCacheDtype
+from jamba_server.engine.model_config import JambaConfig
+
+
+def cache_layout(
+    config: JambaConfig,
+    *,
+    block_size: int,
+    dtype: str,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_cache_dtype: StateCacheDtype = "auto",
+) -> CacheLayout:
+    """What a Jamba of `dtype` keeps: K and V of attention layers, states of Mamba layers."""
+    own = cast(CacheDtype, dtype)
+    attention = attention_cache(
+        block_size=block_size,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=own if kv_cache_dtype == "auto" else "float8_e4m3fn",
+    )
+    mamba = mamba_cache(
+        d_inner=config.d_inner,
+        d_state=config.mamba_d_state,
+        d_conv=config.mamba_d_conv,
+        dtype=own,
+        compressed=state_cache_dtype != "auto",
+    )
+    kinds = (config.is_attention(i) for i in range(config.num_hidden_layers))
+    return CacheLayout(block_size, tuple(attention if is_attention else mamba for is_attention in kinds))
+
+
+def wanted_layout(config: JambaConfig, engine: EngineConfig) -> CacheLayout:
+    """The one that `engine` asks for."""
+    return cache_layout(
+        config,
+        block_size=engine.block_size,
+        dtype=config.dtype if engine.dtype == "auto" else engine.dtype,
+        kv_cache_dtype=engine.kv_cache_dtype,
+        state_cache_dtype=engine.state_cache_dtype,
+    )
