@@ -59,6 +59,7 @@ class ServerConfig:
     api_key: Annotated[tuple[str, ...], Help("Key that requests must carry; repeatable.", secret=True)] = ()
     chat_template: Annotated[str | None, Help("File with a chat template in place of the checkpoint's.")] = None
     max_queue_requests: Annotated[Number, Help("Choices that may wait before requests get 503; 0: no limit.")] = 1024
+    startup_wait: Annotated[float, Meta(ge=0), Help("Seconds that requests wait for an engine that loads.")] = 30.0
     shutdown_timeout: Annotated[float, Meta(ge=0), Help("Seconds that running requests have to finish.")] = 30.0
     engine_timeout: Annotated[Seconds, Help("Seconds without a step after which the engine is restarted.")] = 120.0
     allowed_origins: Annotated[tuple[str, ...], Help("Origin of web pages that may call, or *; repeatable.")] = ()

@@ -18,6 +18,7 @@ from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.errors import error_response, request_id_of
+from jamba_server.server.http.lifecycle import StartupQueue
 from jamba_server.server.http.logs import log_stats
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import OPEN_PATHS, ApiKey, JsonBody, RequestContext
@@ -52,6 +53,7 @@ def create_app(
         metrics=Metrics(engine, model_name=config.served_model_name[0]),
         demo=demo,
         version=package_version(),
+        startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
     app = FastAPI(

@@ -16,7 +16,7 @@ from jamba_server.engine.errors import ModelNotFound, RequestRejected
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Generation, GenerationSpec
-from jamba_server.server.http.lifecycle import Lifecycle
+from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.schemas.chat import ChatMessage
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat
@@ -42,10 +42,18 @@ class Services:
     demo: bool
     version: str
     longest_token: int  # in bytes
+    startup: StartupQueue
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
+
+    async def admit(self, request: Request, *, num_choices: int = 1) -> None:
+        """Lets a request to the engine in, once that has loaded. Raises Overloaded, EngineLoading and ClientDisconnect.
+
+        `request` has been read to its end."""
+        self.lifecycle.admit()
+        await self.startup.wait(request.receive, num_choices)
 
     def model(self, wish: str | None) -> str:
         """The served name that a request means; the first one if it names none. Raises ModelNotFound."""

@@ -28,7 +28,8 @@ KEY = {"Authorization": "Bearer second key"}
 
 async def test_a_healthy_server(bench: Bench) -> None:
     async with bench.http() as http:
-        health, ready, version = [await http.get(path) for path in ("/health", "/ready", "/version")]
+        health, ready, version, live = [await http.get(path) for path in ("/health", "/ready", "/version", "/live")]
+    assert (live.status_code, live.json()) == (200, {"status": "live", "reason": None})
     assert (health.status_code, health.json()) == (200, {"status": "ok", "reason": None})
     assert (ready.status_code, ready.json()) == (200, {"status": "ready", "reason": None})
     assert version.json() == {"version": package_version()}
@@ -68,20 +69,24 @@ async def test_a_restarting_engine_is_healthy_but_not_ready(bench: Bench) -> Non
     assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": "restarting"})
 
 
-async def test_a_loading_engine_asks_to_come_back(bench: Bench) -> None:
-    bench.engine.loading = True
-    bench.engine.health = Health(alive=True, ready=False, reason="the engine is loading")
+async def test_a_loading_engine_is_alive_but_not_healthy(bench: Bench) -> None:
+    bench.engine.load("loading weights", 0.25)
     async with bench.http() as http:
-        ready, reply = await http.get("/ready"), await http.post(CHAT, json=chat())
-    assert ready.status_code == 503
-    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_loading")
-    assert int(reply.headers["Retry-After"]) > 0
+        replies = [await http.get(path) for path in ("/health", "/ready", "/live")]
+        bench.engine.start()
+        loaded = await http.get("/health")
+    assert [reply.status_code for reply in replies] == [503, 503, 200]
+    reason = "the engine is loading"
+    expected = {"status": "loading", "reason": reason, "phase": "loading weights", "fraction": 0.25}
+    assert replies[0].json() == expected
+    assert loaded.status_code == 200
 
 
 async def test_a_dead_engine_says_why(bench: Bench) -> None:
     bench.engine.health = Health(alive=False, ready=False, reason="three deaths in 60 s")
     async with bench.http() as http:
         health, ready, reply = await http.get("/health"), await http.get("/ready"), await http.post(CHAT, json=chat())
+        assert (await http.get("/live")).status_code == 200
     assert (health.status_code, health.json()) == (503, {"status": "dead", "reason": "three deaths in 60 s"})
     assert ready.status_code == 503
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")
@@ -203,7 +208,7 @@ async def test_right_keys(guarded: Bench, value: str) -> None:
 
 async def test_what_is_open(guarded: Bench, make_bench: MakeBench) -> None:
     async with guarded.http() as http:
-        assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 200]
+        assert [(await http.get(path)).status_code for path in ("/health", "/ready", "/live")] == [200] * 3
     async with make_bench(api_key=("key",), metrics_public=True).http() as http:
         assert [(await http.get(path)).status_code for path in ("/metrics", "/version")] == [200, 401]
 
@@ -335,7 +340,7 @@ async def test_the_openapi_document(bench: Bench) -> None:
         docs = await http.get("/docs")
     assert docs.status_code == 200
     paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize"}
-    assert set(document["paths"]) == paths | {"/health", "/ready", "/version", "/metrics"}
+    assert set(document["paths"]) == paths | {"/health", "/ready", "/live", "/version", "/metrics"}
     schemas = document["components"]["schemas"]
     chat_request = schemas["ChatCompletionRequest"]
     assert chat_request["additionalProperties"] is False

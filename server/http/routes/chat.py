@@ -38,7 +38,7 @@ router = APIRouter(tags=["generation"])
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
     """The next message of a conversation; with `stream` as server-sent events of `chat.completion.chunk`."""
-    services.lifecycle.admit()
+    await services.admit(request, num_choices=body.n or 1)
     writer = _Writer(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),

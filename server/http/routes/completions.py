@@ -34,7 +34,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Continuations of one or several prompts; with `stream` as server-sent events of the same object."""
-    services.lifecycle.admit()
+    await services.admit(request, num_choices=len(body.prompts) * (body.n or 1))
     writer = _Writer(
         id=f"cmpl-{uuid.uuid4().hex}",
         created=int(time.time()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.engine.errors import RequestRejected
@@ -14,8 +14,9 @@ router = APIRouter(tags=["text"])
 
 
 @router.post("/tokenize", response_model=TokenizeReply, responses=ERRORS)
-async def tokenize(body: TokenizeRequest, services: ServicesOf) -> Response:
+async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf) -> Response:
     """The token ids of a prompt or of a conversation as the model reads it."""
+    await services.startup.wait(request.receive, 1)
     services.model(body.model)
     tokens = await _tokens(body, services)
     return json_response(
