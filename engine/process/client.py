@@ -24,6 +24,7 @@ from jamba_server.engine.types import (
     EngineStats,
     Failed,
     FromEngine,
+    LogLine,
     Progress,
     Ready,
     Request,
@@ -40,8 +41,8 @@ SUSPECT_DEATHS = 2  # a request present in so many deaths in a row runs alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """`ready`: requests are accepted now. Not `alive`: the engine is gone for good, `reason` says why. `loading` says how
-    far the first start is, and is None once the engine has been ready: a restart is no first start."""
+    """`ready`: requests are accepted now. Not `alive`: the engine is gone for good, `reason` says why. `loading` says
+    how far the first start is, and is None once the engine has been ready: a restart is no first start."""
 
     alive: bool
     ready: bool
@@ -308,6 +309,8 @@ class EngineClient:
                 if self._health.loading:
                     self._health = _loading(message)
                 self._on_progress(phase, fraction)
+            case LogLine(level, name, text):
+                logging.getLogger(name).log(level, "%s", text)
             case Ready(info):
                 self._ready(info)
             case Failed(reason):

@@ -18,8 +18,8 @@ from jamba_server.server.cli.bench.client import EventDecoder, error_message
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.run import MaxTokens, Seed, Temperature, TopK, TopP
 from jamba_server.server.cli.settings import LOCAL, with_options
+from jamba_server.server.cli.terminal import configure_logging
 from jamba_server.server.config import ServerConfig
-from jamba_server.server.http.logs import configure_logging
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."

@@ -13,8 +13,8 @@ from rich.console import Console
 from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.settings import LOCAL, Model, with_options
+from jamba_server.server.cli.terminal import configure_logging
 from jamba_server.server.config import ServerConfig
-from jamba_server.server.http.logs import configure_logging
 
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the checkpoint's]", show_default=False)]

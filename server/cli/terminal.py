@@ -1,13 +1,15 @@
-"""What people see on stderr: start-up progress and what was loaded."""
+"""What people see on stderr: the log, a start's progress, and what was loaded."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import sys
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import EngineInfo
@@ -18,32 +20,70 @@ logger = logging.getLogger(__name__)
 LOG_STEP = 0.25  # without a terminal a phase is logged at every quarter
 
 
+class LineFormatter(logging.Formatter):
+    """One line a record, for whatever logs: `DATE TIME LEVEL NAME: MESSAGE`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy.copy(record)  # other handlers see the same record
+        shown.name = record.name.removeprefix("jamba_server.")
+        if record.name == "py.warnings":  # the second line is the source code that warned
+            shown.msg, shown.args = record.getMessage().partition("\n")[0], None
+        return super().format(shown)
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the moment: while a progress bar is shown, that writes above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]  # a property, as in logging itself
+        return sys.stderr
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Sends the log, and Python's warnings, to stderr in one format."""
+    handler = StderrHandler()
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for noisy in ("uvicorn.access", "httpx"):  # requests are logged by `server.http`
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
 class LoadProgress:
-    """Shows the phases of a start: bars on a terminal, else a few log lines. `update` is EngineClient's on_progress."""
+    """Shows the phases of a start, one after the other: one bar on a terminal, else a few log lines. `update` is
+    EngineClient's on_progress."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._tasks: dict[str, TaskID] = {}
+        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._task = self._bar.add_task("starting", total=None) if self._bar else None
         self._logged: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bars:
-            self._bars.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar away; may be called again."""
+        if self._bar:
+            self._bar.stop()
 
     def update(self, phase: str, fraction: float) -> None:
         """`fraction` of `phase` is done."""
-        if self._bars:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=1.0)
-            self._bars.update(self._tasks[phase], completed=fraction)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
             # the next quarter; a start from 0 again (an engine that is restarted) is not logged
@@ -69,7 +109,6 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
         f"results   {describe_results(info)}",
         f"sampling  {sampling}; eos token ids {eos}",
-        *(f"warning   {warning}" for warning in info.warnings),
     ]
 
 

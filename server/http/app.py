@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from importlib import metadata
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +25,7 @@ from jamba_server.server.http.routes import chat, completions, models, operation
 from jamba_server.server.http.services import Services
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
+from jamba_server.server.version import package_version
 
 ROUTERS = (chat.router, completions.router, models.router, tokenize.router, operations.router)
 
@@ -71,13 +71,6 @@ def create_app(
     for kind in (EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
     return app
-
-
-def package_version() -> str:
-    try:
-        return metadata.version("jamba-server")
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a checkout that is not installed
 
 
 def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:

@@ -22,7 +22,8 @@ from jamba_server.server.cli.bench.client import Reply
 from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
-from jamba_server.server.cli.serve import bind, http_config, is_loopback
+from jamba_server.server.cli.serve import bind, is_loopback
+from jamba_server.server.cli.server import http_config
 from jamba_server.server.cli.terminal import describe_engine
 from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
 from tests.geometries import write_geometry

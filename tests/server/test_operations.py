@@ -11,9 +11,9 @@ import pytest
 
 from jamba_server.engine.errors import EngineDead, EngineFailed, Overloaded
 from jamba_server.engine.process.client import Health
-from jamba_server.server.http.app import package_version
 from jamba_server.server.http.lifecycle import RETRY_AFTER_SECONDS
 from jamba_server.server.text.tokenizer import Tokenizer
+from jamba_server.server.version import package_version
 from tests.server.asgi import Exchange
 from tests.server.conftest import Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import MAX_MODEL_LEN, FakeEngine

@@ -26,7 +26,7 @@ def server(*flags: str) -> Generator[tuple[subprocess.Popen[str], str]]:
             log: list[str] = []
             for line in process.stderr:
                 log.append(line)
-                if found := re.match(r"ready +(http://\S+)/v1 ", line):
+                if found := re.search(r": ready +listening on (http://\S+)/v1 ", line):
                     yield process, found[1]
                     return
             raise AssertionError("".join(log))
