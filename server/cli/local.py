@@ -14,7 +14,6 @@ from rich.console import Console
 from jamba_server.engine.errors import EngineFailed
 from jamba_server.engine.process.client import Engine, EngineClient
 from jamba_server.engine.types import Request, SamplingParams
-from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.terminal import LoadProgress
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Prompt
@@ -55,9 +54,8 @@ class LocalModel:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: ServerConfig, console: Console) -> AsyncGenerator[LocalModel]:
-        """Loads the model of `config` for one sequence at a time. Raises ConfigError."""
-        folder = find_checkpoint(config).folder
+    async def open(cls, config: ServerConfig, folder: Path, console: Console) -> AsyncGenerator[LocalModel]:
+        """Loads the model in `folder` for one sequence at a time, with the options of `config`. Raises ConfigError."""
         tokenizer = Tokenizer.from_folder(folder)
         override = None if config.chat_template is None else Path(config.chat_template)
         template = ChatTemplate.from_folder(folder, tokenizer, override)
