@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from jamba_server.engine.config import (
@@ -165,6 +164,8 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Keys as in `ServerConfig`, also with dashes; null leaves the default."""
+    import yaml  # it takes a tenth of the time until the command says something
+
     try:
         document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,9 +18,9 @@ from jamba_server.engine.errors import ConfigError, JambaError
 from jamba_server.server.cli.bench.client import EventDecoder, error_message
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.local import LocalModel, Sampling
+from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.run import MaxTokens, Seed, Temperature, TopK, TopP
 from jamba_server.server.cli.settings import LOCAL, with_options
-from jamba_server.server.cli.terminal import configure_logging
 from jamba_server.server.config import ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -26,6 +26,7 @@ from jamba_server.engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+CLEAN_UP_SECONDS = 0.5  # that the process has for removing what it has half of
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
@@ -76,7 +77,8 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         for line in messages:
-            match msgspec.json.decode(line, type=FromHub):
+            message: FromHub = msgspec.json.decode(line, type=FromHub)
+            match message:
                 case Plan(num_files, num_bytes):
                     files = f"{num_files} file{'' if num_files == 1 else 's'}"
                     logger.info("downloading %s, %s, %s", name, files, filesize.decimal(num_bytes))
@@ -86,8 +88,8 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
                         bar.update(task, completed=max(num_bytes, bar.tasks[task].completed))
                 case Done(folder):
                     return Path(folder)
-                case Failed(message):
-                    raise CheckpointError(message)
+                case Failed(reason):
+                    raise CheckpointError(reason)
         stderr.seek(0)
         last = (stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     raise CheckpointError(f"The process that was to download {name} ended early: {last}")
@@ -95,7 +97,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 @contextmanager
 def hub_process(wish: Wish, stderr: IO[bytes]) -> Generator[IO[bytes]]:
-    """The lines that it says. On leaving, however that happens, it is killed."""
+    """The lines that it says. On leaving, however that happens, it ends."""
     root = str(Path(jamba_server.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -114,4 +116,9 @@ def hub_process(wish: Wish, stderr: IO[bytes]) -> Generator[IO[bytes]]:
                 os.write(process.stdin.fileno(), msgspec.json.encode(wish) + b"\n")
             yield process.stdout
         finally:
-            process.kill()
+            process.stdin.close()
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(CLEAN_UP_SECONDS)
+            finally:  # also after a second Ctrl-C
+                process.kill()

@@ -2,13 +2,15 @@
 
 `download.download` starts it, writes one `Wish` to its standard input and reads one message a line from its standard
 output: Plan and Progress if something has to come, then Done or Failed. The hub's client keeps its threads, log lines
-and progress bars to itself that way, and killing it ends a download at once; what has come is used by the next one.
-It ends, too, when its standard input does, for then nobody waits for it.
+and progress bars to itself that way, and a download ends at once when its process does. That is when its standard input
+ends: nobody waits for it any more. The next download takes the files that have come as a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -30,6 +32,9 @@ from huggingface_hub.utils import tqdm
 
 from jamba_server.server.cli.download import Done, Failed, FromHub, Plan, Progress, Wish
 
+# Gigabytes that nobody would use: their names are of this process alone.
+PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
+
 
 class Bar(tqdm):
     """A progress bar of the hub's client that writes messages in place of itself."""
@@ -38,8 +43,8 @@ class Bar(tqdm):
         super().__init__(*args, **{**kwargs, "disable": False})
         self._counts_bytes = kwargs.get("unit") == "B"  # another one counts files
 
-    def display(self, *args: Any, **kwargs: Any) -> bool:
-        return True
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
@@ -55,6 +60,11 @@ def tell(message: FromHub) -> None:
 
 def end_with_parent() -> None:
     sys.stdin.buffer.read()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            path = descriptor.readlink()
+            if PARTIAL.search(path.name):
+                path.unlink()
     os._exit(1)
 
 

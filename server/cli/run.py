@@ -14,8 +14,8 @@ from rich.console import Console
 from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.local import LocalModel, Sampling
+from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.settings import LOCAL, Model, with_options
-from jamba_server.server.cli.terminal import configure_logging
 from jamba_server.server.config import ServerConfig
 
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]

@@ -1,6 +1,6 @@
 """`jamba serve`: from an address and a checkpoint to a running server.
 
-What takes long to import (`server.cli.server`) is imported when people see what is going on.
+What takes long to import is imported when people see already what is going on.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import logging
 import socket
 from dataclasses import replace
 
-from rich.console import Console
-
 from jamba_server.engine.errors import ConfigError
-from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.settings import ALL, Model, with_options
-from jamba_server.server.cli.terminal import LoadProgress, configure_logging
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import DESCRIPTION
 from jamba_server.server.version import package_version
@@ -31,6 +28,11 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     greet(config)
     listener = bind(config.host, config.port)  # before a model is downloaded or loaded in vain
     with listener:
+        from rich.console import Console
+
+        from jamba_server.server.cli.checkpoint import find_checkpoint
+        from jamba_server.server.cli.terminal import LoadProgress
+
         checkpoint = find_checkpoint(config)
         if not config.served_model_name:
             config = replace(config, served_model_name=(checkpoint.name,))

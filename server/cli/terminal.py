@@ -1,12 +1,10 @@
-"""What people see on stderr: the log, a start's progress, and what was loaded."""
+"""What people see of a start on stderr: its progress, and what was loaded."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import sys
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -18,41 +16,6 @@ from jamba_server.server.config import GenerationDefaults
 logger = logging.getLogger(__name__)
 
 LOG_STEP = 0.25  # without a terminal a phase is logged at every quarter
-
-
-class LineFormatter(logging.Formatter):
-    """One line a record, for whatever logs: `DATE TIME LEVEL NAME: MESSAGE`."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def format(self, record: logging.LogRecord) -> str:
-        shown = copy.copy(record)  # other handlers see the same record
-        shown.name = record.name.removeprefix("jamba_server.")
-        if record.name == "py.warnings":  # the second line is the source code that warned
-            shown.msg, shown.args = record.getMessage().partition("\n")[0], None
-        return super().format(shown)
-
-
-class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the moment: while a progress bar is shown, that writes above the bar."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]  # a property, as in logging itself
-        return sys.stderr
-
-
-def configure_logging(level: str = "INFO") -> None:
-    """Sends the log, and Python's warnings, to stderr in one format."""
-    handler = StderrHandler()
-    handler.setFormatter(LineFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.captureWarnings(True)
-    for noisy in ("uvicorn.access", "httpx"):  # requests are logged by `server.http`
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 class LoadProgress:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,14 +17,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What it has and how it behaves. `stalls` names a file of which only the first half comes until `go_on` is set."""
+    """What it has and how it behaves. `stalls` names a file of which only the first half comes until `go_on` is set,
+    `cuts` one after whose first half the connection is closed, once. `strange` is the answer to everything."""
 
     files: Mapping[str, bytes]
     stalls: str | None = None
+    cuts: str | None = None
     refusal: tuple[int, dict[str, str]] | None = None
     strange: bytes | None = None
     url: str = ""
-    ranges: list[str] = field(default_factory=list[str])
+    fetched: list[tuple[str, str | None]] = field(default_factory=list["tuple[str, str | None]"])  # file, range
     stalled: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
 
@@ -66,34 +68,39 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body=body)
 
     def _file(self, name: str, *, body: bool) -> None:
-        data = self.hub.files[name]
+        hub, data = self.hub, self.hub.files[name]
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        wanted = self.headers.get("Range")
-        if not body or not wanted:
-            self._send(200, data, headers, body=body, stall=name == self.hub.stalls)
+        if not body:
+            self._send(200, data, headers, body=False)
             return
-        self.hub.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").partition("-")[0])
-        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(206, data[start:], headers, body=True, stall=name == self.hub.stalls)
+        wanted = self.headers.get("Range")
+        hub.fetched.append((name, wanted))
+        start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self._send_head(206 if wanted else 200, len(data) - start, headers)
+        half = start + (len(data) - start) // 2
+        self.wfile.write(data[start:half])
+        if name == hub.cuts:
+            hub.cuts = None
+            self.close_connection = True
+            return
+        if name == hub.stalls:
+            hub.stalled.set()
+            hub.go_on.wait()
+        with suppress(OSError):  # whoever asked is gone
+            self.wfile.write(data[half:])
 
-    def _send(self, status: int, data: bytes, headers: Mapping[str, str], *, body: bool, stall: bool = False) -> None:
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str], *, body: bool) -> None:
+        self._send_head(status, len(data), headers)
+        if body:
+            self.wfile.write(data)
+
+    def _send_head(self, status: int, length: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+        for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
-        if not body:
-            return
-        half = len(data) // 2 if stall else 0
-        self.wfile.write(data[:half])
-        self.wfile.flush()
-        if stall:
-            self.hub.stalled.set()
-            self.hub.go_on.wait()
-        try:
-            self.wfile.write(data[half:])
-        except OSError:
-            return  # whoever asked is gone
 
 
 @contextmanager

@@ -66,9 +66,26 @@ def test_version_is_the_distributions() -> None:
     assert invoke("--version") == f"jamba-server {version}\n"
 
 
-def test_the_command_never_imports_torch() -> None:
-    program = "import sys; from jamba_server.server.cli import application; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+def test_serve_says_something_before_it_imports_what_takes_long() -> None:
+    slow = ("fastapi", "huggingface_hub", "torch", "uvicorn", "numpy", "httpx", "rich", "yaml", "asyncio")
+    program = (
+        "import logging, sys\n"
+        "from jamba_server.server.cli import application, serve\n"
+        "sys.argv = ['jamba', 'serve']\n"
+        f"serve.bind = lambda *address: sys.exit(str(sorted({set(slow)} & sys.modules.keys())))\n"
+        "application.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    *banner, loaded = done.stderr.splitlines()
+    assert "jamba-server" in banner[0]
+    assert loaded == "[]"
+
+
+def test_a_mistyped_command_gets_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jamba(monkeypatch, "serv") == 2
+    assert "Did you mean 'serve'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -134,18 +151,19 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
 def test_only_needed_files_are_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load_format: Any, weights: bool
 ) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[Any] = []
 
-    def snapshot_download(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        return str(tmp_path)
+    def download(*wish: Any) -> Path:
+        asked.extend(wish)
+        return tmp_path
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "download", download)
     found = find_checkpoint(ServerConfig(model="org/name", revision="v2", load_format=load_format))
     assert (found.folder, found.name) == (tmp_path, "org/name")
-    assert (asked["name"], asked["revision"]) == ("org/name", "v2")
-    assert ("*.safetensors" in asked["allow_patterns"]) == weights
-    assert {"config.json", "tokenizer.json", "*.jinja"} <= set(asked["allow_patterns"])
+    name, revision, patterns = asked
+    assert (name, revision) == ("org/name", "v2")
+    assert ("*.safetensors" in patterns) == weights
+    assert {"config.json", "tokenizer.json", "*.jinja"} <= set(patterns)
 
 
 def test_a_name_that_is_no_hub_id() -> None:

@@ -66,7 +66,7 @@ async def test_a_line_a_request(bench: Bench, caplog: pytest.LogCaptureFixture) 
 
 def test_the_set_up() -> None:
     program = (
-        "import logging; from jamba_server.server.cli.terminal import configure_logging; configure_logging('INFO')\n"
+        "import logging; from jamba_server.server.cli.log import configure_logging; configure_logging('INFO')\n"
         "logging.getLogger('jamba_server.server.x').info('a %s', 'b'); logging.getLogger('uvicorn.error').info('c')\n"
         "logging.getLogger('uvicorn.access').info('d'); logging.getLogger('jamba_server.server.x').debug('e')\n"
     )
