@@ -26,7 +26,7 @@ from jamba_server.engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CLEAN_UP_SECONDS = 0.5  # that the process has for removing what it has half of
+CLEAN_UP_SECONDS = 2.0  # that the process has for removing what it has half of
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 

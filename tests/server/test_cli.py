@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jamba_server.engine.errors import CheckpointError, ConfigError
@@ -24,7 +26,7 @@ from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
 from jamba_server.server.cli.serve import bind, is_loopback
 from jamba_server.server.cli.server import http_config
-from jamba_server.server.cli.terminal import describe_engine
+from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
 from tests.geometries import write_geometry
 from tests.server.fake_engine import INFO
@@ -313,6 +315,25 @@ def test_the_start_says_that_hits_on_int8_saved_states_are_not_exact() -> None:
     assert f"results   the same bits in every batch, however prompts are cut; {not_exact}" in lines
     lines = describe_engine(msgspec.structs.replace(info, batch_dependent_ops=("linear",)), GenerationDefaults())
     assert f"results   last bits may depend on the batch: linear; {not_exact}" in lines
+
+
+def test_a_start_has_one_bar_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    with LoadProgress(console) as progress:
+        progress.update("loading weights", 0.5)
+        progress.update("measuring memory", 0.25)
+        shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "starting" in shown
+    assert shown.count("\n") == 0
+
+
+def test_without_a_terminal_a_start_is_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with LoadProgress(Console(file=io.StringIO())) as progress:
+        for percent in range(101):
+            progress.update("loading weights", percent / 100)
+        progress.update("loading weights", 0.0)  # an engine that is restarted
+    assert caplog.messages == [f"loading weights: {percent} %" for percent in (0, 25, 50, 75, 100)]
 
 
 # doctor -------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_ctrl_c_ends_a_download_at_once_and_the_next_one_takes_what_has_come(ser
         repository = tmp_path / "hub" / "models--org--name"
         while not (hub.stalled.is_set() and (repository / "snapshots" / COMMIT / "config.json").exists()):
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)  # the hub says nothing more, so nothing but this ends it
         assert process.wait(timeout=10) == 130
         assert process.stderr is not None
