@@ -16,6 +16,8 @@ REQUESTS = (
     ("POST", CHAT, chat()),
     ("POST", COMPLETIONS, {"prompt": "a"}),
     ("POST", "/tokenize", {"prompt": "a"}),
+    ("POST", "/detokenize", {"tokens": [5]}),
+    ("GET", "/tokenizer_info", None),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/jamba", None),
 )

@@ -51,7 +51,10 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     generation = services.generation(await _spec(body, services, writer.id, request_id_of(request.scope)))
     if body.stream:
         return EventStream(writer.events(generation), keep_alive=services.config.sse_keep_alive)
-    return json_response(writer.reply(await until_disconnect(request.receive, generation.collect()), generation))
+    choices = await until_disconnect(request.receive, generation.collect())
+    if writer.with_logprobs:  # A long reply has tens of thousands of token texts.
+        return await services.in_thread(lambda: json_response(writer.reply(choices, generation)))
+    return json_response(writer.reply(choices, generation))
 
 
 async def _spec(body: ChatCompletionRequest, services: Services, id_: str, http_request_id: str) -> GenerationSpec:
