@@ -8,7 +8,7 @@ from starlette.types import Receive
 
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
-from jamba_server.server.http.sse import until_disconnect
+from jamba_server.server.http.disconnect import until_disconnect
 
 RETRY_AFTER_SECONDS = 5  # by then another replica has the traffic, or this one is back
 
