@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.types import Receive
-
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
-from jamba_server.server.http.disconnect import until_disconnect
 
 RETRY_AFTER_SECONDS = 5  # by then another replica has the traffic, or this one is back
 
@@ -42,11 +39,9 @@ class StartupQueue:
         self._engine, self._seconds, self._max_waiting = engine, seconds, max_waiting
         self._num_waiting = 0
 
-    async def wait(self, receive: Receive, num_choices: int) -> None:
+    async def wait(self, num_choices: int) -> None:
         """Returns when the engine has loaded, or cannot be. Raises EngineLoading when that takes too long, Overloaded
-        when too many wait already, ClientDisconnect when the client, whom `receive` watches, goes away."""
-        if self._engine.health.loading is None:
-            return
+        when too many wait already."""
         if self._max_waiting and self._num_waiting >= self._max_waiting:
             raise Overloaded(
                 f"The engine is loading and {self._num_waiting} requests wait for it already; the limit "
@@ -56,7 +51,7 @@ class StartupQueue:
         self._num_waiting += num_choices
         try:
             async with asyncio.timeout(self._seconds):
-                await until_disconnect(receive, self._engine.first_start())
+                await self._engine.first_start()
         except TimeoutError:
             raise EngineLoading(self._describe()) from None
         finally:

@@ -48,13 +48,6 @@ class Services:
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
 
-    async def admit(self, request: Request, *, num_choices: int = 1) -> None:
-        """Lets a request to the engine in, once that has loaded. Raises Overloaded, EngineLoading and ClientDisconnect.
-
-        `request` has been read to its end."""
-        self.lifecycle.admit()
-        await self.startup.wait(request.receive, num_choices)
-
     def model(self, wish: str | None) -> str:
         """The served name that a request means; the first one if it names none. Raises ModelNotFound."""
         served = self.config.served_model_name

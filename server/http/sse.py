@@ -1,19 +1,21 @@
-"""How a generation becomes a reply: at once, or as server-sent events."""
+"""How a generation becomes a reply: at once, or as server-sent events; and the watch for clients that go away."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jamba_server.server.http.disconnect import until_disconnect
 from jamba_server.server.http.errors import describe, request_id_of
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.writers.writer import Writer
+
+T = TypeVar("T")
 
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -28,6 +30,26 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
     else:
         body = writer.reply(choices).model_dump_json()
     return Response(body, media_type="application/json")
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. When the client goes away first, `work` is cancelled and ClientDisconnect raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class EventStream(Response):

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.errors import request_id_of
 from jamba_server.server.http.generation import GenerationSpec
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.chat import ChatCompletion, ChatCompletionRequest
@@ -24,7 +25,8 @@ router = APIRouter(tags=["generation"])
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
     """The next message of a conversation; with `stream` as server-sent events of `chat.completion.chunk`."""
-    await services.admit(request, num_choices=body.n or 1)
+    services.lifecycle.admit()
+    await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
     spec = await _spec(body, services, f"chatcmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
     writer = ChatWriter(

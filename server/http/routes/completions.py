@@ -11,6 +11,7 @@ from starlette.responses import Response
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.errors import request_id_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
@@ -26,7 +27,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Continuations of one or several prompts; with `stream` as server-sent events of the same object."""
-    await services.admit(request, num_choices=len(body.prompts) * (body.n or 1))
+    services.lifecycle.admit()
+    await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
     model = services.model(body.model)
     spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
     writer = CompletionWriter(

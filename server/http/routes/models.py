@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.server.demo import DESCRIPTION
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.models import ModelCard, ModelList
 from jamba_server.server.http.services import Services, ServicesOf
@@ -16,13 +17,13 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)
 async def list_models(request: Request, services: ServicesOf) -> Response:
     """The names under which the model is served."""
-    await services.startup.wait(request.receive, 1)
+    await wait_for_start(request, services)
     return json_response(ModelList(data=[_card(name, services) for name in services.config.served_model_name]))
 
 
 @router.get("/v1/models/{model:path}", response_model=ModelCard, responses=ERRORS)
 async def retrieve_model(model: str, request: Request, services: ServicesOf) -> Response:
-    await services.startup.wait(request.receive, 1)
+    await wait_for_start(request, services)
     return json_response(_card(services.model(model), services))
 
 

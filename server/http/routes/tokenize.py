@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.models import (
     DetokenizeReply,
@@ -27,7 +28,7 @@ TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 @router.post("/tokenize", response_model=TokenizeReply, responses=ERRORS)
 async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf) -> Response:
     """The token ids of a prompt or of a conversation as the model reads it."""
-    await services.startup.wait(request.receive, 1)
+    await wait_for_start(request, services)
     services.model(body.model)
     tokens = await _tokens(body, services)
     if body.return_token_strs:
@@ -57,7 +58,7 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
 @router.post("/detokenize", response_model=DetokenizeReply, responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, request: Request, services: ServicesOf) -> Response:
     """The text of token ids, special tokens included; no more ids than the model's context has."""
-    await services.startup.wait(request.receive, 1)
+    await wait_for_start(request, services)
     services.model(body.model)
     _check_number(len(body.tokens), services, param="tokens")
 
@@ -83,7 +84,7 @@ def _check_number(number: int, services: Services, *, param: str) -> None:
 @router.get("/tokenizer_info", response_model=TokenizerInfoReply, responses=ERRORS)
 async def tokenizer_info(request: Request, services: ServicesOf) -> Response:
     """The names and ids of the special tokens, and the chat template; not the vocabulary."""
-    await services.startup.wait(request.receive, 1)
+    await wait_for_start(request, services)
     tokenizer, template = services.tokenizer, services.chat_template
     named = tokenizer.named_tokens
     return json_response(
