@@ -23,7 +23,10 @@ _VALUE_SHOWN = 100  # characters; a quantization_config may have thousands
 
 def shown(value: object) -> str:
     """A value of a JSON file as an error shows it."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "a deeply nested value"
     return text if len(text) <= _VALUE_SHOWN else f"{text[:_VALUE_SHOWN]}..."
 
 

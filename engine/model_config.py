@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from jamba_server.engine.errors import CheckpointError, shown
-from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
+from jamba_server.engine.files import read_object
+from jamba_server.engine.foreign import refuse_foreign
+from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
 # Names in `config.json: architectures`; engine.models has the class of each.
@@ -18,6 +19,14 @@ CAUSAL_LM: Final = "JambaForCausalLM"
 SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
 ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 DTYPES: Final = ("bfloat16", "float16", "float32")
+_EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
+
+# Far above every published model: what goes beyond is a slip or made to do harm, and loops over it would not end.
+_MAX_LAYERS: Final = 1024
+_MAX_EXPERTS: Final = 1024
+_MAX_SIZE: Final = 1 << 20  # of a dimension
+_MAX_TOKENS: Final = 1 << 30  # of a context
+_MAX_VOCABULARY: Final = 1 << 24
 
 # Keys that change the arithmetic, with the only value that is implemented; absent means the same.
 _IMPLEMENTED: Final[Mapping[str, object]] = {
@@ -35,8 +44,9 @@ class JambaConfig:
     """What `config.json` says, under its own key names and checked.
 
     `mamba_dt_rank` "auto" is resolved, `eos_token_id` (one or several) became `eos_token_ids`, those of
-    `generation_config.json` first. `dtype` is the checkpoint's own, one of `DTYPES`. `fp8_roles`, from
-    `quantization_config`: what the weights are for that it holds in fp8.
+    `generation_config.json` first. `dtype` is the checkpoint's own, one of `DTYPES`. From `quantization_config` come
+    `fp8_roles`, what the weights are for that it holds in fp8, and `made_at_load`, the method by which another server
+    would quantise plain weights.
     """
 
     architecture: str
@@ -68,6 +78,7 @@ class JambaConfig:
     pad_token_id: int | None
     num_labels: int
     fp8_roles: frozenset[Role] = frozenset()
+    made_at_load: str | None = None
 
     @property
     def d_inner(self) -> int:
@@ -210,24 +221,30 @@ def _scan_parameters(config: JambaConfig) -> int:
     return config.mamba_d_state + 2
 
 
-def load_model_config(folder: Path) -> JambaConfig:
+def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
     """Reads `config.json` and, where there is one, `generation_config.json` of a checkpoint folder.
 
-    Keys that are absent mean what they mean to transformers' JambaConfig. Raises CheckpointError naming file, key and
-    value for anything missing, out of range, foreign, or not implemented here.
+    Keys that are absent mean what they mean to transformers' JambaConfig. `own_head`: the weights have a head that is
+    not the embedding, whatever `tie_word_embeddings` says. Raises CheckpointError naming file, key and value for
+    anything missing, out of range, foreign, or not implemented here.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; a Hugging Face checkpoint folder is expected.")
+    refuse_foreign(folder)
     file = _ConfigFile.read(folder / "config.json")
     architecture = _architecture(file)
     for key, value in _IMPLEMENTED.items():
         if file.values.get(key, value) != value:
             raise file.refusal(key, f"this server implements {json.dumps(value)} only")
+    methods.refuse_foreign(file.path, file.values)
     config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, folder / "generation_config.json"))
     _check_schedules(file, config)
-    if (quantization := file.values.get("quantization_config")) is not None:
-        return replace(config, fp8_roles=fp8_roles(file.path, quantization, linear_modules(config)))
-    return config
+    if own_head:
+        config = replace(config, tie_word_embeddings=False)
+    quantization = file.values.get("quantization_config")
+    if quantization is None:
+        return config
+    if (method := methods.made_at_load(quantization)) is not None:
+        return replace(config, made_at_load=method)
+    return replace(config, fp8_roles=fp8_roles(file.path, quantization, linear_modules(config)))
 
 
 class _ConfigFile:
@@ -238,25 +255,21 @@ class _ConfigFile:
 
     @classmethod
     def read(cls, path: Path) -> _ConfigFile:
-        try:
-            values: object = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist; a Hugging Face checkpoint folder has one.") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; an object is expected.")
-        return cls(path, cast(dict[str, Any], values))
+        if (values := read_object(path)) is None:
+            raise CheckpointError(f"{path} does not exist; a Hugging Face checkpoint folder has one.")
+        return cls(path, values)
 
     def refusal(self, key: str, rule: str) -> CheckpointError:
         value = shown(self.values[key]) if key in self.values else "missing"
         return CheckpointError(f"{self.path}: {key} is {value}; {rule}.")
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = _MAX_SIZE) -> int:
         """The whole number at `key`. A missing one is an error unless there is a `default`."""
         value = self.values.get(key, default)
         if not _is_integer(value) or value < minimum:
             raise self.refusal(key, f"a whole number of at least {minimum} is expected")
+        if value > maximum:
+            raise self.refusal(key, f"at most {maximum} is expected")
         return value
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -265,10 +278,10 @@ class _ConfigFile:
             raise self.refusal(key, "true or false is expected")
         return value
 
-    def positive(self, key: str, default: float) -> float:
+    def share(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.refusal(key, "a number above 0 is expected")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise self.refusal(key, "a number above 0 and at most 1 is expected")
         return float(value)
 
     def token_ids(self, key: str, default: int | None, *, vocab_size: int) -> tuple[int, ...]:
@@ -293,7 +306,7 @@ def _is_integer(value: object) -> bool:
 def _architecture(file: _ConfigFile) -> str:
     """The first of `architectures` that is known here. `model_type` tells a foreign model from a Jamba variant."""
     if file.values.get("model_type") != "jamba":
-        raise file.refusal("model_type", 'this server runs "jamba" models')
+        raise file.refusal("model_type", f'this server runs "jamba" models only, such as {_EXAMPLE}')
     named = file.values.get("architectures")
     known = [name for name in cast(list[Any], named) if name in ARCHITECTURES] if isinstance(named, list) else []
     if not known:
@@ -302,7 +315,7 @@ def _architecture(file: _ConfigFile) -> str:
 
 
 def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[int, ...]) -> JambaConfig:
-    vocab_size, hidden_size = file.integer("vocab_size"), file.integer("hidden_size")
+    vocab_size, hidden_size = _vocab_size(file), file.integer("hidden_size")
     heads = file.integer("num_attention_heads")
     return JambaConfig(
         architecture=architecture,
@@ -310,11 +323,11 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=file.integer("intermediate_size"),
-        num_hidden_layers=file.integer("num_hidden_layers"),
+        num_hidden_layers=file.integer("num_hidden_layers", maximum=_MAX_LAYERS),
         num_attention_heads=heads,
         head_dim=_head_dim(file, hidden_size, heads),
         num_key_value_heads=_kv_heads(file, heads),
-        num_experts=file.integer("num_experts", 16),
+        num_experts=file.integer("num_experts", 16, maximum=_MAX_EXPERTS),
         num_experts_per_tok=file.integer("num_experts_per_tok", 2),
         expert_layer_period=file.integer("expert_layer_period", 2),
         expert_layer_offset=file.integer("expert_layer_offset", 1, minimum=0),
@@ -327,10 +340,12 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         mamba_dt_rank=_dt_rank(file, hidden_size),
         mamba_conv_bias=file.boolean("mamba_conv_bias", True),
         mamba_proj_bias=file.boolean("mamba_proj_bias", False),
-        rms_norm_eps=file.positive("rms_norm_eps", 1e-6),
+        rms_norm_eps=file.share("rms_norm_eps", 1e-6),
         tie_word_embeddings=file.boolean("tie_word_embeddings", False),
         # n_ctx is the name in the configurations of Jamba's remote code, before transformers had the model.
-        max_position_embeddings=file.integer("max_position_embeddings", file.integer("n_ctx", 262144)),
+        max_position_embeddings=file.integer(
+            "max_position_embeddings", file.integer("n_ctx", 262144, maximum=_MAX_TOKENS), maximum=_MAX_TOKENS
+        ),
         bos_token_id=file.token_id("bos_token_id", 1, vocab_size=vocab_size),
         eos_token_ids=eos_token_ids,
         pad_token_id=file.token_id("pad_token_id", 0, vocab_size=vocab_size),
@@ -338,11 +353,15 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
     )
 
 
+def _vocab_size(file: _ConfigFile) -> int:
+    return file.integer("vocab_size", maximum=_MAX_VOCABULARY)
+
+
 def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
     """Those of generation_config.json where it names any, else those of config.json, as transformers' generate does."""
-    vocab_size = file.integer("vocab_size")
-    if generation_path.exists():
-        generation = _ConfigFile.read(generation_path)
+    vocab_size = _vocab_size(file)
+    if (values := read_object(generation_path)) is not None:
+        generation = _ConfigFile(generation_path, values)
         if ids := generation.token_ids("eos_token_id", None, vocab_size=vocab_size):
             return ids
     return file.token_ids("eos_token_id", 2, vocab_size=vocab_size)

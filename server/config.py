@@ -8,7 +8,6 @@ the same name in `EngineConfig`.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.engine.files import read_object, read_text
 from jamba_server.engine.validation import RANGES
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
@@ -73,7 +73,10 @@ class ServerConfig:
 
     device: Annotated[Device, Help("Where the model runs; auto: the GPU if there is one.")] = "auto"
     dtype: Annotated[Dtype, Help("Of weights and KV pages; auto: the checkpoint's.")] = "auto"
-    quantization: Annotated[Quantization | None, Help("Weight format, made at load; none: the checkpoint's.")] = None
+    quantization: Annotated[
+        Quantization | None,
+        Help("Weight format, made at load; none: the checkpoint's.", elsewhere=(("experts_int8", "int8"),)),
+    ] = None
     quantize_mamba: Annotated[bool, Help("Quantize the Mamba mixers' in_proj and out_proj, too.")] = False
     load_format: Annotated[LoadFormat, Help("dummy: seeded random weights, no file is read.")] = "auto"
     max_model_len: Annotated[Count | None, Help("Longest prompt with its reply; none: the model's.")] = None
@@ -167,11 +170,11 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     """Keys as in `ServerConfig`, also with dashes; null leaves the default."""
     import yaml  # it takes a tenth of the time until the command says something
 
+    if (text := read_text(path)) is None:
+        raise ConfigError(f"--config {path}: there is no such file.")
     try:
-        document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config {path}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document: object = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(document, dict | None):
         raise ConfigError(f"--config {path} holds a {type(document).__name__}; keys with values are expected.")
@@ -236,15 +239,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, folder: Path) -> GenerationDefaults:
         """Reads a checkpoint folder. Raises CheckpointError naming file, key and limit."""
         path = folder / "generation_config.json"
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-        if not isinstance(document, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(document).__name__}; an object is expected.")
-        values = {k: v for k, v in cast("dict[str, object]", document).items() if v is not None}
+        values = {k: v for k, v in (read_object(path) or {}).items() if v is not None}
         if values.get("top_k") == -1:  # "all" in some checkpoints
             del values["top_k"]
         try:

@@ -23,11 +23,13 @@ _SIZE = re.compile(r"(-?\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
 @dataclass(frozen=True, slots=True)
 class Help:
     """What `--help` says of a field. A secret's value is never printed. `formerly` is the field's name in the version
-    before this one: it is still read, with a warning."""
+    before this one: it is still read, with a warning. `elsewhere`: values of other servers, and the nearest
+    of ours to each."""
 
     text: str
     secret: bool = False
     formerly: str = ""
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,8 @@ class Option:
             return msgspec.convert(self._parse(value), self.annotation, strict=False)
         except (ValueError, msgspec.ValidationError):
             shown = SECRET_MASK if self.help.secret else repr(value)
-            raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.") from None
+            hint = next((f" The nearest to it is {here}." for there, here in self.help.elsewhere if there == value), "")
+            raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.{hint}") from None
 
     def _parse(self, value: object) -> object:
         """Texts of sizes, lists and mappings as what they mean; everything else as it is."""

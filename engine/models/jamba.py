@@ -112,7 +112,7 @@ class JambaForCausalLM(Jamba):
         return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
 
     def _other_heads(self) -> frozenset[str]:
-        # Some files hold a tied head all the same; transformers does not read it either.
+        # Some files hold a tied head all the same. One that is not equal makes the model untied before it is built.
         return frozenset(["score.weight", "lm_head.weight"] if self.config.tie_word_embeddings else ["score.weight"])
 
 

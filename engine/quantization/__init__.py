@@ -54,8 +54,16 @@ class QuantizationPolicy:
     stored: frozenset[Role] = frozenset()
 
     @classmethod
-    def of(cls, engine: EngineConfig, stored: frozenset[Role] = frozenset()) -> QuantizationPolicy:
-        """Raises ConfigError for `quantize_mamba` without a format, and for any wish where weights are `stored`."""
+    def of(
+        cls, engine: EngineConfig, stored: frozenset[Role] = frozenset(), made_at_load: str | None = None
+    ) -> QuantizationPolicy:
+        """Raises ConfigError for `quantize_mamba` without a format, for any wish where weights are `stored`, and for
+        none where config.json wishes for weights `made_at_load` by a method that is not this server's."""
+        if made_at_load is not None and engine.quantization is None:
+            raise ConfigError(
+                f"The quantization_config of config.json asks for {made_at_load}, which makes int8 of plain weights as "
+                "they are loaded; ask for that with --quantization int8."
+            )
         if engine.quantize_mamba and engine.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization, one of {', '.join(FORMATS)}.")
         if stored:

@@ -7,7 +7,6 @@ file depends on. Here they keep the model's dtype.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, Final, NoReturn, cast
 
 from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.quantization import Role
+from jamba_server.engine.quantization.methods import COMPRESSED_TENSORS, advice
 
-METHOD: Final = "compressed-tensors"
 FORMAT: Final = "float-quantized"
+_MAX_PATTERNS: Final = 10_000  # in one list; each may be tried on every linear module
 # Of a group's weights; null is the last one here, where it or no key at all is allowed.
 _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
     "num_bits": (8,),
@@ -71,9 +71,12 @@ class _Reader:
     def groups(self, config: object) -> list[list[str]]:
         """The targets of each group."""
         values = self.mapping("", config)
-        self.expect("quant_method", values.get("quant_method"), METHOD)
+        self.expect("quant_method", values.get("quant_method"), COMPRESSED_TENSORS)
         self.expect("format", values.get("format"), FORMAT, None)
-        self.expect("kv_cache_scheme", values.get("kv_cache_scheme"), None)
+        for name in ("kv_cache_scheme", "transform_config"):  # the latter turns weights by Hadamard matrices
+            self.expect(name, values.get(name) or None, None)
+        if sparsity := values.get("sparsity_config"):
+            self.expect("sparsity_config.format", self.mapping("sparsity_config", sparsity).get("format"), "dense")
         groups = self.mapping("config_groups", values.get("config_groups"))
         return [self.group(f"config_groups.{name}", self.mapping(name, group)) for name, group in groups.items()]
 
@@ -92,6 +95,8 @@ class _Reader:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in cast(list[object], value)):
             self.refuse(key, value, "a list of names is expected")
         patterns = cast(list[str], value)
+        if len(patterns) > _MAX_PATTERNS:
+            self.refuse(key, f"a list of {len(patterns)}", f"at most {_MAX_PATTERNS} names are expected")
         for pattern in patterns:
             try:
                 re.compile(pattern.removeprefix("re:"))
@@ -106,7 +111,7 @@ class _Reader:
 
     def expect(self, key: str, value: object, *allowed: object) -> None:
         if not any(value == known and type(value) is type(known) for known in allowed):
-            self.refuse(key, value, f"this server reads {json.dumps(allowed[0])}")
+            self.refuse(key, value, f"this server reads {shown(allowed[0])} only. {advice(None).removesuffix('.')}")
 
     def refuse(self, key: str, value: object, rule: str) -> NoReturn:
         name = f"quantization_config.{key}".rstrip(".")

@@ -26,6 +26,7 @@ from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.start.contents import StoredModel, read_model
 from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
@@ -51,6 +52,7 @@ class Loaded:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
+    warnings: tuple[str, ...] = ()
 
     def storage(self, num_pages: int, num_slots: int, block_size: int, num_compressed: int = 0) -> CacheStorage:
         return CacheStorage(
@@ -69,10 +71,12 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     """Loads the model and plans the memory. Raises ConfigError where a choice cannot be met."""
     started = time.monotonic()
     device = choose_device(config)
-    model_config = load_model_config(Path(config.model))
+    stored = read_stored(config)
+    model_config = stored.config
     if model_config.is_classifier:
         raise ConfigError(f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet.")
-    dtype, policy = choose_dtype(config, model_config), QuantizationPolicy.of(config, model_config.fp8_roles)
+    dtype = choose_dtype(config, model_config)
+    policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
     if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
@@ -96,7 +100,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-    loaded = Loaded(model, sampler, kernels, policy, dtype, kv_dtype, device)
+    loaded = Loaded(model, sampler, kernels, policy, dtype, kv_dtype, device, stored.warnings)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -107,6 +111,12 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         make_scheduler(config, model_config, plan, dtype_bytes=dtype.itemsize),
         make_info(loaded, config, plan, load_seconds=time.monotonic() - started),
     )
+
+
+def read_stored(config: EngineConfig) -> StoredModel:
+    """The configuration, as the weights have it where they are read."""
+    folder = Path(config.model)
+    return StoredModel(load_model_config(folder)) if config.load_format == "dummy" else read_model(folder)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -176,7 +186,7 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
 
 def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:
     model_config = loaded.model.config
-    warnings = plan.warnings
+    warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
     if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:  # which is told already
         warnings += (f"no graphs of decoding steps: {reason}; enforce_eager asks for none",)

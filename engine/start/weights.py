@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,11 +17,15 @@ from torch import Tensor
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
 from jamba_server.engine.models import Model
+from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
 
-SINGLE_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
-_OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-_NAMES_SHOWN: Final = 3  # tensors that an error names; a wrong checkpoint may have thousands
+# The end of a tensor's name -> the key of config.json that decides whether the model has it.
+_DECIDED_BY: Final = {
+    "mamba.conv1d.bias": "mamba_conv_bias",
+    "mamba.in_proj.bias": "mamba_proj_bias",
+    "mamba.out_proj.bias": "mamba_proj_bias",
+    HEAD: "tie_word_embeddings",
+}
 _CHUNK: Final = 1 << 20  # random numbers made at a time: 4 MiB in float32, of which a CPU's caches hold a few
 _STEP: Final = 0x9E3779B9 - 2**32  # odd: 2**32 steps reach every int32 (2**32 / golden ratio, as int32)
 _DT_RANGE: Final = (0.001, 0.1)  # time steps at the start of Mamba's training (Gu & Dao 2023, section 3.6)
@@ -36,12 +39,16 @@ def load_weights(
     What the kernels take together (one matrix product, the experts of one layer) is quantised and packed as soon as its
     last tensor has come, and the raw weights are let go: the model is never in memory twice.
 
-    Proves that every weight is filled exactly once and that every tensor in the files is used or known to be of no use.
+    Proves that every weight is filled exactly once and that every tensor in the files is used or known to be of no use
+    (`read_model` has words for those that somebody may miss). A tied model takes its one matrix under either name;
+    that both are equal where both are there has been seen by `read_model`.
     `progress` gets (`phase`, fraction of the bytes) about a hundred times. Raises CheckpointError with one sentence for
     a folder that is missing, truncated, foreign or incomplete.
     """
-    paths = _weight_files(folder)
-    loader = _Loader(model.tensor_map(), folder)
+    paths = weight_files(folder)
+    tied = model.config.tie_word_embeddings and not model.config.is_classifier
+    aliases = {} if not tied or any(EMBEDDING in header(path) for path in paths) else {HEAD: EMBEDDING}
+    loader = _Loader(model.tensor_map(), folder, aliases)
     total, done, shown = sum(path.stat().st_size for path in paths), 0, -1
     for path in paths:
         for name, tensor in _read(path):
@@ -54,31 +61,6 @@ def load_weights(
     progress(phase, 1.0)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The single file, else the files that the index names; transformers prefers them in this order."""
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        return _shards(folder / INDEX_FILE)
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS) if folder.is_dir() else []
-    beside = f"; {_listed(found)} cannot be read, convert to safetensors" if found else ""
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}.")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map: object = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}.") from error
-    files = list(cast(dict[str, Any], weight_map).values()) if isinstance(weight_map, dict) else []
-    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
-        raise CheckpointError(f"{index}: weight_map must map tensor names to names of files in the same folder.")
-    paths = [index.parent / name for name in sorted(set(files))]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise CheckpointError(f"{index.parent} lacks {_listed(missing)}, named in {index.name}; finish the download.")
-    return paths
-
-
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file. They are views of the mapped file."""
     try:
@@ -87,9 +69,7 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in names:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is no complete safetensors file ({path.stat().st_size:,} bytes; {error}); download it again."
-        ) from error
+        raise incomplete(path, error) from error
 
 
 class _Waiting:
@@ -117,9 +97,11 @@ class _Waiting:
 
 
 class _Loader:
-    """Copies tensors to where they belong and keeps account of them."""
+    """Copies tensors to where they belong and keeps account of them. `aliases` are names in the files by which they are
+    loaded as something else."""
 
-    def __init__(self, tensor_map: TensorMap, folder: Path) -> None:
+    def __init__(self, tensor_map: TensorMap, folder: Path, aliases: Mapping[str, str]) -> None:
+        self._aliases = aliases
         self._ignored, self._folder = tensor_map.ignored, folder
         self._names = list(tensor_map.destinations)
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
@@ -127,25 +109,25 @@ class _Loader:
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
         """Raises CheckpointError for a tensor that is unknown, misshapen, of a strange dtype, or one too many."""
+        name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
             self._copy(name, tensor, unit.data(name), path)
             unit.mark_filled(name)
         elif name not in self._ignored:
-            raise CheckpointError(
-                f"{path}: tensor {name} {_shape(tensor)} has no place in the model of {self._folder / 'config.json'}."
-            )
+            where, why = self._folder / "config.json", _decided_by([name], "without it")
+            raise CheckpointError(f"{path}: tensor {name} {_shape(tensor)} has no place in the model of {where}{why}.")
 
     def check_complete(self) -> None:
         if missing := [name for name in self._names if name not in self._filled_by]:
-            count = f"{len(missing)} of {len(self._names)}"
-            raise CheckpointError(f"{self._folder}: {count} tensors are missing: {_listed(missing)}.")
+            count, why = f"{len(missing)} of {len(self._names)}", _decided_by(missing, "with it")
+            raise CheckpointError(f"{self._folder}: {count} tensors are missing: {listed(missing)}{why}.")
 
     def _copy(self, name: str, tensor: Tensor, destination: Tensor, path: Path) -> None:
         if tensor.shape != destination.shape:
             raise CheckpointError(
                 f"{path}: tensor {name} has shape {_shape(tensor)}; {self._folder / 'config.json'} makes it "
-                f"{_shape(destination)}."
+                f"{_shape(destination)}{_transposed(name, tensor, destination)}."
             )
         if destination.dtype == torch.float8_e4m3fn:
             if tensor.dtype != destination.dtype:
@@ -184,9 +166,17 @@ def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+def _decided_by(names: Collection[str], how: str) -> str:
+    """The key of config.json that makes the model what it is, `how`, in respect of one of these tensors."""
+    keys = [key for end, key in _DECIDED_BY.items() if any(name.endswith(end) for name in names)]
+    return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
+
+
+def _transposed(name: str, tensor: Tensor, destination: Tensor) -> str:
+    """MLX has a convolution's inputs last."""
+    if name.endswith("conv1d.weight") and tensor.ndim == 3 and tensor.mT.shape == destination.shape:
+        return "; MLX stores it so: serve the checkpoint that this conversion was made from"
+    return ""
 
 
 def dummy_weights(model: Model, seed: int) -> None:

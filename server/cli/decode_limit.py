@@ -11,8 +11,9 @@ import msgspec
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.model_config import JambaConfig, load_model_config, step_bytes
+from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
+from jamba_server.engine.start.contents import read_plan
 from jamba_server.engine.start.machine import available_cpus
 from jamba_server.server.cli.bench.conditions import read_bandwidth
 from jamba_server.server.cli.bench.report import Level, Report
@@ -80,8 +81,9 @@ class Served:
             raise ConfigError(f"--quantization is {shown}; it must be one of {', '.join(FORMATS)}.")
         speed = None if bandwidth is None else parse_bandwidth(bandwidth)
         engine = EngineConfig(model=str(folder), quantization=kind, quantize_mamba=quantize_mamba)
-        model = load_model_config(folder)
-        return cls(model=model, policy=QuantizationPolicy.of(engine, model.fp8_roles), bandwidth=speed)
+        model = read_plan(folder).config
+        policy = QuantizationPolicy.of(engine, model.fp8_roles, model.made_at_load)
+        return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
         """What the bandwidth allows beside what was measured, for one sequence and for the closed loops."""

@@ -67,11 +67,13 @@ class LocalModel:
                 on_progress=progress.update,
             )
             try:
-                await client.start()
+                info = await client.start()
             except BaseException:
                 await client.close()
                 raise
         try:
+            for warning in info.warnings:
+                console.print(f"warning   {warning}", markup=False, highlight=False, soft_wrap=True)
             yield cls(client, tokenizer, template, defaults)
         finally:
             await client.close()

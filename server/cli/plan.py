@@ -18,8 +18,9 @@ from rich.table import Table
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.model_config import weight_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.start.contents import StoredModel, read_plan
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import (
     DEFAULT_BATCHED_TOKENS,
@@ -97,12 +98,13 @@ class Report:
     table: tuple[Cell, ...]
     plan: MemoryPlan | None
     refusal: str | None
+    warnings: tuple[str, ...]
 
 
 @with_options(SIZES)
 def plan(
     config: ServerConfig,
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; only its configuration is read.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; its weights are not loaded.")],
     memory: Annotated[
         str | None, typer.Option(help="Such as 80GiB. [default: what is free here]", show_default=False)
     ] = None,
@@ -119,7 +121,7 @@ def plan(
     folder = find_checkpoint(config, config_only=True).folder
     measured = {} if bench is None else read_bench(bench)
     engine = config.engine(folder)
-    report = make_report(model, load_model_config(folder), engine, memory, bandwidth=bandwidth, measured=measured)
+    report = make_report(model, read_plan(folder), engine, memory, bandwidth=bandwidth, measured=measured)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
         return
@@ -131,7 +133,7 @@ def plan(
 
 def make_report(
     name: str,
-    model: JambaConfig,
+    stored: StoredModel,
     engine: EngineConfig,
     memory: str | None,
     *,
@@ -141,9 +143,10 @@ def make_report(
     """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
     or None for this machine's if the device is a CPU. `measured`: tokens a second by sequences at once. Raises
     ConfigError for a text that is no size."""
+    model = stored.config
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    policy = QuantizationPolicy.of(engine, model.fp8_roles)
+    policy = QuantizationPolicy.of(engine, model.fp8_roles, model.made_at_load)
     size = DTYPE_BYTES[dtype]
     weights = weight_bytes(model, size, policy=policy)
     spec = CacheSpec.wanted(model, engine, dtype_bytes=size)
@@ -185,6 +188,7 @@ def make_report(
         table=tuple(cell(context, sequences) for context in contexts for sequences in SEQUENCES),
         plan=result,
         refusal=refusal,
+        warnings=stored.warnings,
     )
 
 
@@ -230,6 +234,7 @@ def describe(report: Report) -> list[str]:
         + (f", {format_bytes(checkpoint)} a saved state (int8)" if compressed else " or saved state"),
         f"memory ({report.device})".ljust(24) + f"{format_bytes(report.memory_bytes)} that may be taken",
         *(describe_decode(decode, report.bandwidth) for decode in report.decode),
+        *(f"warning                 {warning}" for warning in report.warnings),
     ]
     if report.plan is None:
         return [*lines, f"jamba serve would stop: {report.refusal}"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 
 from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
+from jamba_server.engine.files import read_text
 from jamba_server.server.text.special_text import SpecialText, restore
 from jamba_server.server.text.template_environment import MAX_OUTPUT_CHARS, create_environment, undeclared_variables
 from jamba_server.server.text.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ _RENDERING_ERRORS = (
     ValueError,
 )
 _MAX_ERROR_CHARS = 500
+_MAX_TEMPLATE_CHARS = 1 << 20  # the longest published ones have 30 thousand
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
@@ -57,6 +59,10 @@ class ChatTemplate:
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         self.source = template
         environment = create_environment()
+        if len(template) > _MAX_TEMPLATE_CHARS:
+            raise CheckpointError(
+                f"The chat template has {len(template):,} characters; at most {_MAX_TEMPLATE_CHARS:,} are expected."
+            )
         try:
             self._template = environment.from_string(template)
             self.variables = undeclared_variables(environment, template)
@@ -64,6 +70,9 @@ class ChatTemplate:
             raise CheckpointError(
                 f"The chat template does not compile: line {error.lineno}: {error.message}."
             ) from error
+        except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:  # of Python's compiler
+            reason = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or "it is too complex"
+            raise CheckpointError(f"The chat template does not compile: {reason}.") from error
         self._tokenizer = tokenizer
         self._special_text = SpecialText(tokenizer.special_tokens)
         # What the post-processor would put before the prompt: BOS or nothing.
@@ -73,11 +82,10 @@ class ChatTemplate:
     def from_folder(cls, folder: Path, tokenizer: Tokenizer, override: Path | None = None) -> ChatTemplate | None:
         """The template of `override`, of chat_template.jinja or of tokenizer_config.json, the first that is there."""
         path = override or folder / "chat_template.jinja"
-        if override or path.exists():
-            try:
-                return cls(path.read_text(encoding="utf-8"), tokenizer)
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"The chat template {path} cannot be read: {error}.") from error
+        if (text := read_text(path)) is not None:
+            return cls(text, tokenizer)
+        if override:
+            raise ConfigError(f"The chat template {path} cannot be read: there is no such file.")
         template = read_tokenizer_config(folder).chat_template
         if isinstance(template, list):
             by_name = {named.name: named.template for named in template}

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 import tokenizers
 
 from jamba_server.engine.errors import CheckpointError, RequestRejected
+from jamba_server.engine.files import read_text
 from jamba_server.server.text.token_bytes import Decoder, bytes_reader
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
+
+_MAX_BYTES: Final = 128 << 20  # of tokenizer.json: vocabularies of 256 thousand tokens take 33 MB
+_MAX_ID: Final = (1 << 24) - 1  # there is a table with an entry for each id
 
 
 class _EncodeBatch(Protocol):
@@ -46,10 +50,9 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Reads tokenizer.json and the token names of tokenizer_config.json. Raises CheckpointError."""
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if (text := read_text(path, limit=_MAX_BYTES)) is None:
             raise CheckpointError(f"{folder} has no tokenizer.json, which this server needs to read and write text.")
         try:
-            text = path.read_text(encoding="utf-8")
             decoder = msgspec.json.decode(text, type=_TokenizerFile).decoder
             raw = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
@@ -76,7 +79,10 @@ class Tokenizer:
         """The bytes of each id; ids between entries of a vocabulary with holes have none."""
         to_bytes = bytes_reader(decoder)
         vocabulary = self._raw.get_vocab(with_added_tokens=True)
-        table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        highest = max(vocabulary.values(), default=-1)
+        if highest > _MAX_ID:
+            raise CheckpointError(f"tokenizer.json: the highest token id is {highest}; at most {_MAX_ID} is expected.")
+        table = [b""] * (highest + 1)
         for spelling, token_id in vocabulary.items():
             table[token_id] = to_bytes(spelling)
         return tuple(table)

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.files import read_bytes
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -45,9 +46,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """A checkpoint may lack the file: then no token has a name and there is no template in it."""
     path = folder / "tokenizer_config.json"
-    if not path.exists():
+    if (data := read_bytes(path)) is None:
         return TokenizerConfig()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=TokenizerConfig)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(data, type=TokenizerConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error

@@ -134,6 +134,7 @@ def test_variables_count_for_commands(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_folder_is_served_by_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
+    write_geometry(folder, "3b")
     found = find_checkpoint(ServerConfig(model=str(folder) + "/"))
     assert (found.folder, found.name, found.demo) == (folder, "my-model", False)
 
@@ -145,6 +146,7 @@ def test_no_model_is_the_demonstration() -> None:
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    write_geometry(tmp_path, "3b")
     with pytest.raises(CheckpointError, match="--revision main is for hub ids"):
         find_checkpoint(ServerConfig(model=str(tmp_path), revision="main"))
 
@@ -157,7 +159,7 @@ def test_only_needed_files_are_downloaded(
 
     def download(*wish: Any) -> Path:
         asked.extend(wish)
-        return tmp_path
+        return write_geometry(tmp_path, "3b")
 
     monkeypatch.setattr(checkpoint, "download", download)
     found = find_checkpoint(ServerConfig(model="org/name", revision="v2", load_format=load_format))

@@ -1,0 +1,66 @@
+"""Reads the small files of a checkpoint folder. They come from strangers, so their kind and size are checked first."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, Final, cast
+
+from jamba_server.engine.errors import CheckpointError
+
+MAX_BYTES: Final = 16 << 20  # of a configuration, an index or a template; the largest published ones take 1 MB
+_KINDS: Final = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+
+
+def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
+    """The content of a file, None where there is none. Raises CheckpointError for anything but a regular file of at
+    most `limit` bytes."""
+    try:
+        with open(path, "rb", opener=_open) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no regular file")
+                raise CheckpointError(f"{path} is {kind}; a file is expected.")
+            if status.st_size > limit:
+                raise CheckpointError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are expected.")
+            return file.read(limit)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _open(path: str, flags: int) -> int:
+    """Without O_NONBLOCK a pipe would wait for somebody who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:
+    """The text of a UTF-8 file, None where there is none. Raises CheckpointError."""
+    if (data := read_bytes(path, limit=limit)) is None:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8: {error}.") from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is no file. Raises CheckpointError."""
+    if (data := read_bytes(path)) is None:
+        return None
+    try:
+        value: object = json.loads(data)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: its values are nested too deeply.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is expected.")
+    return cast(dict[str, Any], value)

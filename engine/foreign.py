@@ -1,0 +1,106 @@
+"""What people point a server at that is no checkpoint folder in Hugging Face format, and what to do with each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from jamba_server.engine.errors import CheckpointError, shown
+from jamba_server.engine.files import read_object
+from jamba_server.engine.quantization.methods import METHOD_FILES, refuse_file
+
+_WANTED: Final = "a checkpoint folder in Hugging Face format (config.json, tokenizer.json, *.safetensors)"
+_GGUF: Final = f"a GGUF file, which llama.cpp reads and this server does not; give {_WANTED}"
+_EXPORT: Final = f"an export for another runtime, which this server does not read; give {_WANTED}"
+_PICKLE: Final = "no safetensors file; load it with transformers and write a folder with save_pretrained"
+_ARCHIVE: Final = "an archive; unpack it and give the folder"
+# The suffix of a file -> what it is and what to do.
+_SUFFIXES: Final[Mapping[str, str]] = {
+    ".gguf": _GGUF,
+    ".ggml": _GGUF,
+    ".onnx": _EXPORT,
+    ".tflite": _EXPORT,
+    ".mlpackage": _EXPORT,
+    ".nemo": _EXPORT,
+    ".safetensors": "a file of weights; give the folder that it is in, with its config.json and tokenizer.json",
+    ".bin": _PICKLE,
+    ".pt": _PICKLE,
+    ".pth": _PICKLE,
+    ".ckpt": _PICKLE,
+    ".h5": _PICKLE,
+    ".msgpack": _PICKLE,
+    ".zip": _ARCHIVE,
+    ".tar": _ARCHIVE,
+    ".gz": _ARCHIVE,
+    ".zst": _ARCHIVE,
+    ".json": "one file of a checkpoint; give the folder that it is in",
+}
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_ENTRIES: Final = 1000  # of a folder that are looked at; somebody may name a folder with millions
+_NAMES_SHOWN: Final = 3
+
+
+def names_a_file(name: str) -> bool:
+    """Whether a name that is no folder's can only be meant for a file: `x/y.gguf` has the form of a hub id as well."""
+    return Path(name).suffix.lower() in _SUFFIXES
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises CheckpointError with one sentence that says what to do, where there is no checkpoint folder at `path`."""
+    try:
+        if not path.is_dir():
+            raise _no_folder(path)
+        if reason := _foreign_folder(path):
+            raise CheckpointError(f"{path} {reason}.")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    for name in METHOD_FILES:
+        if (path / name).is_file():
+            raise refuse_file(path / name)
+
+
+def _no_folder(path: Path) -> CheckpointError:
+    what = _SUFFIXES.get(path.suffix.lower())
+    if not path.exists():
+        beside = "" if what is None else f"; by its name it would be {what}"
+        return CheckpointError(f"There is no folder or file {path}{beside}.")
+    return CheckpointError(f"{path} is {what or f'no folder; give {_WANTED}'}.")
+
+
+def _foreign_folder(folder: Path) -> str | None:
+    """What a folder is instead of a checkpoint, and what to do; None for a checkpoint."""
+    if (folder / _ADAPTER).is_file():
+        return _adapter(folder)
+    if (folder / _CONFIG).exists():
+        return None
+    entries = sorted(islice(folder.iterdir(), _ENTRIES))
+    if not entries:
+        return f"is empty; give {_WANTED}"
+    if models := [entry for entry in entries if (entry / _CONFIG).is_file()]:
+        names = ", ".join(str(model) for model in models[:_NAMES_SHOWN])
+        more = f" or one of {len(models) - _NAMES_SHOWN} more" if len(models) > _NAMES_SHOWN else ""
+        return f"has no config.json itself, but folders that have one; give {names}{more}"
+    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # of huggingface_hub's cache
+        return f"is an entry of a hub cache; give the hub id, or {snapshots[-1].parent}"
+    for suffix, what in _SUFFIXES.items():
+        if suffix not in (".safetensors", ".json") and (found := [e.name for e in entries if e.suffix == suffix]):
+            return f"has no config.json; {found[0]} in it is {what}"
+    return (
+        f"has no config.json, so it is no {_WANTED.removeprefix('a ')}; where it is one that was not downloaded to its "
+        "end, download the rest"
+    )
+
+
+def _adapter(folder: Path) -> str:
+    """A LoRA adapter alone, or beside a model, to which transformers would apply it."""
+    base = (read_object(folder / _ADAPTER) or {}).get("base_model_name_or_path")
+    of_base = f" of {shown(base)}" if isinstance(base, str) else ""
+    merge = "merge it into its base model (PEFT: merge_and_unload, then save_pretrained) and serve that folder"
+    if (folder / _CONFIG).exists():
+        return (
+            f"has a LoRA adapter{of_base} beside the model ({_ADAPTER}), which this server would not apply: {merge}, "
+            "or take the adapter's files away"
+        )
+    return f"is a LoRA adapter{of_base} ({_ADAPTER}), which is no model by itself: {merge}"

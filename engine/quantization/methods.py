@@ -1,0 +1,139 @@
+"""How others mark checkpoints with quantised weights, and what to do with each: this server reads one such format
+(`compressed_tensors`) and makes its own from plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+from jamba_server.engine.config import Quantization
+from jamba_server.engine.errors import CheckpointError, shown
+
+COMPRESSED_TENSORS: Final = "compressed-tensors"
+# vLLM makes these when it loads a checkpoint, so the weights in the files are plain.
+MADE_AT_LOAD: Final[frozenset[str]] = frozenset({"experts_int8"})
+# `quant_method` -> the method's own name, and the nearest of this server's formats where the method has one
+_METHODS: Final[Mapping[str, tuple[str, Quantization | None]]] = {
+    "aqlm": ("AQLM", "int4"),
+    "auto-round": ("AutoRound", "int4"),
+    "awq": ("AWQ", "int4"),
+    "bitnet": ("BitNet", "int4"),
+    "bitsandbytes": ("bitsandbytes", None),
+    "eetq": ("EETQ", "int8"),
+    "exl2": ("ExLlamaV2", "int4"),
+    "exl3": ("ExLlamaV3", "int4"),
+    "fbgemm_fp8": ("FBGEMM", "fp8"),
+    "fp8": ("fp8 with scales of blocks or whole tensors", "fp8"),
+    "fp_quant": ("FP-Quant", "int4"),
+    "gguf": ("GGUF", "int4"),
+    "gptq": ("GPTQ", None),
+    "higgs": ("HIGGS", "int4"),
+    "hqq": ("HQQ", "int4"),
+    "marlin": ("Marlin", "int4"),
+    "modelopt": ("NVIDIA ModelOpt", None),
+    "mxfp4": ("MXFP4", "int4"),
+    "quanto": ("Quanto", None),
+    "quark": ("AMD Quark", None),
+    "sinq": ("SINQ", "int4"),
+    "spqr": ("SpQR", "int4"),
+    "torchao": ("torchao", None),
+    "vptq": ("VPTQ", "int4"),
+}
+_ALIASES: Final[Mapping[str, str]] = {
+    "autoawq": "awq",
+    "auto_gptq": "gptq",
+    "awq_marlin": "awq",
+    "finegrained_fp8": "fp8",
+    "gptq_marlin": "gptq",
+    "gptq_marlin_24": "gptq",
+    "gptqmodel": "gptq",
+    "intel/auto-round": "auto-round",
+    "marlin24": "marlin",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mixed": "modelopt",
+    "nvfp4": "modelopt",
+}
+# Files that tools write beside quantised weights; older ones say nothing in config.json.
+METHOD_FILES: Final[Mapping[str, str]] = {
+    "hf_quant_config.json": "modelopt",
+    "quant_config.json": "awq",
+    "quantize_config.json": "gptq",
+}
+_NEAREST_BY_BITS: Final[Mapping[object, Quantization]] = {2: "int4", 3: "int4", 4: "int4", 8: "int8"}
+
+
+def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the config.json `path` says that its weights are quantised in another way than
+    `compressed_tensors` reads, naming the way and what to do."""
+    if values.get("quantization") is not None:
+        raise _mlx(path, "quantization", values["quantization"])
+    if values.get("compression_config") is not None:
+        value = shown(values["compression_config"])
+        raise CheckpointError(
+            f"{path}: compression_config is {value}, an old name of quantization_config, under which alone this server "
+            f"reads {COMPRESSED_TENSORS}; rename the key."
+        )
+    config = values.get("quantization_config")
+    if not isinstance(config, dict):
+        return
+    settings = cast(dict[str, Any], config)
+    method = settings.get("quant_method")
+    if method is None and {"group_size", "bits"} <= settings.keys():
+        raise _mlx(path, "quantization_config", settings)
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):  # as it once was written
+        method = "bitsandbytes"
+    if isinstance(method, str) and method not in (COMPRESSED_TENSORS, *MADE_AT_LOAD):
+        raise CheckpointError(
+            f"{path}: quantization_config.quant_method is {shown(method)}{_label(method)}; this server reads "
+            f"{shown(COMPRESSED_TENSORS)} only. {advice(_nearest(method, settings))}"
+        )
+
+
+def made_at_load(config: object) -> str | None:
+    """The method of a quantization_config that quantises plain weights as they are loaded."""
+    method = cast(dict[str, object], config).get("quant_method") if isinstance(config, dict) else None
+    return method if isinstance(method, str) and method in MADE_AT_LOAD else None
+
+
+def refuse_file(path: Path) -> CheckpointError:
+    """Of one of `METHOD_FILES`."""
+    method = METHOD_FILES[path.name]
+    name, nearest = _METHODS[method]
+    return CheckpointError(
+        f"{path.parent} has weights quantised by {name} ({path.name}), which this server does not read. "
+        f"{advice(nearest)}"
+    )
+
+
+def advice(nearest: Quantization | None) -> str:
+    formats = "int8, int4 or fp8" if nearest is None else nearest
+    return (
+        "Serve the checkpoint with plain weights that it was made from, with --quantization "
+        f"{formats} where it shall take less memory."
+    )
+
+
+def _label(method: str) -> str:
+    name, _ = _METHODS.get(_ALIASES.get(method, method), ("", None))
+    return f", weights quantised by {name}" if name and name.lower() != method else ""
+
+
+def _nearest(method: str, settings: Mapping[str, Any]) -> Quantization | None:
+    if settings.get("load_in_4bit"):
+        return "int4"
+    if settings.get("load_in_8bit"):
+        return "int8"
+    bits = settings.get("bits")
+    by_bits = _NEAREST_BY_BITS.get(bits) if isinstance(bits, int) else None
+    _, usual = _METHODS.get(_ALIASES.get(method, method), ("", None))
+    return by_bits or usual
+
+
+def _mlx(path: Path, key: str, value: object) -> CheckpointError:
+    bits = cast(dict[str, object], value).get("bits") if isinstance(value, dict) else None
+    nearest = _NEAREST_BY_BITS.get(bits) if isinstance(bits, int) else None
+    return CheckpointError(
+        f"{path}: {key} is {shown(value)}: the folder is a conversion for MLX, which this server does not read. "
+        f"{advice(nearest)}"
+    )

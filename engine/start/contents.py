@@ -1,0 +1,181 @@
+"""What the files of weights in a checkpoint folder hold, by their headers, and what follows from it for the model's
+configuration. No torch, so that a plan can be made without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+from safetensors import SafetensorError, safe_open
+
+from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.files import read_object
+from jamba_server.engine.model_config import JambaConfig, load_model_config
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+_CLASSIFIER_HEAD: Final = "score.weight"
+_OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+_NAMES_SHOWN: Final = 3  # names that an error shows; a wrong checkpoint may have thousands
+_SLICE: Final = 4 << 20  # bytes of two tensors that are compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor's bytes are. `dtype` is safetensors' word for it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Whether dtype, shape and all bytes agree. Reads no further than the first slice that differs."""
+        if (self.dtype, self.shape, self.end - self.start) != (other.dtype, other.shape, other.end - other.start):
+            return False
+        with self.path.open("rb") as mine, other.path.open("rb") as theirs:
+            mine.seek(self.start)
+            theirs.seek(other.start)
+            return all(mine.read(size) == theirs.read(size) for size in _slices(self.end - self.start))
+
+
+def _slices(size: int) -> Iterable[int]:
+    return (min(_SLICE, size - start) for start in range(0, size, _SLICE))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A checkpoint's configuration as its weights have it, and what its reader should know of them."""
+
+    config: JambaConfig
+    warnings: tuple[str, ...] = ()
+
+
+def read_model(folder: Path) -> StoredModel:
+    """Reads the configuration and the headers of the weights. Raises CheckpointError, as well where there are none."""
+    paths = weight_files(folder)
+    tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
+    config = load_model_config(folder)
+    warnings = [*_unread_files(folder), *_unused_tensors(config, tensors)]
+    tied = config.tie_word_embeddings and not config.is_classifier
+    if tied and {EMBEDDING, HEAD} <= tensors.keys() and not tensors[HEAD].equals(tensors[EMBEDDING]):
+        config = load_model_config(folder, own_head=True)
+        warnings.append(
+            f"config.json has tie_word_embeddings true, but {HEAD} in the files is not {EMBEDDING}: the model has "
+            "a head of its own, as in transformers; tie_word_embeddings false says so without this warning"
+        )
+    return StoredModel(config, tuple(warnings))
+
+
+def read_plan(folder: Path) -> StoredModel:
+    """As `read_model`, from whatever of a checkpoint is there, the configuration at least."""
+    config = load_model_config(folder)
+    try:
+        return read_model(folder)
+    except CheckpointError:  # the configuration alone, or pointers to files that are kept elsewhere
+        if config.is_classifier or not config.tie_word_embeddings or HEAD not in _names_in_index(folder):
+            return StoredModel(config)
+    return StoredModel(
+        load_model_config(folder, own_head=True),
+        (
+            f"config.json has tie_word_embeddings true, but {INDEX_FILE} names {HEAD}: it is counted as a head of its "
+            "own, which loading will leave out where it is equal to the embedding",
+        ),
+    )
+
+
+def _unread_files(folder: Path) -> list[str]:
+    if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        return [f"the folder has both {SINGLE_FILE}, which is read, and {INDEX_FILE}, which is not"]
+    return []
+
+
+def _unused_tensors(config: JambaConfig, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    unused = HEAD if config.is_classifier else _CLASSIFIER_HEAD
+    if unused in tensors:
+        return [f"tensor {unused} is in the files, but {config.architecture} (config.json) has no use for it"]
+    return []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The single file, else the files that the index names; transformers prefers them in this order."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder / INDEX_FILE)
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS) if folder.is_dir() else []
+    beside = f"; {listed(found)} cannot be read, {_remedy(found)}" if found else ""
+    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}.")
+
+
+def _remedy(found: list[str]) -> str:
+    if any(name.endswith(".safetensors") for name in found):
+        return f"for {INDEX_FILE} says which of them make up the model; finish the download"
+    if any(name.endswith((".gguf", ".onnx")) for name in found):
+        return "serve the checkpoint with safetensors that it was made from"
+    return "convert to safetensors (transformers: from_pretrained, then save_pretrained)"
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _weight_map(index)
+    files = list(cast(dict[str, Any], weight_map).values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to names of files in the same folder.")
+    paths = [index.parent / name for name in sorted(set(files))]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise CheckpointError(f"{index.parent} lacks {listed(missing)}, named in {index.name}; finish the download.")
+    return paths
+
+
+def _weight_map(index: Path) -> object:
+    values = read_object(index) or {}
+    if "weight_map" not in values:
+        raise CheckpointError(f"{index} cannot be read as an index of shards: it has no weight_map.")
+    return values["weight_map"]
+
+
+def _names_in_index(folder: Path) -> set[str]:
+    if not (folder / INDEX_FILE).is_file():
+        return set()
+    weight_map = _weight_map(folder / INDEX_FILE)
+    return set(cast(dict[str, Any], weight_map)) if isinstance(weight_map, dict) else set()
+
+
+def header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises CheckpointError for one that is not complete."""
+    try:
+        with safe_open(path, framework="np"):  # checks the header, and the file's size by it
+            pass
+        with path.open("rb") as file:
+            return _read_header(path, file)
+    except (SafetensorError, OSError) as error:
+        raise incomplete(path, error) from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
+    size = int.from_bytes(file.read(8), "little")
+    entries = cast(dict[str, Any], json.loads(file.read(size)))
+    entries.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path, entry["dtype"], tuple(entry["shape"]), *(8 + size + offset for offset in entry["data_offsets"])
+        )
+        for name, entry in entries.items()
+    }
+
+
+def incomplete(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no complete safetensors file ({path.stat().st_size:,} bytes; {error}); download it again."
+    )
+
+
+def listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
