@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -21,6 +22,8 @@ from jamba_server.server.http.sampling import admit_prompt
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ class LocalModel:
                 raise
         try:
             for warning in info.warnings:
-                console.print(f"warning   {warning}", markup=False, highlight=False, soft_wrap=True)
+                logger.warning("%s", warning)
             yield cls(client, tokenizer, template, defaults)
         finally:
             await client.close()
