@@ -156,7 +156,7 @@ class Scheduler:
 
     def must_wait(self) -> bool:
         """Whether the next step cannot be scheduled before the tokens of the last one are known: a sequence's
-        penalties count them, or a state would be saved after one, under a key made of it."""
+        penalties or bad words look at them, or a state would be saved after one, under a key made of it."""
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
     def _extend(self, seq: Sequence, plan: _Plan) -> None:

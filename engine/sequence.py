@@ -62,7 +62,8 @@ class Sequence:
     def counts_tokens(self) -> bool:
         """Whether what has been generated changes what comes next."""
         p = self.params
-        return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+        penalises = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+        return penalises or any(len(word) > 1 for word in p.bad_words)
 
     def samples_at(self, position: int) -> bool:
         """Whether a step that computes up to `position` chooses a token."""

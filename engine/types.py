@@ -19,7 +19,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     `logprobs` None: none are returned; 0: those of the chosen tokens; k: also of the k most likely ones.
     `prompt_logprobs` likewise for the prompt. Log-probabilities are of the raw distribution, before penalties,
-    bias, temperature and masks. `top_k` 0 means all. `seed` has been drawn by whoever accepted the request.
+    bias, temperature and masks. `top_k` 0 means all. `seed` None: whoever accepts the request draws one; for the engine
+    itself it is 0.
+    `bad_words` are sequences of token ids: the last token of one is not chosen where the reply ends with all the tokens
+    before it. Where `allowed_token_ids` has any, no other token is chosen, not even one that ends the reply.
     """
 
     max_tokens: int = 16
@@ -32,7 +35,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict[int, float])
-    seed: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -53,6 +58,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `index` is the choice's number within its prompt (0..n-1); requests of one prompt share `group`, so that its
     prefix is computed once. `generated` and `num_prompt_logprobs` say what an earlier engine has delivered already
     (replay after a restart). `save_positions` are token offsets into the prompt where a state is worth keeping.
+    Requests find in the prefix cache only what requests with the same `cache_salt` computed.
     """
 
     id: str

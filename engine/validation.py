@@ -16,6 +16,8 @@ from jamba_server.engine.types import MAX_LOGPROBS, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 128
+MAX_BAD_WORDS = 128  # sequences of tokens; a word is up to two
+MAX_ALLOWED_TOKEN_IDS = 4096  # they are uploaded in every step
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
@@ -48,7 +50,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
 )
 
 
-def validate(params: SamplingParams, *, vocab_size: int) -> None:
+def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[int, ...] = ()) -> None:
     """Raises RequestRejected."""
     for name in RANGES:
         if name != "logit_bias" and (value := getattr(params, name)) is not None:
@@ -56,7 +58,10 @@ def validate(params: SamplingParams, *, vocab_size: int) -> None:
     if params.min_tokens > params.max_tokens:
         _reject("min_tokens", f"is {params.min_tokens}; it must not exceed max_tokens, which is {params.max_tokens}")
     _check_logit_bias(params.logit_bias, vocab_size)
-    _check_stop_token_ids(params.stop_token_ids, vocab_size)
+    _check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size, limit=MAX_STOP_TOKEN_IDS)
+    _check_token_ids("allowed_token_ids", params.allowed_token_ids, vocab_size, limit=MAX_ALLOWED_TOKEN_IDS)
+    _check_bad_words(params, vocab_size)
+    _check_choice_is_left(params, vocab_size, eos_token_ids)
 
 
 def validate_prompt(
@@ -90,11 +95,40 @@ def _check_logit_bias(logit_bias: dict[int, float], vocab_size: int) -> None:
         _check_range("logit_bias", bias, item=f"[{token_id}]")
 
 
-def _check_stop_token_ids(stop_token_ids: tuple[int, ...], vocab_size: int) -> None:
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        _reject("stop_token_ids", f"has {len(stop_token_ids)} entries; the limit is {MAX_STOP_TOKEN_IDS}")
-    for token_id in stop_token_ids:
-        _check_token_id("stop_token_ids", token_id, vocab_size)
+def _check_token_ids(param: str, token_ids: tuple[int, ...], vocab_size: int, *, limit: int) -> None:
+    if len(token_ids) > limit:
+        _reject(param, f"has {len(token_ids)} entries; the limit is {limit}")
+    for token_id in token_ids:
+        _check_token_id(param, token_id, vocab_size)
+
+
+def _check_bad_words(params: SamplingParams, vocab_size: int) -> None:
+    if len(params.bad_words) > MAX_BAD_WORDS:
+        _reject("bad_words", f"has {len(params.bad_words)} sequences of tokens; the limit is {MAX_BAD_WORDS}")
+    for word in params.bad_words:
+        if not word:
+            _reject("bad_words", "has an empty word; a word needs at least one token")
+        for token_id in word:
+            _check_token_id("bad_words", token_id, vocab_size)
+
+
+def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    """Whatever the reply's last token is, some token must be left to choose. The tokens before the last one, which bad
+    words of three tokens and more need too, are not looked at: a few requests that could run are refused."""
+    if not (params.bad_words or params.allowed_token_ids):
+        return
+    always = {word[-1] for word in params.bad_words if len(word) == 1}
+    if params.min_tokens:
+        always.update(eos_token_ids, params.stop_token_ids)
+    after: dict[int, set[int]] = {}  # a last token -> what bad words may forbid after it
+    for word in params.bad_words:
+        if len(word) > 1:
+            after.setdefault(word[-2], set()).add(word[-1])
+    allowed = set(params.allowed_token_ids)
+    worst = [always | ends for ends in (set[int](), *after.values())]
+    if any(allowed <= forbidden if allowed else len(forbidden) == vocab_size for forbidden in worst):
+        param = "allowed_token_ids" if params.allowed_token_ids else "bad_words"
+        _reject(param, "leaves no token to choose: bad_words or min_tokens forbid all that are allowed")
 
 
 def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:

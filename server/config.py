@@ -45,6 +45,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
+UnknownFields = Literal["ignore", "reject"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,9 @@ class ServerConfig:
     metrics_public: Annotated[bool, Help("Leave /metrics open where there is an API key.")] = False
     sse_keep_alive: Annotated[Seconds, Help("Seconds until a silent stream gets a comment.")] = 15.0
     max_body_bytes: Annotated[Count, Help("Longest request body.")] = 4 * 1024**2
+    unknown_fields: Annotated[
+        UnknownFields, Help("Of requests; ignore: unless they would change the answer; reject: all of them.")
+    ] = "ignore"
     log_level: Annotated[LogLevel, Help("Least severe lines to log.")] = "info"
 
     device: Annotated[Device, Help("Where the model runs; auto: the GPU if there is one.")] = "auto"
@@ -178,13 +182,19 @@ def _from_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(document, dict | None):
         raise ConfigError(f"--config {path} holds a {type(document).__name__}; keys with values are expected.")
+    return cast_settings(cast("dict[object, object]", document or {}), str(path))
+
+
+def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]:
+    """Options by their names, as they are meant; None leaves the default. Raises ConfigError, which begins with
+    `source`, for a key that is no option or has no such value."""
     values: dict[str, Any] = {}
-    for key, value in cast("dict[object, object]", document or {}).items():
-        name = present_name(str(key).replace("-", "_"), f"{path}: {key}")
+    for key, value in settings.items():
+        name = present_name(str(key).replace("-", "_"), f"{source}: {key}")
         if name not in OPTIONS:
-            raise ConfigError(f"{path}: {key!r} is no option{_suggestion(name)}")
+            raise ConfigError(f"{source}: {key!r} is no option{_suggestion(name)}")
         if value is not None:
-            values[name] = OPTIONS[name].cast(value, f"{path}: {name}")
+            values[name] = OPTIONS[name].cast(value, f"{source}: {name}")
     return values
 
 

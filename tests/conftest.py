@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter, defaultdict
+from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,10 +15,22 @@ import jamba_server
 
 ROOT = Path(__file__).parent.parent
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
+FOLDERS = ("server", "engine", "kernels")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that needs the network must fail
 for name in [name for name in os.environ if name.startswith("JAMBA_")]:
     del os.environ[name]  # settings of the person who runs the tests are not the tests'
+
+
+class Checkout(FileFinder):
+    """The modules at the top of the checkout, as they are where the package is installed: without our folders. Else
+    transformers, which looks for Hugging Face's `kernels`, would find and import ours."""
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        return None if fullname in FOLDERS else super().find_spec(fullname, target)
+
+
+sys.path_importer_cache[str(ROOT)] = Checkout(str(ROOT), (SourceFileLoader, SOURCE_SUFFIXES))
 
 
 def pytest_configure() -> None:
@@ -30,6 +44,18 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much on a machine that is busy
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if stray_modules() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def stray_modules() -> list[str]:
+    """Our folders that were imported by a name which is not ours, such as `kernels`: each would be there a second time,
+    with classes of its own, and in an installed environment the name may be that of somebody else's package."""
+    modules = {name: sys.modules[name] for name in FOLDERS if name in sys.modules}
+    return [n for n, m in modules.items() if any(Path(path).resolve() == ROOT / n for path in m.__path__)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -46,3 +72,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for folder, outcomes in sorted(counts.items()):
         words = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
         terminalreporter.line(f"{folder:<32} {words} in {seconds[folder]:.1f} s")
+    if stray := stray_modules():
+        terminalreporter.line(f"FAILED: imported past the package jamba_server: {', '.join(stray)}", red=True)

@@ -98,3 +98,67 @@ def test_the_demonstration_checkpoint_runs_outside_the_checkout(installed: Path,
     assert Path(where.strip()).is_relative_to(installed)
     command = [sys.executable, "-m", "jamba_server", "run", "--prompt", "Hello", "--max-tokens", "4"]
     assert run(command, cwd=tmp_path, path=installed).strip()
+
+
+def test_no_module_of_ours_has_a_name_outside_our_package(installed: Path, tmp_path: Path) -> None:
+    """Others have packages of these names: `kernels` is Hugging Face's."""
+    program = (
+        "import importlib, jamba_server\n"
+        f"for name in {PACKAGES}:\n"
+        "    try:\n"
+        "        print(name, list(importlib.import_module(name).__path__))\n"
+        "    except ImportError:\n"
+        "        print(name, 'cannot be imported')\n"
+    )
+    for path in (installed, ROOT / "src"):
+        found = run([sys.executable, "-c", program], cwd=tmp_path, path=path)
+        assert [line.split()[0] for line in found.splitlines()] == list(PACKAGES)
+        assert str(installed) not in found and str(ROOT) not in found
+
+
+def write_foreign_wheel(folder: Path) -> Path:
+    """A distribution `kernels`, as Hugging Face's is, with a package of that name."""
+    path, info = folder / "kernels-1.0-py3-none-any.whl", "kernels-1.0.dist-info"
+    files = {
+        "kernels/__init__.py": "def get_kernel() -> str:\n    return 'theirs'\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
+    with ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_it_lives_beside_another_package_called_kernels(wheel: Path, tmp_path: Path) -> None:
+    """Whichever comes first, and whichever goes."""
+    foreign, environment = write_foreign_wheel(tmp_path), tmp_path / "environment"
+    run([sys.executable, "-m", "venv", "--without-pip", environment], cwd=tmp_path)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--python", python]
+
+    def install(what: Path) -> None:
+        run([*pip, "install", "--no-deps", "--no-index", "--no-compile", what], cwd=tmp_path)
+
+    def uninstall(name: str) -> None:
+        run([*pip, "uninstall", "--yes", name], cwd=tmp_path)
+
+    def check_ours() -> None:
+        where = "import jamba_server; print(jamba_server.__path__[0])"
+        packages = Path(run([python, "-c", where], cwd=tmp_path).strip()).parent
+        names = [name for name in ZipFile(wheel).namelist() if name.startswith("jamba_server/")]
+        assert [name for name in names if not (packages / name).is_file()] == []
+
+    def check_theirs() -> None:
+        assert run([python, "-c", "from kernels import get_kernel; print(get_kernel())"], cwd=tmp_path) == "theirs\n"
+
+    install(foreign)
+    install(wheel)
+    check_ours()
+    check_theirs()
+    uninstall("kernels")
+    check_ours()
+    install(foreign)
+    uninstall("jamba-server")
+    check_theirs()

@@ -1,12 +1,12 @@
-"""What a request asks to change about its logits before temperature: bias, penalties, min_tokens.
+"""What a request asks to change about its logits before temperature: bias, penalties, and tokens that are forbidden.
 
-The order is transformers' and vLLM's: logit_bias, repetition penalty, frequency and presence penalty. Host work is for
-rows that ask for something, and linear in their tokens.
+The order is transformers' and vLLM's: logit_bias, repetition penalty, frequency and presence penalty. Forbidden tokens
+come last; nothing brings one back. Host work is for rows that ask for something, and linear in their tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +35,13 @@ def adjust_logits(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: tu
     _add(logits, [_bias(n, row) for n, row in asking if row.params.logit_bias])
     _repeat(logits, [_repetition(n, row) for n, row in asking if row.params.repetition_penalty != 1])
     _add(logits, [_counts(n, row) for n, row in asking if _penalises_counts(row)])
-    _add(logits, [_ban(n, row, eos_token_ids) for n, row in asking if _must_go_on(row)])
+    _keep_only(logits, [(n, row.params.allowed_token_ids) for n, row in asking if row.params.allowed_token_ids])
+    _add(logits, [_ban(n, token_ids) for n, row in asking if (token_ids := _forbidden(row, eos_token_ids))])
 
 
 def _asks(p: SamplingParams) -> bool:
-    return bool(p.logit_bias or p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty or p.min_tokens)
+    penalises = p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty
+    return bool(penalises or p.logit_bias or p.min_tokens or p.bad_words or p.allowed_token_ids)
 
 
 def _bias(n: int, row: SamplingRow) -> Edit:
@@ -63,14 +65,34 @@ def _counts(n: int, row: SamplingRow) -> Edit:
     return Edit(n, token_ids, values.astype(np.float32))
 
 
-def _must_go_on(row: SamplingRow) -> bool:
-    return row.num_generated < row.params.min_tokens
+def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
+    """The ends of bad words that the reply has come to, and up to `min_tokens` the end tokens, with `ignore_eos` too: a
+    reply that must go on is not to look ended."""
+    ends = {word[-1] for word in row.params.bad_words if _ends_with(row, word[:-1])}
+    if row.num_generated < row.params.min_tokens:
+        ends.update(eos_token_ids, row.params.stop_token_ids)
+    return ends
 
 
-def _ban(n: int, row: SamplingRow, eos_token_ids: tuple[int, ...]) -> Edit:
-    """End tokens, with `ignore_eos` too: a reply that must go on is not to look ended."""
-    token_ids = np.array(sorted({*eos_token_ids, *row.params.stop_token_ids}), dtype=np.int64)
-    return Edit(n, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
+def _ends_with(row: SamplingRow, beginning: tuple[int, ...]) -> bool:
+    """Whether the generated tokens end with these; the prompt's do not count, as in vLLM."""
+    size = len(beginning)
+    return size == 0 or (row.num_generated >= size and tuple(row.tokens[-size:]) == beginning)
+
+
+def _ban(n: int, token_ids: Iterable[int]) -> Edit:
+    ids = np.array(sorted(token_ids), dtype=np.int64)
+    return Edit(n, ids, np.full(len(ids), -np.inf, dtype=np.float32))
+
+
+def _keep_only(logits: Tensor, allowed: list[tuple[int, tuple[int, ...]]]) -> None:
+    """Forbids every token of a row but the allowed ones, whose logits stay."""
+    if allowed:
+        where, _ = _flatten([_ban(n, token_ids) for n, token_ids in allowed], logits.device)
+        kept = logits[where]
+        for n, _ in allowed:
+            logits[n].fill_(-torch.inf)
+        logits[where] = kept
 
 
 def _add(logits: Tensor, edits: list[Edit]) -> None:

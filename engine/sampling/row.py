@@ -11,7 +11,7 @@ from jamba_server.engine.types import SamplingParams
 class SamplingRow(NamedTuple):
     """`tokens` are the prompt's `num_prompt` and those generated so far: the sequence's own list, read but never kept.
     `choice` is the number of the choice within its prompt (`Request.index`). `num_pending` tokens follow that are not
-    known on the host yet; a request with penalties has none."""
+    known on the host yet; a request with penalties or with bad words of several tokens has none."""
 
     params: SamplingParams
     tokens: Sequence[int]

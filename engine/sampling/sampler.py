@@ -80,7 +80,9 @@ class Sampler:
         columns = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
         arrays: list[Array] = [np.array(column, dtype=np.float32) for column in columns]
         # greedy rows have no noise
-        keys = [row_key(row.params.seed, row.choice, row.position) if row.params.temperature else 0 for row in rows]
+        keys = [
+            row_key(row.params.seed or 0, row.choice, row.position) if row.params.temperature else 0 for row in rows
+        ]
         # a top_k as large as the vocabulary keeps all, which is said by 0
         top_k = [p.top_k if p.top_k < self.vocab_size else 0 for p in params]
         arrays += [np.array(top_k, dtype=np.int32), np.array(keys, dtype=np.int64)]

@@ -89,7 +89,7 @@ def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[st
                 allow_origins=list(config.allowed_origins),
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=["X-Request-Id"],
+                expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning"],
             )
         )
     chain.append(Middleware(RequestContext, metrics=metrics, root_path=config.root_path))

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
@@ -27,13 +27,13 @@ from jamba_server.engine.errors import (
     Overloaded,
     RequestRejected,
 )
+from jamba_server.server.http.findings import Finding, describe_finding, param_of
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but the log and the metrics show it
 MAX_SUB_ERRORS = 3
 MAX_MESSAGE_CHARS = 1000  # an error never grows with the request that caused it
-MAX_NAME_CHARS = 64
 
 # exception, status, type, code (a code that the exception carries goes before it)
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
@@ -90,7 +90,7 @@ class Problem:
 def describe(exc: Exception) -> Problem:
     """What the client is told of `exc`; nothing of an unexpected one, which goes to the log instead."""
     if isinstance(exc, RequestValidationError):
-        return _describe_validation(cast("Sequence[Mapping[str, Any]]", exc.errors()))
+        return _describe_validation(cast("Sequence[Finding]", exc.errors()))
     if isinstance(exc, HTTPException):
         return _describe_http(exc)
     for kind, status, type_, code in _TABLE:
@@ -140,31 +140,15 @@ def _describe_http(exc: HTTPException) -> Problem:
     )
 
 
-def _describe_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
-    """The first few findings; what the client sent is not repeated, but for a field's name."""
-    shown = [_describe_finding(error) for error in errors[:MAX_SUB_ERRORS]]
+def _describe_validation(errors: Sequence[Finding]) -> Problem:
+    """The first few findings."""
+    shown = [describe_finding(error) for error in errors[:MAX_SUB_ERRORS]]
     if len(errors) > len(shown):
         shown.append(f"and {len(errors) - len(shown)} more")
+    message = "; ".join(shown)
     return Problem(
         status=400,
-        message="; ".join(shown),
-        param=_param(errors[0]),
+        message=message if message.endswith("?") else f"{message}.",
+        param=param_of(errors[0]),
         code=_PYDANTIC_CODES.get(errors[0]["type"]),
     )
-
-
-def _describe_finding(error: Mapping[str, Any]) -> str:
-    if error["type"] == "json_invalid":
-        return f"The body is not valid JSON at position {error['loc'][-1]}: {error['ctx']['error']}"
-    param, text = _param(error), error["msg"]
-    return text if param is None else f"{param}: {text}"
-
-
-def _param(error: Mapping[str, Any]) -> str | None:
-    """Path of the field, as `messages.0.content`. Parts in parentheses are tags of unions, not of the path."""
-    if error["type"] == "json_invalid":
-        return None
-    parts = [str(part) for part in error["loc"][1:]]
-    if "field" in error.get("ctx", {}):  # a validator of a whole object names the field itself
-        parts.append(error["ctx"]["field"])
-    return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None

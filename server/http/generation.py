@@ -39,6 +39,7 @@ class GenerationSpec:
     n: int
     text: TextOptions
     priority: int = 0
+    cache_salt: str = ""
     http_request_id: str = ""
 
     def requests(self) -> list[Request]:
@@ -50,6 +51,7 @@ class GenerationSpec:
                 index=index,
                 group=f"{self.id}-{number}" if self.n > 1 else "",
                 priority=self.priority,
+                cache_salt=self.cache_salt,
                 save_positions=prompt.save_positions,
             )
             for number, prompt in enumerate(self.prompts)

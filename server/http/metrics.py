@@ -26,6 +26,8 @@ _LATENCY_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 2400,
 )  # fmt: skip
 
+MAX_FIELD_LABELS = 50  # names come from clients: without a bound they would fill the memory of whoever scrapes
+
 _Read = Callable[[EngineStats], float]
 
 _GAUGES: tuple[tuple[str, str, _Read], ...] = (
@@ -75,6 +77,13 @@ class Metrics:
         )
         self._success = self._counter("request_success", "Choices by the reason why they ended.", "finished_reason")
         self._http = self._counter("http_requests", "HTTP requests by route and status.", "path", "status")
+        self._ignored = self._counter(
+            "ignored_fields",
+            "Requests by the field of theirs that was ignored, because the API does not have it.",
+            "field",
+        )
+        self._field_labels: set[str] = set()
+        self._ignored.labels(model_name, "other")
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(model_name, reason)  # a series that is 0 is there from the start
 
@@ -94,6 +103,13 @@ class Metrics:
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()
+
+    def count_ignored_fields(self, names: Iterable[str]) -> None:
+        """Names that came after the first ones are counted together."""
+        for name in names:
+            if len(self._field_labels) < MAX_FIELD_LABELS:
+                self._field_labels.add(name)
+            self._ignored.labels(self.model_name, name if name in self._field_labels else "other").inc()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"jamba_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)

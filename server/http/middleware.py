@@ -35,6 +35,7 @@ MAX_JSON_CONTAINERS = 32_768  # objects and lists; validation takes some 10 us f
 # Of all lists and objects together: twice the tokens of Jamba's longest context. The parser and the validation hold up
 # every other request while they work, some 0.2 us a value.
 MAX_JSON_VALUES = 524_288
+MAX_JSON_NAMES = 65_536  # fields of all objects together: each that the API lacks is compared with those that it has
 MAX_LOGGED_PATH_CHARS = 256
 CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
@@ -71,7 +72,9 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers.update(scope["state"].get("reply_headers", {}))
             await send(message)
 
         try:
@@ -192,11 +195,8 @@ def check_json(body: bytes) -> None:
         raise RequestRejected("The body must be JSON in UTF-8, which has no zero bytes.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
         _check_structure(body)
-    if body.count(b",") >= MAX_JSON_VALUES and _JSON_STRING.sub(b"", body).count(b",") >= MAX_JSON_VALUES:
-        raise RequestRejected(
-            f"The body has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects together.",
-            code="invalid_json",
-        )
+    if body.count(b",") >= MAX_JSON_VALUES or body.count(b":") > MAX_JSON_NAMES:
+        _check_numbers(body)
     if _SURROGATE_ESCAPE.search(body):
         _check_surrogates(body)
 
@@ -211,6 +211,20 @@ def _check_structure(body: bytes) -> None:
     if len(brackets) > 2 * MAX_JSON_CONTAINERS:
         raise RequestRejected(
             f"The body has more objects and lists than the limit of {MAX_JSON_CONTAINERS}.", code="invalid_json"
+        )
+
+
+def _check_numbers(body: bytes) -> None:
+    structure = _JSON_STRING.sub(b"", body)
+    if structure.count(b",") >= MAX_JSON_VALUES:
+        raise RequestRejected(
+            f"The body has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects together.",
+            code="invalid_json",
+        )
+    if structure.count(b":") > MAX_JSON_NAMES:
+        raise RequestRejected(
+            f"The body has more fields than the limit of {MAX_JSON_NAMES}, in all of its objects together.",
+            code="invalid_json",
         )
 
 

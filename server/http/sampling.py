@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from jamba_server.engine.errors import RequestRejected
-from jamba_server.engine.process.client import Engine
-from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.types import EngineInfo, SamplingParams
 from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
 from jamba_server.server.config import GenerationDefaults
 from jamba_server.server.http.generation import Prompt
 from jamba_server.server.http.schemas.base import GenerationBody
 
 T = TypeVar("T")
+
+
+class HasInfo(Protocol):
+    """An engine, in this process or another."""
+
+    @property
+    def info(self) -> EngineInfo: ...
 
 
 def sampling_params(
@@ -23,7 +29,9 @@ def sampling_params(
     seed: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
+    """`bad_words` are the body's, as tokens."""
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -36,6 +44,8 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias or {},
+        bad_words=bad_words,
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
         seed=seed if body.seed is None else body.seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
@@ -45,12 +55,12 @@ def sampling_params(
 
 
 def admit_prompt(
-    token_ids: list[int], params: SamplingParams, engine: Engine, *, param: str, save_positions: tuple[int, ...] = ()
+    token_ids: list[int], params: SamplingParams, engine: HasInfo, *, param: str, save_positions: tuple[int, ...] = ()
 ) -> Prompt:
     """The prompt with its limits checked and max_tokens cut to the context. Raises RequestRejected; `param` is the
     field that the prompt came from."""
     info = engine.info
-    validate(params, vocab_size=info.vocab_size)
+    validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
     validate_prompt(
         token_ids,
         vocab_size=info.vocab_size,

@@ -19,6 +19,7 @@ from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.schemas.chat import ChatMessage
+from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -71,6 +72,25 @@ class Services:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    async def bad_words(self, words: list[str] | None) -> tuple[tuple[int, ...], ...]:
+        """A request's words as tokens."""
+        return await self.in_thread(lambda: bad_word_tokens(words, self.tokenizer)) if words else ()
+
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether a prompt begins with the begin-of-text token's own text, as evaluation tools write it."""
+        bos = self.tokenizer.named_tokens.get("bos_token")
+        return bos is not None and text.startswith(bos)
+
+    async def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """A prompt that a client wrote for completions. The begin-of-text token's text at its beginning is read as that
+        token, of which there never are two: the model has not seen such texts, and what it says of them is worthless.
+        """
+        if not self.begins_with_bos(text):
+            return await self.encode(text, add_special_tokens=add_special_tokens)
+        bos = self.tokenizer.named_tokens["bos_token"]
+        rest = await self.encode(text.removeprefix(bos), add_special_tokens=False)
+        return [self.tokenizer.special_tokens[bos], *rest]
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))

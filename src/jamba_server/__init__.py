@@ -6,13 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jamba_server.engine.types import SamplingParams
     from jamba_server.llm import LLM
 
-__all__ = ["LLM"]
+__all__ = ["LLM", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    """`LLM` is imported when it is used: it brings torch, which the HTTP process must not load."""
-    if name != "LLM":
-        raise AttributeError(f"module 'jamba_server' has no attribute {name!r}")
-    return import_module("jamba_server.llm").LLM
+    """Names are imported when they are used: LLM brings torch, which the HTTP process must not load."""
+    match name:
+        case "LLM":
+            return import_module("jamba_server.llm").LLM
+        case "SamplingParams":
+            return import_module("jamba_server.engine.types").SamplingParams
+        case _:
+            raise AttributeError(f"module 'jamba_server' has no attribute {name!r}")

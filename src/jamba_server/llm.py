@@ -1,25 +1,48 @@
-"""LLM: the engine in this process, for scripts and tests."""
+"""LLM: a model in this process, with the texts of the server, for scripts and tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from tokenizers import Tokenizer
+from fastapi.exceptions import RequestValidationError
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.errors import ConfigError, EngineFailed, RequestRejected
 from jamba_server.engine.start.build import build_engine
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenLogprob, TokenUpdate
-from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
+from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.settings import LOCAL
+from jamba_server.server.config import GenerationDefaults, ServerConfig, cast_settings
+from jamba_server.server.http.choice import Choice, TextOptions
+from jamba_server.server.http.errors import describe
+from jamba_server.server.http.generation import GenerationSpec
+from jamba_server.server.http.sampling import admit_prompt
+from jamba_server.server.http.schemas.chat import Messages
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
+DEFAULT_MAX_TOKENS = 16  # of a completion, as on the server; a chat may fill the context
+
+Message = Mapping[str, object]
+_MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
 
 
 @dataclass(slots=True)
 class Completion:
-    """One choice. `text` is empty for a model without tokenizer.json. Log-probabilities are there if asked for."""
+    """One choice. `text` is empty for a model without tokenizer.json. Log-probabilities are there if asked for.
+    `stop_reason` is the stop string or the id in `stop_token_ids` that ended it."""
 
     prompt: list[int]
     index: int
@@ -27,77 +50,235 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list["TokenLogprob | None"])
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     num_cached: int = 0
     text: str = ""
 
-    def take(self, update: TokenUpdate) -> None:
-        self.token_ids += update.token_ids
-        self.logprobs += update.logprobs
-        self.prompt_logprobs += update.prompt_logprobs
-        self.finish_reason = update.finish_reason
-        self.num_cached = self.num_cached if update.num_cached is None else update.num_cached
-
 
 class LLM:
-    """`LLM("folder", max_num_seqs=8).generate(["Once upon a time"], SamplingParams(max_tokens=32))`.
+    """`LLM("folder", max_num_seqs=8).generate("Once upon a time", max_tokens=32)`.
 
-    Keyword arguments are the fields of `EngineConfig`. Raises ConfigError where one cannot be met.
+    `model` is a folder or a hub id, which is downloaded; without one it is the demonstration checkpoint. Keyword
+    arguments are the options of `jamba serve` that concern the model (`SETTINGS`), with underscores, and raise the same
+    errors: ConfigError, and CheckpointError for a model that cannot be loaded. JAMBA_* variables are not read.
+
+    How replies are sampled: keyword arguments of `generate` and `chat` are the fields of SamplingParams, and what they
+    leave out is as the checkpoint's generation_config.json says, as it is on the server. A `SamplingParams` says
+    everything: what it leaves out has the default of its class. Without a seed every prompt gets a random one.
     """
 
-    def __init__(self, model: str | Path, **settings: Any) -> None:
-        self.core = build_engine(msgspec.convert({"model": str(model), **settings}, EngineConfig))
-        tokenizer = Path(model) / "tokenizer.json"
-        self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer.is_file() else None
-        self._num_requests = 0
+    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
+        config = model_config(model, settings)
+        self._folder = folder = find_checkpoint(config).folder
+        self._defaults = GenerationDefaults.of(folder)
+        self._tokenizer = self._template = None
+        if config.chat_template or (folder / "tokenizer.json").is_file():
+            self._tokenizer = Tokenizer.from_folder(folder)
+            override = None if config.chat_template is None else Path(config.chat_template)
+            self._template = ChatTemplate.from_folder(folder, self._tokenizer, override)
+        self.core = build_engine(config.engine(folder))
+        for warning in self.core.info.warnings:
+            logger.warning("%s", warning)
+        self._num_prompts = 0
 
     def generate(
-        self, prompts: Sequence[str | list[int]], params: SamplingParams | None = None, *, n: int = 1
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        stop: str | Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        progress: bool | None = None,
+        **sampling: Any,
     ) -> list[Completion]:
-        """`n` completions of every prompt (text or token ids), prompt-major. Raises RequestRejected."""
-        params = params or SamplingParams()
-        open_: dict[str, Completion] = {}
-        requests: list[Request] = []
-        for prompt in prompts:
-            ids = self._encode(prompt)
-            checked = self._check(ids, params)
-            group = f"prompt-{self._num_requests}"
-            for index in range(n):
-                request_id = f"llm-{self._num_requests}"
-                self._num_requests += 1
-                open_[request_id] = Completion(ids, index)
-                requests.append(Request(id=request_id, prompt=ids, params=checked, index=index, group=group))
-        self.core.inbox.submit(requests)
-        completions = list(open_.values())
-        try:
-            while open_:
-                for update in self.core.step().updates:
-                    open_[update.request_id].take(update)
-                    if update.finish_reason:
-                        del open_[update.request_id]
-        finally:
-            self.core.inbox.abort(list(open_))  # an interrupt must not leave work for the next call
-        for completion in completions:
-            completion.text = self._decode(completion.token_ids)
-        return completions
+        """`n` completions of one or several prompts (text or token ids), prompt-major. Special tokens in a text are
+        text. `progress` None shows a bar for several replies on a terminal. Raises RequestRejected."""
+        sampled = self._sampling(params, sampling, max_tokens=DEFAULT_MAX_TOKENS)
+        options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
+        specs = [
+            self._spec(self._encode(prompt), sampled, n, options, param="prompt") for prompt in split_prompts(prompts)
+        ]
+        return self._run(specs, progress)
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
-        info = self.core.info
-        validate(params, vocab_size=info.vocab_size)
-        validate_prompt(
-            prompt,
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            param="prompt",
-            max_tokens=params.max_tokens,
-        )
-        return clamp_max_tokens(params, len(prompt), info.max_model_len)
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        stop: str | Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        progress: bool | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """`n` replies to one or several conversations, as `generate`; the prompts are made by the checkpoint's chat
+        template. Without `max_tokens` and `params` a reply may fill the context."""
+        template = self._chat_template()
+        sampled = self._sampling(params, sampling, max_tokens=self.core.info.max_model_len)
+        options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
+        specs: list[GenerationSpec] = []
+        for turns in split_conversations(messages):
+            chat = template.render(turns)
+            ending = replace(options, strip_leading_space=chat.strip_leading_space)
+            specs.append(self._spec(chat.prompt_ids, sampled, n, ending, saves=chat.save_positions, param="messages"))
+        return self._run(specs, progress)
+
+    # Texts ------------------------------------------------------------------------------------------------------
+
+    def _text(self) -> Tokenizer:
+        """Raises CheckpointError where the checkpoint has none."""
+        return self._tokenizer or Tokenizer.from_folder(self._folder)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if self._tokenizer is None:
-            raise CheckpointError("the model folder has no tokenizer.json; give prompts as token ids.")
-        return self._tokenizer.encode(prompt).ids
+        return self._text().encode(prompt) if isinstance(prompt, str) else prompt
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids) if self._tokenizer else ""
+    def _chat_template(self) -> ChatTemplate:
+        self._text()
+        if self._template is None:
+            message = "This model has no chat template. Use `generate`, or name a file: LLM(..., chat_template=FILE)."
+            raise RequestRejected(message, param="messages")
+        return self._template
+
+    # Requests ---------------------------------------------------------------------------------------------------
+
+    def _sampling(self, params: SamplingParams | None, given: Mapping[str, Any], *, max_tokens: int) -> SamplingParams:
+        """What all prompts of a call are sampled with. None is as if it had not been given."""
+        if params is None:
+            params = SamplingParams(max_tokens=max_tokens, **msgspec.structs.asdict(self._defaults))
+        values = msgspec.structs.asdict(params) | {name: value for name, value in given.items() if value is not None}
+        kinds = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+        for name, value in values.items():
+            if name not in kinds:
+                near = difflib.get_close_matches(name, kinds, n=1) or [", ".join(kinds)]
+                raise RequestRejected(f"{name} is no sampling parameter; did you mean {near[0]}?", param=name)
+            try:
+                values[name] = msgspec.convert(value, kinds[name])
+            except msgspec.ValidationError as error:
+                raise RequestRejected(f"{name} is {value!r}. {error}.", param=name) from None
+        if values["top_k"] == -1:  # "all", as on the server
+            values["top_k"] = 0
+        return SamplingParams(**values)
+
+    def _spec(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        n: int,
+        options: TextOptions,
+        *,
+        saves: tuple[int, ...] = (),
+        param: str,
+    ) -> GenerationSpec:
+        """One prompt and its choices. Raises RequestRejected."""
+        if n < 1:
+            raise RequestRejected(f"n is {n}; it must be at least 1.", param="n")
+        if options.stops:
+            self._text()  # stop strings need one
+        if params.seed is None:  # one a prompt, or equal prompts would have equal replies
+            params = msgspec.structs.replace(params, seed=secrets.randbits(63))
+        prompt = admit_prompt(token_ids, params, self.core, param=param, save_positions=saves)
+        self._num_prompts += 1
+        return GenerationSpec(id=f"llm-{self._num_prompts}", prompts=(prompt,), n=n, text=options)
+
+    def _run(self, specs: Sequence[GenerationSpec], progress: bool | None) -> list[Completion]:
+        replies = [_Reply(request, self._tokenizer, spec.text) for spec in specs for request in spec.requests()]
+        open_ = {reply.request.id: reply for reply in replies}
+        self.core.inbox.submit([reply.request for reply in replies])
+        with progress_bar(len(replies), progress) as bar:
+            task = bar.add_task("generating", total=len(replies))
+            try:
+                while open_ or self.core.has_work:
+                    for update in self.core.step().updates:
+                        reply = open_.get(update.request_id)
+                        if reply is not None and reply.take(update):
+                            del open_[update.request_id]
+                            if update.finish_reason is None:  # a stop string: the engine does not know of those
+                                self.core.inbox.abort([update.request_id])
+                            bar.advance(task)
+            finally:
+                self.core.inbox.abort(list(open_))  # an interrupt must not leave work for the next call
+        return [reply.completion for reply in replies]
+
+
+class _Reply:
+    """A request with what has come of it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, options: TextOptions) -> None:
+        self.request = request
+        self.completion = Completion(request.prompt, request.index)
+        self._choice = None if tokenizer is None else Choice(request, request.index, tokenizer, options)
+
+    def take(self, update: TokenUpdate) -> bool:
+        """Books the update; whether it was the last one. Raises EngineFailed."""
+        if update.finish_reason == "error":
+            raise EngineFailed(update.error or "The engine failed to run this request.")
+        completion, choice = self.completion, self._choice
+        completion.token_ids += update.token_ids
+        completion.logprobs += update.logprobs
+        completion.prompt_logprobs += update.prompt_logprobs
+        completion.num_cached = completion.num_cached if update.num_cached is None else update.num_cached
+        if choice is None:
+            completion.finish_reason = update.finish_reason
+        # the log-probabilities of a prompt would be echoed with its text
+        elif delta := choice.take(msgspec.structs.replace(update, prompt_logprobs=[])):
+            completion.text += delta.text
+            completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+            # what the step brought after a stop string was not wanted
+            del completion.token_ids[choice.num_tokens :], completion.logprobs[choice.num_tokens :]
+        return completion.finish_reason is not None
+
+
+def model_config(model: str | Path | None, settings: Mapping[str, object]) -> ServerConfig:
+    """Raises ConfigError for a setting that is unknown, that has no such value, or that only a server has."""
+    values = cast_settings(settings, "LLM")
+    if foreign := sorted(values.keys() - SETTINGS):
+        raise ConfigError(f"LLM: {foreign[0]!r} is an option of `jamba serve`, and there is no server here.")
+    # a Path is a folder, and never the id of a model on the hub
+    values["model"] = str(model.expanduser().absolute()) if isinstance(model, Path) else model
+    config = ServerConfig(**values)
+    config.check()
+    return config
+
+
+def text_options(stop: str | Sequence[str], include_stop: bool, skip_special_tokens: bool) -> TextOptions:
+    """Raises RequestRejected."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        if not isinstance(text, str) or not text:  # pyright: ignore[reportUnnecessaryIsInstance]  # callers differ
+            raise RequestRejected(f"stop has {text!r}; it must be a text of at least one character.", param="stop")
+    return TextOptions(stops=stops, include_stop=include_stop, skip_special_tokens=skip_special_tokens)
+
+
+def split_prompts(prompts: str | Sequence[Any]) -> Iterator[str | list[int]]:
+    """A text is one prompt, and so is a list of token ids. Raises RequestRejected for what is neither."""
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    for place, prompt in enumerate([prompts] if alone else prompts):
+        try:
+            yield msgspec.convert(prompt, str | list[int])
+        except msgspec.ValidationError as error:
+            why = f"prompt {place} is neither a text nor a list of token ids. {error}."
+            raise RequestRejected(why, param="prompt") from None
+
+
+def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, object]]]:
+    """The turns of each as templates take them. Raises RequestRejected in the words of the server."""
+    alone = not messages or isinstance(messages[0], Mapping)
+    for conversation in [messages] if alone else messages:
+        try:
+            turns = _MESSAGES.validate_python(list(conversation))
+        except ValidationError as error:
+            found = [finding | {"loc": ("body", "messages", *finding["loc"])} for finding in error.errors()]
+            problem = describe(RequestValidationError(found))
+            raise RequestRejected(problem.message, param=problem.param, code=problem.code) from None
+        yield [turn.to_template() for turn in turns]
+
+
+def progress_bar(total: int, wanted: bool | None) -> Progress:
+    """Of replies, on stderr. None: for several of them, where stderr is a terminal."""
+    console = Console(stderr=True)
+    shown = wanted or (wanted is None and total > 1 and console.is_terminal)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=console, disable=not shown)

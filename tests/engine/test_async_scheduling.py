@@ -18,6 +18,7 @@ from tests.engine.test_exact import CONFIG
 RANDOM = Random(11)
 PROMPTS = [[RANDOM.randrange(3, 500) for _ in range(RANDOM.randint(1, 70))] for _ in range(9)]
 PLAIN = SamplingParams(max_tokens=30, temperature=0.9, seed=4, ignore_eos=True, logprobs=3)
+MASKS = {"allowed_token_ids": (3, 4, 5, 6), "bad_words": ((3,), (4, 4), (5, 4, 5), (6, 5, 6, 6))}
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
 
 
@@ -71,6 +72,7 @@ def stopping(folder: Path, max_tokens: int = 30) -> SamplingParams:
         {},
         {"temperature": 0.0},
         PENALTIES,
+        MASKS,
         {"min_tokens": 20, "stop_token_ids": tuple(range(3, 500, 4))},
         {"max_tokens": 1},
         {"max_tokens": 0, "prompt_logprobs": 1},
@@ -119,11 +121,30 @@ def test_a_conversation_that_goes_on_reads_the_cache(folder: Path) -> None:
     assert warm.num_cached >= len(PROMPTS[3]) + len(reply.token_ids) - 1
 
 
-def test_penalties_wait_for_the_tokens_that_they_count(folder: Path) -> None:
+@pytest.mark.parametrize("asked", [PENALTIES, MASKS], ids=["penalties", "masks"])
+def test_what_looks_at_the_last_tokens_waits_for_them(folder: Path, asked: dict[str, Any]) -> None:
     llm = load(folder, async_scheduling=True)
     counts = count_ahead(llm)
-    llm.generate(PROMPTS, msgspec.structs.replace(PLAIN, **PENALTIES))
+    llm.generate(PROMPTS, msgspec.structs.replace(PLAIN, **asked))
     assert sum(counts) == 0
+
+
+def test_forbidden_tokens_that_do_not_depend_on_the_reply_wait_for_nothing(folder: Path) -> None:
+    llm = load(folder, async_scheduling=True)
+    counts = count_ahead(llm)
+    llm.generate(PROMPTS, msgspec.structs.replace(PLAIN, allowed_token_ids=(3, 4, 5), bad_words=((3,),)))
+    assert sum(counts) > 0
+
+
+def test_bad_words_and_allowed_tokens_alone_and_in_a_batch(folder: Path) -> None:
+    params = msgspec.structs.replace(PLAIN, **MASKS, temperature=2.0)
+    together = load(folder).generate(PROMPTS, params)
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        assert result(load(folder).generate([prompt], params)[0]) == result(completion)
+    texts = ["".join(map(str, completion.token_ids)) for completion in together]
+    assert set("".join(texts)) == set("456")
+    assert not [word for word in ("44", "545", "6566") if any(word in text for text in texts)]
+    assert all(any(pair in text for text in texts) for pair in ("45", "54", "656", "66"))  # parts of them may occur
 
 
 def test_an_abort_while_a_step_is_under_way(folder: Path) -> None:

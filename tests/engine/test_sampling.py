@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import NoBadWordsLogitsProcessor
 
 from jamba_server.engine.sampling.keys import row_key
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
@@ -65,6 +66,8 @@ def mixed_rows(num_rows: int) -> list[SamplingRow]:
             repetition_penalty=(1.0, 1.3)[n // 2 % 2],
             logit_bias=({}, {n: 3.0})[n // 3 % 2],
             min_tokens=(0, 4)[n // 5 % 2],
+            bad_words=((), ((7,), (1, 8), (n, n)))[n // 2 % 2],
+            allowed_token_ids=((), tuple(range(20 + n)))[n // 7 % 2],
             logprobs=(None, 0, 3, 20)[n % 4],
             seed=n // 4,
         )
@@ -115,6 +118,13 @@ def adjusted(x: NDArray[np.float64], row: SamplingRow) -> NDArray[np.float64]:
         x[token] -= params.frequency_penalty * count + params.presence_penalty
     if generated.total() < params.min_tokens:
         x[list({*EOS, *params.stop_token_ids})] = -np.inf
+    for word in params.bad_words:  # would the reply contain it if its last token came next?
+        reply = [*row.tokens[row.num_prompt :], word[-1]]
+        if tuple(reply[-len(word) :]) == word:
+            x[word[-1]] = -np.inf
+    for token in range(len(x)):
+        if params.allowed_token_ids and token not in params.allowed_token_ids:
+            x[token] = -np.inf
     return x
 
 
@@ -129,6 +139,10 @@ PENALTIES: list[dict[str, object]] = [
     {"min_tokens": 8, "stop_token_ids": (17,)},
     {"min_tokens": 9, "ignore_eos": True},
     {"min_tokens": 9, "logit_bias": {2: 100.0}},
+    {"bad_words": ((33,), (8, 60), (60, 4), (60, 7), (3, 1, 8, 60, 9), (17, 17, 17, 8, 3, 1, 8, 60, 5), (4, 17))},
+    {"bad_words": ((1, 4, 4, 17), (4, 9), (210,))},
+    {"allowed_token_ids": (4, 17, 210, 17)},
+    {"allowed_token_ids": (4, 17, 2), "bad_words": ((60, 4), (8, 60, 17), (4,)), "logit_bias": {9: 100.0, 17: 2.0}},
     {"logit_bias": {17: 2.0, 3: 1.0}, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.25},
 ]
 
@@ -164,6 +178,19 @@ def test_tokens_of_the_prompt_count_for_repetition_only() -> None:
     after = before.clone()
     adjust_logits(after, [make_row(SamplingParams(repetition_penalty=2.0))], EOS)
     assert after[0, 4] == before[0, 4] / 2  # it stands in the prompt twice
+
+
+def test_bad_words_are_those_of_transformers() -> None:
+    """transformers looks at the prompt too, so there is none."""
+    words = [[7], [1, 2], [2, 1], [1, 1, 2], [2, 2, 2, 2], [0, 1, 2, 0]]
+    oracle = NoBadWordsLogitsProcessor(words)
+    params = SamplingParams(bad_words=tuple(map(tuple, words)))
+    replies = np.random.default_rng(2).integers(0, 3, (300, 5))
+    before = random_logits(len(replies))
+    after = before.clone()
+    adjust_logits(after, [make_row(params, prompt=(), generated=tuple(reply)) for reply in replies.tolist()], EOS)
+    assert torch.equal(after, oracle(cast(torch.LongTensor, torch.from_numpy(replies)), before))
+    assert len({tuple(row.isneginf().nonzero().flatten().tolist()) for row in after}) > 3
 
 
 def test_min_tokens_ends_when_they_are_there() -> None:

@@ -35,6 +35,9 @@ ALLOWED: list[dict[str, object]] = [
     {"logprobs": 0, "prompt_logprobs": 20},
     {"logprobs": 20, "prompt_logprobs": 0},
     {"stop_token_ids": tuple(range(VOCAB)) + (0,) * 28},
+    {"allowed_token_ids": (0, 99)},
+    {"allowed_token_ids": (5, 6), "bad_words": ((6, 5), (5, 6))},
+    {"bad_words": ((0,), (99, 0)) * 64},
     {"seed": 2**63 - 1},
     {"seed": -(2**63)},
 ]
@@ -70,6 +73,13 @@ REFUSED: list[tuple[str, object]] = [
     ("stop_token_ids", (3, 100)),
     ("stop_token_ids", (-1,)),
     ("stop_token_ids", (3,) * 129),
+    ("allowed_token_ids", (100,)),
+    ("allowed_token_ids", (-1, 3)),
+    ("allowed_token_ids", (3,) * 4097),
+    ("bad_words", ((),)),
+    ("bad_words", ((1, 100),)),
+    ("bad_words", ((1,),) * 129),
+    ("bad_words", tuple((n,) for n in range(100))),
     ("seed", 2**63),
     ("seed", -(2**63) - 1),
 ]
@@ -92,6 +102,13 @@ def test_refused(field: str, value: object) -> None:
         validate(make_params({field: value}), vocab_size=VOCAB)
     assert refusal.value.param == field
     assert str(refusal.value).startswith(field)
+
+
+def test_a_reply_that_must_go_on_needs_a_token_that_does_not_end_it() -> None:
+    params = make_params({"allowed_token_ids": (2, 7), "stop_token_ids": (7,), "min_tokens": 1})
+    validate(msgspec.structs.replace(params, min_tokens=0), vocab_size=VOCAB, eos_token_ids=(2,))
+    with pytest.raises(RequestRejected, match="leaves no token to choose"):
+        validate(params, vocab_size=VOCAB, eos_token_ids=(2,))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -123,6 +140,10 @@ def test_300_biases_are_the_limit() -> None:
         ({"logit_bias": {7: 101.0}}, "logit_bias[7] is 101.0; it must be at least -100 and at most 100."),
         ({"logit_bias": {100: 1.0}}, "logit_bias has token id 100; ids are 0 to 99."),
         ({"stop_token_ids": (-5,)}, "stop_token_ids has token id -5; ids are 0 to 99."),
+        (
+            {"allowed_token_ids": (5, 6), "bad_words": ((5,), (6, 6))},
+            "allowed_token_ids leaves no token to choose: bad_words or min_tokens forbid all that are allowed.",
+        ),
         ({"min_tokens": 20}, "min_tokens is 20; it must not exceed max_tokens, which is 16."),
     ],
 )

@@ -20,12 +20,14 @@ from tests.server.conftest import Bench
 
 
 @asynccontextmanager
-async def served_engine(config: ServerConfig, engine: EngineClient) -> AsyncGenerator[AsyncOpenAI]:
+async def served_engine(
+    config: ServerConfig, engine: EngineClient, defaults: GenerationDefaults | None = None
+) -> AsyncGenerator[AsyncOpenAI]:
     """`engine` has been started. Requests without a seed get 1000, 1001, ..., in the order of their arrival."""
     folder = demo_folder()
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder, tokenizer, None)
-    app = create_app(config, engine, tokenizer, template, GenerationDefaults(), demo=True)
+    app = create_app(config, engine, tokenizer, template, defaults or GenerationDefaults(), demo=True)
     seeds = itertools.count(1000)
     app.state.services = dataclasses.replace(app.state.services, draw_seed=lambda: next(seeds))
     async with Bench(app, cast(Any, engine)).openai() as client:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 
 from jamba_server.server.config import GenerationDefaults
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
-from tests.server.fake_engine import EOS, NUM_CACHED, says, score
+from tests.server.fake_engine import EOS, MAX_MODEL_LEN, NUM_CACHED, says, score
 
 REPLY = "hello the world"  # the space that the template's role token leaves is not part of it
 
@@ -52,12 +54,13 @@ async def test_the_prompt_is_the_rendered_chat(bench: Bench, tokenizer: Tokenize
     assert request.prompt[request.save_positions[0] - 1] == eom
 
 
-async def test_every_parameter_arrives(make_bench: MakeBench) -> None:
+async def test_every_parameter_arrives(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
     bench = make_bench(enable_priority=True)
     fields = {
         "max_completion_tokens": 7, "min_tokens": 2, "temperature": 0.5, "top_p": 0.25, "top_k": 5, "min_p": 0.125,
         "repetition_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 2, "logit_bias": {"5": -100, "6": 1.5},
         "seed": -3, "stop_token_ids": [7, 8], "ignore_eos": True, "logprobs": True, "top_logprobs": 4, "priority": -2,
+        "bad_words": ["hello", " the"], "allowed_token_ids": [9, 8], "cache_salt": "tenant", "stop": ["none"] * 64,
     }  # fmt: skip
     async with bench.http() as http:
         response = await http.post("/v1/chat/completions", json=chat(**fields))
@@ -69,6 +72,9 @@ async def test_every_parameter_arrives(make_bench: MakeBench) -> None:
     assert (params.presence_penalty, params.frequency_penalty, params.logit_bias) == (-1, 2, {5: -100, 6: 1.5})
     assert (params.seed, params.stop_token_ids, params.ignore_eos) == (-3, (7, 8), True)
     assert (params.logprobs, params.prompt_logprobs, request.priority) == (4, None, -2)
+    words = [tokenizer.encode(text, add_special_tokens=False) for text in ("hello", " hello", "the", " the")]
+    assert params.bad_words == tuple(map(tuple, words))
+    assert (params.allowed_token_ids, request.cache_salt) == ((9, 8), "tenant")
 
 
 async def test_the_model_s_defaults_fill_what_is_left_out(make_bench: MakeBench) -> None:
@@ -202,3 +208,28 @@ async def test_requests_of_one_choice_have_no_group(bench: Bench) -> None:
     async with bench.http() as http:
         await http.post("/v1/chat/completions", json=chat())
     assert bench.engine.requests[0].group == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({}, None),
+        ({"max_tokens": -1}, None),
+        ({"max_completion_tokens": -1}, None),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, 3),
+        ({"max_completion_tokens": 4}, 4),
+    ],
+)
+async def test_the_longest_reply(bench: Bench, fields: dict[str, Any], limit: int | None) -> None:
+    async with bench.http() as http:
+        assert (await http.post("/v1/chat/completions", json=chat(**fields))).status_code == 200
+    [request] = bench.engine.requests
+    assert request.params.max_tokens == (limit or MAX_MODEL_LEN - len(request.prompt))
+
+
+async def test_the_prompt_may_end_before_the_assistant_s_turn(bench: Bench, tokenizer: Tokenizer) -> None:
+    async with bench.http() as http:
+        for wanted in (True, False):
+            await http.post("/v1/chat/completions", json=chat(add_generation_prompt=wanted))
+    with_turn, without = (tokenizer.decode(r.prompt, skip_special_tokens=False) for r in bench.engine.requests)
+    assert with_turn == without + "<|bom|><|assistant|>"

@@ -11,7 +11,7 @@ import pytest
 from jamba_server.engine.types import Request, TokenLogprob, TokenUpdate
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, Bench, Ids
-from tests.server.fake_engine import EOS, Event, says, score
+from tests.server.fake_engine import EOS, MAX_MODEL_LEN, Event, says, score
 
 PATH = "/v1/completions"
 BOS = 1
@@ -192,3 +192,35 @@ async def test_lm_eval_s_request(bench: Bench, ids: Ids) -> None:
     scored = logprobs["token_logprobs"][1:-1]
     assert scored == [score(t, 0).logprob for t in ids(" hello the")]
     assert all(max(top.values()) >= s for top, s in zip(logprobs["top_logprobs"][1:-1], scored, strict=True))
+
+
+@pytest.mark.parametrize(("fields", "limit"), [({"max_tokens": -1}, None), ({"max_completion_tokens": 5}, 5), ({}, 16)])
+async def test_the_longest_reply(bench: Bench, fields: dict[str, Any], limit: int | None) -> None:
+    await complete(bench, prompt=[5, 6], **fields)
+    assert bench.engine.requests[0].params.max_tokens == (limit or MAX_MODEL_LEN - 2)
+
+
+@pytest.mark.parametrize("add", [True, False])
+async def test_the_text_of_the_begin_of_text_token_is_that_token_and_no_second_one(
+    bench: Bench, ids: Ids, add: bool
+) -> None:
+    body = {"prompt": "<|startoftext|> hello", "add_special_tokens": add}
+    async with bench.http() as http:
+        reply = await http.post(PATH, json=body)
+        tokens = await http.post("/tokenize", json=body)
+        plain = await http.post(PATH, json={"prompt": " hello <|startoftext|>"})
+    for response in (reply, tokens):
+        assert response.headers["x-warning"] == (
+            "the prompt begins with the text of <|startoftext|>: read as that token, and no second one added"
+        )
+    assert tokens.json()["tokens"] == bench.engine.requests[0].prompt == [BOS, *ids(" hello")]
+    assert "x-warning" not in plain.headers
+    assert bench.engine.requests[1].prompt == [BOS, *ids(" hello <|startoftext|>")]  # elsewhere it is text
+
+
+async def test_bad_words_and_the_salt_arrive(bench: Bench, ids: Ids) -> None:
+    await complete(bench, prompt=["a", "b"], bad_words=["hello"], allowed_token_ids=[7], cache_salt="s", n=2)
+    assert {request.cache_salt for request in bench.engine.requests} == {"s"}
+    for request in bench.engine.requests:
+        assert request.params.bad_words == (tuple(ids("hello")), tuple(ids(" hello")))
+        assert request.params.allowed_token_ids == (7,)

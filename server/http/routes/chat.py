@@ -17,6 +17,7 @@ from jamba_server.server.http.sampling import admit_prompt, check_priority, samp
 from jamba_server.server.http.schemas.chat import ChatCompletion, ChatCompletionRequest
 from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import answer
+from jamba_server.server.http.unknown_fields import settle_unknown_fields
 from jamba_server.server.http.writers.chat import ChatWriter
 
 router = APIRouter(tags=["generation"])
@@ -26,6 +27,7 @@ router = APIRouter(tags=["generation"])
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
     """The next message of a conversation; with `stream` as server-sent events of `chat.completion.chunk`."""
     services.lifecycle.admit()
+    settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
     spec = await _spec(body, services, f"chatcmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
@@ -42,14 +44,16 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 
 
 async def _spec(body: ChatCompletionRequest, services: Services, id_: str, http_request_id: str) -> GenerationSpec:
+    context = services.engine.info.max_model_len
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
-    chat = await services.render(body.messages)
+    chat = await services.render(body.messages, add_generation_prompt=body.add_generation_prompt)
     params = sampling_params(
         body,
         services.defaults,
-        max_tokens=body.max_completion_tokens or body.max_tokens or services.engine.info.max_model_len,
+        max_tokens=body.reply_limit(default=context, context=context),
         seed=services.draw_seed(),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        bad_words=await services.bad_words(body.bad_words),
     )
     prompt = admit_prompt(
         chat.prompt_ids, params, services.engine, param="messages", save_positions=chat.save_positions
@@ -61,5 +65,11 @@ async def _spec(body: ChatCompletionRequest, services: Services, id_: str, http_
         strip_leading_space=chat.strip_leading_space,
     )
     return GenerationSpec(
-        id=id_, prompts=(prompt,), n=body.n or 1, text=text, priority=priority, http_request_id=http_request_id
+        id=id_,
+        prompts=(prompt,),
+        n=body.n or 1,
+        text=text,
+        priority=priority,
+        cache_salt=body.cache_salt or "",
+        http_request_id=http_request_id,
     )

@@ -17,6 +17,7 @@ from jamba_server.server.http.sampling import admit_prompt, check_priority, samp
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
 from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import answer
+from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn_of_bos
 from jamba_server.server.http.writers.completions import CompletionWriter
 
 router = APIRouter(tags=["generation"])
@@ -28,6 +29,9 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Continuations of one or several prompts; with `stream` as server-sent events of the same object."""
     services.lifecycle.admit()
+    settle_unknown_fields(body, request, services)
+    if any(isinstance(prompt, str) and services.begins_with_bos(prompt) for prompt in body.prompts):
+        warn_of_bos(request, services)
     await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
     model = services.model(body.model)
     spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
@@ -45,6 +49,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
 
 async def _spec(body: CompletionRequest, services: Services, id_: str, http_request_id: str) -> GenerationSpec:
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
+    bad_words = await services.bad_words(body.bad_words)
     text = TextOptions(
         stops=body.stops,
         include_stop=body.include_stop_str_in_output,
@@ -53,24 +58,28 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, http_requ
     )
     return GenerationSpec(
         id=id_,
-        prompts=tuple([await _prompt(body, services, prompt) for prompt in body.prompts]),
+        prompts=tuple([await _prompt(body, services, prompt, bad_words) for prompt in body.prompts]),
         n=body.n or 1,
         text=text,
         priority=priority,
+        cache_salt=body.cache_salt or "",
         http_request_id=http_request_id,
     )
 
 
-async def _prompt(body: CompletionRequest, services: Services, prompt: str | list[int]) -> Prompt:
+async def _prompt(
+    body: CompletionRequest, services: Services, prompt: str | list[int], bad_words: tuple[tuple[int, ...], ...]
+) -> Prompt:
     if isinstance(prompt, str):
         services.check_size(prompt, param="prompt")
-        prompt = await services.encode(prompt, add_special_tokens=body.add_special_tokens)
+        prompt = await services.encode_prompt(prompt, add_special_tokens=body.add_special_tokens)
     params = sampling_params(
         body,
         services.defaults,
-        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=body.reply_limit(default=DEFAULT_MAX_TOKENS, context=services.engine.info.max_model_len),
         seed=services.draw_seed(),  # one a prompt, or equal prompts would have equal replies
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        bad_words=bad_words,
     )
     return admit_prompt(prompt, params, services.engine, param="prompt")

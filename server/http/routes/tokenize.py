@@ -18,6 +18,7 @@ from jamba_server.server.http.schemas.models import (
     TokenizerInfoReply,
 )
 from jamba_server.server.http.services import Services, ServicesOf
+from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn_of_bos
 
 router = APIRouter(tags=["text"])
 
@@ -28,6 +29,9 @@ TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 @router.post("/tokenize", response_model=TokenizeReply, responses=ERRORS)
 async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf) -> Response:
     """The token ids of a prompt or of a conversation as the model reads it."""
+    settle_unknown_fields(body, request, services)
+    if body.prompt is not None and services.begins_with_bos(body.prompt):
+        warn_of_bos(request, services)
     await wait_for_start(request, services)
     services.model(body.model)
     tokens = await _tokens(body, services)
@@ -52,12 +56,13 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
     if special is not None and body.add_special_tokens is False:
         return [special]  # This is how lm-eval asks for the id of the end-of-text token.
     services.check_size(body.prompt, param="prompt")
-    return await services.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    return await services.encode_prompt(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
 @router.post("/detokenize", response_model=DetokenizeReply, responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, request: Request, services: ServicesOf) -> Response:
     """The text of token ids, special tokens included; no more ids than the model's context has."""
+    settle_unknown_fields(body, request, services)
     await wait_for_start(request, services)
     services.model(body.model)
     _check_number(len(body.tokens), services, param="tokens")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
     FinishReason,
     GenerationBody,
-    NotYet,
     Reply,
     TokenId,
     TopLogprobs,
     Usage,
     invalid,
-    within,
+    unsupported,
 )
 
 MAX_PROMPTS = 1024
@@ -42,7 +42,7 @@ Prompt = Annotated[
     Discriminator(
         _kind,
         custom_error_type="prompt_type",
-        custom_error_message="Input should be a string, a list of strings, a list of token ids or a list of such lists",
+        custom_error_message="must be a string, a list of strings, a list of token ids or a list of such lists",
     ),
 ]
 
@@ -50,24 +50,40 @@ Prompt = Annotated[
 class CompletionRequest(GenerationBody):
     """OpenAI's completion with vLLM's extra fields. `max_tokens` 0 with `echo` scores the prompt."""
 
-    prompt: Prompt
-    max_tokens: Annotated[int, within("max_tokens")] | None = None
-    echo: bool | None = None
-    logprobs: TopLogprobs | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    add_special_tokens: bool = True
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0.7}]}
+    )
 
-    suffix: NotYet = None
+    peers = peer_fields.COMPLETION
+
+    prompt: Annotated[
+        Prompt, Field(description="What the model continues: a text, token ids, or a list of either for many replies.")
+    ]
+    echo: Annotated[bool | None, Field(description="Put the prompt before the reply.")] = None
+    logprobs: Annotated[
+        TopLogprobs | None, Field(description="Log-probabilities of the tokens and of so many of the most likely ones.")
+    ] = None
+    best_of: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="The same as `n`; choosing among more is not supported.")
+    ] = None
+    add_special_tokens: Annotated[
+        bool, Field(description="Put the begin-of-text token before a prompt that is a text.")
+    ] = True
+    suffix: Annotated[
+        str | None, unsupported(""), Field(description="Text after the gap to fill; not supported yet.")
+    ] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         n = self.n or 1
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid("At least 1; 0 is only allowed with `echo`.", field="max_tokens")
+        for field in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, field) == 0 and not self.echo:
+                raise invalid("is 0, which is only allowed with `echo`; it must be at least 1", field=field)
         if self.best_of is not None and self.best_of != n:
-            raise invalid(f"Choosing among more replies than `n` ({n}) is not supported.", field="best_of")
+            why = f"is {self.best_of}; choosing among more replies than `n`, which is {n}, is not supported"
+            raise invalid(why, field="best_of")
         if (num_choices := n * len(self.prompts)) > MAX_REQUEST_CHOICES:
-            why = f"{len(self.prompts)} prompts and n = {n} make {num_choices} choices; at most {MAX_REQUEST_CHOICES}."
+            why = f"is {n}, which makes {num_choices} choices of all prompts; at most {MAX_REQUEST_CHOICES} are allowed"
             raise invalid(why, field="n")
         return self
 

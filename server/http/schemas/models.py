@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import Reply, RequestBody, TokenId, invalid
 from jamba_server.server.http.schemas.chat import Messages
 
@@ -26,24 +27,36 @@ class ModelList(Reply):
     data: list[ModelCard]
 
 
+ModelName = Annotated[str, Field(max_length=512)]
+
+
 class TokenizeRequest(RequestBody):
     """Either `prompt` or `messages`. `add_special_tokens` is true unless set, but a chat template writes its own."""
 
-    model: Annotated[str, Field(max_length=512)] | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool | None = None
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time"}]})
+    peers = peer_fields.TOKENIZE
+
+    model: Annotated[ModelName | None, Field(description="A served name, as /v1/models lists them.")] = None
+    prompt: Annotated[str | None, Field(description="The text of a completion's prompt.")] = None
+    messages: Annotated[Messages | None, Field(description="A conversation, in place of `prompt`.")] = None
+    add_special_tokens: Annotated[
+        bool | None, Field(description="Put the begin-of-text token before `prompt`; null: yes.")
+    ] = None
+    add_generation_prompt: Annotated[
+        bool, Field(description="End the conversation with the beginning of the assistant's turn.")
+    ] = True
+    return_token_strs: Annotated[bool | None, Field(description="Give the text of each token, too.")] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise invalid("Send either `prompt` or `messages`.", field="prompt")
+        if self.prompt is None and self.messages is None:
+            raise invalid("is required, or `messages` in its place", field="prompt")
+        if self.prompt is not None and self.messages is not None:
+            raise invalid("is not allowed beside `messages`; send either of them", field="prompt")
         if self.messages is not None and self.add_special_tokens:
-            raise invalid("The chat template writes the special tokens itself.", field="add_special_tokens")
-        if self.prompt is not None and "add_generation_prompt" in self.model_fields_set:
-            raise invalid("Only allowed with `messages`.", field="add_generation_prompt")
+            raise invalid("must be false: the chat template writes the special tokens", field="add_special_tokens")
+        if self.prompt is not None and not self.add_generation_prompt:
+            raise invalid("is only allowed with `messages`", field="add_generation_prompt")
         return self
 
 
@@ -71,8 +84,13 @@ class TokenizerInfoReply(Reply):
 
 
 class DetokenizeRequest(RequestBody):
-    model: Annotated[str, Field(max_length=512)] | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    """Token ids to turn back into text."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [1, 4, 4]}]})
+    peers = peer_fields.DETOKENIZE
+
+    model: Annotated[ModelName | None, Field(description="A served name, as /v1/models lists them.")] = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, description="Token ids; special tokens are written out.")]
 
 
 class DetokenizeReply(Reply):

@@ -1,0 +1,255 @@
+"""Fields of other servers that change the answer and that this server does not have.
+
+Ignoring one of them would give another answer than the client asked for, so a request that has one is refused by name,
+unless its value is neutral. Every schema of a request names the table that holds for it (`RequestBody.peers`).
+Fields that only tell a server how to work (`cache_prompt`, `keep_alive`, `request_id`) are not here: they are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class PeerField:
+    """A field of the server `of`. null is always neutral, and so are the values in `neutral`.
+
+    `switches` are the fields that turn this one on: where the request has one of them at a neutral value, this one may
+    be anything. `instead` is the name under which this server has the same.
+    """
+
+    of: str
+    neutral: tuple[object, ...] = ()
+    switches: tuple[str, ...] = ()
+    instead: str = ""
+
+    def is_neutral(self, value: object) -> bool:
+        return value is None or value in self.neutral
+
+
+PeerFields = Mapping[str, PeerField]
+
+_MIROSTAT = ("mirostat", "mirostat_mode")
+_BREAKERS = ["\n", ":", '"', "*"]
+
+# Samplers and other rules for the choice of tokens.
+_SAMPLING = {
+    "typical_p": PeerField("llama.cpp", (1, 0)),
+    "typical": PeerField("LocalAI", (1, 0)),
+    "top_a": PeerField("OpenRouter", (0,)),
+    "min_k": PeerField("SGLang", (0, -1)),
+    "top_n_sigma": PeerField("llama.cpp", (-1, 0)),
+    "nsigma": PeerField("Aphrodite", (0,)),
+    "tfs": PeerField("text-generation-webui", (1,)),
+    "tfs_z": PeerField("Ollama", (1,)),
+    "skew": PeerField("Aphrodite", (0,)),
+    "min_keep": PeerField("llama.cpp", (0,)),
+    "epsilon_cutoff": PeerField("text-generation-webui", (0,)),
+    "eta_cutoff": PeerField("text-generation-webui", (0,)),
+    "mirostat": PeerField("llama.cpp", (0, False)),
+    "mirostat_mode": PeerField("text-generation-webui", (0,)),
+    "mirostat_tau": PeerField("llama.cpp", (5,), switches=_MIROSTAT),
+    "mirostat_eta": PeerField("llama.cpp", (0.1,), switches=_MIROSTAT),
+    "mirostat_target": PeerField("Fireworks"),
+    "mirostat_lr": PeerField("Fireworks", (0.1,)),
+    "mirostat_ent": PeerField("llama.cpp", (5,), switches=_MIROSTAT),
+    "xtc_probability": PeerField("llama.cpp", (0,)),
+    "xtc_threshold": PeerField("llama.cpp", (0.1,), switches=("xtc_probability",)),
+    "dry_multiplier": PeerField("llama.cpp", (0,)),
+    "dry_base": PeerField("llama.cpp", (1.75,), switches=("dry_multiplier",)),
+    "dry_allowed_length": PeerField("llama.cpp", (2,), switches=("dry_multiplier",)),
+    "dry_penalty_last_n": PeerField("llama.cpp", (-1, 0), switches=("dry_multiplier",)),
+    "dry_range": PeerField("Aphrodite", (0,), switches=("dry_multiplier",)),
+    "dry_sequence_breakers": PeerField("llama.cpp", ([], _BREAKERS), switches=("dry_multiplier",)),
+    "dry_sequence_breaker_ids": PeerField("Aphrodite", ([],), switches=("dry_multiplier",)),
+    "dynamic_temperature": PeerField("text-generation-webui", (False,)),
+    "dynatemp_low": PeerField("text-generation-webui", (1,), switches=("dynamic_temperature",)),
+    "dynatemp_high": PeerField("text-generation-webui", (1,), switches=("dynamic_temperature",)),
+    "dynatemp_range": PeerField("llama.cpp", (0,)),
+    "dynatemp_exponent": PeerField("llama.cpp", (1,), switches=("dynatemp_range",)),
+    "dynatemp_min": PeerField("Aphrodite", (0,)),
+    "dynatemp_max": PeerField("Aphrodite", (0,)),
+    "temp": PeerField("llama.cpp", instead="temperature"),
+    "temperature_last": PeerField("text-generation-webui", (False,)),
+    "smoothing_factor": PeerField("text-generation-webui", (0,)),
+    "smoothing_curve": PeerField("text-generation-webui", (1,), switches=("smoothing_factor",)),
+    "adaptive_target": PeerField("llama.cpp", (-1,)),
+    "adaptive_decay": PeerField("llama.cpp", (0.9,), switches=("adaptive_target",)),
+    "samplers": PeerField("llama.cpp", ([],)),
+    "sampler_order": PeerField("KoboldCpp", ([],)),
+    "sampler_priority": PeerField("text-generation-webui", ([],)),
+    "do_sample": PeerField("TGI", (True,), instead="temperature"),
+    "watermark": PeerField("TGI", (False,)),
+    "penalty_alpha": PeerField("text-generation-webui", (0,)),
+    "guidance_scale": PeerField("text-generation-webui", (1,)),
+    "cfg_scale": PeerField("llama.cpp", (1,)),
+    "negative_prompt": PeerField("text-generation-webui", ("",)),
+    "use_beam_search": PeerField("vLLM", (False,)),
+    "num_beams": PeerField("transformers", (1,)),
+    "length_penalty": PeerField("vLLM", (1,), switches=("use_beam_search",)),
+    "early_stopping": PeerField("vLLM", (False,), switches=("use_beam_search",)),
+    "best_of": PeerField("TGI", (1,)),
+    "sampling_seed": PeerField("SGLang", instead="seed"),
+    "random_seed": PeerField("Mistral", instead="seed"),
+}
+
+# Penalties and forbidden tokens.
+_PENALTIES = {
+    "repeat_penalty": PeerField("llama.cpp", (1,), instead="repetition_penalty"),
+    "repeat_last_n": PeerField("llama.cpp", (0, 64), switches=("repeat_penalty",)),
+    "rep_pen": PeerField("KoboldCpp", (1,), instead="repetition_penalty"),
+    "penalize_nl": PeerField("llama.cpp", (False,)),
+    "penalty_prompt": PeerField("llama.cpp", ([], "")),
+    "repetition_penalty_range": PeerField("text-generation-webui", (0, 1024), switches=("repetition_penalty",)),
+    "encoder_repetition_penalty": PeerField("text-generation-webui", (1,)),
+    "no_repeat_ngram_size": PeerField("text-generation-webui", (0,)),
+    "repetition_detection": PeerField("vLLM"),
+    "custom_token_bans": PeerField("text-generation-webui", ("",), instead="bad_words"),
+    "banned_tokens": PeerField("Aphrodite", ([], ""), instead="bad_words"),
+    "banned_strings": PeerField("KoboldCpp", ([],), instead="bad_words"),
+    "ban_eos_token": PeerField("text-generation-webui", (False,), instead="ignore_eos"),
+    "logits_processors": PeerField("vLLM", ([],)),
+    "custom_logit_processor": PeerField("SGLang", ("",)),
+    "custom_params": PeerField("SGLang", ({},)),
+    "vllm_xargs": PeerField("vLLM", ({},)),
+}
+
+# How long the answer may be, and where it ends.
+_LENGTHS = {
+    "n_predict": PeerField("llama.cpp", (-1,), instead="max_tokens"),
+    "num_predict": PeerField("Ollama", (-1,), instead="max_tokens"),
+    "max_new_tokens": PeerField("TGI", instead="max_tokens"),
+    "max_output_tokens": PeerField("OpenAI's responses", instead="max_tokens"),
+    "max_length": PeerField("KoboldCpp", instead="max_tokens"),
+    "auto_max_new_tokens": PeerField("text-generation-webui", (False,)),
+    "min_new_tokens": PeerField("SGLang", (0,), instead="min_tokens"),
+    "stop_sequences": PeerField("Anthropic", ([],), instead="stop"),
+    "stopping_strings": PeerField("text-generation-webui", ([],), instead="stop"),
+    "custom_stopping_strings": PeerField("text-generation-webui", ([], ""), instead="stop"),
+    "stop_regex": PeerField("SGLang", ("", [])),
+    "no_stop_trim": PeerField("SGLang", (False,), instead="include_stop_str_in_output"),
+    "n_indent": PeerField("llama.cpp", (0,)),
+    "t_max_predict_ms": PeerField("llama.cpp", (0, -1)),
+    "thinking_token_budget": PeerField("vLLM", (-1,)),
+    "thinking_budget": PeerField("Qwen", (-1, 0)),
+}
+
+# Grammars.
+_GRAMMARS = {
+    name: PeerField(of, ("", {}, []), instead="structured_outputs")
+    for of, names in {
+        "vLLM": ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
+        "SGLang": ("regex", "ebnf"),
+        "llama.cpp": ("grammar", "json_schema", "grammar_triggers"),
+        "text-generation-webui": ("grammar_string",),
+        "Ollama": ("format",),
+    }.items()
+    for name in names
+}
+
+# What the model reads besides the prompt or the messages.
+_PROMPTS = {
+    "system": PeerField("Anthropic", ("", []), instead="messages"),
+    "instructions": PeerField("OpenAI's responses", ("",), instead="messages"),
+    "input_ids": PeerField("SGLang"),
+    "prompt_embeds": PeerField("vLLM"),
+    "images": PeerField("Ollama", ([],)),
+    "context": PeerField("Ollama", ([], "")),
+    "template": PeerField("Ollama", ("",)),
+    "instruction_template": PeerField("text-generation-webui", ("",)),
+    "character": PeerField("text-generation-webui", ("",)),
+    "mode": PeerField("text-generation-webui", ("instruct", "chat")),
+    "preset": PeerField("text-generation-webui", ("",)),
+    "truncate": PeerField("TGI", (0,)),
+    "truncate_prompt_tokens": PeerField("vLLM"),
+    "truncation_length": PeerField("text-generation-webui", (0,)),
+    "prompt_truncate_len": PeerField("Fireworks"),
+    "transforms": PeerField("OpenRouter", ([],)),
+    "models": PeerField("OpenRouter", ([],), instead="model"),
+    "plugins": PeerField("OpenRouter", ([],)),
+    "safe_prompt": PeerField("Mistral", (False,)),
+    "add_bos_token": PeerField("text-generation-webui", (True,), instead="add_special_tokens"),
+    "lora": PeerField("llama.cpp", ([],)),
+    "lora_path": PeerField("SGLang", ("",)),
+    "lora_request": PeerField("vLLM"),
+    "adapter_id": PeerField("TGI", ("",)),
+    "options": PeerField("Ollama", ({},)),
+    "parameters": PeerField("TGI", ({},)),
+    "sampling_params": PeerField("SGLang", ({},)),
+    "session_params": PeerField("SGLang", ({},)),
+    "kv_transfer_params": PeerField("vLLM", ({},)),
+    "think": PeerField("Ollama", (False,)),
+    "thinking": PeerField("Anthropic", ({"type": "disabled"}, False)),
+    "reasoning": PeerField("OpenRouter", ({}, {"enabled": False}, {"effort": "none"}, False)),
+    "enable_thinking": PeerField("Qwen", (False,)),
+    "enable_search": PeerField("Qwen", (False,)),
+}
+
+# What the reply holds.
+_REPLIES = {
+    "echo": PeerField("vLLM", (False,)),
+    "return_full_text": PeerField("TGI", (False,), instead="echo"),
+    "prompt_logprobs": PeerField("vLLM"),
+    "logprob_token_ids": PeerField("vLLM", ([],)),
+    "return_logprob": PeerField("SGLang", (False,), instead="logprobs"),
+    "top_logprobs_num": PeerField("SGLang", (0,), instead="top_logprobs"),
+    "top_n_tokens": PeerField("TGI", (0,), instead="top_logprobs"),
+    "decoder_input_details": PeerField("TGI", (False,)),
+    "n_probs": PeerField("llama.cpp", (0,), instead="logprobs"),
+    "post_sampling_probs": PeerField("llama.cpp", (False,)),
+    "return_tokens": PeerField("llama.cpp", (False,)),
+    "return_token_ids": PeerField("vLLM", (False,)),
+    "return_tokens_as_token_ids": PeerField("vLLM", (False,)),
+    "return_prompt_text": PeerField("vLLM", (False,)),
+    "return_hidden_states": PeerField("SGLang", (False,)),
+    "response_fields": PeerField("llama.cpp", ([],)),
+}
+
+_GENERATION = _SAMPLING | _PENALTIES | _LENGTHS | _GRAMMARS | _PROMPTS | _REPLIES
+
+CHAT: PeerFields = MappingProxyType(
+    _GENERATION
+    | {
+        "prompt": PeerField("/v1/completions", ("", []), instead="messages"),
+        "suffix": PeerField("/v1/completions", ("",)),
+    }
+)
+
+COMPLETION: PeerFields = MappingProxyType(
+    _GENERATION | {"messages": PeerField("/v1/chat/completions", ([],), instead="prompt")}
+)
+
+MESSAGE: PeerFields = MappingProxyType(
+    {
+        "prefix": PeerField("Mistral", (False,), instead="continue_final_message"),
+        "partial": PeerField("Moonshot", (False,), instead="continue_final_message"),
+        "images": PeerField("Ollama", ([],)),
+        "tool_plan": PeerField("Cohere", ("",)),
+    }
+)
+
+TOKENIZE: PeerFields = MappingProxyType(
+    {
+        "content": PeerField("llama.cpp", instead="prompt"),
+        "text": PeerField("SGLang", instead="prompt"),
+        "add_special": PeerField("llama.cpp", instead="add_special_tokens"),
+        "parse_special": PeerField("llama.cpp", (False,)),
+        "with_pieces": PeerField("llama.cpp", (False,), instead="return_token_strs"),
+        "continue_final_message": PeerField("vLLM", (False,)),
+        "chat_template": PeerField("vLLM", ("",)),
+        "chat_template_kwargs": PeerField("vLLM", ({},)),
+        "tools": PeerField("vLLM", ([],)),
+        "documents": PeerField("vLLM", ([],)),
+    }
+)
+
+DETOKENIZE: PeerFields = MappingProxyType(
+    {
+        "skip_special_tokens": PeerField("SGLang", (False,)),
+        "token_ids": PeerField("TensorRT-LLM", instead="tokens"),
+    }
+)
+
+NONE: PeerFields = MappingProxyType({})

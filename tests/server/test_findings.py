@@ -1,0 +1,100 @@
+"""What a client is told of a value that does not fit: our own sentences, which name field, value and limit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from jamba_server.server.http.findings import MAX_VALUE_CHARS, describe_finding, param_of, short_json
+from jamba_server.server.http.schemas.chat import ChatCompletionRequest
+from jamba_server.server.http.schemas.completions import CompletionRequest
+from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
+
+MISFITS: list[Any] = [
+    None, True, 0, -7, 10**30, 1.5, float("nan"), 1e300, "", " ", "text", "x" * 5000, "\ud800",
+    [], [""], [None], [-1], ["x" * 5000], ["a"] * 5000, [1] * 5000, [[]], [{}],
+    {}, {"a": 1}, {"1": 1e9}, {"type": "json_object"}, {str(n): 1 for n in range(400)},
+]  # fmt: skip
+BODIES: dict[type[BaseModel], dict[str, Any]] = {
+    ChatCompletionRequest: {"messages": [{"role": "user", "content": "a"}], "stream": True},
+    CompletionRequest: {"prompt": "a", "stream": True},
+    TokenizeRequest: {"prompt": "a"},
+    DetokenizeRequest: {"tokens": [1]},
+}
+# how pydantic words its errors
+FOREIGN = re.compile(r"Input|should|[Vv]alid (?!Unicode)|validation|Field|parse|instance|Value error|type=|pydantic")
+
+
+def findings(schema: type[BaseModel], body: Any) -> list[Any]:
+    try:
+        schema.model_validate(body)
+    except ValidationError as error:
+        return [{**finding, "loc": ("body", *finding["loc"])} for finding in error.errors()]
+    return []
+
+
+def check(finding: Any, field: str) -> None:
+    sentence = describe_finding(finding)
+    assert not FOREIGN.search(sentence), sentence
+    assert sentence.startswith(f"{param_of(finding)} ")
+    assert (param_of(finding) or "").split(".")[0] == field or field in sentence
+    assert len(sentence) < 300
+    assert "which is not allowed here" not in sentence, finding  # a kind of error without a sentence of its own
+    if finding["type"] not in ("missing", "invalid", "not_supported_yet"):
+        assert "; it " in sentence or "must " in sentence or "allowed" in sentence or "; a word" in sentence, sentence
+
+
+@pytest.mark.parametrize("schema", BODIES, ids=lambda schema: schema.__name__)
+def test_every_field_with_everything_that_does_not_fit(schema: type[BaseModel]) -> None:
+    seen: set[str] = set()
+    for field in schema.model_fields:
+        for value in MISFITS:
+            for finding in findings(schema, BODIES[schema] | {field: value}):
+                check(finding, field)
+                seen.add(finding["type"])
+    assert len(seen) > 3
+
+
+def test_messages_with_everything_that_does_not_fit() -> None:
+    for value in MISFITS:
+        for field in ("role", "content", "name", "tool_calls", "refusal"):
+            message = {"role": "user", "content": "a", field: value}
+            for finding in findings(ChatCompletionRequest, {"messages": [message]}):
+                check(finding, "messages")
+        for part in (value, {"type": value}, {"type": "text", "text": value}):
+            body = {"messages": [{"role": "user", "content": [part]}]}
+            for finding in findings(ChatCompletionRequest, body):
+                check(finding, "messages")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"messages": []}, "messages has 0 items; it needs at least 1"),
+        ({"temperature": 2.5}, "temperature is 2.5; it must be at most 2"),
+        ({"top_p": 0}, "top_p is 0; it must be above 0"),
+        ({"n": "three"}, 'n is "three"; it must be a whole number'),
+        ({"stop": ["a", ""]}, "stop.1 is empty; it needs at least one character"),
+        ({"seed": 2**63}, f"seed is {2**63}; it must be at most {2**63 - 1}"),
+        ({"tools": [{}]}, "tools is not supported yet"),
+        ({"response_format": {"type": "x"}}, "response_format has the type 'x', which is not supported yet"),
+        ({"stream": "yes" * 5000}, f'stream is "{("yes" * 5000)[:MAX_VALUE_CHARS]}…"; it must be true or false'),
+        (
+            {"max_tokens": 5, "max_completion_tokens": 6},
+            "max_tokens is 5, but `max_completion_tokens` is 6; send one of them",
+        ),
+        ({"top_logprobs": 3}, "top_logprobs is only allowed with `logprobs`: true"),
+    ],
+)  # fmt: skip
+def test_sentences(fields: dict[str, Any], sentence: str) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}]} | fields
+    assert [describe_finding(finding) for finding in findings(ChatCompletionRequest, body)] == [sentence]
+
+
+def test_values_are_shown_in_a_few_characters() -> None:
+    values = [*MISFITS, [[1] * 10**6], {"a": "b" * 10**6}, "\n" * 10**6, "é" * 10**6]
+    assert max(len(short_json(value)) for value in values) <= 2 * MAX_VALUE_CHARS + 3
+    assert "\n" not in short_json("a\nb")
