@@ -50,7 +50,8 @@ WORKDIR /home/jamba
 USER 10001:10001
 VOLUME ["/models", "/hub"]
 EXPOSE 8000
-# loading a large checkpoint takes minutes; until then /health does not count against the container
+# /health answers 503 until the model has loaded, which takes minutes for a large one: that does not count against the
+# container in the start period. For liveness, ask /live
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"JAMBA_PORT\"]}/health')"]
 ENTRYPOINT ["jamba"]

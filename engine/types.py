@@ -175,6 +175,14 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     fraction: float
 
 
+class LogLine(msgspec.Struct, frozen=True, tag=True):
+    """A record of the engine's log, for the log of the process that started it."""
+
+    level: int
+    name: str
+    text: str
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     info: EngineInfo
 
@@ -193,4 +201,4 @@ class StepResult(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-FromEngine = Progress | Ready | Failed | StepResult
+FromEngine = Progress | LogLine | Ready | Failed | StepResult

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from jamba_server.engine.config import (
@@ -61,6 +60,7 @@ class ServerConfig:
     api_key: Annotated[tuple[str, ...], Help("Key that requests must carry; repeatable.", secret=True)] = ()
     chat_template: Annotated[str | None, Help("File with a chat template in place of the checkpoint's.")] = None
     max_queue_requests: Annotated[Number, Help("Choices that may wait before requests get 503; 0: no limit.")] = 1024
+    startup_wait: Annotated[float, Meta(ge=0), Help("Seconds that requests wait for an engine that loads.")] = 30.0
     shutdown_timeout: Annotated[float, Meta(ge=0), Help("Seconds that running requests have to finish.")] = 30.0
     engine_timeout: Annotated[Seconds, Help("Seconds without a step after which the engine is restarted.")] = 120.0
     allowed_origins: Annotated[tuple[str, ...], Help("Origin of web pages that may call, or *; repeatable.")] = ()
@@ -172,6 +172,8 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Keys as in `ServerConfig`, also with dashes; null leaves the default."""
+    import yaml  # it takes a tenth of the time until the command says something
+
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
     try:

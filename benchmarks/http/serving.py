@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -91,9 +92,10 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], t
 
 
 def announcement(log: IO[str]) -> list[str]:
-    """What the server said at its start about model, memory, limits and kernels."""
+    """What the server said at its start about model, memory, limits and kernels, without times and names."""
     log.seek(0)
-    return [line.rstrip() for line in log if line.startswith(("model ", "memory ", "limits ", "kernels ", "sampling "))]
+    found = (re.search(r": ((model|memory|limits|kernels|sampling) {2,}.*)", line) for line in log)
+    return [match[1].rstrip() for match in found if match]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,8 @@
 """The engine process: `python -m jamba_server.engine.process FD`.
 
 `client.EngineClient` starts it with one end of a socket pair. It receives its EngineConfig, answers
-Progress... and Ready or Failed, then runs until it is told to stop or its parent is gone.
+Progress... and Ready or Failed, then runs until it is told to stop or its parent is gone. What it logs goes the same
+way, so that there is one log with one format.
 """
 
 from __future__ import annotations
@@ -13,16 +14,49 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.core import Inbox
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.process.wire import pack, receive
-from jamba_server.engine.start.build import build_engine
-from jamba_server.engine.types import Abort, Failed, Progress, Ready, Submit, ToEngine
-from jamba_server.kernels.table import KernelError
+from jamba_server.engine.types import Abort, Failed, LogLine, Progress, Ready, Submit, ToEngine
 
-logger = logging.getLogger("engine")
+if TYPE_CHECKING:
+    from jamba_server.engine.core import Inbox
+
+Send = Callable[[msgspec.Struct], None]
+
+
+def sender(connection: socket.socket) -> Send:
+    """Sends a message to the parent, one at a time: several threads log."""
+    lock = threading.Lock()
+
+    def send(message: msgspec.Struct) -> None:
+        frame = pack(message)
+        with lock:
+            connection.sendall(frame)
+
+    return send
+
+
+class LogToParent(logging.Handler):
+    """Sends every record to the parent, which decides what is shown."""
+
+    def __init__(self, send: Send) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))  # the parent's log knows level and name
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._send(LogLine(record.levelno, record.name, self.format(record)))
+        except OSError:
+            return  # the parent is gone, and the next read says so
+        except Exception:  # noqa: BLE001 - a record that cannot be formatted must not end the engine
+            self.handleError(record)
 
 
 def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None:
@@ -43,33 +77,39 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
         inbox.wake()
 
 
-def run(connection: socket.socket) -> int:
+def run(connection: socket.socket, send: Send) -> int:
+    # torch comes with these: what it warns of goes to the parent's log by now
+    from jamba_server.engine.start.build import build_engine
+    from jamba_server.kernels.table import KernelError
+
     if (config := receive(connection, EngineConfig)) is None:
         return 1
     try:
-        core = build_engine(config, lambda phase, fraction: connection.sendall(pack(Progress(phase, fraction))))
+        core = build_engine(config, lambda phase, fraction: send(Progress(phase, fraction)))
     except (ConfigError, KernelError) as error:
-        connection.sendall(pack(Failed(str(error))))
+        send(Failed(str(error)))
         return 1
     gc.collect()
     gc.freeze()  # what has been loaded stays: looking through it takes about 0.1 s, in the middle of somebody's reply
     stop = threading.Event()
     threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()
-    connection.sendall(pack(Ready(core.info)))
+    send(Ready(core.info))
     while not stop.is_set():
         if not core.has_work:
             core.inbox.wait()
-        connection.sendall(pack(core.step()))
+        send(core.step())
     return 0
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
+        send = sender(connection)
+        logging.basicConfig(level=logging.INFO, handlers=[LogToParent(send)])
+        logging.captureWarnings(True)
         try:
-            status = run(connection)
+            status = run(connection, send)
         except (BrokenPipeError, ConnectionResetError):
             status = 0  # the parent is gone
     os._exit(status)  # the reader thread may still wait in recv

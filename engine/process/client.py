@@ -24,6 +24,7 @@ from jamba_server.engine.types import (
     EngineStats,
     Failed,
     FromEngine,
+    LogLine,
     Progress,
     Ready,
     Request,
@@ -41,11 +42,13 @@ SUSPECT_DEATHS = 2  # a request present in so many deaths in a row runs alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """`ready`: requests are accepted now. Not `alive`: the engine is gone for good, `reason` says why."""
+    """`ready`: requests are accepted now. Not `alive`: the engine is gone for good, `reason` says why. `loading` says
+    how far the first start is, and is None once the engine has been ready: a restart is no first start."""
 
     alive: bool
     ready: bool
     reason: str = ""
+    loading: Progress | None = None
 
 
 class UpdateStream(Protocol):
@@ -75,6 +78,10 @@ class Engine(Protocol):
 
     @property
     def health(self) -> Health: ...
+
+    async def first_start(self) -> None:
+        """Returns when the engine has been ready for the first time, or is given up; then `info` says which."""
+        ...
 
     def generate(self, requests: list[Request]) -> AbstractAsyncContextManager[UpdateStream]:
         """Runs the choices of one HTTP request; their updates arrive interleaved, until every one has a finish_reason.
@@ -166,10 +173,10 @@ class EngineClient:
         self._live: dict[str, _Live] = {}  # in the order of arrival
         self._child: Child | None = None
         self._info: EngineInfo | None = None
-        self._health = Health(alive=True, ready=False, reason="the engine is loading")
+        self._health = _loading(Progress("starting the engine", 0.0))
         self._stats, self._base = EngineStats(), EngineStats()
         self._deaths: deque[float] = deque()
-        self._first_start: asyncio.Future[EngineInfo] | None = None
+        self._started = asyncio.Event()  # ready for the first time, or given up
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -186,6 +193,9 @@ class EngineClient:
     def health(self) -> Health:
         return self._health
 
+    async def first_start(self) -> None:
+        await self._started.wait()
+
     @property
     def pid(self) -> int | None:
         """Process id of the child that runs now."""
@@ -193,13 +203,12 @@ class EngineClient:
 
     async def start(self) -> EngineInfo:
         """Starts the engine and waits until it is ready. Raises ConfigError with its reason if it cannot be."""
-        self._first_start = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
-        try:
-            return await self._first_start
-        except ConfigError:
+        await self._started.wait()
+        if self._info is None:
             await self._supervisor
-            raise
+            raise ConfigError(self._health.reason)
+        return self._info
 
     async def close(self) -> None:
         """Ends the engine; requests that still run fail with EngineDead."""
@@ -301,7 +310,11 @@ class EngineClient:
     def _receive(self, message: FromEngine) -> None:
         match message:
             case Progress(phase, fraction):
+                if self._health.loading:
+                    self._health = _loading(message)
                 self._on_progress(phase, fraction)
+            case LogLine(level, name, text):
+                logging.getLogger(name).log(level, "%s", text)
             case Ready(info):
                 self._ready(info)
             case Failed(reason):
@@ -313,8 +326,7 @@ class EngineClient:
         if not self._health.alive:
             return  # closed while it was loading
         self._info, self._health = info, Health(alive=True, ready=True)
-        if self._first_start and not self._first_start.done():
-            self._first_start.set_result(info)
+        self._started.set()
         self._dispatch()
 
     def _book(self, result: StepResult) -> None:
@@ -377,8 +389,7 @@ class EngineClient:
         if not self._health.alive:
             return
         self._health = Health(alive=False, ready=False, reason=reason)
-        if self._first_start and not self._first_start.done():
-            self._first_start.set_exception(ConfigError(reason))
+        self._started.set()
         for live in list(self._live.values()):
             self._fail(live, EngineDead(reason))
 
@@ -387,6 +398,10 @@ def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
     """`now` with its counters added to those of the engines before."""
     totals = {f: getattr(base, f) + getattr(now, f) for f in EngineStats.__struct_fields__ if f.endswith("_total")}
     return msgspec.structs.replace(now, **totals)
+
+
+def _loading(progress: Progress) -> Health:
+    return Health(alive=True, ready=False, reason="the engine is loading", loading=progress)
 
 
 def _describe(status: int) -> str:

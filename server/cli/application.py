@@ -1,34 +1,64 @@
-"""The typer application: every command, and the one place where an error becomes a sentence and an exit status."""
+"""The typer application: every command, and the one place where an error becomes a sentence and an exit status.
+
+A command's module is imported when the command is asked for: all of them together take more than a second.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from jamba_server.engine.errors import JambaError
-from jamba_server.server.cli.bench.command import bench
-from jamba_server.server.cli.chat import chat
-from jamba_server.server.cli.doctor import doctor
-from jamba_server.server.cli.plan import plan
-from jamba_server.server.cli.run import run as run_prompt
-from jamba_server.server.cli.serve import serve
-from jamba_server.server.http.app import package_version
+from jamba_server.server.version import package_version
+
+# where the function of each command is, which has the command's name
+MODULES: Final[Mapping[str, str]] = {
+    "serve": "jamba_server.server.cli.serve",
+    "run": "jamba_server.server.cli.run",
+    "chat": "jamba_server.server.cli.chat",
+    "plan": "jamba_server.server.cli.plan",
+    "bench": "jamba_server.server.cli.bench.command",
+    "doctor": "jamba_server.server.cli.doctor",
+}
+
+
+class Commands(Mapping[str, Any]):
+    """The commands by name, as typer makes them."""
+
+    def __getitem__(self, name: str) -> Any:
+        function = getattr(import_module(MODULES[name]), name)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        alone.command(name)(function)
+        return typer.main.get_command(alone)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MODULES)
+
+    def __len__(self) -> int:
+        return len(MODULES)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are made when they are asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Commands()
+
 
 app = typer.Typer(
+    cls=LazyGroup,
     name="jamba",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut long flags off on a terminal of 80 columns
 )
-app.command("serve")(serve)
-app.command("run")(run_prompt)
-app.command("chat")(chat)
-app.command("plan")(plan)
-app.command("bench")(bench)
-app.command("doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Protocol
 
 import httpx
@@ -15,11 +16,12 @@ from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError, JambaError
 from jamba_server.server.cli.bench.client import EventDecoder, error_message
+from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.local import LocalModel, Sampling
+from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.run import MaxTokens, Seed, Temperature, TopK, TopP
 from jamba_server.server.cli.settings import LOCAL, with_options
 from jamba_server.server.config import ServerConfig
-from jamba_server.server.http.logs import configure_logging
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
@@ -179,10 +181,15 @@ def chat(
     configure_logging("WARNING")
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     console = Console(stderr=True)
+    folder = None  # of a model that is loaded here
+    if not target.startswith(("http://", "https://")):
+        config = replace(config, model=target)
+        folder = find_checkpoint(config).folder  # before there is an event loop, which would hold Ctrl-C back
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:
-            partner = runner.run(_open(config, target, sampling, stack))
+            opened = _connect(config, target, sampling) if folder is None else _load(config, folder, sampling)
+            partner = runner.run(stack.enter_async_context(opened))
             console.print(HELP, style="dim", markup=False, highlight=False)
             conversation = Conversation(partner, lambda text: print(text, end="", flush=True), system)
             _converse(runner, conversation)
@@ -190,16 +197,20 @@ def chat(
             runner.run(stack.aclose())
 
 
-async def _open(config: ServerConfig, target: str, sampling: Sampling, stack: AsyncExitStack) -> Partner:
-    if not target.startswith(("http://", "https://")):
-        model = await stack.enter_async_context(LocalModel.open(replace(config, model=target), Console(stderr=True)))
-        return LocalPartner(model, sampling)
-    http = httpx.AsyncClient(
-        base_url=target.rstrip("/").removesuffix("/v1"),
+@asynccontextmanager
+async def _load(config: ServerConfig, folder: Path, sampling: Sampling) -> AsyncGenerator[Partner]:
+    async with LocalModel.open(config, folder, Console(stderr=True)) as model:
+        yield LocalPartner(model, sampling)
+
+
+@asynccontextmanager
+async def _connect(config: ServerConfig, url: str, sampling: Sampling) -> AsyncGenerator[Partner]:
+    async with httpx.AsyncClient(
+        base_url=url.rstrip("/").removesuffix("/v1"),
         headers={"Authorization": f"Bearer {config.api_key[0]}"} if config.api_key else {},
         timeout=httpx.Timeout(10.0, read=None),
-    )
-    return RemotePartner(await stack.enter_async_context(http), sampling)
+    ) as http:
+        yield RemotePartner(http, sampling)
 
 
 def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:

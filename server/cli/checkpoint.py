@@ -5,20 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of the HTTP library that the hub's client is built on
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.foreign import names_a_file
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.start.contents import INDEX_FILE
+from jamba_server.server.cli.download import download
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 
@@ -57,7 +48,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
-    folder = _download(config.model, config.revision, patterns)
+    folder = download(config.model, config.revision, patterns)
     load_model_config(folder)
     return Checkpoint(folder, config.model)
 
@@ -68,28 +59,3 @@ def is_local(path: Path) -> bool:
         return path.exists() or names_a_file(path.name)
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise CheckpointError(f"{str(path)[:_NAME_SHOWN]} cannot be read: {error.strerror}.") from error
-
-
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    wish = name if revision is None else f"{name} at revision {revision}"
-    try:
-        return Path(str(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])))
-    except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a folder nor a hub id: {error}") from error
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{wish} is gated: accept its licence on {constants.ENDPOINT}/{name} and set HF_TOKEN to a token of yours."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{constants.ENDPOINT} has {name}, but not its revision {revision}.") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"There is no folder {name}, and {constants.ENDPOINT} has no such model (or it is private: set HF_TOKEN)."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        raise CheckpointError(
-            f"There is no folder {name}, the hub cache {constants.HF_HUB_CACHE} has no {wish}, and {reason}."
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise CheckpointError(f"The download of {wish} from {constants.ENDPOINT} failed: {error}") from error

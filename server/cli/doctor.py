@@ -18,7 +18,7 @@ from rich.table import Table
 import jamba_server
 from jamba_server.engine.errors import JambaError
 from jamba_server.engine.start.machine import available_cpus, available_memory, format_bytes
-from jamba_server.server.http.app import package_version
+from jamba_server.server.version import package_version
 
 DISTRIBUTIONS = ("fastapi", "uvicorn", "tokenizers", "safetensors", "huggingface_hub", "llguidance")
 TIMEOUT_SECONDS = 120.0  # the first start after an installation compiles torch's Python files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -14,7 +15,6 @@ from rich.console import Console
 from jamba_server.engine.errors import EngineFailed
 from jamba_server.engine.process.client import Engine, EngineClient
 from jamba_server.engine.types import Request, SamplingParams
-from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.terminal import LoadProgress
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Prompt
@@ -22,6 +22,8 @@ from jamba_server.server.http.sampling import admit_prompt
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +57,8 @@ class LocalModel:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: ServerConfig, console: Console) -> AsyncGenerator[LocalModel]:
-        """Loads the model of `config` for one sequence at a time. Raises ConfigError."""
-        folder = find_checkpoint(config).folder
+    async def open(cls, config: ServerConfig, folder: Path, console: Console) -> AsyncGenerator[LocalModel]:
+        """Loads the model in `folder` for one sequence at a time, with the options of `config`. Raises ConfigError."""
         tokenizer = Tokenizer.from_folder(folder)
         override = None if config.chat_template is None else Path(config.chat_template)
         template = ChatTemplate.from_folder(folder, tokenizer, override)
@@ -75,7 +76,7 @@ class LocalModel:
                 raise
         try:
             for warning in info.warnings:
-                console.print(f"warning   {warning}", markup=False, highlight=False, soft_wrap=True)
+                logger.warning("%s", warning)
             yield cls(client, tokenizer, template, defaults)
         finally:
             await client.close()

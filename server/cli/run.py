@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError
+from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.local import LocalModel, Sampling
+from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.settings import LOCAL, Model, with_options
 from jamba_server.server.config import ServerConfig
-from jamba_server.server.http.logs import configure_logging
 
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the checkpoint's]", show_default=False)]
@@ -42,12 +44,13 @@ def run(
         raise ConfigError("There is no prompt: give one with --prompt or on stdin.")
     text = sys.stdin.read() if prompt is None else prompt
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    asyncio.run(_run(config, text, sampling))
+    folder = find_checkpoint(config).folder  # before there is an event loop, which would hold Ctrl-C back
+    asyncio.run(_run(config, folder, text, sampling))
 
 
-async def _run(config: ServerConfig, prompt: str, sampling: Sampling) -> None:
+async def _run(config: ServerConfig, folder: Path, prompt: str, sampling: Sampling) -> None:
     async with (
-        LocalModel.open(config, Console(stderr=True)) as model,
+        LocalModel.open(config, folder, Console(stderr=True)) as model,
         contextlib.aclosing(model.stream(model.tokenizer.encode(prompt), sampling)) as pieces,
     ):
         async for piece in pieces:

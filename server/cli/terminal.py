@@ -1,4 +1,4 @@
-"""What people see on stderr: start-up progress and what was loaded."""
+"""What people see of a start on stderr: its progress, and what was loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import EngineInfo
@@ -19,31 +19,34 @@ LOG_STEP = 0.25  # without a terminal a phase is logged at every quarter
 
 
 class LoadProgress:
-    """Shows the phases of a start: bars on a terminal, else a few log lines. `update` is EngineClient's on_progress."""
+    """Shows the phases of a start, one after the other: one bar on a terminal, else a few log lines. `update` is
+    EngineClient's on_progress."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._tasks: dict[str, TaskID] = {}
+        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._task = self._bar.add_task("starting", total=None) if self._bar else None
         self._logged: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bars:
-            self._bars.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar away; may be called again."""
+        if self._bar:
+            self._bar.stop()
 
     def update(self, phase: str, fraction: float) -> None:
         """`fraction` of `phase` is done."""
-        if self._bars:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=1.0)
-            self._bars.update(self._tasks[phase], completed=fraction)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
             # the next quarter; a start from 0 again (an engine that is restarted) is not logged
@@ -69,7 +72,6 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
         f"results   {describe_results(info)}",
         f"sampling  {sampling}; eos token ids {eos}",
-        *(f"warning   {warning}" for warning in info.warnings),
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from importlib import metadata
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +17,7 @@ from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.errors import error_response, request_id_of
+from jamba_server.server.http.lifecycle import StartupQueue
 from jamba_server.server.http.logs import log_stats
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, ApiKey, JsonBody, RequestContext
@@ -26,6 +26,7 @@ from jamba_server.server.http.routes import chat, completions, models, operation
 from jamba_server.server.http.services import Services
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
+from jamba_server.server.version import package_version
 
 ROUTERS = (chat.router, completions.router, models.router, tokenize.router, operations.router, pages.router)
 
@@ -53,6 +54,7 @@ def create_app(
         metrics=Metrics(engine, model_name=config.served_model_name[0]),
         demo=demo,
         version=package_version(),
+        startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
@@ -75,13 +77,6 @@ def create_app(
     for kind in (EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
     return app
-
-
-def package_version() -> str:
-    try:
-        return metadata.version("jamba-server")
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a checkout that is not installed
 
 
 def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:

@@ -1,9 +1,9 @@
-"""Logging: one line an event. Set up once, by the command that starts the server."""
+"""The lines that a busy server logs from time to time."""
 
 from __future__ import annotations
 
 import asyncio
-import logging.config
+import logging
 from dataclasses import dataclass
 
 from jamba_server.engine.process.client import Engine
@@ -13,24 +13,6 @@ from jamba_server.server.http.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_SECONDS = 10.0
-
-
-def configure_logging(level: str = "INFO") -> None:
-    """Sends everything to stderr; uvicorn's own access log gives way to the lines of `server.http.middleware`."""
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-            "root": {"level": level, "handlers": ["stderr"]},
-            "loggers": {
-                "uvicorn": {"handlers": [], "propagate": True},
-                "uvicorn.access": {"level": "WARNING"},
-                "httpx": {"level": "WARNING"},
-            },
-        }
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
-PROBE_PATHS = frozenset({"/health", "/ready"})
+PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
 # A browser that opens a page cannot send a key. What these paths tell is the same for everyone.
 OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
 

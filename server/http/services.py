@@ -16,7 +16,7 @@ from jamba_server.engine.errors import ModelNotFound, RequestRejected
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Generation, GenerationSpec
-from jamba_server.server.http.lifecycle import Lifecycle
+from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.schemas.chat import ChatMessage
 from jamba_server.server.text.bad_words import bad_word_tokens
@@ -43,6 +43,7 @@ class Services:
     demo: bool
     version: str
     longest_token: int  # in bytes
+    startup: StartupQueue
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))

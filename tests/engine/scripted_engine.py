@@ -20,6 +20,7 @@ from jamba_server.engine.types import (
     EngineInfo,
     EngineStats,
     Failed,
+    Progress,
     Ready,
     Request,
     StepResult,
@@ -72,6 +73,7 @@ def main() -> None:
         if mark.exists():
             os._exit(9)
         mark.touch()
+    connection.sendall(pack(Progress("loading weights", 0.5)))
     connection.sendall(pack(Ready(INFO)))
     live: dict[str, Request] = {}
     tokens: dict[str, int] = {}

@@ -14,8 +14,8 @@ import pytest
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded, RequestRejected
-from jamba_server.engine.process.client import EngineClient
-from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
+from jamba_server.engine.process.client import EngineClient, Health
+from jamba_server.engine.types import Progress, Request, SamplingParams, TokenUpdate
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
@@ -216,3 +216,32 @@ async def test_closing_fails_what_still_runs() -> None:
         await engine.close()
         with pytest.raises(EngineDead):
             [update async for update in updates]
+
+
+async def test_health_follows_the_first_start_and_no_later_one() -> None:
+    seen: list[Health] = []
+    engine = EngineClient(
+        EngineConfig(model="any"), command=COMMAND, on_progress=lambda phase, fraction: seen.append(engine.health)
+    )
+    assert engine.health.loading == Progress("starting the engine", 0.0)
+    waiting = asyncio.create_task(engine.first_start())
+    await engine.start()
+    await waiting
+    assert [health.loading for health in seen] == [Progress("loading weights", 0.5)]
+    assert engine.health == Health(alive=True, ready=True)
+    pid = engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await collect(engine, [request("a")])
+    assert [health.loading for health in seen[1:]] == [None]
+    await engine.close()
+
+
+async def test_who_waits_for_an_engine_that_cannot_load_learns_it() -> None:
+    engine = client(model="broken")
+    waiting = asyncio.create_task(engine.first_start())
+    with pytest.raises(ConfigError):
+        await engine.start()
+    await waiting
+    with pytest.raises(EngineDead, match="the model is broken"):
+        _ = engine.info

@@ -10,7 +10,15 @@ from contextlib import asynccontextmanager
 
 from jamba_server.engine.errors import EngineDead, EngineError, EngineLoading
 from jamba_server.engine.process.client import Health
-from jamba_server.engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
+from jamba_server.engine.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Progress,
+    Request,
+    TokenLogprob,
+    TokenUpdate,
+)
 
 EOS = 2
 VOCAB_SIZE = 2048
@@ -135,7 +143,6 @@ class FakeEngine:
         self.script = script
         self.limit = limit
         self.refusal: EngineError | None = None
-        self.loading = False
         self.health = Health(alive=True, ready=True)
         self.stats = EngineStats()
         self.requests: list[Request] = []
@@ -144,14 +151,34 @@ class FakeEngine:
         self.stalled = asyncio.Event()
         self.resume = asyncio.Event()
         self.left = asyncio.Event()  # a `generate` was left
+        self.num_waiting = 0  # for the first start
+        self.waits = asyncio.Event()  # somebody has waited for it
+        self._started = asyncio.Event()
 
     @property
     def info(self) -> EngineInfo:
         if not self.health.alive:
             raise EngineDead(self.health.reason)
-        if self.loading:
+        if self.health.loading:
             raise EngineLoading(self.health.reason)
         return INFO
+
+    def load(self, phase: str, fraction: float) -> None:
+        """From now on it loads for the first time, until `start`."""
+        self.health = Health(alive=True, ready=False, reason="the engine is loading", loading=Progress(phase, fraction))
+
+    def start(self, health: Health | None = None) -> None:
+        """It is ready, or `health`."""
+        self.health = health or Health(alive=True, ready=True)
+        self._started.set()
+
+    async def first_start(self) -> None:
+        self.num_waiting += 1
+        self.waits.set()
+        try:
+            await self._started.wait()
+        finally:
+            self.num_waiting -= 1
 
     async def wait_for_turn(self) -> None:
         if self.num_updates >= self.limit:

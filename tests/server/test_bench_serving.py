@@ -40,5 +40,6 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log() -> None:
 
 def test_the_announcement_is_found_in_the_log() -> None:
     with tempfile.TemporaryFile("a+") as log:
-        log.write("2026-01-01 INFO x: model loading\nmodel     Jamba\nkernels   reference\nready     http\n")
+        lines = ("x: model loading", "y: model     Jamba", "y: kernels   reference", "y: ready     http")
+        log.write("".join(f"2026-01-01 00:00:00,000 INFO {line}\n" for line in lines))
         assert announcement(log) == ["model     Jamba", "kernels   reference"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jamba_server.engine.errors import CheckpointError, ConfigError
@@ -22,8 +24,9 @@ from jamba_server.server.cli.bench.client import Reply
 from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
-from jamba_server.server.cli.serve import bind, http_config, is_loopback
-from jamba_server.server.cli.terminal import describe_engine
+from jamba_server.server.cli.serve import bind, is_loopback
+from jamba_server.server.cli.server import http_config
+from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
 from tests.geometries import write_geometry
 from tests.server.fake_engine import INFO
@@ -65,9 +68,26 @@ def test_version_is_the_distributions() -> None:
     assert invoke("--version") == f"jamba-server {version}\n"
 
 
-def test_the_command_never_imports_torch() -> None:
-    program = "import sys; from jamba_server.server.cli import application; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+def test_serve_says_something_before_it_imports_what_takes_long() -> None:
+    slow = ("fastapi", "huggingface_hub", "torch", "uvicorn", "numpy", "httpx", "rich", "yaml", "asyncio")
+    program = (
+        "import logging, sys\n"
+        "from jamba_server.server.cli import application, serve\n"
+        "sys.argv = ['jamba', 'serve']\n"
+        f"serve.bind = lambda *address: sys.exit(str(sorted({set(slow)} & sys.modules.keys())))\n"
+        "application.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    *banner, loaded = done.stderr.splitlines()
+    assert "jamba-server" in banner[0]
+    assert loaded == "[]"
+
+
+def test_a_mistyped_command_gets_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jamba(monkeypatch, "serv") == 2
+    assert "Did you mean 'serve'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -135,18 +155,19 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
 def test_only_needed_files_are_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load_format: Any, weights: bool
 ) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[Any] = []
 
-    def snapshot_download(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        return str(write_geometry(tmp_path, "3b"))
+    def download(*wish: Any) -> Path:
+        asked.extend(wish)
+        return write_geometry(tmp_path, "3b")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "download", download)
     found = find_checkpoint(ServerConfig(model="org/name", revision="v2", load_format=load_format))
     assert (found.folder, found.name) == (tmp_path, "org/name")
-    assert (asked["name"], asked["revision"]) == ("org/name", "v2")
-    assert ("*.safetensors" in asked["allow_patterns"]) == weights
-    assert {"config.json", "tokenizer.json", "*.jinja"} <= set(asked["allow_patterns"])
+    name, revision, patterns = asked
+    assert (name, revision) == ("org/name", "v2")
+    assert ("*.safetensors" in patterns) == weights
+    assert {"config.json", "tokenizer.json", "*.jinja"} <= set(patterns)
 
 
 def test_a_name_that_is_no_hub_id() -> None:
@@ -296,6 +317,25 @@ def test_the_start_says_that_hits_on_int8_saved_states_are_not_exact() -> None:
     assert f"results   the same bits in every batch, however prompts are cut; {not_exact}" in lines
     lines = describe_engine(msgspec.structs.replace(info, batch_dependent_ops=("linear",)), GenerationDefaults())
     assert f"results   last bits may depend on the batch: linear; {not_exact}" in lines
+
+
+def test_a_start_has_one_bar_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    with LoadProgress(console) as progress:
+        progress.update("loading weights", 0.5)
+        progress.update("measuring memory", 0.25)
+        shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "starting" in shown
+    assert shown.count("\n") == 0
+
+
+def test_without_a_terminal_a_start_is_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with LoadProgress(Console(file=io.StringIO())) as progress:
+        for percent in range(101):
+            progress.update("loading weights", percent / 100)
+        progress.update("loading weights", 0.0)  # an engine that is restarted
+    assert caplog.messages == [f"loading weights: {percent} %" for percent in (0, 25, 50, 75, 100)]
 
 
 # doctor -------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ async def test_every_key_is_compared_whatever_is_sent(guarded: Bench, monkeypatc
 async def test_what_is_open(guarded: Bench, make_bench: MakeBench) -> None:
     asset = "/docs/assets/swagger-ui.css"
     async with guarded.http() as http:
-        for path in ("/health", "/ready", "/", "/docs", "/openapi.json", asset):
+        for path in ("/health", "/ready", "/live", "/", "/docs", "/openapi.json", asset):
             assert (await http.get(path)).status_code == 200, path
         assert (await http.post("/", json={})).status_code == 405
         assert (await http.get("/docs/assets/../../v1/models")).status_code != 200

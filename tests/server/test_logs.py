@@ -66,10 +66,10 @@ async def test_a_line_a_request(bench: Bench, caplog: pytest.LogCaptureFixture) 
 
 def test_the_set_up() -> None:
     program = (
-        "import logging; from jamba_server.server.http.logs import configure_logging; configure_logging('INFO')\n"
+        "import logging; from jamba_server.server.cli.log import configure_logging; configure_logging('INFO')\n"
         "logging.getLogger('jamba_server.server.x').info('a %s', 'b'); logging.getLogger('uvicorn.error').info('c')\n"
         "logging.getLogger('uvicorn.access').info('d'); logging.getLogger('jamba_server.server.x').debug('e')\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lines = result.stderr.splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["INFO jamba_server.server.x: a b", "INFO uvicorn.error: c"]
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO server.x: a b", "INFO uvicorn.error: c"]

@@ -10,8 +10,8 @@ import pytest
 
 from jamba_server.engine.errors import EngineDead, EngineFailed, Overloaded
 from jamba_server.engine.process.client import Health
-from jamba_server.server.http.app import package_version
 from jamba_server.server.http.lifecycle import RETRY_AFTER_SECONDS
+from jamba_server.server.version import package_version
 from tests.server.asgi import Exchange
 from tests.server.conftest import Bench, MakeBench, chat
 from tests.server.fake_engine import MAX_MODEL_LEN, FakeEngine
@@ -24,7 +24,8 @@ CHAT = "/v1/chat/completions"
 
 async def test_a_healthy_server(bench: Bench) -> None:
     async with bench.http() as http:
-        health, ready, version = [await http.get(path) for path in ("/health", "/ready", "/version")]
+        health, ready, version, live = [await http.get(path) for path in ("/health", "/ready", "/version", "/live")]
+    assert (live.status_code, live.json()) == (200, {"status": "live", "reason": None})
     assert (health.status_code, health.json()) == (200, {"status": "ok", "reason": None})
     assert (ready.status_code, ready.json()) == (200, {"status": "ready", "reason": None})
     assert version.json() == {"version": package_version()}
@@ -66,20 +67,24 @@ async def test_a_restarting_engine_is_healthy_but_not_ready(bench: Bench) -> Non
     assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": "restarting"})
 
 
-async def test_a_loading_engine_asks_to_come_back(bench: Bench) -> None:
-    bench.engine.loading = True
-    bench.engine.health = Health(alive=True, ready=False, reason="the engine is loading")
+async def test_a_loading_engine_is_alive_but_not_healthy(bench: Bench) -> None:
+    bench.engine.load("loading weights", 0.25)
     async with bench.http() as http:
-        ready, reply = await http.get("/ready"), await http.post(CHAT, json=chat())
-    assert ready.status_code == 503
-    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_loading")
-    assert int(reply.headers["Retry-After"]) > 0
+        replies = [await http.get(path) for path in ("/health", "/ready", "/live")]
+        bench.engine.start()
+        loaded = await http.get("/health")
+    assert [reply.status_code for reply in replies] == [503, 503, 200]
+    reason = "the engine is loading"
+    expected = {"status": "loading", "reason": reason, "phase": "loading weights", "fraction": 0.25}
+    assert replies[0].json() == expected
+    assert loaded.status_code == 200
 
 
 async def test_a_dead_engine_says_why(bench: Bench) -> None:
     bench.engine.health = Health(alive=False, ready=False, reason="three deaths in 60 s")
     async with bench.http() as http:
         health, ready, reply = await http.get("/health"), await http.get("/ready"), await http.post(CHAT, json=chat())
+        assert (await http.get("/live")).status_code == 200
     assert (health.status_code, health.json()) == (503, {"status": "dead", "reason": "three deaths in 60 s"})
     assert ready.status_code == 503
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")

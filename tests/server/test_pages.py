@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from jamba_server.server.http.app import package_version
+from jamba_server.server.version import package_version
 from tests.server.conftest import Bench, MakeBench
 
 CHAT = "/v1/chat/completions"
@@ -93,7 +93,7 @@ async def test_the_openapi_document(bench: Bench) -> None:
     assert docs.status_code == 200
     paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize"}
     paths |= {"/", "/tokenizer_info"}
-    assert set(document["paths"]) == paths | {"/health", "/ready", "/version", "/metrics"}
+    assert set(document["paths"]) == paths | {"/health", "/ready", "/live", "/version", "/metrics"}
     schemas = document["components"]["schemas"]
     chat_request = schemas["ChatCompletionRequest"]
     assert chat_request["additionalProperties"] is True

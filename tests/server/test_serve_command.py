@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import httpx
 
 COMMAND = (sys.executable, "-m", "jamba_server", "serve")
+LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]{12} (INFO|WARNING) ([a-z_.]+): (.+)\n")
 STREAM = {"prompt": [5, 6, 7], "max_tokens": 600, "ignore_eos": True, "stream": True}
 
 
@@ -26,12 +28,38 @@ def server(*flags: str) -> Generator[tuple[subprocess.Popen[str], str]]:
             log: list[str] = []
             for line in process.stderr:
                 log.append(line)
-                if found := re.match(r"ready +(http://\S+)/v1 ", line):
+                if found := re.search(r": ready +listening on (http://\S+)/v1 ", line):
                     yield process, found[1]
                     return
             raise AssertionError("".join(log))
         finally:
             process.kill()
+
+
+def test_the_lines_of_a_start() -> None:
+    """All have one format, whoever says them; the last one says where it listens, with a command that works."""
+    command = (*COMMAND, "--port", "0", "--threads", "1", "--max-model-len", "1000000")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            log = [process.stderr.readline()]
+            while log[-1] and "curl" not in log[-1]:
+                log.append(process.stderr.readline())
+            words = shlex.split(log[-1].partition("; try: ")[2])
+            assert (words[0], words[2], words[4]) == ("curl", "-H", "-d")
+            header = dict([words[3].split(": ")])
+            assert httpx.post(words[1], headers=header, content=words[5], timeout=60).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            rest = process.stderr.readlines()
+        finally:
+            process.kill()
+    assert [line for line in log + rest if not LINE.fullmatch(line)] == []
+    said = [(found[2], found[3]) for line in log if (found := LINE.fullmatch(line))]
+    assert said[0][1].startswith("jamba-server ")
+    assert "kernels.cpu.library" in {name for name, _ in said}, "a line of the engine's process"
+    warnings = [line for line in log if " WARNING " in line]
+    assert len(warnings) == 1
+    assert "max_model_len 1000000 is reduced to 4096" in warnings[0]
 
 
 def test_sigterm_lets_running_requests_finish() -> None:

@@ -12,7 +12,7 @@ from jamba_server.server.cli.bench.client import error_message
 from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
 
 Reply = TypeVar("Reply")
-TIMEOUT = 30.0  # seconds for each question
+TIMEOUT = 60.0  # seconds for each question, which a server that loads answers after half of that (--startup-wait)
 
 
 class BenchError(JambaError):

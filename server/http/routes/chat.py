@@ -11,6 +11,7 @@ from starlette.responses import Response
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.errors import request_id_of
 from jamba_server.server.http.generation import GenerationSpec
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.chat import ChatCompletion, ChatCompletionRequest
@@ -27,6 +28,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     """The next message of a conversation; with `stream` as server-sent events of `chat.completion.chunk`."""
     services.lifecycle.admit()
     settle_unknown_fields(body, request, services)
+    await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
     spec = await _spec(body, services, f"chatcmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
     writer = ChatWriter(

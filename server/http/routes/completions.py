@@ -11,6 +11,7 @@ from starlette.responses import Response
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.errors import request_id_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
@@ -31,6 +32,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     settle_unknown_fields(body, request, services)
     if any(isinstance(prompt, str) and services.begins_with_bos(prompt) for prompt in body.prompts):
         warn_of_bos(request, services)
+    await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
     model = services.model(body.model)
     spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
     writer = CompletionWriter(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.server.demo import DESCRIPTION
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.models import ModelCard, ModelList
 from jamba_server.server.http.services import Services, ServicesOf
@@ -14,13 +15,15 @@ router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)
-async def list_models(services: ServicesOf) -> Response:
+async def list_models(request: Request, services: ServicesOf) -> Response:
     """The names under which the model is served."""
+    await wait_for_start(request, services)
     return json_response(ModelList(data=[_card(name, services) for name in services.config.served_model_name]))
 
 
 @router.get("/v1/models/{model:path}", response_model=ModelCard, responses=ERRORS)
-async def retrieve_model(model: str, services: ServicesOf) -> Response:
+async def retrieve_model(model: str, request: Request, services: ServicesOf) -> Response:
+    await wait_for_start(request, services)
     return json_response(_card(services.model(model), services))
 
 

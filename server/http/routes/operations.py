@@ -1,4 +1,4 @@
-"""What operators ask: health, readiness, version, metrics."""
+"""What operators ask: health, readiness, liveness, version, metrics."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import PlainTextResponse, Response
 
 from jamba_server.server.http.routes.replies import json_response
-from jamba_server.server.http.schemas.models import HealthReply, VersionReply
+from jamba_server.server.http.schemas.models import HealthReply, LoadingReply, VersionReply
 from jamba_server.server.http.services import ServicesOf
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health", response_model=HealthReply, responses={503: {"model": HealthReply}})
+@router.get("/health", response_model=HealthReply, responses={503: {"model": LoadingReply | HealthReply}})
 async def health(services: ServicesOf) -> Response:
-    """Whether this process can still do its work: 503 once the engine is gone for good."""
+    """Whether the model has loaded and is not gone for good: else 503. It stays 200 while the engine restarts."""
     state = services.engine.health
+    if state.loading is not None:
+        phase, fraction = state.loading.phase, state.loading.fraction
+        reply = LoadingReply(status="loading", reason=state.reason, phase=phase, fraction=fraction)
+        return json_response(reply, status=503)
     if not state.alive:
         return json_response(HealthReply(status="dead", reason=state.reason), status=503)
     return json_response(HealthReply(status="ok", reason=state.reason or None))
@@ -31,6 +35,12 @@ async def ready(services: ServicesOf) -> Response:
     if not (state.alive and state.ready):
         return json_response(HealthReply(status="not ready", reason=state.reason), status=503)
     return json_response(HealthReply(status="ready"))
+
+
+@router.get("/live", response_model=HealthReply)
+async def live() -> Response:
+    """Whether this process works: always 200, whatever the engine does."""
+    return json_response(HealthReply(status="live"))
 
 
 @router.get("/version", response_model=VersionReply)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.models import (
     DetokenizeReply,
@@ -31,6 +32,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
     settle_unknown_fields(body, request, services)
     if body.prompt is not None and services.begins_with_bos(body.prompt):
         warn_of_bos(request, services)
+    await wait_for_start(request, services)
     services.model(body.model)
     tokens = await _tokens(body, services)
     if body.return_token_strs:
@@ -61,6 +63,7 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
 async def detokenize(body: DetokenizeRequest, request: Request, services: ServicesOf) -> Response:
     """The text of token ids, special tokens included; no more ids than the model's context has."""
     settle_unknown_fields(body, request, services)
+    await wait_for_start(request, services)
     services.model(body.model)
     _check_number(len(body.tokens), services, param="tokens")
 
@@ -84,8 +87,9 @@ def _check_number(number: int, services: Services, *, param: str) -> None:
 
 
 @router.get("/tokenizer_info", response_model=TokenizerInfoReply, responses=ERRORS)
-async def tokenizer_info(services: ServicesOf) -> Response:
+async def tokenizer_info(request: Request, services: ServicesOf) -> Response:
     """The names and ids of the special tokens, and the chat template; not the vocabulary."""
+    await wait_for_start(request, services)
     tokenizer, template = services.tokenizer, services.chat_template
     named = tokenizer.named_tokens
     return json_response(

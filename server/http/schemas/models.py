@@ -100,8 +100,15 @@ class DetokenizeReply(Reply):
 class HealthReply(Reply):
     """`reason` says why it is not well."""
 
-    status: Literal["ok", "dead", "ready", "not ready"]
+    status: Literal["ok", "loading", "dead", "ready", "not ready", "live"]
     reason: str | None = None
+
+
+class LoadingReply(HealthReply):
+    """`fraction` of `phase` of the engine's first start is done."""
+
+    phase: str
+    fraction: float
 
 
 class AboutReply(Reply):

@@ -1,0 +1,164 @@
+"""Server: uvicorn and the engine's client in one event loop, from the start to an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.process.client import EngineClient
+from jamba_server.engine.types import EngineInfo
+from jamba_server.server.cli.checkpoint import Checkpoint
+from jamba_server.server.cli.terminal import LoadProgress, describe_engine
+from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.http.app import create_app
+from jamba_server.server.http.lifecycle import Lifecycle
+from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 64 * 1024
+KEEP_ALIVE_SECONDS = 75  # longer than the proxies in front (nginx: 60), so that none sends into a closing connection
+CANCEL_SECONDS = 2  # for what still runs after the engine has closed
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Server:
+    """The HTTP server and the engine's client in one event loop."""
+
+    def __init__(
+        self, config: ServerConfig, checkpoint: Checkpoint, listener: socket.socket, progress: LoadProgress
+    ) -> None:
+        self._config, self._listener, self._progress = config, listener, progress
+        folder = checkpoint.folder
+        self._defaults = GenerationDefaults.of(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        override = None if config.chat_template is None else Path(config.chat_template)
+        template = ChatTemplate.from_folder(folder, tokenizer, override)
+        self._has_template = template is not None
+        self._client = EngineClient(
+            config.engine(folder),
+            engine_timeout=config.engine_timeout,
+            max_queue_requests=config.max_queue_requests,
+            on_progress=progress.update,
+        )
+        app = create_app(config, self._client, tokenizer, template, self._defaults, demo=checkpoint.demo)
+        self._lifecycle: Lifecycle = app.state.lifecycle
+        self._http = HttpServer(http_config(config, app))
+        self._stop = asyncio.Event()
+
+    def run(self) -> None:
+        """Until a signal. Raises ConfigError if the engine cannot start."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        http = asyncio.create_task(self._http.serve(sockets=[self._listener]), name="http")
+        stop = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            if await self._start(http, stop):
+                await asyncio.wait((http, stop), return_when=asyncio.FIRST_COMPLETED)
+                await self._drain()
+        finally:
+            stop.cancel()
+            await self._client.close()
+            self._http.should_exit = True
+            await http
+
+    async def _start(self, http: asyncio.Task[None], stop: asyncio.Task[bool]) -> bool:
+        """True when the engine is ready, False where the server is stopped before. Raises ConfigError."""
+        start = asyncio.create_task(self._client.start(), name="engine start")
+        await asyncio.wait((start, http, stop), return_when=asyncio.FIRST_COMPLETED)
+        self._progress.stop()
+        if not start.done():
+            start.cancel()
+            return False
+        info = start.result()
+        for line in describe_engine(info, self._defaults):
+            logger.info("%s", line)
+        for warning in self._warnings(info):
+            logger.warning("%s", warning)
+        logger.info("%s", self._invitation())
+        return True
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            logger.warning("second signal: stopping at once")
+            os._exit(128 + number)  # the engine ends by itself when its socket closes
+        logger.info("%s: no new requests; those that run have %g s", number.name, self._config.shutdown_timeout)
+        self._lifecycle.drain()
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        """Waits until the requests that run have been answered; /ready keeps answering 503 meanwhile."""
+        if running := set(self._http.server_state.tasks):
+            _, remaining = await asyncio.wait(running, timeout=self._config.shutdown_timeout)
+            if remaining:
+                logger.warning("%d requests are cut off after --shutdown-timeout", len(remaining))
+
+    def _warnings(self, info: EngineInfo) -> list[str]:
+        if self._has_template:
+            return [*info.warnings]
+        return [*info.warnings, "the checkpoint has no chat template: /v1/chat/completions needs --chat-template"]
+
+    def _invitation(self) -> str:
+        """The address, and a request to paste."""
+        config = self._config
+        address: tuple[str, int] = self._listener.getsockname()[:2]
+        host, port = address
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http{'s' if config.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        chat, completion = {"messages": [{"role": "user", "content": "Hello!"}]}, {"prompt": "Hello"}
+        path, body = ("chat/completions", chat) if self._has_template else ("completions", completion)
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
+        return (
+            f"ready     listening on {url}/v1 as {', '.join(config.served_model_name)}; try: "
+            f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+        )
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: it would close its sockets at once, and /ready could not say 503."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
+    """Raises ConfigError for a key or certificate that cannot be used."""
+    result = uvicorn.Config(
+        app,
+        http="h11",  # the only one of uvicorn's parsers that bounds the size of a request's headers
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",  # what it says of starting and stopping, this command says better
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+    )
+    try:
+        result.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"ssl_keyfile and ssl_certfile cannot be used: {error}.") from error
+    return result
