@@ -8,9 +8,8 @@
 #   make clean                            remove .venv and what the tools leave behind
 #
 # Variables:
-#   TORCH_INDEX  address of a package index that has torch, beside pip's default one. Without an NVIDIA GPU set it to
-#                PyTorch's CPU index (or set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS): the default build of
-#                torch brings gigabytes of CUDA libraries.
+#   TORCH_INDEX  address of a package index that has torch, beside pip's default one, whose torch brings gigabytes of
+#                CUDA libraries. Without an NVIDIA GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PYTHON       the Python that .venv is made from, 3.11 or later (default python3)
 #   TESTS        arguments of pytest, for example TESTS="tests/server -k stream"
 
@@ -64,7 +63,7 @@ clean:
 	@if [ -z "$(TORCH_INDEX)$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL$$PIP_FIND_LINKS" ] \
 	    && ! command -v nvidia-smi >/dev/null; then \
 	  echo "   No NVIDIA GPU found: pip's default torch brings gigabytes of CUDA that this machine cannot use."; \
-	  echo "   To avoid them: make TORCH_INDEX=<address of PyTorch's CPU index> $(MAKECMDGOALS)"; \
+	  echo "   To avoid them: make TORCH_INDEX=https://download.pytorch.org/whl/cpu $(MAKECMDGOALS)"; \
 	fi
 
 .venv/serve.stamp: $(PACKAGING) | .venv/bin/python

@@ -22,6 +22,7 @@ from rich.console import Console
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.cli.checkpoint import Checkpoint, find_checkpoint
+from jamba_server.server.cli.health import url_of, written_down
 from jamba_server.server.cli.settings import ALL, Model, with_options
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
@@ -45,7 +46,7 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model behind OpenAI's API."""
     configure_logging(config.log_level.upper())
     listener = bind(config.host, config.port)  # before a model is downloaded or loaded in vain
-    with listener:
+    with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         checkpoint = find_checkpoint(config)
         if not config.served_model_name:
             config = replace(config, served_model_name=(checkpoint.name,))
