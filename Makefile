@@ -11,6 +11,8 @@
 #   TORCH_INDEX  address of a package index that has torch, beside pip's default one, whose torch brings gigabytes of
 #                CUDA libraries. Without an NVIDIA GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PYTHON       the Python that .venv is made from, 3.11 or later (default python3)
+#   COVERAGE     1: measures which lines of server/ and engine/ the tests run, and fails below the floor that
+#                pyproject.toml sets
 #   TESTS        arguments of pytest, for example TESTS="tests/server -k stream"
 
 PYTHON ?= python3
@@ -39,7 +41,8 @@ check: .venv/dev.stamp
 
 test: check
 	@echo "== pytest: tests"
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) -m pytest $(TESTS)
+	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-triton)
 
 test-triton: .venv/dev.stamp
@@ -52,7 +55,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

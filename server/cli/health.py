@@ -27,8 +27,8 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where its own machine reache
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:
     """Where a listener is reached from its own machine."""
-    host, port = listener.getsockname()[:2]
-    host = LOOPBACK.get(host, host)
+    address: tuple[str, int] = listener.getsockname()[:2]
+    host, port = LOOPBACK.get(address[0], address[0]), address[1]
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 

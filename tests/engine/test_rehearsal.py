@@ -249,7 +249,7 @@ def test_a_load_that_fails_late_ends_the_wait_for_kernels_in_the_queue(
 
 def is_within(thread: int, function: Any) -> bool:
     """Whether a thread is in a call of this function of Python."""
-    frame: FrameType | None = sys._current_frames().get(thread)
+    frame: FrameType | None = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return frame is not None

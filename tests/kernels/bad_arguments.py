@@ -77,7 +77,7 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     product, experts, decode = linear.Linear(), moe.RunExperts(), mamba.MambaDecode(*(k() for k in mamba_parts()))
     packed = product.pack(random(6, HIDDEN))
     chosen = random(ROWS, 2), torch.zeros(ROWS, 2, dtype=torch.int32)
-    sampling = SampleInputs(*(torch.ones(ROWS) for _ in range(3)), int32(0, 0, 0), torch.arange(ROWS))
+    sampling = SampleInputs(torch.ones(ROWS), torch.ones(ROWS), torch.ones(ROWS), int32(0, 0, 0), torch.arange(ROWS))
     yield "rms_norm", norm.RmsNorm(), (wide, random(HIDDEN), 1e-6, wide.clone())
     yield "causal_conv1d", conv.CausalConv1d(), (*conv_arguments(), two)
     yield "causal_conv1d_update", conv.CausalConv1dUpdate(), (*conv_arguments(), one_each)

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def server(host: str, certificate: Path | None = None, *, healthy: bool = True) -> Iterator[str]:
+def server(host: str, certificate: Path | None = None, *, healthy: bool = True) -> Generator[str]:
     """Its URL, which its listener says."""
     with http.server.ThreadingHTTPServer((host, 0), Answer) as found:
         found.healthy = healthy  # pyright: ignore[reportAttributeAccessIssue]
