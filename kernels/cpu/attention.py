@@ -52,14 +52,10 @@ def _check(q: Tensor, pages: Pages, query_start: Tensor | None) -> tuple[int, in
         k.dim() == 4 and k.shape[3] == q.shape[2], "pages.k", k, "have four dimensions, the last of q's size of a head"
     )
     strides = k.stride()
-    for name, part in (("pages.k", k), ("pages.v", v)):
-        same = part.dtype is q.dtype and part.shape == k.shape and part.stride() == strides
-        require(
-            same and strides[3] == 1 and part.is_cpu,
-            name,
-            part,
-            "have q's dtype and the layout of k, in the CPU's memory",
-        )
+    readable = k.dtype is q.dtype and strides[3] == 1 and k.is_cpu
+    require(readable, "pages.k", k, "have q's dtype and contiguous heads, in the CPU's memory")
+    same = v.dtype is q.dtype and v.shape == k.shape and v.stride() == strides and v.is_cpu
+    require(same, "pages.v", v, "have dtype, shape and strides of pages.k, in the CPU's memory")
     require(q.shape[1] % k.shape[2] == 0, "q", q, "have a multiple of the heads of the pages")
     sequences = context_lens.shape[0] if query_start is not None else q.shape[0]
     whole("pages.context_lens", context_lens, torch.int32, (sequences,))
