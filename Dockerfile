@@ -1,12 +1,10 @@
 # Two targets: `cpu` (the default) and `cuda`. Both want Debian 12, Ubuntu 24.04 or a later one as base.
 #
-#   docker build --build-arg PIP_EXTRA_INDEX_URL=<address of PyTorch's CPU index> -t jamba-server .
+#   docker build -t jamba-server .
 #   docker build --target cuda -t jamba-server:cuda .
 #
 # hadolint global ignore=DL3008
 # (no versions of apt packages: they are the base image's, whichever that is)
-#
-# torch brings its own CUDA libraries; the host needs NVIDIA's driver and container toolkit.
 ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${BASE_IMAGE} AS base
@@ -25,45 +23,63 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/jamba
 WORKDIR /src
-# the dependencies first: they change less often than the sources
 COPY pyproject.toml ./
 RUN python3 -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > requirements.txt \
-    && /opt/jamba/bin/pip install --requirement requirements.txt
+        > requirements.txt
+
+FROM build AS wheel
 COPY README.md LICENSE setup.py ./
 COPY kernels kernels
 COPY engine engine
 COPY server server
 COPY src src
-RUN /opt/jamba/bin/pip install --no-deps .
+RUN /opt/jamba/bin/pip wheel --no-deps --wheel-dir /wheels .
 
+# the dependencies before the wheel: they change less often
+FROM build AS cpu-packages
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN /opt/jamba/bin/pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} --requirement requirements.txt
+COPY --from=wheel /wheels /wheels
+RUN /opt/jamba/bin/pip install --no-deps /wheels/*.whl
+
+# torch brings its own CUDA libraries; the host needs NVIDIA's driver and container toolkit
+FROM build AS cuda-packages
+RUN /opt/jamba/bin/pip install --requirement requirements.txt
+COPY --from=wheel /wheels /wheels
+RUN /opt/jamba/bin/pip install --no-deps /wheels/*.whl
+
+# The container may run as any user and group, as OpenShift's do: a random user of group 0, in no passwd.
 FROM base AS runtime
-RUN useradd --uid 10001 --create-home --home-dir /home/jamba jamba \
-    && install --directory --owner jamba /models /hub
-COPY --from=build /opt/jamba /opt/jamba
+RUN useradd --uid 10001 --gid 0 --no-create-home --home-dir /home/jamba jamba \
+    && install --directory --owner jamba --group root --mode 1777 /home/jamba /home/jamba/triton /hub /models
 ENV PATH=/opt/jamba/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
+    HOME=/home/jamba \
+    USER=jamba \
     HF_HOME=/hub \
+    TRITON_CACHE_DIR=/home/jamba/triton \
     JAMBA_HOST=0.0.0.0 \
-    JAMBA_PORT=8000
+    JAMBA_PORT=8000 \
+    JAMBA_ADDRESS_FILE=/tmp/jamba-address
 WORKDIR /home/jamba
-USER 10001:10001
 VOLUME ["/models", "/hub"]
 EXPOSE 8000
 # /health answers 503 until the model has loaded, which takes minutes for a large one: that does not count against the
-# container in the start period. For liveness, ask /live
+# container in the start period. For liveness, ask /live.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"JAMBA_PORT\"]}/health')"]
+    CMD ["python3", "-m", "jamba_server.server.cli.health"]
 ENTRYPOINT ["jamba"]
 CMD ["serve"]
 
 FROM runtime AS cuda
-USER 0:0
 # Triton builds its launchers with the C compiler and Python's headers
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
-USER 10001:10001
+COPY --from=cuda-packages /opt/jamba /opt/jamba
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:0
 
 FROM runtime AS cpu
+COPY --from=cpu-packages /opt/jamba /opt/jamba
+USER 10001:0

@@ -8,10 +8,11 @@
 #   make clean                            remove .venv and what the tools leave behind
 #
 # Variables:
-#   TORCH_INDEX  address of a package index that has torch, beside pip's default one. Without an NVIDIA GPU set it to
-#                PyTorch's CPU index (or set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS): the default build of
-#                torch brings gigabytes of CUDA libraries.
+#   TORCH_INDEX  address of a package index that has torch, beside pip's default one, whose torch brings gigabytes of
+#                CUDA libraries. Without an NVIDIA GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PYTHON       the Python that .venv is made from, 3.11 or later (default python3)
+#   COVERAGE     1: measures which lines of server/ and engine/ the tests run, and fails below the floor that
+#                pyproject.toml sets
 #   TESTS        arguments of pytest, for example TESTS="tests/server -k stream"
 
 PYTHON ?= python3
@@ -40,7 +41,8 @@ check: .venv/dev.stamp
 
 test: check
 	@echo "== pytest: tests"
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) -m pytest $(TESTS)
+	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-triton)
 
 test-triton: .venv/dev.stamp
@@ -53,7 +55,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -64,7 +66,7 @@ clean:
 	@if [ -z "$(TORCH_INDEX)$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL$$PIP_FIND_LINKS" ] \
 	    && ! command -v nvidia-smi >/dev/null; then \
 	  echo "   No NVIDIA GPU found: pip's default torch brings gigabytes of CUDA that this machine cannot use."; \
-	  echo "   To avoid them: make TORCH_INDEX=<address of PyTorch's CPU index> $(MAKECMDGOALS)"; \
+	  echo "   To avoid them: make TORCH_INDEX=https://download.pytorch.org/whl/cpu $(MAKECMDGOALS)"; \
 	fi
 
 .venv/serve.stamp: $(PACKAGING) | .venv/bin/python

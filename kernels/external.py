@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.reference.exact import silu
 from jamba_server.kernels.reference.ragged import initial_states, state_writes
@@ -139,7 +140,7 @@ class AttentionPrefill:
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
         """See `kernels.ops.AttentionPrefill`."""
-        assert pages.k.shape[1] % FLASH_PAGE == 0, "the engine refuses other page sizes here"
+        require(pages.k.shape[1] % FLASH_PAGE == 0, "pages.k", pages.k, "have pages of a multiple of 256 tokens")
         key_start = torch.nn.functional.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         return self._attend(
             q,
@@ -163,7 +164,7 @@ class AttentionDecode:
 
     def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
         """See `kernels.ops.AttentionDecode`."""
-        assert pages.k.shape[1] % FLASH_PAGE == 0, "the engine refuses other page sizes here"
+        require(pages.k.shape[1] % FLASH_PAGE == 0, "pages.k", pages.k, "have pages of a multiple of 256 tokens")
         return self._attend(
             q[:, None],
             pages.k,

@@ -67,6 +67,7 @@ class ServerConfig:
     root_path: Annotated[str, Help("Path under which a proxy publishes the server, such as /jamba.")] = ""
     ssl_keyfile: Annotated[str | None, Help("Private key for HTTPS, with --ssl-certfile.")] = None
     ssl_certfile: Annotated[str | None, Help("Certificate for HTTPS, with --ssl-keyfile.")] = None
+    address_file: Annotated[str | None, Help("File that holds the server's URL while it runs, for a probe.")] = None
     metrics_public: Annotated[bool, Help("Leave /metrics open where there is an API key.")] = False
     sse_keep_alive: Annotated[Seconds, Help("Seconds until a silent stream gets a comment.")] = 15.0
     max_body_bytes: Annotated[Count, Help("Longest request body.")] = 4 * 1024**2

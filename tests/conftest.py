@@ -1,8 +1,9 @@
-"""What every test run needs: packages that are ours, no network, few threads, and a closing table of what ran."""
+"""What every test run needs: packages that are ours, no network, few threads, known signals, and a closing table."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter, defaultdict
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, SourceFileLoader
@@ -33,7 +34,22 @@ class Checkout(FileFinder):
 sys.path_importer_cache[str(ROOT)] = Checkout(str(ROOT), (SourceFileLoader, SOURCE_SUFFIXES))
 
 
+def know_signals() -> None:
+    """Sets the signals that tests send as a terminal's foreground has them. A job in the background, or under nohup,
+    inherits SIGINT ignored, a supervisor's child some of them blocked; and so would all processes that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+@pytest.fixture(autouse=True)
+def known_signals() -> None:
+    """Before every test, so that none of them depends on one that ran before it."""
+    know_signals()
+
+
 def pytest_configure() -> None:
+    know_signals()  # for what lives longer than a test
     if not Path(jamba_server.__file__).resolve().is_relative_to(ROOT):
         pytest.exit(
             f"`import jamba_server` finds {jamba_server.__file__}, which is not this checkout: run `make test`.",

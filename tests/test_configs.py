@@ -175,12 +175,21 @@ def test_docker_compose_accepts_its_files(files: list[str]) -> None:
         assert f" AS {target}\n" in (ROOT / "Dockerfile").read_text()
 
 
-def test_compose_mounts_files_that_exist() -> None:
+def mounts_of(service: dict[str, Any]) -> dict[str, str]:
+    """Sources by their places in the container, variables at their defaults."""
+    short = [volume.split(":") for volume in service["volumes"] if isinstance(volume, str)]
+    long = [(volume["source"], volume["target"]) for volume in service["volumes"] if isinstance(volume, dict)]
+    return {target: re.sub(r"\$\{\w+:-(.*)\}", r"\1", source) for source, target, *_ in (*short, *long)}
+
+
+def test_compose_mounts_what_exists() -> None:
+    """The daemon makes what does not, as root's."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    mounts = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])]
-    ours = [ROOT / mount for mount in mounts if mount.startswith("./configs")]
-    assert len(ours) == 4
+    mounts = [source for service in services.values() for source in mounts_of(service).values()]
+    ours = [ROOT / mount for mount in mounts if mount.startswith(".")]
+    assert len(ours) == 5
     assert [str(path) for path in ours if not path.exists()] == []
+    assert (ROOT / "models" / ".gitignore").exists(), "so that a clone has the folder"
     # the scraped address is the service's name and the port that its image listens on
     scraped = yaml.safe_load((CONFIGS / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
     assert scraped == [{"targets": ["server:8000"]}]
@@ -193,10 +202,48 @@ def test_grafana_finds_its_dashboard_and_its_data() -> None:
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "jamba.yml").read_text())["providers"]
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    mounted = {volume.split(":")[1]: volume.split(":")[0] for volume in compose["grafana"]["volumes"]}
+    mounted = mounts_of(compose["grafana"])
     assert (ROOT / mounted[provider["options"]["path"]] / DASHBOARD.name) == DASHBOARD
     assert source["url"] == "http://prometheus:9090"
     assert "prometheus" in compose
+
+
+def test_the_readme_lists_the_variables_of_compose_with_their_defaults() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    used = dict(re.findall(r"(?<!\$)\$\{(\w+):?-([^}]*)\}", text))
+    used["JAMBA_API_KEY"] = ""
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) ?\|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert dict(rows) == {name: f"`{default}`" if default else "" for name, default in used.items()} | {
+        "TORCH_INDEX": "PyTorch's CPU index"
+    }
+
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "Makefile", "README.md", "CONTRIBUTING.md", "docker-compose.yml"])
+def test_one_address_has_the_cpu_build_of_torch(file: str) -> None:
+    assert set(re.findall(r"https://[\w./-]*pytorch[\w./-]*\w", (ROOT / file).read_text())) == {CPU_INDEX}
+
+
+def test_the_default_image_has_the_cpu_build_of_torch_and_the_other_has_cuda() -> None:
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    text = {stage.partition("\n")[0].rpartition(" AS ")[2]: stage for stage in stages}
+    assert [*text][-1] == "cpu", "what is built where no target is named"
+    assert "COPY --from=cpu-packages " in text["cpu"]
+    assert f"ARG TORCH_INDEX={CPU_INDEX}\n" in text["cpu-packages"]
+    assert "COPY --from=cuda-packages " in text["cuda"]
+    assert "TORCH_INDEX" not in text["cuda-packages"]
+
+
+def test_any_user_may_write_where_the_image_keeps_things() -> None:
+    """OpenShift runs an image as a random user of group 0."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    [writable] = re.findall(r"--mode 1777 (.*)\n", dockerfile)
+    kept = dict(re.findall(r"\b(HOME|HF_HOME|TRITON_CACHE_DIR)=(\S+)", dockerfile))
+    assert set(kept) == {"HOME", "HF_HOME", "TRITON_CACHE_DIR"}
+    assert set(kept.values()) <= set(writable.split())
+    assert re.findall(r"^USER (.*)$", dockerfile, flags=re.MULTILINE) == ["10001:0", "10001:0"]
 
 
 def test_hadolint_accepts_the_dockerfile() -> None:

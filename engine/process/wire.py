@@ -12,9 +12,10 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 def pack(message: msgspec.Struct) -> bytes:
-    """One frame."""
+    """One frame. ValueError if it would be longer than any that is meant."""
     body = msgspec.msgpack.encode(message)
-    assert len(body) < MAX_FRAME_BYTES, f"a message of {len(body)} bytes is over the frame limit {MAX_FRAME_BYTES}"
+    if len(body) >= MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes is over the frame limit {MAX_FRAME_BYTES}")
     return len(body).to_bytes(HEADER_BYTES, "little") + body
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
 from jamba_server.kernels.ops import Pages
 
@@ -14,10 +17,9 @@ class _Attention:
         self._run = library().function("attention", *arguments)
 
     def _call(self, q: Tensor, pages: Pages, query_start: Tensor | None, scale: float) -> Tensor:
+        require(q.dim() == 3, "q", q, "have three dimensions: rows, heads and a head's size")
         rows, heads, size = q.shape
-        _, block_size, kv_heads, _ = pages.k.shape
-        strides = pages.k.stride()
-        assert q.stride()[1:] == (size, 1) and strides[3] == 1 and strides == pages.v.stride(), "layout of heads, pages"
+        block_size, kv_heads, strides = _check(q, pages, query_start)
         out = q.new_empty(rows, heads, size)
         self._run(
             q.data_ptr(),
@@ -40,6 +42,29 @@ class _Attention:
             scale,
         )
         return out
+
+
+def _check(q: Tensor, pages: Pages, query_start: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+    """(tokens of a page, KV heads, strides of k and v). ValueError unless the library can read all of it."""
+    k, v, tables, context_lens, _ = pages
+    units("q", q, q.dtype, q.shape)
+    require(
+        k.dim() == 4 and k.shape[3] == q.shape[2], "pages.k", k, "have four dimensions, the last of q's size of a head"
+    )
+    strides = k.stride()
+    readable = k.dtype is q.dtype and strides[3] == 1 and k.is_cpu
+    require(readable, "pages.k", k, "have q's dtype and contiguous heads, in the CPU's memory")
+    same = v.dtype is q.dtype and v.shape == k.shape and v.stride() == strides and v.is_cpu
+    require(same, "pages.v", v, "have dtype, shape and strides of pages.k, in the CPU's memory")
+    require(q.shape[1] % k.shape[2] == 0, "q", q, "have a multiple of the heads of the pages")
+    sequences = context_lens.shape[0] if query_start is not None else q.shape[0]
+    whole("pages.context_lens", context_lens, torch.int32, (sequences,))
+    units("pages.block_tables", tables, torch.int32, (sequences, tables.shape[-1]))
+    enough = pages.max_context_len <= tables.shape[1] * k.shape[1]
+    require(enough, "pages.block_tables", tables, "have room for max_context_len tokens")
+    if query_start is not None:
+        whole("query_start", query_start, torch.int32, (sequences + 1,))
+    return k.shape[1], k.shape[2], strides
 
 
 class AttentionPrefill(_Attention):

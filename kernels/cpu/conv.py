@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.segments import SEGMENTS, one_row_each, ragged
 from jamba_server.kernels.ops import Segments
@@ -19,6 +20,11 @@ class _Convolution:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: tuple[Any, ...]
     ) -> Tensor:
         width, channels = weight.shape
+        units("x", x, x.dtype, (x.shape[0], channels))
+        whole("weight", weight, x.dtype, (width, channels))
+        if bias is not None:
+            whole("bias", bias, x.dtype, (channels,))
+        units("conv_state", conv_state, x.dtype, (conv_state.shape[0], width - 1, channels))
         out = x.new_empty(x.shape[0], channels)
         self._run(
             x.data_ptr(),
@@ -51,4 +57,4 @@ class CausalConv1dUpdate(_Convolution):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.CausalConv1dUpdate`."""
-        return self._call(x, weight, bias, conv_state, one_row_each(state_ids))
+        return self._call(x, weight, bias, conv_state, one_row_each(state_ids, x))

@@ -85,11 +85,12 @@ class _Recorder(TorchFunctionMode):
         name, named = func.__name__, kwargs or {}
         if name in _ALLOCATIONS:
             return self._arena.empty(args[1:], named.get("dtype", args[0].dtype))
-        assert name in _VIEWS, f"{name} cannot be recorded"
+        if name not in _VIEWS:
+            raise RuntimeError(f"{name} cannot be recorded")
         result = func(*args, **named)
         for view in result if isinstance(result, (tuple, list)) else (result,):
-            same = not isinstance(view, Tensor) or _storage(view) == _storage(args[0])
-            assert same, f"{name} would copy"
+            if isinstance(view, Tensor) and _storage(view) != _storage(args[0]):
+                raise RuntimeError(f"{name} would copy, and the copy would be gone when the calls are repeated")
         return result
 
 
@@ -123,7 +124,8 @@ class NativeGraph:
 
     def replay(self) -> Tensor:
         """Repeats them; what `run` returned, which a replay of any graph of the arena may overwrite."""
-        assert self._output is not None, "nothing was captured"
+        if self._output is None:
+            raise RuntimeError("nothing was captured that could be repeated")
         self._arena.replay(ctypes.addressof(self._calls), len(self._calls))
         return self._output
 
@@ -134,7 +136,8 @@ def _call(function: Any, arguments: tuple[Any, ...]) -> _Call:
     if not has_number:
         whole.append(last)
     values = [0 if value is None else int(value) for value in whole]
-    assert FLOAT not in function.argtypes[: len(values)] and function.restype is None, "not what `Call` can hold"
+    if FLOAT in function.argtypes[: len(values)] or function.restype is not None:
+        raise TypeError("a call with a float that is not its last argument, or with a result, cannot be recorded")
     address = ctypes.cast(function, POINTER).value
     padded = (INT * _MOST_ARGUMENTS)(*values)
     return _Call(address, len(values), padded, last if has_number else 0.0, has_number)

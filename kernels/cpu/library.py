@@ -20,8 +20,15 @@ logger = logging.getLogger(__name__)
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 """What the library has code for, by the number it uses; each machine runs all up to its own."""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The library's numbers for dtypes."""
+
+class _Dtypes(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        known = ", ".join(str(known).removeprefix("torch.") for known in self)
+        raise ValueError(f"the cpu kernels compute in {known}, not in {str(dtype).removeprefix('torch.')}")
+
+
+DTYPES = _Dtypes({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+"""The library's numbers for dtypes. ValueError for any other."""
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Types of arguments. A tensor goes as its `data_ptr()`; a missing one as None."""

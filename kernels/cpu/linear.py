@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.arguments import refuse, require
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
@@ -20,7 +22,7 @@ class PackedWeight:
     """A weight [N, K] in panels of 32 rows (`src/gemm.h`). `panels`: uint8 memory; `rows` is N, `inputs` K.
 
     `dtype` is the weight's and x's; None if the weight is quantised, which any x goes with: in `bits` bits (-8: fp8),
-    with a scale for each `group_size` inputs. Both are 0 otherwise.
+    with a scale for each `group_size` inputs. Both are 0 otherwise. `matrices`: how many such weights lie in a row.
     """
 
     panels: Tensor
@@ -29,10 +31,11 @@ class PackedWeight:
     dtype: torch.dtype | None
     bits: int = 0
     group_size: int = 0
+    matrices: int = 1
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether x has the dtype and, in its last dimension, the inputs of this weight."""
-        return x.shape[-1] == self.inputs and (x.dtype in DTYPES if self.dtype is None else x.dtype == self.dtype)
+    def check(self, x: Tensor) -> None:
+        """ValueError unless the rows of x can be multiplied by this weight."""
+        units("x", x, x.dtype if self.dtype is None else self.dtype, (x.shape[0], self.inputs))
 
 
 class Packer:
@@ -50,6 +53,7 @@ class Packer:
         """weight: [N, K], or [E, N, K], whose E matrices' panels lie one after the other."""
         if isinstance(weight, QuantizedWeight):
             return self._quantized(weight)
+        _check_dense(weight)
         rows, inputs = weight.shape[-2:]
         matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
         size = self._packed_bytes(rows, inputs, DTYPES[weight.dtype])
@@ -57,7 +61,7 @@ class Packer:
         for i, matrix in enumerate(matrices):
             whole = matrix.contiguous()
             self._pack(whole.data_ptr(), panels.data_ptr() + i * size, rows, inputs, DTYPES[weight.dtype])
-        return PackedWeight(panels, rows, inputs, weight.dtype)
+        return PackedWeight(panels, rows, inputs, weight.dtype, matrices=len(matrices))
 
     def _quantized(self, weight: QuantizedWeight) -> PackedWeight:
         rows, inputs = weight.values.shape[-2:]
@@ -70,7 +74,7 @@ class Packer:
         for i, (matrix, own) in enumerate(zip(values, scales, strict=True)):
             whole, factors = matrix.contiguous(), own.contiguous()
             self._pack_quantized(whole.data_ptr(), factors.data_ptr(), panels.data_ptr() + i * size, *numbers)
-        return PackedWeight(panels, rows, inputs, None, bits, weight.group_size)
+        return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
     def _memory(self, size: int) -> Tensor:
         """uint8 [size]; from one huge page on it starts at a page's border, and its whole pages are huge ones."""
@@ -82,9 +86,16 @@ class Packer:
         return panels
 
 
+def _check_dense(weight: Tensor) -> None:
+    """ValueError unless this is one weight, or several of one shape."""
+    require(weight.dim() in (2, 3) and weight.is_cpu, "weight", weight, "be [N, K] or [E, N, K] in the CPU's memory")
+
+
 def _check(weight: QuantizedWeight) -> None:
     """ValueError unless the library has code for this weight."""
     values, scales, size, bits = weight
+    _check_dense(values)
+    require(scales.is_cpu, "scales", scales, "be in the CPU's memory")
     if bits not in (4, 8):
         raise ValueError(f"the cpu kernels have products for weights of 4 and 8 bits, not {bits}")
     if values.dtype != torch.int8 and (values.dtype != torch.float8_e4m3fn or bits != 8):
@@ -109,10 +120,14 @@ class Linear:
 
     def rows(self, weight: PackedWeight | Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.Linear`."""
-        packed = isinstance(weight, PackedWeight)
-        memory, inputs = (weight.panels, weight.inputs) if packed else (weight, weight.shape[1])
-        assert weight.dtype is not None and ids.dtype == torch.int64, "quantised weights have no rows to embed with"
-        assert ids.is_contiguous() and memory.is_contiguous()
+        if packed := isinstance(weight, PackedWeight):
+            memory, inputs = weight.panels, weight.inputs
+        else:
+            memory, inputs = weight, weight.shape[-1]
+            whole("weight", weight, weight.dtype, (weight.shape[0], inputs))
+        if weight.dtype is None:
+            refuse("weight", memory, "not be quantised, for its rows to be embedded with")
+        whole("ids", ids, torch.int64, (ids.shape[0],))
         out = ids.new_empty(len(ids), inputs, dtype=weight.dtype)
         dtype = DTYPES[weight.dtype]
         self._gather(memory.data_ptr(), packed, ids.data_ptr(), out.data_ptr(), len(ids), inputs, dtype)
@@ -120,7 +135,9 @@ class Linear:
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """See `kernels.ops.Linear`."""
-        assert weight.takes(x) and (bias is None or bias.dtype == x.dtype)
+        weight.check(x)
+        if bias is not None:
+            whole("bias", bias, x.dtype, (weight.rows,))
         y = x.new_empty(x.shape[0], weight.rows)
         self._run(
             x.data_ptr(),

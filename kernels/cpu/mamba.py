@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.conv import CausalConv1dUpdate
 from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import Linear, PackedWeight
@@ -42,10 +43,12 @@ class _Pointers(ctypes.Structure):
 
 
 class PackedMamba(NamedTuple):
-    """The addresses and sizes of a layer's weights, and the weights themselves, which must live as long."""
+    """The addresses and sizes of a layer's weights, and the weights themselves, which must live as long. `sizes`: the
+    convolution's width, and the numbers of a channel's state."""
 
     address: int
     channels: int
+    sizes: tuple[int, int]
     dtype: torch.dtype
     pointers: _Pointers
     weights: MambaWeights
@@ -69,9 +72,7 @@ class MambaDecode:
         scan, bias = weights.scan, weights.conv_bias
         width, channels = weights.conv_weight.shape
         states, rank, dtype = scan.a.shape[1], len(weights.dt_norm), weights.conv_weight.dtype
-        # Never quantised, so `bits` and `group_size` are what `src/mamba.cpp` takes for granted: 0.
-        assert (x_proj.rows, x_proj.inputs, x_proj.dtype) == (rank + 2 * states, channels, dtype)
-        assert (dt_proj.rows, dt_proj.inputs, dt_proj.dtype) == (channels, rank, dtype)
+        _check(weights)
         pointers = _Pointers(
             conv_weight=weights.conv_weight.data_ptr(),
             conv_bias=None if bias is None else bias.data_ptr(),
@@ -90,14 +91,17 @@ class MambaDecode:
             dtype=DTYPES[dtype],
             eps=weights.eps,
         )
-        return PackedMamba(ctypes.addressof(pointers), channels, dtype, pointers, weights)
+        return PackedMamba(ctypes.addressof(pointers), channels, (width, states), dtype, pointers, weights)
 
     def __call__(
         self, xz: Tensor, weights: PackedMamba, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
     ) -> Tensor:
         """See `kernels.ops.MambaDecode`."""
-        rows, channels = xz.shape[0], weights.channels
-        assert xz.shape[1] == 2 * channels and xz.dtype == weights.dtype
+        rows, channels, (width, states) = xz.shape[0], weights.channels, weights.sizes
+        units("xz", xz, weights.dtype, (rows, 2 * channels))
+        units("conv_state", conv_state, weights.dtype, (conv_state.shape[0], width - 1, channels))
+        units("ssm_state", ssm_state, torch.float32, (ssm_state.shape[0], channels, states))
+        whole("state_ids", state_ids, torch.int32, (rows,))
         out = xz.new_empty(rows, channels)
         self._run(
             weights.address,
@@ -112,3 +116,29 @@ class MambaDecode:
             out.data_ptr(),
         )
         return out
+
+
+def _check(weights: MambaWeights) -> None:
+    """ValueError unless the library can read all of it."""
+    (channels, states), rank, dtype = weights.scan.a.shape, len(weights.dt_norm), weights.conv_weight.dtype
+    whole("conv_weight", weights.conv_weight, dtype, (weights.conv_weight.shape[0], channels))
+    if weights.conv_bias is not None:
+        whole("conv_bias", weights.conv_bias, dtype, (channels,))
+    for name, norm, size in (
+        ("dt_norm", weights.dt_norm, rank),
+        ("b_norm", weights.b_norm, states),
+        ("c_norm", weights.c_norm, states),
+    ):
+        whole(name, norm, dtype, (size,))
+    whole("a", weights.scan.a, torch.float32, (channels, states))
+    whole("d", weights.scan.d, torch.float32, (channels,))
+    whole("dt_bias", weights.scan.dt_bias, torch.float32, (channels,))
+    # Never quantised, so `bits` and `group_size` are what `src/mamba.cpp` takes for granted: 0.
+    for name, weight, expected in (
+        ("x_proj", weights.x_proj, (rank + 2 * states, channels, dtype)),
+        ("dt_proj", weights.dt_proj, (channels, rank, dtype)),
+    ):
+        if not isinstance(weight, PackedWeight):
+            raise TypeError(f"{name} must be packed by kernels.cpu's Linear; it is a {type(weight).__name__}")
+        if (weight.rows, weight.inputs, weight.dtype) != expected:
+            raise ValueError(f"{name} must be {expected}; it is {(weight.rows, weight.inputs, weight.dtype)}")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import PackedWeight, Packer
 from jamba_server.kernels.ops import Weight
@@ -20,7 +21,8 @@ class SiluAndMul:
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """See `kernels.ops.SiluAndMul`."""
-        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        rows, size = gate_up.shape[0], gate_up.shape[-1] // 2
+        units("gate_up", gate_up, gate_up.dtype, (rows, 2 * size))
         out = gate_up.new_empty(rows, size)
         self._run(gate_up.data_ptr(), out.data_ptr(), rows, size, gate_up.stride(0), DTYPES[gate_up.dtype])
         return out
@@ -49,13 +51,21 @@ class RunExperts:
         first, second = ((weight.dtype, weight.bits) for weight in packed[:2])
         if first != second:
             raise ValueError(f"the experts' gate_up and down differ in (dtype, bits): {first} and {second}")
+        gate, out = packed.gate_up, packed.down
+        if (gate.rows, gate.inputs) != (2 * out.inputs, out.rows) or gate.matrices != out.matrices:
+            raise ValueError(
+                f"gate_up must be [E, 2F, H] and down [E, H, F]; they are {[gate.matrices, gate.rows, gate.inputs]} "
+                f"and {[out.matrices, out.rows, out.inputs]}"
+            )
         return packed
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.RunExperts`."""
-        assert experts.gate_up.takes(x) and weights.dtype == torch.float32 and ids.dtype == torch.int32
+        experts.gate_up.check(x)
         weights, ids = weights.contiguous(), ids.contiguous()
-        tokens, top_k = ids.shape
+        tokens, top_k = shape = x.shape[0], ids.shape[-1]
+        whole("weights", weights, torch.float32, shape)
+        whole("ids", ids, torch.int32, shape)
         y = x.new_empty(tokens, experts.down.rows)
         self._run(
             x.data_ptr(),

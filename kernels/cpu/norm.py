@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, library
 
 
@@ -15,7 +16,11 @@ class RmsNorm:
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `kernels.ops.RmsNorm`."""
-        rows, size = x.shape
+        rows, size = shape = x.shape[0], weight.shape[0]
+        units("x", x, x.dtype, shape)
+        whole("weight", weight, x.dtype, (size,))
+        if residual is not None:
+            units("residual", residual, x.dtype, shape)
         normed = x.new_empty(rows, size)
         total = x if residual is None else x.new_empty(rows, size)
         self._run(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
+from jamba_server.kernels.cpu.arguments import units
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 
 
@@ -16,7 +18,9 @@ class RouteExperts:
 
     def __call__(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `kernels.ops.RouteExperts`."""
-        rows, experts = logits.shape
+        rows, experts = shape = logits.shape[0], logits.shape[-1]
+        units("logits", logits, logits.dtype, shape)
+        require(0 < top_k <= experts, "logits", logits, "have at least top_k experts, and top_k be above 0")
         weights = logits.new_empty(rows, top_k, dtype=torch.float32)
         ids = logits.new_empty(rows, top_k, dtype=torch.int32)
         self._run(

@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import INT, POINTER, library
 from jamba_server.kernels.ops import SampleInputs
+
+_MAX_VOCABULARY = 1 << 24  # the library holds places of tokens in float32
+_DTYPES = (
+    ("temperature", torch.float32),
+    ("top_p", torch.float32),
+    ("min_p", torch.float32),
+    ("top_k", torch.int32),
+    ("keys", torch.int64),
+)
 
 
 class Sample:
@@ -17,8 +28,11 @@ class Sample:
 
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
         """See `kernels.ops.Sample`."""
-        rows, size = logits.shape
-        assert (logits.dtype, inputs.keys.dtype, inputs.top_k.dtype) == (torch.float32, torch.int64, torch.int32)
+        rows, size = shape = logits.shape[0], logits.shape[-1]
+        units("logits", logits, torch.float32, shape)
+        require(0 < size < _MAX_VOCABULARY, "logits", logits, "have from 1 to 2**24 - 1 tokens in a row")
+        for name, dtype in _DTYPES:
+            whole(name, getattr(inputs, name), dtype, (rows,))
         tokens = logits.new_empty(rows, dtype=torch.int64)
         self._run(
             logits.data_ptr(),

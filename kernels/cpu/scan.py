@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.segments import SEGMENTS, one_row_each, ragged
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
@@ -17,6 +19,7 @@ class _Recurrence:
 
     def _call(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: tuple[Any, ...]) -> Tensor:
         channels, states = weights.a.shape
+        _check(inputs, weights, ssm_state)
         out = inputs.u.new_empty(inputs.u.shape[0], channels)
         self._run(
             *(tensor.data_ptr() for tensor in inputs),
@@ -33,6 +36,17 @@ class _Recurrence:
         return out
 
 
+def _check(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor) -> None:
+    """ValueError unless the library can read all of it."""
+    (channels, states), rows, dtype = weights.a.shape, inputs.u.shape[0], inputs.u.dtype
+    for name, tensor in zip(ScanInputs._fields, inputs, strict=True):
+        units(name, tensor, dtype, (rows, states if name in ("b", "c") else channels))
+    whole("a", weights.a, torch.float32, (channels, states))
+    whole("d", weights.d, torch.float32, (channels,))
+    whole("dt_bias", weights.dt_bias, torch.float32, (channels,))
+    units("ssm_state", ssm_state, torch.float32, (ssm_state.shape[0], channels, states))
+
+
 class SelectiveScan(_Recurrence):
     """See `kernels.ops.SelectiveScan`."""
 
@@ -46,4 +60,4 @@ class SelectiveStateUpdate(_Recurrence):
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.SelectiveStateUpdate`."""
-        return self._call(inputs, weights, ssm_state, one_row_each(state_ids))
+        return self._call(inputs, weights, ssm_state, one_row_each(state_ids, inputs.u))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from jamba_server.kernels.cpu.arguments import whole
 from jamba_server.kernels.cpu.library import INT, POINTER
 from jamba_server.kernels.ops import Segments
 
@@ -15,9 +17,15 @@ SEGMENTS = (INT, *[POINTER] * 6)
 
 def ragged(segments: Segments) -> tuple[Any, ...]:
     """All of it; `segments` must outlive the call."""
-    saves = segments.saves
+    saves, sequences, num_saves = segments.saves, segments.state_ids.shape[0], segments.saves.rows.shape[0]
+    whole("segments.query_start", segments.query_start, torch.int32, (sequences + 1,))
+    whole("segments.state_ids", segments.state_ids, torch.int32, (sequences,))
+    whole("segments.has_state", segments.has_state, torch.bool, (sequences,))
+    whole("segments.saves.start", saves.start, torch.int32, (sequences + 1,))
+    whole("segments.saves.rows", saves.rows, torch.int32, (num_saves,))
+    whole("segments.saves.slots", saves.slots, torch.int32, (num_saves,))
     return (
-        segments.state_ids.shape[0],
+        sequences,
         segments.query_start.data_ptr(),
         segments.state_ids.data_ptr(),
         segments.has_state.data_ptr(),
@@ -27,6 +35,7 @@ def ragged(segments: Segments) -> tuple[Any, ...]:
     )
 
 
-def one_row_each(state_ids: Tensor) -> tuple[Any, ...]:
-    """One row of each sequence, all of which have a state."""
+def one_row_each(state_ids: Tensor, x: Tensor) -> tuple[Any, ...]:
+    """One row of x for each sequence, all of which have a state."""
+    whole("state_ids", state_ids, torch.int32, (x.shape[0],))
     return state_ids.shape[0], None, state_ids.data_ptr(), None, None, None, None

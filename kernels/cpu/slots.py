@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
+from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import INT, POINTER, library
 from jamba_server.kernels.ops import CompressedStates
 
@@ -16,10 +21,16 @@ class WriteKv:
 
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
         """See `kernels.ops.WriteKv`."""
+        require(k.dim() == 3 and k_pages.dim() == 4, "k", k, "have three dimensions, and k_pages four")
         rows, kv_heads, size = k.shape
         row, item = kv_heads * size, k.element_size()
-        assert k.stride()[1:] == v.stride()[1:] == (size, 1), "heads of a row lie side by side"
-        assert k_pages.stride() == v_pages.stride() and k_pages.stride()[1:] == (row, size, 1), "tokens of a page too"
+        units("k", k, k.dtype, k.shape)
+        units("v", v, k.dtype, k.shape)
+        pages = (*k_pages.shape[:2], kv_heads, size)
+        units("k_pages", k_pages, k.dtype, pages)
+        units("v_pages", v_pages, k.dtype, pages)
+        require(k_pages.stride(0) == v_pages.stride(0), "v_pages", v_pages, "have pages as far apart as k_pages")
+        whole("kv_slots", kv_slots, torch.int64, (rows,))
         self._run(
             k.data_ptr(),
             v.data_ptr(),
@@ -43,13 +54,13 @@ class CopySlots:
 
     def __call__(self, tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
         """See `kernels.ops.CopySlots`."""
-        sources, destinations = sources.contiguous(), destinations.contiguous()
-        for tensor in tensors:
-            unit, item = tensor[0], tensor.element_size()
-            assert unit.is_contiguous(), "a unit is one piece of memory"
+        sources, destinations = _pairs(sources, destinations)
+        for i, tensor in enumerate(tensors):
+            item = tensor.element_size()
+            units(f"tensors[{i}]", tensor, tensor.dtype, tensor.shape)
             self._run(
                 tensor.data_ptr(),
-                unit.numel() * item,
+                math.prod(tensor.shape[1:]) * item,
                 tensor.stride(0) * item,
                 sources.data_ptr(),
                 destinations.data_ptr(),
@@ -65,17 +76,17 @@ class CompressStates:
 
     def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
         """See `kernels.ops.CompressStates`."""
-        values, scales = compressed
-        sources, destinations = sources.contiguous(), destinations.contiguous()
+        sources, destinations = _pairs(sources, destinations)
+        channels, size = _check(states, compressed)
         self._run(
             *_units(states),
-            *_units(values),
-            *_units(scales),
+            *_units(compressed.values),
+            *_units(compressed.scales),
             sources.data_ptr(),
             destinations.data_ptr(),
             sources.shape[0],
-            scales[0].numel(),
-            states.shape[-1],
+            channels,
+            size,
         )
 
 
@@ -87,21 +98,38 @@ class RestoreStates:
 
     def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
         """See `kernels.ops.RestoreStates`."""
-        values, scales = compressed
-        sources, destinations = sources.contiguous(), destinations.contiguous()
+        sources, destinations = _pairs(sources, destinations)
+        channels, size = _check(states, compressed)
         self._run(
-            *_units(values),
-            *_units(scales),
+            *_units(compressed.values),
+            *_units(compressed.scales),
             *_units(states),
             sources.data_ptr(),
             destinations.data_ptr(),
             sources.shape[0],
-            scales[0].numel(),
-            states.shape[-1],
+            channels,
+            size,
         )
+
+
+def _pairs(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one piece. ValueError unless each source has a destination."""
+    sources, destinations = sources.contiguous(), destinations.contiguous()
+    whole("sources", sources, torch.int64, (sources.shape[0],))
+    whole("destinations", destinations, torch.int64, (sources.shape[0],))
+    return sources, destinations
+
+
+def _check(states: Tensor, compressed: CompressedStates) -> tuple[int, int]:
+    """(channels of all layers, numbers of a channel). ValueError unless both hold states of one model."""
+    values, scales = compressed
+    unit = states.shape[1:]
+    units("states", states, torch.float32, states.shape)
+    units("values", values, torch.int8, (values.shape[0], *unit))
+    units("scales", scales, torch.float32, (scales.shape[0], *unit[:-1]))
+    return math.prod(unit[:-1]), unit[-1]
 
 
 def _units(tensor: Tensor) -> tuple[int, int]:
     """(address, numbers from one unit to the next)."""
-    assert tensor[0].is_contiguous(), "a unit is one piece of memory"
     return tensor.data_ptr(), tensor.stride(0)

@@ -46,7 +46,8 @@ class Linear:
 
     def rows(self, weight: Weight, ids: Tensor) -> Tensor:
         """See `kernels.ops.Linear`."""
-        assert isinstance(weight, Tensor), "quantised weights have no rows to embed with"
+        if not isinstance(weight, Tensor):
+            raise TypeError("weight must not be quantised, for its rows to be embedded with")
         return F.embedding(ids, weight)
 
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

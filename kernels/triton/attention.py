@@ -20,6 +20,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
@@ -72,7 +73,9 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
 def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     _, heads, size = q.shape
     group, block = heads // pages.k.shape[2], max(32, next_power_of_2(size))
-    assert q.stride(2) == 1 and pages.k.stride() == pages.v.stride() and pages.k.stride(3) == 1
+    require(q.stride(2) == 1, "q", q, "have contiguous heads")
+    require(pages.k.stride(3) == 1, "pages.k", pages.k, "have contiguous heads")
+    require(pages.v.stride() == pages.k.stride(), "pages.v", pages.v, "have the strides of pages.k")
     # of one element of every key in a block, as many as registers have room for; the others compute with them there
     large = capability()[0] in (9, 10)  # tensor cores that take 64 rows at once, and twice the shared memory
     key_bytes = 64 if large and size <= VALUES else 32

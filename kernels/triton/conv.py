@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Segments
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded, silu
 
@@ -29,7 +30,9 @@ def _launch(
 ) -> Tensor:
     x, weight, bias, conv_state = tensors
     width, channels = weight.shape
-    assert x.stride(1) == 1 and weight.is_contiguous() and conv_state.stride()[1:] == (channels, 1)
+    require(x.stride(1) == 1, "x", x, "have contiguous rows")
+    require(weight.is_contiguous(), "weight", weight, "be contiguous")
+    require(conv_state.stride()[1:] == (channels, 1), "conv_state", conv_state, "have contiguous slots of [W-1, D]")
     out = x.new_empty(x.shape[0], channels)
     block = 1 if max_query_len is None else BLOCK_TOKENS
     grid = (cdiv(channels, BLOCK_CHANNELS), cdiv(max_query_len or 1, block), len(ragged[1]))

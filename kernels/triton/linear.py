@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Weight
 from jamba_server.kernels.triton.launch import cdiv, jit, rounded
 from jamba_server.kernels.triton.narrow import is_narrow, narrow_linear
@@ -31,7 +32,8 @@ class Linear:
         """See `kernels.ops.Linear`."""
         data, scales, inputs, format = read(weight)
         rows, outputs = len(x), len(data)
-        assert x.shape[1] == inputs and x.stride(1) == 1 and (format or x.dtype == data.dtype)
+        fits = x.shape[1] == inputs and x.stride(1) == 1 and (bool(format) or x.dtype == data.dtype)
+        require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
         if not format and is_narrow(outputs, inputs):
             return narrow_linear(x, data, bias)
         tile = tile_for(rows, x.element_size(), quantized=bool(format))

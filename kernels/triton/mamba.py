@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels import torch_ops
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import KernelUnavailable, MambaWeights
 from jamba_server.kernels.triton.conv import causal_conv1d_update
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded
@@ -42,7 +43,8 @@ class MambaDecode:
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
         """See `kernels.ops.MambaDecode`."""
-        assert isinstance(weights.dt_proj, Tensor), "dt_proj is never quantised"
+        if not isinstance(weights.dt_proj, Tensor):
+            raise TypeError(f"dt_proj must not be quantised; it is a {type(weights.dt_proj).__name__}")
         return weights._replace(scan=type(weights.scan)(*(weight.contiguous() for weight in weights.scan)))
 
     def __call__(
@@ -74,7 +76,9 @@ def _update(
 ) -> Tensor:
     """From x_proj's product [N, R + 2S] on, or from the sums of its sections [sections, N, R + 2S]."""
     (channels, states), rows = weights.scan.a.shape, len(u)
-    assert u.is_contiguous() and z.stride(1) == 1 and ssm_state.stride()[1:] == (states, 1)
+    require(u.is_contiguous(), "u", u, "be contiguous")
+    require(z.stride(1) == 1, "z", z, "have contiguous rows")
+    require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     tile = tile_for(1, u.element_size())
     rank, shared, block = len(weights.dt_norm), program_rows(rows, channels, states), block_channels(states)
     rank_block, state_block = next_power_of_2(rank), next_power_of_2(states)

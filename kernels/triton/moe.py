@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Weight
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
 from jamba_server.kernels.triton.product import Tile, product, tile_for
@@ -59,7 +60,7 @@ class RunExperts:
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """See `kernels.ops.RunExperts`."""
-        assert x.stride(1) == 1
+        require(x.stride(1) == 1, "x", x, "have contiguous rows")
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
         first, second = read(experts.gate_up), read(experts.down)
@@ -67,7 +68,7 @@ class RunExperts:
         in_order = ids.flatten().sort(stable=True)
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
-        assert x.shape[1] == first.inputs == hidden
+        require(x.shape[1] == first.inputs == hidden, "x", x, "have as many inputs as both weights of the experts")
         tile = tile_for(tokens * top_k, x.element_size(), quantized=bool(first.format))
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1)}

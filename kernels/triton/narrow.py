@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
@@ -60,7 +61,8 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def section_sums(x: Tensor, weight: Tensor) -> Tensor:
     """The product's sums over each section of K: float32 [sections, T, N]."""
     (rows, inputs), outputs = x.shape, len(weight)
-    assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
+    fits = x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
+    require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
     sums = torch.empty(cdiv(inputs, SECTION), rows, outputs, device=x.device)
     tile = tile_for(1, x.element_size())
     section_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns), len(sums))](

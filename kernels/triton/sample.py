@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
@@ -30,7 +31,7 @@ LEAST = tl.constexpr(-3.4e38)
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
     """See `kernels.ops.Sample`."""
     rows, size = logits.shape
-    assert logits.stride(1) == 1
+    require(logits.stride(1) == 1, "logits", logits, "have contiguous rows")
     blocks = cdiv(size, BLOCK)
     best, scores = (logits.new_empty(rows, blocks) for _ in range(2))
     ids = logits.new_empty(rows, blocks, dtype=torch.int32)

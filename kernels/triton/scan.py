@@ -17,6 +17,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
@@ -40,7 +41,9 @@ def _launch(
     inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, ragged: tuple[Tensor, ...], *, decode: bool
 ) -> Tensor:
     channels, states = weights.a.shape
-    assert all(rows.stride(1) == 1 for rows in inputs) and ssm_state.stride()[1:] == (states, 1)
+    for name, part in zip(ScanInputs._fields, inputs, strict=True):
+        require(part.stride(1) == 1, name, part, "have contiguous rows")
+    require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     out = inputs.u.new_empty(inputs.u.shape[0], channels)
     block = block_channels(channels, states, sequences=len(ragged[1]))
     scan_kernel[(cdiv(channels, block), len(ragged[1]))](

@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton import scan
 from jamba_server.kernels.triton.launch import LOG2_E, cdiv, jit, next_power_of_2, softplus
@@ -54,7 +55,9 @@ def pays(rows: int, longest: int, channels: int) -> bool:
 
 def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
     (rows, channels), states = inputs.u.shape, weights.a.shape[1]
-    assert all(part.stride(1) == 1 for part in inputs) and ssm_state.stride()[1:] == (states, 1)
+    for name, part in zip(ScanInputs._fields, inputs, strict=True):
+        require(part.stride(1) == 1, name, part, "have contiguous rows")
+    require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     sequences = len(segments.state_ids)
     blocks, chunks = cdiv(channels, BLOCK_CHANNELS), cdiv(segments.max_query_len, CHUNK)
     # a place for every chunk of every sequence, see `place_of`

@@ -10,6 +10,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import CompressedStates
 from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
@@ -23,8 +24,11 @@ FP8_LIMIT = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
     """See `kernels.ops.WriteKv`."""
     rows, kv_heads, size = k.shape
-    assert k.stride()[1:] == v.stride()[1:] == (size, 1), "heads of a row lie side by side"
-    assert k_pages.stride() == v_pages.stride() and k_pages.stride()[1:] == (kv_heads * size, size, 1)
+    for name, part in (("k", k), ("v", v)):
+        require(part.stride()[1:] == (size, 1), name, part, "have a row's heads side by side")
+    dense = k_pages.stride()[1:] == (kv_heads * size, size, 1)
+    require(dense, "k_pages", k_pages, "have a page's tokens side by side")
+    require(v_pages.stride() == k_pages.stride(), "v_pages", v_pages, "have the strides of k_pages")
     write_kernel[(rows,)](
         k,
         v,
@@ -45,7 +49,7 @@ def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tenso
     sources, destinations = sources.contiguous(), destinations.contiguous()
     for tensor in tensors:
         unit = tensor[0]
-        assert unit.is_contiguous(), "a unit is one piece of memory"
+        require(unit.is_contiguous(), "one of tensors", tensor, "have units that are one piece of memory each")
         copy_kernel[(cdiv(unit.numel(), BLOCK), len(sources))](
             tensor, sources, destinations, unit.numel(), tensor.stride(0), BLOCK=BLOCK
         )
@@ -63,7 +67,8 @@ def restore_states(compressed: CompressedStates, states: Tensor, sources: Tensor
 
 def _launch(kernel: Any, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
     values, scales = compressed
-    assert states[0].is_contiguous() and values[0].is_contiguous() and scales[0].is_contiguous(), "units in one piece"
+    for name, part in (("states", states), ("values", values), ("scales", scales)):
+        require(part[0].is_contiguous(), name, part, "have units that are one piece of memory each")
     channels, size = scales[0].numel(), states.shape[-1]
     kernel[(cdiv(channels, CHANNELS), len(sources))](
         states,

@@ -12,6 +12,7 @@ import socket
 from dataclasses import replace
 
 from jamba_server.engine.errors import ConfigError
+from jamba_server.server.cli.health import url_of, written_down
 from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.settings import ALL, Model, with_options
 from jamba_server.server.config import ServerConfig
@@ -27,7 +28,7 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     configure_logging(config.log_level.upper())
     greet(config)
     listener = bind(config.host, config.port)  # before a model is downloaded or loaded in vain
-    with listener:
+    with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
         from jamba_server.server.cli.checkpoint import find_checkpoint

@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
+import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.start import build
 from jamba_server.engine.start.machine import available_cpus
 from jamba_server.engine.start.memory import DummySteps
-from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
+from jamba_server.engine.start.rehearsal import Compilers, Rehearsal, compiled_meanwhile
 from jamba_server.engine.types import SamplingParams
 from jamba_server.kernels.ops import Kernels, SampleInputs
 from jamba_server.llm import LLM
@@ -47,6 +48,7 @@ class Gpu:
         self.launched: list[str] = []
         self.may_compile = threading.Event()
         self.may_compile.set()
+        self.free = threading.Semaphore(0)  # as many are compiled whether or not they may
         self.broken = ""  # a kernel that does not compile
 
     def get_current_target(self) -> Any:
@@ -61,7 +63,7 @@ class Gpu:
         return 0
 
     def compile(self, source: Any, **_: Any) -> Any:
-        assert self.may_compile.wait(10)
+        assert self.free.acquire(blocking=False) or self.may_compile.wait(60)
         if (name := source.fn.__name__) == self.broken:
             raise RuntimeError(f"{name} is broken")
         self.compiled.append(name)
@@ -81,6 +83,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(jamba_server.kernels.table, "ensure_available", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return found
+
+
+@pytest.fixture
+def slow_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Nothing is compiled there until the work has been called off: without that, all that waits for it times out."""
+    gpu.may_compile.clear()
+    call_off = Compilers.call_off
+
+    def watched(self: Compilers) -> None:
+        call_off(self)
+        gpu.may_compile.set()
+
+    monkeypatch.setattr(Compilers, "call_off", watched)
+    return gpu
 
 
 def triton_kernels(batch_invariant: bool | None = None) -> Kernels:
@@ -198,56 +214,69 @@ def test_what_cannot_be_compiled_ahead_is_told_and_stops_nobody(
 
 
 def test_nobody_waits_for_kernels_of_a_model_that_cannot_be_loaded(
-    gpu: Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    slow_gpu: Gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu.may_compile.clear()
     rehearsal = rehearsal_of("tiny", "bf16", tmp_path)
-    threading.Timer(0.5, gpu.may_compile.set).start()
     with pytest.raises(CheckpointError, match="no weights"), compiled_meanwhile(rehearsal, dummy_steps(4, 64)):
         raise CheckpointError("no weights")
-    assert len(gpu.compiled) <= available_cpus()
+    assert slow_gpu.may_compile.is_set()
+    assert len(slow_gpu.compiled) <= available_cpus()
     assert caplog.text == ""
 
 
-def test_a_load_that_fails_late_ends_the_wait_for_kernels_in_the_queue(gpu: Gpu, tmp_path: Path) -> None:
+def test_a_load_that_fails_late_ends_the_wait_for_kernels_in_the_queue(
+    slow_gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All are submitted, most have not begun, and their thread waits for them when they are called off."""
-    gpu.may_compile.clear()
-    rehearsal, launched = rehearsal_of("tiny", "bf16", tmp_path), threading.Event()
+    slow_gpu.free.release()
+    waiting, ended = threading.Event(), threading.Event()
 
-    class Watched(Rehearsal):
-        """Tells when all is submitted."""
+    def watched(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
+        for future in as_completed(futures):
+            waiting.set()  # the first is done: the wait for all the others has begun
+            yield future
 
-        def launch(self, steps: DummySteps) -> None:
-            super().launch(steps)
-            launched.set()
-
-    watched = Watched(**{field.name: getattr(rehearsal, field.name) for field in dataclasses.fields(rehearsal)})
-    ended = threading.Event()
+    monkeypatch.setattr("triton.runtime._async_compile.as_completed", watched)
+    rehearsal = rehearsal_of("tiny", "bf16", tmp_path)
 
     def load() -> None:
-        with suppress(CheckpointError), compiled_meanwhile(watched, dummy_steps(4, 64)):
-            assert launched.wait(60)
-            time.sleep(0.2)  # for the wait to begin, without which the test would pass whatever happens
-            threading.Timer(0.5, gpu.may_compile.set).start()
+        with suppress(CheckpointError), compiled_meanwhile(rehearsal, dummy_steps(4, 64)):
+            assert waiting.wait(60)
             raise CheckpointError("no weights")
         ended.set()
 
     threading.Thread(target=load, daemon=True).start()
-    assert ended.wait(15)
-    assert len(gpu.compiled) <= available_cpus()
+    assert ended.wait(60)
+    assert len(slow_gpu.compiled) <= available_cpus() + 1
 
 
-def test_an_interrupt_ends_the_wait_for_kernels(gpu: Gpu, tmp_path: Path) -> None:
-    gpu.may_compile.clear()
-    main = threading.get_ident()
-    threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
-    threading.Timer(1.0, gpu.may_compile.set).start()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        compiled_meanwhile(rehearsal_of("tiny", "bf16", tmp_path), dummy_steps(4, 64)),
-    ):
-        pass
-    assert len(gpu.compiled) <= available_cpus()
+def is_within(thread: int, function: Any) -> bool:
+    """Whether a thread is in a call of this function of Python."""
+    frame: FrameType | None = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def test_an_interrupt_ends_the_wait_for_kernels(slow_gpu: Gpu, tmp_path: Path) -> None:
+    main, over = threading.get_ident(), threading.Event()
+
+    def interrupt() -> None:
+        while not is_within(main, Future.exception):
+            if over.wait(0.001):
+                return
+        signal.pthread_kill(main, signal.SIGINT)
+
+    rehearsal = rehearsal_of("tiny", "bf16", tmp_path)
+    interrupter = threading.Thread(target=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), compiled_meanwhile(rehearsal, dummy_steps(4, 64)):
+            interrupter.start()
+    finally:
+        over.set()
+        interrupter.join()
+    assert slow_gpu.may_compile.is_set()
+    assert len(slow_gpu.compiled) <= available_cpus()
 
 
 def test_only_a_gpu_with_triton_kernels_has_something_to_compile(tmp_path: Path, gpu: Gpu) -> None:

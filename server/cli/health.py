@@ -1,0 +1,78 @@
+"""A container's health check: asks the server at the address that it wrote down, whatever its port, host and scheme.
+
+    JAMBA_ADDRESS_FILE=FILE python -m jamba_server.server.cli.health
+
+Only the standard library is imported, since this runs every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "JAMBA_ADDRESS_FILE"
+SECONDS = 4.0  # for the server's answer
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where its own machine reaches a server that listens everywhere
+
+
+def url_of(listener: socket.socket, *, tls: bool) -> str:
+    """Where a listener is reached from its own machine."""
+    address: tuple[str, int] = listener.getsockname()[:2]
+    host, port = LOOPBACK.get(address[0], address[0]), address[1]
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextlib.contextmanager
+def written_down(url: str, file: str | None) -> Generator[None]:
+    """Keeps `url` in `file`, if there is one, until the end of the block. A file that cannot be written costs the
+    health check and not the server, which may run with a read-only file system."""
+    if file is None:
+        yield
+        return
+    path = Path(file)
+    try:
+        path.write_text(url, encoding="ascii")
+    except OSError as error:
+        logger.warning("--address-file %s cannot be written: %s", file, error.strerror)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def main() -> None:
+    """Exits with a sentence and status 1 unless /health answers 200."""
+    if not (file := os.environ.get(VARIABLE)):
+        sys.exit(f"{VARIABLE} is not set; it names the file of the server's option --address-file.")
+    try:
+        url = Path(file).read_text(encoding="ascii") + "/health"
+    except OSError as error:
+        sys.exit(f"No server has written its address into {file}: {error.strerror}.")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the certificate is for another name
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),  # a proxy for the internet cannot reach this server
+        urllib.request.HTTPSHandler(context=context),
+    )
+    try:
+        with opener.open(url, timeout=SECONDS) as answer:
+            print(f"{url}: {answer.status}")
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{url}: {error.code} {error.read().decode(errors='replace')}")
+    except OSError as error:
+        sys.exit(f"{url}: {error}")
+
+
+if __name__ == "__main__":
+    main()
