@@ -13,6 +13,9 @@ LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
+# Prompt logits are computed in slices of so many rows: [128, V] in float32 is 32 MiB for V = 65,536.
+PROMPT_LOGITS_ROWS = 128
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are upper bounds, shrunk to what fits with one warning; choices that cannot be met are errors.

@@ -16,6 +16,16 @@ JambaError
 
 from __future__ import annotations
 
+import json
+
+_VALUE_SHOWN = 100  # characters; a quantization_config may have thousands
+
+
+def shown(value: object) -> str:
+    """A value of a JSON file as an error shows it."""
+    text = json.dumps(value)
+    return text if len(text) <= _VALUE_SHOWN else f"{text[:_VALUE_SHOWN]}..."
+
 
 class JambaError(Exception):
     """Base of every error that this product raises on purpose."""

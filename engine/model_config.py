@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
@@ -18,8 +18,6 @@ CAUSAL_LM: Final = "JambaForCausalLM"
 SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
 ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 DTYPES: Final = ("bfloat16", "float16", "float32")
-
-_VALUE_SHOWN: Final = 100  # characters of a value that an error shows; a quantization_config may have thousands
 
 # Keys that change the arithmetic, with the only value that is implemented; absent means the same.
 _IMPLEMENTED: Final[Mapping[str, object]] = {
@@ -251,9 +249,8 @@ class _ConfigFile:
         return cls(path, cast(dict[str, Any], values))
 
     def refusal(self, key: str, rule: str) -> CheckpointError:
-        value = json.dumps(self.values.get(key))
-        shown = value if len(value) <= _VALUE_SHOWN else f"{value[:_VALUE_SHOWN]}..."
-        return CheckpointError(f"{self.path}: {key} is {shown if key in self.values else 'missing'}; {rule}.")
+        value = shown(self.values[key]) if key in self.values else "missing"
+        return CheckpointError(f"{self.path}: {key} is {value}; {rule}.")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         """The whole number at `key`. A missing one is an error unless there is a `default`."""

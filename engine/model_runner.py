@@ -12,6 +12,7 @@ from torch import Tensor
 from jamba_server.engine.batch import SampledTokens, build_batch
 from jamba_server.engine.cache.manager import CacheCopies
 from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.config import PROMPT_LOGITS_ROWS
 from jamba_server.engine.graphs import DecodeGraphs
 from jamba_server.engine.models import Model
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
@@ -20,8 +21,6 @@ from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
 from jamba_server.engine.staging import upload
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.ops import Kernels
-
-PROMPT_LOGITS_ROWS = 128  # prompt logits are computed in slices: [128, V] in float32 is 32 MiB for V = 65,536
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,11 +39,13 @@ class Sequence:
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float) -> Sequence:
         """`now`: seconds on the monotonic clock."""
+        tokens = array("q", request.prompt)
+        tokens.extend(request.generated)
         return cls(
             request=request,
             order=(request.priority, arrival),
             submitted_at=now,
-            tokens=array("q", [*request.prompt, *request.generated]),
+            tokens=tokens,
             num_prompt=len(request.prompt),
             num_prompt_logprobs=request.num_prompt_logprobs,
         )

@@ -5,6 +5,10 @@ A refusal is a `RequestRejected` that names the field, its value and the limit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
 import msgspec
 
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
@@ -12,29 +16,45 @@ from jamba_server.engine.types import MAX_LOGPROBS, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 128
-INT32_MAX = 2**31 - 1
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+
+
+class Range(NamedTuple):
+    """The numbers from `low` to `high`, which are both allowed; but not `low` itself if it is `open`."""
+
+    low: float
+    high: float
+    open: bool = False
+
+
+# OpenAI's, and vLLM's for what OpenAI lacks; repetition_penalty, which vLLM leaves open above 0, is bounded so that
+# float32 logits stay finite. The server's schemas and `GenerationDefaults` read them here.
+RANGES: Mapping[str, Range] = MappingProxyType(
+    {
+        "temperature": Range(0, 2),
+        "top_p": Range(0, 1, open=True),
+        "top_k": Range(0, INT32_MAX),
+        "min_p": Range(0, 1),
+        "repetition_penalty": Range(0.01, 2),
+        "presence_penalty": Range(-2, 2),
+        "frequency_penalty": Range(-2, 2),
+        "logit_bias": Range(-100, 100),
+        "seed": Range(-INT64_MAX - 1, INT64_MAX),
+        "max_tokens": Range(0, INT64_MAX),  # cut to the context later
+        "min_tokens": Range(0, INT64_MAX),
+        "logprobs": Range(0, MAX_LOGPROBS),
+        "prompt_logprobs": Range(0, MAX_LOGPROBS),
+    }
+)
 
 
 def validate(params: SamplingParams, *, vocab_size: int) -> None:
-    """Raises RequestRejected. The ranges are OpenAI's, and vLLM's for what OpenAI lacks; repetition_penalty, which vLLM
-    leaves open above 0, is bounded so that float32 logits stay finite."""
-    _check_range("temperature", params.temperature, 0, 2)
-    _check_range("top_p", params.top_p, 0, 1, exclusive=True)
-    _check_range("top_k", params.top_k, 0, INT32_MAX)
-    _check_range("min_p", params.min_p, 0, 1)
-    _check_range("repetition_penalty", params.repetition_penalty, 0.01, 2)
-    _check_range("presence_penalty", params.presence_penalty, -2, 2)
-    _check_range("frequency_penalty", params.frequency_penalty, -2, 2)
-    _check_range("seed", params.seed, INT64_MIN, INT64_MAX)
-    _check_range("max_tokens", params.max_tokens, 0, INT64_MAX)
-    _check_range("min_tokens", params.min_tokens, 0, INT64_MAX)
+    """Raises RequestRejected."""
+    for name in RANGES:
+        if name != "logit_bias" and (value := getattr(params, name)) is not None:
+            _check_range(name, value)
     if params.min_tokens > params.max_tokens:
         _reject("min_tokens", f"is {params.min_tokens}; it must not exceed max_tokens, which is {params.max_tokens}")
-    if params.logprobs is not None:
-        _check_range("logprobs", params.logprobs, 0, MAX_LOGPROBS)
-    if params.prompt_logprobs is not None:
-        _check_range("prompt_logprobs", params.prompt_logprobs, 0, MAX_LOGPROBS)
     _check_logit_bias(params.logit_bias, vocab_size)
     _check_stop_token_ids(params.stop_token_ids, vocab_size)
 
@@ -67,7 +87,7 @@ def _check_logit_bias(logit_bias: dict[int, float], vocab_size: int) -> None:
         _reject("logit_bias", f"has {len(logit_bias)} entries; the limit is {MAX_LOGIT_BIAS_ENTRIES}")
     for token_id, bias in logit_bias.items():
         _check_token_id("logit_bias", token_id, vocab_size)
-        _check_range("logit_bias", bias, -100, 100, item=f"[{token_id}]")
+        _check_range("logit_bias", bias, item=f"[{token_id}]")
 
 
 def _check_stop_token_ids(stop_token_ids: tuple[int, ...], vocab_size: int) -> None:
@@ -82,10 +102,11 @@ def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:
         _reject(param, f"has token id {token_id}; ids are 0 to {vocab_size - 1}")
 
 
-def _check_range(param: str, value: float, low: float, high: float, *, item: str = "", exclusive: bool = False) -> None:
-    """Refuses what is not within [low, high], or (low, high] if `exclusive`; NaN is within nothing."""
-    if not ((low < value if exclusive else low <= value) and value <= high):
-        lower = f"above {low}" if exclusive else f"at least {low}"
+def _check_range(param: str, value: float, *, item: str = "") -> None:
+    """Refuses what is not within the field's range; NaN is within nothing."""
+    low, high, is_open = RANGES[param]
+    if not ((low < value if is_open else low <= value) and value <= high):
+        lower = f"above {low}" if is_open else f"at least {low}"
         _reject(param, f"is {value}; it must be {lower} and at most {high}", item=item)
 
 

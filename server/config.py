@@ -30,6 +30,7 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.engine.validation import RANGES
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
@@ -214,15 +215,20 @@ def _suggestion(unknown: str) -> str:
     return f"; did you mean {OPTIONS[near[0]].variable if unknown.isupper() else near[0]}?"
 
 
+def _within(field: str) -> Meta:
+    low, high, is_open = RANGES[field]
+    return Meta(gt=low, le=high) if is_open else Meta(ge=low, le=high)
+
+
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling parameters of requests that leave them out: those of the checkpoint's generation_config.json, under its
     names, else OpenAI's. As in vLLM, `do_sample` says nothing: every request samples with its own temperature."""
 
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=2)] = 1.0
+    temperature: Annotated[float, _within("temperature")] = 1.0
+    top_p: Annotated[float, _within("top_p")] = 1.0
+    top_k: Annotated[int, _within("top_k")] = 0
+    min_p: Annotated[float, _within("min_p")] = 0.0
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] = 1.0
 
     @classmethod
     def of(cls, folder: Path) -> GenerationDefaults:

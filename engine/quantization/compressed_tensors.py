@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
-from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.quantization import Role
 
 METHOD: Final = "compressed-tensors"
 FORMAT: Final = "float-quantized"
-_VALUE_SHOWN: Final = 100  # characters of a value that an error shows
 # Of a group's weights; null is the last one here, where it or no key at all is allowed.
 _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
     "num_bits": (8,),
@@ -110,6 +109,5 @@ class _Reader:
             self.refuse(key, value, f"this server reads {json.dumps(allowed[0])}")
 
     def refuse(self, key: str, value: object, rule: str) -> NoReturn:
-        name, text = f"quantization_config.{key}".rstrip("."), json.dumps(value)
-        shown = text if len(text) <= _VALUE_SHOWN else f"{text[:_VALUE_SHOWN]}..."
-        raise CheckpointError(f"{self._path}: {name} is {shown}; {rule}.")
+        name = f"quantization_config.{key}".rstrip(".")
+        raise CheckpointError(f"{self._path}: {name} is {shown(value)}; {rule}.")

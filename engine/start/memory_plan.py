@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jamba_server.engine.cache.graph_sizes import GraphSizes
 from jamba_server.engine.cache.spec import CacheSpec
-from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.config import PROMPT_LOGITS_ROWS, EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.start.machine import format_bytes
@@ -30,7 +30,6 @@ PREFIX_CACHE_FACTOR = 2
 CPU_TOKENS_PER_SEQUENCE = 1024
 CPU_SAVED_STATES_PER_SEQUENCE = 4
 ACTIVATION_SHARE = 0.25  # at most, of the memory that weights leave; else batches become smaller
-PROMPT_LOGITS_ROWS = 128  # prompt log-probabilities are computed in slices of so many rows
 LOGITS_COPIES = 3  # logits, their log-softmax, and one sorted or masked copy
 
 

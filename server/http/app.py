@@ -20,13 +20,14 @@ from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.errors import error_response, request_id_of
 from jamba_server.server.http.logs import log_stats
 from jamba_server.server.http.metrics import Metrics
-from jamba_server.server.http.middleware import OPEN_PATHS, ApiKey, JsonBody, RequestContext
-from jamba_server.server.http.routes import chat, completions, models, operations, tokenize
+from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, ApiKey, JsonBody, RequestContext
+from jamba_server.server.http.openapi import App
+from jamba_server.server.http.routes import chat, completions, models, operations, pages, tokenize
 from jamba_server.server.http.services import Services
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 
-ROUTERS = (chat.router, completions.router, models.router, tokenize.router, operations.router)
+ROUTERS = (chat.router, completions.router, models.router, tokenize.router, operations.router, pages.router)
 
 
 def create_app(
@@ -54,18 +55,23 @@ def create_app(
         version=package_version(),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
-    app = FastAPI(
+    open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
+    app = App(
+        open_paths=open_paths if config.api_key else None,
         title="jamba-server",
         description="Jamba models behind OpenAI's API.",
         version=services.version,
-        middleware=_middleware(config, services.metrics),
+        middleware=_middleware(config, services.metrics, open_paths),
         lifespan=_lifespan,
+        docs_url=None,  # ours works without a network
+        redoc_url=None,
         redirect_slashes=False,  # the middleware drops them: a redirect would lose a proxy's prefix and scheme
     )
     app.state.services = services
     app.state.lifecycle = services.lifecycle
     for router in ROUTERS:
         app.include_router(router)
+    app.mount(ASSETS_PATH, pages.swagger_assets())
     for kind in (EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
     return app
@@ -78,7 +84,7 @@ def package_version() -> str:
         return "unknown"  # run from a checkout that is not installed
 
 
-def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
+def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
     """From the outside in. CORS is first: a browser shows an error only if that, too, carries the headers."""
     chain: list[Middleware] = []
     if config.allowed_origins:
@@ -93,7 +99,6 @@ def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
         )
     chain.append(Middleware(RequestContext, metrics=metrics, root_path=config.root_path))
     if config.api_key:
-        open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
         chain.append(Middleware(ApiKey, keys=config.api_key, open_paths=open_paths))
     chain.append(Middleware(JsonBody, max_bytes=config.max_body_bytes))
     return chain
@@ -111,6 +116,14 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 async def _handle(request: Request, exc: Exception) -> Response:
     if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
-        detail = f"There is no {request.method} {request.url.path}; /docs lists what there is."
-        exc = HTTPException(exc.status_code, detail, headers=exc.headers)
+        exc = _no_such_route(request, exc)
     return error_response(exc, request_id_of(request.scope))
+
+
+def _no_such_route(request: Request, exc: HTTPException) -> HTTPException:
+    allowed = (exc.headers or {}).get("Allow", "")
+    if allowed == "GET":
+        allowed = "GET, HEAD"  # which the middleware turns into GET
+    hint = f"this path takes {allowed}" if allowed else "/docs lists what there is"
+    detail = f"There is no {request.method} {request.url.path}; {hint}."
+    return HTTPException(exc.status_code, detail, headers={"Allow": allowed} if allowed else None)

@@ -20,6 +20,7 @@ import anyio.to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jamba_server.engine.errors import RequestRejected
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 MAX_REQUEST_ID_CHARS = 128
 MAX_JSON_DEPTH = 64
 MAX_JSON_CONTAINERS = 32_768  # objects and lists; validation takes some 10 us for each
+# Of all lists and objects together: twice the tokens of Jamba's longest context. The parser and the validation hold up
+# every other request while they work, some 0.2 us a value.
+MAX_JSON_VALUES = 524_288
 MAX_LOGGED_PATH_CHARS = 256
 CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
@@ -38,7 +42,10 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-OPEN_PATHS = frozenset({"/health", "/ready"})
+ASSETS_PATH = "/docs/assets"
+PROBE_PATHS = frozenset({"/health", "/ready"})
+# A browser that opens a page cannot send a key. What these paths tell is the same for everyone.
+OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
 
 
 class RequestContext:
@@ -57,7 +64,7 @@ class RequestContext:
         request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         scope["root_path"] = self.root_path or scope.get("root_path", "")
-        inner = _canonical(scope)
+        inner = _canonical(scope)  # after root_path is set, which it reads
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -77,34 +84,41 @@ class RequestContext:
             status = status or CLIENT_CLOSED_REQUEST
             self.metrics.count_http_request(getattr(inner.get("route"), "path", "other"), status)
             logger.log(
-                logging.INFO if status >= 400 and scope["path"] not in OPEN_PATHS else logging.DEBUG,  # probes poll
+                logging.INFO if status >= 400 and scope["path"] not in PROBE_PATHS else logging.DEBUG,  # probes poll
                 "request_id=%s %s %s: %d in %.3f s",
                 request_id, scope["method"], _printable(scope["path"]), status, time.monotonic() - started,
             )  # fmt: skip
 
 
 class ApiKey:
-    """Every path but `open_paths` wants one of `keys` as bearer token."""
+    """Every path but `open_paths` and the assets of /docs wants one of `keys`, as bearer token or as `x-api-key`.
+
+    One valid key is enough: a client that sends its key in one of the headers may have a placeholder, or the key of a
+    gateway, in the other.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str], open_paths: frozenset[str]) -> None:
         self.app, self.keys, self.open_paths = app, [key.encode() for key in keys], open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _route_path(scope) in self.open_paths or self._valid(scope):
+        if scope["type"] != "http" or self._open(_route_path(scope)) or self._valid(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         raise HTTPException(
             401,
-            "Missing or incorrect API key. Send the header `Authorization: Bearer KEY`.",
+            "Missing or incorrect API key. Send the header `Authorization: Bearer KEY` or `x-api-key: KEY`.",
             headers={"WWW-Authenticate": "Bearer"},
         )
 
-    def _valid(self, scope: Scope) -> bool:
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        sent = token.strip().encode("latin-1")
-        # all of them, so that the time says nothing about which one it was
-        matches = [hmac.compare_digest(sent, key) for key in self.keys]
-        return scheme.lower() == "bearer" and any(matches)
+    def _open(self, path: str) -> bool:
+        return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
+
+    def _valid(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
+        # All of them are compared, so that the time says nothing about which one it was.
+        matches = [hmac.compare_digest(key, known) for key in map(_latin_1, sent) for known in self.keys]
+        return any(matches)
 
 
 class JsonBody:
@@ -115,7 +129,7 @@ class JsonBody:
         self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH") or not _has_route(scope):
             await self.app(scope, receive, send)
             return
         body = await self._read(Headers(scope=scope), receive)
@@ -178,6 +192,11 @@ def check_json(body: bytes) -> None:
         raise RequestRejected("The body must be JSON in UTF-8, which has no zero bytes.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
         _check_structure(body)
+    if body.count(b",") >= MAX_JSON_VALUES and _JSON_STRING.sub(b"", body).count(b",") >= MAX_JSON_VALUES:
+        raise RequestRejected(
+            f"The body has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects together.",
+            code="invalid_json",
+        )
     if _SURROGATE_ESCAPE.search(body):
         _check_surrogates(body)
 
@@ -205,9 +224,22 @@ def _check_surrogates(body: bytes) -> None:
 
 
 def _canonical(scope: Scope) -> Scope:
-    """HEAD is GET, whose body the HTTP server leaves out; a slash at the end of a path means nothing."""
-    method, path = scope["method"], scope["path"]
-    return {**scope, "method": "GET" if method == "HEAD" else method, "path": path.rstrip("/") or "/"}
+    """HEAD is GET, whose body the HTTP server leaves out. A slash at the end of a path means nothing. As ASGI wants it,
+    the path begins with the prefix of the proxy, even if that has taken it off."""
+    method, path, root = scope["method"], scope["path"].rstrip("/"), scope["root_path"]
+    if path != root and not path.startswith(f"{root}/"):
+        path = root + path
+    return {**scope, "method": "GET" if method == "HEAD" else method, "path": f"{path}/" if path == root else path}
+
+
+def _has_route(scope: Scope) -> bool:
+    """Without one the router answers 404 or 405, whatever the body is."""
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes if not isinstance(route, Mount))
+
+
+def _latin_1(header: str) -> bytes:
+    """The bytes of a header as they were sent."""
+    return header.encode("latin-1")
 
 
 def _printable(path: str) -> str:

@@ -72,7 +72,7 @@ class Services:
             )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return await self._in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def render(self, messages: list[ChatMessage], *, add_generation_prompt: bool = True) -> RenderedChat:
         template = self.chat_template
@@ -83,9 +83,10 @@ class Services:
             )
         turns = [message.to_template() for message in messages]
         self.check_size("".join(str(turn.get("content") or "") for turn in turns), param="messages")
-        return await self._in_thread(lambda: template.render(turns, add_generation_prompt=add_generation_prompt))
+        return await self.in_thread(lambda: template.render(turns, add_generation_prompt=add_generation_prompt))
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """For work that takes long enough to hold up the event loop, and with it the streams of other requests."""
         return await anyio.to_thread.run_sync(work, limiter=self.threads)
 
 

@@ -1,28 +1,35 @@
-"""Server-sent events, and the watch for clients that go away."""
+"""How a generation becomes a reply: at once, or as server-sent events; and the watch for clients that go away."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jamba_server.server.http.errors import describe, request_id_of
+from jamba_server.server.http.services import Services
+from jamba_server.server.http.writers.writer import Writer
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-ACCEPTED = b""  # an event without bytes: the request is under way, so the reply may begin
 
 
-def event(payload: BaseModel, *, exclude: set[str] | None = None) -> bytes:
-    return b"data: " + payload.model_dump_json(exclude=exclude).encode() + b"\n\n"
+async def answer(request: Request, writer: Writer, services: Services, *, stream: bool) -> Response:
+    """Runs the writer's generation to its end, or, with `stream`, while the reply is sent."""
+    if stream:
+        return EventStream(writer, keep_alive=services.config.sse_keep_alive)
+    choices = await until_disconnect(request.receive, writer.generation.collect())
+    if any(choice.scores for choice in choices):  # A long reply has tens of thousands of token texts.
+        body = await services.in_thread(lambda: writer.reply(choices).model_dump_json())
+    else:
+        body = writer.reply(choices).model_dump_json()
+    return Response(body, media_type="application/json")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -46,18 +53,19 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `events` as they come, and a comment whenever nothing came for `keep_alive` seconds.
+    """Sends the writer's events as they come, and a comment whenever nothing came for `keep_alive` seconds.
 
-    The reply begins with the first event. What `events` raises before is an ordinary error reply; what it raises later
-    is one last event. When the client goes away, `events` is closed at once, also while it waits.
+    The reply begins when the engine has accepted the request. What is raised before that is an ordinary error reply;
+    what is raised later is written into the stream. When the client goes away, the generation ends at once, also while
+    it waits.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], *, keep_alive: float) -> None:
+    def __init__(self, writer: Writer, *, keep_alive: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events = events
+        self.writer = writer
         self.keep_alive = keep_alive
         self._started, self._last_sent = False, 0.0
 
@@ -69,27 +77,35 @@ class EventStream(Response):
                 raise
 
     async def _stream(self, scope: Scope, send: Send) -> None:
-        async with aclosing(self.events) as events:
-            first = await anext(events)
-            self._started = True
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            pings = asyncio.create_task(self._ping(send))
-            try:
-                await self._send(send, first)
-                async for item in events:
-                    await self._send(send, item)
-            except Exception as exc:  # noqa: BLE001 - `describe` logs what it does not know
-                problem = describe(exc)
-                await self._send(send, b"data: " + problem.body(request_id_of(scope)) + b"\n\n")
-            finally:
-                pings.cancel()
-                await asyncio.gather(pings, return_exceptions=True)
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        try:
+            async with self.writer.generation.run() as deltas:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                self._started = True
+                async with self._pings(send):
+                    await self._send(send, *self.writer.begin())
+                    async for delta in deltas:
+                        await self._send(send, *self.writer.write(delta))
+                    await self._send(send, *self.writer.end())
+        except Exception as exc:
+            if not self._started:
+                raise
+            problem = describe(exc)  # which logs what it does not know
+            await self._send(send, *self.writer.fail(problem.body(request_id_of(scope))))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, data: bytes) -> None:
-        if data:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _send(self, send: Send, *events: bytes) -> None:
+        for event in events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         self._last_sent = asyncio.get_running_loop().time()
+
+    @asynccontextmanager
+    async def _pings(self, send: Send) -> AsyncGenerator[None]:
+        pings = asyncio.create_task(self._ping(send))
+        try:
+            yield
+        finally:
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
 
     async def _ping(self, send: Send) -> None:
         loop = asyncio.get_running_loop()

@@ -55,6 +55,7 @@ class ChatTemplate:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
+        self.source = template
         environment = create_environment()
         try:
             self._template = environment.from_string(template)

@@ -9,10 +9,19 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from jamba_server.server.http.middleware import MAX_JSON_CONTAINERS, MAX_JSON_DEPTH, JsonBody, check_json
+from jamba_server.server.http.middleware import (
+    MAX_JSON_CONTAINERS,
+    MAX_JSON_DEPTH,
+    MAX_JSON_VALUES,
+    JsonBody,
+    check_json,
+)
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import Bench, MakeBench, chat
 from tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
@@ -153,6 +162,14 @@ FIELDS: list[tuple[str, Any, str | None, str]] = [
     (TOKENIZE, {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "`messages`"),
     (DETOKENIZE, {"tokens": ["a"]}, "tokens.0", "valid integer"),
     (DETOKENIZE, {"tokens": [10**6]}, "tokens", "1000000"),
+    (DETOKENIZE, {"tokens": [1] * (MAX_MODEL_LEN + 1)}, "tokens", f"context length is {MAX_MODEL_LEN}"),
+    (TOKENIZE, {"prompt": "x" * 90_000}, "prompt", f"context length is {MAX_MODEL_LEN}"),
+    (
+        TOKENIZE,
+        {"prompt": "x" * (MAX_MODEL_LEN + 1), "return_token_strs": True},
+        "return_token_strs",
+        f"context length is {MAX_MODEL_LEN}",
+    ),
 ]
 
 
@@ -287,10 +304,37 @@ async def test_a_body_that_stops_in_the_middle() -> None:
         raise AssertionError(message)
 
     parts, never = [False, True], asyncio.get_running_loop().create_future()
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/a",
+        "headers": [(b"content-type", b"application/json")],
+        "app": Starlette(routes=[Route("/a", lambda request: Response(), methods=["POST"])]),
+    }
     with pytest.raises(HTTPException, match=r"stopped for 0\.001 s") as caught:
         await JsonBody(app, max_bytes=10, body_timeout=0.001)(scope, receive, send)
     assert caught.value.status_code == 408
+
+
+async def test_millions_of_ids_are_refused_before_they_are_parsed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ids(number: int) -> bytes:
+        return b'{"tokens": [' + b"1," * (number - 1) + b"1]}"
+
+    async with bench.http(headers={"Content-Type": "application/json"}) as http:
+        error = check(await http.post(DETOKENIZE, content=ids(MAX_JSON_VALUES)), 400)
+        assert error["code"] == "context_length_exceeded"
+        with monkeypatch.context() as patch:
+            patch.setattr(json, "loads", None)
+            response = await http.post(DETOKENIZE, content=ids(2_000_000))
+        error = check(response, 400)
+        assert error["code"] == "invalid_json"
+        assert str(MAX_JSON_VALUES) in error["message"]
+
+
+def test_commas_within_strings_are_text() -> None:
+    check_json(b'{"prompt": "' + b"," * (MAX_JSON_VALUES + 1) + b'"}')
 
 
 async def test_brackets_within_strings_are_text(small: Bench) -> None:
@@ -380,11 +424,28 @@ async def test_fields_that_say_nothing(bench: Bench, name: str) -> None:
     assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", CHAT, 405), ("POST", "/v1/nothing", 404), ("PUT", "/", 404)]
-)
-async def test_unknown_routes(bench: Bench, method: str, path: str, status: int) -> None:
+ROUTES: list[tuple[str, str, str | None]] = [  # method, path, the methods that the path takes
+    ("GET", CHAT, "POST"),
+    ("PUT", CHAT, "POST"),
+    ("DELETE", COMPLETIONS, "POST"),
+    ("OPTIONS", TOKENIZE, "POST"),
+    ("POST", "/", "GET, HEAD"),
+    ("PATCH", "/v1/models/jamba", "GET, HEAD"),
+    ("POST", "/docs/assets/swagger-ui.css", "GET, HEAD"),
+    ("POST", "/v1/nothing", None),
+    ("PUT", "/v1/chat", None),
+    ("GET", "/docs/assets/nothing.js", None),
+    ("GET", "/docs/assets/..%2f__init__.py", None),
+]
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "text/plain", ""])
+@pytest.mark.parametrize(("method", "path", "allowed"), ROUTES)
+async def test_unknown_routes(bench: Bench, method: str, path: str, allowed: str | None, media_type: str) -> None:
     async with bench.http() as http:
-        response = await http.request(method, path, json={})
-    assert f"{method} {path}" in check(response, status)["message"]
-    assert response.headers.get("allow") == ("POST" if status == 405 else None)
+        response = await http.request(method, path, content=b"{", headers={"Content-Type": media_type})
+    error = check(response, 405 if allowed else 404)
+    assert f"There is no {method} /" in error["message"]
+    assert error["code"] == ("method_not_allowed" if allowed else "not_found")
+    assert response.headers.get("allow") == allowed
+    assert f"this path takes {allowed}" in error["message"] if allowed else "/docs" in error["message"]

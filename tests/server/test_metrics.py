@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+from itertools import pairwise
 from subprocess import PIPE, STDOUT
 
 import pytest
@@ -78,6 +79,32 @@ async def test_what_the_server_counts(bench: Bench, ids: Ids) -> None:
     assert found["jamba_http_requests_total", "/v1/chat/completions", "200"] == 2
     assert found["jamba_http_requests_total", "/v1/chat/completions", "400"] == 1
     assert found["jamba_http_requests_total", "other", "404"] == 1
+
+
+async def test_milliseconds_are_told_apart(bench: Bench) -> None:
+    buckets: dict[str, list[float]] = {}
+    async with bench.http() as http:
+        await http.post("/v1/chat/completions", json=chat())
+    for name, *labels in samples(await scrape(bench)):
+        if name.endswith("_seconds_bucket"):
+            buckets.setdefault(name, []).append(float(labels[0]))
+    assert len(buckets) == 4
+    for name, bounds in buckets.items():
+        assert bounds == sorted(set(bounds)), name
+        assert bounds[0] == 0.001, name
+        assert bounds[-2] >= 60, name
+        # an interpolated quantile is off by less than the width of its bucket
+        assert max(high / low for low, high in pairwise(bounds[:-1])) <= 5, name
+
+
+async def test_requests_for_assets_are_one_series(bench: Bench) -> None:
+    async with bench.http() as http:
+        for name in ("swagger-ui.css", "nothing.js", "nothing.css"):
+            await http.get(f"/docs/assets/{name}")
+        await http.get("/docs")
+        await http.get("/")
+    paths = {labels[0] for name, *labels in samples(await scrape(bench)) if name == "jamba_http_requests_total"}
+    assert paths <= {"/", "/docs", "/docs/assets", "other", "/metrics"}
 
 
 async def test_a_failed_request_is_counted(bench: Bench) -> None:

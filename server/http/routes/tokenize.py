@@ -1,16 +1,27 @@
-"""POST /tokenize and POST /detokenize, in vLLM's shapes."""
+"""POST /tokenize, POST /detokenize and GET /tokenizer_info, in vLLM's shapes."""
 
 from __future__ import annotations
+
+from typing import Final
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.routes.replies import ERRORS, json_response
-from jamba_server.server.http.schemas.models import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
+from jamba_server.server.http.schemas.models import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    TokenizeReply,
+    TokenizeRequest,
+    TokenizerInfoReply,
+)
 from jamba_server.server.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["text"])
+
+# transformers' class that reads a tokenizer.json, as this server does, whichever class wrote it
+TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 
 
 @router.post("/tokenize", response_model=TokenizeReply, responses=ERRORS)
@@ -18,14 +29,16 @@ async def tokenize(body: TokenizeRequest, services: ServicesOf) -> Response:
     """The token ids of a prompt or of a conversation as the model reads it."""
     services.model(body.model)
     tokens = await _tokens(body, services)
-    return json_response(
-        TokenizeReply(
-            count=len(tokens),
-            max_model_len=services.engine.info.max_model_len,
-            tokens=tokens,
-            token_strs=[services.tokenizer.token_text(id_) for id_ in tokens] if body.return_token_strs else None,
-        )
-    )
+    if body.return_token_strs:
+        _check_number(len(tokens), services, param="return_token_strs")
+
+    def reply() -> Response:
+        text = services.tokenizer.token_text
+        strs = [text(id_) for id_ in tokens] if body.return_token_strs else None
+        limit = services.engine.info.max_model_len
+        return json_response(TokenizeReply(count=len(tokens), max_model_len=limit, tokens=tokens, token_strs=strs))
+
+    return await services.in_thread(reply)
 
 
 async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
@@ -33,14 +46,55 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
         chat = await services.render(body.messages, add_generation_prompt=body.add_generation_prompt)
         return chat.prompt_ids
     assert body.prompt is not None, "the schema wants one of the two"
+    special = services.tokenizer.special_tokens.get(body.prompt)
+    if special is not None and body.add_special_tokens is False:
+        return [special]  # This is how lm-eval asks for the id of the end-of-text token.
+    services.check_size(body.prompt, param="prompt")
     return await services.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
 @router.post("/detokenize", response_model=DetokenizeReply, responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, services: ServicesOf) -> Response:
-    """The text of token ids, special tokens included."""
+    """The text of token ids, special tokens included; no more ids than the model's context has."""
     services.model(body.model)
-    vocab_size = services.tokenizer.vocab_size
-    if (unknown := next((id_ for id_ in body.tokens if id_ >= vocab_size), None)) is not None:
-        raise RequestRejected(f"tokens has id {unknown}; ids are 0 to {vocab_size - 1}.", param="tokens")
-    return json_response(DetokenizeReply(prompt=services.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+    _check_number(len(body.tokens), services, param="tokens")
+
+    def reply() -> Response:
+        vocab_size = services.tokenizer.vocab_size
+        if (unknown := next((id_ for id_ in body.tokens if id_ >= vocab_size), None)) is not None:
+            raise RequestRejected(f"tokens has id {unknown}; ids are 0 to {vocab_size - 1}.", param="tokens")
+        return json_response(DetokenizeReply(prompt=services.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+    return await services.in_thread(reply)
+
+
+def _check_number(number: int, services: Services, *, param: str) -> None:
+    limit = services.engine.info.max_model_len
+    if number > limit:
+        raise RequestRejected(
+            f"This model's maximum context length is {limit} tokens; the text of {number} tokens is asked for.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+@router.get("/tokenizer_info", response_model=TokenizerInfoReply, responses=ERRORS)
+async def tokenizer_info(services: ServicesOf) -> Response:
+    """The names and ids of the special tokens, and the chat template; not the vocabulary."""
+    tokenizer, template = services.tokenizer, services.chat_template
+    named = tokenizer.named_tokens
+    return json_response(
+        TokenizerInfoReply(
+            tokenizer_class=TOKENIZER_CLASS,
+            model_max_length=services.engine.info.max_model_len,
+            vocab_size=tokenizer.vocab_size,
+            bos_token=named.get("bos_token"),
+            eos_token=named.get("eos_token"),
+            unk_token=named.get("unk_token"),
+            pad_token=named.get("pad_token"),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            chat_template=template.source if template is not None else None,
+        )
+    )

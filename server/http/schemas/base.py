@@ -8,13 +8,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from jamba_server.engine.errors import NotSupportedYet
-from jamba_server.engine.types import MAX_LOGPROBS
-from jamba_server.engine.validation import MAX_LOGIT_BIAS_ENTRIES, MAX_STOP_TOKEN_IDS
+from jamba_server.engine.validation import INT32_MAX, MAX_LOGIT_BIAS_ENTRIES, MAX_STOP_TOKEN_IDS, RANGES
 
 MAX_CHOICES = 128  # of one prompt
 MAX_STOPS = 4
-INT32 = 2**31
-INT64 = 2**63
+
+
+def within(field: str, *, low: float | None = None, description: str | None = None) -> Any:
+    """The range of a sampling parameter, as the engine states it; `low` takes the place of its lower end."""
+    bounds = RANGES[field]
+    if bounds.open:
+        return Field(gt=bounds.low, le=bounds.high, description=description)
+    return Field(ge=bounds.low if low is None else low, le=bounds.high, description=description)
 
 
 def invalid(why: str, *, field: str, kind: LiteralString = "invalid") -> PydanticCustomError:
@@ -98,9 +103,9 @@ def _token_ids(value: object) -> object:
         raise PydanticCustomError("token_id", 'Keys should be token ids, like "2"') from None
 
 
-TokenId = Annotated[int, Field(ge=0, lt=INT32)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 LogitBias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+    dict[TokenId, Annotated[float, within("logit_bias")]],
     Field(max_length=MAX_LOGIT_BIAS_ENTRIES),
     BeforeValidator(_token_ids),
 ]
@@ -133,24 +138,24 @@ class GenerationBody(NoEffect):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[int, within("seed")] | None = None
     stop: Stop | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    temperature: Annotated[float, within("temperature")] | None = None
+    top_p: Annotated[float, within("top_p")] | None = None
+    presence_penalty: Annotated[float, within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, within("frequency_penalty")] | None = None
     logit_bias: LogitBias | None = None
 
     # vLLM's
-    top_k: Annotated[int, Field(ge=-1, lt=INT32, description="0 or -1: all")] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
+    top_k: Annotated[int, within("top_k", low=-1, description="0 or -1: all")] | None = None
+    min_p: Annotated[float, within("min_p")] | None = None
+    repetition_penalty: Annotated[float, within("repetition_penalty")] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0, lt=INT32)] = 0
+    min_tokens: Annotated[int, within("min_tokens")] = 0
     skip_special_tokens: bool = True
-    priority: Annotated[int, Field(ge=-INT32, lt=INT32, description="lower runs first; --enable-priority")] | None = (
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31, description="lower runs first; --enable-priority")] | None = (
         None
     )
 
@@ -213,4 +218,4 @@ class ErrorReply(Reply):
 
 
 FinishReason = Literal["stop", "length", "abort"]
-TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TopLogprobs = Annotated[int, within("logprobs")]

@@ -9,7 +9,6 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from jamba_server.server.http.schemas.base import (
-    INT32,
     FinishReason,
     GenerationBody,
     NotYet,
@@ -20,6 +19,7 @@ from jamba_server.server.http.schemas.base import (
     invalid,
     not_yet,
     string_or_list,
+    within,
 )
 
 
@@ -112,8 +112,8 @@ class ChatCompletionRequest(GenerationBody):
     """OpenAI's chat completion with vLLM's extra fields. Without a limit the reply may fill the context."""
 
     messages: Messages
-    max_tokens: Annotated[int, Field(ge=1, lt=INT32)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT32)] | None = None
+    max_tokens: Annotated[int, within("max_tokens", low=1)] | None = None
+    max_completion_tokens: Annotated[int, within("max_tokens", low=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     add_special_tokens: Annotated[

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from jamba_server.server.http.schemas.base import (
-    INT32,
     FinishReason,
     GenerationBody,
     NotYet,
@@ -16,6 +15,7 @@ from jamba_server.server.http.schemas.base import (
     TopLogprobs,
     Usage,
     invalid,
+    within,
 )
 
 MAX_PROMPTS = 1024
@@ -51,7 +51,7 @@ class CompletionRequest(GenerationBody):
     """OpenAI's completion with vLLM's extra fields. `max_tokens` 0 with `echo` scores the prompt."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, lt=INT32)] | None = None
+    max_tokens: Annotated[int, within("max_tokens")] | None = None
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None

@@ -1,4 +1,4 @@
-"""/v1/models, /tokenize, /detokenize and the replies about the server itself."""
+"""/v1/models, /tokenize, /detokenize, /tokenizer_info and the replies about the server itself."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ class TokenizeReply(Reply):
     token_strs: list[str] | None
 
 
+class TokenizerInfoReply(Reply):
+    """What vLLM's endpoint of this name tells of tokenizer_config.json, and the ids of the tokens that it names."""
+
+    tokenizer_class: str
+    model_max_length: int
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    chat_template: str | None
+
+
 class DetokenizeRequest(RequestBody):
     model: Annotated[str, Field(max_length=512)] | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
@@ -68,6 +84,15 @@ class HealthReply(Reply):
 
     status: Literal["ok", "dead", "ready", "not ready"]
     reason: str | None = None
+
+
+class AboutReply(Reply):
+    """`models` are the served names; `links` go to what the server has."""
+
+    name: str
+    version: str
+    models: list[str]
+    links: dict[str, str]
 
 
 class VersionReply(Reply):

@@ -1,0 +1,52 @@
+"""The reply of /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jamba_server.server.http.choice import ChoiceDelta, TokenScore
+from jamba_server.server.http.schemas.base import Usage
+from jamba_server.server.http.schemas.completions import Completion, CompletionChoice, CompletionLogprobs
+from jamba_server.server.http.writers.writer import ChunkWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionWriter(ChunkWriter[CompletionChoice]):
+    """`text_completion`, whole and as every event."""
+
+    def reply(self, choices: list[ChoiceDelta]) -> Completion:
+        return self._chunk([self._choice(choice) for choice in choices], self.generation.usage)
+
+    def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
+        yield self._event(self._choice(delta))
+
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
+        id_ = self.generation.spec.id
+        return Completion(id=id_, created=self.created, model=self.model, choices=choices, usage=usage)
+
+    def _choice(self, delta: ChoiceDelta) -> CompletionChoice:
+        return CompletionChoice(
+            index=delta.index,
+            text=delta.text,
+            logprobs=self._logprobs(delta.scores) if self.with_logprobs else None,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+        )
+
+    def _logprobs(self, scores: Sequence[TokenScore]) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            tokens=[self.tokenizer.token_text(score.token_id) for score in scores],
+            token_logprobs=[score.logprob for score in scores],
+            top_logprobs=[self._top(score) for score in scores],
+            text_offset=[score.offset for score in scores],
+        )
+
+    def _top(self, score: TokenScore) -> dict[str, float] | None:
+        """The most likely tokens, best first, and always the token itself. Of tokens that look alike, the best one."""
+        if score.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
+            top.setdefault(self.tokenizer.token_text(token_id), logprob)
+        return top

@@ -1,0 +1,328 @@
+"""Counts the hops of a chat request: `python -m tools.hops`.
+
+It serves one streamed chat request with the demonstration checkpoint: the real application in this process, the real
+engine in its own. In both it looks at the stack of calls whenever the message leaves one place for another:
+
+    down    the frame with the request is written to the engine's socket ‖ the request arrives in the engine's inbox,
+            and the first kernel is called for it
+    back    the step's tokens are read in the runner, and the frame with them is sent ‖ the frame is read, its update
+            goes through the request's queue, and the event with its text is handed to the HTTP server
+
+A hop is a call between functions of two different modules of ours which is still open at such a moment, so that the
+message went down through it, or comes back as what it returns or yields. Code of other packages in between does not
+count. What is called and returns before the message moves on, such as the chat template, the scheduler or the JSON
+encoder, works on the message where it is, and is no hop. The socket is none either, and neither is the engine's inbox.
+
+A stack goes on where a plain one ends: a task continues the stack that made the task, and a method that another
+package calls, as Starlette calls a response, continues the one that made its object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile, groupby, takewhile
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+PACKAGE = "jamba_server."
+PATH = "/v1/chat/completions"
+MARK = b"chatcmpl-"  # how the request's id begins, in every message that carries it
+STDLIB = sysconfig.get_path("stdlib")
+BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "max_tokens": 8}
+
+
+class Call(NamedTuple):
+    """One open call of a function of ours. `module` is without the package's name."""
+
+    module: str
+    function: str
+
+
+Stack = tuple[Call, ...]  # from the outermost call to the innermost
+
+
+class Ways(NamedTuple):
+    """The message's ways, in parts that a queue or a socket separates."""
+
+    down: tuple[Stack, ...]
+    back: tuple[Stack, ...]
+
+
+class Stacks:
+    """The stacks of one process."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[object, Stack]] = {}
+        self._tasks: dict[asyncio.Task[Any], Stack] = {}
+
+    def of(self, frame: FrameType | None) -> Stack:
+        calls: list[Call] = []
+        while frame is not None:
+            if (call := called(frame)) is not None:
+                calls.append(call)
+                if is_foreign(frame.f_back) and (made := self._made.get(id(frame.f_locals.get("self")))):
+                    return (*made[1], *reversed(calls))
+            frame = frame.f_back
+        task = current_task()
+        return (*(self._tasks.get(task, ()) if task else ()), *reversed(calls))
+
+    def here(self) -> Stack:
+        return self.of(inspect.currentframe())
+
+    def make_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Any:
+        """A task factory of asyncio."""
+        task = asyncio.Task(work, loop=loop, **options)
+        self._tasks[task] = self.here()
+        return task
+
+    def profile(self, frame: FrameType, event: str, argument: object) -> None:
+        """A profile function, which sees objects being made."""
+        if event == "call" and frame.f_code.co_name == "__init__" and called(frame) is not None:
+            made = frame.f_locals["self"]
+            self._made[id(made)] = made, self.of(frame)
+
+
+def called(frame: FrameType) -> Call | None:
+    """The call of a frame, if it is one of ours."""
+    module: str = frame.f_globals.get("__name__", "")
+    return Call(module.removeprefix(PACKAGE), frame.f_code.co_qualname) if module.startswith(PACKAGE) else None
+
+
+def is_foreign(frame: FrameType | None) -> bool:
+    """Whether it belongs to another package. The standard library's wrappers, such as contextlib's, do not."""
+    name = "" if frame is None or called(frame) else frame.f_code.co_filename
+    return bool(name) and (not name.startswith(STDLIB) or "site-packages" in name)
+
+
+def current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None  # no event loop runs in this thread
+
+
+def before(owner: Any, name: str, look: Callable[..., None]) -> None:
+    """Has `look` called with the arguments of each call of a method."""
+    method = getattr(owner, name)
+
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
+        look(*args)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, looked_at)
+
+
+def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
+    """Has `look` called with the result of each call of a coroutine method."""
+    method = getattr(owner, name)
+
+    async def looked_at(*args: Any) -> Any:
+        result = await method(*args)
+        look(result)
+        return result
+
+    setattr(owner, name, looked_at)
+
+
+# The engine's process ---------------------------------------------------------------------------------------------
+
+
+class EngineTrace:
+    """Looks at the engine's calls and writes its parts of the two ways to a file when the first tokens are sent."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stacks = path, Stacks()
+        self._inbox: Stack = ()
+        self._kernel: Stack = ()
+        self._results: Stack = ()
+
+    def reader(self, frame: FrameType, event: str, argument: object) -> None:
+        """The profile function of the thread that receives: the innermost call that is given the request."""
+        if event != "call" or called(frame) is None:
+            return
+        for value in frame.f_locals.values():
+            if isinstance(value, list) and value and str(getattr(value[0], "id", "")).startswith(MARK.decode()):
+                self._inbox = self._stacks.of(frame)
+
+    def loop(self, frame: FrameType, event: str, argument: object) -> None:
+        """The profile function of the thread that steps: the first kernel, and the last read from the device."""
+        if not self._inbox:
+            return
+        if event == "call" and not self._kernel:
+            call = called(frame)
+            if call is not None and call.module.startswith("kernels"):
+                self._kernel = self._stacks.of(frame)
+        elif event == "c_call" and getattr(argument, "__name__", "") == "tolist":
+            self._results = self._stacks.of(frame)
+
+    def send(self, connection: object, data: bytes) -> None:
+        if MARK not in data or self._path.exists():
+            return
+        modules = {call.module for call in self._kernel}
+        runner = tuple(takewhile(lambda call: call.module in modules, self._results))  # below it are copies of tensors
+        ways = Ways((self._inbox, self._kernel), (walk(runner, self._stacks.here()),))
+        self._path.write_text(json.dumps(ways))
+
+
+def run_engine(path: Path) -> None:
+    """`python -m jamba_server.engine.process`, looked at."""
+    import socket
+
+    from jamba_server.engine.process.__main__ import main
+
+    trace = EngineTrace(path)
+    before(socket.socket, "sendall", trace.send)
+    threading.setprofile(trace.reader)
+    sys.setprofile(trace.loop)
+    main()
+
+
+# The server's process ---------------------------------------------------------------------------------------------
+
+
+class ServerTrace:
+    """Looks at the server's calls, from the request to the first event with text."""
+
+    def __init__(self) -> None:
+        self.stacks = Stacks()
+        self.down: Stack = ()
+        self.back: Stack = ()
+        self._received: Stack = ()
+        self._put: Stack = ()
+        self._got: Stack = ()
+
+    def write(self, writer: object, data: bytes) -> None:
+        if MARK in data and not self.down:
+            self.down = since_route(self.stacks.here())
+
+    def read(self, data: bytes) -> None:
+        if MARK in data:
+            self._received = self.stacks.here()
+
+    def put(self, queue: object, item: object) -> None:
+        if self._is_update(item):
+            self._put = self.stacks.here()
+
+    def got(self, item: object) -> None:
+        if self._is_update(item):
+            self._got = since_route(self.stacks.here())
+
+    async def send(self, message: Any) -> None:
+        """ASGI's, in place of the HTTP server's."""
+        body: bytes = message.get("body", b"")
+        if not self.back and b'"content":' in body and b'"content":""' not in body:
+            sent = since_route(self.stacks.here())
+            self.back = (*walk(self._received, self._put), *walk(self._got, sent))
+
+    def _is_update(self, item: object) -> bool:
+        return str(getattr(item, "request_id", "")).startswith(MARK.decode())
+
+
+async def serve(engine_trace: Path) -> ServerTrace:
+    """Serves the request; the engine writes its parts of the ways to the file `engine_trace`."""
+    from jamba_server.engine.process.client import EngineClient
+    from jamba_server.server.config import GenerationDefaults, ServerConfig
+    from jamba_server.server.demo import demo_folder
+    from jamba_server.server.http.app import create_app
+    from jamba_server.server.text.chat_template import ChatTemplate
+    from jamba_server.server.text.tokenizer import Tokenizer
+
+    folder = demo_folder()
+    config = ServerConfig(
+        served_model_name=("demo",), device="cpu", max_num_seqs=2, kv_cache_memory_bytes=1 << 24, threads=1
+    )
+    command = (sys.executable, "-P", __file__, str(engine_trace))
+    engine = EngineClient(config.engine(folder), command=command)
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer)
+    app = create_app(config, engine, tokenizer, template, GenerationDefaults(), demo=True)
+    await engine.start()
+    trace = ServerTrace()
+    before(asyncio.StreamWriter, "write", trace.write)
+    before(asyncio.Queue, "put_nowait", trace.put)
+    after(asyncio.StreamReader, "readexactly", trace.read)
+    after(asyncio.Queue, "get", trace.got)
+    asyncio.get_running_loop().set_task_factory(trace.stacks.make_task)
+    sys.setprofile(trace.stacks.profile)
+    try:
+        await request(app, trace)
+    finally:
+        sys.setprofile(None)
+        await engine.close()
+    return trace
+
+
+async def request(app: Any, trace: ServerTrace) -> None:
+    """One request below HTTP, as an ASGI server makes it."""
+    body = iter([{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}])
+
+    async def receive() -> Any:
+        return next(body, None) or await asyncio.get_running_loop().create_future()  # the client stays
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "scheme": "http", "path": PATH, "query_string": b"", "headers": headers}
+    await app(scope | {"asgi": {"version": "3.0"}, "root_path": ""}, receive, trace.send)
+
+
+# What is counted --------------------------------------------------------------------------------------------------
+
+
+def walk(start: Stack, end: Stack) -> Stack:
+    """The calls from the innermost of `start`, out to the last that both have, and in to the innermost of `end`."""
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, end, strict=False)))
+    return (*reversed(start[max(common - 1, 0) :]), *end[common:])
+
+
+def since_route(stack: Stack) -> Stack:
+    """Without the framework's way to the route, through our middleware."""
+    return tuple(dropwhile(lambda call: ".routes." not in call.module, stack))
+
+
+def rooms(part: Stack) -> Iterator[tuple[str, list[str]]]:
+    """The modules that a way leads through, one after the other, each with its functions."""
+    for module, calls in groupby(part, key=lambda call: call.module):
+        yield module, list(dict.fromkeys(call.function for call in calls))
+
+
+def hops(parts: Sequence[Stack]) -> int:
+    return sum(len(list(rooms(part))) - 1 for part in parts)
+
+
+def show(title: str, parts: Sequence[Stack]) -> None:
+    print(f"{title}: {hops(parts)} hops")
+    for part in parts:
+        for n, (module, functions) in enumerate(rooms(part)):
+            print(f"  {'->' if n else '||'} {module:<28} {', '.join(functions)}")
+
+
+def count() -> Ways:
+    """Of one request, through both processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.json"
+        server = asyncio.run(serve(path))
+        down, back = (
+            tuple(tuple(Call(*call) for call in part) for part in way) for way in json.loads(path.read_text())
+        )
+    return Ways((server.down, *down), (*back, server.back))
+
+
+def main() -> None:
+    if len(sys.argv) > 1:  # the engine's process, with the file and the socket's number
+        path = Path(sys.argv.pop(1))
+        run_engine(path)
+        return
+    ways = count()
+    show("down", ways.down)
+    show("back", ways.back)
+
+
+if __name__ == "__main__":
+    main()
