@@ -1,0 +1,63 @@
+"""The documents keep their promises: links resolve, chapters are short, figures name the run that they come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+MAX_README_WORDS = 1200
+MAX_PLAIN_WORDS = 150  # of a chapter that has neither a list nor a table nor a picture
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a forge makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[tuple[str, str]]:
+    """(path, anchor) of the links to our own files."""
+    for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" not in target and not target.startswith("mailto:"):
+            path, _, anchor = target.partition("#")
+            yield path, anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_resolves(page: Path) -> None:
+    broken: list[str] = []
+    for path, anchor in links(page):
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(f"{path}#{anchor}")
+    assert broken == []
+
+
+def test_the_readme_is_short() -> None:
+    text = FENCE.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(text.split()) <= MAX_README_WORDS
+
+
+def test_chapters_of_the_architecture_without_a_list_are_short() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    long: dict[str, int] = {}
+    for chapter in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        title, _, body = chapter.partition("\n")
+        if not re.search(r"^(\||\*|\d+\.|```)", body, flags=re.MULTILINE) and len(body.split()) > MAX_PLAIN_WORDS:
+            long[title] = len(body.split())
+    assert long == {}
+
+
+def test_tables_of_figures_in_the_readme_name_their_run() -> None:
+    """A chapter whose table has a rate in it links to a file of benchmarks/results."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for chapter in re.split(r"^## ", text, flags=re.MULTILINE):
+        if re.search(r"^\|.*(tokens/s|tok/s)", chapter, flags=re.MULTILINE):
+            assert "benchmarks/results/" in chapter, chapter.splitlines()[0]
