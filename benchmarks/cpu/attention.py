@@ -24,7 +24,7 @@ from jamba_server.kernels.ops import Pages
 
 STORAGE_BYTES = 512 << 20
 BLOCK, CHUNK = 16, 512
-SECONDS = 0.15  # each measurement repeats its kernel for this time
+SECONDS = 0.15  # each measurement repeats its kernel for this many seconds
 # Each entry is (query heads, KV heads, head size).
 HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))
 

@@ -49,7 +49,7 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_TOKENS = 512
-DECODE_SECONDS = 2.0  # a run takes this time if the engine reaches half of the bandwidth limit
+DECODE_SECONDS = 2.0  # a decode run takes this many seconds if the engine reaches half of the bandwidth limit
 ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
 PEER_TOKENS = 17

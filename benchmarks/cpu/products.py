@@ -28,7 +28,7 @@ from jamba_server.kernels.ops import Weight
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
 ROTATED_BYTES = 250_000_000
-TURNS, SECONDS = 5, 0.12  # each contender gets this many turns of this length for each number of rows
+TURNS, SECONDS = 5, 0.12  # each contender gets five turns of 0.12 s for each number of rows
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:

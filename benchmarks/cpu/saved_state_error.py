@@ -38,7 +38,11 @@ from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 from jamba_server.server.demo import demo_folder
 
-LENGTH, CUTS, TURN = 400, (64, 136, 208), 32  # length of a text, places of the cuts and distance of cuts, in tokens
+LENGTH, CUTS, TURN = (
+    400,
+    (64, 136, 208),
+    32,
+)  # length of a text, positions of single cuts, interval of repeated cuts; in tokens
 # A token's distance is the number of tokens computed since the first cut. Results are grouped by these ranges.
 DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))
 BLOCK_SIZE = 16
@@ -139,7 +143,7 @@ def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Del
 
 
 def summary(deltas: Deltas) -> list[dict[str, float]]:
-    """Returns mean, maximum and agreement for each range of distances."""
+    """Returns mean and maximum difference of log-probabilities, and agreement of the most likely token, by distance."""
     return [
         {
             "mean": statistics.fmean(delta for delta, _ in found),

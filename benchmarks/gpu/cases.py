@@ -64,7 +64,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One call of an op.
+    """A test case: one call of an op, with its arguments and its cost.
 
     `args` are the arguments without the packed weights, which `arguments` inserts as the second argument. `pack` makes
     the packed weights from `weights`, quantised if `quantization` is set, for an implementation of the op.

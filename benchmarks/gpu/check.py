@@ -71,7 +71,7 @@ LEAST_SECONDS = 15.0  # a process is not started if less time than this is left,
 CELL_SECONDS = 240.0  # a process is stopped if a cell, or the time before the first cell, takes longer than this
 POLL_SECONDS = 2.0
 FREE_SECONDS, FREE_SLACK = 20.0, 256  # seconds to wait until the GPU's memory is free; MiB that may remain in use
-ERROR_TAIL = 1500  # this many last characters of a process's stderr are kept
+ERROR_TAIL = 1500  # the last 1500 characters of a process's stderr are kept
 MARK = "GPU_CHECK_PROCESS"  # every process that a part starts has this environment variable, so it can be found
 
 
@@ -247,7 +247,7 @@ def kill_marked(mark: str) -> None:
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
         except OSError:
-            continue  # the process has ended, or it belongs to another user
+            continue  # the process has ended, or it belongs to another user, so its environment cannot be read
 
 
 def gpu_memory_used() -> int | None:
@@ -266,7 +266,9 @@ def environment_of(folder: str, job: Job) -> dict[str, str]:
     if job.cold:
         known["TRITON_CACHE_DIR"] = folder
     elif "TRITON_CACHE_DIR" not in known and not os.access(Path.home(), os.W_OK):
-        known["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "triton-cache")  # later runs reuse this cache
+        known["TRITON_CACHE_DIR"] = str(
+            Path(tempfile.gettempdir()) / "triton-cache"
+        )  # later runs reuse this cache of compiled kernels
     if job.part == "tune" and job.device == "cpu":
         known["TRITON_INTERPRET"] = "1"  # without a GPU, Triton kernels run only in the interpreter
     return known

@@ -74,7 +74,8 @@ FP8_CAPABILITY = 89  # GPUs from this compute capability (times ten) on support 
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
-# Each op on the left must use the same orders of summation as the ops on the right together.
+# The sums in each op on the left must have the same orders of addition as those in the ops on the right together. Only
+# then are the results bit-identical.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
@@ -86,7 +87,7 @@ TWINS = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a kernel by an op.
+    """One launch of a kernel by an op, with all that is needed to compile the kernel.
 
     `signature` has the types of the arguments by name. `constants` has the values of arguments that are compile-time
     constants. `aligned` names the arguments that are multiples of 16.

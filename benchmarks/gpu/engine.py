@@ -41,7 +41,7 @@ SLOW = 20.0  # a prompt that takes at least this many seconds is timed only once
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The sizes to measure.
+    """The numbers of sequences and the lengths of prompts that are measured for a model.
 
     `sequences` are numbers of sequences that decode at the same time, `prompts` are lengths of prompts in tokens.
     `long` is the length of one long request in tokens, with its reply.

@@ -15,11 +15,11 @@ from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
 
 DTYPE_BYTES = 2  # bytes of a bfloat16 number
-COPIED, SIDE = 1 << 29, 8192  # float32 numbers in the copy (2 GiB); rows and columns of the matrices
+COPIED, SIDE = 1 << 29, 8192  # number of float32 values that are copied (2 GiB); rows and columns of the matrices
 
 
 class Ceilings(msgspec.Struct, frozen=True):
-    """The limits of a device.
+    """The limits of a device: its memory bandwidth and its matmul rate, as measured.
 
     `bandwidth` is in bytes per second, reads and writes added. `matmul` is the rate of a large bfloat16 product in
     operations per second.
@@ -43,7 +43,7 @@ def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """Measures the limits of a device.
+    """Measures the memory bandwidth and the matmul rate of a device.
 
     On a GPU these are the rate of a copy of 2 GiB, where reads and writes both count, and of a product of the size
     8192 x 8192 x 8192, both with random numbers. On a CPU these are the rates that `benchmarks.shapes` measures.

@@ -20,7 +20,7 @@ import torch
 from benchmarks.http.serving import describe_commit, describe_gpu
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
-ERROR_TAIL = 1500  # the last characters of a traceback that are kept
+ERROR_TAIL = 1500  # the last 1500 characters of a traceback are kept
 PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "pytest")
 
 
@@ -93,7 +93,7 @@ class Record:
         self.finish(key, row | {"run": len(self.runs) - 1, "wall_seconds": time.perf_counter() - start})
         print(f"{self.path.stem}: {key}: {summary(row)}", flush=True)
         if "error" in row and torch.cuda.is_available():
-            torch.cuda.synchronize()  # this raises if the device is lost; then a new process continues
+            torch.cuda.synchronize()  # raises an error if the device is lost; then a new process continues
             torch.cuda.empty_cache()
         return None if "error" in row else row
 

@@ -31,7 +31,7 @@ from jamba_server.kernels.table import select
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The sizes that are tuned.
+    """The numbers of rows, sequences and tokens at which kernels are tuned.
 
     `decode_rows` and `prefill_rows` are numbers of rows of matrix products. `contexts` are (sequences, context) of
     decode attention, `prompts` are (query tokens, context) of prefill attention, and `scans` are (sequences, tokens).

@@ -16,8 +16,8 @@ from benchmarks.gpu.record import Job, Record
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 8  # number of test processes, which share the GPU
-NO_TESTS = 5  # the exit status of pytest if no tests were collected
-TEST_SECONDS = 120  # time limit of one test, if pytest-timeout is installed
+NO_TESTS = 5  # pytest exits with this status if it finds no tests
+TEST_SECONDS = 120  # time limit of one test in seconds, if pytest-timeout is installed
 KERNELS = "tests/kernels"
 PRODUCTS = [f"{KERNELS}/test_{name}.py" for name in ("linear", "moe", "quantized")]
 RECURRENCE = [f"{KERNELS}/test_{name}.py" for name in ("conv", "scan", "scan_chunked", "recurrence", "mamba")]

@@ -89,7 +89,7 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
         except Exception as failure:  # noqa: BLE001 - a variant may need too many registers or too much shared memory
             times[variant.label] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
             if device == "cuda":
-                torch.cuda.synchronize()  # this raises if the device is lost
+                torch.cuda.synchronize()  # raises an error if the device is lost
             continue
         if not error <= (0 if variant.exact else TOLERANCE):
             differ[variant.label] = error

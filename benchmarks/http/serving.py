@@ -39,8 +39,8 @@ from jamba_server.server.cli.bench.runner import ClosedLoop
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-STOP_SECONDS = 60  # this is longer than the server waits for requests in flight when it stops
-LOG_TAIL = 3000  # the last characters of the server's log that a failure shows
+STOP_SECONDS = 60  # longer than a server that is stopped waits for its requests in flight
+LOG_TAIL = 3000  # a failure shows the last 3000 characters of the server's log
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -68,9 +68,7 @@ def running_server(serve_arguments: list[str], start_timeout: float) -> Generato
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile(
-        "a+"
-    ) as log:  # append mode, because the server shares this process's position in the file
+    with tempfile.TemporaryFile("a+") as log:  # the server shares the file position, so it must append
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -89,7 +87,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], t
             if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
-            pass  # the server is not listening yet
+            pass  # the server is not listening yet, so the loop tries again
         time.sleep(0.2)
     ended = "is not ready" if process.poll() is None else f"ended with status {process.returncode}"
     log.seek(0)

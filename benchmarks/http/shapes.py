@@ -94,7 +94,7 @@ def memory_of_children() -> int:
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
-            continue  # the process has ended
+            continue  # the process has ended since it was listed
         total += 1024 * int(text.split("\nPss:")[1].split()[0])
     return total
 
