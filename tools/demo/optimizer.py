@@ -35,7 +35,7 @@ class Muon:
         self.parameters = parameters
         self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(
             list
-        )  # of equal matrices, done in one product
+        )  # indices of parameters by shape; a group is orthogonalised as one batch
         for index, parameter in enumerate(parameters):
             self.groups[parameter.shape[-2], parameter.shape[-1]].append(index)
 
