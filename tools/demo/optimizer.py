@@ -33,9 +33,8 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.momenta = [torch.zeros_like(parameter) for parameter in parameters]
         self.parameters = parameters
-        self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(
-            list
-        )  # indices of parameters by shape; a group is orthogonalised as one batch
+        # The indices of parameters by their shape. Matrices of one shape are orthogonalised as one batch.
+        self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             self.groups[parameter.shape[-2], parameter.shape[-1]].append(index)
 
