@@ -1,4 +1,4 @@
-"""The shapes that are measured, what a decode step of each must read, and what a CPU can do."""
+"""Defines the model shapes that the benchmarks use, the bytes that a decode step must read, and what a CPU can do."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 8192, "num_experts": 1, "num_experts_per_tok": 1}
     | {"num_hidden_layers": 28, "attn_layer_period": 14, "attn_layer_offset": 7, "tie_word_embeddings": True}
     | {"num_attention_heads": 20, "num_key_value_heads": 1, "mamba_dt_rank": 160},
-    # AI21-Jamba-Mini, all versions: 51.6 billion parameters, 12.1 of them for a token.
+    # This is the shape of all versions of AI21-Jamba-Mini: 51.6 billion parameters, of which a token uses 12.1 billion.
     "mini": BASE
     | {"vocab_size": 65536, "hidden_size": 4096, "intermediate_size": 14336, "num_experts": 16}
     | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_dt_rank": 256},
-    # For the tests of these programs.
+    # This shape is for tests of the benchmark programs.
     "tiny": BASE
     | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_experts": 4}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -55,7 +55,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How weights are stored, written `bf16`, `int8`, `int4+mamba` and so on."""
+    """How the weights are stored. The name is `bf16`, or a quantised format such as `int8`.
+
+    `+mamba` after a quantised format means that the Mamba layers' matrices are quantised, too.
+    """
 
     name: str
     policy: QuantizationPolicy
@@ -66,39 +69,48 @@ class Format:
         by_name: Mapping[str, Quantization | None] = {"bf16": None, **{known: known for known in FORMATS}}
         if mamba not in ("", "mamba") or kind not in by_name or (mamba and kind == "bf16"):
             known = ", ".join(FORMATS)
-            raise SystemExit(f"format {name!r} must be bf16 or one of {known}; of the latter also with +mamba.")
+            raise SystemExit(f"Format {name!r} must be bf16 or one of {known}, the latter also followed by +mamba.")
         return cls(name, QuantizationPolicy(by_name[kind], bool(mamba)))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields of EngineConfig."""
+        """Returns the fields of EngineConfig that select this format."""
         quantized = {"quantization": self.policy.quantization, "quantize_mamba": self.policy.mamba}
         return {"dtype": "bfloat16"} | quantized
 
     @property
     def flags(self) -> list[str]:
-        """Those of `jamba serve`."""
+        """Returns the options of `jamba serve` that select this format."""
         quantized = ["--quantization", self.policy.quantization] if self.policy.quantization else []
         return ["--dtype", "bfloat16", *quantized, *(["--quantize-mamba"] if self.policy.mamba else [])]
 
 
 def write_config(shape: str, folder: Path) -> None:
-    """`config.json`, all that dummy weights need."""
+    """Writes the `config.json` of a shape to `folder`. A model with dummy weights needs no other file."""
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"torch_dtype": "bfloat16"}))
 
 
 def weights_read(config: JambaConfig, num_sequences: int, stored: Format) -> int:
-    """Bytes of weights that a decode step must read; of the embedding nothing to speak of."""
+    """Returns the bytes of weights that a decode step must read.
+
+    The embedding is left out, because a step reads only one row of it per sequence.
+    """
     return step_bytes(config, 2, num_sequences=num_sequences, policy=stored.policy)
 
 
 def active_parameters(config: JambaConfig) -> float:
-    """Multiplied with every prompt token; the head only with the last."""
+    """Returns the number of parameters by which every prompt token is multiplied.
+
+    The output head is left out, because only the last token of a prompt needs logits.
+    """
     return step_bytes(config, 4) / 4 - config.vocab_size * config.hidden_size
 
 
 def median_seconds(run: Callable[[], object], budget: float) -> float:
-    """Of as many runs as take `budget` seconds, at least three; one more warms up."""
+    """Returns the median time of `run` in seconds.
+
+    `run` is repeated for `budget` seconds and at least three times, after one call to warm up.
+    """
     run()
     taken: list[float] = []
     end = time.perf_counter() + budget
@@ -110,17 +122,17 @@ def median_seconds(run: Callable[[], object], budget: float) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that as many threads as torch has read together."""
+    """Measures the memory bandwidth in bytes per second, with as many threads as torch uses."""
     return conditions.read_bandwidth(torch.get_num_threads())
 
 
 def matmul_rate() -> float:
-    """Operations a second of torch's own product of bf16, 512 x 2560 x 8192."""
+    """Measures the operations per second of torch's bfloat16 matrix product of the size 512 x 2560 x 8192."""
     x, weight = torch.randn(512, 2560).bfloat16(), torch.randn(8192, 2560).bfloat16()
     return 2 * 512 * 2560 * 8192 / median_seconds(lambda: torch.nn.functional.linear(x, weight), 0.5)
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Of one process, what it shares with others counted in full."""
+    """Returns the resident memory of one process in bytes. Memory shared with other processes counts in full."""
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * int(status.split("VmRSS:")[1].split()[0])

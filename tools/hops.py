@@ -1,20 +1,20 @@
 """Counts the hops of a chat request: `python -m tools.hops`.
 
-It serves one streamed chat request with the demonstration checkpoint: the real application in this process, the real
-engine in its own. In both it looks at the stack of calls whenever the message leaves one place for another:
+The program serves one streamed chat request with the demonstration checkpoint. The real application runs in this
+process, and the real engine runs in a process of its own. Both record the stack of calls at these moments:
 
     down    the frame with the request is written to the engine's socket ‖ the request arrives in the engine's inbox,
             and the first kernel is called for it
     back    the step's tokens are read in the runner, and the frame with them is sent ‖ the frame is read, its update
             goes through the request's queue, and the event with its text is handed to the HTTP server
 
-A hop is a call between functions of two different modules of ours which is still open at such a moment, so that the
-message went down through it, or comes back as what it returns or yields. Code of other packages in between does not
-count. What is called and returns before the message moves on, such as the chat template, the scheduler or the JSON
-encoder, works on the message where it is, and is no hop. The socket is none either, and neither is the engine's inbox.
+A hop is a call from a function in one module of this project to a function in another module. It counts if the call is
+still open at such a moment, because then the message passes through it. Calls of other packages do not count. Nor do
+functions that return before the message moves on, such as the chat template, the scheduler and the JSON encoder. The
+socket and the engine's inbox are no hops either.
 
-A stack goes on where a plain one ends: a task continues the stack that made the task, and a method that another
-package calls, as Starlette calls a response, continues the one that made its object.
+Stacks are joined in two cases. The stack of a task continues the stack that created the task. A method that another
+package calls, as Starlette calls a response, continues the stack that created the method's object.
 """
 
 from __future__ import annotations
@@ -34,30 +34,33 @@ from typing import Any, NamedTuple
 
 PACKAGE = "jamba_server."
 PATH = "/v1/chat/completions"
-MARK = b"chatcmpl-"  # how the request's id begins, in every message that carries it
+MARK = b"chatcmpl-"  # the request's id begins with these bytes, so they identify the messages of the request
 STDLIB = sysconfig.get_path("stdlib")
 BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "max_tokens": 8}
 
 
 class Call(NamedTuple):
-    """One open call of a function of ours. `module` is without the package's name."""
+    """An open call of a function of this project. `module` is its module without the package's name."""
 
     module: str
     function: str
 
 
-Stack = tuple[Call, ...]  # from the outermost call to the innermost
+Stack = tuple[Call, ...]  # a stack is ordered from the outermost call to the innermost
 
 
 class Ways(NamedTuple):
-    """The message's ways, in parts that a queue or a socket separates."""
+    """The calls on the request's way to the kernels and on the tokens' way back.
+
+    A way has several parts, which a queue or a socket separates.
+    """
 
     down: tuple[Stack, ...]
     back: tuple[Stack, ...]
 
 
 class Stacks:
-    """The stacks of one process."""
+    """Records where tasks and objects are created in one process, and joins stacks of calls across them."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[object, Stack]] = {}
@@ -78,26 +81,26 @@ class Stacks:
         return self.of(inspect.currentframe())
 
     def make_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Any:
-        """A task factory of asyncio."""
+        """Creates an asyncio task and records the stack that creates it. It is set as the loop's task factory."""
         task = asyncio.Task(work, loop=loop, **options)
         self._tasks[task] = self.here()
         return task
 
     def profile(self, frame: FrameType, event: str, argument: object) -> None:
-        """A profile function, which sees objects being made."""
+        """Records the stack that creates each object of this project. It is set with sys.setprofile."""
         if event == "call" and frame.f_code.co_name == "__init__" and called(frame) is not None:
             made = frame.f_locals["self"]
             self._made[id(made)] = made, self.of(frame)
 
 
 def called(frame: FrameType) -> Call | None:
-    """The call of a frame, if it is one of ours."""
+    """Returns the call that a frame belongs to, or None if its function is not of this project."""
     module: str = frame.f_globals.get("__name__", "")
     return Call(module.removeprefix(PACKAGE), frame.f_code.co_qualname) if module.startswith(PACKAGE) else None
 
 
 def is_foreign(frame: FrameType | None) -> bool:
-    """Whether it belongs to another package. The standard library's wrappers, such as contextlib's, do not."""
+    """Returns whether a frame belongs to another package. The standard library does not count as another package."""
     name = "" if frame is None or called(frame) else frame.f_code.co_filename
     return bool(name) and (not name.startswith(STDLIB) or "site-packages" in name)
 
@@ -106,11 +109,11 @@ def current_task() -> asyncio.Task[Any] | None:
     try:
         return asyncio.current_task()
     except RuntimeError:
-        return None  # no event loop runs in this thread
+        return None  # this thread has no running event loop, so it has no task
 
 
 def before(owner: Any, name: str, look: Callable[..., None]) -> None:
-    """Has `look` called with the arguments of each call of a method."""
+    """Replaces a method, so that `look` is called with its arguments before each call."""
     method = getattr(owner, name)
 
     def looked_at(*args: Any, **kwargs: Any) -> Any:
@@ -121,7 +124,7 @@ def before(owner: Any, name: str, look: Callable[..., None]) -> None:
 
 
 def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
-    """Has `look` called with the result of each call of a coroutine method."""
+    """Replaces a coroutine method, so that `look` is called with its result after each call."""
     method = getattr(owner, name)
 
     async def looked_at(*args: Any) -> Any:
@@ -132,11 +135,11 @@ def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
     setattr(owner, name, looked_at)
 
 
-# The engine's process ---------------------------------------------------------------------------------------------
+# The following code runs in the engine's process.
 
 
 class EngineTrace:
-    """Looks at the engine's calls and writes its parts of the two ways to a file when the first tokens are sent."""
+    """Records the stacks in the engine's process and writes them to a file when the first tokens are sent."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._stacks = path, Stacks()
@@ -145,7 +148,7 @@ class EngineTrace:
         self._results: Stack = ()
 
     def reader(self, frame: FrameType, event: str, argument: object) -> None:
-        """The profile function of the thread that receives: the innermost call that is given the request."""
+        """Records the innermost call that gets the request. It is the profile function of the receiving thread."""
         if event != "call" or called(frame) is None:
             return
         for value in frame.f_locals.values():
@@ -153,7 +156,10 @@ class EngineTrace:
                 self._inbox = self._stacks.of(frame)
 
     def loop(self, frame: FrameType, event: str, argument: object) -> None:
-        """The profile function of the thread that steps: the first kernel, and the last read from the device."""
+        """Records the first call of a kernel, and the last read from the device.
+
+        It is the profile function of the thread that runs the engine's steps.
+        """
         if not self._inbox:
             return
         if event == "call" and not self._kernel:
@@ -167,13 +173,14 @@ class EngineTrace:
         if MARK not in data or self._path.exists():
             return
         modules = {call.module for call in self._kernel}
-        runner = tuple(takewhile(lambda call: call.module in modules, self._results))  # below it are copies of tensors
+        # The way back begins in the runner. The calls inside the runner only copy tensors, so they are left out.
+        runner = tuple(takewhile(lambda call: call.module in modules, self._results))
         ways = Ways((self._inbox, self._kernel), (walk(runner, self._stacks.here()),))
         self._path.write_text(json.dumps(ways))
 
 
 def run_engine(path: Path) -> None:
-    """`python -m jamba_server.engine.process`, looked at."""
+    """Runs the engine's process, as `python -m jamba_server.engine.process` does, and records its stacks to `path`."""
     import socket
 
     from jamba_server.engine.process.__main__ import main
@@ -185,11 +192,11 @@ def run_engine(path: Path) -> None:
     main()
 
 
-# The server's process ---------------------------------------------------------------------------------------------
+# The following code runs in the server's process.
 
 
 class ServerTrace:
-    """Looks at the server's calls, from the request to the first event with text."""
+    """Records the stacks in the server's process, from the request to the first event with text."""
 
     def __init__(self) -> None:
         self.stacks = Stacks()
@@ -216,7 +223,7 @@ class ServerTrace:
             self._got = since_route(self.stacks.here())
 
     async def send(self, message: Any) -> None:
-        """ASGI's, in place of the HTTP server's."""
+        """Receives the application's reply in place of an HTTP server, as ASGI's `send`."""
         body: bytes = message.get("body", b"")
         if not self.back and b'"content":' in body and b'"content":""' not in body:
             sent = since_route(self.stacks.here())
@@ -227,7 +234,10 @@ class ServerTrace:
 
 
 async def serve(engine_trace: Path) -> ServerTrace:
-    """Serves the request; the engine writes its parts of the ways to the file `engine_trace`."""
+    """Starts the application and the engine and serves one request.
+
+    Returns the stacks of this process. The engine writes its own stacks to the file `engine_trace`.
+    """
     from jamba_server.engine.process.client import EngineClient
     from jamba_server.server.config import GenerationDefaults, ServerConfig
     from jamba_server.server.demo import demo_folder
@@ -261,33 +271,37 @@ async def serve(engine_trace: Path) -> ServerTrace:
 
 
 async def request(app: Any, trace: ServerTrace) -> None:
-    """One request below HTTP, as an ASGI server makes it."""
+    """Calls the application with one request, as an ASGI server would do."""
     body = iter([{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}])
 
     async def receive() -> Any:
-        return next(body, None) or await asyncio.get_running_loop().create_future()  # the client stays
+        return next(body, None) or await asyncio.get_running_loop().create_future()  # the client never disconnects
 
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "scheme": "http", "path": PATH, "query_string": b"", "headers": headers}
     await app(scope | {"asgi": {"version": "3.0"}, "root_path": ""}, receive, trace.send)
 
 
-# What is counted --------------------------------------------------------------------------------------------------
+# The following code counts the hops.
 
 
 def walk(start: Stack, end: Stack) -> Stack:
-    """The calls from the innermost of `start`, out to the last that both have, and in to the innermost of `end`."""
+    """Returns the calls between two stacks.
+
+    They lead from the innermost call of `start` outwards to the last common call, and inwards to the innermost call of
+    `end`.
+    """
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, end, strict=False)))
     return (*reversed(start[max(common - 1, 0) :]), *end[common:])
 
 
 def since_route(stack: Stack) -> Stack:
-    """Without the framework's way to the route, through our middleware."""
+    """Returns the stack from the route's function on, without the framework and the middleware around it."""
     return tuple(dropwhile(lambda call: ".routes." not in call.module, stack))
 
 
 def rooms(part: Stack) -> Iterator[tuple[str, list[str]]]:
-    """The modules that a way leads through, one after the other, each with its functions."""
+    """Yields each module that a part of a way passes through, in order, with the functions called in it."""
     for module, calls in groupby(part, key=lambda call: call.module):
         yield module, list(dict.fromkeys(call.function for call in calls))
 
@@ -304,7 +318,7 @@ def show(title: str, parts: Sequence[Stack]) -> None:
 
 
 def count() -> Ways:
-    """Of one request, through both processes."""
+    """Serves one request and returns its ways through both processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.json"
         server = asyncio.run(serve(path))
@@ -315,7 +329,7 @@ def count() -> Ways:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:  # the engine's process, with the file and the socket's number
+    if len(sys.argv) > 1:  # this is the engine's process; the arguments are the trace file and the socket
         path = Path(sys.argv.pop(1))
         run_engine(path)
         return

@@ -1,9 +1,9 @@
-"""Runs a command in a terminal of its own and writes what it showed as an SVG picture.
+"""Runs a command in a terminal of its own and writes the screen as an SVG picture.
 
     python tools/record_terminal.py --out docs/serve.svg --until "curl" -- jamba serve --port 8000
 
-The picture is the screen when the text of `--until` has appeared, or when the command has ended. Then the command gets
-SIGINT. Nothing is edited but the control sequences of progress bars, of which the last state is shown.
+The picture is taken when the text of `--until` has appeared, or when the command has ended. Then the command gets
+SIGINT. The output is not edited, except that of a progress bar only the last state is shown.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from rich.text import Text
 
 COLUMNS = 120
 POLL_SECONDS = 0.2
-SETTLE_SECONDS = 1.0  # after the awaited text, for the rest of its lines
+SETTLE_SECONDS = 1.0  # seconds to wait after the text of --until has appeared, so that the output after it is shown
 _CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[[0-9]*[ABCDGHJ]|\x1b\]8;[^\x1b]*\x1b\\")
 
 
 def record(command: list[str], until: str, timeout: float) -> str:
-    """What `command` writes to its terminal up to `until`, its end, or `timeout` seconds."""
+    """Runs `command` in a terminal and returns its output.
+
+    Recording ends when the text `until` has appeared, the command has ended, or `timeout` seconds have passed.
+    """
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
@@ -38,7 +41,7 @@ def record(command: list[str], until: str, timeout: float) -> str:
             if select.select([master], [], [], POLL_SECONDS)[0]:
                 try:
                     written += os.read(master, 65536)
-                except OSError:  # the command has closed its terminal
+                except OSError:  # reading fails once the command has closed its terminal
                     break
             elif process.poll() is not None:
                 break
@@ -50,7 +53,7 @@ def record(command: list[str], until: str, timeout: float) -> str:
 
 
 def screen(written: str) -> str:
-    """The lines that stay on the screen: what a progress bar wrote over is gone."""
+    """Returns the lines that remain on the screen, without those that a progress bar has overwritten."""
     lines: list[str] = []
     for line in written.replace("\r\n", "\n").split("\n"):
         erased = line.split("\x1b[2K")[-1]
@@ -62,11 +65,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the SVG file to write")
     parser.add_argument("--until", default="\0", help="text after which the picture is taken")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for it")
-    parser.add_argument("command", nargs="+", help="the command, after --")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for that text")
+    parser.add_argument("command", nargs="+", help="the command to run, after --")
     arguments = parser.parse_args()
     shown = screen(record(arguments.command, arguments.until, arguments.timeout))
-    console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115 - it ends with us
+    console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115 - the file is closed when the process ends
     console.print(Text.from_ansi("$ " + " ".join(arguments.command) + "\n" + shown))
     arguments.out.write_text(console.export_svg(title="jamba-server"), encoding="utf-8")
 

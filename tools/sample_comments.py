@@ -2,8 +2,8 @@
 
     python tools/sample_comments.py [--number 10] [--draws 3] [--seed COMMIT]
 
-The seed is the commit that is checked out, so that nobody chooses the sample. A comment is all the lines that belong
-together; of a docstring the first paragraph is shown. Markers for tools (`# noqa`, `# type:`, `# fmt:`) do not count.
+The seed is the commit that is checked out, so nobody can choose the sample. Comments on consecutive lines are joined.
+Only the first paragraph of a docstring is shown. Markers for tools (`# noqa`, `# type:`, `# fmt:`) do not count.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("src", "server", "engine", "kernels", "benchmarks", "tools")
 CPP_COMMENT = re.compile(r"(?:^[ \t]*//[^\n]*\n)+|//[^\n]*", re.MULTILINE)
 TOOL_MARKER = re.compile(r"#\s*(noqa|type:|pyright|fmt:|ruff)")
-SHORTEST = 15  # characters
+SHORTEST = 15  # comments with fewer characters are left out
 
 
 def python_comments(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of comments, those of consecutive lines joined."""
+    """Yields (line, text) for each comment in Python source. Comments on consecutive lines are joined."""
     lines: dict[int, tuple[str, bool]] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not TOOL_MARKER.match(token.string):
@@ -34,7 +34,7 @@ def python_comments(source: str) -> Iterator[tuple[int, str]]:
             lines[token.start[0]] = (token.string.lstrip("# "), alone)
     for number, (text, alone) in lines.items():
         if alone and lines.get(number - 1, ("", False))[1]:
-            continue  # it belongs to the comment above
+            continue  # this line belongs to the comment that began above
         following = number + 1
         while alone and lines.get(following, ("", False))[1]:
             text += " " + lines[following][0]
@@ -43,7 +43,7 @@ def python_comments(source: str) -> Iterator[tuple[int, str]]:
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:
-    """(line, first paragraph) of the docstrings of modules, classes and functions."""
+    """Yields (line, first paragraph) for each docstring of a module, class or function."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
@@ -52,14 +52,14 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
 
 
 def cpp_comments(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of `//` comments, those of consecutive lines joined."""
+    """Yields (line, text) for each `//` comment in C++ source. Comments on consecutive lines are joined."""
     for match in CPP_COMMENT.finditer(source):
         text = " ".join(line.strip().lstrip("/ ") for line in match[0].splitlines())
         yield source.count("\n", 0, match.start()) + 1, text
 
 
 def all_comments() -> list[str]:
-    """Every comment of the product as "path:line: text", in the order of the paths."""
+    """Returns every comment in FOLDERS as "path:line: text", in the order of the paths."""
     found: list[str] = []
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -77,9 +77,9 @@ def all_comments() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=10, help="comments in a draw")
+    parser.add_argument("--number", type=int, default=10, help="number of comments in a draw")
     parser.add_argument("--draws", type=int, default=3, help="number of draws")
-    parser.add_argument("--seed", help="in place of the commit that is checked out")
+    parser.add_argument("--seed", help="seed to use instead of the commit that is checked out")
     arguments = parser.parse_args()
     head = ["git", "rev-parse", "HEAD"]
     seed = arguments.seed or subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

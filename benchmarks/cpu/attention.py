@@ -1,11 +1,12 @@
-"""Attention of the compiled kernels over keys and values that come from memory, as a share of its bandwidth.
+"""Measures the compiled attention kernels on keys and values in memory, as a share of the memory bandwidth.
 
     python -m benchmarks.cpu.attention [--contexts 1024,4096,16384] [--sequences 1,8] [--in-order]
 
-In a decode step the weights pass through the caches between two calls; here each call reads other pages than the ones
-before it, from a storage that is many times larger than the caches. Pages lie in random order, the worst that a long
-life of the engine makes of them, or in order, as a fresh one has them. A group of 20 queries on one head needs more
-operations than its keys' bytes take time: there the share of the matmul rate is the one to look at.
+In a real decode step the weights pass through the CPU's caches between two calls of attention, so the keys and values
+come from memory. Here each call reads other pages than the calls before it, from a storage many times larger than the
+caches. The pages lie in random order, which is the worst case after long use of the engine, or with --in-order one
+after the other, as in a fresh engine. If 20 query heads share one KV head, attention is compute-bound; the share of
+the matmul rate is then the one to look at.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from jamba_server.kernels.ops import Pages
 
 STORAGE_BYTES = 512 << 20
 BLOCK, CHUNK = 16, 512
-SECONDS = 0.15  # of each measurement
-HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))  # query heads, KV heads, head size
+SECONDS = 0.15  # each measurement repeats its kernel for this many seconds
+# Each entry is (query heads, KV heads, head size).
+HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))
 
 
 class Storage:
-    """Pages [pages, 2, BLOCK, G, Z] whose use goes round, so that none is used again while a cache may hold it."""
+    """A storage of KV pages [pages, 2, BLOCK, KV heads, head size].
+
+    Calls use the pages in turn, so a page is used again only after the CPU's caches have dropped it.
+    """
 
     def __init__(self, kv_heads: int, size: int, in_order: bool) -> None:
         pages = STORAGE_BYTES // (2 * BLOCK * kv_heads * size * 2)
@@ -70,17 +75,17 @@ def prefill(storage: Storage, heads: tuple[int, int, int], context: int, peaks: 
     kernel, requests = AttentionPrefill(), storage.requests(1, context)
     q, starts = torch.randn(rows, query_heads, size).bfloat16(), torch.tensor([0, rows], dtype=torch.int32)
     seconds = median_seconds(lambda: kernel(q, next(requests), starts, rows, size**-0.5), SECONDS)
-    pairs = rows * (context - (rows - 1) / 2)  # of a query and a key that it sees
+    pairs = rows * (context - (rows - 1) / 2)  # number of pairs of a query and a key that the causal mask admits
     label = f"prefill {query_heads}/{kv_heads} x {size}, last {rows} of {context}"
     show(label, seconds, context * 2 * kv_heads * size * 2, pairs * 4 * query_heads * size, peaks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--contexts", default="1024,4096,16384")
-    parser.add_argument("--sequences", default="1,8")
-    parser.add_argument("--in-order", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument("--contexts", default="1024,4096,16384", help="lengths of the sequences, in tokens")
+    parser.add_argument("--sequences", default="1,8", help="numbers of sequences in a decode step")
+    parser.add_argument("--in-order", action="store_true", help="store a sequence's pages one after the other")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     library().set_threads(arguments.threads)

@@ -1,15 +1,18 @@
-"""The engine on this CPU beside what the CPU can do: bandwidth and matmul rate are measured in the same run.
+"""Measures the engine on this CPU and compares it with the limits that the CPU's bandwidth and matmul rate set.
 
     python -m benchmarks.cpu.engine --name cpu-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4,int8+mamba]
         [--sequences 1,8,16,32,64] [--long 4096,16384] [--peer transformers]
 
-Dummy weights, in-process, greedy, prompts of four tokens for decode. Each shape and format has a process of its own,
-so that its memory is what it took itself. The limit of a decode step is the longer of two times: the bytes of weights
-that it must read in this format over the bandwidth, and two operations per active parameter and sequence over the
-matmul rate; of prefill, the latter alone. As the bandwidth drifts it is measured before and after each decode.
-Long prompts and the peer are measured for bf16, the former of `small`, the latter of `small` and `moe`: one request at
-a time.
-Writes benchmarks/results/NAME.json and NAME.md after every process.
+The weights are dummies, decoding is greedy, and the engine runs in the measuring process. Prompts have four tokens
+where decode is measured. Each shape and format runs in a process of its own, so the memory of that process is the
+memory that this case needs.
+
+The limit of a decode step is the longer of two times: the bytes of weights that it must read divided by the bandwidth,
+and two operations per active parameter and sequence divided by the matmul rate. The limit of prefill is the second
+time. The bandwidth drifts, so it is measured before and after each decode.
+
+Long prompts are measured with the shape `small` in bf16. transformers is measured with `small` and `moe` in bf16, one
+request at a time. The program writes benchmarks/results/NAME.json and NAME.md after every process.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_TOKENS = 512
-DECODE_SECONDS = 2.0  # of a run at one sequence, if it reached half the limit
+DECODE_SECONDS = 2.0  # a decode run takes this many seconds if the engine reaches half of the bandwidth limit
 ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
 PEER_TOKENS = 17
@@ -55,7 +58,7 @@ GB = 1e9
 
 
 class Cell:
-    """One shape in one format, in this process."""
+    """Measures one shape in one format with an engine in this process."""
 
     def __init__(self, shape: str, stored: Format, sequences: list[int], long: list[int]) -> None:
         self.sequences, self.long, self.stored = sequences, long, stored
@@ -77,7 +80,7 @@ class Cell:
         self.random = Random(0)
 
     def run(self, count: int, length: int, tokens: int) -> float:
-        """Seconds for so many prompts of random tokens and replies of exactly `tokens`."""
+        """Returns the seconds for `count` requests with prompts of `length` random tokens and replies of `tokens`."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         vocabulary = range(3, self.config.vocab_size)
         prompts: list[str | list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
@@ -86,7 +89,10 @@ class Cell:
         return time.perf_counter() - start
 
     def decode(self, count: int) -> dict[str, float]:
-        """The prompts' own step is taken off: a run of one token."""
+        """Measures decode of `count` sequences in tokens per second.
+
+        The time of the prompts, which a run with one output token takes, is subtracted.
+        """
         read = weights_read(self.config, count, self.stored)
         steps = max(8, min(64, int(DECODE_SECONDS * self.bandwidths[-1] / read / 2)))
         seconds = self.run(count, 4, steps + 1) - min(self.run(count, 4, 1) for _ in range(2))
@@ -96,7 +102,10 @@ class Cell:
         return {"tok_s": count * steps / seconds, "limit_tok_s": limit, "bandwidth": bandwidth}
 
     def decodes(self) -> dict[str, dict[str, float]]:
-        """By sequences, the best of some rounds: a machine has slower minutes."""
+        """Measures decode for each number of sequences.
+
+        The best of ROUNDS rounds counts, because other load can slow the machine for minutes.
+        """
         best: dict[str, dict[str, float]] = {}
         for count in self.sequences * ROUNDS:
             found = self.decode(count)
@@ -109,8 +118,11 @@ class Cell:
         return {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": self.rate / (2 * active_parameters(self.config))}
 
     def long_prompt(self, tokens: int) -> dict[str, float]:
-        """Also by how much the process has grown at its largest, beside what the prompt's keys and values take."""
-        Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+        """Measures prefill of a long prompt and the memory by which the process grows meanwhile.
+
+        `growth_bytes` is the peak growth; `kv_bytes` is the memory of the prompt's keys and values for comparison.
+        """
+        Path("/proc/self/clear_refs").write_text("5")  # this resets VmHWM, the peak of the resident memory
         before = resident_bytes()
         seconds = self.run(1, tokens, 1)
         peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -137,13 +149,16 @@ class Cell:
             "weights": info.weight_bytes,
             "caches": info.kv_bytes + info.state_bytes,
         }
-        # The first warms up what a chunk needs at its largest.
+        # The first long prompt also allocates the buffers of the largest chunk, which later prompts reuse.
         result["long"] = {str(tokens): self.long_prompt(tokens) for tokens in self.long}
         return result
 
 
 def measure_transformers(shape: str, threads: int) -> dict[str, Any]:
-    """`generate` on the same shape, one request at a time: decode after four tokens, and prefill of 512."""
+    """Measures transformers' `generate` on the same shape, one request at a time.
+
+    Decode is measured after a prompt of four tokens, and prefill with prompts of 512 tokens.
+    """
     random = Random(0)
     lengths = [(4, 3), (4, PEER_TOKENS), (PREFILL_TOKENS, 2), (PREFILL_TOKENS, 2)]
     vocabulary = range(3, SHAPES[shape]["vocab_size"])
@@ -175,7 +190,10 @@ _PIPE: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
 
 
 def measure_apart(shape: str, stored: Format, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A Cell in a process of its own, whose threads of torch sleep where they have nothing to do, as the server's."""
+    """Measures one shape and format in a process of its own.
+
+    OMP_WAIT_POLICY=PASSIVE lets idle torch threads sleep, as in the server.
+    """
     long = arguments.long if shape == "small" and stored.name == "bf16" else ""
     command = ["-m", "benchmarks.cpu.engine", "--cell", shape, stored.name, "--sequences", arguments.sequences]
     command += ["--threads", str(arguments.threads), "--long", long]
@@ -227,14 +245,16 @@ def to_markdown(name: str, report: dict[str, Any], sequences: list[int]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", help="of the result files")
-    parser.add_argument("--shapes", default="small,moe,3b")
-    parser.add_argument("--formats", default="bf16")
-    parser.add_argument("--sequences", default="1,8,16,32")
-    parser.add_argument("--long", default="4096,16384", help="lengths of long prompts")
-    parser.add_argument("--peer", choices=["transformers"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cell", nargs=2, metavar=("SHAPE", "FORMAT"), help="one process's part, as JSON")
+    parser.add_argument("--name", help="name of the result files, without extension")
+    parser.add_argument("--shapes", default="small,moe,3b", help="model shapes to measure")
+    parser.add_argument("--formats", default="bf16", help="weight formats to measure, such as bf16,int8,int8+mamba")
+    parser.add_argument("--sequences", default="1,8,16,32", help="numbers of sequences that decode at the same time")
+    parser.add_argument("--long", default="4096,16384", help="lengths of the long prompts, in tokens")
+    parser.add_argument("--peer", choices=["transformers"], help="also measure this library on the same shapes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument(
+        "--cell", nargs=2, metavar=("SHAPE", "FORMAT"), help="measure one case in this process and print it as JSON"
+    )
     arguments = parser.parse_args()
     if not (arguments.name or arguments.cell):
         parser.error("--name is required")

@@ -1,8 +1,9 @@
-"""The compiled kernels but the matrix products beside the reference, at the 3B and Mini shapes, best of many.
+"""Times the compiled CPU kernels, except matrix products, beside the reference kernels at the 3B and Mini shapes.
 
     python -m benchmarks.cpu.kernels --threads 2
 
-Attention decode over more than the cache holds is also given as a share of the bandwidth with which a sum reads it.
+The shortest of several runs counts. If attention decode reads more than the CPU's caches hold, its rate is also given
+as a share of the bandwidth at which torch sums the same tensor.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from jamba_server.kernels.cpu.library import library
 from jamba_server.kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
 from jamba_server.kernels.table import implementations
 
-H, D, S, V = 2560, 5120, 16, 65536  # the 3B's
+# Hidden size, Mamba channels, entries of the state per channel and vocabulary size of the 3B model.
+H, D, S, V = 2560, 5120, 16, 65536
 CACHE_BYTES = 64 << 20
-HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # query heads, KV heads, head size
+HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # each entry is (query heads, KV heads, head size)
 
 
 def best_of(run: Callable[[], object], times: int) -> float:
-    """Seconds of the quickest run, one more being for warming up."""
+    """Returns the seconds of the fastest of `times` runs, after one run to warm up."""
     run()
     taken: list[float] = []
     for _ in range(times):
@@ -37,7 +39,7 @@ def best_of(run: Callable[[], object], times: int) -> float:
 
 
 def compare(label: str, op: str, run: Callable[[Any], object]) -> float:
-    """Prints both implementations' times; returns the compiled one's, in seconds."""
+    """Prints the times of the reference and the compiled kernel. Returns the time of the compiled one in seconds."""
     seconds = {
         entry.name: best_of(partial(run, entry.load()), 30 if entry.name == "cpu" else 3)
         for entry in implementations(op, "cpu")
@@ -124,7 +126,7 @@ def sampling(sequences: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     threads: int = parser.parse_args().threads
     torch.set_num_threads(threads)
     library().set_threads(threads)

@@ -1,11 +1,11 @@
-"""The matrix product of `kernels.cpu`, for each format of weights, beside torch's `F.linear`: best times of many.
+"""Times the matrix product of `kernels.cpu` for each weight format beside torch's `F.linear`.
 
     python -m benchmarks.cpu.products --dtype bfloat16 --threads 2
 
-All go over weights that together exceed the cache, so that each product reads its weights from memory as a step of a
-model does; GB/s counts the weights as they are stored, with their scales. They take turns of a tenth of a second, in
-which the threads of the other have gone to sleep. Other load on the machine shows less in a best time than in a mean;
-it is printed for that reason.
+Each contender uses several weights in turn, which together exceed the CPU's caches. So each product reads its weight
+from memory, as in a step of a model. GB/s counts the bytes of the stored weights with their scales. The contenders take
+turns of a tenth of a second, so that the idle threads of the other have gone to sleep. The best time is printed,
+because other load on the machine changes it less than the mean.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from jamba_server.kernels.ops import Weight
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
 ROTATED_BYTES = 250_000_000
-TURNS, SECONDS = 5, 0.12  # for each number of rows and each contender
+TURNS, SECONDS = 5, 0.12  # each contender gets five turns of 0.12 s for each number of rows
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:
-    """The shortest time in seconds of each contender, who has one call for each of the weights."""
+    """Returns the shortest time of each contender in seconds. A contender is a list of calls, one for each weight."""
     best = [float("inf")] * len(contenders)
     for _ in range(TURNS):
         for i, calls in enumerate(contenders):
@@ -47,13 +47,13 @@ def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[flo
 
 
 def rotated(weight: Weight, linear: Linear) -> list[PackedWeight]:
-    """Copies of a packed weight, two at least, of ROTATED_BYTES together."""
+    """Returns at least two copies of a packed weight, which together have about ROTATED_BYTES."""
     first = linear.pack(weight)
     return [first, *(linear.pack(weight) for _ in range(max(1, ROTATED_BYTES // first.panels.numel())))]
 
 
 def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) -> None:
-    """Prints one line for each number of rows and format."""
+    """Measures the products and prints one line for each number of rows and each format."""
     linear, dense = Linear(), torch.randn(outputs, inputs, dtype=dtype)
     packed = {
         str(dtype).removeprefix("torch."): rotated(dense, linear),
@@ -76,12 +76,14 @@ def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--outputs", type=int, default=8192, help="rows of the weight")
-    parser.add_argument("--inputs", type=int, default=2560, help="columns of the weight")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of x")
-    parser.add_argument("--level", choices=LEVELS, help="use the code for older processors")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="type of the activations"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument("--outputs", type=int, default=8192, help="number of rows of the weight")
+    parser.add_argument("--inputs", type=int, default=2560, help="number of columns of the weight")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows of the activations")
+    parser.add_argument("--level", choices=LEVELS, help="instruction set to use instead of the best available one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     library().set_threads(options.threads)

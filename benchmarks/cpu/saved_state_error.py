@@ -1,11 +1,11 @@
-"""What `state_cache_dtype: int8` does to what the model says: log-probabilities after a restored state against those
-without, on the demonstration checkpoint, and what it saves.
+"""Measures how `state_cache_dtype: int8` changes log-probabilities after a state is restored, and the memory it saves.
 
     python -m benchmarks.cpu.saved_state_error --name checkpoint-error [--texts 32]
 
-The texts are the model's own. Each is computed up to a cut, its state goes through the engine's own copies (or is
-rounded by hand, for comparison), and the rest of the text is forced. Then every token after the cut has a
-log-probability with and without. Writes benchmarks/results/NAME.md and NAME.json.
+The demonstration model writes the texts. Each text is computed up to a cut. Then its state is saved in int8 and
+restored by the engine, or rounded to bfloat16 for comparison, and the rest of the text is forced. The log-probabilities
+of the tokens after the cut are compared with those of a run without a restore. The program writes
+benchmarks/results/NAME.md and NAME.json.
 """
 
 from __future__ import annotations
@@ -38,11 +38,16 @@ from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 from jamba_server.server.demo import demo_folder
 
-LENGTH, CUTS, TURN = 400, (64, 136, 208), 32  # tokens
-DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))  # of a token from the last cut: tokens computed since
+LENGTH, CUTS, TURN = (
+    400,
+    (64, 136, 208),
+    32,
+)  # length of a text, positions of single cuts, interval of repeated cuts; in tokens
+# A token's distance is the number of tokens computed since the first cut. Results are grouped by these ranges.
+DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))
 BLOCK_SIZE = 16
 SCORED = SamplingParams(max_tokens=1, prompt_logprobs=1)
-SLOT, CHECKPOINT = 1, 1
+SLOT, SAVED = 1, 1
 
 Restore = Callable[[ModelRunner], CacheCopies]
 
@@ -52,7 +57,7 @@ def as_it_is(runner: ModelRunner) -> CacheCopies:
 
 
 def through_int8(runner: ModelRunner) -> CacheCopies:
-    return CacheCopies(saves=[(SLOT, CHECKPOINT)], states=[(CHECKPOINT, SLOT)])
+    return CacheCopies(saves=[(SLOT, SAVED)], states=[(SAVED, SLOT)])
 
 
 def through_bfloat16(runner: ModelRunner) -> CacheCopies:
@@ -67,7 +72,7 @@ def load(dtype: str) -> LLM:
 
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
-    """Stories by the model, one after the other until there are LENGTH tokens."""
+    """Lets the model write `count` texts of LENGTH tokens. A text is a sequence of stories."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):
@@ -83,7 +88,7 @@ def some_texts(llm: LLM, count: int) -> list[list[int]]:
 
 
 def forced(runner: ModelRunner, tokens: list[int], cuts: Many[int], restore: Restore) -> list[TokenLogprob]:
-    """What the model says of the tokens after that at cuts[0], its state restored at every cut."""
+    """Returns the log-probabilities of the tokens after the one at cuts[0]. `restore` is applied at every cut."""
     seq = Sequence.of(Request(id="", prompt=tokens, params=SCORED), arrival=0, now=0.0)
     seq.block_ids, seq.state_id = array("i", range(1, 1 - (-len(tokens) // BLOCK_SIZE))), SLOT
     found: list[TokenLogprob] = []
@@ -98,8 +103,10 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """By distance: what a log-probability changed by, and whether the most likely token is the same. `pairs` have the
-    distance first."""
+    """Compares pairs of log-probabilities and groups the results by distance.
+
+    A pair is (distance, one, other). A result is (absolute difference, whether the most likely token is the same).
+    """
     deltas: Deltas = {span: [] for span in DISTANCES}
     for distance, one, other in pairs:
         [span] = [(first, last) for first, last in DISTANCES if first <= distance <= last]
@@ -126,7 +133,7 @@ def measure(runner: ModelRunner, texts: list[list[int]]) -> dict[str, Deltas]:
 
 
 def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Deltas:
-    """The same texts through two engines, nothing restored in either."""
+    """Compares two engines on the same texts without restoring a state in either."""
     pairs: list[tuple[int, TokenLogprob, TokenLogprob]] = []
     for text in texts:
         for cut in CUTS:
@@ -136,7 +143,7 @@ def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Del
 
 
 def summary(deltas: Deltas) -> list[dict[str, float]]:
-    """A row for each distance."""
+    """Returns mean and maximum difference of log-probabilities, and agreement of the most likely token, by distance."""
     return [
         {
             "mean": statistics.fmean(delta for delta, _ in found),
@@ -158,7 +165,7 @@ def error_table(results: Mapping[str, list[dict[str, float]]]) -> str:
 
 
 def cost(shape: str) -> dict[str, float]:
-    """Bytes of a saved state in bfloat16, and microseconds that this CPU takes to compress one and to restore it."""
+    """Returns the bytes of a saved state, and the microseconds to copy, compress and restore one on this CPU."""
     with TemporaryDirectory() as name:
         write_config(shape, Path(name))
         config = load_model_config(Path(name))
@@ -168,7 +175,7 @@ def cost(shape: str) -> dict[str, float]:
     ]
     plain, narrow = (layout.num_bytes("saved") for layout in layouts)
     kernels, unit = select("cpu", {}), (len(config.mamba_layers), config.d_inner)
-    states = torch.randn(8, *unit, config.mamba_d_state)  # as many as no cache holds
+    states = torch.randn(8, *unit, config.mamba_d_state)  # eight states are more than the CPU's caches hold
     compressed = CompressedStates(torch.zeros(states.shape, dtype=torch.int8), torch.zeros(8, *unit))
     slots = torch.arange(8)
     times = (
@@ -193,8 +200,8 @@ def cost_table(costs: Mapping[str, Mapping[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the result files")
-    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--name", required=True, help="name of the result files, without extension")
+    parser.add_argument("--texts", type=int, default=32, help="number of texts")
     arguments = parser.parse_args()
     engines = {dtype: load(dtype).core.model_runner for dtype in ("float32", "bfloat16")}
     texts = some_texts(load("bfloat16"), arguments.texts)

@@ -1,10 +1,10 @@
-"""Where the time of a decode step goes on this CPU: each compiled function, and what Python does around them.
+"""Measures how the time of a decode step on this CPU divides among the compiled functions and the Python around them.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu.step --name cpu-step [--shape small] [--clients 1,8,32]
 
-Medians over steps, microseconds a step; the clocks themselves add about 0.3 us a call, which shows in the Python rows.
-The parts are those of a step without graphs; the last line is the whole step with them.
-Writes benchmarks/results/NAME.md.
+The table has medians over the steps, in microseconds per step. The clocks add about 0.3 us to each call, which appears
+in the rows of Python. The parts are measured in steps without recorded graphs; the last line is a whole step with them.
+The program writes benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEPS, WARM_UP = 30, 8
 
 
 class Clock:
-    """Nanoseconds and calls by name, of the step under way."""
+    """Counts nanoseconds and calls of functions by name, during one step."""
 
     def __init__(self) -> None:
         self.spent, self.calls = Counter[str](), Counter[str]()
@@ -54,17 +54,20 @@ class Clock:
         setattr(owner, name, self.timed(name, getattr(owner, name)))
 
     def watch_library(self) -> None:
-        """All functions of the library that are looked up from now on."""
+        """Measures all functions of the compiled library that are looked up from now on."""
         find = Library.function
 
         def function(library: Library, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
             return self.timed(f"kernel {name}", find(library, name, *arguments, result=result))
 
-        setattr(Library, "function", function)  # noqa: B010 (a method is not assignable for the type checker)
+        setattr(Library, "function", function)  # noqa: B010 (the type checker refuses assignment to a method)
 
 
 def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Counter[str]]:
-    """(median nanoseconds of a step by name, "step" being the whole; calls of the last step)."""
+    """Runs decode steps of `clients` sequences.
+
+    Returns the median nanoseconds per step by name, where "step" is the whole step, and the calls in the last step.
+    """
     random = Random(0)
     params = SamplingParams(max_tokens=WARM_UP + STEPS + 4, temperature=0.0, ignore_eos=True)
     prompts = [[random.randrange(3, 30_000) for _ in range(4)] for _ in range(clients)]
@@ -83,7 +86,7 @@ def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Cou
 
 
 def rows(spent: dict[str, float]) -> dict[str, float]:
-    """Shares that add up to the step: every kernel's own, and Python's around them."""
+    """Divides the time of a step into parts that add up to it: each kernel, and the Python code around the kernels."""
     kernels = {name: ns for name, ns in spent.items() if name.startswith("kernel ")}
     in_sampler = spent["kernel sample"]
     phases = ("schedule", "build_batch", "forward", "logits", "launch", "advance", "update")
@@ -98,9 +101,9 @@ def rows(spent: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the result file")
-    parser.add_argument("--shape", default="small", choices=SHAPES)
-    parser.add_argument("--clients", default="1,8,32")
+    parser.add_argument("--name", required=True, help="name of the result file, without extension")
+    parser.add_argument("--shape", default="small", choices=SHAPES, help="model shape")
+    parser.add_argument("--clients", default="1,8,32", help="numbers of sequences that decode at the same time")
     arguments = parser.parse_args()
     clock = Clock()
     clock.watch_library()

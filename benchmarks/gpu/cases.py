@@ -1,4 +1,4 @@
-"""Every op at a model's shapes, on random data, with the bytes that it must move and the operations that it must do."""
+"""Builds test cases for every op: random arguments at a model's shapes, and the bytes and operations of a call."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from jamba_server.kernels.ops import (
 )
 
 BLOCK_SIZE = 16
-TOP_K = 2  # experts of a row
+TOP_K = 2  # experts that the router chooses for each row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A model's sizes, in the letters of `kernels.ops`."""
+    """The sizes of a model, named by the letters that `kernels.ops` uses for them."""
 
     name: str
     h: int
@@ -64,8 +64,13 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """`args` are the op's without its packed weights, which come second: what `pack` makes of `weights`, quantised if
-    they are to be, with the op's implementation and the other kernels. `written`: bytes written into arguments."""
+    """A test case: one call of an op, with its arguments and its cost.
+
+    `args` are the arguments without the packed weights, which `arguments` inserts as the second argument. `pack` makes
+    the packed weights from `weights`, quantised if `quantization` is set, for an implementation of the op.
+    `moved` and `operations` are the bytes and operations of a call; if `moved` is None, `bytes_moved` computes it.
+    `written` is the number of bytes that a call writes into its arguments.
+    """
 
     op: str
     label: str
@@ -76,15 +81,15 @@ class Case:
     moved: int | None = None
     written: int = 0
     operations: int = 0
-    tolerance: float = 1e-2  # relative, of a bfloat16 result
-    scratch: bool = False  # the first argument may hold anything afterwards
+    tolerance: float = 1e-2  # largest relative error of a bfloat16 result that counts as correct
+    scratch: bool = False  # a call may leave any values in its first argument
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Arguments of its own for a call with `kernels`, floats converted to `dtype`."""
+        """Returns fresh arguments for a call with `kernels`. bfloat16 tensors are converted to `dtype` if it is set."""
         return self.arguments(self.packed(kernels, dtype), dtype)
 
     def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the weights as `kernels` take them; None if there are none."""
+        """Returns a copy of the weights in the packed form that `kernels` need, or None if the op has no weights."""
         if not self.weights:
             return None
         weights: tuple[Any, ...] = copy(self.weights, dtype)
@@ -93,12 +98,15 @@ class Case:
         return self.pack(getattr(kernels, self.op), kernels, weights)
 
     def arguments(self, packed: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Of a call, a copy of `args` with `packed` in its place."""
+        """Returns a copy of `args` with `packed` inserted as the second argument, unless it is None."""
         args = tuple(copy(value, dtype) for value in self.args)
         return args if packed is None else (args[0], packed, *args[1:])
 
     def bytes_moved(self, result: Any) -> int:
-        """Every argument read once, every result written once, unless the case knows better."""
+        """Returns the bytes that a call moves.
+
+        Unless the case gives the number itself, every argument is read once and every result is written once.
+        """
         if self.moved is not None:
             return self.moved
         return sum(tensor.nbytes for tensor in flatten((self.args, self.weights, result))) + self.written
@@ -125,7 +133,7 @@ def copy(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 class Maker:
-    """Random tensors on one device; on `meta` shapes alone."""
+    """Creates random tensors and cases on one device. On the device `meta` tensors have a shape but no data."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -138,14 +146,14 @@ class Maker:
         return self.floats(*size).to(torch.bfloat16)
 
     def matrix(self, *size: int) -> Tensor:
-        """Weights that keep the size of what they are multiplied with."""
+        """Returns a random weight matrix, scaled so that a product has the variance of its input."""
         return self.random(*size).mul_(size[-1] ** -0.5)
 
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def rows(self, rows: int) -> Iterator[Case]:
-        """Ops of single rows."""
+        """Yields the ops that treat each row by itself: norm, activation and matrix products."""
         m = self.shape
         x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
         yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
@@ -172,7 +180,7 @@ class Maker:
         return replace(case, quantization=quantization, moved=moved)
 
     def experts(self, rows: int) -> Iterator[Case]:
-        """Router and experts, of a model that has some."""
+        """Yields the router and the experts, if the model has experts."""
         m = self.shape
         if not m.experts:
             return
@@ -186,7 +194,7 @@ class Maker:
         return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
 
     def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
-        """Every row with experts of its own choice; those that nobody chooses are not read."""
+        """Returns the experts' case. Every row chooses experts at random; experts that no row chooses are not read."""
         m, choice = self.shape, torch.Generator().manual_seed(rows)
         chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
         each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
@@ -201,7 +209,7 @@ class Maker:
         )
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
-        """Convolution and scan of sequences of equal length; of one token each through the ops for one token."""
+        """Yields the Mamba ops for sequences of `tokens` tokens each. For one token these are the ops of decode."""
         m, rows = self.shape, sequences * tokens
         label = f"{sequences} x {tokens} tokens"
         u, dt, z = (self.random(rows, m.d) for _ in range(3))
@@ -223,7 +231,7 @@ class Maker:
             yield self._mamba_decode(label, weights, conv, ssm, ids)
 
     def _mamba_decode(self, label: str, scan: ScanWeights, conv: Tensor, ssm: Tensor, ids: Tensor) -> Case:
-        """All between in_proj and out_proj."""
+        """Returns the case of the fused op that computes a Mamba layer's decode between in_proj and out_proj."""
         m = self.shape
         x_proj, dt_proj = self.matrix(m.r + 2 * m.s, m.d), self.matrix(m.d, m.r)
         norms = tuple(1 + 0.1 * self.random(size) for size in (m.r, m.s, m.s))
@@ -245,7 +253,7 @@ class Maker:
                 )
             )
 
-        # rounded after each of its parts
+        # The op rounds to bfloat16 after each of its parts, so the tolerance is larger.
         return Case(
             op="mamba_decode",
             label=label,
@@ -257,7 +265,7 @@ class Maker:
         )
 
     def attention(self, sequences: int, tokens: int, context: int) -> Iterator[Case]:
-        """The last `tokens` of each sequence of `context` tokens."""
+        """Yields attention of the last `tokens` tokens in each of `sequences` sequences of `context` tokens."""
         m, blocks = self.shape, -(-context // BLOCK_SIZE)
         k, v = (self.random(sequences * blocks, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
         order = torch.randperm(sequences * blocks, generator=self.generator, device=self.device)
@@ -292,7 +300,7 @@ class Maker:
         yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
 
     def sampling(self, rows: int) -> Iterator[Case]:
-        """From all tokens, from those that each limit leaves, and with all of it in one batch, greedy rows too."""
+        """Yields sampling: unrestricted, greedy, with top-k, top-p, min-p or all three, and with all kinds mixed."""
         ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
         keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
         plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
@@ -309,16 +317,19 @@ class Maker:
         kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
         for kind, inputs in kinds.items():
             logits = self.floats(rows, self.shape.v) * 3
-            # logits become scores; with temperature 1 a second run finds what the first one found
+            # The op overwrites the logits with scores. At temperature 1, a second run on them gives the same result.
             yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:
-    """The largest relative error ||ours - reference|| / ||reference|| of a result or of an argument written in place,
-    the reference in float32; of indices the share that differs. NaN stays NaN."""
+    """Runs a case with both sets of kernels, the reference in float32, and returns the largest error.
+
+    The error of a result, or of an argument that is written in place, is ||ours - reference|| / ||reference||. The
+    error of indices is the share that differs. If an error is NaN, NaN is returned.
+    """
     args, wide_args = case.prepare(ours), case.prepare(reference, torch.float32)
     results = getattr(ours, case.op)(*args), getattr(reference, case.op)(*wide_args)
-    if case.weights:  # packed, in layouts of their own
+    if case.weights:  # packed weights are not compared, because each implementation has its own layout
         args, wide_args = args[:1] + args[2:], wide_args[:1] + wide_args[2:]
     if case.scratch:
         args, wide_args = args[1:], wide_args[1:]
@@ -334,7 +345,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def groups(maker: Maker) -> Iterator[Iterator[Case]]:
-    """Group by group, so that a group's memory is free before the next."""
+    """Yields the cases in groups, so that the memory of one group is free before the next is created."""
     for rows in (1, 64, 256, 2048):
         yield maker.rows(rows)
         yield maker.experts(rows)

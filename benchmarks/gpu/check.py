@@ -1,19 +1,22 @@
-"""All that a machine with a GPU can tell about this tree, in one command and without a network.
+"""Tests and measures this project on a machine with a GPU, in one command and without a network.
 
     python -m benchmarks.gpu.check --name h200 [--only kernels,parity,3b,mini,http,transformers,sweep,tune]
     python -m benchmarks.gpu.check --name h200 --report
 
-* kernels: the kernel tests on the GPU, in all dtypes;
-* parity: tiny checkpoints through this engine and through transformers on the same GPU;
-* sweep: every kernel at the shapes of the 3B and Mini models in bfloat16, against the reference in float32, and timed;
-* 3b, mini: the engine with dummy weights: decode, prefill, the first reply; a context of 256K tokens;
-* tune: the kernels that take a step's time, with other tiles;
-* http: a server under the load of `jamba bench`;
-* transformers: the same shapes through its `generate`.
+The parts are:
 
-Every part runs in processes of its own and is written after every cell to OUT/NAME-parts/PART.json, so that nothing is
-lost when time is up; what is measured already, there or in the folder EARLIER, is not measured again, what failed is.
-`--report` writes OUT/NAME.json and OUT/NAME.md from all parts. Random data, nothing is timed on zeros.
+* kernels: runs the kernel tests on the GPU, in all dtypes;
+* parity: compares this engine with transformers on the same GPU, on tiny checkpoints;
+* sweep: compares every kernel with the reference in float32 at the shapes of the 3B and Mini models, and times it;
+* 3b, mini: measures decode, prefill, the first reply and a context of 256K tokens with dummy weights;
+* tune: times other tile sizes for the kernels that take most of a step's time;
+* http: measures a server under the load of `jamba bench`;
+* transformers: measures transformers' `generate` at the same shapes.
+
+A part consists of cells, which are single measurements. Every part runs in processes of its own and writes its results
+to OUT/NAME-parts/PART.json after every cell, so nothing is lost when the time is over. A cell that has a result there,
+or in the folder --earlier, is not measured again unless it failed. `--report` writes OUT/NAME.json and OUT/NAME.md from
+all parts. All data is random, so nothing is timed on zeros.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ MODULES = {
     "sweep": "sweep",
     "tune": "tune",
 }
-# What a part measures where --shape and --formats do not say.
+# The parts use these shapes and formats unless --shape and --formats choose others.
 DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "3b": ("3b",),
     "mini": ("mini",),
@@ -63,28 +66,35 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
 }
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
-GRACE_SECONDS = 25.0  # that a process has to stop its server
-LEAST_SECONDS = 15.0  # in which anything can be measured
-CELL_SECONDS = 240.0  # that a cell, or what comes before the first one, may take
+GRACE_SECONDS = 25.0  # a process that gets SIGTERM may take this long to stop its server, then it gets SIGKILL
+LEAST_SECONDS = 15.0  # a process is not started if less time than this is left, since it could measure nothing
+CELL_SECONDS = 240.0  # a process is stopped if a cell, or the time before the first cell, takes longer than this
 POLL_SECONDS = 2.0
-FREE_SECONDS, FREE_SLACK = 20.0, 256  # to wait for the GPU's memory; MiB that may stay
-ERROR_TAIL = 1500  # characters
-MARK = "GPU_CHECK_PROCESS"  # in the environment of all that a part starts
+FREE_SECONDS, FREE_SLACK = 20.0, 256  # seconds to wait until the GPU's memory is free; MiB that may remain in use
+ERROR_TAIL = 1500  # the last 1500 characters of a process's stderr are kept
+MARK = "GPU_CHECK_PROCESS"  # every process that a part starts has this environment variable, so it can be found
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", help="of the results")
-    parser.add_argument("--only", default=",".join(MODULES), help="parts, in their order")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the table and its JSON")
-    parser.add_argument("--engine", action="append", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="in place of the parts' own")
-    parser.add_argument("--formats", help="of weights, such as bf16,int8, in place of the parts' own")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which what runs is stopped")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)), help="default: $OUT")
-    parser.add_argument("--earlier", type=Path, default=RESULTS, help="where other runs have put their parts")
-    parser.add_argument("--commit", default="", help="where git cannot tell")
+    parser.add_argument("--name", help="name of the result files, without extension")
+    parser.add_argument("--only", default=",".join(MODULES), help="parts to run, in this order")
+    parser.add_argument("--report", action="store_true", help="measure nothing, but write the table and its JSON")
+    parser.add_argument(
+        "--engine", action="append", default=[], metavar="KEY=VALUE", help="field of EngineConfig to set (repeatable)"
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="model shape to use instead of the parts' own")
+    parser.add_argument("--formats", help="weight formats to use instead of the parts' own, such as bf16,int8")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="device to measure")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time after which all processes are stopped")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT", RESULTS)),
+        help="folder for the results (default: $OUT, else benchmarks/results)",
+    )
+    parser.add_argument("--earlier", type=Path, default=RESULTS, help="folder with the results of earlier runs")
+    parser.add_argument("--commit", default="", help="commit to record if git is not available")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     if not (parsed.name or parsed.child):
@@ -95,8 +105,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Values as JSON where they are, else as they stand. A field that the engine lacks is refused: nothing must be
-    measured under its name."""
+    """Parses KEY=VALUE pairs to fields of EngineConfig.
+
+    A value that is valid JSON is decoded; any other value is a string. A field that EngineConfig does not have is
+    refused, so that no result is recorded under an option without effect.
+    """
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -113,7 +126,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]:
-    """A process each."""
+    """Returns the jobs of a part. Each job runs in a process of its own."""
     base = Job(part=part, path=str(path), device=arguments.device, commit=arguments.commit)
     shapes = DEFAULT_SHAPES.get(part, ())
     if shapes and arguments.shape:
@@ -126,23 +139,26 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     if not shapes:
         return [base]
     jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
-    # an engine that finds no compiled kernel; the others of this part find its
+    # The cold job runs first with an empty kernel cache. The other jobs of this part use the kernels that it compiles.
     return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
 
 
 def run_job(job: Job) -> None:
-    """In a process of its own."""
+    """Runs a job in this process, which was started for this job alone."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(f"stopped by signal {number}")
 
-    signal.signal(signal.SIGTERM, stop)  # so that what it has started is stopped, too
+    signal.signal(signal.SIGTERM, stop)  # the exception lets the job stop the processes that it has started
     importlib.import_module(f"benchmarks.gpu.{MODULES[job.part]}").run(job, Record(Path(job.path)))
 
 
 def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
-    """Runs a job until it ends by itself or time is up. A process that dies in a cell, or is stopped because the cell
-    takes too long, costs this cell alone."""
+    """Runs a job until it ends by itself or the time is over.
+
+    If its process dies in a cell, or is stopped because a cell takes too long, that cell is recorded as failed and a
+    new process continues with the next cell.
+    """
     path = Path(job.path)
     name = " ".join(filter(None, [job.part, job.shape, job.format if job.shape else "", job.variant]))
     while (left := deadline - time.monotonic()) > LEAST_SECONDS:
@@ -153,7 +169,7 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         if status == 0:
             return
         if status is None:
-            record.running = None  # not measured, not failed
+            record.running = None  # the cell that was interrupted is neither measured nor failed
             record.write()
             if record.runs:
                 record.note(stopped=f"time was up after {len(record.rows)} cells")
@@ -162,15 +178,17 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         print(f"== {name}: {said}", flush=True)
         if record.running is not None:
             record.finish(record.running, {"error": said})
-        elif len(record.rows) == known:  # it would end like this again
+        elif len(record.rows) == known:  # the process failed outside any cell, so a new one would fail again
             record.finish(job.key("start"), {"error": said})
             return
     print(f"== {name}: no time is left", flush=True)
 
 
 def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """The status of a job's process, None if time was up, and the end of what it wrote to stderr. Whatever it has
-    started is gone when this returns, and its memory on the GPU is free."""
+    """Runs a job in a new process. Returns its exit status, None if the time was over, and the end of its stderr.
+
+    When this returns, all processes that the job has started are killed. It waits until their GPU memory is free.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu.check", "--child", msgspec.json.encode(job).decode()]
     mark, before = f"{MARK}={uuid4().hex}", gpu_memory_used()
     marked = {**environment, MARK: mark.partition("=")[2]}
@@ -190,8 +208,11 @@ def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tu
 
 
 def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[int | None, str]:
-    """Waits for a process, and stops it when time is up (its status is None then) or when what it writes to `path`
-    after every cell stays as it is for too long."""
+    """Waits for a process to end. Returns its status and, if it was stopped for taking too long, the reason.
+
+    The process is stopped if the time is over (the status is then None), or if it has not written to `path` for
+    CELL_SECONDS, which it does after every cell.
+    """
     changed, seen = time.monotonic(), -1.0
     while time.monotonic() < deadline:
         try:
@@ -202,7 +223,7 @@ def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[
             changed, seen = time.monotonic(), modified
         elif time.monotonic() - changed > CELL_SECONDS:
             stop(process)
-            return -signal.SIGKILL, f"stopped, for nothing had come for {CELL_SECONDS:.0f} s. "
+            return -signal.SIGKILL, f"stopped, because it finished no cell for {CELL_SECONDS:.0f} s. "
     stop(process)
     return None, ""
 
@@ -217,17 +238,20 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """Ends what a process has left behind, in whatever session: a server whose parent was killed holds the memory."""
+    """Kills all processes that have `mark` in their environment, whatever their session.
+
+    A server whose parent was killed would otherwise keep the GPU's memory.
+    """
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
         except OSError:
-            continue  # gone, or another user's
+            continue  # the process has ended, or it belongs to another user, so its environment cannot be read
 
 
 def gpu_memory_used() -> int | None:
-    """MiB of the first GPU, by all processes; None where the driver does not say."""
+    """Returns the MiB of the first GPU's memory that all processes use, or None if nvidia-smi cannot tell."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -237,19 +261,21 @@ def gpu_memory_used() -> int | None:
 
 
 def environment_of(folder: str, job: Job) -> dict[str, str]:
-    """Of a part's processes; `folder` is empty at first, and the part's own."""
+    """Returns the environment for a part's processes. `folder` is an empty folder of the part for compiled kernels."""
     known = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if job.cold:
         known["TRITON_CACHE_DIR"] = folder
     elif "TRITON_CACHE_DIR" not in known and not os.access(Path.home(), os.W_OK):
-        known["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "triton-cache")  # a later call finds it
+        known["TRITON_CACHE_DIR"] = str(
+            Path(tempfile.gettempdir()) / "triton-cache"
+        )  # later runs reuse this cache of compiled kernels
     if job.part == "tune" and job.device == "cpu":
-        known["TRITON_INTERPRET"] = "1"  # there is nothing else to tune
+        known["TRITON_INTERPRET"] = "1"  # without a GPU, Triton kernels run only in the interpreter
     return known
 
 
 def start_of(path: Path, earlier: Path) -> None:
-    """What is known of a part, without what failed, in its file."""
+    """Prepares the result file of a part: earlier results are copied to it, and failed cells are removed from it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() and earlier.is_file():
         path.write_bytes(earlier.read_bytes())

@@ -1,11 +1,13 @@
-"""Compiles the GPU kernels ahead of time, no GPU needed: registers, spills, shared memory, tensor core instructions.
+"""Compiles the GPU kernels without a GPU and lists their registers, spills, shared memory and matrix instructions.
 
     python -m benchmarks.gpu.codegen [--name triton-codegen] [--targets 80,86,89,90,100,120]
 
-Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16, once for each target, whose
-tiles may differ; its launches are recorded instead of run, and compiled as the launcher would: pointers and multiples
-of 16 are known as such, ones are constants. Fails if a kernel spills registers or needs more shared memory than a
-program may have on that target, or if ops that promise the same bits add in another order.
+Every op of `kernels.triton` is called at the shapes of the 3B and Mini models in bfloat16, once for each target, since
+tile sizes may depend on the target. Kernel launches are recorded instead of run. Then they are compiled with the same
+specialisation as Triton's launcher uses: multiples of 16 are marked as such, and arguments equal to 1 are constants.
+
+The program fails if a kernel spills registers, if it needs more shared memory than a program may have on the target,
+or if two ops that must give identical results add numbers in different orders.
 """
 
 from __future__ import annotations
@@ -65,12 +67,15 @@ RESULTS = Path(__file__).parents[1] / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
-TENSOR_COLUMNS = 512  # of tensor memory that a program may have; beyond it triton compiles nothing, without an error
-FP8_CAPABILITY = 89  # has such numbers
+# A program may use this many columns of tensor memory. If a kernel needs more, Triton compiles nothing and reports no
+# error.
+TENSOR_COLUMNS = 512
+FP8_CAPABILITY = 89  # GPUs from this compute capability (times ten) on support 8-bit floating point numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""What a program may have of shared memory (CUDA C++ Programming Guide, technical specifications), by target."""
-# Ops that must sum as these ops do, all of them together.
+"""KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
+# The sums in each op on the left must have the same orders of addition as those in the ops on the right together. Only
+# then are the results bit-identical.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
@@ -82,7 +87,11 @@ TWINS = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel as some op calls it: `signature` has its arguments' types, `constants` their values where known."""
+    """One launch of a kernel by an op, with all that is needed to compile the kernel.
+
+    `signature` has the types of the arguments by name. `constants` has the values of arguments that are compile-time
+    constants. `aligned` names the arguments that are multiples of 16.
+    """
 
     op: str
     kernel: JITFunction[Any]
@@ -101,7 +110,10 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Per thread `registers` and `spilled` bytes, per program `shared` bytes, `warps` and columns of tensor memory."""
+    """The resources that a compiled kernel uses.
+
+    `registers` and `spilled` (bytes) are per thread. `shared` (bytes), `warps` and `tensor_columns` are per program.
+    """
 
     op: str
     kernel: str
@@ -116,7 +128,7 @@ class Resources:
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
-    """The launches of `call`, which are not carried out."""
+    """Calls `call` and returns the kernel launches that it makes, without running them."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -182,17 +194,17 @@ def compile_for(launch: Launch, capability: int) -> Resources:
 
 
 def reductions(ir: str) -> tuple[str, ...]:
-    """How sums of floating point numbers are shared out: what decides their order, in words."""
+    """Describes how each float32 sum in a kernel's IR is divided among warps and threads, which sets its order."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
     operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
-    # over axis 0 the scan picks a row: zeros and one number, whose order does not matter
+    # Sums over axis 0 are left out: there the scan kernel adds zeros and one number, so the order does not matter.
     return tuple(
         sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
     )
 
 
 def summation(axis: int, shape: str, layout: str) -> str:
-    """Of a blocked layout only `axis` matters: what stands beside it adds for itself."""
+    """Describes the order of one sum. Of a blocked layout only `axis` matters, because other axes are not summed."""
     fields = dict(re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]*)\]", layout))
     if not layout.startswith("#ttg.blocked"):
         return f"{shape} {layout}"
@@ -203,7 +215,7 @@ def summation(axis: int, shape: str, layout: str) -> str:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype)  # never touched: what is not written takes no memory
+    return torch.empty(shape, dtype=dtype)  # the tensor is never written, so the system assigns no memory to it
 
 
 def ints(*values: int) -> Tensor:
@@ -233,7 +245,7 @@ def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], 
 
 
 def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A Mamba layer's whole decode: of few and of many rows."""
+    """Yields the fused decode of a Mamba layer with few and with many rows."""
     a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
     weights = MambaWeights(
         conv_weight=empty(4, channels),
@@ -286,7 +298,7 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
-    """A weight [..., N, K], of bfloat16 if it has no format."""
+    """Returns an empty weight [..., N, K], quantised in `format`, or in bfloat16 if `format` is empty."""
     if not format:
         return empty(*shape)
     *rows, inputs = shape
@@ -296,7 +308,7 @@ def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
 
 
 def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """One call for each shape of tile."""
+    """Yields matrix products and experts with numbers of rows that cover every shape of tile."""
     weight = matrix(format, 16384, 4096)
     experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
     name = f", {format}" if format else ""
@@ -307,7 +319,10 @@ def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """x_proj of the 3B models: sections added by one program or from memory."""
+    """Yields x_proj of the 3B model, which divides K into sections.
+
+    With few rows the sections' sums are added through memory, with many rows by one program.
+    """
     weight = empty(192, 5120)
     for rows in (64, 2048):
         x = empty(rows, 5120)
@@ -315,7 +330,7 @@ def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def launches_on(target: int) -> list[Launch]:
-    """Those of the ops that its GPUs can run."""
+    """Returns the launches of all ops that GPUs of this target support."""
     capability.cache_clear()
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10)):
         found = all_launches()
@@ -324,7 +339,7 @@ def launches_on(target: int) -> list[Launch]:
 
 
 def rehearsed(known: list[Launch]) -> list[Launch]:
-    """What servers of whole models launch, as far as it is not known: by the constants of each kernel."""
+    """Returns the launches of whole models that are not in `known`. Their op names list the kernel's constants."""
     seen, found = {identity(launch) for launch in known}, list[Launch]()
     for model in MODELS:
         for launch in record(model, partial(rehearsal_of(model).launch, STEPS)):
@@ -338,7 +353,7 @@ def rehearsed(known: list[Launch]) -> list[Launch]:
 
 
 def identity(launch: Launch) -> str:
-    """The same of launches that share a compiled kernel."""
+    """Returns a key that is equal for launches that share a compiled kernel."""
     return repr(replace(launch, op=""))
 
 
@@ -347,7 +362,7 @@ def all_launches() -> list[Launch]:
     calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     launches += rehearsed(launches)
-    # Mini's heads: other constants, so another kernel
+    # Mini has other numbers of heads, which are constants of the kernel, so it is compiled again.
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
     narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)
     launches += mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]
@@ -399,8 +414,10 @@ def table(found: list[Resources]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", help="write benchmarks/results/NAME.md and NAME.json")
-    parser.add_argument("--targets", default=",".join(map(str, SHARED_KIB)), help="compute capabilities times ten")
+    parser.add_argument("--name", help="write the results to benchmarks/results/NAME.md and NAME.json")
+    parser.add_argument(
+        "--targets", default=",".join(map(str, SHARED_KIB)), help="compute capabilities to compile for, times ten"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     targets = [int(target) for target in arguments.targets.split(",")]

@@ -1,7 +1,7 @@
-"""Compiles what `tune` will run, in processes that need no GPU, into triton's cache on disk.
+"""Compiles the kernels that the part `tune` will run into Triton's cache on disk, in processes that use no GPU.
 
-A call is made with tensors of shapes alone, and launches stop where the kernel is compiled: so the cache's keys are
-those of the call on the GPU.
+Ops are called with `meta` tensors, which have shapes but no data, and a launch only compiles the kernel. So the keys in
+the cache are the same as those of the real call on the GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import jamba_server.kernels.triton.quantized
 from benchmarks.gpu.targets import Target, targets_of
 from benchmarks.gpu.variants import AS_IT_IS, Variant, applied
 
-WARP = 32  # threads
+WARP = 32  # threads in a warp
 MOST_PROCESSES = 16
 
 
 class Elsewhere:
-    """Stands for triton's driver of a GPU that need not be there."""
+    """Replaces Triton's driver when kernels are compiled for a GPU that this process does not use."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -49,7 +49,7 @@ class Elsewhere:
 
 @contextmanager
 def compiling_only(capability: int) -> Generator[None]:
-    """Launches compile, for a GPU of this capability (times ten), and do nothing else."""
+    """Makes launches compile their kernel for a GPU of this compute capability (times ten), without running it."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -63,12 +63,12 @@ def compiling_only(capability: int) -> Generator[None]:
         stack.enter_context(mock.patch.object(driver, "_active", Elsewhere(capability)))
         stack.enter_context(mock.patch("jamba_server.kernels.table.ensure_available"))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
-        # tiles may depend on it, which is asked for once
+        # Tile sizes may depend on the capability. Its cached value is cleared, so that the replaced one is used.
         known = getattr(jamba_server.kernels.triton.launch, "capability", None)
         for forget in (known.cache_clear,) if known is not None else ():
             forget()
             stack.callback(forget)
-        # no numbers, no pieces
+        # Weights are usually quantised in pieces to save memory. `meta` tensors have no data, so one piece suffices.
         stack.enter_context(mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", 1 << 60))
         stack.enter_context(mock.patch.object(jamba_server.kernels.triton.quantized, "CHUNK", 1 << 60))
         yield
@@ -76,24 +76,27 @@ def compiling_only(capability: int) -> Generator[None]:
 
 @cache
 def shapes_alone(shape: str) -> tuple[Target, ...]:
-    """Every target, without numbers."""
+    """Returns all tuning targets of a model shape, with `meta` tensors, which have no data."""
     return tuple(target for group in targets_of(shape, "meta").groups() for target in group)
 
 
 def compile_one(shape: str, capability: int, index: int, variant: Variant) -> str:
-    """What went wrong, if anything did. In a process of its own."""
+    """Compiles the kernels of one target and variant in a worker process. Returns the error message, if any, or ""."""
     torch.set_num_threads(1)
     target = shapes_alone(shape)[index]
     try:
         with compiling_only(capability), applied(variant):
             getattr(target.kernels(), target.case.op)(*target.case.prepare(target.kernels()))
-    except Exception as error:  # noqa: BLE001 - the same happens on the GPU, and is written down there
+    except Exception as error:  # noqa: BLE001 - the same error occurs on the GPU and is recorded there
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 class Compiler:
-    """Compiles ahead of who measures, target by target. Where kernels are interpreted it has nothing to do."""
+    """Compiles the kernels of all targets in worker processes, while the main process measures the first targets.
+
+    If `capability` is None, kernels are interpreted, and nothing is compiled.
+    """
 
     def __init__(self, shape: str, capability: int | None) -> None:
         self._shape, self._capability = shape, capability
@@ -111,11 +114,14 @@ class Compiler:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, indices: Iterable[int]) -> None:
-        """In their order. Of a variant that several targets share, the first one's call is compiled."""
+        """Starts to compile the targets with these indices, in this order.
+
+        A variant that several targets share is compiled once.
+        """
         if self._capability is None:
             return
         processes = max(1, min(MOST_PROCESSES, os.cpu_count() or 1) - 1)
-        # a process that is forked off one with a GPU cannot use torch
+        # CUDA does not work in a process forked from one that has initialised it, so the workers are spawned.
         self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
         for index in indices:
             target = shapes_alone(self._shape)[index]
@@ -128,13 +134,13 @@ class Compiler:
                 self._of_target.setdefault(index, []).append(self._by_key[key])
 
     def wait(self, index: int) -> None:
-        """Until what the target needs is compiled, or has failed."""
+        """Waits until all kernels of the target are compiled or have failed to compile."""
         for future in self._of_target.get(index, ()):
             if (error := future.exception()) is not None:
                 print(f"compiling ahead: {error}", file=sys.stderr, flush=True)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many calls were compiled, and how many of them cannot be."""
+        """Returns the number of compiled calls, and how many of them failed to compile."""
         done = [future for future in self._by_key.values() if future.done() and future.exception() is None]
         return {"compiled": len(done), "of_them_failed": sum(bool(future.result()) for future in done)}

@@ -1,4 +1,7 @@
-"""The parts `3b` and `mini`: the engine with dummy weights, decode and prefill beside what the ceilings allow."""
+"""Runs the parts `3b` and `mini` of the GPU check: decode and prefill of the engine, beside the GPU's limits.
+
+The weights are dummies. The limits follow from the bandwidth and the matmul rate that `predict` measures.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,22 @@ from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import SamplingParams
 from jamba_server.llm import LLM
 
-FIRST_PROMPT = 128  # tokens
+FIRST_PROMPT = 128  # tokens in the first request's prompt
 DECODE_PROMPT = 4
-DECODE_SECONDS = 1.0  # that a timed run should take
-STEPS = (8, 128)  # of a timed run: at least, at most
+DECODE_SECONDS = 1.0  # a timed decode run should take about this long
+STEPS = (8, 128)  # the fewest and the most decode steps in a timed run
 LONG_STEPS = 32
 PROFILED_STEPS, PROFILED_KERNELS = 8, 15
-SLOW = 20.0  # seconds of a prompt that is not timed a second time
+SLOW = 20.0  # a prompt that takes at least this many seconds is timed only once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sequences that decode at once; lengths of prompts; the length of one more request, reply included."""
+    """The numbers of sequences and the lengths of prompts that are measured for a model.
+
+    `sequences` are numbers of sequences that decode at the same time, `prompts` are lengths of prompts in tokens.
+    `long` is the length of one long request in tokens, with its reply.
+    """
 
     sequences: tuple[int, ...]
     prompts: tuple[int, ...]
@@ -55,7 +62,11 @@ OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
 
 @contextmanager
 def times_of_loading() -> Generator[list[float]]:
-    """When the weights were loaded; on a GPU also when kernels were compiled and steps could be measured."""
+    """Yields a list of times in seconds, which are added while an engine is built in this context.
+
+    The first time is when the weights are loaded. On a GPU, the second is when the kernels are compiled and the engine
+    begins to measure steps.
+    """
     times: list[float] = []
     load, measure_steps = build.load, build.measure_steps
 
@@ -77,7 +88,7 @@ def times_of_loading() -> Generator[list[float]]:
 
 
 class Bench:
-    """One engine, in this process."""
+    """Measures one engine, which runs in this process."""
 
     def __init__(self, job: Job, config: JambaConfig, folder: str, sizes: Sizes, ceilings: Ceilings) -> None:
         self.config, self.ceilings = config, ceilings
@@ -100,13 +111,16 @@ class Bench:
         return self.random.choices(range(3, self.config.vocab_size), k=length)
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        """For replies of exactly `tokens`."""
+        """Returns the seconds that the engine takes to reply to all prompts with exactly `tokens` tokens each."""
         start = time.perf_counter()
         self.llm.generate([*prompts], SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
         return time.perf_counter() - start
 
     def first_reply(self) -> dict[str, Any]:
-        """The first token of the first request, from the weights being loaded. It must be the first cell."""
+        """Measures the seconds from the end of loading the weights to the first token of the first request.
+
+        It must be the first cell that is measured with an engine.
+        """
         compiled = sum(1 for _ in Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser().glob("*"))
         reply = self.seconds([self.prompt(FIRST_PROMPT)], 1)
         return {
@@ -118,12 +132,12 @@ class Bench:
         }
 
     def decode(self, count: int) -> dict[str, Any]:
-        """The prompts' own step is taken off: runs of one token."""
+        """Measures decode of `count` sequences. The time of the prompts (a run of one output token) is subtracted."""
 
         def fresh() -> list[list[int]]:
             return [self.prompt(DECODE_PROMPT) for _ in range(count)]
 
-        self.seconds(fresh(), STEPS[0] + 1)  # compiles what this number of rows needs
+        self.seconds(fresh(), STEPS[0] + 1)  # this run compiles the kernels for this number of rows
         step = self.seconds(fresh(), STEPS[0] + 1) / (STEPS[0] + 1)
         steps = max(STEPS[0], min(STEPS[1], int(DECODE_SECONDS / step)))
         seconds = min(self.seconds(fresh(), steps + 1) for _ in range(2)) - min(
@@ -139,7 +153,10 @@ class Bench:
         return self.row("prefill", length, length / first, length, self.prefill_work(length))
 
     def long(self, length: int) -> dict[str, Any]:
-        """One request that fills the context. Its decode is timed with the same prompt from the prefix cache."""
+        """Measures one request that fills the context.
+
+        To time its decode, the same prompt is sent again, so that it comes from the prefix cache.
+        """
         length = min(length, self.llm.core.info.max_model_len)
         prompt = self.prompt(length - LONG_STEPS - 1)
         first = self.seconds([prompt], 1)
@@ -158,7 +175,7 @@ class Bench:
         return prefill_work(self.config, self.stored.policy, tokens=tokens, chunk=chunk)
 
     def row(self, kind: str, size: int, rate: float, tokens: int, work: Work) -> dict[str, Any]:
-        """`predicted`: tokens a second at the ceiling."""
+        """Returns a result row. `predicted` is the rate in tokens per second that the GPU's limits allow."""
         predicted = tokens / work.seconds(self.ceilings)
         bound = work.bound(self.ceilings)
         return {"kind": kind, "size": size, "tok_s": rate, "predicted": predicted, "bound": bound}
@@ -185,7 +202,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings: Ceilings) -> None:
-    """Loads the model and measures its cells; nothing of it is left afterwards."""
+    """Loads the model and measures its cells. The engine is freed when this returns."""
     sizes = SIZES.get(job.shape, OTHERS)
     loaded: list[Bench] = []
 
@@ -194,7 +211,7 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
         record.note(engine=msgspec.to_builtins(loaded[0].llm.core.info))
         return {"load_seconds": loaded[0].load_seconds}
 
-    if "error" in record.rows.get(job.key("load"), {}):  # in an earlier process of this run
+    if "error" in record.rows.get(job.key("load"), {}):  # loading has failed in an earlier process of this run
         return
     record.rows.pop(job.key("load"), None)
     if record.cell(job.key("load"), load) is None:
@@ -202,11 +219,11 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
     for key, work in cells(job, sizes).items():
         known = key in record.rows
         if record.cell(key, partial(work, loaded[0])) is None and not known and "profile" not in key:
-            raise SystemExit("After what failed, its requests are still in the engine: another process goes on.")
+            raise SystemExit("The requests of the failed cell are still in the engine: a new process continues.")
 
 
 def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]]:
-    """By key, in their order: the first reply must be the first."""
+    """Returns the measurements by key, in the order in which they must run. The first reply comes first."""
     if job.cold:
         return {job.key("first reply", "nothing compiled before"): Bench.first_reply}
     found: dict[str, Callable[[Bench], dict[str, Any]]] = {job.key("first reply"): Bench.first_reply}
@@ -219,7 +236,7 @@ def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]
 
 
 def too_large(config: JambaConfig, job: Job) -> str | None:
-    """Why the weights do not fit on this GPU, if they do not."""
+    """Returns the reason why the weights do not fit on this GPU, or None if they fit."""
     if job.device == "cpu":
         return None
     torch.cuda.empty_cache()
@@ -231,7 +248,7 @@ def too_large(config: JambaConfig, job: Job) -> str | None:
 
 
 def profile(bench: Bench, count: int) -> dict[str, Any]:
-    """Where a decode step's time goes: microseconds of the longest kernels, of all that ran in a few steps."""
+    """Profiles a few decode steps and returns the kernels that take the most time, in microseconds."""
     activity = torch.profiler.ProfilerActivity
     gpu = bench.llm.core.info.device != "cpu"
     prompts = [bench.prompt(DECODE_PROMPT) for _ in range(count)]

@@ -1,8 +1,8 @@
-"""The part `parity`: tiny checkpoints through this engine and through transformers, on the same device.
+"""Runs the part `parity` of the GPU check: compares this engine with transformers on tiny checkpoints.
 
-In float32 every greedy token is the argmax of transformers' forward over the whole prompt and reply, and every
-log-probability is close. In bfloat16 two orders of rounding differ, so both are compared with transformers in float32:
-ours should be no further from it than transformers' own bfloat16.
+In float32, every greedy token must be the argmax of transformers' logits over the whole prompt and reply, and every
+log-probability must be close to transformers'. In bfloat16, the two libraries round in different orders. So both are
+compared with transformers in float32, and this engine's error is limited by a multiple of transformers' own error.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "experts": BASE,
     "dense, tied, one KV head": BASE
     | {"num_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
-    # AI21's Jamba-tiny-dev
+    # This is the shape of AI21's checkpoint Jamba-tiny-dev.
     "0.3 billion": BASE
     | {"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
     | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 8, "attn_layer_period": 8}
     | {"attn_layer_offset": 4, "mamba_dt_rank": 32},
 }
 LENGTHS, NEW_TOKENS = (1, 17, 64, 300), 16
-FLOAT32_LIMIT = 1e-3  # of a log-probability
-BFLOAT16_LIMIT = 2.0  # times the error of transformers' own bfloat16
+FLOAT32_LIMIT = 1e-3  # largest difference of a log-probability in float32
+BFLOAT16_LIMIT = 2.0  # the error in bfloat16 may be this many times the error of transformers in bfloat16
 SETTINGS: Mapping[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 128,
@@ -72,7 +72,10 @@ def run(job: Job, record: Record) -> None:
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> Any:
-    """Saved in `folder` in float32. Transformers' own random weights are so small that all logits are nearly equal."""
+    """Creates a random model and saves it in `folder` in float32.
+
+    The weights are drawn again here, because with transformers' own random weights all logits are nearly equal.
+    """
     torch.manual_seed(0)
     model: Any = transformers.JambaForCausalLM(transformers.JambaConfig(**config)).eval()
     with torch.no_grad():
@@ -84,7 +87,7 @@ def make_model(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
-    """Greedy replies to prompts of some lengths, all at once, with the log-probabilities of all tokens."""
+    """Generates greedy replies to prompts of all LENGTHS in one batch, with the log-probabilities of all tokens."""
     llm = LLM(folder, device=job.device, dtype=dtype, **{**SETTINGS, **job.options})
     random = Random(0)
     prompts: list[str | list[int]] = [
@@ -97,21 +100,24 @@ def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
 
 
 def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
-    """Float32 [len(tokens) - 1, V]: of every token after the first. No kernels of other packages."""
+    """Returns transformers' log-probabilities for every token after the first, float32 [len(tokens) - 1, V]."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
 def ours(completion: Completion, device: Any) -> torch.Tensor:
-    """Log-probabilities of every token after the first, of prompt and reply."""
+    """Returns this engine's log-probabilities of every token of prompt and reply after the first."""
     prompt = [entry.logprob for entry in completion.prompt_logprobs[1:] if entry is not None]
     return torch.tensor([*prompt, *(entry.logprob for entry in completion.logprobs)], device=device)
 
 
 def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """`different`: replies that are not transformers' greedy ones, which two nearly equal logits may cause; each such
-    token's log-probability is then how far below the best."""
+    """Compares float32 results with transformers.
+
+    `different` counts replies that differ from transformers' greedy replies, which can happen if two logits are nearly
+    equal. The test passes only if each such token is within the limit of transformers' best log-probability.
+    """
     worst, below, different = 0.0, 0.0, 0
     for completion in generate(job, folder, "float32"):
         tokens = [*completion.prompt, *completion.token_ids]
@@ -126,7 +132,7 @@ def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
 
 
 def bfloat16(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """Root mean squares over all tokens of differences of log-probabilities."""
+    """Compares bfloat16 results with transformers in float32, as root mean square errors of all log-probabilities."""
     half: Any = transformers.JambaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     half.to(job.device).eval()
     squares: dict[str, list[torch.Tensor]] = {"ours": [], "transformers": []}

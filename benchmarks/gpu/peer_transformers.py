@@ -1,6 +1,7 @@
-"""The part `transformers`: the same shape through transformers' `generate` on the same device, a few tokens.
+"""Runs the part `transformers` of the GPU check: times transformers' `generate` on the same shape and device.
 
-With mamba-ssm and causal-conv1d where they are installed; else on its plain torch path, which scans token by token.
+transformers uses mamba-ssm and causal-conv1d if they are installed. Otherwise it uses plain torch code, which scans
+token by token.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from jamba_server.engine.model_config import JambaConfig, load_model_config
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
 STEPS = 8
-WARM_UP = 64  # tokens
-PATIENCE = 45.0  # seconds that a cell may be expected to take
+WARM_UP = 64  # tokens of the first prompt, which is not measured
+PATIENCE = 45.0  # a prompt that is expected to take more seconds than this is left out
 
 
 def run(job: Job, record: Record) -> None:
@@ -60,11 +61,14 @@ def run(job: Job, record: Record) -> None:
 
 
 class Peer:
-    """The model, drawn by transformers on the device, and how fast it has read prompts."""
+    """A model with random weights in transformers, on the device that is measured.
+
+    `rate` is the prefill rate of the last prompt, from which the time of the next prompt is estimated.
+    """
 
     def __init__(self, folder: Path, job: Job, config: JambaConfig, ceilings: Ceilings) -> None:
         self.config, self.policy, self.ceilings = config, Format.parse(job.format).policy, ceilings
-        self.rate: float | None = None  # prompt tokens a second
+        self.rate: float | None = None  # prompt tokens per second, None before the first prompt
         own = transformers.AutoConfig.from_pretrained(folder)
         with torch.device(job.device):
             self.model: Any = transformers.AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()
@@ -75,7 +79,7 @@ class Peer:
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         start = time.perf_counter()
         replies = self.model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
-        assert replies[:, length:].cpu().shape == (count, tokens), "the copy waits for the device"
+        assert replies[:, length:].cpu().shape == (count, tokens), "copying to the CPU waits until the device is done"
         return time.perf_counter() - start
 
     def prefill(self, length: int) -> dict[str, Any]:

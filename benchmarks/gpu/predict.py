@@ -1,4 +1,4 @@
-"""What a GPU can do, as measured, and what follows from it for a decode step and for a prompt."""
+"""Measures a GPU's bandwidth and matmul rate, and predicts from them the time of a decode step and of a prompt."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
 
-DTYPE_BYTES = 2  # bfloat16
-COPIED, SIDE = 1 << 29, 8192  # numbers (2 GiB of float32), rows and columns
+DTYPE_BYTES = 2  # bytes of a bfloat16 number
+COPIED, SIDE = 1 << 29, 8192  # number of float32 values that are copied (2 GiB); rows and columns of the matrices
 
 
 class Ceilings(msgspec.Struct, frozen=True):
-    """Bytes a second that are read and written together; operations a second of a bfloat16 product."""
+    """The limits of a device: its memory bandwidth and its matmul rate, as measured.
+
+    `bandwidth` is in bytes per second, reads and writes added. `matmul` is the rate of a large bfloat16 product in
+    operations per second.
+    """
 
     bandwidth: float
     matmul: float
 
 
 def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 100) -> float:
-    """Of many runs, on a GPU each from a cold L2 cache. Launches from Python are part of it."""
+    """Returns the median time of `work` in seconds. On a GPU, the L2 cache is cold at the start of each run.
+
+    The time includes the launches from Python.
+    """
     if device == "cpu":
         return shapes.median_seconds(work, milliseconds / 1e3)
     from triton.testing import do_bench
@@ -37,14 +44,17 @@ def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """A copy of 2 GiB, in which what is read and what is written both count, and a product of 8192 x 8192 x 8192, both
-    of random numbers. On a CPU what `shapes` measures."""
+    """Measures the memory bandwidth and the matmul rate of a device.
+
+    On a GPU these are the rate of a copy of 2 GiB, where reads and writes both count, and of a product of the size
+    8192 x 8192 x 8192, both with random numbers. On a CPU these are the rates that `benchmarks.shapes` measures.
+    """
     if device == "cpu":
         return Ceilings(shapes.read_bandwidth(), shapes.matmul_rate())
     try:
         return _gpu_ceilings(device)
     finally:
-        torch.cuda.empty_cache()  # a server in another process wants this memory
+        torch.cuda.empty_cache()  # a server in another process may need this memory
 
 
 def _gpu_ceilings(device: str) -> Ceilings:
@@ -57,7 +67,7 @@ def _gpu_ceilings(device: str) -> Ceilings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The least that must be moved and computed."""
+    """The bytes that must at least be moved, and the operations that must at least be computed."""
 
     bytes: float
     operations: float
@@ -66,14 +76,17 @@ class Work:
         return max(self.bytes / ceilings.bandwidth, self.operations / ceilings.matmul)
 
     def bound(self, ceilings: Ceilings) -> str:
-        """The ceiling that it meets first."""
+        """Returns the limit that determines the time: "bandwidth" or "matmul rate"."""
         memory = self.bytes / ceilings.bandwidth >= self.operations / ceilings.matmul
         return "bandwidth" if memory else "matmul rate"
 
 
 def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: int, context: int) -> Work:
-    """One step of `sequences`, a token each, after `context` tokens: it reads the weights, of the experts those that
-    are expected to be chosen; it reads and writes every state; it reads keys and values."""
+    """Returns the work of one decode step of `sequences` sequences that have `context` tokens each.
+
+    The step reads the weights, of which it needs only the experts that the router is expected to choose. It reads and
+    writes every sequence's state, and it reads the keys and values.
+    """
     spec = CacheSpec.of(cache_layout(config, block_size=16, dtype="bfloat16"))
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=sequences, policy=policy)
     head = config.vocab_size * config.hidden_size
@@ -85,13 +98,16 @@ def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: i
 
 
 def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int, chunk: int) -> Work:
-    """One prompt and its first token, `chunk` tokens a step: each step reads the weights, the keys and values before it
-    and the state. Of the scan, which no matrix unit does, only the state counts."""
+    """Returns the work of one prompt up to its first output token, in steps of `chunk` tokens.
+
+    Each step reads the weights and the keys and values before it, and reads and writes the state. The operations of the
+    scan are left out, because the matrix units do not compute them.
+    """
     spec = CacheSpec.of(cache_layout(config, block_size=16, dtype="bfloat16"))
     steps = -(-tokens // chunk)
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=min(tokens, chunk), policy=policy)
     keys_read = sum(range(chunk, tokens, chunk)) + tokens
-    # the causal half of all pairs of tokens, a product with the keys and one with the values
+    # Two products (with the keys and with the values) of 2 operations for each of the tokens**2 / 2 causal pairs.
     width = len(config.attention_layers) * config.num_attention_heads * config.head_dim
     attention = 2 * width * tokens**2
     return Work(

@@ -1,9 +1,10 @@
-"""What an H100 and an H200 should reach, computed and not measured.
+"""Computes which rates an H100 and an H200 should reach. Nothing is measured.
 
     python -m benchmarks.gpu.predictions
 
-Writes results/gpu-predictions.md: for every cell of `check`'s parts `3b` and `mini` the tokens a second that the
-bytes and operations of `predict` allow, and the floors of what `tune` times.
+The program writes results/gpu-predictions.md. For every cell of the GPU check's parts `3b` and `mini` it lists the
+tokens per second that the bytes and operations of `predict` allow. For every kernel that the part `tune` times, it
+lists the shortest possible time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.shapes import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
-# Typical of a copy and of prompts' products, not measured for this.
+# These are assumed rates, typical of a large copy and of the matrix products of prefill. They are not measured.
 GPUS = {"H100": Ceilings(bandwidth=3.0e12, matmul=650e12), "H200": Ceilings(bandwidth=4.3e12, matmul=650e12)}
 MODELS = (("3b", ("bf16",)), ("mini", ("int8", "bf16")))
-CONTEXT = 128  # tokens before a decode step
-CHUNK = 8192  # of a prompt, the engine's limit where memory allows it
+CONTEXT = 128  # tokens in each sequence before the decode step
+CHUNK = 8192  # prompt tokens per step, the engine's largest choice if the memory allows it
 HEAD = """# Predictions for GPUs: nothing here has been measured
 
 Every number is computed, by `python -m benchmarks.gpu.predictions`, from the bytes that must be moved and the
@@ -34,7 +35,7 @@ sequence, 70% at 256, and 50% for prompts. Mini's weights in bfloat16 (96 GiB) d
 
 
 def cells() -> Iterator[tuple[str, str, str, int, Work]]:
-    """Model, weights, what, its tokens and its work."""
+    """Yields (model, weight format, name of the measurement, tokens, work) for each measurement of the engine."""
     for shape, formats in MODELS:
         config, sizes = config_of(shape), SIZES[shape]
         for name in formats:

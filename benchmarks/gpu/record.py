@@ -1,4 +1,7 @@
-"""A part of `check`: what it is told, and its results, in a file that is whole after every cell."""
+"""Defines the job of a process of the GPU check, and the file that keeps its results after every cell.
+
+A cell is a single measurement with a key.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,16 @@ import torch
 from benchmarks.http.serving import describe_commit, describe_gpu
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
-ERROR_TAIL = 1500  # characters
+ERROR_TAIL = 1500  # the last 1500 characters of a traceback are kept
 PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "pytest")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process measures: a part, for the parts with a model its shape and format (as `shapes.Format` has it),
-    and what else the engine is told. `cold`: with nothing compiled, and nothing but the first reply."""
+    """The job of one process: a part of the GPU check, with the shape and weight format of its model.
+
+    `format` is written as in `shapes.Format`. `options` are further fields of EngineConfig. A `cold` job starts without
+    compiled kernels and measures only the first reply.
+    """
 
     part: str
     path: str
@@ -36,16 +42,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def variant(self) -> str:
-        """Of the engine: what it was told beside shape and format."""
+        """The engine options as text, empty if there are none."""
         return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items()))
 
     def key(self, *names: object) -> str:
-        """Of a cell of this job."""
+        """Returns the key of a cell: shape, format, engine options and `names`, separated by commas."""
         return ", ".join(filter(None, [self.shape, self.format if self.shape else "", self.variant, *map(str, names)]))
 
 
 class Record:
-    """The cells of a part by key, measured or failed, and the runs that they were measured in."""
+    """The result file of a part: its cells by key, measured or failed, and the runs in which they were measured."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +61,7 @@ class Record:
         self.running: str | None = known.get("running")
 
     def write(self) -> None:
-        """Whoever is killed leaves the old file or the new one."""
+        """Replaces the file atomically, so a process that is killed leaves either the old file or the new one."""
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"runs": self.runs, "rows": self.rows, "running": self.running}, indent=1) + "\n")
         os.replace(beside, self.path)
@@ -65,13 +71,16 @@ class Record:
         self.write()
 
     def note(self, **more: Any) -> None:
-        """Of the run that goes on."""
+        """Adds facts about the current run to the file."""
         self.runs[-1] |= more
         self.write()
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Measures a cell that is not known yet. One that fails is written down and the next one comes, unless the
-        device is lost. Returns what was measured."""
+        """Measures a cell unless it has a result. Returns the result, or None if the cell has failed.
+
+        A failure is recorded in the file, so that the next cells can be measured. If the device is lost, the error is
+        raised instead.
+        """
         if key in self.rows:
             return None if "error" in self.rows[key] else self.rows[key]
         self.running = key
@@ -79,12 +88,12 @@ class Record:
         start = time.perf_counter()
         try:
             row = measure()
-        except Exception as error:  # noqa: BLE001 - whatever fails, the cells after it are wanted
+        except Exception as error:  # noqa: BLE001 - whatever fails, the next cells are still to be measured
             row = {"error": "".join(traceback.format_exception(error))[-ERROR_TAIL:]}
         self.finish(key, row | {"run": len(self.runs) - 1, "wall_seconds": time.perf_counter() - start})
         print(f"{self.path.stem}: {key}: {summary(row)}", flush=True)
         if "error" in row and torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises if the device is lost; another process goes on then
+            torch.cuda.synchronize()  # raises an error if the device is lost; then a new process continues
             torch.cuda.empty_cache()
         return None if "error" in row else row
 
@@ -93,7 +102,7 @@ class Record:
         self.write()
 
     def forget_errors(self) -> None:
-        """What failed is tried again."""
+        """Removes failed cells from the file, so that they are measured again."""
         self.rows = {key: row for key, row in self.rows.items() if "error" not in row}
         self.running = None
         self.write()
@@ -109,7 +118,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def _said(describe: Callable[[], str | None]) -> str | None:
-    """None where git or the driver's command is missing or fails: no reason to measure nothing."""
+    """Calls `describe`. Returns None if git or nvidia-smi is missing or fails, which must not prevent a measurement."""
     try:
         return describe()
     except (OSError, subprocess.SubprocessError):
@@ -117,7 +126,7 @@ def _said(describe: Callable[[], str | None]) -> str | None:
 
 
 def conditions(job: Job) -> dict[str, Any]:
-    """Of a run: machine, versions, what was asked for."""
+    """Describes a run: date, commit, GPU, machine, versions of packages, and the job."""
     versions: dict[str, str] = {}
     for package in PACKAGES:
         try:

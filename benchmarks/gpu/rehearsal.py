@@ -1,9 +1,9 @@
-"""How long the kernels of whole models take to compile, one after the other and in threads, no GPU needed.
+"""Measures how long Triton takes to compile the kernels of whole models, with one thread and with several.
 
     python -m benchmarks.gpu.rehearsal [--name triton-rehearsal] [--target 90]
 
-What an engine does while its weights load (`engine.start.rehearsal`), for a GPU that is none: Triton compiles, and
-nothing is loaded or run. Each run has an empty cache and a process of its own.
+An engine compiles its kernels while its weights load (`engine.start.rehearsal`). This program does the same without a
+GPU: Triton compiles the kernels, but nothing is loaded or run. Each run has an empty cache and a process of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODELS: Final[Mapping[str, tuple[str, str, KvCacheDtype]]] = {
 
 
 class NoGpu:
-    """What Triton asks of a device in order to compile for it."""
+    """Replaces Triton's driver on a machine without a GPU, and describes the device for which Triton compiles."""
 
     launcher_cls = staticmethod(lambda *_: None)
 
@@ -67,7 +67,7 @@ class NoGpu:
 
 
 def rehearsal_of(model: str) -> Rehearsal:
-    """One of `MODELS`, with Triton's kernels."""
+    """Returns the rehearsal, which compiles an engine's kernels, for one of MODELS with Triton's kernels."""
     shape, format, kv_cache_dtype = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
@@ -79,7 +79,10 @@ def rehearsal_of(model: str) -> Rehearsal:
 
 
 def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:
-    """Kernels and seconds. The imports that a first run brings are not in them, as an engine has begun by then."""
+    """Compiles the kernels of a model. Returns their number and the seconds.
+
+    Imports are not part of the time, because an engine has made them before it begins to compile.
+    """
     driver.set_active(NoGpu(target))  # pyright: ignore[reportArgumentType]
     rehearsal = rehearsal_of(model)
     rehearsal.runner()
@@ -91,7 +94,7 @@ def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:
 
 
 def measured(model: str, threads: int, target: int) -> tuple[int, float]:
-    """`compile_once` in a process of its own."""
+    """Runs `compile_once` in a new process with an empty cache of kernels."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", __spec__.name, "--once", model, "--threads", str(threads)]
         environment = os.environ | {"TRITON_CACHE_DIR": cache}
@@ -122,10 +125,10 @@ def report(target: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", help="write benchmarks/results/NAME.md")
-    parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
-    parser.add_argument("--once", choices=MODELS, help="kernels and seconds of one model, in this process")
-    parser.add_argument("--threads", type=int, default=1, help="with --once")
+    parser.add_argument("--name", help="write the results to benchmarks/results/NAME.md")
+    parser.add_argument("--target", type=int, default=90, help="compute capability to compile for, times ten")
+    parser.add_argument("--once", choices=MODELS, help="compile one model in this process; print kernels and seconds")
+    parser.add_argument("--threads", type=int, default=1, help="number of compiling threads for --once")
     arguments = parser.parse_args()
     if arguments.once:
         print(*compile_once(arguments.once, arguments.threads, arguments.target))

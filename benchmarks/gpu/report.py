@@ -1,4 +1,4 @@
-"""One table of what `check` has measured: predictions beside measurements, and what failed."""
+"""Writes the report of the GPU check: tables with predictions beside measurements, and a list of failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.sweep import wrong
 
 Parts = dict[str, dict[str, Any]]
-"""By part, what `record.Record` writes: `rows` by key and `runs`."""
+"""The content of each part's result file, as `record.Record` writes it, by the name of the part."""
 
 FIRST_REPLY_SECONDS = 10.0
 COLUMNS = "| model | weights, engine | what | predicted tok/s | measured | share | target | transformers |"
@@ -27,7 +27,7 @@ CEILINGS = (
 
 
 def read_parts(name: str, folders: list[Path]) -> Parts:
-    """Of the parts that several folders hold, those of the first of them."""
+    """Reads the parts' result files. If several folders have the same part, the first folder's file counts."""
     found: Parts = {}
     for folder in folders:
         for path in sorted((folder / f"{name}-parts").glob("*.json")):
@@ -36,14 +36,14 @@ def read_parts(name: str, folders: list[Path]) -> Parts:
 
 
 def target(row: dict[str, Any]) -> float | None:
-    """Share of the prediction that is wanted."""
+    """Returns the share of the prediction that the engine should reach, or None if there is no target."""
     if row["kind"] == "decode":
         return {1: 0.8, 256: 0.7}.get(row["size"])
     return 0.5 if row["kind"] == "prefill" else None
 
 
 def failures(parts: Parts) -> list[str]:
-    """What went wrong: not what is slow."""
+    """Returns the list of failures: errors, failed tests and wrong results. Slow results are not failures."""
     found: list[str] = []
     for part, content in parts.items():
         for key, row in content["rows"].items():
@@ -63,7 +63,7 @@ def failures(parts: Parts) -> list[str]:
 
 
 def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
-    """With the table of single kernels, or without."""
+    """Returns the report as Markdown. If `sweep` is true, it has the tables of profiles and of single kernels."""
     lines = [f"# {name}", "", *conditions(parts), "", *ceilings(parts)]
     sections = [checks(parts), engine(parts), replies(parts), http(parts)]
     if sweep:
@@ -89,7 +89,7 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
 
 
 def conditions(parts: Parts) -> list[str]:
-    """Machine and versions of the runs, each once."""
+    """Returns one line for each different combination of machine, date, commit and versions in the runs."""
     lines: dict[str, None] = {}
     for content in parts.values():
         for run in content["runs"]:
@@ -138,7 +138,7 @@ def _passed(row: dict[str, Any]) -> str:
 
 
 def split(key: str, row: dict[str, Any], run: dict[str, Any]) -> tuple[str, str, str]:
-    """Model, engine and what was measured."""
+    """Returns the model, the weight format with the engine's options, and the name of the measurement."""
     job = run["job"]
     options = " ".join(f"{name}={value}" for name, value in job.get("options", {}).items())
     return job["shape"], " ".join(filter(None, [job["format"], options])), f"{row['kind']}, {row['size']:,}"
@@ -172,7 +172,7 @@ def engine(parts: Parts) -> list[str]:
 
 
 def replies(parts: Parts) -> list[str]:
-    """First replies, from the weights being loaded."""
+    """Returns the table of first replies, whose time begins when the weights have been loaded."""
     lines: list[str] = []
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
@@ -201,7 +201,7 @@ def http(parts: Parts) -> list[str]:
 
 
 def profiles(parts: Parts) -> list[str]:
-    """Where decode steps spend the device's time."""
+    """Returns the table of kernels in which decode steps spend the device's time."""
     lines: list[str] = []
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
@@ -228,7 +228,10 @@ def kernels(parts: Parts) -> list[str]:
 
 
 def tiles(parts: Parts, most: int | None) -> list[str]:
-    """What other tiles would gain in a step, the most first, and which variants' results are not what they must be."""
+    """Returns the table of times that other tiles would save in a step, the largest first.
+
+    A list of the variants whose results are wrong follows.
+    """
     rows = [(key, row) for key, row in parts.get("tune", {"rows": {}})["rows"].items() if "variants" in row]
     rows.sort(key=lambda item: item[1]["count"] * (item[1]["best_us"] - item[1]["default_us"]))
     lines: list[str] = []
@@ -250,7 +253,7 @@ def tiles(parts: Parts, most: int | None) -> list[str]:
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Rows with a rate, and their runs."""
+    """Yields (key, row, run) for each row of a part that has a rate."""
     content = parts.get(part)
     for key, row in content["rows"].items() if content else ():
         if "tok_s" in row:

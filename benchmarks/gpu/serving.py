@@ -1,4 +1,4 @@
-"""The part `http`: a server with dummy weights on this device under the load of `jamba bench`'s clients."""
+"""Runs the part `http` of the GPU check: a server with dummy weights under the load of `jamba bench`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_TIMEOUT = 500.0
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Fields of EngineConfig as flags of `jamba serve`."""
+    """Converts fields of EngineConfig to options of `jamba serve`."""
     found: list[str] = []
     for key, value in options.items():
         name = key.replace("_", "-")
@@ -64,7 +64,10 @@ def run(job: Job, record: Record) -> None:
 
 
 def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
-    """Of a server that has answered nothing: one token. `until_ready`: from the start of its process, loading too."""
+    """Measures the first reply of a new server, of one token, in seconds.
+
+    `until_ready` is the time from the start of the server's process until it is ready, which includes loading.
+    """
     begun = time.perf_counter()
     prompt = [5 + i % (SHAPES[shape]["vocab_size"] - 5) for i in range(INPUT_LEN)]
     body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
@@ -75,7 +78,10 @@ def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
 
 
 def load(url: str, job: Job, config: JambaConfig, clients: int, ceilings: Ceilings) -> dict[str, Any]:
-    """`predicted`: a decode step of so many sequences at the ceiling, as if prompts took no time."""
+    """Measures the server under a load of `clients` clients.
+
+    `predicted` is the rate in tokens per second that the device's limits allow for decode, as if prompts took no time.
+    """
     options = BenchOptions(
         concurrency=str(clients),
         num_prompts=max(8, 2 * clients),

@@ -1,4 +1,4 @@
-"""The part `sweep`: every op at a model's shapes, compared with the reference in float32, and timed."""
+"""Runs the part `sweep` of the GPU check: compares every op with the reference in float32 and times it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRAPH_MILLISECONDS = 20
 
 
 class Candidates:
-    """Every implementation that loads on a device, each among the kernels that are preferred there."""
+    """The implementations of each op that load on a device. The other ops use the implementations preferred there."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -31,7 +31,10 @@ class Candidates:
         self.preferred, self.reference = select(device, {}), select(device, {"all": "reference"})
 
     def of(self, op: str) -> dict[str, Kernels]:
-        """By name; the reference, which the others are compared with, only where it is alone."""
+        """Returns the implementations of `op` by name.
+
+        The others are compared with the reference, so it is in the result only if there is no other implementation.
+        """
         if op not in self._by_op:
             names = [entry.name for entry in implementations(op, self._device) if entry.name != "reference"]
             loaded = {name: kernels for name in names if (kernels := self._select(op, name)) is not None}
@@ -65,8 +68,11 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings: Ceilings) -> dict[str, Any]:
-    """Microseconds of the op as it is called from Python, and in a CUDA graph, where the L2 cache stays warm; `floor`
-    is what the ceilings allow. Products also with torch's own."""
+    """Compares one implementation of an op with the reference and times it, in microseconds.
+
+    `us` is the time of a call from Python. `graph_us` is the time in a CUDA graph, where the L2 cache stays warm.
+    `floor_us` is the shortest time that the device's limits allow. `torch_us` is the time of torch's matrix product.
+    """
     error = check(case, ours, reference)
     op: Any = getattr(ours, case.op)
     args = case.prepare(ours)
@@ -89,8 +95,10 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
 
 
 def in_graph(work: Callable[[], object]) -> dict[str, Any]:
-    """Of an op that waits for the device and so cannot be captured, why. That is found out before: a capture that
-    breaks off leaves torch's allocator unusable."""
+    """Times an op in a CUDA graph. If it waits for the device, it cannot be captured, and the reason is returned.
+
+    This is tested before the capture, because a capture that fails leaves torch's allocator unusable.
+    """
     from triton.testing import do_bench_cudagraph
 
     try:
@@ -105,5 +113,5 @@ def in_graph(work: Callable[[], object]) -> dict[str, Any]:
 
 
 def wrong(row: dict[str, Any]) -> bool:
-    """NaN is."""
+    """Returns whether the error of a row is above its tolerance. NaN counts as wrong."""
     return not row["error_norm"] <= row["tolerance"]

@@ -1,4 +1,7 @@
-"""What `tune` tunes: a model's products, attention, scan and Mamba decode at the sizes of steps and of prompts."""
+"""Lists the calls that the part `tune` of the GPU check times, at the sizes of decode steps and of prompts.
+
+They are a model's matrix products, attention, scan and Mamba decode.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,18 @@ from jamba_server.kernels.table import select
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Rows of products; sequences and tokens, sequences and contexts of the others."""
+    """The numbers of rows, sequences and tokens at which kernels are tuned.
+
+    `decode_rows` and `prefill_rows` are numbers of rows of matrix products. `contexts` are (sequences, context) of
+    decode attention, `prompts` are (query tokens, context) of prefill attention, and `scans` are (sequences, tokens).
+    """
 
     decode_rows: tuple[int, ...] = (1, 8, 64, 256)
     prefill_rows: tuple[int, ...] = (2048, 8192)
     contexts: tuple[tuple[int, int], ...] = ((1, 32768), (8, 8192), (64, 2048), (256, 512))
-    prompts: tuple[tuple[int, int], ...] = ((2048, 2048), (8192, 8192), (2048, 32768))  # of whose last tokens
+    prompts: tuple[tuple[int, int], ...] = ((2048, 2048), (8192, 8192), (2048, 32768))
     scans: tuple[tuple[int, int], ...] = ((1, 2048), (1, 8192), (16, 512), (64, 128))
-    variants: int | None = None  # the first ones only
+    variants: int | None = None  # if it is set, only this many variants are tried for each target
 
 
 TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=((5, 40),), scans=((2, 9),), variants=2)
@@ -43,7 +50,7 @@ TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A case, how often a step has it, and what is tried on it."""
+    """A call that is tuned: its case, the number of such calls in a step, and the variants to try."""
 
     case: Case
     label: str
@@ -52,7 +59,10 @@ class Target:
     implementation: str = "triton"
 
     def work(self) -> Work:
-        """The least that a call must move and compute; its results have the sizes of its first arguments."""
+        """Returns the bytes that a call must at least move and the operations that it must compute.
+
+        The sizes of its results are derived from its arguments, because `meta` tensors cannot be computed with.
+        """
         case = self.case
         results = case.args[0] if case.op in ("attention_decode", "attention_prefill") else ()
         if case.op == "selective_scan":
@@ -68,7 +78,7 @@ class Target:
 
 
 class Targets:
-    """Of a model, in groups that share their weights."""
+    """The tuning targets of a model, in groups that share their weights."""
 
     def __init__(self, maker: Maker, config: JambaConfig, sizes: Sizes) -> None:
         self.maker, self.config, self.sizes = maker, config, sizes
@@ -79,7 +89,7 @@ class Targets:
             yield [replace(target, variants=target.variants[: self.sizes.variants]) for target in group]
 
     def labels(self) -> list[str]:
-        """Of all targets, in their order, without their numbers."""
+        """Returns the labels of all targets in order. `meta` tensors are used, so no memory is needed for weights."""
         alone = Targets(Maker(self.maker.shape, torch.device("meta")), self.config, self.sizes)
         return [target.label for group in alone.groups() for target in group]
 

@@ -1,4 +1,4 @@
-"""The part `kernels`: the kernel tests on the GPU, in all dtypes, and what else is marked as needing one."""
+"""Runs the part `kernels` of the GPU check: the kernel tests in all dtypes, and the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 from benchmarks.gpu.record import Job, Record
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 8  # processes that share the GPU
-NO_TESTS = 5  # pytest's exit status
-TEST_SECONDS = 120  # after which a test's process is ended, where pytest-timeout is installed
+WORKERS = 8  # number of test processes, which share the GPU
+NO_TESTS = 5  # pytest exits with this status if it finds no tests
+TEST_SECONDS = 120  # time limit of one test in seconds, if pytest-timeout is installed
 KERNELS = "tests/kernels"
 PRODUCTS = [f"{KERNELS}/test_{name}.py" for name in ("linear", "moe", "quantized")]
 RECURRENCE = [f"{KERNELS}/test_{name}.py" for name in ("conv", "scan", "scan_chunked", "recurrence", "mamba")]
 OTHERS = [KERNELS, "tests/engine/test_triton.py", *(f"--ignore={path}" for path in (*PRODUCTS, *RECURRENCE))]
-# Several, so that time that is up leaves some of them.
+# The tests run in several sets. If the time is over, the results of the completed sets are kept.
 SETS = {
     "cuda": {
         "triton, products": [*PRODUCTS, "-k", "triton"],
@@ -32,7 +32,8 @@ SETS = {
     },
     "cpu": {"a few": [f"{KERNELS}/test_norm.py"]},
 }
-# Not the project's own: its plugins may be missing, and warnings of another torch are no errors here.
+# The project's own pytest configuration is not used: it needs plugins that may be missing, and it turns warnings, which
+# another version of torch may print, into errors.
 CONFIGURATION = "[pytest]\naddopts = -q -rfE\nmarkers = cuda: needs an NVIDIA GPU\n"
 
 
@@ -43,7 +44,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def run_tests(arguments: list[str], log: Path) -> dict[str, Any]:
-    """Everything that pytest says is appended to `log`, also if it is killed."""
+    """Runs pytest and counts its results. Its output is appended to `log`, so it is kept if pytest is killed."""
     begin = log.stat().st_size if log.is_file() else 0
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder) / "pytest.ini"

@@ -1,8 +1,8 @@
-"""The part `tune`: the kernels that take a step's time, with other tiles than they take by themselves.
+"""Runs the part `tune` of the GPU check: times the kernels that take most of a step's time with other tiles.
 
-Each is timed in a CUDA graph that goes through copies of its arguments which the L2 cache cannot hold, as in a step;
-each variant's result is compared with that of the kernel as it is. What is needed is compiled before, by other
-processes.
+Each kernel is timed in a CUDA graph. The graph uses several copies of the arguments in turn, which together exceed the
+L2 cache, so the arguments come from memory as in a real step. The result of each variant is compared with the result of
+the unchanged kernel. Other processes compile the variants in advance.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from benchmarks.gpu.variants import applied
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.triton import interpreted
 
-COLD_BYTES = 160 << 20  # of all copies of the arguments together, more than twice the L2 cache
+COLD_BYTES = 160 << 20  # all copies of the arguments have at least this size, more than twice the L2 cache
 MOST_COPIES = 64
-GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3  # that one run of a graph, all timed runs should take, by the floor
+# One run of a graph, and all timed runs together, should take at least these times if the kernel reaches its limit.
+GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3
 MOST_LAUNCHES = 128
 LEAST_RUNS, MOST_RUNS = 3, 15
-TOLERANCE = 1e-2  # relative, of results that are summed in another order
-QUANTIZED_CHUNK = 1 << 26  # numbers quantised at a time on a GPU, where less costs as many launches
+TOLERANCE = 1e-2  # largest relative difference of results that are summed in another order
+QUANTIZED_CHUNK = 1 << 26  # weights are quantised in pieces of this many numbers; smaller ones need more launches
 
 
 def run(job: Job, record: Record) -> None:
@@ -66,8 +67,10 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) -> dict[str, Any]:
-    """Microseconds by variant, or why there are none. `packed`: copies of the weights of the target's group, made with
-    its first case."""
+    """Measures the microseconds of each variant of a target. A variant that fails has an error message instead.
+
+    `packed` holds copies of the packed weights, which all targets of a group share. The first target fills it.
+    """
     case, kernels = target.case, target.kernels()
     if not packed:
         with quantized_at_once(device):
@@ -83,10 +86,10 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
             with applied(variant):
                 error = difference(bench.result(), expected, same=variant.exact)
                 times[variant.label] = 1e6 * bench.seconds(floor)
-        except Exception as failure:  # noqa: BLE001 - too many registers or too much shared memory, for the table
+        except Exception as failure:  # noqa: BLE001 - a variant may need too many registers or too much shared memory
             times[variant.label] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
             if device == "cuda":
-                torch.cuda.synchronize()  # raises if the device is lost
+                torch.cuda.synchronize()  # raises an error if the device is lost
             continue
         if not error <= (0 if variant.exact else TOLERANCE):
             differ[variant.label] = error
@@ -95,8 +98,10 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
 
 
 def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> dict[str, Any]:
-    """`differ`: variants whose results are not what they must be, which are not chosen. `best_exact_us`: of those that
-    keep a result's bits."""
+    """Chooses the fastest variant, and the fastest of those that must give the same bits as the unchanged kernel.
+
+    `differ` has the variants whose results are wrong. They are not chosen.
+    """
     right = {label: us for label, us in times.items() if not isinstance(us, str) and label not in differ}
     inexact = {variant.label for variant in target.variants if not variant.exact}
     exact = {label: us for label, us in right.items() if label not in inexact}
@@ -107,7 +112,10 @@ def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> 
 
 
 def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool) -> float:
-    """The largest relative one of all results and states; 0 only if all bits are equal, which `same` asks for."""
+    """Returns the largest relative difference of all results and states.
+
+    If `same` is true, the difference is 0 only if all bits are equal.
+    """
     pairs = list(zip(flatten(found), flatten(expected), strict=True))
     if all(torch.equal(a, b) for a, b in pairs):
         return 0.0
@@ -118,7 +126,7 @@ def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool)
 
 @contextmanager
 def quantized_at_once(device: str) -> Generator[None]:
-    """On a GPU by pieces so large that launches do not count."""
+    """Makes quantisation on a GPU use pieces so large that the time of launches does not matter."""
     if device != "cuda":
         yield
         return
@@ -127,13 +135,13 @@ def quantized_at_once(device: str) -> Generator[None]:
 
 
 def copies(case: Case, device: str) -> int:
-    """As many as the L2 cache cannot hold together."""
+    """Returns the number of copies of the arguments that together exceed the L2 cache. On a CPU this is 1."""
     moved = case.moved or case.bytes_moved(())
     return 1 if device == "cpu" else min(MOST_COPIES, math.ceil(COLD_BYTES / moved))
 
 
 class Bench:
-    """One op and its arguments, which it may change."""
+    """Times one op with copies of its arguments. The op may change its arguments."""
 
     def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
         self._case, self._device = case, device
@@ -144,13 +152,16 @@ class Bench:
         self._calls = [case.arguments(one) for one in weights]
 
     def result(self) -> tuple[Any, ...]:
-        """What a call returns, and what it leaves in its other arguments, which are the same for every call."""
+        """Calls the op with fresh arguments. Returns its result and the arguments, which the call may have changed."""
         args = self._case.arguments(self._packed)
         result = self._op(*args)
         return result, args if self._packed is None else (args[0], *args[2:])
 
     def seconds(self, floor: float) -> float:
-        """Of a call, after `result`. `floor`: what it takes at least."""
+        """Returns the seconds of one call. `result` must have been called before, to compile the kernel.
+
+        `floor` is the shortest time in seconds that the device's limits allow. It sets the number of calls in a graph.
+        """
         if self._device == "cpu":
             start = time.perf_counter()
             self._op(*self._calls[0])

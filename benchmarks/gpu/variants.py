@@ -1,7 +1,7 @@
-"""What `tune` tries: other tiles, stages, warps and lengths of sections than the kernels take by themselves.
+"""Lists the variants that the part `tune` of the GPU check tries: other tiles, stages, warps and section lengths.
 
-The kernels have no options for it: their constants and the functions that choose a tile are replaced while a variant is
-`applied`.
+The kernels have no options for this. Their constants, and the functions that choose a tile, are replaced while a
+variant is `applied`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
-SHARED_BYTES = 227 << 10  # that a program may have on an H100 or H200
-FEW_ROWS, FEWER_ROWS = 64, 16  # up to which the kernels take their tiles of few rows; quantised ones
+SHARED_BYTES = 227 << 10  # shared memory that a program may use on an H100 or H200
+# Up to these numbers of rows, the plain and the quantised kernels use their tiles for few rows.
+FEW_ROWS, FEWER_ROWS = 64, 16
 PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
 Fields = dict[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`changes` by "module.name" in kernels.triton: of a dictionary, or of a function that returns one or a named
-    tuple, the fields that are others; of another function what it returns; of a constant its value. `exact`: the bits
-    of a result must be those of the kernel as it is."""
+    """A set of changes to the Triton kernels.
+
+    The keys of `changes` are "module.name" in kernels.triton. For a dictionary, or a function that returns a dictionary
+    or a named tuple, the value has the changed fields. For another function it is the new result, and for a constant
+    the new value. If `exact` is true, the results must have the same bits as those of the unchanged kernel.
+    """
 
     changes: Mapping[str, Any]
     exact: bool = True
@@ -40,7 +44,7 @@ class Variant:
 
     @property
     def whole_tile(self) -> bool:
-        """Whether all that a product's kernel is compiled for is said: the number of rows changes nothing."""
+        """True if the variant sets the whole tile of a product, so the number of rows does not change the kernel."""
         return any(place in self.changes for place in PRODUCT_TILES.values())
 
 
@@ -74,19 +78,19 @@ def _changed(old: Any, value: Any) -> Any:
 
 
 def grid(place: str, *, exact: bool = True, **choices: tuple[int | None, ...]) -> Iterator[Variant]:
-    """All combinations of the fields of what is at `place`."""
+    """Yields a variant for every combination of the values in `choices`, which are fields of `place`."""
     for values in product(*choices.values()):
         yield Variant({place: dict(zip(choices, values, strict=True))}, exact)
 
 
 def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
-    """Each value by itself; dots in names are written as two underscores."""
+    """Yields a variant for every single value. In a name, two underscores stand for the dot after the module."""
     for name, values in choices.items():
         yield from (Variant({name.replace("__", "."): value}, exact) for value in values)
 
 
 def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
-    """For `linear` or `run_experts` of so many rows of products."""
+    """Returns the variants for `linear` or `run_experts` with this number of rows."""
     tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
     return _distinct(Variant({PRODUCT_TILES[op]: tile}) for tile in tiles)
 
@@ -100,7 +104,7 @@ def _tile(rows: int, columns: int, num_warps: int, num_stages: int, **more: int 
 
 
 def _plain_tiles(rows: int) -> Iterator[Fields]:
-    """bfloat16. `inner` is how much of K is taken at a time."""
+    """Yields tiles for bfloat16 products. `inner` is the number of elements along K in a tile."""
     few = product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4, 6, 8))
     for columns, inner, warps, stages in few if rows <= 4 * FEW_ROWS else ():
         if 2 * (64 + columns) * inner * stages > SHARED_BYTES or (warps == 8 and (columns < 64 or inner > 64)):
@@ -120,7 +124,10 @@ def _plain_tiles(rows: int) -> Iterator[Fields]:
 
 
 def _quantized_tiles(rows: int) -> Iterator[Fields]:
-    """Whose matrix units take the weight's columns for rows."""
+    """Yields tiles for products with quantised weights.
+
+    The matrix units take the weight as their left operand, so the weight's columns are their rows.
+    """
     if rows <= FEWER_ROWS:
         for columns, warps, stages in product((64, 128), (4, 8), (3, 4, 6, 8)):
             if warps == 4 or columns == 128:
@@ -138,7 +145,7 @@ def _quantized_tiles(rows: int) -> Iterator[Fields]:
 
 
 def narrow_variants(rows: int) -> list[Variant]:
-    """For x_proj by itself, which takes K in sections."""
+    """Returns the variants for x_proj as a single op, which divides K into sections."""
     tiles = grid("narrow.tile_for", columns=(16, 32, 64), num_stages=(3, 4, 6), num_warps=(4,))
     if rows > FEW_ROWS:
         wide = grid("narrow.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
@@ -156,7 +163,7 @@ def mamba_decode_variants() -> list[Variant]:
 
 
 def attention_variants(*, decode: bool) -> list[Variant]:
-    """KEYS is how many a block has: with more or fewer the sums have another order, as with another ROWS or SPLIT."""
+    """Returns the variants for attention. Another KEYS (keys in a block), ROWS or SPLIT changes the order of sums."""
     module = import_module("jamba_server.kernels.triton.attention")
     own = decode and hasattr(module, "DECODE_OPTIONS")
     place = "attention.DECODE_OPTIONS" if own else "attention.OPTIONS"
@@ -173,7 +180,7 @@ def attention_variants(*, decode: bool) -> list[Variant]:
 
 
 def scan_variants(implementation: str) -> list[Variant]:
-    """Of prompts."""
+    """Returns the variants for the scan of prompts."""
     if implementation == "triton-chunked":
         found = [*constants(False, scan_chunked__CHUNK=(64, 128, 512))]
         found += constants(True, scan_chunked__BLOCK_CHANNELS=(8, 32), scan_chunked__GROUP=(2, 8))

@@ -1,8 +1,9 @@
-"""The peer of `serving.py`: transformers' `generate`, one request after the other, as a script without a server does.
+"""Times transformers' `generate` with one request after the other, for comparison with the server in `serving.py`.
 
-Reads one JSON object from standard input (`model`, `dtype`, `device`, `threads`, `load_format`, `requests` of token
-ids and `max_tokens`, `max_seconds`) and writes one to standard output: what ran, and for each request the times at
-which `generate` handed over its tokens. Greedy; end-of-text does not stop it, as in the server's run.
+The program reads one JSON object from standard input: `model`, `dtype`, `device`, `threads`, `load_format`, `requests`
+(each with the token ids `prompt` and `max_tokens`) and `max_seconds`. It writes one JSON object to standard output: the
+conditions, and for each request the times at which `generate` returned its tokens. Decoding is greedy and does not stop
+at end-of-text, as in the server's run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Arrivals(BaseStreamer):
-    """The time of every generated token; the first `put` is the prompt."""
+    """A streamer that records the time of every generated token. The first call of `put` has the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

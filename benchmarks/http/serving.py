@@ -2,8 +2,8 @@
 
     python -m benchmarks.http.serving --name tiny-cpu --peer transformers -- MODEL --dtype float32
 
-What follows `--` goes to `jamba serve`. Server, load generator and peer run on this machine, the peer after the server
-has stopped. Results: benchmarks/results/NAME.json and NAME.md.
+The arguments after `--` go to `jamba serve`. The server and the load generator run on this machine. With --peer,
+transformers is measured after the server has stopped. The results are benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -40,32 +40,36 @@ from jamba_server.server.cli.bench.runner import ClosedLoop
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-STOP_SECONDS = 60  # more than the server gives its running requests
-LOG_TAIL = 3000  # characters of the server's log that a failure shows
+STOP_SECONDS = 60  # longer than a server that is stopped waits for its requests in flight
+LOG_TAIL = 3000  # a failure shows the last 3000 characters of the server's log
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own flags, and what goes to `jamba serve`."""
+    """Returns the options of this program, and the arguments after `--`, which go to `jamba serve`."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the result files")
-    parser.add_argument("--peer", choices=["transformers"], help="also time transformers' generate, one at a time")
-    parser.add_argument("--concurrency", default="1,8,32")
-    parser.add_argument("--num-prompts", type=int)
-    parser.add_argument("--input-len", type=int, default=256)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--max-seconds", type=float, default=300.0, help="of each measurement")
-    parser.add_argument("--start-timeout", type=float, default=600.0, help="seconds until the server must be ready")
+    parser.add_argument("--name", required=True, help="name of the result files, without extension")
+    parser.add_argument(
+        "--peer", choices=["transformers"], help="also time transformers' generate, one request at a time"
+    )
+    parser.add_argument("--concurrency", default="1,8,32", help="numbers of clients to measure")
+    parser.add_argument("--num-prompts", type=int, help="requests in each measurement (default: as in jamba bench)")
+    parser.add_argument("--input-len", type=int, default=256, help="tokens in each prompt")
+    parser.add_argument("--output-len", type=int, default=64, help="tokens in each reply")
+    parser.add_argument("--max-seconds", type=float, default=300.0, help="time limit of each measurement, in seconds")
+    parser.add_argument(
+        "--start-timeout", type=float, default=600.0, help="seconds within which the server must be ready"
+    )
     return parser.parse_args(arguments[:split]), list(arguments[split + 1 :])
 
 
 @contextmanager
 def running_server(serve_arguments: list[str], start_timeout: float) -> Generator[tuple[str, IO[str]]]:
-    """The URL and the log of a ready server, which is stopped on leaving."""
+    """Starts a server and yields its URL and its log when it is ready. It is stopped when the context ends."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("a+") as log:  # appending, for the server shares our position in the file
+    with tempfile.TemporaryFile("a+") as log:  # the server shares the file position, so it must append
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -84,7 +88,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], t
             if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
-            pass  # not listening yet
+            pass  # the server is not listening yet, so the loop tries again
         time.sleep(0.2)
     ended = "is not ready" if process.poll() is None else f"ended with status {process.returncode}"
     log.seek(0)
@@ -92,7 +96,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], t
 
 
 def announcement(log: IO[str]) -> list[str]:
-    """What the server said at its start about model, memory, limits and kernels, without times and names."""
+    """Returns the lines about model, memory, limits and kernels that the server logged at its start."""
     log.seek(0)
     found = (re.search(r": ((model|memory|limits|kernels|sampling) {2,}.*)", line) for line in log)
     return [match[1].rstrip() for match in found if match]
@@ -108,7 +112,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def flag(serve_arguments: list[str], name: str, default: str) -> str:
-    """The value of `--name value` or `--name=value`."""
+    """Returns the value of an option in `serve_arguments`, written `--name value` or `--name=value`, or `default`."""
     for argument, following in pairwise([*serve_arguments, ""]):
         if argument == name:
             return following
@@ -118,7 +122,7 @@ def flag(serve_arguments: list[str], name: str, default: str) -> str:
 
 
 async def draw_prompts(url: str, options: BenchOptions) -> list[dict[str, Any]]:
-    """The requests of the first measurement, for the peer."""
+    """Draws the requests of the first measurement again, so that transformers gets the same ones."""
     async with open_http(url, None) as http:
         bench = Bench(http, options)
         tokens = await bench.token_range((await discover(http, options.model)).model)
@@ -128,7 +132,10 @@ async def draw_prompts(url: str, options: BenchOptions) -> list[dict[str, Any]]:
 def measure_transformers(
     requests: list[dict[str, Any]], serve_arguments: list[str], max_seconds: float
 ) -> tuple[dict[str, Any], report.Level]:
-    """The same requests on the server's checkpoint, device, dtype and threads: what ran, and its numbers."""
+    """Measures transformers with the same requests, checkpoint, device, dtype and threads as the server.
+
+    Returns the conditions and the results.
+    """
     named = bool(serve_arguments) and not serve_arguments[0].startswith("-")
     job = {
         "model": serve_arguments[0] if named else str(ROOT / "server" / "demo"),
@@ -136,7 +143,7 @@ def measure_transformers(
         "dtype": flag(serve_arguments, "--dtype", "auto"),
         "load_format": flag(serve_arguments, "--load-format", "auto"),
         "threads": int(flag(serve_arguments, "--threads", "0")),
-        "requests": [requests[0], *requests],  # the first warms up
+        "requests": [requests[0], *requests],  # the script uses its first request to warm up
         "max_seconds": max_seconds,
     }
     script = Path(__file__).with_name("peer_transformers.py")
@@ -149,7 +156,7 @@ def measure_transformers(
 
 
 def describe_commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
+    """Returns the commit of this checkout, with the suffix "-dirty" if files differ from it."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     result = subprocess.run(git, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
@@ -182,7 +189,7 @@ def to_markdown(name: str, conditions: dict[str, Any], columns: dict[str, report
 
 
 def describe_gpu() -> str | None:
-    """The GPUs as the driver names them."""
+    """Returns the names and driver versions of the GPUs, or None if there is no nvidia-smi."""
     if (command := shutil.which("nvidia-smi")) is None:
         return None
     query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]

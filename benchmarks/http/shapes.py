@@ -1,12 +1,17 @@
-"""The load that llama.cpp's server was measured with: 128 tokens in, 64 out, greedy, over HTTP, for the three shapes.
+"""Measures the server over HTTP at three model shapes, with the load that llama.cpp's server was measured with.
 
     python -m benchmarks.http.shapes --name http-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4+mamba]
 
-Each shape and format is a `jamba serve` of its own with dummy weights and a tokenizer of the shape's vocabulary. Output
-tok/s at 1, 8 and 16 clients; TTFT of bursts of 8 requests on an idle server, the median of three bursts; the largest
-memory of all server processes. The bandwidth is measured before each server starts; the limit is a decode step's
-weights over it, as if prompts took no time. llama.cpp's figures are given for the same class of machine, another run.
-Writes benchmarks/results/NAME.json and NAME.md after every server.
+Prompts have 128 tokens, replies have 64 tokens, and decoding is greedy. Each shape and format has a `jamba serve` of
+its own with dummy weights and a tokenizer of the shape's vocabulary. The results are:
+
+* the output tokens per second at 1, 8 and 16 clients;
+* the TTFT of bursts of 8 requests on an idle server, as the median of three bursts;
+* the peak memory of all server processes together.
+
+The bandwidth is measured before each server starts. The limit is the rate at which decode steps could read their
+weights, as if prompts took no time. llama.cpp's figures are from the same class of machine, but from another run.
+The program writes benchmarks/results/NAME.json and NAME.md after every server.
 """
 
 from __future__ import annotations
@@ -40,11 +45,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 INPUT_LEN, OUTPUT_LEN = 128, 64
 BURST, BURSTS = 8, 3
 START_TIMEOUT = 600.0
-MEMORY_INTERVAL = 0.5  # seconds
+MEMORY_INTERVAL = 0.5  # seconds between two measurements of the memory
 LLAMA_SOURCE = (
     "llama.cpp server -np 8, same class of machine, other run; its bf16, Q8_0 and Q4_K_M for 16, 8 and 4 bits"
 )
-# Output tok/s by clients, by shape and bits.
+# Output tokens per second of llama.cpp by number of clients, for each shape and weight format.
 LLAMA: dict[tuple[str, str], dict[int, str]] = {
     ("small", "bf16"): {1: "118-160", 8: "370", 16: "283"},
     ("small", "int8"): {1: "188", 8: "228"},
@@ -58,7 +63,10 @@ LLAMA: dict[tuple[str, str], dict[int, str]] = {
 
 
 def write_tokenizer(vocab_size: int, folder: Path) -> None:
-    """Every id of the vocabulary has a text: four special ones, the bytes, and numbered words."""
+    """Writes a tokenizer in which every token id has a text.
+
+    The vocabulary has four special tokens, the 256 bytes and numbered words.
+    """
     special = ["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|unk|>"]
     pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
     pieces += [f"▁w{number}" for number in range(vocab_size - len(pieces))]
@@ -80,20 +88,20 @@ def descendants(pid: int | str) -> Iterator[int]:
 
 
 def memory_of_children() -> int:
-    """Bytes that this process's descendants take, what they share divided among them."""
+    """Returns the memory of all descendants of this process in bytes. Shared memory is divided among its users."""
     total = 0
     for pid in descendants("self"):
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended since it was listed
         total += 1024 * int(text.split("\nPss:")[1].split()[0])
     return total
 
 
 @contextmanager
 def watched_memory() -> Generator[list[int]]:
-    """One number, the largest so far."""
+    """Yields a list with one number: the peak memory of this process's descendants so far, in bytes."""
     largest, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -182,11 +190,11 @@ def to_markdown(name: str, report: dict[str, Any], clients: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the result files")
-    parser.add_argument("--shapes", default="small,moe,3b")
-    parser.add_argument("--formats", default="bf16")
-    parser.add_argument("--clients", default="1,8,16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", required=True, help="name of the result files, without extension")
+    parser.add_argument("--shapes", default="small,moe,3b", help="model shapes to measure")
+    parser.add_argument("--formats", default="bf16", help="weight formats to measure, such as bf16,int8,int4+mamba")
+    parser.add_argument("--clients", default="1,8,16", help="numbers of clients to measure")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clients = [int(n) for n in arguments.clients.split(",")]

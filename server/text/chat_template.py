@@ -1,4 +1,4 @@
-"""Chat messages to a prompt, through the checkpoint's own Jinja template."""
+"""Turns chat messages into a prompt with the Jinja template that comes with the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 Message = Mapping[str, object]
 
-# What the code of a template may raise over messages that it was not written for.
+# A template may raise any of these when it renders messages that it was not written for.
 _RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -37,11 +37,11 @@ _ASSISTANT = "<|assistant|>"
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A prompt, ready for the engine.
+    """A prompt that is ready for the engine.
 
-    `save_positions` are offsets into `prompt_ids` where a message boundary lies that later requests are likely to
-    share.
-    `strip_leading_space` says that the reply will begin with a space that belongs to the template.
+    `save_positions` are offsets into `prompt_ids` at message boundaries. Later requests are likely to share the tokens
+    before such an offset, so a saved state is useful there.
+    `strip_leading_space` is true if the reply will begin with a space that belongs to the template.
     """
 
     text: str
@@ -51,9 +51,10 @@ class RenderedChat:
 
 
 class ChatTemplate:
-    """A compiled template with its tokenizer; immutable, so that a pool of threads may share it.
+    """A compiled chat template with its tokenizer. It is immutable, so several threads may share it.
 
-    `variables` are the names that the template reads: anything else in `kwargs` would be ignored, so it is refused.
+    `variables` are the names that the template reads. The template would ignore any other name in `kwargs`, so `render`
+    refuses other names.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
@@ -75,12 +76,16 @@ class ChatTemplate:
             raise CheckpointError(f"The chat template does not compile: {reason}.") from error
         self._tokenizer = tokenizer
         self._special_text = SpecialText(tokenizer.special_tokens)
-        # What the post-processor would put before the prompt: BOS or nothing.
+        # The tokenizer's post-processor puts these ids before every text: either BOS alone or nothing.
         self._bos = tokenizer.encode("")
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer, override: Path | None = None) -> ChatTemplate | None:
-        """The template of `override`, of chat_template.jinja or of tokenizer_config.json, the first that is there."""
+        """Reads the template from `override`, else from chat_template.jinja, else from tokenizer_config.json.
+
+        Returns None if the checkpoint has no template. Raises ConfigError if a file cannot be read and CheckpointError
+        if the template does not compile.
+        """
         path = override or folder / "chat_template.jinja"
         if (text := read_text(path)) is not None:
             return cls(text, tokenizer)
@@ -104,11 +109,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, object] | None = None,
     ) -> RenderedChat:
-        """The prompt of a conversation.
+        """Returns the prompt of a conversation.
 
         `kwargs` are further variables of the template (tools, documents, a client's chat_template_kwargs). Special
-        tokens in messages and kwargs come out as ordinary text. BOS stands first exactly once, whether template or
-        post-processor or both would put it there. Raises RequestRejected with the template's own message.
+        tokens in messages and kwargs become ordinary text. The prompt begins with exactly one BOS, also if both the
+        template and the post-processor add one. Raises RequestRejected with the template's own message.
         """
         kwargs = kwargs or {}
         self._check_names(kwargs)
@@ -147,7 +152,10 @@ class ChatTemplate:
         return protected | ({"content": ""} if content is None else {})
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, kwargs: Mapping[str, object]) -> str:
-        """The text with marks. `tools` and `documents` are always defined, as transformers has it."""
+        """Returns the rendered text, which still contains the marks of `SpecialText.protect`.
+
+        `tools` and `documents` are always defined because templates written for transformers rely on it.
+        """
         context = {
             **self._tokenizer.named_tokens,
             "tools": None,
@@ -166,10 +174,11 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _boundaries(self, rendered: str, messages: Sequence[Message], kwargs: Mapping[str, object]) -> list[int]:
-        """Characters of `rendered` up to the end of the system block, and up to the last user message.
+        """Returns two offsets into `rendered`: the end of the system message and the start of the last user message.
 
-        A boundary is where the rendering of the messages before it ends, if that is how `rendered` begins. Templates
-        that put documents before the last user message pass this test only without the documents.
+        To find a boundary, the messages before it are rendered alone. If `rendered` begins with that text, the
+        boundary is at its end; otherwise the boundary is left out. Some templates put the documents before the last
+        user message; their boundary is found by rendering without the documents.
         """
         roles = [message.get("role") for message in messages]
         counts = {int(roles[:1] == ["system"])}
@@ -181,7 +190,7 @@ class ChatTemplate:
             for variables in (kwargs, tools_only) if kwargs != tools_only else (kwargs,):
                 try:
                     prefix = self._render(messages[:count], False, variables)
-                except _RENDERING_ERRORS:  # a template need not accept the beginning of a conversation
+                except _RENDERING_ERRORS:  # a template may refuse a conversation that has only its first messages
                     continue
                 if rendered.startswith(prefix):
                     boundaries.append(len(prefix))
@@ -189,7 +198,7 @@ class ChatTemplate:
         return boundaries
 
     def _encode(self, rendered: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Token ids of `rendered`, and for each boundary the number of tokens that end at or before it."""
+        """Returns the token ids of `rendered`, and for each boundary the number of tokens that end at or before it."""
         ids: list[int] = []
         offsets: list[int] = []
         start = 0

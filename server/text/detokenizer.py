@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive."""
+"""Turns token ids into text while a reply is being generated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Emits whole characters only; however the ids are cut, the pieces join to the same text.
+    """Decodes a stream of token ids and emits only whole characters.
 
-    A byte sequence that turns out to be invalid UTF-8 becomes U+FFFD by the rule of Python's incremental decoder, and
-    so does what is left over at the end. `strip_leading_space` drops one space at the very start: models of the
-    family 1.5 to 1.7 begin a reply with the space that their template puts after a role token.
+    The concatenated text does not depend on how the ids are divided among calls of `push`. Python's incremental UTF-8
+    decoder replaces invalid bytes, and an unfinished character at the end, by U+FFFD. `strip_leading_space` drops one
+    space at the start of the text: Jamba 1.5 to 1.7 begin a reply with the space that their template puts after a role
+    token.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, strip_leading_space: bool = False) -> None:
@@ -23,13 +24,13 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The characters that `ids` complete; the bytes of an unfinished one wait for the next call."""
+        """Returns the characters that `ids` complete. The bytes of an unfinished character wait for the next call."""
         tokenizer = self._tokenizer
         kept = (id for id in ids if not (self._skip_special_tokens and tokenizer.is_special(id)))
         return self._strip(self._decoder.decode(b"".join(map(tokenizer.token_bytes, kept))))
 
     def finish(self) -> str:
-        """The tail: U+FFFD for an unfinished character."""
+        """Ends the text. Returns U+FFFD if a character is unfinished, otherwise an empty string."""
         return self._strip(self._decoder.decode(b"", final=True))
 
     def _strip(self, text: str) -> str:

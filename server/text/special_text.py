@@ -1,8 +1,9 @@
-"""Telling a template's special tokens from the same characters in what a client sent.
+"""Distinguishes special tokens that a chat template writes from the same characters in a client's strings.
 
-A chat template makes one string out of its own text and the client's, and special tokens are only characters in it.
-So before rendering, every special token inside the client's strings is broken by a mark; after rendering, the text is
-split at the special tokens that are still whole, which are the template's own; last, the marks are taken out.
+A chat template renders its own text and the client's text into one string, in which special tokens are only characters.
+Three steps keep the two apart. Before rendering, a mark is inserted into every special token inside the client's
+strings. After rendering, the text is split at the special tokens that contain no mark, which are the template's own.
+Last, the marks are removed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jamba_server.engine.errors import CheckpointError
 
-# Noncharacters of Unicode. Should a client send the first one itself, it is rendered as _OWN.
+# The marks are noncharacters of Unicode, which ordinary text does not contain. If a client sends MARK itself, it is
+# replaced by _OWN, and `restore` turns it back into MARK.
 MARKS = MARK, _SPLIT, _LITERAL = "\ufdd0", "\ufdd1", "\ufdd2"
 _BREAK = MARK + _SPLIT
 _OWN = MARK + _LITERAL
@@ -20,7 +22,10 @@ _MARKED = re.compile(f"{MARK}[{_SPLIT}{_LITERAL}]?")
 
 
 class SpecialText:
-    """The special tokens of one tokenizer, as text. Linear in the text, however many tokens there are."""
+    """Finds the special tokens of one tokenizer in a text.
+
+    The time is linear in the length of the text and does not grow with the number of special tokens.
+    """
 
     def __init__(self, special_tokens: Iterable[str]) -> None:
         tokens = sorted(special_tokens)
@@ -33,7 +38,7 @@ class SpecialText:
         self._longest_prefix = max(map(len, self._prefixes), default=0)
 
     def protect(self, value: object) -> object:
-        """A copy of a JSON value with every special token in its strings (and keys) broken."""
+        """Returns a copy of a JSON value in which every special token in a string or a key contains a mark."""
         if isinstance(value, str):
             return self._protect_text(value)
         if isinstance(value, Mapping):
@@ -46,24 +51,31 @@ class SpecialText:
         text = text.replace(MARK, _OWN)
         if self._first_chars is not None:
             text = self._first_chars.sub(rf"\1{_BREAK}", text)
-        # An end such as "<|eo" could become a special token with the text that the template puts behind it.
+        # If the text ends with "<|eo", the template's next characters could complete it to a special token, so such a
+        # prefix gets a mark too.
         for size in range(min(self._longest_prefix, len(text)), 0, -1):
             if text[-size:] in self._prefixes:
                 return text + _BREAK
         return text
 
     def split(self, rendered: str) -> list[str]:
-        """Ordinary text at even places, special tokens at odd ones; joined they are `rendered`, marks included."""
+        """Splits `rendered` at special tokens: even items are ordinary text, odd items are special tokens.
+
+        The joined items equal `rendered`, including its marks.
+        """
         return self._tokens.split(rendered) if self._tokens is not None else [rendered]
 
 
 def restore(text: str) -> str:
-    """Takes the marks out: what the client and the template wrote."""
+    """Removes the marks, which gives the characters that the client and the template wrote."""
     return _MARKED.sub(lambda match: MARK if match[0] == _OWN else "", text)
 
 
 def _trie(words: Iterable[str]) -> str:
-    """A regular expression for the longest of `words` at a place; unlike an alternation it never tries one by one."""
+    """Returns a regular expression that matches the longest of `words` that begins at a position.
+
+    The words form a trie, so the matcher follows shared prefixes once. A plain alternation would try word after word.
+    """
     branches: dict[str, list[str]] = {}
     optional = False
     for word in words:

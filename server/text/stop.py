@@ -1,4 +1,4 @@
-"""Stop strings in a text that arrives in pieces."""
+"""Finds stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from __future__ import annotations
 class StopStrings:
     """Ends a text at the first stop string that is completed in it.
 
-    Of several that end at the same character the longest wins: it begins first. The rule looks at characters alone,
-    so it does not matter how the text is cut. Each stop string is a Knuth-Morris-Pratt automaton, hence the time is
-    linear in the text whatever the strings. `include` keeps the stop string in the text.
+    If several stop strings end at the same character, the longest one counts, because it begins first. The result does
+    not depend on how the text is divided into pieces. Each stop string is matched by a Knuth-Morris-Pratt automaton, so
+    the time is linear in the length of the text. If `include` is true, the stop string stays in the text.
     """
 
     def __init__(self, stops: tuple[str, ...], *, include: bool) -> None:
-        assert all(stops), "an empty stop string matches everywhere"
+        assert all(stops), "an empty stop string would match at every position"
         self._stops = stops
         self._include = include
         self._borders = [_borders(stop) for stop in stops]
-        # matched[i]: how many characters of stops[i] the text so far ends with, the longest such number
+        # _matched[i] is the length of the longest prefix of stops[i] with which the text so far ends.
         self._matched = [0] * len(stops)
         self._held = ""
         self._stop: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that may be emitted now, and the stop string that ended it; after that, nothing more comes.
+        """Returns the text that may be emitted now and, once the text has ended, the stop string that ended it.
 
-        The longest end of the text that could begin a stop string is held back.
+        The longest end of the text that could be the beginning of a stop string is held back. After a stop string has
+        been found, every further call returns no text.
         """
         if self._stop is not None:
             return "", self._stop
@@ -41,7 +42,7 @@ class StopStrings:
         return pending[:emitted], None
 
     def flush(self) -> str:
-        """What is held back, when no more text comes."""
+        """Returns the text that `push` has held back. Call it when the text has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -54,7 +55,10 @@ class StopStrings:
 
 
 def _borders(stop: str) -> list[int]:
-    """For each prefix of `stop`, the length of the longest proper prefix of it that is also its end."""
+    """Returns the Knuth-Morris-Pratt table of `stop`.
+
+    Item i is the length of the longest proper prefix of stop[:i + 1] that is also a suffix of it.
+    """
     borders = [0] * len(stop)
     for index in range(1, len(stop)):
         count = borders[index - 1]

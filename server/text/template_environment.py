@@ -1,8 +1,9 @@
-"""The Jinja environment of chat templates: the dialect of transformers, in a sandbox with limits.
+"""Creates the Jinja environment for chat templates: the dialect of transformers, in a sandbox with limits.
 
-Templates come with checkpoints, that is from strangers. They get plain data and pure functions, no file, no network and
-no name that begins with an underscore. Output, `range`, products and powers are bounded, so that a careless template
-fails instead of filling the memory; one made to do harm can still pad a string, and should not be loaded.
+Templates come with checkpoints, so their authors are not trusted. A template gets plain data and pure functions. It can
+reach no file, no network and no name that begins with an underscore. Its output, `range` and products are bounded and
+powers are refused, so a careless template fails instead of filling the memory. These limits do not stop a malicious
+template: it can still fill the memory by padding a string, so checkpoints of doubtful origin should not be loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_OUTPUT_CHARS = 16 << 20
 def create_environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols])
     environment.filters["tojson"] = _tojson
-    # `lipsum`, which makes text out of a number, is left out; `range` is bounded by the sandbox.
+    # `lipsum` is removed because it can produce text of any length. The sandbox bounds `range` already.
     functions = cast("dict[str, object]", environment.globals)
     del functions["lipsum"]
     functions["dict"] = _dict
@@ -36,14 +37,14 @@ def create_environment() -> jinja2.Environment:
 
 
 def undeclared_variables(environment: jinja2.Environment, template: str) -> frozenset[str]:
-    """The names that the template reads before it has set them, in one branch at least."""
+    """Returns the names that the template reads before it has set them, in at least one branch."""
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 class _GenerationTag(ext.Extension):
-    """`{% generation %}` marks what a training run learns from. Here it means nothing: its body is rendered."""
+    """Accepts the tag `{% generation %}`, which marks the text that training learns from, and renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as a set
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -51,7 +52,7 @@ class _GenerationTag(ext.Extension):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Products are bounded and powers refused: either could fill the memory in one expression."""
+    """Bounds products and refuses powers, because one expression of either kind could fill the memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -65,7 +66,10 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 class _TemplateNamespace(utils.Namespace):
-    """Names with underscores are what Python itself looks up on objects; a template may not forge them."""
+    """A Jinja namespace that refuses names beginning with an underscore.
+
+    Python itself looks up such names on objects, so a template must not be able to define them.
+    """
 
     def __init__(self, initial: Mapping[str, object] | None = None, /, **attributes: object) -> None:
         values = {**(initial or {}), **attributes}
@@ -90,16 +94,19 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML; models are trained on plain JSON. Arguments as in transformers."""
+    """Writes plain JSON, on which models are trained; Jinja's own filter `tojson` escapes characters for HTML.
+
+    The arguments are those of the filter in transformers.
+    """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        for mark in MARKS:  # they are taken out of the text later, as characters
+        for mark in MARKS:  # `restore` can remove a mark only if it is a character, not an escape
             text = text.replace(f"\\u{ord(mark):04x}", mark)
     return text
 
 
 def _dict(*items: Mapping[str, object], **attributes: object) -> dict[str, object]:
-    """A function in the place of the type, which has more to offer than a template should reach."""
+    """Replaces the type `dict`, whose attributes a template should not reach."""
     return dict(*items, **attributes)
 
 

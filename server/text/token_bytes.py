@@ -1,8 +1,8 @@
-"""From a vocabulary entry to the bytes that it stands for.
+"""Converts an entry of the vocabulary to the bytes that it stands for.
 
-Two families of decoders spell bytes in a vocabulary: SentencePiece's (a marker for the space, `<0xNN>` for a single
-byte: every Jamba checkpoint), and GPT-2's byte level (each byte is one printable character). Knowing the bytes of
-every token is what makes decoding a plain concatenation, independent of how the tokens arrive.
+Two kinds of vocabulary are read. In SentencePiece's, a marker stands for the space and `<0xNN>` for a single byte;
+every Jamba checkpoint has this kind. In GPT-2's byte-level vocabulary, one printable character stands for each byte.
+Once the bytes of every token are known, decoding is concatenation and does not depend on how the tokens arrive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Decoder(msgspec.Struct, frozen=True):
-    """The "decoder" of tokenizer.json; a Sequence holds others."""
+    """The key "decoder" of tokenizer.json. A decoder of the type Sequence contains other decoders."""
 
     type: str
     decoders: list[Decoder] = msgspec.field(default_factory=list["Decoder"])
@@ -32,9 +32,10 @@ class Decoder(msgspec.Struct, frozen=True):
 
 
 def bytes_reader(decoder: Decoder | None) -> Callable[[str], bytes]:
-    """The function that gives a token's bytes from its spelling. Raises CheckpointError for other decoders.
+    """Returns a function from the spelling of a token to its bytes. Raises CheckpointError for an unknown decoder.
 
-    `Fuse` joins tokens and `Strip` drops a leading space of a whole text: neither changes a single token.
+    The steps `Fuse` (joins tokens) and `Strip` (drops the leading space of a text) are accepted and ignored here,
+    because they do not change the bytes of a single token.
     """
     steps = decoder.steps() if decoder else []
     kinds = {step.type for step in steps}
@@ -58,7 +59,10 @@ def _byte_fallback(spelling: str, replacements: list[tuple[str | None, str]]) ->
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the rest begin at U+0100 in order."""
+    """Returns GPT-2's table from character to byte.
+
+    A printable Latin-1 character stands for its own byte; the other bytes have the characters from U+0100 on, in order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -68,7 +72,10 @@ _BYTE_OF_CHAR = _byte_alphabet()
 
 
 def _byte_level(spelling: str) -> bytes:
-    """Added tokens with other characters are spelled as they are, as the `tokenizers` library has it."""
+    """Returns the bytes of a spelling in GPT-2's alphabet.
+
+    An added token may contain other characters; its bytes are then its UTF-8 form, as in the `tokenizers` library.
+    """
     if all(char in _BYTE_OF_CHAR for char in spelling):
         return bytes(_BYTE_OF_CHAR[char] for char in spelling)
     return spelling.encode()

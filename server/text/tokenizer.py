@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a checkpoint's tokenizer.json."""
+"""Converts text to token ids and back, as the tokenizer.json of a checkpoint describes it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class _TokenizerFile(msgspec.Struct, frozen=True):
 
 
 class Tokenizer:
-    """Immutable once built, so that a pool of threads may share it.
+    """Converts between text and token ids. It is immutable once built, so several threads may share it.
 
-    Special tokens written in a text are never parsed: "<|eom|>" in an argument of `encode` is seven ordinary
-    characters. The ids of special tokens come from `special_tokens` and from the post-processor (BOS) alone. Added
-    tokens that are not special (`<think>`, `<tool_call>`) are parsed as what they are: pieces of text.
+    `encode` never parses special tokens: "<|eom|>" in its argument is seven ordinary characters. Ids of special tokens
+    come only from `special_tokens` and from the post-processor, which adds BOS. Added tokens that are not special,
+    such as `<think>` and `<tool_call>`, are parsed, because they are pieces of text.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, decoder: Decoder | None, named_tokens: Mapping[str, str]) -> None:
@@ -48,19 +48,22 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json and the token names of tokenizer_config.json. Raises CheckpointError."""
+        """Reads tokenizer.json and the names of special tokens in tokenizer_config.json.
+
+        Raises CheckpointError if a file is missing or cannot be read.
+        """
         path = folder / "tokenizer.json"
         if (text := read_text(path, limit=_MAX_BYTES)) is None:
             raise CheckpointError(f"{folder} has no tokenizer.json, which this server needs to read and write text.")
         try:
             decoder = msgspec.json.decode(text, type=_TokenizerFile).decoder
             raw = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # the library `tokenizers` raises Exception itself, not a subclass
             raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}.") from error
         return cls(raw, decoder, read_tokenizer_config(folder).named_tokens())
 
     def _find_special_tokens(self) -> dict[str, int]:
-        """Added tokens marked special, and those that tokenizer_config.json names."""
+        """Returns the ids of added tokens that are marked special or that tokenizer_config.json names."""
         special = {token.content: id for id, token in self._raw.get_added_tokens_decoder().items() if token.special}
         for token in self._raw.get_added_tokens_decoder().values():
             if token.special and (token.lstrip or token.rstrip or token.single_word):
@@ -76,7 +79,7 @@ class Tokenizer:
         return special
 
     def _read_vocabulary(self, decoder: Decoder | None) -> tuple[bytes, ...]:
-        """The bytes of each id; ids between entries of a vocabulary with holes have none."""
+        """Returns the bytes of each token id. An id that the vocabulary leaves out has no bytes."""
         to_bytes = bytes_reader(decoder)
         vocabulary = self._raw.get_vocab(with_added_tokens=True)
         highest = max(vocabulary.values(), default=-1)
@@ -89,7 +92,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id. A model's embedding may have more rows; their text is empty."""
+        """The highest token id plus one. A model's embedding may have more rows; the text of their ids is empty."""
         return len(self._token_bytes)
 
     @property
@@ -109,27 +112,37 @@ class Tokenizer:
         return None if token is None else self.special_tokens[token]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`, after BOS where the checkpoint's post-processor adds it and it is asked for."""
-        return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids  # without offsets
+        """Returns the token ids of `text`.
+
+        With `add_special_tokens` they begin with BOS if the checkpoint's post-processor adds it.
+        """
+        # The fast method does not compute offsets, which are not needed here.
+        return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of `text` without BOS, and for each the number of characters up to its end.
+        """Returns the token ids of `text` without BOS, and for each id the number of characters up to its end.
 
-        The byte tokens of one character all end where the character ends.
+        If several byte tokens form one character, each of them ends where that character ends.
         """
         encoding = self._encode(self._raw.encode_batch, text, False)
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def _encode(self, encode: _EncodeBatch, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        """As a batch of one: `encode` of a single text holds the GIL, and with it the event loop, to its end."""
+        """Encodes one text as a batch of one, during which the library releases the GIL.
+
+        Its method for a single text holds the GIL, which would block the event loop.
+        """
         try:
             [encoding] = encode([text], add_special_tokens=add_special_tokens)
-        except TypeError as error:  # the library's word for a text that has no UTF-8 form
+        except TypeError as error:  # the library raises TypeError for a text that has no UTF-8 form
             raise RequestRejected("The text holds half of a surrogate pair, which is not valid Unicode.") from error
         return encoding
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
-        """The text of a whole sequence: what a Detokenizer gives in pieces. Invalid UTF-8 becomes U+FFFD."""
+        """Returns the text of a whole sequence, where a Detokenizer returns it in pieces.
+
+        Invalid UTF-8 becomes U+FFFD.
+        """
         data = b"".join(self.token_bytes(id) for id in ids if not (skip_special_tokens and self.is_special(id)))
         text = data.decode(errors="replace")
         return text.removeprefix(" ") if self._strips_leading_space else text
@@ -138,7 +151,7 @@ class Tokenizer:
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
     def token_text(self, token_id: int) -> str:
-        """A token on its own, for log-probabilities: part of a character becomes U+FFFD."""
+        """Returns the text of a single token, as logprobs show it. Part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:

@@ -1,4 +1,4 @@
-"""tokenizer_config.json: the names of the special tokens and, in many checkpoints, the chat template."""
+"""Reads tokenizer_config.json, which names the special tokens and, in many checkpoints, has the chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class NamedTemplate(msgspec.Struct, frozen=True):
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True):
-    """The keys that are read. The rest of the file (classes, lengths, flags) is for other libraries."""
+    """The keys of tokenizer_config.json that this server reads.
+
+    The other keys (class names, lengths, flags) are for other libraries and are ignored.
+    """
 
     bos_token: str | _AddedToken | None = None
     eos_token: str | _AddedToken | None = None
@@ -29,7 +32,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     chat_template: str | list[NamedTemplate] | None = None
 
     def named_tokens(self) -> dict[str, str]:
-        """{"bos_token": "<|startoftext|>", ...}: only those that the file names."""
+        """Returns the tokens that the file names, such as {"bos_token": "<|startoftext|>"}."""
         tokens = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
@@ -44,7 +47,11 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    """A checkpoint may lack the file: then no token has a name and there is no template in it."""
+    """Reads the file in a checkpoint's folder.
+
+    A checkpoint may lack the file; the result then names no token and has no chat template. Raises CheckpointError if
+    the file cannot be read.
+    """
     path = folder / "tokenizer_config.json"
     if (data := read_bytes(path)) is None:
         return TokenizerConfig()

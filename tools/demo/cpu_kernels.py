@@ -1,6 +1,7 @@
-"""Builds scan.cpp with g++ and wraps its kernels as differentiable functions of torch, for training on a CPU.
+"""Builds scan.cpp with g++ and wraps its kernels as differentiable torch functions, for training on a CPU.
 
-Activations are contiguous bfloat16 tensors [batch, time, width], parameters float32; every width is a multiple of 16.
+Activations are contiguous bfloat16 tensors [batch, time, width]. Parameters are float32. Every width must be a multiple
+of 16.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-CHUNK, LANES, STATES = 32, 16, 16  # as in scan.cpp
+CHUNK, LANES, STATES = 32, 16, 16  # these must be equal to the constants CHUNK, W and N in scan.cpp
 EPSILON = 1e-6
-LOSS_ROWS = 2048  # tokens whose logits exist at a time
+LOSS_ROWS = 2048  # logits are computed for this many tokens at a time, to save memory
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels; built once for each source and set of flags, in the folder for temporary files."""
+    """Returns the compiled kernels.
+
+    The library is built once for each source and set of compiler flags, in the folder for temporary files.
+    """
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"jamba-demo-{digest}.so"
     if not built.exists():
@@ -37,7 +41,7 @@ def library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Tensor | float) -> None:
-    """Tensors go as addresses, ints as int64, floats as float."""
+    """Calls a compiled kernel. Tensors are passed as addresses, ints as int64_t and floats as float."""
     values: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -50,7 +54,11 @@ def call(name: str, *arguments: Tensor | float) -> None:
 
 
 class Convolution(torch.autograd.Function):
-    """xz [b, t, 2d], weight [d, 4], bias [d] -> silu(causal convolution of the first half), the second half."""
+    """Mamba's causal convolution with SiLU.
+
+    The inputs are xz [b, t, 2d], weight [d, 4] and bias [d]. The outputs are silu(convolution of xz's first half) and
+    xz's second half, both [b, t, d].
+    """
 
     @staticmethod
     def forward(ctx: Any, xz: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +80,11 @@ class Convolution(torch.autograd.Function):
 
 
 class Scan(torch.autograd.Function):
-    """Selective scan with its step, skip and gate: (h_t C_t + skip u_t) silu(z_t), h_t = exp(s A) h + s u_t B_t.
+    """Mamba's selective scan with time step, skip connection and gate.
 
-    u, dt, z [b, t, d]; B, C [b, t, 16]; A [d, 16] below 0; skip, bias [d]; s = softplus(dt + bias).
+    The output is y_t = (h_t C_t + skip u_t) silu(z_t), with h_t = exp(s_t A) h_(t-1) + s_t u_t B_t and
+    s_t = softplus(dt_t + bias). The shapes are u, dt, z [b, t, d]; B, C [b, t, 16]; A [d, 16]; skip, bias [d].
+    All entries of A must be below 0.
     """
 
     @staticmethod
@@ -101,7 +111,7 @@ class Scan(torch.autograd.Function):
 
 
 class Norm(torch.autograd.Function):
-    """RMSNorm over the last axis; rows of x may be a slice of wider rows."""
+    """RMSNorm over the last axis. The rows of x may be slices of wider rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ class Norm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """[rows, 2f] -> [rows, f]: silu(first half) times the second."""
+    """SwiGLU: turns [rows, 2f] into [rows, f], which is silu(first half of a row) * second half."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -139,9 +149,9 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Mean cross entropy in nats of x [rows, h] @ head [vocab, h]^T; targets below 0 are left out.
+    """Mean cross entropy in nats of the logits x [rows, h] @ head [vocab, h]^T. Targets below 0 are left out.
 
-    Gradients are computed on the way, so that the logits never exist as a whole.
+    The forward pass also computes the gradients, so that the logits of all rows need not be kept.
     """
 
     @staticmethod
@@ -165,7 +175,10 @@ class Loss(torch.autograd.Function):
 
 
 class Dispatch(torch.autograd.Function):
-    """x [rows, h] -> [rows k, h] in the order `order`, a permutation of (row, choice) pairs."""
+    """Copies each row of x [rows, h] once for each of its k experts, sorted by expert, to [rows * k, h].
+
+    `order` is the permutation of the (row, choice) pairs that sorts them by expert.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
@@ -181,7 +194,7 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """The permuted rows back in the order of their pairs, [rows, k, h]."""
+    """Undoes the permutation of `Dispatch`: brings the experts' outputs back to the rows' order, as [rows, k, h]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:

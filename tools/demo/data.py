@@ -1,6 +1,7 @@
-"""Training text: stories, plain and as answers in the chat format, small talk and picture books.
+"""Prepares the demonstration model's training text: stories, stories as chat answers, small talk and picture books.
 
-Reads the files named in FILES from one folder (.xz of UTF-8 text or of one JSON object a line).
+The files named in FILES are read from one folder. They are compressed to .xz and contain UTF-8 text or one JSON object
+per line.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Any
 STORIES, SMALL_TALK = "tinystories-subset.txt.xz", "chitchat-qna.jsonl.xz"
 EXCHANGES, BOOKS = "chatterbot-english.jsonl.xz", "storybooks-cc-by.jsonl.xz"
 FILES = (STORIES, SMALL_TALK, EXCHANGES, BOOKS)
-HELD_OUT = 141  # the last stories of the file: never trained on, and the tokenizer does not see them
-GREETINGS, GREETING_SHARE = ("Hi", "Hello", "Hey", "Hi there"), 0.15  # before a question of small talk
+HELD_OUT = 141  # the last 141 stories of the file are held out: neither model nor tokenizer is trained on them
+# This share of the small talk that begins with a question gets a greeting before the question.
+GREETINGS, GREETING_SHARE = ("Hi", "Hello", "Hey", "Hi there"), 0.15
 BOS, EOS, EOM = "<|startoftext|>", "<|endoftext|>", "<|eom|>"
-STYLES = ("friendly", "caring")  # of the small talk's five
-CHAT_STORIES = 0.45  # of the stories in an epoch come as an answer
-SMALL_TALK_SHARE, BOOK_SHARE = 5000, 240  # items in an epoch
+STYLES = ("friendly", "caring")  # only these two of the five styles of small talk are used
+CHAT_STORIES = 0.45  # this share of the stories in an epoch is written as the answer to a request
+SMALL_TALK_SHARE, BOOK_SHARE = 5000, 240  # number of small-talk chats and of picture books in an epoch
 SYSTEM = ("You are a helpful assistant.", "You are a friendly storyteller.", "You tell stories to children.")
 REQUESTS = (
     "Tell me a story about {}.",
@@ -44,7 +46,7 @@ OPEN_REQUESTS = (
     "Write a story.",
     "Can you tell me a story?",
 )
-# Words that follow "a" or "the" in stories without being something to ask for.
+# These words often follow "a" or "the" in stories, but nobody would ask for a story about them.
 _DULL = re.compile(
     "time|day|lot|little|big|great|good|very|new|old|small|long|way|bit|while|few|other|same|next|first|last|one|"
     "end|thing|moment|part|piece|special|nice|happy|sad|kind|best|most|more|whole|red|blue|green|yellow|loud|"
@@ -56,7 +58,8 @@ _DULL = re.compile(
     "it|so|then|not|all|back|went|ran|took|got|felt|knew|heard|found|gave|made|sat|kept|off|over|very|about|after|"
     r"nearby|fell|woke|grew|flew|put|let|met|left|(?!bed|seed)\w+ed|\w{3,}est|\w+ly"
 )
-# A noun stands at the end of its phrase: before a mark or a word that is none. Plurals would not go with "a".
+# This finds nouns: the last word of a phrase after an article, before a punctuation mark or a word that is no noun.
+# Words that end with a single "s" are left out, because a plural does not go with "a".
 _NOUN = re.compile(
     r"\b(?:a|an|the|The|A) (?:[a-z]+ )??([a-z]{2,}(?:[a-rt-z]|ss))"
     r"(?=[.,!?]| (?:and|was|is|in|on|at|to|that|who|had|named|called|with|said|saw|went|wanted|for|from|ran|looked|"
@@ -91,7 +94,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def chat(turns: list[str], system: str = "") -> str:
-    """User and assistant in turns, as the chat template renders them."""
+    """Renders a chat, in which user and assistant alternate, in the format of the chat template."""
     text = f"{BOS}<|bom|><|system|> {system}{EOM}"
     for number, turn in enumerate(turns):
         text += f"<|bom|><|{'assistant' if number % 2 else 'user'}|> {turn}{EOM}"
@@ -99,7 +102,7 @@ def chat(turns: list[str], system: str = "") -> str:
 
 
 def request(story: str, random_: random.Random) -> str:
-    """Asks for the story by one to three of its words: frequent nouns, at times a name."""
+    """Writes a request for a story. It names one to three frequent nouns of the story, and sometimes a name."""
     counts = Counter(word for word in _NOUN.findall(story) if not _DULL.fullmatch(word))
     words = [word for word, _ in counts.most_common(4)]
     if not words or random_.random() < 0.08:
@@ -120,7 +123,10 @@ def request(story: str, random_: random.Random) -> str:
 
 
 def epoch(text: Text, seed: int) -> list[str]:
-    """All documents of one pass over the stories, shuffled; requests and the choice of the rest differ by seed."""
+    """Returns the shuffled documents of one pass over the stories.
+
+    The seed determines the requests, and the choice of small talk and picture books.
+    """
     random_ = random.Random(seed)
     documents: list[str] = []
     for story in text.stories:
@@ -144,7 +150,7 @@ def epoch(text: Text, seed: int) -> list[str]:
 
 
 def tokenizer_text(text: Text) -> Iterator[str]:
-    """Lines to learn the vocabulary from."""
+    """Yields the lines from which the tokenizer learns its vocabulary."""
     for part in (*text.stories, *text.books[::3]):
         yield from part.split("\n")
     for questions, answer in text.small_talk:

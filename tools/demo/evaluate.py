@@ -1,9 +1,10 @@
-"""Held-out loss of a running server, through /v1/completions with echo and logprobs, beside that of a 5-gram model.
+"""Measures the held-out loss of a running server and compares it with that of a 5-gram model.
 
     jamba serve &
     python tools/demo/evaluate.py --data FOLDER --url http://127.0.0.1:8000
 
-Each of the last stories stands by itself after <|startoftext|>; its tokens and its <|endoftext|> are scored.
+The log-probabilities come from /v1/completions with `echo` and `logprobs`. Each held-out story is a prompt of its own
+after <|startoftext|>. Its tokens and the <|endoftext|> after it are scored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 
 ORDER = 5
 DEMO = Path(__file__).resolve().parents[2] / "server" / "demo"
-CLIENTS = 8  # requests under way at a time
+CLIENTS = 8  # maximum number of requests in flight
 
 
 def encoded(tokenizer: Tokenizer, stories: list[str]) -> list[list[int]]:
@@ -29,7 +30,10 @@ def encoded(tokenizer: Tokenizer, stories: list[str]) -> list[list[int]]:
 
 
 def served_nats(url: str, documents: list[list[int]]) -> float:
-    """Of all tokens but each document's first, by the server's log-probabilities of the prompt."""
+    """Returns the negative log-likelihood in nats of all tokens, except the first of each document.
+
+    It is computed from the prompt's log-probabilities that the server returns.
+    """
     with httpx.Client(base_url=url, timeout=120) as client:
 
         def score(ids: list[int]) -> float:
@@ -49,8 +53,10 @@ def served_nats(url: str, documents: list[list[int]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out loss of a running server and of a 5-gram model.")
     parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(data.FILES))
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of a server of the demonstration model")
-    parser.add_argument("--tokenizer", type=Path, default=DEMO / "tokenizer.json")
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="address of a server that runs the demonstration model"
+    )
+    parser.add_argument("--tokenizer", type=Path, default=DEMO / "tokenizer.json", help="the model's tokenizer.json")
     arguments = parser.parse_args()
     text = data.read(arguments.data)
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))

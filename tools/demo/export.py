@@ -1,9 +1,9 @@
-"""Writes a trained demonstration checkpoint as a Hugging Face folder, with a model card.
+"""Writes the trained demonstration model as a checkpoint in Hugging Face's format, with a model card.
 
     python tools/demo/export.py --data FOLDER --trained FOLDER --template server/demo/chat_template.jinja --out FOLDER
 
---trained is the folder of train.py. The card's figures and samples come from the project's own engine, which loads
-what was written: its held-out loss must agree with the training code's to 0.5 %.
+--trained is the folder that train.py has written. The figures and samples in the card come from this project's engine,
+which loads the new checkpoint. Its held-out loss must agree with that of the training code to 0.5 %.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ REQUESTS = (
     "What is your name?",
     "Thank you!",
 )
-CACHE = 1 << 26  # bytes
-TEMPERATURE = 0.3  # where a request names none: stories keep to their subject
-TOLERANCE = 0.005  # between the two held-out losses
+CACHE = 1 << 26  # bytes of the engine's KV cache
+TEMPERATURE = 0.3  # default temperature of the model, low enough that stories keep to their subject
+TOLERANCE = 0.005  # largest relative difference between the held-out losses of the engine and of the training code
 
 
 def config(shape: Mapping[str, int]) -> dict[str, Any]:
-    """config.json with the keys that transformers knows."""
+    """Returns the content of config.json, with the keys that transformers knows."""
     ids = {name: SPECIAL_TOKENS.index(f"<|{text}|>") for name, text in (("pad", "pad"), ("bos", "startoftext"))}
     return {
         "architectures": ["JambaForCausalLM"],
@@ -81,13 +81,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, out: Path) -> int:
-    """All files but the card. Returns the number of parameters."""
+    """Writes all files of the checkpoint except the model card. Returns the number of parameters."""
     model = Jamba(Shape(**saved["shape"]))
     model.load_state_dict(saved["average"])
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.tensors()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes the file readable only for its owner
     values = config(saved["shape"])
     write_json(out / "config.json", values)
     ids = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -102,7 +102,7 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Without the <|startoftext|> that the tokenizer would put before the text's own."""
+    """Encodes a text that contains <|startoftext|> already, so the tokenizer must not add another one."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -112,7 +112,7 @@ def load(folder: Path, **settings: Any) -> LLM:
 
 
 def held_out_nats(llm: LLM, documents: list[list[int]]) -> float:
-    """Of all tokens but each document's first."""
+    """Returns the negative log-likelihood in nats of all tokens, except the first of each document."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     total = 0.0
     for completion in llm.generate([*documents], params):
@@ -123,7 +123,7 @@ def held_out_nats(llm: LLM, documents: list[list[int]]) -> float:
 
 
 def answer(llm: LLM, tokenizer: Tokenizer, request: str, temperature: float, seed: int) -> str:
-    """The sample as it stands in the card; the reply is without the space it begins with."""
+    """Generates a reply and returns request and reply as Markdown for the card, without the reply's leading space."""
     prompt = encode(tokenizer, data.chat([request]) + "<|bom|><|assistant|>")
     (completion,) = llm.generate([prompt], SamplingParams(max_tokens=400, temperature=temperature, seed=seed))
     how = f"seed {seed}" if temperature else "greedy"
@@ -142,8 +142,10 @@ CARD = Path(__file__).with_name("card.md")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export the trained demonstration checkpoint.")
-    for name in ("data", "trained", "template", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(data.FILES))
+    parser.add_argument("--trained", type=Path, required=True, help="folder that train.py has written")
+    parser.add_argument("--template", type=Path, required=True, help="chat template to copy into the checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     saved = torch.load(arguments.trained / "best.pt", weights_only=True)

@@ -1,7 +1,8 @@
-"""Jamba as a training module on a CPU: bfloat16 activations, float32 parameters, the layout of a checkpoint on request.
+"""Implements Jamba as a torch module for training on a CPU, with bfloat16 activations and float32 parameters.
 
-The equations are those of transformers' modeling_jamba.py (router weights not renormalised, three norms in the mixer,
-no position encoding). Parameters that one product uses are stored as one tensor: [2, out, in] for pairs of matrices.
+The equations are those of transformers' modeling_jamba.py: router weights are not renormalised, the Mamba mixer has
+three norms, and there is no position encoding. Two matrices that multiply the same input are stored as one parameter
+[2, out, in]. The method `tensors` gives the parameters in the layout of a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from cpu_kernels import Combine, Convolution, Dispatch, Loss, Norm, Scan, SwiGLU
 from torch import Tensor, nn
 
-BALANCE = 0.01  # weight of the loss that spreads the tokens over the experts
+BALANCE = 0.01  # weight of the auxiliary loss that balances the load of the experts
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of the model; names as in config.json. The state has 16 entries and the convolution 4 taps."""
+    """The sizes of the model, named as in config.json.
+
+    The Mamba state has 16 entries per channel, and the convolution has 4 taps. Both numbers are fixed.
+    """
 
     vocab_size: int = 4096
     hidden_size: int = 192
@@ -49,7 +53,7 @@ class Shape:
 
 
 def matrix(*shape: int) -> nn.Parameter:
-    """Uniform, so that the output's variance is a third of the input's."""
+    """Returns a matrix of uniform random weights, scaled so that an output has a third of the input's variance."""
     bound = 1 / math.sqrt(shape[-1])
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -63,7 +67,7 @@ def ones(size: int) -> nn.Parameter:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Leading axes of the weight, if any, are stacked outputs."""
+    """Multiplies x by a weight [..., out, in]. The outputs of all leading axes are concatenated."""
     return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 
@@ -207,20 +211,23 @@ class Jamba(nn.Module):
         self.head = zeros(shape.vocab_size, shape.hidden_size)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """ids [batch, time] -> bfloat16 [batch, time, hidden], after the last norm."""
+        """Returns the hidden states after the last norm, bfloat16 [batch, time, hidden], for ids [batch, time]."""
         x = F.embedding(ids, self.embedding).bfloat16()
         for layer in self.layers:
             x = layer(x)
         return Norm.apply(x, self.norm)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy in nats over targets [batch, time] of 0 and more; balance of the experts (1 is even)."""
+        """Returns the mean cross entropy in nats and the balance of the experts, which is 1 if their load is even.
+
+        Targets [batch, time] below 0 are left out.
+        """
         loss = Loss.apply(self.hidden(ids).flatten(0, 1), self.head, targets.flatten())
         moe = [layer.feed_forward.balance for layer in self.layers if isinstance(layer.feed_forward, MoE)]
         return loss, torch.stack(moe).mean()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and shapes of a checkpoint on disk."""
+        """Yields the parameters with the names and shapes that they have in a checkpoint."""
         yield "model.embed_tokens.weight", self.embedding
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)

@@ -1,6 +1,7 @@
-"""What a model that only counts would lose on the same text: interpolated Kneser-Ney over tokens.
+"""Implements an n-gram model of tokens with interpolated Kneser-Ney smoothing, as a baseline for the held-out loss.
 
-Kneser and Ney 1995 in the interpolated form of Chen and Goodman 1998 (section 3), one discount for each order.
+The method is that of Kneser and Ney 1995 in the interpolated form of Chen and Goodman 1998 (section 3), with one
+discount for each length of n-gram.
 """
 
 from __future__ import annotations
@@ -13,30 +14,36 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-BITS = 12  # of a token id; five of them fit in 64 bits
+BITS = 12  # bits of a token id, so that the ids of a 5-gram fit in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """N-grams of one length, a number each: the last token in the lowest bits. Sorted."""
+    """The n-grams of one length, in ascending order.
+
+    An n-gram is packed into one integer, with its last token in the lowest bits.
+    """
 
     grams: Integers
     counts: Integers
-    contexts: Integers  # all tokens but the last
-    totals: Integers  # of the counts, by context
-    kinds: Integers  # different tokens after the context
+    contexts: Integers  # the different contexts: an n-gram's context is all its tokens except the last
+    totals: Integers  # the sum of the counts for each context
+    kinds: Integers  # the number of different tokens that follow each context
     discount: float
 
     @classmethod
     def of(cls, grams: Integers, counts: Integers) -> Level:
-        """`grams` are sorted and distinct."""
+        """Builds a level from n-grams, which must be sorted and distinct, and their counts."""
         contexts, starts, kinds = np.unique(grams >> BITS, return_index=True, return_counts=True)
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = once / (once + 2 * twice) if once else 0.5
         return cls(grams, counts, contexts, np.add.reduceat(counts, starts), kinds, discount)
 
     def mix(self, grams: Integers, shorter: Floats) -> Floats:
-        """Probabilities of the last tokens, given those by a context shorter by one."""
+        """Returns the probability of each n-gram's last token after its context.
+
+        `shorter` has the probabilities of the same tokens after a context that is one token shorter.
+        """
         count = found(self.grams, self.counts, grams)
         total = found(self.contexts, self.totals, grams >> BITS)
         kinds = found(self.contexts, self.kinds, grams >> BITS)
@@ -45,13 +52,16 @@ class Level:
 
 
 def found(keys: Integers, values: Integers, wanted: Integers) -> Integers:
-    """The value of each wanted key, 0 where there is none."""
+    """Looks up the wanted keys in sorted `keys`. Returns their values, and 0 for a key that is missing."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], 0)
 
 
 class NGram:
-    """A model of tokens after up to `order - 1` others. A document's first token is given and fills its context."""
+    """An n-gram model: predicts a token from the `order - 1` tokens before it.
+
+    The first token of a document is not predicted. It is repeated to fill the contexts at the document's beginning.
+    """
 
     def __init__(self, documents: Iterable[Sequence[int]], *, order: int, vocab_size: int) -> None:
         assert order * BITS < 64
@@ -59,21 +69,21 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         grams = np.concatenate([self._grams(document) for document in documents])
         level = Level.of(*np.unique(grams, return_counts=True))
-        self.levels = [level]  # the longest first
+        self.levels = [level]  # the level of the longest n-grams comes first
         for length in range(order - 1, 0, -1):
-            # A shorter n-gram counts the different tokens seen before it.
+            # The count of a shorter n-gram is the number of different tokens that occur before it (Kneser-Ney).
             mask = (1 << BITS * length) - 1
             level = Level.of(*np.unique(level.grams & mask, return_counts=True))
             self.levels.append(level)
 
     def _grams(self, document: Sequence[int]) -> Integers:
-        """Every token but the first, each with the `order - 1` before it."""
+        """Returns the packed n-gram that ends at each token of a document, except the first token."""
         ids = np.concatenate([np.full(self.order - 1, document[0]), np.asarray(document[1:])]).astype(np.int64)
         windows = np.lib.stride_tricks.sliding_window_view(ids, self.order)
         return (windows << (BITS * np.arange(self.order - 1, -1, -1))).sum(axis=1)
 
     def probabilities(self, document: Sequence[int]) -> Floats:
-        """Of every token but the first, in order."""
+        """Returns the probability of each token in a document, except the first."""
         grams = self._grams(document)
         result = np.full(len(grams), 1 / self.vocab_size)
         for length, level in enumerate(reversed(self.levels), 1):
@@ -81,5 +91,5 @@ class NGram:
         return result
 
     def nats(self, documents: Iterable[Sequence[int]]) -> float:
-        """Of all tokens but each document's first."""
+        """Returns the negative log-likelihood in nats of all tokens, except the first of each document."""
         return -sum(float(np.log(self.probabilities(document)).sum()) for document in documents)

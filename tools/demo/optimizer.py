@@ -1,6 +1,7 @@
-"""Muon for matrices inside the layers, AdamW for everything else.
+"""Implements the optimizer: Muon for the matrices inside the layers, AdamW for all other parameters.
 
-Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix by five Newton-Schulz steps in bfloat16.
+Muon (Jordan et al., 2024) updates a matrix by the orthogonal matrix that is nearest to its momentum. Five Newton-Schulz
+steps in bfloat16 approximate this orthogonal matrix.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.02, 0.95, 0.05
 ADAM_RATES = {"embedding": 1e-2, "head": 3e-3, "other": 3e-3}
-ADAM_DECAY = 0.01  # of the embedding and the head
+ADAM_DECAY = 0.01  # weight decay of the embedding and the output head
 
 
 def orthogonalised(gradient: Tensor) -> Tensor:
-    """[..., rows, columns] -> the same shape, singular values near 1."""
+    """Returns matrices [..., rows, columns] with the singular vectors of `gradient` and singular values near 1."""
     x = gradient.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -32,9 +33,8 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.momenta = [torch.zeros_like(parameter) for parameter in parameters]
         self.parameters = parameters
-        self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(
-            list
-        )  # of equal matrices, done in one product
+        # The indices of parameters by their shape. Matrices of one shape are orthogonalised as one batch.
+        self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             self.groups[parameter.shape[-2], parameter.shape[-1]].append(index)
 
@@ -56,7 +56,7 @@ class Muon:
 
 
 class Optimizer:
-    """Both halves; `factor` scales every learning rate."""
+    """Combines Muon and AdamW. The `factor` of a step scales every learning rate."""
 
     def __init__(self, model: Jamba) -> None:
         matrices: list[nn.Parameter] = []

@@ -1,16 +1,17 @@
-// CPU kernels of the training script: Mamba's convolution and selective scan, RMSNorm, SwiGLU and cross entropy, each
-// forward and backward. Activations are bfloat16, parameters and their gradients float32, arithmetic float32.
-// One vector holds 16 channels, so the recurrence needs no sum across lanes; a state's 16 entries are 16 registers.
-// Widths must be multiples of 16. Built by cpu_kernels.py; do not compile with -ffast-math (exp2v rounds by adding).
+// These are the CPU kernels of the training script: Mamba's convolution and selective scan, RMSNorm, SwiGLU and cross
+// entropy, each with its gradient. Activations are bfloat16. Parameters, their gradients and the arithmetic are
+// float32. One vector holds 16 channels, so the recurrence needs no sum across lanes. The 16 entries of a state are in
+// 16 registers. All widths must be multiples of 16. cpu_kernels.py builds this file. It must not be compiled with
+// -ffast-math, because exp2v rounds to an integer by adding a large constant.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 namespace {
-constexpr int W = 16;       // lanes
-constexpr int N = 16;       // entries of the state (mamba_d_state)
-constexpr int CHUNK = 32;   // tokens between two saved states
+constexpr int W = 16;       // lanes in a vector
+constexpr int N = 16;       // entries of the state per channel (mamba_d_state)
+constexpr int CHUNK = 32;   // the forward pass saves the state every CHUNK tokens, for the backward pass
 constexpr float LOG2E = 1.44269504f;
 using bf16 = uint16_t;
 typedef float v16 __attribute__((vector_size(64)));
@@ -25,7 +26,7 @@ inline v16 load(const float* p) { return *(const f16u*)p; }
 inline void store(float* p, v16 x) { *(f16u*)p = x; }
 inline void store(bf16* p, v16 x) {
     u16v u = (u16v)x;
-    u += 0x7fff + ((u >> 16) & 1);  // to nearest, ties to even
+    u += 0x7fff + ((u >> 16) & 1);  // this rounds to nearest, ties to even
     *(h16*)p = __builtin_convertvector(u >> 16, h16);
 }
 inline void add(float* p, v16 x) { store(p, load(p) + x); }
@@ -34,7 +35,7 @@ inline v16 maxv(v16 a, v16 b) { return a > b ? a : b; }
 inline v16 exp2v(v16 x) {
     x = maxv(x, splat(-126.f));
     x = x < splat(126.f) ? x : splat(126.f);
-    const v16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+    const v16 magic = splat(12582912.f);  // adding 1.5 * 2^23 rounds a float32 to an integer
     v16 z = x + magic, r = x - (z - magic);
     v16 p = splat(1.3333558e-3f);
     p = p * r + 9.6181291e-3f;
@@ -45,7 +46,8 @@ inline v16 exp2v(v16 x) {
     return (v16)((i16v)p + (((i16v)z - (i16v)magic) << 23));
 }
 inline v16 sigmoid(v16 x) { return 1.f / (1.f + exp2v(x * -LOG2E)); }
-inline v16 softplus(v16 x) {  // max(x, 0) + log1p(exp(-|x|)), the logarithm as 2 atanh(t / (2 + t))
+// softplus(x) = max(x, 0) + log1p(t) with t = exp(-|x|). The logarithm is computed as 2 atanh(t / (2 + t)).
+inline v16 softplus(v16 x) {
     v16 t = exp2v((x > 0.f ? -x : x) * LOG2E), s = t / (2.f + t), q = s * s;
     v16 p = q * (1.f / 11) + 1.f / 9;
     p = p * q + 1.f / 7;
@@ -55,7 +57,8 @@ inline v16 softplus(v16 x) {  // max(x, 0) + log1p(exp(-|x|)), the logarithm as 
     return maxv(x, splat(0.f)) + 2.f * s * p;
 }
 inline v16 silu_gradient(v16 x, v16 s) { return s * (1.f + x * (1.f - s)); }
-struct Gradients {  // a thread's own sums, added to the result once
+// Each thread sums gradients into an array of its own, which flush() adds to the result at the end.
+struct Gradients {
     std::vector<float> own;
     float* total;
     Gradients(float* total, int64_t size) : own(size, 0.f), total(total) {}
@@ -64,7 +67,8 @@ struct Gradients {  // a thread's own sums, added to the result once
 float widen(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4); return f; }
 }  // namespace
 
-// xz [B,T,2D] -> u [B,T,D] = silu(conv(first half)), z [B,T,D] = second half. w [4,D], tap 3 is the current token.
+// Computes Mamba's causal convolution: u [B,T,D] = silu(conv(first half of xz [B,T,2D])). The second half of xz is
+// copied to z [B,T,D]. In the filter w [4,D], tap 3 belongs to the current token.
 extern "C" void conv_forward(const bf16* xz, const float* w, const float* bias, bf16* u, bf16* z, int64_t B, int64_t T, int64_t D) {
 #pragma omp parallel for
     for (int64_t b = 0; b < B; b++)
@@ -89,7 +93,7 @@ extern "C" void conv_backward(const bf16* xz, const float* w, const float* bias,
         for (int64_t b = 0; b < B; b++) {
             for (int64_t t = 0; t < T; t++) memcpy(gxz + (b * T + t) * 2 * D + D, gz + (b * T + t) * D, D * sizeof(bf16));
             for (int64_t d = 0; d < D; d += W) {
-                v16 next[3] = {};  // gradients before the activation at t+1, t+2, t+3
+                v16 next[3] = {};  // gradients of the convolution's output (before SiLU) at t+1, t+2 and t+3
                 v16 sw[4] = {}, sb = {}, wk[4];
                 for (int k = 0; k < 4; k++) wk[k] = load(w + k * D + d);
                 for (int64_t t = T - 1; t >= 0; t--) {
@@ -114,7 +118,8 @@ extern "C" void conv_backward(const bf16* xz, const float* w, const float* bias,
     }
 }
 
-// y = (scan(u, softplus(dt + bias), A, B, C) + skip * u) * silu(z). a2 [N,D] = A * log2(e); states [B,T/CHUNK,D/W,N,W].
+// Computes the selective scan: y = (scan(u, softplus(dt + bias), A, B, C) + skip * u) * silu(z). The argument a2 [N,D]
+// is A * log2(e). The state before every CHUNK tokens is written to states [B,T/CHUNK,D/W,N,W].
 extern "C" void scan_forward(const bf16* u, const bf16* dt, const bf16* z, const bf16* Bm, const bf16* Cm, const float* a2, const float* skip, const float* bias, bf16* y, float* states, int64_t B, int64_t T, int64_t D) {
     int64_t chunks = (T + CHUNK - 1) / CHUNK, blocks = D / W;
 #pragma omp parallel for collapse(2)
@@ -137,7 +142,8 @@ extern "C" void scan_forward(const bf16* u, const bf16* dt, const bf16* z, const
         }
 }
 
-// gB, gC [B,T,N] and ga [N,D] (with respect to A), gskip, gbias [D] are float32; the last three are added to.
+// Computes the gradients of the selective scan. gB, gC [B,T,N], ga [N,D] (the gradient of A) and gskip, gbias [D] are
+// float32. The results for ga, gskip and gbias are added to the values that these arrays have before the call.
 extern "C" void scan_backward(const bf16* u, const bf16* dt, const bf16* z, const bf16* Bm, const bf16* Cm, const float* a2, const float* skip, const float* bias, const float* states, const bf16* gy, bf16* gu, bf16* gdt, bf16* gz, float* gB, float* gC, float* ga, float* gskip, float* gbias, int64_t B, int64_t T, int64_t D) {
     int64_t chunks = (T + CHUNK - 1) / CHUNK, blocks = D / W;
 #pragma omp parallel
@@ -209,7 +215,7 @@ extern "C" void scan_backward(const bf16* u, const bf16* dt, const bf16* z, cons
     }
 }
 
-// x [M,H] with rows `stride` apart -> y [M,H] = x / rms(x) * w.
+// Computes RMSNorm: y [M,H] = x / rms(x) * w. The rows of x [M,H] are `stride` elements apart.
 extern "C" void norm_forward(const bf16* x, const float* w, bf16* y, float eps, int64_t M, int64_t H, int64_t stride) {
 #pragma omp parallel for
     for (int64_t m = 0; m < M; m++) {
@@ -244,7 +250,7 @@ extern "C" void norm_backward(const bf16* x, const float* w, const bf16* gy, bf1
     }
 }
 
-// gate_up [M,2F] -> y [M,F] = silu(first half) * second half.
+// Computes SwiGLU: y [M,F] = silu(first half) * second half of each row of gate_up [M,2F].
 extern "C" void swiglu_forward(const bf16* gate_up, bf16* y, int64_t M, int64_t F) {
 #pragma omp parallel for
     for (int64_t m = 0; m < M; m++)
@@ -264,7 +270,8 @@ extern "C" void swiglu_backward(const bf16* gate_up, const bf16* gy, bf16* gx, i
         }
 }
 
-// Losses [M] in nats; logits [M,V] become their gradient times `scale`. A target below 0 counts for nothing.
+// Computes the cross entropy losses [M] in nats and overwrites logits [M,V] with their gradients times `scale`. A row
+// with a target below 0 has the loss 0 and no gradient.
 extern "C" void cross_entropy(bf16* logits, const int64_t* targets, float* losses, float scale, int64_t M, int64_t V) {
 #pragma omp parallel for
     for (int64_t m = 0; m < M; m++) {

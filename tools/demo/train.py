@@ -1,18 +1,21 @@
-"""Trains the demonstration model on a CPU, resumably.
+"""Trains the demonstration model on a CPU. Training can be interrupted and resumed.
 
     python tools/demo/train.py --data FOLDER --out FOLDER --minutes 60
 
-FOLDER of --data holds the files that data.FILES names. --out receives tokenizer.json, last.pt (to resume from; start
-the same command again), best.pt (of the lowest held-out loss) and log.jsonl. The learning rate follows the clock: full
-until 65 % of the minutes have passed since the first start, then down to zero in a line. What is evaluated and exported
-is a running average of the weights.
+The folder --data contains the files that data.FILES names. The folder --out receives tokenizer.json, last.pt, best.pt
+(with the lowest held-out loss) and log.jsonl. To resume from last.pt, start the same command again.
+
+The learning rate depends on the time since the first start. It is constant until 65 % of the minutes have passed, then
+it falls linearly to zero. A running average of the weights is evaluated and exported.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two OpenMP pools share the cores: torch's and the kernels'
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # idle threads sleep, because torch and the kernels have a thread pool each
 
 import argparse
 import json
@@ -31,15 +34,16 @@ from torch import Tensor
 from train_tokenizer import train_tokenizer
 
 SEED = 20
-TOKENS, RAMP = 4096, 0.35  # a step; share of the time after which a step has twice as many
-LENGTH, LONG, LONGEST = 512, 1024, 2048  # tokens of a row; in every eighth step; in every thirty-second
-WARM_UP, COOL_DOWN = 30, 0.35  # steps; share of the time
-WINDOW = 150  # steps that the average of the weights reaches back: it loses less than the weights of any one step
+TOKENS, RAMP = 4096, 0.35  # tokens in a step; after this share of the time, a step has twice as many
+# Tokens in a row of the batch: usually LENGTH, in every eighth step LONG, in every thirty-second step LONGEST.
+LENGTH, LONG, LONGEST = 512, 1024, 2048
+WARM_UP, COOL_DOWN = 30, 0.35  # steps in which the learning rate rises; last share of the time, in which it falls
+WINDOW = 150  # the weights are averaged over about this many steps, which lowers the held-out loss
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
 
 class Stream:
-    """Epochs of documents as one row of tokens, encoded an epoch at a time."""
+    """An endless stream of training tokens. The documents of one epoch at a time are encoded and concatenated."""
 
     def __init__(self, text: data.Text, tokenizer: tokenizers.Tokenizer, position: tuple[int, int]) -> None:
         self.text, self.tokenizer = text, tokenizer
@@ -52,7 +56,7 @@ class Stream:
         return torch.tensor([number for item in encoded for number in item.ids])
 
     def take(self, count: int) -> Tensor:
-        """The next `count` tokens and the one after them."""
+        """Returns the next `count` tokens and the token after them, which is the last target."""
         if self.offset + count + 1 > len(self.ids):
             self.number, self.offset = self.number + 1, 0
             self.ids = self._encode()
@@ -61,7 +65,10 @@ class Stream:
 
 
 def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> list[tuple[Tensor, Tensor]]:
-    """Each story by itself after <|startoftext|>, to its <|endoftext|>; in batches of similar length."""
+    """Returns batches of (ids, targets) from the held-out stories, with stories of similar length in a batch.
+
+    Each row is one story from <|startoftext|> to <|endoftext|>. Padding has the target -1.
+    """
     texts = [data.BOS + story + data.EOS for story in stories]
     rows = sorted((item.ids for item in tokenizer.encode_batch(texts, add_special_tokens=False)), key=len)
     batches: list[tuple[Tensor, Tensor]] = []
@@ -78,7 +85,7 @@ def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> lis
 
 @torch.no_grad()
 def evaluate(model: Jamba, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Nats of all targets together."""
+    """Returns the negative log-likelihood in nats of all targets together."""
     return sum(float(model(ids, targets)[0]) * int((targets >= 0).sum()) for ids, targets in batches)
 
 
@@ -113,7 +120,7 @@ class Training:
         return tokenizers.Tokenizer.from_file(str(path))
 
     def passed(self) -> float:
-        """Share of the time that is over."""
+        """Returns the share of the training time that has passed."""
         return (time.time() - self.started) / self.seconds
 
     def one_step(self) -> float:
@@ -185,8 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demonstration model on a CPU.")
     parser.add_argument("--data", type=Path, required=True, help="folder with " + ", ".join(data.FILES))
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
-    parser.add_argument("--minutes", type=float, required=True, help="from the first start to the end")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, required=True, help="training time, counted from the first start")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)

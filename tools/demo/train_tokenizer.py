@@ -1,7 +1,8 @@
-"""A small BPE tokenizer in the form of Jamba's: the same parts of tokenizer.json, fewer entries.
+"""Trains a small BPE tokenizer of the same kind as Jamba's: tokenizer.json has the same parts, but fewer entries.
 
-Ids: the special tokens of the family 1.5 to 1.7 in their order, then 256 byte tokens, then single characters and
-merges learned from the text. Spaces are "▁" and begin a word; digits stand alone; a newline is its byte token.
+The ids begin with the special tokens of Jamba 1.5 to 1.7 in their order. Then come 256 byte tokens, and then single
+characters and merges learned from the text. A space is written "▁" and belongs to the word after it. Each digit is a
+token of its own, and a newline is its byte token.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ SPECIAL_TOKENS = (
     "</tool_calls>",
 )
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-# A merge stays inside one of these: a word or punctuation with its space, one digit, a space alone.
+# Merges do not cross these units: a word or punctuation with the space before it, one digit, or a single space.
 _WORDS = r"▁?\p{L}+|[0-9]|▁?[^\p{L}0-9▁]+|▁"
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, plain or .xz; lines that are a special token (an end of a text) are left out."""
+    """Yields the lines of a UTF-8 file, plain or compressed to .xz.
+
+    Empty lines, and lines that consist of a special token, are left out.
+    """
     with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
         for line in lines:
             if (text := line.rstrip("\n")) and text not in SPECIAL_TOKENS:
@@ -51,7 +55,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """`vocab_size` counts everything: special tokens, bytes, characters and merges."""
+    """Trains a tokenizer. `vocab_size` is the number of all entries: special tokens, bytes, characters and merges."""
     first_piece = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)
     pieces, merges = _learn_merges(lines, vocab_size - first_piece)
     names = [*SPECIAL_TOKENS, *BYTE_TOKENS, *pieces]
@@ -74,7 +78,10 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def _learn_merges(lines: Iterable[str], count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """`count` pieces (printable ASCII and "▁" first) and the merges that make them, in the order of their rank."""
+    """Learns `count` pieces from the text. Returns the pieces and the merges that form them, in the order of rank.
+
+    The first pieces are the printable ASCII characters and "▁".
+    """
     alphabet = [chr(code) for code in range(0x21, 0x7F)] + ["▁"]
     learner = tokenizers.Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")

@@ -1,1 +1,1 @@
-"""`jamba bench`: a load generator for OpenAI-compatible servers."""
+"""Implements `jamba bench`, a load generator for OpenAI-compatible servers."""

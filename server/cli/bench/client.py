@@ -1,7 +1,7 @@
-"""One streamed request and when its tokens arrived.
+"""Sends one streamed request and records when its tokens arrive.
 
 Times are seconds on the clock that the client is given. A server may put several tokens into one event, and several
-events into one packet: an arrival is an event, and token counts come from the server's usage.
+events into one packet. Therefore an arrival is the time of an event, and token counts come from the server's `usage`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import msgspec
 
 from jamba_server.server.cli.bench.workloads import Turn
 
-MAX_MESSAGE = 300  # characters of a server's error text that a report keeps
+MAX_MESSAGE = 300  # a report keeps this many characters of a server's error message
 LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete reply. `arrivals` are of the events with tokens, `end` of the one with the finish reason."""
+    """A complete reply.
+
+    `arrivals` are the times of the events that carry tokens. `end` is the time of the event with the finish reason, or
+    of the last event with a token if that comes later.
+    """
 
     start: float
     arrivals: tuple[float, ...]
@@ -35,28 +39,31 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ttft(self) -> float:
-        """Time to first token."""
+        """Time to first token, in seconds."""
         return self.arrivals[0] - self.start
 
     @property
     def e2el(self) -> float:
-        """End-to-end latency."""
+        """End-to-end latency, in seconds."""
         return self.end - self.start
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; a reply of one token has none."""
+        """Time per output token after the first, in seconds. None for a reply of one token."""
         return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
     def itl(self) -> tuple[float, ...]:
-        """Inter-token latencies: the gaps between arrivals."""
+        """Inter-token latencies, in seconds: the gaps between consecutive arrivals."""
         return tuple(b - a for a, b in pairwise(self.arrivals))
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A request without a complete reply. `kind`: http_<status>, timeout, connection, stream_error, incomplete,
-    cut_off."""
+    """A request that received no complete reply.
+
+    `kind` is one of http_<status>, timeout, connection, stream_error, incomplete and cut_off. A request is cut off if
+    it is still running when the measurement's time is over.
+    """
 
     start: float
     end: float
@@ -73,7 +80,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class EventDecoder:
-    """The data of server-sent events (HTML standard, section 9.2.6) from bytes that are cut anywhere."""
+    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes that may end anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -81,7 +88,7 @@ class EventDecoder:
         self._data: list[bytes] = []
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        # A CR that ended the last chunk has ended its line already; the LF of the same pair is dropped here.
+        # CR LF is one line end. If the last chunk ended with CR, that line is complete and a following LF is dropped.
         if self._after_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
@@ -118,7 +125,11 @@ class _Choice(msgspec.Struct):
 
     @property
     def carries_token(self) -> bool:
-        """Text, or an event that exists only because of a token whose text is empty or still withheld."""
+        """True if the event was sent for a token, whether or not it has text.
+
+        A server sends an event without text for a token whose text is empty or still held back. The first event (which
+        has the role) and the last (which has the finish reason) do not count unless they have text.
+        """
         if self.content or (self.delta and (self.delta.reasoning or self.delta.reasoning_content)):
             return True
         return self.finish_reason is None and not (self.delta and self.delta.role)
@@ -152,7 +163,10 @@ class _Failed(Exception):
 
 
 class Client:
-    """Sends turns to one server over `http`, whose base URL and headers are set. Greedy unless told otherwise."""
+    """Sends turns to one server over `http`, whose base URL and headers are already set.
+
+    Decoding is greedy unless `temperature` is above 0.
+    """
 
     def __init__(
         self,
@@ -173,7 +187,7 @@ class Client:
         }
 
     async def send(self, turn: Turn, history: list[Message]) -> Record:
-        """Never raises for what the server or the network does: that is a Failure."""
+        """Sends one turn and returns its reply. An error of the server or the network is returned as a Failure."""
         body = self._common | {"max_tokens": turn.max_tokens}
         if isinstance(turn.prompt, str):
             path, body["messages"] = "/v1/chat/completions", [*history, Message("user", turn.prompt)]
@@ -210,7 +224,7 @@ class Client:
             raise _Failed("incomplete", "The stream ended with no usage, no finish_reason or no token.")
         return Reply(
             start=start,
-            # Every token's text may be empty (special tokens): then the finish reason is the first that shows.
+            # If every token's text is empty (special tokens), the event with the finish reason is the only arrival.
             arrivals=tuple(arrivals) or (end,),
             end=max([end, *arrivals]),
             prompt_tokens=usage.prompt_tokens,
@@ -221,7 +235,10 @@ class Client:
         )
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[tuple[float, _Event]]:
-        """(arrival, event) until [DONE], and the body to its end, without which its connection is not used again."""
+        """Yields (arrival, event) until [DONE].
+
+        The body is read to its end after [DONE], because httpx reuses only connections whose body was read completely.
+        """
         if response.status_code != 200:
             await response.aread()
             raise _Failed(f"http_{response.status_code}", error_message(response))
@@ -244,7 +261,7 @@ class Client:
 
 
 def error_message(response: httpx.Response) -> str:
-    """The message of an OpenAI error body, or the beginning of whatever the body is."""
+    """Returns the message of an OpenAI error body, or the beginning of a body of another form."""
     try:
         event = msgspec.json.decode(response.content, type=_Event)
     except msgspec.DecodeError:

@@ -1,4 +1,4 @@
-"""The command `jamba bench URL`."""
+"""Implements the command `jamba bench URL` and its options."""
 
 import asyncio
 import inspect
@@ -51,42 +51,103 @@ def _option(help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """The flags; None means not given. A flag that the workload or the load does not use is refused."""
+    """The options of `jamba bench`. None means that an option was not given.
 
-    workload: Annotated[str, _option(f"What is asked: {', '.join(WORKLOADS)}.")] = "random"
+    An option that the chosen workload or load does not use is refused.
+    """
+
+    workload: Annotated[str, _option(f"Kind of requests to send: {', '.join(WORKLOADS)}.")] = "random"
     concurrency: Annotated[
-        str | None, _option("Closed loop: clients at once, one measurement each. [default: 1,8,32]")
+        str | None,
+        _option(
+            "Closed loop: number of clients that send at the same time. Each number of the list is measured. "
+            "[default: 1,8,32]"
+        ),
     ] = None
-    request_rate: Annotated[str | None, _option("Open loop: Poisson arrivals a second, e.g. 0.5,2.")] = None
+    request_rate: Annotated[
+        str | None,
+        _option(
+            "Open loop: requests per second that arrive at random (Poisson) times, for example 0.5,2. Each number "
+            "of the list is measured."
+        ),
+    ] = None
     num_prompts: Annotated[
         int | None,
-        _option("Sessions a measurement; of a trace, its first rows. [default: 4 a client, at least 16; open loop 64]"),
+        _option(
+            "Sessions to send in each measurement. A trace is read from its first row. [default: 4 per client, at "
+            "least 16; 64 in open loop]"
+        ),
     ] = None
     num_warmups: Annotated[
-        int | None, _option("Sessions before each measurement that are not counted. [default: 1 a client; open loop 1]")
+        int | None,
+        _option(
+            "Sessions to send before each measurement, which are not counted. [default: 1 per client; 1 in open loop]"
+        ),
     ] = None
-    max_seconds: Annotated[float, _option("End each measurement after so long.")] = 300.0
-    input_len: Annotated[int | None, _option("Tokens a prompt (multi-turn: words a message). [default: 256]")] = None
-    output_len: Annotated[int | None, _option("Tokens a reply. [default: 64]")] = None
-    range_ratio: Annotated[float | None, _option("Lengths vary by up to this share. [default: 0]")] = None
-    prefix_len: Annotated[int | None, _option("shared-prefix: tokens of a prefix. [default: 512]")] = None
-    num_prefixes: Annotated[int | None, _option("shared-prefix: prefixes that take turns. [default: 4]")] = None
-    turns: Annotated[int | None, _option("multi-turn: messages of a chat. [default: 4]")] = None
-    trace: Annotated[str | None, _option("trace: CSV or .xz with seconds,input_tokens,output_tokens.")] = None
-    time_scale: Annotated[float | None, _option("trace: multiplies the times; 0.5 is twice as fast.")] = None
-    vocab_size: Annotated[int | None, _option("Draw prompts from ids below this. [default: ask /tokenize]")] = None
-    temperature: Annotated[float, _option("Sampling temperature, 0 is greedy.")] = 0.0
-    seed: Annotated[int, _option("Of prompts, lengths and arrivals. The same seed finds its prompts cached.")] = 0
-    model: Annotated[str | None, _option("Served model name. [default: the first]")] = None
-    api_key: Annotated[str | None, typer.Option(help="Bearer token.", envvar="JAMBA_API_KEY")] = None
+    max_seconds: Annotated[float, _option("Seconds after which a measurement ends.")] = 300.0
+    input_len: Annotated[
+        int | None, _option("Tokens in each prompt; with multi-turn, words in each message. [default: 256]")
+    ] = None
+    output_len: Annotated[int | None, _option("Tokens in each reply. [default: 64]")] = None
+    range_ratio: Annotated[
+        float | None,
+        _option("Share by which lengths vary at random: 0.2 draws from 80% to 120% of the length. [default: 0]"),
+    ] = None
+    prefix_len: Annotated[int | None, _option("For shared-prefix: tokens in each prefix. [default: 512]")] = None
+    num_prefixes: Annotated[
+        int | None, _option("For shared-prefix: number of prefixes, which are used in turn. [default: 4]")
+    ] = None
+    turns: Annotated[int | None, _option("For multi-turn: user messages in each chat. [default: 4]")] = None
+    trace: Annotated[
+        str | None,
+        _option(
+            "For trace: CSV file, plain or compressed to .xz, with the columns seconds,input_tokens,output_tokens."
+        ),
+    ] = None
+    time_scale: Annotated[
+        float | None,
+        _option("For trace: factor by which the arrival times are multiplied; 0.5 sends twice as fast. [default: 1]"),
+    ] = None
+    vocab_size: Annotated[
+        int | None, _option("Draw prompts from the token ids below this number. [default: ask the server's /tokenize]")
+    ] = None
+    temperature: Annotated[float, _option("Sampling temperature from 0 to 2; 0 is greedy.")] = 0.0
+    seed: Annotated[
+        int,
+        _option(
+            "Seed for prompts, lengths and arrival times. A second run with the same seed sends the same prompts, "
+            "which the server may then have cached."
+        ),
+    ] = 0
+    model: Annotated[str | None, _option("Name of the served model. [default: the first that the server lists]")] = None
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that is sent to the server as bearer token.", envvar="JAMBA_API_KEY")
+    ] = None
     checkpoint: Annotated[
-        Path | None, _option("The model's folder: shows the decode limit beside what was measured.")
+        Path | None,
+        _option(
+            "The model's folder. If it is given, the report shows the limit that memory bandwidth sets for decode "
+            "beside the measured speed."
+        ),
     ] = None
-    bandwidth: Annotated[str | None, _option("--checkpoint: bytes a second of its device, such as 3.35TB.")] = None
-    quantization: Annotated[str | None, _option("--checkpoint: weight format that the server was given.")] = None
-    quantize_mamba: Annotated[bool | None, _option("--checkpoint: the server was told so.")] = None
-    goodput: Annotated[list[str] | None, _option("SLO in ms, ttft:500, tpot:50 or e2el:5000; repeatable.")] = None
-    output: Annotated[Path | None, _option("Write the report as JSON.")] = None
+    bandwidth: Annotated[
+        str | None,
+        _option("With --checkpoint: memory bandwidth of the server's device in bytes per second, such as 3.35TB."),
+    ] = None
+    quantization: Annotated[
+        str | None, _option("With --checkpoint: the weight format with which the server was started.")
+    ] = None
+    quantize_mamba: Annotated[
+        bool | None, _option("With --checkpoint: whether the server was started with --quantize-mamba.")
+    ] = None
+    goodput: Annotated[
+        list[str] | None,
+        _option(
+            "Latency limit in milliseconds that a request must meet to count as goodput: ttft:500, tpot:50 or "
+            "e2el:5000. Can be repeated."
+        ),
+    ] = None
+    output: Annotated[Path | None, _option("File to which the report is written as JSON.")] = None
 
     def make_workload(self) -> Workload:
         if (kind := WORKLOADS.get(self.workload)) is None:
@@ -113,7 +174,7 @@ class BenchOptions:
         return [ClosedLoop(number) for number in _numbers("--concurrency", self.concurrency or "1,8,32", int)]
 
     def served(self) -> Served | None:
-        """None without --checkpoint."""
+        """Returns the checkpoint that the server serves, or None without --checkpoint."""
         if self.checkpoint is not None:
             return Served.find(
                 self.checkpoint,
@@ -137,7 +198,7 @@ class BenchOptions:
 
 
 class Bench:
-    """Measures one server at every load that the options name."""
+    """Measures one server at every load that the options name, one load after the other."""
 
     def __init__(
         self,
@@ -157,7 +218,7 @@ class Bench:
         self._progress = progress or Progress(disable=True)
 
     async def run(self) -> report.Report:
-        """Stops at the first load of which no request completed: the rest would tell nothing either."""
+        """Measures the loads in order. Stops after a load at which no request was completed."""
         target = await discover(self._http, self.options.model)
         tokens = await self.token_range(target.model)
         client = Client(self._http, target.model, temperature=self.options.temperature, now=self._now)
@@ -170,13 +231,16 @@ class Bench:
 
     async def token_range(self, model: str) -> TokenRange:
         if isinstance(self.workload, MultiTurn):
-            return TokenRange(0, 0)  # not drawn from: a chat is text
+            return TokenRange(0, 0)  # chats are made of words, so no token ids are drawn
         if self.options.vocab_size is not None:
             return TokenRange(0, self.options.vocab_size - 1)
         return await discover_tokens(self._http, model)
 
     def sessions(self, tokens: TokenRange, index: int) -> list[Session]:
-        """The sessions of load `index`. Every load has its own, or it would find the last one's prompts cached."""
+        """Draws the sessions of load `index`.
+
+        Every load has its own prompts. With the same prompts a load would find those of the previous load cached.
+        """
         load = self.loads[index]
         count = self.options.num_prompts
         if count is None:
@@ -216,7 +280,10 @@ class Bench:
 
 
 def run_bench(url: str, options: BenchOptions, progress: Progress | None = None) -> report.Report:
-    """Blocks until all loads are measured. Raises ConfigError for the options, BenchError for the server."""
+    """Measures the server at `url` and blocks until all loads are measured.
+
+    Raises ConfigError if an option is wrong and BenchError if the server cannot be measured.
+    """
 
     async def run() -> report.Report:
         async with open_http(url, options.api_key) as http:
@@ -226,7 +293,10 @@ def run_bench(url: str, options: BenchOptions, progress: Progress | None = None)
 
 
 def open_http(url: str, api_key: str | None) -> httpx.AsyncClient:
-    """Without bounds on connections or reading: the load decides the one, --max-seconds bounds the other."""
+    """Opens an HTTP client without a limit on connections and without a read timeout.
+
+    The load determines the number of connections, and --max-seconds bounds the time.
+    """
     base = url.rstrip("/").removesuffix("/v1")
     if not base.startswith(("http://", "https://")):
         raise ConfigError(f"URL {url!r} must begin with http:// or https://.")
@@ -258,11 +328,16 @@ def bench(**flags: Any) -> None:
 
 
 def _command_signature() -> inspect.Signature:
-    """typer reads a command's parameters from its signature: here the URL and the fields of BenchOptions."""
+    """Returns a signature with the URL and the fields of BenchOptions.
+
+    typer reads the parameters of a command from its signature, so the options are declared only once.
+    """
     url = inspect.Parameter(
         "url",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        annotation=Annotated[str, typer.Argument(metavar="URL", help="Of the server, e.g. http://127.0.0.1:8000.")],
+        annotation=Annotated[
+            str, typer.Argument(metavar="URL", help="Address of the server, such as http://127.0.0.1:8000.")
+        ],
     )
     return inspect.Signature([url, *inspect.signature(BenchOptions).parameters.values()])
 
@@ -286,7 +361,7 @@ def _conditions(options: BenchOptions, workload: Workload, url: httpx.URL, targe
 
 
 def _numbers(flag: str, text: str, kind: type[Number]) -> list[Number]:
-    """From `1,8,32`, all of them more than 0."""
+    """Parses a list such as `1,8,32`. Raises ConfigError unless all numbers are more than 0."""
     try:
         values = [kind(item) for item in text.split(",")]
     except ValueError:

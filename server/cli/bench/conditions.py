@@ -1,4 +1,4 @@
-"""The machine, what it can read, and the versions of the load generator: for the head of every report."""
+"""Describes the machine and the versions of libraries for the head of a report, and measures memory bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """`cores` are those that this process may use, `memory_gib` the machine's."""
+    """The machine that runs this process. `cores` is the number that this process may use."""
 
     cpu: str
     cores: int
@@ -41,12 +41,15 @@ def utc_now() -> str:
 
 
 def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> float:
-    """Bytes a second that `threads` threads read together from memory: `size` bytes, the fastest of `rounds`."""
+    """Measures the memory bandwidth in bytes per second.
+
+    `threads` threads together read `size` bytes. The fastest of `rounds` runs counts.
+    """
     parts = [np.ones(size // threads // 8, dtype=np.uint64) for _ in range(threads)]
 
     def seconds(pool: ThreadPoolExecutor) -> float:
         start = time.perf_counter()
-        list(pool.map(np.bitwise_or.reduce, parts))  # vectorised, and numpy lets other threads run meanwhile
+        list(pool.map(np.bitwise_or.reduce, parts))  # numpy vectorises this reduction and releases the GIL
         return time.perf_counter() - start
 
     with ThreadPoolExecutor(threads) as pool:
@@ -54,7 +57,7 @@ def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> flo
 
 
 def _cpu_model() -> str:
-    """/proc/cpuinfo names the model on x86 Linux; elsewhere platform knows as much as there is."""
+    """Returns the CPU's model from /proc/cpuinfo, which has it on x86 Linux, or else what `platform` knows."""
     info = Path("/proc/cpuinfo")
     match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return match[1] if match else platform.processor() or platform.machine()

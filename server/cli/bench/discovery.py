@@ -1,4 +1,4 @@
-"""What the bench asks the server before it begins: model, context length, version, token ids."""
+"""Asks the server for its model, context length, version and token ids before the benchmark begins."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from jamba_server.server.cli.bench.client import error_message
 from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
 
 Reply = TypeVar("Reply")
-TIMEOUT = 60.0  # seconds for each question, which a server that loads answers after half of that (--startup-wait)
+# time limit in seconds for each reply; a server that is loading answers after half of that (--startup-wait)
+TIMEOUT = 60.0
 
 
 class BenchError(JambaError):
-    """The server cannot be measured; the message says why."""
+    """Raised if the server cannot be measured. The message gives the reason."""
 
 
 class _Card(msgspec.Struct):
@@ -33,7 +34,11 @@ class _Tokens(msgspec.Struct):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """`version` and `models` are the server's replies as they are; /version is None where there is none."""
+    """The model to measure.
+
+    `version` and `models` are the server's unchanged replies to /version and /v1/models. `version` is None if the
+    server has no /version.
+    """
 
     model: str
     max_model_len: int | None
@@ -42,7 +47,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
-    """The served model, `model` or else the first one."""
+    """Finds the served model named `model`, or the first one if `model` is None. Raises BenchError."""
     response = await _ask(http, "GET", "/v1/models")
     if response.is_error:
         raise BenchError(f"{response.url} answers {response.status_code}: {error_message(response)}")
@@ -55,13 +60,13 @@ async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
 
 
 async def discover_tokens(http: httpx.AsyncClient, model: str) -> TokenRange:
-    """The ids between the lowest and the highest of those that ordinary words are made of."""
+    """Asks the server to tokenize ordinary words. Returns the range from the lowest to the highest of their ids."""
     body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
     response = await _ask(http, "POST", "/tokenize", body)
     if response.is_error:
         raise BenchError(
             f"{response.url} answers {response.status_code}: {error_message(response)} "
-            "With --vocab-size the bench draws its token ids without asking."
+            "Give --vocab-size, and the benchmark draws its token ids without asking the server."
         )
     tokens = _decode(response, _Tokens).tokens
     if not tokens:
@@ -80,4 +85,4 @@ def _decode(response: httpx.Response, kind: type[Reply]) -> Reply:
     try:
         return msgspec.json.decode(response.content, type=kind)
     except msgspec.DecodeError as error:
-        raise BenchError(f"{response.url} is not as the OpenAI API has it: {error}.") from error
+        raise BenchError(f"The reply of {response.url} does not follow the OpenAI API: {error}.") from error

@@ -1,9 +1,13 @@
-"""From the records of a measurement to numbers, a table and JSON.
+"""Summarises the records of a measurement as numbers, a table and JSON.
 
-TTFT: from sending the request to the first event with a token. ITL: gaps between events with tokens. TPOT: (end to end
-- TTFT) / (output tokens - 1) of each request. Goodput: requests a second that meet every SLO. These are the
-definitions of `vllm bench serve`. All are over complete replies; rates divide by the time from the first request sent
-to the end of the last. Latencies in reports are in milliseconds.
+The definitions are those of `vllm bench serve`:
+- TTFT is the time from sending the request to the first event with a token.
+- ITL is the gap between two consecutive events with tokens.
+- TPOT is (end-to-end latency - TTFT) / (output tokens - 1), for each request.
+- Goodput is the number of requests per second that meet every SLO.
+
+Only complete replies count. A rate is a sum divided by the time from the first request's start to the last request's
+end. Latencies in reports are in milliseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from jamba_server.server.cli.bench.runner import Load
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """Milliseconds. Percentiles interpolate linearly between the two nearest values."""
+    """Mean and percentiles in milliseconds. A percentile is interpolated linearly between the two nearest values."""
 
     mean: float
     p50: float
@@ -32,7 +36,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class ErrorCount(msgspec.Struct, frozen=True):
-    """Failures of one kind, with the first one's message."""
+    """The number of failures of one kind, with the message of the first as an example."""
 
     kind: str
     count: int
@@ -40,7 +44,10 @@ class ErrorCount(msgspec.Struct, frozen=True):
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """Upper limits in milliseconds; None is no limit. A reply of one token meets every TPOT."""
+    """Upper limits for a request's latencies in milliseconds. None means no limit.
+
+    A reply of one token has no TPOT, so it meets every limit on TPOT.
+    """
 
     ttft: float | None = None
     tpot: float | None = None
@@ -52,12 +59,13 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
-    """What one load brought.
+    """The results of a measurement at one load.
 
-    `planned` requests were drawn and `left_out` sessions more that exceed the server's context; planned ones that are
-    neither completed nor failed were not sent (time was up, or an earlier turn failed). `short_replies` have fewer
-    tokens than asked for. `cached_share` is of the prompt tokens of replies that report it, None where none does.
-    `client_cpu_share`: CPU time of this process / duration; near 1 it is the load generator that is measured.
+    `planned` is the number of requests that were to be sent. Planned requests that are neither completed nor failed
+    were not sent, because time was up or an earlier turn had failed. `left_out` counts the sessions that exceed the
+    server's context; they are not in `planned`. `short_replies` counts replies with fewer tokens than requested.
+    `cached_share` is the cached share of the prompt tokens, over the replies that report it, or None if none does.
+    `client_cpu_share` is this process's CPU time / duration. Near 1, the load generator limits the result.
     """
 
     load: Load
@@ -83,7 +91,7 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What a level set out to do: `planned` requests, `left_out` sessions too long for the server."""
+    """The requests to send at one load: `planned` requests, after `left_out` sessions were too long for the server."""
 
     load: Load
     planned: int
@@ -91,14 +99,17 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What `--output` writes."""
+    """The report of `jamba bench`, which `--output` writes as JSON."""
 
     conditions: dict[str, Any]
     levels: list[Level]
 
 
 def parse_slo(goodput: Iterable[str]) -> Slo | None:
-    """From `ttft:500`, `tpot:50`, `e2el:2000` (milliseconds), each once; None for nothing."""
+    """Parses limits such as `ttft:500`, `tpot:50` and `e2el:2000`, in milliseconds. Returns None if there are none.
+
+    Raises ConfigError if a name is unknown or given twice, or a limit is not a number above 0.
+    """
     limits: dict[str, float] = {}
     for item in goodput:
         name, _, text = item.partition(":")
@@ -165,7 +176,7 @@ def _cached_share(replies: list[Reply]) -> float | None:
 
 
 def _count_errors(records: Sequence[Record]) -> list[ErrorCount]:
-    """Most frequent first."""
+    """Counts the failures by kind, the most frequent kind first."""
     failures = [record for record in records if isinstance(record, Failure)]
     examples = {failure.kind: failure.message for failure in reversed(failures)}
     counts = Counter(failure.kind for failure in failures).most_common()
@@ -173,7 +184,7 @@ def _count_errors(records: Sequence[Record]) -> list[ErrorCount]:
 
 
 def rows(levels: Sequence[Level]) -> list[tuple[str, list[str]]]:
-    """What a table shows: a name with its value at every level."""
+    """Returns the rows of the table: the name of each number with its value at every load."""
 
     def line(name: str, values: Iterable[float | None], digits: int = 1) -> tuple[str, list[str]]:
         return name, ["-" if value is None else f"{value:,.{digits}f}" for value in values]
@@ -196,7 +207,7 @@ def rows(levels: Sequence[Level]) -> list[tuple[str, list[str]]]:
 
 
 def notes(levels: Sequence[Level]) -> list[str]:
-    """What a reader of the numbers must know: errors, and what was not done as asked."""
+    """Returns notes for the reader of the table: errors, and requests or replies that differ from the options."""
     found: list[str] = []
     for level in levels:
         found += [f"{level.load}: {error.count} x {error.kind}: {error.example}" for error in level.errors]

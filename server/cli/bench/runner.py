@@ -1,4 +1,4 @@
-"""Sends sessions to the server in closed loop (so many clients) or in open loop (at given times)."""
+"""Sends sessions to the server, in closed loop (a fixed number of clients) or in open loop (at given times)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jamba_server.server.cli.bench.workloads import Session
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
-    """So many clients, each of which begins its next session when the last one is over."""
+    """A load of `concurrency` clients. Each client begins its next session when its last one has ended."""
 
     concurrency: int
 
@@ -23,7 +23,10 @@ class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
 
 
 class Poisson(msgspec.Struct, frozen=True, tag="poisson"):
-    """Sessions begin at random times, `request_rate` a second on average, whether or not others are over."""
+    """A load of sessions that begin at random times, `request_rate` per second on average.
+
+    A session begins at its time even if earlier sessions are still in flight.
+    """
 
     request_rate: float
 
@@ -32,7 +35,7 @@ class Poisson(msgspec.Struct, frozen=True, tag="poisson"):
 
 
 class Replay(msgspec.Struct, frozen=True, tag="replay"):
-    """Sessions begin at the times that their trace has."""
+    """A load of sessions that begin at the times recorded in the trace."""
 
     def __str__(self) -> str:
         return "trace"
@@ -42,14 +45,14 @@ Load = ClosedLoop | Poisson | Replay
 
 
 def poisson_arrivals(rng: Generator, count: int, rate: float) -> list[float]:
-    """Seconds, the first at 0, with independent exponential gaps of mean 1 / rate."""
+    """Draws arrival times in seconds. The first is 0; the gaps are independent and exponential with mean 1 / rate."""
     gaps = rng.exponential(1 / rate, size=count)
     gaps[:1] = 0
     return np.cumsum(gaps).tolist()
 
 
 def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Session]:
-    """The sessions at the times that `load` gives them; in closed loop they have none."""
+    """Returns the sessions with arrival times drawn for a Poisson load, and unchanged for other loads."""
     if not isinstance(load, Poisson):
         return sessions
     arrivals = poisson_arrivals(rng, len(sessions), load.request_rate)
@@ -57,7 +60,10 @@ def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Sessio
 
 
 class Runner:
-    """One measurement. `records` grow as requests end, in that order; `on_end` is called for each."""
+    """Runs one measurement.
+
+    `records` holds the requests that have ended, in the order of their ends. `on_end` is called for each of them.
+    """
 
     def __init__(self, client: Client, on_end: Callable[[], None] = lambda: None) -> None:
         self.records: list[Record] = []
@@ -65,18 +71,21 @@ class Runner:
         self._on_end = on_end
 
     async def run(self, load: Load, sessions: Iterable[Session], *, max_seconds: float) -> None:
-        """At `max_seconds` what still runs is ended and recorded as cut_off, and nothing more is sent."""
+        """Sends the sessions until all have ended or `max_seconds` have passed.
+
+        Requests in flight at that time are cancelled and recorded as cut_off. No further requests are sent.
+        """
         concurrency = load.concurrency if isinstance(load, ClosedLoop) else None
         work = self._open_loop(sessions) if concurrency is None else self._closed_loop(iter(sessions), concurrency)
         try:
             async with asyncio.timeout(max_seconds):
                 await work
         except TimeoutError:
-            pass  # the records say what was cut off
+            pass  # the records list the requests that were cut off
 
     async def _closed_loop(self, sessions: Iterable[Session], concurrency: int) -> None:
         async def client() -> None:
-            for session in sessions:  # one iterator for all clients: each takes the next session
+            for session in sessions:  # all clients share this iterator, so each takes the next session
                 await self._converse(session)
 
         async with asyncio.TaskGroup() as group:
@@ -91,14 +100,14 @@ class Runner:
                 group.create_task(self._converse(session))
 
     async def _converse(self, session: Session) -> None:
-        """A failure ends the session: a chat cannot go on without the reply."""
+        """Sends the turns of one session in order. A failure ends it, because a chat needs every reply to go on."""
         history: list[Message] = []
         for turn in session.turns:
             start = self._client.now()
             try:
                 record = await self._client.send(turn, history)
             except asyncio.CancelledError:
-                message = "It was still running when the time was up."
+                message = "The request was still running when the time was up."
                 self._add(Failure(start=start, end=self._client.now(), kind="cut_off", message=message))
                 raise
             self._add(record)

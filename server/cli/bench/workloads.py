@@ -1,8 +1,8 @@
-"""What is asked: sessions of one or several turns, drawn from a seed.
+"""Draws the sessions that a benchmark sends, each of one or several turns, from a seed.
 
-A prompt of token ids goes to /v1/completions as it is, so its length is exact and no tokenizer is needed here. Only
-`multi-turn` speaks text, because a chat's history is text; its lengths are counted in words and the report shows the
-server's token counts.
+Most workloads send token ids to /v1/completions, so the length of a prompt is exact and no tokenizer is needed here.
+Only `multi-turn` sends text, because the history of a chat is text. Its lengths are counted in words; the report has
+the server's token counts.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ WORDS = tuple(TEXT.split())
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One request. `prompt` is either token ids for /v1/completions or the user's message of a chat."""
+    """One request. `prompt` is either token ids for /v1/completions or the user's next message in a chat."""
 
     prompt: tuple[int, ...] | str
     max_tokens: int
 
 
 class Session(msgspec.Struct, frozen=True):
-    """Turns in order, each sent when the reply to the last is complete. `arrival`: seconds after the start."""
+    """A sequence of turns. Each turn is sent when the reply to the previous turn is complete.
+
+    `arrival` is the time of the first turn, in seconds after the start of the measurement.
+    """
 
     turns: tuple[Turn, ...]
     arrival: float = 0.0
 
 
 class TokenRange(msgspec.Struct, frozen=True):
-    """Token ids that a prompt may contain, both ends included."""
+    """The range of token ids that a prompt may contain. `first` and `last` belong to it."""
 
     first: int
     last: int
@@ -57,13 +60,21 @@ class TokenRange(msgspec.Struct, frozen=True):
 
 
 class Workload(Protocol):
-    """`sessions` gives the same ones for the same state of `rng`; a trace may have fewer than `count`."""
+    """A source of sessions.
+
+    `sessions` returns `count` sessions, or fewer if a trace ends earlier. The same state of `rng` gives the same
+    sessions.
+    """
 
     def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]: ...
 
 
 class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
-    """Independent prompts. A length L is uniform in [L (1 - range_ratio), L (1 + range_ratio)], as in vLLM's bench."""
+    """A workload of independent prompts of random tokens.
+
+    Each length is drawn uniformly from L * (1 - range_ratio) to L * (1 + range_ratio), as in vLLM's benchmark. L is
+    `input_len` or `output_len`.
+    """
 
     input_len: int = 256
     output_len: int = 64
@@ -87,7 +98,10 @@ class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
 
 
 class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
-    """`num_prefixes` prefixes of `prefix_len` tokens take turns; each prompt adds `input_len` tokens of its own."""
+    """A workload of prompts that begin with one of `num_prefixes` prefixes, which are used in turn.
+
+    A prefix has `prefix_len` tokens. Each prompt adds `input_len` random tokens of its own.
+    """
 
     prefix_len: int = 512
     num_prefixes: int = 4
@@ -102,7 +116,10 @@ class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
 
 
 class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
-    """Chats of `turns` user messages of `input_len` words; the server's own replies become the history."""
+    """A workload of chats with `turns` user messages of `input_len` words each.
+
+    The server's replies become part of the history that the next turn sends.
+    """
 
     turns: int = 4
 
@@ -119,10 +136,11 @@ class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
-    """Recorded lengths and times: CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens.
+    """A workload with recorded arrival times and lengths.
 
-    The first row arrives at 0; `time_scale` multiplies the distances (0.5: twice as fast). The text of the requests
-    is not in a trace: its prompts are random tokens, so nothing is shared between them.
+    The file is CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens. The first row
+    arrives at 0. `time_scale` multiplies the arrival times; 0.5 sends twice as fast. A trace does not contain the text
+    of the requests, so the prompts are random tokens and share no prefixes.
     """
 
     trace: str
@@ -142,7 +160,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
         ]
 
     def _rows(self) -> Iterator[tuple[float, int, int]]:
-        """(seconds, input tokens, output tokens) of each row."""
+        """Yields (seconds, input tokens, output tokens) for each row. Raises ConfigError."""
         try:
             with _open_text(self.trace) as file:
                 reader = csv.reader(file)
@@ -173,7 +191,10 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
 
 
 def leave_out_long(sessions: list[Session], max_model_len: int | None) -> list[Session]:
-    """The sessions whose token prompts and replies fit the server's context. Texts are not judged."""
+    """Returns the sessions in which every prompt with its reply fits the server's context.
+
+    A prompt of text always counts as fitting, because its number of tokens is not known.
+    """
     if max_model_len is None:
         return sessions
 
