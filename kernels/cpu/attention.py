@@ -1,4 +1,4 @@
-"""Causal attention over paged keys and values, one code for prefill and decode."""
+"""Causal attention over paged keys and values. Prefill and decode call the same compiled function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short causal convolution: a vector of channels at a time, inputs read where they lie."""
+"""The short causal convolution. The compiled code computes a vector of channels at a time and copies no inputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CausalConv1d(_Convolution):
 
 
 class CausalConv1dUpdate(_Convolution):
-    """See `kernels.ops.CausalConv1dUpdate`: the same code, so the same bits."""
+    """Implements `kernels.ops.CausalConv1dUpdate` with the code of `CausalConv1d`, so both give the same bits."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.CausalConv1dUpdate`."""

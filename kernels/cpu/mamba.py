@@ -1,4 +1,7 @@
-"""A Mamba layer's decode between in_proj and out_proj in one call: its seven parts are shorter than seven calls."""
+"""A Mamba layer's decode step between in_proj and out_proj, in one call.
+
+The seven parts of the step run so briefly that seven separate calls would take longer than the computation.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _PARTS = (CausalConv1dUpdate, Linear, RmsNorm, SelectiveStateUpdate)
 
 
 class _Pointers(ctypes.Structure):
-    """`MambaWeights` of `src/mamba.cpp`."""
+    """Holds the addresses and sizes of a layer's weights, in the layout of `MambaWeights` in `src/mamba.cpp`."""
 
     _fields_ = (
         ("conv_weight", POINTER),

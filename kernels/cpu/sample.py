@@ -1,4 +1,4 @@
-"""Sampling without sorting the vocabulary: the cut of top-k and top-p is narrowed down digit by digit."""
+"""Sampling without a sort of the vocabulary. The cut of top-k and top-p is found digit by digit, as in a radix sort."""
 
 from __future__ import annotations
 

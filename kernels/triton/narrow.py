@@ -170,7 +170,7 @@ def sum_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds the sections' sums and the bias. The grid is (cdiv(size, BLOCK)); `out` [rows, outputs] has `size` elements."""
+    """Adds the sums of the sections and the bias. The grid is (cdiv(size, BLOCK)), where `size` is out.numel()."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = add_sections(sums + at, at < size, sections, size)
     if HAS_BIAS:

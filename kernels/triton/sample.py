@@ -4,8 +4,8 @@ Many programs share each pass over a row. For a row with top-k or top-p, one add
 search over the scores. So nothing is sorted, and the host never waits. Every sum has a fixed order, so the results are
 batch-invariant.
 
-The noise is computed in float32 and differs from that of `kernels/reference/sample.py` by about 1e-6. Probability masses
-differ as much. The scores are equal.
+The noise is computed in float32 and differs from that of `kernels/reference/sample.py` by about 1e-6. Probability
+masses differ as much. The scores are equal.
 """
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.

@@ -3,12 +3,12 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 64;       // rows of a group of channels before the next group's turn
-constexpr int64_t MIN_PIECE = 256;  // groups times rows that are worth another thread's attention, about 8 us
+constexpr int64_t AHEAD = 64;       // rows that are computed for one vector of channels before the next vector's turn
+constexpr int64_t MIN_PIECE = 256;  // vectors times rows in the smallest piece of work, about 8 us
 
 template <class T>
 struct ConvArguments {
-    const T *x, *weight, *bias;  // x: [rows, channels]; weight: [width, channels]; bias may be null
+    const T *x, *weight, *bias;  // x: [rows, channels]; weight: [width, channels]; bias: [channels] or null
     T *state, *out;              // state: [slots, width - 1, channels]; out: [rows, channels]
     int64_t channels, width, x_stride, state_stride;
     Segments segments;

@@ -4,13 +4,13 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 16;      // rows of a group of channels before the next group's turn
-constexpr int64_t MIN_PIECE = 64;  // groups times rows that are worth another thread's attention, about 6 us
+constexpr int64_t AHEAD = 16;      // rows that are computed for one group of channels before the next group's turn
+constexpr int64_t MIN_PIECE = 64;  // groups times rows in the smallest piece of work, about 6 us
 constexpr float PER_LN_2 = 1.44269504f;
 
 template <class T>
 struct ScanArguments {
-    const T *u, *dt, *b, *c, *z;   // [rows, channels], b and c [rows, states], each with its own distance of rows
+    const T *u, *dt, *b, *c, *z;   // [rows, channels], b and c [rows, states]; each has its own stride over rows
     const float *a, *d, *dt_bias;  // [channels, states], [channels], [channels]
     float* state;                  // [slots, channels, states]
     T* out;                        // [rows, channels]
