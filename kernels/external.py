@@ -22,7 +22,7 @@ from jamba_server.kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanW
 from jamba_server.kernels.reference.exact import silu
 from jamba_server.kernels.reference.ragged import initial_states, state_writes
 
-FLASH_PAGE = 256  # tokens; flash-attn accepts only multiples of this page size
+FLASH_PAGE = 256  # flash-attn accepts only pages whose number of tokens is a multiple of this.
 
 
 def _function(package: str, module: str, name: str, *parameters: str) -> Callable[..., Any]:
@@ -88,7 +88,7 @@ class CausalConv1d:
         rows, slots = state_writes(segments)
         owner = sequence[rows]
         taken = rows[:, None] - (len(weight) - 2) + history
-        t = taken - starts[owner][:, None]  # negative for inputs that come from the sequence's old state
+        t = taken - starts[owner][:, None]  # t is negative for inputs that come from the sequence's old state.
         old = states[owner[:, None], (t + len(history)).clamp(max=len(history) - 1)]
         conv_state[slots] = torch.where((t >= 0)[:, :, None], x[taken.clamp(min=0)], old)
         return out

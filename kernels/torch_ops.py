@@ -17,11 +17,12 @@ from torch import Tensor
 from jamba_server.kernels import ops
 from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
-MIN_QUERY_LEN = 64  # tokens; for shorter runs, gathering the keys costs more than flash attention saves
-MAX_GATHERED_BYTES = 1 << 29  # the limit for the contiguous copies of keys and values that one op makes
-MIN_ROWS_PER_EXPERT = 32  # with fewer rows per expert on average, the product is memory-bound
-MIN_ROWS = 65  # with fewer rows, a product is memory-bound
-GROUPED_CAPABILITIES = ((9, 0), (10, 0))  # on other GPUs torch loops over the experts and waits for the device
+MIN_QUERY_LEN = 64  # For fewer tokens, gathering the keys costs more time than flash attention saves.
+MAX_GATHERED_BYTES = 1 << 29  # One op may gather at most this many bytes of keys and values.
+MIN_ROWS_PER_EXPERT = 32  # With fewer rows per expert on average, the experts' products are memory-bound.
+MIN_ROWS = 65  # With fewer rows, a product is memory-bound.
+# On GPUs of other compute capabilities, torch loops over the experts and waits for the device.
+GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 
 
 class AttentionPrefill:
@@ -50,7 +51,7 @@ class AttentionPrefill:
             return self._other(q, pages, query_start, max_query_len, scale)
         key_start = F.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         k, v = _gather(pages, key_start, tokens)
-        window = (-1, 0)  # means causal attention: the last row of a sequence sees its last key
+        window = (-1, 0)  # This window means causal attention: the last row of a sequence sees its last key.
         lengths = max_query_len, pages.max_context_len
         return self._attend(q, k, v, query_start, key_start, *lengths, scale=scale, window_size=window, **self._options)
 
@@ -144,7 +145,7 @@ class RunExperts:
             return self._other(x, experts.packed, weights, ids)
         gate_up, down = experts.matrices
         tokens, top_k = ids.shape
-        chosen = ids.flatten().sort(stable=True)  # entry t * K + rank is the expert that token t has at that rank
+        chosen = ids.flatten().sort(stable=True)  # Entry t * K + rank is the expert that token t has at that rank.
         numbers = torch.arange(len(down), dtype=torch.int32, device=x.device)
         ends = torch.searchsorted(chosen.values, numbers, right=True, out_int32=True)
         hidden = self._silu_and_mul(F.grouped_mm(x[chosen.indices // top_k], gate_up.transpose(1, 2), offs=ends))

@@ -1,4 +1,4 @@
-"""Causal attention over paged keys and values. Prefill and decode call the same compiled function."""
+"""These ops compute causal attention over paged keys and values. Prefill and decode call one compiled function."""
 
 from __future__ import annotations
 

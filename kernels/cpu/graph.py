@@ -47,7 +47,7 @@ class Arena:
         self.library = library()
         self.replay = self.library.function("replay", POINTER, INT)
         self._blocks: list[Tensor] = []
-        self._free: dict[int, list[int]] = {}  # addresses by size
+        self._free: dict[int, list[int]] = {}  # maps a block size in bytes to the addresses of its free blocks
 
     @property
     def num_bytes(self) -> int:

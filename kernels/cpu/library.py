@@ -36,7 +36,8 @@ class Library:
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
         self._recorded = threading.local()
-        self._hook = self._record  # kept for ever, because a call in flight on another thread may still use it
+        # The hook is kept for ever, because a call in flight on another thread may still use it.
+        self._hook = self._record
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
         """Returns the function `name`, with these types of arguments and result.
@@ -44,7 +45,8 @@ class Library:
         Raises KernelUnavailable if the library does not have it.
         """
         try:
-            found = self._library[name]  # is a new object each time, so that nobody else changes its types
+            # ctypes returns a new function object each time, so nobody else changes its types.
+            found = self._library[name]
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
         found.argtypes, found.restype = list(arguments), result
@@ -59,7 +61,8 @@ class Library:
             try:
                 self._recorded.calls = calls
                 for function in self._functions:
-                    function.errcheck = self._hook  # ctypes calls it after each call, only while recording
+                    # ctypes runs this hook after each call, only while a graph is recorded.
+                    function.errcheck = self._hook
                 yield calls
             finally:
                 self._recorded.calls = None

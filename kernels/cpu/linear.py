@@ -11,8 +11,8 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
-_STEP = 8  # inputs that a product with int4 processes at once; a group must have a multiple of them
-_FP8 = -8  # the library's value of `bits` for float8_e4m3fn
+_STEP = 8  # A product with int4 processes this many inputs at once. A group must have a multiple of them.
+_FP8 = -8  # The library uses this value of `bits` for float8_e4m3fn.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Mixture of experts, and the activation that it shares with the dense feed-forward layer, in C++."""
+"""These ops run a mixture of experts with the compiled library. `SiluAndMul` also serves dense feed-forward layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that write KV pages and copy, compress and restore states between slots."""
+"""These ops write KV pages, and copy, compress and restore states between slots."""
 
 from __future__ import annotations
 

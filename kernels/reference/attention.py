@@ -1,4 +1,6 @@
-"""Causal attention over paged keys and values, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1).
+"""This module computes causal attention over paged keys and values, with an online softmax.
+
+The algorithm is FlashAttention (Dao et al. 2022, Algorithm 1).
 
 Scores are products of a tile of TILE rows with a block of KEYS keys. The bits of a matrix product depend on its shape,
 and may depend on a row's place in the tile. Both are therefore independent of how a prompt is cut into chunks: a tile
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import Pages
 
-TILE = 8  # tokens; a single token costs as much as a full tile
+TILE = 8  # A tile has TILE tokens. A single token costs as much as a full tile.
 KEYS = 128
 
 

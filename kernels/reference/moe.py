@@ -59,7 +59,7 @@ class RunExperts:
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """Runs each expert that any token chose once, on all tokens that chose it."""
         tokens, top_k = ids.shape
-        chosen = ids.flatten()  # entry t * K + rank is the expert that token t has at that rank
+        chosen = ids.flatten()  # Entry t * K + rank is the expert that token t has at that rank.
         by_expert = chosen.argsort(stable=True)
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         counts = chosen.bincount(minlength=len(experts.down)).tolist()

@@ -21,7 +21,7 @@ from jamba_server.kernels.ops import SampleInputs
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-CANDIDATES = 1024  # tokens that are sorted for top-k and top-p; a row that keeps more sorts the whole vocabulary
+CANDIDATES = 1024  # Top-k and top-p sort this many tokens. A row that keeps more tokens sorts the whole vocabulary.
 ID_MASK = 2**32 - 1
 
 
@@ -84,7 +84,8 @@ def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor
     """
     size, width = scores.shape[1], candidates.shape[1]
     k = torch.where(inputs.top_k > 0, inputs.top_k.long(), size).clamp_(max=size)
-    mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)  # the masses of the best 1, 2, ... W tokens
+    # Column i has the probability mass of the best i + 1 tokens.
+    mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)
     all_mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)[:, -1]
     k_mass = mass.gather(1, k.clamp(max=width)[:, None] - 1).squeeze(1)
     wanted = torch.where(inputs.top_p < 1, inputs.top_p * torch.where(k < size, k_mass, all_mass), torch.inf)

@@ -29,14 +29,16 @@ from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
 from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
-BLOCK_ROWS = 32  # rows whose [S, D] float32 states exist at the same time; a state of Jamba Mini has 512 KiB
+# The [S, D] float32 states of this many rows exist at the same time. A state of Jamba Mini has 512 KiB.
+BLOCK_ROWS = 32
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
     """See `kernels.ops.SelectiveScan`."""
     order = _time_order(segments)
     rows, slots = state_writes(segments)
-    writes = order.rows.argsort()[rows]  # for each row whose state is written, its place in the order of time
+    # `writes` has the place in the order of time of each row whose state is written.
+    writes = order.rows.argsort()[rows]
     h = initial_states(ssm_state, segments)[order.sequences].transpose(1, 2)
     y = torch.empty_like(inputs.u)
     end = 0
@@ -66,9 +68,9 @@ class _TimeOrder(NamedTuple):
     With this order, the sequences that have a token at a step are the first ones of those at the step before.
     """
 
-    rows: Tensor  # int64 [T], the rows of the batch in the order of time
-    sequences: Tensor  # int64 [N], the numbers of the sequences, the longest first
-    step_sizes: list[int]  # the number of sequences that have a token at each step, which never increases
+    rows: Tensor  # rows: int64 [T], the rows of the batch in the order of time
+    sequences: Tensor  # sequences: int64 [N], the numbers of the sequences, the longest first
+    step_sizes: list[int]  # Each step's size is the number of sequences that have a token at it. Sizes never increase.
 
 
 def _time_order(segments: Segments) -> _TimeOrder:

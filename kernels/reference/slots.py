@@ -1,4 +1,4 @@
-"""Ops that write KV pages and copy, compress and restore states between slots."""
+"""These ops write KV pages, and copy, compress and restore states between slots."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import CompressedStates
 
-LEVELS = 127  # the number of compressed values on each side of zero
-SMALLEST = 2.0**-100  # channels whose maximum is smaller are stored as zeros, so that 127 / maximum cannot overflow
+LEVELS = 127  # A compressed value is an integer from -LEVELS to LEVELS.
+SMALLEST = 2.0**-100  # A channel with a smaller maximum is stored as zeros, so that 127 / maximum cannot overflow.
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from jamba_server.kernels.ops import KernelUnavailable
 
-MIN_CAPABILITY = (8, 0)  # the first compute capability whose tensor cores support bfloat16
+MIN_CAPABILITY = (8, 0)  # This is the first compute capability whose tensor cores support bfloat16.
 
 
 def interpreted() -> bool:

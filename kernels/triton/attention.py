@@ -1,4 +1,6 @@
-"""Causal attention over paged keys and values (Dao et al. 2022, FlashAttention; Dao 2023, Flash-Decoding).
+"""These kernels compute causal attention over paged keys and values.
+
+The algorithms are FlashAttention (Dao et al. 2022) and Flash-Decoding (Dao 2023).
 
 The keys of a sequence are divided into splits of SPLIT keys, from position 0, and each split into blocks of KEYS keys.
 The softmax is online within a split, and splits are merged in order. Decode computes its splits in parallel and merges
@@ -25,14 +27,15 @@ from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
 SPLIT = 512  # keys
-ROWS = 64  # query rows of a tile
-VALUES = 128  # columns of the values that a program computes; their sums are in registers
+ROWS = 64  # A tile usually has this many query rows.
+VALUES = 128  # A program computes at most this many columns of the values, whose sums are in registers.
 OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
 # Decode is memory-bound, so two blocks of keys are in flight; the other pipeline stages load the ids of their pages.
 # Without "maxnreg" the compiler would spill registers to raise the occupancy.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
-WIDE_BYTES = 512  # with wider heads, ROWS rows and the stages of DECODE_OPTIONS do not fit into shared memory
-PARTIAL_BYTES = 64 * 1024**2  # the limit for the splits' results in decode; one sequence may exceed it
+WIDE_BYTES = 512  # With wider heads, ROWS rows and the stages of DECODE_OPTIONS do not fit into shared memory.
+# The results of the splits in decode take at most this memory, unless one sequence needs more.
+PARTIAL_BYTES = 64 * 1024**2
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
@@ -76,7 +79,8 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     assert q.stride(2) == 1 and pages.k.stride() == pages.v.stride() and pages.k.stride(3) == 1
     # `key_bytes` is the size of one column of a block of keys. Where tensor cores read the keys from registers, the
     # registers limit it.
-    large = capability()[0] in (9, 10)  # these tensor cores process 64 rows at once, with twice the shared memory
+    # The tensor cores of these GPUs process 64 rows at once, and the shared memory is larger.
+    large = capability()[0] in (9, 10)
     key_bytes = 64 if large and size <= VALUES else 32
     rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
     return {

@@ -87,7 +87,7 @@ def next_power_of_2(n: int) -> int:
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Rounds x, which is float32, to the nearest number of `dtype`, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's own conversion truncates instead of rounding
+    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter's own conversion truncates instead of rounding.
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)

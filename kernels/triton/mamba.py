@@ -25,7 +25,7 @@ from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
 """This number of programs fills a large GPU. With fewer programs, each computes one row only."""
-STAGES = 2  # pipeline stages; K of dt_proj is short, and the buffers of more stages would lower the occupancy
+STAGES = 2  # dt_proj has a short K, so two pipeline stages suffice. The buffers of more would lower the occupancy.
 
 
 class MambaDecode:

@@ -1,4 +1,4 @@
-"""Mixture of experts as two grouped products, and the activation that it shares with the dense feed-forward layer.
+"""These kernels run a mixture of experts as two grouped products. `silu_and_mul` also serves dense layers.
 
 Rows are sorted by expert, and a tile has rows of one expert only. The number of tiles is known on the device only.
 The grid therefore has the largest possible number of tiles, and each program finds its own expert. So the host does not

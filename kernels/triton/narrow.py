@@ -18,8 +18,8 @@ from torch import Tensor
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
-SECTION = 512  # elements of K
-MANY_ROWS = 1024  # from this number of rows on, there are enough programs without one for each section
+SECTION = 512  # A section has this many elements of K.
+MANY_ROWS = 1024  # From this number of rows on, there are enough programs without one for each section.
 SUM_BLOCK = 1024
 
 
@@ -34,7 +34,7 @@ def is_narrow(outputs: int, inputs: int) -> bool:
 def tile_for(rows: int, item_bytes: int) -> Tile:
     """Returns the tile for a product with `rows` rows of x. It has at least 64 rows, as in `kernels.triton.product`."""
     inner = 128 // item_bytes
-    if rows < MANY_ROWS:  # without `max_registers` the compiler spills registers on sm_120
+    if rows < MANY_ROWS:  # Without `max_registers` the compiler spills registers on sm_120.
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4, max_registers=255)
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 

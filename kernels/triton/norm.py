@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
-PROGRAM_ELEMENTS = 2048  # elements that a program computes, if a row is not longer
+PROGRAM_ELEMENTS = 2048  # A program computes this many elements, or one row if a row is longer.
 
 
 def tile_rows(block: int) -> int:

@@ -33,7 +33,7 @@ from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 GROUP = tl.constexpr(128)
 """The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
 
-CHUNK: Final = 1 << 22  # numbers that are packed at a time; each needs 32 bits of memory meanwhile
+CHUNK: Final = 1 << 22  # This many numbers are packed at a time. Each needs 32 bits of memory meanwhile.
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
@@ -146,7 +146,7 @@ def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
 def scaled(words: tl.tensor) -> tl.tensor:
     """Returns bfloat16 numbers, of which each word holds two, times 2^120. The result is exact."""
     x = pairs(words)
-    if INTERPRETED:  # the interpreter's conversion to float32 turns subnormal numbers into zeros
+    if INTERPRETED:  # The interpreter's conversion to float32 turns subnormal numbers into zeros.
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return (bits.to(tl.float32, bitcast=True) * 2.0**120).to(tl.bfloat16)
     return x * 2.0**120

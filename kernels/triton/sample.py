@@ -21,11 +21,11 @@ from torch import Tensor
 from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # logits that a program reads
-CUT_BLOCK, CUT_WARPS = 8192, 16  # logits that `cut_kernel` reads at a time, and its warps
-END = tl.constexpr(0x7F800001)  # above the keys of all scores, including -infinity; see `key_of`
-NO_CUT = tl.constexpr(-1)  # marks a row without top-k and top-p
-LEAST = tl.constexpr(-3.4e38)  # stands for the largest logit where all logits are -infinity
+BLOCK = 4096  # A program reads this many logits.
+CUT_BLOCK, CUT_WARPS = 8192, 16  # `cut_kernel` reads this many logits at a time, with this many warps.
+END = tl.constexpr(0x7F800001)  # END is above the keys (see `key_of`) of all scores, including -infinity.
+NO_CUT = tl.constexpr(-1)  # NO_CUT marks a row without top-k and top-p.
+LEAST = tl.constexpr(-3.4e38)  # LEAST stands for the largest logit of a row whose logits are all -infinity.
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-GROUP = 4  # tokens; larger groups need more registers than a thread has
-SCHEDULERS = 528  # the number of warp schedulers on an H100 or H200
+GROUP = 4  # A group has GROUP tokens. Larger groups would need more registers than a thread has.
+SCHEDULERS = 528  # An H100 or H200 has this many warp schedulers.
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
 
 

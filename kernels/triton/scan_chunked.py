@@ -30,9 +30,9 @@ from jamba_server.kernels.triton.scan import (
     walk,
 )
 
-CHUNK = 256  # tokens, a multiple of GROUP
-MIN_CHUNKS = 4  # a prompt with fewer chunks is scanned sequentially
-BLOCK_CHANNELS = 16  # channels of a program
+CHUNK = 256  # A chunk has CHUNK tokens, which must be a multiple of GROUP.
+MIN_CHUNKS = 4  # A prompt with fewer chunks is scanned sequentially.
+BLOCK_CHANNELS = 16  # A program scans this many channels.
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:

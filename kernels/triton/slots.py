@@ -1,4 +1,4 @@
-"""Ops that write KV pages and copy, compress and restore states between slots."""
+"""These kernels write KV pages, and copy, compress and restore states between slots."""
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false
@@ -13,11 +13,11 @@ from torch import Tensor
 from jamba_server.kernels.ops import CompressedStates
 from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # elements that a program copies
-CHANNELS = 128  # channels that a program compresses or restores
+BLOCK = 4096  # A program copies this many elements.
+CHANNELS = 128  # A program compresses or restores this many channels.
 LEVELS, SMALLEST = tl.constexpr(127.0), tl.constexpr(2.0**-100)
-ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND is x rounded to the nearest integer, ties to even
-FP8_LIMIT = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
+ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND is x rounded to the nearest integer, ties to even.
+FP8_LIMIT = tl.constexpr(448.0)  # This is the largest number of float8_e4m3fn.
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:

@@ -5,20 +5,20 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;      // keys between two updates of the online softmax
-constexpr int64_t PAGE = 16;       // keys that usually are adjacent in memory
-constexpr int64_t SPLIT = 512;     // keys of one split, the smallest piece of work; a multiple of BLOCK
-constexpr int64_t TILE_ROWS = 64;  // query rows per tile; one pass over the keys serves all of them
+constexpr int64_t BLOCK = 64;  // The online softmax is updated once per BLOCK keys.
+constexpr int64_t PAGE = 16;  // Usually the keys of PAGE tokens are adjacent in memory.
+constexpr int64_t SPLIT = 512;  // A split, the smallest piece of work, has SPLIT keys. SPLIT is a multiple of BLOCK.
+constexpr int64_t TILE_ROWS = 64;  // A tile has about TILE_ROWS query rows. One pass over the keys serves all of them.
 
 template <class T>
 struct AttentionArguments {
     const T *q, *k, *v;  // q: [rows, heads, size]; k, v: [pages, block_size, kv_heads, size]
-    T* out;              // [rows, heads, size]
+    T* out;              // out: [rows, heads, size]
     int64_t heads, kv_heads, size, block_size, q_stride, page_stride, token_stride, head_stride;
     float scale;
     int64_t sequences, table_stride;
-    const int32_t *tables, *context_lens;  // [sequences, blocks], [sequences]
-    const int32_t* query_start;            // [sequences + 1]; null if each sequence has one row
+    const int32_t *tables, *context_lens;  // tables: [sequences, blocks]; context_lens: [sequences]
+    const int32_t* query_start;  // query_start: [sequences + 1]; it is null if each sequence has one row
 
     int64_t first_row(int64_t sequence) const { return query_start ? query_start[sequence] : sequence; }
 };
@@ -26,12 +26,12 @@ struct AttentionArguments {
 // A tile has the query rows of some tokens of one sequence that read `heads` KV heads from `head` on.
 template <class Q>
 struct Tile {
-    const Q* q;  // [heads, rows, padded], with zeros after `size`
+    const Q* q;  // q: [heads, rows, padded], with zeros after the first `size` elements of a row
     int64_t heads, rows, group, padded, size;
     float scale;
     const int32_t* table;
     int64_t head;
-    int64_t first_visible;  // the number of keys that the tile's first token sees
+    int64_t first_visible;  // The first token of the tile sees this many keys.
 
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
@@ -57,7 +57,7 @@ template <class K, class V>
 struct KeyBlock {
     const K* keys[BLOCK];
     const V* values[BLOCK];
-    Ahead* ahead;  // prefetches the next block
+    Ahead* ahead;  // `ahead` prefetches the next block of keys and values.
 };
 
 }  // namespace

@@ -10,17 +10,19 @@
 // In decode, a thread processes the heads of a block of keys in turn, because the heads of a key are adjacent in
 // memory.
 
-constexpr int ROWS = 4;                       // query rows that use a key together once it is in the registers
-constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;  // vectors of values that ROWS rows process at a time
-constexpr int LONE_COLUMNS = 8;               // vectors of values that a single row processes at a time
-constexpr int64_t WIDENED_ROWS = 2 * ROWS;    // a tile with more rows converts its keys and values to float32 once
-constexpr int64_t SOFTMAX = 2 * WIDTH;        // floats before the values in the running softmax of a row
-constexpr int64_t MAXIMUM = 0;                // offset of the softmax maximum in these floats
-constexpr int64_t WEIGHT_SUM = WIDTH;         // offset of the sum of weights, one partial sum per lane
+constexpr int ROWS = 4;  // ROWS query rows share each load of a key into registers.
+constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;  // ROWS rows process this many vectors of values at a time.
+constexpr int LONE_COLUMNS = 8;  // A single row processes this many vectors of values at a time.
+// A tile with more rows converts its keys and values to float32 once, for all rows.
+constexpr int64_t WIDENED_ROWS = 2 * ROWS;
+// The running softmax of a row has this many floats, followed by the weighted sum of values.
+constexpr int64_t SOFTMAX = 2 * WIDTH;
+constexpr int64_t MAXIMUM = 0;  // The softmax maximum is at this offset of the running softmax.
+constexpr int64_t WEIGHT_SUM = WIDTH;  // The sum of weights is at this offset, as one partial sum per lane.
 
 #ifdef DOT_PRODUCTS
 using Query = bf16;
-using Lanes = __m512bh;  // pairs of bf16; one instruction multiplies both numbers of a pair
+using Lanes = __m512bh;  // A vector has pairs of bf16; one instruction multiplies both numbers of each pair.
 
 INLINE Lanes take_lanes(const bf16* p, int64_t n) {
     return (__m512bh)(n == 2 * WIDTH ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p));
@@ -218,7 +220,8 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
         for (int64_t j = 0; j < BLOCK; j++) block.keys[j] = a.k + places[j], block.values[j] = a.v + places[j];
         const char* rows[2 * BLOCK];
         if (start + BLOCK < last) locate(a, tile, start + BLOCK, last, places);
-        for (int64_t j = 0; j < 2 * BLOCK; j++) {  // prefetch keys, then values, of PAGE tokens in turn
+        // The prefetch order is the keys of PAGE tokens, their values, the keys of the next PAGE tokens, and so on.
+        for (int64_t j = 0; j < 2 * BLOCK; j++) {
             const int64_t place = places[j / (2 * PAGE) * PAGE + j % PAGE];
             rows[j] = (const char*)((j / PAGE % 2 ? a.v : a.k) + place);
         }

@@ -97,15 +97,15 @@ INLINE float from_float<float>(float x) {
 template <>
 INLINE bf16 from_float<bf16>(float x) {
     const uint32_t bits = to_bits(x);
-    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // the result is a quiet NaN
+    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // The result for NaN is a quiet NaN.
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline f16 from_float<f16>(float x) {
     const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // magnitudes from 65520 on become infinite
-    if (magnitude < 0x38800000) {  // for subnormal results, adding 0.5 rounds to multiples of 2^-24
+    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // In f16, magnitudes from 65520 on become infinite.
+    if (magnitude < 0x38800000) {  // For subnormal f16 results, adding 0.5 in float32 rounds to multiples of 2^-24.
         return {uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)))};
     }
     return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};

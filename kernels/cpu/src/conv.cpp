@@ -3,8 +3,10 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 64;       // rows that are computed for one vector of channels before the next vector's turn
-constexpr int64_t MIN_PIECE = 256;  // vectors times rows in the smallest piece of work, about 8 us
+// A thread computes this many rows for one vector of channels, then goes on to the next vector.
+constexpr int64_t AHEAD = 64;
+// The smallest piece of work has this many (vector, row) pairs, which take about 8 us.
+constexpr int64_t MIN_PIECE = 256;
 
 template <class T>
 struct ConvArguments {

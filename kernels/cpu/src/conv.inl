@@ -2,9 +2,9 @@
 // those from the sequence's state.
 template <class T>
 struct ConvWindow {
-    const T* x;  // the first row of the sequence in this call
+    const T* x;  // x points to the first row of the sequence in this call.
     int64_t x_stride;
-    const T* history;  // [history_rows, channels]; null if the sequence starts from zeros
+    const T* history;  // history: [history_rows, channels]; it is null if the sequence starts from zeros
     int64_t history_rows, channels;
 
     // Returns the address of a row. A negative row comes from the state; null stands for a row of zeros.

@@ -4,9 +4,10 @@
 // An entry is a token's choice of an expert; entry t * top_k + rank is that of token t. Order describes the entries
 // sorted by expert and, within an expert, by entry.
 struct Order {
-    int32_t* tokens;   // the token of each sorted entry
-    int32_t* places;   // the place of each entry among the sorted entries
-    int32_t* starts;   // the place of the first entry of each expert, and the number of entries
+    int32_t* tokens;  // tokens[i] is the token of sorted entry i.
+    int32_t* places;  // places[i] is the place of entry i among the sorted entries.
+    // starts[e] is the place of the first entry of expert e; starts[experts] is the number of entries.
+    int32_t* starts;
 };
 
 template <class T>
@@ -17,7 +18,7 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     for (int64_t i = 0; i < entries; i++) order.starts[e.ids[i] + 1]++;
     for (int64_t i = 0; i < e.experts; i++) order.starts[i + 1] += order.starts[i];
     for (int64_t i = 0; i < entries; i++) {
-        const int32_t place = order.starts[e.ids[i]]++;  // after the loop, each start is that of the next expert
+        const int32_t place = order.starts[e.ids[i]]++;  // After the loop, starts[e] is the start of expert e + 1.
         order.places[i] = place;
         order.tokens[place] = int32_t(i / e.top_k);
     }

@@ -6,10 +6,11 @@
 // column to the next. `vector` returns WIDTH columns of one pair, from column vector * WIDTH on. If SCALED is true, the
 // scales of a group follow its steps.
 
-constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;  // columns per strip, strips per panel
+// A strip has STRIP columns, and a panel has STRIPS strips.
+constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
 
 #ifdef DOT_PRODUCTS
-using Weight = __m512bh;  // the two numbers of each pair are adjacent
+using Weight = __m512bh;  // A vector of weights has both numbers of each pair, next to each other.
 
 template <class W>
 struct Reader;
@@ -66,7 +67,7 @@ struct Reader<Int4> {
     }
 };
 #else
-using Weight = Vec;  // the first or the second number of each pair
+using Weight = Vec;  // A vector of weights has either the first or the second number of each pair.
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
 
 INLINE Lanes read_lanes(const char* p) {
@@ -105,7 +106,8 @@ struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);  // the first number of a pair is in the lower half
+        // The first number of a pair is in the lower half of its lane.
+        const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }
 };

@@ -25,7 +25,7 @@ template <class T>
 void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     const int64_t block = 32;
     for (int64_t start = 0; start < k; start += block) {
-        T lines[PANEL][block] = {};  // the weight is read in whole cache lines and written in pairs
+        T lines[PANEL][block] = {};  // The weight is read in whole cache lines and written in pairs.
         const int64_t n = k - start < block ? k - start : block;
         for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
         for (int64_t i = 0; i < (n + 1) / 2 * 2; i++, out += i % 2 ? 0 : 2 * PANEL) {
@@ -38,7 +38,8 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
 // Packs inputs `start` to `end` - 1 of a panel, in the layout for numbers of BITS bits. Returns the end of the output.
 template <int BITS>
 uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
-    constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;  // per column and step
+    // INPUTS and BYTES are per column and step.
+    constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;
     for (; start < end; start += INPUTS, out += PANEL * BYTES) {
         std::memset(out, 0, PANEL * BYTES);
         for (int64_t c = 0; c < columns; c++) {

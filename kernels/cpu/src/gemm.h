@@ -14,14 +14,15 @@ constexpr int64_t PANEL = 32;
 struct Int8 {};
 struct Int4 {};
 struct Fp8 {};
-constexpr int64_t FP8 = -8;  // the value of `bits` for fp8, because 8 stands for int8
+constexpr int64_t FP8 = -8;  // fp8 has this value of `bits`, because 8 stands for int8.
 constexpr int64_t INT4_PAIRS = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 constexpr int64_t PAIR_BYTES = PANEL * 2 * sizeof(T);
 template <class T>
-constexpr int64_t COLUMN_BYTES = sizeof(T) == 4 ? 4 : 2;  // bytes from one column to the next within a pair
+// COLUMN_BYTES is the distance from one column to the next within a pair of inputs.
+constexpr int64_t COLUMN_BYTES = sizeof(T) == 4 ? 4 : 2;
 template <>
 inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
 
@@ -29,8 +30,8 @@ inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
 struct Weights {
     const char* panels;
     int64_t k;
-    int64_t bits;        // 8: int8, 4: int4, FP8: fp8, all with scales; 0: not quantised, of the product's dtype
-    int64_t group_size;  // inputs per scale, a multiple of 8; with K or more, a row is one group
+    int64_t bits;  // bits is 8 for int8, 4 for int4, FP8 for fp8, and 0 for a weight that is not quantised.
+    int64_t group_size;  // group_size inputs share a scale: a multiple of 8, or at least K if a row has one scale.
 
     int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
     int64_t groups() const { return bits ? ceil_div(k, group_size) : 1; }
@@ -58,7 +59,7 @@ struct Product {
     int64_t x_stride;
     const int32_t* rows;
     Weights weights;
-    const T* bias;  // null if there is no bias
+    const T* bias;  // bias: [n]; it is null if there is none
     T* y;           // [m, n]
     int64_t m, n;
 };

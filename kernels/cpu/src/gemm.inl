@@ -94,12 +94,16 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
 
 // Walk describes the part of K that a tile processes in one call: steps first..end-1 of a strip.
 struct Walk {
-    const PackedX* x;  // the tile's packed rows, from the beginning of K
+    const PackedX* x;  // x points to the packed rows of the tile, at the beginning of K.
     int64_t strip;
     int64_t first, end;
-    const char* next;  // each step prefetches `stride` bytes from here on; null: the panel's own next bytes
+    // Each step prefetches `stride` bytes from `next` on. If `next` is null, it prefetches the panel itself, some bytes
+    // ahead.
+    const char* next;
     int64_t stride;
-    float* sums;  // the sums over earlier steps on entry, and over all steps so far on return; null for all of K
+    // On entry, `sums` has the sums over earlier steps; on return, over all steps so far. It is null if the steps are
+    // all of K.
+    float* sums;
 };
 
 // The arguments of a tile that are not template arguments.
@@ -150,7 +154,7 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
 // Steps describes how the steps of a weight are divided into groups.
 template <class W>
 struct Steps {
-    int64_t count, group;  // the number of steps in K, and in a group
+    int64_t count, group;  // count is the number of steps in K; group is the number of steps in a group.
     explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
         group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
     }
@@ -200,7 +204,7 @@ void tile(const TileArguments<T>& a) {
     int64_t offset = steps.offset(walk.first);
     const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
-    Vec totals[MR][2 * NS] = {};  // the sums of the scaled groups
+    Vec totals[MR][2 * NS] = {};  // totals has the sums of the scaled groups.
     if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
         Vec c[MR][2 * NS] = {};
@@ -250,7 +254,7 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
-constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;  // a span: the part of a strip that fits into the L1 cache
+constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;  // A span is the part of a strip that fits into the L1 cache.
 
 // Several tiles use a strip together, so that its weights are read from memory once: every tile processes one span of K
 // before any tile starts the next span. While the tiles work on a span, each prefetches a share of the next one, which
@@ -308,16 +312,17 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     }
 }
 
-constexpr int64_t PIECE_BYTES = 1 << 17;    // size of a piece of work: bytes of weights times the tiles that use them
-constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // bytes of packed x that stay in the cache while all weights are read
+// The size of a piece of work is the bytes of its weights times the number of tiles that use them.
+constexpr int64_t PIECE_BYTES = 1 << 17;
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // This many bytes of packed x stay in the cache while all weights are read.
 
 // A part is some tiles of a product. The threads share it in pieces of `grain` strips.
 template <class T>
 struct Part {
     Product<T> product;
-    PackedX* x;  // the packed first row of the product
+    PackedX* x;  // x points to the first packed row of the product.
     int64_t tile, tile_end, strips, grain;
-    int64_t tiles_before, pieces_before;  // the number of tiles and pieces in earlier parts
+    int64_t tiles_before, pieces_before;  // Earlier parts have this many tiles and pieces.
 };
 
 template <class T>

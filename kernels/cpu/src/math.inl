@@ -34,7 +34,7 @@ INLINE void exp2_below_one(const Vec* x, Vec* y) {
     // relative error.
     constexpr float COEFFICIENTS[] = {1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f, 2.4022647738e-1f, 6.9314718246e-1f};
     Vec n[N], r[N], p[N];
-    for (int i = 0; i < N; i++) r[i] = max(set(-151.0f), x[i]);  // 2^-150 is rounded to 0 in float32
+    for (int i = 0; i < N; i++) r[i] = max(set(-151.0f), x[i]);  // Below -150, 2^x is 0 in float32.
     for (int i = 0; i < N; i++) n[i] = round(r[i]);
     for (int i = 0; i < N; i++) r[i] = r[i] - n[i];
     for (int i = 0; i < N; i++) p[i] = set(1.5353360504e-4f);

@@ -18,7 +18,8 @@
 namespace {
 
 constexpr int64_t SPIN_NS = 50'000;
-constexpr uint64_t OPEN = uint64_t(1) << 32;  // this bit of `gate_` marks an open job; lower bits count its workers
+// This bit of `gate_` marks an open job; the lower bits count the workers that joined it.
+constexpr uint64_t OPEN = uint64_t(1) << 32;
 
 void relax() {
 #if JAMBA_X86
@@ -36,7 +37,7 @@ public:
     void run(int64_t n, int64_t grain, bool in_runs, Body body, const void* context) {
         if (threads_ == 1 || n <= grain || working) return body(context, 0, n);
         std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
-        if (!lock) return body(context, 0, n);  // the pool runs another thread's job
+        if (!lock) return body(context, 0, n);  // The pool already runs another thread's job.
         body_ = body, context_ = context, n_ = n, grain_ = grain, in_runs_ = in_runs;
         next_.store(0, std::memory_order_relaxed);
         gate_.fetch_or(OPEN);
@@ -116,7 +117,8 @@ private:
         workers_.clear();
     }
 
-    static thread_local bool working;  // whether this thread runs a piece; a nested job then uses this thread only
+    // This is true while the thread runs a piece. A job that a piece starts then uses this thread only.
+    static thread_local bool working;
     std::mutex caller_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;

@@ -7,12 +7,12 @@ namespace {
 struct SampleRow {
     const float* logits;
     int64_t size;
-    float temperature, top_p, least;  // least: ln(min_p), -infinity if min-p is off
-    int64_t top_k;                    // 0 if top-k is off
+    float temperature, top_p, least;  // `least` is ln(min_p), and -infinity if min-p is off.
+    int64_t top_k;  // top_k is 0 if top-k is off.
     uint64_t key;
 };
 
-constexpr int DIGIT_BITS = 10;               // a score's magnitude has three digits of 10 bits, the first has 11 bits
+constexpr int DIGIT_BITS = 10;  // The magnitude of a score has 31 bits: a digit of 11 bits and two digits of 10 bits.
 constexpr int64_t BINS = 2 << DIGIT_BITS;
 
 struct Bin {

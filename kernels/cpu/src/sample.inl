@@ -84,7 +84,8 @@ INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
 // `mass`. Of equal scores, the token with the lower id is better. Nothing is sorted: the key of the last kept token is
 // found digit by digit, from the highest digit on. bins: [BINS]; places: [count].
 INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
-    int64_t count = tokens.count, done = 0;  // tokens whose digits so far equal the last kept token's; better tokens
+    // `count` tokens share the digits of the last kept token so far; `done` tokens are better.
+    int64_t count = tokens.count, done = 0;
     double mass_done = 0;
     for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);
     for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
@@ -160,7 +161,8 @@ void sample_row(const SampleRow& row, int64_t* token) {
         *token = first_largest(row.size, [&](int64_t i, int64_t n) {
             const Vec score = after_min_p((take(row.logits + i, n) - best) / divisor);
             const Uniform u = uniform(row.key, [=](int64_t lane) { return i + lane; });
-            if (largest(score + noise_bound(u)) < top) return none;  // skips the exact noise for most vectors
+            // For most vectors the bound shows that no token can win, so their exact noise is not computed.
+            if (largest(score + noise_bound(u)) < top) return none;
             const Vec noisy = only_first(score + gumbel_noise(u), n);
             const float here = largest(noisy);
             top = here > top ? here : top;

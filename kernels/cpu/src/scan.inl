@@ -123,8 +123,8 @@ template <class T>
 struct ScanPiece {
     const ScanArguments<T>& a;
     int64_t first, last;
-    float *rates, *h;  // [groups, states, WIDTH]
-    float *b, *c;      // [AHEAD, states]
+    float *rates, *h;  // rates and h are scratch memory: [groups, states, WIDTH]
+    float *b, *c;      // b and c are scratch memory: [AHEAD, states]
 
     // Calls f(first channel, number of channels, offset in `rates` and `h`) for each group of channels.
     template <class F>

@@ -3,11 +3,11 @@
 #include "common.h"
 
 struct Segments {
-    int64_t count;               // the number of sequences
-    const int32_t* query_start;  // [count + 1]; null if each sequence has one row
+    int64_t count;  // `count` is the number of sequences.
+    const int32_t* query_start;  // query_start: [count + 1]; it is null if each sequence has one row
     const int32_t* state_ids;    // [count]
-    const uint8_t* has_state;    // [count]; null if all sequences have a state
-    const int32_t* save_start;   // [count + 1]; null if no state is saved inside a chunk
+    const uint8_t* has_state;  // has_state: [count]; it is null if all sequences have a state
+    const int32_t* save_start;  // save_start: [count + 1]; it is null if no state is saved inside a chunk
     const int32_t* save_rows;
     const int32_t* save_slots;
 

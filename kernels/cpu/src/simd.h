@@ -44,7 +44,7 @@ template <class T>
 INLINE void store(T* p, Vec x, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), narrow(T{}, x));
 }
-INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // `fma` returns a * b + c, rounded once.
 // `min` and `max` return the second operand where an operand is NaN.
 INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -52,7 +52,8 @@ INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
 INLINE Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // Returns x * 2^n. n must be a whole number from -252 to 252.
 INLINE Vec scale(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
-INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {  // a > b ? then : otherwise
+// Returns, for each element, a > b ? then : otherwise.
+INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), otherwise, then);
 }
 // Splits x into m * 2^e with m in [0.75, 1.5). x must be positive and not subnormal.
@@ -169,7 +170,7 @@ INLINE Vec sqrt(Vec x) {
     for (int i = 0; i < 4; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
 }
-INLINE Vec round(Vec x) {  // x must be within +-2^22
+INLINE Vec round(Vec x) {  // The method requires x to be within +-2^22.
     const Vec shift = set(12582912.0f);
     return (x + shift) - shift;
 }

@@ -48,7 +48,7 @@ EXPORT void compress_states(const float* states, int64_t stride, int8_t* values,
                             int64_t scale_stride, const int64_t* sources, const int64_t* destinations, int64_t pairs,
                             int64_t channels, int64_t size) {
     constexpr float LEVELS = 127.0f, SMALLEST = 0x1p-100f;
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23; (x + ROUND) - ROUND rounds x to an integer
+    constexpr float ROUND = 12582912.0f;  // This is 1.5 * 2^23. (x + ROUND) - ROUND is x rounded to an integer.
     for_each_piece(pairs, channels, [=](int64_t pair, int64_t first, int64_t last) {
         float* __restrict scale = scales + destinations[pair] * scale_stride;
         for (int64_t c = first; c < last; c++) {

@@ -20,7 +20,7 @@ INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out)
 
 // Transposes a matrix [16, 16]. `from` and `to` must not overlap.
 INLINE void transpose16(const float* from, float* to) {
-    __m512 quads[16], out[16];  // quads[4 * j + i] has columns i, i + 4, i + 8, i + 12 of rows 4j to 4j + 3
+    __m512 quads[16], out[16];  // quads[4 * j + i] has columns i, i + 4, i + 8, i + 12 of rows 4j to 4j + 3.
     for (int j = 0; j < 4; j++) {
         __m512 row[4], pair[4];
         for (int i = 0; i < 4; i++) row[i] = _mm512_loadu_ps(from + 16 * (4 * j + i));
@@ -40,7 +40,7 @@ INLINE void transpose16(const float* from, float* to) {
 
 // Returns a vector whose lane i is the sum of the lanes of v[i]. The order of the sum is the same for all i.
 INLINE __m512 sums16(const __m512* v) {
-    __m512 quads[4];  // lane i of part p of quads[j] is the sum of part p of v[4j + i]
+    __m512 quads[4];  // Lane i of part p of quads[j] is the sum of part p of v[4j + i].
     for (int j = 0; j < 4; j++) {
         const __m512* const x = v + 4 * j;
         const __m512 left = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
@@ -56,7 +56,7 @@ INLINE __m512 sums16(const __m512* v) {
     return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd);
 }
 
-constexpr int SUMS = 16;  // the number of vectors that `sums` adds up at once
+constexpr int SUMS = 16;  // `sums` adds up the lanes of SUMS vectors at once.
 INLINE void sums(const __m512* v, float* out) { _mm512_storeu_ps(out, sums16(v)); }
 INLINE float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
 
