@@ -1,4 +1,4 @@
-"""The short causal convolution. The compiled code computes a vector of channels at a time and copies no inputs."""
+"""These ops run the short causal convolution in compiled code, a vector of channels at a time."""
 
 from __future__ import annotations
 

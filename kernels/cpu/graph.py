@@ -51,7 +51,7 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        """The total size of all blocks in bytes."""
+        """Returns the total size of all blocks in bytes."""
         return sum(block.numel() for block in self._blocks)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

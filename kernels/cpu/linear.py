@@ -1,4 +1,4 @@
-"""The batch-invariant matrix product with a weight."""
+"""This op multiplies by a packed weight in compiled code. Its results are batch-invariant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Mamba layer's decode step between in_proj and out_proj, in one call.
+"""This op runs a Mamba layer's decode step between in_proj and out_proj in one call to the compiled library.
 
 The seven parts of the step run so briefly that seven separate calls would take longer than the computation.
 """

@@ -1,4 +1,4 @@
-"""RMSNorm, fused with the addition of the residual."""
+"""This op computes RMSNorm, fused with the addition of the residual."""
 
 from __future__ import annotations
 

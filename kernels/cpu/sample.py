@@ -1,4 +1,4 @@
-"""Sampling without a sort of the vocabulary. The cut of top-k and top-p is found digit by digit, as in a radix sort."""
+"""This op samples tokens without sorting the vocabulary: it finds the cut of top-k and top-p digit by digit."""
 
 from __future__ import annotations
 

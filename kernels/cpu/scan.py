@@ -1,4 +1,4 @@
-"""The selective scan. The compiled code computes a vector of channels at a time, with their state in registers."""
+"""These ops run the selective scan in compiled code, a vector of channels at a time, with their state in registers."""
 
 from __future__ import annotations
 

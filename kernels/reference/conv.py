@@ -1,4 +1,4 @@
-"""The short causal convolution before the scan (Gu & Dao 2023, figure 3), with one filter per channel.
+"""This module computes the short causal convolution before the scan (Gu & Dao 2023, figure 3), one filter per channel.
 
 causal_conv1d corresponds to causal_conv1d_fn of the causal-conv1d package, causal_conv1d_update to the function of that
 name. There are three differences. The sequences of a batch are concatenated instead of padded. Channels are the last

@@ -1,4 +1,4 @@
-"""The matrix product with a weight, plain or quantised, in torch."""
+"""This module multiplies by a weight, plain or quantised, with torch's matrix product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Mamba layer's decode step between in_proj and out_proj, which calls the layer's ops one after the other."""
+"""This module runs a Mamba layer's decode step between in_proj and out_proj by calling the layer's ops in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jamba's mixture of experts (Lieber et al. 2024, section 2).
+"""This module runs Jamba's mixture of experts (Lieber et al. 2024, section 2).
 
 Experts have no capacity limit, there is no shared expert, and no token is dropped. There is one difference from
 transformers: the outputs of a token's experts are added in float32 and in the order of their rank, not in the order of

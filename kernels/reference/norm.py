@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019, equation 4). It rounds where transformers' JambaRMSNorm rounds."""
+"""This module computes RMSNorm (Zhang & Sennrich 2019, equation 4) and rounds where transformers' JambaRMSNorm does."""
 
 from __future__ import annotations
 

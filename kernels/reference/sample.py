@@ -1,4 +1,4 @@
-"""Sampling by the Gumbel-max trick, in plain torch. Tests compare the other implementations with it.
+"""This module samples tokens by the Gumbel-max trick, in plain torch. Tests compare other implementations with it.
 
 argmax(scores + Gumbel noise) is a draw from softmax(scores) (Maddison, Tarlow & Minka 2014, "A* Sampling", section 2).
 Tokens that a filter removes have the score -inf. The noise is counter-based: the noise of token v is computed from

@@ -1,4 +1,4 @@
-"""The causal convolution: each program computes a tile of tokens and channels of one sequence."""
+"""This kernel computes the causal convolution. A program computes a tile of tokens and channels of one sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch-invariant matrix product with a weight."""
+"""These kernels compute the batch-invariant matrix product with a weight."""
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false

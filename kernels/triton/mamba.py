@@ -1,4 +1,4 @@
-"""A Mamba layer's decode step between in_proj and out_proj, in three launches: the convolution, x_proj, and the rest.
+"""A Mamba layer's decode step between in_proj and out_proj takes three launches: the convolution, x_proj, and the rest.
 
 One fused kernel computes the rest. It calls the same functions on the same tiles as the separate kernels, so it gives
 the same bits. With few rows it also adds the sections of x_proj's product (see `kernels.triton.narrow`). Every program

@@ -1,4 +1,4 @@
-"""The matrix product with a weight of few but long rows, such as Mamba's x_proj. K is split into sections.
+"""These kernels multiply by a weight of few but long rows, such as Mamba's x_proj, and split K into sections.
 
 With ordinary tiles, only a few programs would read such a weight while most of the GPU would be idle. Therefore K is
 split into sections of fixed length, and the sums of the sections are added in order. If x has many rows, one program

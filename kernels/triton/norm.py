@@ -1,4 +1,4 @@
-"""RMSNorm: a program computes one long row or several short rows."""
+"""This kernel computes RMSNorm. A program computes one long row or several short rows."""
 
 from __future__ import annotations
 

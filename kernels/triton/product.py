@@ -1,4 +1,4 @@
-"""The matrix product that `linear` and `moe` share. Tiles have a fixed shape and K is summed in ascending order.
+"""`linear` and `moe` share this matrix product. Its tiles have fixed shapes, and K is summed in ascending order.
 
 Tiles have at least 64 rows, even for one token, because the compiler uses another tensor-core instruction for fewer
 rows. The empty rows cost no time where the product is memory-bound. There are two shapes of tile: many rows for
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The tile as keyword arguments for the launch of a kernel."""
+        """Returns the tile as keyword arguments for the launch of a kernel."""
         return EXACT | {
             "ROWS": self.rows,
             "COLUMNS": self.columns,

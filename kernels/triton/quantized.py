@@ -1,4 +1,4 @@
-"""The layout of quantised weights on the device, and the code with which a product reads them.
+"""This module defines the layout of quantised weights on the GPU, and how a matrix product reads them.
 
 The inputs of a row are padded with zeros to whole groups of 128. A group of int8 or fp8 has 32 words of 32 bits and two
 parts; a group of int4 has 16 words and four parts. Number 2w + h of a part is in half h of word w, and the first part

@@ -1,4 +1,4 @@
-"""The choice of experts: each program computes softmax and top-k for several tokens."""
+"""This kernel chooses the experts of each token. A program computes softmax and top-k for several tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling from the vocabulary in a few passes over the logits. It needs no temporary tensor of the logits' size.
+"""These kernels sample tokens in a few passes over the logits, without a temporary tensor of the logits' size.
 
 Many programs share each pass over a row. For a row with top-k or top-p, one additional program finds the cut by binary
 search over the scores. So nothing is sorted, and the host never waits. Every sum has a fixed order, so the results are

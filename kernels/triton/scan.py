@@ -1,4 +1,4 @@
-"""The selective scan. A program computes a few channels of one sequence and keeps their state in registers.
+"""In the selective scan, a program computes a few channels of one sequence and keeps their state in registers.
 
 A program processes the tokens in the order of time, so a chunk may end anywhere. Blocks of channels are narrow, so that
 one long prompt still gives hundreds of programs. Tokens are processed in groups: the inputs of the next group are

@@ -1,4 +1,4 @@
-"""The selective scan of few long prompts, in two levels. It keeps the GPU busy; its last bits differ from `scan`'s.
+"""This selective scan keeps the GPU busy with few long prompts, in two levels. Its last bits differ from `scan`'s.
 
 A prompt is cut into chunks of CHUNK tokens. First, all chunks are scanned in parallel from a zero state. A chunk
 multiplies each number of its initial state by exp(a * sum of dt), so the initial state of every chunk then follows
