@@ -63,7 +63,7 @@ class MambaDecode:
         )
         for part, kind in zip(parts, _PARTS, strict=True):
             if not isinstance(part, kind):
-                raise KernelUnavailable(f"it stands for kernels.cpu's {kind.__name__}, another one was chosen")
+                raise KernelUnavailable(f"it replaces kernels.cpu's {kind.__name__}, which was not chosen")
 
     def pack(self, weights: MambaWeights) -> PackedMamba:
         """See `kernels.ops.MambaDecode`."""

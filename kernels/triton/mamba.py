@@ -40,7 +40,7 @@ class MambaDecode:
         for part, kind in zip(parts, kinds, strict=True):
             accepted = (kind, torch_ops.Linear) if kind is Linear else (kind,)
             if part is not kind and type(part) not in accepted:
-                raise KernelUnavailable(f"it stands for kernels.triton's {kind.__name__}, another one was chosen")
+                raise KernelUnavailable(f"it replaces kernels.triton's {kind.__name__}, which was not chosen")
         self._linear = Linear()
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
