@@ -1,5 +1,5 @@
-"""Tensors in, tensors out: `ops` is the contract, `table` lists the implementations and selects among them.
+"""The kernels: `ops` describes each op, `table` lists the implementations of each op and selects one for a device.
 
-Knows nothing of requests, layers or files, and imports neither engine nor server.
-`python -m jamba_server.kernels` prints what this machine has and what would run on it.
+Kernels take and return tensors. They know nothing of requests, layers or files, and this package imports neither
+`engine` nor `server`. `python -m jamba_server.kernels` prints the machine's hardware and the kernels that would run.
 """

@@ -1,4 +1,4 @@
-"""`python -m jamba_server.kernels`: what this machine has and which kernels would run on it, as JSON on stdout."""
+"""`python -m jamba_server.kernels` prints the machine's hardware and the kernels that would run on it, as JSON."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import describe
 
-# Linux's name of each CPU feature that kernels may ask for, by the name to show.
+# Each key is the name that is shown for a CPU feature; its value is Linux's name in /proc/cpuinfo.
 CPU_FLAGS = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Versions, CPU flags (None where the system does not tell), the level of the CPU kernels (None where they were not
-    built), GPUs (None without CUDA) and each device's kernels."""
+    """Returns versions, CPU features, the instruction set of the CPU kernels, GPUs, and the kernels of each device.
+
+    The CPU features are None where /proc/cpuinfo does not exist, the instruction set is None where the CPU kernels were
+    not built, and the GPUs are None without CUDA.
+    """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
         "python": platform.python_version(),

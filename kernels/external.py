@@ -1,11 +1,10 @@
-"""Adapters to causal-conv1d, mamba-ssm and flash-attn: entries of the table, chosen by wish (`--kernels op=name`).
+"""Adapters call causal-conv1d, mamba-ssm and flash-attn. They are used where `--kernels op=name` requests them.
 
-A package is imported when its entry is loaded, never before. None of them promises that a row's bits do not depend on
-its batch or on chunking.
+A package is imported only when its table entry is loaded. None of the packages promises batch-invariant results.
 
-What they lack: mamba-ssm's scan and causal-conv1d's packed form start every sequence from zeros, where a chunk of a
-prompt goes on from a state, and neither writes states at interior positions; flash-attn reads pages of 256 tokens or a
-multiple.
+The packages have these limits. mamba-ssm's scan and causal-conv1d's packed form start every sequence from zeros,
+although a chunk of a prompt continues from a state, and neither saves states inside a chunk. flash-attn needs pages
+whose size is a multiple of 256 tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +23,15 @@ from jamba_server.kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanW
 from jamba_server.kernels.reference.exact import silu
 from jamba_server.kernels.reference.ragged import initial_states, state_writes
 
-FLASH_PAGE = 256  # tokens: flash-attn's page sizes are its multiples
+FLASH_PAGE = 256  # flash-attn accepts only pages whose number of tokens is a multiple of this.
 
 
 def _function(package: str, module: str, name: str, *parameters: str) -> Callable[..., Any]:
-    """A function of an optional package, once it is sure to take `parameters`. ImportError if its compiled part is
-    missing."""
+    """Returns a function of an optional package.
+
+    Raises KernelUnavailable if the package is missing or the function lacks one of `parameters`, and ImportError if
+    the package's compiled part is missing.
+    """
     if find_spec(module.partition(".")[0]) is None:
         raise KernelUnavailable(f"the package {package} is not installed")
     function = getattr(import_module(module), name)
@@ -39,7 +41,7 @@ def _function(package: str, module: str, name: str, *parameters: str) -> Callabl
 
 
 class CausalConv1dUpdate:
-    """See `kernels.ops.CausalConv1dUpdate`; by causal-conv1d, which takes 2 to 4 taps."""
+    """Implements `kernels.ops.CausalConv1dUpdate` with causal-conv1d, which supports 2 to 4 taps."""
 
     def __init__(self) -> None:
         self._update = _function("causal-conv1d", "causal_conv1d", "causal_conv1d_update", "conv_state_indices")
@@ -59,10 +61,10 @@ def _check_index(conv_state: Tensor) -> None:
 
 
 class CausalConv1d:
-    """See `kernels.ops.CausalConv1d`; by causal-conv1d, which takes 2 to 4 taps, and channels in multiples of 8.
+    """Implements `kernels.ops.CausalConv1d` with causal-conv1d, for 2 to 4 taps and a multiple of 8 channels.
 
-    Packed sequences start from zeros there and leave no states behind: the first W - 1 rows of each sequence, and the
-    states, are computed here.
+    The package starts packed sequences from zeros and does not return their states. This class therefore computes the
+    states, and the first W - 1 rows of each sequence.
     """
 
     def __init__(self) -> None:
@@ -75,11 +77,11 @@ class CausalConv1d:
         starts, lengths = segments.query_start.long(), segments.query_start.diff()
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
         sequence = torch.repeat_interleave(numbers, lengths, output_size=len(x))
-        # as [1, D, T] and [D, W], views
+        # The package expects x as [1, D, T] and the weight as [D, W]; both are views here.
         out = self._convolve(x.t()[None], weight.t(), bias, seq_idx=sequence[None], activation="silu")[0].t()
         states = initial_states(conv_state, segments)
         history = torch.arange(len(weight) - 1, device=x.device)
-        # of a sequence of fewer rows the last one several times
+        # A sequence with fewer than W - 1 rows computes its last row several times.
         first = torch.minimum(history, lengths[:, None] - 1)
         line = torch.cat([states, x[starts[:-1, None] + first]], dim=1)
         taps = first[:, :, None] + torch.arange(len(weight), device=x.device)
@@ -87,20 +89,20 @@ class CausalConv1d:
         rows, slots = state_writes(segments)
         owner = sequence[rows]
         taken = rows[:, None] - (len(weight) - 2) + history
-        t = taken - starts[owner][:, None]  # before 0 in the old state
+        t = taken - starts[owner][:, None]  # t is negative for inputs that come from the sequence's old state.
         old = states[owner[:, None], (t + len(history)).clamp(max=len(history) - 1)]
         conv_state[slots] = torch.where((t >= 0)[:, :, None], x[taken.clamp(min=0)], old)
         return out
 
 
 def _filter(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """silu(sum over taps + bias) of inputs [..., W, D]."""
+    """Returns silu(sum over the W taps of inputs * weight, + bias). inputs: [..., W, D]; weight: [W, D]."""
     total = (inputs.float() * weight.float()).sum(-2)
     return silu(total if bias is None else total + bias.float()).to(inputs.dtype)
 
 
 class SelectiveStateUpdate:
-    """See `kernels.ops.SelectiveStateUpdate`; by mamba-ssm."""
+    """Implements `kernels.ops.SelectiveStateUpdate` with mamba-ssm."""
 
     def __init__(self) -> None:
         self._update = _function(
@@ -120,20 +122,21 @@ class SelectiveStateUpdate:
             z=inputs.z,
             dt_bias=weights.dt_bias,
             dt_softplus=True,
-            # it multiplies them by a stride in their own type: in 32 bits, some hundred slots of a large model overflow
+            # mamba-ssm multiplies the indices by a stride in their own dtype. With int32 the product overflows from a
+            # few hundred slots of a large model on.
             state_batch_indices=state_ids.long(),
         )
 
 
 def selective_scan() -> NoReturn:
-    """Why mamba-ssm has no entry for prefill."""
+    """Raises KernelUnavailable, because mamba-ssm's scan cannot continue from a state."""
     raise KernelUnavailable(
         "selective_scan_fn of mamba-ssm takes neither an initial state nor packed sequences, and a chunk needs both"
     )
 
 
 class AttentionPrefill:
-    """See `kernels.ops.AttentionPrefill`; by flash-attn, for bfloat16 and float16 and pages of `FLASH_PAGE`."""
+    """Implements `kernels.ops.AttentionPrefill` with flash-attn, for bfloat16 and float16."""
 
     def __init__(self) -> None:
         self._attend = _function("flash-attn", "flash_attn", "flash_attn_varlen_func", "block_table")
@@ -157,7 +160,7 @@ class AttentionPrefill:
 
 
 class AttentionDecode:
-    """See `kernels.ops.AttentionDecode`; by flash-attn, for bfloat16 and float16 and pages of `FLASH_PAGE`."""
+    """Implements `kernels.ops.AttentionDecode` with flash-attn, for bfloat16 and float16."""
 
     def __init__(self) -> None:
         self._attend = _function("flash-attn", "flash_attn", "flash_attn_with_kvcache", "cache_seqlens", "block_table")

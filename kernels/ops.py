@@ -1,18 +1,18 @@
-"""The kernel contract: one protocol per op, with shapes and dtypes. Implementations are listed in `table.py`.
+"""This module describes each kernel op as a protocol, with shapes and dtypes. `table.py` lists the implementations.
 
 Letters: T rows (tokens) of a ragged batch, N sequences in it, H hidden size, D = expand * H channels of a Mamba layer,
 S state size of a channel, W width of the convolution, R = dt rank, Q query heads, G KV heads, Z head size, E experts,
 K experts per token, F intermediate size, V vocabulary. `dtype` is the model's (bfloat16, float16 or float32).
 
-Rules that every implementation keeps (they make results independent of batch and chunking):
-* A row's result depends on that row, its own sequence's history, and nothing else.
-* Tokens of all sequences lie in one ragged row; nothing is padded.
-* States and pages are read and written in place; a sequence without `has_state` starts from zeros, whatever its slot
-  holds. States cross a chunk border in the dtype they are stored in: the convolution's and the pages' is `dtype`, the
-  SSM state's float32.
-* One token through a prefill op gives the bits that the decode op gives.
-* Rows may be strided (they are slices of wider ones); their last dimension is contiguous.
-* `pack` leaves its argument as it is: a tied embedding is read from it still.
+Every implementation keeps these rules, which make results independent of the batch and of chunked prefill:
+* A row's result depends only on that row and on the history of its own sequence.
+* The tokens of all sequences are concatenated into one ragged batch without padding.
+* States and pages are read and written in place. A sequence without `has_state` starts from zeros, whatever its slot
+  holds. Between two chunks of a prompt a state keeps the dtype in which it is stored: `dtype` for the convolution's
+  state and the KV pages, float32 for the SSM state.
+* A prefill op gives one token the same bits as the decode op.
+* Rows may be strided, because they can be slices of wider rows. The last dimension is contiguous.
+* `pack` does not change its argument, because a tied embedding still reads its rows from it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from torch import Tensor
 
 
 class KernelUnavailable(Exception):
-    """An implementation cannot run on this machine; the message says why."""
+    """Is raised where an implementation cannot run on this machine. The message gives the reason."""
 
 
 class StateSaves(NamedTuple):
-    """States to write out at interior positions of chunks, beside the final one, as rows of a ragged batch.
+    """Lists the positions inside chunks at which the state is saved, in addition to the final state of each sequence.
 
-    Sequence i saves `rows[start[i]:start[i+1]]`, ascending: the state just after row r (counted from the first row of
-    the batch that the op receives) goes to slot `slots[j]` as well. Slots are distinct and belong to no sequence of
-    the batch. All int32; `start` [N+1], `rows` and `slots` [number of saves].
+    Sequence i saves its state after each of the rows `rows[start[i]:start[i+1]]`, in ascending order. The state just
+    after row `rows[j]` is also written to slot `slots[j]`; rows count from the first row of the batch that the op
+    receives. The slots are distinct and belong to no sequence of the batch. All tensors are int32: `start` [N+1],
+    `rows` and `slots` [number of saves].
     """
 
     start: Tensor
@@ -41,11 +42,12 @@ class StateSaves(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """How the rows of a ragged batch fall into sequences, and where their states live.
+    """Describes which rows of a ragged batch belong to which sequence, and which slot holds each sequence's state.
 
-    Sequence i owns rows `query_start[i]:query_start[i+1]` (int32 [N+1], at least one row each; the last entry is T);
-    `max_query_len` is the longest such run. Its state is slot `state_ids[i]` (int32 [N]); where not `has_state[i]`
-    (bool [N]) it starts from zeros. The final state goes back to the same slot.
+    Sequence i owns rows `query_start[i]:query_start[i+1]` (int32 [N+1], at least one row each; the last entry is T).
+    `max_query_len` is the largest number of rows of a sequence. The state of sequence i is in slot `state_ids[i]`
+    (int32 [N]). Where `has_state[i]` (bool [N]) is false, the sequence starts from zeros. The final state is written
+    to the same slot.
     """
 
     query_start: Tensor
@@ -56,12 +58,12 @@ class Segments(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """One attention layer's paged KV and the tables of N sequences.
+    """Holds the paged keys and values of one attention layer and the block tables of N sequences.
 
-    `k`, `v`: dtype [pages, block_size, G, Z], any stride over pages; the implementations "triton" and "reference" take
-    float8_e4m3fn too, numbers without a scale. `block_tables`: int32 [N, max_blocks], entries beyond a sequence's own
-    pages are 0 (a page that no sequence owns). `context_lens`: int32 [N], tokens in the cache including those of this
-    step. None of them exceeds `max_context_len`, which may be larger than all.
+    `k`, `v`: dtype [pages, block_size, G, Z], with any stride over pages. The implementations "triton" and "reference"
+    also accept float8_e4m3fn, whose numbers have no scale. `block_tables`: int32 [N, max_blocks]; entries beyond a
+    sequence's own pages are 0, a page that no sequence owns. `context_lens`: int32 [N], the tokens in the cache,
+    including those of this step. `max_context_len` is at least as large as each of them.
     """
 
     k: Tensor
@@ -73,10 +75,10 @@ class Pages(NamedTuple):
 
 class RmsNorm(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns (norm(s) * weight, s) with s = x + residual, or x without one.
+        """Returns (norm(s) * weight, s), where s is x + residual, or x if there is no residual.
 
-        x, residual: dtype [T, H]; weight: dtype [H]. s is rounded to dtype, the variance is in float32, x / rms is
-        rounded to dtype before the weight multiplies it (transformers' JambaRMSNorm).
+        x, residual: dtype [T, H]; weight: dtype [H]. s is rounded to dtype and its variance is computed in float32.
+        s / rms is rounded to dtype before it is multiplied by the weight, as in transformers' JambaRMSNorm.
         """
         ...
 
@@ -85,23 +87,26 @@ class CausalConv1d(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """silu(depthwise causal convolution + bias) of every sequence, continuing from its state.
+        """Returns silu(depthwise causal convolution + bias) of every sequence, which continues from its state.
 
-        x: dtype [T, D]; weight: dtype [W, D], tap W-1 multiplies the current token; bias: dtype [D];
-        conv_state: dtype [slots, W-1, D], oldest first, any stride over slots: inputs before the convolution.
-        Sums in float32. Returns dtype [T, D].
+        x: dtype [T, D]; weight: dtype [W, D], where tap W-1 multiplies the current token; bias: dtype [D].
+        conv_state: dtype [slots, W-1, D], with any stride over slots. A slot holds the last W-1 inputs of the
+        convolution, the oldest first. Sums are in float32. Returns dtype [T, D].
         """
         ...
 
 
 class CausalConv1dUpdate(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
-        """`CausalConv1d` for one token each of N sequences that have a state. x: [N, D]; state_ids: int32 [N]."""
+        """Does what `CausalConv1d` does, for one token of each of N sequences that all have a state.
+
+        x: dtype [N, D]; state_ids: int32 [N].
+        """
         ...
 
 
 class ScanWeights(NamedTuple):
-    """The recurrence's own parameters, all float32: a = -exp(A_log) [D, S], d [D], dt_bias [D]."""
+    """Holds the parameters of the Mamba recurrence, all float32: a = -exp(A_log) [D, S], d [D], dt_bias [D]."""
 
     a: Tensor
     d: Tensor
@@ -109,8 +114,11 @@ class ScanWeights(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-    """Per token: u [T, D] (after the convolution), dt [T, D] (before bias and softplus), b, c [T, S], z [T, D] (the
-    gate before silu). All dtype."""
+    """Holds the inputs of the Mamba recurrence for T tokens, all of the model's dtype.
+
+    u [T, D] is the output of the convolution, dt [T, D] the step size before bias and softplus, b and c [T, S] are the
+    input and output projections, and z [T, D] is the gate before silu.
+    """
 
     u: Tensor
     dt: Tensor
@@ -121,24 +129,29 @@ class ScanInputs(NamedTuple):
 
 class SelectiveScan(Protocol):
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
-        """Mamba-1 recurrence (Gu & Dao 2023, Algorithm 2), token by token in float32:
+        """Computes the Mamba-1 recurrence (Gu & Dao 2023, Algorithm 2) in float32 and returns y: dtype [T, D].
 
         dt = softplus(dt + dt_bias); h = exp(dt * a) * h + (dt * u) * b; y = (h @ c + d * u) * silu(z).
-        ssm_state: float32 [slots, D, S], any stride over slots. Returns dtype [T, D].
+        ssm_state: float32 [slots, D, S], with any stride over slots.
         """
         ...
 
 
 class SelectiveStateUpdate(Protocol):
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """`SelectiveScan` for one token each of N sequences that have a state. state_ids: int32 [N]."""
+        """Does what `SelectiveScan` does, for one token of each of N sequences that all have a state.
+
+        state_ids: int32 [N].
+        """
         ...
 
 
 class MambaWeights(NamedTuple):
-    """A Mamba layer between its in_proj and its out_proj. conv_weight [W, D], conv_bias [D], the norms' weights dt_norm
-    [R], b_norm and c_norm [S], all dtype; x_proj [R + 2S, D] and dt_proj [D, R] as `Linear.pack` of the same kernels
-    returned them."""
+    """Holds the weights of a Mamba layer between its in_proj and its out_proj.
+
+    conv_weight [W, D], conv_bias [D] and the norms' weights dt_norm [R], b_norm [S] and c_norm [S] are all of the
+    model's dtype. x_proj [R + 2S, D] and dt_proj [D, R] are packed by `Linear.pack` of the same kernels.
+    """
 
     conv_weight: Tensor
     conv_bias: Tensor | None
@@ -152,55 +165,69 @@ class MambaWeights(NamedTuple):
 
 
 class MambaDecode(Protocol):
-    """What lies between in_proj and out_proj, for one token each of N sequences that have a state: with the bits that
-    `CausalConv1dUpdate`, `Linear` (x_proj), `RmsNorm` of dt, B and C, `Linear` (dt_proj) and `SelectiveStateUpdate` of
-    the same kernels give one after the other."""
+    """Computes a Mamba layer between in_proj and out_proj, for one token of each of N sequences that all have a state.
+
+    The result has the bits of these ops of the same kernels, called one after the other: `CausalConv1dUpdate`,
+    `Linear` with x_proj, `RmsNorm` of dt, B and C, `Linear` with dt_proj, `SelectiveStateUpdate`.
+    """
 
     def pack(self, weights: MambaWeights) -> Any:
-        """What `__call__` takes; it refers to the tensors of `weights`, which must stay where they are."""
+        """Returns the weights in the form that `__call__` accepts.
+
+        The packed form may point to the tensors of `weights`, which must therefore keep their addresses.
+        """
         ...
 
     def __call__(self, xz: Tensor, weights: Any, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """xz: dtype [N, 2D], the convolution's inputs, then the gate; the states as the parts take them; state_ids:
-        int32 [N]. Returns dtype [N, D]."""
+        """Returns the inputs of out_proj: dtype [N, D].
+
+        xz: dtype [N, 2D], the inputs of the convolution followed by the gate. conv_state and ssm_state are those of
+        `CausalConv1d` and `SelectiveScan`. state_ids: int32 [N].
+        """
         ...
 
 
 class WriteKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-        """Puts row t's k, v (dtype [T, G, Z]) at token slot kv_slots[t] = page * block_size + offset (int64 [T]).
-        Numbers beyond the largest of float8_e4m3fn, 448, are stored there as that."""
+        """Writes row t of k and v (dtype [T, G, Z]) to token slot kv_slots[t] = page * block_size + offset (int64 [T]).
+
+        Pages of float8_e4m3fn clamp numbers to the range of that format, from -448 to 448.
+        """
         ...
 
 
 class AttentionPrefill(Protocol):
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-        """Causal attention of each sequence's last rows over its pages, which hold this step's K and V already.
+        """Returns the causal attention of each sequence's newest rows over its pages: dtype [T, Q, Z].
 
-        q: dtype [T, Q, Z]; query head h reads KV head h // (Q // G). The last row of sequence i sees
-        context_lens[i] keys, the row before one fewer. Softmax in float32. Returns dtype [T, Q, Z].
+        The pages already hold the keys and values of this step. q: dtype [T, Q, Z]; query head h reads KV head
+        h // (Q // G). The last row of sequence i sees context_lens[i] keys, and each row before it sees one key fewer
+        than the next row. The softmax is in float32.
         """
         ...
 
 
 class AttentionDecode(Protocol):
     def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
-        """`AttentionPrefill` for one row each of N sequences. q: dtype [N, Q, Z]."""
+        """Does what `AttentionPrefill` does, for one row of each of N sequences. q: dtype [N, Q, Z]."""
         ...
 
 
 class CopySlots(Protocol):
     def __call__(self, tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
-        """For every tensor (units on dim 0) and pair i: tensor[destinations[i]] = tensor[sources[i]].
+        """Copies tensor[sources[i]] to tensor[destinations[i]], for every tensor and every pair i.
 
-        int64 [pairs]. Destinations are distinct and none is a source, so the pairs may run in any order.
+        sources, destinations: int64 [pairs], indices into the first dimension of each tensor. The destinations are
+        distinct and none is a source, so the pairs may be copied in any order.
         """
         ...
 
 
 class CompressedStates(NamedTuple):
-    """SSM states in a byte a number: values * scales. values: int8 [slots, M, D, S] within -127..127 of M layers;
-    scales: float32 [slots, M, D]."""
+    """Holds the SSM states of M layers, compressed to one byte per number. A number is its value times its scale.
+
+    values: int8 [slots, M, D, S], from -127 to 127; scales: float32 [slots, M, D], one for each channel.
+    """
 
     values: Tensor
     scales: Tensor
@@ -208,43 +235,51 @@ class CompressedStates(NamedTuple):
 
 class CompressStates(Protocol):
     def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
-        """For every pair i, slot sources[i] of `states` (float32 [slots, M, D, S]) to slot destinations[i].
+        """Compresses slot sources[i] of `states` into slot destinations[i] of `compressed`, for every pair i.
 
-        A channel's scale is its largest magnitude times 1/127; a value is x times (127 over that magnitude) to the
-        nearest number, ties to even, all in float32. A channel within 2**-100 counts as zeros. The states are
-        finite: of NaN and infinity nothing is said. int64 [pairs]; destinations are distinct.
+        states: float32 [slots, M, D, S]; sources, destinations: int64 [pairs]; the destinations are distinct. A
+        channel's scale is its largest magnitude times 1/127. A value is x * (127 / largest magnitude), rounded to the
+        nearest integer with ties to even. All arithmetic is in float32. A channel whose magnitudes are all below
+        2**-100 is stored as zeros. The states must be finite: the result for NaN and infinity is undefined.
         """
         ...
 
 
 class RestoreStates(Protocol):
     def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
-        """For every pair i: states[destinations[i]] = values[sources[i]] * scales[sources[i]], as in
-        `CompressStates`."""
+        """Sets states[destinations[i]] to values[sources[i]] * scales[sources[i]], for every pair i.
+
+        Shapes and dtypes are those of `CompressStates`.
+        """
         ...
 
 
 class SiluAndMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up. gate_up: dtype [T, 2F], gate first. silu in float32, rounded before the product. [T, F]."""
+        """Returns silu(gate) * up: dtype [T, F].
+
+        gate_up: dtype [T, 2F], the gate first. silu is computed in float32 and rounded to dtype before the product.
+        """
         ...
 
 
 class RouteExperts(Protocol):
     def __call__(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Softmax over all experts in float32, then the top k, weights not renormalised; ties to the lower index.
+        """Returns the `top_k` most probable experts of each token: (weights float32 [T, K], ids int32 [T, K]).
 
-        logits: dtype [T, E]. Returns (weights float32 [T, K], ids int32 [T, K]), best first.
+        logits: dtype [T, E]. The weights are the probabilities of a float32 softmax over all experts and are not
+        renormalised. The most probable expert comes first; of equal ones, the one with the lower index.
         """
         ...
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight [..., N, K] in small numbers: values * scales, a scale for each row and each `group_size` inputs.
+    """Holds a quantised weight [..., N, K]: values * scales, with one scale for each row and each group of inputs.
 
-    values: [..., N, K], int8 within -127..127 (int8) or -7..7 (int4, not packed yet), or float8_e4m3fn, finite (fp8);
-    scales: float32 [..., N, ceil(K / group_size)]; the last group of a row may be short. `bits` is 8 or 4.
-    The product is sum over groups, upwards, of scale * (sum of value * x in float32).
+    A group has `group_size` inputs; the last group of a row may be shorter. `bits` is 8 or 4. values: [..., N, K]; the
+    format int8 has int8 values from -127 to 127, int4 has int8 values from -7 to 7 (two numbers are not yet packed
+    into a byte), fp8 has finite float8_e4m3fn values. scales: float32 [..., N, ceil(K / group_size)].
+    A product is the sum over groups, in ascending order, of scale * (float32 sum of value * x).
     """
 
     values: Tensor
@@ -254,36 +289,48 @@ class QuantizedWeight(NamedTuple):
 
 
 Weight = Tensor | QuantizedWeight
-"""What `pack` takes."""
+"""The types of weights that `pack` accepts."""
 
 
 class RunExperts(Protocol):
     def pack(self, gate_up: Weight, down: Weight) -> Any:
-        """Brings [E, 2F, H] (gate rows first) and [E, H, F] into this implementation's own layout, once, at load."""
+        """Returns the experts' weights in the layout of this implementation. It is called once, when a model is loaded.
+
+        gate_up: [E, 2F, H], the gate's rows first; down: [E, H, F].
+        """
         ...
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
-        """Sum over a token's experts, in rank order, of weight * down(silu(gate(x)) * up(x)). x: dtype [T, H]."""
+        """Returns the sum over a token's experts of weight * down(silu(gate(x)) * up(x)): dtype [T, H].
+
+        x: dtype [T, H]; weights, ids: the results of `RouteExperts`. The experts are added in the order of their rank.
+        """
         ...
 
 
 class Linear(Protocol):
     def pack(self, weight: Weight) -> Any:
-        """Brings a [N, K] weight into this implementation's own layout, once, at load."""
+        """Returns a weight [N, K] in the layout of this implementation. It is called once, when a model is loaded."""
         ...
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
-        """Rows of a weight [N, K] that is not quantised, packed or as it is. ids: int64 [T]. Returns dtype [T, K]."""
+        """Returns rows `ids` (int64 [T]) of a weight [N, K], as an embedding does: dtype [T, K].
+
+        The weight may be packed or a plain tensor, but not quantised.
+        """
         ...
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """x [T, K] times the packed weight [N, K] transposed, plus bias [N]. Returns dtype [T, N]."""
+        """Returns x [T, K] times the transpose of the packed weight [N, K], plus bias [N]: dtype [T, N]."""
         ...
 
 
 class SampleInputs(NamedTuple):
-    """Per row: temperature (0 is greedy), top_p, min_p float32 [N]; top_k int32 [N], 0 for all; keys int64 [N]: a hash
-    of (seed, choice, position) that alone decides the row's noise."""
+    """Holds the sampling parameters of N rows.
+
+    temperature (0 means greedy), top_p and min_p: float32 [N]; top_k: int32 [N], 0 for the whole vocabulary. keys:
+    int64 [N], a hash of (seed, choice, position). A row's noise depends on its key alone.
+    """
 
     temperature: Tensor
     top_p: Tensor
@@ -294,16 +341,22 @@ class SampleInputs(NamedTuple):
 
 class Sample(Protocol):
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
-        """Picks one token id a row: argmax of logits / temperature + Gumbel noise over the tokens that top-k, then
-        top-p, then min-p leave (all on the tempered distribution). The noise of (row key, vocabulary id) is a hash, so
-        batch mates cannot shift it. logits: float32 [N, V], may be overwritten. Returns int64 [N]."""
+        """Samples one token id for each row: int64 [N].
+
+        The token is the argmax of logits / temperature + Gumbel noise, over the tokens that top-k, then top-p, then
+        min-p leave. All three filters use the distribution after the temperature is applied. The noise is a hash of
+        the row's key and the token id, so it does not depend on the batch. logits: float32 [N, V], may be overwritten.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """The implementations a model runs with; `names` says which (op -> implementation), `batch_dependent_ops` those
-    under which a row's last bits may depend on its batch mates or on how its sequence was cut."""
+    """Holds the implementation of each op that a model runs with.
+
+    `names` maps each op to the name of its implementation. `batch_dependent_ops` lists the ops that are not
+    batch-invariant: the last bits of a row may depend on the other rows of the batch or on chunked prefill.
+    """
 
     rms_norm: RmsNorm
     causal_conv1d: CausalConv1d

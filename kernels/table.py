@@ -1,6 +1,6 @@
-"""THE table: every op's implementations, and the choice among them.
+"""This module has the table of the implementations of every op, and selects one implementation for each op.
 
-A new implementation is one line here, above those that it should be preferred to.
+To add an implementation, add one line to `TABLE`, above the implementations that it should be preferred to.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ logger = logging.getLogger(__name__)
 
 
 class KernelError(ValueError):
-    """A wish for a kernel that cannot be met; the message says what there is."""
+    """Is raised where a requested kernel does not exist or cannot run. The message lists the existing ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One op's code for some devices. `load` returns the op as `kernels.ops` describes it, or raises KernelUnavailable,
-    ImportError (a package is missing) or OSError (a shared library is). An op that does the work of others in one is
-    loaded with what was chosen for these `parts`, ops that stand before it in OPS. `batch_invariant`: a row's bits
-    depend neither on its batch mates nor on how its sequence is cut."""
+    """Describes one implementation of an op, for some devices.
+
+    `load` returns the op as `kernels.ops` describes it. It raises KernelUnavailable, ImportError if a package is
+    missing, or OSError if a shared library is missing. A fused op does the work of other ops, its `parts`, which stand
+    before it in `OPS`; `load` receives the implementations that were chosen for them. `batch_invariant` says that a
+    row's bits depend neither on the other rows of the batch nor on chunked prefill.
+    """
 
     op: str
     name: str
@@ -50,8 +53,7 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One line of `describe`. `status` is "selected", "available", or why it cannot run; `batch_invariant` as in
-    `Implementation`."""
+    """Describes one implementation for a reader. `status` is "selected", "available", or the reason it cannot run."""
 
     op: str
     implementation: str
@@ -60,7 +62,10 @@ class TableRow:
 
 
 def _triton(module: str, name: str) -> Callable[[], Any]:
-    """An op of kernels.triton, whose modules can be imported only where triton is installed."""
+    """Returns a function that loads an op of `kernels.triton`.
+
+    The module is imported when that function is called, because it can be imported only where triton is installed.
+    """
 
     def load(*parts: Any) -> Any:
         ensure_available()
@@ -82,7 +87,7 @@ def _torch_experts(silu_and_mul: Any) -> torch_ops.RunExperts:
     return torch_ops.RunExperts(silu_and_mul, _triton("moe", "RunExperts")())
 
 
-# Reference kernels that leave sums to torch are not exact, where its libraries choose the order by the tensor's shape.
+# Some reference kernels are not batch-invariant: torch's libraries choose the order of a sum by the tensor's shape.
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
@@ -167,7 +172,8 @@ OPS: tuple[str, ...] = tuple(
     field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
 )
 
-# From the widest to the narrowest; a wish for one op goes before one for its family.
+# The families are ordered from the widest to the narrowest. A request for a narrower family overrides that for a wider
+# one, and a request for a single op overrides that for its family.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "all": OPS,
     "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_decode"),
@@ -177,38 +183,39 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def implementations(op: str, device: str) -> tuple[Implementation, ...]:
-    """An op's implementations for "cpu" or "cuda", the preferred one first."""
+    """Returns the implementations of an op for "cpu" or "cuda", the preferred one first."""
     return tuple(entry for entry in TABLE if entry.op == op and device in entry.devices)
 
 
-def select(device: str, wishes: Mapping[str, str], batch_invariant: bool | None = None) -> Kernels:
-    """The kernels of a device: each op's wished implementation, else the first that loads.
+def select(device: str, requested: Mapping[str, str], batch_invariant: bool | None = None) -> Kernels:
+    """Returns the kernels for a device: the requested implementation of each op, otherwise the first that loads.
 
-    `wishes` maps an op or a family ("mamba", "attention", "moe", "all") to an implementation. A preferred one that
-    cannot load is passed over with a warning. `batch_invariant` decides about those that no wish names: True takes
-    such ones only, None these before all others, False in the table's order. KernelError: an unknown device, op, family
-    or implementation, a wished implementation that cannot load, or an op for which none can.
+    `requested` maps an op or a family ("mamba", "attention", "moe", "all") to the name of an implementation. For an op
+    that is not requested, an implementation that cannot load is skipped with a warning, and `batch_invariant` sets the
+    order: True tries batch-invariant implementations only, None tries them before all others, False tries all in the
+    table's order. Raises KernelError if a device, op, family or implementation is unknown, if a requested
+    implementation cannot load, or if no implementation of an op can.
     """
-    wished = _expand(device, wishes)
+    by_op = _expand(device, requested)
     chosen: dict[str, tuple[Implementation, Any]] = {}
-    passed_over: dict[tuple[str, str], list[str]] = {}
+    skipped: dict[tuple[str, str], list[str]] = {}
     for op in OPS:
         reasons: dict[str, str] = {}
-        for entry in wished.get(op) or _candidates(op, device, batch_invariant):
+        for entry in by_op.get(op) or _candidates(op, device, batch_invariant):
             loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in chosen.items()})
             if not reason:
                 chosen[op] = (entry, loaded)
                 break
-            if op in wished:
+            if op in by_op:
                 raise KernelError(f"kernels: {op}={entry.name} cannot run on this machine: {reason}")
             reasons[entry.name] = reason
         if op not in chosen:
             kind = "batch-invariant implementation" if batch_invariant else "implementation"
             raise KernelError(f"kernels: no {kind} of {op} runs on this {device} device: {reasons}")
         for name, reason in reasons.items():
-            passed_over.setdefault((name, reason), []).append(op)
-    for (name, reason), ops in passed_over.items():
-        logger.warning("kernels: %s passed over for %s: %s", name, ", ".join(ops), reason)
+            skipped.setdefault((name, reason), []).append(op)
+    for (name, reason), ops in skipped.items():
+        logger.warning("kernels: the implementation %s of %s is skipped: %s", name, ", ".join(ops), reason)
     entries = {op: entry for op, (entry, _) in chosen.items()}
     return Kernels(
         **{op: loaded for op, (_, loaded) in chosen.items()},
@@ -218,7 +225,7 @@ def select(device: str, wishes: Mapping[str, str], batch_invariant: bool | None 
 
 
 def describe(device: str) -> list[TableRow]:
-    """What `select` finds on this machine without wishes: one row per op and implementation."""
+    """Returns one row per op and implementation, as `select` would choose them on this machine without requests."""
     rows: list[TableRow] = []
     selected: dict[str, tuple[Implementation, Any]] = {}
     for op in OPS:
@@ -234,7 +241,7 @@ def describe(device: str) -> list[TableRow]:
 
 
 def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Implementation]:
-    """Those that `select` tries in turn where nobody wishes for one."""
+    """Returns the implementations that `select` tries in turn where none is requested."""
     entries = implementations(op, device)
     if batch_invariant is None:
         return sorted(entries, key=lambda entry: not entry.batch_invariant)
@@ -242,29 +249,29 @@ def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Impl
 
 
 def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
-    """Itself and its parts. None of them has parts."""
+    """Returns whether an implementation and its parts are batch-invariant. A part never has parts of its own."""
     return entry.batch_invariant and all(chosen[part].batch_invariant for part in entry.parts)
 
 
 def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:
-    """(the op, "") or (None, the reason). `chosen`: the ops before it."""
+    """Returns (the loaded op, "") or (None, the reason that it cannot load). `chosen` has the ops loaded so far."""
     try:
         return entry.load(*(chosen[part] for part in entry.parts)), ""
     except (KernelUnavailable, ImportError, OSError) as error:
         return None, str(error) or type(error).__name__
 
 
-def _expand(device: str, wishes: Mapping[str, str]) -> dict[str, tuple[Implementation]]:
-    """The wished implementation of each op that a wish names, itself or by its family."""
+def _expand(device: str, requested: Mapping[str, str]) -> dict[str, tuple[Implementation]]:
+    """Returns the requested implementation of each op that is named in `requested`, directly or by its family."""
     devices = sorted({device for entry in TABLE for device in entry.devices})
     if device not in devices:
         raise KernelError(f"kernels: no implementations for device {device!r}; there are some for {', '.join(devices)}")
-    for key in wishes:
+    for key in requested:
         if key not in FAMILIES and key not in OPS:
             known = f"the ops {', '.join(OPS)} and the families {', '.join(FAMILIES)}"
             raise KernelError(f"kernels: {key!r} is neither an op nor a family; there are {known}")
-    by_op = {op: wishes[family] for family, ops in FAMILIES.items() if family in wishes for op in ops}
-    by_op |= {op: name for op, name in wishes.items() if op in OPS}
+    by_op = {op: requested[family] for family, ops in FAMILIES.items() if family in requested for op in ops}
+    by_op |= {op: name for op, name in requested.items() if op in OPS}
     return {op: (_named(op, device, name),) for op, name in by_op.items()}
 
 

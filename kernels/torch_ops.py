@@ -1,8 +1,8 @@
-"""PyTorch's own fast kernels for many tokens: entries named "torch" of the table.
+"""The table entries named "torch" use PyTorch's own fast kernels for many tokens.
 
-They choose tiles and splits by the shape of the batch, so a row's last bits depend on it. Where they do not apply, the
-Triton kernels that they are loaded with take over. Nobody waits for the device. The limits are estimates: none has
-been measured on a GPU yet.
+PyTorch chooses tiles and splits by the shape of the batch, so these entries are not batch-invariant. Each entry falls
+back to a Triton kernel where PyTorch's kernel does not apply. The host never waits for the device here. The limits
+below are estimates; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from torch import Tensor
 from jamba_server.kernels import ops
 from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
-MIN_QUERY_LEN = 64  # below, gathering the keys costs more than the faster product gains
-MAX_GATHERED_BYTES = 1 << 29  # of contiguous keys and values, while an op runs
-MIN_ROWS_PER_EXPERT = 32  # below, experts are read rather than computed with
-MIN_ROWS = 65  # of a product; below, the weight is read rather than computed with
-GROUPED_CAPABILITIES = ((9, 0), (10, 0))  # elsewhere torch runs a loop over the experts, and waits for the device
+MIN_QUERY_LEN = 64  # For fewer tokens, gathering the keys costs more time than flash attention saves.
+MAX_GATHERED_BYTES = 1 << 29  # One op may gather at most this many bytes of keys and values.
+MIN_ROWS_PER_EXPERT = 32  # With fewer rows per expert on average, the experts' products are memory-bound.
+MIN_ROWS = 65  # With fewer rows, a product is memory-bound.
+# On GPUs of other compute capabilities, torch loops over the experts and waits for the device.
+GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 
 
 class AttentionPrefill:
-    """See `kernels.ops.AttentionPrefill`; by flash attention over packed sequences (torch.nn.attention.varlen).
+    """Implements `kernels.ops.AttentionPrefill` with flash attention over packed sequences (torch.nn.attention.varlen).
 
-    It reads contiguous keys and values, so those of all contexts are gathered from their pages first, packed as the
-    rows are. `other` is for what flash attention does not take (float32, odd head sizes), for short runs, and where the
-    gathered keys and values would be too large.
+    Flash attention reads contiguous keys and values. The keys and values of all contexts are therefore gathered from
+    their pages first, one sequence after the other. The implementation `other` is used for inputs that flash attention
+    does not support (float32, odd head sizes), for short runs, and where the gathered copies would be too large.
     """
 
     def __init__(self, other: ops.AttentionPrefill) -> None:
@@ -39,18 +40,18 @@ class AttentionPrefill:
             raise KernelUnavailable("this build of torch has no flash attention")
         self._attend: Any = varlen_attn
         self._other = other
-        # torch 2.11 takes fewer KV heads than query heads as they are; later ones want to be told
+        # torch 2.11 detects fewer KV heads than query heads by itself; later versions need the option.
         self._options = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
         """See `kernels.ops.AttentionPrefill`."""
-        # known without waiting for the device: at least the tokens of all contexts
+        # This upper bound of the number of cached tokens is known without waiting for the device.
         tokens = len(pages.context_lens) * pages.max_context_len
         if not _fits(q, pages, tokens) or max_query_len < MIN_QUERY_LEN:
             return self._other(q, pages, query_start, max_query_len, scale)
         key_start = F.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         k, v = _gather(pages, key_start, tokens)
-        window = (-1, 0)  # causal: the last row of a sequence sees its last key
+        window = (-1, 0)  # This window means causal attention: the last row of a sequence sees its last key.
         lengths = max_query_len, pages.max_context_len
         return self._attend(q, k, v, query_start, key_start, *lengths, scale=scale, window_size=window, **self._options)
 
@@ -67,7 +68,10 @@ def _fits(q: Tensor, pages: Pages, tokens: int) -> bool:
 
 
 def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """K and V [tokens, G, Z] of all contexts, one after the other; behind the last of them anything."""
+    """Returns K and V [tokens, G, Z] of all contexts, one after the other. Rows after the last context are undefined.
+
+    `key_start` [N+1] has the first row of each context.
+    """
     token = torch.arange(tokens, dtype=torch.int32, device=key_start.device)
     sequence = (torch.searchsorted(key_start, token, right=True) - 1).clamp_(max=len(key_start) - 2)
     position = token - key_start[sequence]
@@ -78,14 +82,17 @@ def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tenso
 
 
 class Linear:
-    """See `kernels.ops.Linear`; of many rows by torch's product (cuBLAS), of few rows and with quantised weights by
-    `other`, which must keep the layout of floats."""
+    """Implements `kernels.ops.Linear` with torch's product (cuBLAS) for many rows.
+
+    `other` computes products of few rows and products with quantised weights. Its `pack` must not change the layout of
+    weights that are not quantised.
+    """
 
     def __init__(self, other: ops.Linear) -> None:
         self._other = other
 
     def pack(self, weight: Weight) -> Any:
-        """Keeps the layout of floats; the others are packed for `other`."""
+        """Returns the weight as `other` packs it: only the layout of a quantised weight changes."""
         return self._other.pack(weight)
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
@@ -100,15 +107,22 @@ class Linear:
 
 
 class Experts(NamedTuple):
-    """gate_up [E, 2F, H] and down [E, H, F], None where torch's kernel does not take them; `packed` for the other."""
+    """Holds the weights of a layer's experts for torch's grouped product and for the Triton kernel.
+
+    `matrices` is (gate_up [E, 2F, H], down [E, H, F]), or None if torch's kernel does not support them. `packed` is the
+    Triton kernel's form; it shares the memory of `matrices`.
+    """
 
     matrices: tuple[Tensor, Tensor] | None
     packed: Any
 
 
 class RunExperts:
-    """See `kernels.ops.RunExperts`; of many rows by torch's grouped product, of few by `other`, which shares its
-    weights and takes those alone that are quantised or no bfloat16."""
+    """Implements `kernels.ops.RunExperts` with torch's grouped product for many rows of bfloat16.
+
+    `other` computes all other cases: few rows, quantised weights and other dtypes. Both read the same copy of the
+    weights.
+    """
 
     def __init__(self, silu_and_mul: ops.SiluAndMul, other: ops.RunExperts) -> None:
         if not torch.cuda.is_available() or torch.cuda.get_device_capability() not in GROUPED_CAPABILITIES:
@@ -117,11 +131,11 @@ class RunExperts:
         self._silu_and_mul, self._other = silu_and_mul, other
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Keeps the layout."""
+        """Returns the weights for both kernels, without a change of layout unless they are quantised."""
         if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.dtype != torch.bfloat16:
             return Experts(None, self._other.pack(gate_up, down))
         gate_up, down = gate_up.contiguous(), down.contiguous()
-        # rows of whole 16 bytes, which the grouped product wants
+        # The grouped product needs rows whose size is a multiple of 16 bytes.
         aligned = gate_up.shape[2] % 8 == down.shape[2] % 8 == 0
         return Experts((gate_up, down) if aligned else None, self._other.pack(gate_up, down))
 
@@ -131,7 +145,7 @@ class RunExperts:
             return self._other(x, experts.packed, weights, ids)
         gate_up, down = experts.matrices
         tokens, top_k = ids.shape
-        chosen = ids.flatten().sort(stable=True)  # entry t * K + rank is token t's choice of that rank
+        chosen = ids.flatten().sort(stable=True)  # Entry t * K + rank is the expert that token t has at that rank.
         numbers = torch.arange(len(down), dtype=torch.int32, device=x.device)
         ends = torch.searchsorted(chosen.values, numbers, right=True, out_int32=True)
         hidden = self._silu_and_mul(F.grouped_mm(x[chosen.indices // top_k], gate_up.transpose(1, 2), offs=ends))

@@ -1,4 +1,4 @@
-"""Causal attention over paged keys and values, one code for prefill and decode."""
+"""These ops compute causal attention over paged keys and values. Prefill and decode call one compiled function."""
 
 from __future__ import annotations
 

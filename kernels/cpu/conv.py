@@ -1,4 +1,4 @@
-"""The short causal convolution: a vector of channels at a time, inputs read where they lie."""
+"""These ops run the short causal convolution in compiled code, a vector of channels at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CausalConv1d(_Convolution):
 
 
 class CausalConv1dUpdate(_Convolution):
-    """See `kernels.ops.CausalConv1dUpdate`: the same code, so the same bits."""
+    """Implements `kernels.ops.CausalConv1dUpdate` with the code of `CausalConv1d`, so both give the same bits."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.CausalConv1dUpdate`."""

@@ -1,7 +1,7 @@
-"""A graph on a CPU: the calls of the compiled library that some code makes, recorded once and repeated in one call.
+"""A graph on a CPU records the calls of some code to the compiled library once and repeats them in a single call.
 
-What Python does between the kernels of a small model's step takes as long as some of them. It is the same in every step
-of so many rows: only the numbers in a few input tensors differ.
+In a step of a small model, the Python code between two kernels takes as long as some kernels. This code does the same
+in every step with the same number of rows; only the numbers in a few input tensors differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VIEWS = ("__get__", "__getitem__", "__len__", "data_ptr", "dim", "stride", "ele
 
 
 class _Call(ctypes.Structure):
-    """`Call` of `src/replay.cpp`."""
+    """Describes one recorded call, in the layout of `Call` in `src/replay.cpp`."""
 
     _fields_ = (
         ("function", POINTER),
@@ -37,22 +37,25 @@ class _Call(ctypes.Structure):
 
 
 class Arena:
-    """Memory for what is under way in graphs. As they are repeated one at a time, a block that one of them has done
-    with belongs to all; a block is never given back while any of them may be repeated."""
+    """Allocates the intermediate tensors of graphs.
+
+    Graphs are repeated one at a time, so a block that one graph no longer uses is free for all graphs. Blocks are not
+    returned to the system while the arena lives, because a graph may be repeated at any time.
+    """
 
     def __init__(self) -> None:
         self.library = library()
         self.replay = self.library.function("replay", POINTER, INT)
         self._blocks: list[Tensor] = []
-        self._free: dict[int, list[int]] = {}  # addresses by size
+        self._free: dict[int, list[int]] = {}  # maps a block size in bytes to the addresses of its free blocks
 
     @property
     def num_bytes(self) -> int:
-        """Of all blocks."""
+        """Returns the total size of all blocks in bytes."""
         return sum(block.numel() for block in self._blocks)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Like `torch.empty`; its block is free again when the last view of it is gone."""
+        """Returns an uninitialised tensor. Its block is free again when the last view of the tensor is deleted."""
         wanted = max(1, math.prod(shape)) * dtype.itemsize
         size = 1 << (wanted - 1).bit_length()
         free = self._free.setdefault(size, [])
@@ -64,7 +67,7 @@ class Arena:
 
 
 def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable[[], None] | None = None) -> Tensor:
-    """A tensor over memory; `let_go` is called when its last view is gone."""
+    """Returns a tensor over the memory at `address`. `let_go` is called when the last view of the tensor is deleted."""
     memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     if let_go is not None:
         weakref.finalize(memory, let_go)
@@ -72,8 +75,10 @@ def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable
 
 
 class _Recorder(TorchFunctionMode):
-    """Takes memory for new tensors from the arena, and lets nothing else of torch be computed: it would be missing
-    when the calls are repeated."""
+    """Allocates new tensors in the arena and forbids all computation by torch while a graph is recorded.
+
+    A graph records calls to the compiled library only, so a computation by torch would be missing in its repetitions.
+    """
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
@@ -99,9 +104,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 class NativeGraph:
-    """See `engine.graphs.Graph`. Graphs of one arena share its memory, so only one of them may be repeated at a time.
+    """Implements `engine.graphs.Graph`. Graphs of one arena share its memory, so only one may be repeated at a time.
 
-    The inputs of what is recorded, weights and caches must stay where they are.
+    The input tensors of the recorded calls, the weights and the caches must keep their addresses.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -114,16 +119,17 @@ class NativeGraph:
         return len(self._calls)
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Runs `run`, once, and records its calls. Returns what it returned, which is good while the arena lives."""
+        """Runs `run` once and records its calls. Returns the result of `run`, which is valid while the arena lives."""
         with self._arena.library.recording() as recorded, _Recorder(self._arena):
             output = run()
         self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
-        # The graph remembers where its result lies; the block is the arena's again once the caller has done with it.
+        # The graph keeps only the address of its result. The block returns to the arena when the caller has deleted
+        # the result.
         self._output = _at(output.data_ptr(), output.shape, output.dtype)
         return output
 
     def replay(self) -> Tensor:
-        """Repeats them; what `run` returned, which a replay of any graph of the arena may overwrite."""
+        """Repeats the recorded calls and returns the result. A replay of any graph of the arena may overwrite it."""
         if self._output is None:
             raise RuntimeError("nothing was captured that could be repeated")
         self._arena.replay(ctypes.addressof(self._calls), len(self._calls))

@@ -1,4 +1,4 @@
-"""The compiled library: finding it, and its functions with their types."""
+"""This module finds and loads the compiled library, and gives its functions their types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from jamba_server.kernels.ops import KernelUnavailable
 logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-"""What the library has code for, by the number it uses; each machine runs all up to its own."""
+"""The instruction sets that the library has code for. An index here is the library's number for the instruction set.
+A machine can run its own and all lower ones."""
 
 
 class _Dtypes(dict[torch.dtype, int]):
@@ -31,23 +32,28 @@ DTYPES = _Dtypes({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 """The library's numbers for dtypes. ValueError for any other."""
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-"""Types of arguments. A tensor goes as its `data_ptr()`; a missing one as None."""
+"""The types of arguments. A tensor is passed as its `data_ptr()`, and a missing tensor as None."""
 
 
 class Library:
-    """The functions of one shared library."""
+    """Gives access to the functions of one shared library."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
         self._recorded = threading.local()
-        self._hook = self._record  # one object for ever: a call under way on another thread may be about to use it
+        # The hook is kept for ever, because a call in flight on another thread may still use it.
+        self._hook = self._record
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
-        """A function by its name, the types of its arguments and of its result."""
+        """Returns the function `name`, with these types of arguments and result.
+
+        Raises KernelUnavailable if the library does not have it.
+        """
         try:
-            found = self._library[name]  # an object of its own each time, so that its types are ours alone
+            # ctypes returns a new function object each time, so nobody else changes its types.
+            found = self._library[name]
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
         found.argtypes, found.restype = list(arguments), result
@@ -56,13 +62,14 @@ class Library:
 
     @contextmanager
     def recording(self) -> Generator[list[tuple[Any, tuple[Any, ...]]]]:
-        """All calls of this thread from here to the end, each a function with its arguments."""
+        """Records the calls that this thread makes inside the `with` block, as a list of (function, arguments)."""
         calls: list[tuple[Any, tuple[Any, ...]]] = []
         with self._recorder:
             try:
                 self._recorded.calls = calls
                 for function in self._functions:
-                    function.errcheck = self._hook  # ctypes' own: calls that nobody records do not pay for it
+                    # ctypes runs this hook after each call, only while a graph is recorded.
+                    function.errcheck = self._hook
                 yield calls
             finally:
                 self._recorded.calls = None
@@ -75,21 +82,21 @@ class Library:
         return result
 
     def level(self) -> str:
-        """The instructions in use."""
+        """Returns the name of the instruction set that the library uses."""
         return LEVELS[self.function("machine_level", result=INT)()]
 
     def set_level(self, level: str) -> None:
-        """For tests: uses the code of a lower level. ValueError if the machine cannot run it."""
+        """Makes the library use a lower instruction set, for tests. Raises ValueError if the machine cannot run it."""
         if self.function("set_level", INT, result=INT)(LEVELS.index(level)) != LEVELS.index(level):
             raise ValueError(f"this machine has no {level}")
 
     def set_threads(self, threads: int) -> None:
-        """How many threads a kernel may use, the caller's included."""
+        """Sets the number of threads that a kernel may use, including the caller's."""
         self.function("set_threads", INT)(threads)
 
 
 def library() -> Library:
-    """The library, with as many threads as torch has now. KernelUnavailable if it was not built."""
+    """Returns the library and sets its number of threads to torch's. Raises KernelUnavailable if it was not built."""
     found = open_library(Path(__file__).parent)
     found.set_threads(torch.get_num_threads())
     return found
@@ -97,7 +104,7 @@ def library() -> Library:
 
 @cache
 def open_library(folder: Path) -> Library:
-    """The library in `folder`, loaded once. KernelUnavailable with the reason if there is none, or a broken one."""
+    """Loads the library in `folder`, once. Raises KernelUnavailable if there is none or it cannot be loaded."""
     built = sorted(folder.glob("_native*.so"))
     if not built:
         raise KernelUnavailable("it was built without a C++ compiler; install one (g++) and reinstall jamba-server")

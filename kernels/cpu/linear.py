@@ -1,4 +1,4 @@
-"""Matrix product with a weight, the same bits for a row whatever stands beside it."""
+"""This op multiplies by a packed weight in compiled code. Its results are batch-invariant."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
-_STEP = 8  # inputs that int4 takes at once: no group may end within
-_FP8 = -8  # what the library calls the bits of float8_e4m3fn
+_STEP = 8  # A product with int4 processes this many inputs at once. A group must have a multiple of them.
+_FP8 = -8  # The library uses this value of `bits` for float8_e4m3fn.
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [N, K] in panels of 32 rows (`src/gemm.h`). `panels`: uint8 memory; `rows` is N, `inputs` K.
+    """Holds a weight [N, K] packed in panels of 32 rows (`src/gemm.h` describes the layout).
 
     `dtype` is the weight's and x's; None if the weight is quantised, which any x goes with: in `bits` bits (-8: fp8),
     with a scale for each `group_size` inputs. Both are 0 otherwise. `matrices`: how many such weights lie in a row.
@@ -39,7 +39,7 @@ class PackedWeight:
 
 
 class Packer:
-    """Brings weights into panels, in memory of huge pages."""
+    """Packs weights into panels, in memory that uses huge pages."""
 
     def __init__(self) -> None:
         native = library()
@@ -50,7 +50,7 @@ class Packer:
         self._pack_quantized = native.function("pack_quantized", POINTER, POINTER, POINTER, INT, INT, INT, INT)
 
     def __call__(self, weight: Weight) -> PackedWeight:
-        """weight: [N, K], or [E, N, K], whose E matrices' panels lie one after the other."""
+        """Packs a weight [N, K], or E weights [E, N, K], whose panels are stored one after the other."""
         if isinstance(weight, QuantizedWeight):
             return self._quantized(weight)
         _check_dense(weight)
@@ -77,7 +77,7 @@ class Packer:
         return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
     def _memory(self, size: int) -> Tensor:
-        """uint8 [size]; from one huge page on it starts at a page's border, and its whole pages are huge ones."""
+        """Returns uint8 memory [size]. From the size of one huge page on, it is aligned to huge pages and uses them."""
         if size < _HUGE_PAGE:
             return torch.empty(size, dtype=torch.uint8)
         memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
@@ -92,7 +92,7 @@ def _check_dense(weight: Tensor) -> None:
 
 
 def _check(weight: QuantizedWeight) -> None:
-    """ValueError unless the library has code for this weight."""
+    """Raises ValueError if the library has no code for this weight."""
     values, scales, size, bits = weight
     _check_dense(values)
     require(scales.is_cpu, "scales", scales, "be in the CPU's memory")

@@ -1,4 +1,7 @@
-"""A Mamba layer's decode between in_proj and out_proj in one call: its seven parts are shorter than seven calls."""
+"""This op runs a Mamba layer's decode step between in_proj and out_proj in one call to the compiled library.
+
+The seven parts of the step run so briefly that seven separate calls would take longer than the computation.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _PARTS = (CausalConv1dUpdate, Linear, RmsNorm, SelectiveStateUpdate)
 
 
 class _Pointers(ctypes.Structure):
-    """`MambaWeights` of `src/mamba.cpp`."""
+    """Holds the addresses and sizes of a layer's weights, in the layout of `MambaWeights` in `src/mamba.cpp`."""
 
     _fields_ = (
         ("conv_weight", POINTER),
@@ -63,7 +66,7 @@ class MambaDecode:
         )
         for part, kind in zip(parts, _PARTS, strict=True):
             if not isinstance(part, kind):
-                raise KernelUnavailable(f"it stands for kernels.cpu's {kind.__name__}, another one was chosen")
+                raise KernelUnavailable(f"it replaces kernels.cpu's {kind.__name__}, which was not chosen")
 
     def pack(self, weights: MambaWeights) -> PackedMamba:
         """See `kernels.ops.MambaDecode`."""

@@ -1,4 +1,4 @@
-"""Mixture of experts, and the activation that it shares with the dense feed-forward layer."""
+"""These ops run a mixture of experts with the compiled library. `SiluAndMul` also serves dense feed-forward layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SiluAndMul:
 
 
 class Experts(NamedTuple):
-    """Packed weights of E experts: gate_up [E, 2F, H], gate rows first, and down [E, H, F]."""
+    """Holds the packed weights of E experts: gate_up [E, 2F, H], the gate's rows first, and down [E, H, F]."""
 
     gate_up: PackedWeight
     down: PackedWeight
@@ -37,7 +37,7 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """See `kernels.ops.RunExperts`. The weights of an expert are read once a call for all of its tokens."""
+    """Implements `kernels.ops.RunExperts`. One call reads the weights of an expert once, for all of its tokens."""
 
     def __init__(self) -> None:
         self._pack = Packer()
@@ -46,7 +46,7 @@ class RunExperts:
         )
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """See `kernels.ops.RunExperts`. ValueError unless both have the same format."""
+        """Packs the weights of the experts. Raises ValueError if gate_up and down differ in format."""
         packed = Experts(self._pack(gate_up), self._pack(down), len(down if isinstance(down, Tensor) else down.values))
         first, second = ((weight.dtype, weight.bits) for weight in packed[:2])
         if first != second:

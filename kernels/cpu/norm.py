@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual added on the way."""
+"""This op computes RMSNorm, fused with the addition of the residual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts."""
+"""The router of a mixture of experts chooses the experts of each token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling without sorting the vocabulary: the cut of top-k and top-p is narrowed down digit by digit."""
+"""This op samples tokens without sorting the vocabulary: it finds the cut of top-k and top-p digit by digit."""
 
 from __future__ import annotations
 

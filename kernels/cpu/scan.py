@@ -1,4 +1,4 @@
-"""The selective scan: a vector of channels at a time, with their state in registers from token to token."""
+"""These ops run the selective scan in compiled code, a vector of channels at a time, with their state in registers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SelectiveScan(_Recurrence):
 
 
 class SelectiveStateUpdate(_Recurrence):
-    """See `kernels.ops.SelectiveStateUpdate`: the same code, so the same bits."""
+    """Implements `kernels.ops.SelectiveStateUpdate` with the code of `SelectiveScan`, so both give the same bits."""
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.SelectiveStateUpdate`."""

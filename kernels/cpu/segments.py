@@ -1,4 +1,4 @@
-"""`kernels.ops.Segments` as arguments of the library (`src/segments.h`)."""
+"""Functions that convert `kernels.ops.Segments` to arguments of the library (`src/segments.h`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jamba_server.kernels.cpu.library import INT, POINTER
 from jamba_server.kernels.ops import Segments
 
 SEGMENTS = (INT, *[POINTER] * 6)
-"""Types of what `ragged` and `one_row_each` return."""
+"""The types of the arguments that `ragged` and `one_row_each` return."""
 
 
 def ragged(segments: Segments) -> tuple[Any, ...]:
-    """All of it; `segments` must outlive the call."""
+    """Returns `segments` as arguments. They have the addresses of its tensors, which must live until the call ends."""
     saves, sequences, num_saves = segments.saves, segments.state_ids.shape[0], segments.saves.rows.shape[0]
     whole("segments.query_start", segments.query_start, torch.int32, (sequences + 1,))
     whole("segments.state_ids", segments.state_ids, torch.int32, (sequences,))
@@ -36,6 +36,6 @@ def ragged(segments: Segments) -> tuple[Any, ...]:
 
 
 def one_row_each(state_ids: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """One row of x for each sequence, all of which have a state."""
+    """Returns the arguments for one row of x for each sequence, where every sequence has a state."""
     whole("state_ids", state_ids, torch.int32, (x.shape[0],))
     return state_ids.shape[0], None, state_ids.data_ptr(), None, None, None, None

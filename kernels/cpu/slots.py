@@ -1,4 +1,4 @@
-"""Writes into paged and slotted storage."""
+"""These ops write KV pages, and copy, compress and restore states between slots."""
 
 from __future__ import annotations
 

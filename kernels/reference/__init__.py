@@ -1,8 +1,10 @@
-"""Every op in plain torch, written to be read: the oracle of the other implementations and the last resort.
+"""The reference implements every op in readable torch code. Tests compare other implementations with it.
 
-The letters are those of `kernels.ops`. Results do not depend on batch mates or on chunking because
-* sums that vary in shape are folded in a fixed order (`exact.ordered_sum`), functions of one element give the same
-  bits wherever it stands (`exact.silu`, `exact.softplus`), and
+It also runs where no other implementation does. Shapes use the letters of `kernels.ops`. Results are batch-invariant
+because
+* sums are folded in a fixed order that does not depend on the tensor's shape (`exact.ordered_sum`),
+* functions of one element give the same bits at every place of a tensor (`exact.silu`, `exact.softplus`), and
 * attention works on tiles of one fixed shape.
-Exempt are `linear` and `run_experts`: torch's matrix product picks its order of summation by the number of rows.
+`linear` and `run_experts` are not batch-invariant, because torch's matrix product chooses its order of summation by the
+number of rows.
 """

@@ -1,11 +1,13 @@
-"""Causal attention over paged keys and values, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1).
+"""This module computes causal attention over paged keys and values, with an online softmax.
 
-Scores are products of a tile of TILE rows with a block of KEYS keys. A matrix product's bits depend on its shape, and
-may depend on a row's place in it, so both are the same however the rows arrive: every tile starts at a multiple of TILE
-tokens of its sequence and every block at a multiple of KEYS, and rows that are not there count as zeros. One token is
-thus computed in the place that it has in a long chunk.
+The algorithm is FlashAttention (Dao et al. 2022, Algorithm 1).
 
-The Q // G query heads that read one KV head share its tile. Pages are read token by token, so results do not depend on
+Scores are products of a tile of TILE rows with a block of KEYS keys. The bits of a matrix product depend on its shape,
+and may depend on a row's place in the tile. Both are therefore independent of how a prompt is cut into chunks: a tile
+starts at a multiple of TILE tokens of its sequence, a block starts at a multiple of KEYS tokens, and missing rows are
+filled with zeros. A single decoded token thus has the same place in its tile as it has in a long chunk.
+
+The Q // G query heads that read one KV head share a tile. Pages are read token by token, so results do not depend on
 the page size either.
 """
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import Pages
 
-TILE = 8  # a lone token costs as much as TILE
+TILE = 8  # A tile has TILE tokens. A single token costs as much as a full tile.
 KEYS = 128
 
 
@@ -37,35 +39,38 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
 
 
 def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scale: float) -> Tensor:
-    """The last rows q [L, Q, Z] of one sequence of context_len tokens. Returns float32 [L, Q, Z]."""
+    """Returns the attention of the last L rows, q [L, Q, Z], of a sequence of context_len tokens: float32 [L, Q, Z]."""
     first = context_len - len(q)
     lead = first % TILE
     tiles = _to_tiles(q.float() * scale, lead, kv_heads=pages.k.shape[2])
     group = q.shape[1] // pages.k.shape[2]
     tile_starts = range(first - lead, context_len, TILE)
-    # What the online softmax carries per row: the largest score, the sum of weights, the weighted sum of values.
-    peak = tiles.new_full((*tiles.shape[:-1], 1), -torch.inf)
-    total, values = torch.zeros_like(peak), torch.zeros_like(tiles)
+    # The online softmax carries three numbers per row: the maximum score, the sum of weights, and the weighted values.
+    maximum = tiles.new_full((*tiles.shape[:-1], 1), -torch.inf)
+    weight_sum, values = torch.zeros_like(maximum), torch.zeros_like(tiles)
     offsets = torch.arange(TILE, device=q.device).repeat(group)
     for block_start in range(0, context_len, KEYS):
         k, v, key_positions = _gather(pages, block_table, block_start, context_len)
         for i, tile_start in enumerate(tile_starts):
             if tile_start + TILE <= block_start:
                 continue
-            # `clone` aligns the operand as a lone tile is aligned.
+            # `clone` gives every tile the memory alignment of a single tile, on which the product's bits may depend.
             scores = tiles[i].clone() @ k
             scores.masked_fill_(key_positions > tile_start + offsets[:, None], -torch.inf)
-            # Key 0 is visible to every row, so the peak is finite from the first block on.
-            new_peak = torch.maximum(peak[i], scores.amax(-1, keepdim=True))
-            weights, shrink = torch.exp(scores - new_peak), torch.exp(peak[i] - new_peak)
-            total[i] = total[i] * shrink + weights.sum(-1, keepdim=True)
-            values[i] = values[i] * shrink + weights @ v
-            peak[i] = new_peak
-    return _from_tiles(values / total, lead, len(q))
+            # Every row sees key 0, so the maximum is finite from the first block on.
+            new_maximum = torch.maximum(maximum[i], scores.amax(-1, keepdim=True))
+            weights, rescale = torch.exp(scores - new_maximum), torch.exp(maximum[i] - new_maximum)
+            weight_sum[i] = weight_sum[i] * rescale + weights.sum(-1, keepdim=True)
+            values[i] = values[i] * rescale + weights @ v
+            maximum[i] = new_maximum
+    return _from_tiles(values / weight_sum, lead, len(q))
 
 
 def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
-    """[L, Q, Z] as [tiles, G, (Q // G) * TILE, Z]; `lead` rows of the first tile precede q, zeros fill the last."""
+    """Returns q [L, Q, Z] as tiles [tiles, G, (Q // G) * TILE, Z].
+
+    The first tile starts with `lead` rows of zeros; zeros also fill the rest of the last tile.
+    """
     length, heads, size = q.shape
     tail = -(lead + length) % TILE
     padded = torch.cat([q.new_zeros(lead, heads, size), q, q.new_zeros(tail, heads, size)])
@@ -74,17 +79,17 @@ def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
 
 
 def _from_tiles(tiles: Tensor, lead: int, length: int) -> Tensor:
-    """The inverse of `_to_tiles`."""
+    """Returns tiles as rows [L, Q, Z]: the inverse of `_to_tiles`."""
     count, kv_heads, rows, size = tiles.shape
     by_row = tiles.view(count, kv_heads, rows // TILE, TILE, size).permute(0, 3, 1, 2, 4)
     return by_row.reshape(count * TILE, -1, size)[lead : lead + length]
 
 
 def _gather(pages: Pages, block_table: Tensor, start: int, context_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """K [G, Z, KEYS] and V [G, KEYS, Z] of the tokens from `start` on in float32, and their positions [KEYS].
+    """Returns K [G, Z, KEYS] and V [G, KEYS, Z] of the tokens from `start` on in float32, and their positions [KEYS].
 
-    Behind the context's end stands its last token again: no row sees it there, and it is finite where a page's unused
-    rest may hold anything.
+    Positions after the end of the context repeat its last token. No row sees these copies, and unlike the unused part
+    of a page they are finite.
     """
     positions = torch.arange(start, start + KEYS, device=block_table.device)
     tokens = positions.clamp(max=context_len - 1)

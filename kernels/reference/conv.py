@@ -1,8 +1,8 @@
-"""The short causal convolution in front of the scan (Gu & Dao 2023, figure 3), one filter a channel.
+"""This module computes the short causal convolution before the scan (Gu & Dao 2023, figure 3), one filter per channel.
 
 causal_conv1d corresponds to causal_conv1d_fn of the causal-conv1d package, causal_conv1d_update to the function of that
-name. Deviations: the sequences of a batch lie in one row instead of being padded, channels are the last axis (no
-transposition around a Mamba layer), and the state holds W-1 inputs, since the oldest of W is never used again.
+name. There are three differences. The sequences of a batch are concatenated instead of padded. Channels are the last
+axis, so a Mamba layer transposes nothing. The state holds W-1 inputs, because the oldest of W is never used again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Te
     tokens, sequences = len(x), len(segments.state_ids)
     row = torch.arange(tokens, device=x.device)
     history = torch.arange(width - 1, device=x.device)
-    # The tape holds each sequence's stored inputs followed by its new ones: the window of row r starts at
-    # r + (width - 1) * sequence, and the state after row r is that window without its first input.
+    # The tape holds, for each sequence, the inputs from its state followed by its new inputs. The window of row r
+    # starts at r + (width - 1) * sequence, and the state after row r is that window without its first input.
     window_start = row + (width - 1) * sequence_of_row(segments)
     tape = x.new_empty(tokens + (width - 1) * sequences, x.shape[1])
     first_window = window_start[segments.query_start[:-1]]
@@ -43,7 +43,10 @@ def causal_conv1d_update(
 
 
 def _filter(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """silu(sum over taps of inputs[tap] [T, D] * weight[tap] [D], oldest first, + bias). float32 until the end."""
+    """Returns silu(sum over taps of inputs[tap] [T, D] * weight[tap] [D], + bias).
+
+    The oldest input is added first. All arithmetic is in float32; the result is rounded to the inputs' dtype.
+    """
     total = inputs[0].float() * weight[0].float()
     for taken, tap in zip(inputs[1:], weight[1:], strict=True):
         total = total + taken.float() * tap.float()

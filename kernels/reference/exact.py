@@ -1,8 +1,8 @@
-"""Sums and functions whose bits depend on their operands alone, not on the shape of the tensor around them.
+"""The sums and functions of this module give an element the same bits whatever the shape of the tensor around it.
 
-torch's add, multiply, divide, exp, log1p and rsqrt qualify. Its `sum` does not (its order follows shape and memory
-layout), nor do `silu`, `sigmoid` and `softplus` on a CPU (the ends of a tensor take another code path than its
-middle).
+torch's add, multiply, divide, exp, log1p and rsqrt have this property. torch's `sum` does not, because its order
+follows the shape and the memory layout. On a CPU, torch's `silu`, `sigmoid` and `softplus` do not have it either,
+because the ends of a tensor run through another code path than its middle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def ordered_sum(x: Tensor, dim: int) -> Tensor:
-    """Sum over `dim`, which is kept with size 1: the upper half is added upon the lower until one is left."""
+    """Returns the sum over `dim`, which stays as a dimension of size 1.
+
+    The upper half of the elements is added to the lower half, again and again, until one element is left.
+    """
     while (size := x.shape[dim]) > 1:
         half = size // 2
         folded = x.narrow(dim, 0, half) + x.narrow(dim, size - half, half)
@@ -21,10 +24,10 @@ def ordered_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x). float32."""
+    """Returns x * sigmoid(x). x is float32."""
     return x / (1 + torch.exp(-x))
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), and x itself above 20, where float32 knows no difference. float32."""
+    """Returns log(1 + exp(x)). Above 20 it returns x, which is the same number in float32. x is float32."""
     return torch.where(x > 20, x, torch.log1p(torch.exp(x)))

@@ -1,4 +1,4 @@
-"""Matrix product with a weight."""
+"""This module multiplies by a weight, plain or quantised, with torch's matrix product."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 
 def contiguous(weight: Weight) -> Weight:
-    """The weight, its rows one after the other."""
+    """Returns the weight with contiguous tensors."""
     if isinstance(weight, Tensor):
         return weight.contiguous()
     return weight._replace(values=weight.values.contiguous(), scales=weight.scales.contiguous())
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] times the weight [N, K] transposed, plus bias [N]."""
+    """Returns x [T, K] times the transpose of the weight [N, K], plus bias [N]."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     return quantized_product(x, weight, bias)
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """`product` in float32, group after group as `QuantizedWeight` has it, rounded to x's dtype at the end."""
+    """Returns the product with a quantised weight, summed in float32 and rounded to x's dtype at the end.
+
+    The groups are added in ascending order, as `QuantizedWeight` defines the product.
+    """
     size, wide = weight.group_size, x.float()
     total = torch.zeros(x.shape[0], weight.values.shape[0], device=x.device)
     for group in range(weight.scales.shape[1]):
@@ -34,14 +37,14 @@ def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -
 
 
 class Linear:
-    """See `kernels.ops.Linear`.
+    """Implements `kernels.ops.Linear`.
 
-    Not exact across batches: the library behind torch picks its order of summation by the number of rows, so that a
-    row's last bits may change with it.
+    The result is not batch-invariant: the library that torch uses chooses its order of summation by the number of rows,
+    so the last bits of a row may change with that number.
     """
 
     def pack(self, weight: Weight) -> Weight:
-        """Keeps the layout."""
+        """Returns the weight without a change of layout."""
         return contiguous(weight)
 
     def rows(self, weight: Weight, ids: Tensor) -> Tensor:

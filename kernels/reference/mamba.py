@@ -1,4 +1,4 @@
-"""A Mamba layer's decode between in_proj and out_proj: the ops that it consists of, one after the other."""
+"""This module runs a Mamba layer's decode step between in_proj and out_proj by calling the layer's ops in turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jamba_server.kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, R
 
 
 class MambaDecode:
-    """See `kernels.ops.MambaDecode`. Runs whatever implementations of its parts were chosen."""
+    """Implements `kernels.ops.MambaDecode` by calling the implementations that were chosen for its parts."""
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
-"""Mixture of experts as Jamba has it (Lieber et al. 2024, section 2): no capacity, no shared expert, no dropped token.
+"""This module runs Jamba's mixture of experts (Lieber et al. 2024, section 2).
 
-Deviation from transformers: a token's outputs are added in the order of its ranking rather than of the experts'
-numbers, and in float32.
+Experts have no capacity limit, there is no shared expert, and no token is dropped. There is one difference from
+transformers: the outputs of a token's experts are added in float32 and in the order of their rank, not in the order of
+the experts' numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     wide = logits.float()
     weights = torch.exp(wide - wide.amax(-1, keepdim=True))
     probabilities = weights / ordered_sum(weights, -1)
-    # torch.topk leaves the order of equals open; a stable sort keeps the lower index first.
+    # The order in which torch.topk returns equal elements is undefined; a stable sort keeps the lower index first.
     best = probabilities.sort(dim=-1, descending=True, stable=True)
     return best.values[:, :top_k], best.indices[:, :top_k].int()
 
@@ -33,14 +34,14 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 class Experts(NamedTuple):
-    """gate_up [2F, H], gate rows first, and down [H, F] of each expert."""
+    """Holds the weights of each expert: gate_up [2F, H], the gate's rows first, and down [H, F]."""
 
     gate_up: tuple[Weight, ...]
     down: tuple[Weight, ...]
 
 
 def _each(weight: Weight) -> tuple[Weight, ...]:
-    """The matrices of a weight [E, N, K]."""
+    """Splits a weight [E, N, K] into E matrices [N, K]."""
     whole = contiguous(weight)
     if isinstance(whole, Tensor):
         return whole.unbind()
@@ -49,16 +50,16 @@ def _each(weight: Weight) -> tuple[Weight, ...]:
 
 
 class RunExperts:
-    """See `kernels.ops.RunExperts`. Not exact across batches: see `kernels.reference`."""
+    """Implements `kernels.ops.RunExperts`. It is not batch-invariant, because torch's matrix product is not."""
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Keeps the layout."""
+        """Returns the weights of each expert, without a change of layout."""
         return Experts(_each(gate_up), _each(down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """Each expert that any token chose runs once, on all of its tokens."""
+        """Runs each expert that any token chose once, on all tokens that chose it."""
         tokens, top_k = ids.shape
-        chosen = ids.flatten()  # entry t * K + rank is token t's choice of that rank
+        chosen = ids.flatten()  # Entry t * K + rank is the expert that token t has at that rank.
         by_expert = chosen.argsort(stable=True)
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         counts = chosen.bincount(minlength=len(experts.down)).tolist()
@@ -66,7 +67,7 @@ class RunExperts:
             if len(entries):
                 hidden = silu_and_mul(product(x[entries // top_k], experts.gate_up[expert]))
                 outputs[entries] = product(hidden, experts.down[expert])
-        # Rounded where transformers rounds: the weights, then each expert's weighted output.
+        # As in transformers, the weights are rounded first, then each expert's weighted output.
         weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
         total = weighted[:, 0].float()
         for rank in range(1, top_k):

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019, equation 4), rounded where transformers' JambaRMSNorm rounds."""
+"""This module computes RMSNorm (Zhang & Sennrich 2019, equation 4) and rounds where transformers' JambaRMSNorm does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jamba_server.kernels.reference.exact import ordered_sum
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `kernels.ops.RmsNorm`."""
-    total = x if residual is None else x + residual
-    wide = total.float()
-    variance = ordered_sum(wide * wide, -1) / total.shape[-1]
-    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype), total
+    summed = x if residual is None else x + residual
+    wide = summed.float()
+    variance = ordered_sum(wide * wide, -1) / summed.shape[-1]
+    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype), summed

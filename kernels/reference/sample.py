@@ -1,12 +1,12 @@
-"""Sampling by the Gumbel-max trick, in plain torch: the oracle of `kernels.ops.Sample`.
+"""This module samples tokens by the Gumbel-max trick, in plain torch. Tests compare other implementations with it.
 
-argmax(scores + Gumbel noise) is a draw from softmax(scores) (Maddison, Tarlow & Minka 2014, "A* Sampling", section 2);
-tokens that a filter takes away have score -inf. The noise is counter-based: that of token v comes from output v of the
-generator SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"; its finaliser is
-Stafford's variant 13) seeded with the row's key, so that nothing but key and token decides it.
+argmax(scores + Gumbel noise) is a draw from softmax(scores) (Maddison, Tarlow & Minka 2014, "A* Sampling", section 2).
+Tokens that a filter removes have the score -inf. The noise is counter-based: the noise of token v is computed from
+output v of the generator SplitMix64, seeded with the row's key, so it depends on key and token alone. (SplitMix64 is
+from Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's finaliser 13.)
 
-On a CPU a row's bits never depend on its batch mates: sums over the vocabulary are cumulative sums, which run in order,
-because torch splits a plain sum among threads differently for one row than for many.
+On a CPU the results are batch-invariant. Sums over the vocabulary are therefore cumulative sums, which run in order;
+torch splits a plain sum among threads differently for one row than for many.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import SampleInputs
 
-# SplitMix64's increment (2**64 / golden ratio, odd) and multipliers, as signed integers: int64 arithmetic wraps around
+# These are SplitMix64's increment (the odd number next to 2**64 / golden ratio) and its two multipliers. They are
+# written as signed integers because torch has no uint64 arithmetic; int64 arithmetic wraps around in the same way.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-CANDIDATES = 1024  # top-k and top-p sort only this many tokens, unless the kept set is larger
+CANDIDATES = 1024  # Top-k and top-p sort this many tokens. A row that keeps more tokens sorts the whole vocabulary.
 ID_MASK = 2**32 - 1
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """`kernels.ops.Sample`. A greedy batch costs one argmax; ranking is for rows with top_k or top_p."""
+    """Implements `kernels.ops.Sample`. Greedy rows need one argmax only; only rows with top_k or top_p are sorted."""
     token_ids = logits.argmax(dim=-1)
     rows = inputs.temperature.nonzero().squeeze(-1)
     if len(rows) > 0:
@@ -38,8 +39,9 @@ def _select(inputs: SampleInputs, rows: Tensor) -> SampleInputs:
 
 
 def _sample_noisy(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """`sample` where no row is greedy."""
-    # relative to the best token, so that no temperature overflows and the differences that matter keep their bits
+    """Returns the sampled tokens of rows of which none is greedy: int64 [N]."""
+    # Scores are relative to the best token. So a small temperature cannot overflow, and the scores near the best one,
+    # which matter, keep their precision.
     best = logits.max(dim=-1, keepdim=True).values
     scores = (logits - best) / inputs.temperature[:, None]
     token_ids = torch.empty_like(inputs.keys)
@@ -52,12 +54,15 @@ def _sample_noisy(logits: Tensor, inputs: SampleInputs) -> Tensor:
 
 
 def _sample_all(scores: Tensor, inputs: SampleInputs) -> Tensor:
-    """From the whole vocabulary."""
+    """Samples from the whole vocabulary, for rows without top-k and top-p."""
     return _draw(scores, torch.arange(scores.shape[1], device=scores.device).expand_as(scores), inputs)
 
 
 def _sample_best(scores: Tensor, inputs: SampleInputs, num_candidates: int = CANDIDATES) -> Tensor:
-    """From what top-k and top-p leave. Rows that keep more than `num_candidates` tokens rank the whole vocabulary."""
+    """Samples from the tokens that top-k and top-p keep.
+
+    Rows that keep more than `num_candidates` tokens are computed again with a sort of the whole vocabulary.
+    """
     width = min(num_candidates, scores.shape[1])
     ids = best_ids(scores, width)
     candidates = scores.gather(1, ids)
@@ -71,14 +76,16 @@ def _sample_best(scores: Tensor, inputs: SampleInputs, num_candidates: int = CAN
 
 
 def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor:
-    """How many of the best tokens top-k leaves, and of those top-p: the fewest whose mass reaches it. int64 [N].
+    """Returns how many of the best tokens each row keeps after top-k and then top-p: int64 [N].
 
-    scores: float32 [N, V], relative to the best; candidates: their best W, in order. A number above W means: unknown,
-    more than W.
+    Of the tokens that top-k keeps, top-p keeps the fewest best ones whose probability mass reaches it. scores: float32
+    [N, V], relative to the best; candidates: the best W scores of each row, in descending order. A result above W only
+    says that the row keeps more than W tokens.
     """
     size, width = scores.shape[1], candidates.shape[1]
     k = torch.where(inputs.top_k > 0, inputs.top_k.long(), size).clamp_(max=size)
-    mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)  # of the best 1, 2, ... W tokens
+    # Column i has the probability mass of the best i + 1 tokens.
+    mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)
     all_mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)[:, -1]
     k_mass = mass.gather(1, k.clamp(max=width)[:, None] - 1).squeeze(1)
     wanted = torch.where(inputs.top_p < 1, inputs.top_p * torch.where(k < size, k_mass, all_mass), torch.inf)
@@ -87,18 +94,22 @@ def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor
 
 
 def _draw(scores: Tensor, ids: Tensor, inputs: SampleInputs) -> Tensor:
-    """Of tokens `ids` (int64 [N, W]) with `scores` relative to the best, after min-p, the winner. Returns int64 [N]."""
-    # p >= min_p * (largest p), in logarithms
+    """Applies min-p and draws one of the tokens `ids` (int64 [N, W]) for each row: int64 [N].
+
+    `scores` [N, W] are relative to the row's best score.
+    """
+    # In logarithms, min-p's condition p >= min_p * (largest p) is score >= log(min_p).
     noisy = gumbel_noise(inputs.keys, ids).add_(scores)
     noisy.masked_fill_(scores < inputs.min_p.log()[:, None], -torch.inf)
     return ids.gather(1, noisy.argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
 def best_ids(scores: Tensor, count: int) -> Tensor:
-    """The `count` highest scores' positions in each row, best first, ties to the lower one.
+    """Returns the positions of the `count` highest scores of each row, the best first: int64 [N, count].
 
-    scores: float32 [N, V], at most 0: the magnitudes' bits then order them as integers, which leaves room for the
-    position, and makes every key of the selection different. Returns int64 [N, count].
+    Of equal scores, the one with the lower position comes first. scores: float32 [N, V], none above 0. Such numbers are
+    ordered by the bits of their magnitudes, read as integers. A key has these bits in its upper half and the position
+    in its lower half, so that all keys are different.
     """
     keys = scores.abs().view(torch.int32).to(torch.int64)
     keys <<= 32
@@ -107,18 +118,26 @@ def best_ids(scores: Tensor, count: int) -> Tensor:
 
 
 def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise of tokens `ids` (int64 [N, W]) in rows with `keys` (int64 [N]). Returns float64 [N, W]:
-    a float32 uniform would end the tail at 16.6, which the draws from a large vocabulary reach."""
+    """Returns standard Gumbel noise of tokens `ids` (int64 [N, W]) in rows with `keys` (int64 [N]): float64 [N, W].
+
+    With float32 the noise could not exceed 16.6, a value that draws from a large vocabulary reach.
+    """
     return uniform(random_bits(keys, ids)).log_().neg_().log_().neg_()
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """float64 in (0, 1), both ends excluded, from the upper 52 of 64 random bits: with 53 the half would round to 1."""
+    """Returns uniform float64 numbers in (0, 1), both ends excluded, from the upper 52 of 64 random bits.
+
+    With 53 bits, adding one half would round the largest number to 1.
+    """
     return _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
 
 
 def random_bits(keys: Tensor, ids: Tensor) -> Tensor:
-    """int64 [N, W]: outputs number `ids` (int64 [N, W], from 0) of SplitMix64 seeded with `keys` (int64 [N])."""
+    """Returns the outputs of SplitMix64 with the numbers `ids` (int64 [N, W], from 0): int64 [N, W].
+
+    Each row has its own generator, seeded with its element of `keys` (int64 [N]).
+    """
     bits = (ids + 1).mul_(GAMMA).add_(keys[:, None])
     for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
         bits ^= _shift_right(bits, shift)
@@ -128,5 +147,5 @@ def random_bits(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift of 64 bits; torch's own keeps the sign."""
+    """Shifts 64 bits to the right and fills with zeros; torch's own shift copies the sign bit."""
     return (bits >> count).bitwise_and_(2 ** (64 - count) - 1)

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba-1 (Gu & Dao 2023, Algorithm 2), token by token.
+"""The selective scan of Mamba-1 (Gu & Dao 2023, Algorithm 2) runs token by token. This table explains the letters.
 
     letter   paper           here                            shape
     u        x               input of the recurrence         [T, D]
@@ -10,12 +10,12 @@
     h        h               state                           [S, D] of each sequence
 
 selective_scan corresponds to selective_scan_fn of the mamba-ssm package, selective_state_update to the function of that
-name. As there, A is discretised by zero-order hold, exp(dt * a), and B by Euler's rule, dt * b, instead of the paper's
-equation 4: its own code does so, for A is the term that matters.
+name. Like mamba-ssm, this code discretises A by zero-order hold, exp(dt * a), and B by Euler's rule, dt * b, instead of
+the paper's equation 4.
 
-Deviations: the recurrence runs strictly in order of time instead of as a parallel scan, because only then can it be cut
-anywhere without changing a bit; and h has D as its last axis, so that torch works on long contiguous runs (slots store
-[D, S]).
+There are two differences from mamba-ssm. The recurrence runs strictly in the order of time instead of as a parallel
+scan; only then can a prompt be cut into chunks anywhere without a change of bits. And h has D as its last axis, so that
+torch works on long contiguous runs of memory, although slots store [D, S].
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
 from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
-BLOCK_ROWS = 32  # [S, D] float32 tensors are made for so many rows at a time: 512 KiB each for Jamba Mini
+# The [S, D] float32 states of this many rows exist at the same time. A state of Jamba Mini has 512 KiB.
+BLOCK_ROWS = 32
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
     """See `kernels.ops.SelectiveScan`."""
     order = _time_order(segments)
     rows, slots = state_writes(segments)
-    writes = order.rows.argsort()[rows]  # the place in time order of each row whose state is written
+    # `writes` has the place in the order of time of each row whose state is written.
+    writes = order.rows.argsort()[rows]
     h = initial_states(ssm_state, segments)[order.sequences].transpose(1, 2)
     y = torch.empty_like(inputs.u)
     end = 0
@@ -61,14 +63,14 @@ def selective_state_update(inputs: ScanInputs, weights: ScanWeights, ssm_state: 
 
 
 class _TimeOrder(NamedTuple):
-    """The rows of all sequences by time step, and within a step by sequence, the longest first.
+    """Lists the rows of all sequences by time step, and within a step by sequence, the longest sequence first.
 
-    Sequences end from the back then: those still running at a step are a prefix of those at the step before.
+    With this order, the sequences that have a token at a step are the first ones of those at the step before.
     """
 
-    rows: Tensor  # int64 [T]
-    sequences: Tensor  # int64 [N], the longest first
-    step_sizes: list[int]  # how many sequences have a token at each step, never increasing
+    rows: Tensor  # rows: int64 [T], the rows of the batch in the order of time
+    sequences: Tensor  # sequences: int64 [N], the numbers of the sequences, the longest first
+    step_sizes: list[int]  # Each step's size is the number of sequences that have a token at it. Sizes never increase.
 
 
 def _time_order(segments: Segments) -> _TimeOrder:
@@ -81,13 +83,13 @@ def _time_order(segments: Segments) -> _TimeOrder:
 
 
 def _blocks(step_sizes: list[int]) -> list[list[int]]:
-    """The steps in groups of at most BLOCK_ROWS rows, or of one step."""
+    """Splits the steps into blocks of at most BLOCK_ROWS rows; a step with more rows is a block of its own."""
     steps = max(1, BLOCK_ROWS // step_sizes[0])
     return [step_sizes[start : start + steps] for start in range(0, len(step_sizes), steps)]
 
 
 def _discretize(inputs: ScanInputs, weights: ScanWeights) -> tuple[Tensor, Tensor]:
-    """exp(dt * a) and (dt * u) * b, both float32 [T, S, D]."""
+    """Returns exp(dt * a) and (dt * u) * b, both float32 [T, S, D]."""
     dt = softplus(inputs.dt.float() + weights.dt_bias)
     decay = torch.exp(dt[:, None, :] * weights.a.t().contiguous())
     drive = (dt * inputs.u.float())[:, None, :] * inputs.b.float()[:, :, None]
@@ -95,7 +97,10 @@ def _discretize(inputs: ScanInputs, weights: ScanWeights) -> tuple[Tensor, Tenso
 
 
 def _run(h: Tensor, decay: Tensor, drive: Tensor, sizes: list[int]) -> Tensor:
-    """The state after every row of a block, float32 [rows, S, D], from h [sequences, S, D] before its first step."""
+    """Returns the state after each row of a block, float32 [rows, S, D].
+
+    h [sequences, S, D] is the state before the block's first step; `sizes` has the number of rows of each step.
+    """
     states = torch.empty_like(decay)
     end = 0
     for size in sizes:
@@ -105,6 +110,6 @@ def _run(h: Tensor, decay: Tensor, drive: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _read_out(h: Tensor, inputs: ScanInputs, weights: ScanWeights) -> Tensor:
-    """(h @ c + d * u) * silu(z). h: float32 [T, S, D]. Returns the inputs' dtype [T, D]."""
+    """Returns y = (h @ c + d * u) * silu(z) in the inputs' dtype [T, D]. h: float32 [T, S, D]."""
     y = ordered_sum(h * inputs.c.float()[:, :, None], dim=1).squeeze(1) + weights.d * inputs.u.float()
     return (y * silu(inputs.z.float())).to(inputs.u.dtype)

@@ -1,4 +1,4 @@
-"""Writes into paged and slotted storage."""
+"""These ops write KV pages, and copy, compress and restore states between slots."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import CompressedStates
 
-LEVELS = 127  # of a compressed number on each side of zero
-SMALLEST = 2.0**-100  # below it a channel counts as zeros: its scale's reciprocal would be infinite
+LEVELS = 127  # A compressed value is an integer from -LEVELS to LEVELS.
+SMALLEST = 2.0**-100  # A channel with a smaller maximum is stored as zeros, so that 127 / maximum cannot overflow.
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
@@ -20,7 +20,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: T
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as pages of `dtype` hold it: in a narrower one the nearest number, and the largest one for all beyond it."""
+    """Returns x as pages of `dtype` store it: clamped to the range of `dtype` and rounded to the nearest number."""
     if x.dtype == dtype:
         return x
     limit = torch.finfo(dtype).max
@@ -38,7 +38,9 @@ def compress_states(states: Tensor, compressed: CompressedStates, sources: Tenso
     x = states[sources]
     largest = x.abs().amax(-1)
     largest = torch.where(largest < SMALLEST, 0, largest)
-    steps = torch.where(largest == 0, 0, torch.full_like(largest, LEVELS) / largest)  # one division, not a reciprocal
+    steps = torch.where(
+        largest == 0, 0, torch.full_like(largest, LEVELS) / largest
+    )  # `LEVELS / largest` on a tensor would multiply by a rounded reciprocal
     compressed.values[destinations] = (x * steps[..., None]).round().to(torch.int8)
     compressed.scales[destinations] = largest * (1 / LEVELS)
 

@@ -1,12 +1,15 @@
-"""The kernels for NVIDIA GPUs, in Triton: no compiler is needed at install. At the first start triton builds its
-launcher, with a C compiler and Python's headers, and keeps it in its cache.
+"""The kernels for NVIDIA GPUs are written in Triton.
 
-Results do not depend on batch mates or on chunking because
-* every sum has one order: tiles are fixed, no product is split over K, keys are taken in splits of fixed length;
-* an op for one token and its twin for many run the same code over the same tiles;
-* the compiler may not fuse a multiplication and an addition by itself (`EXACT` in `launch`): `tl.fma` says where.
+Installing them needs no compiler. At the first start, triton builds its launcher with a C compiler and Python's
+headers, and keeps it in its cache. Results are batch-invariant because
+* every sum has one fixed order: tiles have a fixed shape, K is split at fixed places only, and attention processes keys
+  in splits of fixed length;
+* the prefill op and the decode op of a pair run the same code over the same tiles;
+* the compiler must not fuse a multiplication and an addition by itself (`EXACT` in `launch`); the code calls `tl.fma`
+  where it wants a fused operation.
 
-With TRITON_INTERPRET=1, which triton reads when a kernel is defined, they run on CPU tensors, slowly: for tests.
+With TRITON_INTERPRET=1 the kernels run slowly on CPU tensors, for tests. Triton reads this variable when a kernel is
+defined.
 """
 
 from __future__ import annotations
@@ -20,16 +23,16 @@ import torch
 
 from jamba_server.kernels.ops import KernelUnavailable
 
-MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
+MIN_CAPABILITY = (8, 0)  # This is the first compute capability whose tensor cores support bfloat16.
 
 
 def interpreted() -> bool:
-    """Whether kernels run in triton's interpreter."""
+    """Returns whether the kernels run in triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def ensure_available() -> None:
-    """Raises KernelUnavailable where these kernels cannot run."""
+    """Raises KernelUnavailable if the Triton kernels cannot run on this machine."""
     if find_spec("triton") is None:
         raise KernelUnavailable("the package triton is not installed")
     if interpreted():

@@ -1,15 +1,18 @@
-"""Causal attention over paged keys and values (Dao et al. 2022, FlashAttention; Dao 2023, Flash-Decoding).
+"""These kernels compute causal attention over paged keys and values.
 
-The keys of a sequence fall into splits of SPLIT, from position 0, and each split into blocks of KEYS. Within a split
-the softmax is online; splits are merged in order. Decode computes its splits in parallel and merges them afterwards,
-prefill does both in one loop: the same code over tiles of the same shape, so one token has the same bits in either.
+The algorithms are FlashAttention (Dao et al. 2022) and Flash-Decoding (Dao 2023).
 
-A tile holds ROWS rows: the query heads that read one KV head, of as many tokens as fit. Decode fills one token's rows
-and wastes the others, which costs no time while keys come from memory; with fewer rows the tensor cores would be
-addressed by another instruction, which adds in another order.
+The keys of a sequence are divided into splits of SPLIT keys, from position 0, and each split into blocks of KEYS keys.
+The softmax is online within a split, and splits are merged in order. Decode computes its splits in parallel and merges
+them afterwards; prefill does both in one loop. Both run the same code over tiles of the same shape, so a token has the
+same bits in prefill and decode.
 
-A program's values are two halves of at most 64 columns, each a product of its own: of wider ones the compiler shares
-out the columns among warps instead of the rows, and then every warp holds the queries of all rows.
+A tile has ROWS rows: the query heads that read one KV head, of as many tokens as fit. In decode only the rows of one
+token are used. The empty rows cost no time, because decode is memory-bound. With fewer rows the compiler would use
+another tensor-core instruction, which adds in another order.
+
+A program computes its values as two halves of at most 64 columns, with one product each. For a wider product the
+compiler would divide the columns among the warps instead of the rows, so that every warp would hold all queries.
 """
 
 from __future__ import annotations
@@ -24,15 +27,16 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
-SPLIT = 512
-ROWS = 64
-VALUES = 128  # columns of a program, whose sums lie in registers
+SPLIT = 512  # keys
+ROWS = 64  # A tile usually has this many query rows.
+VALUES = 128  # A program computes at most this many columns of the values, whose sums are in registers.
 OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
-# Decode waits for memory, so two blocks of keys are on their way; the others of its stages are for their pages' ids.
-# Left to itself the compiler spills for the sake of more programs.
+# Decode is memory-bound, so two blocks of keys are in flight; the other pipeline stages load the ids of their pages.
+# Without "maxnreg" the compiler would spill registers to raise the occupancy.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
-WIDE_BYTES = 512  # of a head, beyond which rows and stages of these numbers do not fit into shared memory
-PARTIAL_BYTES = 64 * 1024**2  # of the splits' results in decode, or those of one sequence if they take more
+WIDE_BYTES = 512  # With wider heads, ROWS rows and the stages of DECODE_OPTIONS do not fit into shared memory.
+# The results of the splits in decode take at most this memory, unless one sequence needs more.
+PARTIAL_BYTES = 64 * 1024**2
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
@@ -54,17 +58,17 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     options = OPTIONS if size * q.element_size() > WIDE_BYTES else DECODE_OPTIONS
     splits = cdiv(pages.max_context_len, SPLIT)
     at_once = min(sequences, max(1, PARTIAL_BYTES // (4 * heads * splits * (size + 2))))
-    # of every split the largest score, the sum of weights and the weighted sum of values
-    peaks, totals = (q.new_empty(at_once, heads, splits, dtype=torch.float32) for _ in range(2))
+    # A split's result is the softmax maximum, the sum of weights and the weighted sum of values.
+    maxima, weight_sums = (q.new_empty(at_once, heads, splits, dtype=torch.float32) for _ in range(2))
     values = q.new_empty(at_once, heads, splits, size, dtype=torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for first in range(0, sequences, at_once):
         count = min(at_once, sequences - first)
         decode_kernel[(splits, pages.k.shape[2] * cdiv(size, VALUES), count)](
-            q, *_pages(pages), peaks, totals, values, *q.stride()[:2], heads, scale, first, **tile, **options
+            q, *_pages(pages), maxima, weight_sums, values, *q.stride()[:2], heads, scale, first, **tile, **options
         )
         merge_kernel[(heads, count)](
-            *(peaks, totals, values, pages.context_lens, out, splits, first),
+            *(maxima, weight_sums, values, pages.context_lens, out, splits, first),
             SPLIT=SPLIT, SIZE=size, BLOCK_Z=tile["BLOCK_Z"], **EXACT,
         )  # fmt: skip
     return out
@@ -76,8 +80,10 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     require(q.stride(2) == 1, "q", q, "have contiguous heads")
     require(pages.k.stride(3) == 1, "pages.k", pages.k, "have contiguous heads")
     require(pages.v.stride() == pages.k.stride(), "pages.v", pages.v, "have the strides of pages.k")
-    # of one element of every key in a block, as many as registers have room for; the others compute with them there
-    large = capability()[0] in (9, 10)  # tensor cores that take 64 rows at once, and twice the shared memory
+    # `key_bytes` is the size of one column of a block of keys. Where tensor cores read the keys from registers, the
+    # registers limit it.
+    # The tensor cores of these GPUs process 64 rows at once, and the shared memory is larger.
+    large = capability()[0] in (9, 10)
     key_bytes = 64 if large and size <= VALUES else 32
     rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
     return {
@@ -93,7 +99,7 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
 
 
 def _pages(pages: Pages) -> tuple[Any, ...]:
-    """The kernels' arguments from `k_pages` to `head_stride`."""
+    """Returns the arguments of the kernels from `k_pages` to `head_stride`."""
     tables = pages.block_tables
     return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
 
@@ -108,7 +114,10 @@ def prefill_kernel(
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (tiles of the longest run, KV heads * parts of 2 * HALF values, sequences)."""
+    """Computes one tile of prefill attention over all splits.
+
+    The grid is (tiles of the longest sequence, KV heads * parts, sequences). A part has 2 * HALF columns of the values.
+    """
     parts: tl.constexpr = (SIZE + 2 * HALF - 1) // (2 * HALF)
     sequence, kv_head, part = tl.program_id(2), tl.program_id(1) // parts, tl.program_id(1) % parts
     start = tl.load(query_start + sequence)
@@ -121,26 +130,26 @@ def prefill_kernel(
     filled = (r // GROUP < ROWS // GROUP) & (t < length)
     at = q + (start + t).to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + z
     tile = tl.load(at, mask=filled[:, None] & (z < SIZE), other=0.0)
-    # an empty row sees one key, so that nothing is divided by zero
+    # An empty row of the tile sees one key, so that its sum of weights is not zero.
     visible = tl.where(filled, context - length + t + 1, 1)
     last = tl.minimum(context, context - length + first + ROWS // GROUP)
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
     column = part * (2 * HALF) + tl.arange(0, HALF)[None, :]
-    peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    maximum, weight_sum = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     low, high = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
     for split in range(0, last, SPLIT):
-        more_peak, more_total, more_low, more_high = attend(
+        more_maximum, more_weight_sum, more_low, more_high = attend(
             tile, k_head, v_head, table, visible, split, last, column, page_stride, token_stride, scale,
             SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
         )  # fmt: skip
-        _, _, low = merge(peak, total, low, more_peak, more_total, more_low)
-        peak, total, high = merge(peak, total, high, more_peak, more_total, more_high)
+        _, _, low = merge(maximum, weight_sum, low, more_maximum, more_weight_sum, more_low)
+        maximum, weight_sum, high = merge(maximum, weight_sum, high, more_maximum, more_weight_sum, more_high)
     at = out + ((start + t).to(tl.int64) * heads + head)[:, None] * SIZE + column
-    mask, total = filled[:, None] & (column < SIZE), total[:, None]
-    tl.store(at, rounded(low / total, out.type.element_ty), mask=mask)
+    mask, weight_sum = filled[:, None] & (column < SIZE), weight_sum[:, None]
+    tl.store(at, rounded(low / weight_sum, out.type.element_ty), mask=mask)
     mask = filled[:, None] & (column + HALF < SIZE)
-    tl.store(at + HALF, rounded(high / total, out.type.element_ty), mask=mask)
+    tl.store(at + HALF, rounded(high / weight_sum, out.type.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["first", "table_stride"])
@@ -148,12 +157,16 @@ def decode_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor,
     block_tables: tl.tensor, context_lens: tl.tensor,
     table_stride: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
-    peaks: tl.tensor, totals: tl.tensor, values: tl.tensor,
+    maxima: tl.tensor, weight_sums: tl.tensor, values: tl.tensor,
     q_row_stride: tl.tensor, q_head_stride: tl.tensor, heads: tl.tensor, scale: tl.tensor, first: tl.tensor,
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (splits of the longest context, KV heads * parts of 2 * HALF values, sequences from `first` on)."""
+    """Computes decode attention of one token over one split.
+
+    The grid is (splits of the longest context, KV heads * parts, sequences from `first` on). A part has 2 * HALF
+    columns of the values.
+    """
     parts: tl.constexpr = (SIZE + 2 * HALF - 1) // (2 * HALF)
     sequence, kv_head, part = first + tl.program_id(2), tl.program_id(1) // parts, tl.program_id(1) % parts
     split = tl.program_id(0)
@@ -168,13 +181,13 @@ def decode_kernel(
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
     column = part * (2 * HALF) + tl.arange(0, HALF)[None, :]
-    peak, total, low, high = attend(
+    maximum, weight_sum, low, high = attend(
         tile, k_head, v_head, table, visible, split * SPLIT, context, column, page_stride, token_stride, scale,
         SIZE, BLOCK_SIZE, ROWS, BLOCK_Z, HALF, KEYS, SPLIT,
     )  # fmt: skip
     place = (tl.program_id(2).to(tl.int64) * heads + head) * tl.num_programs(0) + split
-    tl.store(peaks + place, peak, mask=r < GROUP)
-    tl.store(totals + place, total, mask=r < GROUP)
+    tl.store(maxima + place, maximum, mask=r < GROUP)
+    tl.store(weight_sums + place, weight_sum, mask=r < GROUP)
     at = values + place[:, None] * SIZE + column
     tl.store(at, low, mask=(r < GROUP)[:, None] & (column < SIZE))
     tl.store(at + HALF, high, mask=(r < GROUP)[:, None] & (column + HALF < SIZE))
@@ -182,8 +195,8 @@ def decode_kernel(
 
 @jit(do_not_specialize=["splits", "first"])
 def merge_kernel(
-    peaks: tl.tensor,
-    totals: tl.tensor,
+    maxima: tl.tensor,
+    weight_sums: tl.tensor,
     values: tl.tensor,
     context_lens: tl.tensor,
     out: tl.tensor,
@@ -193,18 +206,20 @@ def merge_kernel(
     SIZE: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ) -> None:
-    """Grid (query heads, sequences from `first` on)."""
+    """Merges the splits of one query head in decode. The grid is (query heads, sequences from `first` on)."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one, z = tl.arange(0, 1), tl.arange(0, BLOCK_Z)[None, :]
-    peak, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    maximum, weight_sum = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
     merged = tl.zeros((1, BLOCK_Z), tl.float32)
     place = row * splits + one
     for _ in range(0, tl.load(context_lens + first + tl.program_id(1)), SPLIT):
         weighted = tl.load(values + place[:, None] * SIZE + z, mask=z < SIZE, other=0.0)
-        peak, total, merged = merge(peak, total, merged, tl.load(peaks + place), tl.load(totals + place), weighted)
+        maximum, weight_sum, merged = merge(
+            maximum, weight_sum, merged, tl.load(maxima + place), tl.load(weight_sums + place), weighted
+        )
         place += 1
     at = out + (row + first.to(tl.int64) * tl.num_programs(0)) * SIZE + z
-    tl.store(at, rounded(merged / total[:, None], out.type.element_ty), mask=z < SIZE)
+    tl.store(at, rounded(merged / weight_sum[:, None], out.type.element_ty), mask=z < SIZE)
 
 
 @jit
@@ -215,47 +230,50 @@ def attend(
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Over the keys from `start` to the split's end or `last`: the largest score (in units of log 2), the sum of
-    weights [ROWS] and the weighted sum of values, twice [ROWS, HALF]: of the columns `column` [1, HALF] and of those
-    HALF behind them. Row r of q sees the keys before visible[r]."""
-    peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    """Computes one split: the keys from `start` to the end of the split or to `last`.
+
+    Returns the maximum score divided by ln 2 [ROWS], the sum of weights [ROWS], and two halves of the weighted sum of
+    values, each [ROWS, HALF]: the columns `column` [1, HALF] and the columns `column` + HALF. Row r of q sees the keys
+    before position visible[r].
+    """
+    maximum, weight_sum = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     low, high = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
     z = tl.arange(0, BLOCK_Z)
     for block in range(start, tl.minimum(start + SPLIT, last), KEYS):
         key = block + tl.arange(0, KEYS)
         page = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
         token = page * page_stride + key % BLOCK_SIZE * token_stride
-        # what lies behind `last` may be NaN, which a weight of zero would not take away
+        # Memory after `last` may contain NaN, which a weight of zero would not remove, so it is not loaded.
         k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
         scores = dot(q, k.to(q.dtype), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights, shrink = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights, rescale = tl.exp2(scores - base[:, None]), tl.exp2(maximum - base)
         v_at, inside = v_head + token[:, None] + column, (key < last)[:, None]
         v_low = tl.load(v_at, mask=inside & (column < SIZE), other=0.0)
         v_high = tl.load(v_at + HALF, mask=inside & (column + HALF < SIZE), other=0.0)
-        total = tl.fma(total, shrink, tl.sum(weights, axis=1))
-        weights, shrink = rounded(weights, q.dtype), shrink[:, None]
-        low = dot(weights, v_low.to(q.dtype), low * shrink)
-        high = dot(weights, v_high.to(q.dtype), high * shrink)
-        peak = new_peak
-    return peak, total, low, high
+        weight_sum = tl.fma(weight_sum, rescale, tl.sum(weights, axis=1))
+        weights, rescale = rounded(weights, q.dtype), rescale[:, None]
+        low = dot(weights, v_low.to(q.dtype), low * rescale)
+        high = dot(weights, v_high.to(q.dtype), high * rescale)
+        maximum = new_maximum
+    return maximum, weight_sum, low, high
 
 
 @jit
 def merge(
-    peak: tl.tensor,
-    total: tl.tensor,
+    maximum: tl.tensor,
+    weight_sum: tl.tensor,
     values: tl.tensor,
-    more_peak: tl.tensor,
-    more_total: tl.tensor,
+    more_maximum: tl.tensor,
+    more_weight_sum: tl.tensor,
     more_values: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """What `attend` gives for two runs of keys, from what it gave for each."""
-    new_peak = tl.maximum(peak, more_peak)
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    shrink, grow = tl.exp2(peak - base), tl.exp2(more_peak - base)
-    total = tl.fma(total, shrink, more_total * grow)
-    values = tl.fma(values, tl.broadcast_to(shrink[:, None], values.shape), more_values * grow[:, None])
-    return new_peak, total, values
+    """Merges the results of `attend` for two ranges of keys into the result for both."""
+    new_maximum = tl.maximum(maximum, more_maximum)
+    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    rescale, more_rescale = tl.exp2(maximum - base), tl.exp2(more_maximum - base)
+    weight_sum = tl.fma(weight_sum, rescale, more_weight_sum * more_rescale)
+    values = tl.fma(values, tl.broadcast_to(rescale[:, None], values.shape), more_values * more_rescale[:, None])
+    return new_maximum, weight_sum, values

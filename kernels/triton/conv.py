@@ -1,4 +1,4 @@
-"""The causal convolution: a tile of tokens and channels a program."""
+"""This kernel computes the causal convolution. A program computes a tile of tokens and channels of one sequence."""
 
 from __future__ import annotations
 
@@ -66,10 +66,11 @@ def conv_kernel(
     WIDTH: tl.constexpr, HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DECODE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (channel blocks, token blocks of the longest run, sequences).
+    """Computes one tile. The grid is (channel blocks, token blocks of the longest sequence, sequences).
 
-    A sequence's stored inputs matter to its first block only, which therefore writes the states too: no other program
-    reads them. BLOCK_T >= WIDTH - 1, except in DECODE, where row i is sequence i's only one and all have a state.
+    Only the program of a sequence's first token block reads the inputs stored in the state, so this program can also
+    write the new states. BLOCK_T is at least WIDTH - 1, except with DECODE, where row i is the only row of sequence i
+    and every sequence has a state.
     """
     sequence, block = tl.program_id(2), tl.program_id(1)
     if DECODE:
@@ -96,7 +97,7 @@ def conv_kernel(
     if block > 0:
         return
     old = tl.arange(0, HISTORY)[:, None]
-    # all that is still needed of the old state is read before the new one takes its place
+    # The old state must be read completely before the new state overwrites it.
     final = read(rows, slot, length - (WIDTH - 1) + old, length, known, x_stride, channels, inside, WIDTH)
     if not DECODE:
         for i in range(tl.load(save_start + sequence), tl.load(save_start + sequence + 1)):
@@ -120,7 +121,10 @@ def read(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Inputs number t [rows, 1] of a sequence, [rows, D]; those before 0 from its state, or zeros without one."""
+    """Returns the inputs number t [rows, 1] of a sequence: [rows, D].
+
+    Inputs with a negative number come from the sequence's state, or are zeros if it has none.
+    """
     new = tl.load(rows + t.to(tl.int64) * x_stride, mask=(t >= 0) & (t < length) & inside, other=0.0)
     old = tl.load(slot + (t + (WIDTH - 1)).to(tl.int64) * channels, mask=(t < 0) & (t >= 1 - WIDTH) & inside, other=0.0)
     return tl.where(t >= 0, new, tl.where(known, old, 0.0))

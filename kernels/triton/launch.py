@@ -1,6 +1,6 @@
-"""What the kernels share: launch options, and functions of elements in float32."""
+"""Code that all Triton kernels share: how they are compiled and launched, and elementwise functions in float32."""
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
@@ -19,37 +19,45 @@ from triton.runtime.jit import JITFunction
 from jamba_server.kernels.triton import interpreted
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
-"""Launch option of kernels whose bits must equal those of another kernel: only `tl.fma` fuses."""
+"""This launch option is for kernels whose bits must equal those of another kernel. It lets only `tl.fma` fuse a
+multiplication and an addition."""
 
 _only_compiles: ContextVar[bool] = ContextVar("_only_compiles", default=False)
 
 
 class Kernel(JITFunction[Any]):
-    """Compiled when it is launched with arguments of new kinds; within `compile_launches` never launched."""
+    """Is a Triton kernel that is compiled at its first launch with arguments of new types.
+
+    Inside `compile_launches` a launch only compiles the kernel and does not run it.
+    """
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return super().run(*args, grid=grid, warmup=warmup or _only_compiles.get(), **options)
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`triton.jit` without its types, which have no place for the launch of a kernel and take every argument for a
-    tensor."""
+    """Does what `triton.jit` does, but returns Any.
+
+    The types of `triton.jit` do not describe the launch of a kernel and treat every argument as a tensor.
+    """
     if function is None:
         return partial(jit, **options)
     return triton.jit(function, **options) if interpreted() else Kernel(function, **options)
 
 
 def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
-    """Compiles the kernels that `launch` launches, in `executor`, and loads them onto the device, but runs none of
-    them: tensors may be on the device "meta". Returns how many. Raises the first error. Meanwhile no other thread may
-    launch any."""
+    """Compiles the kernels that `launch` launches and loads them onto the device, but runs none of them.
+
+    The compilers run in `executor`. The tensors may be on the device "meta". Returns the number of kernels and raises
+    the first error. No other thread may launch a kernel at the same time.
+    """
     token = _only_compiles.set(True)
     try:
         with triton.AsyncCompileMode(executor) as mode:
             launch()
     finally:
         _only_compiles.reset(token)
-    # triton 3.6 compiles a launcher for each
+    # Reading `run` loads the kernel onto the device; triton 3.6 also compiles a C launcher for each kernel then.
     return sum(1 for _ in executor.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
 
 
@@ -59,24 +67,27 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @cache
 def capability() -> tuple[int, int]:
-    """Of the GPU; (0, 0) in the interpreter. Tiles may depend on it: a device's bits stay its own."""
+    """Returns the GPU's compute capability, or (0, 0) in the interpreter.
+
+    Tiles may depend on the capability, because results need to be equal only on one kind of device.
+    """
     return (0, 0) if interpreted() else torch.cuda.get_device_capability()
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Returns a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest that is at least n >= 1."""
+    """Returns the smallest power of two that is at least n. n must be at least 1."""
     return 1 << (n - 1).bit_length()
 
 
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x, float32, to the nearest of `dtype`, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # it truncates
+    """Rounds x, which is float32, to the nearest number of `dtype`, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter's own conversion truncates instead of rounding.
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -84,15 +95,15 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @jit
 def silu(x: tl.tensor) -> tl.tensor:
-    """x * sigmoid(x)."""
+    """Returns x * sigmoid(x)."""
     return x / (1.0 + tl.exp(-x))
 
 
 @jit
 def softplus(x: tl.tensor) -> tl.tensor:
-    """log(1 + exp(x)), and x itself above 20, where float32 knows no difference."""
+    """Returns log(1 + exp(x)). Above 20 it returns x, which is the same number in float32."""
     e = tl.exp(tl.minimum(x, 20.0))
-    # log1p (Kahan): the rounding of 1 + e is taken off again
+    # This is Kahan's log1p: the factor e / (u - 1) corrects the rounding error of u = 1 + e.
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(x > 20.0, x, log1p)
@@ -100,8 +111,12 @@ def softplus(x: tl.tensor) -> tl.tensor:
 
 @jit
 def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
-    """accumulator + a @ b, in float32: of float32 operands as three products of TF32, far quicker than without."""
+    """Returns accumulator + a @ b in float32.
+
+    A product of float32 operands is computed as three TF32 products, because tensor cores do not multiply float32.
+    """
     if INTERPRETED:
-        # its own product takes the bits of a bfloat16 for an integer, and its order of sums depends on a row's place
+        # The interpreter's own product reads the bits of a bfloat16 as an integer, and its order of summation depends
+        # on a row's place in the tile.
         return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, accumulator, input_precision="tf32x3")

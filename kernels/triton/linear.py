@@ -1,6 +1,6 @@
-"""Matrix product with a weight, the same bits for a row whatever stands beside it."""
+"""These kernels compute the batch-invariant matrix product with a weight."""
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jamba_server.kernels.triton.quantized import PackedWeight, pack, read
 
 
 class Linear:
-    """See `kernels.ops.Linear`. torch's own product, which picks its order by the number of rows, is the reference."""
+    """Implements `kernels.ops.Linear`."""
 
     def pack(self, weight: Weight) -> Tensor | PackedWeight:
-        """Keeps the layout of floats; the others stay as small as they are."""
+        """Packs a quantised weight without making it larger. Other weights keep their layout."""
         return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
     def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
@@ -74,7 +74,10 @@ def linear_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS)): neighbours share a part of the weight."""
+    """Computes one tile of x @ weight.T + bias. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS)).
+
+    Programs with consecutive ids read the same part of the weight, so the cache serves all but the first of them.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = product(

@@ -1,11 +1,11 @@
-"""A Mamba layer's decode between in_proj and out_proj in three launches: the convolution, x_proj, and all the rest.
+"""A Mamba layer's decode step between in_proj and out_proj takes three launches: the convolution, x_proj, and the rest.
 
-The rest is one kernel. Its arithmetic is that of the parts, function by function and tile by tile: the bits are theirs.
-Of few rows it also adds up the sections of x_proj's product, see `kernels.triton.narrow`; every program does so for
-itself, which with many rows would be more than a launch costs.
+One fused kernel computes the rest. It calls the same functions on the same tiles as the separate kernels, so it gives
+the same bits. With few rows it also adds the sections of x_proj's product (see `kernels.triton.narrow`). Every program
+repeats this sum, which for many rows would cost more than a separate launch.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from jamba_server.kernels.triton.norm import normalized, rms_norm, tile_rows
 from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
-"""As many fill a large GPU; while there are fewer, no program takes several rows."""
-STAGES = 2  # of dt_proj's short product, whose buffers would otherwise keep other programs out
+"""This number of programs fills a large GPU. With fewer programs, each computes one row only."""
+STAGES = 2  # dt_proj has a short K, so two pipeline stages suffice. The buffers of more would lower the occupancy.
 
 
 class MambaDecode:
-    """See `kernels.ops.MambaDecode`. It also stands for `torch_ops.Linear`, of whose products it takes none but those
-    of few rows, Triton's own: also of many rows x_proj and dt_proj are computed as few are."""
+    """Implements `kernels.ops.MambaDecode`.
+
+    It can also replace `torch_ops.Linear`, which computes products of few rows with Triton. This class always computes
+    x_proj and dt_proj with Triton, for many rows too.
+    """
 
     def __init__(self, *parts: object) -> None:
         kinds = (causal_conv1d_update, Linear, rms_norm, selective_state_update)
         for part, kind in zip(parts, kinds, strict=True):
             accepted = (kind, torch_ops.Linear) if kind is Linear else (kind,)
             if part is not kind and type(part) not in accepted:
-                raise KernelUnavailable(f"it stands for kernels.triton's {kind.__name__}, another one was chosen")
+                raise KernelUnavailable(f"it replaces kernels.triton's {kind.__name__}, which was not chosen")
         self._linear = Linear()
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
@@ -60,13 +63,16 @@ class MambaDecode:
 
 
 def block_channels(states: int) -> int:
-    """Channels of a program: the tile of dt_proj, or more where a thread would have less than four elements of a state:
-    then the sum over a channel's states would not be shared out among threads as the scan does it."""
+    """Returns the number of channels of a program: dt_proj's tile, or more if there are few states per channel.
+
+    Each thread must hold at least four elements of the state. Otherwise the sum over a channel's states would be
+    distributed over threads in another way than in the scan, and its bits would differ.
+    """
     return max(32, min(128, 512 // next_power_of_2(states)))
 
 
 def program_rows(rows: int, channels: int, states: int) -> int:
-    """How many rows a program takes. They share what it reads of dt_proj."""
+    """Returns the number of rows that a program computes. A program reads its part of dt_proj once for all its rows."""
     programs = rows * cdiv(channels, block_channels(states))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
@@ -74,7 +80,10 @@ def program_rows(rows: int, channels: int, states: int) -> int:
 def _update(
     u: Tensor, z: Tensor, projected: Tensor, weights: MambaWeights, ssm_state: Tensor, state_ids: Tensor
 ) -> Tensor:
-    """From x_proj's product [N, R + 2S] on, or from the sums of its sections [sections, N, R + 2S]."""
+    """Launches the fused kernel that follows x_proj and returns the inputs of out_proj: dtype [N, D].
+
+    `projected` is the result of x_proj [N, R + 2S], or the sums of its sections [sections, N, R + 2S].
+    """
     (channels, states), rows = weights.scan.a.shape, len(u)
     require(u.is_contiguous(), "u", u, "be contiguous")
     require(z.stride(1) == 1, "z", z, "have contiguous rows")
@@ -136,9 +145,12 @@ def update_kernel(
     TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
     BLOCK_R: tl.constexpr, NORM_ROWS_R: tl.constexpr, BLOCK_S: tl.constexpr, NORM_ROWS_S: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (cdiv(channels, BLOCK_D), cdiv(rows, ROWS)). `normed` [1 or 2, rows, rank + 2 * STATES] and `dt` [rows,
-    channels] are scratch memory: what a program wrote there it reads again in another layout. All programs of the same
-    rows write the same bits into `normed`. SECTIONED, with ROWS 1: `projected` holds the sums of sections."""
+    """Computes the norms, dt_proj and the state update. The grid is (cdiv(channels, BLOCK_D), cdiv(rows, ROWS)).
+
+    `normed` [1 or 2, rows, rank + 2 * STATES] and `dt` [rows, channels] are scratch memory: a program writes tiles
+    there and reads them in another layout. All programs of the same rows write the same bits into `normed`. With
+    SECTIONED, where ROWS is 1, `projected` holds the sums of x_proj's sections.
+    """
     first = tl.program_id(1).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, rows)
     width = rank + 2 * STATES
@@ -170,7 +182,7 @@ def update_kernel(
     slot = tl.load(state_ids + first).to(tl.int64) * slot_stride
     h = tl.load(state_at + slot, mask=inside_state, other=0.0)
     for _ in range(first, end):
-        # the next row's state is fetched while this one's is computed
+        # The state of the next row is loaded while the current row is computed.
         following = tl.minimum(first + 1, end - 1)
         next_slot = tl.load(state_ids + following).to(tl.int64) * slot_stride
         next_h = tl.load(state_at + next_slot, mask=inside_state, other=0.0)
@@ -197,7 +209,7 @@ def normalize(
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ) -> None:
-    """`rms_norm` of rows `first` to `end`, at most ROWS, in tiles of its own."""
+    """Normalises the rows from `first` to `end`, at most ROWS, in the same tiles as `rms_norm`."""
     column = tl.arange(0, BLOCK)[None, :]
     scale = tl.load(weight + column, mask=column < size, other=0.0)
     for start in tl.static_range(0, ROWS, TILE_ROWS):

@@ -1,11 +1,11 @@
-"""Mixture of experts as two grouped products, and the activation that it shares with the dense feed-forward layer.
+"""These kernels run a mixture of experts as two grouped products. `silu_and_mul` also serves dense layers.
 
-Rows are sorted by expert; an expert's rows fall into tiles of their own. How many tiles there are is known on the
-device only: the grid is their largest possible number, and every program finds its expert. Nobody waits for the
-device.
+Rows are sorted by expert, and a tile has rows of one expert only. The number of tiles is known on the device only.
+The grid therefore has the largest possible number of tiles, and each program finds its own expert. So the host does not
+wait for the device.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 class Experts(NamedTuple):
-    """gate_up [E, 2F, H], gate rows first, and down [E, H, F]."""
+    """Holds the weights of E experts: gate_up [E, 2F, H], the gate's rows first, and down [E, H, F]."""
 
     gate_up: Tensor | PackedWeight
     down: Tensor | PackedWeight
 
 
 class Groups(NamedTuple):
-    """Choices t * K + rank by expert: `entries` int64 [T * K]; expert e's are start[e]:start[e + 1] (int64 [E+1])."""
+    """Lists the (token, rank) pairs of a batch, sorted by the expert that was chosen.
+
+    `entries`: int64 [T * K], each t * K + rank. The pairs of expert e are entries[start[e]:start[e + 1]]; `start` is
+    int64 [E+1].
+    """
 
     entries: Tensor
     start: Tensor
@@ -51,7 +55,10 @@ class RunExperts:
     """See `kernels.ops.RunExperts`."""
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Keeps the layout of floats; the others stay as small as they are. ValueError unless both have one format."""
+        """Packs quantised weights without making them larger. Other weights keep their layout.
+
+        Raises ValueError if gate_up and down differ in format.
+        """
         experts = Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
         first, second = (read(weight).format or "none" for weight in experts)
         if first != second:
@@ -88,7 +95,7 @@ class RunExperts:
 
 
 def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
-    """The most tiles that so many choices fall into: each expert's last one may hold a single row."""
+    """Returns the largest possible number of tiles. The last tile of each expert may hold a single row."""
     return min(choices, experts + (choices - 1) // tile.rows)
 
 
@@ -96,8 +103,11 @@ def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
 def find_tile(
     entries: tl.tensor, start: tl.tensor, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """The expert of this program's tile, EXPERTS if there is none; its rows, their choices, and which of them are
-    there, all [ROWS, 1]."""
+    """Finds the tile of this program. Returns its expert, then `row`, `entry` and `filled`, each [ROWS, 1].
+
+    `row` has places among the rows sorted by expert, `entry` the (token, rank) pairs at these places, and `filled`
+    says which rows of the tile are used. The expert is EXPERTS if the program has no tile.
+    """
     e = tl.arange(0, BLOCK_E)
     begin = tl.load(start + e, mask=e < EXPERTS, other=0)
     end = tl.load(start + e + 1, mask=e < EXPERTS, other=0)
@@ -131,11 +141,14 @@ def gate_up_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Grid (tiles, cdiv(intermediate, COLUMNS // 2)). activated: silu(gate) * up of every choice, by expert."""
+    """Writes silu(gate) * up of every (token, rank) pair, sorted by expert, to `activated`.
+
+    The grid is (tiles, cdiv(intermediate, COLUMNS // 2)).
+    """
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
     if expert >= EXPERTS:
         return
-    # gate and up take turns in the tile's columns
+    # The columns of the tile alternate between gate and up, so that a program has both factors of an element.
     pair = tl.arange(0, COLUMNS)[None, :]
     weight_column = tl.program_id(1) * (COLUMNS // 2) + pair // 2
     weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column
@@ -157,8 +170,8 @@ def gate_up_kernel(
     gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS // 2, 2)))
     column = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
     dtype: tl.constexpr = activated.type.element_ty
-    silenced = rounded(silu(rounded(gate, dtype).to(tl.float32)), dtype).to(tl.float32)
-    value = rounded(silenced * rounded(up, dtype).to(tl.float32), dtype)
+    gate_silu = rounded(silu(rounded(gate, dtype).to(tl.float32)), dtype).to(tl.float32)
+    value = rounded(gate_silu * rounded(up, dtype).to(tl.float32), dtype)
     tl.store(activated + row.to(tl.int64) * intermediate + column, value, mask=filled & (column < intermediate))
 
 
@@ -182,7 +195,10 @@ def down_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Grid (tiles, cdiv(hidden, COLUMNS)). outputs: the weighted output of every choice, by token and rank."""
+    """Writes the weighted output of every (token, rank) pair, sorted by token and rank, to `outputs`.
+
+    The grid is (tiles, cdiv(hidden, COLUMNS)).
+    """
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
     if expert >= EXPERTS:
         return
@@ -219,7 +235,7 @@ def sum_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (tokens, cdiv(hidden, BLOCK))."""
+    """Adds the outputs of a token's experts in the order of their rank. The grid is (tokens, cdiv(hidden, BLOCK))."""
     token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(outputs + token * TOP_K * hidden + i, mask=i < hidden, other=0.0).to(tl.float32)
     for rank in tl.static_range(1, TOP_K):
@@ -235,7 +251,7 @@ def silu_kernel(
     row_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (rows, cdiv(size, BLOCK))."""
+    """Computes silu(gate) * up for one block of a row. The grid is (rows, cdiv(size, BLOCK))."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * row_stride + i, mask=i < size, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + size + i, mask=i < size, other=0.0).to(tl.float32)

@@ -1,11 +1,12 @@
-"""The matrix product with a weight of few rows and long ones, such as Mamba's x_proj: K in sections, added in order.
+"""These kernels multiply by a weight of few but long rows, such as Mamba's x_proj, and split K into sections.
 
-With tiles of whole rows a few programs would read such a weight while the rest of the GPU waits. Instead K is taken in
-sections of fixed length, and the sections' sums are added in their order: by one program that computes them all, where
-there are many rows, else from memory, where a program for each section has left them. The bits are the same.
+With ordinary tiles, only a few programs would read such a weight while most of the GPU would be idle. Therefore K is
+split into sections of fixed length, and the sums of the sections are added in order. If x has many rows, one program
+computes all sections of its tile. If x has few rows, each section has its own program, and a second kernel adds the
+sums that these programs have written to memory. Both ways give the same bits.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
-SECTION = 512
-MANY_ROWS = 1024  # from where on there are enough programs without one for each section
+SECTION = 512  # A section has this many elements of K.
+MANY_ROWS = 1024  # From this number of rows on, there are enough programs without one for each section.
 SUM_BLOCK = 1024
 
 
 def is_narrow(outputs: int, inputs: int) -> bool:
-    """Whether a weight is multiplied in sections: a property of the weight, so that all its products add alike."""
+    """Returns whether a weight is multiplied in sections.
+
+    This depends on the weight's shape alone, so that all products with the weight have the same order of summation.
+    """
     return 8 * outputs <= inputs
 
 
 def tile_for(rows: int, item_bytes: int) -> Tile:
-    """The tile for a product of so many rows: at least 64 of them, as in `kernels.triton.product`."""
+    """Returns the tile for a product with `rows` rows of x. It has at least 64 rows, as in `kernels.triton.product`."""
     inner = 128 // item_bytes
-    if rows < MANY_ROWS:  # left to itself the compiler spills on sm_120
+    if rows < MANY_ROWS:  # Without `max_registers` the compiler spills registers on sm_120.
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4, max_registers=255)
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 
@@ -59,7 +63,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def section_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """The product's sums over each section of K: float32 [sections, T, N]."""
+    """Returns the sums of x @ weight.T over each section of K: float32 [sections, T, N]."""
     (rows, inputs), outputs = x.shape, len(weight)
     fits = x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
     require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
@@ -85,7 +89,7 @@ def section_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
-    """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
+    """Writes one tile of one section's sums. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     start = tl.program_id(2) * SECTION
@@ -112,7 +116,7 @@ def narrow_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
-    """Grid (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
+    """Computes one tile over all sections. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x_at, weight_at = x + row.to(tl.int64) * x_stride, weight + column.to(tl.int64) * inputs
@@ -139,8 +143,11 @@ def section_product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> tl.tensor:
-    """x @ weight.T over `size` inputs, float32 [ROWS, COLUMNS], from pointers to the first of each row [ROWS, 1], and
-    to that of each of the weight's rows [1, COLUMNS]."""
+    """Returns x @ weight.T over the `size` inputs of a section: float32 [ROWS, COLUMNS].
+
+    x: pointers to the first input of each row [ROWS, 1]; weight: pointers to the first input of each row of the weight
+    [1, COLUMNS].
+    """
     k = tl.arange(0, INNER)
     x_at, weight_at = x + k[None, :], weight + k[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -165,7 +172,7 @@ def sum_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (cdiv(size, BLOCK)), of out [rows, outputs] with `size` elements."""
+    """Adds the sums of the sections and the bias. The grid is (cdiv(size, BLOCK)), where `size` is out.numel()."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = add_sections(sums + at, at < size, sections, size)
     if HAS_BIAS:
@@ -175,7 +182,7 @@ def sum_kernel(
 
 @jit
 def add_sections(sums: tl.tensor, mask: tl.tensor, sections: tl.tensor, stride: tl.tensor) -> tl.tensor:
-    """In their order. `sums`: pointers into the first section."""
+    """Adds the sums of all sections in ascending order. sums: pointers to the sums of the first section."""
     total = tl.load(sums, mask=mask, other=0.0)
     for _ in range(1, sections):
         sums += stride

@@ -1,4 +1,4 @@
-"""RMSNorm, several short rows or one long one a program."""
+"""This kernel computes RMSNorm. A program computes one long row or several short rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
-PROGRAM_ELEMENTS = 2048
+PROGRAM_ELEMENTS = 2048  # A program computes this many elements, or one row if a row is longer.
 
 
 def tile_rows(block: int) -> int:
-    """How many rows of so many elements a tile has: with the number of warps, what a row's order of summation rests
-    on."""
+    """Returns how many rows a tile has if a row is padded to `block` elements.
+
+    This number and the number of warps determine the order in which a row is summed.
+    """
     return max(1, PROGRAM_ELEMENTS // block)
 
 
@@ -23,14 +25,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     block = next_power_of_2(size)
     block_rows = tile_rows(block)
     normed = x.new_empty(rows, size)
-    total = x if residual is None else torch.empty_like(normed)
+    summed = x if residual is None else torch.empty_like(normed)
     added = x if residual is None else residual
     norm_kernel[(cdiv(rows, block_rows),)](
         x,
         added,
         weight,
         normed,
-        total,
+        summed,
         rows,
         size,
         x.stride(0),
@@ -42,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         num_warps=8 if block > PROGRAM_ELEMENTS else 4,
         **EXACT,
     )
-    return normed, total
+    return normed, summed
 
 
 @jit(do_not_specialize=["rows"])
@@ -51,7 +53,7 @@ def norm_kernel(
     residual: tl.tensor,
     weight: tl.tensor,
     normed: tl.tensor,
-    total: tl.tensor,
+    summed: tl.tensor,
     rows: tl.tensor,
     size: tl.tensor,
     x_stride: tl.tensor,
@@ -61,7 +63,7 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (cdiv(rows, ROWS))."""
+    """Adds the residual and normalises ROWS rows. The grid is (cdiv(rows, ROWS))."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < size)
@@ -69,14 +71,17 @@ def norm_kernel(
     if HAS_RESIDUAL:
         added = tl.load(residual + row * residual_stride + column, mask=mask, other=0.0)
         s = rounded(s.to(tl.float32) + added.to(tl.float32), s.dtype)
-        tl.store(total + row * size + column, s, mask=mask)
+        tl.store(summed + row * size + column, s, mask=mask)
     scale = tl.load(weight + column, mask=column < size, other=0.0)
     tl.store(normed + row * size + column, normalized(s, scale, size, eps), mask=mask)
 
 
 @jit
 def normalized(s: tl.tensor, scale: tl.tensor, size: tl.tensor, eps: tl.tensor) -> tl.tensor:
-    """Rows of `size` elements, and zeros behind them, over their root mean square, times `scale`."""
+    """Divides each row by its root mean square and multiplies it by `scale`.
+
+    A row of the tile `s` has `size` elements, followed by zeros.
+    """
     wide = s.to(tl.float32)
     variance = tl.sum(wide * wide, axis=1, keep_dims=True) / size
     unit = rounded(wide * tl.rsqrt(variance + eps), s.dtype).to(tl.float32)

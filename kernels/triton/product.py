@@ -1,16 +1,17 @@
-"""The matrix product that `linear` and `moe` share: tiles of fixed shape, K in order, nothing split.
+"""`linear` and `moe` share this matrix product. Its tiles have fixed shapes, and K is summed in ascending order.
 
-Tiles have at least 64 rows even for one token: with fewer, tensor cores are addressed by another instruction. The rows
-that are not there cost no time where weights come from memory. Two shapes of tile: of many rows for prefill, of few
-columns for decode, so that every multiprocessor reads a part of the weight. A row has the same bits in both as long as
-the tensor cores add over K in the same order whatever the tile's width; that holds for one instruction and is to be
-checked on every GPU (`tests/kernels/test_triton.py` compares with `==`).
+Tiles have at least 64 rows, even for one token, because the compiler uses another tensor-core instruction for fewer
+rows. The empty rows cost no time where the product is memory-bound. There are two shapes of tile: many rows for
+prefill, few columns for decode, so that every multiprocessor reads a part of the weight. A row has the same bits in
+both shapes if the tensor cores add over K in the same order for every width of the tile. This holds for one and the
+same instruction, and it must be checked on every GPU (`tests/kernels/test_triton.py` compares with `==`).
 
-Of a quantised weight the tile is computed the other way round, weight @ x.T: its numbers are made in registers, from
-which tensor cores take their first operand only. Then its columns are the 64 at least, and its rows as few as 16.
+For a quantised weight the transposed tile, weight @ x.T, is computed. The weight's numbers are computed in registers,
+and tensor cores can read only their first operand from registers. The tile then has at least 64 columns and as few as
+16 rows.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ from jamba_server.kernels.triton.launch import EXACT, dot, jit
 from jamba_server.kernels.triton.quantized import GROUP, numbers
 
 FEW_ROWS = 64
-FEWER_ROWS = 16  # of quantised products, whose rows are the tensor cores' columns
+FEWER_ROWS = 16  # The smallest tile of a quantised product has this many rows of x.
 
 
 class Tile(NamedTuple):
-    """Shape of the tile that a program computes, and how much of K it takes at a time."""
+    """Describes the tile that a program computes. `inner` is the number of elements of K that one step multiplies."""
 
     rows: int
     columns: int
     inner: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # of a thread; None: as many as the compiler thinks best
+    # This limits the registers of a thread. With None, the compiler chooses the limit.
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """As arguments of a launch."""
+        """Returns the tile as keyword arguments for the launch of a kernel."""
         return EXACT | {
             "ROWS": self.rows,
             "COLUMNS": self.columns,
@@ -50,7 +52,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
-    """The tile for a product of so many rows of x, whose numbers have `item_bytes`."""
+    """Returns the tile for a product with `rows` rows of x, whose elements have `item_bytes` bytes."""
     if quantized:
         return _quantized_tile(rows, item_bytes)
     inner = 128 // item_bytes
@@ -60,9 +62,13 @@ def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
 
 
 def _quantized_tile(rows: int, item_bytes: int) -> Tile:
-    """Left to itself the compiler spills for the sake of programs that shared memory has no room for."""
+    """Returns the tile for a product with a quantised weight.
+
+    Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
+    """
     inner, max_registers = GROUP.value, 255
-    if item_bytes == 4:  # float32 takes three registers for one; more stages of int4 do not fit into 99 KiB
+    # A float32 operand takes three registers for its TF32 products. With int4, more stages do not fit into 99 KiB.
+    if item_bytes == 4:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
     if rows <= FEWER_ROWS:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=6, max_registers=max_registers)
@@ -87,8 +93,12 @@ def product(
     FORMAT: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tl.tensor:
-    """x @ weight.T, float32 [ROWS, COLUMNS]. x: pointers to the first element of each row [ROWS, 1]; weight_row: int64
-    [1, COLUMNS], which of the `weight_rows`; `size` is K. `scales` and STAGES are those of a weight with a FORMAT."""
+    """Returns x @ weight.T: float32 [ROWS, COLUMNS].
+
+    x: pointers to the first element of each row [ROWS, 1]; weight_row: int64 [1, COLUMNS], the numbers of the weight's
+    rows; `weight_rows` is how many rows the weight has, and `size` is K. Only a quantised weight, whose FORMAT is not
+    empty, uses `scales` and STAGES.
+    """
     if FORMAT == "":
         total = plain_product(x, weight, weight_row, x_mask, weight_mask, size, ROWS, COLUMNS, INNER)
     else:
@@ -110,7 +120,7 @@ def plain_product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> tl.tensor:
-    """`product` of floats."""
+    """Computes `product` for a weight that is not quantised."""
     k = tl.arange(0, INNER)
     x_at, weight_at = x + k[None, :], weight + weight_row * size + k[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -139,15 +149,17 @@ def quantized_product(
     FORMAT: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tl.tensor:
-    """`product` of a packed weight. Inside it is weight @ x.T, so that the tensor cores take the weight from the
-    registers in which its numbers are made."""
+    """Computes `product` for a quantised weight.
+
+    Inside, it computes weight @ x.T, so that the tensor cores can read the weight's numbers from registers.
+    """
     words: tl.constexpr = GROUP // 8 if FORMAT == "int4" else GROUP // 4
     dtype: tl.constexpr = x.dtype.element_ty
     k, mask, scale_at = tl.arange(0, GROUP)[None, :], tl.trans(weight_mask), tl.trans(scales + weight_row)
     weight_at = tl.trans(weight + weight_row * (tl.cdiv(size, GROUP) * words)) + tl.arange(0, words)[None, :]
     x_at = x + k
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    # with a number of stages of its own, the loop fetches the scales ahead, too
+    # With an explicit number of stages, the loop prefetches the scales as well as the weight.
     for start in tl.range(0, size, GROUP, num_stages=STAGES):
         a = numbers(tl.load(weight_at, mask=mask, other=0), FORMAT).to(dtype)
         b = tl.trans(tl.load(x_at, mask=x_mask & (k < size - start), other=0.0))

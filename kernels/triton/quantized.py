@@ -1,18 +1,20 @@
-"""Quantised weights on the device: their layout, and how a product reads it.
+"""This module defines the layout of quantised weights on the GPU, and how a matrix product reads them.
 
-The inputs of a row are filled up with zeros to whole groups of 128. A group is so many words of 32 bits: 32 of one-byte
-numbers, 16 of int4. It has two parts, four for int4; number 2w + h of a part is in half h of word w, the first part in
-the lowest bits. A shift and a mask bring a part's numbers to where two bfloat16 stand side by side in one register, and
-one instruction more makes numbers of the bits, two at a time:
+The inputs of a row are padded with zeros to whole groups of 128. A group of int8 or fp8 has 32 words of 32 bits and two
+parts; a group of int4 has 16 words and four parts. Number 2w + h of a part is in half h of word w, and the first part
+is in the lowest bits of each half. A shift and a mask move two numbers of a part to the places of two bfloat16 in one
+register. One more instruction then converts both numbers:
 
-* int4, with 8 added: the last digits of 128, from which 136 is taken.
-* int8, as a sign and a magnitude of seven bits: the last digits of 128 or -128, from which that is taken.
-* fp8: sign, exponent and mantissa move to bfloat16's places; times 2^120, the exponent is right, also of subnormals.
+* An int4 number is stored with 8 added. It becomes the lowest mantissa bits of 128; 136 is subtracted.
+* An int8 number is stored as a sign and a magnitude of seven bits. It becomes the lowest mantissa bits of 128 or -128,
+  which is subtracted.
+* The sign, exponent and mantissa of an fp8 number move to their places in a bfloat16. A multiplication by 2^120
+  corrects the exponent, also of subnormal numbers.
 
-All are numbers of bfloat16, exactly, and of every other dtype of x. Their scales stay outside the products.
+Every such number is exact in bfloat16 and in every other dtype of x. The scales are applied after the products.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 
 GROUP = tl.constexpr(128)
-"""Inputs that int4 has a scale for, and to a multiple of which every row is filled up."""
+"""The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
 
-CHUNK: Final = 1 << 22  # numbers that are packed at a time, of 32 bits on the way
+CHUNK: Final = 1 << 22  # This many numbers are packed at a time. Each needs 32 bits of memory meanwhile.
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
 class PackedWeight(NamedTuple):
-    """A quantised weight [..., N, K]. words: int32 [..., N, words of a row]; scales: float32 [groups, rows], of all
-    matrices' rows, side by side as a tile takes them; one group where a row has one scale."""
+    """Holds a packed quantised weight [..., N, K].
+
+    words: int32 [..., N, words per row]; scales: float32 [groups, rows], where `rows` counts the rows of all matrices,
+    so that a tile reads neighbouring scales. int8 and fp8 have one group, because a row has one scale.
+    """
 
     words: Tensor
     scales: Tensor
@@ -46,12 +51,15 @@ class PackedWeight(NamedTuple):
 
 
 def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """What kernels take of any weight [..., N, K]: one of floats has no format, and no scales that are read."""
+    """Returns any weight [..., N, K] as a PackedWeight.
+
+    A weight that is not quantised has the format "", and kernels do not read its scales.
+    """
     return weight if isinstance(weight, PackedWeight) else PackedWeight(weight, weight, weight.shape[-1], "")
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
-    """ValueError unless there is a kernel for this weight."""
+    """Packs a quantised weight for the Triton kernels. Raises ValueError if there is no kernel for its format."""
     values, scales, group_size, bits = weight
     inputs, group = values.shape[-1], GROUP.value
     format = {(torch.int8, 8): "int8", (torch.int8, 4): "int4", (torch.float8_e4m3fn, 8): "fp8"}.get(
@@ -77,7 +85,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
 
 
 def _words(values: Tensor, format: str) -> Tensor:
-    """int8 [rows, K], of fp8 their bits -> int32 [rows, words]."""
+    """Packs int8 [rows, K] (the bits of fp8 numbers count as int8) into int32 [rows, words per row]."""
     bits = BITS[format]
     numbers = F.pad(values, (0, -values.shape[-1] % GROUP.value)).int()
     if format == "int4":
@@ -86,7 +94,7 @@ def _words(values: Tensor, format: str) -> Tensor:
         numbers = numbers.abs() | (numbers & 0x80)
     else:
         numbers = numbers & 0xFF
-    # [rows, groups, parts, words of a group, halves of a word]
+    # The shape becomes [rows, groups, parts, words of a group, halves of a word].
     numbers = numbers.unflatten(-1, (-1, 16 // bits, GROUP.value * bits // 32, 2))
     shifts = torch.arange(16 // bits, dtype=torch.int32, device=values.device) * bits
     halves = (numbers << shifts[:, None, None]).sum(2, dtype=torch.int32)
@@ -95,7 +103,7 @@ def _words(values: Tensor, format: str) -> Tensor:
 
 @jit
 def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """bfloat16 [rows, GROUP] of int32 [rows, words of a group]."""
+    """Returns the numbers of one group, bfloat16 [rows, GROUP], from words, int32 [rows, words of a group]."""
     if FORMAT == "int4":
         first = tl.join(int4_part(words, 0), int4_part(words, 1))
         second = tl.join(int4_part(words, 2), int4_part(words, 3))
@@ -107,13 +115,13 @@ def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @jit
 def int4_part(words: tl.tensor, PART: tl.constexpr) -> tl.tensor:
-    """The numbers of four bits from 4 * PART on in each half of a word."""
+    """Returns the int4 numbers in bits 4 * PART to 4 * PART + 3 of each half of a word."""
     return difference((words >> (4 * PART)) & 0x000F000F | 0x43004300, tl.full(words.shape, 0x43084308, tl.int32))
 
 
 @jit
 def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """Those of the upper byte of each half of a word."""
+    """Returns the int8 or fp8 numbers in the upper byte of each half of a word."""
     sign = words & -0x7FFF8000
     if FORMAT == "int8":
         x = difference((words >> 8) & 0x007F007F | sign | 0x43004300, sign | 0x43004300)
@@ -122,12 +130,12 @@ def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     return x
 
 
-# bfloat16 in the interpreter: see `launch.dot`.
+# The interpreter has no arithmetic for bfloat16, so the functions below compute in float32 there.
 
 
 @jit
 def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
-    """Of two pairs of bfloat16 each, exact."""
+    """Returns the exact differences of bfloat16 numbers, of which each word holds two."""
     x, y = pairs(words), pairs(others)
     if INTERPRETED:
         return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
@@ -136,9 +144,9 @@ def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
 
 @jit
 def scaled(words: tl.tensor) -> tl.tensor:
-    """Pairs of bfloat16 times 2^120, exact."""
+    """Returns bfloat16 numbers, of which each word holds two, times 2^120. The result is exact."""
     x = pairs(words)
-    if INTERPRETED:  # its conversion loses subnormals
+    if INTERPRETED:  # The interpreter's conversion to float32 turns subnormal numbers into zeros.
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return (bits.to(tl.float32, bitcast=True) * 2.0**120).to(tl.bfloat16)
     return x * 2.0**120
@@ -146,7 +154,7 @@ def scaled(words: tl.tensor) -> tl.tensor:
 
 @jit
 def pairs(words: tl.tensor) -> tl.tensor:
-    """bfloat16 [rows, 2 * words]: the lower and the upper half of each."""
+    """Returns the lower and the upper half of each word as bfloat16 [rows, 2 * words]."""
     lower = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
     upper = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.join(lower, upper), (words.shape[0], 2 * words.shape[1]))

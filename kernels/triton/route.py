@@ -1,4 +1,4 @@
-"""Choice of experts: softmax and top-k of many tokens a program."""
+"""This kernel chooses the experts of each token. A program computes softmax and top-k for several tokens."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def route_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (cdiv(rows, ROWS))."""
+    """Chooses the experts of ROWS tokens. The grid is (cdiv(rows, ROWS))."""
     row, expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
     mask = (row < rows)[:, None] & (expert < EXPERTS)
     x = tl.load(logits + row.to(tl.int64)[:, None] * row_stride + expert, mask=mask, other=0.0).to(tl.float32)
     x = tl.where(expert < EXPERTS, x, float("-inf"))
     exponentials = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-    total = tl.sum(exponentials, axis=1)
+    exponential_sum = tl.sum(exponentials, axis=1)
     for rank in tl.static_range(TOP_K):
         best = tl.argmax(x, axis=1, tie_break_left=True)
         chosen = expert == best[:, None]
-        weight = tl.div_rn(tl.sum(tl.where(chosen, exponentials, 0.0), axis=1), total)
+        weight = tl.div_rn(tl.sum(tl.where(chosen, exponentials, 0.0), axis=1), exponential_sum)
         tl.store(weights + row.to(tl.int64) * TOP_K + rank, weight, mask=row < rows)
         tl.store(ids + row.to(tl.int64) * TOP_K + rank, best, mask=row < rows)
         x = tl.where(chosen, float("-inf"), x)

@@ -1,13 +1,14 @@
-"""Sampling from the whole vocabulary: passes over a row, many programs each, no temporaries of its size.
+"""These kernels sample tokens in a few passes over the logits, without a temporary tensor of the logits' size.
 
-Where a row wants top-k or top-p, one program more halves the range of scores until it knows where to cut: no ranking is
-made, and the host never waits. Sums have one order, so a row's result does not depend on its batch.
+Many programs share each pass over a row. For a row with top-k or top-p, one additional program finds the cut by binary
+search over the scores. So nothing is sorted, and the host never waits. Every sum has a fixed order, so the results are
+batch-invariant.
 
-The noise is that of `kernels/reference/sample.py` in float32, which differs by about 1e-6, as masses do; scores are the
-same.
+The noise is computed in float32 and differs from that of `kernels/reference/sample.py` by about 1e-6. Probability
+masses differ as much. The scores are equal.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -21,11 +22,11 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
-BLOCK = 4096
-CUT_BLOCK, CUT_WARPS = 8192, 16
-END = tl.constexpr(0x7F800001)  # above the keys of all scores, that of -infinity included
-NO_CUT = tl.constexpr(-1)
-LEAST = tl.constexpr(-3.4e38)
+BLOCK = 4096  # A program reads this many logits.
+CUT_BLOCK, CUT_WARPS = 8192, 16  # `cut_kernel` reads this many logits at a time, with this many warps.
+END = tl.constexpr(0x7F800001)  # END is above the keys (see `key_of`) of all scores, including -infinity.
+NO_CUT = tl.constexpr(-1)  # NO_CUT marks a row without top-k and top-p.
+LEAST = tl.constexpr(-3.4e38)  # LEAST stands for the largest logit of a row whose logits are all -infinity.
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
@@ -57,7 +58,7 @@ def best_kernel(
     row_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (rows, blocks). best [rows, blocks]: the largest logit of each block."""
+    """Finds the largest logit of each block, best [rows, blocks]. The grid is (rows, blocks)."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * row_stride + i, mask=i < size, other=float("-inf"))
     tl.store(best + row * tl.num_programs(1) + tl.program_id(1), tl.max(x, axis=0))
@@ -77,19 +78,22 @@ def cut_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """Grid (rows). cuts [rows, 3]: top-k and top-p leave the tokens with a key below the first, and of those below the
-    second the ones up to the id that is the third. A row's logits become its scores; where there is nothing to cut they
-    stay, and the first is NO_CUT."""
+    """Finds which tokens of a row top-k and top-p keep. The grid is (rows).
+
+    The result is three numbers, cuts [rows, 3]: (low, high, last id). The row keeps all tokens with a key below low,
+    and the tokens with a key from low to below high whose id is not above last id. The row's logits are overwritten
+    with its scores. A row without top-k and top-p keeps its logits, and its first number is NO_CUT.
+    """
     row = tl.program_id(0).to(tl.int64)
-    heat, p, k = tl.load(temperature + row), tl.load(top_p + row), tl.load(top_k + row)
+    divisor, p, k = tl.load(temperature + row), tl.load(top_p + row), tl.load(top_k + row)
     scores, top = logits + row * row_stride, highest(best + row * blocks, blocks, BLOCKS)
-    if (heat <= 0) | ((k <= 0) & (p >= 1)) | (top == LEAST):
+    if (divisor <= 0) | ((k <= 0) & (p >= 1)) | (top == LEAST):
         tl.store(cuts + row * 3, NO_CUT)
         return
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         x = tl.load(scores + i, mask=i < size, other=0.0)
-        tl.store(scores + i, tl.div_rn(x - top, heat), mask=i < size)
+        tl.store(scores + i, tl.div_rn(x - top, divisor), mask=i < size)
     tl.debug_barrier()
     low, high, ties, within = 0, END, size, size
     if (k > 0) & (k < size):
@@ -103,7 +107,7 @@ def cut_kernel(
         _, mass_before = measure(scores, size, p_low, True, BLOCK)
         _, mass = measure(scores, size, p_high, True, BLOCK)
         p_ties = tl.maximum(tl.ceil((wanted - mass_before) * within / (mass - mass_before)).to(tl.int32), 1)
-        # fewer than top-k leaves, but for rounding
+        # Top-p keeps no more tokens than top-k, apart from rounding errors; the smaller set is used.
         fewer = (k <= 0) | (before + p_ties < k)
         low, high, ties = tl.where(fewer, p_low, low), tl.where(fewer, p_high, high), tl.where(fewer, p_ties, ties)
     tl.store(cuts + row * 3, low)
@@ -113,7 +117,7 @@ def cut_kernel(
 
 @jit
 def key_of(score: tl.tensor) -> tl.tensor:
-    """A number that orders like a score (0 and below): small for the best."""
+    """Returns an integer key for a score that is not above 0. A better score has a smaller key."""
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -121,7 +125,7 @@ def key_of(score: tl.tensor) -> tl.tensor:
 def measure(
     scores: tl.tensor, size: tl.tensor, bound: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """How many tokens have a key below `bound`, and if it is asked for their mass, e to the score."""
+    """Returns the number of tokens with a key below `bound` and, with BY_MASS, the sum of exp(score) over them."""
     counts, masses = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -137,8 +141,11 @@ def measure(
 def search(
     scores: tl.tensor, size: tl.tensor, goal: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """The keys [low, high) of the token with which the best ones reach `goal`, in number or in mass: of this token
-    alone, or of some with the same key; how many tokens are below `low`, and how many within."""
+    """Finds the token with which the best tokens reach `goal`, in number or (with BY_MASS) in probability mass.
+
+    Returns a range of keys [low, high) that contains this token and possibly others with the same key, the number of
+    tokens with a key below low, and the number of tokens in the range.
+    """
     low, high, before, count = 0, END, 0, size
     while (high - low > 1) & (count - before > 1):
         middle = low + (high - low) // 2
@@ -153,7 +160,10 @@ def search(
 def id_of(
     scores: tl.tensor, size: tl.tensor, low: tl.tensor, high: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The id of token `number`, from 1, among those with a key in [low, high); `size` if there are fewer."""
+    """Returns the id of the token number `number`, counted from 1, among the tokens with a key in [low, high).
+
+    Returns `size` if there are fewer such tokens.
+    """
     seen, found = 0, size
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -167,8 +177,10 @@ def id_of(
 
 @jit
 def highest(best: tl.tensor, blocks: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
-    """A row's largest logit, to which scores are relative, so that no temperature overflows; LEAST where all are
-    -infinity."""
+    """Returns a row's largest logit, or LEAST if all are -infinity.
+
+    Scores are relative to the largest logit, so that a small temperature cannot cause an overflow.
+    """
     block = tl.arange(0, BLOCKS)
     return tl.maximum(tl.max(tl.load(best + block, mask=block < blocks, other=float("-inf")), axis=0), LEAST)
 
@@ -179,14 +191,17 @@ def draw_kernel(
     scores: tl.tensor, ids: tl.tensor, size: tl.tensor, row_stride: tl.tensor,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (rows, blocks). scores, ids [rows, blocks]: each block's winner; `least` is log(min_p)."""
+    """Draws the best token of each block, with noise. The grid is (rows, blocks).
+
+    The results are scores and ids [rows, blocks]. `least` is log(min_p).
+    """
     row, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(logits + row * row_stride + i, mask=i < size, other=float("-inf"))
-    heat, low = tl.load(temperature + row), tl.load(cuts + row * 3)
-    if heat > 0:
+    divisor, low = tl.load(temperature + row), tl.load(cuts + row * 3)
+    if divisor > 0:
         if low == NO_CUT:
-            score = tl.div_rn(score - highest(best + row * blocks, blocks, BLOCKS), heat)
+            score = tl.div_rn(score - highest(best + row * blocks, blocks, BLOCKS), divisor)
         else:
             key = key_of(score)
             tied = (key < tl.load(cuts + row * 3 + 1)) & (i <= tl.load(cuts + row * 3 + 2))
@@ -206,7 +221,7 @@ def first_kernel(
     blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (rows). The first of the best blocks' winner."""
+    """Writes the best token over all blocks of a row; of equal ones, that of the first block. The grid is (rows)."""
     row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     score = tl.load(scores + row * blocks + block, mask=block < blocks, other=float("-inf"))
     winner = tl.argmax(score, axis=0, tie_break_left=True)
@@ -215,15 +230,15 @@ def first_kernel(
 
 @jit
 def gumbel_noise(key: tl.tensor, i: tl.tensor) -> tl.tensor:
-    """-log(-log u), with u from output number i of SplitMix64 seeded with `key`."""
+    """Returns Gumbel noise -log(-log u). u is made from output number i of SplitMix64 seeded with `key`."""
     bits = (i + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64, bitcast=True)
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
     number = ((bits ^ (bits >> 31)) >> 12).to(tl.int64)
     other = (1 << 52) - 1 - number
-    # above 1/2 from its end, where the tail needs the digits
+    # `end` is u below 1/2 and 1 - u above it, because float32 cannot represent a u close to 1 precisely.
     end = (tl.minimum(number, other).to(tl.float32) + 0.5) * 2.0**-52
-    # log(1 - end) = log(v) + (1 - end - v) / v for v = 1 - end as rounded
+    # With v = 1 - end, rounded, log(1 - end) is log(v) + (1 - end - v) / v, up to higher orders.
     v = 1.0 - end
     upper = tl.log(v) + ((1.0 - v) - end) / v
     return -tl.log(-tl.where(number < other, tl.log(end), upper))

@@ -1,12 +1,12 @@
-"""The selective scan: a few channels of one sequence a program, with their state in registers from token to token.
+"""In the selective scan, a program computes a few channels of one sequence and keeps their state in registers.
 
-The order is that of time, so a chunk may end anywhere. Blocks of channels are narrow so that one long prompt still
-makes some hundreds of programs. Tokens are taken in groups: a group's inputs are fetched while the one before it is
-computed, and what does not depend on the state, dt and the gate, is computed for a group together, as a tile that is
-spread over the threads.
+A program processes the tokens in the order of time, so a chunk may end anywhere. Blocks of channels are narrow, so that
+one long prompt still gives hundreds of programs. Tokens are processed in groups: the inputs of the next group are
+loaded while the current group is computed. dt and the gate, which do not depend on the state, are computed as one tile
+for a whole group, so that all threads take part.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -21,8 +21,8 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-GROUP = 4  # with more, a thread's registers do not suffice
-SCHEDULERS = 528  # of warps on an H100 or H200
+GROUP = 4  # A group has GROUP tokens. Larger groups would need more registers than a thread has.
+SCHEDULERS = 528  # An H100 or H200 has this many warp schedulers.
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
 
 
@@ -66,9 +66,12 @@ def _launch(
 
 
 def block_channels(channels: int, states: int, *, sequences: int) -> int:
-    """Channels of a program, which is one warp: few where the warps are too few for a large GPU, since one with less to
-    do is sooner at the next token. Blocks have at least four elements a thread, so that the sum over a channel's states
-    is shared out among threads in one way."""
+    """Returns the number of channels of a program, which is one warp.
+
+    The number is smaller where there are too few warps to fill a large GPU: a warp with fewer channels reaches the next
+    token sooner. Every thread has at least four elements of a block, so that the sum over a channel's states is always
+    distributed over the threads in the same way.
+    """
     wide = sequences * cdiv(channels, 16) >= 2 * SCHEDULERS
     return max(16 if wide else 8, min(32, 128 // next_power_of_2(states)))
 
@@ -86,7 +89,10 @@ def scan_kernel(
     STATES: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid (cdiv(channels, BLOCK_D), sequences). DECODE: row i is sequence i's only one, and all have a state."""
+    """Scans one block of channels of one sequence. The grid is (cdiv(channels, BLOCK_D), sequences).
+
+    With DECODE, row i is the only row of sequence i, and every sequence has a state.
+    """
     sequence = tl.program_id(1)
     place, inside_state = state_block(channels, STATES, BLOCK_D, BLOCK_S)
     slot = tl.load(state_ids + sequence).to(tl.int64)
@@ -116,8 +122,11 @@ def walk(
     slot_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Rows `row` to `end` of a sequence from the state h [D, S] on. Of its saves `save` to `last_save` those at these
-    rows are written, and, where they are its last rows, the final state into `slot`."""
+    """Scans the rows from `row` to `end` of a sequence, starting from the state h [D, S].
+
+    Of the sequence's state saves, numbered from `save` to `last_save`, it writes those that fall on these rows. If
+    `is_last`, it also writes the final state to `slot`.
+    """
     first = row
     channel, s, group = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S), tl.arange(0, GROUP)
     inside, inside_s, group = (channel < channels)[None, :], s < STATES, group[:, None]
@@ -126,7 +135,7 @@ def walk(
     skip = tl.load(d + channel, mask=channel < channels, other=0.0)[None, :]
     bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)[None, :]
     u_at, dt_at, z_at = u + channel[None, :], dt + channel[None, :], z + channel[None, :]
-    # from one state to write to the next; the last of them is the final one
+    # Each iteration scans up to the next state that must be written. The last iteration ends with the final state.
     for i in range(save, last_save + 1):
         more = i < last_save
         saved = tl.load(save_rows + i, mask=more, other=0)
@@ -142,13 +151,13 @@ def walk(
         b_t = vectors(b + s, b_stride, row, last, inside_s, GROUP)
         c_t = vectors(c + s, c_stride, row, last, inside_s, GROUP)
         for t in range(row, stop, GROUP):
-            # the next rows are fetched while these are computed
+            # The inputs of the next group are loaded while the current group is computed.
             next_rows = tl.minimum(t + GROUP + group, last).to(tl.int64)
             u_next, dt_next = load(u_at + next_rows * u_stride, inside), load(dt_at + next_rows * dt_stride, inside)
             z_next = load(z_at + next_rows * z_stride, inside)
             b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
             c_next = vectors(c + s, c_stride, t + GROUP, last, inside_s, GROUP)
-            # rows that are not there leave the state as it is
+            # Rows of the group after `stop` get a dt of 0, with which the state does not change.
             delta = tl.where(t + group < stop, softplus(dt_t + bias), 0.0)
             drive, read = delta * u_t, tl.zeros((GROUP, BLOCK_D), tl.float32)
             for k in tl.static_range(GROUP):
@@ -169,7 +178,7 @@ def walk(
 def vectors(
     at: tl.tensor, stride: tl.tensor, row: tl.tensor, last: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr
 ) -> tl.tuple:
-    """Rows `row` and on, or `last` in their place, of b or c: GROUP of them, each [S]."""
+    """Returns GROUP rows of b or c, each [S], from `row` on. Rows after `last` are replaced by row `last`."""
     rows = ()
     for k in tl.static_range(GROUP):
         rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask),)
@@ -185,7 +194,7 @@ def row_of(tile: tl.tensor, number: tl.tensor, k: tl.constexpr) -> tl.tensor:
 def state_block(
     channels: tl.tensor, STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Where in a state [channels, STATES] the program's block [BLOCK_D, BLOCK_S] is, and which of it exists."""
+    """Returns the offsets of the program's block [BLOCK_D, BLOCK_S] in a state [channels, STATES], and its mask."""
     channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     return channel[:, None] * STATES + s[None, :], (channel < channels)[:, None] & (s < STATES)[None, :]
 
@@ -207,7 +216,7 @@ def step(
     skip: tl.tensor,
     bias: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """The next state [D, S] and y [D]; `rate` is a in units of log 2."""
+    """Returns the next state [D, S] and the output y [D] for one token. `rate` is a / ln 2, for use with `exp2`."""
     delta = softplus(dt + bias)
     h = decayed(h, delta, delta * u, b, rate)
     return h, gated(tl.sum(h * c[None, :], axis=1), u, z, skip)
@@ -215,11 +224,11 @@ def step(
 
 @jit
 def decayed(h: tl.tensor, delta: tl.tensor, drive: tl.tensor, b: tl.tensor, rate: tl.tensor) -> tl.tensor:
-    """exp(delta * a) * h + drive * b, [D, S]."""
+    """Returns the next state exp(delta * a) * h + drive * b: [D, S]. `rate` is a / ln 2."""
     return tl.fma(tl.exp2(delta[:, None] * rate), h, drive[:, None] * b[None, :])
 
 
 @jit
 def gated(read: tl.tensor, u: tl.tensor, z: tl.tensor, skip: tl.tensor) -> tl.tensor:
-    """(h @ c + d * u) * silu(z)."""
+    """Returns y = (h @ c + d * u) * silu(z). `read` is h @ c and `skip` is d."""
     return tl.fma(skip, u, read) * silu(z)

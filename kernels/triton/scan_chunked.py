@@ -1,12 +1,12 @@
-"""The selective scan of few long prompts, in two levels: not the bits of the sequential scan, but a GPU that is busy.
+"""This selective scan keeps the GPU busy with few long prompts, in two levels. Its last bits differ from `scan`'s.
 
-A prompt is cut into chunks of CHUNK tokens. All chunks are scanned at once from a zero state; what a chunk does to the
-state that it begins with is a factor for each of its numbers, exp(a * sum of dt). So the state at the start of each
-chunk follows chunk by chunk, and from it the chunk is scanned again, now for its output. Where a prompt is cut depends
-on where this step's part of it begins: results depend on chunked prefill in their last bits.
+A prompt is cut into chunks of CHUNK tokens. First, all chunks are scanned in parallel from a zero state. A chunk
+multiplies each number of its initial state by exp(a * sum of dt), so the initial state of every chunk then follows
+chunk by chunk. Last, all chunks are scanned again from their initial states, for their outputs. The chunks are counted
+from the first token of this step, so the last bits of results depend on chunked prefill.
 """
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from jamba_server.kernels.triton.scan import (
     walk,
 )
 
-CHUNK = 256  # tokens, a multiple of GROUP
-MIN_CHUNKS = 4
-BLOCK_CHANNELS = 16
+CHUNK = 256  # A chunk has CHUNK tokens, which must be a multiple of GROUP.
+MIN_CHUNKS = 4  # A prompt with fewer chunks is scanned sequentially.
+BLOCK_CHANNELS = 16  # A program scans this many channels.
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
@@ -45,10 +45,13 @@ def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, 
 
 
 def pays(rows: int, longest: int, channels: int) -> bool:
-    """Whether two levels are quicker than one, for a batch of so many rows. They take 1.6 times as many instructions
-    (counted, not timed), but CHUNK tokens one after the other: good where one level has fewer warps than there are
-    schedulers. It has as many at work as if all prompts were as long as the longest. A matter of shapes alone, the same
-    on every GPU."""
+    """Returns whether the scan in two levels is expected to be faster than the sequential scan.
+
+    Two levels execute 1.6 times as many instructions (counted, not timed), but only CHUNK tokens follow each other.
+    This pays where the sequential scan would have fewer warps than the GPU has schedulers. The number of warps is
+    estimated as if all prompts were as long as the longest. The answer depends on shapes only, so it is the same on
+    every GPU.
+    """
     warps = cdiv(channels, BLOCK_CHANNELS) * rows // longest
     return longest >= MIN_CHUNKS * CHUNK and warps < SCHEDULERS
 
@@ -60,7 +63,7 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
     require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     sequences = len(segments.state_ids)
     blocks, chunks = cdiv(channels, BLOCK_CHANNELS), cdiv(segments.max_query_len, CHUNK)
-    # a place for every chunk of every sequence, see `place_of`
+    # This tensor has a place for the initial state of every chunk of every sequence; see `place_of`.
     starts = torch.empty(rows // CHUNK + sequences, channels, states, device=ssm_state.device)
     times = starts.new_empty(starts.shape[:2])
     out = inputs.u.new_empty(rows, channels)
@@ -99,7 +102,11 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
 
 @jit
 def place_of(start: tl.tensor, sequence: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
-    """Of a sequence's first chunk among all chunks, if its first row is `start`: enough for any lengths before it."""
+    """Returns the place of a sequence's first chunk among the chunks of all sequences.
+
+    `start` is the sequence's first row. The places leave enough room for the chunks of the sequences before it,
+    whatever their lengths.
+    """
     return (start // CHUNK + sequence).to(tl.int64)
 
 
@@ -110,8 +117,12 @@ def chunk_kernel(
     channels: tl.tensor, u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What a chunk makes of a zero state, into the place of the next one, and the sum of its dt, into its own. Grid
-    (cdiv(channels, BLOCK_D), chunks of the longest sequence but one, sequences)."""
+    """Scans one chunk from a zero state, and writes its final state and the sum of its dt.
+
+    The final state is written to `starts` at the place of the next chunk, the sum of dt to `times` at the chunk's own
+    place. The grid is (cdiv(channels, BLOCK_D), chunks of the longest sequence minus 1, sequences), because the last
+    chunk of a sequence has no successor.
+    """
     chunk, sequence = tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start + sequence)
     row = start + chunk * CHUNK
@@ -150,8 +161,11 @@ def start_kernel(
     channels: tl.tensor, slot_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The state that each chunk starts with, in place of what the chunk before it makes of zeros. Grid
-    (cdiv(channels, BLOCK_D), sequences)."""
+    """Computes the initial state of each chunk of a sequence. The grid is (cdiv(channels, BLOCK_D), sequences).
+
+    On entry, a chunk's place in `starts` holds the final state of the previous chunk, scanned from zeros. On return, it
+    holds the chunk's initial state.
+    """
     sequence = tl.program_id(1)
     start, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
     channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -183,8 +197,10 @@ def output_kernel(
     slot_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A chunk from the state that it starts with. Grid (cdiv(channels, BLOCK_D), chunks of the longest sequence,
-    sequences)."""
+    """Scans one chunk from its initial state and writes the outputs and the states to save.
+
+    The grid is (cdiv(channels, BLOCK_D), chunks of the longest sequence, sequences).
+    """
     chunk, sequence = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(query_start + sequence), tl.load(query_start + sequence + 1)
     row = start + chunk * CHUNK

@@ -1,6 +1,6 @@
-"""Writes into paged and slotted storage."""
+"""These kernels write KV pages, and copy, compress and restore states between slots."""
 
-# What the compiler knows of a kernel, the type checker does not.
+# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import CompressedStates
 from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
-BLOCK = 4096
-CHANNELS = 128  # of a program
+BLOCK = 4096  # A program copies this many elements.
+CHANNELS = 128  # A program compresses or restores this many channels.
 LEVELS, SMALLEST = tl.constexpr(127.0), tl.constexpr(2.0**-100)
-ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken off again, it leaves the nearest whole number, ties to even
-FP8_LIMIT = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
+ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND is x rounded to the nearest integer, ties to even.
+FP8_LIMIT = tl.constexpr(448.0)  # This is the largest number of float8_e4m3fn.
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
@@ -101,7 +101,7 @@ def write_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (rows)."""
+    """Writes the keys and values of one token to its slot. The grid is (rows)."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     slot = tl.load(kv_slots + row)
     place = slot // BLOCK_SIZE * page_stride + slot % BLOCK_SIZE * SIZE + i
@@ -112,10 +112,12 @@ def write_kernel(
 
 @jit
 def stored(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x as pages of `dtype` hold it: in float8_e4m3fn the nearest number, and the largest one for all beyond it."""
+    """Returns x as pages of `dtype` store it. For float8_e4m3fn it is clamped and rounded to the nearest number."""
     if dtype == tl.float8e4nv:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -FP8_LIMIT), FP8_LIMIT)
-        if INTERPRETED:  # it rounds otherwise: three digits, and multiples of 2**-9 below 2**-6
+        if INTERPRETED:
+            # The interpreter rounds differently, so x is rounded here: to a mantissa of three bits, or to a multiple
+            # of 2**-9 if it is below 2**-6.
             bits = x.to(tl.int32, bitcast=True)
             digits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             x = tl.where(tl.abs(x) < 2.0**-6, (x + 1.5 * 2.0**14) - 1.5 * 2.0**14, digits)
@@ -131,7 +133,7 @@ def copy_kernel(
     slot_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (blocks of a unit, pairs)."""
+    """Copies one block of a slot. The grid is (blocks of a slot, pairs)."""
     pair, i = tl.program_id(1), tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source, destination = tl.load(sources + pair) * slot_stride, tl.load(destinations + pair) * slot_stride
     tl.store(tensor + destination + i, tl.load(tensor + source + i, mask=i < size), mask=i < size)
@@ -152,7 +154,7 @@ def compress_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (blocks of channels, pairs)."""
+    """Compresses the states of CHANNELS channels. The grid is (blocks of channels, pairs)."""
     pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     i, used = places(channel, channels, SIZE, BLOCK)
     source, destination = tl.load(sources + pair), tl.load(destinations + pair)
@@ -180,7 +182,7 @@ def restore_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (blocks of channels, pairs)."""
+    """Restores the states of CHANNELS channels. The grid is (blocks of channels, pairs)."""
     pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     i, used = places(channel, channels, SIZE, BLOCK)
     source, destination = tl.load(sources + pair), tl.load(destinations + pair)
@@ -193,6 +195,6 @@ def restore_kernel(
 def places(
     channel: tl.tensor, channels: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """(where the numbers of each channel are in a unit, which of them there are)."""
+    """Returns the offsets of each channel's numbers in a slot [CHANNELS, BLOCK], and the mask of the existing ones."""
     column = tl.arange(0, BLOCK)[None, :]
     return channel[:, None] * SIZE + column, (channel[:, None] < channels) & (column < SIZE)

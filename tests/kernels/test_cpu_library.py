@@ -45,7 +45,7 @@ def test_without_a_library_the_reference_runs(
         names = table.select("cpu", {}).names
     assert set(names.values()) == {"reference"}
     (message,) = caplog.messages
-    assert "cpu passed over for" in message and "linear" in message and "compiler" in message
+    assert "implementation cpu of" in message and "linear" in message and "compiler" in message
 
 
 def test_a_library_that_is_older_than_its_sources_is_told() -> None:

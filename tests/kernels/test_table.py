@@ -105,8 +105,8 @@ def test_a_preferred_one_that_cannot_load_is_one_warning(
     with caplog.at_level(logging.WARNING):
         assert table.select("cpu", {}).names["linear"] == "reference"
     assert sorted(caplog.messages) == [
-        "kernels: external passed over for linear: No module named 'fast_kernels'",
-        "kernels: fast passed over for copy_slots, linear: needs a newer CPU",
+        "kernels: the implementation external of linear is skipped: No module named 'fast_kernels'",
+        "kernels: the implementation fast of copy_slots, linear is skipped: needs a newer CPU",
     ]
 
 

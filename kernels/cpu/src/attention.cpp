@@ -5,39 +5,39 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;      // keys between two updates of the online softmax
-constexpr int64_t PAGE = 16;       // keys that most often lie side by side
-constexpr int64_t SPLIT = 512;     // keys whose softmax is one piece of work; a multiple of BLOCK
-constexpr int64_t TILE_ROWS = 64;  // as many tokens' heads as make these share a trip over the keys
+constexpr int64_t BLOCK = 64;  // The online softmax is updated once per BLOCK keys.
+constexpr int64_t PAGE = 16;  // Usually the keys of PAGE tokens are adjacent in memory.
+constexpr int64_t SPLIT = 512;  // A split, the smallest piece of work, has SPLIT keys. SPLIT is a multiple of BLOCK.
+constexpr int64_t TILE_ROWS = 64;  // A tile has about TILE_ROWS query rows. One pass over the keys serves all of them.
 
 template <class T>
 struct AttentionArguments {
     const T *q, *k, *v;  // q: [rows, heads, size]; k, v: [pages, block_size, kv_heads, size]
-    T* out;              // [rows, heads, size]
+    T* out;              // out: [rows, heads, size]
     int64_t heads, kv_heads, size, block_size, q_stride, page_stride, token_stride, head_stride;
     float scale;
     int64_t sequences, table_stride;
-    const int32_t *tables, *context_lens;  // [sequences, blocks], [sequences]
-    const int32_t* query_start;            // [sequences + 1]; null where each has one row
+    const int32_t *tables, *context_lens;  // tables: [sequences, blocks]; context_lens: [sequences]
+    const int32_t* query_start;  // query_start: [sequences + 1]; it is null if each sequence has one row
 
     int64_t first_row(int64_t sequence) const { return query_start ? query_start[sequence] : sequence; }
 };
 
-// Query rows of some tokens of one sequence that read `heads` KV heads from `head` on.
+// A tile has the query rows of some tokens of one sequence that read `heads` KV heads from `head` on.
 template <class Q>
 struct Tile {
-    const Q* q;  // [heads, rows, padded], zeros behind `size`
+    const Q* q;  // q: [heads, rows, padded], with zeros after the first `size` elements of a row
     int64_t heads, rows, group, padded, size;
     float scale;
     const int32_t* table;
     int64_t head;
-    int64_t first_visible;  // how many keys the first token sees
+    int64_t first_visible;  // The first token of the tile sees this many keys.
 
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
 
-// Calls memory to the caches, row by row of `row_bytes`, a few lines whenever the computation has done its share: more
-// at once than a core can have under way would stop it.
+// Prefetches rows of `row_bytes` bytes, a few cache lines at a time as the computation proceeds. More prefetches at
+// once than a core can have in flight would stall it.
 struct Ahead {
     const char *const *row, *const *last_row;
     int64_t row_bytes;
@@ -52,12 +52,12 @@ struct Ahead {
     }
 };
 
-// Rows of K and V of BLOCK keys.
+// A block has the addresses of the keys and values of BLOCK tokens.
 template <class K, class V>
 struct KeyBlock {
     const K* keys[BLOCK];
     const V* values[BLOCK];
-    Ahead* ahead;  // to what will be read next
+    Ahead* ahead;  // `ahead` prefetches the next block of keys and values.
 };
 
 }  // namespace
@@ -73,7 +73,7 @@ using namespace avx512;
 #undef DOT_PRODUCTS
 }  // namespace avx512_bf16
 END_TARGET
-// The level's `f`, of which bf16 has one more.
+// This macro calls the f of the machine's level. For bf16 there is one more level, avx512_bf16.
 #define DISPATCH_ATTENTION(f, ...)                                                       \
     do {                                                                                 \
         if constexpr (std::is_same_v<T, bf16>) {                                         \
@@ -85,8 +85,8 @@ END_TARGET
 #define DISPATCH_ATTENTION(f, ...) return DISPATCH(f, __VA_ARGS__)
 #endif
 
-// How many KV heads a thread reads at once, of `parts` times all: many, for they lie side by side in memory, but so
-// that every thread gets several parts.
+// Returns how many KV heads a thread reads at once, if there are `parts` pieces of work with all heads. Many are
+// better, because the heads of a token are adjacent in memory, but every thread should get several pieces.
 static int64_t heads_together(int64_t kv_heads, int64_t parts) {
     int64_t heads = kv_heads;
     while (heads % 2 == 0 && parts * (kv_heads / heads) < 4 * num_threads()) heads /= 2;
@@ -96,7 +96,7 @@ static int64_t heads_together(int64_t kv_heads, int64_t parts) {
 template <class T>
 static void attend(const AttentionArguments<T>& a, int64_t max_context) {
     const int64_t group = a.heads / a.kv_heads, splits = (max_context + SPLIT - 1) / SPLIT;
-    // With work for everybody, splits need not be divided.
+    // Splits are divided among the threads only where there are too few sequences to occupy all threads.
     if (!a.query_start && splits > 1 && a.sequences < 4 * num_threads()) {
         const int64_t heads = heads_together(a.kv_heads, a.sequences * splits);
         const int64_t share = a.sequences * (a.kv_heads / heads) * splits / (8 * num_threads());

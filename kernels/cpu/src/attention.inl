@@ -1,24 +1,28 @@
-// A tile is the query rows of some tokens of one sequence that read one KV head, token by token and head by head. Every
-// row walks the keys that it sees in blocks of BLOCK from position 0 with an online softmax (Dao et al. 2022,
-// FlashAttention, Algorithm 1); the running softmax starts anew every SPLIT keys, and the splits' are merged in order.
-// A score is a sum over lanes in one order, a value a sum over keys in ascending order. So a row's bits depend on its
-// own keys alone, and splits may go to different threads.
+// This file computes attention in tiles. A tile has the query rows of some tokens of one sequence that read the same KV
+// head, ordered by token and then by query head. Every row visits the keys that it sees in blocks of BLOCK keys, from
+// position 0 on, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1). The softmax is restarted every
+// SPLIT keys, and the results of the splits are merged in order. The order of summation is fixed for scores and for
+// values, so the bits of a row depend on its own keys alone, and different threads may compute different splits.
 //
-// With DOT_PRODUCTS, for bf16, queries and keys are multiplied as they are and scores are scaled; without, queries are
-// converted to float32 and scaled.
+// With DOT_PRODUCTS, for bf16, queries and keys are multiplied in bf16 and the scores are scaled. Otherwise the queries
+// are converted to float32 and scaled before the product.
 //
-// In decode a block's heads are read in turn, for its keys lie side by side in memory with all their heads.
+// In decode, a thread processes the heads of a block of keys in turn, because the heads of a key are adjacent in
+// memory.
 
-constexpr int ROWS = 4;                       // rows that share a key's trip to the registers
-constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;  // vectors of values at a time
-constexpr int LONE_COLUMNS = 8;               // the same for a lone row
-constexpr int64_t WIDENED_ROWS = 2 * ROWS;    // more rows than these have what they read converted once for all
-constexpr int64_t SOFTMAX = 2 * WIDTH;        // floats before the values of a row's running softmax:
-constexpr int64_t PEAK = 0, TOTAL = WIDTH;    // its largest score, and its sum of weights by lane
+constexpr int ROWS = 4;  // ROWS query rows share each load of a key into registers.
+constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;  // ROWS rows process this many vectors of values at a time.
+constexpr int LONE_COLUMNS = 8;  // A single row processes this many vectors of values at a time.
+// A tile with more rows converts its keys and values to float32 once, for all rows.
+constexpr int64_t WIDENED_ROWS = 2 * ROWS;
+// The running softmax of a row has this many floats, followed by the weighted sum of values.
+constexpr int64_t SOFTMAX = 2 * WIDTH;
+constexpr int64_t MAXIMUM = 0;  // The softmax maximum is at this offset of the running softmax.
+constexpr int64_t WEIGHT_SUM = WIDTH;  // The sum of weights is at this offset, as one partial sum per lane.
 
 #ifdef DOT_PRODUCTS
 using Query = bf16;
-using Lanes = __m512bh;  // pairs of bf16, one instruction for both products
+using Lanes = __m512bh;  // A vector has pairs of bf16; one instruction multiplies both numbers of each pair.
 
 INLINE Lanes take_lanes(const bf16* p, int64_t n) {
     return (__m512bh)(n == 2 * WIDTH ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p));
@@ -36,9 +40,9 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 #endif
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
-// Scores of R rows (zeros behind `size`) with n keys, as [R, BLOCK]. `keys` has entries up to a multiple of SUMS. With
-// AHEAD as much of the next block is called to the caches as is read of this: the pages of a sequence lie where they
-// were free, which no processor foresees.
+// Computes the scores [R, BLOCK] of R rows with n keys. The rows have zeros after `size`, and `keys` has entries up to
+// a multiple of SUMS. With AHEAD, the next block is prefetched as fast as the current one is read, because the pages of
+// a sequence are scattered in memory and the processor's own prefetcher cannot predict them.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
     constexpr int C = SUMS / R;
@@ -66,31 +70,32 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Scores [BLOCK] to weights relative to the new peak. Returns by how much all earlier weights shrink.
-INLINE float soften(float* scores, int64_t n, float* softmax) {
+// Replaces the n scores of a block by their softmax weights, relative to the maximum so far, and updates the softmax
+// maximum and sum. Returns the factor by which the values so far must be multiplied.
+INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     for (int64_t j = n; j % WIDTH; j++) scores[j] = -__builtin_inff();
     Vec top = load(scores);
     for (int64_t j = WIDTH; j < n; j += WIDTH) top = max(top, load(scores + j));
-    const float old = softmax[PEAK], in_block = largest(top), peak = old > in_block ? old : in_block;
-    const float shrink = old == peak ? 1.0f : exp(set(old - peak))[0];
-    Vec total = load(softmax + TOTAL) * set(shrink);
+    const float old = softmax[MAXIMUM], in_block = largest(top), maximum = old > in_block ? old : in_block;
+    const float rescale = old == maximum ? 1.0f : exp(set(old - maximum))[0];
+    Vec weight_sum = load(softmax + WEIGHT_SUM) * set(rescale);
     for (int64_t j = 0; j < n; j += WIDTH) {
-        const Vec weight = exp(load(scores + j) - set(peak));
+        const Vec weight = exp(load(scores + j) - set(maximum));
         store(scores + j, weight);
-        total = total + weight;
+        weight_sum = weight_sum + weight;
     }
-    store(softmax + TOTAL, total);
-    softmax[PEAK] = peak;
-    return shrink;
+    store(softmax + WEIGHT_SUM, weight_sum);
+    softmax[MAXIMUM] = maximum;
+    return rescale;
 }
 
-// Columns [z, z + C vectors) of R rows: values = values * shrink + weights @ v.
+// Computes values = values * rescale + weights @ v for R rows and C vectors of columns from column z on.
 template <int R, int C, bool AHEAD, class K, class V>
-INLINE void add_columns(const float* weights, const float* shrink, const KeyBlock<K, V>& block, int64_t n, int64_t z,
+INLINE void add_columns(const float* weights, const float* rescale, const KeyBlock<K, V>& block, int64_t n, int64_t z,
                         int64_t count, float* values, int64_t stride) {
     Vec total[R][C];
     for (int r = 0; r < R; r++) {
-        for (int c = 0; c < C; c++) total[r][c] = load(values + r * stride + z + c * WIDTH) * set(shrink[r]);
+        for (int c = 0; c < C; c++) total[r][c] = load(values + r * stride + z + c * WIDTH) * set(rescale[r]);
     }
     for (int64_t j = 0; j < n; j++) {
         if (AHEAD) block.ahead->call(C * WIDTH);
@@ -106,28 +111,29 @@ INLINE void add_columns(const float* weights, const float* shrink, const KeyBloc
     }
 }
 
-// R rows that see the same n keys of a block.
+// Computes attention of R rows that see the same n keys of a block.
 template <int R, bool AHEAD, class K, class V>
 INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n,
                         float* softmax) {
     constexpr int C = R == 1 ? LONE_COLUMNS : COLUMNS;
     const int64_t stride = SOFTMAX + tile.padded, size = tile.size;
     alignas(64) float scores[R * BLOCK];
-    float shrink[R];
+    float rescale[R];
     score<R, AHEAD>(tile, q, block, n, scores);
-    for (int r = 0; r < R; r++) shrink[r] = soften(scores + r * BLOCK, n, softmax + r * stride);
+    for (int r = 0; r < R; r++) rescale[r] = update_softmax(scores + r * BLOCK, n, softmax + r * stride);
     int64_t z = 0;
     float* const values = softmax + SOFTMAX;
     for (; z + C * WIDTH <= size; z += C * WIDTH) {
-        add_columns<R, C, AHEAD>(scores, shrink, block, n, z, WIDTH, values, stride);
+        add_columns<R, C, AHEAD>(scores, rescale, block, n, z, WIDTH, values, stride);
     }
     for (; z < size; z += WIDTH) {
         const int64_t count = size - z < WIDTH ? size - z : WIDTH;
-        add_columns<R, 1, AHEAD>(scores, shrink, block, n, z, count, values, stride);
+        add_columns<R, 1, AHEAD>(scores, rescale, block, n, z, count, values, stride);
     }
 }
 
-// One block's n keys of one head for its rows; row r sees `visible(r)` keys, of which `start` lie before the block.
+// Computes attention of a tile's rows over the n keys of one block. `start` is the position of the block's first key;
+// row r sees `visible(r)` keys of the sequence.
 template <class K, class V>
 void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t start, int64_t n,
                   float* softmax) {
@@ -139,7 +145,8 @@ void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     for (int64_t r = 0; r < tile.rows;) {
         const Query* const row = q + r * tile.padded;
         float* const own = softmax + r * stride;
-        if (r + ROWS <= tile.rows && count(r) > 0 && count(r) == count(r + ROWS - 1)) {  // the count never falls
+        // Later rows see at least as many keys, so if the last of ROWS rows sees as many as the first, all of them do.
+        if (r + ROWS <= tile.rows && count(r) > 0 && count(r) == count(r + ROWS - 1)) {
             if (r == 0) attend_rows<ROWS, true>(tile, row, block, count(r), own);
             else attend_rows<ROWS, false>(tile, row, block, count(r), own);
             r += ROWS;
@@ -151,7 +158,8 @@ void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Where keys and values of a block lie, from position `start` of the sequence on; behind `end` the last again.
+// Computes the offsets of BLOCK keys and values from position `start` of the sequence on. Positions from `end` on get
+// the offset of the last key again.
 template <class T>
 void locate(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t start, int64_t end, int64_t* places) {
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -160,7 +168,8 @@ void locate(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t sta
     }
 }
 
-// n rows converted to float32 in `memory` [BLOCK, padded], and behind them the last again.
+// Converts n rows to float32 in `memory` [BLOCK, padded] and stores their addresses in `wide`. The addresses after the
+// first n repeat the last one.
 template <class T>
 INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, float* memory, const float** wide) {
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -172,7 +181,8 @@ INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, floa
     }
 }
 
-// One head's block; what many rows read is converted once for all, in memory of the thread.
+// Computes attention over one block of one head. If the tile has many rows, the keys and values are first converted to
+// float32 in scratch memory of the thread, once for all rows.
 template <class T>
 void convert_and_attend(const Tile<Query>& tile, const Query* q, const KeyBlock<T, T>& block, int64_t start, int64_t n,
                         float* softmax) {
@@ -192,11 +202,11 @@ void convert_and_attend(const Tile<Query>& tile, const Query* q, const KeyBlock<
 
 INLINE void clear(float* softmax, int64_t rows, int64_t stride) {
     std::memset(softmax, 0, rows * stride * sizeof(float));
-    for (int64_t r = 0; r < rows; r++) softmax[r * stride + PEAK] = -__builtin_inff();
+    for (int64_t r = 0; r < rows; r++) softmax[r * stride + MAXIMUM] = -__builtin_inff();
 }
 
-// Keys [begin, end) of the sequence into fresh softmaxes [heads, rows, SOFTMAX + padded], block by block and head by
-// head; `last` is how many keys will be read after all.
+// Computes attention over keys [begin, end) of the sequence, block by block and head by head, into new softmaxes
+// [heads, rows, SOFTMAX + padded]. Keys up to `last` are prefetched.
 template <class T>
 void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t begin, int64_t end, int64_t last,
                   float* softmax) {
@@ -210,7 +220,8 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
         for (int64_t j = 0; j < BLOCK; j++) block.keys[j] = a.k + places[j], block.values[j] = a.v + places[j];
         const char* rows[2 * BLOCK];
         if (start + BLOCK < last) locate(a, tile, start + BLOCK, last, places);
-        for (int64_t j = 0; j < 2 * BLOCK; j++) {  // in the order of memory, for pages of PAGE keys
+        // The prefetch order is the keys of PAGE tokens, their values, the keys of the next PAGE tokens, and so on.
+        for (int64_t j = 0; j < 2 * BLOCK; j++) {
             const int64_t place = places[j / (2 * PAGE) * PAGE + j % PAGE];
             rows[j] = (const char*)((j / PAGE % 2 ? a.v : a.k) + place);
         }
@@ -225,21 +236,21 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
     }
 }
 
-// One row's softmax over a split, added to that over the splits before it.
+// Merges a row's softmax over one split into its softmax over the splits before.
 INLINE void merge(const float* from, float* into, int64_t padded) {
-    const float a = into[PEAK], b = from[PEAK], peak = a > b ? a : b;
-    const Vec old = exp(set(a - peak)), fresh = exp(set(b - peak));
-    into[PEAK] = peak;
-    for (int64_t i = TOTAL; i < SOFTMAX + padded; i += WIDTH) {
+    const float a = into[MAXIMUM], b = from[MAXIMUM], maximum = a > b ? a : b;
+    const Vec old = exp(set(a - maximum)), fresh = exp(set(b - maximum));
+    into[MAXIMUM] = maximum;
+    for (int64_t i = WEIGHT_SUM; i < SOFTMAX + padded; i += WIDTH) {
         store(into + i, fma(load(from + i), fresh, load(into + i) * old));
     }
 }
 
 template <class T>
 INLINE void finish(const float* softmax, T* out, int64_t size) {
-    const Vec total = set(sum(load(softmax + TOTAL)));
+    const Vec weight_sum = set(sum(load(softmax + WEIGHT_SUM)));
     for (int64_t z = 0; z < size; z += WIDTH) {
-        put(out + z, load(softmax + SOFTMAX + z) / total, size - z < WIDTH ? size - z : WIDTH);
+        put(out + z, load(softmax + SOFTMAX + z) / weight_sum, size - z < WIDTH ? size - z : WIDTH);
     }
 }
 
@@ -258,7 +269,8 @@ INLINE void copy_query(const AttentionArguments<T>& a, const T* q, Query* out) {
 #endif
 }
 
-// The queries of `tokens` tokens from row `row` of the batch on that read `heads` KV heads from `head` on, in `memory`.
+// Copies the queries of a tile to `memory`: those of `tokens` tokens from row `row` of the batch on that read `heads`
+// KV heads from `head` on.
 template <class T>
 Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                       int64_t tokens, int64_t first_visible, Query* memory) {
@@ -273,7 +285,8 @@ Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t 
             first_visible};
 }
 
-// Some tokens of a sequence, the first of which sees `first_visible` keys, with some KV heads, all splits in turn.
+// Computes attention of `tokens` tokens of a sequence with `heads` KV heads, one split after the other. The first token
+// sees `first_visible` keys.
 template <class T>
 void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                  int64_t tokens, int64_t first_visible) {
@@ -296,8 +309,8 @@ void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head,
     }
 }
 
-// Tiles of the whole batch, `heads` KV heads at a time. `first_tile` [sequences + 1] counts those of the sequences
-// before each.
+// Computes all tiles of the batch, `heads` KV heads at a time. `first_tile` [sequences + 1] has the number of tiles of
+// the sequences before each sequence.
 template <class T>
 void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64_t tile_tokens, int64_t heads) {
     const int64_t parts = a.kv_heads / heads;
@@ -313,8 +326,8 @@ void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64
     });
 }
 
-// One row of each sequence, whose splits go to all threads, `run` of them and `heads` KV heads at a time: first every
-// split's softmax, then their merger.
+// Computes decode attention, one row per sequence, with the splits of a sequence divided among the threads. A piece of
+// work has `run` splits and `heads` KV heads. All splits are computed first and then merged.
 template <class T>
 void attend_splits(const AttentionArguments<T>& a, int64_t splits, int64_t run, int64_t heads) {
     const int64_t group = a.heads / a.kv_heads, padded = whole_vectors(a.size), stride = SOFTMAX + padded;

@@ -1,7 +1,8 @@
-// What all kernels share: number formats, the machine's level, threads.
+// This header declares what all kernels share: number formats, the machine's instruction set, and threads.
 //
-// Exactness: a row's result depends on that row alone. Therefore every sum has one order, whatever the number of rows
-// or threads; tails are masked vectors, not other code; products are fused only where `fma` is written.
+// Results are batch-invariant. Therefore every sum has one fixed order, whatever the number of rows or threads. The
+// last elements of a row are computed with masked vectors, not with other code. A multiplication and an addition are
+// fused only where the code calls `fma`.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,8 +14,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
-// Code between BEGIN_TARGET_x and END_TARGET may use the instructions of x; only run it where `level()` says so.
-// No standard header may be included in between.
+// Code between BEGIN_TARGET_x and END_TARGET may use the instruction set x. It must run only where `level()` allows x.
+// No standard header may be included between the two macros, because its functions would use x on every machine.
 #if defined(__clang__)
 #define JAMBA_TARGET(features) \
     _Pragma("clang diagnostic ignored \"-Wunknown-attributes\"") \
@@ -33,13 +34,13 @@
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
 #endif
 
-// The instructions that kernels may use, from `library.cpp`. Ascending: each has those of the ones before.
+// The instruction sets that kernels may use, in ascending order: each includes the ones before it.
 enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
 Level level();
 
-// Runs body(begin, end) over pieces of 0..n, in `grain`s, on this thread and idle workers. Which thread gets which
-// piece is left open: a piece's result must not depend on it. `in_runs`: of even work upon memory in order, a thread
-// takes many grains at once as long as there are many.
+// Runs body(begin, end) over pieces of 0..n, each of `grain` items, on this thread and on idle workers. Any thread may
+// run any piece, so a piece's result must not depend on its thread. With `in_runs` a thread takes many pieces at once
+// while many remain; this suits work of even size that reads memory in order.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
 void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
 int64_t num_threads();
@@ -51,11 +52,12 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = fa
         [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
 }
 
-// Scratch memory of the calling thread, 64-byte aligned, kept between calls; it grows and never shrinks. Each `slot`
-// (0..4) is a buffer of its own. A worker that needs some asks within its body.
+// Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one
+// buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. A worker thread must call this
+// function inside its body.
 void* scratch(int slot, int64_t bytes);
 
-// Formats. The numbers are those that `kernels/cpu/library.py` passes.
+// The number formats of tensors. `kernels/cpu/library.py` passes the same numbers.
 enum class Dtype : int64_t { f32, bf16, f16 };
 struct bf16 {
     uint16_t bits;
@@ -78,13 +80,14 @@ INLINE uint32_t to_bits(float x) {
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
-    // Shifted into float32's place the exponent is 112 short; a product sets it right, subnormals included.
+    // After the shift to float32's places the exponent is too small by 112. The product corrects it, also for
+    // subnormal numbers.
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000);  // 2^112
     return from_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : to_bits(scaled)));
 }
 
-// Rounds to nearest, ties to even.
+// Converts a float to T, rounded to the nearest number, ties to even.
 template <class T>
 T from_float(float x);
 template <>
@@ -94,21 +97,21 @@ INLINE float from_float<float>(float x) {
 template <>
 INLINE bf16 from_float<bf16>(float x) {
     const uint32_t bits = to_bits(x);
-    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // a quiet NaN
+    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // The result for NaN is a quiet NaN.
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline f16 from_float<f16>(float x) {
     const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and above
-    if (magnitude < 0x38800000) {                                   // subnormal: the sum's last place is 2^-24
+    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // In f16, magnitudes from 65520 on become infinite.
+    if (magnitude < 0x38800000) {  // For subnormal f16 results, adding 0.5 in float32 rounds to multiples of 2^-24.
         return {uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)))};
     }
     return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// Calls f with a value of the type that `dtype` names: with_dtype(dtype, [&](auto t) { using T = decltype(t); ... }).
+// Calls f with a value of the type that `dtype` stands for: with_dtype(dtype, [&](auto t) { using T = decltype(t); }).
 template <class F>
 inline void with_dtype(int64_t dtype, const F& f) {
     switch (Dtype(dtype)) {

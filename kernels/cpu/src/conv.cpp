@@ -3,12 +3,14 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 64;       // rows of a group of channels before the next group's turn
-constexpr int64_t MIN_PIECE = 256;  // groups times rows that are worth another thread's attention, about 8 us
+// A thread computes this many rows for one vector of channels, then goes on to the next vector.
+constexpr int64_t AHEAD = 64;
+// The smallest piece of work has this many (vector, row) pairs, which take about 8 us.
+constexpr int64_t MIN_PIECE = 256;
 
 template <class T>
 struct ConvArguments {
-    const T *x, *weight, *bias;  // x: [rows, channels]; weight: [width, channels]; bias may be null
+    const T *x, *weight, *bias;  // x: [rows, channels]; weight: [width, channels]; bias: [channels] or null
     T *state, *out;              // state: [slots, width - 1, channels]; out: [rows, channels]
     int64_t channels, width, x_stride, state_stride;
     Segments segments;

@@ -1,12 +1,14 @@
-// The inputs of one sequence from some channel on: those of this call and, before them, those of its state.
+// ConvWindow gives access to the inputs of one sequence from some channel on: the inputs of this call and, before them,
+// those from the sequence's state.
 template <class T>
 struct ConvWindow {
-    const T* x;  // row 0 of the sequence
+    const T* x;  // x points to the first row of the sequence in this call.
     int64_t x_stride;
-    const T* history;  // [history_rows, channels], null where the sequence starts from zeros
+    const T* history;  // history: [history_rows, channels]; it is null if the sequence starts from zeros
     int64_t history_rows, channels;
 
-    INLINE const T* at(int64_t row) const {  // row < 0: before this call; null: zeros
+    // Returns the address of a row. A negative row comes from the state; null stands for a row of zeros.
+    INLINE const T* at(int64_t row) const {
         if (row >= 0) return x + row * x_stride;
         return history ? history + (history_rows + row) * channels : nullptr;
     }
@@ -15,7 +17,8 @@ struct ConvWindow {
         return {x + c, x_stride, history ? history + c : nullptr, history_rows, channels};
     }
 
-    // The state after `rows` rows. `to` may be `history` itself: rows move towards its beginning, one after the other.
+    // Writes the state after `rows` rows to `to`. `to` may be `history` itself, because rows only move towards its
+    // beginning, one after the other.
     INLINE void save(T* to, int64_t rows, int64_t n) const {
         for (int64_t j = 0; j < history_rows; j++) {
             const T* from = at(rows - history_rows + j);
@@ -25,8 +28,8 @@ struct ConvWindow {
     }
 };
 
-// Rows [begin, end) of one sequence at n channels from `channel` on; `window` and `out` stand there. W: the number of
-// taps where the compiler knows it, else 0.
+// Computes rows [begin, end) of one sequence at n channels from `channel` on; `window` and `out` start at this channel.
+// W is the number of taps if it is known at compile time, otherwise 0.
 template <int W, class T>
 INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int64_t begin, int64_t end,
                      int64_t channel, int64_t n, T* out) {
@@ -45,7 +48,7 @@ INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int
     }
 }
 
-// All sequences at channels [first, last).
+// Computes all sequences at channels [first, last).
 template <class T>
 void convolve_piece(const ConvArguments<T>& a, int64_t first, int64_t last) {
     for (int64_t i = 0; i < a.segments.count; i++) {

@@ -1,10 +1,13 @@
-// All experts that any token chose, each on all of its tokens at once, so that its weights are read once a step.
+// This file runs each expert that any token chose, on all of its tokens at once, so that the expert's weights are read
+// once per step.
 
-// Entry t * top_k + rank is token t's choice of that rank. By expert, and by entry within an expert:
+// An entry is a token's choice of an expert; entry t * top_k + rank is that of token t. Order describes the entries
+// sorted by expert and, within an expert, by entry.
 struct Order {
-    int32_t* tokens;   // of the sorted entries
-    int32_t* places;   // of entries among the sorted ones
-    int32_t* starts;   // of experts among the sorted entries, and their end
+    int32_t* tokens;  // tokens[i] is the token of sorted entry i.
+    int32_t* places;  // places[i] is the place of entry i among the sorted entries.
+    // starts[e] is the place of the first entry of expert e; starts[experts] is the number of entries.
+    int32_t* starts;
 };
 
 template <class T>
@@ -15,7 +18,7 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     for (int64_t i = 0; i < entries; i++) order.starts[e.ids[i] + 1]++;
     for (int64_t i = 0; i < e.experts; i++) order.starts[i + 1] += order.starts[i];
     for (int64_t i = 0; i < entries; i++) {
-        const int32_t place = order.starts[e.ids[i]]++;  // moves each start to the next one's place
+        const int32_t place = order.starts[e.ids[i]]++;  // After the loop, starts[e] is the start of expert e + 1.
         order.places[i] = place;
         order.tokens[place] = int32_t(i / e.top_k);
     }
@@ -24,8 +27,8 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     return order;
 }
 
-// y[t] = sum over ranks of weight * output, in rank order in float32. Rounded where transformers rounds: the weights,
-// then each expert's weighted output.
+// Computes y[t] = sum over ranks of weight * output, in float32 and in the order of the ranks. As in transformers, the
+// weights are rounded first, then each expert's weighted output.
 template <class T>
 void add_outputs(const Experts<T>& e, const Order& order, const T* outputs) {
     parallel_for(e.tokens, ceil_div(1 << 15, e.hidden * e.top_k), [&](int64_t t, int64_t end) {

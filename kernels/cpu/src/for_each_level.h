@@ -1,5 +1,5 @@
-// Compiles KERNEL_FILE once in each namespace of `simd.h`. Then DISPATCH(f, arguments) calls the one that `level()`
-// names. No include guard: a file may do this for several KERNEL_FILEs.
+// This header compiles KERNEL_FILE in each namespace of `simd.h`. DISPATCH(f, arguments) then calls the f of the
+// namespace that `level()` selects. There is no include guard, because a file may include it for several KERNEL_FILEs.
 #include "simd.h"
 
 #if JAMBA_X86

@@ -1,14 +1,16 @@
-// How a product reads its weights: from each format of `gemm.h` to the numbers that the level multiplies. Nothing is
-// rounded: whole numbers of seven bits and a sign are numbers of bf16, and so are those of e4m3. The latter's bits move
-// to float32's places; times 2^120 the exponent is right, also of subnormals.
+// This file converts each weight format of `gemm.h` to the numbers that a product multiplies. Nothing is rounded,
+// because int8 and e4m3 numbers are exact in bf16. The bits of an e4m3 number move to their places in a float32; a
+// multiplication by 2^120 then corrects the exponent, also of subnormal numbers.
 //
-// Reader<W>: steps of PAIRS pairs in BYTES bytes, COLUMN_BYTES from a column to the next. `vector` gives the columns
-// vector * WIDTH and on of one of the pairs. Where SCALED, the scales of a group follow its steps.
+// Reader<W> reads weights of format W. A step has PAIRS pairs in BYTES bytes, and COLUMN_BYTES is the distance from one
+// column to the next. `vector` returns WIDTH columns of one pair, from column vector * WIDTH on. If SCALED is true, the
+// scales of a group follow its steps.
 
-constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;  // columns of a strip; STRIPS to a panel
+// A strip has STRIP columns, and a panel has STRIPS strips.
+constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
 
 #ifdef DOT_PRODUCTS
-using Weight = __m512bh;  // both numbers of a pair side by side
+using Weight = __m512bh;  // A vector of weights has both numbers of each pair, next to each other.
 
 template <class W>
 struct Reader;
@@ -30,7 +32,7 @@ struct Reader<Int8> {
         return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
     }
     static INLINE Weight vector(const char* step, int vector, int) {
-        // So small a whole number has nothing in the lower half of its float32.
+        // The lower half of the float32 of such a small integer is zero, so the two halves can be combined with `or`.
         const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
         return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
     }
@@ -56,7 +58,8 @@ struct Reader<Int4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
     static INLINE Weight vector(const char* step, int vector, int pair) {
-        // -8..7 by the numbers' four bits, twice: the fifth bit of an index belongs to the next number.
+        // This table has the bf16 of the int4 number for each of its 16 bit patterns. It is used twice, because the
+        // fifth bit of an index belongs to the next number and must be ignored.
         const __m256i once = _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, -0x3f00,
                                                -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080);
         const __m512i four = _mm512_srli_epi16(_mm512_loadu_si512(step + 64 * vector), 4 * pair);
@@ -64,7 +67,7 @@ struct Reader<Int4> {
     }
 };
 #else
-using Weight = Vec;  // one number of each pair
+using Weight = Vec;  // A vector of weights has either the first or the second number of each pair.
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
 
 INLINE Lanes read_lanes(const char* p) {
@@ -72,7 +75,8 @@ INLINE Lanes read_lanes(const char* p) {
     std::memcpy(&x, p, sizeof(x));
     return x;
 }
-INLINE Lanes read_bytes(const char* p) {  // signed
+// Reads WIDTH bytes as signed integers.
+INLINE Lanes read_bytes(const char* p) {
 #if defined(LEVEL_AVX512)
     return (Lanes)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(LEVEL_AVX2)
@@ -83,7 +87,7 @@ INLINE Lanes read_bytes(const char* p) {  // signed
     return Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24;
 #endif
 }
-// Bits first..first+size-1 of each lane, the highest of them being the sign.
+// Returns the signed number in bits first..first+size-1 of each lane.
 INLINE Vec number(Lanes x, int first, int size) {
     return __builtin_convertvector(x << (32 - first - size) >> (32 - size), Vec);
 }
@@ -102,7 +106,8 @@ struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);  // the first number in the lower half
+        // The first number of a pair is in the lower half of its lane.
+        const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }
 };

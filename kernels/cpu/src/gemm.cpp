@@ -1,4 +1,4 @@
-// Products with packed weights: `linear` and the experts of a layer.
+// This file packs weights and multiplies with them: `linear` and `run_experts`.
 #include "gemm.h"
 #include "ops.h"
 
@@ -25,7 +25,7 @@ template <class T>
 void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     const int64_t block = 32;
     for (int64_t start = 0; start < k; start += block) {
-        T lines[PANEL][block] = {};  // read by whole lines of memory, written by pairs
+        T lines[PANEL][block] = {};  // The weight is read in whole cache lines and written in pairs.
         const int64_t n = k - start < block ? k - start : block;
         for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
         for (int64_t i = 0; i < (n + 1) / 2 * 2; i++, out += i % 2 ? 0 : 2 * PANEL) {
@@ -35,17 +35,18 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     }
 }
 
-// A panel's numbers `from`..`end` of K in the order that those of `BITS` bits have.
+// Packs inputs `start` to `end` - 1 of a panel, in the layout for numbers of BITS bits. Returns the end of the output.
 template <int BITS>
 uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
-    constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;  // of a column in a step
+    // INPUTS and BYTES are per column and step.
+    constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;
     for (; start < end; start += INPUTS, out += PANEL * BYTES) {
         std::memset(out, 0, PANEL * BYTES);
         for (int64_t c = 0; c < columns; c++) {
             for (int64_t i = 0; i < INPUTS && start + i < end; i++) {
                 const uint8_t bits = uint8_t(values[c * k + start + i]);
                 if (BITS == 8) out[i * PANEL + c] = bits;
-                // Number i of a column: word i % 2, bits 4 * (i / 2) and on, the lower byte first.
+                // Number i of a column goes to word i % 2, at bit 4 * (i / 2). The lower byte of a word comes first.
                 else out[4 * c + 2 * (i % 2) + i / 4] |= uint8_t((bits & 15) << (i / 2 % 2 * 4));
             }
         }
@@ -61,10 +62,10 @@ EXPORT int64_t packed_bytes(int64_t n, int64_t k, int64_t dtype) {
     return bytes;
 }
 
-// Asks for huge pages, with which one core reads memory half as fast again. Before the memory is first written.
+// Requests huge pages, with which one core reads memory 1.5 times as fast. Call it before the memory is first written.
 EXPORT void use_huge_pages(void* memory, int64_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
 
-// weight: [n, k], contiguous; packed: packed_bytes(n, k) of memory.
+// Packs a weight that is not quantised. weight: [n, k], contiguous; packed: packed_bytes(n, k, dtype) bytes.
 EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
@@ -78,7 +79,7 @@ EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, 
     });
 }
 
-// Rows of a weight, as `pack_weight` packed it or as it was, to out: [count, k]. ids: [count].
+// Copies rows `ids` [count] of a weight to out: [count, k]. The weight is packed by `pack_weight` or a plain [n, k].
 EXPORT void gather_rows(const void* weight, int64_t is_packed, const int64_t* ids, void* out, int64_t count, int64_t k,
                         int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
@@ -105,7 +106,8 @@ EXPORT int64_t packed_quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_
     return ceil_div(n, PANEL) * panel_bytes<float>(Weights{nullptr, k, bits, group_size});
 }
 
-// values: [n, k], scales: [n, ceil(k / group_size)], both contiguous; packed: packed_quantized_bytes(...) of memory.
+// Packs a quantised weight. values: [n, k], scales: [n, ceil(k / group_size)], both contiguous; packed:
+// packed_quantized_bytes(n, k, bits, group_size) bytes.
 EXPORT void pack_quantized(const int8_t* values, const float* scales, void* packed, int64_t n, int64_t k, int64_t bits,
                            int64_t group_size) {
     const Weights weights{nullptr, k, bits, group_size};
@@ -129,7 +131,7 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 }
 
 #if JAMBA_X86
-// The level's `f<T>`, of which bf16 has one more.
+// This macro calls the f<T> of the machine's level. For bf16 there is one more level, avx512_bf16.
 #define DISPATCH_PRODUCT(f, argument)                                                              \
     do {                                                                                           \
         if constexpr (std::is_same_v<T, bf16>) {                                                   \
@@ -141,7 +143,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 #define DISPATCH_PRODUCT(f, argument) DISPATCH(f, argument)
 #endif
 
-// x: [m, k], rows `x_stride` elements apart; bits, group_size: see `Weights`; bias: [n] or null; y: [m, n].
+// Computes y = x W^T + bias. x: [m, k], rows `x_stride` elements apart; bits, group_size: see `Weights`; bias: [n] or
+// null; y: [m, n].
 EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t bits, int64_t group_size,
                    const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
@@ -152,8 +155,8 @@ EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t 
     });
 }
 
-// x: [tokens, hidden], rows `x_stride` elements apart; gate_up, down: packed [experts, 2 * inner, hidden] and
-// [experts, hidden, inner]; weights: [tokens, top_k]; ids: [tokens, top_k]; y: [tokens, hidden].
+// Computes `kernels.ops.RunExperts`. x: [tokens, hidden], rows `x_stride` elements apart; gate_up: packed [experts,
+// 2 * inner, hidden]; down: packed [experts, hidden, inner]; weights, ids: [tokens, top_k]; y: [tokens, hidden].
 EXPORT void run_experts(const void* x, int64_t x_stride, const void* gate_up, const void* down, int64_t bits,
                         int64_t gate_up_group, int64_t down_group, const float* weights, const int32_t* ids, void* y,
                         int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden, int64_t inner, int64_t dtype) {

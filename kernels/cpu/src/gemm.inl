@@ -1,17 +1,17 @@
-// One matrix product for every number of rows: each element of y is one accumulator that walks K upwards, whichever
-// tile and thread it falls to. Compiled for each level; needs `gemm.h`.
+// This file computes matrix products with any number of rows, for each instruction set. Each element of y is summed in
+// one accumulator, in ascending order of K, whichever tile and thread computes it. So the result is batch-invariant.
 //
 // A strip is two vectors of columns. A tile is up to MAX_ROWS rows by one strip, or fewer rows by several strips, so
-// that enough accumulators are under way to hide the latency of a product. Rows of x are first brought into the order
-// in which a tile reads them: [pair][row], converted to what the product takes.
+// that enough accumulators are in use to hide the latency of a product. The rows of x are first converted to the type
+// that the product needs and stored in the order in which a tile reads them, [pair][row].
 
 #ifdef DOT_PRODUCTS
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
-// x as pairs of bf16, one instruction for both products (VDPBF16PS, which has its own fixed order of the two).
+// x is stored as pairs of bf16. The instruction VDPBF16PS adds both products of a pair, in a fixed order of its own.
 using PackedX = uint32_t;
 constexpr int64_t X_PER_PAIR = 1;
 
-// Adds the products of one pair; the weights stand `offset` bytes on.
+// Adds the products of one pair of inputs to the accumulators. The weights are `offset` bytes after w[strip].
 template <class W, int MR, int NS>
 INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
                           int pair) {
@@ -27,8 +27,8 @@ INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* co
     }
 }
 
-// 2 * WIDTH elements of one row, n of them given, to out[pair * rows]
-INLINE void spread(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
+// Converts n <= 2 * WIDTH elements of one row to pairs. Pair i goes to out[i * rows], between the pairs of other rows.
+INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
     PackedX pairs[WIDTH] = {};
     std::memcpy(pairs, x, n * sizeof(bf16));
     for (int64_t i = 0; i < (n + 1) / 2; i++) out[i * rows] = pairs[i];
@@ -36,7 +36,7 @@ INLINE void spread(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
 #else
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-// x as float32, two fused products.
+// x is stored as float32. A pair of inputs takes two fused multiplications and additions.
 using PackedX = float;
 constexpr int64_t X_PER_PAIR = 2;
 
@@ -60,7 +60,7 @@ INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* co
 }
 
 template <class T>
-INLINE void spread(const T* x, int64_t n, PackedX* out, int64_t rows) {
+INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) {
     float wide[2 * WIDTH];
     store(wide, load(x, n < WIDTH ? n : WIDTH));
     store(wide + WIDTH, load(x + WIDTH, n > WIDTH ? n - WIDTH : 0));
@@ -68,40 +68,45 @@ INLINE void spread(const T* x, int64_t n, PackedX* out, int64_t rows) {
 }
 #endif
 
-constexpr int max_strips(int rows) {  // side by side in a tile: a power of two
+// Returns how many strips a tile of `rows` rows has. The number is a power of two.
+constexpr int max_strips(int rows) {
     int strips = 1;
     while (4 * strips * rows <= ACCUMULATORS && strips < 4) strips *= 2;
     return strips;
 }
 
-// Numbers in a row of packed x, which is filled up to what any format of weights takes in one step.
+// Returns the length of a row of packed x, which is padded to whole steps of every weight format.
 inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
-// Rows first..first+size-1 of the product, in a tile's order.
+// Packs the rows from `first` to `first` + `size` - 1 of x in the order in which a tile reads them.
 template <class T>
 void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     for (int64_t m = 0; m < size; m++) {
         const T* x = p.x + (p.rows ? p.rows[first + m] : first + m) * p.x_stride;
         for (int64_t k = 0; k < p.weights.k; k += 2 * WIDTH) {
             const int64_t n = p.weights.k - k < 2 * WIDTH ? p.weights.k - k : 2 * WIDTH;
-            spread(x + k, n, out + k / 2 * X_PER_PAIR * size + m, size);
+            interleave_pairs(x + k, n, out + k / 2 * X_PER_PAIR * size + m, size);
         }
     }
     const int64_t used = ceil_div(p.weights.k, 2) * X_PER_PAIR;
     std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
 
-// A tile's way along K: steps first..end-1 of a strip.
+// Walk describes the part of K that a tile processes in one call: steps first..end-1 of a strip.
 struct Walk {
-    const PackedX* x;  // of the tile's rows, from the beginning of K
+    const PackedX* x;  // x points to the packed rows of the tile, at the beginning of K.
     int64_t strip;
     int64_t first, end;
-    const char* next;  // what to prefetch, `stride` bytes more with each step; null: what is needed soon
+    // Each step prefetches `stride` bytes from `next` on. If `next` is null, it prefetches the panel itself, some bytes
+    // ahead.
+    const char* next;
     int64_t stride;
-    float* sums;  // of the steps before, and then with these; null where the walk takes all of K
+    // On entry, `sums` has the sums over earlier steps; on return, over all steps so far. It is null if the steps are
+    // all of K.
+    float* sums;
 };
 
-// What one tile needs beside its template's arguments.
+// The arguments of a tile that are not template arguments.
 template <class T>
 struct TileArguments {
     const Product<T>* product;
@@ -130,10 +135,11 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     }
 }
 
-// Bytes of a panel between the prefetch and the product, for so many strips at once: measured.
+// Returns how many bytes ahead of the product a panel is prefetched, if a tile has `strips` strips. The value was found
+// by measurement.
 constexpr int64_t ahead(int strips) { return 8192 / strips; }
 
-// totals += scale * c, for the scales of a group: of each strip, `offset` bytes on.
+// Computes totals += scale * c for one group. The group's scales are `offset` bytes after scales[strip].
 template <int MR, int NS>
 INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS], int64_t offset,
                       Vec (&totals)[MR][2 * NS]) {
@@ -145,14 +151,15 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
     }
 }
 
-// The steps of a format's weights, as they fall into groups.
+// Steps describes how the steps of a weight are divided into groups.
 template <class W>
 struct Steps {
-    int64_t count, group;  // all of K; those of a group
+    int64_t count, group;  // count is the number of steps in K; group is the number of steps in a group.
     explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
         group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
     }
-    // From the panel's beginning to a step at a group's beginning, or to any of the only group's.
+    // Returns the offset of a step in its panel, in bytes. The step must be the first of its group, or the weight must
+    // have one group only.
     int64_t offset(int64_t step) const {
         return step * Reader<W>::BYTES + (Reader<W>::SCALED ? step / group * 4 * PANEL : 0);
     }
@@ -176,8 +183,9 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
     }
 }
 
-// A tile's walk: its sums go to y with the last step, and wait in `walk.sums` before. What waits are the sums of the
-// only group, not scaled yet, or the totals of whole groups.
+// Computes the steps `walk` of one tile. After the last step of K the result goes to y; before that, intermediate sums
+// are kept in `walk.sums`. They are the unscaled sums if the weight has one group, otherwise the totals of the scaled
+// groups.
 template <class T, class W, int MR, int NS>
 void tile(const TileArguments<T>& a) {
     using R = Reader<W>;
@@ -196,7 +204,7 @@ void tile(const TileArguments<T>& a) {
     int64_t offset = steps.offset(walk.first);
     const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
-    Vec totals[MR][2 * NS] = {};  // of scaled groups
+    Vec totals[MR][2 * NS] = {};  // totals has the sums of the scaled groups.
     if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
         Vec c[MR][2 * NS] = {};
@@ -227,7 +235,7 @@ void tile(const TileArguments<T>& a) {
     store_tile<T, MR, 2 * NS>(totals, a);
 }
 
-// Strips from the walk's up to `end`, NS at a time, for one tile of MR rows.
+// Computes the strips from `a.walk.strip` to `end` - 1, NS at a time, for one tile of MR rows.
 template <class T, class W, int MR, int NS>
 void tile_strips(TileArguments<T> a, int64_t end) {
     int64_t& strip = a.walk.strip;
@@ -246,10 +254,11 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
-constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;  // of a strip: what stays in the first cache
+constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;  // A span is the part of a strip that fits into the L1 cache.
 
-// Several tiles take a strip together, a span of K each in turn, so that its weights come from memory once. While
-// they work on one span they prefetch the next, each a share of it: it must arrive before the first of them gets there.
+// Several tiles use a strip together, so that its weights are read from memory once: every tile processes one span of K
+// before any tile starts the next span. While the tiles work on a span, each prefetches a share of the next one, which
+// must be in the cache before the first tile needs it.
 template <class T, class W>
 void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                   int64_t strip_end) {
@@ -290,7 +299,8 @@ void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_
     tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, walk}, strip_end);
 }
 
-// The tiles tile..tile_end-1 of a product, columns of the strips strip..strip_end-1; x is packed, tile after tile.
+// Computes the tiles `tile` to `tile_end` - 1 of a product, for the strips `strip` to `strip_end` - 1. x is packed, one
+// tile after the other.
 template <class T>
 void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                     int64_t strip_end) {
@@ -302,16 +312,17 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     }
 }
 
-constexpr int64_t PIECE_BYTES = 1 << 17;    // of weights, times the tiles that use them: worth a thread's attention
-constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // of packed x, that stays in the cache while all weights pass by
+// The size of a piece of work is the bytes of its weights times the number of tiles that use them.
+constexpr int64_t PIECE_BYTES = 1 << 17;
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // This many bytes of packed x stay in the cache while all weights are read.
 
-// Some tiles of a product, as threads share them: in pieces of `grain` strips.
+// A part is some tiles of a product. The threads share it in pieces of `grain` strips.
 template <class T>
 struct Part {
     Product<T> product;
-    PackedX* x;  // of the product's first row
+    PackedX* x;  // x points to the first packed row of the product.
     int64_t tile, tile_end, strips, grain;
-    int64_t tiles_before, pieces_before;  // those of earlier parts
+    int64_t tiles_before, pieces_before;  // Earlier parts have this many tiles and pieces.
 };
 
 template <class T>
@@ -319,7 +330,7 @@ struct Parts {
     Part<T>* parts;
     int64_t count = 0, tiles = 0, pieces = 0;
 
-    // Splits a product in `blocks` parts. x: memory for its packed rows, x_row(k) elements each.
+    // Splits a product into `blocks` parts. x: memory for its packed rows, x_row(k) elements each.
     void add(const Product<T>& p, PackedX* x, int64_t blocks) {
         const Tiles whole(p.m, MAX_ROWS);
         const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
@@ -337,7 +348,8 @@ struct Parts {
     }
 };
 
-// Brings all rows into the order of the tiles. before(product, first, size) is called ahead of a tile of these rows.
+// Packs all rows in the order in which the tiles read them. Before rows first..first+size-1 are packed, it calls
+// before(product, first, size).
 template <class T, class F>
 void pack_parts(const Parts<T>& all, const F& before) {
     if (!all.tiles) return;
@@ -374,7 +386,7 @@ template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
     const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
-    // Where columns are few, threads share the rows too.
+    // If the product has few columns, the threads also divide the rows among themselves.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
     Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
     all.add(p, static_cast<PackedX*>(scratch(0, x_bytes)),

@@ -1,4 +1,5 @@
-// The library itself: what the machine can do, and the stub that makes it a Python module (it is called by ctypes).
+// This file detects the machine's instruction set. It also defines an empty Python module, because setuptools builds
+// the library as an extension module; Python calls the library through ctypes.
 #include <Python.h>
 
 #include <atomic>
@@ -27,7 +28,7 @@ Level level() { return current.load(std::memory_order_relaxed); }
 
 EXPORT int64_t machine_level() { return int64_t(level()); }
 
-// For tests: the kernels of a lower level. Returns the level then in force, never above the machine's.
+// Tests select a lower instruction set with this function. It returns the one then in use, never above the machine's.
 EXPORT int64_t set_level(int64_t wanted) {
     const int64_t highest = int64_t(detect());
     current.store(Level(wanted < 0 || wanted > highest ? highest : wanted));

@@ -1,10 +1,11 @@
-// A Mamba layer's decode between in_proj and out_proj: the functions of its parts, one after the other, over scratch
-// memory. Each of them takes microseconds, which a call from outside and a tensor for its result would double.
+// This file runs a Mamba layer's decode step between in_proj and out_proj. It calls the functions of the layer's parts
+// one after the other, with results in scratch memory. Each takes microseconds; a call from Python and a new tensor for
+// each result would double that.
 #include "ops.h"
 
 namespace {
 
-// Pieces of one run of memory, each from a cache line's border on.
+// Hands out pieces of one buffer, each aligned to a cache line.
 struct Memory {
     char* next;
     char* take(int64_t bytes) {
@@ -16,8 +17,8 @@ struct Memory {
 
 }  // namespace
 
-// As `kernels/cpu/mamba.py` has it. a: [channels, states]; x_proj, dt_proj: packed [rank + 2 * states, channels] and
-// [channels, rank].
+// `kernels/cpu/mamba.py` mirrors this layout. a: [channels, states]; x_proj: packed [rank + 2 * states, channels];
+// dt_proj: packed [channels, rank].
 struct MambaWeights {
     const void *conv_weight, *conv_bias, *x_proj, *dt_norm, *b_norm, *c_norm, *dt_proj;
     const float *a, *d, *dt_bias;
@@ -25,14 +26,16 @@ struct MambaWeights {
     float eps;
 };
 
-// xz: [rows, 2 * channels], rows `stride` elements apart: the convolution's inputs, then the gate; out: [rows, channels].
+// Computes one token of each of `rows` sequences. xz: [rows, 2 * channels], the convolution's inputs followed by the
+// gate, rows `stride` elements apart; out: [rows, channels].
 EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t stride, int64_t rows, void* conv_state,
                          int64_t conv_stride, float* ssm_state, int64_t ssm_stride, const int32_t* state_ids,
                          void* out) {
     const MambaWeights& w = *weights;
     const int64_t item = w.dtype == int64_t(Dtype::f32) ? 4 : 2, projected = w.rank + 2 * w.states;
     const int64_t bytes = 2 * (w.channels + projected) * item * rows + 6 * 64;
-    Memory memory{static_cast<char*>(scratch(3, bytes))};  // the parts use the other buffers
+    // Buffer 3 is used here, because the functions of the parts use the others.
+    Memory memory{static_cast<char*>(scratch(3, bytes))};
     char *const u = memory.take(rows * w.channels * item), *const parts = memory.take(rows * projected * item);
     char *const rank = memory.take(rows * w.rank * item), *const dt = memory.take(rows * w.channels * item);
     char *const b = memory.take(rows * w.states * item), *const c = memory.take(rows * w.states * item);

@@ -1,15 +1,18 @@
-// Functions of a Vec, compiled for each level by `simd.h`. An element's result does not depend on its place.
+// This file has functions of a Vec, which `simd.h` compiles for each instruction set. The result of an element does not
+// depend on its place in the vector.
 
-// e^x of N vectors, within 2 units in the last place; 0 below -104, infinite above 88.73, NaN for NaN. Step by step
-// side by side, for the steps of one vector wait for each other.
+// Computes e^x of N vectors, with an error of at most 2 units in the last place. The result is 0 below -104, infinite
+// above 88.73, and NaN for NaN. Each step is done for all N vectors, because the steps of one vector depend on each
+// other and would stall the processor.
 template <int N>
 INLINE void exp(const Vec* x, Vec* y) {
-    // Cephes expf, highest power first, for r within +-0.35
+    // These are the coefficients of Cephes' expf for r within +-0.35, the highest power first.
     constexpr float COEFFICIENTS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = min(set(89.0f), max(set(-105.0f), x[i]));
     for (int i = 0; i < N; i++) n[i] = round(r[i] * set(1.44269504f));
-    for (int i = 0; i < N; i++) r[i] = fma(n[i], set(-0.693359375f), r[i]);  // ln 2 in two parts; the first product is exact
+    // ln 2 is subtracted in two parts, of which the first gives an exact product.
+    for (int i = 0; i < N; i++) r[i] = fma(n[i], set(-0.693359375f), r[i]);
     for (int i = 0; i < N; i++) r[i] = fma(n[i], set(2.12194440e-4f), r[i]);
     for (int i = 0; i < N; i++) p[i] = set(1.9875691500e-4f);
     for (const float coefficient : COEFFICIENTS) {
@@ -23,13 +26,15 @@ INLINE Vec exp(Vec x) {
     return y;
 }
 
-// 2^x of N vectors for x <= 0, within a unit in the last place; NaN for NaN. Half the work of `exp`.
+// Computes 2^x of N vectors for x <= 0, with an error of at most one unit in the last place, and NaN for NaN. It costs
+// half as much as `exp`.
 template <int N>
 INLINE void exp2_below_one(const Vec* x, Vec* y) {
-    // 2^r = 1 + r * this, highest power first, for r within +-1/2: least largest relative error
+    // 2^r is 1 + r * polynomial(r) for r within +-1/2. The coefficients, the highest power first, minimise the largest
+    // relative error.
     constexpr float COEFFICIENTS[] = {1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f, 2.4022647738e-1f, 6.9314718246e-1f};
     Vec n[N], r[N], p[N];
-    for (int i = 0; i < N; i++) r[i] = max(set(-151.0f), x[i]);  // 2^-150 is rounded to 0
+    for (int i = 0; i < N; i++) r[i] = max(set(-151.0f), x[i]);  // Below -150, 2^x is 0 in float32.
     for (int i = 0; i < N; i++) n[i] = round(r[i]);
     for (int i = 0; i < N; i++) r[i] = r[i] - n[i];
     for (int i = 0; i < N; i++) p[i] = set(1.5353360504e-4f);
@@ -41,7 +46,7 @@ INLINE void exp2_below_one(const Vec* x, Vec* y) {
 
 INLINE Vec silu(Vec x) { return x / (set(1.0f) + exp(set(0.0f) - x)); }
 
-// ln x for positive normal x. Cephes logf.
+// Returns ln x by the method of Cephes' logf. x must be positive and not subnormal.
 INLINE Vec log(Vec x) {
     Vec m, e;
     split(x, m, e);
@@ -61,15 +66,16 @@ INLINE Vec log(Vec x) {
     return fma(e, set(0.693359375f), p);
 }
 
-// ln(1 + e^x), and x itself above 20, where float32 knows no difference.
+// Returns ln(1 + e^x). Above 20 it returns x, which is the same number in float32.
 INLINE Vec softplus(Vec x) {
-    // ln(1 + y) = ln(u) + (y - (u - 1)) / u for u = 1 + y as rounded, which mends what u has lost of a small y.
+    // u is 1 + y, rounded. The term (y - (u - 1)) / u corrects the rounding error, which matters for a small y.
     const Vec y = exp(min(set(20.0f), x)), u = set(1.0f) + y;
     const Vec small = log(u) + (y - (u - set(1.0f))) / u;
     return where_greater(x, set(20.0f), x, small);
 }
 
-INLINE float sum(Vec x) {  // halves upon halves
+// Adds the upper half of the elements to the lower half, again and again, until one element is left.
+INLINE float sum(Vec x) {
     alignas(64) float v[WIDTH];
     store(v, x);
     for (int64_t half = WIDTH / 2; half > 0; half /= 2) {
@@ -78,7 +84,7 @@ INLINE float sum(Vec x) {  // halves upon halves
     return v[0];
 }
 
-// The first n <= WIDTH elements; the common case needs no mask.
+// `take` loads and `put` stores the first n <= WIDTH elements. The common case, n == WIDTH, needs no mask.
 template <class T>
 INLINE Vec take(const T* p, int64_t n) {
     return n == WIDTH ? load(p) : load(p, n);
@@ -89,7 +95,7 @@ INLINE void put(T* p, Vec x, int64_t n) {
     else store(p, x, n);
 }
 
-// x as it is after a store to memory of type T.
+// Rounds x to T and returns it as float32.
 template <class T>
 INLINE Vec rounded(Vec x) {
     alignas(64) T memory[WIDTH];

@@ -2,8 +2,8 @@
 #define KERNEL_FILE "norm.inl"
 #include "for_each_level.h"
 
-// x, residual: [rows, size], rows `x_stride` and `residual_stride` elements apart; normed, total: [rows, size]. Without
-// a residual (null) `total` is left alone.
+// Computes RMSNorm. x, residual: [rows, size], rows `x_stride` and `residual_stride` elements apart; normed, total:
+// [rows, size]. `total` receives x + residual; it is not written if the residual is null.
 EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
                      int64_t size, int64_t x_stride, int64_t residual_stride, int64_t dtype, float eps) {
     with_dtype(dtype, [&](auto t) {

@@ -1,4 +1,4 @@
-// The exported functions that others call as well; each is described where it is defined.
+// This header declares the exported functions that `mamba.cpp` calls too. Their definitions describe the arguments.
 #pragma once
 #include "common.h"
 

@@ -1,9 +1,10 @@
-// Threads of our own, for OpenMP's either spin while the server is idle or sleep between two kernels of a step.
+// This file implements a thread pool. OpenMP is not used, because its threads either spin while the server is idle or
+// sleep between two kernels of a step.
 //
-// A job is open while the calling thread works on it. Workers that are awake join and take pieces from a counter; when
-// none is left the caller closes the job and waits for those that joined, not for those that overslept. So a core that
-// another process holds costs its share of the speed and no more. A worker without a job looks out for SPIN_NS, longer
-// than the time between two kernels of a step, and then sleeps.
+// A job is open while the calling thread works on it. Workers that are awake join the job and take pieces from a shared
+// counter. When no piece is left, the caller closes the job and waits for the workers that joined, but not for those
+// that were asleep. So a core that another process occupies costs only its share of the speed. A worker without a job
+// spins for SPIN_NS, which is longer than the time between two kernels of a step, and then sleeps.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -17,7 +18,8 @@
 namespace {
 
 constexpr int64_t SPIN_NS = 50'000;
-constexpr uint64_t OPEN = uint64_t(1) << 32;  // of `gate`; the bits below count the workers within
+// This bit of `gate_` marks an open job; the lower bits count the workers that joined it.
+constexpr uint64_t OPEN = uint64_t(1) << 32;
 
 void relax() {
 #if JAMBA_X86
@@ -35,7 +37,7 @@ public:
     void run(int64_t n, int64_t grain, bool in_runs, Body body, const void* context) {
         if (threads_ == 1 || n <= grain || working) return body(context, 0, n);
         std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
-        if (!lock) return body(context, 0, n);  // another thread's job is on
+        if (!lock) return body(context, 0, n);  // The pool already runs another thread's job.
         body_ = body, context_ = context, n_ = n, grain_ = grain, in_runs_ = in_runs;
         next_.store(0, std::memory_order_relaxed);
         gate_.fetch_or(OPEN);
@@ -68,7 +70,8 @@ private:
     void work() {
         working = true;
         for (int64_t begin = next_.load(); begin < n_;) {
-            // Long runs first, for memory is read faster in order; short ones at the end, so that all end together.
+            // Runs are long at first, because memory is read faster in order, and short at the end, so that all threads
+            // finish at about the same time.
             const int64_t run = in_runs_ ? (n_ - begin) / (2 * threads_ * grain_) : 1;
             const int64_t size = run > 1 ? run * grain_ : grain_;
             if (!next_.compare_exchange_weak(begin, begin + size)) continue;
@@ -114,7 +117,8 @@ private:
         workers_.clear();
     }
 
-    static thread_local bool working;  // a kernel within a kernel runs on its own thread
+    // This is true while the thread runs a piece. A job that a piece starts then uses this thread only.
+    static thread_local bool working;
     std::mutex caller_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
@@ -132,7 +136,8 @@ private:
 
 thread_local bool Pool::working = false;
 
-// Never destroyed: its threads end with the process, and a join at exit could wait for ever in a forked child.
+// The pool is never destroyed. Its threads end with the process; joining them at exit could block forever in a forked
+// child, which has no such threads.
 Pool& pool() {
     static Pool* const instance = new Pool;
     return *instance;

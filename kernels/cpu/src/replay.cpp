@@ -1,12 +1,12 @@
-// A list of calls, one after the other: what a decoding step asks of this library, without Python in between.
+// This file runs a recorded list of library calls, so that a decode step has no Python code between its kernels.
 #include <utility>
 
 #include "common.h"
 
 constexpr int64_t MOST_ARGUMENTS = 32;
 
-// As `kernels/cpu/graph.py` has it. Every exported function takes whole numbers of 64 bits and pointers, and then, if
-// any, one float.
+// `kernels/cpu/graph.py` mirrors this layout. The arguments of every exported function are 64-bit integers and
+// pointers, optionally followed by one float.
 struct Call {
     void (*function)();
     int64_t count;

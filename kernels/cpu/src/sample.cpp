@@ -7,12 +7,12 @@ namespace {
 struct SampleRow {
     const float* logits;
     int64_t size;
-    float temperature, top_p, least;  // least: ln(min_p), -infinity for none
-    int64_t top_k;                    // 0 for all
+    float temperature, top_p, least;  // `least` is ln(min_p), and -infinity if min-p is off.
+    int64_t top_k;  // top_k is 0 if top-k is off.
     uint64_t key;
 };
 
-constexpr int DIGIT_BITS = 10;               // three digits are a score's magnitude, the first one of 11 bits
+constexpr int DIGIT_BITS = 10;  // The magnitude of a score has 31 bits: a digit of 11 bits and two digits of 10 bits.
 constexpr int64_t BINS = 2 << DIGIT_BITS;
 
 struct Bin {
@@ -25,7 +25,8 @@ struct Bin {
 #define KERNEL_FILE "sample.inl"
 #include "for_each_level.h"
 
-// One token for each row of logits [rows, size], rows `stride` elements apart; size below 2^24, places being floats.
+// Samples one token for each row of logits [rows, size], rows `stride` elements apart. `size` must be below 2^24,
+// because positions are stored as floats.
 EXPORT void sample(const float* logits, const float* temperature, const float* top_p, const float* min_p,
                    const int32_t* top_k, const int64_t* keys, int64_t* tokens, int64_t rows, int64_t size,
                    int64_t stride) {

@@ -1,13 +1,14 @@
-// A vector of uniform numbers u: u itself below 1/2, where `upper` is 0, else 1 - u, where it is 1.
+// Uniform holds a vector of uniform numbers u. Where u is below 1/2, `upper` is 0 and `ends` is u. Otherwise `upper` is
+// 1 and `ends` is 1 - u.
 struct Uniform {
     Vec ends, upper;
 };
 
-// Those of tokens id(0) to id(WIDTH - 1) in the row with `key`, as `kernels/reference/sample.py` defines them: of output
-// number id of SplitMix64.
+// Returns the uniform numbers of tokens id(0) to id(WIDTH - 1) in the row with `key`. That of a token is made from
+// output number id of SplitMix64, as in `kernels/reference/sample.py`.
 template <class F>
 INLINE Uniform uniform(uint64_t key, const F& id) {
-    // Step by step, which the compiler turns into vectors.
+    // Each step has a loop of its own, which the compiler can vectorise.
     alignas(64) uint64_t bits[WIDTH];
     alignas(64) int64_t numbers[WIDTH];
     alignas(64) float ends[WIDTH], upper[WIDTH];
@@ -21,26 +22,26 @@ INLINE Uniform uniform(uint64_t key, const F& id) {
     return {load(ends), load(upper)};
 }
 
-// Standard Gumbel noise, -ln(-ln u). In float32, so that it differs from the reference's by about 1e-6; the half above
-// u = 1/2 is taken from its end, where the tail needs the digits.
+// Returns standard Gumbel noise, -ln(-ln u). It is computed in float32 and differs from the reference by about 1e-6.
+// For u above 1/2 it is computed from 1 - u, because float32 cannot represent a u close to 1 precisely.
 INLINE Vec gumbel_noise(const Uniform& u) {
-    // ln(1 - x) = ln(v) + (1 - x - v) / v for v = 1 - x as rounded.
+    // With v = 1 - x, rounded, ln(1 - x) is ln(v) + (1 - x - v) / v, up to higher orders.
     const Vec one = set(1.0f), half = set(0.5f), v = one - u.ends;
     const Vec known = where_greater(u.upper, half, v, u.ends);
     const Vec lost = where_greater(u.upper, half, ((one - v) - u.ends) / v, set(0.0f));
     return set(0.0f) - log(set(0.0f) - (log(known) + lost));
 }
 
-// At least the noise, and at most 0.98 more where there is much of it, without a logarithm: -ln(-ln u) < -ln(1 - u), and
-// below u = 1/2 it is less than 0.367.
+// Returns an upper bound of the noise without computing a logarithm. Above u = 1/2 it uses -ln(-ln u) < -ln(1 - u) and
+// exceeds large noise by at most 0.98. Below u = 1/2 the noise is less than 0.367.
 INLINE Vec noise_bound(const Uniform& u) {
     Vec m, e;
-    split(u.ends, m, e);  // m is at least 3/4
+    split(u.ends, m, e);  // m >= 3/4, so -ln(1 - u) <= -e * ln 2 - ln(3/4)
     return where_greater(u.upper, set(0.5f), fma(e, set(-0.6931472f), set(0.289f)), set(0.37f));
 }
 
-// The place of the largest score, the first of equals; 0 where none is above -infinity. score(i, n) gives those of
-// elements [i, i + n), NaN or -infinity for none.
+// Returns the position of the largest score, the first of equal ones, or 0 if no score is above -infinity. score(i, n)
+// returns the scores of elements [i, i + n); an element that does not count has the score NaN or -infinity.
 template <class F>
 INLINE int64_t first_largest(int64_t size, const F& score) {
     alignas(64) float lane[WIDTH], scores[WIDTH], places[WIDTH];
@@ -59,7 +60,7 @@ INLINE int64_t first_largest(int64_t size, const F& score) {
     return int64_t(first);
 }
 
-// -infinity behind the first n elements, which a load fills with zeros: those might be the largest.
+// Replaces the elements after the first n by -infinity. A load fills them with zeros, which could be the largest score.
 INLINE Vec only_first(Vec x, int64_t n) {
     if (n == WIDTH) return x;
     alignas(64) float v[WIDTH];
@@ -68,22 +69,23 @@ INLINE Vec only_first(Vec x, int64_t n) {
     return load(v);
 }
 
-// Tokens of a row in ascending order: ids, their scores relative to the best (0 and below), and, where they are wanted,
-// their masses, e to the score.
+// Tokens lists tokens of a row in the order of their ids. It has their scores, relative to the best (so none is above
+// 0), and, for top-p, their masses exp(score).
 struct Tokens {
     int64_t count;
     int32_t* ids;
     float *scores, *masses;
 };
 
-// The magnitude of a score as a number that orders like it: small for the best.
+// Returns an integer key for a score that is not above 0. A better score has a smaller key.
 INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
 
-// Keeps of the tokens in the order of their scores, ties to the lower id, the first `most`, and of these as many as it
-// takes for their mass to reach `mass`. The order is never made: the place of the cut is narrowed down by the digits of
-// its key, from the highest, and what is left has one key. bins: [BINS]; places: [count].
+// Keeps the best tokens: at most `most` of them and, with `by_mass`, no more than needed to reach the probability mass
+// `mass`. Of equal scores, the token with the lower id is better. Nothing is sorted: the key of the last kept token is
+// found digit by digit, from the highest digit on. bins: [BINS]; places: [count].
 INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
-    int64_t count = tokens.count, done = 0;  // tokens at the cut's digits so far, and before these
+    // `count` tokens share the digits of the last kept token so far; `done` tokens are better.
+    int64_t count = tokens.count, done = 0;
     double mass_done = 0;
     for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);
     for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
@@ -122,7 +124,7 @@ INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, B
     tokens.count = kept;
 }
 
-// What top-k, then top-p leave of the row's tokens, whose best has `best`.
+// Returns the tokens of a row that top-k and then top-p keep. `best` is the row's largest logit.
 INLINE Tokens filtered(const SampleRow& row, Vec best) {
     const int64_t whole = (row.size + WIDTH - 1) / WIDTH * WIDTH;
     auto* const memory = static_cast<int32_t*>(scratch(0, whole * 4 * sizeof(int32_t)));
@@ -151,7 +153,7 @@ void sample_row(const SampleRow& row, int64_t* token) {
         first_largest(row.size, [&](int64_t i, int64_t n) { return only_first(take(row.logits + i, n), n); });
     *token = greedy;
     if (row.temperature == 0 || row.logits[greedy] == -__builtin_inff()) return;
-    // Relative to the best token, so that no temperature overflows.
+    // Scores are relative to the best logit, so that a small temperature cannot cause an overflow.
     const Vec best = set(row.logits[greedy]), divisor = set(row.temperature), none = set(-__builtin_inff());
     auto after_min_p = [&](Vec score) { return where_greater(set(row.least), score, none, score); };
     if (row.top_k == 0 && row.top_p >= 1) {
@@ -159,7 +161,8 @@ void sample_row(const SampleRow& row, int64_t* token) {
         *token = first_largest(row.size, [&](int64_t i, int64_t n) {
             const Vec score = after_min_p((take(row.logits + i, n) - best) / divisor);
             const Uniform u = uniform(row.key, [=](int64_t lane) { return i + lane; });
-            if (largest(score + noise_bound(u)) < top) return none;  // nearly always: the winner is among few
+            // For most vectors the bound shows that no token can win, so their exact noise is not computed.
+            if (largest(score + noise_bound(u)) < top) return none;
             const Vec noisy = only_first(score + gumbel_noise(u), n);
             const float here = largest(noisy);
             top = here > top ? here : top;

@@ -4,16 +4,18 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 16;      // rows of a group of channels before the next group's turn
-constexpr int64_t MIN_PIECE = 64;  // groups times rows that are worth another thread's attention, about 6 us
+// A thread computes this many rows for one group of channels, then goes on to the next group.
+constexpr int64_t AHEAD = 16;
+// The smallest piece of work has this many (group, row) pairs, which take about 6 us.
+constexpr int64_t MIN_PIECE = 64;
 constexpr float PER_LN_2 = 1.44269504f;
 
 template <class T>
 struct ScanArguments {
-    const T *u, *dt, *b, *c, *z;   // [rows, channels], b and c [rows, states], each with its own distance of rows
-    const float *a, *d, *dt_bias;  // [channels, states], [channels], [channels]
-    float* state;                  // [slots, channels, states]
-    T* out;                        // [rows, channels]
+    const T *u, *dt, *b, *c, *z;  // u, dt, z: [rows, channels]; b, c: [rows, states]; each has its own stride over rows
+    const float *a, *d, *dt_bias;  // a: [channels, states]; d and dt_bias: [channels]
+    float* state;                  // state: [slots, channels, states]
+    T* out;                        // out: [rows, channels]
     int64_t channels, states, u_stride, dt_stride, b_stride, c_stride, z_stride, state_stride;
     Segments segments;
 };

@@ -1,10 +1,14 @@
-// A lane is a channel, so that no sum crosses lanes and any number of states works alike. The decay rates and the state
-// of a group of WIDTH channels stand transposed, [states, WIDTH], the state in registers from row to row where the
-// compiler knows how many there are. A piece of work is some neighbouring groups, which take turns every AHEAD rows:
-// their inputs lie side by side. For one row of a sequence that would be transposing for the most part: where a vector
-// is as long as a state a lane is a state instead, and only the sums cross lanes, in the same order.
+// This file computes the selective scan. Each lane of a vector is a channel, so no sum crosses lanes, and any number of
+// states per channel works. The decay rates and the state of a group of WIDTH channels are transposed to
+// [states, WIDTH]. The state stays in registers from row to row if the number of states is known at compile time. A
+// piece of work has some neighbouring groups, which take turns every AHEAD rows, because their inputs are adjacent in
+// memory.
+//
+// In decode, with one row per sequence, the transposition would take most of the time. If a vector has as many lanes as
+// a channel has states, each lane is therefore a state. Then only the sums cross lanes, in the same order as before.
 
-// [n channels, states], contiguous, to [states, WIDTH] and back. Lanes beyond n are zeros.
+// `to_lanes` transposes n channels [n, states] to [states, WIDTH], with zeros in the lanes after n; `from_lanes` does
+// the reverse.
 INLINE void to_lanes(const float* from, float* to, int64_t states, int64_t n) {
     if (states == 16 && n == 16 && WIDTH == 16) return transpose16(from, to);
     for (int64_t i = 0; i < WIDTH; i++) {
@@ -18,8 +22,8 @@ INLINE void from_lanes(const float* from, float* to, int64_t states, int64_t n) 
     }
 }
 
-// One row: h = exp(dt * a) * h + drive * b with drive = dt * u; returns h @ c. `step` is dt / ln 2, so that powers of 2
-// do. `state_step` is the same with a lane for each state.
+// Computes one row: h = exp(dt * a) * h + drive * b, where drive is dt * u. Returns h @ c. `step` is dt / ln 2, so that
+// the exponential is a power of 2. `state_step` computes the same with one lane per state.
 template <int S>
 INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b, const float* c, int64_t states) {
     constexpr int LOCKSTEP = S % 4 == 0 && S > 0 ? 4 : 1;
@@ -40,8 +44,8 @@ INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b
     return sums[0];
 }
 
-// One row at N channels with a lane for each of WIDTH states; parts are h * c, whose lanes `sums` adds up in the order of
-// `scan_step`. h, a: [N, WIDTH].
+// Computes one row at N channels, with one lane for each of WIDTH states. h, a: [N, WIDTH]. parts[i] is h * c of
+// channel i; `sums` adds its lanes in the same order as `scan_step`.
 template <int N>
 INLINE void state_step(float* h, const float* a, const float* step, const float* drive, Vec b, Vec c, Vec* parts) {
     Vec decay[N];
@@ -54,8 +58,9 @@ INLINE void state_step(float* h, const float* a, const float* step, const float*
     }
 }
 
-// Rows [begin, end), at most AHEAD, at n channels from `channel` on. b, c: [rows, states] of these rows.
-// Inputs first and outputs last, because the processor overlaps rows that do not wait for each other.
+// Computes rows [begin, end), at most AHEAD, at n channels from `channel` on. b, c: [rows, states] of these rows. All
+// inputs are prepared first and all outputs computed last: in these two loops the rows do not depend on each other, so
+// the processor can overlap them.
 template <int S, class T>
 INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, int64_t begin, int64_t end,
                        int64_t channel, int64_t n, const float* b, const float* c) {
@@ -76,7 +81,7 @@ INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, in
     }
 }
 
-// Row t at n channels from `channel` on, for WIDTH states: their state is read and written where it lies.
+// Computes row t at n channels from `channel` on, for WIDTH states per channel. The state is updated in place.
 template <class T>
 INLINE void scan_row(const ScanArguments<T>& a, int64_t t, float* state, int64_t channel, int64_t n) {
     alignas(64) float steps[WIDTH], drives[WIDTH], totals[WIDTH];
@@ -102,7 +107,7 @@ INLINE void scan_row(const ScanArguments<T>& a, int64_t t, float* state, int64_t
     put(a.out + t * a.channels + channel, fma(d, u, load(totals)) * gate, n);
 }
 
-// [rows, states] of B or C as float32.
+// Converts the rows of B or C [rows, states] to float32.
 template <class T>
 INLINE void widen_projection(const T* from, int64_t stride, int64_t rows, int64_t states, float* to) {
     for (int64_t t = 0; t < rows; t++) {
@@ -113,16 +118,17 @@ INLINE void widen_projection(const T* from, int64_t stride, int64_t rows, int64_
     }
 }
 
-// A piece of work: channels [first, last), their memory, and what to do with every group of them.
+// ScanPiece is a piece of work: channels [first, last) of all sequences, with scratch memory for their states.
 template <class T>
 struct ScanPiece {
     const ScanArguments<T>& a;
     int64_t first, last;
-    float *rates, *h;  // [groups, states, WIDTH]
-    float *b, *c;      // [AHEAD, states]
+    float *rates, *h;  // rates and h are scratch memory: [groups, states, WIDTH]
+    float *b, *c;      // b and c are scratch memory: [AHEAD, states]
 
+    // Calls f(first channel, number of channels, offset in `rates` and `h`) for each group of channels.
     template <class F>
-    INLINE void groups(const F& f) const {  // f(first channel, how many, offset in `rates` and `h`)
+    INLINE void groups(const F& f) const {
         for (int64_t channel = first; channel < last; channel += WIDTH) {
             f(channel, last - channel < WIDTH ? last - channel : WIDTH, (channel - first) * a.states);
         }
@@ -170,7 +176,7 @@ struct ScanPiece {
         }
     }
 
-    // One row of each sequence, all of which have a state, of WIDTH states.
+    // Computes one row of each sequence. All sequences have a state, and each channel has WIDTH states.
     void single_rows() const {
         prefetch(a.a, first, last - first);
         prefetch_state(a.segments.state_ids[0]);

@@ -1,13 +1,13 @@
-// How the rows of a ragged batch fall into sequences, and where their states live: `kernels.ops.Segments`.
+// This header mirrors `kernels.ops.Segments`: which rows of a ragged batch belong to which sequence and state slot.
 #pragma once
 #include "common.h"
 
 struct Segments {
-    int64_t count;               // of sequences
-    const int32_t* query_start;  // [count + 1]; null where each has one row
+    int64_t count;  // `count` is the number of sequences.
+    const int32_t* query_start;  // query_start: [count + 1]; it is null if each sequence has one row
     const int32_t* state_ids;    // [count]
-    const uint8_t* has_state;    // [count]; null where all have one
-    const int32_t* save_start;   // [count + 1]; null without interior saves
+    const uint8_t* has_state;  // has_state: [count]; it is null if all sequences have a state
+    const int32_t* save_start;  // save_start: [count + 1]; it is null if no state is saved inside a chunk
     const int32_t* save_rows;
     const int32_t* save_slots;
 
@@ -18,8 +18,8 @@ struct Segments {
     int64_t last_save(int64_t i) const { return save_start ? save_start[i + 1] : 0; }
 };
 
-// How many channels, in whole vectors, make a piece of work: enough to read whole cache lines, few enough that every
-// thread gets some pieces.
+// Returns the number of channels of a piece of work, a multiple of the vector width. Pieces are large enough to read
+// whole cache lines and small enough that every thread gets several.
 inline int64_t piece_channels(int64_t channels, int64_t width) {
     const int64_t fair = channels / (4 * num_threads()) / width * width;
     return fair < width ? width : fair < 8 * width ? fair : 8 * width;

@@ -1,9 +1,11 @@
-// Movements of whole units.
+// This file writes KV pages and copies, compresses and restores states. A unit is one entry of a tensor's first
+// dimension, such as a slot.
 #include <cmath>
 
 #include "common.h"
 
-// Row t of k and v, `row_bytes` each and `k_stride` and `v_stride` bytes apart, to token slot slots[t].
+// Copies row t of k and v to token slot slots[t]. A row has `row_bytes` bytes; the rows of k are `k_stride` bytes apart
+// and those of v are `v_stride` bytes apart.
 EXPORT void write_kv(const char* k, const char* v, char* k_pages, char* v_pages, const int64_t* slots, int64_t rows,
                      int64_t row_bytes, int64_t k_stride, int64_t v_stride, int64_t block_size, int64_t page_stride) {
     for (int64_t t = 0; t < rows; t++) {
@@ -13,7 +15,7 @@ EXPORT void write_kv(const char* k, const char* v, char* k_pages, char* v_pages,
     }
 }
 
-// Unit sources[i] to unit destinations[i]; units of `bytes`, `stride` bytes apart.
+// Copies unit sources[i] to unit destinations[i]. A unit has `bytes` bytes, and units are `stride` bytes apart.
 EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t* sources, const int64_t* destinations,
                        int64_t pairs) {
     constexpr int64_t PIECE = 1 << 18;
@@ -27,7 +29,7 @@ EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t
     });
 }
 
-// Each(pair, first channel, last) of every pair, in pieces.
+// Calls each(pair, first channel, end channel) for every pair, in pieces that several threads share.
 template <class Each>
 static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     constexpr int64_t PIECE = 4096;
@@ -40,13 +42,13 @@ static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     });
 }
 
-// SSM states to a byte a number and back, to the formulas of kernels.ops.CompressStates and RestoreStates. A unit has
-// `channels` times `size` numbers; strides are in numbers.
+// Compresses SSM states to one byte per number, by the formulas of `kernels.ops.CompressStates`; `restore_states` does
+// the reverse. A unit has `channels` times `size` numbers. Strides count numbers.
 EXPORT void compress_states(const float* states, int64_t stride, int8_t* values, int64_t value_stride, float* scales,
                             int64_t scale_stride, const int64_t* sources, const int64_t* destinations, int64_t pairs,
                             int64_t channels, int64_t size) {
     constexpr float LEVELS = 127.0f, SMALLEST = 0x1p-100f;
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added and taken off again, it leaves the nearest whole number
+    constexpr float ROUND = 12582912.0f;  // This is 1.5 * 2^23. (x + ROUND) - ROUND is x rounded to an integer.
     for_each_piece(pairs, channels, [=](int64_t pair, int64_t first, int64_t last) {
         float* __restrict scale = scales + destinations[pair] * scale_stride;
         for (int64_t c = first; c < last; c++) {

@@ -1,5 +1,6 @@
-// Movements across lanes, which the AVX-512 level makes in registers, the others in memory. `transpose16` is for
-// vectors of 16 only; the others have a name for it because code that they never run is compiled for them too.
+// This header has operations that move numbers between the lanes of vectors. The AVX-512 level does so in registers,
+// the others in memory. Only vectors of 16 floats use `transpose16`. The other levels define it as an empty function,
+// because the compiler also compiles code that they never run.
 #pragma once
 #include "simd.h"
 
@@ -7,7 +8,7 @@
 BEGIN_TARGET_AVX512
 namespace avx512 {
 
-// Rows of four vectors' 128-bit parts: part i of each of the four to one vector.
+// Transposes 128-bit parts: out[4 * i] receives part i of a, b, c and d.
 INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out) {
     const __m512 ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
     const __m512 cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
@@ -17,9 +18,9 @@ INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out)
     out[12] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
 }
 
-// [16, 16] to its transpose; the two do not overlap.
+// Transposes a matrix [16, 16]. `from` and `to` must not overlap.
 INLINE void transpose16(const float* from, float* to) {
-    __m512 quads[16], out[16];  // quads[4 * j + i]: of rows 4j to 4j + 3 the columns i, i + 4, i + 8, i + 12
+    __m512 quads[16], out[16];  // quads[4 * j + i] has columns i, i + 4, i + 8, i + 12 of rows 4j to 4j + 3.
     for (int j = 0; j < 4; j++) {
         __m512 row[4], pair[4];
         for (int i = 0; i < 4; i++) row[i] = _mm512_loadu_ps(from + 16 * (4 * j + i));
@@ -37,9 +38,9 @@ INLINE void transpose16(const float* from, float* to) {
     for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + 16 * i, out[i]);
 }
 
-// Lane i of the result: the sum of v[i]'s lanes, in an order that is the same for all i.
+// Returns a vector whose lane i is the sum of the lanes of v[i]. The order of the sum is the same for all i.
 INLINE __m512 sums16(const __m512* v) {
-    __m512 quads[4];  // quads[j], part p, lane i: what part p of v[4j + i] sums up to
+    __m512 quads[4];  // Lane i of part p of quads[j] is the sum of part p of v[4j + i].
     for (int j = 0; j < 4; j++) {
         const __m512* const x = v + 4 * j;
         const __m512 left = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
@@ -55,7 +56,7 @@ INLINE __m512 sums16(const __m512* v) {
     return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd);
 }
 
-constexpr int SUMS = 16;  // how many vectors `sums` takes
+constexpr int SUMS = 16;  // `sums` adds up the lanes of SUMS vectors at once.
 INLINE void sums(const __m512* v, float* out) { _mm512_storeu_ps(out, sums16(v)); }
 INLINE float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
 
