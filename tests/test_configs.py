@@ -90,9 +90,9 @@ def test_the_dashboard_is_laid_out_without_gaps_and_overlaps() -> None:
     assert max(x for x, _ in cells) < 24
 
 
-def test_the_readme_lists_every_metric_and_no_other() -> None:
+def test_the_documents_list_every_metric_and_no_other() -> None:
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported_names()}
-    assert metric_names((ROOT / "README.md").read_text()) == families
+    assert metric_names((ROOT / "docs" / "operations.md").read_text()) == families
 
 
 def table_row(option: Option) -> str:
@@ -102,7 +102,7 @@ def table_row(option: Option) -> str:
 
 
 def test_the_readme_lists_every_option_with_its_default_and_no_other() -> None:
-    rows = re.findall(r"^\| `--.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `--.*$", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE)
     assert rows == [table_row(option) for name, option in OPTIONS.items() if name != "model"]
 
 
@@ -212,7 +212,9 @@ def test_the_readme_lists_the_variables_of_compose_with_their_defaults() -> None
     text = (ROOT / "docker-compose.yml").read_text()
     used = dict(re.findall(r"(?<!\$)\$\{(\w+):?-([^}]*)\}", text))
     used["JAMBA_API_KEY"] = ""
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) ?\|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([A-Z_]+)` \| (.*?) ?\|", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE
+    )
     assert dict(rows) == {name: f"`{default}`" if default else "" for name, default in used.items()} | {
         "TORCH_INDEX": "PyTorch's CPU index"
     }

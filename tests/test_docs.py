@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import api_page
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -61,3 +63,7 @@ def test_tables_of_figures_in_the_readme_name_their_run() -> None:
     for chapter in re.split(r"^## ", text, flags=re.MULTILINE):
         if re.search(r"^\|.*(tokens/s|tok/s)", chapter, flags=re.MULTILINE):
             assert "benchmarks/results/" in chapter, chapter.splitlines()[0]
+
+
+def test_the_api_page_has_every_field_of_the_schemas() -> None:
+    assert api_page.rendered(api_page.PAGE.read_text(encoding="utf-8")) == api_page.PAGE.read_text(encoding="utf-8")

@@ -1,0 +1,83 @@
+"""Writes the tables of docs/api.md: for each field of a request whether it is honoured, ignored or refused.
+
+python -m tools.api_page            rewrites the tables between the page's markers
+python -m tools.api_page --check    fails where the page and the schemas differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+
+from jamba_server.server.http.schemas import peer_fields
+from jamba_server.server.http.schemas.base import NoEffect
+from jamba_server.server.http.schemas.chat import ChatCompletionRequest, ChatMessage
+from jamba_server.server.http.schemas.completions import CompletionRequest
+from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "chat": ChatCompletionRequest,
+    "message": ChatMessage,
+    "completion": CompletionRequest,
+    "tokenize": TokenizeRequest,
+    "detokenize": DetokenizeRequest,
+}
+
+
+def fate(name: str, field: FieldInfo) -> str:
+    """Returns "refused" for a field that is known but not supported, "ignored" for one without an effect here."""
+    for item in field.metadata:
+        if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
+            return "refused"
+    return "ignored" if name in NoEffect.model_fields else "honoured"
+
+
+def field_table(schema: type[BaseModel]) -> str:
+    rows = sorted(
+        ((fate(name, field), name, field.description or "") for name, field in schema.model_fields.items()),
+        key=lambda row: ("honoured", "ignored", "refused").index(row[0]),
+    )
+    lines = [f"| `{name}` | {what} | {text} |" for what, name, text in rows]
+    return "\n".join(["| field | | meaning |", "| --- | --- | --- |", *lines])
+
+
+def peer_table() -> str:
+    """Fields of other servers that are refused, by the server that they come from."""
+    by_server: dict[str, list[str]] = {}
+    tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers]
+    for name, field in {name: field for table in tables for name, field in table.items()}.items():
+        by_server.setdefault(field.of, []).append(f"`{name}`")
+    lines = [f"| {server} | {', '.join(sorted(names))} |" for server, names in sorted(by_server.items())]
+    return "\n".join(["| server | fields |", "| --- | --- |", *lines])
+
+
+def rendered(page: str) -> str:
+    """Returns the page with every table between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        made: Any = peer_table() if name == "peers" else field_table(SCHEMAS[name])
+        return f"<!-- table {name} -->\n{made}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    arguments = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    if arguments.check:
+        sys.exit("docs/api.md is out of date: run python -m tools.api_page" if rendered(page) != page else 0)
+    PAGE.write_text(rendered(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
