@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 
 import jamba_server
@@ -177,7 +176,7 @@ def test_a_path_is_never_a_hub_id() -> None:
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))  # for the process that asks the hub
     repository = tmp_path / "models--org--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
