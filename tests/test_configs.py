@@ -208,7 +208,7 @@ def test_grafana_finds_its_dashboard_and_its_data() -> None:
     assert "prometheus" in compose
 
 
-def test_the_readme_lists_the_variables_of_compose_with_their_defaults() -> None:
+def test_the_documents_list_the_variables_of_compose_with_their_defaults() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     used = dict(re.findall(r"(?<!\$)\$\{(\w+):?-([^}]*)\}", text))
     used["JAMBA_API_KEY"] = ""
