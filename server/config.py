@@ -1,8 +1,8 @@
-"""ServerConfig: every option of the product, from flags, variables, a YAML file and defaults, in this order.
+"""ServerConfig: every option of the server. Flags win over variables, variables over a YAML file, that over defaults.
 
-An option is one field of `ServerConfig`: its flag (`--max-model-len`), its YAML key (`max_model_len`), its variable
-(`JAMBA_MAX_MODEL_LEN`), its cast and range and its line in `--help` come from there. What the engine needs stands under
-the same name in `EngineConfig`.
+An option is one field of `ServerConfig`. The field gives the flag (`--max-model-len`), the YAML key (`max_model_len`),
+the variable (`JAMBA_MAX_MODEL_LEN`), the allowed values and the help text. Options that the engine needs have the same
+name in `EngineConfig`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
 
-CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # the YAML file, where --config does not name one
-# What Kubernetes tells a container about services whose names begin with "jamba".
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # names the YAML file if --config does not
+# Kubernetes sets such variables in every container for each service whose name begins with "jamba".
 _INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 _INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
@@ -47,92 +47,196 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 UnknownFields = Literal["ignore", "reject"]
 
+# Names of number formats that other servers and torch accept.
+DTYPE_ALIASES = (
+    ("fp16", "float16"),
+    ("half", "float16"),
+    ("bf16", "bfloat16"),
+    ("fp32", "float32"),
+    ("float", "float32"),
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """Sizes are upper bounds, shrunk to what fits; choices that cannot be met are errors."""
+    """The value of every option. Sizes are upper bounds: the engine shrinks them to what fits, with one warning.
+    A choice that the server cannot meet is an error."""
 
-    model: Annotated[str | None, Help("Checkpoint folder or hub id; none: the demonstration checkpoint.")] = None
-    revision: Annotated[str | None, Help("Branch, tag or commit of a hub id.")] = None
-    served_model_name: Annotated[tuple[str, ...], Help("Name in the API instead of MODEL; repeatable.")] = ()
-    host: Annotated[str, Help("Address to listen on.")] = "127.0.0.1"
-    port: Annotated[Port, Help("TCP port; 0 takes a free one.")] = 8000
-    api_key: Annotated[tuple[str, ...], Help("Key that requests must carry; repeatable.", secret=True)] = ()
-    chat_template: Annotated[str | None, Help("File with a chat template in place of the checkpoint's.")] = None
-    max_queue_requests: Annotated[Number, Help("Choices that may wait before requests get 503; 0: no limit.")] = 1024
-    startup_wait: Annotated[float, Meta(ge=0), Help("Seconds that requests wait for an engine that loads.")] = 30.0
-    shutdown_timeout: Annotated[float, Meta(ge=0), Help("Seconds that running requests have to finish.")] = 30.0
-    engine_timeout: Annotated[Seconds, Help("Seconds without a step after which the engine is restarted.")] = 120.0
-    allowed_origins: Annotated[tuple[str, ...], Help("Origin of web pages that may call, or *; repeatable.")] = ()
-    root_path: Annotated[str, Help("Path under which a proxy publishes the server, such as /jamba.")] = ""
-    ssl_keyfile: Annotated[str | None, Help("Private key for HTTPS, with --ssl-certfile.")] = None
-    ssl_certfile: Annotated[str | None, Help("Certificate for HTTPS, with --ssl-keyfile.")] = None
-    address_file: Annotated[str | None, Help("File that holds the server's URL while it runs, for a probe.")] = None
-    metrics_public: Annotated[bool, Help("Leave /metrics open where there is an API key.")] = False
-    sse_keep_alive: Annotated[Seconds, Help("Seconds until a silent stream gets a comment.")] = 15.0
-    max_body_bytes: Annotated[Count, Help("Longest request body.")] = 4 * 1024**2
+    model: Annotated[
+        str | None,
+        Help("model", "Folder or hub id of the model to load", "MODEL", "a small demonstration model"),
+    ] = None
+    revision: Annotated[
+        str | None, Help("model", "Branch, tag or commit of a hub id", "REVISION", "the main branch")
+    ] = None
+    served_model_name: Annotated[
+        tuple[str, ...], Help("server", "Name of the model in the API; may be repeated", "NAME", "MODEL")
+    ] = ()
+    host: Annotated[str, Help("server", "Address to listen on", "ADDRESS")] = "127.0.0.1"
+    port: Annotated[Port, Help("server", "TCP port to listen on; 0 takes a free one", "PORT")] = 8000
+    api_key: Annotated[
+        tuple[str, ...],
+        Help("server", "Key that every request must carry; may be repeated", "KEY", "none, no key needed", secret=True),
+    ] = ()
+    chat_template: Annotated[
+        str | None, Help("model", "Jinja file with the chat template to use", "PATH", "the model's")
+    ] = None
+    max_queue_requests: Annotated[
+        Number, Help("server", "Replies that may wait for a free place before requests get 503; 0 is no limit")
+    ] = 1024
+    startup_wait: Annotated[
+        float, Meta(ge=0), Help("server", "Seconds that a request waits while the model is still loading", "SECONDS")
+    ] = 30.0
+    shutdown_timeout: Annotated[
+        float, Meta(ge=0), Help("server", "Seconds that running requests have to finish after SIGTERM", "SECONDS")
+    ] = 30.0
+    engine_timeout: Annotated[
+        Seconds, Help("expert", "Seconds without a finished step after which the engine is restarted", "SECONDS")
+    ] = 120.0
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN"),
+    ] = ()
+    root_path: Annotated[
+        str, Help("server", "Path under which a proxy publishes the server, such as /jamba", "PATH")
+    ] = ""
+    ssl_keyfile: Annotated[
+        str | None, Help("server", "Private key for HTTPS; needs --ssl-certfile", "PATH", "none, plain HTTP")
+    ] = None
+    ssl_certfile: Annotated[
+        str | None, Help("server", "Certificate for HTTPS; needs --ssl-keyfile", "PATH", "none, plain HTTP")
+    ] = None
+    address_file: Annotated[
+        str | None, Help("server", "File that holds the server's URL while it runs, for health checks", "PATH")
+    ] = None
+    metrics_public: Annotated[bool, Help("server", "Serve /metrics without an API key")] = False
+    sse_keep_alive: Annotated[
+        Seconds, Help("server", "Seconds of silence after which a stream gets a comment to stay open", "SECONDS")
+    ] = 15.0
+    max_body_bytes: Annotated[Count, Help("server", "Longest request body that is read, in bytes", "BYTES")] = (
+        4 * 1024**2
+    )
     unknown_fields: Annotated[
-        UnknownFields, Help("Of requests; ignore: unless they would change the answer; reject: all of them.")
+        UnknownFields,
+        Help("server", "Unknown request fields: ignore all that cannot change the answer, or reject every one"),
     ] = "ignore"
-    log_level: Annotated[LogLevel, Help("Least severe lines to log.")] = "info"
+    log_level: Annotated[LogLevel, Help("server", "Lowest severity of the lines in the log")] = "info"
 
-    device: Annotated[Device, Help("Where the model runs; auto: the GPU if there is one.")] = "auto"
-    dtype: Annotated[Dtype, Help("Of weights and KV pages; auto: the checkpoint's.")] = "auto"
+    device: Annotated[Device, Help("model", "Device that runs the model; auto is the GPU if there is one")] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Help("model", "Number format of weights and KV pages; auto is the model's own", aliases=DTYPE_ALIASES),
+    ] = "auto"
     quantization: Annotated[
         Quantization | None,
-        Help("Weight format, made at load; none: the checkpoint's.", elsewhere=(("experts_int8", "int8"),)),
+        Help(
+            "model",
+            "Format to which weights are quantised while they load",
+            default="the model's own",
+            elsewhere=(("experts_int8", "int8"),),
+        ),
     ] = None
-    quantize_mamba: Annotated[bool, Help("Quantize the Mamba mixers' in_proj and out_proj, too.")] = False
-    load_format: Annotated[LoadFormat, Help("dummy: seeded random weights, no file is read.")] = "auto"
-    max_model_len: Annotated[Count | None, Help("Longest prompt with its reply; none: the model's.")] = None
-    max_num_seqs: Annotated[Count, Help("Sequences that run at once.")] = 64
+    quantize_mamba: Annotated[
+        bool, Help("model", "Quantise in_proj and out_proj of the Mamba layers as well; needs --quantization")
+    ] = False
+    load_format: Annotated[
+        LoadFormat, Help("expert", "Source of the weights: auto reads the model's files, dummy draws random numbers")
+    ] = "auto"
+    max_model_len: Annotated[
+        Count | None, Help("memory", "Maximum tokens per sequence, prompt and reply", "TOKENS", "the model's")
+    ] = None
+    max_num_seqs: Annotated[Count, Help("memory", "Maximum sequences that run at the same time")] = 64
     max_num_batched_tokens: Annotated[
-        Count | None, Help("Prompt tokens a step, beside one of every reply; none: 128 on a CPU, 8192 on a GPU.")
+        Count | None,
+        Help(
+            "memory",
+            "Prompt tokens per step, on top of one token per running reply",
+            "TOKENS",
+            "128 on a CPU, 8192 on a GPU",
+        ),
     ] = None
-    kv_cache_dtype: Annotated[KvCacheDtype, Help("Of KV pages; fp8: half the memory; auto: --dtype.")] = "auto"
-    kv_cache_memory_bytes: Annotated[Count | None, Help("For KV pages; none: what fits.")] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")
+    ] = "auto"
+    kv_cache_memory_bytes: Annotated[
+        Count | None, Help("memory", "Memory for KV pages, such as 4GiB", "BYTES", "what fits")
+    ] = None
     state_cache_memory_bytes: Annotated[
-        Number | None, Help("For saved states; none: a quarter of the caches.", formerly="checkpoint_memory_bytes")
+        Number | None,
+        Help(
+            "memory",
+            "Memory for the saved states of shared prefixes, such as 1GiB",
+            "BYTES",
+            "a quarter of the caches",
+            formerly="checkpoint_memory_bytes",
+        ),
     ] = None
     state_cache_dtype: Annotated[
         StateCacheDtype,
-        Help("Of saved states; int8: two fifths of the memory, cache hits are not exact.", formerly="checkpoint_dtype"),
+        Help(
+            "memory",
+            "Number format of saved states; int8 needs two fifths of the memory but makes cache hits inexact",
+            formerly="checkpoint_dtype",
+        ),
     ] = "auto"
-    block_size: Annotated[Count, Help("Tokens a KV page.")] = 16
-    gpu_memory_utilization: Annotated[Share, Help("Of a GPU's memory that may be in use.")] = 0.92
-    enforce_eager: Annotated[bool, Help("No graphs of decoding steps: Python launches every kernel.")] = False
-    async_scheduling: Annotated[bool | None, Help("Launch a step before the last is read; none: on a GPU.")] = None
-    enable_prefix_caching: Annotated[bool, Help("Compute prefixes that requests share once.")] = True
-    enable_priority: Annotated[bool, Help("Obey the field priority of requests.")] = False
-    tensor_parallel_size: Annotated[Count, Help("GPUs that share the model; more than 1 is not supported yet.")] = 1
-    seed: Annotated[int, Help("Of the random weights of --load-format dummy.")] = 0
-    threads: Annotated[Count | None, Help("CPU threads of the engine; none: one a core.")] = None
-    batch_invariant: Annotated[
-        bool | None, Help("The same bits in every batch; --no-batch-invariant: faster kernels.", formerly="exact")
-    ] = None
-    kernels: Annotated[dict[str, str], Help("OP=IMPLEMENTATION, see `jamba doctor`; repeatable.")] = field(
-        default_factory=dict[str, str]
+    block_size: Annotated[Count, Help("expert", "Tokens per KV page", "TOKENS")] = 16
+    gpu_memory_utilization: Annotated[
+        Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")
+    ] = 0.92
+    enforce_eager: Annotated[bool, Help("expert", "Launch every kernel from Python instead of replaying graphs")] = (
+        False
     )
+    async_scheduling: Annotated[
+        bool | None,
+        Help("expert", "Start the next step before the previous results are read", default="on for a GPU"),
+    ] = None
+    enable_prefix_caching: Annotated[bool, Help("memory", "Compute a prefix that several requests share only once")] = (
+        True
+    )
+    enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
+    tensor_parallel_size: Annotated[
+        Count, Help("expert", "GPUs that share the model; more than 1 is not supported yet")
+    ] = 1
+    seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
+    threads: Annotated[Count | None, Help("expert", "CPU threads of the engine", "N", "one per core")] = None
+    batch_invariant: Annotated[
+        bool | None,
+        Help(
+            "expert",
+            "Require kernels whose results do not depend on the batch; --no-batch-invariant takes the fastest",
+            default="batch-invariant kernels where there are any",
+            formerly="exact",
+        ),
+    ] = None
+    kernels: Annotated[
+        dict[str, str],
+        Help(
+            "expert",
+            "Implementation of one operation, as `jamba doctor` names both; may be repeated",
+            "OP=IMPLEMENTATION",
+            "the first that runs",
+        ),
+    ] = field(default_factory=dict[str, str])
 
     def engine(self, model: Path) -> EngineConfig:
-        """What the engine is asked to be, with the checkpoint in the folder `model`."""
+        """Returns the engine's part of the options. `model` is the folder that holds the model."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in EngineConfig.__struct_fields__}
         settings["model"] = str(model)
         return EngineConfig(**settings)
 
     def non_defaults(self) -> dict[str, object]:
-        """What somebody has set, secrets masked."""
+        """Returns the options whose values differ from their defaults. Secrets are masked."""
         values = ((option, getattr(self, option.name)) for option in OPTIONS.values())
         return {option.name: option.show(value) for option, value in values if value != option.default}
 
     def check(self) -> None:
-        """Raises ConfigError for choices that cannot be met."""
+        """Raises ConfigError for options that contradict each other, are not supported or name missing files."""
         if self.quantize_mamba and self.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
         if self.tensor_parallel_size > 1:
             raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
-            raise ConfigError("ssl_keyfile and ssl_certfile go together: give both or none.")
+            raise ConfigError("ssl_keyfile and ssl_certfile go together: give both of them or neither.")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with a slash and not end with one.")
         for name in ("chat_template", "ssl_keyfile", "ssl_certfile"):
@@ -146,8 +250,8 @@ FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.valu
 
 
 def present_name(name: str, shown: str) -> str:
-    """The name of the option that was called `name` in the version before, with a warning; else `name` as it is.
-    `shown` is how the user wrote it."""
+    """Returns the present name of an option. A name from the version before this one logs a warning, which quotes
+    `shown`, the name as the user wrote it."""
     if (present := FORMER_NAMES.get(name)) is None:
         return name
     logger.warning("%s is now called %s; the next version reads only that name.", shown, present)
@@ -155,9 +259,11 @@ def present_name(name: str, shown: str) -> str:
 
 
 def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: Path | None = None) -> ServerConfig:
-    """Flags (None: not given) go before variables, these before the YAML file, this before defaults.
+    """Returns the options from all sources. A flag wins over a variable, a variable over the YAML file, the file over
+    the default.
 
-    `path` is the YAML file, else JAMBA_CONFIG names it. Raises ConfigError naming key, value and what is allowed.
+    A flag that is None was not given. `path` is the YAML file; if it is None, the variable JAMBA_CONFIG names the file.
+    Raises ConfigError, which names the key, the value and what is allowed.
     """
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])
@@ -172,8 +278,8 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 
 def _from_yaml(path: Path) -> dict[str, Any]:
-    """Keys as in `ServerConfig`, also with dashes; null leaves the default."""
-    import yaml  # it takes a tenth of the time until the command says something
+    """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
+    import yaml  # imported late: it takes a tenth of the time until a command prints its first line
 
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -187,20 +293,23 @@ def _from_yaml(path: Path) -> dict[str, Any]:
 
 
 def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]:
-    """Options by their names, as they are meant; None leaves the default. Raises ConfigError, which begins with
-    `source`, for a key that is no option or has no such value."""
+    """Returns the values of `settings` by option name, each in the type of its option. None means the default.
+
+    Raises ConfigError for a key that is not an option, or for a value that the option does not allow; the message
+    begins with `source`.
+    """
     values: dict[str, Any] = {}
     for key, value in settings.items():
         name = present_name(str(key).replace("-", "_"), f"{source}: {key}")
         if name not in OPTIONS:
-            raise ConfigError(f"{source}: {key!r} is no option{_suggestion(name)}")
+            raise ConfigError(f"{source}: {key!r} is not an option{_suggestion(name)}")
         if value is not None:
             values[name] = OPTIONS[name].cast(value, f"{source}: {name}")
     return values
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The JAMBA_* variables. An empty one counts as not set, as compose files leave it."""
+    """Reads the JAMBA_* variables. An empty variable counts as not set, because compose files set unused ones so."""
     variables = {option.variable: option for option in OPTIONS.values()}
     values: dict[str, Any] = {}
     injected: list[str] = []
@@ -210,21 +319,24 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if _INJECTED_VALUE.match(text) or _INJECTED_NAME.search(name):
             injected.append(name)
         elif (option := variables.get(_present_variable(name))) is None:
-            raise ConfigError(f"The variable {name} is no option{_suggestion(name)}")
+            raise ConfigError(f"The variable {name} is not an option{_suggestion(name)}")
         else:
             values[option.name] = option.cast(text, name)
     if injected:
-        logger.warning("ignored variables, which Kubernetes sets for services: %s", ", ".join(injected))
+        logger.warning(
+            "These variables are ignored, since Kubernetes sets them for its services: %s", ", ".join(injected)
+        )
     return values
 
 
 def _present_variable(name: str) -> str:
+    """Returns the variable's present name, with a warning if `name` is from the version before this one."""
     former = name.removeprefix(ENV_PREFIX).lower()
     return ENV_PREFIX + present_name(former, name).upper() if former in FORMER_NAMES else name
 
 
 def _suggestion(unknown: str) -> str:
-    """Names the option nearest to a key or, in capitals, to a variable."""
+    """Returns the end of an error message, which suggests the option that resembles an unknown key or variable."""
     near = difflib.get_close_matches(unknown.removeprefix(ENV_PREFIX).lower(), OPTIONS, n=1)
     if not near:
         return "; `jamba serve --help` lists them."
@@ -232,13 +344,17 @@ def _suggestion(unknown: str) -> str:
 
 
 def _within(field: str) -> Meta:
+    """Returns the range of a sampling parameter for msgspec."""
     low, high, is_open = RANGES[field]
     return Meta(gt=low, le=high) if is_open else Meta(ge=low, le=high)
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling parameters of requests that leave them out: those of the checkpoint's generation_config.json, under its
-    names, else OpenAI's. As in vLLM, `do_sample` says nothing: every request samples with its own temperature."""
+    """The defaults of sampling parameters that a request leaves out, under the names of generation_config.json.
+
+    The model's generation_config.json gives them; a parameter that it lacks has OpenAI's default. As in vLLM,
+    `do_sample` has no effect: every request samples with its own temperature.
+    """
 
     temperature: Annotated[float, _within("temperature")] = 1.0
     top_p: Annotated[float, _within("top_p")] = 1.0
@@ -248,10 +364,10 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, folder: Path) -> GenerationDefaults:
-        """Reads a checkpoint folder. Raises CheckpointError naming file, key and limit."""
+        """Reads the defaults of the model in `folder`. Raises CheckpointError, which names the file, key and limit."""
         path = folder / "generation_config.json"
         values = {k: v for k, v in (read_object(path) or {}).items() if v is not None}
-        if values.get("top_k") == -1:  # "all" in some checkpoints
+        if values.get("top_k") == -1:  # some models write -1 for "all tokens", which is 0 here
             del values["top_k"]
         try:
             return msgspec.convert(values, cls)
@@ -259,6 +375,6 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
             raise CheckpointError(f"{path}: {error}.") from error
 
     def non_defaults(self) -> dict[str, float]:
-        """What the checkpoint says, where it differs from OpenAI's defaults."""
+        """Returns the model's defaults that differ from OpenAI's."""
         plain = GenerationDefaults()
         return {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) != getattr(plain, n)}

@@ -1,4 +1,4 @@
-"""Option: one setting, read from a field of a settings class. Its flag, YAML key, variable, cast and help follow."""
+"""Option: one setting, made from a field of a settings class: its flag, YAML key, variable, allowed values and help."""
 
 from __future__ import annotations
 
@@ -20,22 +20,38 @@ SECRET_MASK = "***"
 _SIZE = re.compile(r"(-?\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
 
 
+Panel = Literal["server", "model", "memory", "expert"]
+PANELS: tuple[Panel, ...] = get_args(Panel)
+
+
 @dataclass(frozen=True, slots=True)
 class Help:
-    """What `--help` says of a field. A secret's value is never printed. `formerly` is the field's name in the version
-    before this one: it is still read, with a warning. `elsewhere`: values of other servers, and the nearest
-    of ours to each."""
+    """The documentation of a field, for `--help` and docs/options.md.
 
+    `panel` is the group that lists the option. `metavar` stands for the value (the unit of a number) and `default`
+    describes a default that is not a plain value; where they are empty, the field's type and value give both.
+    The value of a `secret` is never printed. `formerly` is the field's name in the version before this one, which is
+    still read, with a warning. `aliases` pairs other spellings of a value with the value that they mean. `elsewhere`
+    pairs values of other servers with the nearest value of this server, which the error message suggests.
+    """
+
+    panel: Panel
     text: str
+    metavar: str = ""
+    default: str = ""
     secret: bool = False
     formerly: str = ""
+    aliases: tuple[tuple[str, str], ...] = ()
     elsewhere: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """`annotation` is the field's type with its range (msgspec.Meta); `kind` its core: int, float, bool, str, Literal,
-    tuple or dict."""
+    """One setting of the server.
+
+    `annotation` is the field's type with its range (msgspec.Meta). `kind` is the type without range and None: int,
+    float, bool, str, Literal, tuple or dict.
+    """
 
     name: str
     annotation: Any
@@ -54,8 +70,27 @@ class Option:
         return ENV_PREFIX + self.name.upper()
 
     @property
+    def metavar(self) -> str:
+        """The word that stands for the value in `--help`; the choices, where there are choices."""
+        kinds: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", tuple: "TEXT", dict: "OP=IMPLEMENTATION"}
+        return self.help.metavar or ("|".join(self.choices) if self.kind is Literal else kinds.get(self.kind, ""))
+
+    @property
+    def shown_default(self) -> str:
+        """The default in words."""
+        if self.help.default:
+            return self.help.default
+        match self.default:
+            case bool():
+                return "on" if self.default else "off"
+            case float():
+                return f"{self.default:g}"
+            case _:
+                return "none" if self.default in (None, "", (), {}) else str(self.default)
+
+    @property
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """Describes the values that are accepted, for an error message."""
         words = {
             int: f"a whole number{self._range()} (also as 32K, 1M, 4GiB)",
             float: f"a number{self._range()}",
@@ -77,7 +112,7 @@ class Option:
         return " " + " and ".join(limits) if limits else ""
 
     def cast(self, value: object, source: str) -> Any:
-        """`value` as the field's type. Raises ConfigError naming `source`, the value, and what is allowed."""
+        """Returns `value` in the field's type. Raises ConfigError, which names `source`, value and allowed values."""
         try:
             return msgspec.convert(self._parse(value), self.annotation, strict=False)
         except (ValueError, msgspec.ValidationError):
@@ -86,7 +121,9 @@ class Option:
             raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.{hint}") from None
 
     def _parse(self, value: object) -> object:
-        """Texts of sizes, lists and mappings as what they mean; everything else as it is."""
+        """Reads a text as the size, list or mapping that it writes, and an alias as its value. Other values stay."""
+        if isinstance(value, str) and self.help.aliases:
+            return dict(self.help.aliases).get(value, value)
         if isinstance(value, str) and self.kind is int:
             return parse_size(value)
         if isinstance(value, str) and self.kind in (tuple, dict):
@@ -98,11 +135,12 @@ class Option:
         return value
 
     def show(self, value: object) -> object:
+        """Returns `value` as it may be printed: a secret is masked."""
         return SECRET_MASK if self.help.secret and value else value
 
 
 def options_of(settings: type[Any]) -> tuple[Option, ...]:
-    """The options of a dataclass whose fields are `Annotated[type, Help(...)]`, in their order."""
+    """Returns the options of a dataclass whose fields are `Annotated[type, Help(...)]`, in the order of the fields."""
     hints = get_type_hints(settings, include_extras=True)
     return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(settings))
 
@@ -123,7 +161,7 @@ def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
 
 
 def _unwrap(annotation: Any) -> tuple[list[object], Any]:
-    """(metadata, type) without Annotated and without `| None`, however they are nested."""
+    """Returns the metadata of an annotation and its type without Annotated and `| None`, however they are nested."""
     metadata: list[object] = []
     while True:
         if get_origin(annotation) is Annotated:
@@ -136,7 +174,7 @@ def _unwrap(annotation: Any) -> tuple[list[object], Any]:
 
 
 def parse_size(text: str) -> int:
-    """`32K`, `1.5M`, `4GiB` (powers of 1024), `4GB` (powers of 1000) or a plain number. Raises ValueError."""
+    """Reads `32K`, `1.5M` or `4GiB` (powers of 1024), `4GB` (powers of 1000) or a plain number. Raises ValueError."""
     if (match := _SIZE.fullmatch(text.strip())) is None:
         raise ValueError(f"{text!r} is no size")
     number, prefix, unit = match.groups()
@@ -148,6 +186,7 @@ def parse_size(text: str) -> int:
 
 
 def _pairs(items: Iterable[object]) -> Mapping[str, str]:
+    """Reads items of the form KEY=VALUE. Raises ValueError for another form."""
     pairs: dict[str, str] = {}
     for item in items:
         key, equals, value = str(item).partition("=")

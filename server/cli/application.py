@@ -1,6 +1,6 @@
 """The typer application: every command, and the one place where an error becomes a sentence and an exit status.
 
-A command's module is imported when the command is asked for: all of them together take more than a second.
+A command's module is imported when that command is used, because importing all of them takes more than a second.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import Annotated, Any, Final
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from jamba_server.engine.errors import JambaError
+from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
-# where the function of each command is, which has the command's name
+# The module of each command. It holds a function with the command's name.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
     "run": "jamba_server.server.cli.run",
@@ -27,13 +28,44 @@ MODULES: Final[Mapping[str, str]] = {
 }
 
 
+# Both spellings of a flag are accepted: --max-num-seqs and --max_num_seqs.
+SETTINGS: Final = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # pyright: ignore[reportUnknownVariableType]
+}
+
+
+class Command(TyperCommand):
+    """A command whose help lists the flags in groups, as plain text.
+
+    typer's own groups are tables of rich, which cut long flags off on a terminal of 80 columns.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes one section for the arguments, one for the command's own flags and one for each panel."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        sections |= {f"{panel.capitalize()} options": [] for panel in PANELS}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                panel = getattr(parameter, "rich_help_panel", None)
+                if parameter.param_type_name == "argument":
+                    name, help = record
+                    sections["Arguments"].append((name.partition(" ")[0], help))  # without its Python type
+                else:
+                    sections[f"{panel.capitalize()} options" if panel else "Options"].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 class Commands(Mapping[str, Any]):
-    """The commands by name, as typer makes them."""
+    """The commands by name. A command is made when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
         function = getattr(import_module(MODULES[name]), name)
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        alone.command(name)(function)
+        alone.command(name, cls=Command)(function)
         return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:
@@ -44,20 +76,25 @@ class Commands(Mapping[str, Any]):
 
 
 class LazyGroup(TyperGroup):
-    """A group whose commands are made when they are asked for."""
+    """The command `jamba`. Its subcommands are made when they are used."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands: Any = Commands()
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes each command with its whole description, which click would cut to one line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help or "") for name, command in self.commands.items()])
 
 
 app = typer.Typer(
     cls=LazyGroup,
     name="jamba",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=SETTINGS,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut long flags off on a terminal of 80 columns
+    rich_markup_mode=None,
 )
 
 
@@ -70,14 +107,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:
     """Serve Jamba models behind OpenAI's API, or use them from the terminal."""
 
 
 def run() -> None:
-    """Runs the command that sys.argv names."""
+    """Runs the command that sys.argv names. Exits with status 1 and one sentence for each JambaError."""
     try:
         app()
     except JambaError as error:

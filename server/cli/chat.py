@@ -1,10 +1,13 @@
-"""`jamba chat`: a conversation in the terminal, with a running server or a local model."""
+"""`jamba chat`: a conversation in the terminal, with a running server or with a model that the command loads."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
+import sys
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -17,6 +20,7 @@ from rich.console import Console
 from jamba_server.engine.errors import ConfigError, JambaError
 from jamba_server.server.cli.bench.client import EventDecoder, error_message
 from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.history import history_file, line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.run import MaxTokens, Seed, Temperature, TopK, TopP
@@ -25,44 +29,40 @@ from jamba_server.server.config import ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
+HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # seconds to connect; a reply may take as long as it needs
+# Seconds for the first answer. A server that is still loading answers after --startup-wait, which is half of that.
+PROBE_SECONDS = 60.0
+_ADDRESS = re.compile(r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE)  # localhost:8000, [::1]:8000/v1
 
 Messages = list[dict[str, str]]
 Target = Annotated[
-    str, typer.Argument(metavar="[URL|MODEL]", help="A server's URL, or a checkpoint folder or hub id to load here.")
+    str,
+    typer.Argument(
+        metavar="URL|MODEL", help="URL of a server such as localhost:8000, or folder or hub id of a model to load"
+    ),
 ]
 
 
 class ChatError(JambaError):
-    """What a server says in place of a reply, or that there is none."""
+    """The server has sent an error instead of a reply, or does not answer."""
 
 
 class Partner(Protocol):
-    """Whoever replies."""
+    """A server or model that replies to messages."""
 
     def reply(self, messages: Messages) -> AsyncGenerator[str]:
-        """The assistant's next message, as it comes. Raises JambaError."""
+        """Yields the assistant's next message in pieces, as they are generated. Raises JambaError."""
         ...
 
 
 class LocalPartner:
-    """A model in this terminal."""
+    """A model that this command has loaded."""
 
     def __init__(self, model: LocalModel, sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
 
-    async def reply(self, messages: Messages) -> AsyncGenerator[str]:
-        if (template := self._model.template) is None:
-            raise ConfigError("This model has no chat template: give one with --chat-template, or use `jamba run`.")
-        chat = template.render(messages)
-        stream = self._model.stream(
-            chat.prompt_ids,
-            self._sampling,
-            save_positions=chat.save_positions,
-            strip_leading_space=chat.strip_leading_space,
-        )
-        async with aclosing(stream) as pieces:
-            async for piece in pieces:
-                yield piece
+    def reply(self, messages: Messages) -> AsyncGenerator[str]:
+        return self._model.chat(messages, self._sampling)
 
 
 class _Delta(msgspec.Struct):
@@ -83,10 +83,24 @@ class _Event(msgspec.Struct):
 
 
 class RemotePartner:
-    """A server with OpenAI's chat API, and the model that it serves when none is named."""
+    """A server with OpenAI's chat API. It replies with its default model."""
 
     def __init__(self, http: httpx.AsyncClient, sampling: Sampling) -> None:
         self._http, self._sampling = http, sampling
+
+    async def check(self) -> None:
+        """Raises ChatError unless a server answers and accepts the API key."""
+        try:
+            response = await self._http.get("/v1/models", timeout=PROBE_SECONDS)
+        except httpx.HTTPError as error:
+            raise self._no_answer(error) from error
+        if response.is_error:
+            raise ChatError(f"{response.url} answers {response.status_code}: {error_message(response)}")
+
+    def _no_answer(self, error: httpx.HTTPError) -> ChatError:
+        return ChatError(
+            f"No server answers at {self._http.base_url} ({error!r}). Start one with `jamba serve`, or name a model."
+        )
 
     async def reply(self, messages: Messages) -> AsyncGenerator[str]:
         body = {"messages": messages, "stream": True, **self._sampling.given}
@@ -100,13 +114,11 @@ class RemotePartner:
                     for data in decoder.feed(chunk):
                         yield _text(data)
         except httpx.HTTPError as error:
-            raise ChatError(
-                f"No answer from {self._http.base_url} ({error!r}). Start a server with `jamba serve`, or name a model."
-            ) from error
+            raise self._no_answer(error) from error
 
 
 def _text(data: bytes) -> str:
-    """What an event of a stream adds to the reply. Raises ChatError with the message of an error event."""
+    """Returns the text that an event of a stream adds to the reply. Raises ChatError for an error event."""
     if data == b"[DONE]":
         return ""
     event = msgspec.json.decode(data, type=_Event)
@@ -116,10 +128,13 @@ def _text(data: bytes) -> str:
 
 
 class Conversation:
-    """Messages so far; `write` shows text."""
+    """The messages so far. `write` shows text to the user. An error instead of a reply is shown if `interactive`, so
+    that the conversation can go on, and is raised otherwise."""
 
-    def __init__(self, partner: Partner, write: Callable[[str], None], system: str | None = None) -> None:
-        self._partner, self._write, self._system = partner, write, system
+    def __init__(
+        self, partner: Partner, write: Callable[[str], None], system: str | None = None, *, interactive: bool = True
+    ) -> None:
+        self._partner, self._write, self._system, self._interactive = partner, write, system, interactive
         self._turns: Messages = []
 
     @property
@@ -128,7 +143,7 @@ class Conversation:
         return [*system, *self._turns]
 
     async def take(self, line: str) -> bool:
-        """Answers a line of the user, or obeys its command. False ends the conversation."""
+        """Writes the reply to a line of the user, or carries out the command in it. Returns False for /exit."""
         command, _, argument = line.partition(" ")
         match command:
             case "":
@@ -142,13 +157,14 @@ class Conversation:
             case "/system":
                 self._turns, self._system = [], argument.strip() or None
             case _ if command.startswith("/"):
-                self._write(f"{command} is no command. {HELP}\n")
+                self._write(f"{command} is not a command. {HELP}\n")
             case _:
                 await self._answer(line)
         return True
 
     async def _answer(self, line: str) -> None:
-        """An interrupted reply stays in the conversation as far as it came; after an error nothing of the turn does."""
+        """Adds the user's message and the reply to the conversation. An interrupted reply is kept as far as it came.
+        After an error neither of the two messages is kept."""
         before, pieces = self._turns, list[str]()
         self._turns = [*before, {"role": "user", "content": line}]
         try:
@@ -158,6 +174,8 @@ class Conversation:
                     self._write(piece)
         except JambaError as error:
             self._turns = before
+            if not self._interactive:
+                raise
             self._write(f"\n[{error}]\n")
             return
         finally:
@@ -170,31 +188,50 @@ class Conversation:
 def chat(
     config: ServerConfig,
     target: Target = DEFAULT_URL,
-    system: Annotated[str | None, typer.Option(help="The system message.", show_default=False)] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message  [default: none]", show_default=False)
+    ] = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
 ) -> None:
-    """Talk in the terminal to a running server, or to a model that is loaded here with the options of the engine."""
+    """Talk in the terminal to a running server, or to a model that this command loads."""
     configure_logging("WARNING")
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    console = Console(stderr=True)
-    folder = None  # of a model that is loaded here
-    if not target.startswith(("http://", "https://")):
+    interactive = sys.stdin.isatty()
+    folder = None  # holds the model, if this command loads one
+    if (url := server_url(target)) is None:
         config = replace(config, model=target)
-        folder = find_checkpoint(config).folder  # before there is an event loop, which would hold Ctrl-C back
+        folder = find_checkpoint(config).folder  # before the event loop starts, since that would delay Ctrl-C
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:
-            opened = _connect(config, target, sampling) if folder is None else _load(config, folder, sampling)
+            opened = _load(config, folder, sampling) if folder else _connect(config, url or "", sampling)
             partner = runner.run(stack.enter_async_context(opened))
-            console.print(HELP, style="dim", markup=False, highlight=False)
-            conversation = Conversation(partner, lambda text: print(text, end="", flush=True), system)
-            _converse(runner, conversation)
+            write = functools.partial(print, end="", flush=True)
+            conversation = Conversation(partner, write, system, interactive=interactive)
+            if interactive:
+                Console(stderr=True).print(HELP, style="dim", markup=False, highlight=False)
+            with line_editing(history_file()) if interactive else nullcontext():
+                _converse(runner, conversation, "> " if interactive else "")
         finally:
             runner.run(stack.aclose())
+
+
+def server_url(target: str) -> str | None:
+    """Returns the URL of a server, with http:// if `target` names only host and port, or None if it names a model.
+    Raises ConfigError for a URL that cannot be read."""
+    if _ADDRESS.fullmatch(target) and not Path(target).exists():
+        target = f"http://{target}"
+    if not target.startswith(("http://", "https://")):
+        return None
+    try:
+        httpx.URL(target)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{target!r} is not a URL: {error}.") from error
+    return target
 
 
 @asynccontextmanager
@@ -208,18 +245,21 @@ async def _connect(config: ServerConfig, url: str, sampling: Sampling) -> AsyncG
     async with httpx.AsyncClient(
         base_url=url.rstrip("/").removesuffix("/v1"),
         headers={"Authorization": f"Bearer {config.api_key[0]}"} if config.api_key else {},
-        timeout=httpx.Timeout(10.0, read=None),
+        timeout=HTTP_TIMEOUT,
     ) as http:
-        yield RemotePartner(http, sampling)
+        partner = RemotePartner(http, sampling)
+        await partner.check()
+        yield partner
 
 
-def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:
+def _converse(runner: asyncio.Runner, conversation: Conversation, prompt: str) -> None:
     """Reads lines until the end of the input, /exit, or Ctrl-C at the prompt."""
     while True:
         try:
-            line = input("> ").strip()
+            line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            if prompt:
+                print()
             return
         try:
             if not runner.run(conversation.take(line)):

@@ -1,4 +1,4 @@
-"""Where the model is: the demonstration checkpoint, a folder, or a hub id that is downloaded."""
+"""Finds the model to load: a folder, a hub id that is downloaded, or the demonstration model of this package."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 DEMO_NAME = "jamba-demo"
-_NAME_SHOWN = 200  # characters of a name that may be too long
+_NAME_SHOWN = 200  # characters of a name that an error message repeats
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A local folder and the name by which the model is served unless another is asked for."""
+    """The local folder of a model and the model's name in the API, unless --served-model-name gives another.
+    `demo`: it is the demonstration model."""
 
     folder: Path
     name: str
@@ -30,7 +31,8 @@ class Checkpoint:
 
 
 def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
-    """Downloads what is missing of a hub id: all that a server needs, or only the configuration.
+    """Returns the model that `config` names. The files of a hub id that are not here yet are downloaded: those that a
+    server needs, or with `config_only` only the configuration.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -38,13 +40,16 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         return Checkpoint(demo_folder(), DEMO_NAME, demo=True)
     folder = Path(config.model).expanduser()
     if is_local(folder):
-        load_model_config(folder)  # says what is wrong before a tokenizer or an engine is loaded
+        load_model_config(folder)  # raises the errors of config.json before a tokenizer or an engine is loaded
         if config.revision is not None:
-            raise CheckpointError(f"--revision {config.revision} is for hub ids, and {config.model} is a folder.")
+            raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a folder.")
         return Checkpoint(folder, folder.resolve().name)
     if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
         raise CheckpointError(f"There is no folder {config.model}, and a hub id has the form ORGANISATION/NAME.")
-    patterns = [*CONFIG_FILES, INDEX_FILE]  # the index says whether there is a head beside the embedding
+    patterns = [
+        *CONFIG_FILES,
+        INDEX_FILE,
+    ]  # the index lists the tensors: whether there is an output head beside the embedding
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
@@ -54,8 +59,8 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
 
 
 def is_local(path: Path) -> bool:
-    """Whether a name means something here, or could mean nothing on a hub."""
+    """Returns whether `path` exists, or ends like the name of a file of weights, which cannot be a hub id."""
     try:
         return path.exists() or names_a_file(path.name)
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:  # the name is too long, or a folder may not be read
         raise CheckpointError(f"{str(path)[:_NAME_SHOWN]} cannot be read: {error.strerror}.") from error

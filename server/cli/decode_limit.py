@@ -1,4 +1,4 @@
-"""What the memory's bandwidth allows a decode step, beside what was measured: for `jamba plan` and `jamba bench`."""
+"""The limit that the memory bandwidth sets to decoding, beside measured rates: for `jamba plan` and `jamba bench`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
-    """A decode step of `sequences` at once reads `step_bytes` of weights, and reads and writes states, `state_bytes` in
-    all; keys and values, little of a hybrid's, are left out. Tokens a second of all sequences together: what the
-    bandwidth allows, and what `jamba bench` measured (None: not known)."""
+    """The memory traffic and the speed of decode steps with `sequences` running sequences.
+
+    A step reads `step_bytes` of weights. It reads and writes the sequences' states, `state_bytes` in total. Keys and
+    values are left out, since a hybrid model has few of them. `limit` and `measured` are tokens per second of all
+    sequences together: `limit` is the most that the bandwidth allows, `measured` is from `jamba bench`. None: not known.
+    """
 
     sequences: int
     step_bytes: int
@@ -44,7 +47,10 @@ def decode_limits(
     bandwidth: float | None,
     measured: Mapping[int, float],
 ) -> tuple[Decode, ...]:
-    """For one sequence, and for as many as tokens a second have been `measured` for. `bandwidth`: bytes a second."""
+    """Returns the limits for one sequence and for each number of sequences in `measured`.
+
+    `measured` maps a number of sequences to tokens per second. `bandwidth` is in bytes per second.
+    """
 
     slot = cache_layout(model, block_size=1, dtype=dtype).num_bytes("slot")
 
@@ -64,8 +70,11 @@ def decode_limits(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A checkpoint as a server reads it: in the formats of `policy`, else in its own dtype. `bandwidth`: bytes that the
-    server's device reads in a second, None where that is not known."""
+    """A model in the weight formats of the server under test.
+
+    `policy` names the quantised weights; the others have the model's own dtype. `bandwidth` is the memory bandwidth of
+    the server's device in bytes per second, or None if it is not known.
+    """
 
     model: JambaConfig
     policy: QuantizationPolicy
@@ -73,7 +82,8 @@ class Served:
 
     @classmethod
     def find(cls, folder: Path, *, bandwidth: str | None, quantization: str | None, quantize_mamba: bool) -> Served:
-        """Raises ConfigError and, for a folder without a configuration, CheckpointError."""
+        """Reads the model in `folder`. Raises ConfigError for the options, and CheckpointError if config.json is missing
+        or wrong."""
         formats: dict[str, Quantization] = {name: name for name in FORMATS}
         kind = None if quantization is None else formats.get(quantization)
         if kind is None and (quantization is not None or quantize_mamba):
@@ -86,50 +96,55 @@ class Served:
         return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
-        """What the bandwidth allows beside what was measured, for one sequence and for the closed loops."""
+        """Returns lines with the limit and the measured rate, for one sequence and for each closed loop of `levels`."""
         model, measured = self.model, decode_rates(levels)
         limits = decode_limits(model, model.dtype, self.policy, bandwidth=self.bandwidth, measured=measured)
         return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 
 def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
-    """Bytes a second: `bandwidth` if it is given, else what `threads` threads of this CPU read; None for a GPU."""
+    """Returns bytes per second: `bandwidth`, or if it is None the rate at which `threads` threads of this CPU read
+    memory. For a GPU without `bandwidth` the result is None."""
     if bandwidth is None:
         return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
     return parse_bandwidth(bandwidth)
 
 
 def parse_bandwidth(bandwidth: str) -> float:
-    """Bytes a second."""
+    """Returns bytes per second. Raises ConfigError for a text that is not a size above 0."""
     try:
         value = parse_size(bandwidth)
     except ValueError:
         value = 0
     if value <= 0:
-        raise ConfigError(f"--bandwidth is {bandwidth!r}; it must be a size such as 3.35TB, read in a second.")
+        raise ConfigError(
+            f"--bandwidth is {bandwidth!r}; it must be the bytes that are read per second, such as 3.35TB."
+        )
     return value
 
 
 def describe_decode(decode: Decode, bandwidth: float | None) -> str:
-    """In powers of 1000, as makers give bandwidths."""
+    """Returns a line on one number of sequences. Its units are powers of 1000, as in data sheets."""
     one = decode.sequences == 1
     at = "at 1 sequence" if one else f"at {decode.sequences} sequences"
     moved = (decode.step_bytes + decode.state_bytes) / 1e9
-    read = f"{moved:.3g} GB a {'token' if one else 'step'}"
+    read = f"{moved:.3g} GB per {'token' if one else 'step'}"
     measured = "" if decode.measured is None else f"; measured {_figure(decode.measured)} tok/s"
     if bandwidth is None or decode.limit is None:
-        return f"decode {at}: {read} (with --bandwidth: the limit){measured}"
+        return f"decode {at}: {read} (--bandwidth shows the limit){measured}"
     share = "" if decode.measured is None else f", {decode.measured / decode.limit:.0%} of it"
     limit = f"{read} / {bandwidth / 1e9:,.0f} GB/s = {_figure(decode.limit)} tok/s"
     return f"decode limit {at}: {limit}{measured}{share}"
 
 
 def _figure(value: float) -> str:
+    """Returns a number with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def read_bench(path: Path) -> dict[int, float]:
-    """Decoded tokens a second by clients at once, from a `jamba bench` report's closed loops. Raises ConfigError."""
+    """Reads a report of `jamba bench`. Returns decoded tokens per second by number of clients, for its closed loops.
+    Raises ConfigError."""
     try:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
     except (OSError, msgspec.MsgspecError) as error:
@@ -138,7 +153,7 @@ def read_bench(path: Path) -> dict[int, float]:
 
 
 def decode_rates(levels: Iterable[Level]) -> dict[int, float]:
-    """Decoded tokens a second by clients at once, of the closed loops."""
+    """Returns the decoded tokens per second by number of clients, for the closed loops in `levels`."""
     return {
         level.load.concurrency: 1000 * level.load.concurrency / level.tpot_ms.mean
         for level in levels

@@ -1,4 +1,4 @@
-"""`jamba doctor`: versions, devices, and which kernels would run."""
+"""`jamba doctor`: shows versions, devices and the kernels that would run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from jamba_server.engine.start.machine import available_cpus, available_memory, 
 from jamba_server.server.version import package_version
 
 DISTRIBUTIONS = ("fastapi", "uvicorn", "tokenizers", "safetensors", "huggingface_hub", "llguidance")
-TIMEOUT_SECONDS = 120.0  # the first start after an installation compiles torch's Python files
+TIMEOUT_SECONDS = 120.0  # the first start after an installation is slow, since Python compiles torch's files
 
 
 class KernelRow(msgspec.Struct, frozen=True):
-    """`status` is "selected", "available", or why the implementation cannot run. Where not `batch_invariant`,
-    results may depend on the batch in their last bits."""
+    """One implementation of an operation.
+
+    `status` is "selected", "available" or the reason why the implementation cannot run. If it is not
+    `batch_invariant`, the last bits of its results may depend on the batch.
+    """
 
     op: str
     implementation: str
@@ -35,6 +38,7 @@ class KernelRow(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
+        """The implementation's name, with a note if its results depend on the batch."""
         return self.implementation if self.batch_invariant else f"{self.implementation} (depends on the batch)"
 
 
@@ -45,7 +49,7 @@ class CudaDevice(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What `python -m jamba_server.kernels` prints."""
+    """The report that `python -m jamba_server.kernels` prints as JSON."""
 
     python: str
     torch: str
@@ -59,7 +63,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 def doctor() -> None:
-    """Show versions, devices, and which kernels would run here; status 1 if some op has none."""
+    """Show versions, devices and the kernels that would run here. The exit status is 1 if an operation has none."""
     console = Console()
     machine = ask_kernels()
     for name, value in facts(machine):
@@ -67,25 +71,26 @@ def doctor() -> None:
     for device, rows in machine.kernels.items():
         console.print(kernel_table(device, rows))
     if missing := [f"{op} on {device}" for device, rows in machine.kernels.items() for op in without_kernel(rows)]:
-        console.print(f"No kernel runs for {', '.join(missing)}.", markup=False)
+        console.print(f"There is no kernel that runs here for {', '.join(missing)}.", markup=False)
         raise typer.Exit(1)
 
 
 def ask_kernels() -> Machine:
-    """The kernels' own report, from a process of its own because it loads torch. Raises JambaError."""
+    """Returns the kernels' report. A separate process makes it, because it loads torch. Raises JambaError."""
     root = str(Path(jamba_server.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-P", "-m", "jamba_server.kernels"]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise JambaError(f"`python -m jamba_server.kernels` has not answered for {TIMEOUT_SECONDS:.0f} s.") from None
+        raise JambaError(f"`python -m jamba_server.kernels` has not answered within {TIMEOUT_SECONDS:.0f} s.") from None
     if result.returncode:
         raise JambaError(f"`python -m jamba_server.kernels` failed:\n{result.stderr.decode(errors='replace').strip()}")
     return msgspec.json.decode(result.stdout, type=Machine)
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
+    """Returns names and values of the versions and devices to print."""
     flags = machine.cpu_flags
     gpus = [f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, sm {gpu.capability}" for gpu in machine.cuda_devices or []]
     return [
@@ -106,16 +111,17 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def cpu_kernels(machine: Machine) -> str:
+    """Returns the instruction set of the compiled CPU kernels that would run, and the others that are compiled."""
     if machine.cpu_level is None:
-        return "not compiled: the reference runs"
+        return "not compiled, so the slower reference kernels run"
     others = ", ".join(level for level in machine.cpu_levels if level != machine.cpu_level)
-    return f"{machine.cpu_level} (compiled too: {others})"
+    return f"{machine.cpu_level} (also compiled: {others})"
 
 
 def kernel_table(device: str, rows: list[KernelRow]) -> Table:
-    """One row an op: what runs, what else could, and why the rest cannot."""
+    """Returns a table with a row per operation: the kernel that runs, kernels that could run, and why others cannot."""
     table = Table(title=f"Kernels on {device}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("op", "runs", "could run too", "cannot run"):
+    for column in ("operation", "runs", "could also run", "cannot run"):
         table.add_column(column, overflow="fold")
     for op in dict.fromkeys(row.op for row in rows):
         mine = [row for row in rows if row.op == op]
@@ -127,6 +133,6 @@ def kernel_table(device: str, rows: list[KernelRow]) -> Table:
 
 
 def without_kernel(rows: list[KernelRow]) -> list[str]:
-    """Ops for which nothing is selected."""
+    """Returns the operations for which no kernel is selected."""
     selected = {row.op for row in rows if row.status == "selected"}
     return [op for op in dict.fromkeys(row.op for row in rows) if op not in selected]

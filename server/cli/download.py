@@ -30,7 +30,7 @@ CLEAN_UP_SECONDS = 2.0  # that the process has for removing what it has half of
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
-class Wish(msgspec.Struct, frozen=True):
+class Download(msgspec.Struct, frozen=True):
     """Files of `name` at `revision` whose names match one of `patterns`."""
 
     name: str
@@ -73,7 +73,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     console = Console(stderr=True)
     with (
         tempfile.TemporaryFile() as stderr,
-        hub_process(Wish(name, revision, patterns), stderr) as messages,
+        hub_process(Download(name, revision, patterns), stderr) as messages,
         Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         for line in messages:
@@ -96,7 +96,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 @contextmanager
-def hub_process(wish: Wish, stderr: IO[bytes]) -> Generator[IO[bytes]]:
+def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
     """The lines that it says. On leaving, however that happens, it ends."""
     root = str(Path(jamba_server.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -113,7 +113,7 @@ def hub_process(wish: Wish, stderr: IO[bytes]) -> Generator[IO[bytes]]:
         assert process.stdin is not None and process.stdout is not None
         try:
             with suppress(BrokenPipeError):  # it has ended, and there is nothing to read
-                os.write(process.stdin.fileno(), msgspec.json.encode(wish) + b"\n")
+                os.write(process.stdin.fileno(), msgspec.json.encode(wanted) + b"\n")
             yield process.stdout
         finally:
             process.stdin.close()

@@ -1,8 +1,8 @@
-"""A container's health check: asks the server at the address that it wrote down, whatever its port, host and scheme.
+"""A container's health check: asks a server for /health at the address that the server has written into a file.
 
     JAMBA_ADDRESS_FILE=FILE python -m jamba_server.server.cli.health
 
-Only the standard library is imported, since this runs every few seconds.
+It imports only the standard library, because it runs every few seconds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 VARIABLE = "JAMBA_ADDRESS_FILE"
-SECONDS = 4.0  # for the server's answer
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where its own machine reaches a server that listens everywhere
+SECONDS = 4.0  # how long the server may take to answer
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the own machine reaches a server that listens on all addresses
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:
-    """Where a listener is reached from its own machine."""
+    """Returns the URL at which the listener's own machine reaches it."""
     address: tuple[str, int] = listener.getsockname()[:2]
     host, port = LOOPBACK.get(address[0], address[0]), address[1]
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -34,8 +34,11 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
 
 @contextlib.contextmanager
 def written_down(url: str, file: str | None) -> Generator[None]:
-    """Keeps `url` in `file`, if there is one, until the end of the block. A file that cannot be written costs the
-    health check and not the server, which may run with a read-only file system."""
+    """Keeps `url` in `file` until the end of the block. Does nothing if `file` is None.
+
+    If the file cannot be written, the server still runs, since its file system may be read-only. Only the health check
+    fails.
+    """
     if file is None:
         yield
         return
@@ -52,7 +55,7 @@ def written_down(url: str, file: str | None) -> Generator[None]:
 
 
 def main() -> None:
-    """Exits with a sentence and status 1 unless /health answers 200."""
+    """Prints the status of /health. Exits with status 1 and a sentence unless it is 200."""
     if not (file := os.environ.get(VARIABLE)):
         sys.exit(f"{VARIABLE} is not set; it names the file of the server's option --address-file.")
     try:
@@ -60,7 +63,10 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"No server has written its address into {file}: {error.strerror}.")
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the certificate is for another name
+    context.check_hostname, context.verify_mode = (
+        False,
+        ssl.CERT_NONE,
+    )  # the certificate names the public host, not this address
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}),  # a proxy for the internet cannot reach this server
         urllib.request.HTTPSHandler(context=context),

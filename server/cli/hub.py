@@ -1,6 +1,6 @@
 """The process that downloads from the hub: `python -m jamba_server.server.cli.hub`.
 
-`download.download` starts it, writes one `Wish` to its standard input and reads one message a line from its standard
+`download.download` starts it, writes one `Download` to its standard input and reads one message a line from its standard
 output: Plan and Progress if something has to come, then Done or Failed. The hub's client keeps its threads, log lines
 and progress bars to itself that way, and a download ends at once when its process does. That is when its standard input
 ends: nobody waits for it any more. The next download takes the files that have come as a whole.
@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from jamba_server.server.cli.download import Done, Failed, FromHub, Plan, Progress, Wish
+from jamba_server.server.cli.download import Done, Failed, FromHub, Plan, Progress, Download
 
 # Gigabytes that nobody would use: their names are of this process alone.
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
@@ -68,24 +68,28 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def fetch(wish: Wish) -> Path:
+def fetch(wanted: Download) -> Path:
     """Downloads what is missing; the folder."""
-    options: dict[str, Any] = {"revision": wish.revision, "allow_patterns": wish.patterns, "ignore_patterns": ["*/*"]}
+    options: dict[str, Any] = {
+        "revision": wanted.revision,
+        "allow_patterns": wanted.patterns,
+        "ignore_patterns": ["*/*"],
+    }
     try:
-        files = snapshot_download(wish.name, dry_run=True, **options)
+        files = snapshot_download(wanted.name, dry_run=True, **options)
     except DryRunError as error:
         # What is here already may do. Only a hub that has answered is asked again, for its reason to refuse
         answered = isinstance(error.__cause__, HfHubHTTPError)
-        return Path(str(snapshot_download(wish.name, local_files_only=not answered, **options)))
+        return Path(str(snapshot_download(wanted.name, local_files_only=not answered, **options)))
     if missing := [file for file in files if file.will_download]:
         tell(Plan(len(missing), sum(file.file_size or 0 for file in missing)))
-    return Path(str(snapshot_download(wish.name, tqdm_class=Bar, **options)))
+    return Path(str(snapshot_download(wanted.name, tqdm_class=Bar, **options)))
 
 
-def describe(error: Exception, wish: Wish) -> str:
+def describe(error: Exception, wanted: Download) -> str:
     """One sentence that says what to do."""
-    name, hub = wish.name, constants.ENDPOINT
-    shown = name if wish.revision is None else f"{name} at revision {wish.revision}"
+    name, hub = wanted.name, constants.ENDPOINT
+    shown = name if wanted.revision is None else f"{name} at revision {wanted.revision}"
     text = " ".join(str(error).split())
     match error:
         case HFValidationError():
@@ -93,7 +97,7 @@ def describe(error: Exception, wish: Wish) -> str:
         case GatedRepoError():
             return f"{shown} is gated: accept its licence on {hub}/{name} and set HF_TOKEN to a token of yours."
         case RevisionNotFoundError():
-            return f"{hub} has {name}, but not its revision {wish.revision}."
+            return f"{hub} has {name}, but not its revision {wanted.revision}."
         case RepositoryNotFoundError():
             return f"There is no folder {name}, and {hub} has no such model (or it is private: set HF_TOKEN)."
         case LocalEntryNotFoundError() if isinstance(error.__cause__, HfHubHTTPError):
@@ -116,12 +120,12 @@ def refused(shown: str, error: HfHubHTTPError) -> str:
 
 
 def main() -> None:
-    wish = msgspec.json.decode(sys.stdin.buffer.readline(), type=Wish)
+    wanted = msgspec.json.decode(sys.stdin.buffer.readline(), type=Download)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        tell(Done(str(fetch(wish))))
+        tell(Done(str(fetch(wanted))))
     except Exception as error:  # noqa: BLE001 - whatever a strange answer makes of the hub's client is one sentence
-        tell(Failed(describe(error, wish)))
+        tell(Failed(describe(error, wanted)))
     os._exit(0)  # threads of the hub's client may still wait for an answer
 
 

@@ -1,18 +1,18 @@
-"""LocalModel: a model in this terminal, without HTTP."""
+"""LocalModel: a model that a command of the terminal loads and asks itself, without HTTP."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.errors import ConfigError, EngineFailed
 from jamba_server.engine.process.client import Engine, EngineClient
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.server.cli.terminal import LoadProgress
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """The flags of a terminal session; None leaves a parameter to the checkpoint's generation_config.json."""
+    """The sampling flags of a command. None leaves a parameter to the model's generation_config.json."""
 
     max_tokens: int
     temperature: float | None = None
@@ -38,16 +38,18 @@ class Sampling:
 
     @property
     def given(self) -> dict[str, Any]:
+        """The parameters that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def params(self, defaults: GenerationDefaults) -> SamplingParams:
+        """Returns the parameters of a request. Without a seed it draws a random one."""
         settings: dict[str, Any] = {name: getattr(defaults, name) for name in defaults.__struct_fields__}
         settings = {"seed": secrets.randbits(63)} | settings | self.given
         return SamplingParams(**settings)
 
 
 class LocalModel:
-    """An engine with its texts; `open` makes one."""
+    """A loaded model with its tokenizer and chat template. `open` makes one."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, defaults: GenerationDefaults
@@ -89,7 +91,7 @@ class LocalModel:
         save_positions: tuple[int, ...] = (),
         strip_leading_space: bool = False,
     ) -> AsyncGenerator[str]:
-        """The reply's text as it comes. Raises RequestRejected, EngineDead and EngineFailed."""
+        """Yields the reply's text as the engine generates it. Raises RequestRejected, EngineDead and EngineFailed."""
         prompt = admit_prompt(
             token_ids, sampling.params(self.defaults), self.engine, param="prompt", save_positions=save_positions
         )
@@ -101,6 +103,22 @@ class LocalModel:
                 stop = update.stop_token_id is not None
                 yield detokenizer.push(update.token_ids[:-1] if stop else update.token_ids)
         yield detokenizer.finish()
+
+    async def chat(self, messages: list[dict[str, str]], sampling: Sampling) -> AsyncGenerator[str]:
+        """Yields the assistant's next message as the engine generates it. Raises ConfigError if the model has no chat
+        template, and the errors of `stream`."""
+        if self.template is None:
+            raise ConfigError("This model has no chat template: give one with --chat-template, or use `jamba run`.")
+        chat = self.template.render(messages)
+        stream = self.stream(
+            chat.prompt_ids,
+            sampling,
+            save_positions=chat.save_positions,
+            strip_leading_space=chat.strip_leading_space,
+        )
+        async with aclosing(stream) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _request(self, prompt: Prompt) -> Request:
         self._num_requests += 1

@@ -1,4 +1,4 @@
-"""The log: on stderr, in one format for whatever logs. Set up once, by the command that runs."""
+"""The log. The command that runs sends the lines of every library to stderr in one format."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import TextIO
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record, for whatever logs: `DATE TIME LEVEL NAME: MESSAGE`."""
+    """Formats each record as one line: `DATE TIME LEVEL NAME: MESSAGE`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        shown = copy.copy(record)  # other handlers see the same record
+        shown = copy.copy(record)  # other handlers get the same record, which must not change
         shown.name = record.name.removeprefix("jamba_server.")
-        if record.name == "py.warnings":  # the second line is the source code that warned
+        if record.name == "py.warnings":  # the second line of a warning is source code
             shown.msg, shown.args = record.getMessage().partition("\n")[0], None
         return super().format(shown)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the moment: while a progress bar is shown, that writes above the bar."""
+    """Writes to the present sys.stderr. While a progress bar is shown, rich replaces sys.stderr by a stream that writes
+    above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -34,10 +35,10 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Sends the log, and Python's warnings, to stderr in one format."""
+    """Sends the log and Python's warnings to stderr in one format. `level` is the lowest severity that is shown."""
     handler = StderrHandler()
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("uvicorn.access", "httpx"):  # requests are logged by `server.http`
+    for noisy in ("uvicorn.access", "httpx"):  # `server.http` logs requests itself
         logging.getLogger(noisy).setLevel(logging.WARNING)

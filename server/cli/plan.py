@@ -1,4 +1,4 @@
-"""`jamba plan`: what fits, from a configuration alone."""
+"""`jamba plan`: says which context lengths and how many sequences fit into memory. It reads no weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from jamba_server.server.cli.decode_limit import (
     find_bandwidth,
     read_bench,
 )
-from jamba_server.server.cli.settings import with_options
+from jamba_server.server.cli.settings import Model, with_options
 from jamba_server.server.cli.terminal import describe_weights
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.options import parse_size
@@ -69,7 +69,8 @@ SEQUENCES = (1, 8, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """`sequences` of `context` tokens at once take `bytes`, weights and activations included."""
+    """The memory that `sequences` running sequences of `context` tokens each need: `bytes`, with the weights and the
+    activations. `fits`: the device has that much."""
 
     context: int
     sequences: int
@@ -79,8 +80,11 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a model needs on a device where it may take `memory_bytes`, and what the server would do: `plan`, else
-    `refusal`. `bandwidth`: bytes that the device reads in a second; None where that is not known."""
+    """The memory that a model needs on a device where the server may use `memory_bytes`.
+
+    `plan` is how the server would divide that memory. It is None if the server would not start; `refusal` says why.
+    `bandwidth` is the device's memory bandwidth in bytes per second, or None if it is not known.
+    """
 
     model: str
     architecture: str
@@ -105,24 +109,41 @@ class Report:
 @with_options(SIZES)
 def plan(
     config: ServerConfig,
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; its weights are not loaded.")],
+    model: Model = None,
     memory: Annotated[
-        str | None, typer.Option(help="Such as 80GiB. [default: what is free here]", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Memory of the device, such as 80GiB  [default: what is free on this machine]",
+            show_default=False,
+        ),
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(help="Bytes a second, such as 3.35TB. [default: measured here on a CPU]", show_default=False),
+        typer.Option(
+            metavar="BYTES",
+            help="Memory bandwidth per second, such as 3.35TB  [default: measured if the device is this CPU]",
+            show_default=False,
+        ),
     ] = None,
     bench: Annotated[
-        Path | None, typer.Option(help="Report of `jamba bench --output`, shown beside the limit.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Report of `jamba bench --output` to show beside the decode limit  [default: none]",
+            show_default=False,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
-    """Show what fits: weights, bytes of the caches, context lengths against concurrent sequences, the decode limit."""
-    folder = find_checkpoint(config, config_only=True).folder
+    """Show what fits into memory, by context length and number of sequences, and the limit of the decoding speed."""
+    checkpoint = find_checkpoint(config, config_only=True)
+    folder = checkpoint.folder
     measured = {} if bench is None else read_bench(bench)
     engine = config.engine(folder)
-    report = make_report(model, read_plan(folder), engine, memory, bandwidth=bandwidth, measured=measured)
+    report = make_report(
+        config.model or checkpoint.name, read_plan(folder), engine, memory, bandwidth=bandwidth, measured=measured
+    )
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
         return
@@ -141,9 +162,13 @@ def make_report(
     bandwidth: str | None,
     measured: Mapping[int, float],
 ) -> Report:
-    """`memory` is a size as text, or None for what is free on this machine; `bandwidth` one that is read in a second,
-    or None for this machine's if the device is a CPU. `measured`: tokens a second by sequences at once. Raises
-    ConfigError for a text that is no size."""
+    """Returns the report on the model `stored`, which it calls `name`.
+
+    `memory` is the size of the device's memory as text, or None for the free memory of this machine. `bandwidth` is the
+    number of bytes that the device reads per second as text, or None to measure this machine's if the device is a CPU.
+    `measured` maps a number of running sequences to the tokens per second that were measured. Raises ConfigError for a
+    text that is not a size.
+    """
     model = stored.config
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
@@ -193,7 +218,8 @@ def make_report(
 
 
 def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
-    """(device, bytes that may be taken): of `memory` if it is given, else of what the first GPU or this machine has."""
+    """Returns the device and the bytes of its memory that the server may use. `memory` is the size of the memory as
+    text; None stands for the free memory of the first GPU or of this machine."""
     on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
     name = ("cpu" if on_gpu is None else "cuda") if device == "auto" else device
     if memory is not None:
@@ -203,13 +229,15 @@ def find_memory(device: Device, memory: str | None, utilization: float) -> tuple
             raise ConfigError(f"--memory is {memory!r}; it must be a size such as 80GiB.") from None
         return name, usable_bytes(size, size, utilization) if name == "cuda" else size
     if name == "cuda" and on_gpu is None:
-        raise ConfigError("--device cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory.")
+        raise ConfigError(
+            "--device is cuda, but nvidia-smi finds no GPU here: say how much memory it has with --memory."
+        )
     return name, available_memory() if on_gpu is None else usable_bytes(*on_gpu, utilization)
 
 
 def gpu_memory() -> tuple[int, int] | None:
-    """Bytes of the first NVIDIA GPU, free and in all; None without one. Its driver's tool is asked: torch takes seconds
-    to load."""
+    """Returns the free and the total bytes of the first NVIDIA GPU, or None if there is none. It asks nvidia-smi,
+    because torch would take seconds to load."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     query = [tool, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "--id=0"]
@@ -222,40 +250,41 @@ def gpu_memory() -> tuple[int, int] | None:
 
 
 def describe(report: Report) -> list[str]:
-    """Lines before the table."""
-    state, checkpoint = report.state_bytes_per_sequence, report.bytes_per_saved_state
-    compressed = state != checkpoint
+    """Returns the lines that are printed before the table."""
+    state, saved_state = report.state_bytes_per_sequence, report.bytes_per_saved_state
+    compressed = state != saved_state
     lines = [
         f"{report.model}: {report.architecture}, {report.parameters:,} parameters in "
         + describe_weights(report.dtype, report.quantization, report.quantize_mamba),
         f"weights                 {format_bytes(report.weight_bytes)}",
-        f"KV cache                {report.kv_bytes_per_token:,} bytes a token",
-        f"state                   {format_bytes(state)} a sequence"
-        + (f", {format_bytes(checkpoint)} a saved state (int8)" if compressed else " or saved state"),
-        f"memory ({report.device})".ljust(24) + f"{format_bytes(report.memory_bytes)} that may be taken",
+        f"KV cache                {report.kv_bytes_per_token:,} bytes per token",
+        f"state                   {format_bytes(state)} per sequence"
+        + (f", {format_bytes(saved_state)} per saved state (int8)" if compressed else " or saved state"),
+        f"memory ({report.device})".ljust(24) + f"{format_bytes(report.memory_bytes)} that the server may use",
         *(describe_decode(decode, report.bandwidth) for decode in report.decode),
         *(f"warning                 {warning}" for warning in report.warnings),
     ]
     if report.plan is None:
-        return [*lines, f"jamba serve would stop: {report.refusal}"]
+        return [*lines, f"jamba serve would not start: {report.refusal}"]
     plan = report.plan
     return [
         *lines,
-        f"jamba serve would take  {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
+        f"jamba serve would use   {format_bytes(plan.total_bytes)}: weights {format_bytes(plan.weight_bytes)}, "
         f"activations {format_bytes(plan.activation_bytes)}, "
         + (f"CUDA graphs {format_bytes(plan.graph_bytes)}, " if plan.graph_bytes else "")
         + f"KV pages {format_bytes(plan.kv_bytes)}, states {format_bytes(plan.state_bytes)} "
         f"({plan.max_num_seqs} running, {plan.num_saved} saved)",
-        f"and allow               {plan.max_model_len:,} tokens a sequence, {plan.max_num_seqs} sequences, "
-        f"{plan.max_num_batched_tokens} prompt tokens a step",
+        f"and allow               {plan.max_model_len:,} tokens per sequence, {plan.max_num_seqs} sequences, "
+        f"{plan.max_num_batched_tokens} prompt tokens per step",
         *(f"warning                 {warning}" for warning in plan.warnings),
     ]
 
 
 def table(report: Report) -> Table:
-    """Memory by context length and number of sequences, without room for prefixes that nobody uses now."""
+    """Returns a table of the memory needed, by context length and number of sequences. It leaves out the memory for
+    cached prefixes of sequences that have ended."""
     result = Table(
-        title="Memory for sequences at once (in brackets: does not fit)",
+        title="Memory by context length and sequences at once (in brackets: does not fit)",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

@@ -1,10 +1,12 @@
-"""`jamba run`: one prompt to stdout, without a server."""
+"""`jamba run`: prints the reply to one prompt, without a server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import sys
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +14,36 @@ import typer
 from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError
-from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.checkpoint import find_checkpoint, is_local
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.settings import LOCAL, Model, with_options
 from jamba_server.server.config import ServerConfig
 
-MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the checkpoint's]", show_default=False)]
-TopP = Annotated[float | None, typer.Option(help="[default: the checkpoint's]", show_default=False)]
-TopK = Annotated[int | None, typer.Option(help="0 is all. [default: the checkpoint's]", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Of the sampling. [default: random]", show_default=False)]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Maximum tokens of a reply")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER", help="Randomness of the reply; 0 is greedy  [default: the model's]", show_default=False
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Share of the probability to draw tokens from; 1 is all  [default: the model's]",
+        show_default=False,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Most likely tokens to draw from; 0 is all  [default: the model's]", show_default=False
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of the sampling  [default: random]", show_default=False)
+]
 
 
 @with_options(LOCAL)
@@ -30,30 +51,54 @@ def run(
     config: ServerConfig,
     model: Model = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The text to go on with. [default: stdin]", show_default=False)
+        str | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Text of the prompt  [default: standard input]", show_default=False
+        ),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without the model's chat template")
+    ] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
 ) -> None:
-    """Complete one prompt, from --prompt or stdin, to stdout; no server is needed."""
+    """Print the reply to one prompt, from --prompt or standard input, without a server."""
     configure_logging("WARNING")
+    if model is not None:
+        check_names_a_model(model)
     if prompt is None and sys.stdin.isatty():
-        raise ConfigError("There is no prompt: give one with --prompt or on stdin.")
+        raise ConfigError("There is no prompt: give one with --prompt or on standard input.")
     text = sys.stdin.read() if prompt is None else prompt
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    folder = find_checkpoint(config).folder  # before there is an event loop, which would hold Ctrl-C back
-    asyncio.run(_run(config, folder, text, sampling))
+    folder = find_checkpoint(config).folder  # before the event loop starts, since that would delay Ctrl-C
+    asyncio.run(_run(config, folder, sampling, text, raw=raw))
 
 
-async def _run(config: ServerConfig, folder: Path, prompt: str, sampling: Sampling) -> None:
+def check_names_a_model(model: str) -> None:
+    """Raises ConfigError if the argument of `jamba run` looks like a prompt."""
+    folder = Path(model).expanduser()
+    if any(map(str.isspace, model)) and not is_local(folder):
+        shown = shlex.quote(model)
+        raise ConfigError(f"The argument of `jamba run` is a MODEL. If it is the prompt, write: jamba run -p {shown}")
+
+
+async def _run(config: ServerConfig, folder: Path, sampling: Sampling, prompt: str, *, raw: bool) -> None:
     async with (
         LocalModel.open(config, folder, Console(stderr=True)) as model,
-        contextlib.aclosing(model.stream(model.tokenizer.encode(prompt), sampling)) as pieces,
+        contextlib.aclosing(reply(model, sampling, prompt, raw=raw)) as pieces,
     ):
         async for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def reply(model: LocalModel, sampling: Sampling, prompt: str, *, raw: bool) -> AsyncGenerator[str]:
+    """Returns the model's reply to `prompt` as a chat message. With `raw`, or if the model has no chat template, it
+    returns the continuation of `prompt` instead."""
+    if raw or model.template is None:
+        return model.stream(model.tokenizer.encode(prompt), sampling)
+    return model.chat([{"role": "user", "content": prompt}], sampling)

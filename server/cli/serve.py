@@ -1,6 +1,6 @@
-"""`jamba serve`: from an address and a checkpoint to a running server.
+"""`jamba serve`: binds the address, finds the model and runs the server.
 
-What takes long to import is imported when people see already what is going on.
+Modules that take long to import are imported after the first lines of the log.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ logger = logging.getLogger(__name__)
 
 @with_options(ALL)
 def serve(config: ServerConfig, model: Model = None) -> None:
-    """Serve a model behind OpenAI's API."""
+    """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper())
     greet(config)
-    listener = bind(config.host, config.port)  # before a model is downloaded or loaded in vain
+    listener = bind(
+        config.host, config.port
+    )  # first, so that a port in use is found before a model is downloaded or loaded
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
@@ -44,15 +46,17 @@ def serve(config: ServerConfig, model: Model = None) -> None:
 
 
 def greet(config: ServerConfig) -> None:
-    """The first lines: what is about to be served, and how."""
+    """Logs the version, the model and the options that differ from their defaults."""
     logger.info("jamba-server %s: %s", package_version(), config.model or DESCRIPTION)
     logger.info("options   %s", json.dumps(config.non_defaults(), ensure_ascii=False))
     if not config.api_key and not is_loopback(config.host):
-        logger.warning("listening on %s without --api-key: whoever reaches it may use it", config.host)
+        logger.warning(
+            "listening on %s without --api-key: everyone who reaches this address may use the server", config.host
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address. Raises ConfigError with the reason."""
+    """Returns a socket that listens at the address. Raises ConfigError with the reason if that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -63,7 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # a second server that holds the port would be found here
+        listener.listen()  # fails if another server holds the port
     except OSError as error:
         listener.close()
         raise ConfigError(f"--port {port} of --host {host} cannot be used: {error.strerror}.") from error
@@ -71,6 +75,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Server: uvicorn and the engine's client in one event loop, from the start to an orderly end."""
+"""Server: runs uvicorn and the engine's client in one event loop, and shuts both down in order."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
-KEEP_ALIVE_SECONDS = 75  # longer than the proxies in front (nginx: 60), so that none sends into a closing connection
-CANCEL_SECONDS = 2  # for what still runs after the engine has closed
+KEEP_ALIVE_SECONDS = 75  # longer than a proxy's (nginx: 60), so that no proxy sends on a connection that closes
+CANCEL_SECONDS = 2  # how long request handlers may still run after the engine has closed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server:
-    """The HTTP server and the engine's client in one event loop."""
+    """The HTTP server and the engine's client, which share one event loop."""
 
     def __init__(
         self, config: ServerConfig, checkpoint: Checkpoint, listener: socket.socket, progress: LoadProgress
@@ -60,7 +60,7 @@ class Server:
         self._stop = asyncio.Event()
 
     def run(self) -> None:
-        """Until a signal. Raises ConfigError if the engine cannot start."""
+        """Serves until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start."""
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
 
@@ -81,7 +81,7 @@ class Server:
             await http
 
     async def _start(self, http: asyncio.Task[None], stop: asyncio.Task[bool]) -> bool:
-        """True when the engine is ready, False where the server is stopped before. Raises ConfigError."""
+        """Waits for the engine. Returns True when it is ready, False if a signal comes first. Raises ConfigError."""
         start = asyncio.create_task(self._client.start(), name="engine start")
         await asyncio.wait((start, http, stop), return_when=asyncio.FIRST_COMPLETED)
         self._progress.stop()
@@ -98,26 +98,30 @@ class Server:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
-            logger.warning("second signal: stopping at once")
-            os._exit(128 + number)  # the engine ends by itself when its socket closes
-        logger.info("%s: no new requests; those that run have %g s", number.name, self._config.shutdown_timeout)
+            logger.warning("A second signal has come: the server stops at once.")
+            os._exit(128 + number)  # the engine process ends by itself when its socket closes
+        logger.info(
+            "%s: the server takes no new requests; running requests have %g s to finish",
+            number.name,
+            self._config.shutdown_timeout,
+        )
         self._lifecycle.drain()
         self._stop.set()
 
     async def _drain(self) -> None:
-        """Waits until the requests that run have been answered; /ready keeps answering 503 meanwhile."""
+        """Waits until the running requests have been answered. Meanwhile /ready answers 503."""
         if running := set(self._http.server_state.tasks):
             _, remaining = await asyncio.wait(running, timeout=self._config.shutdown_timeout)
             if remaining:
-                logger.warning("%d requests are cut off after --shutdown-timeout", len(remaining))
+                logger.warning("%d requests are cut off, because --shutdown-timeout is over", len(remaining))
 
     def _warnings(self, info: EngineInfo) -> list[str]:
         if self._has_template:
             return [*info.warnings]
-        return [*info.warnings, "the checkpoint has no chat template: /v1/chat/completions needs --chat-template"]
+        return [*info.warnings, "the model has no chat template: /v1/chat/completions needs --chat-template"]
 
     def _invitation(self) -> str:
-        """The address, and a request to paste."""
+        """Returns the line that gives the server's address and a request to paste."""
         config = self._config
         address: tuple[str, int] = self._listener.getsockname()[:2]
         host, port = address
@@ -133,23 +137,24 @@ class Server:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: it would close its sockets at once, and /ready could not say 503."""
+    """uvicorn without its signal handlers. They would close the sockets at once, so that /ready could not answer 503."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
+        """Installs no handler; `Server` handles the signals."""
         yield
 
 
 def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
-    """Raises ConfigError for a key or certificate that cannot be used."""
+    """Returns uvicorn's configuration. Raises ConfigError for a key or certificate that cannot be used."""
     result = uvicorn.Config(
         app,
-        http="h11",  # the only one of uvicorn's parsers that bounds the size of a request's headers
+        http="h11",  # of uvicorn's parsers only h11 limits the size of a request's headers
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="warning",  # what it says of starting and stopping, this command says better
+        log_level="warning",  # this command logs the start and the stop itself
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -159,6 +164,6 @@ def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
     )
     try:
         result.load()
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # ssl.SSLError is a subclass
         raise ConfigError(f"ssl_keyfile and ssl_certfile cannot be used: {error}.") from error
     return result

@@ -1,4 +1,4 @@
-"""Commands with options: their flags are made from the fields of ServerConfig."""
+"""Flags of the commands: `with_options` makes them from the fields of ServerConfig."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, cast
+from typing import Annotated, Any, Concatenate, ParamSpec, cast
 
 import typer
 
@@ -18,7 +18,7 @@ from jamba_server.server.options import Option
 P = ParamSpec("P")
 
 ALL = tuple(name for name in OPTIONS if name != "model")
-# What a model in this process takes: it runs one sequence at a time, and only its own.
+# The options of commands that load a model themselves. Such a model runs one sequence at a time.
 LOCAL = (
     "revision",
     "chat_template",
@@ -29,15 +29,20 @@ LOCAL = (
     ),
 )
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=OPTIONS["model"].help.text, show_default=False)]
+_MODEL = OPTIONS["model"]
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{_MODEL.help.text}  [default: {_MODEL.shown_default}]", show_default=False),
+]
 
 
 def with_options(
     names: Iterable[str],
 ) -> Callable[[Callable[Concatenate[ServerConfig, P], None]], Callable[..., None]]:
-    """Gives a command the flags of `names` and --config; it gets the resulting ServerConfig as first argument.
+    """Returns a decorator that gives a command --config and the flags of the options in `names`.
 
-    A parameter `model` of the command is passed on as part of the configuration, too.
+    The command gets the resulting ServerConfig as its first argument. If it has a parameter `model`, the value becomes
+    part of that configuration as well.
     """
     options = [OPTIONS[name] for name in names]
 
@@ -55,7 +60,7 @@ def with_options(
 
         former = [_parameter(option, option.help.formerly) for option in options if option.help.formerly]
         parameters = [*own, _config_parameter(), *map(_parameter, options), *former]
-        # typer reads parameters from here
+        # typer reads a command's parameters from its signature
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
         command.__annotations__ = {}
         return command
@@ -64,35 +69,28 @@ def with_options(
 
 
 def _config_parameter() -> inspect.Parameter:
-    help = "YAML file with options; flags and JAMBA_* variables go before it."
-    return _keyword("config", Annotated[Path | None, typer.Option("--config", help=help, show_default=False)])
+    help = "YAML file with options; flags and JAMBA_* variables win over it  [default: none]"
+    info = typer.Option("--config", help=help, metavar="PATH", show_default=False)
+    return _keyword("config", Annotated[Path | None, info])
 
 
 def _parameter(option: Option, former_name: str = "") -> inspect.Parameter:
-    """All flags are texts, but for switches: `Option.cast` reads them, as it does the variables. A flag under its
-    former name is hidden."""
+    """Returns the parameter that typer turns into an option's flag. A flag under its former name is hidden.
+
+    Except for switches, typer passes every value on as text: `Option.cast` reads it as it reads the variables.
+    """
     name = (former_name or option.name).replace("_", "-")
     flag = f"--{name}/--no-{name}" if option.kind is bool else f"--{name}"
     kind: Any = bool if option.kind is bool else list[str] if option.kind in (tuple, dict) else str
     info = typer.Option(
         flag,
-        help=f"{option.help.text}{_shown(option.default)}",
-        metavar=None if option.kind is bool else _metavar(option),
+        help=f"{option.help.text}  [default: {option.shown_default}]",
+        metavar=None if option.kind is bool else option.metavar,
+        rich_help_panel=option.help.panel,
         show_default=False,
         hidden=bool(former_name),
     )
     return _keyword(former_name or option.name, Annotated[kind | None, info])
-
-
-def _shown(default: object) -> str:
-    if default is None or default in ((), {}, ""):
-        return ""
-    return f"  [default: {str(default).lower() if isinstance(default, bool) else default}]"
-
-
-def _metavar(option: Option) -> str:
-    kinds: dict[Any, str] = {int: "N", float: "SECONDS", str: "TEXT", tuple: "TEXT", dict: "OP=IMPL"}
-    return "|".join(option.choices) if option.kind is Literal else kinds[option.kind]
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:

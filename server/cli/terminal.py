@@ -1,4 +1,4 @@
-"""What people see of a start on stderr: its progress, and what was loaded."""
+"""What a command shows on stderr while a model loads: the progress, then the model, its memory and its limits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jamba_server.server.config import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 
-LOG_STEP = 0.25  # without a terminal a phase is logged at every quarter
+LOG_STEP = 0.25  # without a terminal the progress of a phase is logged after every quarter
 
 
 class LoadProgress:
-    """Shows the phases of a start, one after the other: one bar on a terminal, else a few log lines. `update` is
-    EngineClient's on_progress."""
+    """Shows how far each phase of the start is: as one progress bar on a terminal, otherwise as a few log lines. Its
+    method `update` is the callback on_progress of EngineClient."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -39,22 +39,22 @@ class LoadProgress:
         self.stop()
 
     def stop(self) -> None:
-        """Takes the bar away; may be called again."""
+        """Removes the progress bar. It may be called more than once."""
         if self._bar:
             self._bar.stop()
 
     def update(self, phase: str, fraction: float) -> None:
-        """`fraction` of `phase` is done."""
+        """Shows that the share `fraction` of `phase` is done."""
         if self._bar and self._task is not None:
             self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
-            # the next quarter; a start from 0 again (an engine that is restarted) is not logged
+            # the next quarter to log; an engine that restarts begins at 0 again, which is not logged
             self._logged[phase] = (int(fraction / LOG_STEP) + 1) * LOG_STEP
 
 
 def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]:
-    """Lines on what was loaded, what it takes, which kernels run, how exact results are, how requests are sampled."""
+    """Returns lines on the loaded model: its size, memory, limits, kernels, exactness and sampling defaults."""
     sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.non_defaults().items()) or "OpenAI's defaults"
     eos = ", ".join(map(str, info.eos_token_ids)) or "none"
     tokens = info.num_kv_blocks * info.block_size
@@ -67,8 +67,8 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
         f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, "
         f"{info.num_saved_states} saved{' as int8' if info.state_cache_dtype == 'int8' else ''}",
-        f"limits    {info.max_model_len:,} tokens a sequence, {info.max_num_seqs} sequences, "
-        f"{info.max_num_batched_tokens} prompt tokens a step",
+        f"limits    {info.max_model_len:,} tokens per sequence, {info.max_num_seqs} sequences, "
+        f"{info.max_num_batched_tokens} prompt tokens per step",
         f"kernels   {kernels if len(names) > 1 else f'{names[0]} for all ops'}",
         f"results   {describe_results(info)}",
         f"sampling  {sampling}; eos token ids {eos}",
@@ -76,7 +76,7 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
 
 
 def describe_results(info: EngineInfo) -> str:
-    """How far they depend on anything but the request."""
+    """Returns whether a request's results depend on the batch, on how its prompt is cut or on the prefix cache."""
     inexact = f"last bits may depend on the batch: {', '.join(info.batch_dependent_ops)}"
     if info.state_cache_dtype == "auto":
         return (
@@ -87,7 +87,7 @@ def describe_results(info: EngineInfo) -> str:
 
 
 def describe_weights(dtype: str, quantization: str | None, quantize_mamba: bool) -> str:
-    """`bfloat16 with int8 weights`."""
+    """Returns the number formats of the weights in words, such as `bfloat16 with int8 weights`."""
     if quantization is None:
         return dtype
     return f"{dtype} with {quantization} weights" + (" (Mamba mixers too)" if quantize_mamba else "")
