@@ -29,7 +29,7 @@ class Decode:
 
     A step reads `step_bytes` of weights. It reads and writes the sequences' states, `state_bytes` in total. Keys and
     values are left out, since a hybrid model has few of them. `limit` and `measured` are tokens per second of all
-    sequences together: `limit` is the most that the bandwidth allows, `measured` is from `jamba bench`. None: not known.
+    sequences together: `limit` is the most that the bandwidth allows, `measured` is from `jamba bench`, or None.
     """
 
     sequences: int
@@ -82,8 +82,8 @@ class Served:
 
     @classmethod
     def find(cls, folder: Path, *, bandwidth: str | None, quantization: str | None, quantize_mamba: bool) -> Served:
-        """Reads the model in `folder`. Raises ConfigError for the options, and CheckpointError if config.json is missing
-        or wrong."""
+        """Reads the model in `folder`. Raises ConfigError for the options, and CheckpointError for the
+        model's files."""
         formats: dict[str, Quantization] = {name: name for name in FORMATS}
         kind = None if quantization is None else formats.get(quantization)
         if kind is None and (quantization is not None or quantize_mamba):

@@ -1,6 +1,6 @@
-"""Downloads from the hub, as people see them: one line, one bar, and an end at once when they want one.
+"""Downloads a model from the hub, with one log line, a progress bar, and an immediate end at Ctrl-C.
 
-The work is done by a process of its own (`hub.py`).
+A separate process (`hub.py`) does the work.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jamba_server.engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CLEAN_UP_SECONDS = 2.0  # that the process has for removing what it has half of
+CLEAN_UP_SECONDS = 2.0  # how long the process may take to remove partial files
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
 class Download(msgspec.Struct, frozen=True):
-    """Files of `name` at `revision` whose names match one of `patterns`."""
+    """The files to download: those of the hub id `name` at `revision` whose names match one of `patterns`."""
 
     name: str
     revision: str | None
@@ -39,26 +39,26 @@ class Download(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):
-    """What has to come."""
+    """The number and the total size of the files that are not in the hub's cache yet."""
 
     num_files: int
     num_bytes: int
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """So many bytes have come."""
+    """The number of bytes that have been downloaded so far."""
 
     num_bytes: int
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Everything is in `folder`."""
+    """The download is complete: `folder` holds every file."""
 
     folder: str
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`message` is for the user."""
+    """The download has failed. `message` tells the user why, and what to do."""
 
     message: str
 
@@ -67,8 +67,8 @@ FromHub = Plan | Progress | Done | Failed
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder with what matches `patterns`, after what is missing of it has come. Raises CheckpointError with one
-    sentence that says what to do."""
+    """Returns the folder with the files of a hub id that match `patterns`, and downloads those that are missing.
+    Raises CheckpointError with one sentence that says what to do."""
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
@@ -84,20 +84,20 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
                     logger.info("downloading %s, %s, %s", name, files, filesize.decimal(num_bytes))
                     bar.add_task("", total=num_bytes)
                 case Progress(num_bytes):
-                    for task in bar.task_ids:  # there is none while nothing has to come
+                    for task in bar.task_ids:  # there is no bar if every file is here already
                         bar.update(task, completed=max(num_bytes, bar.tasks[task].completed))
                 case Done(folder):
                     return Path(folder)
                 case Failed(reason):
                     raise CheckpointError(reason)
         stderr.seek(0)
-        last = (stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    raise CheckpointError(f"The process that was to download {name} ended early: {last}")
+        last = (stderr.read().decode(errors="replace").strip().splitlines() or ["it printed no error"])[-1]
+    raise CheckpointError(f"The process that downloads {name} has ended without a result: {last}")
 
 
 @contextmanager
 def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
-    """The lines that it says. On leaving, however that happens, it ends."""
+    """Starts the process and yields its output, one message per line. The process ends with the block, always."""
     root = str(Path(jamba_server.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -105,14 +105,14 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        # its bars count for ours, whoever has switched them off
+        # our bar is fed by the hub client's bars, so they must be on whatever the user has set
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "0"},
-        start_new_session=True,  # Ctrl-C is for us: we end it
+        start_new_session=True,  # Ctrl-C reaches only this process, which then ends the other
     )
     with process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # it has ended, and there is nothing to read
+            with suppress(BrokenPipeError):  # the process has ended already
                 os.write(process.stdin.fileno(), msgspec.json.encode(wanted) + b"\n")
             yield process.stdout
         finally:
@@ -120,5 +120,5 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
             try:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(CLEAN_UP_SECONDS)
-            finally:  # also after a second Ctrl-C
+            finally:  # even after a second Ctrl-C
                 process.kill()

@@ -1,9 +1,10 @@
 """The process that downloads from the hub: `python -m jamba_server.server.cli.hub`.
 
-`download.download` starts it, writes one `Download` to its standard input and reads one message a line from its standard
-output: Plan and Progress if something has to come, then Done or Failed. The hub's client keeps its threads, log lines
-and progress bars to itself that way, and a download ends at once when its process does. That is when its standard input
-ends: nobody waits for it any more. The next download takes the files that have come as a whole.
+`download.download` starts this process, writes one `Download` to its standard input and reads its standard output, one
+message per line: Plan and Progress if files are missing, then Done or Failed.
+
+A separate process keeps the threads, log lines and progress bars of the hub's client away from the command, and can be
+ended at once. It ends when its standard input is closed. The next download keeps the files that are complete.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from jamba_server.server.cli.download import Done, Failed, FromHub, Plan, Progress, Download
+from jamba_server.server.cli.download import Done, Download, Failed, FromHub, Plan, Progress
 
-# Gigabytes that nobody would use: their names are of this process alone.
+# Partial files of this process. No later download would use them, since their names contain a random number.
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 
 
 class Bar(tqdm):
-    """A progress bar of the hub's client that writes messages in place of itself."""
+    """A progress bar for the hub's client that sends messages instead of drawing a bar."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": False})
-        self._counts_bytes = kwargs.get("unit") == "B"  # another one counts files
+        self._counts_bytes = kwargs.get("unit") == "B"  # the hub's client has another bar that counts files
 
     def display(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -54,14 +55,15 @@ class Bar(tqdm):
 
 
 def tell(message: FromHub) -> None:
-    """One write a line: several threads download."""
+    """Writes a message to standard output in one system call, since several threads write messages."""
     os.write(sys.stdout.fileno(), msgspec.json.encode(message) + b"\n")
 
 
 def end_with_parent() -> None:
+    """Waits until standard input is closed, then removes the partial files and ends this process."""
     sys.stdin.buffer.read()
     for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # the file has been closed in the meantime
             path = descriptor.readlink()
             if PARTIAL.search(path.name):
                 path.unlink()
@@ -69,7 +71,7 @@ def end_with_parent() -> None:
 
 
 def fetch(wanted: Download) -> Path:
-    """Downloads what is missing; the folder."""
+    """Downloads the missing files and returns the folder that holds all of them."""
     options: dict[str, Any] = {
         "revision": wanted.revision,
         "allow_patterns": wanted.patterns,
@@ -78,7 +80,8 @@ def fetch(wanted: Download) -> Path:
     try:
         files = snapshot_download(wanted.name, dry_run=True, **options)
     except DryRunError as error:
-        # What is here already may do. Only a hub that has answered is asked again, for its reason to refuse
+        # The files in the cache may suffice. If the hub has answered with an error, it is asked again, so that its
+        # reason is raised
         answered = isinstance(error.__cause__, HfHubHTTPError)
         return Path(str(snapshot_download(wanted.name, local_files_only=not answered, **options)))
     if missing := [file for file in files if file.will_download]:
@@ -87,7 +90,7 @@ def fetch(wanted: Download) -> Path:
 
 
 def describe(error: Exception, wanted: Download) -> str:
-    """One sentence that says what to do."""
+    """Returns an error as one sentence that tells the user what to do."""
     name, hub = wanted.name, constants.ENDPOINT
     shown = name if wanted.revision is None else f"{name} at revision {wanted.revision}"
     text = " ".join(str(error).split())
@@ -95,7 +98,7 @@ def describe(error: Exception, wanted: Download) -> str:
         case HFValidationError():
             return f"{name!r} is neither a folder nor a hub id: {text}"
         case GatedRepoError():
-            return f"{shown} is gated: accept its licence on {hub}/{name} and set HF_TOKEN to a token of yours."
+            return f"{shown} is gated: accept its licence on {hub}/{name} and set HF_TOKEN to your token."
         case RevisionNotFoundError():
             return f"{hub} has {name}, but not its revision {wanted.revision}."
         case RepositoryNotFoundError():
@@ -114,19 +117,21 @@ def describe(error: Exception, wanted: Download) -> str:
 
 
 def refused(shown: str, error: HfHubHTTPError) -> str:
+    """Returns a sentence on the status with which the hub has answered the request for the model `shown`."""
     status = error.response.status_code
     hint = ": set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
     return f"{constants.ENDPOINT} answers {status} {error.response.reason_phrase} when asked for {shown}{hint}."
 
 
 def main() -> None:
+    """Downloads the files that standard input names, and writes Done or Failed as the last message."""
     wanted = msgspec.json.decode(sys.stdin.buffer.readline(), type=Download)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         tell(Done(str(fetch(wanted))))
-    except Exception as error:  # noqa: BLE001 - whatever a strange answer makes of the hub's client is one sentence
+    except Exception as error:  # noqa: BLE001 - the hub's client raises many errors for malformed answers
         tell(Failed(describe(error, wanted)))
-    os._exit(0)  # threads of the hub's client may still wait for an answer
+    os._exit(0)  # ends at once, though threads of the hub's client may still wait for an answer
 
 
 if __name__ == "__main__":

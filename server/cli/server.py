@@ -137,7 +137,7 @@ class Server:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers. They would close the sockets at once, so that /ready could not answer 503."""
+    """uvicorn without its signal handlers. They close the sockets at once, so that /ready could not answer 503."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
