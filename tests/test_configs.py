@@ -16,9 +16,8 @@ import pytest
 import yaml
 
 from jamba_server.engine.types import EngineStats
-from jamba_server.server.config import OPTIONS, load_config
+from jamba_server.server.config import load_config
 from jamba_server.server.http.metrics import Metrics
-from jamba_server.server.options import Option
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -93,17 +92,6 @@ def test_the_dashboard_is_laid_out_without_gaps_and_overlaps() -> None:
 def test_the_documents_list_every_metric_and_no_other() -> None:
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported_names()}
     assert metric_names((ROOT / "docs" / "operations.md").read_text()) == families
-
-
-def table_row(option: Option) -> str:
-    default = {True: "on", False: "off"}.get(option.default, option.default) if option.kind is bool else option.default
-    shown = f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
-    return f"| `{option.flag}` | {'' if default in (None, (), '', {}) else shown} | {option.help.text} |"
-
-
-def test_the_readme_lists_every_option_with_its_default_and_no_other() -> None:
-    rows = re.findall(r"^\| `--.*$", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE)
-    assert rows == [table_row(option) for name, option in OPTIONS.items() if name != "model"]
 
 
 @pytest.mark.parametrize("file", DEPLOYMENTS, ids=lambda path: path.name)

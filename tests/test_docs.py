@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import api_page
+from jamba_server.server.config import OPTIONS
+from tools import api_page, options_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
@@ -67,3 +68,11 @@ def test_tables_of_figures_in_the_readme_name_their_run() -> None:
 
 def test_the_api_page_has_every_field_of_the_schemas() -> None:
     assert api_page.rendered(api_page.PAGE.read_text(encoding="utf-8")) == api_page.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_options_page_has_every_option_in_its_group() -> None:
+    page = options_page.PAGE.read_text(encoding="utf-8")
+    assert options_page.rendered() == page
+    assert re.findall(r"^## (\w+)$", page, flags=re.MULTILINE) == ["Server", "Model", "Memory", "Expert"]
+    flags = re.findall(r"^\| `(--[\w-]+)`", page, flags=re.MULTILINE)
+    assert sorted(flags) == sorted(option.flag for option in OPTIONS.values() if option.name != "model")

@@ -18,7 +18,7 @@ from jamba_server.server.options import Option
 P = ParamSpec("P")
 
 ALL = tuple(name for name in OPTIONS if name != "model")
-# The options of commands that load a model themselves. Such a model runs one sequence at a time.
+# The options of `jamba run` and `jamba chat`, which load a model themselves and run one sequence at a time.
 LOCAL = (
     "revision",
     "chat_template",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from jamba_server.server.cli.serve import bind, is_loopback
 from jamba_server.server.cli.server import http_config
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
+from jamba_server.server.options import PANELS
 from tests.geometries import write_geometry
 from tests.server.fake_engine import INFO
 
@@ -54,10 +56,37 @@ def invoke(*arguments: str) -> str:
 def test_help_names_every_command_and_flag() -> None:
     text = invoke("--help")
     assert all(f"  {command} " in text for command in ("serve", "run", "chat", "plan", "bench", "doctor"))
-    text = invoke("serve", "--help")
-    assert all(f"  {option.flag} " in text for option in OPTIONS.values() if option.name != "model")
-    assert "--api-key TEXT" in text
-    assert "[default: 8000]" in " ".join(text.split())
+    assert "..." not in text.replace("[ARGS]...", ""), "a description is cut"
+    text = invoke("serve", "-h")
+    assert "--api-key KEY" in text
+    assert "--gpu-memory-utilization FRACTION" in text
+
+
+@pytest.mark.parametrize("command", ["serve", "run", "chat", "plan"])
+def test_help_shows_every_option_whole_in_its_group(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = invoke(command, "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    groups = dict(re.findall(r"^(\w+) options:\n(.*?)(?=^\w|\Z)", text, flags=re.MULTILINE | re.DOTALL))
+    assert [title.lower() for title in groups] == [panel for panel in PANELS if panel.capitalize() in groups]
+    assert len(groups) == (4 if command == "serve" else len(groups))
+    for option in OPTIONS.values():
+        words = " ".join(groups.get(option.help.panel.capitalize(), "").split())
+        if command == "serve" and option.name != "model":
+            assert f"{option.flag} " in words
+        if f"{option.flag} " in words:
+            assert f"{option.help.text} [default: {option.shown_default}]" in words
+
+
+def test_flags_may_have_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = jamba(monkeypatch, "serve", "--max_num_seqs", "0")
+    assert str(message).startswith("jamba: --max-num-seqs is '0'; it must be a whole number of at least 1")
+
+
+def test_the_shell_completes_flags() -> None:
+    words = {"_JAMBA_COMPLETE": "complete_bash", "COMP_WORDS": "jamba plan --max-num-", "COMP_CWORD": "2"}
+    done = CliRunner().invoke(app, env=words, prog_name="jamba")
+    assert done.output.split() == ["--max-num-seqs", "--max-num-batched-tokens"]
 
 
 def test_version_is_the_distributions() -> None:
@@ -103,6 +132,12 @@ def test_a_mistyped_command_gets_a_suggestion(
         (["plan", "org/name"], "jamba: There is no folder org/name, the hub cache"),
         (["plan", "org/name", "--memory", "lots"], "jamba: There is no folder org/name"),
         (
+            ["run", "Once upon a time"],
+            "jamba: The argument of `jamba run` is a MODEL. If it is the prompt, write: jamba run -p 'Once upon a time'",
+        ),
+        (["chat", "127.0.0.1:1"], "jamba: No server answers at http://127.0.0.1:1 "),
+        (["chat", "http://127.0.0.1:port"], "jamba: 'http://127.0.0.1:port' is not a URL: "),
+        (
             ["chat", "http://127.0.0.1:1", "--device", "gpu"],
             "jamba: --device is 'gpu'; it must be one of auto, cpu, cuda.",
         ),
@@ -119,7 +154,9 @@ def test_unknown_flags_and_missing_arguments_are_usage_errors(
 ) -> None:
     assert jamba(monkeypatch, "serve", "--max-modle-len", "1") == 2
     assert "--max-model-len" in capsys.readouterr().err
-    assert jamba(monkeypatch, "plan") == 2
+    assert jamba(monkeypatch, "bench") == 2
+    assert jamba(monkeypatch, "run", "--max-tokens", "0") == 2
+    assert "0 is not in the range x>=1" in capsys.readouterr().err
 
 
 def test_variables_count_for_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,8 +194,8 @@ def test_only_needed_files_are_downloaded(
 ) -> None:
     asked: list[Any] = []
 
-    def download(*wish: Any) -> Path:
-        asked.extend(wish)
+    def download(*wanted: Any) -> Path:
+        asked.extend(wanted)
         return write_geometry(tmp_path, "3b")
 
     monkeypatch.setattr(checkpoint, "download", download)
@@ -182,9 +219,9 @@ def test_plan_shows_bytes_and_what_fits(tmp_path: Path) -> None:
     text = invoke("plan", str(write_geometry(tmp_path, "mini")), "--memory", "141GiB", "--device", "cuda")
     assert "51,570,323,328 parameters in bfloat16" in text
     assert "96.1 GiB" in text
-    assert "16,384 bytes a token" in text
-    assert "15.3 MiB a sequence or saved state" in text
-    assert "262,144 tokens a sequence, 64 sequences, 8192 prompt tokens a step" in text
+    assert "16,384 bytes per token" in text
+    assert "15.3 MiB per sequence or saved state" in text
+    assert "262,144 tokens per sequence, 64 sequences, 8192 prompt tokens per step" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("131,072 ")]
     assert [cell.startswith("(") for cell in row[1::2]] == [False, False, True, True, True]
 
@@ -193,13 +230,13 @@ def test_plan_counts_int8_saved_states(tmp_path: Path) -> None:
     folder, flags = str(write_geometry(tmp_path, "3b")), ("--memory", "24GiB", "--device", "cuda")
     sizes = (*flags, "--max-num-seqs", "8", "--state-cache-memory-bytes", "100MiB", "--state-cache-dtype", "int8")
     text = invoke("plan", folder, *sizes)
-    assert "8.9 MiB a sequence, 3.3 MiB a saved state (int8)" in text
+    assert "8.9 MiB per sequence, 3.3 MiB per saved state (int8)" in text
     assert "(8 running, 30 saved)" in text
     report = json.loads(invoke("plan", folder, *sizes, "--json"))
     assert (report["state_bytes_per_sequence"], report["bytes_per_saved_state"]) == (9_318_400, 3_461_120)
     refused = invoke("plan", folder, *sizes, "--no-enable-prefix-caching")
     assert (
-        "jamba serve would stop: state_cache_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching"
+        "jamba serve would not start: state_cache_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching"
         in (refused)
     )
 
@@ -240,10 +277,10 @@ def test_plan_counts_quantised_weights(tmp_path: Path) -> None:
 
 def test_plan_shows_the_decode_limit(tmp_path: Path) -> None:
     flags = ("plan", str(write_geometry(tmp_path, "3b")), "--device", "cuda", "--memory", "80GiB")
-    assert "decode at 1 sequence: 6.08 GB a token (with --bandwidth: the limit)" in invoke(*flags)
+    assert "decode at 1 sequence: 6.08 GB per token (--bandwidth shows the limit)" in invoke(*flags)
     text = invoke(*flags, "--bandwidth", "3.35TB", "--quantization", "int8", "--quantize-mamba")
     assert "parameters in bfloat16 with int8 weights (Mamba mixers too)" in text
-    assert "decode limit at 1 sequence: 3.11 GB a token / 3,350 GB/s = 1,078 tok/s" in text
+    assert "decode limit at 1 sequence: 3.11 GB per token / 3,350 GB/s = 1,078 tok/s" in text
 
 
 def test_plan_shows_what_was_measured_beside_the_limit(tmp_path: Path) -> None:
@@ -253,8 +290,8 @@ def test_plan_shows_what_was_measured_beside_the_limit(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_bytes(bench.to_json(bench.Report({}, levels)))
     flags = ("--device", "cpu", "--memory", "24GiB", "--bandwidth", "40GB", "--bench", str(tmp_path / "bench.json"))
     text = invoke("plan", str(write_geometry(tmp_path, "3b")), *flags)
-    assert "decode limit at 1 sequence: 6.08 GB a token / 40 GB/s = 6.58 tok/s\n" in text
-    assert "decode limit at 8 sequences: 6.21 GB a step / 40 GB/s = 51.5 tok/s; measured 8 tok/s, 16% of it\n" in text
+    assert "decode limit at 1 sequence: 6.08 GB per token / 40 GB/s = 6.58 tok/s\n" in text
+    assert "decode limit at 8 sequences: 6.21 GB per step / 40 GB/s = 51.5 tok/s; measured 8 tok/s, 16% of it\n" in text
 
 
 def test_plan_refuses_what_is_no_bench_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -274,7 +311,15 @@ def test_plan_refuses_a_bandwidth_that_is_none(monkeypatch: pytest.MonkeyPatch, 
     folder = str(write_geometry(tmp_path, "3b"))
     for text in ("fast", "0"):
         message = str(jamba(monkeypatch, "plan", folder, "--device", "cpu", "--bandwidth", text))
-        assert message == f"jamba: --bandwidth is {text!r}; it must be a size such as 3.35TB, read in a second."
+        assert (
+            message == f"jamba: --bandwidth is {text!r}; it must be the bytes that are read per second, such as 3.35TB."
+        )
+
+
+def test_plan_without_a_model_is_of_the_demonstration() -> None:
+    report = json.loads(invoke("plan", "--json", "--memory", "8GiB", "--bandwidth", "1GB"))
+    assert report["model"] == "jamba-demo"
+    assert report["plan"]["max_num_seqs"] == 64
 
 
 def test_plan_says_why_a_server_would_stop(tmp_path: Path) -> None:
@@ -361,7 +406,7 @@ ROWS = (("linear", "cpu", "no compiler"), ("linear", "reference", "selected"), (
 def test_doctor_shows_versions_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ask_kernels", lambda: machine(*ROWS))
     text = invoke("doctor")
-    assert "avx2 (compiled too: portable, avx512)" in text
+    assert "avx2 (also compiled: portable, avx512)" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("linear ")]
     assert row == ["linear", "reference", "slow", "cpu:", "no", "compiler"]
 
@@ -371,7 +416,7 @@ def test_doctor_fails_where_an_op_has_no_kernel(
 ) -> None:
     monkeypatch.setattr(doctor, "ask_kernels", lambda: machine(*ROWS, ("sample", "cpu", "no compiler")))
     assert jamba(monkeypatch, "doctor") == 1
-    assert "No kernel runs for sample on cpu." in capsys.readouterr().out
+    assert "There is no kernel that runs here for sample on cpu." in capsys.readouterr().out
 
 
 def test_a_table_shows_text_in_brackets_as_it_is() -> None:

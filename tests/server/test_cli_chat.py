@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import readline
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 
 import httpx
 import pytest
 
 from jamba_server.engine.errors import ConfigError, EngineDead, RequestRejected
-from jamba_server.server.cli.chat import HELP, ChatError, Conversation, LocalPartner, Messages, RemotePartner
+from jamba_server.server.cli.chat import (
+    HELP,
+    ChatError,
+    Conversation,
+    LocalPartner,
+    Messages,
+    RemotePartner,
+    server_url,
+)
+from jamba_server.server.cli.history import line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
+from jamba_server.server.cli.run import reply
 from jamba_server.server.config import GenerationDefaults
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
@@ -77,7 +89,7 @@ def test_commands() -> None:
         False,
     ]
     assert parrot.asked[1] == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "two"}]
-    assert shown[-2:] == [f"{HELP}\n", f"/what is no command. {HELP}\n"]
+    assert shown[-2:] == [f"{HELP}\n", f"/what is not a command. {HELP}\n"]
     converse(conversation, "/system")
     assert conversation.messages == []
 
@@ -88,6 +100,14 @@ def test_after_an_error_nothing_of_the_turn_stays() -> None:
     assert converse(conversation, "one") == [True]
     assert conversation.messages == []
     assert shown[-1] == "\n[gone]\n"
+
+
+def test_an_error_ends_a_conversation_that_is_piped() -> None:
+    shown: list[str] = []
+    conversation = Conversation(Parrot(EngineDead("gone")), shown.append, interactive=False)
+    with pytest.raises(EngineDead, match="gone"):
+        converse(conversation, "one")
+    assert (conversation.messages, shown) == ([], ["o"])
 
 
 def test_an_interrupted_reply_stays_as_far_as_it_came() -> None:
@@ -120,9 +140,39 @@ def test_an_error_within_a_stream(make_bench: MakeBench, ids: Ids) -> None:
         text_of(partner, HI)
 
 
+def test_the_key_is_checked_before_the_first_prompt(make_bench: MakeBench) -> None:
+    partner = RemotePartner(make_bench(api_key=("k",)).http(), Sampling(max_tokens=9))
+    with pytest.raises(ChatError, match=r"/v1/models answers 401: Missing or incorrect API key"):
+        asyncio.run(partner.check())
+
+
+@pytest.mark.parametrize(
+    ("target", "url"),
+    [
+        ("https://example.org/v1", "https://example.org/v1"),
+        ("localhost:8401", "http://localhost:8401"),
+        ("[::1]:80/v1", "http://[::1]:80/v1"),
+        ("org/name", None),
+        ("./folder", None),
+    ],
+)
+def test_a_server_may_be_named_without_a_scheme(target: str, url: str | None) -> None:
+    assert server_url(target) == url
+
+
+def test_the_history_is_kept_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "history"
+    for line in ("one", "two"):
+        with line_editing(path):
+            readline.add_history(line)
+        assert path.stat().st_mode & 0o777 == 0o600
+        readline.clear_history()
+    assert [line for line in path.read_text().splitlines() if not line.startswith("_")] == ["one", "two"]
+
+
 def test_no_server_there() -> None:
     partner = RemotePartner(httpx.AsyncClient(base_url="http://127.0.0.1:1"), Sampling(max_tokens=9))
-    with pytest.raises(ChatError, match=r"No answer from http://127\.0\.0\.1:1 .* `jamba serve`"):
+    with pytest.raises(ChatError, match=r"No server answers at http://127\.0\.0\.1:1 .* `jamba serve`"):
         text_of(partner, HI)
 
 
@@ -145,6 +195,25 @@ def test_a_local_chat(engine: FakeEngine, tokenizer: Tokenizer) -> None:
 def test_a_local_chat_without_a_template(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="no chat template: give one with --chat-template, or use `jamba run`"):
         text_of(LocalPartner(local(engine, tokenizer, None), Sampling(max_tokens=5)), HI)
+
+
+@pytest.mark.parametrize(
+    ("raw", "template", "is_chat"), [(False, TEMPLATE, True), (True, TEMPLATE, False), (False, None, False)]
+)
+def test_run_uses_the_chat_template_where_there_is_one(
+    engine: FakeEngine, tokenizer: Tokenizer, raw: bool, template: str | None, is_chat: bool
+) -> None:
+    model = local(engine, tokenizer, template)
+
+    async def run() -> None:
+        async with aclosing(reply(model, Sampling(max_tokens=9), "Hi", raw=raw)) as pieces:
+            async for _ in pieces:
+                pass
+
+    asyncio.run(run())
+    [request] = engine.requests
+    expected = ChatTemplate(TEMPLATE, tokenizer).render(HI).prompt_ids if is_chat else tokenizer.encode("Hi")
+    assert list(request.prompt) == list(expected)
 
 
 def test_the_stop_token_is_not_shown(tokenizer: Tokenizer, ids: Ids) -> None:

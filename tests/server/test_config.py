@@ -40,8 +40,8 @@ def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
 
 
 def test_exact_has_three_values() -> None:
-    for flags, wish in (({}, None), ({"batch_invariant": True}, True), ({"batch_invariant": False}, False)):
-        assert load_config(flags, {}).engine(Path("m")).batch_invariant is wish
+    for flags, requested in (({}, None), ({"batch_invariant": True}, True), ({"batch_invariant": False}, False)):
+        assert load_config(flags, {}).engine(Path("m")).batch_invariant is requested
 
 
 def test_a_variable_may_name_the_file_and_a_flag_goes_before_it(tmp_path: Path) -> None:
@@ -123,6 +123,19 @@ def test_every_kind_of_option_from_every_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("alias", "dtype"),
+    [("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("float", "float32")],
+)
+def test_a_dtype_may_have_the_names_of_other_servers(tmp_path: Path, alias: str, dtype: str) -> None:
+    for config in (
+        load_config({"dtype": alias}, {}),
+        load_config({}, {"JAMBA_DTYPE": alias}),
+        load_config({}, {}, write(tmp_path, f"dtype: {alias}")),
+    ):
+        assert config.dtype == dtype
+
+
+@pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
         ("port", "70000", "a whole number of at least 0 and at most 65535"),
@@ -174,14 +187,16 @@ def test_a_file_that_sets_nothing(tmp_path: Path, text: str) -> None:
 
 def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
     path = write(tmp_path, "max_modle_len: 1")
-    with pytest.raises(ConfigError, match=rf"^{path}: 'max_modle_len' is no option; did you mean max_model_len\?$"):
+    with pytest.raises(ConfigError, match=rf"^{path}: 'max_modle_len' is not an option; did you mean max_model_len\?$"):
         load_config({}, {}, path)
-    with pytest.raises(ConfigError, match=r"JAMBA_MAX_MODEL_LENGTH is no option; did you mean JAMBA_MAX_MODEL_LEN\?$"):
+    with pytest.raises(
+        ConfigError, match=r"JAMBA_MAX_MODEL_LENGTH is not an option; did you mean JAMBA_MAX_MODEL_LEN\?$"
+    ):
         load_config({}, {"JAMBA_MAX_MODEL_LENGTH": "1"})
 
 
 def test_an_unknown_key_that_resembles_none() -> None:
-    with pytest.raises(ConfigError, match=r"JAMBA_XYZZY is no option; `jamba serve --help` lists them\.$"):
+    with pytest.raises(ConfigError, match=r"JAMBA_XYZZY is not an option; `jamba serve --help` lists them\.$"):
         load_config({}, {"JAMBA_XYZZY": "1"})
 
 

@@ -143,5 +143,5 @@ def test_a_hub_that_is_not_there_is_named(serve: ServeHub) -> None:
 
 def test_a_process_that_ends_early_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", "raise SystemExit('out of order')"))
-    with pytest.raises(CheckpointError, match="download org/name ended early: out of order"):
+    with pytest.raises(CheckpointError, match="downloads org/name has ended without a result: out of order"):
         download(REPOSITORY, None, PATTERNS)
