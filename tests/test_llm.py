@@ -145,8 +145,8 @@ def test_a_progress_bar_is_drawn_on_a_terminal_or_when_asked_for(llm: LLM, capsy
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"qantization": "int8"}, "LLM: 'qantization' is no option; did you mean quantization?"),
-        ({"max_num_seq": 8}, "LLM: 'max_num_seq' is no option; did you mean max_num_seqs?"),
+        ({"qantization": "int8"}, "LLM: 'qantization' is not an option; did you mean quantization?"),
+        ({"max_num_seq": 8}, "LLM: 'max_num_seq' is not an option; did you mean max_num_seqs?"),
         ({"port": 8000}, "LLM: 'port' is an option of `jamba serve`, and there is no server here."),
         ({"quantization": "int3"}, "LLM: quantization is 'int3'; it must be one of int8, int4, fp8."),
         ({"threads": 0}, "LLM: threads is 0; it must be a whole number of at least 1 (also as 32K, 1M, 4GiB)."),

@@ -23,7 +23,7 @@ from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.history import history_file, line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.log import configure_logging
-from jamba_server.server.cli.run import MaxTokens, Seed, Temperature, TopK, TopP
+from jamba_server.server.cli.sampling_flags import with_sampling
 from jamba_server.server.cli.settings import LOCAL, with_options
 from jamba_server.server.config import ServerConfig
 
@@ -185,21 +185,17 @@ class Conversation:
 
 
 @with_options(("api_key", *LOCAL))
+@with_sampling(max_tokens=1024)
 def chat(
     config: ServerConfig,
+    sampling: Sampling,
     target: Target = DEFAULT_URL,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message  [default: none]", show_default=False)
     ] = None,
-    max_tokens: MaxTokens = 1024,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
 ) -> None:
     """Talk in the terminal to a running server, or to a model that this command loads."""
     configure_logging("WARNING")
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     interactive = sys.stdin.isatty()
     folder = None  # holds the model, if this command loads one
     if (url := server_url(target)) is None:

@@ -63,6 +63,30 @@ SIZES = (
     "block_size",
     "enable_prefix_caching",
 )
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Memory of the device, such as 80GiB  [default: what is free on this machine]",
+        show_default=False,
+    ),
+]
+Bandwidth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Memory bandwidth per second, such as 3.35TB  [default: measured if the device is this CPU]",
+        show_default=False,
+    ),
+]
+Bench = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Report of `jamba bench --output` to show beside the decode limit  [default: none]",
+        show_default=False,
+    ),
+]
 CONTEXTS = (4096, 32768, 131072, 262144)
 SEQUENCES = (1, 8, 32, 64, 128)
 
@@ -110,30 +134,9 @@ class Report:
 def plan(
     config: ServerConfig,
     model: Model = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help="Memory of the device, such as 80GiB  [default: what is free on this machine]",
-            show_default=False,
-        ),
-    ] = None,
-    bandwidth: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help="Memory bandwidth per second, such as 3.35TB  [default: measured if the device is this CPU]",
-            show_default=False,
-        ),
-    ] = None,
-    bench: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Report of `jamba bench --output` to show beside the decode limit  [default: none]",
-            show_default=False,
-        ),
-    ] = None,
+    memory: Memory = None,
+    bandwidth: Bandwidth = None,
+    bench: Bench = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Show what fits into memory, by context length and number of sequences, and the limit of the decoding speed."""
@@ -284,7 +287,7 @@ def table(report: Report) -> Table:
     """Returns a table of the memory needed, by context length and number of sequences. It leaves out the memory for
     cached prefixes of sequences that have ended."""
     result = Table(
-        title="Memory by context length and sequences at once (in brackets: does not fit)",
+        title="Memory by context and number of sequences (brackets: does not fit)",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

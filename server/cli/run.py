@@ -17,38 +17,16 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.checkpoint import find_checkpoint, is_local
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.log import configure_logging
+from jamba_server.server.cli.sampling_flags import with_sampling
 from jamba_server.server.cli.settings import LOCAL, Model, with_options
 from jamba_server.server.config import ServerConfig
 
-MaxTokens = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Maximum tokens of a reply")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NUMBER", help="Randomness of the reply; 0 is greedy  [default: the model's]", show_default=False
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="FRACTION",
-        help="Share of the probability to draw tokens from; 1 is all  [default: the model's]",
-        show_default=False,
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Most likely tokens to draw from; 0 is all  [default: the model's]", show_default=False
-    ),
-]
-Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Seed of the sampling  [default: random]", show_default=False)
-]
-
 
 @with_options(LOCAL)
+@with_sampling(max_tokens=256)
 def run(
     config: ServerConfig,
+    sampling: Sampling,
     model: Model = None,
     prompt: Annotated[
         str | None,
@@ -59,11 +37,6 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without the model's chat template")
     ] = False,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
 ) -> None:
     """Print the reply to one prompt, from --prompt or standard input, without a server."""
     configure_logging("WARNING")
@@ -72,7 +45,6 @@ def run(
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("There is no prompt: give one with --prompt or on standard input.")
     text = sys.stdin.read() if prompt is None else prompt
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     folder = find_checkpoint(config).folder  # before the event loop starts, since that would delay Ctrl-C
     asyncio.run(_run(config, folder, sampling, text, raw=raw))
 

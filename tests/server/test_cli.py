@@ -133,7 +133,7 @@ def test_a_mistyped_command_gets_a_suggestion(
         (["plan", "org/name", "--memory", "lots"], "jamba: There is no folder org/name"),
         (
             ["run", "Once upon a time"],
-            "jamba: The argument of `jamba run` is a MODEL. If it is the prompt, write: jamba run -p 'Once upon a time'",
+            "jamba: The argument of `jamba run` is a MODEL. If it is the prompt, write: jamba run -p 'Once upon",
         ),
         (["chat", "127.0.0.1:1"], "jamba: No server answers at http://127.0.0.1:1 "),
         (["chat", "http://127.0.0.1:port"], "jamba: 'http://127.0.0.1:port' is not a URL: "),
@@ -156,7 +156,7 @@ def test_unknown_flags_and_missing_arguments_are_usage_errors(
     assert "--max-model-len" in capsys.readouterr().err
     assert jamba(monkeypatch, "bench") == 2
     assert jamba(monkeypatch, "run", "--max-tokens", "0") == 2
-    assert "0 is not in the range x>=1" in capsys.readouterr().err
+    assert "Invalid value for '--max-tokens'" in capsys.readouterr().err
 
 
 def test_variables_count_for_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

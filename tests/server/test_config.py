@@ -190,7 +190,7 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^{path}: 'max_modle_len' is not an option; did you mean max_model_len\?$"):
         load_config({}, {}, path)
     with pytest.raises(
-        ConfigError, match=r"JAMBA_MAX_MODEL_LENGTH is not an option; did you mean JAMBA_MAX_MODEL_LEN\?$"
+        ConfigError, match=r"JAMBA_MAX_MODEL_LENGTH is not an option; did you mean JAMBA_MAX_MODEL_LEN\?"
     ):
         load_config({}, {"JAMBA_MAX_MODEL_LENGTH": "1"})
 
