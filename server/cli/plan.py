@@ -167,17 +167,15 @@ def make_report(
 ) -> Report:
     """Returns the report on the model `stored`, which it calls `name`.
 
-    `memory` is the size of the device's memory as text, or None for the free memory of this machine. `bandwidth` is the
-    number of bytes that the device reads per second as text, or None to measure this machine's if the device is a CPU.
-    `measured` maps a number of running sequences to the tokens per second that were measured. Raises ConfigError for a
-    text that is not a size.
+    `memory` is the size of the device's memory as text; None is the free memory of this machine. `bandwidth` is the bytes
+    that the device reads per second as text; None measures this CPU. `measured` maps a number of running sequences to
+    measured tokens per second. Raises ConfigError for a text that is not a size.
     """
     model = stored.config
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     policy = QuantizationPolicy.of(engine, model.fp8_roles, model.made_at_load)
-    size = DTYPE_BYTES[dtype]
-    weights = weight_bytes(model, size, policy=policy)
+    weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
     layout = wanted_layout(model, engine)
     spec = CacheSpec.of(layout)
     speed = find_bandwidth(device, bandwidth, engine.threads)

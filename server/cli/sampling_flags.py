@@ -23,7 +23,7 @@ FLAGS: dict[str, Any] = {
     ],
     "top_p": Annotated[
         float | None,
-        _option("FRACTION", "Share of the probability to draw tokens from; 1 is all  [default: the model's]"),
+        _option("FRACTION", "Share of the probability to draw from; 1 is all  [default: the model's]"),
     ],
     "top_k": Annotated[
         int | None, _option("N", "Number of likeliest tokens to draw from; 0 is all  [default: the model's]")

@@ -318,7 +318,7 @@ def test_the_command_shows_the_decode_limit(url: str, tmp_path: Path) -> None:
     assert code == 0, text
     # 3.09 GB of weights, and 18.6 MB for a sequence's state, read and written
     assert "decode limit at 1 sequence: 3.11 GB per token / 40 GB/s = 12.9 tok/s\n" in text
-    assert "decode limit at 2 sequences: 3.13 GB a step / 40 GB/s = 25.6 tok/s; measured " in text
+    assert "decode limit at 2 sequences: 3.13 GB per step / 40 GB/s = 25.6 tok/s; measured " in text
     assert json.loads((tmp_path / "report.json").read_text())["conditions"]["arguments"]["checkpoint"] == str(tmp_path)
     for wrong in (["--quantization", "int3"], ["--quantize-mamba"]):
         code, text = invoke(url, *flags, *wrong)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import readline
+import sys
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from jamba_server.engine.errors import ConfigError, EngineDead, RequestRejected
+from jamba_server.server.cli import application, chat
 from jamba_server.server.cli.chat import (
     HELP,
     ChatError,
@@ -108,6 +111,21 @@ def test_an_error_ends_a_conversation_that_is_piped() -> None:
     with pytest.raises(EngineDead, match="gone"):
         converse(conversation, "one")
     assert (conversation.messages, shown) == ([], ["o"])
+
+
+def test_the_command_fails_where_a_piped_line_gets_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @asynccontextmanager
+    async def connect(*_: object) -> AsyncGenerator[Parrot]:
+        yield Parrot(EngineDead("gone"))
+
+    monkeypatch.setattr(chat, "_connect", connect)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sys, "argv", ["jamba", "chat"])
+    with pytest.raises(SystemExit, match="^jamba: gone$"):
+        application.run()
+    assert capsys.readouterr().out == "o"
 
 
 def test_an_interrupted_reply_stays_as_far_as_it_came() -> None:
