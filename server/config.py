@@ -34,8 +34,8 @@ from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
 
-CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # names the YAML file if --config does not
-# Kubernetes sets such variables in every container for each service whose name begins with "jamba".
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # this variable names the YAML file if --config is not given
+# For each service whose name begins with "jamba", Kubernetes sets such variables in every container.
 _INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 _INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
@@ -47,7 +47,7 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 UnknownFields = Literal["ignore", "reject"]
 
-# Names of number formats that other servers and torch accept.
+# Other servers and torch accept these names of number formats as well. Each is paired with its value of --dtype.
 DTYPE_ALIASES = (
     ("fp16", "float16"),
     ("half", "float16"),
@@ -279,7 +279,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # imported late: it takes a tenth of the time until a command prints its first line
+    import yaml  # this import takes a tenth of the time until a command prints its first line
 
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -309,7 +309,7 @@ def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Reads the JAMBA_* variables. An empty variable counts as not set, because compose files set unused ones so."""
+    """Reads the JAMBA_* variables. An empty variable counts as not set, since compose files make such variables."""
     variables = {option.variable: option for option in OPTIONS.values()}
     values: dict[str, Any] = {}
     injected: list[str] = []

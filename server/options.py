@@ -47,7 +47,7 @@ class Help:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One setting of the server.
+    """One setting of the server, which the user can give as a flag, a variable or a key of the YAML file.
 
     `annotation` is the field's type with its range (msgspec.Meta). `kind` is the type without range and None: int,
     float, bool, str, Literal, tuple or dict.
@@ -71,13 +71,13 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """The word that stands for the value in `--help`; the choices, where there are choices."""
+        """The word that stands for the value in `--help`. An option with fixed choices lists them instead."""
         kinds: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", tuple: "TEXT", dict: "OP=IMPLEMENTATION"}
         return self.help.metavar or ("|".join(self.choices) if self.kind is Literal else kinds.get(self.kind, ""))
 
     @property
     def shown_default(self) -> str:
-        """The default in words."""
+        """The default in words, for `--help` and docs/options.md."""
         if self.help.default:
             return self.help.default
         match self.default:
@@ -121,7 +121,7 @@ class Option:
             raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.{hint}") from None
 
     def _parse(self, value: object) -> object:
-        """Reads a text as the size, list or mapping that it writes, and an alias as its value. Other values stay."""
+        """Converts the text of a size, list, mapping or alias to its value. Returns every other value unchanged."""
         if isinstance(value, str) and self.help.aliases:
             return dict(self.help.aliases).get(value, value)
         if isinstance(value, str) and self.kind is int:

@@ -1,1 +1,1 @@
-"""One file a command; `application` is all of them."""
+"""The commands of the command line, with one module for each. `application` puts them together."""

@@ -17,7 +17,7 @@ from jamba_server.engine.errors import JambaError
 from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
-# The module of each command. It holds a function with the command's name.
+# This maps each command to its module, which holds a function with the command's name.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
     "run": "jamba_server.server.cli.run",
@@ -28,7 +28,7 @@ MODULES: Final[Mapping[str, str]] = {
 }
 
 
-# Both spellings of a flag are accepted: --max-num-seqs and --max_num_seqs.
+# `token_normalize_func` makes --max_num_seqs mean the same as --max-num-seqs.
 SETTINGS: Final = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),  # pyright: ignore[reportUnknownVariableType]
@@ -50,7 +50,9 @@ class Command(TyperCommand):
                 panel = getattr(parameter, "rich_help_panel", None)
                 if parameter.param_type_name == "argument":
                     name, help = record
-                    sections["Arguments"].append((name.partition(" ")[0], help))  # without its Python type
+                    sections["Arguments"].append(
+                        (name.partition(" ")[0], help)
+                    )  # the second word of the name is a Python type
                 else:
                     sections[f"{panel.capitalize()} options" if panel else "Options"].append(record)
         for title, records in sections.items():

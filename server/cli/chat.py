@@ -29,10 +29,12 @@ from jamba_server.server.config import ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
-HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # seconds to connect; a reply may take as long as it needs
-# Seconds for the first answer. A server that is still loading answers after --startup-wait, which is half of that.
+HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take 10 s; a reply may take as long as it needs
+# The first answer may take this long. A server that is still loading answers after --startup-wait, by default 30 s.
 PROBE_SECONDS = 60.0
-_ADDRESS = re.compile(r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE)  # localhost:8000, [::1]:8000/v1
+_ADDRESS = re.compile(
+    r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE
+)  # this matches localhost:8000 and [::1]:8000/v1
 
 Messages = list[dict[str, str]]
 Target = Annotated[
@@ -128,8 +130,10 @@ def _text(data: bytes) -> str:
 
 
 class Conversation:
-    """The messages so far. `write` shows text to the user. An error instead of a reply is shown if `interactive`, so
-    that the conversation can go on, and is raised otherwise."""
+    """A conversation. It holds the messages so far, and `write` shows text to the user.
+
+    If the conversation is `interactive`, it shows an error and goes on. Otherwise it raises the error.
+    """
 
     def __init__(
         self, partner: Partner, write: Callable[[str], None], system: str | None = None, *, interactive: bool = True
@@ -197,10 +201,10 @@ def chat(
     """Talk in the terminal to a running server, or to a model that this command loads."""
     configure_logging("WARNING")
     interactive = sys.stdin.isatty()
-    folder = None  # holds the model, if this command loads one
+    folder = None  # stays None if the conversation is with a server
     if (url := server_url(target)) is None:
         config = replace(config, model=target)
-        folder = find_checkpoint(config).folder  # before the event loop starts, since that would delay Ctrl-C
+        folder = find_checkpoint(config).folder  # a running event loop would delay Ctrl-C, so the download comes first
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:

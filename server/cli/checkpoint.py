@@ -17,7 +17,7 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 DEMO_NAME = "jamba-demo"
-_NAME_SHOWN = 200  # characters of a name that an error message repeats
+_NAME_SHOWN = 200  # an error message repeats this many characters of a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         return Checkpoint(demo_folder(), DEMO_NAME, demo=True)
     folder = Path(config.model).expanduser()
     if is_local(folder):
-        load_model_config(folder)  # raises the errors of config.json before a tokenizer or an engine is loaded
+        load_model_config(folder)  # errors in config.json are raised before the tokenizer and the engine load
         if config.revision is not None:
             raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a folder.")
         return Checkpoint(folder, folder.resolve().name)
@@ -49,7 +49,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
     patterns = [
         *CONFIG_FILES,
         INDEX_FILE,
-    ]  # the index lists the tensors: whether there is an output head beside the embedding
+    ]  # the index says whether the model has an output head besides the embedding
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
@@ -59,7 +59,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
 
 
 def is_local(path: Path) -> bool:
-    """Returns whether `path` exists, or ends like the name of a file of weights, which cannot be a hub id."""
+    """Returns whether `path` exists or has the ending of a weights file. Such a name is not looked up on the hub."""
     try:
         return path.exists() or names_a_file(path.name)
     except OSError as error:  # the name is too long, or a folder may not be read

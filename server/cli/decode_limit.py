@@ -82,8 +82,8 @@ class Served:
 
     @classmethod
     def find(cls, folder: Path, *, bandwidth: str | None, quantization: str | None, quantize_mamba: bool) -> Served:
-        """Reads the model in `folder`. Raises ConfigError for the options, and CheckpointError for the
-        model's files."""
+        """Reads the model in `folder`. Raises ConfigError for the options, and CheckpointError for
+        a config.json that is missing or wrong."""
         formats: dict[str, Quantization] = {name: name for name in FORMATS}
         kind = None if quantization is None else formats.get(quantization)
         if kind is None and (quantization is not None or quantize_mamba):

@@ -26,7 +26,7 @@ from jamba_server.engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CLEAN_UP_SECONDS = 2.0  # how long the process may take to remove partial files
+CLEAN_UP_SECONDS = 2.0  # the download process has this long to remove partial files before it is killed
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
@@ -97,7 +97,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 @contextmanager
 def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
-    """Starts the process and yields its output, one message per line. The process ends with the block, always."""
+    """Starts the download process and yields its output, one message per line. It never outlives the block."""
     root = str(Path(jamba_server.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -105,14 +105,14 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        # our bar is fed by the hub client's bars, so they must be on whatever the user has set
+        # The hub client's progress bars feed the one shown here, so they are on even if the user has set them off.
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "0"},
-        start_new_session=True,  # Ctrl-C reaches only this process, which then ends the other
+        start_new_session=True,  # Ctrl-C reaches only the command, which then ends the download process
     )
     with process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # the process has ended already
+            with suppress(BrokenPipeError):  # the download process has ended already
                 os.write(process.stdin.fileno(), msgspec.json.encode(wanted) + b"\n")
             yield process.stdout
         finally:
@@ -120,5 +120,5 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
             try:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(CLEAN_UP_SECONDS)
-            finally:  # even after a second Ctrl-C
+            finally:  # the kill happens even if a second Ctrl-C interrupts the wait
                 process.kill()

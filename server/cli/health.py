@@ -21,12 +21,12 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 VARIABLE = "JAMBA_ADDRESS_FILE"
-SECONDS = 4.0  # how long the server may take to answer
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how the own machine reaches a server that listens on all addresses
+SECONDS = 4.0  # the server may take this long to answer
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # a server that listens on every address is reached here
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:
-    """Returns the URL at which the listener's own machine reaches it."""
+    """Returns the URL at which a process on the same machine reaches the server behind `listener`."""
     address: tuple[str, int] = listener.getsockname()[:2]
     host, port = LOOPBACK.get(address[0], address[0]), address[1]
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"

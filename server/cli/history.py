@@ -24,7 +24,7 @@ def line_editing(path: Path) -> Generator[None]:
     """
     try:
         import readline
-    except ImportError:  # some builds of Python lack it
+    except ImportError:  # some builds of Python have no readline
         yield
         return
     with suppress(OSError):
@@ -37,4 +37,4 @@ def line_editing(path: Path) -> Generator[None]:
         readline.set_history_length(MAX_LINES)
         with suppress(OSError):
             readline.write_history_file(path)
-            path.chmod(0o600)  # some versions of readline make a new file
+            path.chmod(0o600)  # some versions of readline replace the file by a new one

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of the HTTP library that the hub's client is built on
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # this is the error of the HTTP library below the hub's client
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -33,7 +33,7 @@ from huggingface_hub.utils import tqdm
 
 from jamba_server.server.cli.download import Done, Download, Failed, FromHub, Plan, Progress
 
-# Partial files of this process. No later download would use them, since their names contain a random number.
+# This matches partial files of this process. No later download can use them, since their names contain a random number.
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 
 
@@ -80,8 +80,7 @@ def fetch(wanted: Download) -> Path:
     try:
         files = snapshot_download(wanted.name, dry_run=True, **options)
     except DryRunError as error:
-        # The files in the cache may suffice. If the hub has answered with an error, it is asked again, so that its
-        # reason is raised
+        # The files in the cache may suffice. A hub that has answered is asked again, so that its error is raised.
         answered = isinstance(error.__cause__, HfHubHTTPError)
         return Path(str(snapshot_download(wanted.name, local_files_only=not answered, **options)))
     if missing := [file for file in files if file.will_download]:
@@ -131,7 +130,7 @@ def main() -> None:
         tell(Done(str(fetch(wanted))))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many errors for malformed answers
         tell(Failed(describe(error, wanted)))
-    os._exit(0)  # ends at once, though threads of the hub's client may still wait for an answer
+    os._exit(0)  # sys.exit would wait for threads of the hub's client
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ class Sampling:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The parameters that are not None."""
+        """The sampling parameters that the user has given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def params(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Returns the parameters of a request. Without a seed it draws a random one."""
+        """Returns the sampling parameters of a request. If no seed is given, it draws a random one."""
         settings: dict[str, Any] = {name: getattr(defaults, name) for name in defaults.__struct_fields__}
         settings = {"seed": secrets.randbits(63)} | settings | self.given
         return SamplingParams(**settings)
@@ -60,7 +60,7 @@ class LocalModel:
     @classmethod
     @asynccontextmanager
     async def open(cls, config: ServerConfig, folder: Path, console: Console) -> AsyncGenerator[LocalModel]:
-        """Loads the model in `folder` for one sequence at a time, with the options of `config`. Raises ConfigError."""
+        """Loads the model in `folder` with the options of `config`. It runs one sequence at a time. Raises ConfigError."""
         tokenizer = Tokenizer.from_folder(folder)
         override = None if config.chat_template is None else Path(config.chat_template)
         template = ChatTemplate.from_folder(folder, tokenizer, override)
@@ -91,7 +91,11 @@ class LocalModel:
         save_positions: tuple[int, ...] = (),
         strip_leading_space: bool = False,
     ) -> AsyncGenerator[str]:
-        """Yields the reply's text as the engine generates it. Raises RequestRejected, EngineDead and EngineFailed."""
+        """Yields the text that follows the prompt `token_ids`, as the engine generates it.
+
+        `save_positions` are the offsets in the prompt after which the recurrent state is saved. Raises RequestRejected,
+        EngineDead and EngineFailed.
+        """
         prompt = admit_prompt(
             token_ids, sampling.params(self.defaults), self.engine, param="prompt", save_positions=save_positions
         )

@@ -40,5 +40,5 @@ def configure_logging(level: str = "INFO") -> None:
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("uvicorn.access", "httpx"):  # `server.http` logs requests itself
+    for noisy in ("uvicorn.access", "httpx"):  # the module `server.http` logs requests itself
         logging.getLogger(noisy).setLevel(logging.WARNING)

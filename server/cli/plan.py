@@ -94,7 +94,7 @@ SEQUENCES = (1, 8, 32, 64, 128)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """The memory that `sequences` running sequences of `context` tokens each need: `bytes`, with the weights and the
-    activations. `fits`: the device has that much."""
+    activations. `fits` says whether the device has that much."""
 
     context: int
     sequences: int
@@ -167,8 +167,8 @@ def make_report(
 ) -> Report:
     """Returns the report on the model `stored`, which it calls `name`.
 
-    `memory` is the size of the device's memory as text; None is the free memory of this machine. `bandwidth` is the bytes
-    that the device reads per second as text; None measures this CPU. `measured` maps a number of running sequences to
+    `memory` is the size of the device's memory as text; None is the free memory of this machine. `bandwidth` is the
+    device's bytes per second as text; None measures this CPU. `measured` maps a number of running sequences to
     measured tokens per second. Raises ConfigError for a text that is not a size.
     """
     model = stored.config

@@ -45,7 +45,7 @@ def run(
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("There is no prompt: give one with --prompt or on standard input.")
     text = sys.stdin.read() if prompt is None else prompt
-    folder = find_checkpoint(config).folder  # before the event loop starts, since that would delay Ctrl-C
+    folder = find_checkpoint(config).folder  # a running event loop would delay Ctrl-C, so the download comes first
     asyncio.run(_run(config, folder, sampling, text, raw=raw))
 
 

@@ -27,9 +27,7 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper())
     greet(config)
-    listener = bind(
-        config.host, config.port
-    )  # first, so that a port in use is found before a model is downloaded or loaded
+    listener = bind(config.host, config.port)  # a port in use is found before a model is downloaded or loaded
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
@@ -67,7 +65,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # fails if another server holds the port
+        listener.listen()  # this fails if another server listens on the port
     except OSError as error:
         listener.close()
         raise ConfigError(f"--port {port} of --host {host} cannot be used: {error.strerror}.") from error

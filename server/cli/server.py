@@ -30,8 +30,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
-KEEP_ALIVE_SECONDS = 75  # longer than a proxy's (nginx: 60), so that no proxy sends on a connection that closes
-CANCEL_SECONDS = 2  # how long request handlers may still run after the engine has closed
+KEEP_ALIVE_SECONDS = 75  # nginx keeps connections for 60 s; a shorter time here would close some that it still uses
+CANCEL_SECONDS = 2  # request handlers may run this long after the engine has closed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -149,7 +149,7 @@ def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
     """Returns uvicorn's configuration. Raises ConfigError for a key or certificate that cannot be used."""
     result = uvicorn.Config(
         app,
-        http="h11",  # of uvicorn's parsers only h11 limits the size of a request's headers
+        http="h11",  # no other parser of uvicorn limits the size of a request's headers
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         lifespan="on",
@@ -164,6 +164,6 @@ def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
     )
     try:
         result.load()
-    except OSError as error:  # ssl.SSLError is a subclass
+    except OSError as error:  # ssl.SSLError is a subclass of OSError
         raise ConfigError(f"ssl_keyfile and ssl_certfile cannot be used: {error}.") from error
     return result

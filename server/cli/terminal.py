@@ -15,7 +15,7 @@ from jamba_server.server.config import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 
-LOG_STEP = 0.25  # without a terminal the progress of a phase is logged after every quarter
+LOG_STEP = 0.25  # without a terminal, each quarter of a phase gives one log line
 
 
 class LoadProgress:

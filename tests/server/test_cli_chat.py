@@ -123,7 +123,7 @@ def test_the_command_fails_where_a_piped_line_gets_an_error(
     monkeypatch.setattr(chat, "_connect", connect)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     monkeypatch.setattr(sys, "argv", ["jamba", "chat"])
-    with pytest.raises(SystemExit, match="^jamba: gone$"):
+    with pytest.raises(SystemExit, match=r"^jamba: gone$"):
         application.run()
     assert capsys.readouterr().out == "o"
 
