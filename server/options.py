@@ -1,4 +1,8 @@
-"""Option: one setting, read from a field of a settings class. Its flag, YAML key, variable, cast and help follow."""
+"""`Option` describes one setting of the server. It is derived from a field of a settings dataclass.
+
+The command-line flag, the key in a YAML file, the environment variable, the parsing of values and the help text of a
+setting all follow from that field.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,11 @@ _SIZE = re.compile(r"(-?\d+(?:\.\d+)?) ?([KMGT]?)(i?B)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """What `--help` says of a field. A secret's value is never printed. `formerly` is the field's name in the version
-    before this one: it is still read, with a warning. `elsewhere`: values of other servers, and the nearest
-    of ours to each."""
+    """The help text of a setting, and how its names and values are handled.
+
+    The value of a `secret` setting is never printed. `formerly` is the field's name in the previous version, which is
+    still read, with a warning. `elsewhere` pairs values that other servers accept with this server's nearest values.
+    """
 
     text: str
     secret: bool = False
@@ -34,8 +40,8 @@ class Help:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """`annotation` is the field's type with its range (msgspec.Meta); `kind` its core: int, float, bool, str, Literal,
-    tuple or dict."""
+    """One setting. `annotation` is the field's type with its range (msgspec.Meta). `kind` is the type without the range:
+    int, float, bool, str, Literal, tuple or dict."""
 
     name: str
     annotation: Any
@@ -55,7 +61,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """Says in words which values are allowed, for error texts."""
         words = {
             int: f"a whole number{self._range()} (also as 32K, 1M, 4GiB)",
             float: f"a number{self._range()}",
@@ -77,16 +83,19 @@ class Option:
         return " " + " and ".join(limits) if limits else ""
 
     def cast(self, value: object, source: str) -> Any:
-        """`value` as the field's type. Raises ConfigError naming `source`, the value, and what is allowed."""
+        """Converts `value` to the field's type.
+
+        Raises ConfigError with `source` (the flag, key or variable), the value, and the values that are allowed.
+        """
         try:
             return msgspec.convert(self._parse(value), self.annotation, strict=False)
         except (ValueError, msgspec.ValidationError):
             shown = SECRET_MASK if self.help.secret else repr(value)
-            hint = next((f" The nearest to it is {here}." for there, here in self.help.elsewhere if there == value), "")
+            hint = next((f" The nearest value is {here}." for there, here in self.help.elsewhere if there == value), "")
             raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.{hint}") from None
 
     def _parse(self, value: object) -> object:
-        """Texts of sizes, lists and mappings as what they mean; everything else as it is."""
+        """Parses a text that stands for a size, a list or a mapping, and returns all other values unchanged."""
         if isinstance(value, str) and self.kind is int:
             return parse_size(value)
         if isinstance(value, str) and self.kind in (tuple, dict):
@@ -102,7 +111,7 @@ class Option:
 
 
 def options_of(settings: type[Any]) -> tuple[Option, ...]:
-    """The options of a dataclass whose fields are `Annotated[type, Help(...)]`, in their order."""
+    """Returns the options of a dataclass, in the order of its fields, which must be `Annotated[type, Help(...)]`."""
     hints = get_type_hints(settings, include_extras=True)
     return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(settings))
 
@@ -123,7 +132,7 @@ def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
 
 
 def _unwrap(annotation: Any) -> tuple[list[object], Any]:
-    """(metadata, type) without Annotated and without `| None`, however they are nested."""
+    """Returns the metadata of all `Annotated` layers of a type, and the type without those layers and `| None`."""
     metadata: list[object] = []
     while True:
         if get_origin(annotation) is Annotated:
@@ -136,14 +145,17 @@ def _unwrap(annotation: Any) -> tuple[list[object], Any]:
 
 
 def parse_size(text: str) -> int:
-    """`32K`, `1.5M`, `4GiB` (powers of 1024), `4GB` (powers of 1000) or a plain number. Raises ValueError."""
+    """Parses a size such as `32K`, `1.5M`, `4GiB` (powers of 1024), `4GB` (powers of 1000), or a plain number.
+
+    Raises ValueError if the text is no size or the size is no whole number.
+    """
     if (match := _SIZE.fullmatch(text.strip())) is None:
-        raise ValueError(f"{text!r} is no size")
+        raise ValueError(f"{text!r} is not a size")
     number, prefix, unit = match.groups()
     base = 1000 if prefix and (unit or "").upper() == "B" else 1024
     size = Fraction(number) * base ** " KMGT".index(prefix.upper() or " ")
     if size.denominator != 1:
-        raise ValueError(f"{text!r} is no whole number of bytes")
+        raise ValueError(f"{text!r} is not a whole number of bytes")
     return size.numerator
 
 

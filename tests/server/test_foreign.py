@@ -139,7 +139,7 @@ def test_a_method_that_quantises_plain_weights_is_taken_by_its_name_here(tmp_pat
         QuantizationPolicy.of(EngineConfig(model=""), config.fp8_roles, config.made_at_load)
     policy = QuantizationPolicy.of(EngineConfig(model="", quantization="int8"), config.fp8_roles, config.made_at_load)
     assert policy == QuantizationPolicy("int8")
-    with pytest.raises(ConfigError, match=r"it must be one of int8, int4, fp8\. The nearest to it is int8\."):
+    with pytest.raises(ConfigError, match=r"it must be one of int8, int4, fp8\. The nearest value is int8\."):
         load_config({"quantization": "experts_int8"}, {})
 
 

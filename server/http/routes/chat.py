@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""The route POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ router = APIRouter(tags=["generation"])
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
-    """The next message of a conversation; with `stream` as server-sent events of `chat.completion.chunk`."""
+    """Returns the next message of a conversation. With `stream`, it is sent as `chat.completion.chunk` events."""
     services.lifecycle.admit()
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)

@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""The route POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jamba_server.server.http.writers.completions import CompletionWriter
 
 router = APIRouter(tags=["generation"])
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+DEFAULT_MAX_TOKENS = 16  # the default of OpenAI's API
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
-    """Continuations of one or several prompts; with `stream` as server-sent events of the same object."""
+    """Returns the continuations of one or several prompts. With `stream`, they are sent as `text_completion` events."""
     services.lifecycle.admit()
     settle_unknown_fields(body, request, services)
     if any(isinstance(prompt, str) and services.begins_with_bos(prompt) for prompt in body.prompts):
@@ -77,7 +77,7 @@ async def _prompt(
         body,
         services.defaults,
         max_tokens=body.reply_limit(default=DEFAULT_MAX_TOKENS, context=services.engine.info.max_model_len),
-        seed=services.draw_seed(),  # one a prompt, or equal prompts would have equal replies
+        seed=services.draw_seed(),  # each prompt has its own seed: with one for all, equal prompts get equal replies
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         bad_words=bad_words,
