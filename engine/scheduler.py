@@ -1,6 +1,7 @@
-"""Scheduler: who runs how many tokens in the next step. Plain Python, no tensors.
+"""The scheduler decides which sequences run in the next step and how many tokens of each. It uses no tensors.
 
-There is no prefill phase and no decode phase: every sequence has `num_computed`, which chases `len(tokens)`.
+Prefill and decode are not separate phases. A sequence has `len(tokens)` tokens, of which the first
+`num_computed` have been computed or are in flight, and each step computes some of the remaining ones.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenL
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `num_sampled`: after
-    so many of its positions, the last ones, a token is chosen: none before the prompt's end, one where the next token
-    is wanted, all of them to check tokens that were guessed."""
+    """The tokens [start, end) of one sequence, which run in one step.
+
+    A token is sampled after each of the last `num_sampled` positions: 0 before the end of the prompt, 1 for the next
+    token, and all positions to verify speculative tokens. The positions of `saves` are in (start, end], ascending.
+    """
 
     sequence: Sequence
     start: int
@@ -29,18 +32,21 @@ class Chunk:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether its token is known on the device only, until the step that chooses it is taken in."""
+        """Whether the chunk's token is known only on the device, because the result of its step has not been read."""
         return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
-        """One token upon an existing state, which the decode kernels take."""
+        """Whether the chunk is one token that continues an existing state, so that the decode kernels can run it."""
         return self.end - self.start == 1 and self.start > 0 and not self.saves
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: decodes first, each group in the order of `Sequence.order`; `copies` run before everything else."""
+    """The work of one step. The chunks are ordered decodes first, and then by `Sequence.order`.
+
+    `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
+    """
 
     chunks: tuple[Chunk, ...]
     copies: CacheCopies
@@ -48,8 +54,8 @@ class SchedulerOutput:
 
 
 class ChunkResult(NamedTuple):
-    """What the model said of one chunk: the tokens that were chosen, with their log-probabilities if these were asked
-    for; log-probabilities of prompt tokens; a vector, where the request is for one."""
+    """The model's results for one chunk: the sampled tokens, and whatever the request needs of their log-probabilities,
+    the log-probabilities of prompt tokens, and a vector (an embedding or a classifier's scores)."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -59,7 +65,8 @@ class ChunkResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Plan:
-    """The chunks of a step in the making, each with what it costs of the `budget` that is left."""
+    """The chunks planned so far for the next step, as (start, end, cost). `budget` is the number of tokens left for
+    more chunks, and `cost` is the number of tokens that a chunk takes from it."""
 
     budget: int
     chunks: dict[Sequence, tuple[int, int, int]] = field(default_factory=dict[Sequence, tuple[int, int, int]])
@@ -75,7 +82,7 @@ class _Plan:
 
 
 class Scheduler:
-    """Owns the sequences; the cache manager owns what they occupy."""
+    """Owns the waiting and running sequences. The cache manager owns the pages and state slots that they use."""
 
     def __init__(
         self,
@@ -89,7 +96,7 @@ class Scheduler:
         self.cache = cache
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
-        self.waiting: list[Sequence] = []  # both sorted by Sequence.order
+        self.waiting: list[Sequence] = []  # `waiting` and `running` are sorted by Sequence.order
         self.running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -98,7 +105,7 @@ class Scheduler:
     # In and out -------------------------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[Request], *, now: float) -> None:
-        """Queues requests in the order of their priority, then of their arrival. `now`: monotonic seconds."""
+        """Queues requests by their priority, and by their arrival within a priority. `now` is in monotonic seconds."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
@@ -109,7 +116,7 @@ class Scheduler:
             insort(self.waiting, seq, key=lambda s: s.order)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests wherever they are; unknown ids have ended already."""
+        """Removes waiting and running requests. Ids of requests that have ended already are ignored."""
         for request_id in request_ids:
             if (seq := self._by_id.get(request_id)) is not None:
                 self._remove(seq)
@@ -159,8 +166,11 @@ class Scheduler:
         return SchedulerOutput(tuple(chunks), copies, started)
 
     def must_wait(self) -> bool:
-        """Whether the next step cannot be scheduled before the tokens of the last one are known: a sequence's
-        penalties or bad words look at them, or a state would be saved after one, under a key made of it."""
+        """Whether the next step can be scheduled only after the tokens of the last step have been read.
+
+        That is so if penalties or bad words of a sequence depend on these tokens, or if a state is to be saved after
+        one of them, because the key of a saved state is computed from its tokens.
+        """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
     def _extend(self, seq: Sequence, plan: _Plan) -> None:
@@ -206,7 +216,7 @@ class Scheduler:
         return tuple(started)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether another choice is computing full blocks of the prompt, which `seq` will find in the cache."""
+        """Whether another choice of the same prompt is computing full pages that `seq` will then find in the cache."""
         group, size = seq.request.group, self.cache.block_size
         if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
             return False
@@ -214,9 +224,11 @@ class Scheduler:
         return any(s.request.group == group and s.num_computed < end for s in self.running)
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
-        """Gives `seq` room for its first chunk and returns the chunk's end, or None. A page per running sequence is
-        kept free, so that an admission does not cause a preemption at once; a preempted one waits until all of its
-        tokens fit, or it would be preempted at the same place again and again."""
+        """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if none fit.
+
+        One page per running sequence stays free, so that an admission does not cause a preemption at once. A preempted
+        sequence waits until all of its tokens fit. Otherwise it would be preempted at the same token again and again.
+        """
         end, size = min(len(seq.tokens), hit.num_tokens + budget), self.cache.block_size
         later = 0 if seq.queue_seconds is None else -(-len(seq.tokens) // size) - -(-end // size)
         if self.cache.admit(seq, hit, end, reserve=len(self.running) + later):
@@ -229,7 +241,7 @@ class Scheduler:
             return
         self._counters["queries"] += seq.num_prompt
         self._counters["hits"] += seq.num_cached
-        left = seq.num_prompt - seq.num_cached  # a replayed request may have missed generated tokens too
+        left = seq.num_prompt - seq.num_cached  # bounds the misses, which may include generated tokens after a restart
         no_state = min(hit.missed_no_state, left)
         self._counters["no_state"] += no_state
         self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
@@ -237,7 +249,7 @@ class Scheduler:
     # After the step ---------------------------------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
-        """The step has been launched: whatever is launched from now on finds its pages and states written."""
+        """Records that a step was launched. Steps launched later run after it and can read its pages and states."""
         for chunk in output.chunks:
             seq = chunk.sequence
             seq.num_pending += chunk.num_sampled
@@ -245,8 +257,11 @@ class Scheduler:
         self.cache.launch(output.copies)
 
     def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Confirms a step and takes in what the model said; finished sequences give back what they own. Steps come in
-        their order, each after its `advance`; tokens of a sequence that has ended meanwhile are dropped."""
+        """Adds the results of a step to its sequences, frees those that have finished, and returns their updates.
+
+        Steps must be updated in the order in which they were launched, each after its `advance`. The results of a
+        sequence that has ended in the meantime are dropped.
+        """
         self.cache.confirm()
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
@@ -257,7 +272,7 @@ class Scheduler:
             reason: FinishReason | None = None
             if chunk.end == (length := len(seq.tokens)):
                 reason = self._take(seq, result.token_ids)
-                if (count := len(seq.tokens) - length) < len(result.token_ids):  # nobody wants what follows the end
+                if (count := len(seq.tokens) - length) < len(result.token_ids):  # drops the tokens after the end
                     result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
             if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
@@ -266,19 +281,21 @@ class Scheduler:
         return updates
 
     def discard(self) -> None:
-        """A step has failed, wherever it was: what it touched is lost. Requests that have begun end without an update,
-        because those of the failed step reach nobody; requests that only wait still do."""
+        """Drops all requests that have begun, after a step has failed, because their pages and states may be wrong.
+
+        They end without an update. Requests that have not begun stay in the queue.
+        """
         self.running = []
         self.waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
         self._by_id = {seq.request.id: seq for seq in self.waiting}
         for seq in self.waiting:
-            seq.vacate()  # it may have been on its way to run
+            seq.vacate()  # the failed step may have admitted the sequence already
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
-        """Appends the tokens that were chosen, up to one that ends the sequence, and says whether and why it ends."""
+        """Appends sampled tokens up to one that ends the sequence. Returns the finish reason, or None if it goes on."""
         if not token_ids:
-            return "length"  # max_tokens 0: only the prompt was wanted
+            return "length"  # the request has max_tokens 0 and needs only the prompt computed
         for token_id in token_ids:
             seq.tokens.append(token_id)
             seq.num_pending -= 1
@@ -289,7 +306,7 @@ class Scheduler:
         return None
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
-        """Whether so many tokens are all that it may have."""
+        """Whether a sequence of `length` tokens has reached max_tokens or the maximum context length."""
         return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _stops(self, seq: Sequence, token_id: int) -> bool:

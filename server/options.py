@@ -40,7 +40,7 @@ class Help:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One setting. `annotation` is the field's type with its range (msgspec.Meta). `kind` is the type without the range:
+    """One setting. `annotation` is the field's type with its range (msgspec.Meta). `kind` is the type without range:
     int, float, bool, str, Literal, tuple or dict."""
 
     name: str

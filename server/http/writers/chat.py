@@ -49,7 +49,7 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
             yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
-        """Yields an event with the delta's text and log-probabilities, if any, and one with its finish reason, if any."""
+        """Yields one event with the delta's text and log-probabilities, and another one with its finish reason."""
         if delta.text or delta.scores:
             content = Delta(content=delta.text)
             yield self._event(ChunkChoice(index=delta.index, delta=content, logprobs=self._logprobs(delta.scores)))

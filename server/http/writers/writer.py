@@ -30,7 +30,7 @@ class Writer(ABC):
 
     @abstractmethod
     def reply(self, choices: list[ChoiceDelta]) -> BaseModel:
-        """Returns the whole reply. `choices` has one merged delta for every choice, ordered by index; all have ended."""
+        """Returns the whole reply. `choices` has the merged deltas of every choice, ordered by index."""
 
     @abstractmethod
     def begin(self) -> Iterable[bytes]:
