@@ -158,8 +158,8 @@ FIELDS: list[tuple[str, Any, str | None, str]] = [
     (COMPLETIONS, prompt(best_of=2), "best_of", "not supported"),
     (COMPLETIONS, prompt(messages=[USER]), "messages", "field of /v1/chat/completions"),
     # text
-    (TOKENIZE, {}, "prompt", "is required, or `messages`"),
-    (TOKENIZE, {"prompt": "a", "messages": [USER]}, "prompt", "either"),
+    (TOKENIZE, {}, "prompt", "is required, unless `messages`"),
+    (TOKENIZE, {"prompt": "a", "messages": [USER]}, "prompt", "send one of them"),
     (TOKENIZE, {"messages": [USER], "add_special_tokens": True}, "add_special_tokens", "chat template"),
     (TOKENIZE, {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt", "`messages`"),
     (DETOKENIZE, {"tokens": ["a"]}, "tokens.0", "must be a whole number"),
@@ -312,7 +312,7 @@ async def test_a_body_that_stops_in_the_middle() -> None:
         "headers": [(b"content-type", b"application/json")],
         "app": Starlette(routes=[Route("/a", lambda request: Response(), methods=["POST"])]),
     }
-    with pytest.raises(HTTPException, match=r"stopped for 0\.001 s") as caught:
+    with pytest.raises(HTTPException, match=r"arrived for 0\.001 s") as caught:
         await JsonBody(app, max_bytes=10, body_timeout=0.001)(scope, receive, send)
     assert caught.value.status_code == 408
 
