@@ -102,7 +102,7 @@ class Scheduler:
         self._arrivals = 0
         self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
 
-    # In and out -------------------------------------------------------------------------------------------------
+    # Adding and aborting requests -------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[Request], *, now: float) -> None:
         """Queues requests by their priority, and by their arrival within a priority. `now` is in monotonic seconds."""
@@ -144,7 +144,7 @@ class Scheduler:
             num_steps_total=count["steps"],
         )
 
-    # Before the step --------------------------------------------------------------------------------------------
+    # Planning a step --------------------------------------------------------------------------------------------
 
     def schedule(self, *, now: float) -> SchedulerOutput:
         """Decodes first, so that long prompts never stall replies; then prompts under way, then new sequences.
@@ -246,7 +246,7 @@ class Scheduler:
         self._counters["no_state"] += no_state
         self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
 
-    # After the step ---------------------------------------------------------------------------------------------
+    # Recording a launched step and its results ------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
         """Records that a step was launched. Steps launched later run after it and can read its pages and states."""
@@ -272,7 +272,9 @@ class Scheduler:
             reason: FinishReason | None = None
             if chunk.end == (length := len(seq.tokens)):
                 reason = self._take(seq, result.token_ids)
-                if (count := len(seq.tokens) - length) < len(result.token_ids):  # drops the tokens after the end
+                if (count := len(seq.tokens) - length) < len(
+                    result.token_ids
+                ):  # drops tokens after the end of a sequence
                     result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
             if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))

@@ -36,9 +36,9 @@ from jamba_server.engine.validation import validate_kind
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 3  # after this number of deaths within DEATH_WINDOW_SECONDS the engine is not restarted
+MAX_DEATHS = 3  # after this number of deaths within DEATH_WINDOW_SECONDS the engine process is not restarted
 DEATH_WINDOW_SECONDS = 60.0
-SUSPECT_DEATHS = 2  # a request that ran during this number of successive deaths is suspected and runs alone
+SUSPECT_DEATHS = 2  # a request that ran while the engine process died this number of times in a row then runs alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,7 +256,7 @@ class EngineClient:
             self._child.send(Abort(sent))
         self._dispatch()
 
-    # Sending ----------------------------------------------------------------------------------------------------
+    # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
         """Sends waiting requests to the engine: all of them, or only one suspect while there are suspects.
@@ -295,7 +295,7 @@ class EngineClient:
                 )
                 self._fail(live, EngineFailed(message))
 
-    # Supervising ------------------------------------------------------------------------------------------------
+    # Supervising the child process ------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
         while self._health.alive:
@@ -379,7 +379,7 @@ class EngineClient:
         was_running = [live for live in self._live.values() if live.sent]
         culprit = was_running[0] if len(was_running) == 1 and was_running[0].deaths >= SUSPECT_DEATHS else None
         if culprit is not None:
-            self._deaths.clear()  # the request has caused the deaths, so that they do not count against the engine
+            self._deaths.clear()  # the request caused these deaths; they are not counted towards MAX_DEATHS
             self._fail(
                 culprit,
                 EngineFailed(

@@ -121,7 +121,7 @@ async def _handle(request: Request, exc: Exception) -> Response:
 def _no_such_route(request: Request, exc: HTTPException) -> HTTPException:
     allowed = (exc.headers or {}).get("Allow", "")
     if allowed == "GET":
-        allowed = "GET, HEAD"  # the middleware handles a HEAD request as GET
+        allowed = "GET, HEAD"  # every route for GET also answers HEAD, because the middleware turns HEAD into GET
     hint = f"this path takes {allowed}" if allowed else "/docs lists the paths that exist"
     detail = f"There is no {request.method} {request.url.path}; {hint}."
     return HTTPException(exc.status_code, detail, headers={"Allow": allowed} if allowed else None)

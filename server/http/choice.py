@@ -13,12 +13,14 @@ from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.stop import StopStrings
 from jamba_server.server.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # JSON has no infinity, so that smaller log-probabilities are raised to this value, as in vLLM
+MIN_LOGPROB = (
+    -9999.0
+)  # replaces smaller log-probabilities, such as minus infinity, which JSON lacks; vLLM does the same
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token with its log-probability.
+    """A token of a reply or an echoed prompt with its log-probability.
 
     `top` has the most likely tokens at the same position, as pairs of token id and log-probability. `offset` is the
     number of characters of the choice's text before this token. `logprob` is None only for a prompt's first token,
@@ -115,7 +117,7 @@ class Choice:
             token_id = self._to_echo[position]
             if with_scores:
                 self._score(token_id, update.prompt_logprobs[position - self._num_echoed])
-            if position or token_id != self._bos_token_id:  # the text of BOS is not echoed
+            if position or token_id != self._bos_token_id:  # an echoed prompt leaves out the begin-of-text token
                 self._text += self._decode(token_id)
         self._num_echoed = end
 

@@ -31,9 +31,9 @@ from jamba_server.server.http.findings import Finding, describe_finding, param_o
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has gone away; only the log and the metrics show it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
-MAX_MESSAGE_CHARS = 1000  # bounds an error that quotes the request, however large the request is
+MAX_MESSAGE_CHARS = 1000  # longer error messages, which quote a large value of the request, are cut
 
 # Each row has the exception, the HTTP status, the error type and the code. A code in the exception replaces the row's.
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (

@@ -13,7 +13,7 @@ from typing import Any, cast
 MAX_NAME_CHARS = 64
 MAX_VALUE_CHARS = 48
 
-Finding = Mapping[str, Any]  # one entry of the list that pydantic's `errors()` returns
+Finding = Mapping[str, Any]  # one validation error, as pydantic's `errors()` lists it
 
 
 def describe_finding(finding: Finding) -> str:
@@ -33,7 +33,9 @@ def param_of(finding: Finding) -> str | None:
     if finding["type"] == "json_invalid":
         return None
     parts = [str(part) for part in finding["loc"][1:]]
-    if "field" in finding.get("ctx", {}):  # pydantic's location ends at the object if a validator saw the whole object
+    if "field" in finding.get(
+        "ctx", {}
+    ):  # a validator of a whole object adds the field, which pydantic's location lacks
         parts.append(finding["ctx"]["field"])
     return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None
 

@@ -152,7 +152,7 @@ class Generation:
                 yield delta
         assert num_open == 0, f"the engine left {num_open} choices of {self.spec.id} without an end"
 
-    # Metrics and the log ----------------------------------------------------------------------------------------
+    # Metrics and the line in the log ----------------------------------------------------------------------------
 
     def _observe(self, choice: Choice, update: TokenUpdate) -> None:
         timeline, now = self._timelines[update.request_id], self._clock()

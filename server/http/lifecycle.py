@@ -7,7 +7,7 @@ import asyncio
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
 
-RETRY_AFTER_SECONDS = 5  # usually enough for a load balancer to choose another replica, or for a restart
+RETRY_AFTER_SECONDS = 5  # time for a load balancer to choose another replica, or for this server to restart
 
 
 class Lifecycle:

@@ -46,7 +46,7 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
-# These paths need no API key, because a browser that opens a page cannot send one. They reveal nothing about requests.
+# These paths need no API key. A browser that opens a page cannot send a key, and the pages reveal nothing secret.
 OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
 
 
@@ -66,7 +66,7 @@ class RequestContext:
         request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         scope["root_path"] = self.root_path or scope.get("root_path", "")
-        inner = _canonical(scope)  # reads the root_path that was set above
+        inner = _canonical(scope)  # must follow the line that sets root_path, because it reads root_path
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -88,7 +88,7 @@ class RequestContext:
             status = status or CLIENT_CLOSED_REQUEST
             self.metrics.count_http_request(getattr(inner.get("route"), "path", "other"), status)
             logger.log(
-                # Probes poll, so that their failures would fill the log.
+                # Failed health probes are logged only at DEBUG, because orchestrators repeat them every few seconds.
                 logging.INFO if status >= 400 and scope["path"] not in PROBE_PATHS else logging.DEBUG,
                 "request_id=%s %s %s: %d in %.3f s",
                 request_id, scope["method"], _printable(scope["path"]), status, time.monotonic() - started,

@@ -25,7 +25,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # threads for chat templates and tokenising; more would only take cores from the engine
+TEXT_THREADS = 4  # number of threads for chat templates and tokenising; more would only take cores from the engine
 
 
 def _draw_seed() -> int:

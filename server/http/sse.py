@@ -21,7 +21,10 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 async def answer(request: Request, writer: Writer, services: Services, *, stream: bool) -> Response:
-    """Returns the reply to a request. Without `stream` the generation has ended; with it, it runs during sending."""
+    """Returns the reply to a request.
+
+    With `stream`, the generation runs while the reply is sent. Otherwise the generation has ended on return.
+    """
     if stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
     choices = await until_disconnect(request.receive, writer.generation.collect())
@@ -89,7 +92,7 @@ class EventStream(Response):
         except Exception as exc:
             if not self._started:
                 raise
-            problem = describe(exc)  # also logs unexpected exceptions
+            problem = describe(exc)  # `describe` also logs exceptions that are not expected
             await self._send(send, *self.writer.fail(problem.body(request_id_of(scope))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -22,7 +22,7 @@ from jamba_server.server.http.writers.completions import CompletionWriter
 
 router = APIRouter(tags=["generation"])
 
-DEFAULT_MAX_TOKENS = 16  # the default of OpenAI's API
+DEFAULT_MAX_TOKENS = 16  # OpenAI's API has the same default for `max_tokens` of completions
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)

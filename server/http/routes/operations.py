@@ -43,7 +43,7 @@ async def ready(services: ServicesOf) -> Response:
 
 @router.get("/live", response_model=HealthReply)
 async def live() -> Response:
-    """Answers 200 whenever this process works, whatever the state of the engine."""
+    """Answers 200 as long as the HTTP process responds, whatever the state of the engine."""
     return json_response(HealthReply(status="live"))
 
 

@@ -51,7 +51,9 @@ async def docs(request: Request) -> Response:
         swagger_js_url=f"{root}{ASSETS_PATH}/swagger-ui-bundle.js",
         swagger_css_url=f"{root}{ASSETS_PATH}/swagger-ui.css",
         swagger_favicon_url=NO_ICON,
-        swagger_ui_parameters={"validatorUrl": None},  # by default the page calls a validator on the internet
+        swagger_ui_parameters={
+            "validatorUrl": None
+        },  # by default Swagger UI sends the document to a validator on the internet
     )
 
 

@@ -33,7 +33,7 @@ def within(field: str, *, low: float | None = None) -> Any:
 
 
 def invalid(why: str, *, field: str, kind: LiteralString = "invalid") -> PydanticCustomError:
-    """Returns the error of one field for a validator that sees a whole object.
+    """Returns pydantic's error for one field. Validators that see a whole object use it.
 
     `why` is the predicate of a sentence that begins with the field's name, such as "is required".
     """
@@ -74,7 +74,7 @@ class Reply(BaseModel):
 
 
 def not_yet(feature: str = "") -> PydanticCustomError:
-    """Returns the error of a field, or of its `feature`, that is not supported yet."""
+    """Returns pydantic's error for a field that is not supported yet, or for a `feature` of it."""
     why = f"has {NotSupportedYet(feature)}" if feature else "is not supported yet"
     return PydanticCustomError("not_supported_yet", "{why}", {"why": why.removesuffix(".")})
 
@@ -109,7 +109,10 @@ ResponseFormat = Annotated[TextFormat | None, BeforeValidator(_only_text)]
 
 
 def string_or_list(value: object) -> str | None:
-    """Returns the tag of the union's member that fits the value. Tags are left out of the paths in errors."""
+    """Returns the tag that tells pydantic whether to validate the value as a string or as a list.
+
+    Tags are in parentheses, because findings.py leaves such parts out of the paths in errors.
+    """
     return "(string)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
 
@@ -148,7 +151,7 @@ LogitBias = Annotated[
     BeforeValidator(_token_ids),
 ]
 BadWord = Annotated[str, Field(min_length=1, max_length=256), BeforeValidator(_not_blank)]
-# -1 means no limit, as in llama.cpp's API
+# The value -1 means no limit of the reply's tokens, as in llama.cpp's API.
 TokenLimit = Annotated[int, within("max_tokens", low=-1)]
 
 

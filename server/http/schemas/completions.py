@@ -25,7 +25,10 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 def _kind(value: object) -> str | None:
-    """Returns the tag of the prompt's form in the union below. The first element of a list decides about the list."""
+    """Returns the tag that tells pydantic which of the four forms of a prompt to validate.
+
+    For a list, the first element decides.
+    """
     if isinstance(value, str):
         return "(string)"
     if not isinstance(value, list):

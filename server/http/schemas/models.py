@@ -104,7 +104,7 @@ class DetokenizeReply(Reply):
 
 
 class HealthReply(Reply):
-    """The state of the server. `reason` explains a state other than "ok", "ready" and "live"."""
+    """The state of the server. `reason` says why it is not well, also with status "ok" while the engine restarts."""
 
     status: Literal["ok", "loading", "dead", "ready", "not ready", "live"]
     reason: str | None = None

@@ -44,7 +44,7 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
         )
 
     def begin(self) -> Iterable[bytes]:
-        """Yields one event for every choice with the role, so that a client knows that its request is accepted."""
+        """Yields one event for every choice with the role "assistant", which shows that the request is accepted."""
         for index in range(self.generation.num_choices):
             yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
 

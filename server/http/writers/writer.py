@@ -16,7 +16,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
-C = TypeVar("C")  # the type of an entry in the field `choices` of an event
+C = TypeVar("C")  # the type of the entries in an event's field `choices`
 
 
 class Writer(ABC):
