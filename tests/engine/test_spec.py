@@ -297,16 +297,16 @@ def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: st
         assert plan.kv_bytes <= engine.kv_cache_memory_bytes
     if engine.state_cache_memory_bytes is not None:
         assert num_saved <= max(2, engine.state_cache_memory_bytes // spec.bytes_per_saved_state)
-    wishes = {
+    requested = {
         "max_model_len": engine.max_model_len or config.max_position_embeddings,
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens or {"cpu": 128, "cuda": 8192}[device],
     }
     shrunk = {line.split()[0] for line in plan.warnings}
-    for key, wish in wishes.items():
+    for key, size in requested.items():
         result = getattr(plan, key)
-        assert result <= wish
-        assert (key in shrunk) == (result < wish), (key, plan.warnings)
+        assert result <= size
+        assert (key in shrunk) == (result < size), (key, plan.warnings)
     mentioned = [line for line in plan.warnings if line.startswith("max_num_seqs")]
     assert not mentioned or mentioned[-1].split(":")[0].endswith(f"reduced to {plan.max_num_seqs}")
 

@@ -309,16 +309,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (only(), "has neither model.safetensors nor model.safetensors.index.json."),
     "pickles": (
         only("pytorch_model-1.bin", "pytorch_model-2.bin"),
-        "index.json; pytorch_model-1.bin, pytorch_model-2.bin cannot be read, convert to safetensors (transformers: "
+        "index.json; pytorch_model-1.bin, pytorch_model-2.bin cannot be loaded: convert them to safetensors (transformers: "
         "from_pretrained, then save_pretrained).",
     ),
     "gguf": (
         only("model.gguf"),
-        "model.gguf cannot be read, serve the checkpoint with safetensors that it was made from.",
+        "model.gguf cannot be loaded: serve the original checkpoint in safetensors format instead.",
     ),
-    "truncated": (overwrite(lambda data: data[:-1]), "model.safetensors is no complete safetensors file ("),
-    "empty": (overwrite(lambda _: b""), "model.safetensors is no complete safetensors file (0 bytes; "),
-    "lfs pointer": (overwrite(lambda _: LFS_POINTER), "is no complete safetensors file (77 bytes; "),
+    "truncated": (overwrite(lambda data: data[:-1]), "model.safetensors is not a complete safetensors file ("),
+    "empty": (overwrite(lambda _: b""), "model.safetensors is not a complete safetensors file (0 bytes; "),
+    "lfs pointer": (overwrite(lambda _: LFS_POINTER), "is not a complete safetensors file (77 bytes; "),
     "missing": (
         remove(f"{MAMBA}A_log", f"{MOE}experts.2.up_proj.weight"),
         f": 2 of 83 tensors are missing: {MAMBA}A_log, {MOE}experts.2.up_proj.weight.",
