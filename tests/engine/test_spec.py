@@ -160,7 +160,8 @@ def test_replies_are_beside_the_prompts_budget(geometry: Geometry) -> None:
 def test_a_context_beyond_the_trained_one_is_reduced(geometry: Geometry) -> None:
     plan = make_plan(geometry["3b"], 64 * GIB, max_model_len=1_000_000)
     assert plan.max_model_len == 262_144
-    assert plan.warnings == ("max_model_len 1000000 is reduced to 262144: the model's max_position_embeddings",)
+    reason = "the model's max_position_embeddings is the limit"
+    assert plan.warnings == (f"max_model_len 1000000 is reduced to 262144: {reason}",)
 
 
 def test_kv_cache_memory_counts_pages_only_and_bounds_the_context(geometry: Geometry) -> None:
@@ -168,7 +169,8 @@ def test_kv_cache_memory_counts_pages_only_and_bounds_the_context(geometry: Geom
     assert plan.num_pages == 10 * MIB // (16 * 1024)
     assert plan.max_model_len == (plan.num_pages - 2) * 16
     assert plan.num_slots >= 1 + plan.max_num_seqs + 2  # states come on top
-    with pytest.raises(ConfigError, match="kv_cache_memory_bytes is 49151; 3 pages, the least, take 49152 bytes"):
+    message = "kv_cache_memory_bytes is 49151; it must be at least 49152, the bytes of 3 pages"
+    with pytest.raises(ConfigError, match=message):
         make_plan(geometry["3b"], 64 * GIB, kv_cache_memory_bytes=49_151)
 
 
