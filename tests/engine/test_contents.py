@@ -190,7 +190,7 @@ def without_head(tensors: Tensors) -> Tensor:
             set_tensor(f"{IN}.bias", torch.ones(64)),
             "; mamba_proj_bias in config.json",
         ),
-        ({}, set_tensor(f"{CONV}.weight", torch.ones(32, 4, 1)), "; MLX stores it so: serve the checkpoint that"),
+        ({}, set_tensor(f"{CONV}.weight", torch.ones(32, 4, 1)), "; MLX stores it in this shape: serve"),
         ({}, set_tensor("score.bias", torch.ones(2)), "tensor score.bias [2] has no place"),
         ({}, set_tensor("model.model.embed_tokens.weight", torch.ones(48, 16)), "has no place"),
         ({}, set_tensor("embed_tokens.weight", torch.ones(48, 16)), "tensor embed_tokens.weight [48, 16] has no place"),
