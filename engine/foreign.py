@@ -14,7 +14,7 @@ from jamba_server.engine.quantization.methods import METHOD_FILES, refuse_file
 _WANTED: Final = "a checkpoint folder in Hugging Face format (config.json, tokenizer.json, *.safetensors)"
 _GGUF: Final = f"a GGUF file, which llama.cpp reads and this server does not; give {_WANTED}"
 _EXPORT: Final = f"an export for another runtime, which this server does not read; give {_WANTED}"
-_PICKLE: Final = "no safetensors file; load it with transformers and write a folder with save_pretrained"
+_PICKLE: Final = "not a safetensors file; load it with transformers and write a folder with save_pretrained"
 _ARCHIVE: Final = "an archive; unpack it and give the folder"
 # Maps the suffix of a file to the part of the error text that says what the file is and what to do.
 _SUFFIXES: Final[Mapping[str, str]] = {
@@ -67,7 +67,7 @@ def _no_folder(path: Path) -> CheckpointError:
     if not path.exists():
         beside = "" if what is None else f"; by its name it would be {what}"
         return CheckpointError(f"There is no folder or file {path}{beside}.")
-    return CheckpointError(f"{path} is {what or f'no folder; give {_WANTED}'}.")
+    return CheckpointError(f"{path} is {what or f'not a folder; give {_WANTED}'}.")
 
 
 def _foreign_folder(folder: Path) -> str | None:
@@ -83,7 +83,7 @@ def _foreign_folder(folder: Path) -> str | None:
     if models := [entry for entry in entries if (entry / _CONFIG).is_file()]:
         names = ", ".join(str(model) for model in models[:_NAMES_SHOWN])
         more = f" or one of {len(models) - _NAMES_SHOWN} more" if len(models) > _NAMES_SHOWN else ""
-        return f"has no config.json itself, but folders that have one; give {names}{more}"
+        return f"has no config.json itself, but folders in it have one; give {names}{more}"
     if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # the layout of huggingface_hub's cache
         return f"is an entry of a hub cache; give the hub id, or {snapshots[-1].parent}"
     for suffix, what in _SUFFIXES.items():
