@@ -19,8 +19,8 @@ from jamba_server.kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):
-    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has the page ids of each sequence in order,
-    `context_lens`, int32 [N], their lengths in tokens. `max_context_len` is at least the longest of these."""
+    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has the page ids of each sequence in
+    order, `context_lens`, int32 [N], their lengths in tokens. `max_context_len` is at least the longest of these."""
 
     block_tables: Tensor
     context_lens: Tensor
@@ -104,8 +104,8 @@ class SampledTokens:
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """Returns, for each row of a step, the index of its token in the concatenation of `ids` and the step's own token
-        ids: int64 [rows]. The first rows are those of `chunks`, which have one token each."""
+        """Returns, for each row of a step, the index of its token in the concatenation of `ids` and the step's own
+        token ids: int64 [rows]. The first rows are those of `chunks`, which have one token each."""
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:
@@ -180,8 +180,8 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
 
 
 def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
-    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. Rows beyond the chunks
-    are padding: they stand for one token in page 0 with state slot 0, which no sequence owns."""
+    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. Rows beyond the
+    chunks are padding: they stand for one token in page 0 with state slot 0, which no sequence owns."""
     padding = rows - len(chunks)
     tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=False):

@@ -32,8 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `batch_invariant` asks for results that do not depend on batch, chunking or cache. None uses batch-invariant kernels
     where they exist, True raises an error where they do not exist, and False uses the fastest kernels. `kernels` takes
     precedence. `kv_cache_dtype` "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's
-    dtype. `state_cache_dtype` "int8" stores saved SSM states in one byte a number with a scale for each channel, so that
-    prefix hits are not exact; "auto" stores them as running sequences do.
+    dtype. `state_cache_dtype` "int8" stores saved SSM states in one byte a number with a scale for each channel, so
+    that prefix hits are not exact; "auto" stores them as running sequences do.
     """
 
     model: str

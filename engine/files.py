@@ -1,5 +1,5 @@
-"""Reads the small files of a checkpoint folder. A checkpoint may come from an untrusted source, so the kind and the size
-of a file are checked before it is read."""
+"""Reads the small files of a checkpoint folder. A checkpoint may come from an untrusted source, so the kind and the
+size of a file are checked before it is read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _KINDS: Final = (
 
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
-    """Returns the content of a file, or None if it does not exist. Raises CheckpointError unless it is a regular file of
-    at most `limit` bytes."""
+    """Returns the content of a file, or None if it does not exist. Raises CheckpointError unless it is a regular file
+    of at most `limit` bytes."""
     try:
         with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
@@ -53,8 +53,8 @@ def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file, or None if the file does not exist. Raises CheckpointError if the file cannot be
-    read or holds no JSON object."""
+    """Returns the JSON object in a file, or None if the file does not exist. Raises CheckpointError if the file cannot
+    be read or holds no JSON object."""
     if (data := read_bytes(path)) is None:
         return None
     try:

@@ -89,9 +89,7 @@ def _foreign_folder(folder: Path) -> str | None:
     for suffix, what in _SUFFIXES.items():
         if suffix not in (".safetensors", ".json") and (found := [e.name for e in entries if e.suffix == suffix]):
             return f"has no config.json; {found[0]} in it is {what}"
-    return (
-        f"has no config.json, so it is not {_WANTED}; if its download was interrupted, finish it"
-    )
+    return f"has no config.json, so it is not {_WANTED}; if its download was interrupted, finish it"
 
 
 def _adapter(folder: Path) -> str:

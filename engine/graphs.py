@@ -6,7 +6,8 @@ padding rows read and write page 0 and state slot 0, which no sequence owns. The
 longer of a few context lengths needs.
 
 A graph is captured when a step first needs it, so that nobody waits for graphs that are never used. On a CPU it is
-recorded while that step runs. On a GPU it is captured after that step has run, because by then all kernels are compiled.
+recorded while that step runs. On a GPU it is captured after that step has run, because by then all kernels are
+compiled.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class Graph(Protocol):
     """A sequence of kernel launches that is recorded once and then repeated as a whole."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Records the kernels that `run` launches, and returns its result. The kernels take effect exactly once. Must be
-        called only once."""
+        """Records the kernels that `run` launches, and returns its result. The kernels take effect exactly once. Must
+        be called only once."""
         ...
 
     def replay(self) -> Tensor:
-        """Repeats the recorded kernels and returns their result in the tensor that `run` returned. The next replay of any
-        graph may overwrite it."""
+        """Repeats the recorded kernels and returns their result in the tensor that `run` returned. The next replay of
+        any graph may overwrite it."""
         ...
 
 
@@ -91,8 +92,9 @@ class CudaGraph:
 
 
 def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
-    """Returns a text that names the chosen kernels which prevent graphs of decode steps, or None if graphs are possible.
-    `names` maps an operation to its implementation. On a CPU only kernels of the compiled library can be captured."""
+    """Returns a text that names the chosen kernels which prevent graphs of decode steps, or None if graphs are
+    possible. `names` maps an operation to its implementation. On a CPU only kernels of the compiled library can be
+    captured."""
     on_cpu = device == "cpu"
     candidates = (op for op in names if op not in UNCAPTURED_OPS) if on_cpu else WAITING_OPS
     ops = [f"{op}={names[op]}" for op in candidates if (names[op] != "cpu" if on_cpu else names[op] == "reference")]

@@ -131,9 +131,9 @@ class JambaConfig:
 
 
 def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Returns the bytes of the loaded weights. A, D and the dt bias are in float32, weights that `policy` quantises count
-    with their scales, and all others have `dtype_bytes` a number. A tied head that is quantised takes memory beside the
-    embedding, which is never quantised.
+    """Returns the bytes of the loaded weights. A, D and the dt bias are in float32, weights that `policy` quantises
+    count with their scales, and all others have `dtype_bytes` a number. A tied head that is quantised takes memory
+    beside the embedding, which is never quantised.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan

@@ -25,8 +25,8 @@ from jamba_server.kernels.ops import Kernels
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """Log-probabilities of a chunk's prompt tokens, which the device still computes. If `first`, the chunk has the first
-    token of the prompt, whose entry is None because no token precedes it."""
+    """Log-probabilities of a chunk's prompt tokens, which the device still computes. If `first`, the chunk has the
+    first token of the prompt, whose entry is None because no token precedes it."""
 
     first: bool
     slices: tuple[PendingLogprobs, ...]
@@ -66,8 +66,8 @@ class PendingStep:
 class ModelRunner:
     """Runs the model with the cache storage, and turns its outputs into tokens and log-probabilities.
 
-    `graphs` runs decode steps, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next step,
-    if asynchronous scheduling is enabled. `states` copies states to the places of the state store and back.
+    `graphs` runs decode steps, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
+    step, if asynchronous scheduling is enabled. `states` copies states to the places of the state store and back.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The messages between the HTTP process and the engine. They have token ids and numbers, but no text and no tensors.
 
-All of them are msgspec structs and are sent as msgpack. The engine sends one `StepResult` for each step, with the results
-of all sequences.
+All of them are msgspec structs and are sent as msgpack. The engine sends one `StepResult` for each step, with the
+results of all sequences.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     `logprobs` None returns no log-probabilities, 0 those of the chosen tokens, and k also those of the k most likely
     tokens. `prompt_logprobs` does the same for the tokens of the prompt. Log-probabilities are of the raw distribution,
-    before penalties, bias, temperature and masks. `top_k` 0 means all tokens. If `seed` is None, the caller that accepts
-    the request draws a random one; the engine itself treats None as 0.
-    `bad_words` are sequences of token ids: the last token of a sequence is forbidden when the reply so far ends with the
-    tokens before it. If `allowed_token_ids` is not empty, all other tokens are forbidden, even end tokens.
+    before penalties, bias, temperature and masks. `top_k` 0 means all tokens. If `seed` is None, the caller that
+    accepts the request draws a random one; the engine itself treats None as 0. `bad_words` are sequences of token ids:
+    the last token of a sequence is forbidden when the reply so far ends with the tokens before it. If
+    `allowed_token_ids` is not empty, all other tokens are forbidden, even end tokens.
     """
 
     max_tokens: int = 16
@@ -55,8 +55,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A request for one reply to one prompt. `kind` says whether it asks for tokens, for a classifier's scores, or for an
-    embedding.
+    """A request for one reply to one prompt. `kind` says whether it asks for tokens, for a classifier's scores, or for
+    an embedding.
 
     `index` (0 to n-1) is the number of the reply among the n replies to the same prompt. The requests for these share
     `group`, so that the prompt is computed once. After a restart of the engine, `generated` and `num_prompt_logprobs`
@@ -80,8 +80,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The results of one step for one request.
 
-    `token_ids` are the new tokens, and `logprobs` has one entry for each of them, or is empty if the request did not ask
-    for them. `prompt_logprobs` continue where the last update ended; the entry of the first prompt token is None. A
+    `token_ids` are the new tokens, and `logprobs` has one entry for each of them, or is empty if the request did not
+    ask for them. `prompt_logprobs` continue where the last update ended; the entry of the first prompt token is None. A
     request's first update has `num_cached`, the number of prompt tokens read from the prefix cache, and
     `queue_seconds`. An update with `finish_reason` is the last one of its request. `stop_token_id` is the token that
     ended the reply, and also the last of `token_ids`. `error` is the message for the reason "error". `vector` has a
@@ -119,12 +119,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties of a loaded engine, sent once when it is ready. Sizes are those in effect, which may be smaller than
-    requested.
+    """The properties of a loaded engine, sent once when it is ready. Sizes are those in effect, which may be smaller
+    than requested.
 
-    `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states of
-    running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the number
-    of states that can be saved while `max_num_seqs` sequences run.
+    `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
+    of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
+    number of states that can be saved while `max_num_seqs` sequences run.
     """
 
     architecture: str

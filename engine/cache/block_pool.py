@@ -49,7 +49,8 @@ class BlockPool:
         return self._ids.get(key)
 
     def was_evicted(self, key: bytes) -> bool:
-        """Returns whether the unit of `key` was evicted recently. The pool remembers four keys for each of its units."""
+        """Returns whether the unit of `key` was evicted recently. The pool remembers four keys for each of its
+        units."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:

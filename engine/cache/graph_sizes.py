@@ -27,7 +27,8 @@ class GraphKey(NamedTuple):
 class GraphSizes:
     """The sizes of graphs: a few context lengths, the last of them `max_model_len`, for each number of rows. On a GPU
     the numbers of rows are 1, 2, 4, then multiples of 8, up to `max_num_seqs` or MAX_ROWS, because padding rows cost
-    almost nothing there. On a CPU every number of rows has its own graphs, because a graph is captured quickly there."""
+    almost nothing there. On a CPU every number of rows has its own graphs, because a graph is captured quickly
+    there."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         on_cpu = device == "cpu"

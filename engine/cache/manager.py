@@ -6,11 +6,11 @@ The picture shows a prefix of a sequence and its keys in the cache (block_size 4
     key h0     key h1     key h2     key hash(h2, tail tokens)
                     ^ a state saved here has key h1             ^ a state saved here has the tail's key
 
-h(i) = sha256(h(i-1) + tokens of block i), and h(-1) is a hash of the request's cache salt. A page is found under the key
-of the prefix that ends with its last token. A saved state is found under the key of the prefix that it follows. A
+h(i) = sha256(h(i-1) + tokens of block i), and h(-1) is a hash of the request's cache salt. A page is found under the
+key of the prefix that ends with its last token. A saved state is found under the key of the prefix that it follows. A
 prefix hit consists of full pages, perhaps a partly filled page, and a state saved exactly at their end. The partly
-filled page is copied, because the sequence will write to it. The manager only keeps the books: it lists the copies
-and the saves that a step must run.
+filled page is copied, because the sequence will write to it. The manager moves no data: it lists the copies and the
+saves that a step must run.
 
 The `StateStore` decides where saved states lie. Pages and states that a launched step writes can be found by steps that
 are launched later; if a step fails, `Unconfirmed` knows which of them must be forgotten.
@@ -32,8 +32,8 @@ from jamba_server.engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
     """The result of a prefix lookup. The first `num_tokens` tokens need not be computed again; the state after them is
-    at `place` of the store. `block_ids` are full pages, `tail_page` a partly filled page to copy. `shared` is the number
-    of tokens whose pages were found. `missed_no_state` tokens had pages but no state was saved after them, and
+    at `place` of the store. `block_ids` are full pages, `tail_page` a partly filled page to copy. `shared` is the
+    number of tokens whose pages were found. `missed_no_state` tokens had pages but no state was saved after them, and
     `missed_evicted` tokens had been cached but pages or a state were evicted."""
 
     num_tokens: int = 0
@@ -61,9 +61,9 @@ class Save:
 
 @dataclass(slots=True)
 class CacheCopies:
-    """The copies to run before a step, as (source, destination) pairs. `pages` are from page to page, `saves` from slots
-    to places of the store, and `states`, which run after `saves`, from places to slots. In each list the destinations
-    are distinct, and none of them is also a source."""
+    """The copies to run before a step, as (source, destination) pairs. `pages` are from page to page, `saves` from
+    slots to places of the store, and `states`, which run after `saves`, from places to slots. In each list the
+    destinations are distinct, and none of them is also a source."""
 
     pages: Pairs = field(default_factory=list[tuple[int, int]])
     saves: Pairs = field(default_factory=list[tuple[int, int]])

@@ -12,8 +12,8 @@ from jamba_server.engine.quantization import Role
 
 
 class Linear:
-    """Maps x [T, K] to [T, N]. `parts` maps the name of each projection on disk to its number of outputs. The outputs of
-    all projections are concatenated, N in total.
+    """Maps x [T, K] to [T, N]. `parts` maps the name of each projection on disk to its number of outputs. The outputs
+    of all projections are concatenated, N in total.
 
     `role` decides whether the weight is quantised. `shared` is a weight that another layer owns and loads; the unit of
     that layer must then call `pack` of this one.

@@ -39,9 +39,9 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, caches: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Takes and returns a pair of [T, H] tensors: the output of the last branch, and the residual stream to which it
-        is not added yet. The first layer gets the embeddings and None. `caches` are this layer's K and V pages, or its
-        convolution and SSM states."""
+        """Takes and returns a pair of [T, H] tensors: the output of the last branch, and the residual stream to which
+        it is not added yet. The first layer gets the embeddings and None. `caches` are this layer's K and V pages, or
+        its convolution and SSM states."""
         x, residual = self._input_norm.add(x, residual)
         x = self._mixer(x, batch, *caches)
         x, residual = self._pre_ff_norm.add(x, residual)
@@ -71,8 +71,8 @@ class Jamba(ABC):
         self._head = self._make_head()
 
     def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor:
-        """Returns the hidden states [T, H] after the final norm. Reads and writes the pages and state slots that `batch`
-        names."""
+        """Returns the hidden states [T, H] after the final norm. Reads and writes the pages and state slots that
+        `batch` names."""
         kv_caches, states = iter(storage.kv_layers), iter(storage.state_layers)
         x, residual = self._embed_tokens(batch.token_ids), None
         for layer in self._layers:

@@ -1,8 +1,8 @@
 """The engine process: `python -m jamba_server.engine.process FD`.
 
 `client.EngineClient` starts this process with one end of a socket pair. The process receives its EngineConfig, sends
-some Progress messages and then Ready or Failed. It runs until it is told to stop or its parent is gone. It sends its log
-records over the socket, too, so that there is one log with one format.
+some Progress messages and then Ready or Failed. It runs until it is told to stop or its parent is gone. It sends its
+log records over the socket, too, so that there is one log with one format.
 """
 
 from __future__ import annotations

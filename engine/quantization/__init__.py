@@ -1,7 +1,7 @@
 """The table of quantised weight formats, and the policy that says which weights of a model are quantised.
 
-This module works without torch, so that `jamba plan` does not need it. The arithmetic is in `quantize` and in one module
-for each format.
+This module works without torch, so that `jamba plan` does not need it. The arithmetic is in `quantize` and in one
+module for each format.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
 """The part of the model that a weight matrix belongs to. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
-are matrices that are never quantised, because they are small and their errors change the output most: x_proj, dt_proj,
-the router, and a classifier's head."""
+are matrices that are never quantised: x_proj, dt_proj and the router, which are small and to whose errors the model is
+sensitive, and the head of a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,8 @@ class QuantizationPolicy:
     quantised, not the embedding, norms, convolutions, A and D.
 
     The projections of the Mamba mixers are quantised only if `mamba` is set. The int8 recipe on the model cards of
-    Jamba skips them as well: they are a small part of a large model, and their errors accumulate in the recurrent state.
+    Jamba skips them as well: they are a small part of a large model, and their errors accumulate in the recurrent
+    state.
 
     If the checkpoint has fp8 weights already, `stored` are their roles, and nothing else is quantised.
     """
@@ -68,8 +69,8 @@ class QuantizationPolicy:
         """
         if made_at_load is not None and engine.quantization is None:
             raise ConfigError(
-                f"The quantization_config of config.json asks for {made_at_load}, which quantises plain weights to int8 "
-                "as they are loaded; add --quantization int8 to do the same here."
+                f"The quantization_config of config.json asks for {made_at_load}, which quantises plain weights to "
+                "int8 as they are loaded; add --quantization int8 to do the same here."
             )
         if engine.quantize_mamba and engine.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization, one of {', '.join(FORMATS)}.")
@@ -90,7 +91,8 @@ class QuantizationPolicy:
         return self.quantization
 
     def num_bytes(self, role: Role, rows: int, inputs: int, *, dtype_bytes: int) -> int:
-        """Returns the bytes of a weight [rows, inputs] of this role. A number that is not quantised has `dtype_bytes`."""
+        """Returns the bytes of a weight [rows, inputs] of this role. A number that is not quantised has
+        `dtype_bytes`."""
         quantization = self.quantization_of(role)
         return rows * inputs * dtype_bytes if quantization is None else FORMATS[quantization].num_bytes(rows, inputs)
 

@@ -18,8 +18,8 @@ LIMIT: Final = FORMATS["fp8"].limit
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises float32 [..., inputs] to float8_e4m3fn of the same shape, and returns it with the scales [...]. A scale is
-    the largest magnitude of the row divided by 448."""
+    """Quantises float32 [..., inputs] to float8_e4m3fn of the same shape, and returns it with the scales [...]. A scale
+    is the largest magnitude of the row divided by 448."""
     scales = weight.abs().amax(-1, keepdim=True) / LIMIT
     scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros would have the scale 0
     return (weight / scales).clamp_(-LIMIT, LIMIT).to(torch.float8_e4m3fn), scales.squeeze(-1)

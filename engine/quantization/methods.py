@@ -91,8 +91,8 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def made_at_load(config: object) -> str | None:
-    """Returns the `quant_method` of a quantization_config if this method quantises plain weights as they are loaded, else
-    None."""
+    """Returns the `quant_method` of a quantization_config if this method quantises plain weights as they are loaded,
+    else None."""
     method = cast(dict[str, object], config).get("quant_method") if isinstance(config, dict) else None
     return method if isinstance(method, str) and method in MADE_AT_LOAD else None
 

@@ -12,7 +12,8 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.quantization import FORMATS, fp8, int4, int8
 from jamba_server.kernels.ops import QuantizedWeight
 
-# Maps finite float32 numbers [rows, groups, inputs of a group] to quantised ones of this shape and scales [rows, groups].
+# Maps finite float32 numbers [rows, groups, inputs of a group] to quantised ones of this shape and scales [rows,
+# groups].
 QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]
 QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int8": int8.quantize,

@@ -19,8 +19,8 @@ from jamba_server.kernels.reference.sample import best_ids
 
 class PendingLogprobs:
     """Log-probabilities that the device still computes. For each row n of `logits` (float32 [N, V], N at least 1) they
-    are those of token_ids[n] and of the counts[n] most likely tokens, the best first. Of equally likely tokens the lower
-    id comes first. A row's result does not depend on the other rows."""
+    are those of token_ids[n] and of the counts[n] most likely tokens, the best first. Of equally likely tokens the
+    lower id comes first. A row's result does not depend on the other rows."""
 
     def __init__(self, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> None:
         self._token_ids, self._counts = token_ids, counts

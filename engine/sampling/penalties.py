@@ -61,8 +61,8 @@ def _penalises_counts(row: SamplingRow) -> bool:
 
 
 def _counts(n: int, row: SamplingRow) -> Edit:
-    """Returns OpenAI's penalties: each generated token loses count * frequency_penalty + presence_penalty. Tokens of the
-    prompt do not count."""
+    """Returns OpenAI's penalties: each generated token loses count * frequency_penalty + presence_penalty. Tokens of
+    the prompt do not count."""
     token_ids, counts = np.unique(np.array(row.tokens[row.num_prompt :], dtype=np.int64), return_counts=True)
     values = -(counts * row.params.frequency_penalty + row.params.presence_penalty)
     return Edit(n, token_ids, values.astype(np.float32))
@@ -70,8 +70,8 @@ def _counts(n: int, row: SamplingRow) -> Edit:
 
 def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
     """Returns the tokens that must not come next: the last token of each bad word whose other tokens end the reply so
-    far, and all end tokens until the reply has `min_tokens`. The end tokens are forbidden even with `ignore_eos`, because
-    an end token in the text would make the reply look finished."""
+    far, and all end tokens until the reply has `min_tokens`. The end tokens are forbidden even with `ignore_eos`,
+    because an end token in the text would make the reply look finished."""
     ends = {word[-1] for word in row.params.bad_words if _ends_with(row, word[:-1])}
     if row.num_generated < row.params.min_tokens:
         ends.update(eos_token_ids, row.params.stop_token_ids)

@@ -27,7 +27,8 @@ _SLICE: Final = 4 << 20  # two tensors are compared in pieces of so many bytes
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """The bytes `start` to `end` of a file, which hold a tensor. `dtype` is the name that safetensors uses, as "BF16"."""
+    """The bytes `start` to `end` of a file, which hold a tensor. `dtype` is the name that safetensors uses, as
+    "BF16"."""
 
     path: Path
     dtype: str

@@ -76,8 +76,8 @@ class Measured(NamedTuple):
 
 
 def usable_bytes(free: int, total: int, utilization: float) -> int:
-    """Returns how many bytes may still be allocated on a GPU with `total` bytes, of which `free` are free now, until the
-    fraction `utilization` of the GPU is in use. Memory that other processes use counts as used."""
+    """Returns how many bytes may still be allocated on a GPU with `total` bytes, of which `free` are free now, until
+    the fraction `utilization` of the GPU is in use. Memory that other processes use counts as used."""
     return max(0, free - (total - int(total * utilization)))
 
 
@@ -149,8 +149,8 @@ def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]
 
 
 class _Planner:
-    """Makes one plan. It decides the sizes in this order: batch, slots of running sequences, saved states, pages, and the
-    longest context."""
+    """Makes one plan. It decides the sizes in this order: batch, slots of running sequences, saved states, pages, and
+    the longest context."""
 
     def __init__(
         self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
@@ -232,7 +232,7 @@ class _Planner:
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
         saved = MIN_SAVED_STATES if self.engine.enable_prefix_caching else 0
-        saved += self.compresses  # the pool of compressed states has a dummy, too
+        saved += self.compresses  # the pool of compressed states has a dummy 0, too
         pages = MIN_PAGES * self.spec.bytes_per_page
         explicit = self.engine.kv_cache_memory_bytes
         if explicit is not None and explicit < pages:
@@ -276,8 +276,8 @@ class _Planner:
         return max(count, MIN_SAVED_STATES)
 
     def _pages(self, room: int, max_num_seqs: int, max_model_len: int) -> int:
-        """Returns the number of pages, the dummy included. `room` is the cache memory that remains after slots and saved
-        states, in bytes."""
+        """Returns the number of pages, the dummy included. `room` is the cache memory that remains after slots and
+        saved states, in bytes."""
         spec, explicit = self.spec, self.engine.kv_cache_memory_bytes
         if explicit is not None:
             fits = self._at_most("kv_cache_memory_bytes", explicit, room, "the available memory is limited")

@@ -111,8 +111,8 @@ class _Loader:
         self._filled_by: dict[str, str] = {}  # maps a destination to the name of the tensor that filled it
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
-        """Copies `tensor` to its destination. Raises CheckpointError if the name is unknown or was loaded already, or if
-        the shape, the dtype or a value is wrong."""
+        """Copies `tensor` to its destination. Raises CheckpointError if the name is unknown or was loaded already, or
+        if the shape, the dtype or a value is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
@@ -162,8 +162,8 @@ class _Loader:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Returns whether all numbers of `tensor` are finite. It looks at the minimum and the maximum only, which are NaN if
-    any number is: this takes one pass and no mask of the tensor's size."""
+    """Returns whether all numbers of `tensor` are finite. It looks at the minimum and the maximum only, which are NaN
+    if any number is: this takes one pass and no mask of the tensor's size."""
     if tensor.dtype == torch.float8_e4m3fn:  # has no infinity, and NaN is 0x7F or 0xFF
         return bool((tensor.view(torch.uint8) & 0x7F).amax() < 0x7F)
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
@@ -231,9 +231,9 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
 
 
 def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch.device) -> None:
-    """Fills `data` with uniform random numbers in [-bound, bound], whose variance is bound**2 / 3. Each number is a hash
-    of `key` and its index, in integer arithmetic, times a constant, so it is the same on all devices. The numbers are
-    drawn in chunks on `device`, so that no second copy of a big tensor is in memory."""
+    """Fills `data` with uniform random numbers in [-bound, bound], whose variance is bound**2 / 3. Each number is a
+    hash of `key` and its index, in integer arithmetic, times a constant, so it is the same on all devices. The numbers
+    are drawn in chunks on `device`, so that no second copy of a big tensor is in memory."""
     width = data.numel() // len(data)
     rows = min(len(data), max(1, _CHUNK // width))
     steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP

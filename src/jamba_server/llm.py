@@ -60,13 +60,13 @@ class LLM:
     """A loaded model. Example: `LLM("folder", max_num_seqs=8).generate("Once upon a time", max_tokens=32)`.
 
     `model` is a folder or a hub id, which is downloaded. Without it the demonstration checkpoint is loaded. Keyword
-    arguments are the options of `jamba serve` that concern the model (`SETTINGS`), with underscores. They raise the same
-    errors as there: ConfigError, and CheckpointError for a model that cannot be loaded. JAMBA_* environment variables
-    are not read.
+    arguments are the options of `jamba serve` that concern the model (`SETTINGS`), with underscores. They raise the
+    same errors as there: ConfigError, and CheckpointError for a model that cannot be loaded. JAMBA_* environment
+    variables are not read.
 
-    Keyword arguments of `generate` and `chat` are the fields of SamplingParams. As on the server, the defaults of absent
-    ones come from the checkpoint's generation_config.json. If a `SamplingParams` is passed instead, absent fields have
-    the defaults of that class. Without a seed every prompt gets a random one.
+    Keyword arguments of `generate` and `chat` are the fields of SamplingParams. As on the server, the defaults of
+    absent ones come from the checkpoint's generation_config.json. If a `SamplingParams` is passed instead, absent
+    fields have the defaults of that class. Without a seed every prompt gets a random one.
     """
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
@@ -96,8 +96,8 @@ class LLM:
         **sampling: Any,
     ) -> list[Completion]:
         """Returns `n` replies to each of one or several prompts (texts or lists of token ids). The replies to the first
-        prompt come first. The names of special tokens in a text are read as plain text. `progress` shows a progress bar;
-        None shows it for several replies on a terminal. Raises RequestRejected."""
+        prompt come first. The names of special tokens in a text are read as plain text. `progress` shows a progress
+        bar; None shows it for several replies on a terminal. Raises RequestRejected."""
         sampled = self._sampling(params, sampling, max_tokens=DEFAULT_MAX_TOKENS)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
         specs = [
@@ -177,8 +177,8 @@ class LLM:
         saves: tuple[int, ...] = (),
         param: str,
     ) -> GenerationSpec:
-        """Returns the specification of `n` replies to one prompt. Raises RequestRejected for a prompt or parameters that
-        the engine cannot accept."""
+        """Returns the specification of `n` replies to one prompt. Raises RequestRejected for a prompt or parameters
+        that the engine cannot accept."""
         if n < 1:
             raise RequestRejected(f"n is {n}; it must be at least 1.", param="n")
         if options.stops:
@@ -239,8 +239,8 @@ class _Reply:
 
 
 def model_config(model: str | Path | None, settings: Mapping[str, object]) -> ServerConfig:
-    """Returns the configuration for LLM's arguments. Raises ConfigError for a setting that is unknown, has a wrong value,
-    or exists only for a server."""
+    """Returns the configuration for LLM's arguments. Raises ConfigError for a setting that is unknown, has a wrong
+    value, or exists only for a server."""
     values = cast_settings(settings, "LLM")
     if foreign := sorted(values.keys() - SETTINGS):
         raise ConfigError(f"LLM: {foreign[0]!r} is an option of `jamba serve` only, because LLM starts no server.")
@@ -262,8 +262,8 @@ def text_options(stop: str | Sequence[str], include_stop: bool, skip_special_tok
 
 
 def split_prompts(prompts: str | Sequence[Any]) -> Iterator[str | list[int]]:
-    """Yields each prompt. A single text or a single list of token ids is one prompt. Raises RequestRejected for a prompt
-    that is neither a text nor a list of token ids."""
+    """Yields each prompt. A single text or a single list of token ids is one prompt. Raises RequestRejected for a
+    prompt that is neither a text nor a list of token ids."""
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     for place, prompt in enumerate([prompts] if alone else prompts):
         try:
@@ -288,8 +288,8 @@ def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, obje
 
 
 def progress_bar(total: int, wanted: bool | None) -> Progress:
-    """Returns a progress bar for `total` replies on stderr. If `wanted` is None, it is shown for several replies if stderr
-    is a terminal."""
+    """Returns a progress bar for `total` replies on stderr. If `wanted` is None, it is shown for several replies if
+    stderr is a terminal."""
     console = Console(stderr=True)
     shown = wanted or (wanted is None and total > 1 and console.is_terminal)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -309,8 +309,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (only(), "has neither model.safetensors nor model.safetensors.index.json."),
     "pickles": (
         only("pytorch_model-1.bin", "pytorch_model-2.bin"),
-        "index.json; pytorch_model-1.bin, pytorch_model-2.bin cannot be loaded: convert them to safetensors (transformers: "
-        "from_pretrained, then save_pretrained).",
+        "index.json; pytorch_model-1.bin, pytorch_model-2.bin cannot be loaded: convert them to safetensors "
+        "(transformers: from_pretrained, then save_pretrained).",
     ),
     "gguf": (
         only("model.gguf"),
