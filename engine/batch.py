@@ -171,7 +171,7 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
         tokens = chunk.sequence.tokens
         token_ids += tokens[chunk.start : chunk.end]
         if chunk.end > len(tokens):
-            token_ids.append(0)  # a placeholder, because only the device knows this token yet
+            token_ids.append(0)  # 0 stands for a token that only the device knows yet
         _add_kv_slots(kv_slots, chunk, block_size)
     if padding:
         token_ids.extend([0] * padding)

@@ -58,8 +58,8 @@ class EngineCore:
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.inbox = Inbox()
-        self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
-        self._is_whole = True  # False during a step, and after a failed step until it is discarded completely
+        self._in_flight: PendingStep | None = None  # this step is launched, but its results have not been read
+        self._is_whole = True  # it is False during a step, and after a failed step until that is discarded completely
 
     @property
     def has_work(self) -> bool:
@@ -74,7 +74,7 @@ class EngineCore:
         with self._whole_or_discarded():
             last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
-            self.scheduler.abort(self.inbox.aborted())  # comes first, so that aborted requests get no more updates
+            self.scheduler.abort(self.inbox.aborted())  # aborts come first, so that aborted requests get no update
             if last is not None and self.scheduler.must_wait():
                 updates += self._take(last)
                 last = None

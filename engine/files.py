@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from jamba_server.engine.errors import CheckpointError
 
-MAX_BYTES: Final = 16 << 20  # the limit for a configuration, index or template; the largest published ones have 1 MB
+MAX_BYTES: Final = 16 << 20  # limits a configuration, an index or a template; the largest published ones have 1 MB
 _KINDS: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -59,7 +59,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value: object = json.loads(data)
-    except ValueError as error:  # includes UnicodeDecodeError
+    except ValueError as error:  # UnicodeDecodeError is a subclass of ValueError
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
     except RecursionError as error:
         raise CheckpointError(f"{path} cannot be read as JSON: its values are nested too deeply.") from error

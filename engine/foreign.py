@@ -84,7 +84,7 @@ def _foreign_folder(folder: Path) -> str | None:
         names = ", ".join(str(model) for model in models[:_NAMES_SHOWN])
         more = f" or one of {len(models) - _NAMES_SHOWN} more" if len(models) > _NAMES_SHOWN else ""
         return f"has no config.json itself, but folders in it have one; give {names}{more}"
-    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # the layout of huggingface_hub's cache
+    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # huggingface_hub's cache has this layout
         return f"is an entry of a hub cache; give the hub id, or {snapshots[-1].parent}"
     for suffix, what in _SUFFIXES.items():
         if suffix not in (".safetensors", ".json") and (found := [e.name for e in entries if e.suffix == suffix]):

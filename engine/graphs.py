@@ -141,7 +141,7 @@ class DecodeGraphs:
         batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
         graph = self._new_graph()
         hidden = graph.capture(lambda: self._model.forward(batch(), self._storage))
-        self._graphs[key] = graph  # stored only now, so that a failed capture leaves no incomplete graph
+        self._graphs[key] = graph  # it is stored only now, so that a failed capture leaves no incomplete graph
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
@@ -150,7 +150,7 @@ class DecodeGraphs:
         return ForwardBatch(
             token_ids=token_ids if sampled is None else sampled.fill(token_ids, *sources),
             kv_slots=kv_slots,
-            logit_rows=token_ids[:0],  # not used: logits are needed for all rows
+            logit_rows=token_ids[:0],  # a graph does not select rows, because every row of a decode step needs logits
             num_decodes=key.rows,
             decodes=Decodes(state_ids, PageTables(block_tables, context_lens, key.context)),
             prefills=None,

@@ -25,8 +25,8 @@ _EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
 # or experts would hang the server.
 _MAX_LAYERS: Final = 1024
 _MAX_EXPERTS: Final = 1024
-_MAX_SIZE: Final = 1 << 20  # the limit of a dimension such as hidden_size
-_MAX_TOKENS: Final = 1 << 30  # the limit of a context length
+_MAX_SIZE: Final = 1 << 20  # this limits dimensions such as hidden_size
+_MAX_TOKENS: Final = 1 << 30  # this limits the context length
 _MAX_VOCABULARY: Final = 1 << 24
 
 # These keys change what the model computes. Each maps to the only value that this server implements, which is also the

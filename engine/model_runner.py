@@ -52,7 +52,7 @@ class PendingStep:
         first = 0
         for i, chunk in enumerate(self.output.chunks):
             prompt = self.prompts[i].read() if i in self.prompts else ()
-            if chunk.num_sampled == 1:  # the usual case has a faster path
+            if chunk.num_sampled == 1:  # one token a chunk is the usual case, and this branch is faster
                 token_id, logprob = tokens[first]
                 results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
             else:

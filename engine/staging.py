@@ -30,7 +30,7 @@ def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     tensors share the memory of the arrays."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    if device.type == "meta":  # `Rehearsal` runs steps on this device
+    if device.type == "meta":  # `Rehearsal` runs steps on the device "meta", which has no memory to copy to
         return cut(torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=device), arrays)
     packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True))
     return cut(packed.to(device, non_blocking=True), arrays)

@@ -152,7 +152,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
-# Client to engine -------------------------------------------------------------------------------------------------
+# Messages from the client to the engine ---------------------------------------------------------------------------
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -169,11 +169,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 ToEngine = Submit | Abort | Shutdown
 
-# Engine to client -------------------------------------------------------------------------------------------------
+# Messages from the engine to the client ---------------------------------------------------------------------------
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Progress of the start: the fraction `fraction` of the phase named `phase` is done."""
+    """Reports the progress of the engine's start: the share `fraction` (0 to 1) of the phase named `phase` is done."""
 
     phase: str
     fraction: float

@@ -23,13 +23,16 @@ class BlockPool:
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
         self._worth: dict[int, float] = {}
-        self._empty = list(range(size - 1, 0, -1))  # free units without a key; the last one is handed out first
-        self._ranks: dict[int, tuple[float, int]] = {}  # free units with a key: (rank, count of releases at that time)
-        self._queue: list[tuple[float, int, int]] = []  # a heap of (*rank, id); outdated entries are skipped
-        self._clock = 0.0  # the rank of the last evicted unit
+        # These units are free and have no key. The last one is handed out first.
+        self._empty = list(range(size - 1, 0, -1))
+        # Maps each cached unit to its rank, and to the number of releases so far, by which equal ranks are sorted.
+        self._ranks: dict[int, tuple[float, int]] = {}
+        # The cached units as a heap of (*entry of `_ranks`, id). Entries that `_ranks` contradicts are skipped.
+        self._queue: list[tuple[float, int, int]] = []
+        self._clock = 0.0  # holds the rank of the last evicted unit
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
-        self.evicted: list[tuple[int, bytes]] = []  # (id, key) of the units that the last `allocate` evicted
+        self.evicted: list[tuple[int, bytes]] = []  # lists (id, key) of the units that the last `allocate` evicted
 
     @property
     def capacity(self) -> int:

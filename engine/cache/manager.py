@@ -94,13 +94,13 @@ class CacheManager:
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
-        self._unconfirmed = Unconfirmed()  # keys of pages; the store tracks the keys of states
+        self._unconfirmed = Unconfirmed()  # tracks the keys of pages; the state store tracks the keys of states
 
     @property
     def slots(self) -> BlockPool:
         return self.store.slots
 
-    # Looking up -------------------------------------------------------------------------------------------------
+    # Finding cached prefixes ------------------------------------------------------------------------------------
 
     def match(self, seq: Sequence) -> PrefixHit:
         """Returns the longest prefix of `seq` that has all its pages and a saved state at its end. Changes nothing."""
@@ -150,14 +150,15 @@ class CacheManager:
         lost = next((n for n in range(shared, hit, -1) if self.store.was_evicted(hashes[n - 1])), hit)
         return (shared - lost) * self.block_size, (evicted_to - shared + lost - hit) * self.block_size
 
-    # Owning -----------------------------------------------------------------------------------------------------
+    # Giving pages and slots to sequences, and taking them back --------------------------------------------------
 
     def admit(self, seq: Sequence, hit: PrefixHit, num_tokens: int, *, reserve: int = 0) -> bool:
         """Gives `seq` a slot and pages for `num_tokens`, and reuses those of `hit`. Returns False, and changes nothing,
         if no slot is free or fewer than `reserve` pages would remain free."""
         sources = () if hit.tail_page is None else (hit.tail_page,)
         need = -(-num_tokens // self.block_size) - len(hit.block_ids)
-        revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))  # the hit takes these free pages
+        # Pages of the hit that no sequence uses count as free now, but are not free once the hit is taken.
+        revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))
         if need + revived + reserve > self.pages.num_free:
             return False
         if (slot := self.store.start(hit.place)) is None:
@@ -196,7 +197,7 @@ class CacheManager:
         self.slots.release([seq.state_id])
         seq.vacate()
 
-    # Saving -----------------------------------------------------------------------------------------------------
+    # Saving states ----------------------------------------------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
         """Reserves room for the states that the chunk (start, end] of `seq` should save, and returns them in the order
@@ -232,7 +233,7 @@ class CacheManager:
         pages, self._page_copies = self._page_copies, []
         return CacheCopies(pages, *self.store.take_copies())
 
-    # Launched, confirmed, failed --------------------------------------------------------------------------------
+    # Following a step from its launch to its confirmation or failure --------------------------------------------
 
     def launch(self, copies: CacheCopies) -> None:
         """Notes that a step has been launched with these copies. Steps that are launched later find the states that it
@@ -259,7 +260,7 @@ class CacheManager:
         self._unconfirmed.clear()
         self.store.discard()
 
-    # Keys -------------------------------------------------------------------------------------------------------
+    # Computing and publishing the keys of prefixes --------------------------------------------------------------
 
     def _root(self, seq: Sequence) -> bytes:
         return sha256(seq.request.cache_salt.encode()).digest()

@@ -14,8 +14,8 @@ class Unconfirmed:
     """
 
     def __init__(self) -> None:
-        self._launched = self._confirmed = 0  # numbers of steps
-        self._keys: list[tuple[int, bytes]] = []  # (number of the step that writes the content, key)
+        self._launched = self._confirmed = 0  # these count launched and confirmed steps
+        self._keys: list[tuple[int, bytes]] = []  # each entry is (number of the step that writes the content, key)
 
     def add(self, key: bytes, *, by_next: bool = False) -> None:
         """Notes that `key` is about to be published. Its content is written by the last launched step, or by the next

@@ -69,5 +69,5 @@ class Linear:
     def pack(self) -> None:
         """Quantises and packs the weight. To be called once, when the weight is filled."""
         weight, self._weight = self._weight, None
-        weight = self._backend.quantize(self._role, weight)  # the last reference to the raw weight ends here
+        weight = self._backend.quantize(self._role, weight)  # drops the last reference to the raw weight
         self._weight = self._linear.pack(weight)

@@ -125,7 +125,7 @@ class JambaForCausalLM(Jamba):
 
 
 class JambaForSequenceClassification(Jamba):
-    """Jamba with a linear head that gives a score for each label."""
+    """Jamba as a classifier: its head is a linear layer that gives a score for each label."""
 
     def _make_head(self) -> Linear:
         return Linear(self._backend, self.config.hidden_size, {"score": self.config.num_labels}, role="other")

@@ -47,14 +47,14 @@ class LogToParent(logging.Handler):
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(message)s"))  # level and name travel as fields of their own
+        self.setFormatter(logging.Formatter("%(message)s"))  # LogLine has level and logger name as other fields
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._send(LogLine(record.levelno, record.name, self.format(record)))
         except OSError:
-            return  # the parent is gone, and the reading thread will notice
+            return  # the parent process is gone, which the reading thread notices and handles
         except Exception:  # noqa: BLE001 - a record that cannot be formatted must not end the engine
             self.handleError(record)
 
@@ -113,7 +113,7 @@ def main() -> None:
         try:
             status = run(connection, send)
         except (BrokenPipeError, ConnectionResetError):
-            status = 0  # the parent is gone
+            status = 0  # the parent process is gone, so there is nobody to serve
     os._exit(status)  # a normal exit could hang, because the reading thread may still wait in recv
 
 

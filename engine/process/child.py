@@ -44,7 +44,7 @@ class Child:
         """Starts `command` with the file descriptor of its socket as the last argument, and sends it `config`. Raises
         OSError if the process cannot be started."""
         ours, theirs = socket.socketpair()
-        root = str(Path(jamba_server.__file__).parent.parent)  # the child must import this same installation
+        root = str(Path(jamba_server.__file__).parent.parent)  # makes the child import this same jamba_server
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         # With the policy PASSIVE torch's idle threads sleep. Otherwise they would spin on cores that the kernels' own
         # threads need.

@@ -13,7 +13,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 def pack(message: msgspec.Struct) -> bytes:
-    """Returns the frame of a message. Raises ValueError if the message is longer than MAX_FRAME_BYTES."""
+    """Returns the frame of a message. Raises ValueError if the message has MAX_FRAME_BYTES or more."""
     body = msgspec.msgpack.encode(message)
     if len(body) >= MAX_FRAME_BYTES:
         raise ValueError(f"a message has {len(body)} bytes; it must have less than {MAX_FRAME_BYTES}")

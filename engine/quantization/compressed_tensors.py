@@ -18,7 +18,7 @@ from jamba_server.engine.quantization import Role
 from jamba_server.engine.quantization.methods import COMPRESSED_TENSORS, advice
 
 FORMAT: Final = "float-quantized"
-_MAX_PATTERNS: Final = 10_000  # the limit of one list, because every pattern may be tried on every linear module
+_MAX_PATTERNS: Final = 10_000  # limits one list of patterns, because each may be tried on every linear module
 # Maps each key of a group's `weights` to its allowed values. None allows null, and also that the key is absent.
 _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
     "num_bits": (8,),
@@ -76,7 +76,8 @@ class _Reader:
         values = self.mapping("", config)
         self.expect("quant_method", values.get("quant_method"), COMPRESSED_TENSORS)
         self.expect("format", values.get("format"), FORMAT, None)
-        for name in ("kv_cache_scheme", "transform_config"):  # transform_config rotates weights by Hadamard matrices
+        # A transform_config would rotate weights by Hadamard matrices.
+        for name in ("kv_cache_scheme", "transform_config"):
             self.expect(name, values.get(name) or None, None)
         if sparsity := values.get("sparsity_config"):
             self.expect("sparsity_config.format", self.mapping("sparsity_config", sparsity).get("format"), "dense")

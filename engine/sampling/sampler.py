@@ -81,7 +81,7 @@ class Sampler:
         params = [row.params for row in rows]
         columns = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
         arrays: list[Array] = [np.array(column, dtype=np.float32) for column in columns]
-        # Greedy rows have no noise, so they need no key.
+        # Greedy rows are sampled without noise, so they need no key.
         keys = [
             row_key(row.params.seed or 0, row.choice, row.position) if row.params.temperature else 0 for row in rows
         ]

@@ -79,7 +79,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     dtype = choose_dtype(config, model_config)
     policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
-    if device.type == "cpu":  # must precede the loading of the kernels, which use as many threads as torch
+    if device.type == "cpu":  # comes before the kernels are loaded, which use as many threads as torch
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
@@ -191,7 +191,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
-    if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:  # those have a warning of their own
+    # With reference kernels for all operations there is no warning, because the list of kernels shows them already.
+    if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:
         warnings += (f"decode steps run without graphs: {reason}; set enforce_eager to hide this warning",)
     return EngineInfo(
         architecture=model_config.architecture,

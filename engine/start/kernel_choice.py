@@ -11,7 +11,7 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.kernels.external import FLASH_PAGE
 
 FP8_KERNELS = ("triton", "reference")  # these attention kernels read and write pages in float8_e4m3fn
-FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that converts float8_e4m3fn in hardware
+FP8_CAPABILITY = (8, 9)  # GPUs support float8_e4m3fn from this compute capability on
 
 
 def check_kernels(config: EngineConfig, dtype: torch.dtype, device: torch.device, names: Mapping[str, str]) -> None:

@@ -43,7 +43,7 @@ def available_cpus(root: Path = Path("/")) -> int:
     in whole cores if that is less."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _control_groups(root, "cpu"):
-        if (folder / "cpu.max").exists():  # "200000 100000" or "max 100000": quota and period in microseconds
+        if (folder / "cpu.max").exists():  # it holds quota and period in microseconds: "200000 100000"
             quota, period = (folder / "cpu.max").read_text().split()
             limit = None if quota == "max" else int(quota) / int(period)
         else:

@@ -101,7 +101,7 @@ class DummySteps:
             reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
-            yield self._output([reply, *self.prompts(2, 2)])  # here the prompt does not begin at row 0 of the batch
+            yield self._output([reply, *self.prompts(2, 2)])  # its prompt does not begin at row 0 of the batch
         for tokens in _powers_of_two(self.max_num_batched_tokens):
             yield self._output(self.prompts(tokens, self._max_model_len))
         for count in _powers_of_two(self.max_num_seqs):

@@ -21,11 +21,11 @@ DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
 # The share of the caches in the memory that weights and activations leave. A CPU shares its memory with all other
 # programs of the machine. On a GPU gpu_memory_utilization already leaves room for fragmentation and for libraries.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
-SAVED_STATES_SHARE = 0.25  # the share of saved states in the cache memory that remains after the running slots
+SAVED_STATES_SHARE = 0.25  # saved states get this share of the cache memory that remains after the running slots
 MIN_SAVED_STATES = 2  # prefix caching needs at least one for the end of a system prompt and one for that of a reply
-STAGING_SLOTS = 4  # extra slots that hold states until they are compressed: as many as one prompt saves in a step
+STAGING_SLOTS = 4  # so many extra slots hold states until they are compressed; a prompt saves as many in a step
 MAX_NUM_SEQS = 65_535  # GPU kernels count sequences on the second or third axis of their grid, and CUDA limits these
-MIN_PAGES = 3  # the dummy page 0, one page for a sequence, and one page as the source of a copy
+MIN_PAGES = 3  # these are the dummy page 0, one page for a sequence, and one page as the source of a copy
 # Pages are allocated for twice as many tokens as can run at once, so that the prefix cache holds as many again. On a
 # CPU prefill is slow and other programs need memory, too, so each running sequence counts with an average context, and
 # with one saved state for each point where conversations branch or end: after the system prompt, before the last user
@@ -141,8 +141,10 @@ def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]
     kind of layer with the largest activations, the second for the logits."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     k = config.num_experts_per_tok if config.num_experts > 1 else 1
-    mamba = 6 * d  # both halves of in_proj's output, the convolution's output, dt, y, and y times its gate
-    feed_forward = k * (3 * f + h)  # gate, up, their product, and the output, for each of the k experts of a token
+    mamba = 6 * d  # counts both halves of in_proj's output, the convolution's output, dt, y, and y times its gate
+    feed_forward = k * (
+        3 * f + h
+    )  # counts gate, up, their product and the output, for each of the k experts of a token
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     rows = max(max_num_seqs, PROMPT_LOGITS_ROWS)
     return 4 * (4 * h + max(mamba, feed_forward, attention)), 4 * LOGITS_COPIES * rows * config.vocab_size
@@ -157,7 +159,8 @@ class _Planner:
     ) -> None:
         self.config, self.engine, self.spec, self.device, self.measured = config, engine, spec, device, measured
         self.compresses = engine.state_cache_dtype != "auto"
-        self.fixed_slots = 1 + (STAGING_SLOTS if self.compresses else 0)  # the dummy slot 0 and the staging slots
+        # No sequence runs in the dummy slot 0 and in the staging slots.
+        self.fixed_slots = 1 + (STAGING_SLOTS if self.compresses else 0)
         self.warnings: list[str] = []
 
     def plan(self, weight_bytes: int, free: int) -> MemoryPlan:
@@ -232,7 +235,7 @@ class _Planner:
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
         saved = MIN_SAVED_STATES if self.engine.enable_prefix_caching else 0
-        saved += self.compresses  # the pool of compressed states has a dummy 0, too
+        saved += self.compresses  # adds the dummy 0 of the pool of compressed states
         pages = MIN_PAGES * self.spec.bytes_per_page
         explicit = self.engine.kv_cache_memory_bytes
         if explicit is not None and explicit < pages:

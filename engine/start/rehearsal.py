@@ -71,7 +71,7 @@ class Rehearsal:
     def compile(self, steps: DummySteps, executor: Executor) -> int:
         """Compiles the kernels that these steps launch, in the threads of `executor`, and loads them onto the device.
         Returns the number of kernels."""
-        from jamba_server.kernels.triton.launch import compile_launches  # imported here, as triton may not be installed
+        from jamba_server.kernels.triton.launch import compile_launches  # triton may not be installed
 
         return compile_launches(lambda: self.launch(steps), executor)
 

@@ -26,9 +26,9 @@ _DECIDED_BY: Final = {
     "mamba.out_proj.bias": "mamba_proj_bias",
     HEAD: "tie_word_embeddings",
 }
-_CHUNK: Final = 1 << 20  # so many random numbers are drawn at a time: 4 MiB in float32, which fit into a CPU's caches
+_CHUNK: Final = 1 << 20  # so many random numbers are drawn at a time: 4 MiB in float32; a CPU caches several of these
 _STEP: Final = 0x9E3779B9 - 2**32  # 2**32 / golden ratio as int32; it is odd, so its multiples reach every int32
-_DT_RANGE: Final = (0.001, 0.1)  # the range of time steps when Mamba's training begins (Gu & Dao 2023, section 3.6)
+_DT_RANGE: Final = (0.001, 0.1)  # Mamba's training begins with time steps in this range (Gu & Dao 2023, section 3.6)
 
 
 def load_weights(
@@ -164,7 +164,7 @@ class _Loader:
 def _is_finite(tensor: Tensor) -> bool:
     """Returns whether all numbers of `tensor` are finite. It looks at the minimum and the maximum only, which are NaN
     if any number is: this takes one pass and no mask of the tensor's size."""
-    if tensor.dtype == torch.float8_e4m3fn:  # has no infinity, and NaN is 0x7F or 0xFF
+    if tensor.dtype == torch.float8_e4m3fn:  # this dtype has no infinity, and NaN is 0x7F or 0xFF
         return bool((tensor.view(torch.uint8) & 0x7F).amax() < 0x7F)
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
@@ -255,7 +255,7 @@ def _scramble(bits: Tensor, key: int, scratch: Tensor) -> None:
     the lowest bits. The `key` is mixed in between the two multiplications. Otherwise the sequences of all keys would be
     parts of one and the same sequence."""
     for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
-        torch.bitwise_right_shift(bits, shift, out=scratch)  # fills with copies of the sign; the mask removes them
+        torch.bitwise_right_shift(bits, shift, out=scratch)  # shifts in copies of the sign, which the mask removes
         bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
         if shift == 16:
             bits.bitwise_xor_(key)

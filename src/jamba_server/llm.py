@@ -130,7 +130,7 @@ class LLM:
             specs.append(self._spec(chat.prompt_ids, sampled, n, ending, saves=chat.save_positions, param="messages"))
         return self._run(specs, progress)
 
-    # Texts ------------------------------------------------------------------------------------------------------
+    # Tokenizer and chat template --------------------------------------------------------------------------------
 
     def _text(self) -> Tokenizer:
         """Returns the tokenizer. Raises CheckpointError if the checkpoint has none."""
@@ -146,7 +146,7 @@ class LLM:
             raise RequestRejected(message, param="messages")
         return self._template
 
-    # Requests ---------------------------------------------------------------------------------------------------
+    # Making requests and running them ---------------------------------------------------------------------------
 
     def _sampling(self, params: SamplingParams | None, given: Mapping[str, Any], *, max_tokens: int) -> SamplingParams:
         """Returns the sampling parameters for all prompts of a call. A keyword argument that is None counts as absent.

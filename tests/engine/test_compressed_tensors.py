@@ -230,7 +230,7 @@ def spoil(name: str, index: tuple[int, int]) -> Callable[[Path], None]:
         (drop(f"{Q}_scale"), f"tensors are missing: {Q}_scale."),
         (set_tensor(Q, torch.ones(16, 16)), f"{Q} has dtype torch.float32; by quantization_config of"),
         (set_tensor(f"{Q}_scale", torch.ones(16)), f"{Q}_scale has shape [16]; "),
-        (set_tensor(f"{Q}_scale", torch.full((16, 1), torch.inf)), f"{Q}_scale holds numbers that are infinite"),
+        (set_tensor(f"{Q}_scale", torch.full((16, 1), torch.inf)), f"{Q}_scale holds values that are infinite"),
         (spoil(DOWN, (15, 23)), f"{DOWN} holds values that are infinite or not a number (NaN)"),
         (set_tensor(f"{Q[:-7]}.input_scale", torch.ones(1)), "q_proj.input_scale [1] has no place in the model"),
     ],

@@ -349,10 +349,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lose_a_shard,
         "lacks model-00002-of-00002.safetensors, named in model.safetensors.index.json;",
     ),
-    "twice": (overlap_shards, "model-00002-of-00002.safetensors: tensor lm_head.weight holds what lm_head.weight has"),
+    "twice": (overlap_shards, "model-00002-of-00002.safetensors: tensor lm_head.weight fills weights that tensor lm"),
     "fused as well": (
         add_fused,
-        f"tensor {MOE}experts.down_proj holds what {MOE}experts.0.down_proj.weight has",
+        f"tensor {MOE}experts.down_proj fills weights that tensor {MOE}experts.0.down_proj.weight has filled already",
     ),
     "index": (index("{"), "model.safetensors.index.json cannot be read as JSON: "),
     "index without map": (
@@ -392,7 +392,7 @@ def test_numbers_that_are_none_are_refused_by_name(value: float, folder: Path) -
     tensor[5, 7] = value
     set_tensor(name, tensor)(folder)
     with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.weight holds numbers th"
+        CheckpointError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.weight holds values th"
     ):
         load(folder)
 
