@@ -13,12 +13,10 @@ MAX_ROWS = 512  # a larger batch gains nothing from a graph: its kernels run lon
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
 BYTES_PER_GRAPH = 4 * 1024**2  # this is an estimate: a graph stores some hundred kernels with their arguments
-ROW_BYTES = (
-    3 * 8 + 2 * 4
-)  # a row has a token id, kv slot and token source in int64, and a state slot and context length in int32
-ATTENTION_BYTES = (
-    64 * 1024**2
-)  # partial results of attention on a GPU get this memory; it processes as many rows at once as fit
+# A row has a token id, kv slot and token source in int64, and a state slot and context length in int32.
+ROW_BYTES = 3 * 8 + 2 * 4
+# Partial results of attention on a GPU get this memory. Attention processes as many rows at once as fit into it.
+ATTENTION_BYTES = 64 * 1024**2
 
 
 class GraphKey(NamedTuple):

@@ -155,9 +155,8 @@ def _names_in_index(folder: Path) -> set[str]:
 def header(path: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one file by name. Raises CheckpointError for a file that is not complete."""
     try:
-        with safe_open(
-            path, framework="np"
-        ):  # `safe_open` checks the header, and that the file has the size that it implies
+        # `safe_open` checks the header, and that the file has the size that the header implies.
+        with safe_open(path, framework="np"):
             pass
         with path.open("rb") as file:
             return _read_header(path, file)

@@ -142,9 +142,7 @@ def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     k = config.num_experts_per_tok if config.num_experts > 1 else 1
     mamba = 6 * d  # counts both halves of in_proj's output, the convolution's output, dt, y, and y times its gate
-    feed_forward = k * (
-        3 * f + h
-    )  # counts gate, up, their product and the output, for each of the k experts of a token
+    feed_forward = k * (3 * f + h)  # counts gate, up, their product and the output, for each of a token's k experts
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     rows = max(max_num_seqs, PROMPT_LOGITS_ROWS)
     return 4 * (4 * h + max(mamba, feed_forward, attention)), 4 * LOGITS_COPIES * rows * config.vocab_size
