@@ -38,7 +38,8 @@ class SlotCopies:
         self._storage, self._kernels = storage, kernels
 
     def save(self, pairs: Pairs) -> None:
-        """Copies nothing, because `SlotStates` leaves a saved state in its slot. Rehearsed steps call this for any store."""
+        """Copies nothing, because `SlotStates` leaves a saved state in its slot. Rehearsed steps call
+        this for every store."""
 
     def restore(self, pairs: Pairs) -> None:
         tensors = (self._storage.conv, self._storage.ssm)
