@@ -59,7 +59,7 @@ class EngineCore:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.inbox = Inbox()
         self._in_flight: PendingStep | None = None  # this step is launched, but its results have not been read
-        self._is_whole = True  # it is False during a step, and after a failed step until that is discarded completely
+        self._is_whole = True  # `step` sets it to False until a step is finished or completely discarded
 
     @property
     def has_work(self) -> bool:

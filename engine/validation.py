@@ -14,7 +14,7 @@ import msgspec
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
 from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
-MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit
+MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit for logit_bias
 MAX_STOP_TOKEN_IDS = 128
 MAX_BAD_WORDS = 128  # this counts sequences of tokens; a word of the request becomes one or two of them
 MAX_ALLOWED_TOKEN_IDS = 4096  # allowed ids are copied to the device in every step, so they are limited

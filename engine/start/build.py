@@ -79,7 +79,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     dtype = choose_dtype(config, model_config)
     policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
-    if device.type == "cpu":  # comes before the kernels are loaded, which use as many threads as torch
+    if device.type == "cpu":  # must be set before the kernels are loaded: they use as many threads as torch
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
