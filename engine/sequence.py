@@ -17,7 +17,8 @@ class Sequence:
     `branch` is a position where its tokens left what others had computed (0: none known). `tokens` and `block_ids` are
     arrays because each step copies them to tensors: of a long context that is 100 times faster than from a list.
     `num_pending` tokens after them have been chosen on the device, or will be by steps under way; what they are is not
-    known yet. `num_computed` positions have been launched: those of steps under way are not confirmed.
+    known yet. `num_computed` positions have been launched: those of steps under way are not confirmed. `num_uncached`
+    tokens were not in the cache when it came, `work_before` prompt tokens had been scheduled by then.
     """
 
     request: Request
@@ -35,6 +36,8 @@ class Sequence:
     num_cached: int = 0
     queue_seconds: float | None = None
     announced: bool = False
+    num_uncached: int = 0
+    work_before: int = 0
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float) -> Sequence:
@@ -53,6 +56,11 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def parent(self) -> str:
+        """The client's request, of which this is one choice."""
+        return self.request.parent or self.request.id
 
     @property
     def kind(self) -> RequestKind:

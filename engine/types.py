@@ -57,9 +57,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One choice of one prompt. `kind`: tokens are wanted, or a classifier's scores, or an embedding.
 
     `index` is the choice's number within its prompt (0..n-1); requests of one prompt share `group`, so that its
-    prefix is computed once. `generated` and `num_prompt_logprobs` say what an earlier engine has delivered already
-    (replay after a restart). `save_positions` are token offsets into the prompt where a state is worth keeping.
-    Requests find in the prefix cache only what requests with the same `cache_salt` computed.
+    prefix is computed once. `parent` is the client's request, of which this is one choice (empty: it is alone), and
+    `tenant` stands for its API key: both take turns. `generated` and `num_prompt_logprobs` say what an earlier engine
+    has delivered already (replay after a restart). `save_positions` are token offsets into the prompt where a state is
+    worth keeping. Requests find in the prefix cache only what requests with the same `cache_salt`
+    computed.
     """
 
     id: str
@@ -68,6 +70,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: RequestKind = "generate"
     index: int = 0
     group: str = ""
+    parent: str = ""
+    tenant: str = ""
     priority: int = 0
     save_positions: tuple[int, ...] = ()
     cache_salt: str = ""
