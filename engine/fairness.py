@@ -33,10 +33,10 @@ class Shares:
 
     def __init__(self, running: Iterable[Sequence]) -> None:
         self._by_tenant: dict[str, list[Sequence]] = {}
-        self._by_parent: dict[str, list[Sequence]] = {}
+        self._by_parent: dict[tuple[str, str], list[Sequence]] = {}
         for seq in running:
             self._by_tenant.setdefault(seq.request.tenant, []).append(seq)
-            self._by_parent.setdefault(seq.parent, []).append(seq)
+            self._by_parent.setdefault((seq.request.tenant, seq.parent), []).append(seq)
 
     @property
     def one_holds_several(self) -> bool:
@@ -47,16 +47,22 @@ class Shares:
         """Sorts waiting sequences by whose turn it is: within a priority the tenant, then the request that has the
         fewest sequences running."""
         priority, rank, arrival = urgency(seq)
-        tenant, parent = self._by_tenant.get(seq.request.tenant, ()), self._by_parent.get(seq.parent, ())
-        return priority, len(tenant), len(parent), rank, arrival
+        tenant = seq.request.tenant
+        of_tenant, of_parent = self._by_tenant.get(tenant, ()), self._by_parent.get((tenant, seq.parent), ())
+        return priority, len(of_tenant), len(of_parent), rank, arrival
 
     def holder_for(self, seq: Sequence) -> Sequence | None:
-        """The running sequence that gives way to `seq`, the first of its tenant or of its request: the youngest of
-        whoever holds the most, if that is more than one. A more urgent priority never gives way."""
-        if seq.request.tenant not in self._by_tenant:
-            holders = self._by_tenant.values()
-        elif seq.parent not in self._by_parent:
-            holders = self._by_parent.values()
+        """The running sequence that gives way to `seq`: the youngest of whoever holds the most, if it holds several.
+
+        A tenant without a running sequence takes the place of another tenant's, a request without one that of another
+        request of its tenant. So no two sequences can displace each other in turn. A more urgent priority never gives
+        way.
+        """
+        tenant = seq.request.tenant
+        if tenant not in self._by_tenant:
+            holders = list(self._by_tenant.values())
+        elif (tenant, seq.parent) not in self._by_parent:
+            holders = [choices for (owner, _), choices in self._by_parent.items() if owner == tenant]
         else:
             return None
         most = max(holders, key=len, default=())

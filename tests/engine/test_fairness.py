@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,13 @@ from jamba_server.engine.types import Request, SamplingParams
 from tests.engine.simulator import Simulator, make_scheduler
 
 BUDGET = 32
-ROOM = {"num_pages": 4096, "max_model_len": 4000, "num_slots": 64, "max_num_batched_tokens": BUDGET}
+ROOM: dict[str, Any] = {"num_pages": 4096, "max_model_len": 4000, "num_slots": 64, "max_num_batched_tokens": BUDGET}
 
 
-def request(name: str, length: int, max_tokens: int = 2, **fields: object) -> Request:
+def request(name: str, length: int, max_tokens: int = 2, **fields: Any) -> Request:
     """Prompts have nothing in common, so that none is found in the cache."""
     prompt = [Random(name).randrange(1000) for _ in range(length)]
-    return Request(id=name, prompt=prompt, params=SamplingParams(max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
+    return Request(id=name, prompt=prompt, params=SamplingParams(max_tokens=max_tokens), **fields)
 
 
 def step(simulator: Simulator) -> set[str]:
@@ -138,7 +139,7 @@ def test_everybody_ends_and_the_order_is_the_same_every_time(ahead: bool) -> Non
                 tenant=random.choice("ab"),
                 priority=random.choice((0, 0, 5)),
             )
-            for i in range(60)
+            for i in range(30)
         ]
         while requests or scheduler.has_work or simulator.under_way:
             assert simulator.time < 5_000, "somebody starves"
@@ -147,5 +148,5 @@ def test_everybody_ends_and_the_order_is_the_same_every_time(ahead: bool) -> Non
             taken.append(sorted(update.request_id for update in simulator.step(lambda _: 7)))
         return taken
 
-    for seed in range(12):
+    for seed in range(4):
         assert run(seed) == run(seed)
