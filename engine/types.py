@@ -59,9 +59,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     an embedding.
 
     `index` (0 to n-1) is the number of the reply among the n replies to the same prompt. The requests for these share
-    `group`, so that the prompt is computed once. After a restart of the engine, `generated` and `num_prompt_logprobs`
-    tell what the client has received already. `save_positions` are token positions in the prompt where a state should
-    be saved. A request reuses only cached prefixes of requests with the same `cache_salt`.
+    `group`, so that the prompt is computed once. `parent` is the id of the client's request that this is a part of
+    (empty: of its own), and `tenant` stands for the client's API key; both take turns when the engine is full. After a
+    restart of the engine, `generated` and `num_prompt_logprobs` tell what the client has received already.
+    `save_positions` are token positions in the prompt where a state should be saved. A request reuses only cached
+    prefixes of requests with the same `cache_salt`.
     """
 
     id: str
@@ -70,6 +72,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: RequestKind = "generate"
     index: int = 0
     group: str = ""
+    parent: str = ""
+    tenant: str = ""
     priority: int = 0
     save_positions: tuple[int, ...] = ()
     cache_salt: str = ""

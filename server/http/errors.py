@@ -128,6 +128,12 @@ def request_id_of(scope: Scope) -> str:
     return state["request_id"]
 
 
+def tenant_of(scope: Scope) -> str:
+    """Returns what stands for the API key of the request: "key-" and the key's number, or "" on an open server."""
+    state: dict[str, str] = scope["state"]
+    return state.get("tenant", "")
+
+
 def _describe_http(exc: HTTPException) -> Problem:
     status = exc.status_code
     server_error = status >= HTTPStatus.INTERNAL_SERVER_ERROR

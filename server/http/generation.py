@@ -43,6 +43,7 @@ class GenerationSpec:
     text: TextOptions
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
     http_request_id: str = ""
 
     def requests(self) -> list[Request]:
@@ -53,6 +54,8 @@ class GenerationSpec:
                 params=prompt.params,
                 index=index,
                 group=f"{self.id}-{number}" if self.n > 1 else "",
+                parent=self.id,
+                tenant=self.tenant,
                 priority=self.priority,
                 cache_salt=self.cache_salt,
                 save_positions=prompt.save_positions,

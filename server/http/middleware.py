@@ -106,7 +106,11 @@ class ApiKey:
         self.app, self.keys, self.open_paths = app, [key.encode() for key in keys], open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._open(_route_path(scope)) or self._valid(Headers(scope=scope)):
+        if scope["type"] != "http" or self._open(_route_path(scope)):
+            await self.app(scope, receive, send)
+            return
+        if (number := self._number_of_key(Headers(scope=scope))) is not None:
+            scope["state"]["tenant"] = f"key-{number}"
             await self.app(scope, receive, send)
             return
         raise HTTPException(
@@ -118,12 +122,13 @@ class ApiKey:
     def _open(self, path: str) -> bool:
         return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
 
-    def _valid(self, headers: Headers) -> bool:
+    def _number_of_key(self, headers: Headers) -> int | None:
+        """Returns the position of the valid key that the request carries, or None."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
         # Every key is compared, so that the time of the comparison does not reveal which key matched.
         matches = [hmac.compare_digest(key, known) for key in map(_latin_1, sent) for known in self.keys]
-        return any(matches)
+        return matches.index(True) % len(self.keys) if any(matches) else None
 
 
 class JsonBody:

@@ -7,9 +7,10 @@ import uuid
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from jamba_server.server.http.choice import TextOptions
-from jamba_server.server.http.errors import request_id_of
+from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
@@ -34,7 +35,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         warn_of_bos(request, services)
     await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
     model = services.model(body.model)
-    spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
+    spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request.scope)
     writer = CompletionWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
@@ -47,7 +48,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     return await answer(request, writer, services, stream=bool(body.stream))
 
 
-async def _spec(body: CompletionRequest, services: Services, id_: str, http_request_id: str) -> GenerationSpec:
+async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
     bad_words = await services.bad_words(body.bad_words)
     text = TextOptions(
@@ -63,7 +64,8 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, http_requ
         text=text,
         priority=priority,
         cache_salt=body.cache_salt or "",
-        http_request_id=http_request_id,
+        tenant=tenant_of(scope),
+        http_request_id=request_id_of(scope),
     )
 
 
