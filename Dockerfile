@@ -1,10 +1,10 @@
-# Two targets: `cpu` (the default) and `cuda`. Both want Debian 12, Ubuntu 24.04 or a later one as base.
+# This file has two targets, `cpu` (the default) and `cuda`. The base image must be Debian 12, Ubuntu 24.04 or later.
 #
 #   docker build -t jamba-server .
 #   docker build --target cuda -t jamba-server:cuda .
 #
 # hadolint global ignore=DL3008
-# (no versions of apt packages: they are the base image's, whichever that is)
+# The rule DL3008 demands pinned versions of apt packages. They cannot be pinned, because BASE_IMAGE can be changed.
 ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${BASE_IMAGE} AS base
@@ -13,7 +13,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 FROM base AS build
-# pip reads these three from the environment: other package indices, or a folder of wheels mounted into the build
+# pip reads these three variables from the environment. They name other package indices or a mounted folder of wheels.
 ARG PIP_INDEX_URL=
 ARG PIP_EXTRA_INDEX_URL=
 ARG PIP_FIND_LINKS=
@@ -35,20 +35,20 @@ COPY server server
 COPY src src
 RUN /opt/jamba/bin/pip wheel --no-deps --wheel-dir /wheels .
 
-# the dependencies before the wheel: they change less often
+# The dependencies are installed before the wheel because they change less often, so that their layer stays cached.
 FROM build AS cpu-packages
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN /opt/jamba/bin/pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} --requirement requirements.txt
 COPY --from=wheel /wheels /wheels
 RUN /opt/jamba/bin/pip install --no-deps /wheels/*.whl
 
-# torch brings its own CUDA libraries; the host needs NVIDIA's driver and container toolkit
+# The CUDA libraries come with torch. The host needs NVIDIA's driver and its container toolkit.
 FROM build AS cuda-packages
 RUN /opt/jamba/bin/pip install --requirement requirements.txt
 COPY --from=wheel /wheels /wheels
 RUN /opt/jamba/bin/pip install --no-deps /wheels/*.whl
 
-# The container may run as any user and group, as OpenShift's do: a random user of group 0, in no passwd.
+# The container may run as any user. OpenShift chooses a random user id with group 0, which /etc/passwd does not list.
 FROM base AS runtime
 RUN useradd --uid 10001 --gid 0 --no-create-home --home-dir /home/jamba jamba \
     && install --directory --owner jamba --group root --mode 1777 /home/jamba /home/jamba/triton /hub /models
@@ -64,15 +64,15 @@ ENV PATH=/opt/jamba/bin:${PATH} \
 WORKDIR /home/jamba
 VOLUME ["/models", "/hub"]
 EXPOSE 8000
-# /health answers 503 until the model has loaded, which takes minutes for a large one: that does not count against the
-# container in the start period. For liveness, ask /live.
+# /health answers 503 until the model has loaded, which takes minutes for a large model. During the start period such
+# failures do not make the container unhealthy. A liveness probe should use /live instead.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python3", "-m", "jamba_server.server.cli.health"]
 ENTRYPOINT ["jamba"]
 CMD ["serve"]
 
 FROM runtime AS cuda
-# Triton builds its launchers with the C compiler and Python's headers
+# Triton compiles the C code that launches its kernels when they first run. It needs a C compiler and Python's headers.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*

@@ -1,19 +1,20 @@
 # The two commands are `make serve` and `make test`. Each makes .venv and installs what it needs, once.
 #
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
-#   make test                             everything that has to pass: style, types, imports, tests
-#   make test-triton                      the part of it that runs and compiles the GPU kernels without a GPU
-#   make check                            the quick part of it: style, types, imports
-#   make format                           let ruff rewrite the sources
-#   make clean                            remove .venv and what the tools leave behind
+#   make test                             run all checks: style, types, imports and tests
+#   make test-triton                      run and compile the GPU kernels without a GPU (part of `make test`)
+#   make check                            run only the quick checks: style, types, imports
+#   make format                           let ruff format the sources
+#   make clean                            remove .venv and the tools' caches
 #
 # Variables:
-#   TORCH_INDEX  address of a package index that has torch, beside pip's default one, whose torch brings gigabytes of
-#                CUDA libraries. Without an NVIDIA GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   PYTHON       the Python that .venv is made from, 3.11 or later (default python3)
-#   COVERAGE     1: measures which lines of server/ and engine/ the tests run, and fails below the floor that
-#                pyproject.toml sets
-#   TESTS        arguments of pytest, for example TESTS="tests/server -k stream"
+#   TORCH_INDEX  the address of an additional package index that has torch. The torch of pip's default index includes
+#                gigabytes of CUDA libraries. Without an NVIDIA GPU:
+#                make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   PYTHON       the Python that makes .venv, 3.11 or later (default python3)
+#   COVERAGE     with COVERAGE=1, `make test` measures how many lines of server/ and engine/ the tests run, and fails
+#                below the share that pyproject.toml sets
+#   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PACKAGING := pyproject.toml $(wildcard setup.py)
 
-# $(call step,what it does,command): says what runs and how long it took
+# $(call step,DESCRIPTION,COMMAND) prints the description, runs the command and prints how long it took.
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help

@@ -1,6 +1,7 @@
-"""The compiled kernels of `kernels.cpu`: one shared library that depends on neither torch nor the version of Python.
+"""Builds the C++ kernels of `kernels.cpu` into one shared library, which needs no torch and fits all Python versions.
 
-Everything else about the package is in pyproject.toml. While working on them: `python setup.py build_ext --inplace`.
+All other metadata of the package is in pyproject.toml. After a change of the C++ code, build the library again with
+`python setup.py build_ext --inplace`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 SOURCES = "kernels/cpu/src"
-WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # the last is wrong about gcc's own intrinsics
+WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # that warning is wrong about gcc's own intrinsics
 
 setup(
     ext_modules=[
@@ -19,12 +20,13 @@ setup(
             sorted(glob(f"{SOURCES}/*.cpp")),
             depends=sorted(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inl")),
             language="c++",
-            # The package works without it, on the reference kernels, and says so.
+            # Without a C++ compiler the package is still installed. It then uses the reference kernels and says so.
             optional=True,
             py_limited_api=True,
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            # No -march: functions carry their own targets and are chosen when the library runs. No contraction of
-            # a * b + c, which would make results depend on the compiler's mood; fused products are written out.
+            # There is no -march, because each function names its own target and is chosen at run time. The compiler
+            # must not fuse a * b + c by itself, because results would depend on its version. The code calls fma where
+            # it wants a fused product.
             extra_compile_args=[
                 "-O3",
                 "-g0",

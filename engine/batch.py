@@ -1,4 +1,4 @@
-"""ForwardBatch: everything one forward pass needs to know about its tokens, built whole, then read-only."""
+"""ForwardBatch: the tokens of a forward pass, and their places in pages and state slots. It is read-only once built."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from jamba_server.kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):
-    """Which pages some sequences own: int32 block_tables [N, max_blocks], context_lens [N], and a number that none of
-    these exceeds."""
+    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has the page ids of each sequence in
+    order, `context_lens`, int32 [N], their lengths in tokens. `max_context_len` is at least the longest of these."""
 
     block_tables: Tensor
     context_lens: Tensor
     max_context_len: int
 
     def pages(self, k: Tensor, v: Tensor) -> Pages:
-        """These tables over one layer's K and V pages."""
+        """Returns these tables together with the K and V pages of one layer."""
         return Pages(k, v, self.block_tables, self.context_lens, self.max_context_len)
 
 
 class Decodes(NamedTuple):
-    """Single tokens of sequences that have a state: state ids int32 [N], and the pages."""
+    """The N sequences of a batch that decode: each has one token in the batch, and a state. `state_ids`, int32 [N], are
+    their state slots."""
 
     state_ids: Tensor
     tables: PageTables
 
 
 class Prefills(NamedTuple):
-    """Longer runs and first tokens, their rows counted from the first of them, and the pages."""
+    """The sequences of a batch that do not decode: they have several tokens in the batch, or their first token. Rows in
+    `segments` are counted from the first row of these sequences."""
 
     segments: Segments
     tables: PageTables
@@ -47,11 +49,11 @@ class Prefills(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
-    """T tokens of several sequences in one ragged row: `num_decodes` rows of `decodes`, then those of `prefills`; each
-    is None if there are none.
+    """A batch of T tokens of several sequences, one token a row. The first `num_decodes` rows belong to `decodes`, the
+    others to `prefills`. Either is None if it has no rows.
 
-    token_ids int64 [T]; kv_slots int64 [T] (page * block_size + offset); logit_rows int64: rows whose logits are
-    wanted.
+    `token_ids` are int64 [T]. `kv_slots`, int64 [T], say where each token's keys and values are stored: page *
+    block_size + offset in the page. `logit_rows`, int64, are the rows whose logits are needed.
     """
 
     token_ids: Tensor
@@ -63,14 +65,14 @@ class ForwardBatch:
 
 
 class RowArrays(NamedTuple):
-    """Of every token: its id (0 for one that is ahead) and its kv slot."""
+    """Arrays with one entry for each token: its id (0 if only the device knows it yet) and its kv slot."""
 
     token_ids: Array
     kv_slots: Array
 
 
 class TableArrays(NamedTuple):
-    """Of every sequence: state id, page table, context length."""
+    """Arrays with one row for each sequence: its state slot, its page table, and its context length in tokens."""
 
     state_ids: Array
     block_tables: Array
@@ -78,7 +80,7 @@ class TableArrays(NamedTuple):
 
 
 class SegmentArrays(NamedTuple):
-    """Of every run, as in `Segments` and `StateSaves`."""
+    """Arrays with the fields of `Segments` and `StateSaves` for the prefilling sequences."""
 
     query_start: Array
     save_start: Array
@@ -88,9 +90,8 @@ class SegmentArrays(NamedTuple):
 
 
 class SampledTokens:
-    """Tokens of the last step that sampled some, on the device: the host may not know them yet.
-
-    ids: int64 [max_num_seqs].
+    """The tokens that the last sampling step chose. They stay on the device, because the host may not know them when it
+    launches the next step. `ids` are int64 [max_num_seqs].
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
@@ -98,13 +99,13 @@ class SampledTokens:
         self._rows: dict[Sequence, int] = {}
 
     def put(self, tokens: Tensor, sequences: Many[Sequence]) -> None:
-        """tokens: int64 [n], the next of each of `sequences`."""
+        """Stores the sampled `tokens`, int64 [n], one for each of `sequences`."""
         self.ids[: len(tokens)].copy_(tokens)
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """int64 [rows]: where in `ids` followed by the step's own token ids each row's token is. The chunks' rows come
-        first."""
+        """Returns, for each row of a step, the index of its token in the concatenation of `ids` and the step's own
+        token ids: int64 [rows]. The first rows are those of `chunks`, which have one token each."""
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:
@@ -112,18 +113,19 @@ class SampledTokens:
         return sources
 
     def fill(self, token_ids: Tensor, sources: Tensor) -> Tensor:
-        """The step's token ids, those that the host does not know put in."""
+        """Returns the step's token ids, with the tokens that the host does not know taken from `ids`."""
         return torch.cat((self.ids, token_ids)).index_select(0, sources)
 
 
 def build_batch(
     chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
 ) -> ForwardBatch:
-    """The batch of one step's chunks, decodes first; a logit row for each token that is chosen, in their order. Chunks
-    that are ahead find their tokens in `sampled`."""
+    """Returns the batch of a step's chunks, of which those that decode must come first. It has a logit row for each
+    token that the step samples, in the order of the chunks. Tokens that the host does not know yet come from
+    `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
-    assert all(chunk.is_decode for chunk in decodes), "decodes come first"
+    assert all(chunk.is_decode for chunk in decodes), "a chunk that prefills precedes one that decodes"
     rows = row_arrays(chunks, block_size)
     arrays: list[Array] = [*rows, _logit_rows(chunks)]
     if decodes:
@@ -157,18 +159,19 @@ def _logit_rows(chunks: Many[Chunk]) -> Array:
 
 
 def longest(chunks: Many[Chunk]) -> int:
-    """Tokens of the longest context."""
+    """Returns the length of the longest context in tokens."""
     return max(chunk.end for chunk in chunks)
 
 
 def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> RowArrays:
-    """Those of all chunks, one after the other. Padding writes to page 0, which is nobody's."""
+    """Returns the arrays for the tokens of all chunks in order. `padding` more rows write to page 0, which no sequence
+    owns."""
     token_ids, kv_slots = array("q"), array("q")
     for chunk in chunks:
         tokens = chunk.sequence.tokens
         token_ids += tokens[chunk.start : chunk.end]
-        if chunk.end > len(tokens):  # it is ahead
-            token_ids.append(0)
+        if chunk.end > len(tokens):
+            token_ids.append(0)  # 0 stands for a token that only the device knows yet
         _add_kv_slots(kv_slots, chunk, block_size)
     if padding:
         token_ids.extend([0] * padding)
@@ -177,8 +180,8 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
 
 
 def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
-    """With page tables for `max_context_len` tokens. Rows beyond the chunks are padding: one token in page 0 upon state
-    0, which are nobody's."""
+    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. Rows beyond the
+    chunks are padding: they stand for one token in page 0 with state slot 0, which no sequence owns."""
     padding = rows - len(chunks)
     tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=False):
@@ -193,7 +196,7 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
 
 
 def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
-    """Of what `table_arrays` made."""
+    """Takes the tensors of `table_arrays` and returns the decodes."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
     return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
 
@@ -221,7 +224,7 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
 
 
 def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
-    """Of what `table_arrays` and `_segment_arrays` made."""
+    """Takes the tensors of `table_arrays` and `_segment_arrays` and returns the prefills."""
     state_ids, tables = _decodes(chunks, tensors)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     segments = Segments(

@@ -1,4 +1,4 @@
-"""EngineConfig: what the engine is asked to be. Results (what it became) are in `types.EngineInfo`."""
+"""EngineConfig: the options of the engine. `types.EngineInfo` has the sizes that the engine chose by them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
-# Prompt logits are computed in slices of so many rows: [128, V] in float32 is 32 MiB for V = 65,536.
+# The logits for prompt log-probabilities are computed for so many rows at a time, to limit their memory: 128 rows of a
+# vocabulary of 65,536 tokens are 32 MiB in float32.
 PROMPT_LOGITS_ROWS = 128
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes are upper bounds, shrunk to what fits with one warning; choices that cannot be met are errors.
+    """The options of the engine. A size is an upper bound: if it does not fit into memory, the engine reduces it and
+    adds a warning. Other options that cannot be satisfied are errors.
 
-    `model` is a local folder. None leaves a size to the engine. Bytes are plain numbers. `kernels` maps an op of
-    `kernels.ops` (or "mamba", "attention", "moe", "all" for a family) to an implementation of `kernels.table`.
+    `model` is a local folder. For a size that is None the engine chooses the value. `kernels` maps an operation of
+    `kernels.ops` (or "mamba", "attention", "moe" or "all" for a family) to an implementation in `kernels.table`.
 
-    `gpu_memory_utilization` is the share of a GPU's memory that may be in use, by whomever; what a CPU's share is, the
-    memory plan says. `enforce_eager` keeps the engine from recording graphs of its steps. `async_scheduling`
-    launches a step before the tokens of the last one are known; None: on a GPU. It changes no token.
+    `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
+    a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
+    launches a step before the tokens of the last one are known; None means on a GPU only. It changes no token.
 
-    `batch_invariant`: results do not depend on batch, chunking or cache. None: such kernels run where there are any;
-    True: it is an error where there are none; False: the fastest run. What `kernels` names runs in any case.
-    `kv_cache_dtype`: "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's dtype.
-    `state_cache_dtype`: "int8" keeps saved SSM states in a byte a number with a scale a channel, so that prefix-cache
-    hits are not exact; "auto" as running sequences have them.
+    `batch_invariant` asks for results that do not depend on batch, chunking or cache. None uses batch-invariant kernels
+    where they exist, True raises an error where they do not exist, and False uses the fastest kernels. `kernels` takes
+    precedence. `kv_cache_dtype` "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's
+    dtype. `state_cache_dtype` "int8" stores saved SSM states in one byte a number with a scale for each channel, so
+    that prefix hits are not exact; "auto" stores them as running sequences do.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""EngineCore: everything that runs in the engine process, and the one function that is the engine: `step`."""
+"""EngineCore: connects the scheduler and the model runner. Its method `step` runs one step of the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpda
 
 
 class Inbox:
-    """Requests and aborts on their way to the next step. The only part of the engine that other threads touch."""
+    """The requests and aborts that the next step will take. This is the only part of the engine that other threads may
+    use."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -27,7 +28,7 @@ class Inbox:
 
     def abort(self, request_ids: list[str]) -> None:
         with self._changed:
-            # one that the scheduler has not seen yet must never reach it
+            # A request that is still in the inbox is only removed, so the scheduler never sees it.
             self._aborted += [i for i in request_ids if self._submitted.pop(i, None) is None]
             self._changed.notify()
 
@@ -42,60 +43,60 @@ class Inbox:
         return request_ids
 
     def wait(self) -> None:
-        """Blocks until something arrives."""
+        """Blocks until a request or an abort arrives."""
         with self._changed:
             self._changed.wait_for(lambda: self._submitted or self._aborted)
 
     def wake(self) -> None:
-        """Ends a `wait` for good: an abort of nothing."""
-        self.abort([""])
+        """Makes a blocked `wait` return."""
+        self.abort([""])  # no request has the id "", so this abort has no other effect
 
 
 class EngineCore:
-    """Steps what `engine.start.build` made."""
+    """The engine: it runs steps with the model runner and the scheduler that `engine.start.build` has made."""
 
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.inbox = Inbox()
-        self._under_way: PendingStep | None = None
-        self._is_whole = True  # False while a step is made, and after one that was not discarded to the end
+        self._in_flight: PendingStep | None = None  # this step is launched, but its results have not been read
+        self._is_whole = True  # `step` sets it to False until a step is finished or completely discarded
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._under_way is not None
+        return self.scheduler.has_work or self._in_flight is not None
 
     def step(self) -> StepResult:
-        """Takes in what arrived, launches one batch, and says what came of it; of the one before, where the runner
-        keeps the tokens that the next batch needs.
+        """Takes the new requests and aborts, launches one batch, and returns the results of a step. With asynchronous
+        scheduling these are the results of the step before.
 
-        If it raises, whatever it raises, the requests that had begun are gone, with all that no earlier step has
-        confirmed; steps after it are right."""
+        If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
+        entries that no earlier step has confirmed. Later steps work normally."""
         with self._whole_or_discarded():
-            last, self._under_way = self._under_way, None
+            last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
-            self.scheduler.abort(self.inbox.aborted())  # before anything is said of them
+            self.scheduler.abort(self.inbox.aborted())  # aborts come first, so that aborted requests get no update
             if last is not None and self.scheduler.must_wait():
                 updates += self._take(last)
                 last = None
             self.scheduler.add(self.inbox.submitted(), now=time.monotonic())
             output = self.scheduler.schedule(now=time.monotonic())
             if output.chunks:
-                self._under_way = self.model_runner.launch(output)
+                self._in_flight = self.model_runner.launch(output)
                 self.scheduler.advance(output)
             if last is not None:
                 updates += self._take(last)
-            elif self._under_way is not None and self.model_runner.sampled is None:
-                updates += self._take(self._under_way)
-                self._under_way = None
+            elif self._in_flight is not None and self.model_runner.sampled is None:
+                updates += self._take(self._in_flight)
+                self._in_flight = None
             return StepResult(updates, list(output.started), self.scheduler.stats)
 
     def _take(self, step: PendingStep) -> list[TokenUpdate]:
-        """Waits for a step's results and takes them in."""
+        """Waits for the results of a step, gives them to the scheduler, and returns the updates for its requests."""
         return self.scheduler.update(step.output, step.results())
 
     @contextmanager
     def _whole_or_discarded(self) -> Generator[None]:
-        """A step that ends early is discarded: at once, or before the next one if an interrupt ends that early, too."""
+        """Discards a step that raises. If an interrupt stops that, too, the next step discards it before it begins."""
         if not self._is_whole:
             self._discard()
         self._is_whole = False
@@ -107,6 +108,6 @@ class EngineCore:
         self._is_whole = True
 
     def _discard(self) -> None:
-        self._under_way = None
+        self._in_flight = None
         self.scheduler.discard()
         self._is_whole = True

@@ -1,28 +1,28 @@
-"""Every error that crosses a layer.
+"""All errors that one package raises and another handles, with the HTTP status of those that a request can get.
 
 JambaError
-  x ConfigError            a start-up choice that cannot be met: key, value and limit in the message
-    + CheckpointError      a model folder that is missing, truncated, foreign or incomplete
-  x EngineError            what a request can meet
-    + RequestRejected      400: the request itself; `param` names the field
-      - ContextTooLong     400 context_length_exceeded
-      - NotSupportedYet    400: known, but not built yet
-    + ModelNotFound        404 model_not_found
+  x ConfigError            an option that cannot be satisfied: the message has its key, its value and the limit
+    + CheckpointError      a model folder that is missing, truncated, incomplete or of another format
+  x EngineError            errors that a request can get
+    + RequestRejected      400: the request is wrong; `param` names the field
+      - ContextTooLong     400 context_length_exceeded: prompt and reply do not fit into the context
+      - NotSupportedYet    400: the field is known, but not implemented yet
+    + ModelNotFound        404 model_not_found: the request names another model than the served one
     + Overloaded           503 with Retry-After: the queue is full or the server is stopping
-    + EngineFailed         500: this request ended the engine whenever it ran
+    + EngineFailed         500: the engine died each time that it ran this request
     + EngineDead           503: no engine process is running
-      - EngineLoading      503 with Retry-After: there will be one soon
+      - EngineLoading      503 with Retry-After: the engine is still starting
 """
 
 from __future__ import annotations
 
 import json
 
-_VALUE_SHOWN = 100  # characters; a quantization_config may have thousands
+_VALUE_SHOWN = 100  # an error shows so many characters of a value; a quantization_config may have thousands
 
 
 def shown(value: object) -> str:
-    """A value of a JSON file as an error shows it."""
+    """Returns a value of a JSON file as text for an error message, cut to a readable length."""
     try:
         text = json.dumps(value)
     except RecursionError:
@@ -31,11 +31,11 @@ def shown(value: object) -> str:
 
 
 class JambaError(Exception):
-    """Base of every error that this product raises on purpose."""
+    """The base class of all errors that this server raises on purpose."""
 
 
 class ConfigError(JambaError):
-    """A start-up setting that cannot be met."""
+    """An option that cannot be satisfied, so the server or the engine does not start."""
 
 
 class CheckpointError(ConfigError):
@@ -43,11 +43,11 @@ class CheckpointError(ConfigError):
 
 
 class EngineError(JambaError):
-    """Base of the errors that a request can meet."""
+    """The base class of the errors that a request can get."""
 
 
 class RequestRejected(EngineError):
-    """The request is at fault; `param` is the field to change."""
+    """A request that cannot be accepted. `param` is the field to change, `code` the error code of the OpenAI API."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -56,11 +56,11 @@ class RequestRejected(EngineError):
 
 
 class ContextTooLong(RequestRejected):
-    """Prompt and reply do not fit the context. `length` and `limit` count tokens."""
+    """A prompt that leaves no room for a reply in the context. `length` and `limit` are in tokens."""
 
     def __init__(self, *, length: int, limit: int, param: str = "messages") -> None:
         super().__init__(
-            f"This model's maximum context length is {limit} tokens, of which at least one is the reply's; "
+            f"This model's maximum context length is {limit} tokens, including at least one token of the reply; "
             f"the prompt has {length} tokens. Shorten it.",
             param=param,
             code="context_length_exceeded",
@@ -77,7 +77,7 @@ class NotSupportedYet(RequestRejected):
 
 
 class ModelNotFound(EngineError):
-    """`model` names something that is not served."""
+    """A request whose `model` is not served here."""
 
     def __init__(self, model: str, *, served: tuple[str, ...]) -> None:
         super().__init__(f"The model `{model}` does not exist; this server has: {', '.join(served)}.")
@@ -85,7 +85,7 @@ class ModelNotFound(EngineError):
 
 
 class Overloaded(EngineError):
-    """No room now; try again after `retry_after` seconds."""
+    """The server cannot take the request now. The client may try again after `retry_after` seconds."""
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
@@ -93,14 +93,14 @@ class Overloaded(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine died each time that it ran this request."""
+    """The engine process died each time that it ran this request."""
 
 
 class EngineDead(EngineError):
-    """No engine process is running; the message says why."""
+    """No engine process is running. The message says why."""
 
 
 class EngineLoading(EngineDead):
-    """The engine has not been ready yet; try again after `retry_after` seconds."""
+    """The engine is still starting. The client may try again after `retry_after` seconds."""
 
     retry_after = 5

@@ -1,4 +1,5 @@
-"""Reads the small files of a checkpoint folder. They come from strangers, so their kind and size are checked first."""
+"""Reads the small files of a checkpoint folder. A checkpoint may come from an untrusted source, so the kind and the
+size of a file are checked before it is read."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, Final, cast
 
 from jamba_server.engine.errors import CheckpointError
 
-MAX_BYTES: Final = 16 << 20  # of a configuration, an index or a template; the largest published ones take 1 MB
+MAX_BYTES: Final = 16 << 20  # limits a configuration, an index or a template; the largest published ones have 1 MB
 _KINDS: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -19,13 +20,13 @@ _KINDS: Final = (
 
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
-    """The content of a file, None where there is none. Raises CheckpointError for anything but a regular file of at
-    most `limit` bytes."""
+    """Returns the content of a file, or None if it does not exist. Raises CheckpointError unless it is a regular file
+    of at most `limit` bytes."""
     try:
         with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no regular file")
+                kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "not a regular file")
                 raise CheckpointError(f"{path} is {kind}; a file is expected.")
             if status.st_size > limit:
                 raise CheckpointError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are expected.")
@@ -37,12 +38,12 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Without O_NONBLOCK a pipe would wait for somebody who writes into it."""
+    """Opens a file with O_NONBLOCK. Without it, opening a named pipe would block until a writer opens it, too."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:
-    """The text of a UTF-8 file, None where there is none. Raises CheckpointError."""
+    """Returns the text of a UTF-8 file, or None if it does not exist. Raises CheckpointError if it cannot be read."""
     if (data := read_bytes(path, limit=limit)) is None:
         return None
     try:
@@ -52,12 +53,13 @@ def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no file. Raises CheckpointError."""
+    """Returns the JSON object in a file, or None if the file does not exist. Raises CheckpointError if the file cannot
+    be read or holds no JSON object."""
     if (data := read_bytes(path)) is None:
         return None
     try:
         value: object = json.loads(data)
-    except ValueError as error:  # UnicodeDecodeError is one
+    except ValueError as error:  # UnicodeDecodeError is a subclass of ValueError
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
     except RecursionError as error:
         raise CheckpointError(f"{path} cannot be read as JSON: its values are nested too deeply.") from error

@@ -1,4 +1,4 @@
-"""What people point a server at that is no checkpoint folder in Hugging Face format, and what to do with each."""
+"""Recognises files and folders that are not a checkpoint in Hugging Face format, and tells the user what to do."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jamba_server.engine.quantization.methods import METHOD_FILES, refuse_file
 _WANTED: Final = "a checkpoint folder in Hugging Face format (config.json, tokenizer.json, *.safetensors)"
 _GGUF: Final = f"a GGUF file, which llama.cpp reads and this server does not; give {_WANTED}"
 _EXPORT: Final = f"an export for another runtime, which this server does not read; give {_WANTED}"
-_PICKLE: Final = "no safetensors file; load it with transformers and write a folder with save_pretrained"
+_PICKLE: Final = "not a safetensors file; load it with transformers and write a folder with save_pretrained"
 _ARCHIVE: Final = "an archive; unpack it and give the folder"
-# The suffix of a file -> what it is and what to do.
+# Maps the suffix of a file to the part of the error text that says what the file is and what to do.
 _SUFFIXES: Final[Mapping[str, str]] = {
     ".gguf": _GGUF,
     ".ggml": _GGUF,
@@ -38,17 +38,18 @@ _SUFFIXES: Final[Mapping[str, str]] = {
     ".json": "one file of a checkpoint; give the folder that it is in",
 }
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-_ENTRIES: Final = 1000  # of a folder that are looked at; somebody may name a folder with millions
+_ENTRIES: Final = 1000  # only so many entries of a folder are examined, because it may have millions
 _NAMES_SHOWN: Final = 3
 
 
 def names_a_file(name: str) -> bool:
-    """Whether a name that is no folder's can only be meant for a file: `x/y.gguf` has the form of a hub id as well."""
+    """Returns whether a name has the suffix of a known kind of file. `x/y.gguf`, which looks like a hub id, is then
+    treated as a file."""
     return Path(name).suffix.lower() in _SUFFIXES
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises CheckpointError with one sentence that says what to do, where there is no checkpoint folder at `path`."""
+    """Raises CheckpointError if `path` is not a checkpoint folder in Hugging Face format. The error says what to do."""
     try:
         if not path.is_dir():
             raise _no_folder(path)
@@ -66,11 +67,12 @@ def _no_folder(path: Path) -> CheckpointError:
     if not path.exists():
         beside = "" if what is None else f"; by its name it would be {what}"
         return CheckpointError(f"There is no folder or file {path}{beside}.")
-    return CheckpointError(f"{path} is {what or f'no folder; give {_WANTED}'}.")
+    return CheckpointError(f"{path} is {what or f'not a folder; give {_WANTED}'}.")
 
 
 def _foreign_folder(folder: Path) -> str | None:
-    """What a folder is instead of a checkpoint, and what to do; None for a checkpoint."""
+    """Returns the error text for a folder that is not a checkpoint: what it is and what to do. Returns None for a
+    checkpoint."""
     if (folder / _ADAPTER).is_file():
         return _adapter(folder)
     if (folder / _CONFIG).exists():
@@ -81,26 +83,24 @@ def _foreign_folder(folder: Path) -> str | None:
     if models := [entry for entry in entries if (entry / _CONFIG).is_file()]:
         names = ", ".join(str(model) for model in models[:_NAMES_SHOWN])
         more = f" or one of {len(models) - _NAMES_SHOWN} more" if len(models) > _NAMES_SHOWN else ""
-        return f"has no config.json itself, but folders that have one; give {names}{more}"
-    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # of huggingface_hub's cache
+        return f"has no config.json itself, but folders in it have one; give {names}{more}"
+    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # huggingface_hub's cache has this layout
         return f"is an entry of a hub cache; give the hub id, or {snapshots[-1].parent}"
     for suffix, what in _SUFFIXES.items():
         if suffix not in (".safetensors", ".json") and (found := [e.name for e in entries if e.suffix == suffix]):
             return f"has no config.json; {found[0]} in it is {what}"
-    return (
-        f"has no config.json, so it is no {_WANTED.removeprefix('a ')}; where it is one that was not downloaded to its "
-        "end, download the rest"
-    )
+    return f"has no config.json, so it is not {_WANTED}; if its download was interrupted, finish it"
 
 
 def _adapter(folder: Path) -> str:
-    """A LoRA adapter alone, or beside a model, to which transformers would apply it."""
+    """Returns the error text for a folder with a LoRA adapter, alone or beside a model. transformers would apply an
+    adapter to the model beside it; this server does not."""
     base = (read_object(folder / _ADAPTER) or {}).get("base_model_name_or_path")
     of_base = f" of {shown(base)}" if isinstance(base, str) else ""
     merge = "merge it into its base model (PEFT: merge_and_unload, then save_pretrained) and serve that folder"
     if (folder / _CONFIG).exists():
         return (
             f"has a LoRA adapter{of_base} beside the model ({_ADAPTER}), which this server would not apply: {merge}, "
-            "or take the adapter's files away"
+            "or remove the adapter's files"
         )
-    return f"is a LoRA adapter{of_base} ({_ADAPTER}), which is no model by itself: {merge}"
+    return f"is a LoRA adapter{of_base} ({_ADAPTER}), which is not a model by itself: {merge}"

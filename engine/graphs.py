@@ -1,10 +1,13 @@
-"""Graphs of steps in which every sequence decodes: hundreds of kernels in one launch, on a GPU as on a CPU.
+"""Graphs of decode steps: a graph launches the hundreds of kernels of a step with one call, on a GPU and on a CPU.
 
-A graph repeats its kernels with the same addresses and the same numbers. So its inputs lie in one buffer that every
-step fills anew; its batch is, on a GPU, the next larger one of a ladder, where padding rows read and write page 0 and
-state 0, which no sequence owns; and its page tables have room for the next longer of a few contexts. A graph is
-captured when a step first needs it, so that nobody waits for graphs that are never used: on a CPU while that step runs,
-on a GPU after it, for then all that the capture meets is compiled.
+A graph repeats its kernels with the same addresses and sizes. Three things follow. The inputs of all graphs are in one
+buffer, which every step fills anew. On a GPU a batch is padded to the next larger number of rows in a fixed list;
+padding rows read and write page 0 and state slot 0, which no sequence owns. The page tables are as wide as the next
+longer of a few context lengths needs.
+
+A graph is captured when a step first needs it, so that nobody waits for graphs that are never used. On a CPU it is
+recorded while that step runs. On a GPU it is captured after that step has run, because by then all kernels are
+compiled.
 """
 
 from __future__ import annotations
@@ -36,57 +39,62 @@ from jamba_server.engine.staging import cut, pack, packed_bytes
 
 logger = logging.getLogger(__name__)
 
-# Their reference asks the device for sizes, which a capture cannot.
-UNCAPTURED_OPS = (  # of no graph
+# These operations run outside of decode graphs, so any implementation of them will do.
+UNCAPTURED_OPS = (
     *("sample", "copy_slots", "compress_states", "restore_states"),
     *("causal_conv1d", "selective_scan", "attention_prefill"),
 )
+# The reference implementations of these operations read sizes from the device, which a CUDA capture does not allow.
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 
 
 class Graph(Protocol):
-    """Work that is recorded once and then repeated as a whole."""
+    """A sequence of kernel launches that is recorded once and then repeated as a whole."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Runs `run`, with effect once, and records what it launches. Returns what it returned. Called once."""
+        """Records the kernels that `run` launches, and returns its result. The kernels take effect exactly once. Must
+        be called only once."""
         ...
 
     def replay(self) -> Tensor:
-        """Repeats it; what `run` returned, which the next replay of any graph may overwrite."""
+        """Repeats the recorded kernels and returns their result in the tensor that `run` returned. The next replay of
+        any graph may overwrite it."""
         ...
 
 
 class CudaGraph:
-    """A `Graph` on the current device. Graphs with one `pool` share their memory."""
+    """A graph on the current CUDA device. Graphs with the same memory `pool` share their memory."""
 
     def __init__(self, pool: Any) -> None:
         self._pool, self._graph = pool, torch.cuda.CUDAGraph()
         self._output: Tensor | None = None
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        output = run()  # a capture computes nothing, and must not meet what is not compiled yet
+        output = run()  # a capture computes nothing, so this run does the work; it also compiles missing kernels
         started = time.monotonic()
-        # only what this thread does counts: others may compile or allocate meanwhile
+        # "thread_local" lets other threads compile kernels or allocate memory during the capture.
         try:
             with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._output = run()
-        except RuntimeError as error:  # which leaves torch's allocator as it was in the middle: the engine must end
+        except RuntimeError as error:  # torch's allocator is now in an undefined state, so the engine must end
             raise RuntimeError(
-                f"no CUDA graph of {len(output)} sequences could be captured ({error}); --enforce-eager does without"
+                f"the CUDA graph of {len(output)} sequences could not be captured ({error}); --enforce-eager runs "
+                "steps without graphs"
             ) from error
         rows, seconds = len(output), time.monotonic() - started
         logger.info("captured a CUDA graph of %d sequences in %.2f s", rows, seconds)
         return output
 
     def replay(self) -> Tensor:
-        assert self._output is not None, "nothing was captured"
+        assert self._output is not None, "`replay` was called before `capture`"
         self._graph.replay()
         return self._output
 
 
 def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
-    """Which of the kernels chosen (op -> implementation) keep a step from being captured; None: none of them. On a CPU
-    only calls of the compiled library can be."""
+    """Returns a text that names the chosen kernels which prevent graphs of decode steps, or None if graphs are
+    possible. `names` maps an operation to its implementation. On a CPU only kernels of the compiled library can be
+    captured."""
     on_cpu = device == "cpu"
     candidates = (op for op in names if op not in UNCAPTURED_OPS) if on_cpu else WAITING_OPS
     ops = [f"{op}={names[op]}" for op in candidates if (names[op] != "cpu" if on_cpu else names[op] == "reference")]
@@ -94,7 +102,7 @@ def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
 
 
 class DecodeGraphs:
-    """The graphs of one model upon one storage, by number of rows and longest context."""
+    """The graphs of one model with one cache storage, one graph for each number of rows and longest context."""
 
     def __init__(
         self, model: Model, storage: CacheStorage, *, sizes: GraphSizes, new_graph: Callable[[], Graph]
@@ -106,17 +114,18 @@ class DecodeGraphs:
 
     @property
     def captured(self) -> frozenset[GraphKey]:
-        """Of which graphs there are by now."""
+        """Returns the sizes of the graphs that have been captured so far."""
         return frozenset(self._graphs)
 
     def key(self, chunks: Many[Chunk]) -> GraphKey | None:
-        """Of the graph that runs these chunks; None if there is none."""
+        """Returns the size of the graph that can run these chunks, or None if they must run without a graph."""
         if not all(chunk.is_decode and chunk.num_sampled for chunk in chunks):
             return None
         return self._sizes.key(len(chunks), longest(chunks))
 
     def forward(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> Tensor:
-        """Hidden states [len(chunks), H], valid until the next step."""
+        """Runs the graph of size `key`, and captures it first if needed. Returns the hidden states [len(chunks), H],
+        which are valid until the next step."""
         padding, block_size = key.rows - len(chunks), self._storage.block_size
         tables = table_arrays(chunks, block_size, key.rows, key.context)
         arrays = [*row_arrays(chunks, block_size, padding=padding), *tables]
@@ -132,16 +141,16 @@ class DecodeGraphs:
         batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
         graph = self._new_graph()
         hidden = graph.capture(lambda: self._model.forward(batch(), self._storage))
-        self._graphs[key] = graph  # now that it is whole
+        self._graphs[key] = graph  # it is stored only now, so that a failed capture leaves no incomplete graph
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
-        """Of the arrays of `forward`."""
+        """Returns the batch that a graph reads, whose tensors are the views `inputs` of the input buffer."""
         token_ids, kv_slots, state_ids, block_tables, context_lens, *sources = inputs
         return ForwardBatch(
             token_ids=token_ids if sampled is None else sampled.fill(token_ids, *sources),
             kv_slots=kv_slots,
-            logit_rows=token_ids[:0],  # all rows are wanted
+            logit_rows=token_ids[:0],  # a graph does not select rows, because every row of a decode step needs logits
             num_decodes=key.rows,
             decodes=Decodes(state_ids, PageTables(block_tables, context_lens, key.context)),
             prefills=None,

@@ -1,4 +1,4 @@
-"""The cache layout of a model, from its configuration. No torch."""
+"""Derives the cache layout of a model from its configuration. Works without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def cache_layout(
     kv_cache_dtype: KvCacheDtype = "auto",
     state_cache_dtype: StateCacheDtype = "auto",
 ) -> CacheLayout:
-    """What a Jamba of `dtype` keeps: K and V of attention layers, states of Mamba layers."""
+    """Returns the cache layout of a Jamba model: keys and values for its attention layers, states for its Mamba layers.
+    `dtype` is the dtype of the model's activations."""
     own = cast(CacheDtype, dtype)
     attention = attention_cache(
         block_size=block_size,
@@ -37,7 +38,7 @@ def cache_layout(
 
 
 def wanted_layout(config: JambaConfig, engine: EngineConfig) -> CacheLayout:
-    """The one that `engine` asks for."""
+    """Returns the cache layout with the page size and the dtypes that the options in `engine` ask for."""
     return cache_layout(
         config,
         block_size=engine.block_size,

@@ -1,4 +1,4 @@
-"""JambaConfig: the shape of a model, read from a Hugging Face checkpoint folder. No torch."""
+"""JambaConfig: the sizes and options of a model, read from a Hugging Face checkpoint folder. Works without torch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from jamba_server.engine.foreign import refuse_foreign
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
-# Names in `config.json: architectures`; engine.models has the class of each.
+# The supported names in `architectures` of config.json. `engine.models` maps each to a class.
 CAUSAL_LM: Final = "JambaForCausalLM"
 SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
 ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 DTYPES: Final = ("bfloat16", "float16", "float32")
 _EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
 
-# Far above every published model: what goes beyond is a slip or made to do harm, and loops over it would not end.
+# These limits are far above every published model. A larger number is a mistake or an attack: loops over so many layers
+# or experts would hang the server.
 _MAX_LAYERS: Final = 1024
 _MAX_EXPERTS: Final = 1024
-_MAX_SIZE: Final = 1 << 20  # of a dimension
-_MAX_TOKENS: Final = 1 << 30  # of a context
+_MAX_SIZE: Final = 1 << 20  # this limits dimensions such as hidden_size
+_MAX_TOKENS: Final = 1 << 30  # this limits the context length
 _MAX_VOCABULARY: Final = 1 << 24
 
-# Keys that change the arithmetic, with the only value that is implemented; absent means the same.
+# These keys change what the model computes. Each maps to the only value that this server implements, which is also the
+# meaning of an absent key.
 _IMPLEMENTED: Final[Mapping[str, object]] = {
     "hidden_act": "silu",
     "sliding_window": None,
@@ -41,12 +43,12 @@ _IMPLEMENTED: Final[Mapping[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JambaConfig:
-    """What `config.json` says, under its own key names and checked.
+    """The checked values of `config.json`, mostly under the same names.
 
-    `mamba_dt_rank` "auto" is resolved, `eos_token_id` (one or several) became `eos_token_ids`, those of
-    `generation_config.json` first. `dtype` is the checkpoint's own, one of `DTYPES`. From `quantization_config` come
-    `fp8_roles`, what the weights are for that it holds in fp8, and `made_at_load`, the method by which another server
-    would quantise plain weights.
+    `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
+    has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
+    `quantization_config`: `fp8_roles` are the roles of weights that are fp8 in the checkpoint, and `made_at_load` is a
+    method by which another server would quantise plain weights as it loads them.
     """
 
     architecture: str
@@ -82,7 +84,7 @@ class JambaConfig:
 
     @property
     def d_inner(self) -> int:
-        """Channels of a Mamba layer."""
+        """Returns the number of channels of a Mamba layer."""
         return self.mamba_expand * self.hidden_size
 
     @property
@@ -104,7 +106,7 @@ class JambaConfig:
         return self.num_experts > 1 and layer % self.expert_layer_period == self.expert_layer_offset
 
     def num_parameters(self) -> int:
-        """Numbers in the checkpoint; a tied head counts once."""
+        """Returns the number of the model's parameters. A head that is tied to the embedding is not counted again."""
         h, attention, mamba = self.hidden_size, len(self.attention_layers), len(self.mamba_layers)
         moe = sum(self.is_moe(i) for i in range(self.num_hidden_layers))
         mlp = 3 * h * self.intermediate_size
@@ -129,8 +131,9 @@ class JambaConfig:
 
 
 def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Memory of the loaded weights in bytes: A, D and the dt bias in float32, what `policy` quantises with its scales,
-    the rest `dtype_bytes` a number. A tied head is there twice if it is quantised, which the embedding never is.
+    """Returns the bytes of the loaded weights. A, D and the dt bias are in float32, weights that `policy` quantises
+    count with their scales, and all others have `dtype_bytes` a number. A tied head that is quantised takes memory
+    beside the embedding, which is never quantised.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
@@ -146,8 +149,9 @@ def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationP
 def step_bytes(
     config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
 ) -> int:
-    """Bytes of weights that one decode step of `num_sequences` reads, a token each: all but the embedding, and of the
-    experts those that some token is expected to choose if all are equally likely."""
+    """Returns the expected bytes of weights that a decode step reads, with one token for each of `num_sequences`. The
+    step reads all weights except the embedding and the experts that no token chooses. The estimate assumes that all
+    experts are equally likely."""
     total = weight_bytes(config, dtype_bytes, policy=policy)
     if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
         total -= config.vocab_size * config.hidden_size * dtype_bytes
@@ -161,7 +165,7 @@ def step_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """`count` weights [rows, inputs] of one kind in the whole model."""
+    """A kind of weight matrix, [rows, inputs], of which the whole model has `count`."""
 
     role: Role
     rows: int
@@ -170,7 +174,7 @@ class Matrix:
 
 
 def matrices(config: JambaConfig) -> Iterator[Matrix]:
-    """The weights that a policy may quantise, with a tied head."""
+    """Yields the kinds of weight matrices that a policy may quantise. The head is included even if it is tied."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention, mamba = len(config.attention_layers), len(config.mamba_layers)
@@ -191,7 +195,7 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
 
 
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
-    """The names on disk, without `.weight`, of all matrices that are multiplied with, and what each is for."""
+    """Yields the name on disk, without `.weight`, and the role of every linear module."""
     for i in range(config.num_hidden_layers):
         layer, feed_forward = f"model.layers.{i}.", f"model.layers.{i}.feed_forward."
         if config.is_attention(i):
@@ -217,23 +221,23 @@ def _projections(prefix: str, names: tuple[str, ...], role: Role) -> Iterator[tu
 
 
 def _scan_parameters(config: JambaConfig) -> int:
-    """A_log, D and dt bias: numbers of one channel that are kept in float32 whatever the model's dtype."""
+    """Returns how many parameters of one channel are always in float32: A_log, D and the dt bias."""
     return config.mamba_d_state + 2
 
 
 def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
-    """Reads `config.json` and, where there is one, `generation_config.json` of a checkpoint folder.
+    """Reads `config.json` of a checkpoint folder, and `generation_config.json` if it exists.
 
-    Keys that are absent mean what they mean to transformers' JambaConfig. `own_head`: the weights have a head that is
-    not the embedding, whatever `tie_word_embeddings` says. Raises CheckpointError naming file, key and value for
-    anything missing, out of range, foreign, or not implemented here.
+    Absent keys have the defaults of transformers' JambaConfig. `own_head` means that the weights have a head which
+    differs from the embedding, so that `tie_word_embeddings` is ignored. Raises CheckpointError, with file, key and
+    value, for a value that is missing, out of range or not implemented, and for other kinds of models.
     """
     refuse_foreign(folder)
     file = _ConfigFile.read(folder / "config.json")
     architecture = _architecture(file)
     for key, value in _IMPLEMENTED.items():
         if file.values.get(key, value) != value:
-            raise file.refusal(key, f"this server implements {json.dumps(value)} only")
+            raise file.refusal(key, f"this server implements only {json.dumps(value)}")
     methods.refuse_foreign(file.path, file.values)
     config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, folder / "generation_config.json"))
     _check_schedules(file, config)
@@ -248,7 +252,7 @@ def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
 
 
 class _ConfigFile:
-    """Typed access to a JSON object; every complaint names file, key and value."""
+    """Typed access to the JSON object in a file. Every error names the file, the key and the value."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
@@ -256,7 +260,7 @@ class _ConfigFile:
     @classmethod
     def read(cls, path: Path) -> _ConfigFile:
         if (values := read_object(path)) is None:
-            raise CheckpointError(f"{path} does not exist; a Hugging Face checkpoint folder has one.")
+            raise CheckpointError(f"{path} does not exist; every Hugging Face checkpoint folder has this file.")
         return cls(path, values)
 
     def refusal(self, key: str, rule: str) -> CheckpointError:
@@ -264,7 +268,7 @@ class _ConfigFile:
         return CheckpointError(f"{self.path}: {key} is {value}; {rule}.")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = _MAX_SIZE) -> int:
-        """The whole number at `key`. A missing one is an error unless there is a `default`."""
+        """Returns the whole number at `key`. A missing key is an error unless `default` is given."""
         value = self.values.get(key, default)
         if not _is_integer(value) or value < minimum:
             raise self.refusal(key, f"a whole number of at least {minimum} is expected")
@@ -285,7 +289,7 @@ class _ConfigFile:
         return float(value)
 
     def token_ids(self, key: str, default: int | None, *, vocab_size: int) -> tuple[int, ...]:
-        """The token id or list of them at `key`; none for null."""
+        """Returns the token ids at `key`, whose value is one id, a list of ids, or null for none."""
         value = self.values.get(key, default)
         many: list[Any] = [] if value is None else cast(list[Any], value) if isinstance(value, list) else [value]
         if not all(_is_integer(token) and 0 <= token < vocab_size for token in many):
@@ -304,7 +308,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _architecture(file: _ConfigFile) -> str:
-    """The first of `architectures` that is known here. `model_type` tells a foreign model from a Jamba variant."""
+    """Returns the first of `architectures` that this server supports. `model_type` is checked first, because it tells
+    other models from unknown variants of Jamba."""
     if file.values.get("model_type") != "jamba":
         raise file.refusal("model_type", f'this server runs "jamba" models only, such as {_EXAMPLE}')
     named = file.values.get("architectures")
@@ -334,7 +339,7 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         attn_layer_period=file.integer("attn_layer_period", 8),
         attn_layer_offset=file.integer("attn_layer_offset", 4, minimum=0),
         mamba_d_state=file.integer("mamba_d_state", 16),
-        # With one tap there is no state to keep, and the convolution kernels have none below two.
+        # A convolution of width 1 has no state, and the convolution kernels support only widths of at least 2.
         mamba_d_conv=file.integer("mamba_d_conv", 4, minimum=2),
         mamba_expand=file.integer("mamba_expand", 2),
         mamba_dt_rank=_dt_rank(file, hidden_size),
@@ -342,7 +347,7 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         mamba_proj_bias=file.boolean("mamba_proj_bias", False),
         rms_norm_eps=file.share("rms_norm_eps", 1e-6),
         tie_word_embeddings=file.boolean("tie_word_embeddings", False),
-        # n_ctx is the name in the configurations of Jamba's remote code, before transformers had the model.
+        # Before transformers had the model, Jamba came with its own code, whose configurations call this key n_ctx.
         max_position_embeddings=file.integer(
             "max_position_embeddings", file.integer("n_ctx", 262144, maximum=_MAX_TOKENS), maximum=_MAX_TOKENS
         ),
@@ -358,7 +363,8 @@ def _vocab_size(file: _ConfigFile) -> int:
 
 
 def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
-    """Those of generation_config.json where it names any, else those of config.json, as transformers' generate does."""
+    """Returns the end tokens of generation_config.json if it names any, else those of config.json. The `generate` of
+    transformers does the same."""
     vocab_size = _vocab_size(file)
     if (values := read_object(generation_path)) is not None:
         generation = _ConfigFile(generation_path, values)
@@ -368,7 +374,8 @@ def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
 
 
 def _dtype(file: _ConfigFile) -> str:
-    """`dtype`, before transformers 5 `torch_dtype`; float32, which loses nothing, where neither is given."""
+    """Returns the value of `dtype`, or of `torch_dtype`, its name before transformers 5. If both are absent, it is
+    float32, which loses no precision."""
     key = "dtype" if file.values.get("dtype") is not None else "torch_dtype"
     value = file.values.get(key)
     if value is None:
@@ -404,7 +411,8 @@ def _dt_rank(file: _ConfigFile, hidden_size: int) -> int:
 
 
 def _num_labels(file: _ConfigFile) -> int:
-    """Outputs of a classifier. transformers writes them as `id2label`, and writes none for its default of two."""
+    """Returns the number of labels of a classifier. transformers writes `id2label` with an entry for each label, and
+    leaves the key out for its default of two labels."""
     labels = file.values.get("id2label")
     if labels is None:
         return file.integer("num_labels", 2)
@@ -425,5 +433,5 @@ def _check_schedules(file: _ConfigFile, config: JambaConfig) -> None:
         raise file.refusal(
             "attn_layer_period",
             f"attn_layer_offset {config.attn_layer_offset} and num_hidden_layers {config.num_hidden_layers} "
-            f"leave it no {kind} layer, and this server runs hybrids only",
+            f"leave it no {kind} layer, and this server only runs models with both kinds of layer",
         )

@@ -1,4 +1,4 @@
-"""ModelRunner: one scheduled step on the device. Tensors live here; decisions are the scheduler's."""
+"""ModelRunner: runs a scheduled step on the device. It handles the tensors, and the scheduler takes all decisions."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ from jamba_server.kernels.ops import Kernels
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """Log-probabilities of a chunk's prompt tokens; `first`: with the entry of the very first token, which is None."""
+    """Log-probabilities of a chunk's prompt tokens, which the device still computes. If `first`, the chunk has the
+    first token of the prompt, whose entry is None because no token precedes it."""
 
     first: bool
     slices: tuple[PendingLogprobs, ...]
 
     def read(self) -> tuple[TokenLogprob | None, ...]:
-        """Waits for them."""
+        """Waits until the device has computed them, and returns one entry for each prompt token."""
         return (*((None,) if self.first else ()), *(entry for part in self.slices for entry in part.read()))
 
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A step that the device works on. `tokens`: those of all chunks, in their order; `prompts`: of the chunks, by
-    number, that have log-probabilities of a prompt."""
+    """A launched step whose results have not been read. `tokens` are the sampled tokens of all chunks in their order.
+    `prompts` maps the index of a chunk to its prompt log-probabilities, if these were requested."""
 
     output: SchedulerOutput
     tokens: PendingTokens | None
     prompts: dict[int, PendingPrompt]
 
     def results(self) -> list[ChunkResult]:
-        """One result per chunk, in their order. Waits for the device."""
+        """Waits for the device and returns one result for each chunk, in their order."""
         tokens = self.tokens.read() if self.tokens is not None else []
         results: list[ChunkResult] = []
         first = 0
         for i, chunk in enumerate(self.output.chunks):
             prompt = self.prompts[i].read() if i in self.prompts else ()
-            if chunk.num_sampled == 1:  # as nearly all do
+            if chunk.num_sampled == 1:  # one token a chunk is the usual case, and this branch is faster
                 token_id, logprob = tokens[first]
                 results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
             else:
@@ -63,10 +64,10 @@ class PendingStep:
 
 
 class ModelRunner:
-    """Runs the model over the storage and turns its rows into tokens and log-probabilities.
+    """Runs the model with the cache storage, and turns its outputs into tokens and log-probabilities.
 
-    `graphs` runs the steps that it can; `sampled` keeps tokens for a next step that is launched before they are known;
-    `states` copies states to the places of the store and back.
+    `graphs` runs decode steps, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
+    step, if asynchronous scheduling is enabled. `states` copies states to the places of the state store and back.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
-        """Launches a step and waits for nothing. Before `Scheduler.advance`."""
+        """Launches a step and does not wait for its results. Must be called before `Scheduler.advance`, which changes
+        the sequences."""
         self._copy_units(output.copies)
         sampling = [chunk for chunk in output.chunks if chunk.num_sampled]
         hidden, chosen = self._forward(output.chunks)
@@ -93,14 +95,14 @@ class ModelRunner:
         return PendingStep(output, tokens, self._prompt_logprobs(output.chunks, hidden))
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
-        """Hidden states of all rows, and those from which tokens are sampled."""
+        """Returns the hidden states of all rows, and those of the rows from which tokens are sampled."""
         if self.graphs is not None and (key := self.graphs.key(chunks)) is not None:
             hidden = self.graphs.forward(key, chunks, self.sampled)
             return hidden, hidden
         block_size = self.storage.block_size
         batch = build_batch(chunks, block_size=block_size, device=self.device, sampled=self.sampled)
         hidden = self.model.forward(batch, self.storage)
-        # as many as there are tokens: then they are all rows in order, as in a step of decodes only
+        # If there are as many logit rows as tokens, they are all rows in order, as in a step of decodes only.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
     def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
@@ -108,7 +110,8 @@ class ModelRunner:
         sequences: list[Sequence] = []
         for chunk in chunks:
             seq = chunk.sequence
-            pending = chunk.end - len(seq.tokens)  # before the last token that the chunk chooses
+            # The number of tokens, beyond those that the host knows, before the last token that the chunk samples.
+            pending = chunk.end - len(seq.tokens)
             row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
             if chunk.num_sampled > 1:
                 rows += [row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)]
@@ -129,7 +132,8 @@ class ModelRunner:
             self.states.restore(copies.states)
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
-        """Of the chunks that ask for any, by number."""
+        """Returns the log-probabilities of prompt tokens, by the index of the chunk, for chunks whose request asks for
+        them."""
         prompts: dict[int, PendingPrompt] = {}
         row = 0
         for i, chunk in enumerate(chunks):
@@ -140,8 +144,8 @@ class ModelRunner:
         return prompts
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, count: int) -> PendingPrompt:
-        """The prompt tokens that this chunk's rows predict and that were not delivered before. The row of position p
-        predicts token p + 1; the first token of all has no prediction."""
+        """Launches the log-probabilities of the prompt tokens that this chunk predicts, except those that an earlier
+        engine has delivered. The row of position p predicts the token at p + 1. Nothing predicts the first token."""
         seq = chunk.sequence
         first = max(chunk.start + 1, seq.num_prompt_logprobs, 1)
         last = min(chunk.end, seq.num_prompt - 1)

@@ -1,25 +1,31 @@
-"""Scheduler: who runs how many tokens in the next step. Plain Python, no tensors.
+"""The scheduler decides which sequences run in the next step and how many tokens of each. It uses no tensors.
 
-There is no prefill phase and no decode phase: every sequence has `num_computed`, which chases `len(tokens)`.
+Prefill and decode are not separate phases. A sequence has `len(tokens)` tokens, of which the first
+`num_computed` have been computed or are in flight, and each step computes some of the remaining ones.
+`engine/fairness.py` decides whose prompt comes first, and which sequence makes room for another.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
+from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of `sequence` run in this step; `saves` lie in (start, end], ascending. `num_sampled`: after
-    so many of its positions, the last ones, a token is chosen: none before the prompt's end, one where the next token
-    is wanted, all of them to check tokens that were guessed."""
+    """The tokens [start, end) of one sequence, which run in one step.
+
+    A token is sampled after each of the last `num_sampled` positions: 0 before the end of the prompt, 1 for the next
+    token, and all positions to verify speculative tokens. The positions of `saves` are in (start, end], ascending.
+    """
 
     sequence: Sequence
     start: int
@@ -29,18 +35,21 @@ class Chunk:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether its token is known on the device only, until the step that chooses it is taken in."""
+        """Whether the chunk's token is known only on the device, because the result of its step has not been read."""
         return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
-        """One token upon an existing state, which the decode kernels take."""
+        """Whether the chunk is one token that continues an existing state, so that the decode kernels can run it."""
         return self.end - self.start == 1 and self.start > 0 and not self.saves
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: decodes first, each group in the order of `Sequence.order`; `copies` run before everything else."""
+    """The work of one step. The chunks are ordered decodes first, and then by `Sequence.order`.
+
+    `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
+    """
 
     chunks: tuple[Chunk, ...]
     copies: CacheCopies
@@ -48,8 +57,8 @@ class SchedulerOutput:
 
 
 class ChunkResult(NamedTuple):
-    """What the model said of one chunk: the tokens that were chosen, with their log-probabilities if these were asked
-    for; log-probabilities of prompt tokens; a vector, where the request is for one."""
+    """The model's results for one chunk: the sampled tokens, and whatever the request needs of their log-probabilities,
+    the log-probabilities of prompt tokens, and a vector (an embedding or a classifier's scores)."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -59,10 +68,18 @@ class ChunkResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Plan:
-    """The chunks of a step in the making, each with what it costs of the `budget` that is left."""
+    """The chunks planned so far for the next step, as (start, end, cost). `cost` is the number of tokens that a chunk
+    takes from the step's budget of prompt tokens, and `budget` is what is left of it.
+
+    While other prompts wait for their part, long prompts may take only `for_long` tokens together. `shortened` are the
+    sequences that received less for this reason.
+    """
 
     budget: int
+    for_long: int
     chunks: dict[Sequence, tuple[int, int, int]] = field(default_factory=dict[Sequence, tuple[int, int, int]])
+    shortened: list[Sequence] = field(default_factory=list[Sequence])
+    started: list[str] = field(default_factory=list[str])
     preempted: bool = False
 
     def add(self, seq: Sequence, end: int, cost: int) -> None:
@@ -75,7 +92,7 @@ class _Plan:
 
 
 class Scheduler:
-    """Owns the sequences; the cache manager owns what they occupy."""
+    """Owns the waiting and running sequences. The cache manager owns the pages and state slots that they use."""
 
     def __init__(
         self,
@@ -89,27 +106,32 @@ class Scheduler:
         self.cache = cache
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
-        self.waiting: list[Sequence] = []  # both sorted by Sequence.order
+        self.waiting: list[Sequence] = []  # `waiting` and `running` are sorted by Sequence.order
         self.running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
+        self._work = 0  # number of prompt tokens scheduled so far; prompts age by it instead of by a clock
         self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
 
-    # In and out -------------------------------------------------------------------------------------------------
+    # Adding and aborting requests -------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[Request], *, now: float) -> None:
-        """Queues requests in the order of their priority, then of their arrival. `now`: monotonic seconds."""
+        """Queues requests by their priority, and by their arrival within a priority. `now` is in monotonic seconds."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
             assert 0 < len(request.prompt) + len(request.generated) <= self.max_model_len, "prompt was not validated"
             self._arrivals += 1
             seq = Sequence.of(request, arrival=self._arrivals, now=now)
+            seq.work_before = self._work
+            seq.num_uncached = len(seq.tokens) - self._match(seq).num_tokens
             self._by_id[request.id] = seq
+            self._tenants[request.tenant] += 1
             insort(self.waiting, seq, key=lambda s: s.order)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests wherever they are; unknown ids have ended already."""
+        """Removes waiting and running requests. Ids of requests that have ended already are ignored."""
         for request_id in request_ids:
             if (seq := self._by_id.get(request_id)) is not None:
                 self._remove(seq)
@@ -137,18 +159,21 @@ class Scheduler:
             num_steps_total=count["steps"],
         )
 
-    # Before the step --------------------------------------------------------------------------------------------
+    # Planning a step --------------------------------------------------------------------------------------------
 
     def schedule(self, *, now: float) -> SchedulerOutput:
-        """Decodes first, so that long prompts never stall replies; then prompts under way, then new sequences.
+        """Plans the next step. `now`, in monotonic seconds, is only used for statistics.
 
-        Decodes cost nothing of the budget: prompts of just its length take a step each, not a step and a little more.
+        Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
+        their urgency. A decoded token costs nothing of the budget, so a prompt as long as the budget takes one step.
         """
-        plan = _Plan(self.max_num_batched_tokens)
-        for seq in sorted(self.running, key=lambda s: s.num_remaining > 1):
-            if seq.state_id and (plan.budget or seq.num_remaining == 1):  # an earlier one may have preempted it
-                self._extend(seq, plan)
-        started = self._admit(plan, now) if not plan.preempted else ()
+        budget = self.max_num_batched_tokens
+        plan = _Plan(budget, budget - budget // RESERVED_PART)
+        for seq in [seq for seq in self.running if seq.num_remaining == 1]:
+            if seq.state_id:  # extending another sequence may have preempted this one
+                self._extend(seq, plan, 1)
+        self._share_out(plan, now)
+        self._work += budget - plan.budget
         chunks = [
             Chunk(seq, start, end, int(seq.samples_at(end)), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end, _) in plan.chunks.items()
@@ -156,57 +181,133 @@ class Scheduler:
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
         copies = self.cache.take_copies() if chunks else CacheCopies()  # without a step they wait for the next
-        return SchedulerOutput(tuple(chunks), copies, started)
+        return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
+
+    def _share_out(self, plan: _Plan, now: float) -> None:
+        """Shares the budget among prompts in progress and new ones. The most urgent prompt comes first."""
+        prompts = sorted((seq for seq in self.running if seq.num_remaining > 1), key=urgency)
+        newcomer = self._next_waiting(plan)
+        while plan.budget and (prompts or newcomer):
+            if newcomer is None or (prompts and urgency(prompts[0]) < urgency(newcomer)):
+                seq = prompts.pop(0)
+                if seq.state_id:  # extending another sequence may have preempted this one
+                    self._extend(seq, plan, self._part(seq, plan, others=bool(prompts or newcomer)))
+                newcomer = None if plan.preempted else newcomer
+            else:
+                others = bool(prompts) or len(self.waiting) > 1
+                admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
+                newcomer = self._next_waiting(plan) if admitted else None
+        for seq in plan.shortened:  # no other prompt took the part that was kept for others
+            if plan.budget and seq.state_id and seq in plan.chunks:
+                plan.drop(seq)
+                self._extend(seq, plan, plan.budget)
+
+    def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
+        """Returns how many prompt tokens `seq` may take in this step. A long prompt leaves a part of the budget to
+        others, if there are `others`."""
+        if not others or not self._is_long(seq):
+            return plan.budget
+        part = min(plan.budget, plan.for_long)
+        plan.for_long -= part
+        plan.shortened.append(seq)
+        return part
+
+    def _is_long(self, seq: Sequence) -> bool:
+        """Returns whether the prompt of `seq` needs more than one step."""
+        return tokens_left(seq) > self.max_num_batched_tokens
 
     def must_wait(self) -> bool:
-        """Whether the next step cannot be scheduled before the tokens of the last one are known: a sequence's
-        penalties or bad words look at them, or a state would be saved after one, under a key made of it."""
+        """Whether the next step can be scheduled only after the tokens of the last step have been read.
+
+        That is so if penalties or bad words of a sequence depend on these tokens, or if a state is to be saved after
+        one of them, because the key of a saved state is computed from its tokens.
+        """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
-    def _extend(self, seq: Sequence, plan: _Plan) -> None:
-        """Plans the next tokens of a running sequence; where pages are short the youngest one waits again."""
+    def _extend(self, seq: Sequence, plan: _Plan, limit: int) -> None:
+        """Plans up to `limit` more tokens of a running sequence. While pages are short, the youngest running sequence
+        is preempted."""
         remaining = seq.num_remaining
-        if not remaining or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
-            return  # a step under way brings its end
-        size = min(remaining, max(plan.budget, 1))
+        if not remaining or not limit or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
+            return  # in the last case, a step in flight produces the sequence's last token
+        size = min(remaining, limit)
         end = seq.num_computed + size
         while not self.cache.grow(seq, end):
             victim = self.running[-1]
-            plan.drop(victim)
+            self._park(victim, plan)
             plan.preempted = True
-            self._preempt(victim)
             if victim is seq:
                 return
         plan.add(seq, end, cost=size if remaining > 1 else 0)
 
+    def _park(self, seq: Sequence, plan: _Plan) -> None:
+        """Removes a running sequence from the planned step and puts it back into the queue."""
+        plan.drop(seq)
+        self._preempt(seq)
+
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.cache.free(seq)  # its state is saved: it resumes there if its pages survive
+        seq.num_uncached = 0  # a preempted sequence has waited before, so it counts as the most urgent one
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
 
-    def _admit(self, plan: _Plan, now: float) -> tuple[str, ...]:
-        """Moves sequences from waiting to running while slots, pages and budget last; the ids of those new here."""
-        started: list[str] = []
-        for seq in list(self.waiting):
-            if not plan.budget or len(self.running) >= self.max_num_seqs:
-                break
-            if self._awaits_sibling(seq):
-                continue
-            hit = PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
-            if (end := self._occupy(seq, hit, plan.budget)) is None:
-                break
-            self.waiting.remove(seq)
-            insort(self.running, seq, key=lambda s: s.order)
-            if seq.queue_seconds is None:
-                seq.queue_seconds, seq.num_cached = now - seq.submitted_at, min(seq.num_computed, seq.num_prompt)
-                self._count_hit(seq, hit)
-                started.append(seq.request.id)
-            plan.add(seq, end, cost=end - seq.num_computed)
-        return tuple(started)
+    def _next_waiting(self, plan: _Plan) -> Sequence | None:
+        """Returns the waiting sequence that should run next, or None if this step can admit none.
+
+        Tenants and requests take turns: within a priority, the one with the fewest running sequences comes first. If
+        no slot is free, only a tenant or request without a running sequence is admitted, and only if another one can
+        give up one of several.
+        """
+        if plan.preempted or not plan.budget or not self.waiting:
+            return None
+        full, shares = len(self.running) >= self.max_num_seqs, Shares(self.running)
+        if full and not shares.one_holds_several and len(self._tenants) < 2:
+            return None  # under load this is the usual case, and it must be cheap
+        no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
+        candidates = (
+            seq
+            for seq in self.waiting
+            if not (no_more_long and self._is_long(seq))
+            and not (full and shares.holder_for(seq) is None)
+            and not self._awaits_sibling(seq)
+        )
+        return min(candidates, key=shares.turn, default=None)
+
+    def _admit(self, seq: Sequence, plan: _Plan, limit: int, now: float) -> bool:
+        """Admits `seq` with a first chunk of up to `limit` tokens, or returns False and leaves it in the queue.
+
+        If slots or pages are short, a tenant or request with several running sequences gives up one of them to a tenant
+        or request that has none.
+        """
+        if not limit:
+            return False
+        hit, end = self._match(seq), None
+        if len(self.running) < self.max_num_seqs:
+            end = self._occupy(seq, hit, limit)
+        if end is None:
+            if (holder := Shares(self.running).holder_for(seq)) is None:
+                return False
+            self._park(holder, plan)
+            hit = self._match(seq)  # parking has changed the contents of the cache
+            if (end := self._occupy(seq, hit, limit)) is None:
+                return False
+        self.waiting.remove(seq)
+        insort(self.running, seq, key=lambda s: s.order)
+        if seq.queue_seconds is None:
+            seq.queue_seconds, seq.num_cached = now - seq.submitted_at, min(seq.num_computed, seq.num_prompt)
+            self._count_hit(seq, hit)
+            plan.started.append(seq.request.id)
+        plan.add(seq, end, cost=end - seq.num_computed)
+        return True
+
+    def _match(self, seq: Sequence) -> PrefixHit:
+        """Returns the prefix of `seq` that the cache has. It is empty if the request asks for log-probabilities of the
+        prompt, because these need the logits of every position."""
+        return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether another choice is computing full blocks of the prompt, which `seq` will find in the cache."""
+        """Whether another choice of the same prompt is computing full pages that `seq` will then find in the cache."""
         group, size = seq.request.group, self.cache.block_size
         if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
             return False
@@ -214,9 +315,11 @@ class Scheduler:
         return any(s.request.group == group and s.num_computed < end for s in self.running)
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
-        """Gives `seq` room for its first chunk and returns the chunk's end, or None. A page per running sequence is
-        kept free, so that an admission does not cause a preemption at once; a preempted one waits until all of its
-        tokens fit, or it would be preempted at the same place again and again."""
+        """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if none fit.
+
+        One page per running sequence stays free, so that an admission does not cause a preemption at once. A preempted
+        sequence waits until all of its tokens fit. Otherwise it would be preempted at the same token again and again.
+        """
         end, size = min(len(seq.tokens), hit.num_tokens + budget), self.cache.block_size
         later = 0 if seq.queue_seconds is None else -(-len(seq.tokens) // size) - -(-end // size)
         if self.cache.admit(seq, hit, end, reserve=len(self.running) + later):
@@ -229,15 +332,15 @@ class Scheduler:
             return
         self._counters["queries"] += seq.num_prompt
         self._counters["hits"] += seq.num_cached
-        left = seq.num_prompt - seq.num_cached  # a replayed request may have missed generated tokens too
+        left = seq.num_prompt - seq.num_cached  # bounds the misses, which may include generated tokens after a restart
         no_state = min(hit.missed_no_state, left)
         self._counters["no_state"] += no_state
         self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
 
-    # After the step ---------------------------------------------------------------------------------------------
+    # Recording a launched step and its results ------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
-        """The step has been launched: whatever is launched from now on finds its pages and states written."""
+        """Records that a step was launched. Steps launched later run after it and can read its pages and states."""
         for chunk in output.chunks:
             seq = chunk.sequence
             seq.num_pending += chunk.num_sampled
@@ -245,8 +348,11 @@ class Scheduler:
         self.cache.launch(output.copies)
 
     def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Confirms a step and takes in what the model said; finished sequences give back what they own. Steps come in
-        their order, each after its `advance`; tokens of a sequence that has ended meanwhile are dropped."""
+        """Adds the results of a step to its sequences, frees those that have finished, and returns their updates.
+
+        Steps must be updated in the order in which they were launched, each after its `advance`. The results of a
+        sequence that has ended in the meantime are dropped.
+        """
         self.cache.confirm()
         updates: list[TokenUpdate] = []
         for chunk, result in zip(output.chunks, results, strict=True):
@@ -257,7 +363,9 @@ class Scheduler:
             reason: FinishReason | None = None
             if chunk.end == (length := len(seq.tokens)):
                 reason = self._take(seq, result.token_ids)
-                if (count := len(seq.tokens) - length) < len(result.token_ids):  # nobody wants what follows the end
+                if (count := len(seq.tokens) - length) < len(
+                    result.token_ids
+                ):  # drops tokens after the end of a sequence
                     result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
             if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
@@ -266,19 +374,22 @@ class Scheduler:
         return updates
 
     def discard(self) -> None:
-        """A step has failed, wherever it was: what it touched is lost. Requests that have begun end without an update,
-        because those of the failed step reach nobody; requests that only wait still do."""
+        """Drops all requests that have begun, after a step has failed, because their pages and states may be wrong.
+
+        They end without an update. Requests that have not begun stay in the queue.
+        """
         self.running = []
         self.waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
         self._by_id = {seq.request.id: seq for seq in self.waiting}
+        self._tenants = Counter(seq.request.tenant for seq in self.waiting)
         for seq in self.waiting:
-            seq.vacate()  # it may have been on its way to run
+            seq.vacate()  # the failed step may have admitted the sequence already
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
-        """Appends the tokens that were chosen, up to one that ends the sequence, and says whether and why it ends."""
+        """Appends sampled tokens up to one that ends the sequence. Returns the finish reason, or None if it goes on."""
         if not token_ids:
-            return "length"  # max_tokens 0: only the prompt was wanted
+            return "length"  # the request has max_tokens 0 and needs only the prompt computed
         for token_id in token_ids:
             seq.tokens.append(token_id)
             seq.num_pending -= 1
@@ -289,7 +400,7 @@ class Scheduler:
         return None
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
-        """Whether so many tokens are all that it may have."""
+        """Whether a sequence of `length` tokens has reached max_tokens or the maximum context length."""
         return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _stops(self, seq: Sequence, token_id: int) -> bool:
@@ -313,6 +424,7 @@ class Scheduler:
 
     def _remove(self, seq: Sequence) -> None:
         del self._by_id[seq.request.id]
+        self._tenants -= Counter([seq.request.tenant])
         if seq.state_id:
             self.running.remove(seq)
             self.cache.free(seq)

@@ -10,14 +10,18 @@ from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """`num_computed` chases `len(tokens)`: chunked prefill, prefix hits, preemption and decode are one case.
+    """One reply in the making. Chunked prefill, prefix hits, preemption and decode are one case: the sequence has
+    `len(tokens)` tokens, and `num_computed` says how many of them have been launched so far.
 
-    `order` sorts sequences: (priority, arrival number), smaller first. `block_ids` are its pages in order,
-    `state_id` its slot (0 while it waits). `hashes[i]` is the chained hash of the prefix up to block i's end.
-    `branch` is a position where its tokens left what others had computed (0: none known). `tokens` and `block_ids` are
-    arrays because each step copies them to tensors: of a long context that is 100 times faster than from a list.
-    `num_pending` tokens after them have been chosen on the device, or will be by steps under way; what they are is not
-    known yet. `num_computed` positions have been launched: those of steps under way are not confirmed.
+    `order` is (priority, arrival number) and sorts sequences, smaller first. `block_ids` are the ids of its pages in
+    order, `state_id` is the id of its slot (0 while it waits). `hashes[i]` is the chained hash of the prefix up to the
+    end of page i. `branch` is the position where its tokens left a prefix that others had computed (0: none known).
+    `tokens` and `block_ids` are arrays because each step copies them to tensors, which for a long context is 100 times
+    faster than from a list.
+
+    `num_pending` further tokens have been or will be sampled by steps in flight, and only the device knows them.
+    Launched positions of steps in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the
+    sequence arrived, and `work_before` prompt tokens had been scheduled by then; both decide how urgent its prompt is.
     """
 
     request: Request
@@ -35,10 +39,12 @@ class Sequence:
     num_cached: int = 0
     queue_seconds: float | None = None
     announced: bool = False
+    num_uncached: int = 0
+    work_before: int = 0
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float) -> Sequence:
-        """`now`: seconds on the monotonic clock."""
+        """Returns a sequence that waits. `now` is in seconds of the monotonic clock."""
         tokens = array("q", request.prompt)
         tokens.extend(request.generated)
         return cls(
@@ -55,11 +61,16 @@ class Sequence:
         return self.request.params
 
     @property
+    def parent(self) -> str:
+        """The id of the client's request that this sequence is a part of."""
+        return self.request.parent or self.request.id
+
+    @property
     def kind(self) -> RequestKind:
         return self.request.kind
 
     def vacate(self) -> None:
-        """It owns nothing any more, and begins again wherever the cache lets it."""
+        """Forgets what the sequence owned. It starts again from whatever prefix the cache still has."""
         self.block_ids, self.state_id, self.num_computed, self.branch = array("i"), 0, 0, 0
 
     @property
@@ -79,5 +90,5 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens whose states and KV are still to be computed. While no step is under way, at least one."""
+        """Number of tokens whose states and KV must still be computed. It is at least 1 while no step is in flight."""
         return len(self.tokens) + self.num_pending - self.num_computed

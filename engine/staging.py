@@ -1,7 +1,7 @@
-"""Staging: a step's numbers on their way to the device, all of them in one copy.
+"""Copies the inputs of a step to the device in one piece, and results back to the host.
 
-A copy from ordinary memory makes the host wait for everything that the device still has to do; one from pinned memory
-does not. torch hands pinned memory out again only when the copies from it are done.
+A copy from ordinary memory makes the host wait until the device has done all of its queued work. A copy from pinned
+memory does not. torch reuses pinned memory only when the copies from it are done.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes, of every array in the copy: what kernels are compiled for
+ALIGNMENT = 16  # each array of a copy starts at a multiple of so many bytes, as the compiled kernels assume
 
 Array = NDArray[Any]
 DTYPES = {
@@ -26,17 +26,18 @@ DTYPES = {
 
 
 def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """The arrays (C-contiguous) as tensors on `device`, without waiting for it. On a CPU they share their memory."""
+    """Copies C-contiguous arrays to `device` and returns them as tensors. Does not wait for the device. On a CPU the
+    tensors share the memory of the arrays."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    if device.type == "meta":  # where steps are rehearsed
+    if device.type == "meta":  # `Rehearsal` runs steps on the device "meta", which has no memory to copy to
         return cut(torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=device), arrays)
     packed = pack(arrays, torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True))
     return cut(packed.to(device, non_blocking=True), arrays)
 
 
 def pack(arrays: Sequence[Array], packed: Tensor) -> Tensor:
-    """Fills `packed`, uint8 on the host, with the arrays, one after the other, each aligned. Returns it."""
+    """Copies the arrays one after the other, each aligned, into `packed`, a uint8 tensor on the host. Returns it."""
     flat, start = packed.numpy(), 0
     for array in arrays:
         flat[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -45,7 +46,7 @@ def pack(arrays: Sequence[Array], packed: Tensor) -> Tensor:
 
 
 def cut(packed: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
-    """Views of `packed` (uint8, aligned) with the shapes and dtypes of `arrays`, in their order."""
+    """Returns views of `packed`, which `pack` filled with `arrays`: one view for each array, of its shape and dtype."""
     tensors: list[Tensor] = []
     start = 0
     for array in arrays:
@@ -62,8 +63,8 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-class Fetch:
-    """Numbers on their way from the device to the host. On a CPU they are there."""
+class HostCopy:
+    """A copy of a tensor to the host that is in flight. For a tensor on a CPU nothing is copied."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._arrived = values, None
@@ -74,7 +75,7 @@ class Fetch:
             self._arrived.record()
 
     def tolist(self) -> list[Any]:
-        """Waits for them."""
+        """Waits until the copy is done, and returns the numbers as (nested) lists."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()

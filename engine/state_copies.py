@@ -1,4 +1,5 @@
-"""StateCopies: states on their way between the slots and the places of a `StateStore`, in a step's own order."""
+"""StateCopies: runs the copies between state slots and the places of a `StateStore`, in order with the other kernels of
+a step."""
 
 from __future__ import annotations
 
@@ -17,25 +18,28 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class StateCopies(Protocol):
-    """What a `StateStore` asks for, done. In both, destinations are distinct and none is a source."""
+    """Runs the copies that a `StateStore` lists. In each list the destinations are distinct, and none of them is also a
+    source, so the copies may run in any order."""
 
     def save(self, pairs: Pairs) -> None:
-        """(slot, place): launches copies of states to where they stay."""
+        """Launches copies of states from slots to their places. `pairs` are (slot, place)."""
         ...
 
     def restore(self, pairs: Pairs) -> None:
-        """(place, slot): launches copies of saved states to where sequences go on from them."""
+        """Launches copies of saved states to the slots of sequences that continue from them. `pairs` are (place,
+        slot)."""
         ...
 
 
 class SlotCopies:
-    """For `SlotStates`: a place is a slot."""
+    """Copies for the store `SlotStates`, where a place is itself a slot."""
 
     def __init__(self, storage: CacheStorage, kernels: Kernels) -> None:
         self._storage, self._kernels = storage, kernels
 
     def save(self, pairs: Pairs) -> None:
-        """Nothing: a state is where it stays. Rehearsed steps ask for it, whatever the store."""
+        """Copies nothing, because `SlotStates` leaves a saved state in its slot. Rehearsed steps call
+        this for every store."""
 
     def restore(self, pairs: Pairs) -> None:
         tensors = (self._storage.conv, self._storage.ssm)
@@ -43,7 +47,8 @@ class SlotCopies:
 
 
 class CompressedCopies:
-    """For `CompressedStates`: SSM states are compressed, convolutions are copied to units behind those of the slots."""
+    """Copies for the store `CompressedStates`. SSM states are compressed; convolution states are copied as they are, to
+    entries of the `conv` tensor behind those of the slots."""
 
     def __init__(self, storage: CacheStorage, compressed: CompressedStates, kernels: Kernels) -> None:
         self._storage, self._compressed, self._kernels = storage, compressed, kernels
@@ -62,13 +67,13 @@ class CompressedCopies:
 
 
 def state_copies(storage: CacheStorage, kernels: Kernels) -> StateCopies:
-    """Those of the store that this storage was made for."""
+    """Returns the copies for the kind of store that `storage` was allocated for."""
     if storage.compressed is None:
         return SlotCopies(storage, kernels)
     return CompressedCopies(storage, storage.compressed, kernels)
 
 
 def columns(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sources and destinations, int64 [pairs] each, on the device."""
+    """Returns the sources and the destinations of `pairs` as two int64 tensors [pairs] on the device."""
     [both] = upload([np.array(pairs, dtype=np.int64).T.copy()], device)
     return both[0], both[1]

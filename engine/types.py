@@ -1,7 +1,7 @@
-"""Messages between the HTTP process and the engine: token ids and numbers, no text, no tensors.
+"""The messages between the HTTP process and the engine. They have token ids and numbers, but no text and no tensors.
 
-All of them are msgspec structs that travel as msgpack. The engine answers with one `StepResult` a step for all
-sequences together (design section 3).
+All of them are msgspec structs and are sent as msgpack. The engine sends one `StepResult` for each step, with the
+results of all sequences.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ MAX_LOGPROBS = 20
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How one choice is sampled. Ranges are checked where requests enter (`validate`).
+    """The parameters that say how one reply is sampled. `validate` checks their ranges when a request is accepted.
 
-    `logprobs` None: none are returned; 0: those of the chosen tokens; k: also of the k most likely ones.
-    `prompt_logprobs` likewise for the prompt. Log-probabilities are of the raw distribution, before penalties,
-    bias, temperature and masks. `top_k` 0 means all. `seed` None: whoever accepts the request draws one; for the engine
-    itself it is 0.
-    `bad_words` are sequences of token ids: the last token of one is not chosen where the reply ends with all the tokens
-    before it. Where `allowed_token_ids` has any, no other token is chosen, not even one that ends the reply.
+    `logprobs` None returns no log-probabilities, 0 those of the chosen tokens, and k also those of the k most likely
+    tokens. `prompt_logprobs` does the same for the tokens of the prompt. Log-probabilities are of the raw distribution,
+    before penalties, bias, temperature and masks. `top_k` 0 means all tokens. If `seed` is None, the caller that
+    accepts the request draws a random one; the engine itself treats None as 0. `bad_words` are sequences of token ids:
+    the last token of a sequence is forbidden when the reply so far ends with the tokens before it. If
+    `allowed_token_ids` is not empty, all other tokens are forbidden, even end tokens.
     """
 
     max_tokens: int = 16
@@ -46,7 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of a token at its position, with the `top` most likely (id, logprob), best first."""
+    """The log-probability of a token at its position. `top` are (id, logprob) of the most likely tokens there, the best
+    first."""
 
     token_id: int
     logprob: float
@@ -54,12 +55,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One choice of one prompt. `kind`: tokens are wanted, or a classifier's scores, or an embedding.
+    """A request for one reply to one prompt. `kind` says whether it asks for tokens, for a classifier's scores, or for
+    an embedding.
 
-    `index` is the choice's number within its prompt (0..n-1); requests of one prompt share `group`, so that its
-    prefix is computed once. `generated` and `num_prompt_logprobs` say what an earlier engine has delivered already
-    (replay after a restart). `save_positions` are token offsets into the prompt where a state is worth keeping.
-    Requests find in the prefix cache only what requests with the same `cache_salt` computed.
+    `index` (0 to n-1) is the number of the reply among the n replies to the same prompt. The requests for these share
+    `group`, so that the prompt is computed once. `parent` is the id of the client's request that this is a part of
+    (empty: of its own), and `tenant` stands for the client's API key; both take turns when the engine is full. After a
+    restart of the engine, `generated` and `num_prompt_logprobs` tell what the client has received already.
+    `save_positions` are token positions in the prompt where a state should be saved. A request reuses only cached
+    prefixes of requests with the same `cache_salt`.
     """
 
     id: str
@@ -68,6 +72,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: RequestKind = "generate"
     index: int = 0
     group: str = ""
+    parent: str = ""
+    tenant: str = ""
     priority: int = 0
     save_positions: tuple[int, ...] = ()
     cache_salt: str = ""
@@ -76,13 +82,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step brought one request.
+    """The results of one step for one request.
 
-    `token_ids` are new tokens with their `logprobs` (parallel, empty if not asked for). `prompt_logprobs` continues
-    where the last update stopped; its very first entry is None. `num_cached` (prompt tokens read from the prefix
-    cache) and `queue_seconds` come with the request's first update. `finish_reason` closes the request;
-    `stop_token_id` names the token that did, which is also the last of `token_ids`. `error` goes with "error".
-    `vector`: a classifier's scores, or an embedding.
+    `token_ids` are the new tokens, and `logprobs` has one entry for each of them, or is empty if the request did not
+    ask for them. `prompt_logprobs` continue where the last update ended; the entry of the first prompt token is None. A
+    request's first update has `num_cached`, the number of prompt tokens read from the prefix cache, and
+    `queue_seconds`. An update with `finish_reason` is the last one of its request. `stop_token_id` is the token that
+    ended the reply, and also the last of `token_ids`. `error` is the message for the reason "error". `vector` has a
+    classifier's scores, or an embedding.
     """
 
     request_id: str
@@ -98,7 +105,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine after a step. Counters (`*_total`) count since this engine process began."""
+    """The state of the engine after a step. Counters (`*_total`) count from the start of this engine process."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -116,11 +123,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine became: sent once, when it is ready. Sizes are results, not wishes.
+    """The properties of a loaded engine, sent once when it is ready. Sizes are those in effect, which may be smaller
+    than requested.
 
-    `batch_dependent_ops`: ops whose last bits may depend on the batch. `num_state_slots` have states of running
-    sequences and, unless these are compressed (`state_cache_dtype`), saved ones, of which there may be
-    `num_saved_states` while all sequences run.
+    `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
+    of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
+    number of states that can be saved while `max_num_seqs` sequences run.
     """
 
     architecture: str
@@ -148,7 +156,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
-# Client to engine -------------------------------------------------------------------------------------------------
+# Messages from the client to the engine ---------------------------------------------------------------------------
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -165,18 +173,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 ToEngine = Submit | Abort | Shutdown
 
-# Engine to client -------------------------------------------------------------------------------------------------
+# Messages from the engine to the client ---------------------------------------------------------------------------
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Start-up progress: `fraction` of `phase` is done."""
+    """Reports the progress of the engine's start: the share `fraction` (0 to 1) of the phase named `phase` is done."""
 
     phase: str
     fraction: float
 
 
 class LogLine(msgspec.Struct, frozen=True, tag=True):
-    """A record of the engine's log, for the log of the process that started it."""
+    """A log record of the engine. The process that started the engine writes it to its own log."""
 
     level: int
     name: str
@@ -188,13 +196,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot start; `message` is for the user."""
+    """Tells that the engine cannot start. `message` is the error text for the user."""
 
     message: str
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """`started`: requests that ran for the first time in this step."""
+    """The results of one step. `started` are the ids of requests that ran for the first time in this step."""
 
     updates: list[TokenUpdate]
     started: list[str]

@@ -1,6 +1,6 @@
-"""The range of every number in a request, checked once, where requests enter. No torch.
+"""Checks the ranges of all numbers in a request when it is accepted. Works without torch.
 
-A refusal is a `RequestRejected` that names the field, its value and the limit.
+A value out of range raises `RequestRejected`, whose message names the field, its value and the limit.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import msgspec
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
 from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
-MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's limit
+MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit for logit_bias
 MAX_STOP_TOKEN_IDS = 128
-MAX_BAD_WORDS = 128  # sequences of tokens; a word is up to two
-MAX_ALLOWED_TOKEN_IDS = 4096  # they are uploaded in every step
+MAX_BAD_WORDS = 128  # this counts sequences of tokens; a word of the request becomes one or two of them
+MAX_ALLOWED_TOKEN_IDS = 4096  # allowed ids are copied to the device in every step, so they are limited
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 class Range(NamedTuple):
-    """The numbers from `low` to `high`, which are both allowed; but not `low` itself if it is `open`."""
+    """The numbers from `low` to `high`, both included. If `open`, `low` itself is excluded."""
 
     low: float
     high: float
     open: bool = False
 
 
-# OpenAI's, and vLLM's for what OpenAI lacks; repetition_penalty, which vLLM leaves open above 0, is bounded so that
-# float32 logits stay finite. The server's schemas and `GenerationDefaults` read them here.
+# These are the ranges of OpenAI's API, or of vLLM for fields that OpenAI does not have. vLLM has no upper limit for
+# repetition_penalty; here it has one, so that float32 logits stay finite. The HTTP schemas and `GenerationDefaults` use
+# the same table.
 RANGES: Mapping[str, Range] = MappingProxyType(
     {
         "temperature": Range(0, 2),
@@ -42,7 +43,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "frequency_penalty": Range(-2, 2),
         "logit_bias": Range(-100, 100),
         "seed": Range(-INT64_MAX - 1, INT64_MAX),
-        "max_tokens": Range(0, INT64_MAX),  # cut to the context later
+        "max_tokens": Range(0, INT64_MAX),  # `clamp_max_tokens` reduces it to the context
         "min_tokens": Range(0, INT64_MAX),
         "logprobs": Range(0, MAX_LOGPROBS),
         "prompt_logprobs": Range(0, MAX_LOGPROBS),
@@ -51,7 +52,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
 
 
 def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[int, ...] = ()) -> None:
-    """Raises RequestRejected."""
+    """Raises RequestRejected for a parameter that is out of range or contradicts another one."""
     for name in RANGES:
         if name != "logit_bias" and (value := getattr(params, name)) is not None:
             _check_range(name, value)
@@ -73,8 +74,9 @@ def validate_kind(kind: RequestKind) -> None:
 def validate_prompt(
     prompt: list[int], *, vocab_size: int, max_model_len: int, max_tokens: int, param: str = "prompt"
 ) -> None:
-    """Raises RequestRejected, and ContextTooLong where the prompt leaves no room for a reply's first token (or, with
-    max_tokens 0, for itself). `param` is the request's field that the prompt came from."""
+    """Raises RequestRejected for an empty prompt or an unknown token id. Raises ContextTooLong if the prompt leaves no
+    room for the first token of a reply, or with max_tokens 0 if it does not fit itself. `param` is the name of the
+    request's field that has the prompt."""
     if not prompt:
         _reject(param, "is empty; it needs at least one token")
     if len(prompt) > max_model_len - min(max_tokens, 1):
@@ -85,9 +87,10 @@ def validate_prompt(
 
 
 def clamp_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
-    """`params` with max_tokens, and min_tokens with it, cut to what the context leaves after the prompt."""
+    """Returns `params` with max_tokens reduced to the room that the context has after the prompt. min_tokens is reduced
+    to max_tokens."""
     max_tokens = min(params.max_tokens, max_model_len - prompt_len)
-    assert max_tokens >= 0, "prompt was not validated"
+    assert max_tokens >= 0, "the prompt was not validated"
     if max_tokens == params.max_tokens:
         return params
     return msgspec.structs.replace(params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens))
@@ -119,14 +122,14 @@ def _check_bad_words(params: SamplingParams, vocab_size: int) -> None:
 
 
 def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-    """Whatever the reply's last token is, some token must be left to choose. The tokens before the last one, which bad
-    words of three tokens and more need too, are not looked at: a few requests that could run are refused."""
+    """Raises RequestRejected if a reply could reach a point where every token is forbidden. Bad words of three or more
+    tokens are checked by their last two tokens only, so a few requests are refused that could run."""
     if not (params.bad_words or params.allowed_token_ids):
         return
     always = {word[-1] for word in params.bad_words if len(word) == 1}
     if params.min_tokens:
         always.update(eos_token_ids, params.stop_token_ids)
-    after: dict[int, set[int]] = {}  # a last token -> what bad words may forbid after it
+    after: dict[int, set[int]] = {}  # maps a token to the tokens that bad words may forbid after it
     for word in params.bad_words:
         if len(word) > 1:
             after.setdefault(word[-2], set()).add(word[-1])
@@ -134,7 +137,7 @@ def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids
     worst = [always | ends for ends in (set[int](), *after.values())]
     if any(allowed <= forbidden if allowed else len(forbidden) == vocab_size for forbidden in worst):
         param = "allowed_token_ids" if params.allowed_token_ids else "bad_words"
-        _reject(param, "leaves no token to choose: bad_words or min_tokens forbid all that are allowed")
+        _reject(param, "leaves no token to choose: bad_words or min_tokens forbid all allowed tokens")
 
 
 def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:
@@ -143,7 +146,7 @@ def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:
 
 
 def _check_range(param: str, value: float, *, item: str = "") -> None:
-    """Refuses what is not within the field's range; NaN is within nothing."""
+    """Raises RequestRejected if `value` is outside the field's range. NaN is outside of every range."""
     low, high, is_open = RANGES[param]
     if not ((low < value if is_open else low <= value) and value <= high):
         lower = f"above {low}" if is_open else f"at least {low}"

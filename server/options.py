@@ -117,7 +117,7 @@ class Option:
             return msgspec.convert(self._parse(value), self.annotation, strict=False)
         except (ValueError, msgspec.ValidationError):
             shown = SECRET_MASK if self.help.secret else repr(value)
-            hint = next((f" The nearest to it is {here}." for there, here in self.help.elsewhere if there == value), "")
+            hint = next((f" The nearest value is {here}." for there, here in self.help.elsewhere if there == value), "")
             raise ConfigError(f"{source} is {shown}; it must be {self.allowed}.{hint}") from None
 
     def _parse(self, value: object) -> object:
@@ -176,12 +176,12 @@ def _unwrap(annotation: Any) -> tuple[list[object], Any]:
 def parse_size(text: str) -> int:
     """Reads `32K`, `1.5M` or `4GiB` (powers of 1024), `4GB` (powers of 1000) or a plain number. Raises ValueError."""
     if (match := _SIZE.fullmatch(text.strip())) is None:
-        raise ValueError(f"{text!r} is no size")
+        raise ValueError(f"{text!r} is not a size")
     number, prefix, unit = match.groups()
     base = 1000 if prefix and (unit or "").upper() == "B" else 1024
     size = Fraction(number) * base ** " KMGT".index(prefix.upper() or " ")
     if size.denominator != 1:
-        raise ValueError(f"{text!r} is no whole number of bytes")
+        raise ValueError(f"{text!r} is not a whole number of bytes")
     return size.numerator
 
 

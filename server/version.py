@@ -1,4 +1,4 @@
-"""Which version runs."""
+"""The version of the installed package."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ def package_version() -> str:
     try:
         return metadata.version("jamba-server")
     except metadata.PackageNotFoundError:
-        return "unknown"  # run from a checkout that is not installed
+        return "unknown"  # the server runs from a source folder that is not installed

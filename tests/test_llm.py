@@ -147,7 +147,7 @@ def test_a_progress_bar_is_drawn_on_a_terminal_or_when_asked_for(llm: LLM, capsy
     [
         ({"qantization": "int8"}, "LLM: 'qantization' is not an option; did you mean quantization?"),
         ({"max_num_seq": 8}, "LLM: 'max_num_seq' is not an option; did you mean max_num_seqs?"),
-        ({"port": 8000}, "LLM: 'port' is an option of `jamba serve`, and there is no server here."),
+        ({"port": 8000}, "LLM: 'port' is an option of `jamba serve` only, because LLM starts no server."),
         ({"quantization": "int3"}, "LLM: quantization is 'int3'; it must be one of int8, int4, fp8."),
         ({"threads": 0}, "LLM: threads is 0; it must be a whole number of at least 1 (also as 32K, 1M, 4GiB)."),
         ({"quantize_mamba": True}, "quantize_mamba needs quantization: int8 or int4 or fp8."),
@@ -189,7 +189,7 @@ def test_a_hub_id_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("prompts", "fields", "param"),
     [
-        (STORY, {"tempertaure": 1.0}, "tempertaure is no sampling parameter; did you mean temperature?"),
+        (STORY, {"tempertaure": 1.0}, "tempertaure is not a sampling parameter; did you mean temperature?"),
         (STORY, {"temperature": 3}, "temperature is 3.0; it must be at least 0 and at most 2."),
         (STORY, {"max_tokens": "9"}, "max_tokens is '9'. Expected `int`, got `str`."),
         (STORY, {"n": 0}, "n is 0; it must be at least 1."),

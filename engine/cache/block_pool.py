@@ -1,4 +1,4 @@
-"""BlockPool: ids of equal-sized cache units. Used twice, for KV pages and for state slots."""
+"""BlockPool: hands out the ids of equal-sized cache units. KV pages have one pool, state slots another."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from heapq import heapify, heappop, heappush
 
 
 class BlockPool:
-    """Reference-counted, content-addressed ids.
+    """Ids of cache units, which are reference-counted and can be found by a key of their content.
 
     A unit without references keeps its content and key until its id is handed out again, so "cached" means "free, but
-    still findable". Units without a key are handed out first, then the cached one of least rank. Its rank is its worth
-    upon the rank of the last one evicted (GreedyDual, Young 1994): of equal worth the least recently used goes first,
-    and what is worth more stays longer, but not for ever. Id 0 is never handed out (padding). Keys of evicted units
-    are remembered for a while, so that a miss can be explained.
+    still findable". Free units without a key are handed out first, then the cached unit of lowest rank is evicted. The
+    rank of a unit is set when it is released: its worth plus the rank of the last evicted unit (GreedyDual, Young
+    1994). Of units of equal worth, the least recently used one is therefore evicted first, and a unit of higher worth
+    stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool remembers the keys of
+    evicted units for a while, so that statistics can tell the cause of a cache miss.
     """
 
     def __init__(self, size: int) -> None:
@@ -22,13 +23,16 @@ class BlockPool:
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
         self._worth: dict[int, float] = {}
-        self._empty = list(range(size - 1, 0, -1))  # free without a key; the last is handed out first
-        self._ranks: dict[int, tuple[float, int]] = {}  # free with a key: (rank, time of its release)
-        self._queue: list[tuple[float, int, int]] = []  # heap of (*rank, id); entries that no longer hold are skipped
-        self._clock = 0.0  # rank of the last unit evicted
+        # These units are free and have no key. The last one is handed out first.
+        self._empty = list(range(size - 1, 0, -1))
+        # Maps each cached unit to its rank, and to the number of releases so far, by which equal ranks are sorted.
+        self._ranks: dict[int, tuple[float, int]] = {}
+        # The cached units as a heap of (*entry of `_ranks`, id). Entries that `_ranks` contradicts are skipped.
+        self._queue: list[tuple[float, int, int]] = []
+        self._clock = 0.0  # holds the rank of the last evicted unit
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
-        self.evicted: list[tuple[int, bytes]] = []  # (id, key) of the units that the last `allocate` evicted
+        self.evicted: list[tuple[int, bytes]] = []  # lists (id, key) of the units that the last `allocate` evicted
 
     @property
     def capacity(self) -> int:
@@ -36,23 +40,25 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Units without references, whether they are findable or not."""
+        """Returns the number of units without references, with or without a key."""
         return len(self._empty) + len(self._ranks)
 
     @property
     def num_cached(self) -> int:
-        """Units with a key."""
+        """Returns the number of units with a key, in use or free."""
         return len(self._keys)
 
     def lookup(self, key: bytes) -> int | None:
         return self._ids.get(key)
 
     def was_evicted(self, key: bytes) -> bool:
-        """Whether `key` was cached and lost lately (as many keys are remembered as four pools hold)."""
+        """Returns whether the unit of `key` was evicted recently. The pool remembers four keys for each of its
+        units."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
-        """`n` ids with one reference each, or None and nothing happens. Without `evict`, cached units stay."""
+        """Returns `n` ids with one reference each. Returns None, and changes nothing, if too few units are free.
+        Without `evict`, only units without a key are handed out."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -62,7 +68,7 @@ class BlockPool:
         return ids
 
     def retain(self, ids: Iterable[int]) -> None:
-        """A reference more to units that were found."""
+        """Adds one reference to each of the units, which are in use or cached."""
         for i in ids:
             if self.refs[i] == 0:
                 del self._ranks[i]
@@ -76,11 +82,12 @@ class BlockPool:
                 self._set_free(i)
 
     def publish(self, i: int, key: bytes, *, worth: float = 0.0) -> bool:
-        """Makes unit `i` findable, unless it or another unit has that content already. It must be referenced.
+        """Makes unit `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if the
+        unit has a key already or another unit has this key.
 
-        `worth`: what losing it would cost, in any unit that all units of the pool share.
+        `worth` is the cost of losing the unit, on a scale that all units of the pool share.
         """
-        assert self.refs[i] > 0, f"unit {i} is nobody's"
+        assert self.refs[i] > 0, f"unit {i} has no reference"
         if key in self._ids or i in self._keys:
             return False
         self._keys[i], self._ids[key], self._worth[i] = key, i, worth
@@ -88,8 +95,8 @@ class BlockPool:
         return True
 
     def reset(self, forgotten: Set[bytes]) -> None:
-        """Takes all references back and forgets some keys. Whatever a failed step left half done is set right: all that
-        counts is which unit has which key."""
+        """Takes all references back and forgets the keys in `forgotten`. Everything else is rebuilt from the map of ids
+        to keys, because a step that failed may have left the other fields half changed."""
         self._keys = {i: key for i, key in self._keys.items() if key not in forgotten}
         self._ids = {key: i for i, key in self._keys.items()}
         self._worth = {i: self._worth.get(i, 0.0) for i in self._keys}
@@ -113,7 +120,7 @@ class BlockPool:
         heapify(self._queue)
 
     def _evict(self) -> int:
-        """The cached unit of least rank, its content forgotten."""
+        """Forgets the key of the cached unit of lowest rank and returns the id of that unit."""
         while True:
             rank, released, i = heappop(self._queue)
             if self._ranks.get(i) == (rank, released):

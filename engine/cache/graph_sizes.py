@@ -1,32 +1,36 @@
-"""GraphSizes: for which numbers of rows and contexts there are graphs of decoding steps, and what they take.
-No torch."""
+"""GraphSizes: the numbers of rows and the context lengths for which graphs of decode steps are captured, and the memory
+that these graphs need. Works without torch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from typing import NamedTuple
 
-MAX_ROWS = 512  # larger batches keep the device busy for longer than their launches take
-# Empty splits of the longest context cost a GPU's graph little, so few contexts do. On a CPU attention's partial
-# results take memory for rows times context, which are limited: steps beyond are long anyway.
+MAX_ROWS = 512  # a larger batch gains nothing from a graph: its kernels run longer than the host needs to launch them
+# A GPU's graph has attention splits for the longest context, and empty splits are cheap, so a few context lengths are
+# enough. On a CPU the partial results of attention need memory in proportion to rows * context. This product is
+# limited to CPU_MAX_TOKENS: larger steps take so long that a graph would not speed them up.
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
-BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: some hundred kernels and their arguments
-ROW_BYTES = 3 * 8 + 2 * 4  # token id, kv slot and source; state id and context length
-ATTENTION_BYTES = 64 * 1024**2  # of partial results on a GPU, which takes as many rows at a time as fit
+BYTES_PER_GRAPH = 4 * 1024**2  # this is an estimate: a graph stores some hundred kernels with their arguments
+# A row has a token id, kv slot and token source in int64, and a state slot and context length in int32.
+ROW_BYTES = 3 * 8 + 2 * 4
+# Partial results of attention on a GPU get this memory. Attention processes as many rows at once as fit into it.
+ATTENTION_BYTES = 64 * 1024**2
 
 
 class GraphKey(NamedTuple):
-    """Rows, padding included, and the longest context that there is room for."""
+    """The size of a graph: its rows, padding included, and the longest context in tokens that its page tables hold."""
 
     rows: int
     context: int
 
 
 class GraphSizes:
-    """For each number of rows a few contexts, the last of `max_model_len`. On a GPU rows are 1, 2, 4, then in steps of
-    8 up to `max_num_seqs` or MAX_ROWS: padding costs it next to nothing. On a CPU, where a graph is soon made, any
-    number is."""
+    """The sizes of graphs: a few context lengths, the last of them `max_model_len`, for each number of rows. On a GPU
+    the numbers of rows are 1, 2, 4, then multiples of 8, up to `max_num_seqs` or MAX_ROWS, because padding rows cost
+    almost nothing there. On a CPU every number of rows has its own graphs, because a graph is captured quickly
+    there."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         on_cpu = device == "cpu"
@@ -40,7 +44,8 @@ class GraphSizes:
         self.contexts[-1] = max_model_len
 
     def key(self, rows: int, context: int) -> GraphKey | None:
-        """The smallest graph for so many sequences, the longest of which has `context` tokens; None if none is kept."""
+        """Returns the size of the smallest graph for `rows` sequences of at most `context` tokens, or None if steps of
+        this size run without a graph."""
         if rows > self.rows[-1]:
             return None
         rows, context = self.rows[bisect_left(self.rows, rows)], self.contexts[bisect_left(self.contexts, context)]
@@ -48,15 +53,16 @@ class GraphSizes:
 
     @property
     def keys(self) -> list[GraphKey]:
-        """Of all graphs that there may be."""
+        """Returns the sizes of all graphs that may be captured."""
         keys = (self.key(rows, context) for rows in self.rows for context in self.contexts)
         return [key for key in keys if key is not None]
 
     def input_bytes(self, block_size: int) -> int:
-        """Of the arrays of the largest, each aligned."""
+        """Returns the bytes of the input arrays of the largest graph. Each array is aligned to 16 bytes."""
         alignment = 6 * 16
         return max((k.rows * (ROW_BYTES + 4 * -(-k.context // block_size)) + alignment for k in self.keys), default=0)
 
     def graph_bytes(self, bytes_per_row: int) -> int:
-        """What all of a GPU's take, their memory being one: `bytes_per_row` of a forward pass."""
+        """Returns the bytes that all graphs of a GPU need. They share one memory pool for activations, of which a
+        forward pass uses `bytes_per_row` for each row."""
         return len(self.keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + ATTENTION_BYTES

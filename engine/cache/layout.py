@@ -1,4 +1,4 @@
-"""CacheLayout: what each layer of a model keeps of its sequences. No torch."""
+"""CacheLayout: the tensors that each layer of a model keeps for its sequences. Works without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPE_BYTES: Final[Mapping[CacheDtype, int]] = {
 
 
 class Kept(NamedTuple):
-    """A tensor."""
+    """Shape and dtype of a tensor that a layer keeps in the cache."""
 
     shape: tuple[int, ...]
     dtype: CacheDtype
@@ -31,8 +31,9 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """The tensors that one layer keeps, by name: in each page, which has some tokens of a sequence; in each slot, which
-    has the state of a sequence; and in each saved state, which are those of a slot unless it is compressed."""
+    """The tensors that one layer keeps, by name. `page` are those of a page, which holds `block_size` tokens of a
+    sequence. `slot` are those of a state slot, which holds the state of a sequence. `saved` are those of a saved state:
+    the same as in a slot, unless saved states are compressed."""
 
     page: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
     slot: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
@@ -40,13 +41,15 @@ class LayerCache:
 
 
 def attention_cache(*, block_size: int, num_kv_heads: int, head_dim: int, dtype: CacheDtype) -> LayerCache:
-    """kv: K and V of a block of tokens, [2, block_size, G, Z]."""
+    """Returns what an attention layer keeps: `kv`, the keys and values of a page, [2, block_size, num_kv_heads,
+    head_dim]."""
     return LayerCache(page={"kv": Kept((2, block_size, num_kv_heads, head_dim), dtype)})
 
 
 def mamba_cache(*, d_inner: int, d_state: int, d_conv: int, dtype: CacheDtype, compressed: bool) -> LayerCache:
-    """conv: the last W-1 inputs of the convolution, [W-1, D]; ssm: the SSM state in float32, [D, S]. Compressed, this
-    is values in one byte each, [D, S], and a float32 scale for each channel, [D]."""
+    """Returns what a Mamba layer keeps, where D is d_inner, S d_state and W d_conv. A slot has `conv`, the last W-1
+    inputs of the convolution, [W-1, D], and `ssm`, the SSM state in float32, [D, S]. A compressed saved state has the
+    SSM state as int8 `values`, [D, S], and float32 `scales`, one a channel, [D]."""
     conv, ssm = Kept((d_conv - 1, d_inner), dtype), Kept((d_inner, d_state), "float32")
     slot = {"conv": conv, "ssm": ssm}
     small = {"conv": conv, "values": Kept(ssm.shape, "int8"), "scales": Kept((d_inner,), "float32")}
@@ -55,24 +58,26 @@ def mamba_cache(*, d_inner: int, d_state: int, d_conv: int, dtype: CacheDtype, c
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Layers in the model's order. Those that keep a tensor of one name keep it in one shape and dtype."""
+    """The caches of all layers, in the model's order. Tensors of one name have the same shape and dtype in all layers
+    that keep them."""
 
     block_size: int
     layers: tuple[LayerCache, ...]
 
     @property
     def compresses(self) -> bool:
-        """Whether saved states take places of their own."""
+        """Returns whether saved states are compressed, and so do not lie in state slots."""
         return any(layer.saved != layer.slot for layer in self.layers)
 
     def stacked(self, unit: Unit, name: str) -> Kept:
-        """That tensor of all layers that keep it, one after the other: [layers, ...]."""
+        """Returns the shape and dtype of the tensor `name` of one unit, stacked over all layers that keep such a
+        tensor: [layers, ...]."""
         tensors: list[Kept] = [kept[name] for layer in self.layers if name in (kept := _kept(layer, unit))]
         assert len(set(tensors)) == 1, f"{name} of a {unit} has {len(set(tensors))} shapes"
         return Kept((len(tensors), *tensors[0].shape), tensors[0].dtype)
 
     def num_bytes(self, unit: Unit) -> int:
-        """What one unit takes, of all layers."""
+        """Returns the bytes that one unit (a page, a slot or a saved state) needs in all layers together."""
         return sum(kept.num_bytes for layer in self.layers for kept in _kept(layer, unit).values())
 
 

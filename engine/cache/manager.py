@@ -1,18 +1,19 @@
-"""CacheManager: which pages and which state slot a sequence owns, and what a later request may find again.
+"""CacheManager: tracks which pages and which state slot a sequence owns, and which prefixes later requests can reuse.
 
-A prefix of a sequence, and what is kept of it (block_size 4, tokens left to right):
+The picture shows a prefix of a sequence and its keys in the cache (block_size 4, tokens from left to right):
 
     [ block 0 ][ block 1 ][ block 2 ][ tail: 2 tokens ........ ]
     key h0     key h1     key h2     key hash(h2, tail tokens)
                     ^ a state saved here has key h1             ^ a state saved here has the tail's key
 
-h(i) = sha256(h(i-1) + tokens of block i), h(-1) comes from the request's salt. A page is findable under the key of what
-it holds, a state under the key of the prefix it follows. A hit is a chain of full pages, perhaps a partly filled one
-(copied, for its owner will write on), and a state exactly at their end. Bookkeeping only: copies and saves are handed
-out as lists.
+h(i) = sha256(h(i-1) + tokens of block i), and h(-1) is a hash of the request's cache salt. A page is found under the
+key of the prefix that ends with its last token. A saved state is found under the key of the prefix that it follows. A
+prefix hit consists of full pages, perhaps a partly filled page, and a state saved exactly at their end. The partly
+filled page is copied, because the sequence will write to it. The manager moves no data: it lists the copies and the
+saves that a step must run.
 
-Where saved states lie is the `StateStore`'s business. Positions are launched and then confirmed; what rests on launched
-ones is found by steps that are launched later, and forgotten if a step fails (`Unconfirmed`).
+The `StateStore` decides where saved states lie. Pages and states that a launched step writes can be found by steps that
+are launched later; if a step fails, `Unconfirmed` knows which of them must be forgotten.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from jamba_server.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """`num_tokens` need not be computed again, the state after them being at `place` of the store. `shared` is how far
-    the pages alone would have reached."""
+    """The result of a prefix lookup. The first `num_tokens` tokens need not be computed again; the state after them is
+    at `place` of the store. `block_ids` are full pages, `tail_page` a partly filled page to copy. `shared` is the
+    number of tokens whose pages were found. `missed_no_state` tokens had pages but no state was saved after them, and
+    `missed_evicted` tokens had been cached but pages or a state were evicted."""
 
     num_tokens: int = 0
     block_ids: tuple[int, ...] = ()
@@ -44,8 +47,8 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """The state after `position` tokens of `sequence` goes to the slot of `room` in this step, and stays at its
-    place."""
+    """A state to save: this step writes the state after `position` tokens of `sequence` to the slot of `room`, and the
+    store keeps it at the place of `room`."""
 
     sequence: Sequence
     position: int
@@ -58,8 +61,9 @@ class Save:
 
 @dataclass(slots=True)
 class CacheCopies:
-    """(source, destination) pairs to run before the step: `pages`, `saves` from slots to places of the store, and after
-    these `states`, from places to slots. In each, destinations are distinct and none is a source."""
+    """The copies to run before a step, as (source, destination) pairs. `pages` are from page to page, `saves` from
+    slots to places of the store, and `states`, which run after `saves`, from places to slots. In each list the
+    destinations are distinct, and none of them is also a source."""
 
     pages: Pairs = field(default_factory=list[tuple[int, int]])
     saves: Pairs = field(default_factory=list[tuple[int, int]])
@@ -67,40 +71,42 @@ class CacheCopies:
 
 
 def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
-    """Key of a prefix: the key of what comes before `tokens`, and `tokens`."""
+    """Returns the key of a prefix that ends with `tokens`. `previous` is the key of the prefix before them."""
     return sha256(previous + array("q", tokens).tobytes()).digest()
 
 
 class CacheManager:
-    """Pages, the store of states, and the rules between them. `interval`: tokens between regular states, a multiple of
-    block_size.
+    """The pages, the store of saved states, and the rules that connect them. A state is saved regularly every
+    `interval` tokens, which is a multiple of `block_size`.
 
-    One sequence of any length always fits: a page more than the longest one has (a copied tail's source), and with
-    caching, where saved states lie in slots, a slot more than sequences run (a restored state's source).
+    The memory plan must ensure that a sequence of any length fits when it is alone. This takes one page more than the
+    longest sequence has, for the source of a copied page. With prefix caching and `SlotStates`, it also takes one slot
+    more than sequences run, for the source of a restored state.
     """
 
     def __init__(
         self, store: StateStore, *, num_pages: int, block_size: int, interval: int, enabled: bool = True
     ) -> None:
-        assert interval % block_size == 0, f"interval {interval} is no multiple of the block size {block_size}"
+        assert interval % block_size == 0, f"interval {interval} is not a multiple of the block size {block_size}"
         self.pages, self.store = BlockPool(num_pages), store
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
-        self._tails: dict[bytes, list[tuple[int, ...]]] = {}  # key of the last full block -> tails with a state
+        # Maps the key of the last full block to the tokens that follow it in partly filled pages with a saved state.
+        self._tails: dict[bytes, list[tuple[int, ...]]] = {}
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
-        self._unconfirmed = Unconfirmed()  # of pages
+        self._unconfirmed = Unconfirmed()  # tracks the keys of pages; the state store tracks the keys of states
 
     @property
     def slots(self) -> BlockPool:
         return self.store.slots
 
-    # Looking up -------------------------------------------------------------------------------------------------
+    # Finding cached prefixes ------------------------------------------------------------------------------------
 
     def match(self, seq: Sequence) -> PrefixHit:
-        """The longest prefix that has all its pages and a state at its end. Changes nothing."""
+        """Returns the longest prefix of `seq` that has all its pages and a saved state at its end. Changes nothing."""
         if not self.enabled:
             return PrefixHit()
-        limit = len(seq.tokens) - 1  # one token is left to compute: its logits are wanted
+        limit = len(seq.tokens) - 1  # at least the last token must be computed, because its logits are needed
         hashes = self._hashes(seq, limit // self.block_size)
         blocks: list[int] = []
         for key in hashes:
@@ -120,7 +126,9 @@ class CacheManager:
         return PrefixHit(0, (), None, None, shared, *self._missed(hashes, 0, len(blocks)))
 
     def _find_tail(self, seq: Sequence, root: bytes, start: int, limit: int) -> tuple[int, int, int] | None:
-        """(position, page, place of the state) of the longest cached tail after `root` that `seq` continues."""
+        """Returns (position, page, place of the state) of the longest partly filled page after the prefix `root` whose
+        tokens `seq` has, too, and which has a saved state. `start` is the number of tokens in the prefix. The position
+        is at most `limit`."""
         found: tuple[int, int, int] | None = None
         for tail in self._tails.get(root, ()):
             end = start + len(tail)
@@ -133,35 +141,39 @@ class CacheManager:
         return found
 
     def _missed(self, hashes: list[bytes], hit: int, shared: int) -> tuple[int, int]:
-        """(no_state, evicted): tokens beyond the hit whose pages are or were there, by what is missing. In blocks:
-        `hit` of them were hit, `shared` have pages."""
+        """Returns (no_state, evicted) for the tokens beyond a prefix hit: how many have pages but no saved state, and
+        how many were cached until a page or a state was evicted. The prefix hit has `hit` blocks; the first `shared`
+        blocks have pages."""
         evicted_to = shared
         while evicted_to < len(hashes) and self.pages.was_evicted(hashes[evicted_to]):
             evicted_to += 1
         lost = next((n for n in range(shared, hit, -1) if self.store.was_evicted(hashes[n - 1])), hit)
         return (shared - lost) * self.block_size, (evicted_to - shared + lost - hit) * self.block_size
 
-    # Owning -----------------------------------------------------------------------------------------------------
+    # Giving pages and slots to sequences, and taking them back --------------------------------------------------
 
     def admit(self, seq: Sequence, hit: PrefixHit, num_tokens: int, *, reserve: int = 0) -> bool:
-        """Gives `seq` pages for `num_tokens` and a slot, leaving `reserve` pages free, or changes nothing."""
+        """Gives `seq` a slot and pages for `num_tokens`, and reuses those of `hit`. Returns False, and changes nothing,
+        if no slot is free or fewer than `reserve` pages would remain free."""
         sources = () if hit.tail_page is None else (hit.tail_page,)
         need = -(-num_tokens // self.block_size) - len(hit.block_ids)
-        revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))  # free units that the hit takes back
+        # Pages of the hit that no sequence uses count as free now, but are not free once the hit is taken.
+        revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))
         if need + revived + reserve > self.pages.num_free:
             return False
         if (slot := self.store.start(hit.place)) is None:
             return False
-        self.pages.retain((*hit.block_ids, *sources))  # sources are held until the step that copies them is launched
+        self.pages.retain((*hit.block_ids, *sources))  # `launch` releases the source page when its copy is launched
         fresh = self.pages.allocate(need)
-        assert fresh is not None, "counted above"
+        assert fresh is not None, "the free pages were counted above"
         seq.block_ids, seq.state_id = array("i", (*hit.block_ids, *fresh)), slot
         seq.num_computed, seq.branch = hit.num_tokens, hit.shared
         self._page_copies += [(s, fresh[0]) for s in sources]
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Makes room for `num_tokens` tokens of `seq`, or changes nothing."""
+        """Gives `seq` further pages, so that it has room for `num_tokens` tokens. Returns False, and changes nothing,
+        if too few pages are free."""
         need = -(-num_tokens // self.block_size) - len(seq.block_ids)
         if need <= 0:
             return True
@@ -171,27 +183,28 @@ class CacheManager:
         return True
 
     def free(self, seq: Sequence) -> None:
-        """Takes back what `seq` owns; what it computed stays findable until the room is needed.
+        """Takes back the pages and the slot of `seq`. With caching, its pages can be found until they are evicted.
 
-        The state of its last position is saved: a conversation goes on from there, and so does a preempted sequence.
+        The state after its last computed token is saved, because the next turn of the conversation continues from
+        there, and so does a preempted sequence.
         """
         if self.enabled and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
             key = self._key(seq, seq.num_computed)
             if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
                 self._publish_state(Save(seq, seq.num_computed, room))
-        self.pages.release(reversed(seq.block_ids))  # tails leave the cache before heads
+        self.pages.release(reversed(seq.block_ids))  # the last pages are evicted first, since they need those before
         self.slots.release([seq.state_id])
         seq.vacate()
 
-    # Saving -----------------------------------------------------------------------------------------------------
+    # Saving states ----------------------------------------------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
-        """Room for the states worth keeping that the chunk (start, end] of `seq` passes, by position. Running sequences
-        have been served before; regular states (by interval) push no other saved state out. Where slots are short, the
-        best are kept."""
+        """Reserves room for the states that the chunk (start, end] of `seq` should save, and returns them in the order
+        of their positions. Call it after all running sequences have their pages. If slots are short, the most useful
+        states are saved. The regular states (one every `interval` tokens) evict no other saved state."""
         if not self.enabled or start // self.block_size == end // self.block_size:
-            return []  # states are saved at block borders only
+            return []  # a chunk saves states at block boundaries only
         saves: list[Save] = []
         worthy = self._worthy(seq)
         regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
@@ -204,25 +217,27 @@ class CacheManager:
         return sorted(saves, key=lambda save: save.position)
 
     def saves_after(self, position: int) -> bool:
-        """Whether a state after one more token than `position`, all of them past a prompt, may be saved."""
+        """Returns whether a step that decodes one token after `position` tokens may save the state after it."""
         return self.enabled and (position + 1) % self.interval == 0
 
     def _worthy(self, seq: Sequence) -> list[int]:
-        """Positions worth a state, best first: message boundaries, where others branched off, the prompt's end (also
-        one token earlier, for the same prompt again)."""
+        """Returns the positions where a saved state is most useful, the best first: the ends of messages, the point
+        where other requests branched off, the end of the prompt, and one token before it, from where the same prompt
+        would continue. All are rounded down to a block boundary."""
         boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
-        """The copies that must run before the step, for which they wait however long. What they read, and the places
-        that they write to, are held until `launch`."""
+        """Returns the copies that must run before the next step. Pages, slots and places in them stay referenced until
+        `launch`."""
         pages, self._page_copies = self._page_copies, []
         return CacheCopies(pages, *self.store.take_copies())
 
-    # Launched, confirmed, failed --------------------------------------------------------------------------------
+    # Following a step from its launch to its confirmation or failure --------------------------------------------
 
     def launch(self, copies: CacheCopies) -> None:
-        """The step has been launched: for all that comes after it, its copies are done and its saves hold states."""
+        """Notes that a step has been launched with these copies. Steps that are launched later find the states that it
+        saves, and the sources of its copies are released."""
         self._unconfirmed.launch()
         self.store.launch(copies.saves, copies.states)
         self.pages.release(source for source, _ in copies.pages)
@@ -233,25 +248,25 @@ class CacheManager:
         self._saves = []
 
     def confirm(self) -> None:
-        """The results of the oldest step that was launched have been read: what it wrote is right."""
+        """Confirms the oldest step in flight, because its results have been read without an error."""
         self._unconfirmed.confirm()
         self.store.confirm()
 
     def discard(self) -> None:
-        """A step has failed, wherever it was. Nobody owns anything any more, and what no confirmed step wrote is
-        forgotten."""
+        """Recovers from a step that failed at any point. All pages and slots are taken back, and pages and states that
+        no confirmed step has written are forgotten."""
         self._page_copies, self._saves = [], []
         self.pages.reset(self._unconfirmed.discard())
         self._unconfirmed.clear()
         self.store.discard()
 
-    # Keys -------------------------------------------------------------------------------------------------------
+    # Computing and publishing the keys of prefixes --------------------------------------------------------------
 
     def _root(self, seq: Sequence) -> bytes:
         return sha256(seq.request.cache_salt.encode()).digest()
 
     def _hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """Keys of the first `num_blocks` full blocks, computed once and kept with the sequence."""
+        """Returns the keys of the first `num_blocks` full blocks. They are computed once and stored in `seq.hashes`."""
         while len(seq.hashes) < num_blocks:
             start = len(seq.hashes) * self.block_size
             previous = seq.hashes[-1] if seq.hashes else self._root(seq)
@@ -289,8 +304,9 @@ class CacheManager:
             self._drop_dead_tails(root)
 
     def _worth(self, seq: Sequence, position: int) -> int:
-        """Tokens to compute again without the state at `position`: those since the state before it (Marconi,
-        arXiv 2411.19379, section 4: slots are all of one size, so cost per byte is cost)."""
+        """Returns how many tokens would be computed again if the state at `position` were lost: the tokens since the
+        saved state before it. Marconi (arXiv 2411.19379, section 4) divides this cost by the bytes of an entry; saved
+        states all have the same size, so the division is left out."""
         hashes = self._hashes(seq, (position - 1) // self.block_size)
         before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
         return position - next(before, 0) * self.block_size

@@ -1,4 +1,4 @@
-"""CacheSpec: what a page, a slot and a saved state weigh. No torch."""
+"""CacheSpec: the sizes in bytes of a page, a slot and a saved state. Works without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jamba_server.engine.cache.layout import CacheLayout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSpec:
-    """Bytes per unit of all layers together."""
+    """The sizes of the cache's units in bytes, all layers together. `block_size` is the number of tokens in a page."""
 
     block_size: int
     kv_bytes_per_token: int
@@ -29,9 +29,10 @@ class CacheSpec:
         )
 
     def pages(self, num_tokens: int) -> int:
-        """Pages that one sequence of `num_tokens` takes at most: one extra for a partly filled page that is copied."""
+        """Returns how many pages a sequence of `num_tokens` needs at most. One page is extra: a prefix hit on a partly
+        filled page holds the original page until it has been copied."""
         return -(-num_tokens // self.block_size) + 1
 
     def sequence_bytes(self, num_tokens: int) -> int:
-        """Pages and slot of one sequence of `num_tokens`."""
+        """Returns the bytes of the pages and the state slot of a sequence of `num_tokens`."""
         return self.pages(num_tokens) * self.bytes_per_page + self.bytes_per_slot

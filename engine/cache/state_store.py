@@ -1,8 +1,8 @@
-"""StateStore: where saved states lie, and the copies that bring them there and back. Bookkeeping only.
+"""StateStore: keeps track of where saved states lie and of the copies that save and restore them. It moves no data.
 
-Two kinds are served: `SlotStates` leaves a state in the slot that it was written to, `CompressedStates` copies it to a
-pool of its own. States in host memory or on a disk are further kinds: each decides by itself where a state stays, and
-asks for what has to be copied before the next step (`engine.state_copies` has the memory behind a store).
+There are two stores. `SlotStates` leaves a state in the slot that it was written to. `CompressedStates` copies it to a
+pool of its own. A store in host memory or on a disk would fit the same protocol: a store decides where a state lies,
+and lists the copies that must run before the next step. `engine.state_copies` runs these copies.
 """
 
 from __future__ import annotations
@@ -16,71 +16,74 @@ Pairs = list[tuple[int, int]]
 
 
 class Room(NamedTuple):
-    """A state is written to `slot`, and stays at `place`."""
+    """The room for one saved state: a step writes the state to `slot`, and `place` is where it is kept."""
 
     slot: int
     place: int
 
 
 class StateStore(Protocol):
-    """Saved states, each findable by the key of the prefix that it follows. A *place* is where one lies, a number that
-    only the store understands. Every slot is handed out here, so that a store learns what is evicted for it."""
+    """Saved states, each found by the key of the token prefix that it follows. A *place* is a number that says where
+    a saved state lies; only the store knows its meaning. All slots are handed out by the store, so that it learns which
+    saved states are evicted to free a slot."""
 
-    slots: BlockPool  # of sequences that run, and of states on their way
+    slots: BlockPool  # slots hold the states of running sequences, and states that wait for their copy
 
     @property
     def capacity(self) -> int:
-        """How many states there can be."""
+        """Returns how many saved states fit into the store."""
         ...
 
     @property
     def num_saved(self) -> int:
-        """How many states can be found."""
+        """Returns how many saved states can be found now."""
         ...
 
     def find(self, key: bytes) -> int | None:
-        """The place of the state saved under `key`. Changes nothing."""
+        """Returns the place of the state that is saved under `key`, or None. Changes nothing."""
         ...
 
     def was_evicted(self, key: bytes) -> bool:
-        """Whether there was one lately, which is lost."""
+        """Returns whether a state saved under `key` was evicted recently."""
         ...
 
     def start(self, place: int | None) -> int | None:
-        """A slot for a sequence, to which the next step first copies the state at `place`; None, and nothing happens,
-        if no slot is free."""
+        """Returns a slot for a sequence. If `place` is given, the saved state there is copied to the slot before the
+        next step. Returns None, and changes nothing, if no slot is free."""
         ...
 
     def reserve(self, key: bytes, *, slot: int | None = None, evict: bool = True) -> Room | None:
-        """Room for a state that is in `slot`, or that the next step will write to a slot of the store's choice. None if
-        there is no room, or if the state is there already. Without `evict`, saved states stay."""
+        """Returns room for a state that is in `slot`, or that the next step will write to a slot which the store
+        chooses. Returns None if there is no room; a store may also return None if the state is saved already. Without
+        `evict`, no saved state is evicted for it."""
         ...
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
-        """Makes a state findable that has been written, or that the last step launched writes. False if another one has
-        that key already; then its place is free again. The slot remains the caller's to release."""
+        """Makes a state findable that has been written, or that the last launched step writes. Returns False, and gives
+        the place back, if another state has this key already. The caller must still release the slot."""
         ...
 
     def take_copies(self) -> tuple[Pairs, Pairs]:
-        """What must be copied before the next step: (slot, place) pairs to save, and after these (place, slot) pairs to
-        restore. What they name is held until `launch`."""
+        """Returns the copies that must run before the next step: first the (slot, place) pairs that save states, then
+        the (place, slot) pairs that restore them. Their slots and places stay referenced until `launch`."""
         ...
 
     def launch(self, saves: Pairs, restores: Pairs) -> None:
-        """The step has been launched, with these copies."""
+        """Notes that the step has been launched, and before it these copies. Their places are released."""
         ...
 
     def confirm(self) -> None:
-        """The oldest step that was not confirmed is now."""
+        """Confirms the oldest step that was not confirmed yet."""
         ...
 
     def discard(self) -> None:
-        """A step has failed: takes all slots back, and forgets what has not been confirmed."""
+        """Recovers from a failed step: takes all slots back, and forgets the states that are not confirmed."""
         ...
 
 
 class SlotStates:
-    """Saved states in the slots that sequences run in: what is saved stays where it is, and only a hit copies."""
+    """A store that keeps saved states in the slots of running sequences: saving a state copies nothing, a prefix hit
+    copies the state to a new slot."""
 
     def __init__(self, num_slots: int) -> None:
         self.slots = BlockPool(num_slots)
@@ -106,9 +109,9 @@ class SlotStates:
             return _one(self.slots.allocate(1))
         if 1 + (self.slots.refs[place] == 0) > self.slots.num_free:
             return None
-        self.slots.retain([place])  # until the step that copies it has been launched
+        self.slots.retain([place])  # `launch` releases it, when the copy from it has been launched
         slot = _one(self.slots.allocate(1))
-        assert slot is not None, "counted above"
+        assert slot is not None, "the free slots were counted above"
         self._restores.append((place, slot))
         return slot
 
@@ -138,10 +141,11 @@ class SlotStates:
 
 
 class CompressedStates:
-    """Saved states in a pool of their own, where they take less memory. Each is copied there before the next step.
+    """A store that compresses saved states into a pool of their own. Each state is copied there before the next step.
 
-    A sequence that ends gives its slot back at once: the copy runs before all else in the next step, whoever the slot
-    belongs to by then. A hit may meet a state whose copy has not run yet, for hits are restored after it.
+    A sequence that ends gives its slot back at once. The next step may give this slot to another sequence, because the
+    step runs the copy before anything writes to the slot. A hit may find a state whose copy has not run yet, because a
+    step restores states after it has saved all others.
     """
 
     def __init__(self, num_slots: int, num_places: int) -> None:

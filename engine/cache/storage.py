@@ -1,4 +1,4 @@
-"""CacheStorage: the tensors behind page and slot ids."""
+"""CacheStorage: the tensors that hold the contents of all pages and state slots."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jamba_server.kernels.ops import CompressedStates
 
 
 class CacheStorage:
-    """KV pages and state slots of all layers, allocated once. Id 0 of each is a dummy that no sequence owns.
+    """KV pages and state slots of all layers, allocated once. Page 0 and slot 0 are dummies that no sequence owns.
 
-    kv:   [pages, attention layers, 2, block_size, G, Z]: a page of all layers is one run of memory
-    conv: [slots, Mamba layers, W-1, D]
-    ssm:  [slots, Mamba layers, D, S]
-    With `num_compressed` (the dummy included) saved states lie beside these: `compressed` has their SSM states
-    compressed, and conv their convolutions', as they are, in units after those of the slots.
-    Layers are counted among their own kind: the third Mamba layer is number 2.
+    kv:   [pages, attention layers, 2, block_size, KV heads, head_dim]: the parts of a page in all layers are contiguous
+    conv: [slots, Mamba layers, W-1, D]: the last W-1 inputs of the convolution in each of D channels
+    ssm:  [slots, Mamba layers, D, S]: the SSM states in float32
+    If `num_compressed` is not 0, it is the number of compressed saved states, the dummy 0 included. Their SSM states
+    are in `compressed`. Their convolution states are in `conv`, uncompressed, behind those of the slots.
+    A layer's index counts the layers of its own kind: the third Mamba layer has index 2.
     """
 
     def __init__(
@@ -45,19 +45,20 @@ class CacheStorage:
         if num_compressed:
             values, scales = (zeros("saved", name, num_compressed) for name in ("values", "scales"))
             self.compressed = CompressedStates(values, scales)
-        # Each layer's own, views made once, for every step needs all of them: K and V pages [pages, block_size, G, Z]
-        # of an attention layer; states [slots, W-1, D] and [slots, D, S] of a Mamba layer.
+        # These views of single layers are made once, because every step needs all of them. An attention layer has
+        # K and V pages [pages, block_size, KV heads, head_dim], a Mamba layer states [slots, W-1, D] and [slots, D, S].
         self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(self.kv.shape[1])]
         self.state_layers = [(self.conv[:, layer], self.ssm[:, layer]) for layer in range(self.ssm.shape[1])]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU in memory that takes room only once it is written and has huge pages, where the system has any: most
-    of a step's accesses to states would miss the translation buffer otherwise."""
+    """Returns a tensor of zeros. On a CPU its memory is mapped, so it takes physical memory only once it is written.
+    It uses huge pages where the system has them: with small pages most of a step's accesses to states would miss the
+    translation lookaside buffer (TLB)."""
     if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system without them
+        with suppress(OSError):  # an operating system without huge pages refuses this advice
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Unconfirmed: which keys have to be forgotten if a step fails."""
+"""Unconfirmed: tracks the cache keys that must be forgotten if a step fails."""
 
 from __future__ import annotations
 
@@ -6,38 +6,40 @@ from collections.abc import Set
 
 
 class Unconfirmed:
-    """Keys of one pool that are findable although the step that writes what they stand for has not been confirmed.
+    """The keys of one pool that can be found although the step that writes their content has not been confirmed.
 
-    A step is *launched* when the device has it, and *confirmed* when its results have been read. A device works in the
-    order of the launches, so a step may read what was launched before it; but if a step fails, nothing that rests on
-    it may be found again.
+    A step is *launched* when the device has it, and *confirmed* when its results have been read. A device runs steps in
+    the order of their launches, so a step may read what an earlier one writes. But if a step fails, nothing that it or
+    a later step wrote may be found again.
     """
 
     def __init__(self) -> None:
-        self._launched = self._confirmed = 0  # steps so far
-        self._keys: list[tuple[int, bytes]] = []  # (the step that writes its content, key)
+        self._launched = self._confirmed = 0  # these count launched and confirmed steps
+        self._keys: list[tuple[int, bytes]] = []  # each entry is (number of the step that writes the content, key)
 
     def add(self, key: bytes, *, by_next: bool = False) -> None:
-        """`key` is about to be published. The step launched last writes its content, or the next one does."""
+        """Notes that `key` is about to be published. Its content is written by the last launched step, or by the next
+        step if `by_next`."""
         if (step := self._launched + by_next) > self._confirmed:
             self._keys.append((step, key))
 
     def launch(self) -> None:
-        """One more step has been launched."""
+        """Counts one more launched step."""
         self._launched += 1
 
     def confirm(self) -> None:
-        """The oldest step that was not confirmed is now."""
+        """Confirms the oldest step that was not confirmed yet."""
         self._confirmed += 1
         if self._keys:
             self._keys = [(step, key) for step, key in self._keys if step > self._confirmed]
 
     def discard(self) -> Set[bytes]:
-        """Nothing is under way any more; the keys that were not confirmed."""
+        """Gives up all steps in flight and returns the keys whose content they would have written. The keys stay noted
+        until `clear`, so that an interrupted recovery can be repeated."""
         keys = {key for _, key in self._keys}
         self._confirmed = self._launched
         return keys
 
     def clear(self) -> None:
-        """Those keys have been forgotten."""
+        """Drops the keys that `discard` returned, after the pool has forgotten them."""
         self._keys = []

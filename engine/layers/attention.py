@@ -1,4 +1,4 @@
-"""Attention: grouped-query attention over paged KV, without any encoding of positions."""
+"""Attention: grouped-query attention over paged KV. Jamba has no positional encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class Attention:
-    """x [T, H] -> [T, H]; `k_pages` and `v_pages` [pages, block_size, G, Z] are this layer's."""
+    """Maps hidden states [T, hidden_size] to outputs of the same shape. `k_pages` and `v_pages` are this layer's pages,
+    [pages, block_size, KV heads, head_dim]."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         self._kernels = backend.kernels
@@ -23,7 +24,8 @@ class Attention:
 
     def __call__(self, x: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self._head_dim)) for y in self._qkv.split(self._qkv(x)))
-        # The chunk's own keys and values are read back through the pages: rounded as any later token will see them.
+        # Attention reads the chunk's own keys and values back from the pages, so that it sees them rounded to the dtype
+        # of the KV cache, as later steps will. Results then do not depend on how a prompt is cut into chunks.
         self._kernels.write_kv(k, v, k_pages, v_pages, batch.kv_slots)
         return self._out(self._attend(q, batch, k_pages, v_pages).flatten(1))
 

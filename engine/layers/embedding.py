@@ -1,4 +1,4 @@
-"""Embedding: the rows of a table."""
+"""Embedding: looks up the vectors of token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class Embedding:
-    """Token ids int64 [T] -> dtype [T, H]. `weight` [V, H] stays as it is on disk, until a tied head has taken it."""
+    """Maps token ids, int64 [T], to vectors [T, H] in the model's dtype. `weight`, [V, H], keeps its layout on disk. If
+    the head shares the matrix, `weight` is None once the head has packed it, and rows are read from the packed form."""
 
     def __init__(self, backend: Backend, vocab_size: int, hidden_size: int) -> None:
         self._linear = backend.kernels.linear
@@ -23,10 +24,11 @@ class Embedding:
         return self._linear.rows(self._packed if self.weight is None else self.weight, token_ids)
 
     def unit(self, name: str, pack: Callable[[], None]) -> Unit:
-        """`pack` is a tied head's."""
+        """Returns the unit to load. `pack` is called when the weight is filled: it packs a head that shares it."""
         assert self.weight is not None
         return Unit({f"{name}.weight": Destination(self.weight, "unit")}, pack)
 
     def tie(self, head: Linear) -> None:
-        """Reads the rows of a head of the same weight from now on, which is packed: it is in memory once."""
+        """From now on reads the vectors from the packed weight of `head`, so that the shared matrix is in memory only
+        once."""
         self.weight, self._packed = None, head.weight

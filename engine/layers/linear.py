@@ -1,4 +1,4 @@
-"""Linear: a matrix product with the weights of one or several projections of the same input."""
+"""Linear: one matrix product for one or several projections of the same input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from jamba_server.engine.quantization import Role
 
 
 class Linear:
-    """x [T, K] -> [T, N]. `parts` maps each projection's name on disk to its rows; their outputs lie side by side.
+    """Maps x [T, K] to [T, N]. `parts` maps the name of each projection on disk to its number of outputs. The outputs
+    of all projections are concatenated, N in total.
 
-    `role` decides whether the weight is quantised. `shared` is a weight that another layer owns and loads; whose
-    unit then packs this one, too.
+    `role` decides whether the weight is quantised. `shared` is a weight that another layer owns and loads; the unit of
+    that layer must then call `pack` of this one.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Linear:
         self._linear = backend.kernels.linear
         self._parts, self.is_shared = dict(parts), shared is not None
         rows = sum(parts.values())
-        # the kernel's own layout after `pack`
+        # After `pack` the weight is an object in the kernel's own layout.
         self._weight: Any = backend.raw(role, rows, in_features) if shared is None else shared
         self._bias = backend.empty(rows) if bias else None
 
@@ -43,18 +44,19 @@ class Linear:
 
     @property
     def weight(self) -> Any:
-        """What an op that does this product among others takes: after `pack`, the kernel's own layout."""
+        """Returns the weight, after `pack` in the kernel's own layout. Fused operations, which compute this product
+        among others, take it as an argument."""
         return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x, self._weight, self._bias)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
-        """The projections' own outputs: views whose rows are apart by all of N."""
+        """Splits the output [T, N] into one view for each projection. The rows of a view have the stride N."""
         return y.split(list(self._parts.values()), dim=-1)
 
     def unit(self, prefix: str) -> Unit:
-        assert not self.is_shared, "its owner loads it"
+        assert not self.is_shared, "a shared weight is loaded by the layer that owns it"
         destinations: dict[str, Destination] = {}
         start = 0
         for name, rows in self._parts.items():
@@ -65,7 +67,7 @@ class Linear:
         return Unit(destinations, self.pack)
 
     def pack(self) -> None:
-        """Once, when the weight is filled."""
+        """Quantises and packs the weight. To be called once, when the weight is filled."""
         weight, self._weight = self._weight, None
-        weight = self._backend.quantize(self._role, weight)  # the raw one is let go before it is packed
+        weight = self._backend.quantize(self._role, weight)  # drops the last reference to the raw weight
         self._weight = self._linear.pack(weight)

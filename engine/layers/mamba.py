@@ -16,7 +16,8 @@ from jamba_server.kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segm
 
 
 class Mamba:
-    """x [T, H] -> [T, H]; `conv_state` [slots, W-1, D] and `ssm_state` float32 [slots, D, S] are this layer's."""
+    """Maps hidden states [T, H] to outputs of the same shape. `conv_state` [slots, W-1, D] and `ssm_state` float32
+    [slots, D, S] are this layer's states of all slots; the sequences of the batch update theirs in place."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, d, s, r = config.hidden_size, config.d_inner, config.mamba_d_state, config.mamba_dt_rank
@@ -28,7 +29,7 @@ class Mamba:
         self._conv_bias = backend.empty(d) if config.mamba_conv_bias else None
         self._x = Linear(backend, d, {"x_proj": r + 2 * s}, role="other")
         self._dt_norm, self._b_norm, self._c_norm = (RmsNorm(backend, size, eps) for size in self._x_parts)
-        # The bias of dt_proj is added in float32 by the scan.
+        # This product has no bias, because the scan adds the bias of dt_proj in float32.
         self._dt = Linear(backend, r, {"dt_proj": d}, role="other")
         # `a` holds A_log until it is packed.
         self._scan_weights = ScanWeights(
@@ -38,7 +39,7 @@ class Mamba:
         )
         self._out = Linear(backend, d, {"out_proj": h}, role="mamba", bias=bias)
         self._eps = eps
-        self._decode_weights: Any = None  # from `_pack` on
+        self._decode_weights: Any = None  # set by `_pack`
 
     def __call__(self, x: Tensor, batch: ForwardBatch, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         xz, n = self._in(x), batch.num_decodes
@@ -63,8 +64,8 @@ class Mamba:
         yield Unit(self._between(prefix), self._pack)
 
     def _between(self, prefix: str) -> dict[str, Destination]:
-        """All that stands between in_proj and out_proj."""
-        # On disk [D, 1, W]; here [W, D], so that a step reads each tap's channels in one run.
+        """Returns the destinations of all weights that are used between in_proj and out_proj."""
+        # The convolution's weight is [D, 1, W] on disk, but [W, D] here, so that the channels of a tap are contiguous.
         destinations = {f"{prefix}conv1d.weight": Destination(self._conv_weight.t().unsqueeze(1), "normed")}
         if self._conv_bias is not None:
             destinations[f"{prefix}conv1d.bias"] = Destination(self._conv_bias, "normed")

@@ -10,7 +10,7 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class Mlp:
-    """down(silu(gate(x)) * up(x)); x: [T, H]."""
+    """Computes down(silu(gate(x)) * up(x)) for x [T, H]."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, f = config.hidden_size, config.intermediate_size

@@ -1,4 +1,4 @@
-"""Moe: a router and its experts (Lieber et al. 2024, section 2)."""
+"""Moe: a mixture-of-experts feed-forward layer, which is a router and its experts (Lieber et al. 2024, section 2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class Moe:
-    """The sum of a token's top-k experts, weighted by their softmax over all experts; x: [T, H]."""
+    """Computes, for each token of x [T, H], the weighted sum of its top-k experts. The weights are the router's softmax
+    over all experts, not normalised again over the top k."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, f, e = config.hidden_size, config.intermediate_size, config.num_experts
@@ -20,7 +21,7 @@ class Moe:
         self._route, self._run = backend.kernels.route_experts, backend.kernels.run_experts
         self._top_k, self._num_experts, self._rows = config.num_experts_per_tok, e, f
         self._router = Linear(backend, h, {"router": e}, role="other")
-        # gate_up and down, until they are packed
+        # These are the raw weights of gate_up and down; `_pack` replaces them by `_experts`.
         self._raw = [backend.raw("experts", e, 2 * f, h), backend.raw("experts", e, h, f)]
         self._experts: Any = None
 
@@ -33,7 +34,8 @@ class Moe:
         yield Unit(self._destinations(f"{prefix}experts."), self._pack, self._fused(f"{prefix}experts."))
 
     def _destinations(self, prefix: str) -> dict[str, Destination]:
-        """One tensor an expert and projection, as on the disk of every published checkpoint."""
+        """Returns the destinations of a checkpoint that has one tensor for each expert and projection, as all published
+        checkpoints have."""
         destinations: dict[str, Destination] = {}
         for e in range(self._num_experts):
             gate_up, down = (part(raw, e) for raw in self._raw)
@@ -43,10 +45,11 @@ class Moe:
         return destinations
 
     def _fused(self, prefix: str) -> dict[str, Fused]:
-        """All experts in two tensors, as in transformers 5: [E, 2F, H], gate rows first, and [E, H, F]."""
+        """Returns the tensors of a checkpoint that has all experts of a layer in two tensors, as transformers 5 writes
+        it: [E, 2F, H], with the gate's rows before the up projection's, and [E, H, F]."""
         gate_up, down = self._raw
         if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-            return {}  # quantised on disk: the experts are apart
+            return {}  # a checkpoint that is quantised on disk has a tensor for each expert
 
         def parts(*projections: str) -> tuple[str, ...]:
             return tuple(f"{prefix}{e}.{p}.weight" for e in range(self._num_experts) for p in projections)
@@ -57,7 +60,7 @@ class Moe:
         }
 
     def _pack(self) -> None:
-        # each raw one is let go as soon as it is quantised
+        # `pop` drops the reference to each raw weight, so that it is freed as soon as it is quantised.
         down = self._backend.quantize("experts", self._raw.pop())
         gate_up = self._backend.quantize("experts", self._raw.pop())
         self._experts = self._run.pack(gate_up, down)

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019)."""
+"""RmsNorm: root mean square layer normalisation (Zhang & Sennrich 2019)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class RmsNorm:
-    """x [T, size] -> [T, size]. `add` norms the sum with the residual stream and returns that sum as well."""
+    """Normalises each row of x [T, size]. `add` normalises the sum of x and the residual stream, and returns the result
+    and this sum."""
 
     def __init__(self, backend: Backend, size: int, eps: float) -> None:
         self._rms_norm = backend.kernels.rms_norm

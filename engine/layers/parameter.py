@@ -1,4 +1,4 @@
-"""What layers and the weight loader say to each other: where a tensor of the checkpoint goes."""
+"""The interface between layers and the weight loader: it says which memory each tensor of a checkpoint fills."""
 
 from __future__ import annotations
 
@@ -14,51 +14,53 @@ from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
-"""How random weights fill a tensor: variance 1 / (last dimension), variance 1, all ones, log(1..S) in every row, or
-such that softplus gives time steps from 0.001 to 0.1 (Gu & Dao 2023, section 3.6)."""
+"""How dummy weights fill a tensor. "normed": random with variance 1 / (last dimension). "unit": random with variance 1.
+"one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its softplus is a time step between
+0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 
 class Destination(NamedTuple):
-    """Memory that one tensor of the checkpoint fills: a view, shaped as the tensor is on disk, of any stride."""
+    """The memory that one tensor of a checkpoint fills. `data` is a view with the tensor's shape on disk and any
+    strides."""
 
     data: Tensor
     fill: Fill
 
 
 class Fused(NamedTuple):
-    """Another layout's tensor that fills several destinations (by name) at once."""
+    """A tensor of another checkpoint layout, which fills several destinations at once. `parts` are their names."""
 
     data: Tensor
     parts: tuple[str, ...]
 
 
 def part(raw: Weight, index: int | slice) -> Weight:
-    """A view of some rows, or of one matrix of several."""
+    """Returns a view of the rows in a slice, or of one matrix of a stack of matrices."""
     if isinstance(raw, Tensor):
         return raw[index]
     return raw._replace(values=raw.values[index], scales=raw.scales[index])
 
 
 def matrix(name: str, raw: Weight) -> dict[str, Destination]:
-    """Where the tensors of the linear module `name` go: its weight, and the scales of one that is quantised on disk."""
+    """Returns the destinations of the linear module `name`: its weight and, if it is quantised on disk, its scales."""
     if isinstance(raw, Tensor):
         return {f"{name}.weight": Destination(raw, "normed")}
     return {f"{name}.weight": Destination(raw.values, "normed"), f"{name}.weight_scale": Destination(raw.scales, "one")}
 
 
-def keep() -> None:
-    """The `pack` of weights that stay as they are loaded."""
+def leave_unpacked() -> None:
+    """Does nothing. It is the `pack` of units whose weights are used as they are loaded."""
 
 
 class Unit(NamedTuple):
-    """Tensors that become one thing of the kernels' when all of them are filled: then `pack` is called, once, and lets
-    the raw ones go, for which nobody else may hold these destinations any longer.
+    """Weights that are packed together for a kernel, by their names on disk.
 
-    By name on disk. Each of `destinations` must be filled, once, by its own tensor or as part of a `fused` one.
+    Each of `destinations` must be filled exactly once, by the tensor of its name or by one of `fused`. When all are
+    filled, `pack` is called once. It frees the raw weights, so nothing else may then hold a reference to them.
     """
 
     destinations: Mapping[str, Destination]
-    pack: Callable[[], None] = keep
+    pack: Callable[[], None] = leave_unpacked
     fused: Mapping[str, Fused] = {}
 
 
@@ -67,7 +69,7 @@ Units = Iterator[Unit]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """All that a checkpoint may hold; tensors named in `ignored` are known to be of no use."""
+    """All tensors that a checkpoint may hold. Tensors named in `ignored` are accepted but not used."""
 
     units: tuple[Unit, ...]
     ignored: frozenset[str]
@@ -79,7 +81,7 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Where a model lives, what computes it, and which of its weights are quantised."""
+    """The kernels that compute a model, its dtype and device, and the policy that says which weights are quantised."""
 
     kernels: Kernels
     dtype: torch.dtype
@@ -87,7 +89,8 @@ class Backend:
     policy: QuantizationPolicy
 
     def raw(self, role: Role, *shape: int) -> Weight:
-        """Uninitialised memory for a matrix as it is on disk: where it becomes a smaller one, not on the device."""
+        """Returns uninitialised memory for a matrix in its form on disk. It is in host memory if the matrix will be
+        quantised, so that the device only holds the smaller form."""
         host = self.device if self.device.type == "meta" else torch.device("cpu")
         if role in self.policy.stored:
             values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=host)
@@ -96,12 +99,12 @@ class Backend:
         return torch.empty(shape, dtype=self.dtype, device=host if on_host else self.device)
 
     def quantize(self, role: Role, weight: Weight) -> Weight:
-        """A filled raw weight as the kernels take it, on the device: quantised, or as it is."""
+        """Returns a filled raw weight in the form that kernels take, on the device: quantised if the policy says so."""
         if isinstance(weight, QuantizedWeight):
             return weight._replace(values=weight.values.to(self.device), scales=weight.scales.to(self.device))
         quantization = self.policy.quantization_of(role)
         return weight if quantization is None else quantize(weight.to(self.device), quantization)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised weights; on a CPU their memory is not taken before they are written."""
+        """Returns an uninitialised weight. On a CPU it takes physical memory only once it is written."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""The registry of models: architecture name in `config.json` -> class."""
+"""The registry of models, which maps the architecture name in `config.json` to a class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jamba_server.kernels.ops import Kernels
 
 
 class Model(Protocol):
-    """What the engine asks of a model. `weights` fills one; until then it must not run."""
+    """The methods that the engine needs of a model. A model must not run before its weights are filled."""
 
     config: JambaConfig
 
@@ -45,5 +45,5 @@ def build_model(
     device: torch.device,
     policy: QuantizationPolicy = UNQUANTIZED,
 ) -> Model:
-    """The model of `config.architecture`, its weights not yet filled."""
+    """Returns a model of the class for `config.architecture`. Its weights are not filled yet."""
     return MODELS[config.architecture](config, Backend(kernels, dtype, device, policy))

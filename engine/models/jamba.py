@@ -1,6 +1,7 @@
 """Jamba (Lieber et al. 2024): a stack of Mamba and attention layers, each with a dense or an expert feed-forward layer.
 
-Equal to transformers' `modeling_jamba.py` for whole prompts; unlike it, also for prompts fed in chunks.
+For a whole prompt it computes the same as transformers' `modeling_jamba.py`. Unlike that, it also computes the same for
+a prompt that is fed in chunks.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from jamba_server.engine.layers.mamba import Mamba
 from jamba_server.engine.layers.mlp import Mlp
 from jamba_server.engine.layers.moe import Moe
 from jamba_server.engine.layers.norm import RmsNorm
-from jamba_server.engine.layers.parameter import Backend, TensorMap, Units, keep
+from jamba_server.engine.layers.parameter import Backend, TensorMap, Units, leave_unpacked
 from jamba_server.engine.model_config import JambaConfig
 
 
 class DecoderLayer:
-    """A mixer and a feed-forward layer, each after a norm and each added to the residual stream."""
+    """A mixer (Mamba or attention) and a feed-forward layer. The input of each is normalised, and the output of each is
+    added to the residual stream."""
 
     def __init__(self, backend: Backend, config: JambaConfig, index: int) -> None:
         h, eps = config.hidden_size, config.rms_norm_eps
@@ -37,7 +39,9 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, caches: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Takes and returns (a branch's output [T, H], the residual stream before it [T, H], None at first)."""
+        """Takes and returns a pair of [T, H] tensors: the output of the last branch, and the residual stream to which
+        it is not added yet. The first layer gets the embeddings and None. `caches` are this layer's K and V pages, or
+        its convolution and SSM states."""
         x, residual = self._input_norm.add(x, residual)
         x = self._mixer(x, batch, *caches)
         x, residual = self._pre_ff_norm.add(x, residual)
@@ -50,12 +54,13 @@ class DecoderLayer:
         yield from self._feed_forward.units(f"{self._name}feed_forward.")
 
     def ignored(self) -> frozenset[str]:
-        """Written by conversions that took the unused rotary helper for a part of the model."""
+        """Returns the names of tensors that some converted checkpoints have, but the model does not use: Jamba has no
+        rotary embedding."""
         return frozenset([f"{self._name}self_attn.rotary_emb.inv_freq"] if self.is_attention else [])
 
 
 class Jamba(ABC):
-    """The model from token ids to hidden states and logits; its architectures differ in the head."""
+    """The layers that all Jamba architectures share, from token ids to hidden states. Subclasses add the head."""
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config = config
@@ -66,7 +71,8 @@ class Jamba(ABC):
         self._head = self._make_head()
 
     def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor:
-        """Hidden states [T, H] after the final norm. Reads and writes the pages and state slots that `batch` names."""
+        """Returns the hidden states [T, H] after the final norm. Reads and writes the pages and state slots that
+        `batch` names."""
         kv_caches, states = iter(storage.kv_layers), iter(storage.state_layers)
         x, residual = self._embed_tokens(batch.token_ids), None
         for layer in self._layers:
@@ -74,15 +80,16 @@ class Jamba(ABC):
         return self._final_norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> float32 [n, V]; a classifier's [n, num_labels], of which a text's are its last token's."""
+        """Maps hidden states [n, H] to float32 logits [n, V]. A classifier's logits are [n, num_labels], and those of a
+        text are in the row of its last token."""
         return self._head(hidden).float()
 
     def tensor_map(self) -> TensorMap:
-        """Where the tensors of a checkpoint go. Not after any of them has been packed."""
+        """Returns the destinations of all tensors of a checkpoint. Must be called before any weight is packed."""
         tied = self._head.is_shared
         return TensorMap(
             units=(
-                self._embed_tokens.unit("model.embed_tokens", self._pack_tied_head if tied else keep),
+                self._embed_tokens.unit("model.embed_tokens", self._pack_tied_head if tied else leave_unpacked),
                 *chain.from_iterable(layer.units() for layer in self._layers),
                 self._final_norm.unit("model.final_layernorm"),
                 *([] if tied else [self._head.unit("")]),
@@ -100,11 +107,11 @@ class Jamba(ABC):
 
     @abstractmethod
     def _other_heads(self) -> frozenset[str]:
-        """Names of tensors that belong to heads which this architecture does not have."""
+        """Returns the names of tensors that belong to the heads of other architectures."""
 
 
 class JambaForCausalLM(Jamba):
-    """Jamba with a language model head, which a tied one shares with the embedding."""
+    """Jamba with a language model head. If `tie_word_embeddings` is set, the head shares the embedding's matrix."""
 
     def _make_head(self) -> Linear:
         shared = self._embed_tokens.weight if self.config.tie_word_embeddings else None
@@ -112,12 +119,13 @@ class JambaForCausalLM(Jamba):
         return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
 
     def _other_heads(self) -> frozenset[str]:
-        # Some files hold a tied head all the same. One that is not equal makes the model untied before it is built.
+        # Some checkpoints store a tied head although it equals the embedding. If it differed, `read_model` would have
+        # set `tie_word_embeddings` to false.
         return frozenset(["score.weight", "lm_head.weight"] if self.config.tie_word_embeddings else ["score.weight"])
 
 
 class JambaForSequenceClassification(Jamba):
-    """Jamba with a score for each label."""
+    """Jamba as a classifier: its head is a linear layer that gives a score for each label."""
 
     def _make_head(self) -> Linear:
         return Linear(self._backend, self.config.hidden_size, {"score": self.config.num_labels}, role="other")

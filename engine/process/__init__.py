@@ -1,1 +1,1 @@
-"""The engine as a process of its own: what supervises it, what they say to each other, and its main loop."""
+"""The engine as a process of its own: its supervisor, the messages between the two processes, and its main loop."""

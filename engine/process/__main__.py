@@ -1,8 +1,8 @@
 """The engine process: `python -m jamba_server.engine.process FD`.
 
-`client.EngineClient` starts it with one end of a socket pair. It receives its EngineConfig, answers
-Progress... and Ready or Failed, then runs until it is told to stop or its parent is gone. What it logs goes the same
-way, so that there is one log with one format.
+`client.EngineClient` starts this process with one end of a socket pair. The process receives its EngineConfig, sends
+some Progress messages and then Ready or Failed. It runs until it is told to stop or its parent is gone. It sends its
+log records over the socket, too, so that there is one log with one format.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Send = Callable[[msgspec.Struct], None]
 
 
 def sender(connection: socket.socket) -> Send:
-    """Sends a message to the parent, one at a time: several threads log."""
+    """Returns a function that sends a message to the parent. A lock keeps messages of different threads apart."""
     lock = threading.Lock()
 
     def send(message: msgspec.Struct) -> None:
@@ -43,24 +43,24 @@ def sender(connection: socket.socket) -> Send:
 
 
 class LogToParent(logging.Handler):
-    """Sends every record to the parent, which decides what is shown."""
+    """A log handler that sends every record to the parent process, which decides what is shown."""
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(message)s"))  # the parent's log knows level and name
+        self.setFormatter(logging.Formatter("%(message)s"))  # LogLine has level and logger name as other fields
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._send(LogLine(record.levelno, record.name, self.format(record)))
         except OSError:
-            return  # the parent is gone, and the next read says so
+            return  # the parent process is gone, which the reading thread notices and handles
         except Exception:  # noqa: BLE001 - a record that cannot be formatted must not end the engine
             self.handleError(record)
 
 
 def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None:
-    """Moves messages into the inbox until the parent says stop or is gone."""
+    """Moves messages into the inbox until the parent tells the engine to stop or is gone. Runs in its own thread."""
     try:
         while True:
             match receive(connection, ToEngine):
@@ -71,14 +71,14 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
                 case _:
                     return
     except ConnectionResetError:
-        return  # the parent was killed before it read our last message
+        return  # the parent was killed before it read this process's last message
     finally:
         stop.set()
         inbox.wake()
 
 
 def run(connection: socket.socket, send: Send) -> int:
-    # torch comes with these: what it warns of goes to the parent's log by now
+    # These import torch. They are imported only now, when warnings of torch already go to the parent's log.
     from jamba_server.engine.start.build import build_engine
     from jamba_server.kernels.table import KernelError
 
@@ -90,7 +90,9 @@ def run(connection: socket.socket, send: Send) -> int:
         send(Failed(str(error)))
         return 1
     gc.collect()
-    gc.freeze()  # what has been loaded stays: looking through it takes about 0.1 s, in the middle of somebody's reply
+    # Objects that were loaded live as long as the process. If the garbage collector examined them, it would stop the
+    # replies in progress for about 0.1 s.
+    gc.freeze()
     stop = threading.Event()
     threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()
     send(Ready(core.info))
@@ -102,7 +104,7 @@ def run(connection: socket.socket, send: Send) -> int:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # these reach the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         send = sender(connection)
@@ -111,8 +113,8 @@ def main() -> None:
         try:
             status = run(connection, send)
         except (BrokenPipeError, ConnectionResetError):
-            status = 0  # the parent is gone
-    os._exit(status)  # the reader thread may still wait in recv
+            status = 0  # the parent process is gone, so there is nobody to serve
+    os._exit(status)  # a normal exit could hang, because the reading thread may still wait in recv
 
 
 if __name__ == "__main__":

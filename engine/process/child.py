@@ -1,6 +1,6 @@
-"""Child: the engine process and its end of the socket pair, nothing else.
+"""Child: starts the engine process and talks to it over a socket pair.
 
-A socket pair needs no name in the file system: nobody else can connect, and nothing is left behind.
+A socket pair has no name in the file system, so no other process can connect to it, and no file is left behind.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ENGINE_COMMAND = (
     "-P",
     "-m",
     "jamba_server.engine.process",
-)  # -P: not from the folder we were started in
-CLOSE_SECONDS = 5.0  # that a child has for ending by itself
+)  # -P keeps Python from importing modules of the current folder
+CLOSE_SECONDS = 5.0  # a child that has not ended by itself after this time is killed
 
 
 class Child:
-    """One engine process. Its end of stream is its death."""
+    """One engine process. The end of the stream from its socket means that the process has died."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -41,11 +41,13 @@ class Child:
 
     @classmethod
     async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:
-        """Starts `command` with the number of its socket as last argument, and sends it `config`. Raises OSError."""
+        """Starts `command` with the file descriptor of its socket as the last argument, and sends it `config`. Raises
+        OSError if the process cannot be started."""
         ours, theirs = socket.socketpair()
-        root = str(Path(jamba_server.__file__).parent.parent)  # so that the child imports the engine that we are
+        root = str(Path(jamba_server.__file__).parent.parent)  # makes the child import this same jamba_server
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        # torch's own threads must not spin after their work: the core is wanted by the kernels' threads
+        # With the policy PASSIVE torch's idle threads sleep. Otherwise they would spin on cores that the kernels' own
+        # threads need.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
         with theirs:
             try:
@@ -66,16 +68,16 @@ class Child:
 
     @property
     def silent_seconds(self) -> float:
-        """Time since its last message, or since it was last given work while it had none."""
+        """Returns the seconds since the child's last message, or since it last got work while it was idle."""
         return self._clock() - self._last_message
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queues a message; one that a dead child does not read is lost with it."""
+        """Queues a message to the child. If the child dies before it reads the message, the message is lost."""
         if not self._writer.is_closing():
             self._writer.write(pack(message))
 
     async def receive(self, kind: Any) -> Any:
-        """The next message, decoded as `kind`; None when the child has ended."""
+        """Waits for the next message and returns it, decoded as `kind`. Returns None when the child has ended."""
         try:
             header = await self._reader.readexactly(HEADER_BYTES)
             body = await self._reader.readexactly(int.from_bytes(header, "little"))
@@ -85,11 +87,11 @@ class Child:
         return msgspec.msgpack.decode(body, type=kind)
 
     def touch(self) -> None:
-        """Restarts `silent_seconds`: an idle child has been given work."""
+        """Restarts `silent_seconds`. To be called when an idle child gets work."""
         self._last_message = self._clock()
 
     def shut_down(self) -> None:
-        """Tells it to end after its step; one that does not is killed."""
+        """Tells the child to end after its current step, and kills it if it still runs after CLOSE_SECONDS."""
         self.send(Shutdown())
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.kill)
 
@@ -99,7 +101,8 @@ class Child:
                 self._process.kill()
 
     async def close(self) -> int:
-        """Ends the process if it still runs, and returns its exit status (negative: the signal that ended it)."""
+        """Ends the process if it still runs, and returns its exit status. A negative status is minus the number of the
+        signal that ended the process."""
         self._writer.close()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):

@@ -1,7 +1,7 @@
-"""The asyncio side of the engine: what the HTTP process sees of it.
+"""The asyncio interface through which the HTTP process uses the engine.
 
-`Engine` is the protocol that the server is written against; `EngineClient` implements it with a child process, which it
-restarts when it dies, so that streams go on where they were.
+`Engine` is the protocol that the server uses. `EngineClient` implements it with a child process. If the child dies,
+`EngineClient` starts a new one and sends it the running requests, so that their streams continue where they stopped.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ from jamba_server.engine.validation import validate_kind
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 3  # within DEATH_WINDOW_SECONDS; then the engine stays dead
+MAX_DEATHS = 3  # after this number of deaths within DEATH_WINDOW_SECONDS the engine process is not restarted
 DEATH_WINDOW_SECONDS = 60.0
-SUSPECT_DEATHS = 2  # a request present in so many deaths in a row runs alone
+SUSPECT_DEATHS = 2  # a request that ran while the engine process died this number of times in a row then runs alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """`ready`: requests are accepted now. Not `alive`: the engine is gone for good, `reason` says why. `loading` says
-    how far the first start is, and is None once the engine has been ready: a restart is no first start."""
+    """The state of the engine.
+
+    `ready` says that the engine accepts requests now. If `alive` is false, the engine has ended and is not restarted,
+    and `reason` says why. `loading` is the progress of the first start; it is None from then on, also during restarts.
+    """
 
     alive: bool
     ready: bool
@@ -52,49 +55,50 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateStream(Protocol):
-    """Updates of some requests, interleaved; ends when every one has finished or was aborted."""
+    """The interleaved updates of several requests. The stream ends when every request has finished or was aborted."""
 
     def __aiter__(self) -> AsyncIterator[TokenUpdate]: ...
 
     async def __anext__(self) -> TokenUpdate: ...
 
     def abort(self, request_id: str) -> None:
-        """Ends one of the requests; no update of it follows. Idempotent."""
+        """Aborts one of the requests; no update of it follows. A second call for the same request does nothing."""
         ...
 
 
 class Engine(Protocol):
-    """Token ids in, token ids out."""
+    """The engine as the server sees it: it takes requests with token ids and yields updates with token ids."""
 
     @property
     def info(self) -> EngineInfo:
-        """What runs. Raises EngineLoading (or EngineDead) before the engine was ready for the first time."""
+        """The engine's model and sizes. Raises EngineLoading, or EngineDead, if the engine was never ready."""
         ...
 
     @property
     def stats(self) -> EngineStats:
-        """The latest numbers; its counters go on across restarts of the engine."""
+        """The engine's latest statistics. Their counters are not reset when the engine is restarted."""
         ...
 
     @property
     def health(self) -> Health: ...
 
     async def first_start(self) -> None:
-        """Returns when the engine has been ready for the first time, or is given up; then `info` says which."""
+        """Waits until the engine is ready for the first time or has failed to start, in which case `info` raises."""
         ...
 
     def generate(self, requests: list[Request]) -> AbstractAsyncContextManager[UpdateStream]:
-        """Runs the choices of one HTTP request; their updates arrive interleaved, until every one has a finish_reason.
+        """Runs the choices of one HTTP request and yields their updates, interleaved, until each has a finish_reason.
 
-        Entering submits; leaving, however it happens, aborts what still runs and releases all. Raises Overloaded on
-        entry when the queue is full, EngineDead when there is no engine, RequestRejected for a kind of request that no
-        engine serves; EngineDead and EngineFailed while iterating.
+        Entering the context submits the requests. Leaving it, also by an exception, aborts those that still run.
+        Entering raises Overloaded if the queue is full, EngineDead if the engine has ended for good, and
+        RequestRejected for an unsupported kind of request. Iterating raises EngineDead and EngineFailed.
         """
         ...
 
 
 class _Live:
-    """A request between submission and end. `deaths`: engines that died in a row with it on board."""
+    """A request that has been submitted and has not ended. `deaths` counts the successive engines that died while they
+    ran this request."""
 
     def __init__(self, request: Request, stream: _Stream) -> None:
         self.request, self.stream = request, stream
@@ -104,13 +108,17 @@ class _Live:
         self.num_prompt_logprobs = 0
 
     def replay(self) -> Request:
-        """The request as the next engine needs it: it goes on after what has been delivered."""
+        """Returns the request for a new engine, which continues after the tokens that have been delivered already."""
         return msgspec.structs.replace(
             self.request, generated=self.generated, num_prompt_logprobs=self.num_prompt_logprobs
         )
 
     def take(self, update: TokenUpdate) -> TokenUpdate:
-        """Books an update. What comes once a request (cached tokens, queue time) comes once, also after a replay."""
+        """Records the tokens of an update and returns the update for the stream.
+
+        The number of cached tokens and the queue time are delivered only once per request. A new engine reports them
+        again, so that they are removed from later updates.
+        """
         self.generated += update.token_ids
         self.num_prompt_logprobs += len(update.prompt_logprobs)
         if self.announced:
@@ -120,7 +128,7 @@ class _Live:
 
 
 class _Stream:
-    """`UpdateStream` of one `generate` call."""
+    """The `UpdateStream` that one call of `generate` yields."""
 
     def __init__(self, client: EngineClient, request_ids: list[str]) -> None:
         self._client = client
@@ -152,10 +160,10 @@ class _Stream:
 
 
 class EngineClient:
-    """Runs the engine as a child process and supervises it.
+    """Runs the engine as a child process, and kills and restarts it when it hangs or dies.
 
-    `engine_timeout`: seconds without a step result, while work waits, after which the child counts as dead.
-    `max_queue_requests`: choices that may wait before new requests are refused; 0 for no bound.
+    The child is killed if it has requests but sends no step result for `engine_timeout` seconds. New requests are
+    refused while `max_queue_requests` or more choices wait; 0 means no limit.
     """
 
     def __init__(
@@ -170,13 +178,13 @@ class EngineClient:
         self._command = command
         self._config, self._timeout, self._on_progress = config, engine_timeout, on_progress
         self._max_queue = max_queue_requests
-        self._live: dict[str, _Live] = {}  # in the order of arrival
+        self._live: dict[str, _Live] = {}  # all requests that have not ended, in the order of their arrival
         self._child: Child | None = None
         self._info: EngineInfo | None = None
         self._health = _loading(Progress("starting the engine", 0.0))
         self._stats, self._base = EngineStats(), EngineStats()
         self._deaths: deque[float] = deque()
-        self._started = asyncio.Event()  # ready for the first time, or given up
+        self._started = asyncio.Event()  # set when the engine is ready for the first time or has failed to start
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -198,11 +206,11 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child that runs now."""
+        """The process id of the current child process."""
         return self._child.pid if self._child else None
 
     async def start(self) -> EngineInfo:
-        """Starts the engine and waits until it is ready. Raises ConfigError with its reason if it cannot be."""
+        """Starts the engine and waits until it is ready. Raises ConfigError, with the reason, if it fails to start."""
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
         await self._started.wait()
         if self._info is None:
@@ -211,7 +219,7 @@ class EngineClient:
         return self._info
 
     async def close(self) -> None:
-        """Ends the engine; requests that still run fail with EngineDead."""
+        """Ends the engine. Requests that still run fail with EngineDead."""
         self._give_up("the server is shutting down")
         if self._supervisor is None:
             return
@@ -228,7 +236,7 @@ class EngineClient:
         num_waiting = sum(not live.started for live in self._live.values())
         if self._max_queue and num_waiting >= self._max_queue:
             raise Overloaded(
-                f"{num_waiting} requests wait already; the limit (--max-queue-requests) is {self._max_queue}.",
+                f"{num_waiting} choices are waiting; the limit (--max-queue-requests) is {self._max_queue}.",
                 retry_after=1 + num_waiting // max(1, self.info.max_num_seqs),
             )
         stream = _Stream(self, [request.id for request in requests])
@@ -242,16 +250,20 @@ class EngineClient:
             stream.close()
 
     def forget(self, request_ids: list[str]) -> None:
-        """Ends requests at their client's wish; unknown ids have ended already."""
+        """Aborts requests that nobody reads any more. Ids of requests that have ended already are ignored."""
         gone = [live for i in request_ids if (live := self._live.pop(i, None)) is not None]
         if self._child and (sent := [live.request.id for live in gone if live.sent]):
             self._child.send(Abort(sent))
         self._dispatch()
 
-    # Sending ----------------------------------------------------------------------------------------------------
+    # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends what may run now: everything, or a single suspect while there are some."""
+        """Sends waiting requests to the engine: all of them, or only one suspect while there are suspects.
+
+        A suspect is a request that ran during SUSPECT_DEATHS successive deaths. If the engine dies while a suspect runs
+        alone, that request is the cause.
+        """
         if not self._health.ready or self._child is None:
             return
         self._fail_too_long()
@@ -270,16 +282,20 @@ class EngineClient:
                 live.sent = True
 
     def _fail_too_long(self) -> None:
-        """An engine that found less memory than the one before it may have a shorter context: what was accepted for the
-        old one must not reach it."""
+        """Fails the requests that are too long for a restarted engine.
+
+        A restarted engine that finds less memory than the one before may have a shorter maximum context.
+        """
         limit = self.info.max_model_len
         for live in list(self._live.values()):
             length = len(live.request.prompt) + len(live.generated)
             if not live.sent and length > limit:
-                message = f"The engine was restarted with room for {limit} tokens; this request has {length}."
+                message = (
+                    f"The engine was restarted with a context of {limit} tokens; this request has {length} tokens."
+                )
                 self._fail(live, EngineFailed(message))
 
-    # Supervising ------------------------------------------------------------------------------------------------
+    # Supervising the child process ------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
         while self._health.alive:
@@ -289,21 +305,23 @@ class EngineClient:
                 self._give_up(f"the engine process cannot be started: {error}")
                 return
             if not self._health.alive:
-                self._child.shut_down()  # closed while it was starting
+                self._child.shut_down()  # `close` was called while the child was starting
             watchdog = asyncio.create_task(self._watch(self._child), name="engine watchdog")
             try:
                 while (message := await self._child.receive(FromEngine)) is not None:
                     self._receive(message)
             finally:
                 watchdog.cancel()
-            self._bury(await self._child.close())
+            self._after_death(await self._child.close())
 
     async def _watch(self, child: Child) -> None:
-        """Kills a child that has work but says nothing for the engine timeout."""
+        """Kills the child if it has requests but sends no step result for the engine timeout."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout / 4))
             if any(live.sent for live in self._live.values()) and child.silent_seconds > self._timeout:
-                logger.error("no step result for %.0f s (--engine-timeout): the engine is killed", self._timeout)
+                logger.error(
+                    "the engine is killed: it sent no step result for %.0f s (--engine-timeout)", self._timeout
+                )
                 child.kill()
                 return
 
@@ -324,7 +342,7 @@ class EngineClient:
 
     def _ready(self, info: EngineInfo) -> None:
         if not self._health.alive:
-            return  # closed while it was loading
+            return  # `close` was called while the engine was loading
         self._info, self._health = info, Health(alive=True, ready=True)
         self._started.set()
         self._dispatch()
@@ -337,7 +355,7 @@ class EngineClient:
         finished = False
         for update in result.updates:
             if (live := self._live.get(update.request_id)) is None:
-                continue  # aborted meanwhile
+                continue  # the request was aborted after the step had begun
             live.stream.queue.put_nowait(live.take(update))
             if update.finish_reason:
                 finished = True
@@ -345,8 +363,11 @@ class EngineClient:
         if finished:
             self._dispatch()
 
-    def _bury(self, status: int) -> None:
-        """After the child's end: decides whether to try again, and with which requests."""
+    def _after_death(self, status: int) -> None:
+        """Decides, after the child has ended, whether the engine is restarted and which requests fail.
+
+        `status` is the exit status of the child, or the negative number of the signal that ended it.
+        """
         if not self._health.alive:
             return
         reason = f"the engine process ended with {_describe(status)}"
@@ -355,26 +376,32 @@ class EngineClient:
             return
         self._base = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0)
         self._stats = self._base
-        aboard = [live for live in self._live.values() if live.sent]
-        alone = aboard[0] if len(aboard) == 1 and aboard[0].deaths >= SUSPECT_DEATHS else None
-        if alone is not None:
-            self._deaths.clear()  # it explains them
+        was_running = [live for live in self._live.values() if live.sent]
+        culprit = was_running[0] if len(was_running) == 1 and was_running[0].deaths >= SUSPECT_DEATHS else None
+        if culprit is not None:
+            self._deaths.clear()  # the request caused these deaths; they are not counted towards MAX_DEATHS
             self._fail(
-                alone, EngineFailed("The engine ended three times while it ran this request, the last time alone.")
+                culprit,
+                EngineFailed(
+                    "The engine ended three times while it ran this request; the last time it ran nothing else."
+                ),
             )
         for live in self._live.values():
             live.deaths = live.deaths + 1 if live.sent else 0
             live.sent = False
-        if alone is None and self._count_death() >= MAX_DEATHS:
+        if culprit is None and self._count_death() >= MAX_DEATHS:
             when = f"within {DEATH_WINDOW_SECONDS:.0f} s" if self._health.ready else "in a row, now while loading"
             self._give_up(f"{reason}, the third time {when}")
             return
-        logger.error("%s; it is restarted and goes on with %d requests", reason, len(self._live))
+        logger.error("%s; it is restarted and continues %d requests", reason, len(self._live))
         self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
 
     def _count_death(self) -> int:
-        """Deaths within the window, this one included. While the engine is not ready again none drops out: one
-        that dies after a long load would be restarted for ever."""
+        """Counts this death and returns the number of deaths within DEATH_WINDOW_SECONDS.
+
+        Until the engine is ready again, earlier deaths stay counted however old they are. Otherwise an engine that dies
+        after each long load would be restarted for ever.
+        """
         now = asyncio.get_running_loop().time()
         self._deaths.append(now)
         while self._health.ready and now - self._deaths[0] > DEATH_WINDOW_SECONDS:
@@ -395,7 +422,7 @@ class EngineClient:
 
 
 def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
-    """`now` with its counters added to those of the engines before."""
+    """Returns the statistics `now` of the current engine, with the counters of all earlier engines (`base`) added."""
     totals = {f: getattr(base, f) + getattr(now, f) for f in EngineStats.__struct_fields__ if f.endswith("_total")}
     return msgspec.structs.replace(now, **totals)
 

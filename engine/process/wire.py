@@ -1,4 +1,5 @@
-"""Frames on the socket between the two processes: four bytes of length (little-endian), then one msgpack message."""
+"""The frames on the socket between the two processes. A frame is a length of four bytes (little-endian) and one msgpack
+message of that length."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 def pack(message: msgspec.Struct) -> bytes:
-    """One frame. ValueError if it would be longer than any that is meant."""
+    """Returns the frame of a message. Raises ValueError if the message has MAX_FRAME_BYTES or more."""
     body = msgspec.msgpack.encode(message)
     if len(body) >= MAX_FRAME_BYTES:
-        raise ValueError(f"a message of {len(body)} bytes is over the frame limit {MAX_FRAME_BYTES}")
+        raise ValueError(f"a message has {len(body)} bytes; it must have less than {MAX_FRAME_BYTES}")
     return len(body).to_bytes(HEADER_BYTES, "little") + body
 
 
 def receive(connection: socket.socket, kind: Any) -> Any:
-    """The next message, decoded as `kind`; None at the end of the stream."""
+    """Waits for the next message and returns it, decoded as `kind`. Returns None at the end of the stream."""
     header = _exactly(connection, HEADER_BYTES)
     if header is None:
         return None

@@ -1,6 +1,7 @@
-"""Weight formats: THE table of them, and the policy that says which weights are stored so.
+"""The table of quantised weight formats, and the policy that says which weights of a model are quantised.
 
-No torch here, so that a plan can be made without it; `quantize` and one module a format do the arithmetic.
+This module works without torch, so that `jamba plan` does not need it. The arithmetic is in `quantize` and in one
+module for each format.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
-"""What a weight is for. "mamba" are the mixers' in_proj and out_proj; "other" is never quantised: x_proj, dt_proj and
-the router, which are small and to which the model is sensitive, and a classifier's scores."""
+"""The part of the model that a weight matrix belongs to. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
+are matrices that are never quantised: x_proj, dt_proj and the router, which are small and to whose errors the model is
+sensitive, and the head of a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """Numbers of `bits` bits from -limit to limit; `group_size` inputs of a row (None: all of them) share a float32
-    scale."""
+    """A quantised format. Its numbers have `bits` bits and lie between -limit and limit. In each output row, a group of
+    `group_size` inputs shares one float32 scale; None means that the whole row is one group."""
 
     bits: int
     limit: int
     group_size: int | None
 
     def num_bytes(self, rows: int, inputs: int) -> int:
-        """Of a weight [rows, inputs] with its scales."""
+        """Returns the bytes of a weight [rows, inputs] with its scales."""
         groups = 1 if self.group_size is None else -(-inputs // self.group_size)
         return rows * (-(-inputs * self.bits // 8) + 4 * groups)
 
@@ -41,12 +43,14 @@ FORMATS: Final[Mapping[Quantization, Format]] = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizationPolicy:
-    """Which weights are quantised, and how. Embedding, norms, convolution, A and D are no matrix products: never.
+    """The policy that says which weights are quantised, and in which format. Only weights of matrix products are
+    quantised, not the embedding, norms, convolutions, A and D.
 
-    The Mamba mixers are left alone unless `mamba`, as the model's authors advise (their model cards' int8 recipe skips
-    them): they are a small part of a large model, and their errors go on in the recurrent state.
+    The projections of the Mamba mixers are quantised only if `mamba` is set. The int8 recipe on the model cards of
+    Jamba skips them as well: they are a small part of a large model, and their errors accumulate in the recurrent
+    state.
 
-    Where the checkpoint holds weights in fp8 already, it has decided: `stored` are the roles of those.
+    If the checkpoint has fp8 weights already, `stored` are their roles, and nothing else is quantised.
     """
 
     quantization: Quantization | None = None
@@ -57,12 +61,16 @@ class QuantizationPolicy:
     def of(
         cls, engine: EngineConfig, stored: frozenset[Role] = frozenset(), made_at_load: str | None = None
     ) -> QuantizationPolicy:
-        """Raises ConfigError for `quantize_mamba` without a format, for any wish where weights are `stored`, and for
-        none where config.json wishes for weights `made_at_load` by a method that is not this server's."""
+        """Returns the policy for the options in `engine`. `stored` are the roles of weights that are fp8 in the
+        checkpoint. `made_at_load` is a method of another server, named in config.json, that quantises weights at load.
+
+        Raises ConfigError in three cases: `quantize_mamba` is set without a format, a format is requested although the
+        checkpoint has `stored` weights, or no format is requested although config.json names a `made_at_load` method.
+        """
         if made_at_load is not None and engine.quantization is None:
             raise ConfigError(
-                f"The quantization_config of config.json asks for {made_at_load}, which makes int8 of plain weights as "
-                "they are loaded; ask for that with --quantization int8."
+                f"The quantization_config of config.json asks for {made_at_load}, which quantises plain weights to "
+                "int8 as they are loaded; add --quantization int8 to do the same here."
             )
         if engine.quantize_mamba and engine.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization, one of {', '.join(FORMATS)}.")
@@ -70,7 +78,7 @@ class QuantizationPolicy:
             if engine.quantization is not None:
                 raise ConfigError(
                     f"quantization is {engine.quantization!r}, but the checkpoint's weights are fp8 already "
-                    "(quantization_config in its config.json); leave it out."
+                    "(quantization_config in its config.json); leave the option out."
                 )
             return cls("fp8", "mamba" in stored, stored)
         return cls(engine.quantization, engine.quantize_mamba)
@@ -83,7 +91,8 @@ class QuantizationPolicy:
         return self.quantization
 
     def num_bytes(self, role: Role, rows: int, inputs: int, *, dtype_bytes: int) -> int:
-        """Of a weight [rows, inputs], which has `dtype_bytes` a number where it is not quantised."""
+        """Returns the bytes of a weight [rows, inputs] of this role. A number that is not quantised has
+        `dtype_bytes`."""
         quantization = self.quantization_of(role)
         return rows * inputs * dtype_bytes if quantization is None else FORMATS[quantization].num_bytes(rows, inputs)
 

@@ -1,8 +1,9 @@
-"""Checkpoints whose weights are fp8 already: compressed-tensors' `quantization_config`, as llm-compressor writes it for
-AI21's FP8 models. A weight is float8_e4m3fn, its `weight_scale` [rows, 1] has one number an output row.
+"""Reads the `quantization_config` of checkpoints whose weights are fp8 already, in the format of compressed-tensors, as
+llm-compressor writes it for AI21's FP8 models. A weight is float8_e4m3fn, and its `weight_scale` [rows, 1] has one
+number for each output row.
 
-Such a file has activations rounded to fp8, too, token by token as they come: a matter of speed, which nothing in the
-file depends on. Here they keep the model's dtype.
+The configuration also asks that activations be rounded to fp8, with a scale for each token. That only makes matrix
+products faster, and no tensor in the files depends on it. This server keeps activations in the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from jamba_server.engine.quantization import Role
 from jamba_server.engine.quantization.methods import COMPRESSED_TENSORS, advice
 
 FORMAT: Final = "float-quantized"
-_MAX_PATTERNS: Final = 10_000  # in one list; each may be tried on every linear module
-# Of a group's weights; null is the last one here, where it or no key at all is allowed.
+_MAX_PATTERNS: Final = 10_000  # limits one list of patterns, because each may be tried on every linear module
+# Maps each key of a group's `weights` to its allowed values. None allows null, and also that the key is absent.
 _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
     "num_bits": (8,),
     "type": ("float",),
@@ -31,31 +32,33 @@ _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
 
 
 def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -> frozenset[Role]:
-    """The roles whose weights are fp8 by `config`, the `quantization_config` of the file `path`; `modules`: every
-    linear module's name on disk and role. Raises CheckpointError, with key and value, for what is not read here."""
+    """Returns the roles whose weights are fp8 according to `config`, the `quantization_config` of the file `path`.
+    `modules` are the names on disk and the roles of all linear modules. Raises CheckpointError, with key and value, for
+    a setting that this server does not support."""
     reader = _Reader(path)
     groups = reader.groups(config)
     ignored = reader.patterns("ignore", cast(dict[str, Any], config).get("ignore") or [])
-    found: dict[Role, dict[bool, str]] = {}  # a module of each kind
+    found: dict[Role, dict[bool, str]] = {}  # for each role, one module that is fp8 (True) and one that is not (False)
     for name, role in modules:
         quantized = not _named(name, ignored) and any(_named(name, targets, "Linear") for targets in groups)
         found.setdefault(role, {}).setdefault(quantized, name)
     for role, names in found.items():
         if role == "other" and True in names:
             raise CheckpointError(
-                f"{path}: quantization_config.ignore lacks {names[True]}; this server has no quantized weights of its "
-                "kind (router, x_proj, dt_proj, a classifier's scores)."
+                f"{path}: quantization_config.ignore lacks {names[True]}; this server supports no quantized weights of "
+                "this kind (router, x_proj, dt_proj, a classifier's scores)."
             )
         if len(names) > 1:
             raise CheckpointError(
-                f"{path}: quantization_config.ignore has {names[False]} and not {names[True]}; this server reads the "
-                f"{role} weights either all in fp8 or none."
+                f"{path}: quantization_config.ignore has {names[False]} and not {names[True]}; in this server either "
+                f"all {role} weights are fp8 or none."
             )
     return frozenset(role for role, names in found.items() if True in names)
 
 
 def _named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
-    """Whether one of the patterns is the name, a regular expression (`re:...`) that its start matches, or `kind`."""
+    """Returns whether a pattern fits the module `name`: it equals the name or `kind`, or it is a regular expression
+    (`re:...`) that matches the start of the name."""
     return any(
         re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern in (name, kind)
         for pattern in patterns
@@ -63,17 +66,18 @@ def _named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
 
 
 class _Reader:
-    """Checks; every complaint names file, key and value."""
+    """Reads and checks the parts of a `quantization_config`. Every error names the file, the key and the value."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def groups(self, config: object) -> list[list[str]]:
-        """The targets of each group."""
+        """Checks the whole configuration and returns the `targets` of each of its groups."""
         values = self.mapping("", config)
         self.expect("quant_method", values.get("quant_method"), COMPRESSED_TENSORS)
         self.expect("format", values.get("format"), FORMAT, None)
-        for name in ("kv_cache_scheme", "transform_config"):  # the latter turns weights by Hadamard matrices
+        # A transform_config would rotate weights by Hadamard matrices.
+        for name in ("kv_cache_scheme", "transform_config"):
             self.expect(name, values.get(name) or None, None)
         if sparsity := values.get("sparsity_config"):
             self.expect("sparsity_config.format", self.mapping("sparsity_config", sparsity).get("format"), "dense")
@@ -101,7 +105,7 @@ class _Reader:
             try:
                 re.compile(pattern.removeprefix("re:"))
             except re.error as error:
-                self.refuse(key, pattern, f"it is no regular expression: {error}")
+                self.refuse(key, pattern, f"it is not a regular expression: {error}")
         return patterns
 
     def mapping(self, key: str, value: object) -> Mapping[str, Any]:

@@ -1,6 +1,8 @@
-"""fp8: float8_e4m3fn (Micikevicius et al. 2022), one scale for each output row, rounded to nearest, ties to even.
+"""fp8: quantises to float8_e4m3fn (Micikevicius et al. 2022) with one scale for each output row, rounding to nearest
+with ties to even.
 
-Its steps grow with the numbers: a row with a few large weights loses less of the small ones than in int8.
+The distance between neighbouring numbers grows with their magnitude, so in a row with a few large weights the small
+weights are more precise than in int8.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ LIMIT: Final = FORMATS["fp8"].limit
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [..., inputs] -> float8_e4m3fn [..., inputs] and scales [...], the row's largest magnitude / 448."""
+    """Quantises float32 [..., inputs] to float8_e4m3fn of the same shape, and returns it with the scales [...]. A scale
+    is the largest magnitude of the row divided by 448."""
     scales = weight.abs().amax(-1, keepdim=True) / LIMIT
-    scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros
+    scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros would have the scale 0
     return (weight / scales).clamp_(-LIMIT, LIMIT).to(torch.float8_e4m3fn), scales.squeeze(-1)

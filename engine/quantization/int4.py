@@ -1,7 +1,8 @@
-"""int4: symmetric, one scale for each 128 inputs of an output row, clipped where that makes the squared error smaller.
+"""int4: quantises symmetrically with one scale for each group of 128 inputs of an output row. Large weights are clipped
+if that reduces the group's squared error.
 
-Few numbers of a group are near its largest, so a finer step for all of them is worth more than the largest: the root
-mean square error falls by 9 %, for normal and heavy-tailed weights alike.
+Few weights of a group are near its largest one, so a finer step for all others gains more than the clipping loses. The
+root mean square error falls by 9 %, for normally distributed and for heavy-tailed weights.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from torch import Tensor
 from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["int4"].limit
-# Smaller ones gain less than 0.2 % more.
+# The scale is tried at these ratios of the unclipped one. Ratios below 0.8 would reduce the error by less than 0.2 %.
 CLIPPING_RATIOS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [..., group] -> whole numbers [..., group] and scales [...]; of equally good ones the largest scale."""
+    """Quantises float32 [..., group] to whole numbers of the same shape (as float32), and returns them with the scales
+    [...]. Of scales with the same error it takes the largest."""
     largest = weight.abs().amax(-1, keepdim=True) / LIMIT
-    largest = torch.where(largest > 0, largest, 1.0)  # a group of zeros
+    largest = torch.where(largest > 0, largest, 1.0)  # a group of zeros would have the scale 0
     scales, least = largest, torch.full_like(largest, torch.inf)
     for ratio in CLIPPING_RATIOS:
         tried = largest * ratio

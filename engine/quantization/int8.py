@@ -1,4 +1,4 @@
-"""int8: symmetric, one scale for each output row, rounded to nearest."""
+"""int8: quantises symmetrically with one scale for each output row, rounding to nearest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ LIMIT: Final = FORMATS["int8"].limit
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [..., inputs] -> whole numbers [..., inputs] and scales [...], the row's largest magnitude / 127."""
+    """Quantises float32 [..., inputs] to whole numbers of the same shape (as float32), and returns them with the scales
+    [...]. A scale is the largest magnitude of the row divided by 127."""
     scales = weight.abs().amax(-1, keepdim=True) / LIMIT
-    scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros
+    scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros would have the scale 0
     return (weight / scales).round_().clamp_(-LIMIT, LIMIT), scales.squeeze(-1)

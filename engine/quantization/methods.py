@@ -1,5 +1,5 @@
-"""How others mark checkpoints with quantised weights, and what to do with each: this server reads one such format
-(`compressed_tensors`) and makes its own from plain weights."""
+"""Recognises checkpoints that were quantised by other tools, and tells the user what to do with each. This server reads
+one such format (`compressed_tensors`); it quantises plain weights itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.errors import CheckpointError, shown
 
 COMPRESSED_TENSORS: Final = "compressed-tensors"
-# vLLM makes these when it loads a checkpoint, so the weights in the files are plain.
+# With these methods vLLM quantises the weights when it loads a checkpoint, so the weights in the files are plain.
 MADE_AT_LOAD: Final[frozenset[str]] = frozenset({"experts_int8"})
-# `quant_method` -> the method's own name, and the nearest of this server's formats where the method has one
+# Maps `quant_method` to the name of the method and the nearest of this server's formats (None: it depends on the bits).
 _METHODS: Final[Mapping[str, tuple[str, Quantization | None]]] = {
     "aqlm": ("AQLM", "int4"),
     "auto-round": ("AutoRound", "int4"),
@@ -54,7 +54,7 @@ _ALIASES: Final[Mapping[str, str]] = {
     "modelopt_mixed": "modelopt",
     "nvfp4": "modelopt",
 }
-# Files that tools write beside quantised weights; older ones say nothing in config.json.
+# Maps files that tools write beside quantised weights to the method. Older tools leave no mark in config.json.
 METHOD_FILES: Final[Mapping[str, str]] = {
     "hf_quant_config.json": "modelopt",
     "quant_config.json": "awq",
@@ -64,15 +64,15 @@ _NEAREST_BY_BITS: Final[Mapping[object, Quantization]] = {2: "int4", 3: "int4", 
 
 
 def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the config.json `path` says that its weights are quantised in another way than
-    `compressed_tensors` reads, naming the way and what to do."""
+    """Raises CheckpointError if the config.json at `path` says that the weights are quantised by a method that this
+    server does not read. The error names the method and says what to do."""
     if values.get("quantization") is not None:
         raise _mlx(path, "quantization", values["quantization"])
     if values.get("compression_config") is not None:
         value = shown(values["compression_config"])
         raise CheckpointError(
-            f"{path}: compression_config is {value}, an old name of quantization_config, under which alone this server "
-            f"reads {COMPRESSED_TENSORS}; rename the key."
+            f"{path}: compression_config is {value}; this is an old name of quantization_config, and this server reads "
+            f"{COMPRESSED_TENSORS} only under the new one; rename the key."
         )
     config = values.get("quantization_config")
     if not isinstance(config, dict):
@@ -81,7 +81,7 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
     method = settings.get("quant_method")
     if method is None and {"group_size", "bits"} <= settings.keys():
         raise _mlx(path, "quantization_config", settings)
-    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):  # as it once was written
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):  # old form
         method = "bitsandbytes"
     if isinstance(method, str) and method not in (COMPRESSED_TENSORS, *MADE_AT_LOAD):
         raise CheckpointError(
@@ -91,13 +91,14 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def made_at_load(config: object) -> str | None:
-    """The method of a quantization_config that quantises plain weights as they are loaded."""
+    """Returns the `quant_method` of a quantization_config if this method quantises plain weights as they are loaded,
+    else None."""
     method = cast(dict[str, object], config).get("quant_method") if isinstance(config, dict) else None
     return method if isinstance(method, str) and method in MADE_AT_LOAD else None
 
 
 def refuse_file(path: Path) -> CheckpointError:
-    """Of one of `METHOD_FILES`."""
+    """Returns the error for a checkpoint folder that has `path`, one of `METHOD_FILES`."""
     method = METHOD_FILES[path.name]
     name, nearest = _METHODS[method]
     return CheckpointError(
@@ -109,8 +110,7 @@ def refuse_file(path: Path) -> CheckpointError:
 def advice(nearest: Quantization | None) -> str:
     formats = "int8, int4 or fp8" if nearest is None else nearest
     return (
-        "Serve the checkpoint with plain weights that it was made from, with --quantization "
-        f"{formats} where it shall take less memory."
+        f"Serve the original checkpoint with plain weights instead; to reduce its memory, add --quantization {formats}."
     )
 
 

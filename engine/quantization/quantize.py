@@ -1,4 +1,4 @@
-"""From floats to a format of the table, once, at load."""
+"""Quantises a weight to one of the formats in `FORMATS`. This happens once, when the model is loaded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.quantization import FORMATS, fp8, int4, int8
 from jamba_server.kernels.ops import QuantizedWeight
 
-# float32 [rows, groups, inputs of a group], finite -> numbers of the same shape, and scales [rows, groups]
+# Maps finite float32 numbers [rows, groups, inputs of a group] to quantised ones of this shape and scales [rows,
+# groups].
 QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]
 QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int8": int8.quantize,
     "int4": int4.quantize,
     "fp8": fp8.quantize,
 }
-# Numbers in float32 at a time: 1 MiB, which a CPU's caches hold, and 64 MiB, which keep a GPU busy.
+# So many float32 numbers are quantised at a time: 1 MiB, which fits into a CPU's caches, or 64 MiB, which fill a GPU.
 _CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
-    """A finite weight [..., N, K] in the format. The same bits whatever the number of threads."""
+    """Returns a weight [..., N, K], whose numbers are finite, in the given format. The result has the same bits for any
+    number of threads."""
     inputs = weight.shape[-1]
     group_size = FORMATS[quantization].group_size or inputs
     num_groups = -(-inputs // group_size)
@@ -32,7 +34,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     dtype = torch.float8_e4m3fn if quantization == "fp8" else torch.int8
     values = torch.empty(rows.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(rows), num_groups, device=weight.device)
-    # on the device "meta" there is nothing to go through
+    # A tensor on the device "meta" has no memory, so it is not cut into chunks.
     step = len(rows) if rows.is_meta else max(1, _CHUNK[rows.device.type] // inputs)
     for chunk, chunk_values, chunk_scales in zip(*(t.split(step) for t in (rows, values, scales)), strict=True):
         padded = torch.nn.functional.pad(chunk.float(), (0, num_groups * group_size - inputs))

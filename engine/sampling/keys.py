@@ -1,4 +1,4 @@
-"""Where a sampled token's randomness comes from: a hash of what identifies the token, of nothing else."""
+"""The random keys of sampled tokens. A key is a hash of the seed, the choice and the position, and of nothing else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ MASK = 2**64 - 1
 
 
 def row_key(seed: int, choice: int, position: int) -> int:
-    """Signed 64-bit key of the noise at `position` (tokens before the sampled one) of a prompt's `choice` (0..n-1).
+    """Returns the signed 64-bit key of the random noise that samples one token. `position` is the number of tokens
+    before the sampled one, and `choice` (0 to n-1) is the number of the reply among those to the same prompt.
 
-    Equal inputs give equal keys in every process and on every machine; restarts, preemption and batch mates cannot
-    shift them.
+    Equal arguments give equal keys in every process and on every machine, so a restart, a preemption or other sequences
+    in the batch never change which token is sampled.
     """
     key = 0
     for word in (seed, choice, position):
@@ -18,7 +19,7 @@ def row_key(seed: int, choice: int, position: int) -> int:
 
 
 def _mix(word: int) -> int:
-    """One step of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words."""
+    """Applies one step of SplitMix64 (Steele, Lea & Flood 2014), which is a bijection of 64-bit words."""
     word = (word + 0x9E3779B97F4A7C15) & MASK
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK

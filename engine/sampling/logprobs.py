@@ -1,6 +1,7 @@
-"""Log-probabilities of the raw distribution: float32 log-softmax of the model's logits, before anything changes them.
+"""Log-probabilities of the raw distribution: the float32 log-softmax of the model's logits before any penalty or bias.
 
-Two halves, so that a step can fetch tokens and log-probabilities together: `gather` on the device, `read` on the host.
+`gather` runs on the device and `read` on the host. They are separate, so that a step can copy its tokens and their
+log-probabilities to the host together.
 """
 
 from __future__ import annotations
@@ -11,28 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jamba_server.engine.staging import Fetch, upload
+from jamba_server.engine.staging import HostCopy, upload
 from jamba_server.engine.types import TokenLogprob
 from jamba_server.kernels.reference.sample import best_ids
 
 
 class PendingLogprobs:
-    """Of row n of `logits` (float32 [N, V], N at least 1): token_ids[n] and the counts[n] most likely, best first, ties
-    to lower ids. A row's result does not depend on the others."""
+    """Log-probabilities that the device still computes. For each row n of `logits` (float32 [N, V], N at least 1) they
+    are those of token_ids[n] and of the counts[n] most likely tokens, the best first. Of equally likely tokens the
+    lower id comes first. A row's result does not depend on the other rows."""
 
     def __init__(self, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> None:
         self._token_ids, self._counts = token_ids, counts
         [chosen] = upload([np.array(token_ids, dtype=np.int64)], logits.device)
-        self._table = Fetch(gather(logits.log_softmax(dim=-1), chosen, max(counts)))
+        self._table = HostCopy(gather(logits.log_softmax(dim=-1), chosen, max(counts)))
 
     def read(self) -> list[TokenLogprob]:
-        """Waits for them."""
+        """Waits until the device has computed them, and returns one entry for each row."""
         return read(self._table.tolist(), self._token_ids, self._counts)
 
 
 def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:
-    """logprobs: float32 [N, V]; chosen: int64 [N]. Returns float64 [N, 1 + 2 * count], which holds ids and float32
-    values exactly: the chosen token's log-probability, then the best `count` ids (at most all V), then theirs."""
+    """Returns a table, float64 [N, 1 + 2 * count], of `logprobs` (float32 [N, V]). A row has the log-probability of the
+    token `chosen` (int64 [N]), then the ids of the `count` most likely tokens (at most V), then the log-probabilities
+    of these. float64 holds token ids and float32 values exactly."""
     count = min(count, logprobs.shape[1])
     top_ids = best_ids(logprobs, count) if count > 0 else chosen.new_empty((len(chosen), 0))
     columns = logprobs.gather(1, torch.cat([chosen[:, None], top_ids], dim=1)).to(torch.float64)
@@ -40,7 +43,8 @@ def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:
 
 
 def read(table: list[list[float]], token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """The rows of `gather`, each with its own count of alternatives, or all that were gathered if these are fewer."""
+    """Converts the table of `gather` to one entry for each row, with counts[n] of the most likely tokens, or with all
+    that were gathered if these are fewer."""
     results: list[TokenLogprob] = []
     for values, token_id, count in zip(table, token_ids, counts, strict=True):
         gathered = len(values) // 2

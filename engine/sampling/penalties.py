@@ -1,7 +1,8 @@
-"""What a request asks to change about its logits before temperature: bias, penalties, and tokens that are forbidden.
+"""Applies the changes that a request asks for to its logits, before temperature: bias, penalties, forbidden tokens.
 
-The order is transformers' and vLLM's: logit_bias, repetition penalty, frequency and presence penalty. Forbidden tokens
-come last; nothing brings one back. Host work is for rows that ask for something, and linear in their tokens.
+The order is that of transformers and vLLM: logit_bias, repetition penalty, frequency and presence penalty. Tokens are
+forbidden last, so that no bias can allow them again. The host only works for rows that ask for a change, in time linear
+in the number of their tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jamba_server.engine.types import SamplingParams
 
 
 class Edit(NamedTuple):
-    """One row's tokens and a number for each: int64 [n] and float32 [n]."""
+    """A change to the logits of one row: token ids, int64 [n], and a number for each of them, float32 [n]."""
 
     row: int
     token_ids: NDArray[np.int64]
@@ -28,7 +29,8 @@ class Edit(NamedTuple):
 
 
 def adjust_logits(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
-    """Changes `logits` (float32 [N, V]) in place, row n as `rows[n]` asks; where it asks for nothing, not at all."""
+    """Changes `logits` (float32 [N, V]) in place. Row n changes as the request of `rows[n]` asks, if it asks for any
+    change."""
     asking = [(n, row) for n, row in enumerate(rows) if _asks(row.params)]
     if not asking:
         return
@@ -59,15 +61,17 @@ def _penalises_counts(row: SamplingRow) -> bool:
 
 
 def _counts(n: int, row: SamplingRow) -> Edit:
-    """OpenAI's formula: minus count * frequency_penalty + presence_penalty, over generated tokens only."""
+    """Returns OpenAI's penalties: each generated token loses count * frequency_penalty + presence_penalty. Tokens of
+    the prompt do not count."""
     token_ids, counts = np.unique(np.array(row.tokens[row.num_prompt :], dtype=np.int64), return_counts=True)
     values = -(counts * row.params.frequency_penalty + row.params.presence_penalty)
     return Edit(n, token_ids, values.astype(np.float32))
 
 
 def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
-    """The ends of bad words that the reply has come to, and up to `min_tokens` the end tokens, with `ignore_eos` too: a
-    reply that must go on is not to look ended."""
+    """Returns the tokens that must not come next: the last token of each bad word whose other tokens end the reply so
+    far, and all end tokens until the reply has `min_tokens`. The end tokens are forbidden even with `ignore_eos`,
+    because an end token in the text would make the reply look finished."""
     ends = {word[-1] for word in row.params.bad_words if _ends_with(row, word[:-1])}
     if row.num_generated < row.params.min_tokens:
         ends.update(eos_token_ids, row.params.stop_token_ids)
@@ -75,7 +79,7 @@ def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
 
 
 def _ends_with(row: SamplingRow, beginning: tuple[int, ...]) -> bool:
-    """Whether the generated tokens end with these; the prompt's do not count, as in vLLM."""
+    """Returns whether the generated tokens end with `beginning`. Tokens of the prompt do not count, as in vLLM."""
     size = len(beginning)
     return size == 0 or (row.num_generated >= size and tuple(row.tokens[-size:]) == beginning)
 
@@ -86,7 +90,8 @@ def _ban(n: int, token_ids: Iterable[int]) -> Edit:
 
 
 def _keep_only(logits: Tensor, allowed: list[tuple[int, tuple[int, ...]]]) -> None:
-    """Forbids every token of a row but the allowed ones, whose logits stay."""
+    """Sets the logits of all tokens of a row to minus infinity, except those of the allowed tokens. `allowed` are pairs
+    of a row and its allowed token ids."""
     if allowed:
         where, _ = _flatten([_ban(n, token_ids) for n, token_ids in allowed], logits.device)
         kept = logits[where]
@@ -96,15 +101,15 @@ def _keep_only(logits: Tensor, allowed: list[tuple[int, tuple[int, ...]]]) -> No
 
 
 def _add(logits: Tensor, edits: list[Edit]) -> None:
-    """Adds every value to its token; an edit's tokens are distinct."""
+    """Adds every value of the edits to the logit of its token. The tokens of one edit must be distinct."""
     if edits:
         where, values = _flatten(edits, logits.device)
         logits[where] += values
 
 
 def _repeat(logits: Tensor, edits: list[Edit]) -> None:
-    """Divides positive logits by the penalty and multiplies negative ones (Keskar et al. 2019, CTRL, as transformers
-    has it). A token that occurs twice is penalised once: both occurrences write the same number."""
+    """Divides positive logits by the penalty and multiplies negative ones by it, as transformers does (Keskar et al.
+    2019, CTRL). A token that occurs twice is penalised once, because both occurrences write the same number."""
     if edits:
         where, penalties = _flatten(edits, logits.device)
         old = logits[where]
@@ -112,7 +117,7 @@ def _repeat(logits: Tensor, edits: list[Edit]) -> None:
 
 
 def _flatten(edits: list[Edit], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """All edits as one index (rows, token ids) and its values."""
+    """Returns the edits of all rows as one index (rows, token ids) into the logits and the values for these places."""
     rows = np.repeat([edit.row for edit in edits], [len(edit.token_ids) for edit in edits])
     token_ids = np.concatenate([edit.token_ids for edit in edits])
     values = np.concatenate([edit.values for edit in edits])

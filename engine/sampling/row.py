@@ -1,4 +1,4 @@
-"""SamplingRow: what the sampler has to know about one sequence."""
+"""SamplingRow: the facts about one sequence that the sampler needs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from jamba_server.engine.types import SamplingParams
 
 
 class SamplingRow(NamedTuple):
-    """`tokens` are the prompt's `num_prompt` and those generated so far: the sequence's own list, read but never kept.
-    `choice` is the number of the choice within its prompt (`Request.index`). `num_pending` tokens follow that are not
-    known on the host yet; a request with penalties or with bad words of several tokens has none. It is negative for a
-    token that is chosen after an earlier position, so many before the last one."""
+    """One token to sample. `tokens` are the `num_prompt` tokens of the prompt and those generated so far. They are the
+    sequence's own array, and the sampler keeps no reference to it. `choice` is the number of the reply among those to
+    the same prompt (`Request.index`). `num_pending` more tokens have been sampled but are not known on the host yet; it
+    is 0 for requests with penalties or with bad words of several tokens. A negative number -k means that the
+    token is sampled after an earlier position, k tokens before the end of `tokens`."""
 
     params: SamplingParams
     tokens: Sequence[int]
@@ -22,7 +23,7 @@ class SamplingRow(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Of the token to sample: how many stand before it."""
+        """Returns the position of the token to sample, which is the number of tokens before it."""
         return len(self.tokens) + self.num_pending
 
     @property

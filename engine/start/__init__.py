@@ -1,1 +1,1 @@
-"""What happens once, before the first step: memory is planned, weights are loaded, the parts are made."""
+"""The start of the engine, before its first step: plans the memory, loads the weights and builds the engine's parts."""

@@ -1,4 +1,4 @@
-"""build_engine: from an EngineConfig to an EngineCore that can step."""
+"""build_engine: makes an EngineCore, ready to step, from an EngineConfig."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OnProgress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its weights, and what it runs with."""
+    """A model with its weights, and everything that building a runner for it needs."""
 
     model: Model
     sampler: Sampler
@@ -68,7 +68,8 @@ class Loaded:
 
 
 def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None) -> EngineCore:
-    """Loads the model and plans the memory. Raises ConfigError where a choice cannot be met."""
+    """Loads the model, plans the memory and returns the engine. `on_progress` is called with the name of a phase and
+    the fraction of it that is done. Raises ConfigError if an option cannot be satisfied."""
     started = time.monotonic()
     device = choose_device(config)
     stored = read_stored(config)
@@ -78,7 +79,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     dtype = choose_dtype(config, model_config)
     policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
-    if device.type == "cpu":  # before the kernels are loaded: they take as many threads as torch
+    if device.type == "cpu":  # must be set before the kernels are loaded: they use as many threads as torch
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
@@ -112,29 +113,30 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
 
 
 def read_stored(config: EngineConfig) -> StoredModel:
-    """The configuration, as the weights have it where they are read."""
+    """Returns the model's configuration. Unless the weights are dummies, it is corrected by the headers of the weight
+    files, which also give warnings."""
     folder = Path(config.model)
     return StoredModel(load_model_config(folder)) if config.load_format == "dummy" else read_model(folder)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """Returns the device to run on. `auto` means the GPU if torch sees one, else the CPU."""
     if config.tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} is not supported yet; the limit is 1.")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but this torch sees no GPU. Use --device cpu or auto.")
+        raise ConfigError("device 'cuda' was requested, but this torch sees no GPU. Use --device cpu or auto.")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     return torch.device(name)
 
 
 def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype:
-    """`auto` is the checkpoint's own."""
+    """Returns the dtype of weights and activations. `auto` means the dtype that config.json names."""
     name = model_config.dtype if config.dtype == "auto" else config.dtype
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
 def available_bytes(device: torch.device, config: EngineConfig) -> int:
-    """Memory that weights and caches may take on `device` now."""
+    """Returns the bytes that weights, activations and caches may use on `device` at this moment."""
     if device.type == "cuda":
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
     return available_memory()
@@ -149,7 +151,8 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
 
 
 def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
-    """Of `plan`, or of one that has room for more sequences and longer ones."""
+    """Returns the steps to measure and to compile kernels for. They have the sizes of `plan`, which rests on an
+    estimate, or larger ones: the plan after the measurement may have room for more and longer sequences."""
     trained = model_config.max_position_embeddings
     return DummySteps(
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -160,19 +163,21 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
 
 
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
-    """What the largest of them take."""
+    """Runs the largest of `steps` and returns the memory that they needed."""
     storage = loaded.storage(1, 1)
     runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
 
 
 def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> ModelRunner:
-    """With storage, graphs and what else `plan` and `config` ask for."""
+    """Returns the model runner, with the cache storage, graphs and asynchronous scheduling that `plan` and `config`
+    ask for."""
     on_gpu, device = loaded.device.type == "cuda", loaded.device
     storage = loaded.storage(plan.num_pages, plan.num_slots, plan.num_compressed)
     graphs = None
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
-    # On a CPU a step that runs ahead puts its tokens together with torch, which is in no graph.
+    # On a CPU asynchronous scheduling excludes graphs: a step launched ahead gathers its input tokens with a torch
+    # operation, and a CPU graph can only replay this project's own kernels.
     wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
     if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
         sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type)
@@ -186,8 +191,9 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
-    if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:  # which is told already
-        warnings += (f"no graphs of decoding steps: {reason}; enforce_eager asks for none",)
+    # With reference kernels for all operations there is no warning, because the list of kernels shows them already.
+    if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:
+        warnings += (f"decode steps run without graphs: {reason}; set enforce_eager to hide this warning",)
     return EngineInfo(
         architecture=model_config.architecture,
         num_parameters=model_config.num_parameters(),
@@ -217,7 +223,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
 
 def make_scheduler(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Scheduler:
     spec = CacheSpec.of(loaded.layout)
-    # a regular state every four times as many tokens as have a state's size in KV (design, "where a state is saved")
+    # Regular saved states are so far apart that one takes a quarter of the memory of the KV pages between two of them.
     interval = -(-4 * spec.bytes_per_saved_state // spec.bytes_per_page) * config.block_size
     slots, compressed = plan.num_slots, plan.num_compressed
     cache = CacheManager(

@@ -1,5 +1,5 @@
-"""What the files of weights in a checkpoint folder hold, by their headers, and what follows from it for the model's
-configuration. No torch, so that a plan can be made without it."""
+"""Reads the headers of the weight files in a checkpoint folder, and corrects the model's configuration by them. Works
+without torch, so that `jamba plan` does not need it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 _CLASSIFIER_HEAD: Final = "score.weight"
 _OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
-_NAMES_SHOWN: Final = 3  # names that an error shows; a wrong checkpoint may have thousands
-_SLICE: Final = 4 << 20  # bytes of two tensors that are compared at a time
+_NAMES_SHOWN: Final = 3  # an error lists only so many names, because a wrong checkpoint may have thousands
+_SLICE: Final = 4 << 20  # two tensors are compared in pieces of so many bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor's bytes are. `dtype` is safetensors' word for it."""
+    """The bytes `start` to `end` of a file, which hold a tensor. `dtype` is the name that safetensors uses, as
+    "BF16"."""
 
     path: Path
     dtype: str
@@ -36,7 +37,8 @@ class StoredTensor:
     end: int
 
     def equals(self, other: StoredTensor) -> bool:
-        """Whether dtype, shape and all bytes agree. Reads no further than the first slice that differs."""
+        """Returns whether both tensors have the same dtype, shape and bytes. Stops reading at the first piece that
+        differs."""
         if (self.dtype, self.shape, self.end - self.start) != (other.dtype, other.shape, other.end - other.start):
             return False
         with self.path.open("rb") as mine, other.path.open("rb") as theirs:
@@ -51,14 +53,15 @@ def _slices(size: int) -> Iterable[int]:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A checkpoint's configuration as its weights have it, and what its reader should know of them."""
+    """A checkpoint's configuration, corrected by its weight files, and warnings about these files for the user."""
 
     config: JambaConfig
     warnings: tuple[str, ...] = ()
 
 
 def read_model(folder: Path) -> StoredModel:
-    """Reads the configuration and the headers of the weights. Raises CheckpointError, as well where there are none."""
+    """Reads the configuration and the headers of the weight files. Raises CheckpointError for files that are wrong or
+    missing."""
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
     config = load_model_config(folder)
@@ -67,59 +70,61 @@ def read_model(folder: Path) -> StoredModel:
     if tied and {EMBEDDING, HEAD} <= tensors.keys() and not tensors[HEAD].equals(tensors[EMBEDDING]):
         config = load_model_config(folder, own_head=True)
         warnings.append(
-            f"config.json has tie_word_embeddings true, but {HEAD} in the files is not {EMBEDDING}: the model has "
-            "a head of its own, as in transformers; tie_word_embeddings false says so without this warning"
+            f"config.json has tie_word_embeddings true, but {HEAD} differs from {EMBEDDING} in the files: the separate "
+            "head is used, as in transformers; set tie_word_embeddings to false to hide this warning"
         )
     return StoredModel(config, tuple(warnings))
 
 
 def read_plan(folder: Path) -> StoredModel:
-    """As `read_model`, from whatever of a checkpoint is there, the configuration at least."""
+    """Returns the same as `read_model`, but only the configuration must exist. Without complete weight files, the index
+    decides whether the model has a separate head."""
     config = load_model_config(folder)
     try:
         return read_model(folder)
-    except CheckpointError:  # the configuration alone, or pointers to files that are kept elsewhere
+    except CheckpointError:  # the weight files are absent, or replaced by Git LFS pointers
         if config.is_classifier or not config.tie_word_embeddings or HEAD not in _names_in_index(folder):
             return StoredModel(config)
     return StoredModel(
         load_model_config(folder, own_head=True),
         (
-            f"config.json has tie_word_embeddings true, but {INDEX_FILE} names {HEAD}: it is counted as a head of its "
-            "own, which loading will leave out where it is equal to the embedding",
+            f"config.json has tie_word_embeddings true, but {INDEX_FILE} names {HEAD}: it is counted as a separate "
+            "head; loading leaves it out if it equals the embedding",
         ),
     )
 
 
 def _unread_files(folder: Path) -> list[str]:
     if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
-        return [f"the folder has both {SINGLE_FILE}, which is read, and {INDEX_FILE}, which is not"]
+        return [f"the folder has both {SINGLE_FILE}, which is loaded, and {INDEX_FILE}, which is ignored"]
     return []
 
 
 def _unused_tensors(config: JambaConfig, tensors: Mapping[str, StoredTensor]) -> list[str]:
     unused = HEAD if config.is_classifier else _CLASSIFIER_HEAD
     if unused in tensors:
-        return [f"tensor {unused} is in the files, but {config.architecture} (config.json) has no use for it"]
+        return [f"tensor {unused} is in the files, but {config.architecture} (config.json) does not use it"]
     return []
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The single file, else the files that the index names; transformers prefers them in this order."""
+    """Returns the single weight file if it exists, else the files that the index names, as transformers does. Raises
+    CheckpointError if neither exists."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         return _shards(folder / INDEX_FILE)
     found = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS) if folder.is_dir() else []
-    beside = f"; {listed(found)} cannot be read, {_remedy(found)}" if found else ""
+    beside = f"; {listed(found)} cannot be loaded: {_remedy(found)}" if found else ""
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}.")
 
 
 def _remedy(found: list[str]) -> str:
     if any(name.endswith(".safetensors") for name in found):
-        return f"for {INDEX_FILE} says which of them make up the model; finish the download"
+        return f"{INDEX_FILE} must say which of them make up the model; finish the download"
     if any(name.endswith((".gguf", ".onnx")) for name in found):
-        return "serve the checkpoint with safetensors that it was made from"
-    return "convert to safetensors (transformers: from_pretrained, then save_pretrained)"
+        return "serve the original checkpoint in safetensors format instead"
+    return "convert them to safetensors (transformers: from_pretrained, then save_pretrained)"
 
 
 def _shards(index: Path) -> list[Path]:
@@ -148,9 +153,10 @@ def _names_in_index(folder: Path) -> set[str]:
 
 
 def header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file. Raises CheckpointError for one that is not complete."""
+    """Returns the tensors of one file by name. Raises CheckpointError for a file that is not complete."""
     try:
-        with safe_open(path, framework="np"):  # checks the header, and the file's size by it
+        # `safe_open` checks the header, and that the file has the size that the header implies.
+        with safe_open(path, framework="np"):
             pass
         with path.open("rb") as file:
             return _read_header(path, file)
@@ -172,7 +178,7 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
 
 def incomplete(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no complete safetensors file ({path.stat().st_size:,} bytes; {error}); download it again."
+        f"{path} is not a complete safetensors file ({path.stat().st_size:,} bytes; {error}); download it again."
     )
 
 

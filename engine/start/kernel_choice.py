@@ -1,4 +1,4 @@
-"""Whether the kernels that were chosen can do what the other choices ask."""
+"""Checks that the chosen kernels support the other options, such as the page size and the dtype of the KV cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.kernels.external import FLASH_PAGE
 
-FP8_KERNELS = ("triton", "reference")  # of attention, which read and write pages in float8_e4m3fn
-FP8_CAPABILITY = (8, 9)
+FP8_KERNELS = ("triton", "reference")  # these attention kernels read and write pages in float8_e4m3fn
+FP8_CAPABILITY = (8, 9)  # GPUs support float8_e4m3fn from this compute capability on
 
 
 def check_kernels(config: EngineConfig, dtype: torch.dtype, device: torch.device, names: Mapping[str, str]) -> None:
-    """Raises ConfigError for a kernel (op -> implementation) that cannot read the pages that `config` wants."""
+    """Raises ConfigError if a chosen kernel cannot work with the pages that `config` asks for. `names` maps each
+    operation to the name of its chosen implementation."""
     _check_flash_attention(config.block_size, dtype, names)
     if config.kv_cache_dtype == "fp8":
         _check_fp8_pages(device, names)
@@ -25,11 +26,11 @@ def _check_flash_attention(block_size: int, dtype: torch.dtype, names: Mapping[s
     ops = [op for op in ("attention_prefill", "attention_decode") if names[op] == "flash-attn"]
     if ops and block_size % FLASH_PAGE:
         raise ConfigError(
-            f"kernels: {ops[0]}=flash-attn reads pages of a multiple of {FLASH_PAGE} tokens, not of {block_size}: add "
-            f"--block-size {FLASH_PAGE}, or leave it out."
+            f"kernels: {ops[0]}=flash-attn needs a block_size that is a multiple of {FLASH_PAGE} tokens, not "
+            f"{block_size}: add --block-size {FLASH_PAGE}, or choose another kernel."
         )
     if ops and dtype == torch.float32:
-        raise ConfigError(f"kernels: {ops[0]}=flash-attn takes bfloat16 and float16, not float32.")
+        raise ConfigError(f"kernels: {ops[0]}=flash-attn supports bfloat16 and float16, not float32.")
 
 
 def _check_fp8_pages(device: torch.device, names: Mapping[str, str]) -> None:
@@ -37,8 +38,8 @@ def _check_fp8_pages(device: torch.device, names: Mapping[str, str]) -> None:
     unable = [f"{op}={names[op]}" for op, kernels in able.items() if names[op] not in kernels]
     if unable:
         raise ConfigError(
-            f"kv_cache_dtype 'fp8' is not supported by the kernels {', '.join(unable)}; leave it out, or add --kernels "
-            "attention=reference, which is slow."
+            f"kv_cache_dtype 'fp8' is not supported by the kernels {', '.join(unable)}; leave the option out, or add "
+            "--kernels attention=reference, which is slow."
         )
     if device.type == "cuda" and (have := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise ConfigError(

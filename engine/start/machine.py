@@ -1,4 +1,4 @@
-"""What this machine has: memory and cores, as its control groups limit them. No torch."""
+"""Finds the memory and the CPU cores that this process may use, as control groups limit them. Works without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def format_bytes(count: int) -> str:
-    """`9318400` as "8.9 MiB"."""
+    """Returns a number of bytes as text in binary units: 9318400 becomes "8.9 MiB"."""
     if count < 1024:
         return f"{count} B"
     exponent = min(int(math.log2(count)) // 10, 4)
@@ -17,10 +17,11 @@ def format_bytes(count: int) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: the machine's, or what its control group and those above it leave.
+    """Returns how many bytes this process may still allocate: the machine's available memory, or less where its control
+    group, or one above it, has a lower limit.
 
-    `root` holds proc/ and sys/. What a group's page cache holds and has not used lately counts as free, as the kernel
-    would drop it. Without proc/ (macOS) it is the machine's memory.
+    `root` is the folder of proc/ and sys/. The inactive part of a group's page cache counts as free, because the kernel
+    would drop it. Without proc/ (macOS) the result is the machine's whole memory.
     """
     try:
         meminfo = (root / "proc/meminfo").read_text()
@@ -38,10 +39,11 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """Cores that this process may use: its affinity, or its control groups' quota in whole cores where that is less."""
+    """Returns how many CPU cores this process may use: those of its affinity mask, or the quota of its control groups
+    in whole cores if that is less."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _control_groups(root, "cpu"):
-        if (folder / "cpu.max").exists():  # "200000 100000" or "max 100000": microseconds, of a period
+        if (folder / "cpu.max").exists():  # it holds quota and period in microseconds: "200000 100000"
             quota, period = (folder / "cpu.max").read_text().split()
             limit = None if quota == "max" else int(quota) / int(period)
         else:
@@ -53,9 +55,10 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's control group and of those above it, for version 2 and for `controller` of version 1.
+    """Yields the folders of this process's control group and of the groups above it, both for version 2 and for
+    `controller` of version 1.
 
-    In a container proc/self/cgroup may name the group as the host sees it; then only the mounted root exists.
+    In a container proc/self/cgroup may name the group by its path on the host. Then only the root folder exists.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -76,7 +79,7 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None for "max" or no such file."""
+    """Returns the number in a file. Returns None if the file says "max" or cannot be read."""
     try:
         text = path.read_text().strip()
     except OSError:

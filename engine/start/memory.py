@@ -1,4 +1,5 @@
-"""Steps that nobody asked for; what the largest of them take on a GPU, measured before the caches are allocated."""
+"""Dummy steps, made without any request, and the GPU memory that the largest of them need. It is measured before the
+caches are allocated, so that these can take the rest."""
 
 from __future__ import annotations
 
@@ -15,36 +16,37 @@ from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.start.memory_plan import Measured, usable_bytes
 from jamba_server.engine.types import MAX_LOGPROBS, Request, SamplingParams
 
-# What a request can ask for that takes memory; penalties of contexts that do not fit at once are not among it.
+# These parameters make a request need the most memory. Penalties are left out: their memory depends on the lengths of
+# all contexts, and contexts of the greatest length do not all fit at once.
 PARAMS = SamplingParams(max_tokens=1, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS)
 
 
 class DeviceMemory(Protocol):
-    """A GPU's memory, in bytes."""
+    """Reports the memory of a GPU in bytes."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """What nobody uses now, and what there is."""
+        """Returns the memory that no process uses now, and all memory of the GPU."""
         ...
 
     def allocated(self) -> int:
-        """What tensors of this process take now."""
+        """Returns the memory that tensors of this process use now."""
         ...
 
     def reset_peak(self) -> None: ...
 
     def peak(self) -> int:
-        """What they took at most since `reset_peak`."""
+        """Returns the most memory that tensors of this process used at one time since `reset_peak`."""
         ...
 
 
 class CudaMemory:
-    """`DeviceMemory` of a CUDA device."""
+    """The memory of a CUDA device, as torch reports it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def free_and_total(self) -> tuple[int, int]:
-        torch.cuda.empty_cache()  # what torch keeps for later counts as free
+        torch.cuda.empty_cache()  # blocks that torch's allocator keeps for later must count as free
         return torch.cuda.mem_get_info(self._device)
 
     def allocated(self) -> int:
@@ -58,13 +60,14 @@ class CudaMemory:
 
 
 def usable_memory(memory: DeviceMemory, utilization: float) -> int:
-    """Bytes left to take until the share `utilization` of the device is in use."""
+    """Returns how many bytes this process may still allocate until the fraction `utilization` of the GPU's memory is in
+    use."""
     return usable_bytes(*memory.free_and_total(), utilization)
 
 
 class DummySteps:
-    """The steps that there can be, as far as memory or kernels depend on their sizes. They use page 0 and state 0 only,
-    which no sequence owns."""
+    """Dummy steps of the sizes that matter for the memory of a step or for the choice of its kernels. They use only
+    page 0 and state slot 0, which no sequence owns."""
 
     def __init__(self, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -77,9 +80,10 @@ class DummySteps:
         )
 
     def largest(self) -> Iterator[SchedulerOutput]:
-        """A prompt, or as many as fill the step; a prompt and replies at the end of the longest context; and the
-        smallest step, for which other kernels may be compiled."""
-        # replies that run beside prompts count as more of these
+        """Yields the steps that need the most memory: prompts that fill a step, the last chunk of the longest prompt,
+        and a full batch of decodes at the end of the longest context. The smallest step, a single decode, follows,
+        because it may run other kernels."""
+        # `max_num_seqs` more prompt tokens stand for the decodes that can run in the same step.
         yield self._output(self.prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
@@ -89,14 +93,15 @@ class DummySteps:
             yield self._output([Chunk(self._sequence(2), 1, 2, num_sampled=1)])
 
     def of_all_sizes(self) -> Iterator[SchedulerOutput]:
-        """Replies, prompts as long as can be and as short, in powers of two: a kernel's tile, which changes with the
-        number of rows or sequences by larger factors, is met in all of its shapes. One and two copies, because the
-        address of every other list of their numbers is no multiple of 16."""
+        """Yields decodes, long prompts and one-token prompts, in numbers that are powers of two. Each tile shape of a
+        kernel covers a range of row or sequence counts wider than a factor of two, so the steps meet every tile shape.
+        Lists of one and of two copies follow: Triton compiles a kernel anew for addresses that are no multiple of 16,
+        and the second column of a list of one copy has such an address."""
         if self._max_model_len > 1:
             reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
-            yield self._output([reply, *self.prompts(2, 2)])  # in which the prompt's first row is not the batch's
+            yield self._output([reply, *self.prompts(2, 2)])  # its prompt does not begin at row 0 of the batch
         for tokens in _powers_of_two(self.max_num_batched_tokens):
             yield self._output(self.prompts(tokens, self._max_model_len))
         for count in _powers_of_two(self.max_num_seqs):
@@ -105,7 +110,7 @@ class DummySteps:
             yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(pages=copies, states=copies, saves=copies), ())
 
     def prompts(self, tokens: int, longest: int) -> list[Chunk]:
-        """So many tokens, in as few prompts as can be if none is longer than `longest`."""
+        """Returns prompts of `tokens` tokens in total: as few as possible, none longer than `longest`."""
         full, rest = divmod(tokens, longest)
         lengths = [longest] * full + ([rest] if rest else [])
         return [Chunk(self._sequence(length), 0, length, num_sampled=1) for length in lengths]
@@ -120,13 +125,14 @@ class DummySteps:
 
 
 def _powers_of_two(most: int) -> list[int]:
-    """Up to `most`, which is the last whatever it is."""
+    """Returns the powers of two below `most`, and `most` itself."""
     return [*(1 << i for i in range((most - 1).bit_length())), most]
 
 
 def measure(run: Callable[[SchedulerOutput], object], steps: DummySteps, memory: DeviceMemory) -> Measured:
-    """Runs the largest steps, which compiles their kernels, too. `run` waits for the step. ConfigError where the device
-    has not the memory for one."""
+    """Runs the largest of `steps` and returns the most memory that they used beside the weights. This compiles their
+    kernels, too. `run` must wait until the step is done. Raises ConfigError if the device has too little memory for a
+    step."""
     memory.reset_peak()
     before = memory.allocated()
     try:
@@ -134,6 +140,6 @@ def measure(run: Callable[[SchedulerOutput], object], steps: DummySteps, memory:
             run(output)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"The memory of the device is too small for a step of {steps}: lower one of them ({error})."
+            f"The memory of the device is too small for a step of {steps}: lower one of these options ({error})."
         ) from error
     return Measured(steps.max_num_batched_tokens, steps.max_num_seqs, memory.peak() - before)

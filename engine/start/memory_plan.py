@@ -1,4 +1,5 @@
-"""MemoryPlan: how the memory of the device is shared out among weights, forward passes, pages and states. No torch."""
+"""MemoryPlan: divides the memory of the device among weights, forward passes, KV pages and states. Works without
+torch."""
 
 from __future__ import annotations
 
@@ -13,32 +14,35 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.start.machine import format_bytes
 
-# On a CPU what is running waits for every step of a new prompt, and the first of a burst of prompts for the others in
-# its step. Steps of 512 prefill 5 % faster for 3 billion parameters, 13 % with 16 experts, 30 % with 0.1 billion.
+# The default number of prompt tokens in a step. On a CPU it is small: running replies wait while a step computes a
+# chunk of a new prompt, and the first of several prompts waits for the others in its step. Steps of 512 tokens would
+# prefill 5 % faster for 3 billion parameters, 13 % faster with 16 experts, and 30 % faster for 0.1 billion parameters.
 DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
-# Of the memory that weights and activations leave. A CPU shares its memory with everybody else on the machine; of a
-# GPU's, gpu_memory_utilization has left out a part for fragmentation and the workspaces of libraries.
+# The share of the caches in the memory that weights and activations leave. A CPU shares its memory with all other
+# programs of the machine. On a GPU gpu_memory_utilization already leaves room for fragmentation and for libraries.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
-SAVED_STATES_SHARE = 0.25  # of the cache memory that running slots leave
-MIN_SAVED_STATES = 2  # with prefix caching on: a system prompt's end and a conversation's end
-STAGING_SLOTS = 4  # through which states are compressed while all sequences run: what a prompt saves in one step
-MAX_NUM_SEQS = 65_535  # GPU kernels have sequences on their grid's second and third axis, which goes no further
-MIN_PAGES = 3  # the dummy, one block, and one to spare
-# Pages are kept for as many tokens again as can run at once. On a CPU, where prefill is slow and memory is others' too,
-# an average context is assumed for each running sequence, and a state for each of the places where conversations branch
-# or end: after the system prompt, before the last user message, at the prompt's end, at the answer's end.
+SAVED_STATES_SHARE = 0.25  # saved states get this share of the cache memory that remains after the running slots
+MIN_SAVED_STATES = 2  # prefix caching needs at least one for the end of a system prompt and one for that of a reply
+STAGING_SLOTS = 4  # so many extra slots hold states until they are compressed; a prompt saves as many in a step
+MAX_NUM_SEQS = 65_535  # GPU kernels count sequences on the second or third axis of their grid, and CUDA limits these
+MIN_PAGES = 3  # these are the dummy page 0, one page for a sequence, and one page as the source of a copy
+# Pages are allocated for twice as many tokens as can run at once, so that the prefix cache holds as many again. On a
+# CPU prefill is slow and other programs need memory, too, so each running sequence counts with an average context, and
+# with one saved state for each point where conversations branch or end: after the system prompt, before the last user
+# message, at the end of the prompt, and at the end of the answer.
 PREFIX_CACHE_FACTOR = 2
 CPU_TOKENS_PER_SEQUENCE = 1024
 CPU_SAVED_STATES_PER_SEQUENCE = 4
-ACTIVATION_SHARE = 0.25  # at most, of the memory that weights leave; else batches become smaller
-LOGITS_COPIES = 3  # logits, their log-softmax, and one sorted or masked copy
+ACTIVATION_SHARE = 0.25  # activations may use this share of the memory beside the weights, or batches become smaller
+LOGITS_COPIES = 3  # the sampler holds the logits, their log-softmax, and one sorted or masked copy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What the engine allocates. `num_pages`, `num_slots` and `num_compressed` include the dummy unit 0; one sequence
-    of `max_model_len` fits into the pages with one to spare. `num_compressed` are compressed; 0: saved states lie in
-    slots. `warnings`: one for each size that became smaller than its wish."""
+    """The sizes that the engine allocates. `num_pages`, `num_slots` and `num_compressed` include the dummy unit 0. The
+    pages hold one sequence of `max_model_len` tokens and one page more. `num_compressed` is the number of compressed
+    saved states; if it is 0, saved states lie in slots. `warnings` has a text for each size that is smaller than
+    requested."""
 
     max_model_len: int
     max_num_seqs: int
@@ -55,7 +59,7 @@ class MemoryPlan:
 
     @property
     def num_saved(self) -> int:
-        """States that can be saved while all sequences run."""
+        """Returns how many states can be saved while `max_num_seqs` sequences run."""
         return self.num_compressed - 1 if self.num_compressed else self.num_slots - 1 - self.max_num_seqs
 
     @property
@@ -64,7 +68,7 @@ class MemoryPlan:
 
 
 class Measured(NamedTuple):
-    """What steps of so many prompt tokens and sequences took at their peak beside the weights."""
+    """A measurement: steps of these sizes used at most `activation_bytes` of memory beside the weights."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
@@ -72,8 +76,8 @@ class Measured(NamedTuple):
 
 
 def usable_bytes(free: int, total: int, utilization: float) -> int:
-    """Of a GPU with `total` bytes, `free` of them now: what is left to take until `utilization` of it is in use,
-    whoever uses it."""
+    """Returns how many bytes may still be allocated on a GPU with `total` bytes, of which `free` are free now, until
+    the fraction `utilization` of the GPU is in use. Memory that other processes use counts as used."""
     return max(0, free - (total - int(total * utilization)))
 
 
@@ -87,10 +91,10 @@ def plan_memory(
     device: str,
     measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Fits the sizes of `engine` into `available_bytes` of `device` ("cpu" or "cuda"), by what steps have taken there
-    or, before that is measured, by an estimate. `layout`: of the caches that `engine` asks for.
+    """Fits the requested sizes in `engine` into `available_bytes` of `device` ("cpu" or "cuda"). The memory for
+    activations is `measured`, or estimated if there is no measurement yet. `layout` has the sizes of the caches.
 
-    Raises ConfigError where even the weights, or a context of one block with its state, do not fit.
+    Raises ConfigError if the weights do not fit, or nothing remains for a sequence of one page and its state.
     """
     check_sizes(engine)
     if (free := available_bytes - weight_bytes) <= 0:
@@ -103,7 +107,8 @@ def plan_memory(
 
 
 def check_sizes(engine: EngineConfig) -> None:
-    """Raises ConfigError for a size that means nothing, and for a kind of saved state that others rule out."""
+    """Raises ConfigError for a size out of its range, and for compressed saved states together with an option that
+    excludes them."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads")
     for name, least in (*((name, 1) for name in names), ("state_cache_memory_bytes", 0)):
         value = getattr(engine, name)
@@ -117,44 +122,48 @@ def check_sizes(engine: EngineConfig) -> None:
         )
     if engine.state_cache_dtype == "int8" and engine.batch_invariant:
         raise ConfigError(
-            "batch_invariant and state_cache_dtype 'int8' exclude each other: hits on rounded states are not exact."
+            "batch_invariant and state_cache_dtype 'int8' exclude each other: a prefix hit would continue from a "
+            "rounded state, which is not exact."
         )
     if engine.state_cache_dtype == "int8" and not engine.enable_prefix_caching:
-        raise ConfigError("state_cache_dtype 'int8' is of the prefix cache: it needs enable_prefix_caching.")
+        raise ConfigError("state_cache_dtype 'int8' compresses the prefix cache, so it needs enable_prefix_caching.")
 
 
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-    """An estimate of what a forward pass and the sampler hold at their peak, every number in float32."""
+    """Returns an estimate of the most memory that a forward pass and the sampler use at one time. It counts four bytes
+    for every number."""
     per_token, fixed = _activation_terms(config, max_num_seqs)
     return fixed + per_token * (max_num_batched_tokens + max_num_seqs)
 
 
 def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]:
-    """(bytes per batched token, bytes per pass): the widest of the three kinds of layer beside the residual stream, and
-    the logits."""
+    """Returns (bytes per token of the batch, bytes per forward pass). The first are for the residual stream and the
+    kind of layer with the largest activations, the second for the logits."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     k = config.num_experts_per_tok if config.num_experts > 1 else 1
-    mamba = 6 * d  # both halves of in_proj, the convolution's output, dt, y, and y gated
-    feed_forward = k * (3 * f + h)  # gate, up, their product, and the output, for each of k experts
+    mamba = 6 * d  # counts both halves of in_proj's output, the convolution's output, dt, y, and y times its gate
+    feed_forward = k * (3 * f + h)  # counts gate, up, their product and the output, for each of a token's k experts
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     rows = max(max_num_seqs, PROMPT_LOGITS_ROWS)
     return 4 * (4 * h + max(mamba, feed_forward, attention)), 4 * LOGITS_COPIES * rows * config.vocab_size
 
 
 class _Planner:
-    """One plan in the making: batch first, then running slots, then saved states, then pages, then the context."""
+    """Makes one plan. It decides the sizes in this order: batch, slots of running sequences, saved states, pages, and
+    the longest context."""
 
     def __init__(
         self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
     ) -> None:
         self.config, self.engine, self.spec, self.device, self.measured = config, engine, spec, device, measured
         self.compresses = engine.state_cache_dtype != "auto"
-        self.fixed_slots = 1 + (STAGING_SLOTS if self.compresses else 0)  # the dummy, and those of no sequence
+        # No sequence runs in the dummy slot 0 and in the staging slots.
+        self.fixed_slots = 1 + (STAGING_SLOTS if self.compresses else 0)
         self.warnings: list[str] = []
 
     def plan(self, weight_bytes: int, free: int) -> MemoryPlan:
-        """`free`: bytes that the weights leave."""
-        max_model_len = self._wished_model_len()
+        """Returns the plan. `free` is the available memory beside the weights in bytes."""
+        max_model_len = self._requested_model_len()
         batched, max_num_seqs = self._batch(free)
         activations = activation_bytes(self.config, max_num_batched_tokens=batched, max_num_seqs=max_num_seqs)
         activations = activations if self.measured is None else self.measured.activation_bytes
@@ -172,7 +181,7 @@ class _Planner:
         num_pages = self._pages(budget - state_bytes, max_num_seqs, max_model_len)
         fits = (num_pages - 2) * self.spec.block_size
         return MemoryPlan(
-            max_model_len=self._at_most("max_model_len", max_model_len, fits, "what the KV pages hold"),
+            max_model_len=self._at_most("max_model_len", max_model_len, fits, "the KV pages hold no more"),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=batched,
             num_pages=num_pages,
@@ -186,48 +195,52 @@ class _Planner:
             warnings=tuple(self.warnings),
         )
 
-    def _at_most(self, name: str, wish: int, limit: int, reason: str) -> int:
-        """The smaller of `wish` and `limit`, with a warning where that is not the wish."""
-        if wish <= limit:
-            return wish
-        self.warnings.append(f"{name} {wish} is reduced to {limit}: {reason}")
+    def _at_most(self, name: str, requested: int, limit: int, reason: str) -> int:
+        """Returns the smaller of `requested` and `limit`. Adds a warning if that is less than requested."""
+        if requested <= limit:
+            return requested
+        self.warnings.append(f"{name} {requested} is reduced to {limit}: {reason}")
         return limit
 
-    def _wished_model_len(self) -> int:
+    def _requested_model_len(self) -> int:
         trained = self.config.max_position_embeddings
-        wish = trained if self.engine.max_model_len is None else self.engine.max_model_len
-        return self._at_most("max_model_len", wish, trained, "the model's max_position_embeddings")
+        requested = trained if self.engine.max_model_len is None else self.engine.max_model_len
+        return self._at_most("max_model_len", requested, trained, "the model's max_position_embeddings is the limit")
 
     def _batch(self, free: int) -> tuple[int, int]:
-        """max_num_batched_tokens and max_num_seqs, as the memory for activations allows."""
-        wish, reason = self.engine.max_num_batched_tokens, "the memory for activations"
-        wish = DEFAULT_BATCHED_TOKENS[self.device] if wish is None else wish
+        """Returns max_num_batched_tokens and max_num_seqs: the requested sizes, or less if activations do not fit."""
+        requested, reason = self.engine.max_num_batched_tokens, "the memory for activations is limited"
+        requested = DEFAULT_BATCHED_TOKENS[self.device] if requested is None else requested
         if self.measured is None:
             per_token, fixed = _activation_terms(self.config, self.engine.max_num_seqs)
             room = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
-            # below a block a batch hardly gets cheaper; what does not fit then is found by `_check_minimum`
+            # A batch of less than `block_size` tokens saves hardly any memory. If that does not fit either,
+            # `_check_minimum` raises the error.
             most = max(room // 2, self.spec.block_size)
             seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, most, reason)
             tokens = max(room - seqs, self.spec.block_size)
         else:
             tokens, most, _ = self.measured
             seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, most, reason)
-        return self._at_most("max_num_batched_tokens", wish, tokens, reason), seqs
+        return self._at_most("max_num_batched_tokens", requested, tokens, reason), seqs
 
     def _graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
-        """What CUDA graphs may take."""
+        """Returns the bytes that all CUDA graphs may need."""
         if self.device == "cpu" or self.engine.enforce_eager:
             return 0
         per_row, _ = _activation_terms(self.config, max_num_seqs)
         return GraphSizes(max_num_seqs, max_model_len, self.device).graph_bytes(per_row)
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
-        saved = (MIN_SAVED_STATES if self.engine.enable_prefix_caching else 0) + self.compresses  # and their dummy
+        saved = MIN_SAVED_STATES if self.engine.enable_prefix_caching else 0
+        saved += self.compresses  # adds the dummy 0 of the pool of compressed states
         pages = MIN_PAGES * self.spec.bytes_per_page
         explicit = self.engine.kv_cache_memory_bytes
         if explicit is not None and explicit < pages:
-            raise ConfigError(f"kv_cache_memory_bytes is {explicit}; {MIN_PAGES} pages, the least, take {pages} bytes.")
-        # one half for the slots, of one sequence and of none; the other half for everything else
+            raise ConfigError(
+                f"kv_cache_memory_bytes is {explicit}; it must be at least {pages}, the bytes of {MIN_PAGES} pages."
+            )
+        # Slots may use one half of the cache memory; saved states and pages have the other half.
         slots = (self.fixed_slots + 1) * self.spec.bytes_per_slot
         needed = 2 * max(slots, saved * self.spec.bytes_per_saved_state + pages)
         if budget < needed:
@@ -237,27 +250,26 @@ class _Planner:
                 f"{format_bytes(budget)}; the smallest cache takes {format_bytes(needed)} ({needed} bytes)."
             )
 
-    def _running_slots(self, wish: int, budget: int) -> int:
+    def _running_slots(self, requested: int, budget: int) -> int:
         size = self.spec.bytes_per_slot
         half = budget // 2 // size - self.fixed_slots
-        return self._at_most(
-            "max_num_seqs", wish, half, f"a state takes {format_bytes(size)}, and half of the cache memory"
-        )
+        reason = f"a sequence's state needs {format_bytes(size)}, and states may use half of the cache memory"
+        return self._at_most("max_num_seqs", requested, half, reason)
 
     def _saved_states(self, max_num_seqs: int, rest: int, longest: int) -> int:
-        """How many states can be saved. `rest`: bytes that other slots leave. `longest`: pages of the longest context,
-        which goes before a wish for more than the usual share."""
+        """Returns how many states can be saved. `rest` is the cache memory that remains after the running slots, in
+        bytes. `longest` is the number of pages of the longest context: a request for more than the usual share of saved
+        states must leave room for them."""
         if not self.engine.enable_prefix_caching:
             return 0
         size, page = self.spec.bytes_per_saved_state, self.spec.bytes_per_page
-        wish, explicit_kv = self.engine.state_cache_memory_bytes, self.engine.kv_cache_memory_bytes
+        requested, explicit_kv = self.engine.state_cache_memory_bytes, self.engine.kv_cache_memory_bytes
         share = min(int(rest * SAVED_STATES_SHARE), rest - MIN_PAGES * page)
-        if wish is not None:
+        if requested is not None:
             most = max(share, rest - min(longest * page, explicit_kv or rest))
-            return max(
-                self._at_most("state_cache_memory_bytes", wish, most, "the cache memory") // size, MIN_SAVED_STATES
-            )
-        if explicit_kv is not None:  # a quarter of what saved states and pages take together
+            fits = self._at_most("state_cache_memory_bytes", requested, most, "the cache memory is limited")
+            return max(fits // size, MIN_SAVED_STATES)
+        if explicit_kv is not None:  # saved states get a quarter of the memory that they and the pages use together
             share = min(share, explicit_kv // 3)
         count = share // size
         if self.device == "cpu":
@@ -265,10 +277,12 @@ class _Planner:
         return max(count, MIN_SAVED_STATES)
 
     def _pages(self, room: int, max_num_seqs: int, max_model_len: int) -> int:
-        """Pages with the dummy. `room`: bytes that the slots leave."""
+        """Returns the number of pages, the dummy included. `room` is the cache memory that remains after slots and
+        saved states, in bytes."""
         spec, explicit = self.spec, self.engine.kv_cache_memory_bytes
         if explicit is not None:
-            return self._at_most("kv_cache_memory_bytes", explicit, room, "memory") // spec.bytes_per_page
+            fits = self._at_most("kv_cache_memory_bytes", explicit, room, "the available memory is limited")
+            return fits // spec.bytes_per_page
         running = max_num_seqs * spec.pages(max_model_len)
         if self.device == "cpu":
             average = spec.pages(CPU_TOKENS_PER_SEQUENCE)

@@ -1,8 +1,8 @@
-"""Rehearsal: steps upon the device "meta", so that a GPU's kernels are compiled while the weights load.
+"""Rehearsal: runs dummy steps on torch's device "meta", so that GPU kernels are compiled while the weights load.
 
-Tensors there have shapes, strides and (from 0) addresses, which is all that Triton specialises a kernel by, but no
-memory; a launch compiles and does nothing else (`kernels.triton.launch.compile_launches`). The steps are launched by
-the code that will run them, so that nothing says a second time which kernels a model needs.
+Tensors on "meta" have no memory, but shapes, strides and addresses (counted from 0), and Triton specialises a kernel by
+nothing else. During a rehearsal a launch only compiles the kernel (`kernels.triton.launch.compile_launches`). The same
+code launches the rehearsed and the real steps, so there is no separate list of kernels to maintain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a model's kernels depend on beside the sizes of its steps."""
+    """Everything beside the sizes of the steps that decides which kernels a model needs."""
 
     config: JambaConfig
     kernels: Kernels
@@ -45,11 +45,12 @@ class Rehearsal:
     layout: CacheLayout
 
     def is_for(self, device: torch.device) -> bool:
-        """Whether there is anything to compile."""
+        """Returns whether there are kernels to compile: the device is a GPU and some operation uses Triton."""
         return device.type == "cuda" and any(name.startswith("triton") for name in self.kernels.names.values())
 
     def runner(self) -> ModelRunner:
-        """Of a model with as many of its first layers as have one of every kind, and the cache of all of them."""
+        """Returns a runner on the device "meta". Its model has only the first layers of the real one, up to the point
+        where every kind of layer has occurred. Its cache has all layers, because their number decides the strides."""
         kinds = [(self.config.is_attention(i), self.config.is_moe(i)) for i in range(self.config.num_hidden_layers)]
         config = replace(self.config, num_hidden_layers=1 + max(map(kinds.index, kinds)))
         meta = torch.device("meta")
@@ -62,26 +63,27 @@ class Rehearsal:
         return ModelRunner(model, storage, sampler, self.kernels)
 
     def launch(self, steps: DummySteps) -> None:
-        """Launches steps of all sizes, for whoever makes something else of a launch."""
+        """Launches steps of all sizes. The caller has replaced kernel launches by compilation."""
         runner = self.runner()
         for output in steps.of_all_sizes():
             runner.launch(output)
 
     def compile(self, steps: DummySteps, executor: Executor) -> int:
-        """Compiles what these steps launch, in `executor`, and loads it onto the device. Returns how many kernels."""
-        from jamba_server.kernels.triton.launch import compile_launches  # imported where triton is installed
+        """Compiles the kernels that these steps launch, in the threads of `executor`, and loads them onto the device.
+        Returns the number of kernels."""
+        from jamba_server.kernels.triton.launch import compile_launches  # triton may not be installed
 
         return compile_launches(lambda: self.launch(steps), executor)
 
 
 class Compilers(ThreadPoolExecutor):
-    """Threads whose work can be called off. `shutdown(cancel_futures=True)` does so, too, but never wakes a thread that
-    is in `as_completed` with such futures, as Triton's is."""
+    """A pool of threads whose queued work can be cancelled. `shutdown(cancel_futures=True)` would do so, too, but it
+    never wakes a thread that waits for cancelled futures in `as_completed`, and Triton waits in this way."""
 
     _called_off = False
 
     def call_off(self) -> None:
-        """What has not begun fails, and nothing more is taken."""
+        """Makes all queued work fail when its turn comes, and accepts no further work."""
         self._called_off = True
         self.shutdown(wait=False)
 
@@ -96,9 +98,9 @@ class Compilers(ThreadPoolExecutor):
 
 @contextmanager
 def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[None]:
-    """Compiles the kernels of `steps` in other threads during a `with` block, in which nobody else may launch one; its
-    end waits for them. What is not compiled then, because an op does not run on the device "meta", will be when it is
-    needed: that is told, but stops nobody."""
+    """Compiles the kernels of `steps` in other threads during a `with` block, and waits for them at the end of the
+    block. Nothing else may launch a kernel inside the block. If the rehearsal fails, for example because an operation
+    does not run on the device "meta", a warning is logged and the remaining kernels are compiled at their first use."""
     started = time.monotonic()
     with Compilers(available_cpus()) as compilers, ThreadPoolExecutor(1) as stage:
         rehearsed = stage.submit(rehearsal.compile, steps, compilers)
@@ -107,10 +109,10 @@ def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[Non
             loaded = time.monotonic()
             error = rehearsed.exception()
         except BaseException:
-            compilers.call_off()  # nobody waits for more than what is under way
+            compilers.call_off()  # leaving the block then waits only for kernels whose compilation has begun
             raise
     if error is not None:
-        logger.warning("kernels are compiled when they are needed, not while the weights load: %r", error)
+        logger.warning("kernels could not be compiled while the weights load, and are at their first use: %r", error)
         return
     now = time.monotonic()
     seconds = (rehearsed.result(), now - started, now - loaded)

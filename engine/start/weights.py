@@ -1,4 +1,4 @@
-"""Fills a model: from the safetensors of a checkpoint folder, or with random numbers."""
+"""Fills a model with the weights of a checkpoint folder (safetensors files), or with random numbers."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
 
-# The end of a tensor's name -> the key of config.json that decides whether the model has it.
+# Maps the end of a tensor's name to the key of config.json that decides whether the model has this tensor.
 _DECIDED_BY: Final = {
     "mamba.conv1d.bias": "mamba_conv_bias",
     "mamba.in_proj.bias": "mamba_proj_bias",
     "mamba.out_proj.bias": "mamba_proj_bias",
     HEAD: "tie_word_embeddings",
 }
-_CHUNK: Final = 1 << 20  # random numbers made at a time: 4 MiB in float32, of which a CPU's caches hold a few
-_STEP: Final = 0x9E3779B9 - 2**32  # odd: 2**32 steps reach every int32 (2**32 / golden ratio, as int32)
-_DT_RANGE: Final = (0.001, 0.1)  # time steps at the start of Mamba's training (Gu & Dao 2023, section 3.6)
+_CHUNK: Final = 1 << 20  # so many random numbers are drawn at a time: 4 MiB in float32; a CPU caches several of these
+_STEP: Final = 0x9E3779B9 - 2**32  # 2**32 / golden ratio as int32; it is odd, so its multiples reach every int32
+_DT_RANGE: Final = (0.001, 0.1)  # Mamba's training begins with time steps in this range (Gu & Dao 2023, section 3.6)
 
 
 def load_weights(
     model: Model, folder: Path, progress: Callable[[str, float], None], *, phase: str = "loading weights"
 ) -> None:
-    """Fills `model` from `folder`, tensor by tensor through memory-mapped files, in the model's dtypes.
+    """Fills `model` from the files in `folder`, tensor by tensor, and converts each tensor to the model's dtype. The
+    files are memory-mapped.
 
-    What the kernels take together (one matrix product, the experts of one layer) is quantised and packed as soon as its
-    last tensor has come, and the raw weights are let go: the model is never in memory twice.
+    Weights that one kernel uses together (one matrix product, the experts of one layer) are quantised and packed as
+    soon as the last of them is read. Their raw form is then freed, so the model is never in memory twice.
 
-    Proves that every weight is filled exactly once and that every tensor in the files is used or known to be of no use
-    (`read_model` has words for those that somebody may miss). A tied model takes its one matrix under either name;
-    that both are equal where both are there has been seen by `read_model`.
-    `progress` gets (`phase`, fraction of the bytes) about a hundred times. Raises CheckpointError with one sentence for
-    a folder that is missing, truncated, foreign or incomplete.
+    The function checks that every weight is filled exactly once, and that every tensor in the files is used or known
+    to be superfluous (`read_model` warns of those whose absence might surprise). A model whose head is tied to the
+    embedding accepts the shared matrix under either name; `read_model` has checked that both are equal if both exist.
+    `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read. Raises
+    CheckpointError if the files are missing, truncated, incomplete, or not of this model.
     """
     paths = weight_files(folder)
     tied = model.config.tie_word_embeddings and not model.config.is_classifier
@@ -62,7 +63,7 @@ def load_weights(
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file. They are views of the mapped file."""
+    """Yields the name and the tensor of each entry of one file. The tensors are views of the memory-mapped file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names: list[str] = file.keys()
@@ -73,42 +74,45 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Waiting:
-    """A unit of the model until all of its tensors have come. Then it is packed, and its raw weights are let go."""
+    """A unit of the model that waits for some of its tensors. When all are filled, it is packed and its raw weights are
+    freed."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit: Unit | None = unit
         self._missing = set(unit.destinations)
-        # what a tensor in the file fills, by the names of destinations
+        # Maps the name of a tensor in the files to the names of the destinations that it fills.
         self.parts = {name: (name,) for name in unit.destinations}
         self.parts |= {name: fused.parts for name, fused in unit.fused.items()}
 
     def data(self, name: str) -> Tensor:
-        assert self._unit is not None, "nothing comes twice"
+        assert self._unit is not None, "a tensor of a packed unit was read again"
         unit = self._unit
         return unit.fused[name].data if name in unit.fused else unit.destinations[name].data
 
     def mark_filled(self, name: str) -> None:
-        """Nobody else may hold any of the unit's `data` now."""
+        """Marks the destinations of the tensor `name` as filled, and packs the unit if it was the last one. The caller
+        must hold no reference to the unit's `data`, so that packing can free it."""
         self._missing.difference_update(self.parts[name])
         if not self._missing:
-            assert self._unit is not None, "a unit is packed once"
+            assert self._unit is not None, "a unit may be packed only once"
             pack, self._unit = self._unit.pack, None
             pack()
 
 
 class _Loader:
-    """Copies tensors to where they belong and keeps account of them. `aliases` are names in the files by which they are
-    loaded as something else."""
+    """Copies tensors to their destinations and records which are filled. `aliases` maps a name in the files to the name
+    under which its tensor is loaded."""
 
     def __init__(self, tensor_map: TensorMap, folder: Path, aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
         self._ignored, self._folder = tensor_map.ignored, folder
         self._names = list(tensor_map.destinations)
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
-        self._filled_by: dict[str, str] = {}  # destination -> the tensor that filled it
+        self._filled_by: dict[str, str] = {}  # maps a destination to the name of the tensor that filled it
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
-        """Raises CheckpointError for a tensor that is unknown, misshapen, of a strange dtype, or one too many."""
+        """Copies `tensor` to its destination. Raises CheckpointError if the name is unknown or was loaded already, or
+        if the shape, the dtype or a value is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
@@ -135,7 +139,7 @@ class _Loader:
                     f"{path}: tensor {name} has dtype {tensor.dtype}; by quantization_config of "
                     f"{self._folder / 'config.json'} it is {destination.dtype}."
                 )
-        # Narrower floats and integers are quantised weights, worth nothing without their scales.
+        # Integers and floats of 8 bits are quantised weights, which mean nothing without their scales.
         elif not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(
                 f"{path}: tensor {name} has dtype {tensor.dtype}; floats of 16 bits or more are expected."
@@ -146,18 +150,21 @@ class _Loader:
                 raise CheckpointError(
                     f"{path}: tensor {name} holds numbers beyond float16's range; use --dtype bfloat16."
                 )
-            raise CheckpointError(f"{path}: tensor {name} holds numbers that are infinite or none (NaN).")
+            raise CheckpointError(f"{path}: tensor {name} holds values that are infinite or not a number (NaN).")
 
     def _account(self, parts: Collection[str], name: str, path: Path) -> None:
         for part in parts:
             if part in self._filled_by:
-                raise CheckpointError(f"{path}: tensor {name} holds what {self._filled_by[part]} has filled already.")
+                raise CheckpointError(
+                    f"{path}: tensor {name} fills weights that tensor {self._filled_by[part]} has filled already."
+                )
             self._filled_by[part] = name
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """By the extremes, which NaN counts as: in one pass and without a mask of the tensor's size."""
-    if tensor.dtype == torch.float8_e4m3fn:  # which has no infinity, and one NaN
+    """Returns whether all numbers of `tensor` are finite. It looks at the minimum and the maximum only, which are NaN
+    if any number is: this takes one pass and no mask of the tensor's size."""
+    if tensor.dtype == torch.float8_e4m3fn:  # this dtype has no infinity, and NaN is 0x7F or 0xFF
         return bool((tensor.view(torch.uint8) & 0x7F).amax() < 0x7F)
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
@@ -167,27 +174,30 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _decided_by(names: Collection[str], how: str) -> str:
-    """The key of config.json that makes the model what it is, `how`, in respect of one of these tensors."""
+    """Returns the end of an error text: which key of config.json gives the model one of these tensors or leaves it out.
+    `how` is "with it" or "without it"."""
     keys = [key for end, key in _DECIDED_BY.items() if any(name.endswith(end) for name in names)]
     return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
 
 
 def _transposed(name: str, tensor: Tensor, destination: Tensor) -> str:
-    """MLX has a convolution's inputs last."""
+    """Returns the end of an error text for a convolution weight whose last two dimensions are swapped, as MLX stores
+    it."""
     if name.endswith("conv1d.weight") and tensor.ndim == 3 and tensor.mT.shape == destination.shape:
-        return "; MLX stores it so: serve the checkpoint that this conversion was made from"
+        return "; MLX stores it in this shape: serve the checkpoint from which the MLX one was converted"
     return ""
 
 
 def dummy_weights(model: Model, seed: int) -> None:
-    """Fills `model` with random weights that keep activations finite, the same ones for a seed on every machine.
+    """Fills `model` with random weights that keep activations finite. A seed gives the same weights on every machine.
 
-    Each tensor's numbers follow from the seed and its name, so that models of one shape agree across dtypes (up to
-    rounding) and devices. They are drawn where the model is. Quantised and packed as `load_weights` does.
+    The numbers of a tensor depend only on the seed and on the tensor's name, so models of one shape have equal weights
+    on all devices, and in all dtypes up to rounding. The numbers are drawn on the model's device. The weights are
+    quantised and packed as in `load_weights`.
     """
     units = deque(model.tensor_map().units)
     devices = [data.device for unit in units for data, _ in unit.destinations.values()]
-    # raw weights that will be quantised wait in the host's memory, which is no place to draw billions of numbers
+    # Raw weights that will be quantised are in host memory, but a GPU draws their billions of numbers much faster.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
         pack = _fill_unit(units.popleft(), seed, device)
@@ -195,7 +205,8 @@ def dummy_weights(model: Model, seed: int) -> None:
 
 
 def _fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]:
-    """Returns its `pack`, to be called when nobody holds the unit's raw weights any longer."""
+    """Fills the tensors of `unit` and returns its `pack`. The caller drops its reference to the unit before it calls
+    `pack`, so that the raw weights can be freed."""
     for name, (data, fill) in unit.destinations.items():
         key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         _fill(data, fill, struct.unpack("<2i", key), device)
@@ -210,9 +221,9 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
             data.copy_(torch.arange(1, data.shape[-1] + 1).log())
         case "dt_bias":
             low, high = map(math.log, _DT_RANGE)
-            # few numbers, and functions that a GPU rounds otherwise
+            # These few numbers are drawn on the CPU, because a GPU rounds exp and log differently.
             fill_uniform(logs := torch.empty(data.shape), (high - low) / 2, key, logs.device)
-            data.copy_((logs + (high + low) / 2).exp().expm1().log())  # the inverse of softplus
+            data.copy_((logs + (high + low) / 2).exp().expm1().log())  # log(expm1(t)) is the inverse of softplus
         case "normed":
             fill_uniform(data, math.sqrt(3 / data.shape[-1]), key, device)
         case "unit":
@@ -220,8 +231,9 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
 
 
 def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch.device) -> None:
-    """Uniform in [-bound, bound], of variance bound**2 / 3: a hash of key and index decides every number, in integers
-    and in one product, so that it is the same on all devices. In chunks, so that a big tensor exists once."""
+    """Fills `data` with uniform random numbers in [-bound, bound], whose variance is bound**2 / 3. Each number is a
+    hash of `key` and its index, in integer arithmetic, times a constant, so it is the same on all devices. The numbers
+    are drawn in chunks on `device`, so that no second copy of a big tensor is in memory."""
     width = data.numel() // len(data)
     rows = min(len(data), max(1, _CHUNK // width))
     steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP
@@ -233,21 +245,22 @@ def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch
             steps, bits, scratch, numbers = steps[:count], bits[:count], scratch[:count], numbers[:count]
         _scramble(torch.add(steps, _int32(start * _STEP + key[0]), out=bits), key[1], scratch)
         numbers.copy_(bits).mul_(bound * 2.0**-31)
-        # only what goes elsewhere is rounded before: half the bytes
+        # Numbers for another device are rounded to the dtype of `data` first, because this halves the bytes to copy.
         part.copy_((numbers if part.device == device else numbers.to(part.dtype)).view(part.shape))
         start += count
 
 
 def _scramble(bits: Tensor, key: int, scratch: Tensor) -> None:
-    """A hash of every int32 in place (lowbias32, Wellons 2018, less its last step, which is for the lowest bits).
-    Between its products comes a key, since without one all keys' sequences would be pieces of a single one."""
+    """Replaces every int32 in `bits` by its hash: lowbias32 (Wellons 2018) without its last step, which improves only
+    the lowest bits. The `key` is mixed in between the two multiplications. Otherwise the sequences of all keys would be
+    parts of one and the same sequence."""
     for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
-        torch.bitwise_right_shift(bits, shift, out=scratch)  # with copies of the sign, which the mask takes away
+        torch.bitwise_right_shift(bits, shift, out=scratch)  # shifts in copies of the sign, which the mask removes
         bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
         if shift == 16:
             bits.bitwise_xor_(key)
 
 
 def _int32(number: int) -> int:
-    """What int32 arithmetic makes of it."""
+    """Returns `number` wrapped around to the range of int32."""
     return (number + 2**31) % 2**32 - 2**31

@@ -1,4 +1,4 @@
-"""The demonstration checkpoint that is served when no model is named. README.md beside this file describes it."""
+"""The folder of the demonstration model, which the server loads if no model is named. README.md here describes it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Final
 
 DESCRIPTION: Final = (
-    "demonstration: a model of 9 million parameters that tells short stories and is no assistant; "
-    "name a model to serve one"
+    "demonstration model of 9 million parameters, which tells short stories and is no assistant; "
+    "to serve another model, start the server with its name or folder"
 )
 
 
 def demo_folder() -> Path:
-    """The checkpoint's folder inside the installed package, laid out like one from the Hugging Face hub."""
+    """Returns the demonstration model's folder in the installed package. It has the files of a Hugging Face folder."""
     return Path(__file__).resolve().parent

@@ -1,1 +1,1 @@
-"""The HTTP side: routes, their wire types, and a request's way to the engine and back."""
+"""The HTTP server: the routes, the types of their requests and replies, and the path of a request to the engine."""

@@ -1,4 +1,4 @@
-"""The application: everything arrives through `create_app`."""
+"""`create_app` builds the FastAPI application from the configuration, the engine and the tokenizer."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def create_app(
     *,
     demo: bool,
 ) -> FastAPI:
-    """The HTTP side of `engine`, which may still be loading. `app.state.lifecycle.drain()` makes it refuse new work.
+    """Returns the application that serves `engine` over HTTP. The engine may still be loading.
 
-    `config.served_model_name` must name the model; replies and metrics carry its first name.
+    `app.state.lifecycle.drain()` makes the application refuse new requests. `config.served_model_name` must not be
+    empty; replies and metrics carry its first name.
     """
     assert config.served_model_name, "the caller names the model"
     services = Services(
@@ -65,9 +66,10 @@ def create_app(
         version=services.version,
         middleware=_middleware(config, services.metrics, open_paths),
         lifespan=_lifespan,
-        docs_url=None,  # ours works without a network
+        docs_url=None,  # routes/pages.py serves /docs: FastAPI's own page loads its scripts from the internet
         redoc_url=None,
-        redirect_slashes=False,  # the middleware drops them: a redirect would lose a proxy's prefix and scheme
+        # The middleware drops a slash at the end of a path. A redirect would lose a proxy's prefix and scheme.
+        redirect_slashes=False,
     )
     app.state.services = services
     app.state.lifecycle = services.lifecycle
@@ -80,7 +82,8 @@ def create_app(
 
 
 def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
-    """From the outside in. CORS is first: a browser shows an error only if that, too, carries the headers."""
+    """Returns the middleware, the outermost first. CORS is outermost because a browser shows an error reply to its page
+    only if the reply carries the CORS headers."""
     chain: list[Middleware] = []
     if config.allowed_origins:
         chain.append(
@@ -118,7 +121,7 @@ async def _handle(request: Request, exc: Exception) -> Response:
 def _no_such_route(request: Request, exc: HTTPException) -> HTTPException:
     allowed = (exc.headers or {}).get("Allow", "")
     if allowed == "GET":
-        allowed = "GET, HEAD"  # which the middleware turns into GET
-    hint = f"this path takes {allowed}" if allowed else "/docs lists what there is"
+        allowed = "GET, HEAD"  # every route for GET also answers HEAD, because the middleware turns HEAD into GET
+    hint = f"this path takes {allowed}" if allowed else "/docs lists the paths that exist"
     detail = f"There is no {request.method} {request.url.path}; {hint}."
     return HTTPException(exc.status_code, detail, headers={"Allow": allowed} if allowed else None)

@@ -1,4 +1,7 @@
-"""One choice of a reply: its tokens become text, log-probabilities and a finish reason, as they arrive."""
+"""`Choice` turns the tokens of one choice of a reply, as they arrive, into text, log-probabilities and a finish reason.
+
+A request has `n` choices for each of its prompts.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.stop import StopStrings
 from jamba_server.server.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # JSON has no infinity; vLLM's floor
+MIN_LOGPROB = (
+    -9999.0
+)  # replaces smaller log-probabilities, such as minus infinity, which JSON lacks; vLLM does the same
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token with its log-probability, and those of the `top` most likely ones at its position as (id, logprob).
+    """A token of a reply or an echoed prompt with its log-probability.
 
-    `offset`: characters of the choice's text before the token's first one. Only a prompt's first token has no
-    log-probability.
+    `top` has the most likely tokens at the same position, as pairs of token id and log-probability. `offset` is the
+    number of characters of the choice's text before this token. `logprob` is None only for a prompt's first token,
+    which the model does not predict.
     """
 
     token_id: int
@@ -29,7 +35,10 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
-    """What is new of a choice. `stop_reason`: the stop string or stop token id of the request that ended it."""
+    """The new text, log-probabilities and finish reason of a choice since its last delta.
+
+    `stop_reason` is the stop string, or the id from the request's `stop_token_ids`, that ended the choice.
+    """
 
     index: int
     text: str = ""
@@ -40,7 +49,7 @@ class ChoiceDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
-    """How the tokens of a request's choices become text."""
+    """The options of a request that decide how the tokens of its choices become text."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
@@ -50,7 +59,7 @@ class TextOptions:
 
 
 class Choice:
-    """Takes the updates of one `Request`. `index` is the choice's number in the HTTP reply."""
+    """Turns the engine's updates for one `Request` into deltas. `index` is the choice's number in the HTTP reply."""
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
         self.request, self.index = request, index
@@ -67,17 +76,20 @@ class Choice:
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._to_echo = request.prompt if options.echo else []
         self._num_echoed = 0
-        self._text = ""  # ready, but not yet in a delta
+        self._text = ""  # text for the next delta; it cannot be the beginning of a stop string
         self._scores: list[TokenScore] = []
-        self._num_chars = 0  # of all tokens so far, those that are held back included
+        self._num_chars = 0  # characters of all tokens so far, also of those held back as a possible stop string
 
     def take(self, update: TokenUpdate) -> ChoiceDelta | None:
-        """Books the update. None while there is nothing to send yet; log-probabilities wait for their text."""
+        """Adds the update and returns what can be sent, or None if there is no text to send yet.
+
+        Log-probabilities are held back until there is text to send.
+        """
         self._echo(update)
         for i, token_id in enumerate(update.token_ids):
             ends = update.stop_token_id is not None and i == len(update.token_ids) - 1
             self._add(token_id, update.logprobs[i] if update.logprobs else None, silent=ends and not self._include_stop)
-            if self.finish_reason:  # a stop string; what the step brought after it was not wanted
+            if self.finish_reason:  # a stop string ended the choice, so that the step's later tokens are dropped
                 break
         if update.finish_reason and not self.finish_reason:
             self._finish(update)
@@ -94,14 +106,18 @@ class Choice:
         return delta
 
     def _echo(self, update: TokenUpdate) -> None:
-        """The prompt's own text, all at once or as its log-probabilities come. Stop strings do not apply to it."""
+        """Adds the text of the prompt, for requests with `echo`.
+
+        The whole text is added at once, or in pieces as the prompt's log-probabilities arrive. Stop strings do not
+        apply to the prompt.
+        """
         with_scores = self.request.params.prompt_logprobs is not None
         end = self._num_echoed + len(update.prompt_logprobs) if with_scores else len(self._to_echo)
         for position in range(self._num_echoed, end):
             token_id = self._to_echo[position]
             if with_scores:
                 self._score(token_id, update.prompt_logprobs[position - self._num_echoed])
-            if position or token_id != self._bos_token_id:  # the text of BOS is not echoed
+            if position or token_id != self._bos_token_id:  # an echoed prompt leaves out the begin-of-text token
                 self._text += self._decode(token_id)
         self._num_echoed = end
 
@@ -145,7 +161,7 @@ class Choice:
 
 
 def merge(deltas: list[ChoiceDelta]) -> ChoiceDelta:
-    """The deltas of one choice, in order, as one."""
+    """Joins the deltas of one choice, which are in order, into a single delta."""
     last = deltas[-1]
     return ChoiceDelta(
         index=last.index,

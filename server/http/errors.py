@@ -1,7 +1,7 @@
-"""Exceptions as replies: one table from what was raised to status, OpenAI error type and code.
+"""Turns exceptions into error replies. One table maps each exception to an HTTP status and OpenAI's type and code.
 
-Every error that leaves the server has OpenAI's body, `{"error": {"message", "type", "param", "code", "request_id"}}`,
-before the first byte of a reply as the body, after it as the last event of the stream.
+Every error has OpenAI's form, `{"error": {"message", "type", "param", "code", "request_id"}}`. It is the body of the
+reply if nothing has been sent yet, and otherwise the last event of the stream.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from jamba_server.server.http.findings import Finding, describe_finding, param_o
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but the log and the metrics show it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
-MAX_MESSAGE_CHARS = 1000  # an error never grows with the request that caused it
+MAX_MESSAGE_CHARS = 1000  # longer error messages, which quote a large value of the request, are cut
 
-# exception, status, type, code (a code that the exception carries goes before it)
+# Each row has the exception, the HTTP status, the error type and the code. A code in the exception replaces the row's.
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
@@ -64,7 +64,7 @@ _PYDANTIC_CODES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a client is told."""
+    """An error reply: its HTTP status, its headers and the fields of its body."""
 
     status: int
     message: str
@@ -88,7 +88,7 @@ class Problem:
 
 
 def describe(exc: Exception) -> Problem:
-    """What the client is told of `exc`; nothing of an unexpected one, which goes to the log instead."""
+    """Returns the error reply for `exc`. An unexpected exception is logged, and the client learns no details of it."""
     if isinstance(exc, RequestValidationError):
         return _describe_validation(cast("Sequence[Finding]", exc.errors()))
     if isinstance(exc, HTTPException):
@@ -106,7 +106,7 @@ def describe(exc: Exception) -> Problem:
     logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
     return Problem(
         status=500,
-        message="The server had an unexpected error; its log has the details under this request id.",
+        message="The server had an unexpected error. Its log has the details under this request id.",
         type="server_error",
         code="internal_error",
     )
@@ -123,9 +123,15 @@ def error_response(exc: Exception, request_id: str) -> Response:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The id that `middleware.RequestContext` gave the request."""
+    """Returns the id that `middleware.RequestContext` gave the request."""
     state: dict[str, str] = scope["state"]
     return state["request_id"]
+
+
+def tenant_of(scope: Scope) -> str:
+    """Returns what stands for the API key of the request: "key-" and the key's number, or "" on an open server."""
+    state: dict[str, str] = scope["state"]
+    return state.get("tenant", "")
 
 
 def _describe_http(exc: HTTPException) -> Problem:
@@ -141,7 +147,7 @@ def _describe_http(exc: HTTPException) -> Problem:
 
 
 def _describe_validation(errors: Sequence[Finding]) -> Problem:
-    """The first few findings."""
+    """Returns one error that lists the first MAX_SUB_ERRORS findings of pydantic."""
     shown = [describe_finding(error) for error in errors[:MAX_SUB_ERRORS]]
     if len(errors) > len(shown):
         shown.append(f"and {len(errors) - len(shown)} more")

@@ -1,7 +1,7 @@
-"""What pydantic finds wrong with a request, in our own sentences: field, value and limit.
+"""Turns pydantic's validation errors ("findings") into sentences that name the field, its value and the limit.
 
-`describe_finding` is the whole interface. Every sentence begins with the field's path, so what is said of it is a
-predicate ("is 3; it must be at most 2").
+Every sentence begins with the field's path. The tables below hold only the rest of a sentence, its predicate, such as
+"is 3; it must be at most 2".
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, cast
 MAX_NAME_CHARS = 64
 MAX_VALUE_CHARS = 48
 
-Finding = Mapping[str, Any]  # one of pydantic's `errors()`
+Finding = Mapping[str, Any]  # one validation error, as pydantic's `errors()` lists it
 
 
 def describe_finding(finding: Finding) -> str:
-    """A sentence without its full stop."""
+    """Returns a sentence about the finding, without the full stop at its end."""
     if finding["type"] == "json_invalid":
         return f"The body is not valid JSON at position {finding['loc'][-1]}: {finding['ctx']['error']}"
     say = _SENTENCES.get(finding["type"])
@@ -26,17 +26,22 @@ def describe_finding(finding: Finding) -> str:
 
 
 def param_of(finding: Finding) -> str | None:
-    """Path of the field, as `messages.0.content`. Parts in parentheses are tags of unions, not of the path."""
+    """Returns the path of the field, such as `messages.0.content`, or None if the whole body is meant.
+
+    pydantic's location also holds the tags of unions, in parentheses, which are left out.
+    """
     if finding["type"] == "json_invalid":
         return None
     parts = [str(part) for part in finding["loc"][1:]]
-    if "field" in finding.get("ctx", {}):  # a validator of a whole object names the field itself
+    if "field" in finding.get(
+        "ctx", {}
+    ):  # a validator of a whole object adds the field, which pydantic's location lacks
         parts.append(finding["ctx"]["field"])
     return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None
 
 
 def short_json(value: object) -> str:
-    """A JSON value in a few characters; of lists and objects only the kind, of long texts only the beginning."""
+    """Returns a JSON value in a few characters. A list or an object is only named; a long text is cut."""
     match value:
         case None | bool() | float():
             return json.dumps(value)
@@ -93,7 +98,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _other(finding: Finding) -> str:
-    """Our own validators' errors are predicates already; what pydantic might find besides gets no more than this."""
+    """Returns the predicate of a finding that has no entry in _SENTENCES.
+
+    Errors of this server's own validators carry their predicate as `why`. All other findings get a general one.
+    """
     own = cast("dict[str, str]", finding.get("ctx") or {}).get("why")
     return own or f"is {short_json(finding.get('input'))}, which is not allowed here"
 
@@ -128,7 +136,7 @@ _SENTENCES: Mapping[str, Callable[[Finding], str]] = {
     "string_too_short": _string_too_short,
     "string_too_long": _string_too_long,
     "literal_error": lambda finding: f"is {short_json(finding['input'])}; it must be {finding['ctx']['expected']}",
-    # ours, whose message is fixed
+    # These kinds are raised by this server's own validators, and their message is the predicate.
     "stop_type": _custom,
     "content_type": _custom,
     "prompt_type": _custom,

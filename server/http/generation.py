@@ -1,4 +1,4 @@
-"""One request's life: from its prompts to the last delta, in one `async with`."""
+"""`Generation` runs one HTTP request on the engine, from its prompts to the last delta, in one `async with`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, how their replies are sampled, and the offsets where a saved state is worth keeping."""
+    """A prompt's token ids and the sampling parameters of its replies.
+
+    `save_positions` are offsets into `token_ids` where a saved state is likely to be used by a later request.
+    """
 
     token_ids: list[int]
     params: SamplingParams
@@ -32,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A validated request. Choices are prompt-major: all `n` of the first prompt, then those of the second."""
+    """A validated HTTP request. Its choices are ordered by prompt: all `n` of the first prompt come first."""
 
     id: str
     prompts: tuple[Prompt, ...]
@@ -40,6 +43,7 @@ class GenerationSpec:
     text: TextOptions
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
     http_request_id: str = ""
 
     def requests(self) -> list[Request]:
@@ -50,6 +54,8 @@ class GenerationSpec:
                 params=prompt.params,
                 index=index,
                 group=f"{self.id}-{number}" if self.n > 1 else "",
+                parent=self.id,
+                tenant=self.tenant,
                 priority=self.priority,
                 cache_salt=self.cache_salt,
                 save_positions=prompt.save_positions,
@@ -60,7 +66,7 @@ class GenerationSpec:
 
 
 class _Timeline:
-    """When things happened to one choice, in seconds of the clock."""
+    """The times of one choice's first and last token, in seconds of the clock, its queue time and its prefix hit."""
 
     def __init__(self) -> None:
         self.first_token: float | None = None
@@ -70,7 +76,7 @@ class _Timeline:
 
 
 class Generation:
-    """Runs a spec once. Counts and times are booked whichever way the request ends."""
+    """Runs a request once. The metrics count its tokens and times however the request ends."""
 
     def __init__(
         self,
@@ -95,7 +101,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """So far. What the prefix cache gave is that of each prompt's first choice; its siblings share the prompt."""
+        """The token counts so far. A prompt counts once, so that only its first choice's cached tokens are counted."""
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.spec.prompts)
         generated = sum(choice.num_tokens for choice in self._choices.values())
         first_choices = list(self._timelines.values())[:: self.spec.n]
@@ -108,9 +114,13 @@ class Generation:
 
     @asynccontextmanager
     async def run(self) -> AsyncGenerator[AsyncIterator[ChoiceDelta]]:
-        """Entering submits; raises Overloaded and EngineDead. Leaving, however it happens, aborts what still runs."""
+        """Yields the deltas of all choices, interleaved.
+
+        Entering submits the choices to the engine and raises Overloaded or EngineDead. Leaving, also by an exception,
+        aborts the choices that still run.
+        """
         async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
-            end: FinishReason = "abort"  # of the choices that have not come to theirs
+            end: FinishReason = "abort"  # the finish reason of the choices that have none yet
             try:
                 async with aclosing(self._deltas(updates)) as deltas:
                     yield deltas
@@ -121,7 +131,7 @@ class Generation:
                 self._close(end)
 
     async def collect(self) -> list[ChoiceDelta]:
-        """Everything of every choice, by index."""
+        """Runs the request to its end and returns one merged delta for each choice, ordered by index."""
         parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
         async with self.run() as deltas:
             async for delta in deltas:
@@ -139,13 +149,13 @@ class Generation:
             if choice.finish_reason:
                 num_open -= 1
                 self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
-                if update.finish_reason is None:  # a stop string: the engine does not know of those
+                if update.finish_reason is None:  # a stop string ended the choice, and the engine knows only token ids
                     updates.abort(update.request_id)
             if delta is not None:
                 yield delta
         assert num_open == 0, f"the engine left {num_open} choices of {self.spec.id} without an end"
 
-    # Book-keeping -----------------------------------------------------------------------------------------------
+    # Metrics and the line in the log ----------------------------------------------------------------------------
 
     def _observe(self, choice: Choice, update: TokenUpdate) -> None:
         timeline, now = self._timelines[update.request_id], self._clock()

@@ -1,4 +1,4 @@
-"""Whether the server takes new work, and where work waits that comes before the engine has loaded."""
+"""`Lifecycle` refuses new requests during a shutdown; `StartupQueue` holds requests while the engine loads."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import asyncio
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
 
-RETRY_AFTER_SECONDS = 5  # by then another replica has the traffic, or this one is back
+RETRY_AFTER_SECONDS = 5  # time for a load balancer to choose another replica, or for this server to restart
 
 
 class Lifecycle:
-    """Accepting until `drain`. From then on new work is refused, while what runs goes on to its end."""
+    """Accepts new requests until `drain` is called. Requests that run at that time are finished."""
 
     def __init__(self) -> None:
         self._draining = False
@@ -24,15 +24,15 @@ class Lifecycle:
         self._draining = True
 
     def admit(self) -> None:
-        """Raises Overloaded while draining."""
+        """Raises Overloaded if the server is shutting down."""
         if self._draining:
             raise Overloaded("The server is shutting down; send the request again.", retry_after=RETRY_AFTER_SECONDS)
 
 
 class StartupQueue:
-    """Requests that wait while the engine loads for the first time, each for `seconds` at most.
+    """Holds requests while the engine loads for the first time, each for `seconds` at most.
 
-    `max_waiting` bounds the choices that they ask for together, as it bounds the engine's own queue; 0 for no bound.
+    While requests for `max_waiting` or more choices wait, further requests are refused. 0 means no limit.
     """
 
     def __init__(self, engine: Engine, *, seconds: float, max_waiting: int) -> None:
@@ -40,11 +40,13 @@ class StartupQueue:
         self._num_waiting = 0
 
     async def wait(self, num_choices: int) -> None:
-        """Returns when the engine has loaded, or cannot be. Raises EngineLoading when that takes too long, Overloaded
-        when too many wait already."""
+        """Waits until the engine has loaded or has failed to load.
+
+        Raises EngineLoading if that takes longer than `seconds`, and Overloaded if too many choices wait already.
+        """
         if self._max_waiting and self._num_waiting >= self._max_waiting:
             raise Overloaded(
-                f"The engine is loading and {self._num_waiting} requests wait for it already; the limit "
+                f"The engine is loading, and {self._num_waiting} choices are waiting for it; the limit "
                 f"(--max-queue-requests) is {self._max_waiting}.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
@@ -59,9 +61,9 @@ class StartupQueue:
 
     def _describe(self) -> str:
         progress = self._engine.health.loading
-        if progress is None:  # it has loaded this very moment
+        if progress is None:  # the engine became ready between the timeout and this line
             return "The engine has just loaded; send the request again."
         return (
-            f"The engine is loading ({progress.phase}: {progress.fraction:.0%}), and requests wait for it for "
-            f"{self._seconds:g} s (--startup-wait). Send the request again later."
+            f"The engine is loading ({progress.phase}: {progress.fraction:.0%}). A request waits at most "
+            f"{self._seconds:g} s for it (--startup-wait). Send the request again later."
         )

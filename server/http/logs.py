@@ -1,4 +1,4 @@
-"""The lines that a busy server logs from time to time."""
+"""Writes a line with throughput and load to the log every 10 seconds while the server is busy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATS_INTERVAL_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Counters at one moment; the difference of two makes a line."""
+    """The values of the counters at one moment. A log line is made from the difference of two snapshots."""
 
     prompt_tokens: int
     generation_tokens: int
@@ -29,7 +29,7 @@ class Snapshot:
 
 
 def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str | None:
-    """What happened between two snapshots, or None if nothing did."""
+    """Returns the log line for the `seconds` between two snapshots, or None if the server was idle."""
     prompt_tokens = after.prompt_tokens - before.prompt_tokens
     generation_tokens = after.generation_tokens - before.generation_tokens
     now = after.stats
@@ -47,7 +47,7 @@ def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str 
 
 
 async def log_stats(metrics: Metrics, engine: Engine, *, interval: float = STATS_INTERVAL_SECONDS) -> None:
-    """Writes a line every `interval` seconds while the server is busy; runs until it is cancelled."""
+    """Logs a line every `interval` seconds in which the server was busy. Runs until it is cancelled."""
     loop = asyncio.get_running_loop()
     before, since = Snapshot.take(metrics, engine), loop.time()
     while True:

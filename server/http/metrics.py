@@ -1,6 +1,7 @@
-"""Prometheus metrics: vLLM's names with the prefix `jamba_`, and what only a hybrid has (state slots, lost prefixes).
+"""Prometheus metrics. They have vLLM's names with the prefix `jamba_`; those of state slots, saved states and missed
+prefixes are this server's own, because Jamba layers keep recurrent states as well as KV pages.
 
-What the engine counts is read from `EngineStats` when somebody scrapes; what only the server sees is counted here.
+The engine's counters are read from `EngineStats` at each scrape. Everything else is counted here, in the HTTP process.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from prometheus_client.registry import Collector
 from jamba_server.engine.process.client import Engine
 from jamba_server.engine.types import EngineStats, FinishReason
 
-# All begin at 1 ms: a quantile is interpolated within its bucket, so what is far below the first bound shows as half of
-# it. Time to first token has vLLM's buckets.
+# Bounds of the buckets, in seconds. All begin at 1 ms: Prometheus interpolates a quantile within its bucket, so that
+# values far below the first bound would be shown as half of that bound. The first list has vLLM's bounds.
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
@@ -26,27 +27,44 @@ _LATENCY_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 2400,
 )  # fmt: skip
 
-MAX_FIELD_LABELS = 50  # names come from clients: without a bound they would fill the memory of whoever scrapes
+MAX_FIELD_LABELS = 50  # clients choose the field names: without a limit the labels could fill Prometheus' memory
+
+STATE_SLOTS_HELP = (
+    "Number of state slots held by running sequences. Saved states are in the other slots, or in a pool of their own "
+    "if they are stored as int8."
+)
 
 _Read = Callable[[EngineStats], float]
 
 _GAUGES: tuple[tuple[str, str, _Read], ...] = (
-    ("num_requests_running", "Choices in the batch.", lambda s: s.num_running),
-    ("num_requests_waiting", "Choices in the queue.", lambda s: s.num_waiting),
-    ("kv_cache_usage_perc", "Used share of the KV pages; 1 is all.", lambda s: s.kv_blocks_used / s.kv_blocks_capacity),
+    ("num_requests_running", "Number of choices that are running.", lambda s: s.num_running),
+    ("num_requests_waiting", "Number of choices that wait in the queue.", lambda s: s.num_waiting),
     (
-        "state_slots_used",
-        "State slots of running sequences; saved states lie in the others, int8 ones apart.",
-        lambda s: s.state_slots_used,
+        "kv_cache_usage_perc",
+        "Share of the KV pages that are in use, from 0 to 1.",
+        lambda s: s.kv_blocks_used / s.kv_blocks_capacity,
     ),
-    ("state_slots_capacity", "Recurrent states that fit.", lambda s: s.state_slots_capacity),
-    ("saved_states", "Saved states that a later request can go on from.", lambda s: s.saved_states),
+    ("state_slots_used", STATE_SLOTS_HELP, lambda s: s.state_slots_used),
+    (
+        "state_slots_capacity",
+        "Number of state slots; each holds one recurrent state.",
+        lambda s: s.state_slots_capacity,
+    ),
+    ("saved_states", "Number of saved states from which a later request can continue.", lambda s: s.saved_states),
 )
 
 _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
-    ("num_preemptions", "Sequences that gave their pages back and waited again.", lambda s: s.num_preemptions_total),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries_total),
-    ("prefix_cache_hits", "Prompt tokens read from the prefix cache.", lambda s: s.prefix_hits_total),
+    (
+        "num_preemptions",
+        "Number of preemptions: a running sequence loses its KV pages and waits again.",
+        lambda s: s.num_preemptions_total,
+    ),
+    (
+        "prefix_cache_queries",
+        "Number of prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_queries_total,
+    ),
+    ("prefix_cache_hits", "Number of prompt tokens found in the prefix cache.", lambda s: s.prefix_hits_total),
 )
 
 _MISSED: tuple[tuple[str, _Read], ...] = (
@@ -56,7 +74,7 @@ _MISSED: tuple[tuple[str, _Read], ...] = (
 
 
 class Metrics:
-    """All metrics of one application, in a registry of its own."""
+    """All metrics of one application. They are in a registry of their own, so that two applications do not collide."""
 
     def __init__(self, engine: Engine, *, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -64,28 +82,36 @@ class Metrics:
         self.prompt_tokens = self.generation_tokens = 0
         self.registry.register(_EngineCollector(self, engine))
         self._time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to the first token of a choice.", _TTFT_BUCKETS
+            "time_to_first_token_seconds",
+            "Time from a request's arrival to the first token of a choice, in seconds.",
+            _TTFT_BUCKETS,
         )
         self._inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a choice.", _ITL_BUCKETS
+            "inter_token_latency_seconds", "Time between two successive tokens of a choice, in seconds.", _ITL_BUCKETS
         )
         self._e2e_latency = self._histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to the end of a choice.", _LATENCY_BUCKETS
+            "e2e_request_latency_seconds",
+            "Time from a request's arrival to the end of a choice, in seconds, without failed and aborted choices.",
+            _LATENCY_BUCKETS,
         )
         self._queue_time = self._histogram(
-            "request_queue_time_seconds", "From a choice's arrival at the engine to its first step.", _LATENCY_BUCKETS
+            "request_queue_time_seconds",
+            "Time from a choice's arrival at the engine to its first step, in seconds.",
+            _LATENCY_BUCKETS,
         )
-        self._success = self._counter("request_success", "Choices by the reason why they ended.", "finished_reason")
-        self._http = self._counter("http_requests", "HTTP requests by route and status.", "path", "status")
+        self._success = self._counter(
+            "request_success", "Number of choices that ended, by finish reason, errors included.", "finished_reason"
+        )
+        self._http = self._counter("http_requests", "Number of HTTP requests, by route and status.", "path", "status")
         self._ignored = self._counter(
             "ignored_fields",
-            "Requests by the field of theirs that was ignored, because the API does not have it.",
+            "Number of requests with a field that the API does not have and that was ignored, by field.",
             "field",
         )
         self._field_labels: set[str] = set()
         self._ignored.labels(model_name, "other")
         for reason in ("stop", "length", "abort", "error"):
-            self._success.labels(model_name, reason)  # a series that is 0 is there from the start
+            self._success.labels(model_name, reason)  # a series must exist, at 0, before rates of it can be computed
 
     def queued(self, seconds: float) -> None:
         self._queue_time.labels(self.model_name).observe(seconds)
@@ -98,14 +124,14 @@ class Metrics:
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._success.labels(self.model_name, reason).inc()
-        if reason in ("stop", "length"):  # an aborted one would pass for a quick one
+        if reason in ("stop", "length"):  # an aborted choice would look like a fast one
             self._e2e_latency.labels(self.model_name).observe(seconds)
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()
 
     def count_ignored_fields(self, names: Iterable[str]) -> None:
-        """Names that came after the first ones are counted together."""
+        """Counts each field. After the first MAX_FIELD_LABELS names, new names are counted together as `other`."""
         for name in names:
             if len(self._field_labels) < MAX_FIELD_LABELS:
                 self._field_labels.add(name)
@@ -119,7 +145,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's numbers at scrape time."""
+    """Reads the engine's statistics and the token counts each time Prometheus scrapes the server."""
 
     def __init__(self, metrics: Metrics, engine: Engine) -> None:
         self._metrics, self._engine = metrics, engine
@@ -132,11 +158,13 @@ class _EngineCollector(Collector):
             yield gauge
         for name, text, read in _COUNTERS:
             yield _counter_family(name, text, labels, read(stats))
-        yield _counter_family("prompt_tokens", "Prompt tokens taken in.", labels, self._metrics.prompt_tokens)
-        yield _counter_family("generation_tokens", "Tokens generated.", labels, self._metrics.generation_tokens)
+        prompt, generated = self._metrics.prompt_tokens, self._metrics.generation_tokens
+        yield _counter_family("prompt_tokens", "Number of prompt tokens, cached ones included.", labels, prompt)
+        yield _counter_family("generation_tokens", "Number of tokens generated.", labels, generated)
         missed = CounterMetricFamily(
             "jamba_prefix_cache_missed_tokens",
-            "Prompt tokens that were computed again though their KV pages were there once, by what was missing.",
+            "Number of prompt tokens that were in the prefix cache once and were computed again: their state was never "
+            "saved (no_state), or their pages or state were evicted (evicted).",
             labels=["model_name", "reason"],
         )
         for reason, read in _MISSED:

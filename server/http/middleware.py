@@ -1,6 +1,6 @@
-"""What happens to every request before a route sees it. Plain ASGI, so that streams pass unbuffered.
+"""The middleware that every request passes before a route handles it. It is plain ASGI and buffers no streams.
 
-`RequestContext` is the outer one: it turns what the others raise into replies.
+`RequestContext` is outside the others and turns the exceptions that they raise into error replies.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_JSON_DEPTH = 64
-MAX_JSON_CONTAINERS = 32_768  # objects and lists; validation takes some 10 us for each
-# Of all lists and objects together: twice the tokens of Jamba's longest context. The parser and the validation hold up
-# every other request while they work, some 0.2 us a value.
+MAX_JSON_CONTAINERS = 32_768  # limit of objects and lists in a body; validating each takes about 10 us
+# The limit of values in all lists and objects of a body is twice the number of tokens in Jamba's longest context.
+# Parsing and validating a body block all other requests for about 0.2 us per value.
 MAX_JSON_VALUES = 524_288
-MAX_JSON_NAMES = 65_536  # fields of all objects together: each that the API lacks is compared with those that it has
+MAX_JSON_NAMES = 65_536  # limit of fields in all objects of a body; each unknown name is compared with all known names
 MAX_LOGGED_PATH_CHARS = 256
-CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread
+CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread, so that it does not block the event loop
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
-# Possessive, and the last quote may be missing: each byte is looked at once, also in a string without an end.
+# A JSON string, also one whose closing quote is missing. Its possessive quantifiers never backtrack, so that the search
+# takes linear time.
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
-# A browser that opens a page cannot send a key. What these paths tell is the same for everyone.
+# These paths need no API key. A browser that opens a page cannot send a key, and the pages reveal nothing secret.
 OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
 
 
 class RequestContext:
-    """Gives the request its id, counts it, and answers for whatever the application lets through.
+    """Gives each request its id, counts and logs it, and turns exceptions into error replies.
 
-    `root_path` is the prefix under which a proxy publishes the server, whether it strips it from paths or not.
+    `root_path` is the prefix under which a proxy publishes the server. The proxy may strip it from paths or leave it.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, root_path: str) -> None:
@@ -65,7 +66,7 @@ class RequestContext:
         request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         scope["root_path"] = self.root_path or scope.get("root_path", "")
-        inner = _canonical(scope)  # after root_path is set, which it reads
+        inner = _canonical(scope)  # must follow the line that sets root_path, because it reads root_path
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -87,24 +88,29 @@ class RequestContext:
             status = status or CLIENT_CLOSED_REQUEST
             self.metrics.count_http_request(getattr(inner.get("route"), "path", "other"), status)
             logger.log(
-                logging.INFO if status >= 400 and scope["path"] not in PROBE_PATHS else logging.DEBUG,  # probes poll
+                # Failed health probes are logged only at DEBUG, because orchestrators repeat them every few seconds.
+                logging.INFO if status >= 400 and scope["path"] not in PROBE_PATHS else logging.DEBUG,
                 "request_id=%s %s %s: %d in %.3f s",
                 request_id, scope["method"], _printable(scope["path"]), status, time.monotonic() - started,
             )  # fmt: skip
 
 
 class ApiKey:
-    """Every path but `open_paths` and the assets of /docs wants one of `keys`, as bearer token or as `x-api-key`.
+    """Requires one of `keys` on every path except `open_paths` and the assets of /docs.
 
-    One valid key is enough: a client that sends its key in one of the headers may have a placeholder, or the key of a
-    gateway, in the other.
+    A client sends the key as a bearer token or in the header `x-api-key`. If it sends both headers, one valid key is
+    enough: the other header may hold a placeholder or the key of a gateway.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str], open_paths: frozenset[str]) -> None:
         self.app, self.keys, self.open_paths = app, [key.encode() for key in keys], open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._open(_route_path(scope)) or self._valid(Headers(scope=scope)):
+        if scope["type"] != "http" or self._open(_route_path(scope)):
+            await self.app(scope, receive, send)
+            return
+        if (number := self._number_of_key(Headers(scope=scope))) is not None:
+            scope["state"]["tenant"] = f"key-{number}"
             await self.app(scope, receive, send)
             return
         raise HTTPException(
@@ -116,19 +122,21 @@ class ApiKey:
     def _open(self, path: str) -> bool:
         return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
 
-    def _valid(self, headers: Headers) -> bool:
+    def _number_of_key(self, headers: Headers) -> int | None:
+        """Returns the position of the valid key that the request carries, or None."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
-        # All of them are compared, so that the time says nothing about which one it was.
+        # Every key is compared, so that the time of the comparison does not reveal which key matched.
         matches = [hmac.compare_digest(key, known) for key in map(_latin_1, sent) for known in self.keys]
-        return any(matches)
+        return matches.index(True) % len(self.keys) if any(matches) else None
 
 
 class JsonBody:
-    """Reads the body within its limits before the application does: JSON in UTF-8, not too large, not too deep."""
+    """Reads the body before the application does, and refuses one that is too large, too deep or not JSON in UTF-8."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, body_timeout: float = 30.0) -> None:
-        """`body_timeout`: seconds of silence within a body, after which its client is given up."""
+        """`body_timeout` is the number of seconds that may pass between two parts of a body. After it the request gets
+        status 408."""
         self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -164,7 +172,9 @@ class JsonBody:
             try:
                 message = await asyncio.wait_for(receive(), self.body_timeout)
             except TimeoutError:
-                raise HTTPException(408, f"The body stopped for {self.body_timeout:g} s before its end.") from None
+                raise HTTPException(
+                    408, f"No more of the body arrived for {self.body_timeout:g} s, and it is not complete."
+                ) from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             chunk: bytes = message.get("body", b"")
@@ -180,19 +190,24 @@ class JsonBody:
 
 
 def clean_request_id(sent: str) -> str:
-    """The client's id without what could do harm in a header or a log line; a new one if nothing is left."""
+    """Returns the client's request id with only characters that are safe in a header and a log line.
+
+    If no character is left, a new id is returned.
+    """
     return _NOT_IN_REQUEST_ID.sub("", sent[:MAX_REQUEST_ID_CHARS]) or uuid.uuid4().hex
 
 
 def check_json(body: bytes) -> None:
-    """Raises RequestRejected for what a JSON parser takes but nobody should: other encodings, deep or endless nesting,
-    halves of UTF-16 pairs."""
+    """Raises RequestRejected for bodies that a JSON parser accepts but that would do harm later.
+
+    These are encodings other than UTF-8, deep nesting, too many values, and halves of UTF-16 surrogate pairs.
+    """
     try:
         body.decode()
     except UnicodeDecodeError as exc:
         raise RequestRejected(f"The body is not valid UTF-8 at byte {exc.start}.", code="invalid_json") from exc
-    if b"\0" in body:  # UTF-16 and UTF-32 have them, JSON in UTF-8 cannot
-        raise RequestRejected("The body must be JSON in UTF-8, which has no zero bytes.", code="invalid_json")
+    if b"\0" in body:  # ASCII text in UTF-16 or UTF-32 has zero bytes; JSON in UTF-8 must escape them
+        raise RequestRejected("The body has zero bytes; it must be JSON in UTF-8.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
         _check_structure(body)
     if body.count(b",") >= MAX_JSON_VALUES or body.count(b":") > MAX_JSON_NAMES:
@@ -232,14 +247,19 @@ def _check_surrogates(body: bytes) -> None:
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
-        raise RequestRejected(r"A string has half of a UTF-16 pair (\ud800 to \udfff).", code="invalid_json") from exc
+        raise RequestRejected(
+            r"A string has half of a UTF-16 surrogate pair (\ud800 to \udfff).", code="invalid_json"
+        ) from exc
     except ValueError:
-        return  # malformed; the application says where
+        return  # the application refuses malformed JSON and says at which position it is malformed
 
 
 def _canonical(scope: Scope) -> Scope:
-    """HEAD is GET, whose body the HTTP server leaves out. A slash at the end of a path means nothing. As ASGI wants it,
-    the path begins with the prefix of the proxy, even if that has taken it off."""
+    """Returns the scope with the method and path that the routes expect.
+
+    HEAD becomes GET; the HTTP server leaves out the reply's body. A slash at the end of the path is dropped. The path
+    begins with the proxy's prefix, as ASGI requires, also if the proxy has stripped it.
+    """
     method, path, root = scope["method"], scope["path"].rstrip("/"), scope["root_path"]
     if path != root and not path.startswith(f"{root}/"):
         path = root + path
@@ -247,22 +267,23 @@ def _canonical(scope: Scope) -> Scope:
 
 
 def _has_route(scope: Scope) -> bool:
-    """Without one the router answers 404 or 405, whatever the body is."""
+    """Returns whether a route handles this path and method. If none does, the router answers 404 or 405, and the body
+    need not be read."""
     return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes if not isinstance(route, Mount))
 
 
 def _latin_1(header: str) -> bytes:
-    """The bytes of a header as they were sent."""
+    """Returns the bytes of a header as the client sent them. ASGI servers decode headers as Latin-1."""
     return header.encode("latin-1")
 
 
 def _printable(path: str) -> str:
-    """Percent-encoded again, so that a path cannot write lines of its own into the log."""
+    """Returns the path percent-encoded, so that a line feed in a path cannot forge a line of the log."""
     return quote(path)[:MAX_LOGGED_PATH_CHARS]
 
 
 def _route_path(scope: Scope) -> str:
-    """The path as routes see it, without the prefix under which a proxy publishes the server."""
+    """Returns the path without the prefix under which a proxy publishes the server, as the routes declare it."""
     path: str = scope["path"]
     root_path: str = scope.get("root_path", "")
     return path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives from the routes, and how a client shows its key."""
+"""The OpenAPI document: FastAPI derives it from the routes, and `App` adds how a client sends its API key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-# Either header will do. The names are those that the Authorize button of /docs shows.
+# A client may use either of these headers. The Authorize button of /docs shows the names.
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of --api-key, as OpenAI's clients send it."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
@@ -14,7 +14,10 @@ SECURITY_SCHEMES = {
 
 
 class App(FastAPI):
-    """FastAPI whose document declares the keys. `open_paths` need none; None: the server has no keys."""
+    """A FastAPI application whose OpenAPI document says which paths need an API key.
+
+    `open_paths` are the paths that need no key. None means that the server has no keys.
+    """
 
     def __init__(self, *, open_paths: frozenset[str] | None, **settings: Any) -> None:
         self._open_paths = open_paths
@@ -23,7 +26,7 @@ class App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is not None:
             return self.openapi_schema
-        document = super().openapi()  # which keeps it in `openapi_schema`
+        document = super().openapi()  # FastAPI also stores the document in `openapi_schema`
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
         for path, operations in document["paths"].items():
             if self._open_paths is None or path in self._open_paths:

@@ -1,4 +1,4 @@
-"""From a request's fields to `SamplingParams`: the request's word, else the model's default."""
+"""Builds `SamplingParams` from a request's fields. A field that the request leaves out has the model's default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class HasInfo(Protocol):
-    """An engine, in this process or another."""
+    """An object with the engine's `EngineInfo`; the engine may run in this process or in a child process."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -31,7 +31,8 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """`bad_words` are the body's, as tokens."""
+    """Returns the sampling parameters of a request. `bad_words` has the token ids of the body's `bad_words`, `seed` is
+    used if the body has none, and `logprobs` and `prompt_logprobs` count the top tokens to report."""
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -57,8 +58,10 @@ def sampling_params(
 def admit_prompt(
     token_ids: list[int], params: SamplingParams, engine: HasInfo, *, param: str, save_positions: tuple[int, ...] = ()
 ) -> Prompt:
-    """The prompt with its limits checked and max_tokens cut to the context. Raises RequestRejected; `param` is the
-    field that the prompt came from."""
+    """Checks a prompt and its parameters against the limits of the engine, and cuts max_tokens to the context length.
+
+    Raises RequestRejected, whose error names the field `param`, from which the prompt came.
+    """
     info = engine.info
     validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
     validate_prompt(
@@ -73,9 +76,11 @@ def admit_prompt(
 
 def check_priority(priority: int | None, *, enabled: bool) -> int:
     if priority and not enabled:
-        raise RequestRejected("priority needs a server that runs with --enable-priority.", param="priority")
+        raise RequestRejected(
+            f"priority is {priority}, but this server was started without --enable-priority.", param="priority"
+        )
     return priority or 0
 
 
-def _first(wish: T | None, default: T) -> T:
-    return default if wish is None else wish
+def _first(requested: T | None, default: T) -> T:
+    return default if requested is None else requested

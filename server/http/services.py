@@ -1,4 +1,4 @@
-"""What the routes of one application work with."""
+"""`Services` holds the objects that the routes of one application share: the engine, the tokenizer, the metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # templates and tokenisers: more would only take cores from the engine
+TEXT_THREADS = 4  # number of threads for chat templates and tokenising; more would only take cores from the engine
 
 
 def _draw_seed() -> int:
@@ -49,42 +49,46 @@ class Services:
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
 
-    def model(self, wish: str | None) -> str:
-        """The served name that a request means; the first one if it names none. Raises ModelNotFound."""
+    def model(self, requested: str | None) -> str:
+        """Returns the requested model name, or the first served name if none is requested. Raises ModelNotFound."""
         served = self.config.served_model_name
-        if wish is None:
+        if requested is None:
             return served[0]
-        if wish not in served:
-            raise ModelNotFound(wish, served=served)
-        return wish
+        if requested not in served:
+            raise ModelNotFound(requested, served=served)
+        return requested
 
     def generation(self, spec: GenerationSpec) -> Generation:
         return Generation(spec, self.engine, self.tokenizer, self.metrics)
 
     def check_size(self, text: str, *, param: str) -> None:
-        """Raises RequestRejected for a text that cannot fit the context however its tokens fall: tokenising megabytes
-        takes seconds."""
+        """Raises RequestRejected for a text that is too long for the context even if all its tokens are the longest.
+
+        This check spares the seconds that tokenising several megabytes takes.
+        """
         size, limit = len(text.encode()), self.engine.info.max_model_len
         if size > limit * self.longest_token:
             raise RequestRejected(
-                f"This model's maximum context length is {limit} tokens; the prompt has {size} bytes, and no token is "
-                f"longer than {self.longest_token}. Shorten it.",
+                f"This model's maximum context length is {limit} tokens; the prompt has {size} bytes, and no token has "
+                f"more than {self.longest_token} bytes. Shorten the prompt.",
                 param=param,
                 code="context_length_exceeded",
             )
 
     async def bad_words(self, words: list[str] | None) -> tuple[tuple[int, ...], ...]:
-        """A request's words as tokens."""
+        """Returns the token ids of a request's `bad_words`."""
         return await self.in_thread(lambda: bad_word_tokens(words, self.tokenizer)) if words else ()
 
     def begins_with_bos(self, text: str) -> bool:
-        """Whether a prompt begins with the begin-of-text token's own text, as evaluation tools write it."""
+        """Returns whether a prompt begins with the text of the begin-of-text token. Some evaluation tools write it."""
         bos = self.tokenizer.named_tokens.get("bos_token")
         return bos is not None and text.startswith(bos)
 
     async def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """A prompt that a client wrote for completions. The begin-of-text token's text at its beginning is read as that
-        token, of which there never are two: the model has not seen such texts, and what it says of them is worthless.
+        """Returns the token ids of a completion's prompt.
+
+        If the prompt begins with the text of the begin-of-text token, that text becomes the token, and no second one
+        is added: the model was not trained on texts with two, and its output for them is useless.
         """
         if not self.begins_with_bos(text):
             return await self.encode(text, add_special_tokens=add_special_tokens)
@@ -107,7 +111,7 @@ class Services:
         return await self.in_thread(lambda: template.render(turns, add_generation_prompt=add_generation_prompt))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """For work that takes long enough to hold up the event loop, and with it the streams of other requests."""
+        """Runs `work` in a thread. Long work in the event loop would block the streams of all other requests."""
         return await anyio.to_thread.run_sync(work, limiter=self.threads)
 
 

@@ -1,4 +1,4 @@
-"""How a generation becomes a reply: at once, or as server-sent events; and the watch for clients that go away."""
+"""Sends a generation as one JSON reply or as server-sent events, and aborts it when the client disconnects."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 async def answer(request: Request, writer: Writer, services: Services, *, stream: bool) -> Response:
-    """Runs the writer's generation to its end, or, with `stream`, while the reply is sent."""
+    """Returns the reply to a request.
+
+    With `stream`, the generation runs while the reply is sent. Otherwise the generation has ended on return.
+    """
     if stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
     choices = await until_disconnect(request.receive, writer.generation.collect())
-    if any(choice.scores for choice in choices):  # A long reply has tens of thousands of token texts.
+    if any(choice.scores for choice in choices):  # writing tens of thousands of log-probabilities takes long
         body = await services.in_thread(lambda: writer.reply(choices).model_dump_json())
     else:
         body = writer.reply(choices).model_dump_json()
@@ -33,7 +36,7 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. When the client goes away first, `work` is cancelled and ClientDisconnect raised."""
+    """Returns the result of `work`. If the client disconnects first, cancels `work` and raises ClientDisconnect."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -53,11 +56,11 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends the writer's events as they come, and a comment whenever nothing came for `keep_alive` seconds.
+    """Sends the writer's events as they arrive, and a comment after every `keep_alive` seconds without an event.
 
-    The reply begins when the engine has accepted the request. What is raised before that is an ordinary error reply;
-    what is raised later is written into the stream. When the client goes away, the generation ends at once, also while
-    it waits.
+    The reply begins when the engine has accepted the request. An exception before that becomes an ordinary error reply,
+    and a later one becomes an event of the stream. When the client disconnects, the generation is aborted at once,
+    also while it waits in the queue.
     """
 
     media_type = "text/event-stream"
@@ -89,7 +92,7 @@ class EventStream(Response):
         except Exception as exc:
             if not self._started:
                 raise
-            problem = describe(exc)  # which logs what it does not know
+            problem = describe(exc)  # `describe` also logs exceptions that are not expected
             await self._send(send, *self.writer.fail(problem.body(request_id_of(scope))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

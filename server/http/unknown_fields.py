@@ -1,4 +1,7 @@
-"""What becomes of unknown fields that are neither slips nor would change the answer (schemas/unknown.py)."""
+"""Ignores or refuses, as `--unknown-fields` says, the unknown fields that schemas/unknown.py has let pass.
+
+Those are fields that are no misspelling of a known field and that would not change the answer.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,11 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 def settle_unknown_fields(body: BaseModel, request: Request, services: Services) -> None:
-    """Every route that takes a body calls this first. Ignored fields are counted, and named in a header of the reply;
-    with `--unknown-fields reject` they raise RequestRejected."""
+    """Counts the unknown fields of a body and names them in the reply's header X-Ignored-Fields.
+
+    Raises RequestRejected instead if the server runs with `--unknown-fields reject`. Every route that takes a body
+    calls this function first.
+    """
     names = dict.fromkeys(_printable(path) for path in unknown_fields(body))
     if not names:
         return
@@ -28,7 +34,7 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
         [first, *others] = names
         more = f", and so are {len(others)} more" if others else ""
         raise RequestRejected(
-            f"{first} is not a field of this API{more}; this server runs with --unknown-fields reject.",
+            f"{first} is not a field of this API{more}. This server runs with --unknown-fields reject.",
             param=first,
             code="unknown_parameter",
         )
@@ -37,25 +43,27 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
 
 
 def add_reply_header(request: Request, name: str, value: str) -> None:
-    """The reply carries it whatever becomes of the request, streams and errors included (`RequestContext`)."""
+    """Adds a header to the reply, also if it becomes an error or a stream; `RequestContext` sends these headers."""
     request.scope["state"].setdefault("reply_headers", {})[name] = value
 
 
 def warn_of_bos(request: Request, services: Services) -> None:
-    """Says what `Services.encode_prompt` made of a prompt."""
+    """Warns, in the header X-Warning, that the prompt's begin-of-text text was read as the token."""
     bos = _NOT_ASCII.sub("?", services.tokenizer.named_tokens["bos_token"][:MAX_NAME_CHARS])
     add_reply_header(
-        request, "X-Warning", f"the prompt begins with the text of {bos}: read as that token, and no second one added"
+        request,
+        "X-Warning",
+        f"the prompt begins with the text of {bos}, which was read as that token; no second one was added",
     )
 
 
 def _printable(path: str) -> str:
-    """A path without what could do harm in a header or a label."""
+    """Returns a field's path, shortened, with only characters that are safe in a header and a metric's label."""
     return _NOT_IN_A_NAME.sub("?", path[:MAX_NAME_CHARS])
 
 
 def _listed(names: Iterable[str]) -> str:
-    """As many names as a header should have, and how many there are besides."""
+    """Returns the names in at most MAX_HEADER_CHARS characters, and the number of names left out."""
     listed, left = "", list(names)
     while left and len(listed) + len(left[0]) + 2 <= MAX_HEADER_CHARS:
         listed += (", " if listed else "") + left.pop(0)

@@ -1,4 +1,5 @@
-"""An inference server for Jamba models: `server` is HTTP and text, `engine` steps the model, `kernels` compute."""
+"""An inference server for Jamba models. `server` handles HTTP and text, `engine` runs the model step by step, and
+`kernels` do the arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ __all__ = ["LLM", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when they are used: LLM brings torch, which the HTTP process must not load."""
+    """Imports a public name when it is first used, because LLM imports torch, which the HTTP process must not load."""
     match name:
         case "LLM":
             return import_module("jamba_server.llm").LLM

@@ -1,4 +1,4 @@
-"""`python -m jamba_server` is the command `jamba`."""
+"""Runs the command `jamba` for `python -m jamba_server`."""
 
 from jamba_server.server.cli.application import run
 

@@ -1,4 +1,4 @@
-"""LLM: a model in this process, with the texts of the server, for scripts and tests."""
+"""LLM: runs a model in the caller's process, for scripts and tests. It handles texts in the same way as the server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
-DEFAULT_MAX_TOKENS = 16  # of a completion, as on the server; a chat may fill the context
+DEFAULT_MAX_TOKENS = 16  # the server's default for completions, too; a chat may fill the context
 
 Message = Mapping[str, object]
 _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
@@ -41,8 +41,9 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
 
 @dataclass(slots=True)
 class Completion:
-    """One choice. `text` is empty for a model without tokenizer.json. Log-probabilities are there if asked for.
-    `stop_reason` is the stop string or the id in `stop_token_ids` that ended it."""
+    """One reply to a prompt. `index` is its number among the replies to the same prompt. `text` is empty for a model
+    without tokenizer.json. Log-probabilities are empty unless requested. `stop_reason` is the stop string, or the token
+    of `stop_token_ids`, that ended the reply."""
 
     prompt: list[int]
     index: int
@@ -56,15 +57,16 @@ class Completion:
 
 
 class LLM:
-    """`LLM("folder", max_num_seqs=8).generate("Once upon a time", max_tokens=32)`.
+    """A loaded model. Example: `LLM("folder", max_num_seqs=8).generate("Once upon a time", max_tokens=32)`.
 
-    `model` is a folder or a hub id, which is downloaded; without one it is the demonstration checkpoint. Keyword
-    arguments are the options of `jamba serve` that concern the model (`SETTINGS`), with underscores, and raise the same
-    errors: ConfigError, and CheckpointError for a model that cannot be loaded. JAMBA_* variables are not read.
+    `model` is a folder or a hub id, which is downloaded. Without it the demonstration checkpoint is loaded. Keyword
+    arguments are the options of `jamba serve` that concern the model (`SETTINGS`), with underscores. They raise the
+    same errors as there: ConfigError, and CheckpointError for a model that cannot be loaded. JAMBA_* environment
+    variables are not read.
 
-    How replies are sampled: keyword arguments of `generate` and `chat` are the fields of SamplingParams, and what they
-    leave out is as the checkpoint's generation_config.json says, as it is on the server. A `SamplingParams` says
-    everything: what it leaves out has the default of its class. Without a seed every prompt gets a random one.
+    Keyword arguments of `generate` and `chat` are the fields of SamplingParams. As on the server, the defaults of
+    absent ones come from the checkpoint's generation_config.json. If a `SamplingParams` is passed instead, absent
+    fields have the defaults of that class. Without a seed every prompt gets a random one.
     """
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
@@ -93,8 +95,9 @@ class LLM:
         progress: bool | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """`n` completions of one or several prompts (text or token ids), prompt-major. Special tokens in a text are
-        text. `progress` None shows a bar for several replies on a terminal. Raises RequestRejected."""
+        """Returns `n` replies to each of one or several prompts (texts or lists of token ids). The replies to the first
+        prompt come first. The names of special tokens in a text are read as plain text. `progress` shows a progress
+        bar; None shows it for several replies on a terminal. Raises RequestRejected."""
         sampled = self._sampling(params, sampling, max_tokens=DEFAULT_MAX_TOKENS)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
         specs = [
@@ -114,8 +117,9 @@ class LLM:
         progress: bool | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """`n` replies to one or several conversations, as `generate`; the prompts are made by the checkpoint's chat
-        template. Without `max_tokens` and `params` a reply may fill the context."""
+        """Returns `n` replies to each of one or several conversations. The checkpoint's chat template turns them into
+        prompts, and the other arguments are those of `generate`. Without `max_tokens` and `params` a reply may fill the
+        context."""
         template = self._chat_template()
         sampled = self._sampling(params, sampling, max_tokens=self.core.info.max_model_len)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
@@ -126,10 +130,10 @@ class LLM:
             specs.append(self._spec(chat.prompt_ids, sampled, n, ending, saves=chat.save_positions, param="messages"))
         return self._run(specs, progress)
 
-    # Texts ------------------------------------------------------------------------------------------------------
+    # Tokenizer and chat template --------------------------------------------------------------------------------
 
     def _text(self) -> Tokenizer:
-        """Raises CheckpointError where the checkpoint has none."""
+        """Returns the tokenizer. Raises CheckpointError if the checkpoint has none."""
         return self._tokenizer or Tokenizer.from_folder(self._folder)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
@@ -138,14 +142,15 @@ class LLM:
     def _chat_template(self) -> ChatTemplate:
         self._text()
         if self._template is None:
-            message = "This model has no chat template. Use `generate`, or name a file: LLM(..., chat_template=FILE)."
+            message = "This model has no chat template. Use `generate`, or pass a file: LLM(..., chat_template=FILE)."
             raise RequestRejected(message, param="messages")
         return self._template
 
-    # Requests ---------------------------------------------------------------------------------------------------
+    # Making requests and running them ---------------------------------------------------------------------------
 
     def _sampling(self, params: SamplingParams | None, given: Mapping[str, Any], *, max_tokens: int) -> SamplingParams:
-        """What all prompts of a call are sampled with. None is as if it had not been given."""
+        """Returns the sampling parameters for all prompts of a call. A keyword argument that is None counts as absent.
+        Raises RequestRejected for an unknown name or a value of the wrong type."""
         if params is None:
             params = SamplingParams(max_tokens=max_tokens, **msgspec.structs.asdict(self._defaults))
         values = msgspec.structs.asdict(params) | {name: value for name, value in given.items() if value is not None}
@@ -153,12 +158,12 @@ class LLM:
         for name, value in values.items():
             if name not in kinds:
                 near = difflib.get_close_matches(name, kinds, n=1) or [", ".join(kinds)]
-                raise RequestRejected(f"{name} is no sampling parameter; did you mean {near[0]}?", param=name)
+                raise RequestRejected(f"{name} is not a sampling parameter; did you mean {near[0]}?", param=name)
             try:
                 values[name] = msgspec.convert(value, kinds[name])
             except msgspec.ValidationError as error:
                 raise RequestRejected(f"{name} is {value!r}. {error}.", param=name) from None
-        if values["top_k"] == -1:  # "all", as on the server
+        if values["top_k"] == -1:  # means all tokens, as on the server
             values["top_k"] = 0
         return SamplingParams(**values)
 
@@ -172,12 +177,13 @@ class LLM:
         saves: tuple[int, ...] = (),
         param: str,
     ) -> GenerationSpec:
-        """One prompt and its choices. Raises RequestRejected."""
+        """Returns the specification of `n` replies to one prompt. Raises RequestRejected for a prompt or parameters
+        that the engine cannot accept."""
         if n < 1:
             raise RequestRejected(f"n is {n}; it must be at least 1.", param="n")
         if options.stops:
-            self._text()  # stop strings need one
-        if params.seed is None:  # one a prompt, or equal prompts would have equal replies
+            self._text()  # stop strings need a tokenizer
+        if params.seed is None:  # each prompt gets its own seed, or equal prompts would have equal replies
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         prompt = admit_prompt(token_ids, params, self.core, param=param, save_positions=saves)
         self._num_prompts += 1
@@ -195,7 +201,7 @@ class LLM:
                         reply = open_.get(update.request_id)
                         if reply is not None and reply.take(update):
                             del open_[update.request_id]
-                            if update.finish_reason is None:  # a stop string: the engine does not know of those
+                            if update.finish_reason is None:  # a stop string, which the engine does not know, was found
                                 self.core.inbox.abort([update.request_id])
                             bar.advance(task)
             finally:
@@ -204,7 +210,7 @@ class LLM:
 
 
 class _Reply:
-    """A request with what has come of it."""
+    """A request and its reply so far."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, options: TextOptions) -> None:
         self.request = request
@@ -212,7 +218,8 @@ class _Reply:
         self._choice = None if tokenizer is None else Choice(request, request.index, tokenizer, options)
 
     def take(self, update: TokenUpdate) -> bool:
-        """Books the update; whether it was the last one. Raises EngineFailed."""
+        """Adds an update to the reply. Returns whether the reply is complete. Raises EngineFailed if the request
+        failed."""
         if update.finish_reason == "error":
             raise EngineFailed(update.error or "The engine failed to run this request.")
         completion, choice = self.completion, self._choice
@@ -222,21 +229,22 @@ class _Reply:
         completion.num_cached = completion.num_cached if update.num_cached is None else update.num_cached
         if choice is None:
             completion.finish_reason = update.finish_reason
-        # the log-probabilities of a prompt would be echoed with its text
+        # Prompt log-probabilities are removed here, because `Choice` would add the prompt's text to the reply.
         elif delta := choice.take(msgspec.structs.replace(update, prompt_logprobs=[])):
             completion.text += delta.text
             completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
-            # what the step brought after a stop string was not wanted
+            # Tokens that the step generated after a stop string are dropped.
             del completion.token_ids[choice.num_tokens :], completion.logprobs[choice.num_tokens :]
         return completion.finish_reason is not None
 
 
 def model_config(model: str | Path | None, settings: Mapping[str, object]) -> ServerConfig:
-    """Raises ConfigError for a setting that is unknown, that has no such value, or that only a server has."""
+    """Returns the configuration for LLM's arguments. Raises ConfigError for a setting that is unknown, has a wrong
+    value, or exists only for a server."""
     values = cast_settings(settings, "LLM")
     if foreign := sorted(values.keys() - SETTINGS):
-        raise ConfigError(f"LLM: {foreign[0]!r} is an option of `jamba serve`, and there is no server here.")
-    # a Path is a folder, and never the id of a model on the hub
+        raise ConfigError(f"LLM: {foreign[0]!r} is an option of `jamba serve` only, because LLM starts no server.")
+    # A Path is always a folder. Only a text may be the id of a model on the hub.
     values["model"] = str(model.expanduser().absolute()) if isinstance(model, Path) else model
     config = ServerConfig(**values)
     config.check()
@@ -244,16 +252,18 @@ def model_config(model: str | Path | None, settings: Mapping[str, object]) -> Se
 
 
 def text_options(stop: str | Sequence[str], include_stop: bool, skip_special_tokens: bool) -> TextOptions:
-    """Raises RequestRejected."""
+    """Returns the options for turning tokens into text. Raises RequestRejected for a stop string that is empty or not a
+    text."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
-        if not isinstance(text, str) or not text:  # pyright: ignore[reportUnnecessaryIsInstance]  # callers differ
+        if not isinstance(text, str) or not text:  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may pass other types
             raise RequestRejected(f"stop has {text!r}; it must be a text of at least one character.", param="stop")
     return TextOptions(stops=stops, include_stop=include_stop, skip_special_tokens=skip_special_tokens)
 
 
 def split_prompts(prompts: str | Sequence[Any]) -> Iterator[str | list[int]]:
-    """A text is one prompt, and so is a list of token ids. Raises RequestRejected for what is neither."""
+    """Yields each prompt. A single text or a single list of token ids is one prompt. Raises RequestRejected for a
+    prompt that is neither a text nor a list of token ids."""
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     for place, prompt in enumerate([prompts] if alone else prompts):
         try:
@@ -264,7 +274,8 @@ def split_prompts(prompts: str | Sequence[Any]) -> Iterator[str | list[int]]:
 
 
 def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, object]]]:
-    """The turns of each as templates take them. Raises RequestRejected in the words of the server."""
+    """Yields the messages of each conversation in the form that chat templates take. Raises RequestRejected, with the
+    same texts as the server, for a message that is not valid."""
     alone = not messages or isinstance(messages[0], Mapping)
     for conversation in [messages] if alone else messages:
         try:
@@ -277,7 +288,8 @@ def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, obje
 
 
 def progress_bar(total: int, wanted: bool | None) -> Progress:
-    """Of replies, on stderr. None: for several of them, where stderr is a terminal."""
+    """Returns a progress bar for `total` replies on stderr. If `wanted` is None, it is shown for several replies if
+    stderr is a terminal."""
     console = Console(stderr=True)
     shown = wanted or (wanted is None and total > 1 and console.is_terminal)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

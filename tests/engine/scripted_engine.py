@@ -1,7 +1,8 @@
-"""An engine process without a model: token i of a reply is 1000 + its position, one a step.
+"""An engine process without a model: each step gives one token, and the token at position i is 1000 + i.
 
-The first token of the prompt says how to misbehave: 666 ends the process at the second step that has the request
-aboard, every time; 667 does so until the file named by $SCRIPTED_ENGINE_MARK exists, which it creates first; 555 hangs.
+The first token of the prompt chooses a failure. With 666 the process ends at the second step that runs the request,
+every time. With 667 it does so once: it first creates the file named by $SCRIPTED_ENGINE_MARK, and if that file exists
+it does not fail. With 555 it hangs.
 The model "loads once" cannot be loaded when that file exists, and creates it.
 """
 

@@ -128,7 +128,7 @@ async def test_a_request_that_cannot_be_sent_leaves_nothing_behind(running: Engi
 
 async def test_a_request_that_outgrew_the_engine_fails_alone(running: EngineClient) -> None:
     prompt = [1] * (running.info.max_model_len + 1)
-    with pytest.raises(EngineFailed, match="room for 4096 tokens; this request has 4097"):
+    with pytest.raises(EngineFailed, match="a context of 4096 tokens; this request has 4097 tokens"):
         await collect(running, [Request(id="a", prompt=prompt, params=SamplingParams())])
     assert await collect(running, [request("b", tokens=2)]) == {"b": expected(2)}
 

@@ -196,12 +196,12 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(format="nvfp4-pack-quantized"), 'group_0.format is "nvfp4-pack-quantized"'),
         (group(targets=None), "group_0.targets is null; a list of names is expected"),
         ({"ignore": "lm_head"}, 'ignore is "lm_head"; a list of names'),
-        ({"ignore": ["re:("]}, 'ignore is "re:("; it is no regular expression'),
-        ({"ignore": ["lm_head"]}, "ignore lacks model.layers.0.mamba.x_proj; this server has no quantized weights"),
+        ({"ignore": ["re:("]}, 'ignore is "re:("; it is not a regular expression'),
+        ({"ignore": ["lm_head"]}, "ignore lacks model.layers.0.mamba.x_proj; this server supports no quantized"),
         (
             {"ignore": ["re:.*mamba", "re:.*router", "model.layers.0.feed_forward.up_proj"]},
-            "ignore has model.layers.0.feed_forward.up_proj and not model.layers.0.feed_forward.gate_proj; this server "
-            "reads the mlp weights either all",
+            "ignore has model.layers.0.feed_forward.up_proj and not model.layers.0.feed_forward.gate_proj; in this "
+            "server either all mlp weights are fp8 or none",
         ),
     ],
 )
@@ -230,8 +230,8 @@ def spoil(name: str, index: tuple[int, int]) -> Callable[[Path], None]:
         (drop(f"{Q}_scale"), f"tensors are missing: {Q}_scale."),
         (set_tensor(Q, torch.ones(16, 16)), f"{Q} has dtype torch.float32; by quantization_config of"),
         (set_tensor(f"{Q}_scale", torch.ones(16)), f"{Q}_scale has shape [16]; "),
-        (set_tensor(f"{Q}_scale", torch.full((16, 1), torch.inf)), f"{Q}_scale holds numbers that are infinite"),
-        (spoil(DOWN, (15, 23)), f"{DOWN} holds numbers that are infinite or none (NaN)"),
+        (set_tensor(f"{Q}_scale", torch.full((16, 1), torch.inf)), f"{Q}_scale holds values that are infinite"),
+        (spoil(DOWN, (15, 23)), f"{DOWN} holds values that are infinite or not a number (NaN)"),
         (set_tensor(f"{Q[:-7]}.input_scale", torch.ones(1)), "q_proj.input_scale [1] has no place in the model"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_plan_takes_pointers_for_no_weights(tmp_path: Path) -> None:
     write_geometry(tmp_path, "3b")
     (tmp_path / MODEL_FILE).write_text("version https://git-lfs.github.com/spec/v1\n")
     assert read_plan(tmp_path).config.tie_word_embeddings
-    with pytest.raises(CheckpointError, match="is no complete safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_model(tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_an_index_beside_a_single_file_is_told(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / INDEX_FILE).write_text("{}")
     [warning] = read_model(tmp_path).warnings
-    assert warning == f"the folder has both {MODEL_FILE}, which is read, and {INDEX_FILE}, which is not"
+    assert warning == f"the folder has both {MODEL_FILE}, which is loaded, and {INDEX_FILE}, which is ignored"
 
 
 CONV, IN = "model.layers.0.mamba.conv1d", "model.layers.0.mamba.in_proj"
@@ -190,7 +190,7 @@ def without_head(tensors: Tensors) -> Tensor:
             set_tensor(f"{IN}.bias", torch.ones(64)),
             "; mamba_proj_bias in config.json",
         ),
-        ({}, set_tensor(f"{CONV}.weight", torch.ones(32, 4, 1)), "; MLX stores it so: serve the checkpoint that"),
+        ({}, set_tensor(f"{CONV}.weight", torch.ones(32, 4, 1)), "; MLX stores it in this shape: serve"),
         ({}, set_tensor("score.bias", torch.ones(2)), "tensor score.bias [2] has no place"),
         ({}, set_tensor("model.model.embed_tokens.weight", torch.ones(48, 16)), "has no place"),
         ({}, set_tensor("embed_tokens.weight", torch.ones(48, 16)), "tensor embed_tokens.weight [48, 16] has no place"),

@@ -211,7 +211,7 @@ def test_a_capture_that_fails_says_how_to_do_without(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    with pytest.raises(RuntimeError, match=r"of 3 sequences could be captured \(operation not .*--enforce-eager"):
+    with pytest.raises(RuntimeError, match=r"of 3 sequences could not be captured \(operation not .*--enforce-eager"):
         CudaGraph(pool=None).capture(lambda: torch.zeros(3, 8))
 
 

@@ -160,7 +160,8 @@ def test_replies_are_beside_the_prompts_budget(geometry: Geometry) -> None:
 def test_a_context_beyond_the_trained_one_is_reduced(geometry: Geometry) -> None:
     plan = make_plan(geometry["3b"], 64 * GIB, max_model_len=1_000_000)
     assert plan.max_model_len == 262_144
-    assert plan.warnings == ("max_model_len 1000000 is reduced to 262144: the model's max_position_embeddings",)
+    reason = "the model's max_position_embeddings is the limit"
+    assert plan.warnings == (f"max_model_len 1000000 is reduced to 262144: {reason}",)
 
 
 def test_kv_cache_memory_counts_pages_only_and_bounds_the_context(geometry: Geometry) -> None:
@@ -168,7 +169,8 @@ def test_kv_cache_memory_counts_pages_only_and_bounds_the_context(geometry: Geom
     assert plan.num_pages == 10 * MIB // (16 * 1024)
     assert plan.max_model_len == (plan.num_pages - 2) * 16
     assert plan.num_slots >= 1 + plan.max_num_seqs + 2  # states come on top
-    with pytest.raises(ConfigError, match="kv_cache_memory_bytes is 49151; 3 pages, the least, take 49152 bytes"):
+    message = "kv_cache_memory_bytes is 49151; it must be at least 49152, the bytes of 3 pages"
+    with pytest.raises(ConfigError, match=message):
         make_plan(geometry["3b"], 64 * GIB, kv_cache_memory_bytes=49_151)
 
 
@@ -297,16 +299,16 @@ def check_plan(plan: MemoryPlan, config: JambaConfig, available: int, device: st
         assert plan.kv_bytes <= engine.kv_cache_memory_bytes
     if engine.state_cache_memory_bytes is not None:
         assert num_saved <= max(2, engine.state_cache_memory_bytes // spec.bytes_per_saved_state)
-    wishes = {
+    requested = {
         "max_model_len": engine.max_model_len or config.max_position_embeddings,
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens or {"cpu": 128, "cuda": 8192}[device],
     }
     shrunk = {line.split()[0] for line in plan.warnings}
-    for key, wish in wishes.items():
+    for key, size in requested.items():
         result = getattr(plan, key)
-        assert result <= wish
-        assert (key in shrunk) == (result < wish), (key, plan.warnings)
+        assert result <= size
+        assert (key in shrunk) == (result < size), (key, plan.warnings)
     mentioned = [line for line in plan.warnings if line.startswith("max_num_seqs")]
     assert not mentioned or mentioned[-1].split(":")[0].endswith(f"reduced to {plan.max_num_seqs}")
 

@@ -142,7 +142,7 @@ def test_300_biases_are_the_limit() -> None:
         ({"stop_token_ids": (-5,)}, "stop_token_ids has token id -5; ids are 0 to 99."),
         (
             {"allowed_token_ids": (5, 6), "bad_words": ((5,), (6, 6))},
-            "allowed_token_ids leaves no token to choose: bad_words or min_tokens forbid all that are allowed.",
+            "allowed_token_ids leaves no token to choose: bad_words or min_tokens forbid all allowed tokens.",
         ),
         ({"min_tokens": 20}, "min_tokens is 20; it must not exceed max_tokens, which is 16."),
     ],

@@ -309,16 +309,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (only(), "has neither model.safetensors nor model.safetensors.index.json."),
     "pickles": (
         only("pytorch_model-1.bin", "pytorch_model-2.bin"),
-        "index.json; pytorch_model-1.bin, pytorch_model-2.bin cannot be read, convert to safetensors (transformers: "
-        "from_pretrained, then save_pretrained).",
+        "index.json; pytorch_model-1.bin, pytorch_model-2.bin cannot be loaded: convert them to safetensors "
+        "(transformers: from_pretrained, then save_pretrained).",
     ),
     "gguf": (
         only("model.gguf"),
-        "model.gguf cannot be read, serve the checkpoint with safetensors that it was made from.",
+        "model.gguf cannot be loaded: serve the original checkpoint in safetensors format instead.",
     ),
-    "truncated": (overwrite(lambda data: data[:-1]), "model.safetensors is no complete safetensors file ("),
-    "empty": (overwrite(lambda _: b""), "model.safetensors is no complete safetensors file (0 bytes; "),
-    "lfs pointer": (overwrite(lambda _: LFS_POINTER), "is no complete safetensors file (77 bytes; "),
+    "truncated": (overwrite(lambda data: data[:-1]), "model.safetensors is not a complete safetensors file ("),
+    "empty": (overwrite(lambda _: b""), "model.safetensors is not a complete safetensors file (0 bytes; "),
+    "lfs pointer": (overwrite(lambda _: LFS_POINTER), "is not a complete safetensors file (77 bytes; "),
     "missing": (
         remove(f"{MAMBA}A_log", f"{MOE}experts.2.up_proj.weight"),
         f": 2 of 83 tensors are missing: {MAMBA}A_log, {MOE}experts.2.up_proj.weight.",
@@ -349,10 +349,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lose_a_shard,
         "lacks model-00002-of-00002.safetensors, named in model.safetensors.index.json;",
     ),
-    "twice": (overlap_shards, "model-00002-of-00002.safetensors: tensor lm_head.weight holds what lm_head.weight has"),
+    "twice": (overlap_shards, "model-00002-of-00002.safetensors: tensor lm_head.weight fills weights that tensor lm"),
     "fused as well": (
         add_fused,
-        f"tensor {MOE}experts.down_proj holds what {MOE}experts.0.down_proj.weight has",
+        f"tensor {MOE}experts.down_proj fills weights that tensor {MOE}experts.0.down_proj.weight has filled already",
     ),
     "index": (index("{"), "model.safetensors.index.json cannot be read as JSON: "),
     "index without map": (
@@ -392,7 +392,7 @@ def test_numbers_that_are_none_are_refused_by_name(value: float, folder: Path) -
     tensor[5, 7] = value
     set_tensor(name, tensor)(folder)
     with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.weight holds numbers th"
+        CheckpointError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.weight holds values th"
     ):
         load(folder)
 

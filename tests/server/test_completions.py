@@ -211,7 +211,7 @@ async def test_the_text_of_the_begin_of_text_token_is_that_token_and_no_second_o
         plain = await http.post(PATH, json={"prompt": " hello <|startoftext|>"})
     for response in (reply, tokens):
         assert response.headers["x-warning"] == (
-            "the prompt begins with the text of <|startoftext|>: read as that token, and no second one added"
+            "the prompt begins with the text of <|startoftext|>, which was read as that token; no second one was added"
         )
     assert tokens.json()["tokens"] == bench.engine.requests[0].prompt == [BOS, *ids(" hello")]
     assert "x-warning" not in plain.headers

@@ -24,7 +24,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 from tests.geometries import GEOMETRIES, write_geometry
 
-PLAIN = "Serve the checkpoint with plain weights that it was made from, with --quantization "
+PLAIN = "Serve the original checkpoint with plain weights instead; to reduce its memory, add --quantization "
 
 
 def files(*names: str, **texts: str) -> Callable[[Path], Path]:
@@ -47,7 +47,7 @@ ADAPTER = json.dumps({"base_model_name_or_path": "ai21labs/AI21-Jamba2-3B"})
 FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "lora": (
         files("adapter_config.json", "adapter_model.safetensors", adapter_config_json=ADAPTER),
-        'is a LoRA adapter of "ai21labs/AI21-Jamba2-3B" (adapter_config.json), which is no model by itself: merge it',
+        'is a LoRA adapter of "ai21labs/AI21-Jamba2-3B" (adapter_config.json), which is not a model by itself: merge',
     ),
     "lora beside a model": (
         files("config.json", "adapter_config.json", "model.safetensors"),
@@ -57,16 +57,16 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "gguf name": (lambda _: Path("x/y.gguf"), "There is no folder or file x/y.gguf; by its name it would be a GGUF fi"),
     "gguf folder": (files("README.md", "a-Q4_K_M.gguf"), "has no config.json; a-Q4_K_M.gguf in it is a GGUF file, whi"),
     "onnx folder": (files("model.onnx"), "model.onnx in it is an export for another runtime, which this server does"),
-    "pickle": (named("pytorch_model.bin", "pytorch_model.bin"), "is no safetensors file; load it with transformers an"),
+    "pickle": (named("pytorch_model.bin", "pytorch_model.bin"), "is not a safetensors file; load it with transformers"),
     "safetensors": (named("model.safetensors", "model.safetensors"), "is a file of weights; give the folder that it"),
-    "another file": (named("notes.txt", "notes.txt"), "notes.txt is no folder; give a checkpoint folder in Hugging F"),
+    "another file": (named("notes.txt", "notes.txt"), "notes.txt is not a folder; give a checkpoint folder in Huggin"),
     "archive": (named("model.tar.gz", "model.tar.gz"), "is an archive; unpack it and give the folder."),
     "empty": (files(), " is empty; give a checkpoint folder in Hugging Face format (config.json, tokenizer.json, *."),
-    "one model below": (files("a/config.json"), "has no config.json itself, but folders that have one; give "),
+    "one model below": (files("a/config.json"), "has no config.json itself, but folders in it have one; give "),
     "models": (files(*(f"{n}/config.json" for n in "abcde")), "/a, "),
     "many models": (files(*(f"{n}/config.json" for n in "abcde")), "/c or one of 2 more."),
     "hub cache": (files("refs/main", "snapshots/1a2b/config.json"), "is an entry of a hub cache; give the hub id, or "),
-    "half a download": (files("tokenizer.json"), "has no config.json, so it is no checkpoint folder in Hugging Face"),
+    "half a download": (files("tokenizer.json"), "has no config.json, so it is not a checkpoint folder in Hugging F"),
     "modelopt": (files("config.json", "hf_quant_config.json"), "has weights quantised by NVIDIA ModelOpt (hf_quant_c"),
     "old gptq": (files("config.json", "quantize_config.json"), "has weights quantised by GPTQ (quantize_config.json)"),
     "a long name": (lambda _: Path("/" + "a" * 5000), "a cannot be read: File name too long."),
@@ -99,22 +99,22 @@ def compressed(**config: Any) -> dict[str, Any]:
 
 
 METHODS: list[tuple[dict[str, Any], str]] = [
-    ({"quantization": {"group_size": 64, "bits": 4}}, f"{MLX}int4 "),
-    (quantized(group_size=64, bits=8), f"{MLX}int8 "),
-    (quantized(quant_method="gptq", bits=4), f'quant_method is "gptq"{ONLY}{PLAIN}int4 '),
-    (quantized(quant_method="gptq", bits=8), f"{PLAIN}int8 "),
-    (quantized(quant_method="awq"), f"{PLAIN}int4 "),
-    (quantized(quant_method="bitsandbytes", load_in_4bit=True), f"{PLAIN}int4 "),
-    (quantized(load_in_8bit=True), f'quant_method is "bitsandbytes"{ONLY}{PLAIN}int8 '),
-    (quantized(quant_method="fp8", weight_block_size=[128, 128]), f"{PLAIN}fp8 "),
+    ({"quantization": {"group_size": 64, "bits": 4}}, f"{MLX}int4"),
+    (quantized(group_size=64, bits=8), f"{MLX}int8"),
+    (quantized(quant_method="gptq", bits=4), f'quant_method is "gptq"{ONLY}{PLAIN}int4'),
+    (quantized(quant_method="gptq", bits=8), f"{PLAIN}int8"),
+    (quantized(quant_method="awq"), f"{PLAIN}int4"),
+    (quantized(quant_method="bitsandbytes", load_in_4bit=True), f"{PLAIN}int4"),
+    (quantized(load_in_8bit=True), f'quant_method is "bitsandbytes"{ONLY}{PLAIN}int8'),
+    (quantized(quant_method="fp8", weight_block_size=[128, 128]), f"{PLAIN}fp8"),
     (quantized(quant_method="fbgemm_fp8"), f", weights quantised by FBGEMM{ONLY}"),
     (quantized(quant_method="modelopt_fp4"), f", weights quantised by NVIDIA ModelOpt{ONLY}"),
     *((quantized(quant_method=name), f"{PLAIN}int") for name in ("torchao", "hqq", "quanto", "aqlm", "marlin")),
     (quantized(quant_method="of-tomorrow"), f'quant_method is "of-tomorrow"{ONLY}'),
-    (compressed(format="pack-quantized"), f'this server reads "float-quantized" only. {PLAIN}int8, int4 or fp8 '),
+    (compressed(format="pack-quantized"), f'this server reads "float-quantized" only. {PLAIN}int8, int4 or fp8'),
     (compressed(transform_config={"config_groups": {"R1": {}}}), "transform_config is {"),
     (compressed(sparsity_config={"format": "sparse-24-bitmask"}), 'sparsity_config.format is "sparse-24-bitmask"'),
-    ({"compression_config": {"format": "float-quantized"}}, "an old name of quantization_config, under which alone"),
+    ({"compression_config": {"format": "float-quantized"}}, "this is an old name of quantization_config"),
     ({"model_type": "mamba2"}, 'model_type is "mamba2"; this server runs "jamba" models only, such as ai21labs/'),
 ]
 
@@ -135,11 +135,11 @@ def test_quantised_weights_are_named_with_what_to_do(changes: dict[str, Any], wo
 
 def test_a_method_that_quantises_plain_weights_is_taken_by_its_name_here(tmp_path: Path) -> None:
     config = load_model_config(write_config(tmp_path, quantized(quant_method="experts_int8")))
-    with pytest.raises(ConfigError, match=r"asks for experts_int8, which .*; ask for that with --quantization int8"):
+    with pytest.raises(ConfigError, match=r"asks for experts_int8, which .*; add --quantization int8 to do the same"):
         QuantizationPolicy.of(EngineConfig(model=""), config.fp8_roles, config.made_at_load)
     policy = QuantizationPolicy.of(EngineConfig(model="", quantization="int8"), config.fp8_roles, config.made_at_load)
     assert policy == QuantizationPolicy("int8")
-    with pytest.raises(ConfigError, match=r"it must be one of int8, int4, fp8\. The nearest to it is int8\."):
+    with pytest.raises(ConfigError, match=r"it must be one of int8, int4, fp8\. The nearest value is int8\."):
         load_config({"quantization": "experts_int8"}, {})
 
 

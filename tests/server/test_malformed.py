@@ -80,9 +80,9 @@ FIELDS: list[tuple[str, Any, str | None, str]] = [
     (CHAT, turns({"role": ["user"], "content": "Hi"}), "messages.0.role", "'assistant'"),
     (CHAT, turns(USER, {"role": "user", "content": 5}), "messages.1.content", "string or a list"),
     (CHAT, turns({"role": "user", "content": ["a"]}), "messages.0.content.0", "must be a JSON object"),
-    (CHAT, part("image_url"), "messages.0.content.1", "text only"),
-    (CHAT, part("input_audio"), "messages.0.content.1", "text only"),
-    (CHAT, part("file"), "messages.0.content.1", "text only"),
+    (CHAT, part("image_url"), "messages.0.content.1", "only text"),
+    (CHAT, part("input_audio"), "messages.0.content.1", "only text"),
+    (CHAT, part("file"), "messages.0.content.1", "only text"),
     (CHAT, turns({"role": "user", "content": [{"type": "text"}]}), "messages.0.content.0.text", "required"),
     # numbers
     (CHAT, chat(temperature=2.1), "temperature", "at most 2"),
@@ -117,7 +117,7 @@ FIELDS: list[tuple[str, Any, str | None, str]] = [
     (CHAT, chat(stop=["a"] * 65), "stop", "has 65 items; at most 64"),
     (CHAT, chat(stop=5), "stop", "string or a list"),
     (CHAT, chat(bad_words="a"), "bad_words", "must be a list"),
-    (CHAT, chat(bad_words=["a", " "]), "bad_words.1", "nothing but spaces"),
+    (CHAT, chat(bad_words=["a", " "]), "bad_words.1", "only spaces"),
     (CHAT, chat(bad_words=["a"] * 65), "bad_words", "at most 64"),
     (CHAT, chat(allowed_token_ids=[]), "allowed_token_ids", "has 0 items; it needs at least 1"),
     (CHAT, chat(allowed_token_ids=[VOCAB_SIZE]), "allowed_token_ids", str(VOCAB_SIZE)),
@@ -158,8 +158,8 @@ FIELDS: list[tuple[str, Any, str | None, str]] = [
     (COMPLETIONS, prompt(best_of=2), "best_of", "not supported"),
     (COMPLETIONS, prompt(messages=[USER]), "messages", "field of /v1/chat/completions"),
     # text
-    (TOKENIZE, {}, "prompt", "is required, or `messages`"),
-    (TOKENIZE, {"prompt": "a", "messages": [USER]}, "prompt", "either"),
+    (TOKENIZE, {}, "prompt", "is required, unless `messages`"),
+    (TOKENIZE, {"prompt": "a", "messages": [USER]}, "prompt", "send one of them"),
     (TOKENIZE, {"messages": [USER], "add_special_tokens": True}, "add_special_tokens", "chat template"),
     (TOKENIZE, {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt", "`messages`"),
     (DETOKENIZE, {"tokens": ["a"]}, "tokens.0", "must be a whole number"),
@@ -258,8 +258,8 @@ RAW: list[tuple[bytes, int, str | None, str]] = [
     (b'{"a": \xff}', 400, "invalid_json", "not valid UTF-8 at byte 6"),
     ('{"a": 1}'.encode("utf-16"), 400, "invalid_json", "UTF-8"),
     ('{"a": 1}'.encode("utf-16-le"), 400, "invalid_json", "zero bytes"),
-    (json.dumps(chat(user="\ud800")).encode(), 400, "invalid_json", "UTF-16 pair"),
-    (json.dumps({"\udc00": 1}).encode(), 400, "invalid_json", "UTF-16 pair"),
+    (json.dumps(chat(user="\ud800")).encode(), 400, "invalid_json", "UTF-16 surrogate pair"),
+    (json.dumps({"\udc00": 1}).encode(), 400, "invalid_json", "UTF-16 surrogate pair"),
     (nested(MAX_JSON_DEPTH + 1), 400, "invalid_json", str(MAX_JSON_DEPTH)),
     (nested(40_000), 400, "invalid_json", str(MAX_JSON_DEPTH)),
     (nested(MAX_JSON_DEPTH), 400, None, "messages"),
@@ -312,7 +312,7 @@ async def test_a_body_that_stops_in_the_middle() -> None:
         "headers": [(b"content-type", b"application/json")],
         "app": Starlette(routes=[Route("/a", lambda request: Response(), methods=["POST"])]),
     }
-    with pytest.raises(HTTPException, match=r"stopped for 0\.001 s") as caught:
+    with pytest.raises(HTTPException, match=r"arrived for 0\.001 s") as caught:
         await JsonBody(app, max_bytes=10, body_timeout=0.001)(scope, receive, send)
     assert caught.value.status_code == 408
 

@@ -1,4 +1,4 @@
-"""What a route does before it needs the engine."""
+"""`wait_for_start` holds a request until the engine has loaded. Routes call it before they use the engine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from jamba_server.server.http.sse import until_disconnect
 
 
 async def wait_for_start(request: Request, services: Services, *, num_choices: int = 1) -> None:
-    """Waits while the engine loads for the first time, within the server's bounds. `request` has been read to its end.
+    """Waits while the engine loads for the first time. The body of `request` must have been read to its end.
 
-    Raises EngineLoading, Overloaded, and ClientDisconnect when the client goes away meanwhile.
+    Raises EngineLoading if loading takes longer than --startup-wait, Overloaded if too many choices wait already, and
+    ClientDisconnect if the client disconnects.
     """
     if services.engine.health.loading is not None:
         await until_disconnect(request.receive, services.startup.wait(num_choices))

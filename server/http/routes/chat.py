@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""The route POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import uuid
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from jamba_server.server.http.choice import TextOptions
-from jamba_server.server.http.errors import request_id_of
+from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
@@ -25,12 +26,12 @@ router = APIRouter(tags=["generation"])
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
-    """The next message of a conversation; with `stream` as server-sent events of `chat.completion.chunk`."""
+    """Returns the next message of a conversation. With `stream`, it is sent as `chat.completion.chunk` events."""
     services.lifecycle.admit()
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
-    spec = await _spec(body, services, f"chatcmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
+    spec = await _spec(body, services, f"chatcmpl-{uuid.uuid4().hex}", request.scope)
     writer = ChatWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
@@ -43,7 +44,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     return await answer(request, writer, services, stream=bool(body.stream))
 
 
-async def _spec(body: ChatCompletionRequest, services: Services, id_: str, http_request_id: str) -> GenerationSpec:
+async def _spec(body: ChatCompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     context = services.engine.info.max_model_len
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
     chat = await services.render(body.messages, add_generation_prompt=body.add_generation_prompt)
@@ -71,5 +72,6 @@ async def _spec(body: ChatCompletionRequest, services: Services, id_: str, http_
         text=text,
         priority=priority,
         cache_salt=body.cache_salt or "",
-        http_request_id=http_request_id,
+        tenant=tenant_of(scope),
+        http_request_id=request_id_of(scope),
     )

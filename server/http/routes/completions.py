@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""The route POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import uuid
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from jamba_server.server.http.choice import TextOptions
-from jamba_server.server.http.errors import request_id_of
+from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
@@ -22,19 +23,19 @@ from jamba_server.server.http.writers.completions import CompletionWriter
 
 router = APIRouter(tags=["generation"])
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+DEFAULT_MAX_TOKENS = 16  # OpenAI's API has the same default for `max_tokens` of completions
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
-    """Continuations of one or several prompts; with `stream` as server-sent events of the same object."""
+    """Returns the continuations of one or several prompts. With `stream`, they are sent as `text_completion` events."""
     services.lifecycle.admit()
     settle_unknown_fields(body, request, services)
     if any(isinstance(prompt, str) and services.begins_with_bos(prompt) for prompt in body.prompts):
         warn_of_bos(request, services)
     await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
     model = services.model(body.model)
-    spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request_id_of(request.scope))
+    spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request.scope)
     writer = CompletionWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
@@ -47,7 +48,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     return await answer(request, writer, services, stream=bool(body.stream))
 
 
-async def _spec(body: CompletionRequest, services: Services, id_: str, http_request_id: str) -> GenerationSpec:
+async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
     bad_words = await services.bad_words(body.bad_words)
     text = TextOptions(
@@ -63,7 +64,8 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, http_requ
         text=text,
         priority=priority,
         cache_salt=body.cache_salt or "",
-        http_request_id=http_request_id,
+        tenant=tenant_of(scope),
+        http_request_id=request_id_of(scope),
     )
 
 
@@ -77,7 +79,7 @@ async def _prompt(
         body,
         services.defaults,
         max_tokens=body.reply_limit(default=DEFAULT_MAX_TOKENS, context=services.engine.info.max_model_len),
-        seed=services.draw_seed(),  # one a prompt, or equal prompts would have equal replies
+        seed=services.draw_seed(),  # each prompt has its own seed: with one for all, equal prompts get equal replies
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         bad_words=bad_words,

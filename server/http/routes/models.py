@@ -1,4 +1,4 @@
-"""GET /v1/models and GET /v1/models/{id}."""
+"""The routes GET /v1/models and GET /v1/models/{model}."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)
 async def list_models(request: Request, services: ServicesOf) -> Response:
-    """The names under which the model is served."""
+    """Lists the names under which the model is served, with its context length."""
     await wait_for_start(request, services)
     return json_response(ModelList(data=[_card(name, services) for name in services.config.served_model_name]))
 

@@ -1,4 +1,4 @@
-"""What operators ask: health, readiness, liveness, version, metrics."""
+"""The routes for operators: /health, /ready, /live, /version and /metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/health", response_model=HealthReply, responses={503: {"model": LoadingReply | HealthReply}})
 async def health(services: ServicesOf) -> Response:
-    """Whether the model has loaded and is not gone for good: else 503. It stays 200 while the engine restarts."""
+    """Answers 503 until the model has loaded and after the engine has failed for good, and 200 otherwise.
+
+    The status stays 200 while the engine restarts.
+    """
     state = services.engine.health
     if state.loading is not None:
         phase, fraction = state.loading.phase, state.loading.fraction
@@ -28,7 +31,8 @@ async def health(services: ServicesOf) -> Response:
 
 @router.get("/ready", response_model=HealthReply, responses={503: {"model": HealthReply}})
 async def ready(services: ServicesOf) -> Response:
-    """Whether to send requests here now: 503 while the engine loads or restarts, and while the server shuts down."""
+    """Answers 200 if this server accepts requests now, and 503 while the engine loads or restarts or the server shuts
+    down."""
     state = services.engine.health
     if services.lifecycle.draining:
         return json_response(HealthReply(status="not ready", reason="the server is shutting down"), status=503)
@@ -39,7 +43,7 @@ async def ready(services: ServicesOf) -> Response:
 
 @router.get("/live", response_model=HealthReply)
 async def live() -> Response:
-    """Whether this process works: always 200, whatever the engine does."""
+    """Answers 200 as long as the HTTP process responds, whatever the state of the engine."""
     return json_response(HealthReply(status="live"))
 
 
@@ -50,6 +54,6 @@ async def version(services: ServicesOf) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, services: ServicesOf) -> Response:
-    """Prometheus' text format, or OpenMetrics for a scraper that asks for it."""
+    """Returns the metrics in Prometheus' text format, or in OpenMetrics if the Accept header asks for it."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(services.metrics.registry), headers={"Content-Type": content_type})

@@ -1,4 +1,7 @@
-"""What a browser opens: GET / says what this is, GET /docs describes the API. Neither needs a network or a key."""
+"""The pages for a browser: GET / describes this server, and GET /docs describes its API.
+
+Both pages work without an API key and without internet access.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from jamba_server.server.http.schemas.models import AboutReply
 from jamba_server.server.http.services import ServicesOf
 
 NAME = "jamba-server"
-NO_ICON = "data:,"  # a browser would ask for /favicon.ico
+NO_ICON = "data:,"  # an empty icon keeps a browser from requesting /favicon.ico
 
 router = APIRouter(tags=["operations"])
 
 
 @router.get("/", response_model=AboutReply)
 async def about(request: Request, services: ServicesOf) -> Response:
-    """What this server is and where to go on: JSON, or a page for a browser."""
+    """Returns the server's name, version, models and links, as JSON or, for a browser, as an HTML page."""
     root = _prefix(request)
     reply = AboutReply(
         name=NAME,
@@ -40,7 +43,7 @@ async def about(request: Request, services: ServicesOf) -> Response:
 
 @router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
-    """Swagger UI, with scripts and styles that this server has itself."""
+    """Returns Swagger UI. Its scripts and styles are served by this server."""
     root = _prefix(request)
     return get_swagger_ui_html(
         openapi_url=f"{root}/openapi.json",
@@ -48,17 +51,19 @@ async def docs(request: Request) -> Response:
         swagger_js_url=f"{root}{ASSETS_PATH}/swagger-ui-bundle.js",
         swagger_css_url=f"{root}{ASSETS_PATH}/swagger-ui.css",
         swagger_favicon_url=NO_ICON,
-        swagger_ui_parameters={"validatorUrl": None},  # the default is a server on the internet
+        swagger_ui_parameters={
+            "validatorUrl": None
+        },  # by default Swagger UI sends the document to a validator on the internet
     )
 
 
 def swagger_assets() -> StaticFiles:
-    """Only the files of fastapi-offline are used: a current Swagger UI in a small package."""
+    """Returns the files of Swagger UI, which the package fastapi-offline contains. None of its code is used."""
     return StaticFiles(packages=[("fastapi_offline", "static")])
 
 
 def _prefix(request: Request) -> str:
-    """The path under which a proxy publishes this server; empty without one."""
+    """Returns the path under which a proxy publishes this server, or an empty string if there is none."""
     return request.scope["root_path"].rstrip("/")
 
 

@@ -1,4 +1,4 @@
-"""How routes answer."""
+"""The JSON reply of a route, and the error replies that the OpenAPI document lists for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from jamba_server.server.http.schemas.base import ErrorReply
 
-# for the OpenAPI document
+# These replies are only declared, for the OpenAPI document. `http/errors.py` makes the actual ones.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 

@@ -1,4 +1,4 @@
-"""POST /tokenize, POST /detokenize and GET /tokenizer_info, in vLLM's shapes."""
+"""The routes POST /tokenize, POST /detokenize and GET /tokenizer_info. Requests and replies have vLLM's fields."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn_
 
 router = APIRouter(tags=["text"])
 
-# transformers' class that reads a tokenizer.json, as this server does, whichever class wrote it
+# This class of transformers reads any tokenizer.json, as this server does, whichever class has written the file.
 TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 
 
 @router.post("/tokenize", response_model=TokenizeReply, responses=ERRORS)
 async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf) -> Response:
-    """The token ids of a prompt or of a conversation as the model reads it."""
+    """Returns the token ids that the model would read for a prompt or a conversation."""
     settle_unknown_fields(body, request, services)
     if body.prompt is not None and services.begins_with_bos(body.prompt):
         warn_of_bos(request, services)
@@ -51,17 +51,17 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
     if body.messages is not None:
         chat = await services.render(body.messages, add_generation_prompt=body.add_generation_prompt)
         return chat.prompt_ids
-    assert body.prompt is not None, "the schema wants one of the two"
+    assert body.prompt is not None, "the schema requires either messages or prompt"
     special = services.tokenizer.special_tokens.get(body.prompt)
     if special is not None and body.add_special_tokens is False:
-        return [special]  # This is how lm-eval asks for the id of the end-of-text token.
+        return [special]  # lm-eval sends such a request to learn the id of the end-of-text token
     services.check_size(body.prompt, param="prompt")
     return await services.encode_prompt(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
 @router.post("/detokenize", response_model=DetokenizeReply, responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, request: Request, services: ServicesOf) -> Response:
-    """The text of token ids, special tokens included; no more ids than the model's context has."""
+    """Returns the text of token ids, special tokens included. The number of ids must not exceed the context length."""
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services)
     services.model(body.model)
@@ -70,7 +70,9 @@ async def detokenize(body: DetokenizeRequest, request: Request, services: Servic
     def reply() -> Response:
         vocab_size = services.tokenizer.vocab_size
         if (unknown := next((id_ for id_ in body.tokens if id_ >= vocab_size), None)) is not None:
-            raise RequestRejected(f"tokens has id {unknown}; ids are 0 to {vocab_size - 1}.", param="tokens")
+            raise RequestRejected(
+                f"tokens has the id {unknown}; it must be from 0 to {vocab_size - 1}.", param="tokens"
+            )
         return json_response(DetokenizeReply(prompt=services.tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
     return await services.in_thread(reply)
@@ -80,7 +82,7 @@ def _check_number(number: int, services: Services, *, param: str) -> None:
     limit = services.engine.info.max_model_len
     if number > limit:
         raise RequestRejected(
-            f"This model's maximum context length is {limit} tokens; the text of {number} tokens is asked for.",
+            f"This model's maximum context length is {limit} tokens; this request is for the text of {number} tokens.",
             param=param,
             code="context_length_exceeded",
         )
@@ -88,7 +90,7 @@ def _check_number(number: int, services: Services, *, param: str) -> None:
 
 @router.get("/tokenizer_info", response_model=TokenizerInfoReply, responses=ERRORS)
 async def tokenizer_info(request: Request, services: ServicesOf) -> Response:
-    """The names and ids of the special tokens, and the chat template; not the vocabulary."""
+    """Returns the texts and ids of the special tokens, and the chat template. The vocabulary is not included."""
     await wait_for_start(request, services)
     tokenizer, template = services.tokenizer, services.chat_template
     named = tokenizer.named_tokens

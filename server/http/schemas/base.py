@@ -1,4 +1,4 @@
-"""What the requests and replies of all endpoints share."""
+"""The fields, types and validators that the requests and replies of several endpoints share."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jamba_server.engine.validation import (
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.unknown import nearest, peer_problem
 
-MAX_CHOICES = 128  # of one prompt
-MAX_STOPS = 64  # the search for them takes time in proportion
+MAX_CHOICES = 128  # for one prompt
+MAX_STOPS = 64  # the time to search a reply for stop strings is proportional to their number
 MAX_BAD_WORDS = 64
 MAX_CACHE_SALT_CHARS = 128
 
 
 def within(field: str, *, low: float | None = None) -> Any:
-    """The range of a sampling parameter, as the engine states it; `low` takes the place of its lower end."""
+    """Returns the range of a sampling parameter from the engine's table RANGES. `low` replaces its lower bound."""
     bounds = RANGES[field]
     if bounds.open:
         return Field(gt=bounds.low, le=bounds.high)
@@ -33,13 +33,15 @@ def within(field: str, *, low: float | None = None) -> Any:
 
 
 def invalid(why: str, *, field: str, kind: LiteralString = "invalid") -> PydanticCustomError:
-    """An error of a validator that sees a whole object, about one field of it. `why` goes on with a sentence that
-    begins with the field's name."""
+    """Returns pydantic's error for one field. Validators that see a whole object use it.
+
+    `why` is the predicate of a sentence that begins with the field's name, such as "is required".
+    """
     return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
 
 
 class RequestBody(BaseModel):
-    """Base of everything that clients send. Fields that are not in a schema stay in `model_extra`."""
+    """The base class of all JSON objects in requests. pydantic stores fields that a schema lacks in `model_extra`."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
     peers: ClassVar[peer_fields.PeerFields] = peer_fields.NONE
@@ -47,7 +49,10 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_unknown(cls, data: Any) -> Any:
-        """Refuses what changes the answer and what looks like a slip; the rest is for the server's settings."""
+        """Refuses unknown fields that would change the answer or that look like a misspelling of a known field.
+
+        `--unknown-fields` decides about the other unknown fields.
+        """
         if not isinstance(data, dict):
             return data
         body = cast("dict[str, Any]", data)
@@ -63,20 +68,22 @@ class RequestBody(BaseModel):
 
 
 class Reply(BaseModel):
-    """Base of everything that the server sends."""
+    """The base class of all JSON objects in replies."""
 
     model_config = ConfigDict(frozen=True)
 
 
 def not_yet(feature: str = "") -> PydanticCustomError:
-    """`feature` is what the sentence goes on with, if it is not about the field itself."""
+    """Returns pydantic's error for a field that is not supported yet, or for a `feature` of it."""
     why = f"has {NotSupportedYet(feature)}" if feature else "is not supported yet"
     return PydanticCustomError("not_supported_yet", "{why}", {"why": why.removesuffix(".")})
 
 
 def unsupported(*neutral: object) -> BeforeValidator:
-    """A field of the API that this server knows but does not have yet: null, or a value that asks for nothing, or
-    refused by name."""
+    """Returns a validator for a known field of the API that this server does not support.
+
+    It accepts null and the `neutral` values, which request nothing, and refuses all other values.
+    """
 
     def refuse(value: object) -> object:
         if value is not None and value not in neutral:
@@ -93,7 +100,7 @@ def _only_text(value: object) -> object:
 
 
 class TextFormat(RequestBody):
-    """Plain text, the only format so far."""
+    """The response format of plain text, which is the only one that this server supports."""
 
     type: Annotated[Literal["text"], Field(description='Always "text".')]
 
@@ -102,7 +109,10 @@ ResponseFormat = Annotated[TextFormat | None, BeforeValidator(_only_text)]
 
 
 def string_or_list(value: object) -> str | None:
-    """Which member of a union of a string and a list is meant; the tags are not part of an error's path."""
+    """Returns the tag that tells pydantic whether to validate the value as a string or as a list.
+
+    Tags are in parentheses, because findings.py leaves such parts out of the paths in errors.
+    """
     return "(string)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
 
@@ -119,7 +129,7 @@ Stop = Annotated[
 
 
 def _token_ids(value: object) -> object:
-    """JSON has only strings as keys; those of `logit_bias` are token ids."""
+    """Converts the keys of `logit_bias` to token ids, because JSON objects can have only strings as keys."""
     if not isinstance(value, dict):
         return value
     try:
@@ -130,7 +140,7 @@ def _token_ids(value: object) -> object:
 
 def _not_blank(value: object) -> object:
     if isinstance(value, str) and value and not value.strip(" "):
-        raise PydanticCustomError("blank", "has nothing but spaces; a word needs another character")
+        raise PydanticCustomError("blank", "has only spaces; a word must have another character")
     return value
 
 
@@ -141,119 +151,125 @@ LogitBias = Annotated[
     BeforeValidator(_token_ids),
 ]
 BadWord = Annotated[str, Field(min_length=1, max_length=256), BeforeValidator(_not_blank)]
-# -1 is no limit, as clients of llama.cpp say it
+# The value -1 means no limit of the reply's tokens, as in llama.cpp's API.
 TokenLimit = Annotated[int, within("max_tokens", low=-1)]
 
 
 class StreamOptions(RequestBody):
-    """What the events of a stream carry."""
+    """Options for the content of a stream's events."""
 
     include_usage: Annotated[
-        bool | None, Field(description="Send one more event at the end, with the token counts.")
+        bool | None, Field(description="Send one more event with the token counts at the end.")
     ] = None
     continuous_usage_stats: Annotated[
-        bool | None, Field(description="vLLM's: with `include_usage`, the counts so far in every event.")
+        bool | None,
+        Field(description="vLLM's field: with `include_usage`, every event has the token counts so far."),
     ] = None
     include_obfuscation: Annotated[
-        Literal[False] | None, Field(description="Padding against traffic analysis; this server has none.")
+        Literal[False] | None,
+        Field(description="Padding against traffic analysis. Must be false: this server has no such padding."),
     ] = None
 
 
 class NoEffect(RequestBody):
-    """Fields of OpenAI's specification that change nothing here: their meaning is a service around the model."""
+    """Fields of OpenAI's specification that this server accepts and ignores, because they do not affect the answer."""
 
-    user: Annotated[str | None, Field(description="The client's name for its user; changes nothing.")] = None
-    metadata: Annotated[dict[str, str] | None, Field(description="The client's own notes; change nothing.")] = None
-    store: Annotated[bool | None, Field(description="Nothing is stored, whatever this says.")] = None
+    user: Annotated[str | None, Field(description="The client's name for its user. It has no effect.")] = None
+    metadata: Annotated[dict[str, str] | None, Field(description="The client's own notes. They have no effect.")] = None
+    store: Annotated[bool | None, Field(description="It has no effect: this server stores nothing.")] = None
     service_tier: Annotated[
         Literal["auto", "default", "flex", "scale", "priority", "fast"] | None,
-        Field(description="There is one tier; changes nothing."),
+        Field(description="It has no effect: this server has one tier."),
     ] = None
-    safety_identifier: Annotated[str | None, Field(description="The client's name for its user; changes nothing.")] = (
+    safety_identifier: Annotated[str | None, Field(description="The client's name for its user. It has no effect.")] = (
         None
     )
     prompt_cache_key: Annotated[
-        str | None, Field(description="A hint for routing between machines; changes nothing.")
+        str | None, Field(description="A hint for routing between machines. It has no effect.")
     ] = None
     spaces_between_special_tokens: Annotated[
-        bool | None, Field(description="vLLM's, for slow tokenizers; changes nothing here.")
+        bool | None, Field(description="vLLM's field for slow tokenizers. It has no effect.")
     ] = None
 
 
 class GenerationBody(NoEffect):
-    """Fields that chats and completions share. None is the model's default (`generation_config.json`)."""
+    """The fields that chats and completions share. A sampling parameter that is None has the default of the model's
+    generation_config.json."""
 
     model: Annotated[
         Annotated[str, Field(max_length=512)] | None,
-        Field(description="A served name, as /v1/models lists them; null: the first of them."),
+        Field(description="One of the names that /v1/models lists. Default: the first of them."),
     ] = None
     n: Annotated[
-        Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None, Field(description="Choices for each prompt; null: 1.")
+        Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None,
+        Field(description="Number of choices for each prompt. Default: 1."),
     ] = None
-    stream: Annotated[bool | None, Field(description="Send the reply as server-sent events, as it comes.")] = None
+    stream: Annotated[bool | None, Field(description="Send the reply as server-sent events while it is generated.")] = (
+        None
+    )
     stream_options: Annotated[
-        StreamOptions | None, Field(description="What the events of a stream carry; only with `stream`.")
+        StreamOptions | None, Field(description="Options for the events of a stream. Only allowed with `stream`.")
     ] = None
     seed: Annotated[
         Annotated[int, within("seed")] | None,
-        Field(description="The same seed, prompt and parameters give the same reply; null: a random one."),
+        Field(description="The same seed, prompt and parameters give the same reply. Default: a random seed."),
     ] = None
     stop: Annotated[Stop | None, Field(description=f"A string that ends the reply, or up to {MAX_STOPS} of them.")] = (
         None
     )
     temperature: Annotated[
         Annotated[float, within("temperature")] | None,
-        Field(description="How much chance there is in the choice of tokens; 0: always the most likely one."),
+        Field(description="Randomness of sampling. 0 always chooses the most likely token."),
     ] = None
     top_p: Annotated[
         Annotated[float, within("top_p")] | None,
-        Field(description="Choose among the fewest tokens whose probabilities add up to this; 1: among all."),
+        Field(description="Sample from the fewest tokens whose probabilities add up to this. 1 means all tokens."),
     ] = None
     presence_penalty: Annotated[
         Annotated[float, within("presence_penalty")] | None,
-        Field(description="Subtracted from the logits of tokens that the reply has already."),
+        Field(description="Subtracted from the logits of tokens that the reply already contains."),
     ] = None
     frequency_penalty: Annotated[
         Annotated[float, within("frequency_penalty")] | None,
-        Field(description="Subtracted from a token's logit for each time that the reply has it."),
+        Field(description="Subtracted from a token's logit once for each time that the reply contains the token."),
     ] = None
     logit_bias: Annotated[
-        LogitBias | None, Field(description="Token ids, as strings, with what is added to their logits.")
+        LogitBias | None, Field(description="Maps token ids, as strings, to numbers that are added to their logits.")
     ] = None
 
-    # vLLM's
+    # The following fields are not OpenAI's but vLLM's.
     top_k: Annotated[
         Annotated[int, within("top_k", low=-1)] | None,
-        Field(description="Choose among so many of the most likely tokens; 0 or -1: among all."),
+        Field(description="Sample from this number of the most likely tokens. 0 and -1 mean all tokens."),
     ] = None
     min_p: Annotated[
         Annotated[float, within("min_p")] | None,
-        Field(description="Choose among tokens with at least this share of the best one's probability."),
+        Field(description="Sample from tokens with at least this share of the most likely token's probability."),
     ] = None
     repetition_penalty: Annotated[
         Annotated[float, within("repetition_penalty")] | None,
-        Field(description="Divides the positive logits, and multiplies the negative ones, of tokens that occurred."),
+        Field(description="Divides positive logits, and multiplies negative logits, of tokens in the prompt or reply."),
     ] = None
     stop_token_ids: Annotated[
         Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None,
-        Field(description="Tokens that end the reply, beside the model's own."),
+        Field(description="Token ids that end the reply, in addition to the model's end tokens."),
     ] = None
     include_stop_str_in_output: Annotated[
-        bool, Field(description="Keep the stop string or stop token in the text.")
+        bool, Field(description="Keep the stop string or stop token in the reply's text.")
     ] = False
-    ignore_eos: Annotated[bool, Field(description="Go on after the model's end token.")] = False
+    ignore_eos: Annotated[bool, Field(description="Continue the reply after the model's end token.")] = False
     min_tokens: Annotated[
-        int, within("min_tokens"), Field(description="So many tokens come before the reply may end.")
+        int, within("min_tokens"), Field(description="Number of tokens that the reply must have before it may end.")
     ] = 0
     skip_special_tokens: Annotated[bool, Field(description="Leave special tokens out of the text.")] = True
     bad_words: Annotated[
         Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None,
-        Field(description="Words that the reply must not have: the token that would complete one is not chosen."),
+        Field(description="Words that the reply must not contain. A token that would complete one is not chosen."),
     ] = None
     allowed_token_ids: Annotated[
         Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True)] | None,
         Field(
-            description="The only tokens that the reply may have; put an end token among them, or it ends by length."
+            description="The only token ids that the reply may have. Without an end token the reply ends by its length."
         ),
     ] = None
     cache_salt: Annotated[
@@ -262,26 +278,26 @@ class GenerationBody(NoEffect):
     ] = None
     priority: Annotated[
         Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None,
-        Field(description="Lower values run first; needs a server with --enable-priority."),
+        Field(description="Lower values run first. The server must run with --enable-priority."),
     ] = None
 
     max_tokens: Annotated[
-        TokenLimit | None, Field(description="The longest reply, in tokens; -1: what the context leaves.")
+        TokenLimit | None, Field(description="Maximum tokens of the reply. -1 means the rest of the context.")
     ] = None
     max_completion_tokens: Annotated[
-        TokenLimit | None, Field(description="OpenAI's newer name of `max_tokens`; send one of them.")
+        TokenLimit | None, Field(description="OpenAI's newer name for `max_tokens`. Send only one of the two.")
     ] = None
     response_format: Annotated[
-        ResponseFormat, Field(description='{"type": "text"}; other formats are not supported yet.')
+        ResponseFormat, Field(description='Must be {"type": "text"}. Other formats are not supported yet.')
     ] = None
     structured_outputs: Annotated[
-        dict[str, Any] | None, unsupported({}), Field(description="vLLM's grammars; not supported yet.")
+        dict[str, Any] | None, unsupported({}), Field(description="vLLM's field for grammars. Not supported yet.")
     ] = None
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        """null is the default, also where that is a number or a bool."""
+        """Removes fields that are null, so that they get their default, which may be a number or a bool."""
         if not isinstance(data, dict):
             return data
         fields = cast("dict[str, Any]", data)
@@ -298,13 +314,13 @@ class GenerationBody(NoEffect):
         return self
 
     def reply_limit(self, *, default: int, context: int) -> int:
-        """The most tokens that the reply may have: `default` where the client names no number."""
+        """Returns the maximum number of tokens in the reply, which is `default` if the client sends no limit."""
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return default if limit is None else context if limit == -1 else limit
 
     @property
     def reports_usage(self) -> bool:
-        """Of streams: whether the tokens are counted at the end."""
+        """Whether a stream ends with an event that has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
@@ -321,7 +337,7 @@ class PromptTokensDetails(Reply):
 
 
 class Usage(Reply):
-    """Tokens of one HTTP request. A prompt counts once, whatever `n`."""
+    """The token counts of one HTTP request. A prompt counts once, however many choices (`n`) it has."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -1,4 +1,4 @@
-"""/v1/chat/completions."""
+"""The request and the replies of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic cannot use typing.TypedDict before Python 3.12
 
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
@@ -26,16 +26,16 @@ from jamba_server.server.http.schemas.base import (
 def _only_text_part(value: Any) -> Any:
     if isinstance(value, dict) and value.get("type") != "text":
         kind = str(value.get("type", "(none)"))[:32]
-        why = f"has the type {kind!r}, but the model reads text only; the type must be 'text'"
+        why = f"has the type {kind!r}, but the model reads only text; the type must be 'text'"
         raise PydanticCustomError("not_text", "{why}", {"why": why})
     return value
 
 
 class TextPart(RequestBody):
-    """A piece of a message's text."""
+    """One part of a message's content. Only parts with text are supported."""
 
-    type: Annotated[Literal["text"], Field(description='Always "text": the model reads nothing else.')]
-    text: Annotated[str, Field(description="The text itself.")]
+    type: Annotated[Literal["text"], Field(description='Must be "text", because the model reads only text.')]
+    text: Annotated[str, Field(description="The text of this part.")]
 
 
 ContentPart = Annotated[TextPart, BeforeValidator(_only_text_part)]
@@ -56,43 +56,51 @@ def _role(value: Any) -> Any:
 
 
 class ChatMessage(RequestBody):
-    """One turn. `developer` is another name for `system`; null content is empty content."""
+    """One message of a conversation. Content that is null is an empty text."""
 
     peers = peer_fields.MESSAGE
 
     role: Annotated[
         Literal["system", "developer", "user", "assistant"],
         BeforeValidator(_role),
-        Field(description="Who speaks; `developer` is another name for `system`."),
+        Field(description="The author of the message. `developer` is another name for `system`."),
     ]
     content: Annotated[
-        Content | None, Field(description="The text, or its parts, which line feeds separate; null is empty.")
+        Content | None,
+        Field(description="The text, or a list of its parts, which are joined by line feeds. null is an empty text."),
     ] = None
     name: Annotated[
         Annotated[str, Field(max_length=256)] | None,
-        Field(description="The speaker's name, if the template has a place."),
+        Field(description="The author's name. It is used if the chat template mentions it."),
     ] = None
 
     tool_call_id: Annotated[
-        str | None, unsupported(""), Field(description="The call that a tool's reply answers; not supported yet.")
+        str | None,
+        unsupported(""),
+        Field(description="The id of the tool call that this message answers. Not supported yet."),
     ] = None
-    # what an assistant's reply carries besides, when a client sends it back as it came
+    # The following fields are part of an assistant's reply. Clients send them back with the conversation.
     annotations: Annotated[
-        list[Any] | None, Field(description="Notes on an earlier reply, as clients send them back; change nothing.")
+        list[Any] | None,
+        Field(description="Notes on an earlier reply, which clients send back. They have no effect."),
     ] = None
     refusal: Annotated[
-        str | None, unsupported(""), Field(description="An earlier refusal; only null, for replies here have none.")
+        str | None,
+        unsupported(""),
+        Field(description="The text of an earlier refusal. Must be null: replies of this server have none."),
     ] = None
     audio: Annotated[
-        dict[str, Any] | None, unsupported(), Field(description="An earlier reply in sound; not supported.")
+        dict[str, Any] | None, unsupported(), Field(description="An earlier spoken reply. Not supported.")
     ] = None
     tool_calls: Annotated[
-        list[Any] | None, unsupported([]), Field(description="The calls that the assistant made; not supported yet.")
+        list[Any] | None,
+        unsupported([]),
+        Field(description="The tool calls of an earlier reply. Not supported yet."),
     ] = None
     function_call: Annotated[
         dict[str, Any] | None,
         unsupported({}),
-        Field(description="OpenAI's older name of a tool's call; not supported."),
+        Field(description="OpenAI's older field for a tool call. Not supported."),
     ] = None
 
     @model_validator(mode="after")
@@ -103,13 +111,13 @@ class ChatMessage(RequestBody):
 
     @property
     def text(self) -> str:
-        """The content; parts are separated by a line feed."""
+        """The text of the message. Line feeds separate its parts."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
 
     def to_template(self) -> dict[str, object]:
-        """The message as chat templates expect it."""
+        """Returns the message in the form that chat templates expect."""
         message: dict[str, object] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.text,
@@ -123,7 +131,10 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 class ChatCompletionRequest(GenerationBody):
-    """OpenAI's chat completion with vLLM's extra fields. Without a limit the reply may fill the context."""
+    """A request for a chat completion, with OpenAI's fields and vLLM's extra ones.
+
+    If the request has no token limit, the reply may fill the rest of the context.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -134,75 +145,85 @@ class ChatCompletionRequest(GenerationBody):
     peers = peer_fields.CHAT
 
     messages: Annotated[Messages, Field(description="The conversation so far, oldest message first.")]
-    logprobs: Annotated[bool | None, Field(description="Give the log-probabilities of the reply's tokens.")] = None
+    logprobs: Annotated[bool | None, Field(description="Return the log-probabilities of the reply's tokens.")] = None
     top_logprobs: Annotated[
-        TopLogprobs | None, Field(description="With `logprobs`: also those of so many of the most likely tokens.")
+        TopLogprobs | None,
+        Field(description="Number of most likely tokens to return at each position. Needs `logprobs`."),
     ] = None
     add_special_tokens: Annotated[
-        Literal[False], Field(description="Always false: the chat template writes the special tokens.")
+        Literal[False], Field(description="Must be false, because the chat template writes the special tokens.")
     ] = False
     add_generation_prompt: Annotated[
-        bool, Field(description="End the prompt with the beginning of the assistant's turn.")
+        bool, Field(description="End the prompt with the beginning of an assistant's message.")
     ] = True
     continue_final_message: Annotated[
-        bool | None, unsupported(False), Field(description="Go on with the last message; not supported yet.")
+        bool | None, unsupported(False), Field(description="Continue the last message. Not supported yet.")
     ] = None
 
     tools: Annotated[
-        list[Any] | None, unsupported([]), Field(description="Functions that the model may call; not supported yet.")
+        list[Any] | None, unsupported([]), Field(description="Functions that the model may call. Not supported yet.")
     ] = None
     tool_choice: Annotated[
         str | dict[str, Any] | None,
         unsupported("none", "auto"),
-        Field(description='Which tool to call; without tools "none" and "auto" are the same.'),
+        Field(description='The tool to call. Must be "none" or "auto", because tools are not supported yet.'),
     ] = None
     parallel_tool_calls: Annotated[
-        bool | None, Field(description="Whether several tools may be called at once; there are none yet.")
+        bool | None,
+        Field(description="Whether a reply may have several tool calls. It has no effect: tools are not supported."),
     ] = None
     functions: Annotated[
-        list[Any] | None, unsupported([]), Field(description="OpenAI's older name of `tools`; not supported.")
+        list[Any] | None, unsupported([]), Field(description="OpenAI's older name for `tools`. Not supported.")
     ] = None
     function_call: Annotated[
         str | dict[str, Any] | None,
         unsupported("none", "auto"),
-        Field(description="OpenAI's older name of `tool_choice`."),
+        Field(description='OpenAI\'s older name for `tool_choice`. Must be "none" or "auto".'),
     ] = None
     reasoning_effort: Annotated[
-        str | None, unsupported("none"), Field(description='How long to reason; only "none" so far.')
+        str | None, unsupported("none"), Field(description='The length of reasoning. Only "none" is supported.')
     ] = None
     modalities: Annotated[
         list[Literal["text"]] | None,
         unsupported([], ["text"]),
-        Field(description='What the reply is made of; only ["text"].'),
+        Field(description='The kinds of output. Only ["text"] is supported.'),
     ] = None
-    audio: Annotated[dict[str, Any] | None, unsupported(), Field(description="A spoken reply; not supported.")] = None
+    audio: Annotated[dict[str, Any] | None, unsupported(), Field(description="A spoken reply. Not supported.")] = None
     prediction: Annotated[
         dict[str, Any] | None,
         unsupported(),
-        Field(description="Text that the reply will likely have; not supported yet."),
+        Field(description="Text that the reply is expected to contain. Not supported yet."),
     ] = None
     moderation: Annotated[
-        dict[str, Any] | None, unsupported(), Field(description="A check of prompt and reply; not supported.")
+        dict[str, Any] | None, unsupported(), Field(description="A moderation of prompt and reply. Not supported.")
     ] = None
     web_search_options: Annotated[
-        dict[str, Any] | None, unsupported(), Field(description="A search of the web; not supported.")
+        dict[str, Any] | None, unsupported(), Field(description="Options of a web search. Not supported.")
     ] = None
     prompt_cache_options: Annotated[
-        dict[str, Any] | None, unsupported({}), Field(description="What of the prompt to cache; not supported yet.")
+        dict[str, Any] | None,
+        unsupported({}),
+        Field(description="The parts of the prompt that are cached. Not supported yet."),
     ] = None
     prompt_cache_retention: Annotated[
         str | None,
         unsupported("in_memory", "in-memory"),
-        Field(description="How long to cache; only in memory so far."),
+        Field(description='Where the prompt is cached. Only "in_memory" is supported.'),
     ] = None
     documents: Annotated[
-        list[Any] | None, unsupported([]), Field(description="Texts for the template to cite; not supported yet.")
+        list[Any] | None,
+        unsupported([]),
+        Field(description="Documents that the chat template puts into the prompt. Not supported yet."),
     ] = None
     chat_template: Annotated[
-        str | None, unsupported(""), Field(description="A template in place of the model's; not supported yet.")
+        str | None,
+        unsupported(""),
+        Field(description="A chat template that replaces the model's. Not supported yet."),
     ] = None
     chat_template_kwargs: Annotated[
-        dict[str, Any] | None, unsupported({}), Field(description="Variables of the template; not supported yet.")
+        dict[str, Any] | None,
+        unsupported({}),
+        Field(description="Variables of the chat template. Not supported yet."),
     ] = None
 
     @model_validator(mode="after")
@@ -211,7 +232,7 @@ class ChatCompletionRequest(GenerationBody):
             raise invalid("is only allowed with `logprobs`: true", field="top_logprobs")
         for field in ("max_tokens", "max_completion_tokens"):
             if getattr(self, field) == 0:
-                raise invalid("is 0; it must be at least 1, or -1 for what the context leaves", field=field)
+                raise invalid("is 0; it must be at least 1, or -1 for the rest of the context", field=field)
         return self
 
 
@@ -236,7 +257,7 @@ class ReplyMessage(Reply):
 
 
 class ChatChoice(Reply):
-    """`stop_reason`: the stop string or the id in `stop_token_ids` that ended the choice."""
+    """One choice of a reply. `stop_reason` is the stop string, or the id in `stop_token_ids`, that ended the choice."""
 
     index: int
     message: ReplyMessage
@@ -255,7 +276,8 @@ class ChatCompletion(Reply):
 
 
 class Delta(TypedDict, total=False):
-    """`role` in the first one, `content` in those that have some, nothing in the one with the finish reason."""
+    """The new part of a message in an event. The first delta of a choice has `role`, the last one, which comes with the
+    finish reason, is empty, and the others have `content`."""
 
     role: Literal["assistant"]
     content: str
@@ -270,7 +292,8 @@ class ChunkChoice(Reply):
 
 
 class ChatCompletionChunk(Reply):
-    """One event of a stream. `usage` is there only with `stream_options.include_usage`; null in all but the last."""
+    """One event of a stream. It has `usage` only with `stream_options.include_usage`; then the last event has the
+    counts, and in the others `usage` is null unless `continuous_usage_stats` is set."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

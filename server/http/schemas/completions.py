@@ -1,4 +1,4 @@
-"""/v1/completions."""
+"""The request and the reply of /v1/completions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from jamba_server.server.http.schemas.base import (
 )
 
 MAX_PROMPTS = 1024
-MAX_REQUEST_CHOICES = 1024  # prompts x n
+MAX_REQUEST_CHOICES = 1024  # limit of the number of prompts multiplied by `n`
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 def _kind(value: object) -> str | None:
-    """Which of the four shapes of a prompt is meant; the first element of a list decides."""
+    """Returns the tag that tells pydantic which of the four forms of a prompt to validate.
+
+    For a list, the first element decides.
+    """
     if isinstance(value, str):
         return "(string)"
     if not isinstance(value, list):
@@ -48,7 +51,10 @@ Prompt = Annotated[
 
 
 class CompletionRequest(GenerationBody):
-    """OpenAI's completion with vLLM's extra fields. `max_tokens` 0 with `echo` scores the prompt."""
+    """A request for a completion, with OpenAI's fields and vLLM's extra ones.
+
+    A request with `echo`, `logprobs` and `max_tokens` 0 returns only the prompt with its log-probabilities.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0.7}]}
@@ -57,20 +63,23 @@ class CompletionRequest(GenerationBody):
     peers = peer_fields.COMPLETION
 
     prompt: Annotated[
-        Prompt, Field(description="What the model continues: a text, token ids, or a list of either for many replies.")
+        Prompt,
+        Field(description="A text or a list of token ids that the model continues, or a list of such prompts."),
     ]
     echo: Annotated[bool | None, Field(description="Put the prompt before the reply.")] = None
     logprobs: Annotated[
-        TopLogprobs | None, Field(description="Log-probabilities of the tokens and of so many of the most likely ones.")
+        TopLogprobs | None,
+        Field(description="Return the tokens' log-probabilities, and this number of most likely tokens per position."),
     ] = None
     best_of: Annotated[
-        Annotated[int, Field(ge=1)] | None, Field(description="The same as `n`; choosing among more is not supported.")
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="Must be equal to `n`. Choosing the best of more replies is not supported."),
     ] = None
     add_special_tokens: Annotated[
         bool, Field(description="Put the begin-of-text token before a prompt that is a text.")
     ] = True
     suffix: Annotated[
-        str | None, unsupported(""), Field(description="Text after the gap to fill; not supported yet.")
+        str | None, unsupported(""), Field(description="The text that follows the reply. Not supported yet.")
     ] = None
 
     @model_validator(mode="after")
@@ -83,7 +92,7 @@ class CompletionRequest(GenerationBody):
             why = f"is {self.best_of}; choosing among more replies than `n`, which is {n}, is not supported"
             raise invalid(why, field="best_of")
         if (num_choices := n * len(self.prompts)) > MAX_REQUEST_CHOICES:
-            why = f"is {n}, which makes {num_choices} choices of all prompts; at most {MAX_REQUEST_CHOICES} are allowed"
+            why = f"is {n}, so that all prompts have {num_choices} choices; at most {MAX_REQUEST_CHOICES} are allowed"
             raise invalid(why, field="n")
         return self
 
@@ -93,13 +102,14 @@ class CompletionRequest(GenerationBody):
             case str() as text:
                 return [text]
             case [int(), *_]:
-                return [self.prompt]  # pyright: ignore[reportReturnType] - a list's first element decides for all
+                # The validator has checked that all elements of the list have the type of its first one.
+                return [self.prompt]  # pyright: ignore[reportReturnType]
             case prompts:
                 return prompts  # pyright: ignore[reportReturnType]
 
 
 class CompletionLogprobs(Reply):
-    """Parallel lists, one entry a token. The first token of an echoed prompt has no log-probability."""
+    """Lists with one entry for each token. The first token of an echoed prompt has no log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -108,7 +118,7 @@ class CompletionLogprobs(Reply):
 
 
 class CompletionChoice(Reply):
-    """`stop_reason`: the stop string or the id in `stop_token_ids` that ended the choice."""
+    """One choice of a reply. `stop_reason` is the stop string, or the id in `stop_token_ids`, that ended the choice."""
 
     index: int
     text: str
@@ -118,7 +128,7 @@ class CompletionChoice(Reply):
 
 
 class Completion(Reply):
-    """The reply, and one event of a stream."""
+    """The whole reply, or one event of a stream, which has the same fields."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

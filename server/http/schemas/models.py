@@ -1,4 +1,4 @@
-"""/v1/models, /tokenize, /detokenize, /tokenizer_info and the replies about the server itself."""
+"""The requests and replies of /v1/models, /tokenize, /detokenize, /tokenizer_info and of the operators' routes."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ ModelName = Annotated[str, Field(max_length=512)]
 
 
 class TokenizeRequest(RequestBody):
-    """Either `prompt` or `messages`. `add_special_tokens` is true unless set, but a chat template writes its own."""
+    """A request for the token ids of either `prompt` or `messages`.
+
+    `add_special_tokens` concerns only `prompt`: for `messages` the chat template writes the special tokens.
+    """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time"}]})
     peers = peer_fields.TOKENIZE
 
-    model: Annotated[ModelName | None, Field(description="A served name, as /v1/models lists them.")] = None
+    model: Annotated[ModelName | None, Field(description="One of the names that /v1/models lists.")] = None
     prompt: Annotated[str | None, Field(description="The text of a completion's prompt.")] = None
     messages: Annotated[Messages | None, Field(description="A conversation, in place of `prompt`.")] = None
     add_special_tokens: Annotated[
-        bool | None, Field(description="Put the begin-of-text token before `prompt`; null: yes.")
+        bool | None, Field(description="Put the begin-of-text token before `prompt`. Default: true.")
     ] = None
     add_generation_prompt: Annotated[
-        bool, Field(description="End the conversation with the beginning of the assistant's turn.")
+        bool, Field(description="End the conversation with the beginning of an assistant's message.")
     ] = True
-    return_token_strs: Annotated[bool | None, Field(description="Give the text of each token, too.")] = None
+    return_token_strs: Annotated[bool | None, Field(description="Return also the text of each token.")] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.prompt is None and self.messages is None:
-            raise invalid("is required, or `messages` in its place", field="prompt")
+            raise invalid("is required, unless `messages` is sent", field="prompt")
         if self.prompt is not None and self.messages is not None:
-            raise invalid("is not allowed beside `messages`; send either of them", field="prompt")
+            raise invalid("is not allowed together with `messages`; send one of them", field="prompt")
         if self.messages is not None and self.add_special_tokens:
             raise invalid("must be false: the chat template writes the special tokens", field="add_special_tokens")
         if self.prompt is not None and not self.add_generation_prompt:
@@ -68,7 +71,8 @@ class TokenizeReply(Reply):
 
 
 class TokenizerInfoReply(Reply):
-    """What vLLM's endpoint of this name tells of tokenizer_config.json, and the ids of the tokens that it names."""
+    """The fields of vLLM's endpoint of the same name, which come from tokenizer_config.json, and the ids of its special
+    tokens."""
 
     tokenizer_class: str
     model_max_length: int
@@ -84,13 +88,15 @@ class TokenizerInfoReply(Reply):
 
 
 class DetokenizeRequest(RequestBody):
-    """Token ids to turn back into text."""
+    """A request for the text of token ids."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [1, 4, 4]}]})
     peers = peer_fields.DETOKENIZE
 
-    model: Annotated[ModelName | None, Field(description="A served name, as /v1/models lists them.")] = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True, description="Token ids; special tokens are written out.")]
+    model: Annotated[ModelName | None, Field(description="One of the names that /v1/models lists.")] = None
+    tokens: Annotated[
+        list[TokenId], Field(fail_fast=True, description="The token ids. Special tokens are part of the text.")
+    ]
 
 
 class DetokenizeReply(Reply):
@@ -98,21 +104,21 @@ class DetokenizeReply(Reply):
 
 
 class HealthReply(Reply):
-    """`reason` says why it is not well."""
+    """The state of the server. `reason` says why it is not well, also with status "ok" while the engine restarts."""
 
     status: Literal["ok", "loading", "dead", "ready", "not ready", "live"]
     reason: str | None = None
 
 
 class LoadingReply(HealthReply):
-    """`fraction` of `phase` of the engine's first start is done."""
+    """The progress of the engine's first start: the `fraction`, from 0 to 1, of the current `phase` that is done."""
 
     phase: str
     fraction: float
 
 
 class AboutReply(Reply):
-    """`models` are the served names; `links` go to what the server has."""
+    """The server's name and version, the names of its models, and the paths of its pages."""
 
     name: str
     version: str

@@ -1,8 +1,9 @@
-"""Fields of other servers that change the answer and that this server does not have.
+"""Tables of request fields that other servers have and this one lacks, and that would change the answer.
 
-Ignoring one of them would give another answer than the client asked for, so a request that has one is refused by name,
-unless its value is neutral. Every schema of a request names the table that holds for it (`RequestBody.peers`).
-Fields that only tell a server how to work (`cache_prompt`, `keep_alive`, `request_id`) are not here: they are ignored.
+If such a field were ignored, the client would get another answer than it requested. A request with one is therefore
+refused, with an error that names the field, unless its value is neutral, that is, would not change the answer.
+`RequestBody.peers` says which table applies to a request. Fields that do not affect the answer, such as `cache_prompt`,
+`keep_alive` and `request_id`, are not listed here and are ignored.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class PeerField:
-    """A field of the server `of`. null is always neutral, and so are the values in `neutral`.
+    """A request field of the server named `of`. The value null and the values in `neutral` do not change the answer.
 
-    `switches` are the fields that turn this one on: where the request has one of them at a neutral value, this one may
-    be anything. `instead` is the name under which this server has the same.
+    `switches` are fields that turn this one on: if the request has one of them with a neutral value, any value of this
+    field is accepted. `instead` is the name of this server's field with the same meaning.
     """
 
     of: str
@@ -34,7 +35,7 @@ PeerFields = Mapping[str, PeerField]
 _MIROSTAT = ("mirostat", "mirostat_mode")
 _BREAKERS = ["\n", ":", '"', "*"]
 
-# Samplers and other rules for the choice of tokens.
+# These fields choose how tokens are sampled.
 _SAMPLING = {
     "typical_p": PeerField("llama.cpp", (1, 0)),
     "typical": PeerField("LocalAI", (1, 0)),
@@ -95,7 +96,7 @@ _SAMPLING = {
     "random_seed": PeerField("Mistral", instead="seed"),
 }
 
-# Penalties and forbidden tokens.
+# These fields penalise or forbid tokens.
 _PENALTIES = {
     "repeat_penalty": PeerField("llama.cpp", (1,), instead="repetition_penalty"),
     "repeat_last_n": PeerField("llama.cpp", (0, 64), switches=("repeat_penalty",)),
@@ -116,7 +117,7 @@ _PENALTIES = {
     "vllm_xargs": PeerField("vLLM", ({},)),
 }
 
-# How long the answer may be, and where it ends.
+# These fields limit the length of the answer or say where it ends.
 _LENGTHS = {
     "n_predict": PeerField("llama.cpp", (-1,), instead="max_tokens"),
     "num_predict": PeerField("Ollama", (-1,), instead="max_tokens"),
@@ -136,7 +137,7 @@ _LENGTHS = {
     "thinking_budget": PeerField("Qwen", (-1, 0)),
 }
 
-# Grammars.
+# These fields force the answer to follow a grammar.
 _GRAMMARS = {
     name: PeerField(of, ("", {}, []), instead="structured_outputs")
     for of, names in {
@@ -149,7 +150,7 @@ _GRAMMARS = {
     for name in names
 }
 
-# What the model reads besides the prompt or the messages.
+# These fields change the text that the model reads, or the model itself.
 _PROMPTS = {
     "system": PeerField("Anthropic", ("", []), instead="messages"),
     "instructions": PeerField("OpenAI's responses", ("",), instead="messages"),
@@ -187,7 +188,7 @@ _PROMPTS = {
     "enable_search": PeerField("Qwen", (False,)),
 }
 
-# What the reply holds.
+# These fields change which data the reply contains.
 _REPLIES = {
     "echo": PeerField("vLLM", (False,)),
     "return_full_text": PeerField("TGI", (False,), instead="echo"),

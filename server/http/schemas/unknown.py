@@ -1,7 +1,8 @@
-"""Fields of a request that its schema does not have: slips of known names, other servers' fields, and the rest.
+"""Finds the unknown fields of a request and decides which of them are refused.
 
-The first two are refused here. The rest is kept by pydantic (`extra="allow"`), found by `unknown_fields`, and ignored
-or refused as `--unknown-fields` says.
+A field that looks like a misspelling of a known one, and a field of another server that would change the answer, are
+refused. pydantic keeps all other unknown fields (`extra="allow"`), `unknown_fields` lists them, and `--unknown-fields`
+says whether they are ignored or refused.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from pydantic import BaseModel
 
 from jamba_server.server.http.schemas.peer_fields import PeerField, PeerFields
 
-MIN_SLIP_CHARS = 4  # shorter names resemble each other by chance
-SHORT_NAME_CHARS = 6  # up to here a slip is one edit, beyond two
+MIN_SLIP_CHARS = 4  # shorter names resemble each other by chance and are never taken for misspellings
+SHORT_NAME_CHARS = 6  # in names of up to this length a misspelling is one edit, in longer names up to two
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name of which `name` looks like a slip, if there is one."""
+    """Returns the known name of which `name` looks like a misspelling, or None if there is no such name."""
     limit = 1 if len(name) <= SHORT_NAME_CHARS else 2
     near = [(d, other) for other in known if (d := _slip(name, other, limit)) is not None]
     return min(near)[1] if near else None
 
 
 def _slip(name: str, other: str, limit: int) -> int | None:
-    """The edits from one name to the other, if these are at most `limit`. Most pairs differ in more letters than so
-    many edits can change, which is seen at once."""
+    """Returns the number of edits between two names if it is at most `limit`, and None otherwise.
+
+    Most pairs are rejected before the slow count, because they differ in more letters than `limit` edits can change.
+    """
     if min(len(name), len(other)) < MIN_SLIP_CHARS or abs(len(name) - len(other)) > limit:
         return None
     if len(set(name) ^ set(other)) > 2 * limit:
@@ -36,8 +39,8 @@ def _slip(name: str, other: str, limit: int) -> int | None:
 
 
 def edits(a: str, b: str) -> int:
-    """Insertions, deletions, substitutions and swaps of neighbours that make `b` of `a`: Damerau and Levenshtein's
-    distance where no letter is edited twice (optimal string alignment)."""
+    """Returns the Damerau-Levenshtein distance of two texts in which no letter is edited twice (optimal string
+    alignment). An edit inserts, deletes or replaces a letter, or swaps two neighbours."""
     before, previous, current = [0], [0], list(range(len(b) + 1))
     for i, char in enumerate(a, start=1):
         before, previous, current = previous, current, [i]
@@ -50,7 +53,7 @@ def edits(a: str, b: str) -> int:
 
 
 def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str | None:
-    """Why `body` cannot be answered without the field `name`, which another server has; None if it can."""
+    """Returns why the server cannot answer `body` without the other server's field `name`, or None if it can."""
     if (field := peers.get(name)) is None or field.is_neutral(body[name]) or _is_off(field, body, peers):
         return None
     hint = f"; send `{field.instead}` instead" if field.instead else ""
@@ -58,12 +61,12 @@ def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str |
 
 
 def _is_off(field: PeerField, body: Mapping[str, Any], peers: PeerFields) -> bool:
-    """Whether one of the field's switches is there, and off."""
+    """Returns whether the body has one of the field's switches with a neutral value, which turns the field off."""
     return any(name in body and name in peers and peers[name].is_neutral(body[name]) for name in field.switches)
 
 
 def unknown_fields(body: BaseModel) -> Iterator[str]:
-    """Paths of the fields that the schemas do not have, at every level; items of a list share their path."""
+    """Yields the paths of all unknown fields in a body, nested ones included. The items of a list share one path."""
     yield from body.model_extra or ()
     for name in type(body).model_fields:
         value = getattr(body, name)

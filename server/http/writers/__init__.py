@@ -1,1 +1,4 @@
-"""The wire shapes of the generating endpoints, one module each; `writer.Writer` is what `sse.answer` asks of them."""
+"""Writers build the replies and events of the generating endpoints, one module for each endpoint.
+
+`sse.answer` calls them through the interface `writer.Writer`.
+"""

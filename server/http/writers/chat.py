@@ -1,4 +1,4 @@
-"""The reply of /v1/chat/completions."""
+"""`ChatWriter` writes the replies of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jamba_server.server.http.writers.writer import ChunkWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatWriter(ChunkWriter[ChunkChoice]):
-    """`chat.completion`, or events of `chat.completion.chunk`."""
+    """Writes a reply as one `chat.completion` object, or as events that are `chat.completion.chunk` objects."""
 
     def reply(self, choices: list[ChoiceDelta]) -> ChatCompletion:
         return ChatCompletion(
@@ -44,12 +44,12 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
         )
 
     def begin(self) -> Iterable[bytes]:
-        """The role of every choice, so that a client sees that its request runs."""
+        """Yields one event for every choice with the role "assistant", which shows that the request is accepted."""
         for index in range(self.generation.num_choices):
             yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
-        """Text and log-probabilities if there are some, and the finish reason on its own."""
+        """Yields one event with the delta's text and log-probabilities, and another one with its finish reason."""
         if delta.text or delta.scores:
             content = Delta(content=delta.text)
             yield self._event(ChunkChoice(index=delta.index, delta=content, logprobs=self._logprobs(delta.scores)))
@@ -70,7 +70,7 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
         return ChatLogprobs(content=[self._token_logprob(score) for score in scores])
 
     def _token_logprob(self, score: TokenScore) -> TokenLogprob:
-        assert score.logprob is not None, "only echoed prompts have tokens without one"
+        assert score.logprob is not None, "only an echoed prompt has a token without a log-probability"
         return TokenLogprob(
             token=self.tokenizer.token_text(score.token_id),
             logprob=score.logprob,

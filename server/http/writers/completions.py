@@ -1,4 +1,4 @@
-"""The reply of /v1/completions."""
+"""`CompletionWriter` writes the replies of /v1/completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jamba_server.server.http.writers.writer import ChunkWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionWriter(ChunkWriter[CompletionChoice]):
-    """`text_completion`, whole and as every event."""
+    """Writes `text_completion` objects: the whole reply is one, and so is every event of a stream."""
 
     def reply(self, choices: list[ChoiceDelta]) -> Completion:
         return self._chunk([self._choice(choice) for choice in choices], self.generation.usage)
@@ -43,7 +43,10 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
         )
 
     def _top(self, score: TokenScore) -> dict[str, float] | None:
-        """The most likely tokens, best first, and always the token itself. Of tokens that look alike, the best one."""
+        """Returns the most likely tokens by their text, the most likely first, and the token itself at the end.
+
+        If several tokens have the same text, the most likely of them is kept.
+        """
         if score.logprob is None:
             return None
         top: dict[str, float] = {}

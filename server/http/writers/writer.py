@@ -1,4 +1,4 @@
-"""Writer: how the reply of an endpoint looks, whole and as a stream of events."""
+"""`Writer` is the interface of the classes that write an endpoint's replies, as one object or as a stream of events."""
 
 from __future__ import annotations
 
@@ -16,43 +16,44 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
-C = TypeVar("C")  # an entry of `choices` in an event
+C = TypeVar("C")  # the type of the entries in an event's field `choices`
 
 
 class Writer(ABC):
-    """Writes the reply to one request, once. An event is the bytes of one server-sent event, its empty line included.
+    """Writes the reply to one request. Each event is the bytes of one server-sent event with the empty line at its end.
 
-    `sse.answer` runs `generation` and calls either `reply`, or `begin`, `write` for every delta, and `end` or `fail`.
+    `sse.answer` runs `generation`. For a single reply it calls only `reply`. For a stream it calls `begin`, then
+    `write` for every delta, and then `end`, or `fail` after an error.
     """
 
     generation: Generation
 
     @abstractmethod
     def reply(self, choices: list[ChoiceDelta]) -> BaseModel:
-        """The whole reply. `choices` are in order, and each has ended."""
+        """Returns the whole reply. `choices` has the merged deltas of every choice, ordered by index."""
 
     @abstractmethod
     def begin(self) -> Iterable[bytes]:
-        """Events that a client gets as soon as the engine has accepted its request."""
+        """Returns the events that are sent as soon as the engine has accepted the request."""
 
     @abstractmethod
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
-        """The events of one delta."""
+        """Returns the events that carry one delta of one choice."""
 
     @abstractmethod
     def end(self) -> Iterable[bytes]:
-        """Events after the last delta."""
+        """Returns the events that follow the last delta of a successful generation."""
 
     @abstractmethod
     def fail(self, error: bytes) -> Iterable[bytes]:
-        """Events in place of all that would have come. `error` is the body of an error reply."""
+        """Returns the events that end the stream after an error. `error` is the body of an error reply, as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkWriter(Writer, Generic[C]):
-    """What OpenAI's two older endpoints share: every event is an object with `choices`, and perhaps with `usage`.
+    """The common part of the writers for chats and completions: every event has `choices` and optionally `usage`.
 
-    `with_usage`: one more event at the end counts the tokens. `with_usage_so_far`: every event does.
+    With `with_usage`, one more event at the end has the token counts. With `with_usage_so_far`, every event has them.
     """
 
     generation: Generation
