@@ -98,3 +98,12 @@ async def test_open_paths_behind_a_prefix(make_bench: MakeBench) -> None:
         paths = ("/jamba/version", "/jamba/jamba/health", "/jambahealth", "/jamba/jamba", "/jambadocs")
         assert [(await http.get(path)).status_code for path in paths] == [401] * 5
         assert (await http.get("/jamba/version", headers={"Authorization": "Bearer key"})).status_code == 200
+
+
+async def test_requests_with_different_keys_belong_to_different_tenants(guarded: Bench) -> None:
+    """Tenants take turns in the scheduler. The engine sees the number of a key and never the key."""
+    async with guarded.http() as http:
+        for key in ("second key", "first key"):
+            assert (await http.post(CHAT, json=chat(), headers={"x-api-key": key})).status_code == 200
+    assert [request.tenant for request in guarded.engine.requests] == ["key-1", "key-0"]
+    assert len({request.parent for request in guarded.engine.requests}) == 2
