@@ -30,13 +30,15 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "detokenize": DetokenizeRequest,
 }
 
+WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
+
 
 def fate(name: str, field: FieldInfo) -> str:
     """Returns "refused" for a field that is known but not supported, "ignored" for one without an effect here."""
     for item in field.metadata:
         if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
             return "refused"
-    return "ignored" if name in NoEffect.model_fields else "honoured"
+    return "ignored" if name in NoEffect.model_fields or name in WITHOUT_EFFECT else "honoured"
 
 
 def field_table(schema: type[BaseModel]) -> str:
@@ -45,7 +47,7 @@ def field_table(schema: type[BaseModel]) -> str:
         key=lambda row: ("honoured", "ignored", "refused").index(row[0]),
     )
     lines = [f"| `{name}` | {what} | {text} |" for what, name, text in rows]
-    return "\n".join(["| field | | meaning |", "| --- | --- | --- |", *lines])
+    return "\n".join(["| field | support | meaning |", "| --- | --- | --- |", *lines])
 
 
 def peer_table() -> str:
@@ -55,7 +57,7 @@ def peer_table() -> str:
     for name, field in {name: field for table in tables for name, field in table.items()}.items():
         by_server.setdefault(field.of, []).append(f"`{name}`")
     lines = [f"| {server} | {', '.join(sorted(names))} |" for server, names in sorted(by_server.items())]
-    return "\n".join(["| server | fields |", "| --- | --- |", *lines])
+    return "\n".join(["| origin | fields |", "| --- | --- |", *lines])
 
 
 def rendered(page: str) -> str:

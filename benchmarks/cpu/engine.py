@@ -83,7 +83,7 @@ class Cell:
         """Returns the seconds for `count` requests with prompts of `length` random tokens and replies of `tokens`."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         vocabulary = range(3, self.config.vocab_size)
-        prompts: list[str | list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
+        prompts: list[list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
         start = time.perf_counter()
         self.llm.generate(prompts, params)
         return time.perf_counter() - start

@@ -1,6 +1,6 @@
 """Measures how `state_cache_dtype: int8` changes log-probabilities after a state is restored, and the memory it saves.
 
-    python -m benchmarks.cpu.saved_state_error --name checkpoint-error [--texts 32]
+    python -m benchmarks.cpu.saved_state_error --name saved-state-error [--texts 32]
 
 The demonstration model writes the texts. Each text is computed up to a cut. Then its state is saved in int8 and
 restored by the engine, or rounded to bfloat16 for comparison, and the rest of the text is forced. The log-probabilities

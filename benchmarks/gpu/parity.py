@@ -90,7 +90,7 @@ def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
     """Generates greedy replies to prompts of all LENGTHS in one batch, with the log-probabilities of all tokens."""
     llm = LLM(folder, device=job.device, dtype=dtype, **{**SETTINGS, **job.options})
     random = Random(0)
-    prompts: list[str | list[int]] = [
+    prompts: list[list[int]] = [
         [random.randrange(3, llm.core.info.vocab_size) for _ in range(length)] for length in LENGTHS
     ]
     params = SamplingParams(
