@@ -15,13 +15,13 @@ from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import describe
 
-# Each key is the name that is shown for a CPU feature; its value is Linux's name in /proc/cpuinfo.
+# Each key is the name under which a CPU feature is printed; each value is the feature's name in Linux's /proc/cpuinfo.
 CPU_FLAGS = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Returns versions, CPU features, the instruction set of the CPU kernels, GPUs, and the kernels of each device.
+    """Returns versions, CPU features, the CPU kernels' instruction set, the GPUs, and the kernels for each device.
 
     The CPU features are None where /proc/cpuinfo does not exist, the instruction set is None where the CPU kernels were
     not built, and the GPUs are None without CUDA.

@@ -1,7 +1,8 @@
-"""Refusals of tensors that compiled code cannot take: it is handed addresses, and reads or writes whatever is there.
+"""This module refuses tensors whose layout compiled code cannot handle.
 
-They raise and are no assertions, which `python -O` removes. They look at layouts only. That the numbers in an index
-tensor (slots, pages, token ids) are within bounds is an invariant of the engine, which makes them.
+Compiled code receives only addresses, and would read or write wrong memory. The checks raise ValueError and are no
+assertions, because `python -O` removes assertions. Only layouts are checked: the engine guarantees that the numbers in
+an index tensor (slots, pages, token ids) are within bounds.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from torch import Tensor
 
 
 def require(holds: bool, name: str, tensor: Tensor, must: str) -> None:
-    """ValueError unless `holds`: the tensor `name` must `must`, for example "have contiguous rows"."""
+    """Raises ValueError unless `holds`. `must` is what the tensor must do, for example "have contiguous rows"."""
     if not holds:
         refuse(name, tensor, must)
 
 
 def refuse(name: str, tensor: Tensor, must: str) -> NoReturn:
-    """ValueError that tells what the tensor is and what it must be."""
+    """Raises ValueError, whose message describes the tensor `name` and says what it must do."""
     kind = str(tensor.dtype).removeprefix("torch.")
     raise ValueError(
         f"{name} must {must}; it is {kind} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

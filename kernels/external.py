@@ -1,6 +1,7 @@
-"""Adapters call causal-conv1d, mamba-ssm and flash-attn. They are used where `--kernels op=name` requests them.
+"""This module implements ops with the packages causal-conv1d, mamba-ssm and flash-attn, where a user requests them.
 
-A package is imported only when its table entry is loaded. None of the packages promises batch-invariant results.
+`--kernels op=name` requests one. A package is imported only when its table entry is loaded. None of the packages
+promises batch-invariant results.
 
 The packages have these limits. mamba-ssm's scan and causal-conv1d's packed form start every sequence from zeros,
 although a chunk of a prompt continues from a state, and neither saves states inside a chunk. flash-attn needs pages
@@ -23,11 +24,11 @@ from jamba_server.kernels.ops import KernelUnavailable, Pages, ScanInputs, ScanW
 from jamba_server.kernels.reference.exact import silu
 from jamba_server.kernels.reference.ragged import initial_states, state_writes
 
-FLASH_PAGE = 256  # flash-attn accepts only pages whose number of tokens is a multiple of this.
+FLASH_PAGE = 256  # flash-attn accepts only pages whose number of tokens is a multiple of 256.
 
 
 def _function(package: str, module: str, name: str, *parameters: str) -> Callable[..., Any]:
-    """Returns a function of an optional package.
+    """Returns the function `name` of an optional package.
 
     Raises KernelUnavailable if the package is missing or the function lacks one of `parameters`, and ImportError if
     the package's compiled part is missing.
@@ -41,7 +42,7 @@ def _function(package: str, module: str, name: str, *parameters: str) -> Callabl
 
 
 class CausalConv1dUpdate:
-    """Implements `kernels.ops.CausalConv1dUpdate` with causal-conv1d, which supports 2 to 4 taps."""
+    """Implements `kernels.ops.CausalConv1dUpdate` with causal-conv1d, for filters of 2 to 4 taps."""
 
     def __init__(self) -> None:
         self._update = _function("causal-conv1d", "causal_conv1d", "causal_conv1d_update", "conv_state_indices")
@@ -61,7 +62,7 @@ def _check_index(conv_state: Tensor) -> None:
 
 
 class CausalConv1d:
-    """Implements `kernels.ops.CausalConv1d` with causal-conv1d, for 2 to 4 taps and a multiple of 8 channels.
+    """Implements `kernels.ops.CausalConv1d` with causal-conv1d, for 2 to 4 taps and D a multiple of 8.
 
     The package starts packed sequences from zeros and does not return their states. This class therefore computes the
     states, and the first W - 1 rows of each sequence.
@@ -77,11 +78,11 @@ class CausalConv1d:
         starts, lengths = segments.query_start.long(), segments.query_start.diff()
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
         sequence = torch.repeat_interleave(numbers, lengths, output_size=len(x))
-        # The package expects x as [1, D, T] and the weight as [D, W]; both are views here.
+        # The package expects x as [1, D, T] and the weight as [D, W]; these transposes copy nothing.
         out = self._convolve(x.t()[None], weight.t(), bias, seq_idx=sequence[None], activation="silu")[0].t()
         states = initial_states(conv_state, segments)
         history = torch.arange(len(weight) - 1, device=x.device)
-        # A sequence with fewer than W - 1 rows computes its last row several times.
+        # In a sequence with fewer than W - 1 rows, the last row is computed several times.
         first = torch.minimum(history, lengths[:, None] - 1)
         line = torch.cat([states, x[starts[:-1, None] + first]], dim=1)
         taps = first[:, :, None] + torch.arange(len(weight), device=x.device)
@@ -122,8 +123,8 @@ class SelectiveStateUpdate:
             z=inputs.z,
             dt_bias=weights.dt_bias,
             dt_softplus=True,
-            # mamba-ssm multiplies the indices by a stride in their own dtype. With int32 the product overflows from a
-            # few hundred slots of a large model on.
+            # mamba-ssm multiplies slot indices by a stride in the dtype of the indices. In int32 the product would
+            # overflow for a large model with a few hundred slots.
             state_batch_indices=state_ids.long(),
         )
 

@@ -28,7 +28,7 @@ class KernelUnavailable(Exception):
 
 
 class StateSaves(NamedTuple):
-    """Lists the positions inside chunks at which the state is saved, in addition to the final state of each sequence.
+    """Lists the rows inside prefill chunks after which the state is saved, besides the final state of each sequence.
 
     Sequence i saves its state after each of the rows `rows[start[i]:start[i+1]]`, in ascending order. The state just
     after row `rows[j]` is also written to slot `slots[j]`; rows count from the first row of the batch that the op
@@ -87,7 +87,7 @@ class CausalConv1d(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """Returns silu(depthwise causal convolution + bias) of every sequence, which continues from its state.
+        """Returns silu(depthwise causal convolution of x + bias). Each sequence continues from its stored inputs.
 
         x: dtype [T, D]; weight: dtype [W, D], where tap W-1 multiplies the current token; bias: dtype [D].
         conv_state: dtype [slots, W-1, D], with any stride over slots. A slot holds the last W-1 inputs of the
@@ -179,7 +179,7 @@ class MambaDecode(Protocol):
         ...
 
     def __call__(self, xz: Tensor, weights: Any, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """Returns the inputs of out_proj: dtype [N, D].
+        """Returns the tensor that out_proj multiplies: dtype [N, D].
 
         xz: dtype [N, 2D], the inputs of the convolution followed by the gate. conv_state and ssm_state are those of
         `CausalConv1d` and `SelectiveScan`. state_ids: int32 [N].
@@ -215,16 +215,16 @@ class AttentionDecode(Protocol):
 
 class CopySlots(Protocol):
     def __call__(self, tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
-        """Copies tensor[sources[i]] to tensor[destinations[i]], for every tensor and every pair i.
+        """Copies tensor[sources[i]] to tensor[destinations[i]], for every tensor and every index i.
 
-        sources, destinations: int64 [pairs], indices into the first dimension of each tensor. The destinations are
-        distinct and none is a source, so the pairs may be copied in any order.
+        sources, destinations: int64 [number of copies], indices into the first dimension of each tensor. The
+        destinations are distinct and none is a source, so the order of the copies does not matter.
         """
         ...
 
 
 class CompressedStates(NamedTuple):
-    """Holds the SSM states of M layers, compressed to one byte per number. A number is its value times its scale.
+    """Holds the SSM states of M layers, compressed to one byte per number: a stored value times a scale.
 
     values: int8 [slots, M, D, S], from -127 to 127; scales: float32 [slots, M, D], one for each channel.
     """
@@ -235,10 +235,10 @@ class CompressedStates(NamedTuple):
 
 class CompressStates(Protocol):
     def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
-        """Compresses slot sources[i] of `states` into slot destinations[i] of `compressed`, for every pair i.
+        """Compresses slot sources[i] of `states` into slot destinations[i] of `compressed`, for every index i.
 
-        states: float32 [slots, M, D, S]; sources, destinations: int64 [pairs]; the destinations are distinct. A
-        channel's scale is its largest magnitude times 1/127. A value is x * (127 / largest magnitude), rounded to the
+        states: float32 [slots, M, D, S]; sources, destinations: int64 [number of slots]; the destinations are distinct.
+        A channel's scale is its largest magnitude times 1/127. A value is x * (127 / largest magnitude), rounded to the
         nearest integer with ties to even. All arithmetic is in float32. A channel whose magnitudes are all below
         2**-100 is stored as zeros. The states must be finite: the result for NaN and infinity is undefined.
         """
@@ -247,7 +247,7 @@ class CompressStates(Protocol):
 
 class RestoreStates(Protocol):
     def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
-        """Sets states[destinations[i]] to values[sources[i]] * scales[sources[i]], for every pair i.
+        """Sets states[destinations[i]] to values[sources[i]] * scales[sources[i]], for every index i.
 
         Shapes and dtypes are those of `CompressStates`.
         """
@@ -256,7 +256,7 @@ class RestoreStates(Protocol):
 
 class SiluAndMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """Returns silu(gate) * up: dtype [T, F].
+        """Returns silu(gate) * up, the activation of a gated MLP: dtype [T, F].
 
         gate_up: dtype [T, 2F], the gate first. silu is computed in float32 and rounded to dtype before the product.
         """
@@ -268,13 +268,13 @@ class RouteExperts(Protocol):
         """Returns the `top_k` most probable experts of each token: (weights float32 [T, K], ids int32 [T, K]).
 
         logits: dtype [T, E]. The weights are the probabilities of a float32 softmax over all experts and are not
-        renormalised. The most probable expert comes first; of equal ones, the one with the lower index.
+        renormalised. The most probable expert comes first; of equally probable experts, the lower id.
         """
         ...
 
 
 class QuantizedWeight(NamedTuple):
-    """Holds a quantised weight [..., N, K]: values * scales, with one scale for each row and each group of inputs.
+    """Holds a quantised weight [..., N, K]: values * scales. Each group of inputs of a row has a scale.
 
     A group has `group_size` inputs; the last group of a row may be shorter. `bits` is 8 or 4. values: [..., N, K]; the
     format int8 has int8 values from -127 to 127, int4 has int8 values from -7 to 7 (two numbers are not yet packed
@@ -294,7 +294,7 @@ Weight = Tensor | QuantizedWeight
 
 class RunExperts(Protocol):
     def pack(self, gate_up: Weight, down: Weight) -> Any:
-        """Returns the experts' weights in the layout of this implementation. It is called once, when a model is loaded.
+        """Returns the experts' weights in this implementation's layout. `pack` is called once, when a model is loaded.
 
         gate_up: [E, 2F, H], the gate's rows first; down: [E, H, F].
         """
@@ -303,14 +303,14 @@ class RunExperts(Protocol):
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
         """Returns the sum over a token's experts of weight * down(silu(gate(x)) * up(x)): dtype [T, H].
 
-        x: dtype [T, H]; weights, ids: the results of `RouteExperts`. The experts are added in the order of their rank.
+        x: dtype [T, H]; weights, ids: the results of `RouteExperts`. Outputs are added in the order of the ids.
         """
         ...
 
 
 class Linear(Protocol):
     def pack(self, weight: Weight) -> Any:
-        """Returns a weight [N, K] in the layout of this implementation. It is called once, when a model is loaded."""
+        """Returns a weight [N, K] in this implementation's layout. `pack` is called once, when a model is loaded."""
         ...
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ class Linear(Protocol):
 
 
 class SampleInputs(NamedTuple):
-    """Holds the sampling parameters of N rows.
+    """Holds the sampling parameters of N rows of logits.
 
     temperature (0 means greedy), top_p and min_p: float32 [N]; top_k: int32 [N], 0 for the whole vocabulary. keys:
     int64 [N], a hash of (seed, choice, position). A row's noise depends on its key alone.

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class KernelError(ValueError):
-    """Is raised where a requested kernel does not exist or cannot run. The message lists the existing ones."""
+    """Is raised where a requested kernel does not exist or cannot run. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """Describes one implementation for a reader. `status` is "selected", "available", or the reason it cannot run."""
+    """Describes one implementation for a report. `status` is "selected", "available", or the reason it cannot run."""
 
     op: str
     implementation: str
@@ -62,7 +62,7 @@ class TableRow:
 
 
 def _triton(module: str, name: str) -> Callable[[], Any]:
-    """Returns a function that loads an op of `kernels.triton`.
+    """Returns a function that loads the op `name` from a module of `kernels.triton`.
 
     The module is imported when that function is called, because it can be imported only where triton is installed.
     """
@@ -172,8 +172,8 @@ OPS: tuple[str, ...] = tuple(
     field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
 )
 
-# The families are ordered from the widest to the narrowest. A request for a narrower family overrides that for a wider
-# one, and a request for a single op overrides that for its family.
+# The families of ops are ordered from the largest to the smallest. A request for a family overrides a request for a
+# larger family, and a request for a single op overrides a request for its family.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "all": OPS,
     "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_decode"),
@@ -188,7 +188,7 @@ def implementations(op: str, device: str) -> tuple[Implementation, ...]:
 
 
 def select(device: str, requested: Mapping[str, str], batch_invariant: bool | None = None) -> Kernels:
-    """Returns the kernels for a device: the requested implementation of each op, otherwise the first that loads.
+    """Returns the kernels for a device: for each op the requested implementation, or else the first that loads.
 
     `requested` maps an op or a family ("mamba", "attention", "moe", "all") to the name of an implementation. For an op
     that is not requested, an implementation that cannot load is skipped with a warning, and `batch_invariant` sets the
@@ -225,7 +225,7 @@ def select(device: str, requested: Mapping[str, str], batch_invariant: bool | No
 
 
 def describe(device: str) -> list[TableRow]:
-    """Returns one row per op and implementation, as `select` would choose them on this machine without requests."""
+    """Returns a row for each implementation of each op. Those that `select` chooses without requests are "selected"."""
     rows: list[TableRow] = []
     selected: dict[str, tuple[Implementation, Any]] = {}
     for op in OPS:
@@ -241,7 +241,7 @@ def describe(device: str) -> list[TableRow]:
 
 
 def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Implementation]:
-    """Returns the implementations that `select` tries in turn where none is requested."""
+    """Returns the implementations of an op that `select` tries in turn if no implementation of the op is requested."""
     entries = implementations(op, device)
     if batch_invariant is None:
         return sorted(entries, key=lambda entry: not entry.batch_invariant)
@@ -249,12 +249,15 @@ def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Impl
 
 
 def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
-    """Returns whether an implementation and its parts are batch-invariant. A part never has parts of its own."""
+    """Returns whether an implementation and its parts (the ops that it fuses) are batch-invariant.
+
+    Parts have no parts of their own.
+    """
     return entry.batch_invariant and all(chosen[part].batch_invariant for part in entry.parts)
 
 
 def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:
-    """Returns (the loaded op, "") or (None, the reason that it cannot load). `chosen` has the ops loaded so far."""
+    """Returns (the loaded op, "") or (None, the reason why it cannot load). `chosen` maps op names to loaded ops."""
     try:
         return entry.load(*(chosen[part] for part in entry.parts)), ""
     except (KernelUnavailable, ImportError, OSError) as error:

@@ -17,11 +17,11 @@ from torch import Tensor
 from jamba_server.kernels import ops
 from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
-MIN_QUERY_LEN = 64  # For fewer tokens, gathering the keys costs more time than flash attention saves.
-MAX_GATHERED_BYTES = 1 << 29  # One op may gather at most this many bytes of keys and values.
-MIN_ROWS_PER_EXPERT = 32  # With fewer rows per expert on average, the experts' products are memory-bound.
-MIN_ROWS = 65  # With fewer rows, a product is memory-bound.
-# On GPUs of other compute capabilities, torch loops over the experts and waits for the device.
+MIN_QUERY_LEN = 64  # With fewer new tokens, copying the cached keys takes more time than flash attention saves.
+MAX_GATHERED_BYTES = 1 << 29  # The largest size in bytes of the copy of keys and values that attention makes.
+MIN_ROWS_PER_EXPERT = 32  # With fewer tokens per expert on average, the experts' products are memory-bound.
+MIN_ROWS = 65  # With fewer rows of x, a matrix product is memory-bound.
+# torch has a grouped product for these compute capabilities. On other GPUs it loops over experts and the host waits.
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 
 
@@ -40,18 +40,18 @@ class AttentionPrefill:
             raise KernelUnavailable("this build of torch has no flash attention")
         self._attend: Any = varlen_attn
         self._other = other
-        # torch 2.11 detects fewer KV heads than query heads by itself; later versions need the option.
+        # torch 2.11 detects fewer KV heads than query heads by itself; later versions need enable_gqa.
         self._options = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
         """See `kernels.ops.AttentionPrefill`."""
-        # This upper bound of the number of cached tokens is known without waiting for the device.
+        # The host knows this upper bound of the number of cached tokens without waiting for the device.
         tokens = len(pages.context_lens) * pages.max_context_len
         if not _fits(q, pages, tokens) or max_query_len < MIN_QUERY_LEN:
             return self._other(q, pages, query_start, max_query_len, scale)
         key_start = F.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         k, v = _gather(pages, key_start, tokens)
-        window = (-1, 0)  # This window means causal attention: the last row of a sequence sees its last key.
+        window = (-1, 0)  # Attention is causal: the last row of a sequence sees all keys of the sequence.
         lengths = max_query_len, pages.max_context_len
         return self._attend(q, k, v, query_start, key_start, *lengths, scale=scale, window_size=window, **self._options)
 
@@ -68,9 +68,9 @@ def _fits(q: Tensor, pages: Pages, tokens: int) -> bool:
 
 
 def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Returns K and V [tokens, G, Z] of all contexts, one after the other. Rows after the last context are undefined.
+    """Returns K and V [tokens, G, Z] of all sequences, concatenated. Rows after the last sequence are undefined.
 
-    `key_start` [N+1] has the first row of each context.
+    `key_start` [N+1] has the first row of each sequence.
     """
     token = torch.arange(tokens, dtype=torch.int32, device=key_start.device)
     sequence = (torch.searchsorted(key_start, token, right=True) - 1).clamp_(max=len(key_start) - 2)
@@ -82,7 +82,7 @@ def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tenso
 
 
 class Linear:
-    """Implements `kernels.ops.Linear` with torch's product (cuBLAS) for many rows.
+    """Implements `kernels.ops.Linear` with torch's matrix product (cuBLAS), for many rows of x.
 
     `other` computes products of few rows and products with quantised weights. Its `pack` must not change the layout of
     weights that are not quantised.
@@ -92,7 +92,7 @@ class Linear:
         self._other = other
 
     def pack(self, weight: Weight) -> Any:
-        """Returns the weight as `other` packs it: only the layout of a quantised weight changes."""
+        """Returns the weight packed for the Triton kernel. Only a quantised weight changes its layout."""
         return self._other.pack(weight)
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
@@ -118,10 +118,10 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements `kernels.ops.RunExperts` with torch's grouped product for many rows of bfloat16.
+    """Implements `kernels.ops.RunExperts` with torch's grouped product, for many tokens in bfloat16.
 
-    `other` computes all other cases: few rows, quantised weights and other dtypes. Both read the same copy of the
-    weights.
+    `other` computes all other cases: few tokens, quantised weights and other dtypes. Torch's product and `other` share
+    one copy of the weights.
     """
 
     def __init__(self, silu_and_mul: ops.SiluAndMul, other: ops.RunExperts) -> None:
@@ -131,7 +131,7 @@ class RunExperts:
         self._silu_and_mul, self._other = silu_and_mul, other
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Returns the weights for both kernels, without a change of layout unless they are quantised."""
+        """Returns the weights for torch's product and the Triton kernel. Only quantised weights change their layout."""
         if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.dtype != torch.bfloat16:
             return Experts(None, self._other.pack(gate_up, down))
         gate_up, down = gate_up.contiguous(), down.contiguous()
@@ -145,7 +145,7 @@ class RunExperts:
             return self._other(x, experts.packed, weights, ids)
         gate_up, down = experts.matrices
         tokens, top_k = ids.shape
-        chosen = ids.flatten().sort(stable=True)  # Entry t * K + rank is the expert that token t has at that rank.
+        chosen = ids.flatten().sort(stable=True)  # Index t * K + i stands for expert i in the list of token t.
         numbers = torch.arange(len(down), dtype=torch.int32, device=x.device)
         ends = torch.searchsorted(chosen.values, numbers, right=True, out_int32=True)
         hidden = self._silu_and_mul(F.grouped_mm(x[chosen.indices // top_k], gate_up.transpose(1, 2), offs=ends))

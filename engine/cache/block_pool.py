@@ -1,4 +1,4 @@
-"""BlockPool: hands out the ids of equal-sized cache units. KV pages have one pool, state slots another."""
+"""BlockPool: hands out the ids of cache units of one size. The KV pages have one pool, the state slots have another."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from heapq import heapify, heappop, heappush
 
 
 class BlockPool:
-    """Ids of cache units, which are reference-counted and can be found by a key of their content.
+    """Hands out the ids of cache units, counts the references to each unit, and finds a unit by the key of its content.
 
     A unit without references keeps its content and key until its id is handed out again, so "cached" means "free, but
-    still findable". Free units without a key are handed out first, then the cached unit of lowest rank is evicted. The
-    rank of a unit is set when it is released: its worth plus the rank of the last evicted unit (GreedyDual, Young
-    1994). Of units of equal worth, the least recently used one is therefore evicted first, and a unit of higher worth
-    stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool remembers the keys of
-    evicted units for a while, so that statistics can tell the cause of a cache miss.
+    still findable". Free units without a key are handed out first, then the cached unit with the lowest eviction
+    priority is evicted. The priority of a unit is set when the unit is released: the cost of losing its content
+    (`worth`) plus the priority of the last evicted unit (GreedyDual, Young 1994). Of units of equal cost, the least
+    recently used one is therefore evicted first, and a unit of higher cost stays longer, but not for ever. Id 0 is
+    never handed out: padding rows use it. The pool remembers the keys of evicted units for a while, so that statistics
+    can tell the cause of a cache miss.
     """
 
     def __init__(self, size: int) -> None:
@@ -23,13 +24,15 @@ class BlockPool:
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
         self._worth: dict[int, float] = {}
-        # These units are free and have no key. The last one is handed out first.
+        # The ids of free units without a key. The last id of the list is handed out first.
         self._empty = list(range(size - 1, 0, -1))
-        # Maps each cached unit to its rank, and to the number of releases so far, by which equal ranks are sorted.
+        # Maps the id of each cached unit to its eviction priority (the unit with the lowest priority is evicted first)
+        # and to the value of `_releases` when the unit was released, which orders units of equal priority.
         self._ranks: dict[int, tuple[float, int]] = {}
-        # The cached units as a heap of (*entry of `_ranks`, id). Entries that `_ranks` contradicts are skipped.
+        # A heap of (priority, release number, id) for the cached units. An entry that differs from the one in `_ranks`
+        # is out of date and is skipped.
         self._queue: list[tuple[float, int, int]] = []
-        self._clock = 0.0  # holds the rank of the last evicted unit
+        self._clock = 0.0  # holds the eviction priority of the last evicted unit
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
         self.evicted: list[tuple[int, bytes]] = []  # lists (id, key) of the units that the last `allocate` evicted
@@ -52,13 +55,13 @@ class BlockPool:
         return self._ids.get(key)
 
     def was_evicted(self, key: bytes) -> bool:
-        """Returns whether the unit of `key` was evicted recently. The pool remembers four keys for each of its
-        units."""
+        """Returns whether the unit that had `key` was evicted recently. The pool remembers the keys of the last evicted
+        units, four times as many keys as it has units."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
-        """Returns `n` ids with one reference each. Returns None, and changes nothing, if too few units are free.
-        Without `evict`, only units without a key are handed out."""
+        """Returns `n` ids and gives each of these units one reference. Returns None, and changes nothing, if fewer than
+        `n` units are free. If `evict` is false, no unit with a key is handed out."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -68,7 +71,7 @@ class BlockPool:
         return ids
 
     def retain(self, ids: Iterable[int]) -> None:
-        """Adds one reference to each of the units, which are in use or cached."""
+        """Adds one reference to each unit in `ids`. Each must be in use already, or be free and still have its key."""
         for i in ids:
             if self.refs[i] == 0:
                 del self._ranks[i]
@@ -95,8 +98,8 @@ class BlockPool:
         return True
 
     def reset(self, forgotten: Set[bytes]) -> None:
-        """Takes all references back and forgets the keys in `forgotten`. Everything else is rebuilt from the map of ids
-        to keys, because a step that failed may have left the other fields half changed."""
+        """Drops the references to all units and forgets the keys in `forgotten`. All other fields are rebuilt from the
+        map of ids to keys, because a failed step may have left them inconsistent."""
         self._keys = {i: key for i, key in self._keys.items() if key not in forgotten}
         self._ids = {key: i for i, key in self._keys.items()}
         self._worth = {i: self._worth.get(i, 0.0) for i in self._keys}
@@ -120,7 +123,7 @@ class BlockPool:
         heapify(self._queue)
 
     def _evict(self) -> int:
-        """Forgets the key of the cached unit of lowest rank and returns the id of that unit."""
+        """Forgets the key of the cached unit with the lowest eviction priority and returns the id of that unit."""
         while True:
             rank, released, i = heappop(self._queue)
             if self._ranks.get(i) == (rank, released):

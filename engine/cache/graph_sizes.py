@@ -1,36 +1,38 @@
-"""GraphSizes: the numbers of rows and the context lengths for which graphs of decode steps are captured, and the memory
-that these graphs need. Works without torch."""
+"""GraphSizes: decides for which numbers of rows and context lengths decode steps are captured as graphs, and estimates
+the memory of these graphs. Works without torch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from typing import NamedTuple
 
-MAX_ROWS = 512  # a larger batch gains nothing from a graph: its kernels run longer than the host needs to launch them
-# A GPU's graph has attention splits for the longest context, and empty splits are cheap, so a few context lengths are
-# enough. On a CPU the partial results of attention need memory in proportion to rows * context. This product is
-# limited to CPU_MAX_TOKENS: larger steps take so long that a graph would not speed them up.
+# A larger batch gains nothing from a graph, because its kernels run longer than the host needs to launch them.
+MAX_ROWS = 512
+# A GPU graph always runs as many attention splits as its longest context needs. Splits without tokens are cheap, so a
+# few context lengths are enough. On a CPU the partial results of attention need memory in proportion to rows * context.
+# CPU_MAX_TOKENS limits this product: a step beyond the limit takes so long that a graph would not speed it up.
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
-BYTES_PER_GRAPH = 4 * 1024**2  # this is an estimate: a graph stores some hundred kernels with their arguments
-# A row has a token id, kv slot and token source in int64, and a state slot and context length in int32.
+BYTES_PER_GRAPH = 4 * 1024**2  # this is an estimate: a graph stores several hundred kernels with their arguments
+# Size of a row's inputs: token id, KV slot and token source are int64; state slot and context length are int32.
 ROW_BYTES = 3 * 8 + 2 * 4
-# Partial results of attention on a GPU get this memory. Attention processes as many rows at once as fit into it.
+# The size of the buffer for partial results of attention on a GPU. It limits how many rows attention processes at once.
 ATTENTION_BYTES = 64 * 1024**2
 
 
 class GraphKey(NamedTuple):
-    """The size of a graph: its rows, padding included, and the longest context in tokens that its page tables hold."""
+    """The size of a graph: its number of rows including padding rows, and the longest context, in tokens, that fits
+    into its page tables."""
 
     rows: int
     context: int
 
 
 class GraphSizes:
-    """The sizes of graphs: a few context lengths, the last of them `max_model_len`, for each number of rows. On a GPU
-    the numbers of rows are 1, 2, 4, then multiples of 8, up to `max_num_seqs` or MAX_ROWS, because padding rows cost
-    almost nothing there. On a CPU every number of rows has its own graphs, because a graph is captured quickly
-    there."""
+    """The sizes of the graphs. For each number of rows there are graphs for a few context lengths, the last of which is
+    `max_model_len`. On a GPU the numbers of rows are 1, 2, 4, then multiples of 8, up to `max_num_seqs` or MAX_ROWS,
+    because padding rows cost almost nothing there. On a CPU there is a graph for every number of rows, because
+    capturing a graph is fast there."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         on_cpu = device == "cpu"
@@ -58,11 +60,11 @@ class GraphSizes:
         return [key for key in keys if key is not None]
 
     def input_bytes(self, block_size: int) -> int:
-        """Returns the bytes of the input arrays of the largest graph. Each array is aligned to 16 bytes."""
+        """Returns the size in bytes of the input arrays of the largest graph. Each array is aligned to 16 bytes."""
         alignment = 6 * 16
         return max((k.rows * (ROW_BYTES + 4 * -(-k.context // block_size)) + alignment for k in self.keys), default=0)
 
     def graph_bytes(self, bytes_per_row: int) -> int:
-        """Returns the bytes that all graphs of a GPU need. They share one memory pool for activations, of which a
-        forward pass uses `bytes_per_row` for each row."""
+        """Returns the number of bytes that all graphs of a GPU need together. The graphs share one memory pool for
+        activations; a forward pass uses `bytes_per_row` of it for each row."""
         return len(self.keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + ATTENTION_BYTES

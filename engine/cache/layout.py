@@ -1,4 +1,4 @@
-"""CacheLayout: the tensors that each layer of a model keeps for its sequences. Works without torch."""
+"""CacheLayout: lists the cache tensors of each layer of a model, with shape and dtype. Works without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPE_BYTES: Final[Mapping[CacheDtype, int]] = {
 
 
 class Kept(NamedTuple):
-    """Shape and dtype of a tensor that a layer keeps in the cache."""
+    """Shape and dtype of a tensor that a layer stores in the cache."""
 
     shape: tuple[int, ...]
     dtype: CacheDtype
@@ -31,9 +31,10 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """The tensors that one layer keeps, by name. `page` are those of a page, which holds `block_size` tokens of a
-    sequence. `slot` are those of a state slot, which holds the state of a sequence. `saved` are those of a saved state:
-    the same as in a slot, unless saved states are compressed."""
+    """The cache tensors of one layer, each found by its name. `page` has the tensors of one KV page, which holds
+    `block_size` tokens of a sequence. `slot` has those of one state slot, which holds the Mamba state of a running
+    sequence. `saved` has those of one saved state: the same tensors as in a slot, unless saved states are
+    compressed."""
 
     page: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
     slot: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
@@ -41,15 +42,15 @@ class LayerCache:
 
 
 def attention_cache(*, block_size: int, num_kv_heads: int, head_dim: int, dtype: CacheDtype) -> LayerCache:
-    """Returns what an attention layer keeps: `kv`, the keys and values of a page, [2, block_size, num_kv_heads,
-    head_dim]."""
+    """Returns the cache tensors of an attention layer: each page has `kv`, its keys and values, of shape [2,
+    block_size, num_kv_heads, head_dim]."""
     return LayerCache(page={"kv": Kept((2, block_size, num_kv_heads, head_dim), dtype)})
 
 
 def mamba_cache(*, d_inner: int, d_state: int, d_conv: int, dtype: CacheDtype, compressed: bool) -> LayerCache:
-    """Returns what a Mamba layer keeps, where D is d_inner, S d_state and W d_conv. A slot has `conv`, the last W-1
-    inputs of the convolution, [W-1, D], and `ssm`, the SSM state in float32, [D, S]. A compressed saved state has the
-    SSM state as int8 `values`, [D, S], and float32 `scales`, one a channel, [D]."""
+    """Returns the cache tensors of a Mamba layer. D stands for d_inner, S for d_state and W for d_conv. A slot has
+    `conv` [W-1, D], the last W-1 inputs of the convolution, and `ssm` [D, S], the SSM state in float32. In a compressed
+    saved state, int8 `values` [D, S] and float32 `scales` [D], one for each channel, replace `ssm`."""
     conv, ssm = Kept((d_conv - 1, d_inner), dtype), Kept((d_inner, d_state), "float32")
     slot = {"conv": conv, "ssm": ssm}
     small = {"conv": conv, "values": Kept(ssm.shape, "int8"), "scales": Kept((d_inner,), "float32")}
@@ -58,26 +59,26 @@ def mamba_cache(*, d_inner: int, d_state: int, d_conv: int, dtype: CacheDtype, c
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """The caches of all layers, in the model's order. Tensors of one name have the same shape and dtype in all layers
-    that keep them."""
+    """The cache tensors of all layers, in the order of the model's layers. If several layers have a tensor of the same
+    name, its shape and dtype are the same in all of them."""
 
     block_size: int
     layers: tuple[LayerCache, ...]
 
     @property
     def compresses(self) -> bool:
-        """Returns whether saved states are compressed, and so do not lie in state slots."""
+        """Returns whether saved states are compressed. Compressed states are stored outside the state slots."""
         return any(layer.saved != layer.slot for layer in self.layers)
 
     def stacked(self, unit: Unit, name: str) -> Kept:
-        """Returns the shape and dtype of the tensor `name` of one unit, stacked over all layers that keep such a
-        tensor: [layers, ...]."""
+        """Returns the dtype of the tensor `name` of one unit, and the shape [layers, ...] of this tensor stacked over
+        all layers that have it."""
         tensors: list[Kept] = [kept[name] for layer in self.layers if name in (kept := _kept(layer, unit))]
         assert len(set(tensors)) == 1, f"{name} of a {unit} has {len(set(tensors))} shapes"
         return Kept((len(tensors), *tensors[0].shape), tensors[0].dtype)
 
     def num_bytes(self, unit: Unit) -> int:
-        """Returns the bytes that one unit (a page, a slot or a saved state) needs in all layers together."""
+        """Returns the size in bytes of one unit (a page, a slot or a saved state), summed over all layers."""
         return sum(kept.num_bytes for layer in self.layers for kept in _kept(layer, unit).values())
 
 

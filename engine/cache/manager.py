@@ -32,9 +32,10 @@ from jamba_server.engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
     """The result of a prefix lookup. The first `num_tokens` tokens need not be computed again; the state after them is
-    at `place` of the store. `block_ids` are full pages, `tail_page` a partly filled page to copy. `shared` is the
-    number of tokens whose pages were found. `missed_no_state` tokens had pages but no state was saved after them, and
-    `missed_evicted` tokens had been cached but pages or a state were evicted."""
+    saved at `place` in the state store. `block_ids` are the full pages of the prefix. `tail_page` is a partly filled
+    page after them, which must be copied. `shared` is the number of tokens whose pages were found. `missed_no_state`
+    tokens have pages, but no state was saved after them. `missed_evicted` tokens were cached once, but their pages or
+    their state were evicted."""
 
     num_tokens: int = 0
     block_ids: tuple[int, ...] = ()
@@ -47,8 +48,8 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A state to save: this step writes the state after `position` tokens of `sequence` to the slot of `room`, and the
-    store keeps it at the place of `room`."""
+    """A state to save. This step writes the state of `sequence` after its first `position` tokens to the slot
+    `room.slot`, and the state store keeps the state at `room.place`."""
 
     sequence: Sequence
     position: int
@@ -61,9 +62,9 @@ class Save:
 
 @dataclass(slots=True)
 class CacheCopies:
-    """The copies to run before a step, as (source, destination) pairs. `pages` are from page to page, `saves` from
-    slots to places of the store, and `states`, which run after `saves`, from places to slots. In each list the
-    destinations are distinct, and none of them is also a source."""
+    """The copies to run before a step, as (source, destination) pairs. `pages` are copies from page to page. `saves`
+    are copies from state slots to places of the state store. `states` are copies from places to slots, and run after
+    `saves`. In each list all destinations are different, and no destination is also a source."""
 
     pages: Pairs = field(default_factory=list[tuple[int, int]])
     saves: Pairs = field(default_factory=list[tuple[int, int]])
@@ -71,13 +72,14 @@ class CacheCopies:
 
 
 def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
-    """Returns the key of a prefix that ends with `tokens`. `previous` is the key of the prefix before them."""
+    """Returns the key of the prefix that ends with `tokens`. `previous` is the key of the prefix that ends before
+    `tokens`."""
     return sha256(previous + array("q", tokens).tobytes()).digest()
 
 
 class CacheManager:
-    """The pages, the store of saved states, and the rules that connect them. A state is saved regularly every
-    `interval` tokens, which is a multiple of `block_size`.
+    """Manages the KV pages and the store of saved states, and the rules that connect pages and states. During prefill
+    and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`.
 
     The memory plan must ensure that a sequence of any length fits when it is alone. This takes one page more than the
     longest sequence has, for the source of a copied page. With prefix caching and `SlotStates`, it also takes one slot
@@ -90,11 +92,12 @@ class CacheManager:
         assert interval % block_size == 0, f"interval {interval} is not a multiple of the block size {block_size}"
         self.pages, self.store = BlockPool(num_pages), store
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
-        # Maps the key of the last full block to the tokens that follow it in partly filled pages with a saved state.
+        # Maps the key of a prefix of full blocks to the token lists that follow this prefix in partly filled pages.
+        # Only pages with a saved state at their end are listed.
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
-        self._unconfirmed = Unconfirmed()  # tracks the keys of pages; the state store tracks the keys of states
+        self._unconfirmed = Unconfirmed()  # tracks the keys of pages; the state store tracks the keys of saved states
 
     @property
     def slots(self) -> BlockPool:
@@ -103,7 +106,8 @@ class CacheManager:
     # Finding cached prefixes ------------------------------------------------------------------------------------
 
     def match(self, seq: Sequence) -> PrefixHit:
-        """Returns the longest prefix of `seq` that has all its pages and a saved state at its end. Changes nothing."""
+        """Returns the longest prefix of `seq` whose pages are all cached and at whose end a state is saved. Changes
+        nothing."""
         if not self.enabled:
             return PrefixHit()
         limit = len(seq.tokens) - 1  # at least the last token must be computed, because its logits are needed
@@ -126,9 +130,9 @@ class CacheManager:
         return PrefixHit(0, (), None, None, shared, *self._missed(hashes, 0, len(blocks)))
 
     def _find_tail(self, seq: Sequence, root: bytes, start: int, limit: int) -> tuple[int, int, int] | None:
-        """Returns (position, page, place of the state) of the longest partly filled page after the prefix `root` whose
-        tokens `seq` has, too, and which has a saved state. `start` is the number of tokens in the prefix. The position
-        is at most `limit`."""
+        """Finds the longest partly filled page that continues the prefix with key `root` by tokens of `seq` and has a
+        saved state at its end. Returns (position of its end in `seq`, page, place of the state), or None. `start` is
+        the number of tokens in the prefix. The position is at most `limit`."""
         found: tuple[int, int, int] | None = None
         for tail in self._tails.get(root, ()):
             end = start + len(tail)
@@ -141,29 +145,30 @@ class CacheManager:
         return found
 
     def _missed(self, hashes: list[bytes], hit: int, shared: int) -> tuple[int, int]:
-        """Returns (no_state, evicted) for the tokens beyond a prefix hit: how many have pages but no saved state, and
-        how many were cached until a page or a state was evicted. The prefix hit has `hit` blocks; the first `shared`
-        blocks have pages."""
+        """Returns (no_state, evicted) for the tokens after a prefix hit: the number of tokens that have pages but no
+        saved state, and the number of tokens that were cached until a page or a state was evicted. The prefix hit has
+        `hit` blocks; the first `shared` blocks have pages."""
         evicted_to = shared
         while evicted_to < len(hashes) and self.pages.was_evicted(hashes[evicted_to]):
             evicted_to += 1
         lost = next((n for n in range(shared, hit, -1) if self.store.was_evicted(hashes[n - 1])), hit)
         return (shared - lost) * self.block_size, (evicted_to - shared + lost - hit) * self.block_size
 
-    # Giving pages and slots to sequences, and taking them back --------------------------------------------------
+    # Giving pages and slots to sequences, and taking pages and slots back ---------------------------------------
 
     def admit(self, seq: Sequence, hit: PrefixHit, num_tokens: int, *, reserve: int = 0) -> bool:
-        """Gives `seq` a slot and pages for `num_tokens`, and reuses those of `hit`. Returns False, and changes nothing,
-        if no slot is free or fewer than `reserve` pages would remain free."""
+        """Gives `seq` a state slot and pages for `num_tokens` tokens, and reuses the pages of `hit`. Returns False, and
+        changes nothing, if no slot is free or if fewer than `reserve` pages would remain free."""
         sources = () if hit.tail_page is None else (hit.tail_page,)
         need = -(-num_tokens // self.block_size) - len(hit.block_ids)
-        # Pages of the hit that no sequence uses count as free now, but are not free once the hit is taken.
+        # Pages of the hit that no sequence uses count as free at this point, but they are in use once `seq` has them.
         revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))
         if need + revived + reserve > self.pages.num_free:
             return False
         if (slot := self.store.start(hit.place)) is None:
             return False
-        self.pages.retain((*hit.block_ids, *sources))  # `launch` releases the source page when its copy is launched
+        # `launch` releases the source page once its copy has been launched.
+        self.pages.retain((*hit.block_ids, *sources))
         fresh = self.pages.allocate(need)
         assert fresh is not None, "the free pages were counted above"
         seq.block_ids, seq.state_id = array("i", (*hit.block_ids, *fresh)), slot
@@ -183,7 +188,8 @@ class CacheManager:
         return True
 
     def free(self, seq: Sequence) -> None:
-        """Takes back the pages and the slot of `seq`. With caching, its pages can be found until they are evicted.
+        """Takes back the pages and the slot of `seq`. If prefix caching is enabled, later requests can find these pages
+        until the pages are evicted.
 
         The state after its last computed token is saved, because the next turn of the conversation continues from
         there, and so does a preempted sequence.
@@ -193,16 +199,18 @@ class CacheManager:
             key = self._key(seq, seq.num_computed)
             if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
                 self._publish_state(Save(seq, seq.num_computed, room))
-        self.pages.release(reversed(seq.block_ids))  # the last pages are evicted first, since they need those before
+        # Pages released first are evicted first, and a later page of a sequence is useless without the earlier pages.
+        self.pages.release(reversed(seq.block_ids))
         self.slots.release([seq.state_id])
         seq.vacate()
 
-    # Saving states ----------------------------------------------------------------------------------------------
+    # Choosing and reserving the states that a step saves --------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
-        """Reserves room for the states that the chunk (start, end] of `seq` should save, and returns them in the order
-        of their positions. Call it after all running sequences have their pages. If slots are short, the most useful
-        states are saved. The regular states (one every `interval` tokens) evict no other saved state."""
+        """Reserves room for the states that a step should save while it computes the tokens after `start` up to `end`
+        of `seq`. Returns the saves in the order of their positions. Call it after all running sequences have their
+        pages. If slots are short, the states that most likely lead to prefix hits are saved. The regular states (one
+        every `interval` tokens) evict no saved state."""
         if not self.enabled or start // self.block_size == end // self.block_size:
             return []  # a chunk saves states at block boundaries only
         saves: list[Save] = []
@@ -217,27 +225,28 @@ class CacheManager:
         return sorted(saves, key=lambda save: save.position)
 
     def saves_after(self, position: int) -> bool:
-        """Returns whether a step that decodes one token after `position` tokens may save the state after it."""
+        """Returns whether a step that decodes the token at index `position` may save the state after this token."""
         return self.enabled and (position + 1) % self.interval == 0
 
     def _worthy(self, seq: Sequence) -> list[int]:
-        """Returns the positions where a saved state is most useful, the best first: the ends of messages, the point
-        where other requests branched off, the end of the prompt, and one token before it, from where the same prompt
-        would continue. All are rounded down to a block boundary."""
+        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely first: the ends
+        of messages, the point where other requests branched off, the end of the prompt, and the position one token
+        before the end, where a request with the same prompt would continue. Each position is rounded down to a block
+        boundary."""
         boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
-        """Returns the copies that must run before the next step. Pages, slots and places in them stay referenced until
-        `launch`."""
+        """Returns the copies that must run before the next step. The pages, slots and places that they read stay
+        referenced until `launch` is called."""
         pages, self._page_copies = self._page_copies, []
         return CacheCopies(pages, *self.store.take_copies())
 
-    # Following a step from its launch to its confirmation or failure --------------------------------------------
+    # Tracking a step from its launch until it is confirmed or fails ---------------------------------------------
 
     def launch(self, copies: CacheCopies) -> None:
-        """Notes that a step has been launched with these copies. Steps that are launched later find the states that it
-        saves, and the sources of its copies are released."""
+        """Records that a step was launched and that `copies` were launched before it. Steps that are launched later can
+        find the states that this step saves. The sources of the copies are released."""
         self._unconfirmed.launch()
         self.store.launch(copies.saves, copies.states)
         self.pages.release(source for source, _ in copies.pages)
@@ -248,13 +257,13 @@ class CacheManager:
         self._saves = []
 
     def confirm(self) -> None:
-        """Confirms the oldest step in flight, because its results have been read without an error."""
+        """Confirms the oldest step in flight, after its results have been read without an error."""
         self._unconfirmed.confirm()
         self.store.confirm()
 
     def discard(self) -> None:
-        """Recovers from a step that failed at any point. All pages and slots are taken back, and pages and states that
-        no confirmed step has written are forgotten."""
+        """Recovers from a failed step, whatever the point of failure. Takes all pages and slots back, and forgets pages
+        and states that were not written by a confirmed step."""
         self._page_copies, self._saves = [], []
         self.pages.reset(self._unconfirmed.discard())
         self._unconfirmed.clear()
@@ -266,7 +275,8 @@ class CacheManager:
         return sha256(seq.request.cache_salt.encode()).digest()
 
     def _hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """Returns the keys of the first `num_blocks` full blocks. They are computed once and stored in `seq.hashes`."""
+        """Returns the keys of the first `num_blocks` full blocks of `seq`. Each key is computed once and stored in
+        `seq.hashes`."""
         while len(seq.hashes) < num_blocks:
             start = len(seq.hashes) * self.block_size
             previous = seq.hashes[-1] if seq.hashes else self._root(seq)
@@ -304,9 +314,9 @@ class CacheManager:
             self._drop_dead_tails(root)
 
     def _worth(self, seq: Sequence, position: int) -> int:
-        """Returns how many tokens would be computed again if the state at `position` were lost: the tokens since the
-        saved state before it. Marconi (arXiv 2411.19379, section 4) divides this cost by the bytes of an entry; saved
-        states all have the same size, so the division is left out."""
+        """Returns how many tokens would be computed again if the state at `position` were lost: the number of tokens
+        between the previous saved state and `position`. Marconi (arXiv 2411.19379, section 4) divides this cost by the
+        size of the cache entry. The division is left out here, because all saved states have the same size."""
         hashes = self._hashes(seq, (position - 1) // self.block_size)
         before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
         return position - next(before, 0) * self.block_size

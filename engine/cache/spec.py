@@ -9,7 +9,8 @@ from jamba_server.engine.cache.layout import CacheLayout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSpec:
-    """The sizes of the cache's units in bytes, all layers together. `block_size` is the number of tokens in a page."""
+    """The sizes in bytes of a page, a slot and a saved state, summed over all layers. `block_size` is the number of
+    tokens in a page."""
 
     block_size: int
     kv_bytes_per_token: int
@@ -29,10 +30,10 @@ class CacheSpec:
         )
 
     def pages(self, num_tokens: int) -> int:
-        """Returns how many pages a sequence of `num_tokens` needs at most. One page is extra: a prefix hit on a partly
-        filled page holds the original page until it has been copied."""
+        """Returns how many pages a sequence of `num_tokens` tokens needs at most. The count includes one extra page:
+        after a prefix hit on a partly filled page, the original page stays referenced until it has been copied."""
         return -(-num_tokens // self.block_size) + 1
 
     def sequence_bytes(self, num_tokens: int) -> int:
-        """Returns the bytes of the pages and the state slot of a sequence of `num_tokens`."""
+        """Returns the size in bytes of the pages and the state slot of a sequence of `num_tokens` tokens."""
         return self.pages(num_tokens) * self.bytes_per_page + self.bytes_per_slot

@@ -1,4 +1,4 @@
-"""StateStore: keeps track of where saved states lie and of the copies that save and restore them. It moves no data.
+"""StateStore: tracks where saved states are stored, and lists the copies that save and restore them. It moves no data.
 
 There are two stores. `SlotStates` leaves a state in the slot that it was written to. `CompressedStates` copies it to a
 pool of its own. A store in host memory or on a disk would fit the same protocol: a store decides where a state lies,
@@ -16,18 +16,19 @@ Pairs = list[tuple[int, int]]
 
 
 class Room(NamedTuple):
-    """The room for one saved state: a step writes the state to `slot`, and `place` is where it is kept."""
+    """The memory reserved for one saved state: a step writes the state to the state slot `slot`, and the store keeps
+    the state at `place`."""
 
     slot: int
     place: int
 
 
 class StateStore(Protocol):
-    """Saved states, each found by the key of the token prefix that it follows. A *place* is a number that says where
-    a saved state lies; only the store knows its meaning. All slots are handed out by the store, so that it learns which
-    saved states are evicted to free a slot."""
+    """Stores saved states. Each is found by the key of the token prefix after which it was saved. A *place* is a number
+    that says where a saved state is stored; only the store knows its meaning. All state slots are handed out by the
+    store, so that it learns which saved states are evicted to free a slot."""
 
-    slots: BlockPool  # slots hold the states of running sequences, and states that wait for their copy
+    slots: BlockPool  # a slot holds the state of a running sequence, or a state that was not yet copied to its place
 
     @property
     def capacity(self) -> int:
@@ -36,11 +37,12 @@ class StateStore(Protocol):
 
     @property
     def num_saved(self) -> int:
-        """Returns how many saved states can be found now."""
+        """Returns the number of saved states that a lookup can find now."""
         ...
 
     def find(self, key: bytes) -> int | None:
-        """Returns the place of the state that is saved under `key`, or None. Changes nothing."""
+        """Returns the place of the state that is saved under `key`, or None if there is no such state. Changes
+        nothing."""
         ...
 
     def was_evicted(self, key: bytes) -> bool:
@@ -48,42 +50,46 @@ class StateStore(Protocol):
         ...
 
     def start(self, place: int | None) -> int | None:
-        """Returns a slot for a sequence. If `place` is given, the saved state there is copied to the slot before the
-        next step. Returns None, and changes nothing, if no slot is free."""
+        """Returns a slot for a sequence. If `place` is given, the state saved at `place` is copied to the slot before
+        the next step. Returns None, and changes nothing, if no slot is free."""
         ...
 
     def reserve(self, key: bytes, *, slot: int | None = None, evict: bool = True) -> Room | None:
-        """Returns room for a state that is in `slot`, or that the next step will write to a slot which the store
-        chooses. Returns None if there is no room; a store may also return None if the state is saved already. Without
-        `evict`, no saved state is evicted for it."""
+        """Reserves room for a state under `key`. The state is in `slot`; if `slot` is None, the store chooses a slot
+        and the next step writes the state there. Returns None if there is no room; a store may also return None if a
+        state is saved under `key` already. If `evict` is false, no saved state is evicted to make room."""
         ...
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
-        """Makes a state findable that has been written, or that the last launched step writes. Returns False, and gives
-        the place back, if another state has this key already. The caller must still release the slot."""
+        """Makes the state in `room` findable under `key`. The state must have been written, or the last launched step
+        must write it. Returns False, and gives the place back, if another state is saved under `key` already. In both
+        cases the caller must still release the slot."""
         ...
 
     def take_copies(self) -> tuple[Pairs, Pairs]:
-        """Returns the copies that must run before the next step: first the (slot, place) pairs that save states, then
-        the (place, slot) pairs that restore them. Their slots and places stay referenced until `launch`."""
+        """Returns the copies that must run before the next step: first a list of (slot, place) pairs that save states,
+        then a list of (place, slot) pairs that restore states. The slots and places in the lists stay referenced until
+        `launch` is called."""
         ...
 
     def launch(self, saves: Pairs, restores: Pairs) -> None:
-        """Notes that the step has been launched, and before it these copies. Their places are released."""
+        """Records that a step was launched, and that the copies `saves` and `restores` were launched before it.
+        Releases the places in both lists."""
         ...
 
     def confirm(self) -> None:
-        """Confirms the oldest step that was not confirmed yet."""
+        """Confirms the oldest launched step that is not confirmed yet: its results have been read without an error."""
         ...
 
     def discard(self) -> None:
-        """Recovers from a failed step: takes all slots back, and forgets the states that are not confirmed."""
+        """Recovers from a failed step: takes all slots back, and forgets the states that no confirmed step has
+        written."""
         ...
 
 
 class SlotStates:
-    """A store that keeps saved states in the slots of running sequences: saving a state copies nothing, a prefix hit
-    copies the state to a new slot."""
+    """A store that keeps saved states in state slots, as running sequences do. Saving a state copies nothing; a prefix
+    hit copies the saved state to a new slot."""
 
     def __init__(self, num_slots: int) -> None:
         self.slots = BlockPool(num_slots)
@@ -109,7 +115,8 @@ class SlotStates:
             return _one(self.slots.allocate(1))
         if 1 + (self.slots.refs[place] == 0) > self.slots.num_free:
             return None
-        self.slots.retain([place])  # `launch` releases it, when the copy from it has been launched
+        # `launch` releases `place` once the copy from `place` to the new slot has been launched.
+        self.slots.retain([place])
         slot = _one(self.slots.allocate(1))
         assert slot is not None, "the free slots were counted above"
         self._restores.append((place, slot))
@@ -141,7 +148,8 @@ class SlotStates:
 
 
 class CompressedStates:
-    """A store that compresses saved states into a pool of their own. Each state is copied there before the next step.
+    """A store that compresses saved states and keeps them in a separate pool. Each state is copied to this pool before
+    the step that follows.
 
     A sequence that ends gives its slot back at once. The next step may give this slot to another sequence, because the
     step runs the copy before anything writes to the slot. A hit may find a state whose copy has not run yet, because a

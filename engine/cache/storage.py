@@ -45,20 +45,21 @@ class CacheStorage:
         if num_compressed:
             values, scales = (zeros("saved", name, num_compressed) for name in ("values", "scales"))
             self.compressed = CompressedStates(values, scales)
-        # These views of single layers are made once, because every step needs all of them. An attention layer has
-        # K and V pages [pages, block_size, KV heads, head_dim], a Mamba layer states [slots, W-1, D] and [slots, D, S].
+        # These views of single layers are made once, because every step needs all of them. An attention layer has two
+        # views, K pages and V pages, each [pages, block_size, KV heads, head_dim]. A Mamba layer has two views, the
+        # convolution states [slots, W-1, D] and the SSM states [slots, D, S].
         self.kv_layers = [(self.kv[:, layer, 0], self.kv[:, layer, 1]) for layer in range(self.kv.shape[1])]
         self.state_layers = [(self.conv[:, layer], self.ssm[:, layer]) for layer in range(self.ssm.shape[1])]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a tensor of zeros. On a CPU its memory is mapped, so it takes physical memory only once it is written.
-    It uses huge pages where the system has them: with small pages most of a step's accesses to states would miss the
-    translation lookaside buffer (TLB)."""
+    """Returns a tensor of zeros. On a CPU the tensor is an anonymous memory mapping, whose parts take physical memory
+    only once they are written. The mapping uses huge pages where the system has them: with small pages, most accesses
+    to states in a step would miss the translation lookaside buffer (TLB)."""
     if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # an operating system without huge pages refuses this advice
+        with suppress(OSError):  # an operating system without huge pages refuses the request for huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

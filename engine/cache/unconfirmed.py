@@ -1,4 +1,4 @@
-"""Unconfirmed: tracks the cache keys that must be forgotten if a step fails."""
+"""Unconfirmed: tracks the cache keys that must be forgotten if the step that writes their content fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Set
 
 
 class Unconfirmed:
-    """The keys of one pool that can be found although the step that writes their content has not been confirmed.
+    """Tracks the keys of one pool that lookups can find already, although the step that writes their content has not
+    been confirmed.
 
     A step is *launched* when the device has it, and *confirmed* when its results have been read. A device runs steps in
     the order of their launches, so a step may read what an earlier one writes. But if a step fails, nothing that it or
@@ -15,27 +16,28 @@ class Unconfirmed:
 
     def __init__(self) -> None:
         self._launched = self._confirmed = 0  # these count launched and confirmed steps
-        self._keys: list[tuple[int, bytes]] = []  # each entry is (number of the step that writes the content, key)
+        # Each entry is (number of the step that writes the content of the key, key).
+        self._keys: list[tuple[int, bytes]] = []
 
     def add(self, key: bytes, *, by_next: bool = False) -> None:
-        """Notes that `key` is about to be published. Its content is written by the last launched step, or by the next
-        step if `by_next`."""
+        """Records that `key` is about to be published. The content of `key` is written by the last launched step or, if
+        `by_next` is true, by the step that is launched next."""
         if (step := self._launched + by_next) > self._confirmed:
             self._keys.append((step, key))
 
     def launch(self) -> None:
-        """Counts one more launched step."""
+        """Records that one more step was launched."""
         self._launched += 1
 
     def confirm(self) -> None:
-        """Confirms the oldest step that was not confirmed yet."""
+        """Confirms the oldest launched step that is not confirmed yet."""
         self._confirmed += 1
         if self._keys:
             self._keys = [(step, key) for step, key in self._keys if step > self._confirmed]
 
     def discard(self) -> Set[bytes]:
-        """Gives up all steps in flight and returns the keys whose content they would have written. The keys stay noted
-        until `clear`, so that an interrupted recovery can be repeated."""
+        """Gives up all steps in flight and returns the keys whose content these steps would have written. The keys stay
+        recorded until `clear` is called, so that an interrupted recovery can be repeated."""
         keys = {key for _, key in self._keys}
         self._confirmed = self._launched
         return keys

@@ -12,8 +12,8 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class Attention:
-    """Maps hidden states [T, hidden_size] to outputs of the same shape. `k_pages` and `v_pages` are this layer's pages,
-    [pages, block_size, KV heads, head_dim]."""
+    """Maps hidden states [T, hidden_size] to outputs of the same shape. `k_pages` and `v_pages` are the K and V pages
+    of this layer, each [pages, block_size, KV heads, head_dim]."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         self._kernels = backend.kernels
@@ -24,8 +24,9 @@ class Attention:
 
     def __call__(self, x: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self._head_dim)) for y in self._qkv.split(self._qkv(x)))
-        # Attention reads the chunk's own keys and values back from the pages, so that it sees them rounded to the dtype
-        # of the KV cache, as later steps will. Results then do not depend on how a prompt is cut into chunks.
+        # The keys and values of this step's tokens are written to the pages before attention reads them from the pages.
+        # Attention then uses values rounded to the dtype of the KV cache, as later steps will, so that results do not
+        # depend on how a prompt is split into chunks.
         self._kernels.write_kv(k, v, k_pages, v_pages, batch.kv_slots)
         return self._out(self._attend(q, batch, k_pages, v_pages).flatten(1))
 

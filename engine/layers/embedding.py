@@ -12,8 +12,9 @@ from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class Embedding:
-    """Maps token ids, int64 [T], to vectors [T, H] in the model's dtype. `weight`, [V, H], keeps its layout on disk. If
-    the head shares the matrix, `weight` is None once the head has packed it, and rows are read from the packed form."""
+    """Maps token ids, int64 [T], to vectors [T, H] in the model's dtype. `weight`, [V, H], has the same layout as on
+    disk. If the language model head shares the matrix and is not quantised, `weight` is None once the head has packed
+    the matrix into its kernel's layout, and vectors are read from the packed matrix."""
 
     def __init__(self, backend: Backend, vocab_size: int, hidden_size: int) -> None:
         self._linear = backend.kernels.linear
@@ -24,11 +25,12 @@ class Embedding:
         return self._linear.rows(self._packed if self.weight is None else self.weight, token_ids)
 
     def unit(self, name: str, pack: Callable[[], None]) -> Unit:
-        """Returns the unit to load. `pack` is called when the weight is filled: it packs a head that shares it."""
+        """Returns the embedding's weights as a unit for the weight loader. The loader calls `pack` when the weight is
+        filled; `pack` packs a language model head that shares the weight."""
         assert self.weight is not None
         return Unit({f"{name}.weight": Destination(self.weight, "unit")}, pack)
 
     def tie(self, head: Linear) -> None:
-        """From now on reads the vectors from the packed weight of `head`, so that the shared matrix is in memory only
-        once."""
+        """Makes the embedding read its vectors from the packed weight of `head`, and drops its own reference to the raw
+        weight, so that the shared matrix is in memory only once."""
         self.weight, self._packed = None, head.weight

@@ -12,8 +12,8 @@ from jamba_server.engine.quantization import Role
 
 
 class Linear:
-    """Maps x [T, K] to [T, N]. `parts` maps the name of each projection on disk to its number of outputs. The outputs
-    of all projections are concatenated, N in total.
+    """Multiplies x [T, K] by a weight matrix and returns [T, N]. `parts` maps the name that each projection has on disk
+    to its number of outputs. The outputs of all projections are concatenated; N is their total number.
 
     `role` decides whether the weight is quantised. `shared` is a weight that another layer owns and loads; the unit of
     that layer must then call `pack` of this one.
@@ -34,7 +34,7 @@ class Linear:
         self._linear = backend.kernels.linear
         self._parts, self.is_shared = dict(parts), shared is not None
         rows = sum(parts.values())
-        # After `pack` the weight is an object in the kernel's own layout.
+        # After `pack`, the weight is an object in the layout that the kernel needs.
         self._weight: Any = backend.raw(role, rows, in_features) if shared is None else shared
         self._bias = backend.empty(rows) if bias else None
 
@@ -44,15 +44,15 @@ class Linear:
 
     @property
     def weight(self) -> Any:
-        """Returns the weight, after `pack` in the kernel's own layout. Fused operations, which compute this product
-        among others, take it as an argument."""
+        """Returns the weight; after `pack` it is in the layout that the kernel needs. Fused operations, which compute
+        this matrix product among other work, take the weight as an argument."""
         return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x, self._weight, self._bias)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Splits the output [T, N] into one view for each projection. The rows of a view have the stride N."""
+        """Splits the output [T, N] into one view for each projection. The row stride of each view is N."""
         return y.split(list(self._parts.values()), dim=-1)
 
     def unit(self, prefix: str) -> Unit:
@@ -67,7 +67,8 @@ class Linear:
         return Unit(destinations, self.pack)
 
     def pack(self) -> None:
-        """Quantises and packs the weight. To be called once, when the weight is filled."""
+        """Quantises the weight if the policy says so, and converts it to the kernel's layout. Call it once, after the
+        weight is filled."""
         weight, self._weight = self._weight, None
-        weight = self._backend.quantize(self._role, weight)  # drops the last reference to the raw weight
+        weight = self._backend.quantize(self._role, weight)  # the call drops the last reference to the raw weight
         self._weight = self._linear.pack(weight)

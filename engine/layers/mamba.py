@@ -17,7 +17,7 @@ from jamba_server.kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segm
 
 class Mamba:
     """Maps hidden states [T, H] to outputs of the same shape. `conv_state` [slots, W-1, D] and `ssm_state` float32
-    [slots, D, S] are this layer's states of all slots; the sequences of the batch update theirs in place."""
+    [slots, D, S] hold this layer's states in all slots; the slots of the batch's sequences are updated in place."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, d, s, r = config.hidden_size, config.d_inner, config.mamba_d_state, config.mamba_dt_rank
@@ -29,9 +29,9 @@ class Mamba:
         self._conv_bias = backend.empty(d) if config.mamba_conv_bias else None
         self._x = Linear(backend, d, {"x_proj": r + 2 * s}, role="other")
         self._dt_norm, self._b_norm, self._c_norm = (RmsNorm(backend, size, eps) for size in self._x_parts)
-        # This product has no bias, because the scan adds the bias of dt_proj in float32.
+        # This matrix product has no bias, because the selective scan adds the bias of dt_proj in float32.
         self._dt = Linear(backend, r, {"dt_proj": d}, role="other")
-        # `a` holds A_log until it is packed.
+        # `a` holds A_log until `_pack` replaces it by A = -exp(A_log).
         self._scan_weights = ScanWeights(
             a=backend.empty(d, s, dtype=torch.float32),
             d=backend.empty(d, dtype=torch.float32),
@@ -64,8 +64,10 @@ class Mamba:
         yield Unit(self._between(prefix), self._pack)
 
     def _between(self, prefix: str) -> dict[str, Destination]:
-        """Returns the destinations of all weights that are used between in_proj and out_proj."""
-        # The convolution's weight is [D, 1, W] on disk, but [W, D] here, so that the channels of a tap are contiguous.
+        """Returns the memory that the weight loader fills with the weights used between in_proj and out_proj, by tensor
+        name."""
+        # The convolution's weight is [D, 1, W] on disk, but [W, D] in memory: for each of the W taps, the weights of
+        # all channels are contiguous.
         destinations = {f"{prefix}conv1d.weight": Destination(self._conv_weight.t().unsqueeze(1), "normed")}
         if self._conv_bias is not None:
             destinations[f"{prefix}conv1d.bias"] = Destination(self._conv_bias, "normed")

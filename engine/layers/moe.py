@@ -12,8 +12,8 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class Moe:
-    """Computes, for each token of x [T, H], the weighted sum of its top-k experts. The weights are the router's softmax
-    over all experts, not normalised again over the top k."""
+    """Computes, for each token of x [T, H], the weighted sum of the outputs of its top-k experts. The weights are the
+    router's softmax over all experts; they are not normalised again over the top k."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, f, e = config.hidden_size, config.intermediate_size, config.num_experts
@@ -21,7 +21,7 @@ class Moe:
         self._route, self._run = backend.kernels.route_experts, backend.kernels.run_experts
         self._top_k, self._num_experts, self._rows = config.num_experts_per_tok, e, f
         self._router = Linear(backend, h, {"router": e}, role="other")
-        # These are the raw weights of gate_up and down; `_pack` replaces them by `_experts`.
+        # The raw weights of the gate and up projections, and of the down projection. `_pack` moves them to `_experts`.
         self._raw = [backend.raw("experts", e, 2 * f, h), backend.raw("experts", e, h, f)]
         self._experts: Any = None
 
@@ -34,8 +34,8 @@ class Moe:
         yield Unit(self._destinations(f"{prefix}experts."), self._pack, self._fused(f"{prefix}experts."))
 
     def _destinations(self, prefix: str) -> dict[str, Destination]:
-        """Returns the destinations of a checkpoint that has one tensor for each expert and projection, as all published
-        checkpoints have."""
+        """Returns the memory to fill from a checkpoint that has one tensor for each expert and projection, as all
+        published Jamba checkpoints have."""
         destinations: dict[str, Destination] = {}
         for e in range(self._num_experts):
             gate_up, down = (part(raw, e) for raw in self._raw)
@@ -45,11 +45,12 @@ class Moe:
         return destinations
 
     def _fused(self, prefix: str) -> dict[str, Fused]:
-        """Returns the tensors of a checkpoint that has all experts of a layer in two tensors, as transformers 5 writes
-        it: [E, 2F, H], with the gate's rows before the up projection's, and [E, H, F]."""
+        """Returns the memory to fill from a checkpoint that stores all experts of a layer in two tensors, as
+        transformers 5 writes it: gate_up_proj [E, 2F, H], where the rows of the gate projection precede those of the up
+        projection, and down_proj [E, H, F]."""
         gate_up, down = self._raw
         if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-            return {}  # a checkpoint that is quantised on disk has a tensor for each expert
+            return {}  # a checkpoint that is quantised on disk always has a separate tensor for each expert
 
         def parts(*projections: str) -> tuple[str, ...]:
             return tuple(f"{prefix}{e}.{p}.weight" for e in range(self._num_experts) for p in projections)

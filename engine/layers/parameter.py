@@ -1,4 +1,5 @@
-"""The interface between layers and the weight loader: it says which memory each tensor of a checkpoint fills."""
+"""The interface between layers and the weight loader: layers tell the loader which memory each checkpoint tensor
+fills."""
 
 from __future__ import annotations
 
@@ -20,40 +21,43 @@ Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 
 
 class Destination(NamedTuple):
-    """The memory that one tensor of a checkpoint fills. `data` is a view with the tensor's shape on disk and any
-    strides."""
+    """The memory that one checkpoint tensor fills. `data` is a view of this memory. It has the shape of the tensor on
+    disk, and may have any strides."""
 
     data: Tensor
     fill: Fill
 
 
 class Fused(NamedTuple):
-    """A tensor of another checkpoint layout, which fills several destinations at once. `parts` are their names."""
+    """A checkpoint tensor that fills several destinations at once, for checkpoints that store fused tensors. `parts`
+    are the names of these destinations."""
 
     data: Tensor
     parts: tuple[str, ...]
 
 
 def part(raw: Weight, index: int | slice) -> Weight:
-    """Returns a view of the rows in a slice, or of one matrix of a stack of matrices."""
+    """Returns a view of a raw weight: a slice of the rows of a matrix, or one matrix of a stack of matrices."""
     if isinstance(raw, Tensor):
         return raw[index]
     return raw._replace(values=raw.values[index], scales=raw.scales[index])
 
 
 def matrix(name: str, raw: Weight) -> dict[str, Destination]:
-    """Returns the destinations of the linear module `name`: its weight and, if it is quantised on disk, its scales."""
+    """Returns the memory to fill for the linear module `name`, by tensor name: the weight and, if the checkpoint is
+    quantised on disk, the scales."""
     if isinstance(raw, Tensor):
         return {f"{name}.weight": Destination(raw, "normed")}
     return {f"{name}.weight": Destination(raw.values, "normed"), f"{name}.weight_scale": Destination(raw.scales, "one")}
 
 
 def leave_unpacked() -> None:
-    """Does nothing. It is the `pack` of units whose weights are used as they are loaded."""
+    """Does nothing. Units whose weights are used in the form in which they are loaded have this function as `pack`."""
 
 
 class Unit(NamedTuple):
-    """Weights that are packed together for a kernel, by their names on disk.
+    """A group of weights that one call of `pack` converts to the layout of a kernel. Each weight is found by its name
+    on disk.
 
     Each of `destinations` must be filled exactly once, by the tensor of its name or by one of `fused`. When all are
     filled, `pack` is called once. It frees the raw weights, so nothing else may then hold a reference to them.
@@ -69,7 +73,7 @@ Units = Iterator[Unit]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """All tensors that a checkpoint may hold. Tensors named in `ignored` are accepted but not used."""
+    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used."""
 
     units: tuple[Unit, ...]
     ignored: frozenset[str]
@@ -81,7 +85,8 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The kernels that compute a model, its dtype and device, and the policy that says which weights are quantised."""
+    """The kernels that compute a model, the model's dtype and device, and the policy that says which weights are
+    quantised."""
 
     kernels: Kernels
     dtype: torch.dtype
@@ -89,8 +94,8 @@ class Backend:
     policy: QuantizationPolicy
 
     def raw(self, role: Role, *shape: int) -> Weight:
-        """Returns uninitialised memory for a matrix in its form on disk. It is in host memory if the matrix will be
-        quantised, so that the device only holds the smaller form."""
+        """Returns uninitialised memory for a matrix in the form that it has on disk. The memory is on the host if the
+        matrix is quantised on disk or will be quantised, so that the device holds only the quantised matrix."""
         host = self.device if self.device.type == "meta" else torch.device("cpu")
         if role in self.policy.stored:
             values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=host)
@@ -99,12 +104,13 @@ class Backend:
         return torch.empty(shape, dtype=self.dtype, device=host if on_host else self.device)
 
     def quantize(self, role: Role, weight: Weight) -> Weight:
-        """Returns a filled raw weight in the form that kernels take, on the device: quantised if the policy says so."""
+        """Takes a raw weight that has been filled, and returns it on the device in the form that kernels take. It is
+        quantised if the policy says so."""
         if isinstance(weight, QuantizedWeight):
             return weight._replace(values=weight.values.to(self.device), scales=weight.scales.to(self.device))
         quantization = self.policy.quantization_of(role)
         return weight if quantization is None else quantize(weight.to(self.device), quantization)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns an uninitialised weight. On a CPU it takes physical memory only once it is written."""
+        """Returns an uninitialised weight. On a CPU its memory takes physical memory only once it is written."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""The registry of models, which maps the architecture name in `config.json` to a class."""
+"""The table of supported models: maps the architecture name in `config.json` to the class that implements it."""
 
 from __future__ import annotations
 
@@ -45,5 +45,6 @@ def build_model(
     device: torch.device,
     policy: QuantizationPolicy = UNQUANTIZED,
 ) -> Model:
-    """Returns a model of the class for `config.architecture`. Its weights are not filled yet."""
+    """Returns a model of the class that implements `config.architecture`. The weights of the model are not loaded
+    yet."""
     return MODELS[config.architecture](config, Backend(kernels, dtype, device, policy))

@@ -25,8 +25,8 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class DecoderLayer:
-    """A mixer (Mamba or attention) and a feed-forward layer. The input of each is normalised, and the output of each is
-    added to the residual stream."""
+    """One layer of the model: a mixer (Mamba or attention), then a feed-forward layer. The input of each of these two
+    is normalised first, and the output of each is added to the residual stream."""
 
     def __init__(self, backend: Backend, config: JambaConfig, index: int) -> None:
         h, eps = config.hidden_size, config.rms_norm_eps
@@ -39,9 +39,9 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, caches: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Takes and returns a pair of [T, H] tensors: the output of the last branch, and the residual stream to which
-        it is not added yet. The first layer gets the embeddings and None. `caches` are this layer's K and V pages, or
-        its convolution and SSM states."""
+        """Takes two [T, H] tensors and returns two of the same kind: the output of the last mixer or feed-forward
+        layer, and the residual stream, to which this output is not added yet. The first layer of the model gets the
+        embeddings and None. `caches` are this layer's K and V pages, or its convolution and SSM states."""
         x, residual = self._input_norm.add(x, residual)
         x = self._mixer(x, batch, *caches)
         x, residual = self._pre_ff_norm.add(x, residual)
@@ -54,13 +54,14 @@ class DecoderLayer:
         yield from self._feed_forward.units(f"{self._name}feed_forward.")
 
     def ignored(self) -> frozenset[str]:
-        """Returns the names of tensors that some converted checkpoints have, but the model does not use: Jamba has no
-        rotary embedding."""
+        """Returns the names of tensors that some converted checkpoints contain but the model does not use: the
+        frequencies of a rotary embedding, which Jamba does not have."""
         return frozenset([f"{self._name}self_attn.rotary_emb.inv_freq"] if self.is_attention else [])
 
 
 class Jamba(ABC):
-    """The layers that all Jamba architectures share, from token ids to hidden states. Subclasses add the head."""
+    """Computes hidden states from token ids, with the layers that all Jamba architectures share. Subclasses add the
+    head."""
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config = config
@@ -71,8 +72,8 @@ class Jamba(ABC):
         self._head = self._make_head()
 
     def forward(self, batch: ForwardBatch, storage: CacheStorage) -> Tensor:
-        """Returns the hidden states [T, H] after the final norm. Reads and writes the pages and state slots that
-        `batch` names."""
+        """Returns the hidden states [T, H] after the final norm. Reads and writes the KV pages and state slots in
+        `storage` that `batch` names."""
         kv_caches, states = iter(storage.kv_layers), iter(storage.state_layers)
         x, residual = self._embed_tokens(batch.token_ids), None
         for layer in self._layers:
@@ -80,12 +81,13 @@ class Jamba(ABC):
         return self._final_norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Maps hidden states [n, H] to float32 logits [n, V]. A classifier's logits are [n, num_labels], and those of a
-        text are in the row of its last token."""
+        """Maps hidden states [n, H] to float32 logits [n, V]. A classifier returns [n, num_labels]; the logits for a
+        text are in the row of the text's last token."""
         return self._head(hidden).float()
 
     def tensor_map(self) -> TensorMap:
-        """Returns the destinations of all tensors of a checkpoint. Must be called before any weight is packed."""
+        """Returns the map from the name of each checkpoint tensor to the memory that it fills. Must be called before
+        any weight is packed."""
         tied = self._head.is_shared
         return TensorMap(
             units=(
@@ -107,7 +109,7 @@ class Jamba(ABC):
 
     @abstractmethod
     def _other_heads(self) -> frozenset[str]:
-        """Returns the names of tensors that belong to the heads of other architectures."""
+        """Returns the names of checkpoint tensors that belong to heads that this architecture does not load."""
 
 
 class JambaForCausalLM(Jamba):
@@ -119,13 +121,13 @@ class JambaForCausalLM(Jamba):
         return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
 
     def _other_heads(self) -> frozenset[str]:
-        # Some checkpoints store a tied head although it equals the embedding. If it differed, `read_model` would have
-        # set `tie_word_embeddings` to false.
+        # Some checkpoints store the head's matrix although it is tied to the embedding and equals it. If the two
+        # matrices differed, `read_model` would have set `tie_word_embeddings` to false.
         return frozenset(["score.weight", "lm_head.weight"] if self.config.tie_word_embeddings else ["score.weight"])
 
 
 class JambaForSequenceClassification(Jamba):
-    """Jamba as a classifier: its head is a linear layer that gives a score for each label."""
+    """Jamba as a classifier: the head is a linear layer that gives a score for each label."""
 
     def _make_head(self) -> Linear:
         return Linear(self._backend, self.config.hidden_size, {"score": self.config.num_labels}, role="other")

@@ -21,15 +21,16 @@ sensitive, and the head of a classifier."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """A quantised format. Its numbers have `bits` bits and lie between -limit and limit. In each output row, a group of
-    `group_size` inputs shares one float32 scale; None means that the whole row is one group."""
+    """A format of quantised weights. Each quantised number has `bits` bits and lies between -limit and limit. In each
+    output row, every `group_size` consecutive inputs share one float32 scale; if `group_size` is None, the whole row
+    shares one scale."""
 
     bits: int
     limit: int
     group_size: int | None
 
     def num_bytes(self, rows: int, inputs: int) -> int:
-        """Returns the bytes of a weight [rows, inputs] with its scales."""
+        """Returns the size in bytes of a quantised weight [rows, inputs], its scales included."""
         groups = 1 if self.group_size is None else -(-inputs // self.group_size)
         return rows * (-(-inputs * self.bits // 8) + 4 * groups)
 
@@ -43,8 +44,8 @@ FORMATS: Final[Mapping[Quantization, Format]] = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizationPolicy:
-    """The policy that says which weights are quantised, and in which format. Only weights of matrix products are
-    quantised, not the embedding, norms, convolutions, A and D.
+    """The policy that says which weights are quantised, and in which format. Only matrices that multiply activations
+    are quantised. The embedding, the norms, the convolutions, and A and D of the Mamba layers are not.
 
     The projections of the Mamba mixers are quantised only if `mamba` is set. The int8 recipe on the model cards of
     Jamba skips them as well: they are a small part of a large model, and their errors accumulate in the recurrent
@@ -61,8 +62,9 @@ class QuantizationPolicy:
     def of(
         cls, engine: EngineConfig, stored: frozenset[Role] = frozenset(), made_at_load: str | None = None
     ) -> QuantizationPolicy:
-        """Returns the policy for the options in `engine`. `stored` are the roles of weights that are fp8 in the
-        checkpoint. `made_at_load` is a method of another server, named in config.json, that quantises weights at load.
+        """Returns the policy for the options in `engine`. `stored` names the parts of the model whose weights are fp8
+        in the checkpoint. `made_at_load` is a quantisation method that config.json names, with which another server
+        quantises the weights when it loads them.
 
         Raises ConfigError in three cases: `quantize_mamba` is set without a format, a format is requested although the
         checkpoint has `stored` weights, or no format is requested although config.json names a `made_at_load` method.
@@ -91,8 +93,8 @@ class QuantizationPolicy:
         return self.quantization
 
     def num_bytes(self, role: Role, rows: int, inputs: int, *, dtype_bytes: int) -> int:
-        """Returns the bytes of a weight [rows, inputs] of this role. A number that is not quantised has
-        `dtype_bytes`."""
+        """Returns the size in bytes of a weight [rows, inputs] in the part of the model that `role` names. Each number
+        of an unquantised weight takes `dtype_bytes` bytes."""
         quantization = self.quantization_of(role)
         return rows * inputs * dtype_bytes if quantization is None else FORMATS[quantization].num_bytes(rows, inputs)
 

@@ -1,6 +1,6 @@
-"""Reads the `quantization_config` of checkpoints whose weights are fp8 already, in the format of compressed-tensors, as
-llm-compressor writes it for AI21's FP8 models. A weight is float8_e4m3fn, and its `weight_scale` [rows, 1] has one
-number for each output row.
+"""Reads the `quantization_config` of checkpoints whose weights are fp8 already, in the compressed-tensors format that
+llm-compressor wrote for AI21's FP8 models. Each weight is float8_e4m3fn, and its `weight_scale` [rows, 1] has one scale
+for each output row.
 
 The configuration also asks that activations be rounded to fp8, with a scale for each token. That only makes matrix
 products faster, and no tensor in the files depends on it. This server keeps activations in the model's dtype.
@@ -18,8 +18,10 @@ from jamba_server.engine.quantization import Role
 from jamba_server.engine.quantization.methods import COMPRESSED_TENSORS, advice
 
 FORMAT: Final = "float-quantized"
-_MAX_PATTERNS: Final = 10_000  # limits one list of patterns, because each may be tried on every linear module
-# Maps each key of a group's `weights` to its allowed values. None allows null, and also that the key is absent.
+# The maximum length of a list of module-name patterns, each of which may be tried on every linear module.
+_MAX_PATTERNS: Final = 10_000
+# Maps each key of the `weights` object in a config group to its allowed values. An allowed None means that the key may
+# be null or absent.
 _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
     "num_bits": (8,),
     "type": ("float",),
@@ -32,13 +34,15 @@ _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
 
 
 def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -> frozenset[Role]:
-    """Returns the roles whose weights are fp8 according to `config`, the `quantization_config` of the file `path`.
-    `modules` are the names on disk and the roles of all linear modules. Raises CheckpointError, with key and value, for
-    a setting that this server does not support."""
+    """Returns which parts of the model (attention, experts, ...) have fp8 weights according to `config`, the
+    `quantization_config` of the file `path`. `modules` lists all linear modules: the name on disk and the part that the
+    module belongs to. Raises CheckpointError, which names the key and the value, for a setting that this server does
+    not support."""
     reader = _Reader(path)
     groups = reader.groups(config)
     ignored = reader.patterns("ignore", cast(dict[str, Any], config).get("ignore") or [])
-    found: dict[Role, dict[bool, str]] = {}  # for each role, one module that is fp8 (True) and one that is not (False)
+    # For each role, the name of one module that is fp8 (key True) and of one that is not (key False).
+    found: dict[Role, dict[bool, str]] = {}
     for name, role in modules:
         quantized = not _named(name, ignored) and any(_named(name, targets, "Linear") for targets in groups)
         found.setdefault(role, {}).setdefault(quantized, name)
@@ -57,8 +61,8 @@ def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -
 
 
 def _named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
-    """Returns whether a pattern fits the module `name`: it equals the name or `kind`, or it is a regular expression
-    (`re:...`) that matches the start of the name."""
+    """Returns whether one of the patterns matches the module `name`. A pattern `re:...` is a regular expression that
+    must match from the start of the name. Any other pattern must equal the name or `kind`, the class of the module."""
     return any(
         re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern in (name, kind)
         for pattern in patterns
@@ -66,17 +70,18 @@ def _named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
 
 
 class _Reader:
-    """Reads and checks the parts of a `quantization_config`. Every error names the file, the key and the value."""
+    """Reads and checks a `quantization_config`. Every error names the file, the key and the value."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def groups(self, config: object) -> list[list[str]]:
-        """Checks the whole configuration and returns the `targets` of each of its groups."""
+        """Checks the whole configuration. Returns, for each of its groups, the list of module-name patterns in
+        `targets`."""
         values = self.mapping("", config)
         self.expect("quant_method", values.get("quant_method"), COMPRESSED_TENSORS)
         self.expect("format", values.get("format"), FORMAT, None)
-        # A transform_config would rotate weights by Hadamard matrices.
+        # A transform_config would rotate weights by Hadamard matrices, and this server does not support that.
         for name in ("kv_cache_scheme", "transform_config"):
             self.expect(name, values.get(name) or None, None)
         if sparsity := values.get("sparsity_config"):

@@ -1,5 +1,5 @@
-"""fp8: quantises to float8_e4m3fn (Micikevicius et al. 2022) with one scale for each output row, rounding to nearest
-with ties to even.
+"""fp8: quantises weights to float8_e4m3fn (Micikevicius et al. 2022) with one scale for each output row, rounding to
+nearest with ties to even.
 
 The distance between neighbouring numbers grows with their magnitude, so in a row with a few large weights the small
 weights are more precise than in int8.
@@ -18,8 +18,9 @@ LIMIT: Final = FORMATS["fp8"].limit
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises float32 [..., inputs] to float8_e4m3fn of the same shape, and returns it with the scales [...]. A scale
-    is the largest magnitude of the row divided by 448."""
+    """Quantises float32 [..., inputs] to float8_e4m3fn of the same shape. Returns the quantised numbers and the scales
+    [...]. A scale is the largest magnitude in its row divided by 448."""
     scales = weight.abs().amax(-1, keepdim=True) / LIMIT
-    scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros would have the scale 0
+    # The scale of a row of zeros is set to 1, because 0 would lead to 0/0.
+    scales = torch.where(scales > 0, scales, 1.0)
     return (weight / scales).clamp_(-LIMIT, LIMIT).to(torch.float8_e4m3fn), scales.squeeze(-1)

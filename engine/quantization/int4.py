@@ -1,5 +1,5 @@
-"""int4: quantises symmetrically with one scale for each group of 128 inputs of an output row. Large weights are clipped
-if that reduces the group's squared error.
+"""int4: quantises weights symmetrically with one scale for each group of 128 inputs of an output row. Weights of large
+magnitude are clipped if that reduces the squared error of the group.
 
 Few weights of a group are near its largest one, so a finer step for all others gains more than the clipping loses. The
 root mean square error falls by 9 %, for normally distributed and for heavy-tailed weights.
@@ -15,15 +15,17 @@ from torch import Tensor
 from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["int4"].limit
-# The scale is tried at these ratios of the unclipped one. Ratios below 0.8 would reduce the error by less than 0.2 %.
+# Each group tries the scale without clipping times each of these ratios. Ratios below 0.8 would reduce the error by
+# less than 0.2 %.
 CLIPPING_RATIOS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises float32 [..., group] to whole numbers of the same shape (as float32), and returns them with the scales
-    [...]. Of scales with the same error it takes the largest."""
+    """Quantises float32 [..., group size] to whole numbers of the same shape, stored as float32. Returns these numbers
+    and the scales [...]. If several scales have the same error, the largest of them is taken."""
     largest = weight.abs().amax(-1, keepdim=True) / LIMIT
-    largest = torch.where(largest > 0, largest, 1.0)  # a group of zeros would have the scale 0
+    # The scale of a group of zeros is set to 1, because 0 would lead to 0/0.
+    largest = torch.where(largest > 0, largest, 1.0)
     scales, least = largest, torch.full_like(largest, torch.inf)
     for ratio in CLIPPING_RATIOS:
         tried = largest * ratio

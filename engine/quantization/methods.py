@@ -1,5 +1,5 @@
-"""Recognises checkpoints that were quantised by other tools, and tells the user what to do with each. This server reads
-one such format (`compressed_tensors`); it quantises plain weights itself."""
+"""Recognises checkpoints that other tools have quantised, and tells the user how to proceed. This server reads only one
+such format, compressed-tensors; it can quantise weights that are not quantised yet."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.errors import CheckpointError, shown
 
 COMPRESSED_TENSORS: Final = "compressed-tensors"
-# With these methods vLLM quantises the weights when it loads a checkpoint, so the weights in the files are plain.
+# With these methods, vLLM quantises the weights when it loads a checkpoint. The weights in the files are therefore not
+# quantised.
 MADE_AT_LOAD: Final[frozenset[str]] = frozenset({"experts_int8"})
-# Maps `quant_method` to the name of the method and the nearest of this server's formats (None: it depends on the bits).
+# Maps `quant_method` of a checkpoint to the name of the quantisation method, and to the most similar format of this
+# server, or to None if the number of bits decides the format.
 _METHODS: Final[Mapping[str, tuple[str, Quantization | None]]] = {
     "aqlm": ("AQLM", "int4"),
     "auto-round": ("AutoRound", "int4"),
@@ -54,7 +56,8 @@ _ALIASES: Final[Mapping[str, str]] = {
     "modelopt_mixed": "modelopt",
     "nvfp4": "modelopt",
 }
-# Maps files that tools write beside quantised weights to the method. Older tools leave no mark in config.json.
+# Maps the name of a file that a tool writes beside quantised weights to the quantisation method of that tool. Older
+# tools write nothing about quantisation to config.json.
 METHOD_FILES: Final[Mapping[str, str]] = {
     "hf_quant_config.json": "modelopt",
     "quant_config.json": "awq",
@@ -65,7 +68,7 @@ _NEAREST_BY_BITS: Final[Mapping[object, Quantization]] = {2: "int4", 3: "int4", 
 
 def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
     """Raises CheckpointError if the config.json at `path` says that the weights are quantised by a method that this
-    server does not read. The error names the method and says what to do."""
+    server does not read. The error names the method and tells the user how to proceed."""
     if values.get("quantization") is not None:
         raise _mlx(path, "quantization", values["quantization"])
     if values.get("compression_config") is not None:
@@ -91,14 +94,15 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def made_at_load(config: object) -> str | None:
-    """Returns the `quant_method` of a quantization_config if this method quantises plain weights as they are loaded,
-    else None."""
+    """Returns the `quant_method` of the quantization_config `config` if a server that uses this method quantises the
+    weights when it loads them. Returns None otherwise."""
     method = cast(dict[str, object], config).get("quant_method") if isinstance(config, dict) else None
     return method if isinstance(method, str) and method in MADE_AT_LOAD else None
 
 
 def refuse_file(path: Path) -> CheckpointError:
-    """Returns the error for a checkpoint folder that has `path`, one of `METHOD_FILES`."""
+    """Returns the error for a checkpoint folder that contains the file `path`, whose name is a key of
+    `METHOD_FILES`."""
     method = METHOD_FILES[path.name]
     name, nearest = _METHODS[method]
     return CheckpointError(

@@ -1,4 +1,4 @@
-"""Quantises a weight to one of the formats in `FORMATS`. This happens once, when the model is loaded."""
+"""Quantises a weight to one of the formats in `FORMATS`. Weights are quantised once, while the model is loaded."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.quantization import FORMATS, fp8, int4, int8
 from jamba_server.kernels.ops import QuantizedWeight
 
-# Maps finite float32 numbers [rows, groups, inputs of a group] to quantised ones of this shape and scales [rows,
-# groups].
+# A function that maps finite float32 numbers [rows, groups, inputs of a group] to quantised numbers of the same shape
+# and to scales [rows, groups].
 QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]
 QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int8": int8.quantize,
     "int4": int4.quantize,
     "fp8": fp8.quantize,
 }
-# So many float32 numbers are quantised at a time: 1 MiB, which fits into a CPU's caches, or 64 MiB, which fill a GPU.
+# This many float32 numbers are quantised at a time: 1 MiB on a CPU, which fits into the CPU's caches, or 64 MiB on a
+# GPU, which are enough to occupy it fully.
 _CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
-    """Returns a weight [..., N, K], whose numbers are finite, in the given format. The result has the same bits for any
-    number of threads."""
+    """Returns the weight [..., N, K] quantised to the given format. All numbers of the weight must be finite. The
+    result is bit-identical for any number of threads."""
     inputs = weight.shape[-1]
     group_size = FORMATS[quantization].group_size or inputs
     num_groups = -(-inputs // group_size)

@@ -1,4 +1,4 @@
-"""build_engine: makes an EngineCore, ready to step, from an EngineConfig."""
+"""build_engine: creates an EngineCore from an EngineConfig. The engine can then run steps at once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OnProgress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its weights, and everything that building a runner for it needs."""
+    """A model with its weights, and everything else that is needed to build a model runner."""
 
     model: Model
     sampler: Sampler
@@ -68,8 +68,8 @@ class Loaded:
 
 
 def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, fraction: None) -> EngineCore:
-    """Loads the model, plans the memory and returns the engine. `on_progress` is called with the name of a phase and
-    the fraction of it that is done. Raises ConfigError if an option cannot be satisfied."""
+    """Loads the model, plans the memory and returns the engine. `on_progress` is called with the name of the current
+    phase and the fraction of this phase that is done. Raises ConfigError if an option cannot be satisfied."""
     started = time.monotonic()
     device = choose_device(config)
     stored = read_stored(config)
@@ -79,7 +79,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     dtype = choose_dtype(config, model_config)
     policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
-    if device.type == "cpu":  # must be set before the kernels are loaded: they use as many threads as torch
+    # This must precede the loading of the kernels, because the CPU kernels use as many threads as torch uses then.
+    if device.type == "cpu":
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
@@ -113,14 +114,14 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
 
 
 def read_stored(config: EngineConfig) -> StoredModel:
-    """Returns the model's configuration. Unless the weights are dummies, it is corrected by the headers of the weight
-    files, which also give warnings."""
+    """Returns the model's configuration. Unless the weights are dummies, the headers of the weight files are read to
+    correct the configuration and to add warnings."""
     folder = Path(config.model)
     return StoredModel(load_model_config(folder)) if config.load_format == "dummy" else read_model(folder)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Returns the device to run on. `auto` means the GPU if torch sees one, else the CPU."""
+    """Returns the device to run on. The option `auto` means the GPU if torch sees one, else the CPU."""
     if config.tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} is not supported yet; the limit is 1.")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -130,13 +131,13 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype:
-    """Returns the dtype of weights and activations. `auto` means the dtype that config.json names."""
+    """Returns the dtype of weights and activations. The option `auto` means the dtype that config.json names."""
     name = model_config.dtype if config.dtype == "auto" else config.dtype
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
 def available_bytes(device: torch.device, config: EngineConfig) -> int:
-    """Returns the bytes that weights, activations and caches may use on `device` at this moment."""
+    """Returns how many bytes weights, activations and caches together may use on `device` at this moment."""
     if device.type == "cuda":
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
     return available_memory()
@@ -151,8 +152,9 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
 
 
 def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
-    """Returns the steps to measure and to compile kernels for. They have the sizes of `plan`, which rests on an
-    estimate, or larger ones: the plan after the measurement may have room for more and longer sequences."""
+    """Returns the dummy steps, whose memory is measured and whose kernels are compiled. The steps have the sizes in
+    `plan` or larger ones: `plan` is based on an estimate of the memory, and the final plan may allow more and longer
+    sequences."""
     trained = model_config.max_position_embeddings
     return DummySteps(
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -163,7 +165,7 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
 
 
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
-    """Runs the largest of `steps` and returns the memory that they needed."""
+    """Runs the largest dummy steps and returns how much memory they needed."""
     storage = loaded.storage(1, 1)
     runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
@@ -176,8 +178,8 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     storage = loaded.storage(plan.num_pages, plan.num_slots, plan.num_compressed)
     graphs = None
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
-    # On a CPU asynchronous scheduling excludes graphs: a step launched ahead gathers its input tokens with a torch
-    # operation, and a CPU graph can only replay this project's own kernels.
+    # On a CPU, asynchronous scheduling rules out graphs: a step that is launched before the previous one has finished
+    # gathers its input tokens with a torch operation, and a CPU graph can replay only this project's own kernels.
     wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
     if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
         sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type)
@@ -191,7 +193,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
-    # With reference kernels for all operations there is no warning, because the list of kernels shows them already.
+    # If all operations use reference kernels there is no warning, because the list of kernels shows that already.
     if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:
         warnings += (f"decode steps run without graphs: {reason}; set enforce_eager to hide this warning",)
     return EngineInfo(
@@ -223,7 +225,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
 
 def make_scheduler(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Scheduler:
     spec = CacheSpec.of(loaded.layout)
-    # Regular saved states are so far apart that one takes a quarter of the memory of the KV pages between two of them.
+    # The interval between regularly saved states is chosen so that one saved state takes at most a quarter of the
+    # memory of the KV pages in the interval.
     interval = -(-4 * spec.bytes_per_saved_state // spec.bytes_per_page) * config.block_size
     slots, compressed = plan.num_slots, plan.num_compressed
     cache = CacheManager(

@@ -1,5 +1,5 @@
-"""Reads the headers of the weight files in a checkpoint folder, and corrects the model's configuration by them. Works
-without torch, so that `jamba plan` does not need it."""
+"""Reads the headers of the weight files in a checkpoint folder, and corrects the model's configuration where the
+configuration contradicts the files. Works without torch, so that `jamba plan` does not need torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 _CLASSIFIER_HEAD: Final = "score.weight"
 _OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
-_NAMES_SHOWN: Final = 3  # an error lists only so many names, because a wrong checkpoint may have thousands
-_SLICE: Final = 4 << 20  # two tensors are compared in pieces of so many bytes
+_NAMES_SHOWN: Final = 3  # an error lists at most this many tensor names, because a wrong checkpoint may have thousands
+_SLICE: Final = 4 << 20  # two tensors are compared in pieces of this many bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """The bytes `start` to `end` of a file, which hold a tensor. `dtype` is the name that safetensors uses, as
-    "BF16"."""
+    """A tensor in a file, stored in the bytes from `start` to `end`. `dtype` is the name that safetensors uses, for
+    example "BF16"."""
 
     path: Path
     dtype: str
@@ -37,8 +37,8 @@ class StoredTensor:
     end: int
 
     def equals(self, other: StoredTensor) -> bool:
-        """Returns whether both tensors have the same dtype, shape and bytes. Stops reading at the first piece that
-        differs."""
+        """Returns whether both tensors have the same dtype, shape and bytes. Stops reading at the first piece in which
+        the bytes differ."""
         if (self.dtype, self.shape, self.end - self.start) != (other.dtype, other.shape, other.end - other.start):
             return False
         with self.path.open("rb") as mine, other.path.open("rb") as theirs:
@@ -53,14 +53,15 @@ def _slices(size: int) -> Iterable[int]:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A checkpoint's configuration, corrected by its weight files, and warnings about these files for the user."""
+    """The configuration of a checkpoint, corrected by the contents of its weight files, and warnings to the user about
+    these files."""
 
     config: JambaConfig
     warnings: tuple[str, ...] = ()
 
 
 def read_model(folder: Path) -> StoredModel:
-    """Reads the configuration and the headers of the weight files. Raises CheckpointError for files that are wrong or
+    """Reads the configuration and the headers of the weight files. Raises CheckpointError if a file is wrong or
     missing."""
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
@@ -77,8 +78,8 @@ def read_model(folder: Path) -> StoredModel:
 
 
 def read_plan(folder: Path) -> StoredModel:
-    """Returns the same as `read_model`, but only the configuration must exist. Without complete weight files, the index
-    decides whether the model has a separate head."""
+    """Returns the same as `read_model`, but needs only config.json. If the weight files are missing or incomplete, the
+    index file decides whether the model has a separate language model head."""
     config = load_model_config(folder)
     try:
         return read_model(folder)
@@ -108,8 +109,8 @@ def _unused_tensors(config: JambaConfig, tensors: Mapping[str, StoredTensor]) ->
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the single weight file if it exists, else the files that the index names, as transformers does. Raises
-    CheckpointError if neither exists."""
+    """Returns model.safetensors if it exists, else the files that the index file names; transformers does the same.
+    Raises CheckpointError if neither exists."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
@@ -153,9 +154,9 @@ def _names_in_index(folder: Path) -> set[str]:
 
 
 def header(path: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of one file by name. Raises CheckpointError for a file that is not complete."""
+    """Returns the tensors of one file by name. Raises CheckpointError if the file is incomplete."""
     try:
-        # `safe_open` checks the header, and that the file has the size that the header implies.
+        # `safe_open` checks the header, and checks that the file has the size that the header implies.
         with safe_open(path, framework="np"):
             pass
         with path.open("rb") as file:

@@ -1,4 +1,5 @@
-"""Checks that the chosen kernels support the other options, such as the page size and the dtype of the KV cache."""
+"""Checks that the chosen kernels support the other options of the server, such as the page size and the dtype of the KV
+cache."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.kernels.external import FLASH_PAGE
 
-FP8_KERNELS = ("triton", "reference")  # these attention kernels read and write pages in float8_e4m3fn
-FP8_CAPABILITY = (8, 9)  # GPUs support float8_e4m3fn from this compute capability on
+FP8_KERNELS = ("triton", "reference")  # the kernels that can read and write KV pages in float8_e4m3fn
+FP8_CAPABILITY = (8, 9)  # the lowest compute capability of GPUs that support float8_e4m3fn
 
 
 def check_kernels(config: EngineConfig, dtype: torch.dtype, device: torch.device, names: Mapping[str, str]) -> None:
-    """Raises ConfigError if a chosen kernel cannot work with the pages that `config` asks for. `names` maps each
-    operation to the name of its chosen implementation."""
+    """Raises ConfigError if a chosen kernel does not support the page size or the dtypes that the options ask for.
+    `names` maps each operation to the name of the kernel chosen for it."""
     _check_flash_attention(config.block_size, dtype, names)
     if config.kv_cache_dtype == "fp8":
         _check_fp8_pages(device, names)

@@ -1,4 +1,5 @@
-"""Finds the memory and the CPU cores that this process may use, as control groups limit them. Works without torch."""
+"""Finds how much memory and how many CPU cores this process may use within the limits of its control groups. Works
+without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 
 
 def format_bytes(count: int) -> str:
-    """Returns a number of bytes as text in binary units: 9318400 becomes "8.9 MiB"."""
+    """Formats a number of bytes in binary units: 9318400 becomes "8.9 MiB"."""
     if count < 1024:
         return f"{count} B"
     exponent = min(int(math.log2(count)) // 10, 4)
@@ -17,8 +18,8 @@ def format_bytes(count: int) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Returns how many bytes this process may still allocate: the machine's available memory, or less where its control
-    group, or one above it, has a lower limit.
+    """Returns how many bytes this process may still allocate: the available memory of the machine, or less if a control
+    group that contains the process has a lower limit.
 
     `root` is the folder of proc/ and sys/. The inactive part of a group's page cache counts as free, because the kernel
     would drop it. Without proc/ (macOS) the result is the machine's whole memory.
@@ -39,11 +40,12 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """Returns how many CPU cores this process may use: those of its affinity mask, or the quota of its control groups
-    in whole cores if that is less."""
+    """Returns how many CPU cores this process may use: the number of cores in its affinity mask, or the CPU quota of
+    its control groups, rounded down to whole cores, if the quota is smaller."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _control_groups(root, "cpu"):
-        if (folder / "cpu.max").exists():  # it holds quota and period in microseconds: "200000 100000"
+        # The file holds quota and period in microseconds, for example "200000 100000".
+        if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
             limit = None if quota == "max" else int(quota) / int(period)
         else:
@@ -55,8 +57,8 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yields the folders of this process's control group and of the groups above it, both for version 2 and for
-    `controller` of version 1.
+    """Yields the folders of this process's control group and of all control groups that contain this group.
+    `controller` selects the hierarchy in version 1 of control groups; version 2 has a single hierarchy.
 
     In a container proc/self/cgroup may name the group by its path on the host. Then only the root folder exists.
     """
@@ -79,7 +81,7 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """Returns the number in a file. Returns None if the file says "max" or cannot be read."""
+    """Returns the number that a file contains. Returns None if the file contains "max" or cannot be read."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -1,5 +1,5 @@
-"""Dummy steps, made without any request, and the GPU memory that the largest of them need. It is measured before the
-caches are allocated, so that these can take the rest."""
+"""Builds dummy steps, which need no requests, and measures how much GPU memory the largest of these steps need. The
+measurement precedes the allocation of the caches, so that the caches can take the remaining memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.start.memory_plan import Measured, usable_bytes
 from jamba_server.engine.types import MAX_LOGPROBS, Request, SamplingParams
 
-# These parameters make a request need the most memory. Penalties are left out: their memory depends on the lengths of
-# all contexts, and contexts of the greatest length do not all fit at once.
+# With these parameters a request needs the most memory. Penalties are left out: their memory grows with the lengths of
+# all contexts in the batch, and contexts of the greatest length do not all fit into memory at once.
 PARAMS = SamplingParams(max_tokens=1, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS)
 
 
@@ -25,28 +25,29 @@ class DeviceMemory(Protocol):
     """Reports the memory of a GPU in bytes."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """Returns the memory that no process uses now, and all memory of the GPU."""
+        """Returns (free, total): the size of the GPU memory that no process uses now, and the size of all GPU
+        memory."""
         ...
 
     def allocated(self) -> int:
-        """Returns the memory that tensors of this process use now."""
+        """Returns how much memory the tensors of this process use now."""
         ...
 
     def reset_peak(self) -> None: ...
 
     def peak(self) -> int:
-        """Returns the most memory that tensors of this process used at one time since `reset_peak`."""
+        """Returns the largest amount of memory that the tensors of this process used at one time since `reset_peak`."""
         ...
 
 
 class CudaMemory:
-    """The memory of a CUDA device, as torch reports it."""
+    """Reports the memory of a CUDA device, as torch sees it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def free_and_total(self) -> tuple[int, int]:
-        torch.cuda.empty_cache()  # blocks that torch's allocator keeps for later must count as free
+        torch.cuda.empty_cache()  # memory that torch's allocator caches for reuse must count as free
         return torch.cuda.mem_get_info(self._device)
 
     def allocated(self) -> int:
@@ -66,8 +67,8 @@ def usable_memory(memory: DeviceMemory, utilization: float) -> int:
 
 
 class DummySteps:
-    """Dummy steps of the sizes that matter for the memory of a step or for the choice of its kernels. They use only
-    page 0 and state slot 0, which no sequence owns."""
+    """Builds dummy steps of the sizes that decide how much memory a step needs and which kernels it runs. The steps use
+    only KV page 0 and state slot 0, which no sequence owns."""
 
     def __init__(self, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -81,9 +82,9 @@ class DummySteps:
 
     def largest(self) -> Iterator[SchedulerOutput]:
         """Yields the steps that need the most memory: prompts that fill a step, the last chunk of the longest prompt,
-        and a full batch of decodes at the end of the longest context. The smallest step, a single decode, follows,
-        because it may run other kernels."""
-        # `max_num_seqs` more prompt tokens stand for the decodes that can run in the same step.
+        and a full batch of decodes at the end of the longest context. The smallest step, a decode of one sequence,
+        follows, because it may run different kernels."""
+        # The `max_num_seqs` additional prompt tokens represent the decodes that can run in the same step.
         yield self._output(self.prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
@@ -93,15 +94,16 @@ class DummySteps:
             yield self._output([Chunk(self._sequence(2), 1, 2, num_sampled=1)])
 
     def of_all_sizes(self) -> Iterator[SchedulerOutput]:
-        """Yields decodes, long prompts and one-token prompts, in numbers that are powers of two. Each tile shape of a
-        kernel covers a range of row or sequence counts wider than a factor of two, so the steps meet every tile shape.
-        Lists of one and of two copies follow: Triton compiles a kernel anew for addresses that are no multiple of 16,
-        and the second column of a list of one copy has such an address."""
+        """Yields steps of decodes, of long prompts and of one-token prompts, whose sizes are powers of two. For each
+        tile shape of a kernel, the largest number of rows or sequences is more than twice the smallest, so the steps
+        use every tile shape. Steps with one and with two cache copies follow: Triton compiles a kernel again for an
+        address that is no multiple of 16, and the second column of a list of one copy has such an address."""
         if self._max_model_len > 1:
             reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
-            yield self._output([reply, *self.prompts(2, 2)])  # its prompt does not begin at row 0 of the batch
+            # This step has a decode at row 0 of the batch, so the prompt begins at another row.
+            yield self._output([reply, *self.prompts(2, 2)])
         for tokens in _powers_of_two(self.max_num_batched_tokens):
             yield self._output(self.prompts(tokens, self._max_model_len))
         for count in _powers_of_two(self.max_num_seqs):
@@ -110,7 +112,8 @@ class DummySteps:
             yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(pages=copies, states=copies, saves=copies), ())
 
     def prompts(self, tokens: int, longest: int) -> list[Chunk]:
-        """Returns prompts of `tokens` tokens in total: as few as possible, none longer than `longest`."""
+        """Returns as few prompts as possible that have `tokens` tokens in total. No prompt is longer than `longest`
+        tokens."""
         full, rest = divmod(tokens, longest)
         lengths = [longest] * full + ([rest] if rest else [])
         return [Chunk(self._sequence(length), 0, length, num_sampled=1) for length in lengths]
@@ -130,9 +133,9 @@ def _powers_of_two(most: int) -> list[int]:
 
 
 def measure(run: Callable[[SchedulerOutput], object], steps: DummySteps, memory: DeviceMemory) -> Measured:
-    """Runs the largest of `steps` and returns the most memory that they used beside the weights. This compiles their
-    kernels, too. `run` must wait until the step is done. Raises ConfigError if the device has too little memory for a
-    step."""
+    """Runs the largest dummy steps and returns the largest amount of memory that they used in addition to the weights.
+    Running the steps also compiles their kernels. `run` must wait until the step is done. Raises ConfigError if the
+    device has too little memory for a step."""
     memory.reset_peak()
     before = memory.allocated()
     try:

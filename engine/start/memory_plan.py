@@ -1,4 +1,4 @@
-"""MemoryPlan: divides the memory of the device among weights, forward passes, KV pages and states. Works without
+"""MemoryPlan: divides the memory of the device among weights, forward passes, KV pages and Mamba states. Works without
 torch."""
 
 from __future__ import annotations
@@ -14,35 +14,43 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.start.machine import format_bytes
 
-# The default number of prompt tokens in a step. On a CPU it is small: running replies wait while a step computes a
-# chunk of a new prompt, and the first of several prompts waits for the others in its step. Steps of 512 tokens would
-# prefill 5 % faster for 3 billion parameters, 13 % faster with 16 experts, and 30 % faster for 0.1 billion parameters.
+# The default number of prompt tokens in a step. On a CPU the number is small, because all sequences that decode wait
+# while a step computes a chunk of a new prompt, and a prompt waits for the other prompts in its step. Steps of 512
+# tokens would prefill 5 % faster for a model with 3 billion parameters, 13 % faster for one with 16 experts, and 30 %
+# faster for one with 0.1 billion parameters.
 DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
-# The share of the caches in the memory that weights and activations leave. A CPU shares its memory with all other
-# programs of the machine. On a GPU gpu_memory_utilization already leaves room for fragmentation and for libraries.
+# The caches get this share of the memory that weights and activations do not use. A CPU shares its memory with all
+# other programs of the machine. On a GPU, gpu_memory_utilization already leaves room for fragmentation and for
+# libraries.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
-SAVED_STATES_SHARE = 0.25  # saved states get this share of the cache memory that remains after the running slots
-MIN_SAVED_STATES = 2  # prefix caching needs at least one for the end of a system prompt and one for that of a reply
-STAGING_SLOTS = 4  # so many extra slots hold states until they are compressed; a prompt saves as many in a step
-MAX_NUM_SEQS = 65_535  # GPU kernels count sequences on the second or third axis of their grid, and CUDA limits these
-MIN_PAGES = 3  # these are the dummy page 0, one page for a sequence, and one page as the source of a copy
-# Pages are allocated for twice as many tokens as can run at once, so that the prefix cache holds as many again. On a
-# CPU prefill is slow and other programs need memory, too, so each running sequence counts with an average context, and
-# with one saved state for each point where conversations branch or end: after the system prompt, before the last user
-# message, at the end of the prompt, and at the end of the answer.
+# Saved states get this share of the cache memory that the slots of running sequences do not use.
+SAVED_STATES_SHARE = 0.25
+# Prefix caching needs a saved state for the end of a system prompt and another for the end of a reply.
+MIN_SAVED_STATES = 2
+# This many extra slots hold states until they are compressed; a prompt saves up to four states in a step.
+STAGING_SLOTS = 4
+# GPU kernels use the second or third grid axis for sequences, and CUDA limits these axes to this size.
+MAX_NUM_SEQS = 65_535
+MIN_PAGES = 3  # the dummy page 0, one page for a sequence, and one page as the source of a copy
+# There are pages for twice as many tokens as the running sequences can have, so that the prefix cache can hold as many
+# tokens as the running sequences. On a CPU, prefill is slow and other programs need memory, too. There, each running
+# sequence is counted with an average context length instead of the longest one, and with one saved state for each point
+# where conversations branch or end: after the system prompt, before the last user message, at the end of the prompt,
+# and at the end of the answer.
 PREFIX_CACHE_FACTOR = 2
 CPU_TOKENS_PER_SEQUENCE = 1024
 CPU_SAVED_STATES_PER_SEQUENCE = 4
-ACTIVATION_SHARE = 0.25  # activations may use this share of the memory beside the weights, or batches become smaller
-LOGITS_COPIES = 3  # the sampler holds the logits, their log-softmax, and one sorted or masked copy
+# Activations may use this share of the memory that remains beside the weights; batches are made smaller to fit.
+ACTIVATION_SHARE = 0.25
+LOGITS_COPIES = 3  # the sampler holds the logits, their log-softmax, and one sorted or masked copy of them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """The sizes that the engine allocates. `num_pages`, `num_slots` and `num_compressed` include the dummy unit 0. The
-    pages hold one sequence of `max_model_len` tokens and one page more. `num_compressed` is the number of compressed
-    saved states; if it is 0, saved states lie in slots. `warnings` has a text for each size that is smaller than
-    requested."""
+    """The sizes that the engine allocates. `num_pages`, `num_slots` and `num_compressed` include a dummy unit with id
+    0. There are enough pages for one sequence of `max_model_len` tokens and one page more. `num_compressed` is the
+    number of compressed saved states; if it is 0, saved states are kept uncompressed in slots. `warnings` has a text
+    for each size that is smaller than requested."""
 
     max_model_len: int
     max_num_seqs: int
@@ -68,7 +76,8 @@ class MemoryPlan:
 
 
 class Measured(NamedTuple):
-    """A measurement: steps of these sizes used at most `activation_bytes` of memory beside the weights."""
+    """A measurement of dummy steps: steps with up to these numbers of tokens and sequences used at most
+    `activation_bytes` of memory in addition to the weights."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
@@ -76,8 +85,8 @@ class Measured(NamedTuple):
 
 
 def usable_bytes(free: int, total: int, utilization: float) -> int:
-    """Returns how many bytes may still be allocated on a GPU with `total` bytes, of which `free` are free now, until
-    the fraction `utilization` of the GPU is in use. Memory that other processes use counts as used."""
+    """Returns how many bytes may still be allocated on a GPU until the fraction `utilization` of its memory is in use.
+    The GPU has `total` bytes, of which `free` bytes are free now. Memory that other processes use counts as used."""
     return max(0, free - (total - int(total * utilization)))
 
 
@@ -91,8 +100,9 @@ def plan_memory(
     device: str,
     measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Fits the requested sizes in `engine` into `available_bytes` of `device` ("cpu" or "cuda"). The memory for
-    activations is `measured`, or estimated if there is no measurement yet. `layout` has the sizes of the caches.
+    """Fits the sizes that `engine` requests into `available_bytes` of memory on `device` ("cpu" or "cuda"). The memory
+    for activations is taken from `measured`, or estimated if `measured` is None. `layout` gives the sizes of KV pages
+    and states.
 
     Raises ConfigError if the weights do not fit, or nothing remains for a sequence of one page and its state.
     """
@@ -107,8 +117,8 @@ def plan_memory(
 
 
 def check_sizes(engine: EngineConfig) -> None:
-    """Raises ConfigError for a size out of its range, and for compressed saved states together with an option that
-    excludes them."""
+    """Raises ConfigError if a size is out of its range, or if compressed saved states are combined with an option that
+    they do not support."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads")
     for name, least in (*((name, 1) for name in names), ("state_cache_memory_bytes", 0)):
         value = getattr(engine, name)
@@ -130,39 +140,39 @@ def check_sizes(engine: EngineConfig) -> None:
 
 
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-    """Returns an estimate of the most memory that a forward pass and the sampler use at one time. It counts four bytes
-    for every number."""
+    """Returns an estimate, in bytes, of the largest amount of memory that a forward pass and the sampler use at one
+    time. Every number is counted as four bytes."""
     per_token, fixed = _activation_terms(config, max_num_seqs)
     return fixed + per_token * (max_num_batched_tokens + max_num_seqs)
 
 
 def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]:
-    """Returns (bytes per token of the batch, bytes per forward pass). The first are for the residual stream and the
-    kind of layer with the largest activations, the second for the logits."""
+    """Returns (bytes for each token of the batch, bytes for each forward pass). The first number covers the residual
+    stream and the kind of layer with the largest activations. The second number covers the logits."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     k = config.num_experts_per_tok if config.num_experts > 1 else 1
-    mamba = 6 * d  # counts both halves of in_proj's output, the convolution's output, dt, y, and y times its gate
-    feed_forward = k * (3 * f + h)  # counts gate, up, their product and the output, for each of a token's k experts
+    mamba = 6 * d  # counts in_proj's output (2 * d), the convolution's output, dt, y, and y times its gate
+    feed_forward = k * (3 * f + h)  # counts gate, up, gate * up and the output, for each of the k experts of a token
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     rows = max(max_num_seqs, PROMPT_LOGITS_ROWS)
     return 4 * (4 * h + max(mamba, feed_forward, attention)), 4 * LOGITS_COPIES * rows * config.vocab_size
 
 
 class _Planner:
-    """Makes one plan. It decides the sizes in this order: batch, slots of running sequences, saved states, pages, and
-    the longest context."""
+    """Makes one memory plan. Decides the sizes in this order: the batch, the slots of running sequences, the saved
+    states, the KV pages, and the longest context."""
 
     def __init__(
         self, config: JambaConfig, engine: EngineConfig, spec: CacheSpec, device: str, measured: Measured | None
     ) -> None:
         self.config, self.engine, self.spec, self.device, self.measured = config, engine, spec, device, measured
         self.compresses = engine.state_cache_dtype != "auto"
-        # No sequence runs in the dummy slot 0 and in the staging slots.
+        # Slot 0 is a dummy, and staging slots hold states that wait to be compressed. No sequence runs in these slots.
         self.fixed_slots = 1 + (STAGING_SLOTS if self.compresses else 0)
         self.warnings: list[str] = []
 
     def plan(self, weight_bytes: int, free: int) -> MemoryPlan:
-        """Returns the plan. `free` is the available memory beside the weights in bytes."""
+        """Returns the plan. `free` is the number of bytes that are available in addition to the weights."""
         max_model_len = self._requested_model_len()
         batched, max_num_seqs = self._batch(free)
         activations = activation_bytes(self.config, max_num_batched_tokens=batched, max_num_seqs=max_num_seqs)
@@ -196,7 +206,7 @@ class _Planner:
         )
 
     def _at_most(self, name: str, requested: int, limit: int, reason: str) -> int:
-        """Returns the smaller of `requested` and `limit`. Adds a warning if that is less than requested."""
+        """Returns the smaller of `requested` and `limit`. Adds a warning if `limit` is smaller than `requested`."""
         if requested <= limit:
             return requested
         self.warnings.append(f"{name} {requested} is reduced to {limit}: {reason}")
@@ -208,14 +218,15 @@ class _Planner:
         return self._at_most("max_model_len", requested, trained, "the model's max_position_embeddings is the limit")
 
     def _batch(self, free: int) -> tuple[int, int]:
-        """Returns max_num_batched_tokens and max_num_seqs: the requested sizes, or less if activations do not fit."""
+        """Returns max_num_batched_tokens and max_num_seqs: the requested numbers, or smaller ones if the activations
+        would not fit into memory."""
         requested, reason = self.engine.max_num_batched_tokens, "the memory for activations is limited"
         requested = DEFAULT_BATCHED_TOKENS[self.device] if requested is None else requested
         if self.measured is None:
             per_token, fixed = _activation_terms(self.config, self.engine.max_num_seqs)
             room = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
-            # A batch of less than `block_size` tokens saves hardly any memory. If that does not fit either,
-            # `_check_minimum` raises the error.
+            # A batch of fewer than `block_size` tokens would save hardly any memory. If a batch of `block_size` tokens
+            # does not fit either, `_check_minimum` raises the error.
             most = max(room // 2, self.spec.block_size)
             seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, most, reason)
             tokens = max(room - seqs, self.spec.block_size)
@@ -225,7 +236,7 @@ class _Planner:
         return self._at_most("max_num_batched_tokens", requested, tokens, reason), seqs
 
     def _graph_bytes(self, max_num_seqs: int, max_model_len: int) -> int:
-        """Returns the bytes that all CUDA graphs may need."""
+        """Returns how many bytes all CUDA graphs together may need."""
         if self.device == "cpu" or self.engine.enforce_eager:
             return 0
         per_row, _ = _activation_terms(self.config, max_num_seqs)
@@ -233,14 +244,15 @@ class _Planner:
 
     def _check_minimum(self, budget: int, weight_bytes: int, activations: int, limit: int) -> None:
         saved = MIN_SAVED_STATES if self.engine.enable_prefix_caching else 0
-        saved += self.compresses  # adds the dummy 0 of the pool of compressed states
+        saved += self.compresses  # adds the dummy 0 of the pool of compressed saved states
         pages = MIN_PAGES * self.spec.bytes_per_page
         explicit = self.engine.kv_cache_memory_bytes
         if explicit is not None and explicit < pages:
             raise ConfigError(
                 f"kv_cache_memory_bytes is {explicit}; it must be at least {pages}, the bytes of {MIN_PAGES} pages."
             )
-        # Slots may use one half of the cache memory; saved states and pages have the other half.
+        # The slots of running sequences may use one half of the cache memory; saved states and KV pages have the second
+        # half.
         slots = (self.fixed_slots + 1) * self.spec.bytes_per_slot
         needed = 2 * max(slots, saved * self.spec.bytes_per_saved_state + pages)
         if budget < needed:
@@ -257,9 +269,9 @@ class _Planner:
         return self._at_most("max_num_seqs", requested, half, reason)
 
     def _saved_states(self, max_num_seqs: int, rest: int, longest: int) -> int:
-        """Returns how many states can be saved. `rest` is the cache memory that remains after the running slots, in
-        bytes. `longest` is the number of pages of the longest context: a request for more than the usual share of saved
-        states must leave room for them."""
+        """Returns how many saved states to allocate. `rest` is the cache memory, in bytes, that remains after the slots
+        of running sequences. `longest` is the number of KV pages of the longest context: if the user requests more
+        memory for saved states than the default share, that many pages must still fit."""
         if not self.engine.enable_prefix_caching:
             return 0
         size, page = self.spec.bytes_per_saved_state, self.spec.bytes_per_page
@@ -269,7 +281,8 @@ class _Planner:
             most = max(share, rest - min(longest * page, explicit_kv or rest))
             fits = self._at_most("state_cache_memory_bytes", requested, most, "the cache memory is limited")
             return max(fits // size, MIN_SAVED_STATES)
-        if explicit_kv is not None:  # saved states get a quarter of the memory that they and the pages use together
+        # Saved states then get at most a quarter of the memory of saved states and KV pages together.
+        if explicit_kv is not None:
             share = min(share, explicit_kv // 3)
         count = share // size
         if self.device == "cpu":
@@ -277,8 +290,8 @@ class _Planner:
         return max(count, MIN_SAVED_STATES)
 
     def _pages(self, room: int, max_num_seqs: int, max_model_len: int) -> int:
-        """Returns the number of pages, the dummy included. `room` is the cache memory that remains after slots and
-        saved states, in bytes."""
+        """Returns the number of KV pages, including the dummy page 0. `room` is the cache memory, in bytes, that
+        remains after slots and saved states."""
         spec, explicit = self.spec, self.engine.kv_cache_memory_bytes
         if explicit is not None:
             fits = self._at_most("kv_cache_memory_bytes", explicit, room, "the available memory is limited")

@@ -1,4 +1,5 @@
-"""Rehearsal: runs dummy steps on torch's device "meta", so that GPU kernels are compiled while the weights load.
+"""Rehearsal: runs dummy steps on torch's device "meta" to find which GPU kernels the model needs, so that these are
+compiled while the weights are loaded.
 
 Tensors on "meta" have no memory, but shapes, strides and addresses (counted from 0), and Triton specialises a kernel by
 nothing else. During a rehearsal a launch only compiles the kernel (`kernels.triton.launch.compile_launches`). The same
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """Everything beside the sizes of the steps that decides which kernels a model needs."""
+    """Everything that decides which kernels a model needs, except the sizes of the steps."""
 
     config: JambaConfig
     kernels: Kernels
@@ -45,12 +46,14 @@ class Rehearsal:
     layout: CacheLayout
 
     def is_for(self, device: torch.device) -> bool:
-        """Returns whether there are kernels to compile: the device is a GPU and some operation uses Triton."""
+        """Returns whether there are kernels to compile, which is the case if the device is a GPU and some operation
+        uses Triton."""
         return device.type == "cuda" and any(name.startswith("triton") for name in self.kernels.names.values())
 
     def runner(self) -> ModelRunner:
-        """Returns a runner on the device "meta". Its model has only the first layers of the real one, up to the point
-        where every kind of layer has occurred. Its cache has all layers, because their number decides the strides."""
+        """Returns a model runner on the device "meta". Its model has only the first layers of the real model, up to the
+        first point where every kind of layer has occurred. Its cache has all layers, because the number of layers
+        decides the strides of the cache tensors."""
         kinds = [(self.config.is_attention(i), self.config.is_moe(i)) for i in range(self.config.num_hidden_layers)]
         config = replace(self.config, num_hidden_layers=1 + max(map(kinds.index, kinds)))
         meta = torch.device("meta")
@@ -63,27 +66,29 @@ class Rehearsal:
         return ModelRunner(model, storage, sampler, self.kernels)
 
     def launch(self, steps: DummySteps) -> None:
-        """Launches steps of all sizes. The caller has replaced kernel launches by compilation."""
+        """Launches steps of all sizes. The caller must first have replaced kernel launches by compilation."""
         runner = self.runner()
         for output in steps.of_all_sizes():
             runner.launch(output)
 
     def compile(self, steps: DummySteps, executor: Executor) -> int:
-        """Compiles the kernels that these steps launch, in the threads of `executor`, and loads them onto the device.
-        Returns the number of kernels."""
-        from jamba_server.kernels.triton.launch import compile_launches  # triton may not be installed
+        """Compiles the kernels that `steps` launch, in the threads of `executor`, and loads the kernels onto the
+        device. Returns the number of kernels."""
+        # Imported here because triton may not be installed.
+        from jamba_server.kernels.triton.launch import compile_launches
 
         return compile_launches(lambda: self.launch(steps), executor)
 
 
 class Compilers(ThreadPoolExecutor):
-    """A pool of threads whose queued work can be cancelled. `shutdown(cancel_futures=True)` would do so, too, but it
-    never wakes a thread that waits for cancelled futures in `as_completed`, and Triton waits in this way."""
+    """A pool of threads whose queued work can be cancelled. `shutdown(cancel_futures=True)` cancels queued work, too,
+    but never wakes a thread that waits for the cancelled futures in `as_completed`, and Triton waits in this way."""
 
     _called_off = False
 
     def call_off(self) -> None:
-        """Makes all queued work fail when its turn comes, and accepts no further work."""
+        """Refuses further work at once. Work that is queued already fails with CancelledError when a thread takes
+        it."""
         self._called_off = True
         self.shutdown(wait=False)
 
@@ -98,9 +103,10 @@ class Compilers(ThreadPoolExecutor):
 
 @contextmanager
 def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[None]:
-    """Compiles the kernels of `steps` in other threads during a `with` block, and waits for them at the end of the
-    block. Nothing else may launch a kernel inside the block. If the rehearsal fails, for example because an operation
-    does not run on the device "meta", a warning is logged and the remaining kernels are compiled at their first use."""
+    """Compiles the kernels of `steps` in other threads while a `with` block runs, and waits for these threads at the
+    end of the block. No other code may launch a kernel during the block. If the rehearsal fails, for example because an
+    operation does not run on the device "meta", a warning is logged and each kernel that is not compiled yet is
+    compiled at its first use."""
     started = time.monotonic()
     with Compilers(available_cpus()) as compilers, ThreadPoolExecutor(1) as stage:
         rehearsed = stage.submit(rehearsal.compile, steps, compilers)
@@ -109,7 +115,7 @@ def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[Non
             loaded = time.monotonic()
             error = rehearsed.exception()
         except BaseException:
-            compilers.call_off()  # leaving the block then waits only for kernels whose compilation has begun
+            compilers.call_off()  # the end of the block then waits only for kernels whose compilation has begun
             raise
     if error is not None:
         logger.warning("kernels could not be compiled while the weights load, and are at their first use: %r", error)

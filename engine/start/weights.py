@@ -19,15 +19,17 @@ from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
 
-# Maps the end of a tensor's name to the key of config.json that decides whether the model has this tensor.
+# Maps the end of a tensor's name to the key of config.json that decides whether the model has a tensor of this name.
 _DECIDED_BY: Final = {
     "mamba.conv1d.bias": "mamba_conv_bias",
     "mamba.in_proj.bias": "mamba_proj_bias",
     "mamba.out_proj.bias": "mamba_proj_bias",
     HEAD: "tie_word_embeddings",
 }
-_CHUNK: Final = 1 << 20  # so many random numbers are drawn at a time: 4 MiB in float32; a CPU caches several of these
-_STEP: Final = 0x9E3779B9 - 2**32  # 2**32 / golden ratio as int32; it is odd, so its multiples reach every int32
+# This many random numbers are drawn at a time: 4 MiB in float32, and several such chunks fit into a CPU's cache.
+_CHUNK: Final = 1 << 20
+# 2**32 / golden ratio as int32; this number is odd, so its multiples modulo 2**32 reach every int32.
+_STEP: Final = 0x9E3779B9 - 2**32
 _DT_RANGE: Final = (0.001, 0.1)  # Mamba's training begins with time steps in this range (Gu & Dao 2023, section 3.6)
 
 
@@ -63,7 +65,7 @@ def load_weights(
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name and the tensor of each entry of one file. The tensors are views of the memory-mapped file."""
+    """Yields (name, tensor) for each tensor in one file. The tensors are views of the memory-mapped file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names: list[str] = file.keys()
@@ -74,13 +76,13 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Waiting:
-    """A unit of the model that waits for some of its tensors. When all are filled, it is packed and its raw weights are
-    freed."""
+    """A group of weights that are packed together, while some of its tensors are not read yet. When all are filled, the
+    group is converted to the layout of its kernel and its raw weights are freed."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit: Unit | None = unit
         self._missing = set(unit.destinations)
-        # Maps the name of a tensor in the files to the names of the destinations that it fills.
+        # Maps the name of a tensor in the files to the names of the model's weights that the tensor fills.
         self.parts = {name: (name,) for name in unit.destinations}
         self.parts |= {name: fused.parts for name, fused in unit.fused.items()}
 
@@ -90,8 +92,9 @@ class _Waiting:
         return unit.fused[name].data if name in unit.fused else unit.destinations[name].data
 
     def mark_filled(self, name: str) -> None:
-        """Marks the destinations of the tensor `name` as filled, and packs the unit if it was the last one. The caller
-        must hold no reference to the unit's `data`, so that packing can free it."""
+        """Records that the weights which the tensor `name` fills are filled. If no weight of the unit is missing any
+        more, the unit is packed. The caller must hold no reference to the unit's `data`, so that packing can free
+        it."""
         self._missing.difference_update(self.parts[name])
         if not self._missing:
             assert self._unit is not None, "a unit may be packed only once"
@@ -100,19 +103,19 @@ class _Waiting:
 
 
 class _Loader:
-    """Copies tensors to their destinations and records which are filled. `aliases` maps a name in the files to the name
-    under which its tensor is loaded."""
+    """Copies tensors from the files into the model's weights and records which weights are filled. `aliases` maps the
+    name of a tensor in the files to another name, under which the tensor is loaded."""
 
     def __init__(self, tensor_map: TensorMap, folder: Path, aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
         self._ignored, self._folder = tensor_map.ignored, folder
         self._names = list(tensor_map.destinations)
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
-        self._filled_by: dict[str, str] = {}  # maps a destination to the name of the tensor that filled it
+        self._filled_by: dict[str, str] = {}  # maps the name of a weight to the name of the tensor that filled it
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
-        """Copies `tensor` to its destination. Raises CheckpointError if the name is unknown or was loaded already, or
-        if the shape, the dtype or a value is wrong."""
+        """Copies `tensor` into the weights that it fills. Raises CheckpointError if its name is unknown or was loaded
+        already, or if its shape, its dtype or one of its values is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
@@ -139,7 +142,7 @@ class _Loader:
                     f"{path}: tensor {name} has dtype {tensor.dtype}; by quantization_config of "
                     f"{self._folder / 'config.json'} it is {destination.dtype}."
                 )
-        # Integers and floats of 8 bits are quantised weights, which mean nothing without their scales.
+        # Integers and 8-bit floats are quantised weights, which are meaningless without their scales.
         elif not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(
                 f"{path}: tensor {name} has dtype {tensor.dtype}; floats of 16 bits or more are expected."
@@ -162,9 +165,9 @@ class _Loader:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Returns whether all numbers of `tensor` are finite. It looks at the minimum and the maximum only, which are NaN
-    if any number is: this takes one pass and no mask of the tensor's size."""
-    if tensor.dtype == torch.float8_e4m3fn:  # this dtype has no infinity, and NaN is 0x7F or 0xFF
+    """Returns whether all numbers of `tensor` are finite. Only the minimum and the maximum are checked, because both
+    are NaN if any number is NaN. This takes one pass over the tensor and needs no mask of the tensor's size."""
+    if tensor.dtype == torch.float8_e4m3fn:  # float8_e4m3fn has no infinity, and its NaN is the byte 0x7F or 0xFF
         return bool((tensor.view(torch.uint8) & 0x7F).amax() < 0x7F)
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
@@ -174,22 +177,23 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _decided_by(names: Collection[str], how: str) -> str:
-    """Returns the end of an error text: which key of config.json gives the model one of these tensors or leaves it out.
-    `how` is "with it" or "without it"."""
+    """Returns the end of an error text, which names the key of config.json that decides whether a model has one of the
+    tensors `names`. `how` is "with it" or "without it"."""
     keys = [key for end, key in _DECIDED_BY.items() if any(name.endswith(end) for name in names)]
     return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
 
 
 def _transposed(name: str, tensor: Tensor, destination: Tensor) -> str:
-    """Returns the end of an error text for a convolution weight whose last two dimensions are swapped, as MLX stores
-    it."""
+    """Returns the end of an error text if the last two dimensions of a convolution weight are swapped, as in
+    checkpoints for MLX. Returns an empty text otherwise."""
     if name.endswith("conv1d.weight") and tensor.ndim == 3 and tensor.mT.shape == destination.shape:
         return "; MLX stores it in this shape: serve the checkpoint from which the MLX one was converted"
     return ""
 
 
 def dummy_weights(model: Model, seed: int) -> None:
-    """Fills `model` with random weights that keep activations finite. A seed gives the same weights on every machine.
+    """Fills `model` with random weights that keep activations finite. The same seed gives the same weights on every
+    machine.
 
     The numbers of a tensor depend only on the seed and on the tensor's name, so models of one shape have equal weights
     on all devices, and in all dtypes up to rounding. The numbers are drawn on the model's device. The weights are
@@ -197,7 +201,8 @@ def dummy_weights(model: Model, seed: int) -> None:
     """
     units = deque(model.tensor_map().units)
     devices = [data.device for unit in units for data, _ in unit.destinations.values()]
-    # Raw weights that will be quantised are in host memory, but a GPU draws their billions of numbers much faster.
+    # Raw weights that will be quantised are in host memory, but the random numbers for them are drawn on the GPU if the
+    # model runs there, because a GPU draws billions of numbers much faster.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
         pack = _fill_unit(units.popleft(), seed, device)
@@ -205,8 +210,8 @@ def dummy_weights(model: Model, seed: int) -> None:
 
 
 def _fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]:
-    """Fills the tensors of `unit` and returns its `pack`. The caller drops its reference to the unit before it calls
-    `pack`, so that the raw weights can be freed."""
+    """Fills the tensors of `unit` and returns its `pack` function. The caller must drop its own reference to the unit
+    before it calls `pack`, so that the raw weights can be freed."""
     for name, (data, fill) in unit.destinations.items():
         key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         _fill(data, fill, struct.unpack("<2i", key), device)
@@ -221,7 +226,7 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
             data.copy_(torch.arange(1, data.shape[-1] + 1).log())
         case "dt_bias":
             low, high = map(math.log, _DT_RANGE)
-            # These few numbers are drawn on the CPU, because a GPU rounds exp and log differently.
+            # The biases of dt_proj are drawn on the CPU, because a GPU rounds exp and log differently. They are few.
             fill_uniform(logs := torch.empty(data.shape), (high - low) / 2, key, logs.device)
             data.copy_((logs + (high + low) / 2).exp().expm1().log())  # log(expm1(t)) is the inverse of softplus
         case "normed":
@@ -232,8 +237,8 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
 
 def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch.device) -> None:
     """Fills `data` with uniform random numbers in [-bound, bound], whose variance is bound**2 / 3. Each number is a
-    hash of `key` and its index, in integer arithmetic, times a constant, so it is the same on all devices. The numbers
-    are drawn in chunks on `device`, so that no second copy of a big tensor is in memory."""
+    constant times an integer hash of `key` and the index of the number, so it is the same on all devices. The numbers
+    are drawn in chunks on `device`, so that memory never holds a second copy of a big tensor."""
     width = data.numel() // len(data)
     rows = min(len(data), max(1, _CHUNK // width))
     steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP
@@ -245,17 +250,18 @@ def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch
             steps, bits, scratch, numbers = steps[:count], bits[:count], scratch[:count], numbers[:count]
         _scramble(torch.add(steps, _int32(start * _STEP + key[0]), out=bits), key[1], scratch)
         numbers.copy_(bits).mul_(bound * 2.0**-31)
-        # Numbers for another device are rounded to the dtype of `data` first, because this halves the bytes to copy.
+        # Numbers that go to another device are first rounded to the dtype of `data`, so that fewer bytes are copied.
         part.copy_((numbers if part.device == device else numbers.to(part.dtype)).view(part.shape))
         start += count
 
 
 def _scramble(bits: Tensor, key: int, scratch: Tensor) -> None:
-    """Replaces every int32 in `bits` by its hash: lowbias32 (Wellons 2018) without its last step, which improves only
-    the lowest bits. The `key` is mixed in between the two multiplications. Otherwise the sequences of all keys would be
-    parts of one and the same sequence."""
+    """Replaces every int32 in `bits` by its hash. The hash is lowbias32 (Wellons 2018) without its last step, which
+    improves only the lowest bits. `key` is mixed in between the two multiplications; if it were only added to the
+    input, the random sequences of all keys would be sections of one long sequence."""
     for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
-        torch.bitwise_right_shift(bits, shift, out=scratch)  # shifts in copies of the sign, which the mask removes
+        # The right shift fills in copies of the sign bit, and the mask in the next statement clears them.
+        torch.bitwise_right_shift(bits, shift, out=scratch)
         bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
         if shift == 16:
             bits.bitwise_xor_(key)

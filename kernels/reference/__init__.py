@@ -1,4 +1,4 @@
-"""The reference implements every op in readable torch code. Tests compare other implementations with it.
+"""The reference kernels implement every op in readable torch code. Tests compare all other kernels with them.
 
 It also runs where no other implementation does. Shapes use the letters of `kernels.ops`. Results are batch-invariant
 because

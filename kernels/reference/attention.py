@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import Pages
 
-TILE = 8  # A tile has TILE tokens. A single token costs as much as a full tile.
+TILE = 8  # The number of query tokens in a tile. A tile with a single token costs as much as a full tile.
 KEYS = 128
 
 
@@ -45,7 +45,7 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
     tiles = _to_tiles(q.float() * scale, lead, kv_heads=pages.k.shape[2])
     group = q.shape[1] // pages.k.shape[2]
     tile_starts = range(first - lead, context_len, TILE)
-    # The online softmax carries three numbers per row: the maximum score, the sum of weights, and the weighted values.
+    # The online softmax keeps for each row the maximum score, the sum of weights and the weighted sum of values.
     maximum = tiles.new_full((*tiles.shape[:-1], 1), -torch.inf)
     weight_sum, values = torch.zeros_like(maximum), torch.zeros_like(tiles)
     offsets = torch.arange(TILE, device=q.device).repeat(group)
@@ -54,10 +54,10 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
         for i, tile_start in enumerate(tile_starts):
             if tile_start + TILE <= block_start:
                 continue
-            # `clone` gives every tile the memory alignment of a single tile, on which the product's bits may depend.
+            # `clone` gives all tiles the same memory alignment, because the product's bits may depend on it.
             scores = tiles[i].clone() @ k
             scores.masked_fill_(key_positions > tile_start + offsets[:, None], -torch.inf)
-            # Every row sees key 0, so the maximum is finite from the first block on.
+            # Every row sees key 0, so the maximum score is finite from the first block on.
             new_maximum = torch.maximum(maximum[i], scores.amax(-1, keepdim=True))
             weights, rescale = torch.exp(scores - new_maximum), torch.exp(maximum[i] - new_maximum)
             weight_sum[i] = weight_sum[i] * rescale + weights.sum(-1, keepdim=True)
@@ -79,7 +79,7 @@ def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
 
 
 def _from_tiles(tiles: Tensor, lead: int, length: int) -> Tensor:
-    """Returns tiles as rows [L, Q, Z]: the inverse of `_to_tiles`."""
+    """Undoes `_to_tiles`: returns the tiles as rows [L, Q, Z]."""
     count, kv_heads, rows, size = tiles.shape
     by_row = tiles.view(count, kv_heads, rows // TILE, TILE, size).permute(0, 3, 1, 2, 4)
     return by_row.reshape(count * TILE, -1, size)[lead : lead + length]

@@ -21,8 +21,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Te
     tokens, sequences = len(x), len(segments.state_ids)
     row = torch.arange(tokens, device=x.device)
     history = torch.arange(width - 1, device=x.device)
-    # The tape holds, for each sequence, the inputs from its state followed by its new inputs. The window of row r
-    # starts at r + (width - 1) * sequence, and the state after row r is that window without its first input.
+    # The tape holds, for each sequence, the width - 1 inputs stored in its state, followed by its new inputs. Row r of
+    # a sequence is computed from the `width` inputs that start at r + (width - 1) * sequence. The state after row r is
+    # these inputs without the first.
     window_start = row + (width - 1) * sequence_of_row(segments)
     tape = x.new_empty(tokens + (width - 1) * sequences, x.shape[1])
     first_window = window_start[segments.query_start[:-1]]

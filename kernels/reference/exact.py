@@ -1,4 +1,4 @@
-"""The sums and functions of this module give an element the same bits whatever the shape of the tensor around it.
+"""The functions of this module give each element of a result the same bits, whatever the shape of the whole tensor.
 
 torch's add, multiply, divide, exp, log1p and rsqrt have this property. torch's `sum` does not, because its order
 follows the shape and the memory layout. On a CPU, torch's `silu`, `sigmoid` and `softplus` do not have it either,
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def ordered_sum(x: Tensor, dim: int) -> Tensor:
-    """Returns the sum over `dim`, which stays as a dimension of size 1.
+    """Returns the sum over dimension `dim` in a fixed order. The dimension stays, with size 1.
 
     The upper half of the elements is added to the lower half, again and again, until one element is left.
     """
@@ -29,5 +29,5 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Returns log(1 + exp(x)). Above 20 it returns x, which is the same number in float32. x is float32."""
+    """Returns log(1 + exp(x)) of float32 x. If x is above 20, the rounded result is x itself."""
     return torch.where(x > 20, x, torch.log1p(torch.exp(x)))

@@ -10,7 +10,7 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 
 def contiguous(weight: Weight) -> Weight:
-    """Returns the weight with contiguous tensors."""
+    """Returns the weight, with its tensors copied if they are not contiguous."""
     if isinstance(weight, Tensor):
         return weight.contiguous()
     return weight._replace(values=weight.values.contiguous(), scales=weight.scales.contiguous())
@@ -24,7 +24,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """Returns the product with a quantised weight, summed in float32 and rounded to x's dtype at the end.
+    """Returns x times the transpose of a quantised weight, plus bias: float32 sums, rounded to x's dtype at the end.
 
     The groups are added in ascending order, as `QuantizedWeight` defines the product.
     """

@@ -1,8 +1,8 @@
 """This module runs Jamba's mixture of experts (Lieber et al. 2024, section 2).
 
 Experts have no capacity limit, there is no shared expert, and no token is dropped. There is one difference from
-transformers: the outputs of a token's experts are added in float32 and in the order of their rank, not in the order of
-the experts' numbers.
+transformers: the outputs of a token's experts are added in float32 and in the order of the token's top-k list, not in
+the order of the experts' ids.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class RunExperts:
         return Experts(_each(gate_up), _each(down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """Runs each expert that any token chose once, on all tokens that chose it."""
+        """Runs each expert once, on all tokens that chose this expert."""
         tokens, top_k = ids.shape
-        chosen = ids.flatten()  # Entry t * K + rank is the expert that token t has at that rank.
+        chosen = ids.flatten()  # Entry t * K + i is expert number i in the top-k list of token t.
         by_expert = chosen.argsort(stable=True)
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         counts = chosen.bincount(minlength=len(experts.down)).tolist()
@@ -67,7 +67,7 @@ class RunExperts:
             if len(entries):
                 hidden = silu_and_mul(product(x[entries // top_k], experts.gate_up[expert]))
                 outputs[entries] = product(hidden, experts.down[expert])
-        # As in transformers, the weights are rounded first, then each expert's weighted output.
+        # As in transformers, the routing weights are rounded to x's dtype, and so is each expert's weighted output.
         weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
         total = weighted[:, 0].float()
         for rank in range(1, top_k):

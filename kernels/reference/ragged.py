@@ -1,4 +1,4 @@
-"""Functions that map the rows of a ragged batch to their sequences and states."""
+"""This module maps the rows of a ragged batch to their sequences and states."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jamba_server.kernels.ops import Segments
 
 
 def sequence_of_row(segments: Segments) -> Tensor:
-    """Returns the number of the sequence that each row belongs to: int64 [T]."""
+    """Returns, for each row, the number of the sequence to which the row belongs: int64 [T]."""
     return torch.repeat_interleave(segments.query_start.diff())
 
 
 def initial_states(storage: Tensor, segments: Segments) -> Tensor:
-    """Returns each sequence's state from `storage` [slots, ...]: [N, ...]. It is zeros where `has_state` is false."""
+    """Returns each sequence's state [N, ...] from `storage` [slots, ...], or zeros where `has_state` is false."""
     has_state = segments.has_state.view(-1, *(1 for _ in storage.shape[1:]))
     return torch.where(has_state, storage[segments.state_ids], 0)
 

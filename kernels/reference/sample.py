@@ -16,12 +16,15 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import SampleInputs
 
-# These are SplitMix64's increment (the odd number next to 2**64 / golden ratio) and its two multipliers. They are
-# written as signed integers because torch has no uint64 arithmetic; int64 arithmetic wraps around in the same way.
+# GAMMA and MULTIPLIERS are SplitMix64's increment (the odd number next to 2**64 / golden ratio) and its two
+# multipliers. They are written as signed integers because torch has no uint64 arithmetic; int64 arithmetic wraps around
+# in the same way.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-CANDIDATES = 1024  # Top-k and top-p sort this many tokens. A row that keeps more tokens sorts the whole vocabulary.
+# Top-k and top-p first sort only the 1024 tokens with the largest scores. If a row keeps more tokens than that, its
+# whole vocabulary is sorted.
+CANDIDATES = 1024
 ID_MASK = 2**32 - 1
 
 
@@ -39,9 +42,9 @@ def _select(inputs: SampleInputs, rows: Tensor) -> SampleInputs:
 
 
 def _sample_noisy(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """Returns the sampled tokens of rows of which none is greedy: int64 [N]."""
-    # Scores are relative to the best token. So a small temperature cannot overflow, and the scores near the best one,
-    # which matter, keep their precision.
+    """Returns the sampled token ids of rows whose temperature is above 0: int64 [N]."""
+    # Scores are relative to the row's largest logit. So division by a small temperature cannot overflow, and scores
+    # near the largest, which matter most, keep their precision.
     best = logits.max(dim=-1, keepdim=True).values
     scores = (logits - best) / inputs.temperature[:, None]
     token_ids = torch.empty_like(inputs.keys)
@@ -76,15 +79,15 @@ def _sample_best(scores: Tensor, inputs: SampleInputs, num_candidates: int = CAN
 
 
 def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor:
-    """Returns how many of the best tokens each row keeps after top-k and then top-p: int64 [N].
+    """Returns how many tokens, from the largest score down, top-k and then top-p keep in each row: int64 [N].
 
-    Of the tokens that top-k keeps, top-p keeps the fewest best ones whose probability mass reaches it. scores: float32
-    [N, V], relative to the best; candidates: the best W scores of each row, in descending order. A result above W only
-    says that the row keeps more than W tokens.
+    Of the tokens that top-k keeps, top-p keeps the fewest, from the largest score down, whose probability mass reaches
+    top_p. scores: float32 [N, V], relative to the row's largest score; candidates: the W largest scores of each row, in
+    descending order. A result above W only says that the row keeps more than W tokens.
     """
     size, width = scores.shape[1], candidates.shape[1]
     k = torch.where(inputs.top_k > 0, inputs.top_k.long(), size).clamp_(max=size)
-    # Column i has the probability mass of the best i + 1 tokens.
+    # Column i has the (not normalised) probability mass of the i + 1 tokens with the largest scores.
     mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)
     all_mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)[:, -1]
     k_mass = mass.gather(1, k.clamp(max=width)[:, None] - 1).squeeze(1)
@@ -96,7 +99,7 @@ def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor
 def _draw(scores: Tensor, ids: Tensor, inputs: SampleInputs) -> Tensor:
     """Applies min-p and draws one of the tokens `ids` (int64 [N, W]) for each row: int64 [N].
 
-    `scores` [N, W] are relative to the row's best score.
+    `scores` [N, W] are relative to the row's largest score.
     """
     # In logarithms, min-p's condition p >= min_p * (largest p) is score >= log(min_p).
     noisy = gumbel_noise(inputs.keys, ids).add_(scores)
@@ -105,7 +108,7 @@ def _draw(scores: Tensor, ids: Tensor, inputs: SampleInputs) -> Tensor:
 
 
 def best_ids(scores: Tensor, count: int) -> Tensor:
-    """Returns the positions of the `count` highest scores of each row, the best first: int64 [N, count].
+    """Returns the positions of the `count` highest scores of each row, the highest first: int64 [N, count].
 
     Of equal scores, the one with the lower position comes first. scores: float32 [N, V], none above 0. Such numbers are
     ordered by the bits of their magnitudes, read as integers. A key has these bits in its upper half and the position
@@ -134,7 +137,7 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def random_bits(keys: Tensor, ids: Tensor) -> Tensor:
-    """Returns the outputs of SplitMix64 with the numbers `ids` (int64 [N, W], from 0): int64 [N, W].
+    """Returns random numbers: outputs number `ids` (int64 [N, W], counted from 0) of SplitMix64, as int64 [N, W].
 
     Each row has its own generator, seeded with its element of `keys` (int64 [N]).
     """

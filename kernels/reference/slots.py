@@ -8,7 +8,8 @@ from torch import Tensor
 from jamba_server.kernels.ops import CompressedStates
 
 LEVELS = 127  # A compressed value is an integer from -LEVELS to LEVELS.
-SMALLEST = 2.0**-100  # A channel with a smaller maximum is stored as zeros, so that 127 / maximum cannot overflow.
+# A channel whose magnitudes are all below 2**-100 is stored as zeros, so that 127 / magnitude cannot overflow.
+SMALLEST = 2.0**-100
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
@@ -40,7 +41,7 @@ def compress_states(states: Tensor, compressed: CompressedStates, sources: Tenso
     largest = torch.where(largest < SMALLEST, 0, largest)
     steps = torch.where(
         largest == 0, 0, torch.full_like(largest, LEVELS) / largest
-    )  # `LEVELS / largest` on a tensor would multiply by a rounded reciprocal
+    )  # torch would compute `LEVELS / largest` as LEVELS times a rounded reciprocal
     compressed.values[destinations] = (x * steps[..., None]).round().to(torch.int8)
     compressed.scales[destinations] = largest * (1 / LEVELS)
 

@@ -23,11 +23,11 @@ import torch
 
 from jamba_server.kernels.ops import KernelUnavailable
 
-MIN_CAPABILITY = (8, 0)  # This is the first compute capability whose tensor cores support bfloat16.
+MIN_CAPABILITY = (8, 0)  # The first compute capability whose tensor cores support bfloat16.
 
 
 def interpreted() -> bool:
-    """Returns whether the kernels run in triton's interpreter."""
+    """Returns whether the kernels run in triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -28,14 +28,14 @@ from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
 SPLIT = 512  # keys
-ROWS = 64  # A tile usually has this many query rows.
-VALUES = 128  # A program computes at most this many columns of the values, whose sums are in registers.
+ROWS = 64  # The usual number of query rows in a tile.
+VALUES = 128  # The largest number of columns of V for which a program keeps sums in registers.
 OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
-# Decode is memory-bound, so two blocks of keys are in flight; the other pipeline stages load the ids of their pages.
+# Decode is memory-bound, so two blocks of keys are loaded ahead; the other pipeline stages load their page ids.
 # Without "maxnreg" the compiler would spill registers to raise the occupancy.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
-WIDE_BYTES = 512  # With wider heads, ROWS rows and the stages of DECODE_OPTIONS do not fit into shared memory.
-# The results of the splits in decode take at most this memory, unless one sequence needs more.
+WIDE_BYTES = 512  # For heads of more bytes, ROWS rows and 6 pipeline stages do not fit into shared memory.
+# The largest size of the partial results of decode (one per split of the keys), unless one sequence needs more.
 PARTIAL_BYTES = 64 * 1024**2
 
 
@@ -58,7 +58,7 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     options = OPTIONS if size * q.element_size() > WIDE_BYTES else DECODE_OPTIONS
     splits = cdiv(pages.max_context_len, SPLIT)
     at_once = min(sequences, max(1, PARTIAL_BYTES // (4 * heads * splits * (size + 2))))
-    # A split's result is the softmax maximum, the sum of weights and the weighted sum of values.
+    # The result of one split of the keys is the maximum score, the sum of weights and the weighted sum of values.
     maxima, weight_sums = (q.new_empty(at_once, heads, splits, dtype=torch.float32) for _ in range(2))
     values = q.new_empty(at_once, heads, splits, size, dtype=torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -80,9 +80,9 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     require(q.stride(2) == 1, "q", q, "have contiguous heads")
     require(pages.k.stride(3) == 1, "pages.k", pages.k, "have contiguous heads")
     require(pages.v.stride() == pages.k.stride(), "pages.v", pages.v, "have the strides of pages.k")
-    # `key_bytes` is the size of one column of a block of keys. Where tensor cores read the keys from registers, the
-    # registers limit it.
-    # The tensor cores of these GPUs process 64 rows at once, and the shared memory is larger.
+    # `key_bytes` is the size in bytes of one column of a block of keys. Where tensor cores read keys from registers,
+    # the number of registers limits this size. `large` GPUs (compute capability 9 and 10) have tensor cores that
+    # process 64 rows at once, and larger shared memory.
     large = capability()[0] in (9, 10)
     key_bytes = 64 if large and size <= VALUES else 32
     rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
@@ -99,7 +99,7 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
 
 
 def _pages(pages: Pages) -> tuple[Any, ...]:
-    """Returns the arguments of the kernels from `k_pages` to `head_stride`."""
+    """Returns the kernel arguments `k_pages` to `head_stride`, in the kernels' order."""
     tables = pages.block_tables
     return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
 
@@ -130,7 +130,7 @@ def prefill_kernel(
     filled = (r // GROUP < ROWS // GROUP) & (t < length)
     at = q + (start + t).to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + z
     tile = tl.load(at, mask=filled[:, None] & (z < SIZE), other=0.0)
-    # An empty row of the tile sees one key, so that its sum of weights is not zero.
+    # An unused row of the tile sees one key, so that the row's sum of weights is not zero.
     visible = tl.where(filled, context - length + t + 1, 1)
     last = tl.minimum(context, context - length + first + ROWS // GROUP)
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
@@ -206,7 +206,7 @@ def merge_kernel(
     SIZE: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ) -> None:
-    """Merges the splits of one query head in decode. The grid is (query heads, sequences from `first` on)."""
+    """Merges the splits' results for one query head in decode. The grid is (query heads, sequences from `first` on)."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one, z = tl.arange(0, 1), tl.arange(0, BLOCK_Z)[None, :]
     maximum, weight_sum = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
@@ -243,7 +243,7 @@ def attend(
         key = block + tl.arange(0, KEYS)
         page = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
         token = page * page_stride + key % BLOCK_SIZE * token_stride
-        # Memory after `last` may contain NaN, which a weight of zero would not remove, so it is not loaded.
+        # Keys from position `last` on are not loaded: they may be NaN, and NaN times a weight of 0 is NaN.
         k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
         scores = dot(q, k.to(q.dtype), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))

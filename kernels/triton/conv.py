@@ -121,7 +121,7 @@ def read(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Returns the inputs number t [rows, 1] of a sequence: [rows, D].
+    """Returns the inputs of a sequence whose numbers are t [rows, 1]: [rows, D].
 
     Inputs with a negative number come from the sequence's state, or are zeros if it has none.
     """

@@ -1,4 +1,4 @@
-"""Code that all Triton kernels share: how they are compiled and launched, and elementwise functions in float32."""
+"""Triton kernels share this code: how kernels are compiled and launched, and elementwise functions in float32."""
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportArgumentType=false
@@ -57,7 +57,7 @@ def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
             launch()
     finally:
         _only_compiles.reset(token)
-    # Reading `run` loads the kernel onto the device; triton 3.6 also compiles a C launcher for each kernel then.
+    # Reading a kernel's `run` loads the kernel onto the device; triton 3.6 then also compiles a C launcher for it.
     return sum(1 for _ in executor.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
 
 
@@ -101,7 +101,7 @@ def silu(x: tl.tensor) -> tl.tensor:
 
 @jit
 def softplus(x: tl.tensor) -> tl.tensor:
-    """Returns log(1 + exp(x)). Above 20 it returns x, which is the same number in float32."""
+    """Returns log(1 + exp(x)) of float32 x. If x is above 20, the rounded result is x itself."""
     e = tl.exp(tl.minimum(x, 20.0))
     # This is Kahan's log1p: the factor e / (u - 1) corrects the rounding error of u = 1 + e.
     u = 1.0 + e
@@ -116,7 +116,7 @@ def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     A product of float32 operands is computed as three TF32 products, because tensor cores do not multiply float32.
     """
     if INTERPRETED:
-        # The interpreter's own product reads the bits of a bfloat16 as an integer, and its order of summation depends
-        # on a row's place in the tile.
+        # The interpreter's own product reads the bits of a bfloat16 as an integer, and the order in
+        # which it sums depends on where in the tile a row is.
         return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, accumulator, input_precision="tf32x3")

@@ -21,7 +21,7 @@ class Linear:
     """Implements `kernels.ops.Linear`."""
 
     def pack(self, weight: Weight) -> Tensor | PackedWeight:
-        """Packs a quantised weight without making it larger. Other weights keep their layout."""
+        """Packs a quantised weight without making it larger. A weight that is not quantised keeps its layout."""
         return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
     def rows(self, weight: Tensor, ids: Tensor) -> Tensor:

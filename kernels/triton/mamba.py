@@ -26,7 +26,8 @@ from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
 """This number of programs fills a large GPU. With fewer programs, each computes one row only."""
-STAGES = 2  # dt_proj has a short K, so two pipeline stages suffice. The buffers of more would lower the occupancy.
+# Two pipeline stages suffice for the short rows of dt_proj. The buffers of more stages would lower the occupancy.
+STAGES = 2
 
 
 class MambaDecode:
@@ -63,7 +64,7 @@ class MambaDecode:
 
 
 def block_channels(states: int) -> int:
-    """Returns the number of channels of a program: dt_proj's tile, or more if there are few states per channel.
+    """Returns how many channels a program computes: 32, or more if a channel has few states.
 
     Each thread must hold at least four elements of the state. Otherwise the sum over a channel's states would be
     distributed over threads in another way than in the scan, and its bits would differ.
@@ -72,7 +73,7 @@ def block_channels(states: int) -> int:
 
 
 def program_rows(rows: int, channels: int, states: int) -> int:
-    """Returns the number of rows that a program computes. A program reads its part of dt_proj once for all its rows."""
+    """Returns how many rows a program computes. For all these rows together it reads its part of dt_proj once."""
     programs = rows * cdiv(channels, block_channels(states))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 

@@ -41,9 +41,10 @@ class Experts(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Lists the (token, rank) pairs of a batch, sorted by the expert that was chosen.
+    """Lists which tokens chose which expert, sorted by expert.
 
-    `entries`: int64 [T * K], each t * K + rank. The pairs of expert e are entries[start[e]:start[e + 1]]; `start` is
+    `entries`: int64 [T * K]; the entry t * K + i stands for expert number i in the top-k list of token t. The entries
+    of expert e are entries[start[e]:start[e + 1]]; `start` is
     int64 [E+1].
     """
 
@@ -55,7 +56,7 @@ class RunExperts:
     """See `kernels.ops.RunExperts`."""
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Packs quantised weights without making them larger. Other weights keep their layout.
+        """Packs quantised weights without making them larger. Weights that are not quantised keep their layout.
 
         Raises ValueError if gate_up and down differ in format.
         """
@@ -95,7 +96,7 @@ class RunExperts:
 
 
 def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
-    """Returns the largest possible number of tiles. The last tile of each expert may hold a single row."""
+    """Returns the largest possible number of tiles of all experts. An expert's last tile may have a single row."""
     return min(choices, experts + (choices - 1) // tile.rows)
 
 
@@ -103,10 +104,10 @@ def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
 def find_tile(
     entries: tl.tensor, start: tl.tensor, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Finds the tile of this program. Returns its expert, then `row`, `entry` and `filled`, each [ROWS, 1].
+    """Finds this program's tile. Returns the tile's expert, then `row`, `entry` and `filled`, each [ROWS, 1].
 
-    `row` has places among the rows sorted by expert, `entry` the (token, rank) pairs at these places, and `filled`
-    says which rows of the tile are used. The expert is EXPERTS if the program has no tile.
+    `row` has places among the rows sorted by expert, `entry` the elements of `entries` at these places, and
+    `filled` says which rows of the tile are used. The expert is EXPERTS if the program has no tile.
     """
     e = tl.arange(0, BLOCK_E)
     begin = tl.load(start + e, mask=e < EXPERTS, other=0)
@@ -141,14 +142,14 @@ def gate_up_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Writes silu(gate) * up of every (token, rank) pair, sorted by expert, to `activated`.
+    """Writes silu(gate) * up to `activated`, for every token and each expert that it chose, sorted by expert.
 
     The grid is (tiles, cdiv(intermediate, COLUMNS // 2)).
     """
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
     if expert >= EXPERTS:
         return
-    # The columns of the tile alternate between gate and up, so that a program has both factors of an element.
+    # The columns of the tile alternate between gate and up, so that a program has both factors of silu(gate) * up.
     pair = tl.arange(0, COLUMNS)[None, :]
     weight_column = tl.program_id(1) * (COLUMNS // 2) + pair // 2
     weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column
@@ -195,7 +196,7 @@ def down_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Writes the weighted output of every (token, rank) pair, sorted by token and rank, to `outputs`.
+    """Writes the weighted output of each token's K experts to `outputs`, in the order of the top-k lists.
 
     The grid is (tiles, cdiv(hidden, COLUMNS)).
     """
@@ -235,7 +236,7 @@ def sum_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds the outputs of a token's experts in the order of their rank. The grid is (tokens, cdiv(hidden, BLOCK))."""
+    """Adds a token's expert outputs in the order of its top-k list. The grid is (tokens, cdiv(hidden, BLOCK))."""
     token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(outputs + token * TOP_K * hidden + i, mask=i < hidden, other=0.0).to(tl.float32)
     for rank in tl.static_range(1, TOP_K):

@@ -19,8 +19,8 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
-SECTION = 512  # A section has this many elements of K.
-MANY_ROWS = 1024  # From this number of rows on, there are enough programs without one for each section.
+SECTION = 512  # The number of elements of K in a section.
+MANY_ROWS = 1024  # With so many rows of x, a program can compute all sections: there are enough programs.
 SUM_BLOCK = 1024
 
 
@@ -33,7 +33,7 @@ def is_narrow(outputs: int, inputs: int) -> bool:
 
 
 def tile_for(rows: int, item_bytes: int) -> Tile:
-    """Returns the tile for a product with `rows` rows of x. It has at least 64 rows, as in `kernels.triton.product`."""
+    """Returns the tile for a product with `rows` rows of x: at least 64 rows, as in `kernels.triton.product`."""
     inner = 128 // item_bytes
     if rows < MANY_ROWS:  # Without `max_registers` the compiler spills registers on sm_120.
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4, max_registers=255)

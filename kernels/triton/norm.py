@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
-PROGRAM_ELEMENTS = 2048  # A program computes this many elements, or one row if a row is longer.
+PROGRAM_ELEMENTS = 2048  # The number of elements that a program computes. A longer row has its own program.
 
 
 def tile_rows(block: int) -> int:

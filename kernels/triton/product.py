@@ -24,7 +24,7 @@ from jamba_server.kernels.triton.launch import EXACT, dot, jit
 from jamba_server.kernels.triton.quantized import GROUP, numbers
 
 FEW_ROWS = 64
-FEWER_ROWS = 16  # The smallest tile of a quantised product has this many rows of x.
+FEWER_ROWS = 16  # The number of rows of x in the smallest tile, for quantised weights only.
 
 
 class Tile(NamedTuple):
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     inner: int
     num_warps: int
     num_stages: int
-    # This limits the registers of a thread. With None, the compiler chooses the limit.
+    # The largest number of registers of a thread. With None, the compiler chooses this number.
     max_registers: int | None = None
 
     @property
@@ -67,7 +67,8 @@ def _quantized_tile(rows: int, item_bytes: int) -> Tile:
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
     """
     inner, max_registers = GROUP.value, 255
-    # A float32 operand takes three registers for its TF32 products. With int4, more stages do not fit into 99 KiB.
+    # An element in float32 takes three registers, one for each of its TF32 products. With int4, more pipeline stages do
+    # not fit into 99 KiB of shared memory.
     if item_bytes == 4:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
     if rows <= FEWER_ROWS:

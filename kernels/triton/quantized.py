@@ -33,7 +33,7 @@ from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 GROUP = tl.constexpr(128)
 """The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
 
-CHUNK: Final = 1 << 22  # This many numbers are packed at a time. Each needs 32 bits of memory meanwhile.
+CHUNK: Final = 1 << 22  # The number of weights that are packed at a time. Each needs 32 bits of temporary memory.
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
@@ -130,12 +130,12 @@ def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     return x
 
 
-# The interpreter has no arithmetic for bfloat16, so the functions below compute in float32 there.
+# Triton's interpreter cannot compute in bfloat16, so in the interpreter the functions below compute in float32.
 
 
 @jit
 def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
-    """Returns the exact differences of bfloat16 numbers, of which each word holds two."""
+    """Returns words - others, exactly. Each word holds two bfloat16 numbers."""
     x, y = pairs(words), pairs(others)
     if INTERPRETED:
         return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)

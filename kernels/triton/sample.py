@@ -22,9 +22,9 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # A program reads this many logits.
-CUT_BLOCK, CUT_WARPS = 8192, 16  # `cut_kernel` reads this many logits at a time, with this many warps.
-END = tl.constexpr(0x7F800001)  # END is above the keys (see `key_of`) of all scores, including -infinity.
+BLOCK = 4096  # The number of logits that a program reads.
+CUT_BLOCK, CUT_WARPS = 8192, 16  # The number of logits that `cut_kernel` reads at a time, and its number of warps.
+END = tl.constexpr(0x7F800001)  # END is larger than the key (see `key_of`) of any score, also of -infinity.
 NO_CUT = tl.constexpr(-1)  # NO_CUT marks a row without top-k and top-p.
 LEAST = tl.constexpr(-3.4e38)  # LEAST stands for the largest logit of a row whose logits are all -infinity.
 
@@ -117,7 +117,7 @@ def cut_kernel(
 
 @jit
 def key_of(score: tl.tensor) -> tl.tensor:
-    """Returns an integer key for a score that is not above 0. A better score has a smaller key."""
+    """Returns an integer key for a score that is not above 0. A higher score has a smaller key."""
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -141,7 +141,7 @@ def measure(
 def search(
     scores: tl.tensor, size: tl.tensor, goal: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Finds the token with which the best tokens reach `goal`, in number or (with BY_MASS) in probability mass.
+    """Finds where the tokens, from the highest score down, reach `goal` in number or (BY_MASS) in probability mass.
 
     Returns a range of keys [low, high) that contains this token and possibly others with the same key, the number of
     tokens with a key below low, and the number of tokens in the range.
@@ -160,7 +160,7 @@ def search(
 def id_of(
     scores: tl.tensor, size: tl.tensor, low: tl.tensor, high: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Returns the id of the token number `number`, counted from 1, among the tokens with a key in [low, high).
+    """Returns the id of token number `number`, counted from 1 by id, among the tokens with a key in [low, high).
 
     Returns `size` if there are fewer such tokens.
     """
@@ -177,7 +177,7 @@ def id_of(
 
 @jit
 def highest(best: tl.tensor, blocks: tl.tensor, BLOCKS: tl.constexpr) -> tl.tensor:
-    """Returns a row's largest logit, or LEAST if all are -infinity.
+    """Returns a row's largest logit, or LEAST if all its logits are -infinity.
 
     Scores are relative to the largest logit, so that a small temperature cannot cause an overflow.
     """
@@ -191,7 +191,7 @@ def draw_kernel(
     scores: tl.tensor, ids: tl.tensor, size: tl.tensor, row_stride: tl.tensor,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Draws the best token of each block, with noise. The grid is (rows, blocks).
+    """Finds the token of each block with the largest score plus noise. The grid is (rows, blocks).
 
     The results are scores and ids [rows, blocks]. `least` is log(min_p).
     """
@@ -221,7 +221,7 @@ def first_kernel(
     blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Writes the best token over all blocks of a row; of equal ones, that of the first block. The grid is (rows)."""
+    """Writes the token with a row's largest noisy score; of equal scores, the first block's. The grid is (rows)."""
     row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     score = tl.load(scores + row * blocks + block, mask=block < blocks, other=float("-inf"))
     winner = tl.argmax(score, axis=0, tie_break_left=True)
@@ -230,13 +230,13 @@ def first_kernel(
 
 @jit
 def gumbel_noise(key: tl.tensor, i: tl.tensor) -> tl.tensor:
-    """Returns Gumbel noise -log(-log u). u is made from output number i of SplitMix64 seeded with `key`."""
+    """Returns Gumbel noise -log(-log u). u in (0, 1) is made from output i of SplitMix64 seeded with `key`."""
     bits = (i + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64, bitcast=True)
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
     number = ((bits ^ (bits >> 31)) >> 12).to(tl.int64)
     other = (1 << 52) - 1 - number
-    # `end` is u below 1/2 and 1 - u above it, because float32 cannot represent a u close to 1 precisely.
+    # `end` is u if u is below 1/2, else 1 - u, because float32 cannot represent a u close to 1 precisely.
     end = (tl.minimum(number, other).to(tl.float32) + 0.5) * 2.0**-52
     # With v = 1 - end, rounded, log(1 - end) is log(v) + (1 - end - v) / v, up to higher orders.
     v = 1.0 - end

@@ -21,8 +21,8 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-GROUP = 4  # A group has GROUP tokens. Larger groups would need more registers than a thread has.
-SCHEDULERS = 528  # An H100 or H200 has this many warp schedulers.
+GROUP = 4  # The number of tokens in a group. Larger groups would need more registers than a thread has.
+SCHEDULERS = 528  # The number of warp schedulers of an H100 or H200.
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
 
 
@@ -66,7 +66,7 @@ def _launch(
 
 
 def block_channels(channels: int, states: int, *, sequences: int) -> int:
-    """Returns the number of channels of a program, which is one warp.
+    """Returns how many channels one program computes. A program is one warp.
 
     The number is smaller where there are too few warps to fill a large GPU: a warp with fewer channels reaches the next
     token sooner. Every thread has at least four elements of a block, so that the sum over a channel's states is always
@@ -135,7 +135,7 @@ def walk(
     skip = tl.load(d + channel, mask=channel < channels, other=0.0)[None, :]
     bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)[None, :]
     u_at, dt_at, z_at = u + channel[None, :], dt + channel[None, :], z + channel[None, :]
-    # Each iteration scans up to the next state that must be written. The last iteration ends with the final state.
+    # Each iteration scans the rows up to the next state that must be saved; the last iteration, up to `end`.
     for i in range(save, last_save + 1):
         more = i < last_save
         saved = tl.load(save_rows + i, mask=more, other=0)
@@ -151,13 +151,12 @@ def walk(
         b_t = vectors(b + s, b_stride, row, last, inside_s, GROUP)
         c_t = vectors(c + s, c_stride, row, last, inside_s, GROUP)
         for t in range(row, stop, GROUP):
-            # The inputs of the next group are loaded while the current group is computed.
             next_rows = tl.minimum(t + GROUP + group, last).to(tl.int64)
             u_next, dt_next = load(u_at + next_rows * u_stride, inside), load(dt_at + next_rows * dt_stride, inside)
             z_next = load(z_at + next_rows * z_stride, inside)
             b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
             c_next = vectors(c + s, c_stride, t + GROUP, last, inside_s, GROUP)
-            # Rows of the group after `stop` get a dt of 0, with which the state does not change.
+            # Rows from `stop` on get a step size of 0, which leaves the state unchanged.
             delta = tl.where(t + group < stop, softplus(dt_t + bias), 0.0)
             drive, read = delta * u_t, tl.zeros((GROUP, BLOCK_D), tl.float32)
             for k in tl.static_range(GROUP):
@@ -194,7 +193,7 @@ def row_of(tile: tl.tensor, number: tl.tensor, k: tl.constexpr) -> tl.tensor:
 def state_block(
     channels: tl.tensor, STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Returns the offsets of the program's block [BLOCK_D, BLOCK_S] in a state [channels, STATES], and its mask."""
+    """Returns the offsets of the program's block [BLOCK_D, BLOCK_S] in a state [channels, STATES], and a mask."""
     channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     return channel[:, None] * STATES + s[None, :], (channel < channels)[:, None] & (s < STATES)[None, :]
 

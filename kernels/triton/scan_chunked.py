@@ -1,9 +1,9 @@
-"""This selective scan keeps the GPU busy with few long prompts, in two levels. Its last bits differ from `scan`'s.
+"""This selective scan keeps the GPU busy even with few long prompts. The last bits of results differ from `scan`'s.
 
-A prompt is cut into chunks of CHUNK tokens. First, all chunks are scanned in parallel from a zero state. A chunk
-multiplies each number of its initial state by exp(a * sum of dt), so the initial state of every chunk then follows
-chunk by chunk. Last, all chunks are scanned again from their initial states, for their outputs. The chunks are counted
-from the first token of this step, so the last bits of results depend on chunked prefill.
+It has two levels. A prompt is cut into chunks of CHUNK tokens. First, all chunks are scanned in parallel from a zero
+state. A chunk multiplies each number of its initial state by exp(a * sum of dt), so the initial state of every chunk
+then follows chunk by chunk. Last, all chunks are scanned again from their initial states, for their outputs. The chunks
+are counted from the first token of this step, so the last bits of results depend on chunked prefill.
 """
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
@@ -31,9 +31,9 @@ from jamba_server.kernels.triton.scan import (
     walk,
 )
 
-CHUNK = 256  # A chunk has CHUNK tokens, which must be a multiple of GROUP.
-MIN_CHUNKS = 4  # A prompt with fewer chunks is scanned sequentially.
-BLOCK_CHANNELS = 16  # A program scans this many channels.
+CHUNK = 256  # The number of tokens in a chunk, a multiple of GROUP.
+MIN_CHUNKS = 4  # A prompt with fewer than 4 chunks is scanned sequentially.
+BLOCK_CHANNELS = 16  # The number of channels that a program scans.
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
@@ -63,7 +63,7 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
     require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     sequences = len(segments.state_ids)
     blocks, chunks = cdiv(channels, BLOCK_CHANNELS), cdiv(segments.max_query_len, CHUNK)
-    # This tensor has a place for the initial state of every chunk of every sequence; see `place_of`.
+    # `starts` has a place for the initial state of every chunk of every sequence; see `place_of`.
     starts = torch.empty(rows // CHUNK + sequences, channels, states, device=ssm_state.device)
     times = starts.new_empty(starts.shape[:2])
     out = inputs.u.new_empty(rows, channels)
@@ -102,7 +102,7 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
 
 @jit
 def place_of(start: tl.tensor, sequence: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
-    """Returns the place of a sequence's first chunk among the chunks of all sequences.
+    """Returns the index in `starts` and `times` of a sequence's first chunk.
 
     `start` is the sequence's first row. The places leave enough room for the chunks of the sequences before it,
     whatever their lengths.
@@ -117,7 +117,7 @@ def chunk_kernel(
     channels: tl.tensor, u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Scans one chunk from a zero state, and writes its final state and the sum of its dt.
+    """Scans one chunk from a zero state, and writes its final state and the sum of its step sizes dt.
 
     The final state is written to `starts` at the place of the next chunk, the sum of dt to `times` at the chunk's own
     place. The grid is (cdiv(channels, BLOCK_D), chunks of the longest sequence minus 1, sequences), because the last

@@ -14,11 +14,11 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import CompressedStates
 from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # A program copies this many elements.
-CHANNELS = 128  # A program compresses or restores this many channels.
+BLOCK = 4096  # The number of elements that a program copies.
+CHANNELS = 128  # The number of channels that a program compresses or restores.
 LEVELS, SMALLEST = tl.constexpr(127.0), tl.constexpr(2.0**-100)
 ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND is x rounded to the nearest integer, ties to even.
-FP8_LIMIT = tl.constexpr(448.0)  # This is the largest number of float8_e4m3fn.
+FP8_LIMIT = tl.constexpr(448.0)  # The largest number in float8_e4m3fn.
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
@@ -101,7 +101,7 @@ def write_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Writes the keys and values of one token to its slot. The grid is (rows)."""
+    """Writes the keys and values of one token to the token's slot in the pages. The grid is (rows)."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     slot = tl.load(kv_slots + row)
     place = slot // BLOCK_SIZE * page_stride + slot % BLOCK_SIZE * SIZE + i
@@ -112,7 +112,7 @@ def write_kernel(
 
 @jit
 def stored(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Returns x as pages of `dtype` store it. For float8_e4m3fn it is clamped and rounded to the nearest number."""
+    """Returns x as pages of `dtype` store it. For float8_e4m3fn, x is clamped and rounded to nearest."""
     if dtype == tl.float8e4nv:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -FP8_LIMIT), FP8_LIMIT)
         if INTERPRETED:
@@ -133,7 +133,7 @@ def copy_kernel(
     slot_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Copies one block of a slot. The grid is (blocks of a slot, pairs)."""
+    """Copies one block of a slot. The grid is (blocks of a slot, slots to copy)."""
     pair, i = tl.program_id(1), tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source, destination = tl.load(sources + pair) * slot_stride, tl.load(destinations + pair) * slot_stride
     tl.store(tensor + destination + i, tl.load(tensor + source + i, mask=i < size), mask=i < size)
@@ -154,7 +154,7 @@ def compress_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Compresses the states of CHANNELS channels. The grid is (blocks of channels, pairs)."""
+    """Compresses the states of CHANNELS channels. The grid is (blocks of channels, slots to compress)."""
     pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     i, used = places(channel, channels, SIZE, BLOCK)
     source, destination = tl.load(sources + pair), tl.load(destinations + pair)
@@ -182,7 +182,7 @@ def restore_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Restores the states of CHANNELS channels. The grid is (blocks of channels, pairs)."""
+    """Restores the states of CHANNELS channels. The grid is (blocks of channels, slots to restore)."""
     pair, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     i, used = places(channel, channels, SIZE, BLOCK)
     source, destination = tl.load(sources + pair), tl.load(destinations + pair)
@@ -195,6 +195,6 @@ def restore_kernel(
 def places(
     channel: tl.tensor, channels: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Returns the offsets of each channel's numbers in a slot [CHANNELS, BLOCK], and the mask of the existing ones."""
+    """Returns the offsets of each channel's numbers in a slot [CHANNELS, BLOCK], and which of them exist."""
     column = tl.arange(0, BLOCK)[None, :]
     return channel[:, None] * SIZE + column, (channel[:, None] < channels) & (column < SIZE)
