@@ -1,4 +1,4 @@
-"""ServerConfig: every option of the server. Flags win over variables, variables over a YAML file, that over defaults.
+"""ServerConfig: every option of the server. Flags win over environment variables, and these over a YAML file.
 
 An option is one field of `ServerConfig`. The field gives the flag (`--max-model-len`), the YAML key (`max_model_len`),
 the variable (`JAMBA_MAX_MODEL_LEN`), the allowed values and the help text. Options that the engine needs have the same
@@ -34,8 +34,9 @@ from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
 
-CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # this variable names the YAML file if --config is not given
-# For each service whose name begins with "jamba", Kubernetes sets such variables in every container.
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # environment variable with the YAML file's path if --config is not given
+# Kubernetes sets environment variables with these names and values in every container, for each service whose name
+# begins with "jamba". They are not options of this server.
 _INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 _INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
@@ -47,7 +48,8 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 UnknownFields = Literal["ignore", "reject"]
 
-# Other servers and torch accept these names of number formats as well. Each is paired with its value of --dtype.
+# Other servers and torch accept these names of number formats as well. Each name is paired with the value of --dtype
+# that has the same meaning.
 DTYPE_ALIASES = (
     ("fp16", "float16"),
     ("half", "float16"),
@@ -250,7 +252,7 @@ FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.valu
 
 
 def present_name(name: str, shown: str) -> str:
-    """Returns the present name of an option. A name from the version before this one logs a warning, which quotes
+    """Returns the present name of an option. For a name from the previous version it logs a warning, which quotes
     `shown`, the name as the user wrote it."""
     if (present := FORMER_NAMES.get(name)) is None:
         return name
@@ -279,7 +281,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # this import takes a tenth of the time until a command prints its first line
+    import yaml  # imported here because that takes a tenth of the time until a command prints its first line
 
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -330,7 +332,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _present_variable(name: str) -> str:
-    """Returns the variable's present name, with a warning if `name` is from the version before this one."""
+    """Returns the variable's present name, with a warning if `name` is from the previous version."""
     former = name.removeprefix(ENV_PREFIX).lower()
     return ENV_PREFIX + present_name(former, name).upper() if former in FORMER_NAMES else name
 
@@ -344,7 +346,7 @@ def _suggestion(unknown: str) -> str:
 
 
 def _within(field: str) -> Meta:
-    """Returns the range of a sampling parameter for msgspec."""
+    """Returns the range of a sampling parameter as a constraint for msgspec."""
     low, high, is_open = RANGES[field]
     return Meta(gt=low, le=high) if is_open else Meta(ge=low, le=high)
 

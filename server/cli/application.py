@@ -17,7 +17,7 @@ from jamba_server.engine.errors import JambaError
 from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
-# This maps each command to its module, which holds a function with the command's name.
+# The module of each command. A command's module has a function with the command's name.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
     "run": "jamba_server.server.cli.run",
@@ -42,7 +42,8 @@ class Command(TyperCommand):
     """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes one section for the arguments, one for the command's own flags and one for each panel."""
+        """Writes the help: a section for the arguments, one for flags without a panel, and one for each panel (group of
+        flags)."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         sections |= {f"{panel.capitalize()} options": [] for panel in PANELS}
         for parameter in self.get_params(ctx):
@@ -52,7 +53,7 @@ class Command(TyperCommand):
                     name, help = record
                     sections["Arguments"].append(
                         (name.partition(" ")[0], help)
-                    )  # the second word of the name is a Python type
+                    )  # typer writes a Python type after an argument's name
                 else:
                     sections[f"{panel.capitalize()} options" if panel else "Options"].append(record)
         for title, records in sections.items():
@@ -62,7 +63,7 @@ class Command(TyperCommand):
 
 
 class Commands(Mapping[str, Any]):
-    """The commands by name. A command is made when it is looked up."""
+    """Maps command names to commands. A command's module is imported when the command's name is looked up."""
 
     def __getitem__(self, name: str) -> Any:
         function = getattr(import_module(MODULES[name]), name)
@@ -78,7 +79,7 @@ class Commands(Mapping[str, Any]):
 
 
 class LazyGroup(TyperGroup):
-    """The command `jamba`. Its subcommands are made when they are used."""
+    """The command `jamba`. The module of a subcommand is imported when the subcommand is used."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

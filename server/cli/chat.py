@@ -30,11 +30,12 @@ from jamba_server.server.config import ServerConfig
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
 HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take 10 s; a reply may take as long as it needs
-# The first answer may take this long. A server that is still loading answers after --startup-wait, by default 30 s.
+# Time limit in seconds for the server's first answer. A server that is still loading answers after --startup-wait, by
+# default 30 s.
 PROBE_SECONDS = 60.0
 _ADDRESS = re.compile(
     r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE
-)  # this matches localhost:8000 and [::1]:8000/v1
+)  # this matches addresses such as localhost:8000 and [::1]:8000/v1
 
 Messages = list[dict[str, str]]
 Target = Annotated[
@@ -130,7 +131,7 @@ def _text(data: bytes) -> str:
 
 
 class Conversation:
-    """A conversation. It holds the messages so far, and `write` shows text to the user.
+    """A conversation. It holds the messages of the user and the assistant, and `write` shows text to the user.
 
     If the conversation is `interactive`, it shows an error and goes on. Otherwise it raises the error.
     """
@@ -147,7 +148,8 @@ class Conversation:
         return [*system, *self._turns]
 
     async def take(self, line: str) -> bool:
-        """Writes the reply to a line of the user, or carries out the command in it. Returns False for /exit."""
+        """Takes a line from the user: carries out its /command, or else writes the reply to it. Returns False for
+        /exit."""
         command, _, argument = line.partition(" ")
         match command:
             case "":
@@ -167,8 +169,8 @@ class Conversation:
         return True
 
     async def _answer(self, line: str) -> None:
-        """Adds the user's message and the reply to the conversation. An interrupted reply is kept as far as it came.
-        After an error neither of the two messages is kept."""
+        """Adds the user's message and the reply to the conversation. If the reply is interrupted, the text received
+        before that is kept. After an error neither the user's message nor the reply is kept."""
         before, pieces = self._turns, list[str]()
         self._turns = [*before, {"role": "user", "content": line}]
         try:

@@ -23,7 +23,7 @@ _NAME_SHOWN = 200  # an error message repeats this many characters of a name
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The local folder of a model and the model's name in the API, unless --served-model-name gives another.
-    `demo`: it is the demonstration model."""
+    `demo` is true if the model is the demonstration model."""
 
     folder: Path
     name: str
@@ -31,8 +31,8 @@ class Checkpoint:
 
 
 def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
-    """Returns the model that `config` names. The files of a hub id that are not here yet are downloaded: those that a
-    server needs, or with `config_only` only the configuration.
+    """Returns the model that `config` names. If that is a hub id, missing files are downloaded: all that a server
+    needs, or with `config_only` only the configuration.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -49,7 +49,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
     patterns = [
         *CONFIG_FILES,
         INDEX_FILE,
-    ]  # the index says whether the model has an output head besides the embedding
+    ]  # the index of the weights tells whether the model has an output head besides the embedding
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
@@ -62,5 +62,5 @@ def is_local(path: Path) -> bool:
     """Returns whether `path` exists or has the ending of a weights file. Such a name is not looked up on the hub."""
     try:
         return path.exists() or names_a_file(path.name)
-    except OSError as error:  # the name is too long, or a folder may not be read
+    except OSError as error:  # the name is too long for a path, or this process may not read a parent folder
         raise CheckpointError(f"{str(path)[:_NAME_SHOWN]} cannot be read: {error.strerror}.") from error

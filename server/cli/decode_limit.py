@@ -1,4 +1,4 @@
-"""The limit that the memory bandwidth sets to decoding, beside measured rates: for `jamba plan` and `jamba bench`."""
+"""Computes the highest decoding speed that memory bandwidth allows, for `jamba plan` and `jamba bench`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def decode_limits(
     bandwidth: float | None,
     measured: Mapping[int, float],
 ) -> tuple[Decode, ...]:
-    """Returns the limits for one sequence and for each number of sequences in `measured`.
+    """Returns the limits of the decoding speed for one sequence and for each number of sequences in `measured`.
 
     `measured` maps a number of sequences to tokens per second. `bandwidth` is in bytes per second.
     """
@@ -82,8 +82,8 @@ class Served:
 
     @classmethod
     def find(cls, folder: Path, *, bandwidth: str | None, quantization: str | None, quantize_mamba: bool) -> Served:
-        """Reads the model in `folder`. Raises ConfigError for the options, and CheckpointError for
-        a config.json that is missing or wrong."""
+        """Reads the model in `folder`. Raises ConfigError for options that are not allowed, and CheckpointError for a
+        config.json that is missing or wrong."""
         formats: dict[str, Quantization] = {name: name for name in FORMATS}
         kind = None if quantization is None else formats.get(quantization)
         if kind is None and (quantization is not None or quantize_mamba):
@@ -96,22 +96,23 @@ class Served:
         return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
-        """Returns lines with the limit and the measured rate, for one sequence and for each closed loop of `levels`."""
+        """Returns lines with the limit and the measured value of the decoding speed, for one sequence and for each
+        number of clients in `levels`."""
         model, measured = self.model, decode_rates(levels)
         limits = decode_limits(model, model.dtype, self.policy, bandwidth=self.bandwidth, measured=measured)
         return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 
 def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
-    """Returns bytes per second: `bandwidth`, or if it is None the rate at which `threads` threads of this CPU read
-    memory. For a GPU without `bandwidth` the result is None."""
+    """Returns the memory bandwidth in bytes per second: the size `bandwidth`, or if that is None the rate at which
+    `threads` threads of this CPU read memory. For a GPU without `bandwidth` the result is None."""
     if bandwidth is None:
         return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
     return parse_bandwidth(bandwidth)
 
 
 def parse_bandwidth(bandwidth: str) -> float:
-    """Returns bytes per second. Raises ConfigError for a text that is not a size above 0."""
+    """Returns the size `bandwidth` as bytes per second. Raises ConfigError for a text that is not a size above 0."""
     try:
         value = parse_size(bandwidth)
     except ValueError:
@@ -124,7 +125,7 @@ def parse_bandwidth(bandwidth: str) -> float:
 
 
 def describe_decode(decode: Decode, bandwidth: float | None) -> str:
-    """Returns a line on one number of sequences. Its units are powers of 1000, as in data sheets."""
+    """Returns a line on the decoding speed with `decode.sequences` sequences. GB in the line means 10**9 bytes."""
     one = decode.sequences == 1
     at = "at 1 sequence" if one else f"at {decode.sequences} sequences"
     moved = (decode.step_bytes + decode.state_bytes) / 1e9
@@ -143,8 +144,8 @@ def _figure(value: float) -> str:
 
 
 def read_bench(path: Path) -> dict[int, float]:
-    """Reads a report of `jamba bench`. Returns decoded tokens per second by number of clients, for its closed loops.
-    Raises ConfigError."""
+    """Reads a report of `jamba bench`. Returns the decoded tokens per second by number of clients, for the loads that
+    have a fixed number of clients. Raises ConfigError."""
     try:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
     except (OSError, msgspec.MsgspecError) as error:
@@ -153,7 +154,8 @@ def read_bench(path: Path) -> dict[int, float]:
 
 
 def decode_rates(levels: Iterable[Level]) -> dict[int, float]:
-    """Returns the decoded tokens per second by number of clients, for the closed loops in `levels`."""
+    """Returns the decoded tokens per second by number of clients, for the loads in `levels` that have a fixed number of
+    clients."""
     return {
         level.load.concurrency: 1000 * level.load.concurrency / level.tpot_ms.mean
         for level in levels

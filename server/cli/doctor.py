@@ -38,7 +38,7 @@ class KernelRow(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """The implementation's name, with a note if its results depend on the batch."""
+        """The implementation's name, with a note if a sequence's results depend on the other sequences in the batch."""
         return self.implementation if self.batch_invariant else f"{self.implementation} (depends on the batch)"
 
 
@@ -63,7 +63,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 def doctor() -> None:
-    """Show versions, devices and the kernels that would run here. The exit status is 1 if an operation has none."""
+    """Show versions, devices and the kernels that run here. The exit status is 1 if an operation has no kernel."""
     console = Console()
     machine = ask_kernels()
     for name, value in facts(machine):
@@ -76,7 +76,8 @@ def doctor() -> None:
 
 
 def ask_kernels() -> Machine:
-    """Returns the kernels' report. A separate process makes it, because it loads torch. Raises JambaError."""
+    """Returns the report on the kernels. A separate process writes the report, since only that process loads torch.
+    Raises JambaError."""
     root = str(Path(jamba_server.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-P", "-m", "jamba_server.kernels"]
@@ -111,7 +112,8 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def cpu_kernels(machine: Machine) -> str:
-    """Returns the instruction set of the compiled CPU kernels that would run, and the others that are compiled."""
+    """Returns the instruction set of the CPU kernels that would run, and the other sets for which kernels are
+    compiled."""
     if machine.cpu_level is None:
         return "not compiled, so the slower reference kernels run"
     others = ", ".join(level for level in machine.cpu_levels if level != machine.cpu_level)
@@ -119,7 +121,8 @@ def cpu_kernels(machine: Machine) -> str:
 
 
 def kernel_table(device: str, rows: list[KernelRow]) -> Table:
-    """Returns a table with a row per operation: the kernel that runs, kernels that could run, and why others cannot."""
+    """Returns a table with a row per operation: the kernel that runs, other kernels that could run, and why the
+    remaining kernels cannot run."""
     table = Table(title=f"Kernels on {device}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("operation", "runs", "could also run", "cannot run"):
         table.add_column(column, overflow="fold")

@@ -84,7 +84,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
                     logger.info("downloading %s, %s, %s", name, files, filesize.decimal(num_bytes))
                     bar.add_task("", total=num_bytes)
                 case Progress(num_bytes):
-                    for task in bar.task_ids:  # there is no bar if every file is here already
+                    for task in bar.task_ids:  # there is no bar if no file is missing
                         bar.update(task, completed=max(num_bytes, bar.tasks[task].completed))
                 case Done(folder):
                     return Path(folder)
@@ -97,7 +97,8 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 @contextmanager
 def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
-    """Starts the download process and yields its output, one message per line. It never outlives the block."""
+    """Starts the download process and yields its output, one message per line. The process has always ended when the
+    `with` block ends."""
     root = str(Path(jamba_server.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -105,9 +106,10 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        # The hub client's progress bars feed the one shown here, so they are on even if the user has set them off.
+        # The progress bar shown here needs the numbers of the hub client's progress bars, so those are switched on even
+        # if the user's environment switches them off.
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "0"},
-        start_new_session=True,  # Ctrl-C reaches only the command, which then ends the download process
+        start_new_session=True,  # Ctrl-C reaches only this process, which then ends the download process
     )
     with process:
         assert process.stdin is not None and process.stdout is not None

@@ -21,8 +21,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 VARIABLE = "JAMBA_ADDRESS_FILE"
-SECONDS = 4.0  # the server may take this long to answer
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # a server that listens on every address is reached here
+SECONDS = 4.0  # time limit for the server's answer
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # from "every address" to one at which this machine reaches the server
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:
@@ -34,7 +34,7 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
 
 @contextlib.contextmanager
 def written_down(url: str, file: str | None) -> Generator[None]:
-    """Keeps `url` in `file` until the end of the block. Does nothing if `file` is None.
+    """Keeps `url` in `file` until the end of the `with` block. Does nothing if `file` is None.
 
     If the file cannot be written, the server still runs, since its file system may be read-only. Only the health check
     fails.
@@ -55,7 +55,7 @@ def written_down(url: str, file: str | None) -> Generator[None]:
 
 
 def main() -> None:
-    """Prints the status of /health. Exits with status 1 and a sentence unless it is 200."""
+    """Prints the HTTP status of the reply to /health. Unless that is 200, exits with status 1 and an error message."""
     if not (file := os.environ.get(VARIABLE)):
         sys.exit(f"{VARIABLE} is not set; it names the file of the server's option --address-file.")
     try:
@@ -66,9 +66,9 @@ def main() -> None:
     context.check_hostname, context.verify_mode = (
         False,
         ssl.CERT_NONE,
-    )  # the certificate names the public host, not this address
+    )  # the certificate names the public host, not the local address of `url`
     opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),  # a proxy for the internet cannot reach this server
+        urllib.request.ProxyHandler({}),  # use no proxy, since a proxy cannot reach a local address
         urllib.request.HTTPSHandler(context=context),
     )
     try:

@@ -18,7 +18,8 @@ def history_file() -> Path:
 
 @contextmanager
 def line_editing(path: Path) -> Generator[None]:
-    """Gives `input` line editing within the block, with the history in the file `path`, which only its owner can read.
+    """Gives Python's `input` line editing within the `with` block, with the history in the file `path`, which only its
+    owner can read.
 
     A history that cannot be read or written is left out without an error, since the conversation works without it.
     """

@@ -33,12 +33,13 @@ from huggingface_hub.utils import tqdm
 
 from jamba_server.server.cli.download import Done, Download, Failed, FromHub, Plan, Progress
 
-# This matches partial files of this process. No later download can use them, since their names contain a random number.
+# Matches names of partly downloaded files. A later download cannot continue such a file, since its name contains a
+# random number.
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 
 
 class Bar(tqdm):
-    """A progress bar for the hub's client that sends messages instead of drawing a bar."""
+    """A progress bar for the hub's client. Instead of drawing a bar it sends messages to the parent process."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": False})
@@ -55,12 +56,13 @@ class Bar(tqdm):
 
 
 def tell(message: FromHub) -> None:
-    """Writes a message to standard output in one system call, since several threads write messages."""
+    """Writes a message to standard output in one system call, so that messages of several threads do not mix."""
     os.write(sys.stdout.fileno(), msgspec.json.encode(message) + b"\n")
 
 
 def end_with_parent() -> None:
-    """Waits until standard input is closed, then removes the partial files and ends this process."""
+    """Waits until the parent process closes standard input, then removes partly downloaded files and ends this
+    process."""
     sys.stdin.buffer.read()
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the file has been closed in the meantime
@@ -80,7 +82,8 @@ def fetch(wanted: Download) -> Path:
     try:
         files = snapshot_download(wanted.name, dry_run=True, **options)
     except DryRunError as error:
-        # The files in the cache may suffice. A hub that has answered is asked again, so that its error is raised.
+        # If the hub did not answer, the files in the cache may suffice. If the hub answered with an error, it is asked
+        # again, so that its error is raised.
         answered = isinstance(error.__cause__, HfHubHTTPError)
         return Path(str(snapshot_download(wanted.name, local_files_only=not answered, **options)))
     if missing := [file for file in files if file.will_download]:
@@ -116,7 +119,7 @@ def describe(error: Exception, wanted: Download) -> str:
 
 
 def refused(shown: str, error: HfHubHTTPError) -> str:
-    """Returns a sentence on the status with which the hub has answered the request for the model `shown`."""
+    """Returns a sentence on the HTTP status with which the hub has answered the request for the model `shown`."""
     status = error.response.status_code
     hint = ": set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
     return f"{constants.ENDPOINT} answers {status} {error.response.reason_phrase} when asked for {shown}{hint}."

@@ -1,4 +1,4 @@
-"""LocalModel: a model that a command of the terminal loads and asks itself, without HTTP."""
+"""LocalModel: a model that a terminal command loads in its own process and uses without HTTP."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Sampling:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def params(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Returns the sampling parameters of a request. If no seed is given, it draws a random one."""
+        """Returns the sampling parameters of a request. If no seed is given, a random seed is drawn."""
         settings: dict[str, Any] = {name: getattr(defaults, name) for name in defaults.__struct_fields__}
         settings = {"seed": secrets.randbits(63)} | settings | self.given
         return SamplingParams(**settings)
 
 
 class LocalModel:
-    """A loaded model with its tokenizer and chat template. `open` makes one."""
+    """A loaded model with its tokenizer and chat template. The class method `open` loads the model."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, defaults: GenerationDefaults

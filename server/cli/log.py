@@ -17,14 +17,14 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         shown = copy.copy(record)  # other handlers get the same record, which must not change
         shown.name = record.name.removeprefix("jamba_server.")
-        if record.name == "py.warnings":  # the second line of a warning is source code
+        if record.name == "py.warnings":  # the second line of a Python warning quotes source code
             shown.msg, shown.args = record.getMessage().partition("\n")[0], None
         return super().format(shown)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to the present sys.stderr. While a progress bar is shown, rich replaces sys.stderr by a stream that writes
-    above the bar."""
+    """Writes to whatever sys.stderr is at the time of writing. While a progress bar is shown, rich replaces sys.stderr
+    by a stream that writes above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -40,5 +40,5 @@ def configure_logging(level: str = "INFO") -> None:
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("uvicorn.access", "httpx"):  # the module `server.http` logs requests itself
+    for noisy in ("uvicorn.access", "httpx"):  # requests are logged by the module `server.http`
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -93,8 +93,8 @@ SEQUENCES = (1, 8, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The memory that `sequences` running sequences of `context` tokens each need: `bytes`, with the weights and the
-    activations. `fits` says whether the device has that much."""
+    """The memory that `sequences` running sequences of `context` tokens each need: `bytes` is the total size with the
+    weights and the activations. `fits` says whether the device has that much memory."""
 
     context: int
     sequences: int
@@ -165,7 +165,7 @@ def make_report(
     bandwidth: str | None,
     measured: Mapping[int, float],
 ) -> Report:
-    """Returns the report on the model `stored`, which it calls `name`.
+    """Returns the report on the model `stored`. The report calls the model `name`.
 
     `memory` is the size of the device's memory as text; None is the free memory of this machine. `bandwidth` is the
     device's bytes per second as text; None measures this CPU. `measured` maps a number of running sequences to
@@ -219,8 +219,8 @@ def make_report(
 
 
 def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
-    """Returns the device and the bytes of its memory that the server may use. `memory` is the size of the memory as
-    text; None stands for the free memory of the first GPU or of this machine."""
+    """Returns the device and the size, in bytes, of the device memory that the server may use. `memory` is the size of
+    the memory as text; None stands for the free memory of the first GPU or of this machine."""
     on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
     name = ("cpu" if on_gpu is None else "cuda") if device == "auto" else device
     if memory is not None:
@@ -237,8 +237,8 @@ def find_memory(device: Device, memory: str | None, utilization: float) -> tuple
 
 
 def gpu_memory() -> tuple[int, int] | None:
-    """Returns the free and the total bytes of the first NVIDIA GPU, or None if there is none. It asks nvidia-smi,
-    because torch would take seconds to load."""
+    """Returns the sizes of the first NVIDIA GPU's free memory and total memory in bytes, or None without such a GPU.
+    The sizes come from nvidia-smi, because torch would take seconds to load."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     query = [tool, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "--id=0"]
@@ -282,8 +282,8 @@ def describe(report: Report) -> list[str]:
 
 
 def table(report: Report) -> Table:
-    """Returns a table of the memory needed, by context length and number of sequences. It leaves out the memory for
-    cached prefixes of sequences that have ended."""
+    """Returns a table of the memory needed, by context length and number of sequences. The table leaves out the memory
+    for cached prefixes of sequences that have ended."""
     result = Table(
         title="Memory by context and number of sequences (brackets: does not fit)",
         title_justify="left",

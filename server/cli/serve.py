@@ -54,7 +54,7 @@ def greet(config: ServerConfig) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens at the address. Raises ConfigError with the reason if that fails."""
+    """Returns a socket that listens at the configured address. Raises ConfigError with the reason if that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

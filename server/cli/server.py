@@ -30,8 +30,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
-KEEP_ALIVE_SECONDS = 75  # nginx keeps connections for 60 s; a shorter time here would close some that it still uses
-CANCEL_SECONDS = 2  # request handlers may run this long after the engine has closed
+KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server keeps idle connections for longer
+CANCEL_SECONDS = 2  # request handlers may run for this time after the engine has closed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -81,7 +81,8 @@ class Server:
             await http
 
     async def _start(self, http: asyncio.Task[None], stop: asyncio.Task[bool]) -> bool:
-        """Waits for the engine. Returns True when it is ready, False if a signal comes first. Raises ConfigError."""
+        """Waits until the engine has loaded, and returns True. Returns False if a signal comes first. Raises
+        ConfigError."""
         start = asyncio.create_task(self._client.start(), name="engine start")
         await asyncio.wait((start, http, stop), return_when=asyncio.FIRST_COMPLETED)
         self._progress.stop()
@@ -99,7 +100,7 @@ class Server:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
             logger.warning("A second signal has come: the server stops at once.")
-            os._exit(128 + number)  # the engine process ends by itself when its socket closes
+            os._exit(128 + number)  # the engine process ends by itself when its socket to this process closes
         logger.info(
             "%s: the server takes no new requests; running requests have %g s to finish",
             number.name,
@@ -121,7 +122,7 @@ class Server:
         return [*info.warnings, "the model has no chat template: /v1/chat/completions needs --chat-template"]
 
     def _invitation(self) -> str:
-        """Returns the line that gives the server's address and a request to paste."""
+        """Returns the log line with the server's address and a curl command that sends a request."""
         config = self._config
         address: tuple[str, int] = self._listener.getsockname()[:2]
         host, port = address
@@ -137,7 +138,8 @@ class Server:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers. They close the sockets at once, so that /ready could not answer 503."""
+    """uvicorn's server without signal handlers. With uvicorn's handlers, a signal would close the sockets at once, and
+    /ready could not answer 503."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -154,7 +156,7 @@ def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="warning",  # this command logs the start and the stop itself
+        log_level="warning",  # `jamba serve` logs the start and the stop itself
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,

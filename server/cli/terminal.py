@@ -19,8 +19,8 @@ LOG_STEP = 0.25  # without a terminal, each quarter of a phase gives one log lin
 
 
 class LoadProgress:
-    """Shows how far each phase of the start is: as one progress bar on a terminal, otherwise as a few log lines. Its
-    method `update` is the callback on_progress of EngineClient."""
+    """Shows the progress of each phase of the engine's start: as one progress bar on a terminal, otherwise as a few log
+    lines. Its method `update` is the callback on_progress of EngineClient."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -39,7 +39,7 @@ class LoadProgress:
         self.stop()
 
     def stop(self) -> None:
-        """Removes the progress bar. It may be called more than once."""
+        """Removes the progress bar. This method may be called more than once."""
         if self._bar:
             self._bar.stop()
 
@@ -49,7 +49,7 @@ class LoadProgress:
             self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
-            # the next quarter to log; an engine that restarts begins at 0 again, which is not logged
+            # The next fraction to log. If the engine restarts, the fractions begin at 0 again and are not logged.
             self._logged[phase] = (int(fraction / LOG_STEP) + 1) * LOG_STEP
 
 
@@ -76,7 +76,8 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
 
 
 def describe_results(info: EngineInfo) -> str:
-    """Returns whether a request's results depend on the batch, on how its prompt is cut or on the prefix cache."""
+    """Returns whether a request's results depend on the batch, on how its prompt is cut into chunks, or on the prefix
+    cache."""
     inexact = f"last bits may depend on the batch: {', '.join(info.batch_dependent_ops)}"
     if info.state_cache_dtype == "auto":
         return (

@@ -35,7 +35,7 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
-    """The new text, log-probabilities and finish reason of a choice since its last delta.
+    """The text, log-probabilities and finish reason that a choice has gained since its previous delta.
 
     `stop_reason` is the stop string, or the id from the request's `stop_token_ids`, that ended the choice.
     """
@@ -59,7 +59,8 @@ class TextOptions:
 
 
 class Choice:
-    """Turns the engine's updates for one `Request` into deltas. `index` is the choice's number in the HTTP reply."""
+    """Turns the engine's updates for one `Request` into deltas, the pieces of a reply. `index` is the choice's number
+    in the HTTP reply."""
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
         self.request, self.index = request, index
@@ -76,12 +77,13 @@ class Choice:
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._to_echo = request.prompt if options.echo else []
         self._num_echoed = 0
-        self._text = ""  # text for the next delta; it cannot be the beginning of a stop string
+        self._text = ""  # text for the next delta, without an end that may begin a stop string
         self._scores: list[TokenScore] = []
-        self._num_chars = 0  # characters of all tokens so far, also of those held back as a possible stop string
+        # number of characters of all decoded tokens, including tokens held back as a possible stop string
+        self._num_chars = 0
 
     def take(self, update: TokenUpdate) -> ChoiceDelta | None:
-        """Adds the update and returns what can be sent, or None if there is no text to send yet.
+        """Adds the update and returns the delta that can be sent now, or None if there is no text to send yet.
 
         Log-probabilities are held back until there is text to send.
         """
@@ -89,7 +91,7 @@ class Choice:
         for i, token_id in enumerate(update.token_ids):
             ends = update.stop_token_id is not None and i == len(update.token_ids) - 1
             self._add(token_id, update.logprobs[i] if update.logprobs else None, silent=ends and not self._include_stop)
-            if self.finish_reason:  # a stop string ended the choice, so that the step's later tokens are dropped
+            if self.finish_reason:  # a stop string ended the choice, so the later tokens of the update are dropped
                 break
         if update.finish_reason and not self.finish_reason:
             self._finish(update)

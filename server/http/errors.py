@@ -35,7 +35,8 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
 MAX_SUB_ERRORS = 3
 MAX_MESSAGE_CHARS = 1000  # longer error messages, which quote a large value of the request, are cut
 
-# Each row has the exception, the HTTP status, the error type and the code. A code in the exception replaces the row's.
+# Each row has the exception, the HTTP status, the error type and the code. An exception's own code replaces the row's
+# code.
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),

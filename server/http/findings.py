@@ -26,7 +26,7 @@ def describe_finding(finding: Finding) -> str:
 
 
 def param_of(finding: Finding) -> str | None:
-    """Returns the path of the field, such as `messages.0.content`, or None if the whole body is meant.
+    """Returns the path of the field, such as `messages.0.content`, or None if the finding is about the whole body.
 
     pydantic's location also holds the tags of unions, in parentheses, which are left out.
     """
@@ -35,7 +35,7 @@ def param_of(finding: Finding) -> str | None:
     parts = [str(part) for part in finding["loc"][1:]]
     if "field" in finding.get(
         "ctx", {}
-    ):  # a validator of a whole object adds the field, which pydantic's location lacks
+    ):  # pydantic's location ends at the object, so a validator of whole objects names the field here
         parts.append(finding["ctx"]["field"])
     return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None
 
@@ -98,7 +98,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _other(finding: Finding) -> str:
-    """Returns the predicate of a finding that has no entry in _SENTENCES.
+    """Returns the predicate (the sentence without the field's name) for a finding that has no entry in _SENTENCES.
 
     Errors of this server's own validators carry their predicate as `why`. All other findings get a general one.
     """

@@ -66,7 +66,8 @@ class GenerationSpec:
 
 
 class _Timeline:
-    """The times of one choice's first and last token, in seconds of the clock, its queue time and its prefix hit."""
+    """A choice's first and last token time, the seconds it waited in the queue, and its number of cached prompt
+    tokens."""
 
     def __init__(self) -> None:
         self.first_token: float | None = None
@@ -101,7 +102,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """The token counts so far. A prompt counts once, so that only its first choice's cached tokens are counted."""
+        """The current numbers of tokens. A prompt with several choices counts once, and so do its cached tokens."""
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.spec.prompts)
         generated = sum(choice.num_tokens for choice in self._choices.values())
         first_choices = list(self._timelines.values())[:: self.spec.n]
@@ -114,7 +115,7 @@ class Generation:
 
     @asynccontextmanager
     async def run(self) -> AsyncGenerator[AsyncIterator[ChoiceDelta]]:
-        """Yields the deltas of all choices, interleaved.
+        """Yields an iterator over the deltas of all choices, in the order in which the deltas arrive.
 
         Entering submits the choices to the engine and raises Overloaded or EngineDead. Leaving, also by an exception,
         aborts the choices that still run.
@@ -149,7 +150,8 @@ class Generation:
             if choice.finish_reason:
                 num_open -= 1
                 self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
-                if update.finish_reason is None:  # a stop string ended the choice, and the engine knows only token ids
+                # a stop string ended the choice; the engine cannot know, since it has only token ids
+                if update.finish_reason is None:
                     updates.abort(update.request_id)
             if delta is not None:
                 yield delta

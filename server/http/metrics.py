@@ -15,8 +15,8 @@ from prometheus_client.registry import Collector
 from jamba_server.engine.process.client import Engine
 from jamba_server.engine.types import EngineStats, FinishReason
 
-# Bounds of the buckets, in seconds. All begin at 1 ms: Prometheus interpolates a quantile within its bucket, so that
-# values far below the first bound would be shown as half of that bound. The first list has vLLM's bounds.
+# Bounds of the buckets, in seconds. Each list begins at 1 ms: Prometheus interpolates a quantile within its bucket, so
+# that values far below the first bound would be shown as half of that bound. The first list has vLLM's bounds.
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
@@ -111,7 +111,8 @@ class Metrics:
         self._field_labels: set[str] = set()
         self._ignored.labels(model_name, "other")
         for reason in ("stop", "length", "abort", "error"):
-            self._success.labels(model_name, reason)  # a series must exist, at 0, before rates of it can be computed
+            # Prometheus computes a rate only from two values, so each series begins at 0
+            self._success.labels(model_name, reason)
 
     def queued(self, seconds: float) -> None:
         self._queue_time.labels(self.model_name).observe(seconds)
@@ -124,14 +125,15 @@ class Metrics:
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._success.labels(self.model_name, reason).inc()
-        if reason in ("stop", "length"):  # an aborted choice would look like a fast one
+        if reason in ("stop", "length"):  # the short time of an aborted choice would look like speed
             self._e2e_latency.labels(self.model_name).observe(seconds)
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()
 
     def count_ignored_fields(self, names: Iterable[str]) -> None:
-        """Counts each field. After the first MAX_FIELD_LABELS names, new names are counted together as `other`."""
+        """Counts an ignored field for each of `names`. After MAX_FIELD_LABELS different names, further names count as
+        `other`."""
         for name in names:
             if len(self._field_labels) < MAX_FIELD_LABELS:
                 self._field_labels.add(name)

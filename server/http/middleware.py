@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_JSON_DEPTH = 64
-MAX_JSON_CONTAINERS = 32_768  # limit of objects and lists in a body; validating each takes about 10 us
-# The limit of values in all lists and objects of a body is twice the number of tokens in Jamba's longest context.
-# Parsing and validating a body block all other requests for about 0.2 us per value.
+MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating each takes about 10 us
+# The maximum number of values in all lists and objects of a body is twice the number of tokens in Jamba's longest
+# context. Parsing and validating a body block all other requests for about 0.2 us per value.
 MAX_JSON_VALUES = 524_288
-MAX_JSON_NAMES = 65_536  # limit of fields in all objects of a body; each unknown name is compared with all known names
+MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; each unknown name is compared with all known names
 MAX_LOGGED_PATH_CHARS = 256
 CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread, so that it does not block the event loop
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
@@ -123,7 +123,7 @@ class ApiKey:
         return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
 
     def _number_of_key(self, headers: Headers) -> int | None:
-        """Returns the position of the valid key that the request carries, or None."""
+        """Returns the position in `keys` of the valid key that the request carries, or None."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
         # Every key is compared, so that the time of the comparison does not reveal which key matched.

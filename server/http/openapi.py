@@ -6,7 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-# A client may use either of these headers. The Authorize button of /docs shows the names.
+# A client may send its API key in either of these headers. The button Authorize of /docs shows the names of the
+# schemes.
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of --api-key, as OpenAI's clients send it."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},

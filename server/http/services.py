@@ -25,7 +25,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # number of threads for chat templates and tokenising; more would only take cores from the engine
+TEXT_THREADS = 4  # number of threads for chat templates and tokenising; more threads would take cores from the engine
 
 
 def _draw_seed() -> int:
@@ -62,7 +62,7 @@ class Services:
         return Generation(spec, self.engine, self.tokenizer, self.metrics)
 
     def check_size(self, text: str, *, param: str) -> None:
-        """Raises RequestRejected for a text that is too long for the context even if all its tokens are the longest.
+        """Raises RequestRejected for a text that exceeds the context even if each of its tokens has the most bytes.
 
         This check spares the seconds that tokenising several megabytes takes.
         """
@@ -80,7 +80,8 @@ class Services:
         return await self.in_thread(lambda: bad_word_tokens(words, self.tokenizer)) if words else ()
 
     def begins_with_bos(self, text: str) -> bool:
-        """Returns whether a prompt begins with the text of the begin-of-text token. Some evaluation tools write it."""
+        """Returns whether a prompt begins with the text of the begin-of-text token, which some evaluation tools
+        send."""
         bos = self.tokenizer.named_tokens.get("bos_token")
         return bos is not None and text.startswith(bos)
 

@@ -43,12 +43,13 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
 
 
 def add_reply_header(request: Request, name: str, value: str) -> None:
-    """Adds a header to the reply, also if it becomes an error or a stream; `RequestContext` sends these headers."""
+    """Adds a header to the reply, also if the reply becomes an error or a stream; `RequestContext` sends these
+    headers."""
     request.scope["state"].setdefault("reply_headers", {})[name] = value
 
 
 def warn_of_bos(request: Request, services: Services) -> None:
-    """Warns, in the header X-Warning, that the prompt's begin-of-text text was read as the token."""
+    """Warns, in the header X-Warning, that the begin-of-text token's text in the prompt was read as that token."""
     bos = _NOT_ASCII.sub("?", services.tokenizer.named_tokens["bos_token"][:MAX_NAME_CHARS])
     add_reply_header(
         request,

@@ -8,10 +8,11 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 
 def bad_word_tokens(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each word, without spaces before it, at the beginning of a text and after a space.
+    """Returns the token ids of each word twice: as at the beginning of a text, and as after a space.
 
-    vLLM, whose field this is, drops the second where it has another number of tokens than the first. Then " hello" as
-    one token passes where "hello" is two, so we keep both. A reply can still spell a word with other tokens.
+    Spaces at the beginning of a word are dropped. vLLM, which introduced the field `bad_words`, drops the ids after a
+    space if their number differs from the number at the beginning. It would let " hello" pass if that is one token and
+    "hello" is two, so both lists of ids are kept here. A reply can still spell a word with other tokens.
     """
     texts = [prefix + word.lstrip(" ") for word in words for prefix in ("", " ")]
     return tuple(dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts))

@@ -29,7 +29,7 @@ _RENDERING_ERRORS = (
     ValueError,
 )
 _MAX_ERROR_CHARS = 500
-_MAX_TEMPLATE_CHARS = 1 << 20  # the longest published ones have 30 thousand
+_MAX_TEMPLATE_CHARS = 1 << 20  # the longest published templates have 30 thousand characters
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
@@ -71,7 +71,8 @@ class ChatTemplate:
             raise CheckpointError(
                 f"The chat template does not compile: line {error.lineno}: {error.message}."
             ) from error
-        except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:  # of Python's compiler
+        # Python's compiler raises these errors for templates that are too complex
+        except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:
             reason = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or "it is too complex"
             raise CheckpointError(f"The chat template does not compile: {reason}.") from error
         self._tokenizer = tokenizer
@@ -174,7 +175,8 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _boundaries(self, rendered: str, messages: Sequence[Message], kwargs: Mapping[str, object]) -> list[int]:
-        """Returns two offsets into `rendered`: the end of the system message and the start of the last user message.
+        """Returns at most two offsets into `rendered`: the end of the system message and the start of the last user
+        message.
 
         To find a boundary, the messages before it are rendered alone. If `rendered` begins with that text, the
         boundary is at its end; otherwise the boundary is left out. Some templates put the documents before the last
@@ -198,7 +200,8 @@ class ChatTemplate:
         return boundaries
 
     def _encode(self, rendered: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Returns the token ids of `rendered`, and for each boundary the number of tokens that end at or before it."""
+        """Returns the token ids of `rendered`, and for each boundary the number of tokens that end at or before that
+        boundary."""
         ids: list[int] = []
         offsets: list[int] = []
         start = 0

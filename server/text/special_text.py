@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jamba_server.engine.errors import CheckpointError
 
-# The marks are noncharacters of Unicode, which ordinary text does not contain. If a client sends MARK itself, it is
-# replaced by _OWN, and `restore` turns it back into MARK.
+# The marks are noncharacters of Unicode, which ordinary text does not contain. If a client's string contains MARK
+# itself, that MARK is replaced by _OWN, and `restore` turns _OWN back into MARK.
 MARKS = MARK, _SPLIT, _LITERAL = "\ufdd0", "\ufdd1", "\ufdd2"
 _BREAK = MARK + _SPLIT
 _OWN = MARK + _LITERAL

@@ -37,7 +37,7 @@ def create_environment() -> jinja2.Environment:
 
 
 def undeclared_variables(environment: jinja2.Environment, template: str) -> frozenset[str]:
-    """Returns the names that the template reads before it has set them, in at least one branch."""
+    """Returns the names of the variables that the template may read without having set them."""
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
@@ -52,7 +52,7 @@ class _GenerationTag(ext.Extension):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Bounds products and refuses powers, because one expression of either kind could fill the memory."""
+    """Limits the size of products and refuses powers, because a single product or power could fill the memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -100,7 +100,7 @@ def _tojson(
     """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        for mark in MARKS:  # `restore` can remove a mark only if it is a character, not an escape
+        for mark in MARKS:  # `restore` removes marks only as characters, not as escapes such as \ufdd0
             text = text.replace(f"\\u{ord(mark):04x}", mark)
     return text
 

@@ -59,7 +59,7 @@ def _byte_fallback(spelling: str, replacements: list[tuple[str | None, str]]) ->
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's table from character to byte.
+    """Returns GPT-2's table from the characters in which it spells tokens to the bytes that they stand for.
 
     A printable Latin-1 character stands for its own byte; the other bytes have the characters from U+0100 on, in order.
     """
@@ -72,7 +72,7 @@ _BYTE_OF_CHAR = _byte_alphabet()
 
 
 def _byte_level(spelling: str) -> bytes:
-    """Returns the bytes of a spelling in GPT-2's alphabet.
+    """Returns the bytes of a token that is spelled in the characters of GPT-2's table.
 
     An added token may contain other characters; its bytes are then its UTF-8 form, as in the `tokenizers` library.
     """

@@ -15,8 +15,8 @@ from jamba_server.engine.files import read_text
 from jamba_server.server.text.token_bytes import Decoder, bytes_reader
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
-_MAX_BYTES: Final = 128 << 20  # of tokenizer.json: vocabularies of 256 thousand tokens take 33 MB
-_MAX_ID: Final = (1 << 24) - 1  # there is a table with an entry for each id
+_MAX_BYTES: Final = 128 << 20  # size limit of tokenizer.json; with 256 thousand tokens it has 33 MB
+_MAX_ID: Final = (1 << 24) - 1  # highest token id allowed, since a table has an entry for each id
 
 
 class _EncodeBatch(Protocol):
@@ -79,7 +79,7 @@ class Tokenizer:
         return special
 
     def _read_vocabulary(self, decoder: Decoder | None) -> tuple[bytes, ...]:
-        """Returns the bytes of each token id. An id that the vocabulary leaves out has no bytes."""
+        """Returns the bytes of the text of each token id. An id that the vocabulary leaves out has no bytes."""
         to_bytes = bytes_reader(decoder)
         vocabulary = self._raw.get_vocab(with_added_tokens=True)
         highest = max(vocabulary.values(), default=-1)
@@ -92,7 +92,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The highest token id plus one. A model's embedding may have more rows; the text of their ids is empty."""
+        """The highest token id plus one. A model's embedding may have more rows; the ids of the additional rows have no
+        text."""
         return len(self._token_bytes)
 
     @property
@@ -116,11 +117,11 @@ class Tokenizer:
 
         With `add_special_tokens` they begin with BOS if the checkpoint's post-processor adds it.
         """
-        # The fast method does not compute offsets, which are not needed here.
+        # encode_batch_fast does not compute the offsets of tokens in the text, which are not needed here.
         return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Returns the token ids of `text` without BOS, and for each id the number of characters up to its end.
+        """Returns the token ids of `text` without BOS, and for each id the number of characters before the token's end.
 
         If several byte tokens form one character, each of them ends where that character ends.
         """
@@ -128,7 +129,7 @@ class Tokenizer:
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def _encode(self, encode: _EncodeBatch, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        """Encodes one text as a batch of one, during which the library releases the GIL.
+        """Encodes one text as a batch of one text, because the library `tokenizers` releases the GIL for batches.
 
         Its method for a single text holds the GIL, which would block the event loop.
         """
@@ -139,7 +140,7 @@ class Tokenizer:
         return encoding
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
-        """Returns the text of a whole sequence, where a Detokenizer returns it in pieces.
+        """Returns the text of a whole sequence at once. (A Detokenizer returns a text in pieces.)
 
         Invalid UTF-8 becomes U+FFFD.
         """
@@ -151,7 +152,8 @@ class Tokenizer:
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
     def token_text(self, token_id: int) -> str:
-        """Returns the text of a single token, as logprobs show it. Part of a character becomes U+FFFD."""
+        """Returns the text of a single token, as logprobs show it. The bytes of an incomplete character become
+        U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:

@@ -22,7 +22,7 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete reply.
+    """A complete reply to one request, with its times in seconds and its numbers of tokens.
 
     `arrivals` are the times of the events that carry tokens. `end` is the time of the event with the finish reason, or
     of the last event with a token if that comes later.
@@ -88,7 +88,8 @@ class EventDecoder:
         self._data: list[bytes] = []
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        # CR LF is one line end. If the last chunk ended with CR, that line is complete and a following LF is dropped.
+        # CR followed by LF is one line end. If the previous chunk ended with CR, an LF at the start of this chunk is
+        # dropped.
         if self._after_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
@@ -163,7 +164,8 @@ class _Failed(Exception):
 
 
 class Client:
-    """Sends turns to one server over `http`, whose base URL and headers are already set.
+    """Sends turns (one request each) to one server over `http`, an HTTP client that has the base URL and headers
+    already.
 
     Decoding is greedy unless `temperature` is above 0.
     """
@@ -187,7 +189,8 @@ class Client:
         }
 
     async def send(self, turn: Turn, history: list[Message]) -> Record:
-        """Sends one turn and returns its reply. An error of the server or the network is returned as a Failure."""
+        """Sends one turn and returns the server's reply. An error of the server or the network is returned as a
+        Failure."""
         body = self._common | {"max_tokens": turn.max_tokens}
         if isinstance(turn.prompt, str):
             path, body["messages"] = "/v1/chat/completions", [*history, Message("user", turn.prompt)]
@@ -224,7 +227,8 @@ class Client:
             raise _Failed("incomplete", "The stream ended with no usage, no finish_reason or no token.")
         return Reply(
             start=start,
-            # If every token's text is empty (special tokens), the event with the finish reason is the only arrival.
+            # If no token has text (special tokens have none), the event with the finish reason counts as the only
+            # arrival.
             arrivals=tuple(arrivals) or (end,),
             end=max([end, *arrivals]),
             prompt_tokens=usage.prompt_tokens,
@@ -235,7 +239,7 @@ class Client:
         )
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[tuple[float, _Event]]:
-        """Yields (arrival, event) until [DONE].
+        """Yields each event of the stream with its time of arrival, as (arrival, event), until the event [DONE].
 
         The body is read to its end after [DONE], because httpx reuses only connections whose body was read completely.
         """
@@ -261,7 +265,7 @@ class Client:
 
 
 def error_message(response: httpx.Response) -> str:
-    """Returns the message of an OpenAI error body, or the beginning of a body of another form."""
+    """Returns the message in an OpenAI error reply, or the beginning of the reply's body if it has another form."""
     try:
         event = msgspec.json.decode(response.content, type=_Event)
     except msgspec.DecodeError:

@@ -174,7 +174,7 @@ class BenchOptions:
         return [ClosedLoop(number) for number in _numbers("--concurrency", self.concurrency or "1,8,32", int)]
 
     def served(self) -> Served | None:
-        """Returns the checkpoint that the server serves, or None without --checkpoint."""
+        """Returns the model that the server serves, read from --checkpoint, or None if --checkpoint is not given."""
         if self.checkpoint is not None:
             return Served.find(
                 self.checkpoint,
@@ -198,7 +198,7 @@ class BenchOptions:
 
 
 class Bench:
-    """Measures one server at every load that the options name, one load after the other."""
+    """Measures one server under each load (such as a number of clients) that the options name, one load at a time."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class Bench:
         self._progress = progress or Progress(disable=True)
 
     async def run(self) -> report.Report:
-        """Measures the loads in order. Stops after a load at which no request was completed."""
+        """Measures the server under each load, in order. Stops after a load under which no request was completed."""
         target = await discover(self._http, self.options.model)
         tokens = await self.token_range(target.model)
         client = Client(self._http, target.model, temperature=self.options.temperature, now=self._now)
@@ -237,7 +237,7 @@ class Bench:
         return await discover_tokens(self._http, model)
 
     def sessions(self, tokens: TokenRange, index: int) -> list[Session]:
-        """Draws the sessions of load `index`.
+        """Draws the sessions to send for load number `index`.
 
         Every load has its own prompts. With the same prompts a load would find those of the previous load cached.
         """
@@ -328,7 +328,7 @@ def bench(**flags: Any) -> None:
 
 
 def _command_signature() -> inspect.Signature:
-    """Returns a signature with the URL and the fields of BenchOptions.
+    """Returns a command signature whose parameters are the URL and the fields of BenchOptions.
 
     typer reads the parameters of a command from its signature, so the options are declared only once.
     """

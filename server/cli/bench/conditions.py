@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """The machine that runs this process. `cores` is the number that this process may use."""
+    """The machine that runs this process. `cores` is the number of CPU cores that this process may use."""
 
     cpu: str
     cores: int
@@ -49,7 +49,7 @@ def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> flo
 
     def seconds(pool: ThreadPoolExecutor) -> float:
         start = time.perf_counter()
-        list(pool.map(np.bitwise_or.reduce, parts))  # numpy vectorises this reduction and releases the GIL
+        list(pool.map(np.bitwise_or.reduce, parts))  # without the GIL, so the threads run in parallel
         return time.perf_counter() - start
 
     with ThreadPoolExecutor(threads) as pool:
@@ -57,7 +57,8 @@ def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> flo
 
 
 def _cpu_model() -> str:
-    """Returns the CPU's model from /proc/cpuinfo, which has it on x86 Linux, or else what `platform` knows."""
+    """Returns the CPU's model from /proc/cpuinfo, which has it on x86 Linux, or else from Python's module
+    `platform`."""
     info = Path("/proc/cpuinfo")
     match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return match[1] if match else platform.processor() or platform.machine()

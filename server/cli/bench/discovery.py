@@ -12,7 +12,7 @@ from jamba_server.server.cli.bench.client import error_message
 from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
 
 Reply = TypeVar("Reply")
-# time limit in seconds for each reply; a server that is loading answers after half of that (--startup-wait)
+# time limit in seconds for each reply; a server that is still loading answers after --startup-wait, by default 30 s
 TIMEOUT = 60.0
 
 
@@ -60,7 +60,8 @@ async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
 
 
 async def discover_tokens(http: httpx.AsyncClient, model: str) -> TokenRange:
-    """Asks the server to tokenize ordinary words. Returns the range from the lowest to the highest of their ids."""
+    """Asks the server to tokenize ordinary words. Returns the range from the lowest to the highest token id in its
+    reply."""
     body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
     response = await _ask(http, "POST", "/tokenize", body)
     if response.is_error:

@@ -36,7 +36,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class ErrorCount(msgspec.Struct, frozen=True):
-    """The number of failures of one kind, with the message of the first as an example."""
+    """The number of failures of one kind, with the message of the first failure as an example."""
 
     kind: str
     count: int
@@ -91,7 +91,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The requests to send at one load: `planned` requests, after `left_out` sessions were too long for the server."""
+    """The requests to send at one load: their number is `planned`. `left_out` sessions are too long for the server's
+    context and are not sent."""
 
     load: Load
     planned: int
@@ -184,7 +185,7 @@ def _count_errors(records: Sequence[Record]) -> list[ErrorCount]:
 
 
 def rows(levels: Sequence[Level]) -> list[tuple[str, list[str]]]:
-    """Returns the rows of the table: the name of each number with its value at every load."""
+    """Returns the rows of the table: the name of each measured quantity with its value at every load."""
 
     def line(name: str, values: Iterable[float | None], digits: int = 1) -> tuple[str, list[str]]:
         return name, ["-" if value is None else f"{value:,.{digits}f}" for value in values]

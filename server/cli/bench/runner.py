@@ -14,7 +14,7 @@ from jamba_server.server.cli.bench.workloads import Session
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
-    """A load of `concurrency` clients. Each client begins its next session when its last one has ended."""
+    """A load of `concurrency` clients. Each client begins a session as soon as its previous session has ended."""
 
     concurrency: int
 
@@ -35,7 +35,7 @@ class Poisson(msgspec.Struct, frozen=True, tag="poisson"):
 
 
 class Replay(msgspec.Struct, frozen=True, tag="replay"):
-    """A load of sessions that begin at the times recorded in the trace."""
+    """A load of sessions that begin at the times recorded in a trace file."""
 
     def __str__(self) -> str:
         return "trace"
@@ -60,7 +60,7 @@ def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Sessio
 
 
 class Runner:
-    """Runs one measurement.
+    """Sends the sessions of one measurement and records what becomes of their requests.
 
     `records` holds the requests that have ended, in the order of their ends. `on_end` is called for each of them.
     """
@@ -81,7 +81,7 @@ class Runner:
             async with asyncio.timeout(max_seconds):
                 await work
         except TimeoutError:
-            pass  # the records list the requests that were cut off
+            pass  # no error: the records list the requests that were cut off
 
     async def _closed_loop(self, sessions: Iterable[Session], concurrency: int) -> None:
         async def client() -> None:
@@ -100,7 +100,8 @@ class Runner:
                 group.create_task(self._converse(session))
 
     async def _converse(self, session: Session) -> None:
-        """Sends the turns of one session in order. A failure ends it, because a chat needs every reply to go on."""
+        """Sends the turns of one session in order. A failed request ends the session, because the next turn
+        of a chat must contain the reply."""
         history: list[Message] = []
         for turn in session.turns:
             start = self._client.now()

@@ -50,7 +50,7 @@ class Session(msgspec.Struct, frozen=True):
 
 
 class TokenRange(msgspec.Struct, frozen=True):
-    """The range of token ids that a prompt may contain. `first` and `last` belong to it."""
+    """The range of token ids that a prompt may contain, from `first` to `last`, inclusive."""
 
     first: int
     last: int
@@ -60,7 +60,7 @@ class TokenRange(msgspec.Struct, frozen=True):
 
 
 class Workload(Protocol):
-    """A source of sessions.
+    """Draws the sessions that a benchmark sends.
 
     `sessions` returns `count` sessions, or fewer if a trace ends earlier. The same state of `rng` gives the same
     sessions.
@@ -98,7 +98,7 @@ class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
 
 
 class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
-    """A workload of prompts that begin with one of `num_prefixes` prefixes, which are used in turn.
+    """A workload of prompts that share prefixes: prompts begin with each of `num_prefixes` prefixes in turn.
 
     A prefix has `prefix_len` tokens. Each prompt adds `input_len` random tokens of its own.
     """
@@ -136,7 +136,7 @@ class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
-    """A workload with recorded arrival times and lengths.
+    """A workload from a file with the arrival times, prompt lengths and reply lengths of recorded requests.
 
     The file is CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens. The first row
     arrives at 0. `time_scale` multiplies the arrival times; 0.5 sends twice as fast. A trace does not contain the text
@@ -160,7 +160,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
         ]
 
     def _rows(self) -> Iterator[tuple[float, int, int]]:
-        """Yields (seconds, input tokens, output tokens) for each row. Raises ConfigError."""
+        """Yields (seconds, number of input tokens, number of output tokens) for each row of the file. Raises
+        ConfigError."""
         try:
             with _open_text(self.trace) as file:
                 reader = csv.reader(file)

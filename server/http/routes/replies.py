@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from jamba_server.server.http.schemas.base import ErrorReply
 
-# These replies are only declared, for the OpenAPI document. `http/errors.py` makes the actual ones.
+# These error replies are declared for the OpenAPI document. `http/errors.py` makes the replies that are sent.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 

@@ -151,7 +151,7 @@ LogitBias = Annotated[
     BeforeValidator(_token_ids),
 ]
 BadWord = Annotated[str, Field(min_length=1, max_length=256), BeforeValidator(_not_blank)]
-# The value -1 means no limit of the reply's tokens, as in llama.cpp's API.
+# The value -1 means that the number of tokens in a reply has no limit, as in llama.cpp's API.
 TokenLimit = Annotated[int, within("max_tokens", low=-1)]
 
 

@@ -276,8 +276,8 @@ class ChatCompletion(Reply):
 
 
 class Delta(TypedDict, total=False):
-    """The new part of a message in an event. The first delta of a choice has `role`, the last one, which comes with the
-    finish reason, is empty, and the others have `content`."""
+    """The part of a message that one event adds. The first delta of a choice has `role`. The last delta comes with the
+    finish reason and is empty. All deltas between them have `content`."""
 
     role: Literal["assistant"]
     content: str
@@ -292,8 +292,8 @@ class ChunkChoice(Reply):
 
 
 class ChatCompletionChunk(Reply):
-    """One event of a stream. It has `usage` only with `stream_options.include_usage`; then the last event has the
-    counts, and in the others `usage` is null unless `continuous_usage_stats` is set."""
+    """One event of a stream. It has `usage` only with `stream_options.include_usage`; then the last event has the token
+    counts, and in all earlier events `usage` is null unless `continuous_usage_stats` is set."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

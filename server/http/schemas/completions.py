@@ -109,7 +109,8 @@ class CompletionRequest(GenerationBody):
 
 
 class CompletionLogprobs(Reply):
-    """Lists with one entry for each token. The first token of an echoed prompt has no log-probability."""
+    """Lists of the tokens and their log-probabilities, with one entry for each token. The first token of an echoed
+    prompt has no log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

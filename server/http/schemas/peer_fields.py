@@ -1,4 +1,4 @@
-"""Tables of request fields that other servers have and this one lacks, and that would change the answer.
+"""Tables of request fields that other servers have and this server lacks, and that would change the answer.
 
 If such a field were ignored, the client would get another answer than it requested. A request with one is therefore
 refused, with an error that names the field, unless its value is neutral, that is, would not change the answer.

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from jamba_server.server.http.schemas.peer_fields import PeerField, PeerFields
 
 MIN_SLIP_CHARS = 4  # shorter names resemble each other by chance and are never taken for misspellings
-SHORT_NAME_CHARS = 6  # in names of up to this length a misspelling is one edit, in longer names up to two
+SHORT_NAME_CHARS = 6  # a misspelling has one edit in names of up to this length, and at most two edits in longer names
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -61,7 +61,8 @@ def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str |
 
 
 def _is_off(field: PeerField, body: Mapping[str, Any], peers: PeerFields) -> bool:
-    """Returns whether the body has one of the field's switches with a neutral value, which turns the field off."""
+    """Returns whether the field is turned off: one of the fields in `switches` is in the body and has a neutral
+    value."""
     return any(name in body and name in peers and peers[name].is_neutral(body[name]) for name in field.switches)
 
 

@@ -30,7 +30,7 @@ class Writer(ABC):
 
     @abstractmethod
     def reply(self, choices: list[ChoiceDelta]) -> BaseModel:
-        """Returns the whole reply. `choices` has the merged deltas of every choice, ordered by index."""
+        """Returns the whole reply. `choices` has one delta with everything for each choice, ordered by index."""
 
     @abstractmethod
     def begin(self) -> Iterable[bytes]:
