@@ -14,9 +14,11 @@
 #   PYTHON       the Python that makes .venv, 3.11 or later (default python3)
 #   COVERAGE     with COVERAGE=1, `make test` measures how many lines of server/ and engine/ the tests run, and fails
 #                below the share that pyproject.toml sets
+#   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
 
 PYTHON ?= python3
+TARGETS ?= 90
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -49,7 +51,7 @@ test: check
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
-	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen)
+	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
