@@ -1,4 +1,4 @@
-"""Defines the model shapes that the benchmarks use, the bytes that a decode step must read, and what a CPU can do."""
+"""Defines the model shapes that the benchmarks use, the bytes that a decode step must read, and a CPU's limits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How the weights are stored. The name is `bf16`, or a quantised format such as `int8`.
+    """The format in which a model's weights are stored: `bf16`, or a quantised format such as `int8`.
 
     `+mamba` after a quantised format means that the Mamba layers' matrices are quantised, too.
     """
@@ -74,24 +74,24 @@ class Format:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns the fields of EngineConfig that select this format."""
+        """Returns the fields of EngineConfig that select this weight format."""
         quantized = {"quantization": self.policy.quantization, "quantize_mamba": self.policy.mamba}
         return {"dtype": "bfloat16"} | quantized
 
     @property
     def flags(self) -> list[str]:
-        """Returns the options of `jamba serve` that select this format."""
+        """Returns the options of `jamba serve` that select this weight format."""
         quantized = ["--quantization", self.policy.quantization] if self.policy.quantization else []
         return ["--dtype", "bfloat16", *quantized, *(["--quantize-mamba"] if self.policy.mamba else [])]
 
 
 def write_config(shape: str, folder: Path) -> None:
-    """Writes the `config.json` of a shape to `folder`. A model with dummy weights needs no other file."""
+    """Writes the `config.json` of a model shape to `folder`. A model with dummy weights needs no other file."""
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"torch_dtype": "bfloat16"}))
 
 
 def weights_read(config: JambaConfig, num_sequences: int, stored: Format) -> int:
-    """Returns the bytes of weights that a decode step must read.
+    """Returns the size in bytes of the weights that a decode step must read.
 
     The embedding is left out, because a step reads only one row of it per sequence.
     """
@@ -99,7 +99,7 @@ def weights_read(config: JambaConfig, num_sequences: int, stored: Format) -> int
 
 
 def active_parameters(config: JambaConfig) -> float:
-    """Returns the number of parameters by which every prompt token is multiplied.
+    """Returns the number of parameters that the computation of one prompt token uses.
 
     The output head is left out, because only the last token of a prompt needs logits.
     """
@@ -127,12 +127,12 @@ def read_bandwidth() -> float:
 
 
 def matmul_rate() -> float:
-    """Measures the operations per second of torch's bfloat16 matrix product of the size 512 x 2560 x 8192."""
+    """Measures the operations per second of torch's bfloat16 product of [512, 2560] and [2560, 8192]."""
     x, weight = torch.randn(512, 2560).bfloat16(), torch.randn(8192, 2560).bfloat16()
     return 2 * 512 * 2560 * 8192 / median_seconds(lambda: torch.nn.functional.linear(x, weight), 0.5)
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Returns the resident memory of one process in bytes. Memory shared with other processes counts in full."""
+    """Returns the size of a process's resident memory in bytes. Memory shared with other processes counts in full."""
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * int(status.split("VmRSS:")[1].split()[0])

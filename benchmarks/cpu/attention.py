@@ -1,4 +1,4 @@
-"""Measures the compiled attention kernels on keys and values in memory, as a share of the memory bandwidth.
+"""Measures the compiled attention kernels: their time, and the shares of memory bandwidth and matmul rate they reach.
 
     python -m benchmarks.cpu.attention [--contexts 1024,4096,16384] [--sequences 1,8] [--in-order]
 
@@ -24,13 +24,13 @@ from jamba_server.kernels.ops import Pages
 
 STORAGE_BYTES = 512 << 20
 BLOCK, CHUNK = 16, 512
-SECONDS = 0.15  # each measurement repeats its kernel for this many seconds
-# Each entry is (query heads, KV heads, head size).
+SECONDS = 0.15  # each measurement calls a kernel again and again for this many seconds
+# Each entry is (number of query heads, number of KV heads, head size).
 HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))
 
 
 class Storage:
-    """A storage of KV pages [pages, 2, BLOCK, KV heads, head size].
+    """Keys and values in pages of BLOCK tokens: a tensor [pages, 2, BLOCK, KV heads, head size].
 
     Calls use the pages in turn, so a page is used again only after the CPU's caches have dropped it.
     """
@@ -75,7 +75,7 @@ def prefill(storage: Storage, heads: tuple[int, int, int], context: int, peaks: 
     kernel, requests = AttentionPrefill(), storage.requests(1, context)
     q, starts = torch.randn(rows, query_heads, size).bfloat16(), torch.tensor([0, rows], dtype=torch.int32)
     seconds = median_seconds(lambda: kernel(q, next(requests), starts, rows, size**-0.5), SECONDS)
-    pairs = rows * (context - (rows - 1) / 2)  # number of pairs of a query and a key that the causal mask admits
+    pairs = rows * (context - (rows - 1) / 2)  # number of (query, key) pairs that the causal mask admits
     label = f"prefill {query_heads}/{kv_heads} x {size}, last {rows} of {context}"
     show(label, seconds, context * 2 * kv_heads * size * 2, pairs * 4 * query_heads * size, peaks)
 

@@ -1,4 +1,4 @@
-"""Measures the engine on this CPU and compares it with the limits that the CPU's bandwidth and matmul rate set.
+"""Measures the engine on this CPU and compares its speed with the limits that memory bandwidth and matmul rate set.
 
     python -m benchmarks.cpu.engine --name cpu-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4,int8+mamba]
         [--sequences 1,8,16,32,64] [--long 4096,16384] [--peer transformers]
@@ -49,7 +49,7 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_TOKENS = 512
-DECODE_SECONDS = 2.0  # a decode run takes this many seconds if the engine reaches half of the bandwidth limit
+DECODE_SECONDS = 2.0  # a decode run takes about this long if the engine reaches half of the bandwidth limit
 ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
 PEER_TOKENS = 17
@@ -58,7 +58,7 @@ GB = 1e9
 
 
 class Cell:
-    """Measures one shape in one format with an engine in this process."""
+    """Measures one model shape in one weight format, with an engine in this process."""
 
     def __init__(self, shape: str, stored: Format, sequences: list[int], long: list[int]) -> None:
         self.sequences, self.long, self.stored = sequences, long, stored
@@ -80,7 +80,7 @@ class Cell:
         self.random = Random(0)
 
     def run(self, count: int, length: int, tokens: int) -> float:
-        """Returns the seconds for `count` requests with prompts of `length` random tokens and replies of `tokens`."""
+        """Returns the seconds that `count` requests take, each with `length` prompt and `tokens` output tokens."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         vocabulary = range(3, self.config.vocab_size)
         prompts: list[list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
@@ -89,7 +89,7 @@ class Cell:
         return time.perf_counter() - start
 
     def decode(self, count: int) -> dict[str, float]:
-        """Measures decode of `count` sequences in tokens per second.
+        """Measures the decode rate of `count` concurrent sequences in tokens per second.
 
         The time of the prompts, which a run with one output token takes, is subtracted.
         """
@@ -102,9 +102,9 @@ class Cell:
         return {"tok_s": count * steps / seconds, "limit_tok_s": limit, "bandwidth": bandwidth}
 
     def decodes(self) -> dict[str, dict[str, float]]:
-        """Measures decode for each number of sequences.
+        """Measures the decode rate for each number of concurrent sequences.
 
-        The best of ROUNDS rounds counts, because other load can slow the machine for minutes.
+        The highest rate of ROUNDS rounds counts, because other load can slow the machine for minutes.
         """
         best: dict[str, dict[str, float]] = {}
         for count in self.sequences * ROUNDS:
@@ -118,11 +118,11 @@ class Cell:
         return {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": self.rate / (2 * active_parameters(self.config))}
 
     def long_prompt(self, tokens: int) -> dict[str, float]:
-        """Measures prefill of a long prompt and the memory by which the process grows meanwhile.
+        """Measures the prefill rate of a long prompt, and by how much the memory of this process grows during prefill.
 
         `growth_bytes` is the peak growth; `kv_bytes` is the memory of the prompt's keys and values for comparison.
         """
-        Path("/proc/self/clear_refs").write_text("5")  # this resets VmHWM, the peak of the resident memory
+        Path("/proc/self/clear_refs").write_text("5")  # writing 5 resets VmHWM, the peak of the resident memory
         before = resident_bytes()
         seconds = self.run(1, tokens, 1)
         peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -149,13 +149,13 @@ class Cell:
             "weights": info.weight_bytes,
             "caches": info.kv_bytes + info.state_bytes,
         }
-        # The first long prompt also allocates the buffers of the largest chunk, which later prompts reuse.
+        # The first long prompt also allocates buffers for the largest prefill chunk. Later prompts reuse the buffers.
         result["long"] = {str(tokens): self.long_prompt(tokens) for tokens in self.long}
         return result
 
 
 def measure_transformers(shape: str, threads: int) -> dict[str, Any]:
-    """Measures transformers' `generate` on the same shape, one request at a time.
+    """Measures the decode and prefill rates of transformers' `generate` on a model shape, one request at a time.
 
     Decode is measured after a prompt of four tokens, and prefill with prompts of 512 tokens.
     """
@@ -190,7 +190,7 @@ _PIPE: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
 
 
 def measure_apart(shape: str, stored: Format, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures one shape and format in a process of its own.
+    """Measures one model shape and weight format in a process of its own.
 
     OMP_WAIT_POLICY=PASSIVE lets idle torch threads sleep, as in the server.
     """

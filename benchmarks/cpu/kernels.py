@@ -1,4 +1,4 @@
-"""Times the compiled CPU kernels, except matrix products, beside the reference kernels at the 3B and Mini shapes.
+"""Times the compiled CPU kernels and the reference kernels, except matrix products, at the 3B and Mini shapes.
 
     python -m benchmarks.cpu.kernels --threads 2
 
@@ -21,14 +21,14 @@ from jamba_server.kernels.cpu.library import library
 from jamba_server.kernels.ops import Pages, SampleInputs, ScanInputs, ScanWeights, Segments, StateSaves
 from jamba_server.kernels.table import implementations
 
-# Hidden size, Mamba channels, entries of the state per channel and vocabulary size of the 3B model.
+# Sizes of the 3B model: hidden size, number of Mamba channels, SSM state entries per channel, vocabulary size.
 H, D, S, V = 2560, 5120, 16, 65536
 CACHE_BYTES = 64 << 20
-HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # each entry is (query heads, KV heads, head size)
+HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # (query heads, KV heads, head size) of each model
 
 
 def best_of(run: Callable[[], object], times: int) -> float:
-    """Returns the seconds of the fastest of `times` runs, after one run to warm up."""
+    """Calls `run` once to warm up, then `times` times. Returns the shortest time of a call in seconds."""
     run()
     taken: list[float] = []
     for _ in range(times):
@@ -39,7 +39,7 @@ def best_of(run: Callable[[], object], times: int) -> float:
 
 
 def compare(label: str, op: str, run: Callable[[Any], object]) -> float:
-    """Prints the times of the reference and the compiled kernel. Returns the time of the compiled one in seconds."""
+    """Prints the times of the reference and the compiled kernel. Returns the compiled kernel's time in seconds."""
     seconds = {
         entry.name: best_of(partial(run, entry.load()), 30 if entry.name == "cpu" else 3)
         for entry in implementations(op, "cpu")

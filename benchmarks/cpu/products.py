@@ -1,4 +1,4 @@
-"""Times the matrix product of `kernels.cpu` for each weight format beside torch's `F.linear`.
+"""Times the matrix product of `kernels.cpu` for each weight format, and torch's `F.linear` for comparison.
 
     python -m benchmarks.cpu.products --dtype bfloat16 --threads 2
 
@@ -28,11 +28,11 @@ from jamba_server.kernels.ops import Weight
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
 ROTATED_BYTES = 250_000_000
-TURNS, SECONDS = 5, 0.12  # each contender gets five turns of 0.12 s for each number of rows
+TURNS, SECONDS = 5, 0.12  # torch and each weight format get five turns of 0.12 s for each number of rows
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:
-    """Returns the shortest time of each contender in seconds. A contender is a list of calls, one for each weight."""
+    """Returns the shortest time of a call in seconds, for each list of calls. A list's calls use different weights."""
     best = [float("inf")] * len(contenders)
     for _ in range(TURNS):
         for i, calls in enumerate(contenders):
@@ -47,13 +47,13 @@ def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[flo
 
 
 def rotated(weight: Weight, linear: Linear) -> list[PackedWeight]:
-    """Returns at least two copies of a packed weight, which together have about ROTATED_BYTES."""
+    """Returns at least two copies of a packed weight, with a total size of about ROTATED_BYTES."""
     first = linear.pack(weight)
     return [first, *(linear.pack(weight) for _ in range(max(1, ROTATED_BYTES // first.panels.numel())))]
 
 
 def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) -> None:
-    """Measures the products and prints one line for each number of rows and each format."""
+    """Times the matrix products. Prints one line for each number of activation rows and each weight format."""
     linear, dense = Linear(), torch.randn(outputs, inputs, dtype=dtype)
     packed = {
         str(dtype).removeprefix("torch."): rotated(dense, linear),

@@ -1,4 +1,4 @@
-"""Measures how `state_cache_dtype: int8` changes log-probabilities after a state is restored, and the memory it saves.
+"""Measures how much saving Mamba states in int8 changes log-probabilities, and how much memory int8 saves.
 
     python -m benchmarks.cpu.saved_state_error --name saved-state-error [--texts 32]
 
@@ -42,8 +42,8 @@ LENGTH, CUTS, TURN = (
     400,
     (64, 136, 208),
     32,
-)  # length of a text, positions of single cuts, interval of repeated cuts; in tokens
-# A token's distance is the number of tokens computed since the first cut. Results are grouped by these ranges.
+)  # in tokens: length of a text, positions of single restores, interval of repeated restores
+# Results are grouped by these ranges of the number of tokens computed since the first restore of a state.
 DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))
 BLOCK_SIZE = 16
 SCORED = SamplingParams(max_tokens=1, prompt_logprobs=1)
@@ -72,7 +72,7 @@ def load(dtype: str) -> LLM:
 
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
-    """Lets the model write `count` texts of LENGTH tokens. A text is a sequence of stories."""
+    """Lets the model write `count` texts of LENGTH tokens. A text consists of one or more stories."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):
@@ -88,7 +88,7 @@ def some_texts(llm: LLM, count: int) -> list[list[int]]:
 
 
 def forced(runner: ModelRunner, tokens: list[int], cuts: Many[int], restore: Restore) -> list[TokenLogprob]:
-    """Returns the log-probabilities of the tokens after the one at cuts[0]. `restore` is applied at every cut."""
+    """Returns the log-probabilities of the tokens after position cuts[0]. `restore` is called at each of `cuts`."""
     seq = Sequence.of(Request(id="", prompt=tokens, params=SCORED), arrival=0, now=0.0)
     seq.block_ids, seq.state_id = array("i", range(1, 1 - (-len(tokens) // BLOCK_SIZE))), SLOT
     found: list[TokenLogprob] = []
@@ -103,9 +103,10 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """Compares pairs of log-probabilities and groups the results by distance.
+    """Compares two log-probabilities of each token, and groups the results by the distance from the first restore.
 
-    A pair is (distance, one, other). A result is (absolute difference, whether the most likely token is the same).
+    Each entry of `pairs` is (distance in tokens, one log-probability, the log-probability to compare with).
+    Each result is (absolute difference, whether the most likely token is the same).
     """
     deltas: Deltas = {span: [] for span in DISTANCES}
     for distance, one, other in pairs:
@@ -133,7 +134,7 @@ def measure(runner: ModelRunner, texts: list[list[int]]) -> dict[str, Deltas]:
 
 
 def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Deltas:
-    """Compares two engines on the same texts without restoring a state in either."""
+    """Compares the log-probabilities that two engines compute for the same texts, without restoring a state."""
     pairs: list[tuple[int, TokenLogprob, TokenLogprob]] = []
     for text in texts:
         for cut in CUTS:
@@ -143,7 +144,7 @@ def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Del
 
 
 def summary(deltas: Deltas) -> list[dict[str, float]]:
-    """Returns mean and maximum difference of log-probabilities, and agreement of the most likely token, by distance."""
+    """Returns mean and maximum difference of log-probabilities, and how often likeliest tokens agree, by distance."""
     return [
         {
             "mean": statistics.fmean(delta for delta, _ in found),
@@ -165,7 +166,7 @@ def error_table(results: Mapping[str, list[dict[str, float]]]) -> str:
 
 
 def cost(shape: str) -> dict[str, float]:
-    """Returns the bytes of a saved state, and the microseconds to copy, compress and restore one on this CPU."""
+    """Returns the size of a saved state in bytes, and the microseconds to copy, compress and restore one state."""
     with TemporaryDirectory() as name:
         write_config(shape, Path(name))
         config = load_model_config(Path(name))
@@ -175,7 +176,7 @@ def cost(shape: str) -> dict[str, float]:
     ]
     plain, narrow = (layout.num_bytes("saved") for layout in layouts)
     kernels, unit = select("cpu", {}), (len(config.mamba_layers), config.d_inner)
-    states = torch.randn(8, *unit, config.mamba_d_state)  # eight states are more than the CPU's caches hold
+    states = torch.randn(8, *unit, config.mamba_d_state)  # eight states are larger than the CPU's caches
     compressed = CompressedStates(torch.zeros(states.shape, dtype=torch.int8), torch.zeros(8, *unit))
     slots = torch.arange(8)
     times = (

@@ -1,4 +1,4 @@
-"""Measures how the time of a decode step on this CPU divides among the compiled functions and the Python around them.
+"""Measures how the time of a decode step on this CPU divides among compiled kernels and the Python code around them.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu.step --name cpu-step [--shape small] [--clients 1,8,32]
 
@@ -35,7 +35,7 @@ STEPS, WARM_UP = 30, 8
 
 
 class Clock:
-    """Counts nanoseconds and calls of functions by name, during one step."""
+    """Counts the calls of each watched function during one step, and adds up their times in nanoseconds."""
 
     def __init__(self) -> None:
         self.spent, self.calls = Counter[str](), Counter[str]()
@@ -54,7 +54,7 @@ class Clock:
         setattr(owner, name, self.timed(name, getattr(owner, name)))
 
     def watch_library(self) -> None:
-        """Measures all functions of the compiled library that are looked up from now on."""
+        """Times the calls of every compiled function that is looked up in the library after this call."""
         find = Library.function
 
         def function(library: Library, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ class Clock:
 
 
 def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Counter[str]]:
-    """Runs decode steps of `clients` sequences.
+    """Runs decode steps with `clients` concurrent sequences and times them.
 
     Returns the median nanoseconds per step by name, where "step" is the whole step, and the calls in the last step.
     """
@@ -86,7 +86,7 @@ def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Cou
 
 
 def rows(spent: dict[str, float]) -> dict[str, float]:
-    """Divides the time of a step into parts that add up to it: each kernel, and the Python code around the kernels."""
+    """Divides a step's time into the times of each kernel and of the Python code. The sum is the whole time."""
     kernels = {name: ns for name, ns in spent.items() if name.startswith("kernel ")}
     in_sampler = spent["kernel sample"]
     phases = ("schedule", "build_batch", "forward", "logits", "launch", "advance", "update")

@@ -1,4 +1,4 @@
-"""Builds test cases for every op: random arguments at a model's shapes, and the bytes and operations of a call."""
+"""Builds test cases for every op of `kernels.ops`: random arguments, and numbers of bytes and operations of a call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jamba_server.kernels.ops import (
 )
 
 BLOCK_SIZE = 16
-TOP_K = 2  # experts that the router chooses for each row
+TOP_K = 2  # number of experts that the router chooses for each token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +82,10 @@ class Case:
     written: int = 0
     operations: int = 0
     tolerance: float = 1e-2  # largest relative error of a bfloat16 result that counts as correct
-    scratch: bool = False  # a call may leave any values in its first argument
+    scratch: bool = False  # true if the first argument is not compared after a call
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Returns fresh arguments for a call with `kernels`. bfloat16 tensors are converted to `dtype` if it is set."""
+        """Returns fresh arguments for a call of `kernels`. If `dtype` is set, bfloat16 tensors are converted."""
         return self.arguments(self.packed(kernels, dtype), dtype)
 
     def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
@@ -98,12 +98,12 @@ class Case:
         return self.pack(getattr(kernels, self.op), kernels, weights)
 
     def arguments(self, packed: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Returns a copy of `args` with `packed` inserted as the second argument, unless it is None."""
+        """Returns a copy of `args`, with `packed` inserted as the second argument unless `packed` is None."""
         args = tuple(copy(value, dtype) for value in self.args)
         return args if packed is None else (args[0], packed, *args[1:])
 
     def bytes_moved(self, result: Any) -> int:
-        """Returns the bytes that a call moves.
+        """Returns the number of bytes that a call reads and writes.
 
         Unless the case gives the number itself, every argument is read once and every result is written once.
         """
@@ -133,7 +133,7 @@ def copy(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 class Maker:
-    """Creates random tensors and cases on one device. On the device `meta` tensors have a shape but no data."""
+    """Creates random tensors and test cases on one device. On the device `meta`, tensors have shapes but no data."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -146,14 +146,14 @@ class Maker:
         return self.floats(*size).to(torch.bfloat16)
 
     def matrix(self, *size: int) -> Tensor:
-        """Returns a random weight matrix, scaled so that a product has the variance of its input."""
+        """Returns a random weight matrix, scaled so that its product with an input has the variance of the input."""
         return self.random(*size).mul_(size[-1] ** -0.5)
 
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def rows(self, rows: int) -> Iterator[Case]:
-        """Yields the ops that treat each row by itself: norm, activation and matrix products."""
+        """Yields cases of the ops that treat each row by itself: norm, activation and matrix products."""
         m = self.shape
         x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
         yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
@@ -180,7 +180,7 @@ class Maker:
         return replace(case, quantization=quantization, moved=moved)
 
     def experts(self, rows: int) -> Iterator[Case]:
-        """Yields the router and the experts, if the model has experts."""
+        """Yields cases of the router and of the experts, or nothing if the model has no experts."""
         m = self.shape
         if not m.experts:
             return
@@ -194,7 +194,7 @@ class Maker:
         return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
 
     def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
-        """Returns the experts' case. Every row chooses experts at random; experts that no row chooses are not read."""
+        """Returns a case in which each row chooses random experts. Experts that no row chooses are not read."""
         m, choice = self.shape, torch.Generator().manual_seed(rows)
         chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
         each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
@@ -209,7 +209,7 @@ class Maker:
         )
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
-        """Yields the Mamba ops for sequences of `tokens` tokens each. For one token these are the ops of decode."""
+        """Yields cases of the Mamba ops for sequences of `tokens` tokens each: the ops of decode if `tokens` is 1."""
         m, rows = self.shape, sequences * tokens
         label = f"{sequences} x {tokens} tokens"
         u, dt, z = (self.random(rows, m.d) for _ in range(3))
@@ -253,7 +253,7 @@ class Maker:
                 )
             )
 
-        # The op rounds to bfloat16 after each of its parts, so the tolerance is larger.
+        # The fused op rounds to bfloat16 several times, so its tolerance is larger than that of other ops.
         return Case(
             op="mamba_decode",
             label=label,
@@ -265,7 +265,7 @@ class Maker:
         )
 
     def attention(self, sequences: int, tokens: int, context: int) -> Iterator[Case]:
-        """Yields attention of the last `tokens` tokens in each of `sequences` sequences of `context` tokens."""
+        """Yields attention of the last `tokens` queries to all keys, in `sequences` sequences of `context` tokens."""
         m, blocks = self.shape, -(-context // BLOCK_SIZE)
         k, v = (self.random(sequences * blocks, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
         order = torch.randperm(sequences * blocks, generator=self.generator, device=self.device)
@@ -300,7 +300,7 @@ class Maker:
         yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
 
     def sampling(self, rows: int) -> Iterator[Case]:
-        """Yields sampling: unrestricted, greedy, with top-k, top-p, min-p or all three, and with all kinds mixed."""
+        """Yields cases of sampling: from all tokens, greedy, with top-k, top-p, min-p or all three, and mixed."""
         ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
         keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
         plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
@@ -317,12 +317,12 @@ class Maker:
         kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
         for kind, inputs in kinds.items():
             logits = self.floats(rows, self.shape.v) * 3
-            # The op overwrites the logits with scores. At temperature 1, a second run on them gives the same result.
+            # `sample` overwrites the logits with scores. At temperature 1, sampling from scores gives the same tokens.
             yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:
-    """Runs a case with both sets of kernels, the reference in float32, and returns the largest error.
+    """Runs a case with `ours` and, in float32, with `reference`. Returns the largest error of the results of `ours`.
 
     The error of a result, or of an argument that is written in place, is ||ours - reference|| / ||reference||. The
     error of indices is the share that differs. If an error is NaN, NaN is returned.
@@ -345,7 +345,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def groups(maker: Maker) -> Iterator[Iterator[Case]]:
-    """Yields the cases in groups, so that the memory of one group is free before the next is created."""
+    """Yields the cases in groups, so that the memory of a group can be freed before the next group is created."""
     for rows in (1, 64, 256, 2048):
         yield maker.rows(rows)
         yield maker.experts(rows)

@@ -55,7 +55,7 @@ MODULES = {
     "sweep": "sweep",
     "tune": "tune",
 }
-# The parts use these shapes and formats unless --shape and --formats choose others.
+# Model shapes and weight formats of each part of the GPU check, unless --shape and --formats choose others.
 DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "3b": ("3b",),
     "mini": ("mini",),
@@ -66,13 +66,13 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
 }
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
-GRACE_SECONDS = 25.0  # a process that gets SIGTERM may take this long to stop its server, then it gets SIGKILL
+GRACE_SECONDS = 25.0  # a process gets SIGKILL if it has not ended this long after SIGTERM
 LEAST_SECONDS = 15.0  # a process is not started if less time than this is left, since it could measure nothing
-CELL_SECONDS = 240.0  # a process is stopped if a cell, or the time before the first cell, takes longer than this
+CELL_SECONDS = 240.0  # a process is stopped if its start, or one measurement, takes longer than this
 POLL_SECONDS = 2.0
 FREE_SECONDS, FREE_SLACK = 20.0, 256  # seconds to wait until the GPU's memory is free; MiB that may remain in use
-ERROR_TAIL = 1500  # the last 1500 characters of a process's stderr are kept
-MARK = "GPU_CHECK_PROCESS"  # every process that a part starts has this environment variable, so it can be found
+ERROR_TAIL = 1500  # number of characters from the end of a process's stderr that are kept
+MARK = "GPU_CHECK_PROCESS"  # environment variable that marks the processes of a job, so they can be found
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -105,7 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Parses KEY=VALUE pairs to fields of EngineConfig.
+    """Converts KEY=VALUE strings to fields of EngineConfig.
 
     A value that is valid JSON is decoded; any other value is a string. A field that EngineConfig does not have is
     refused, so that no result is recorded under an option without effect.
@@ -126,7 +126,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]:
-    """Returns the jobs of a part. Each job runs in a process of its own."""
+    """Returns the jobs of a part of the GPU check, one for each model shape and format. Each job is a process."""
     base = Job(part=part, path=str(path), device=arguments.device, commit=arguments.commit)
     shapes = DEFAULT_SHAPES.get(part, ())
     if shapes and arguments.shape:
@@ -139,22 +139,22 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     if not shapes:
         return [base]
     jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
-    # The cold job runs first with an empty kernel cache. The other jobs of this part use the kernels that it compiles.
+    # The cold job runs first, with an empty kernel cache. Later jobs use the kernels that the cold job has compiled.
     return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
 
 
 def run_job(job: Job) -> None:
-    """Runs a job in this process, which was started for this job alone."""
+    """Runs a job of the GPU check in this process, which was started for this job alone."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(f"stopped by signal {number}")
 
-    signal.signal(signal.SIGTERM, stop)  # the exception lets the job stop the processes that it has started
+    signal.signal(signal.SIGTERM, stop)  # SystemExit lets the job stop its own child processes
     importlib.import_module(f"benchmarks.gpu.{MODULES[job.part]}").run(job, Record(Path(job.path)))
 
 
 def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
-    """Runs a job until it ends by itself or the time is over.
+    """Runs a job of the GPU check in new processes until the job ends or `deadline` has passed.
 
     If its process dies in a cell, or is stopped because a cell takes too long, that cell is recorded as failed and a
     new process continues with the next cell.
@@ -169,7 +169,7 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         if status == 0:
             return
         if status is None:
-            record.running = None  # the cell that was interrupted is neither measured nor failed
+            record.running = None  # the interrupted measurement does not count as failed
             record.write()
             if record.runs:
                 record.note(stopped=f"time was up after {len(record.rows)} cells")
@@ -178,14 +178,14 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         print(f"== {name}: {said}", flush=True)
         if record.running is not None:
             record.finish(record.running, {"error": said})
-        elif len(record.rows) == known:  # the process failed outside any cell, so a new one would fail again
+        elif len(record.rows) == known:  # the process failed outside any measurement, and would do so again
             record.finish(job.key("start"), {"error": said})
             return
     print(f"== {name}: no time is left", flush=True)
 
 
 def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """Runs a job in a new process. Returns its exit status, None if the time was over, and the end of its stderr.
+    """Runs a job in a new process. Returns the exit status (None if time ran out) and the end of the stderr output.
 
     When this returns, all processes that the job has started are killed. It waits until their GPU memory is free.
     """
@@ -208,7 +208,7 @@ def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tu
 
 
 def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[int | None, str]:
-    """Waits for a process to end. Returns its status and, if it was stopped for taking too long, the reason.
+    """Waits for a process to end. Returns its exit status, and the reason if the process was stopped for being slow.
 
     The process is stopped if the time is over (the status is then None), or if it has not written to `path` for
     CELL_SECONDS, which it does after every cell.
@@ -238,7 +238,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """Kills all processes that have `mark` in their environment, whatever their session.
+    """Kills all processes that have `mark` in their environment, in any process group or session.
 
     A server whose parent was killed would otherwise keep the GPU's memory.
     """
@@ -247,11 +247,11 @@ def kill_marked(mark: str) -> None:
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
         except OSError:
-            continue  # the process has ended, or it belongs to another user, so its environment cannot be read
+            continue  # the process has ended, or its environment may not be read by this user
 
 
 def gpu_memory_used() -> int | None:
-    """Returns the MiB of the first GPU's memory that all processes use, or None if nvidia-smi cannot tell."""
+    """Returns the used memory of the first GPU in MiB, or None if nvidia-smi does not report it."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -261,7 +261,7 @@ def gpu_memory_used() -> int | None:
 
 
 def environment_of(folder: str, job: Job) -> dict[str, str]:
-    """Returns the environment for a part's processes. `folder` is an empty folder of the part for compiled kernels."""
+    """Returns the environment variables of a job's process. If `job.cold` is true, its kernel cache is `folder`."""
     known = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if job.cold:
         known["TRITON_CACHE_DIR"] = folder
@@ -270,12 +270,12 @@ def environment_of(folder: str, job: Job) -> dict[str, str]:
             Path(tempfile.gettempdir()) / "triton-cache"
         )  # later runs reuse this cache of compiled kernels
     if job.part == "tune" and job.device == "cpu":
-        known["TRITON_INTERPRET"] = "1"  # without a GPU, Triton kernels run only in the interpreter
+        known["TRITON_INTERPRET"] = "1"  # without a GPU, Triton kernels run only in Triton's interpreter
     return known
 
 
 def start_of(path: Path, earlier: Path) -> None:
-    """Prepares the result file of a part: earlier results are copied to it, and failed cells are removed from it."""
+    """Prepares a result file: copies the results of an earlier run, and removes measurements that failed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() and earlier.is_file():
         path.write_bytes(earlier.read_bytes())

@@ -67,15 +67,15 @@ RESULTS = Path(__file__).parents[1] / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
-# A program may use this many columns of tensor memory. If a kernel needs more, Triton compiles nothing and reports no
-# error.
+# The largest number of columns of tensor memory that a kernel may use. If a kernel needs more, Triton compiles nothing
+# and reports no error.
 TENSOR_COLUMNS = 512
-FP8_CAPABILITY = 89  # GPUs from this compute capability (times ten) on support 8-bit floating point numbers
+FP8_CAPABILITY = 89  # 10 * the lowest compute capability that supports 8-bit floating point numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
-# The sums in each op on the left must have the same orders of addition as those in the ops on the right together. Only
-# then are the results bit-identical.
+# The sums in the op of each key must have the same orders of addition as the sums in all ops of its value together.
+# Only then are the results bit-identical.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
@@ -87,7 +87,7 @@ TWINS = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a kernel by an op, with all that is needed to compile the kernel.
+    """One launch of a Triton kernel, with all that is needed to compile the kernel.
 
     `signature` has the types of the arguments by name. `constants` has the values of arguments that are compile-time
     constants. `aligned` names the arguments that are multiples of 16.
@@ -110,7 +110,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The resources that a compiled kernel uses.
+    """The registers, memory and instructions that a compiled kernel uses.
 
     `registers` and `spilled` (bytes) are per thread. `shared` (bytes), `warps` and `tensor_columns` are per program.
     """
@@ -128,7 +128,7 @@ class Resources:
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
-    """Calls `call` and returns the kernel launches that it makes, without running them."""
+    """Calls `call` with kernel launches disabled, and returns a description of each launch it asks for."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -194,17 +194,17 @@ def compile_for(launch: Launch, capability: int) -> Resources:
 
 
 def reductions(ir: str) -> tuple[str, ...]:
-    """Describes how each float32 sum in a kernel's IR is divided among warps and threads, which sets its order."""
+    """Describes how each float32 sum in a kernel is divided among warps and threads, which sets the addition order."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
     operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
-    # Sums over axis 0 are left out: there the scan kernel adds zeros and one number, so the order does not matter.
+    # Sums over axis 0 are left out: the scan kernel adds only zeros and one number there, so the order does not matter.
     return tuple(
         sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
     )
 
 
 def summation(axis: int, shape: str, layout: str) -> str:
-    """Describes the order of one sum. Of a blocked layout only `axis` matters, because other axes are not summed."""
+    """Describes the order of additions in one sum along `axis`. For a blocked layout, other axes do not matter."""
     fields = dict(re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]*)\]", layout))
     if not layout.startswith("#ttg.blocked"):
         return f"{shape} {layout}"
@@ -245,7 +245,7 @@ def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], 
 
 
 def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields the fused decode of a Mamba layer with few and with many rows."""
+    """Yields calls of the fused decode of a Mamba layer, with 1 and with 256 sequences."""
     a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
     weights = MambaWeights(
         conv_weight=empty(4, channels),
@@ -298,7 +298,7 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
-    """Returns an empty weight [..., N, K], quantised in `format`, or in bfloat16 if `format` is empty."""
+    """Returns an uninitialised weight [..., N, K], quantised in `format`, or in bfloat16 if `format` is ''."""
     if not format:
         return empty(*shape)
     *rows, inputs = shape
@@ -308,7 +308,7 @@ def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
 
 
 def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields matrix products and experts with numbers of rows that cover every shape of tile."""
+    """Yields calls of matrix products and experts, with numbers of rows that cover every tile size of the kernels."""
     weight = matrix(format, 16384, 4096)
     experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
     name = f", {format}" if format else ""
@@ -319,7 +319,7 @@ def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields x_proj of the 3B model, which divides K into sections.
+    """Yields calls of the 3B model's x_proj, a matrix product whose kernel divides K into sections.
 
     With few rows the sections' sums are added through memory, with many rows by one program.
     """
@@ -330,7 +330,7 @@ def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def launches_on(target: int) -> list[Launch]:
-    """Returns the launches of all ops that GPUs of this target support."""
+    """Returns the kernel launches of all ops that GPUs of compute capability `target` / 10 support."""
     capability.cache_clear()
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10)):
         found = all_launches()
@@ -339,7 +339,7 @@ def launches_on(target: int) -> list[Launch]:
 
 
 def rehearsed(known: list[Launch]) -> list[Launch]:
-    """Returns the launches of whole models that are not in `known`. Their op names list the kernel's constants."""
+    """Returns the kernel launches of whole models, without those in `known`. A launch's name lists its constants."""
     seen, found = {identity(launch) for launch in known}, list[Launch]()
     for model in MODELS:
         for launch in record(model, partial(rehearsal_of(model).launch, STEPS)):
@@ -353,7 +353,7 @@ def rehearsed(known: list[Launch]) -> list[Launch]:
 
 
 def identity(launch: Launch) -> str:
-    """Returns a key that is equal for launches that share a compiled kernel."""
+    """Returns a key that is equal for launches that can use the same compiled kernel."""
     return repr(replace(launch, op=""))
 
 
@@ -362,7 +362,7 @@ def all_launches() -> list[Launch]:
     calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     launches += rehearsed(launches)
-    # Mini has other numbers of heads, which are constants of the kernel, so it is compiled again.
+    # The attention kernels are compiled again for Mini, because numbers of heads are constants of a kernel.
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
     narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)
     launches += mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]

@@ -1,4 +1,4 @@
-"""Compiles the kernels that the part `tune` will run into Triton's cache on disk, in processes that use no GPU.
+"""Fills Triton's cache on disk with the kernels that the part `tune` will run, in processes that use no GPU.
 
 Ops are called with `meta` tensors, which have shapes but no data, and a launch only compiles the kernel. So the keys in
 the cache are the same as those of the real call on the GPU.
@@ -30,7 +30,7 @@ MOST_PROCESSES = 16
 
 
 class Elsewhere:
-    """Replaces Triton's driver when kernels are compiled for a GPU that this process does not use."""
+    """Stands in for Triton's driver where kernels are compiled for a GPU that this process does not use."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -49,7 +49,7 @@ class Elsewhere:
 
 @contextmanager
 def compiling_only(capability: int) -> Generator[None]:
-    """Makes launches compile their kernel for a GPU of this compute capability (times ten), without running it."""
+    """Makes launches compile kernels without running them, for a GPU of compute capability `capability` / 10."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -63,12 +63,13 @@ def compiling_only(capability: int) -> Generator[None]:
         stack.enter_context(mock.patch.object(driver, "_active", Elsewhere(capability)))
         stack.enter_context(mock.patch("jamba_server.kernels.table.ensure_available"))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
-        # Tile sizes may depend on the capability. Its cached value is cleared, so that the replaced one is used.
+        # Tile sizes may depend on the compute capability. The cached capability of this machine is removed, so that the
+        # capability set above is used.
         known = getattr(jamba_server.kernels.triton.launch, "capability", None)
         for forget in (known.cache_clear,) if known is not None else ():
             forget()
             stack.callback(forget)
-        # Weights are usually quantised in pieces to save memory. `meta` tensors have no data, so one piece suffices.
+        # Weights are usually quantised in pieces to save memory. `meta` tensors take no memory, so one piece is enough.
         stack.enter_context(mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", 1 << 60))
         stack.enter_context(mock.patch.object(jamba_server.kernels.triton.quantized, "CHUNK", 1 << 60))
         yield
@@ -76,12 +77,12 @@ def compiling_only(capability: int) -> Generator[None]:
 
 @cache
 def shapes_alone(shape: str) -> tuple[Target, ...]:
-    """Returns all tuning targets of a model shape, with `meta` tensors, which have no data."""
+    """Returns all kernel calls to tune for a model shape, with `meta` tensors, which have no data."""
     return tuple(target for group in targets_of(shape, "meta").groups() for target in group)
 
 
 def compile_one(shape: str, capability: int, index: int, variant: Variant) -> str:
-    """Compiles the kernels of one target and variant in a worker process. Returns the error message, if any, or ""."""
+    """Compiles the kernels of one call with one variant, in a worker process. Returns "" or an error message."""
     torch.set_num_threads(1)
     target = shapes_alone(shape)[index]
     try:
@@ -93,7 +94,7 @@ def compile_one(shape: str, capability: int, index: int, variant: Variant) -> st
 
 
 class Compiler:
-    """Compiles the kernels of all targets in worker processes, while the main process measures the first targets.
+    """Compiles the kernels of all tuned calls in worker processes, while the main process times the first calls.
 
     If `capability` is None, kernels are interpreted, and nothing is compiled.
     """
@@ -114,7 +115,7 @@ class Compiler:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, indices: Iterable[int]) -> None:
-        """Starts to compile the targets with these indices, in this order.
+        """Starts to compile the kernels of the tuned calls with these indices, in this order.
 
         A variant that several targets share is compiled once.
         """
@@ -134,13 +135,13 @@ class Compiler:
                 self._of_target.setdefault(index, []).append(self._by_key[key])
 
     def wait(self, index: int) -> None:
-        """Waits until all kernels of the target are compiled or have failed to compile."""
+        """Waits until each kernel of the tuned call with this index is compiled or has failed to compile."""
         for future in self._of_target.get(index, ()):
             if (error := future.exception()) is not None:
                 print(f"compiling ahead: {error}", file=sys.stderr, flush=True)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Returns the number of compiled calls, and how many of them failed to compile."""
+        """Returns how many compilations have ended, and how many of these failed."""
         done = [future for future in self._by_key.values() if future.done() and future.exception() is None]
         return {"compiled": len(done), "of_them_failed": sum(bool(future.result()) for future in done)}

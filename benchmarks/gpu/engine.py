@@ -1,4 +1,4 @@
-"""Runs the parts `3b` and `mini` of the GPU check: decode and prefill of the engine, beside the GPU's limits.
+"""Runs the parts `3b` and `mini` of the GPU check: rates of decode and prefill, compared with the GPU's limits.
 
 The weights are dummies. The limits follow from the bandwidth and the matmul rate that `predict` measures.
 """
@@ -30,18 +30,18 @@ from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import SamplingParams
 from jamba_server.llm import LLM
 
-FIRST_PROMPT = 128  # tokens in the first request's prompt
+FIRST_PROMPT = 128  # number of tokens in the first request's prompt
 DECODE_PROMPT = 4
-DECODE_SECONDS = 1.0  # a timed decode run should take about this long
+DECODE_SECONDS = 1.0  # a timed decode run should take about this many seconds
 STEPS = (8, 128)  # the fewest and the most decode steps in a timed run
 LONG_STEPS = 32
 PROFILED_STEPS, PROFILED_KERNELS = 8, 15
-SLOW = 20.0  # a prompt that takes at least this many seconds is timed only once
+SLOW = 20.0  # a prompt whose prefill takes at least this many seconds is timed only once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The numbers of sequences and the lengths of prompts that are measured for a model.
+    """The numbers of concurrent sequences and the prompt lengths at which a model is measured.
 
     `sequences` are numbers of sequences that decode at the same time, `prompts` are lengths of prompts in tokens.
     `long` is the length of one long request in tokens, with its reply.
@@ -62,7 +62,7 @@ OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
 
 @contextmanager
 def times_of_loading() -> Generator[list[float]]:
-    """Yields a list of times in seconds, which are added while an engine is built in this context.
+    """Yields a list. While an engine is built in this context, clock times in seconds are appended to the list.
 
     The first time is when the weights are loaded. On a GPU, the second is when the kernels are compiled and the engine
     begins to measure steps.
@@ -88,7 +88,7 @@ def times_of_loading() -> Generator[list[float]]:
 
 
 class Bench:
-    """Measures one engine, which runs in this process."""
+    """Builds an engine in this process and measures it."""
 
     def __init__(self, job: Job, config: JambaConfig, folder: str, sizes: Sizes, ceilings: Ceilings) -> None:
         self.config, self.ceilings = config, ceilings
@@ -132,12 +132,12 @@ class Bench:
         }
 
     def decode(self, count: int) -> dict[str, Any]:
-        """Measures decode of `count` sequences. The time of the prompts (a run of one output token) is subtracted."""
+        """Measures the decode rate of `count` sequences. The time of a run with one output token is subtracted."""
 
         def fresh() -> list[list[int]]:
             return [self.prompt(DECODE_PROMPT) for _ in range(count)]
 
-        self.seconds(fresh(), STEPS[0] + 1)  # this run compiles the kernels for this number of rows
+        self.seconds(fresh(), STEPS[0] + 1)  # compiles the kernels for `count` sequences
         step = self.seconds(fresh(), STEPS[0] + 1) / (STEPS[0] + 1)
         steps = max(STEPS[0], min(STEPS[1], int(DECODE_SECONDS / step)))
         seconds = min(self.seconds(fresh(), steps + 1) for _ in range(2)) - min(
@@ -153,7 +153,7 @@ class Bench:
         return self.row("prefill", length, length / first, length, self.prefill_work(length))
 
     def long(self, length: int) -> dict[str, Any]:
-        """Measures one request that fills the context.
+        """Measures prefill and decode of one request that fills the context window.
 
         To time its decode, the same prompt is sent again, so that it comes from the prefix cache.
         """
@@ -175,7 +175,7 @@ class Bench:
         return prefill_work(self.config, self.stored.policy, tokens=tokens, chunk=chunk)
 
     def row(self, kind: str, size: int, rate: float, tokens: int, work: Work) -> dict[str, Any]:
-        """Returns a result row. `predicted` is the rate in tokens per second that the GPU's limits allow."""
+        """Returns a measurement's result. `predicted` is the rate in tokens per second that the GPU's limits allow."""
         predicted = tokens / work.seconds(self.ceilings)
         bound = work.bound(self.ceilings)
         return {"kind": kind, "size": size, "tok_s": rate, "predicted": predicted, "bound": bound}
@@ -202,7 +202,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings: Ceilings) -> None:
-    """Loads the model and measures its cells. The engine is freed when this returns."""
+    """Builds an engine and runs all measurements with it. The engine is freed when this function returns."""
     sizes = SIZES.get(job.shape, OTHERS)
     loaded: list[Bench] = []
 
@@ -211,7 +211,7 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
         record.note(engine=msgspec.to_builtins(loaded[0].llm.core.info))
         return {"load_seconds": loaded[0].load_seconds}
 
-    if "error" in record.rows.get(job.key("load"), {}):  # loading has failed in an earlier process of this run
+    if "error" in record.rows.get(job.key("load"), {}):  # an earlier process could not load the model
         return
     record.rows.pop(job.key("load"), None)
     if record.cell(job.key("load"), load) is None:
@@ -223,7 +223,7 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
 
 
 def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]]:
-    """Returns the measurements by key, in the order in which they must run. The first reply comes first."""
+    """Returns {key: function that measures}, in the order in which the functions must run: the first reply first."""
     if job.cold:
         return {job.key("first reply", "nothing compiled before"): Bench.first_reply}
     found: dict[str, Callable[[Bench], dict[str, Any]]] = {job.key("first reply"): Bench.first_reply}

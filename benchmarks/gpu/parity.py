@@ -40,15 +40,15 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "experts": BASE,
     "dense, tied, one KV head": BASE
     | {"num_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
-    # This is the shape of AI21's checkpoint Jamba-tiny-dev.
+    # This configuration has the shape of AI21's checkpoint Jamba-tiny-dev.
     "0.3 billion": BASE
     | {"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
     | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 8, "attn_layer_period": 8}
     | {"attn_layer_offset": 4, "mamba_dt_rank": 32},
 }
 LENGTHS, NEW_TOKENS = (1, 17, 64, 300), 16
-FLOAT32_LIMIT = 1e-3  # largest difference of a log-probability in float32
-BFLOAT16_LIMIT = 2.0  # the error in bfloat16 may be this many times the error of transformers in bfloat16
+FLOAT32_LIMIT = 1e-3  # largest allowed difference from transformers' log-probabilities
+BFLOAT16_LIMIT = 2.0  # the error in bfloat16 may be this many times transformers' error in bfloat16
 SETTINGS: Mapping[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 128,
@@ -72,7 +72,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> Any:
-    """Creates a random model and saves it in `folder` in float32.
+    """Creates a model with random weights, and saves it in `folder` in float32.
 
     The weights are drawn again here, because with transformers' own random weights all logits are nearly equal.
     """
@@ -87,7 +87,7 @@ def make_model(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
-    """Generates greedy replies to prompts of all LENGTHS in one batch, with the log-probabilities of all tokens."""
+    """Generates greedy replies to one prompt of each length in LENGTHS, with the log-probabilities of all tokens."""
     llm = LLM(folder, device=job.device, dtype=dtype, **{**SETTINGS, **job.options})
     random = Random(0)
     prompts: list[list[int]] = [
@@ -107,13 +107,13 @@ def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def ours(completion: Completion, device: Any) -> torch.Tensor:
-    """Returns this engine's log-probabilities of every token of prompt and reply after the first."""
+    """Returns this engine's log-probability of each token of prompt and reply, except the prompt's first token."""
     prompt = [entry.logprob for entry in completion.prompt_logprobs[1:] if entry is not None]
     return torch.tensor([*prompt, *(entry.logprob for entry in completion.logprobs)], device=device)
 
 
 def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """Compares float32 results with transformers.
+    """Compares this engine's tokens and log-probabilities with those of transformers, both in float32.
 
     `different` counts replies that differ from transformers' greedy replies, which can happen if two logits are nearly
     equal. The test passes only if each such token is within the limit of transformers' best log-probability.
@@ -132,7 +132,7 @@ def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
 
 
 def bfloat16(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """Compares bfloat16 results with transformers in float32, as root mean square errors of all log-probabilities."""
+    """Compares RMS errors of log-probabilities in bfloat16, of this engine and transformers, against float32."""
     half: Any = transformers.JambaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     half.to(job.device).eval()
     squares: dict[str, list[torch.Tensor]] = {"ours": [], "transformers": []}

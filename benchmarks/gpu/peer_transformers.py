@@ -1,4 +1,4 @@
-"""Runs the part `transformers` of the GPU check: times transformers' `generate` on the same shape and device.
+"""Runs the part `transformers` of the GPU check: times transformers' `generate` on the same model shape and GPU.
 
 transformers uses mamba-ssm and causal-conv1d if they are installed. Otherwise it uses plain torch code, which scans
 token by token.
@@ -26,8 +26,8 @@ from jamba_server.engine.model_config import JambaConfig, load_model_config
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
 STEPS = 8
-WARM_UP = 64  # tokens of the first prompt, which is not measured
-PATIENCE = 45.0  # a prompt that is expected to take more seconds than this is left out
+WARM_UP = 64  # number of tokens in the first prompt, which is not timed
+PATIENCE = 45.0  # a prompt length is left out if its prefill would take more seconds than this
 
 
 def run(job: Job, record: Record) -> None:
@@ -61,14 +61,14 @@ def run(job: Job, record: Record) -> None:
 
 
 class Peer:
-    """A model with random weights in transformers, on the device that is measured.
+    """A transformers model with random weights on one device, and functions that time its prefill and decode.
 
     `rate` is the prefill rate of the last prompt, from which the time of the next prompt is estimated.
     """
 
     def __init__(self, folder: Path, job: Job, config: JambaConfig, ceilings: Ceilings) -> None:
         self.config, self.policy, self.ceilings = config, Format.parse(job.format).policy, ceilings
-        self.rate: float | None = None  # prompt tokens per second, None before the first prompt
+        self.rate: float | None = None  # prompt tokens per second, or None before the first prompt
         own = transformers.AutoConfig.from_pretrained(folder)
         with torch.device(job.device):
             self.model: Any = transformers.AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()

@@ -16,11 +16,11 @@ from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
 
 DTYPE_BYTES = 2  # bytes of a bfloat16 number
-COPIED, SIDE = 1 << 29, 8192  # number of float32 values that are copied (2 GiB); rows and columns of the matrices
+COPIED, SIDE = 1 << 29, 8192  # number of float32 values to copy (2 GiB); side of the square matrices to multiply
 
 
 class Ceilings(msgspec.Struct, frozen=True):
-    """The limits of a device: its memory bandwidth and its matmul rate, as measured.
+    """The measured limits of a device: its memory bandwidth and its matmul rate.
 
     `bandwidth` is in bytes per second, reads and writes added. `matmul` is the rate of a large bfloat16 product in
     operations per second.
@@ -54,7 +54,7 @@ def measure_ceilings(device: str) -> Ceilings:
     try:
         return _gpu_ceilings(device)
     finally:
-        torch.cuda.empty_cache()  # a server in another process may need this memory
+        torch.cuda.empty_cache()  # frees GPU memory, which a server in another process may need
 
 
 def _gpu_ceilings(device: str) -> Ceilings:
@@ -67,7 +67,7 @@ def _gpu_ceilings(device: str) -> Ceilings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The bytes that must at least be moved, and the operations that must at least be computed."""
+    """The smallest numbers of bytes moved and of operations with which a computation is possible."""
 
     bytes: float
     operations: float
@@ -76,13 +76,13 @@ class Work:
         return max(self.bytes / ceilings.bandwidth, self.operations / ceilings.matmul)
 
     def bound(self, ceilings: Ceilings) -> str:
-        """Returns the limit that determines the time: "bandwidth" or "matmul rate"."""
+        """Returns the limit that determines how long this work takes: "bandwidth" or "matmul rate"."""
         memory = self.bytes / ceilings.bandwidth >= self.operations / ceilings.matmul
         return "bandwidth" if memory else "matmul rate"
 
 
 def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: int, context: int) -> Work:
-    """Returns the work of one decode step of `sequences` sequences that have `context` tokens each.
+    """Returns the bytes and operations of a decode step of `sequences` sequences that have `context` tokens each.
 
     The step reads the weights, of which it needs only the experts that the router is expected to choose. It reads and
     writes every sequence's state, and it reads the keys and values.
@@ -98,7 +98,7 @@ def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: i
 
 
 def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int, chunk: int) -> Work:
-    """Returns the work of one prompt up to its first output token, in steps of `chunk` tokens.
+    """Returns the bytes and operations of the prefill of one prompt, in steps of `chunk` tokens.
 
     Each step reads the weights and the keys and values before it, and reads and writes the state. The operations of the
     scan are left out, because the matrix units do not compute them.
@@ -107,7 +107,8 @@ def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int
     steps = -(-tokens // chunk)
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=min(tokens, chunk), policy=policy)
     keys_read = sum(range(chunk, tokens, chunk)) + tokens
-    # Two products (with the keys and with the values) of 2 operations for each of the tokens**2 / 2 causal pairs.
+    # A causal prompt has tokens**2 / 2 pairs of a query and a key. Each pair takes 2 * width operations for the key and
+    # 2 * width operations for the value.
     width = len(config.attention_layers) * config.num_attention_heads * config.head_dim
     attention = 2 * width * tokens**2
     return Work(

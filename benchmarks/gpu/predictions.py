@@ -1,4 +1,4 @@
-"""Computes which rates an H100 and an H200 should reach. Nothing is measured.
+"""Computes how many tokens per second this engine could reach on an H100 and an H200. Nothing is measured.
 
     python -m benchmarks.gpu.predictions
 
@@ -19,11 +19,11 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.shapes import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
-# These are assumed rates, typical of a large copy and of the matrix products of prefill. They are not measured.
+# Assumed, not measured: bytes per second of a large copy, and operations per second of the matrix products of prefill.
 GPUS = {"H100": Ceilings(bandwidth=3.0e12, matmul=650e12), "H200": Ceilings(bandwidth=4.3e12, matmul=650e12)}
 MODELS = (("3b", ("bf16",)), ("mini", ("int8", "bf16")))
-CONTEXT = 128  # tokens in each sequence before the decode step
-CHUNK = 8192  # prompt tokens per step, the engine's largest choice if the memory allows it
+CONTEXT = 128  # number of tokens in each sequence before the decode step
+CHUNK = 8192  # prompt tokens per step: the most that the engine chooses if there is enough memory
 HEAD = """# Predictions for GPUs: nothing here has been measured
 
 Every number is computed, by `python -m benchmarks.gpu.predictions`, from the bytes that must be moved and the
@@ -35,7 +35,7 @@ sequence, 70% at 256, and 50% for prompts. Mini's weights in bfloat16 (96 GiB) d
 
 
 def cells() -> Iterator[tuple[str, str, str, int, Work]]:
-    """Yields (model, weight format, name of the measurement, tokens, work) for each measurement of the engine."""
+    """Yields (model, weight format, name, number of tokens, bytes and operations) of each measurement of the engine."""
     for shape, formats in MODELS:
         config, sizes = config_of(shape), SIZES[shape]
         for name in formats:

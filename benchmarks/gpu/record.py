@@ -1,4 +1,4 @@
-"""Defines the job of a process of the GPU check, and the file that keeps its results after every cell.
+"""Defines the jobs of the GPU check, and the result file, which is written after every measurement.
 
 A cell is a single measurement with a key.
 """
@@ -20,12 +20,12 @@ import torch
 from benchmarks.http.serving import describe_commit, describe_gpu
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
-ERROR_TAIL = 1500  # the last 1500 characters of a traceback are kept
+ERROR_TAIL = 1500  # number of characters from the end of a traceback that are kept
 PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "pytest")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """The job of one process: a part of the GPU check, with the shape and weight format of its model.
+    """What one process of the GPU check measures: a part of the check, with a model shape and weight format.
 
     `format` is written as in `shapes.Format`. `options` are further fields of EngineConfig. A `cold` job starts without
     compiled kernels and measures only the first reply.
@@ -42,16 +42,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def variant(self) -> str:
-        """The engine options as text, empty if there are none."""
+        """The engine options as text such as "block_size=32", or "" if there are none."""
         return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items()))
 
     def key(self, *names: object) -> str:
-        """Returns the key of a cell: shape, format, engine options and `names`, separated by commas."""
+        """Returns a measurement's key: model shape, weight format, engine options and `names`, separated by commas."""
         return ", ".join(filter(None, [self.shape, self.format if self.shape else "", self.variant, *map(str, names)]))
 
 
 class Record:
-    """The result file of a part: its cells by key, measured or failed, and the runs in which they were measured."""
+    """The result file of a part of the GPU check: results and errors by key, and the conditions of each run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class Record:
         self.running: str | None = known.get("running")
 
     def write(self) -> None:
-        """Replaces the file atomically, so a process that is killed leaves either the old file or the new one."""
+        """Replaces the file atomically: if the process is killed, either the old or the new file is there."""
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"runs": self.runs, "rows": self.rows, "running": self.running}, indent=1) + "\n")
         os.replace(beside, self.path)
@@ -71,15 +71,15 @@ class Record:
         self.write()
 
     def note(self, **more: Any) -> None:
-        """Adds facts about the current run to the file."""
+        """Adds `more` to the description of the current run in the file."""
         self.runs[-1] |= more
         self.write()
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Measures a cell unless it has a result. Returns the result, or None if the cell has failed.
+        """Calls `measure` unless the file has a result for `key`. Returns the result, or None if `measure` failed.
 
-        A failure is recorded in the file, so that the next cells can be measured. If the device is lost, the error is
-        raised instead.
+        A failure is recorded in the file, so that the next cells can be measured. If the GPU has become unusable, an
+        error is raised instead.
         """
         if key in self.rows:
             return None if "error" in self.rows[key] else self.rows[key]
@@ -93,7 +93,7 @@ class Record:
         self.finish(key, row | {"run": len(self.runs) - 1, "wall_seconds": time.perf_counter() - start})
         print(f"{self.path.stem}: {key}: {summary(row)}", flush=True)
         if "error" in row and torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises an error if the device is lost; then a new process continues
+            torch.cuda.synchronize()  # raises an error if the GPU is unusable; then a new process continues
             torch.cuda.empty_cache()
         return None if "error" in row else row
 
@@ -102,7 +102,7 @@ class Record:
         self.write()
 
     def forget_errors(self) -> None:
-        """Removes failed cells from the file, so that they are measured again."""
+        """Removes failed measurements from the file, so that they are repeated."""
         self.rows = {key: row for key, row in self.rows.items() if "error" not in row}
         self.running = None
         self.write()
@@ -118,7 +118,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def _said(describe: Callable[[], str | None]) -> str | None:
-    """Calls `describe`. Returns None if git or nvidia-smi is missing or fails, which must not prevent a measurement."""
+    """Returns `describe()`, or None if the program that `describe` runs is missing or fails."""
     try:
         return describe()
     except (OSError, subprocess.SubprocessError):

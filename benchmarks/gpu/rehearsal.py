@@ -45,7 +45,7 @@ MODELS: Final[Mapping[str, tuple[str, str, KvCacheDtype]]] = {
 
 
 class NoGpu:
-    """Replaces Triton's driver on a machine without a GPU, and describes the device for which Triton compiles."""
+    """Stands in for Triton's driver on a machine without a GPU, and describes the GPU for which Triton compiles."""
 
     launcher_cls = staticmethod(lambda *_: None)
 
@@ -67,7 +67,7 @@ class NoGpu:
 
 
 def rehearsal_of(model: str) -> Rehearsal:
-    """Returns the rehearsal, which compiles an engine's kernels, for one of MODELS with Triton's kernels."""
+    """Returns the object with which an engine compiles its Triton kernels in advance, for one of MODELS."""
     shape, format, kv_cache_dtype = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
@@ -79,7 +79,7 @@ def rehearsal_of(model: str) -> Rehearsal:
 
 
 def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:
-    """Compiles the kernels of a model. Returns their number and the seconds.
+    """Compiles the kernels of a model. Returns the number of kernels and the seconds that the compilation took.
 
     Imports are not part of the time, because an engine has made them before it begins to compile.
     """
@@ -94,7 +94,7 @@ def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:
 
 
 def measured(model: str, threads: int, target: int) -> tuple[int, float]:
-    """Runs `compile_once` in a new process with an empty cache of kernels."""
+    """Runs `compile_once` in a new process with an empty kernel cache, and returns its result."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", __spec__.name, "--once", model, "--threads", str(threads)]
         environment = os.environ | {"TRITON_CACHE_DIR": cache}

@@ -27,7 +27,7 @@ CEILINGS = (
 
 
 def read_parts(name: str, folders: list[Path]) -> Parts:
-    """Reads the parts' result files. If several folders have the same part, the first folder's file counts."""
+    """Reads the result file of each part of the GPU check, from the first of `folders` that has the file."""
     found: Parts = {}
     for folder in folders:
         for path in sorted((folder / f"{name}-parts").glob("*.json")):
@@ -36,14 +36,14 @@ def read_parts(name: str, folders: list[Path]) -> Parts:
 
 
 def target(row: dict[str, Any]) -> float | None:
-    """Returns the share of the prediction that the engine should reach, or None if there is no target."""
+    """Returns the share of the predicted rate that the engine should reach, or None if no target is set."""
     if row["kind"] == "decode":
         return {1: 0.8, 256: 0.7}.get(row["size"])
     return 0.5 if row["kind"] == "prefill" else None
 
 
 def failures(parts: Parts) -> list[str]:
-    """Returns the list of failures: errors, failed tests and wrong results. Slow results are not failures."""
+    """Returns one line for each failure: errors, failed tests and wrong results. A low rate is not a failure."""
     found: list[str] = []
     for part, content in parts.items():
         for key, row in content["rows"].items():
@@ -63,7 +63,7 @@ def failures(parts: Parts) -> list[str]:
 
 
 def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
-    """Returns the report as Markdown. If `sweep` is true, it has the tables of profiles and of single kernels."""
+    """Returns the report as Markdown. If `sweep` is true, the report has tables of profiles and of single kernels."""
     lines = [f"# {name}", "", *conditions(parts), "", *ceilings(parts)]
     sections = [checks(parts), engine(parts), replies(parts), http(parts)]
     if sweep:
@@ -138,7 +138,7 @@ def _passed(row: dict[str, Any]) -> str:
 
 
 def split(key: str, row: dict[str, Any], run: dict[str, Any]) -> tuple[str, str, str]:
-    """Returns the model, the weight format with the engine's options, and the name of the measurement."""
+    """Returns a measurement's model, weight format with engine options, and name."""
     job = run["job"]
     options = " ".join(f"{name}={value}" for name, value in job.get("options", {}).items())
     return job["shape"], " ".join(filter(None, [job["format"], options])), f"{row['kind']}, {row['size']:,}"
@@ -172,7 +172,7 @@ def engine(parts: Parts) -> list[str]:
 
 
 def replies(parts: Parts) -> list[str]:
-    """Returns the table of first replies, whose time begins when the weights have been loaded."""
+    """Returns the table of the times from the end of loading the weights to the first reply's first token."""
     lines: list[str] = []
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
@@ -201,7 +201,7 @@ def http(parts: Parts) -> list[str]:
 
 
 def profiles(parts: Parts) -> list[str]:
-    """Returns the table of kernels in which decode steps spend the device's time."""
+    """Returns the table of the kernels that take most of the GPU's time in decode steps."""
     lines: list[str] = []
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
@@ -228,7 +228,7 @@ def kernels(parts: Parts) -> list[str]:
 
 
 def tiles(parts: Parts, most: int | None) -> list[str]:
-    """Returns the table of times that other tiles would save in a step, the largest first.
+    """Returns the table of the microseconds that other tile sizes would save in a step, largest savings first.
 
     A list of the variants whose results are wrong follows.
     """
@@ -253,7 +253,7 @@ def tiles(parts: Parts, most: int | None) -> list[str]:
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yields (key, row, run) for each row of a part that has a rate."""
+    """Yields (key, result, description of the run) for each result of a part that has tokens per second."""
     content = parts.get(part)
     for key, row in content["rows"].items() if content else ():
         if "tok_s" in row:

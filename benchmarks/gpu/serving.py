@@ -26,7 +26,7 @@ START_TIMEOUT = 500.0
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Converts fields of EngineConfig to options of `jamba serve`."""
+    """Converts fields of EngineConfig to command-line options of `jamba serve`."""
     found: list[str] = []
     for key, value in options.items():
         name = key.replace("_", "-")
@@ -64,7 +64,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
-    """Measures the first reply of a new server, of one token, in seconds.
+    """Measures the seconds that a new server takes for its first reply, which has one token.
 
     `until_ready` is the time from the start of the server's process until it is ready, which includes loading.
     """
@@ -78,7 +78,7 @@ def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
 
 
 def load(url: str, job: Job, config: JambaConfig, clients: int, ceilings: Ceilings) -> dict[str, Any]:
-    """Measures the server under a load of `clients` clients.
+    """Measures the server's output tokens per second under a load of `clients` concurrent clients.
 
     `predicted` is the rate in tokens per second that the device's limits allow for decode, as if prompts took no time.
     """

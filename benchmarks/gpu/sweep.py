@@ -1,4 +1,4 @@
-"""Runs the part `sweep` of the GPU check: compares every op with the reference in float32 and times it."""
+"""Runs the part `sweep` of the GPU check: compares every kernel with the float32 reference and times it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRAPH_MILLISECONDS = 20
 
 
 class Candidates:
-    """The implementations of each op that load on a device. The other ops use the implementations preferred there."""
+    """Kernel sets for comparing implementations: one op has a chosen implementation, other ops the default one."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -31,9 +31,9 @@ class Candidates:
         self.preferred, self.reference = select(device, {}), select(device, {"all": "reference"})
 
     def of(self, op: str) -> dict[str, Kernels]:
-        """Returns the implementations of `op` by name.
+        """Returns {name of implementation: kernel set} for the implementations of `op` that load on this device.
 
-        The others are compared with the reference, so it is in the result only if there is no other implementation.
+        The reference is in the result only if `op` has no other implementation.
         """
         if op not in self._by_op:
             names = [entry.name for entry in implementations(op, self._device) if entry.name != "reference"]
@@ -95,7 +95,7 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
 
 
 def in_graph(work: Callable[[], object]) -> dict[str, Any]:
-    """Times an op in a CUDA graph. If it waits for the device, it cannot be captured, and the reason is returned.
+    """Times `work` in a CUDA graph. If `work` waits for the GPU, it cannot be captured, and the reason is returned.
 
     This is tested before the capture, because a capture that fails leaves torch's allocator unusable.
     """
@@ -113,5 +113,5 @@ def in_graph(work: Callable[[], object]) -> dict[str, Any]:
 
 
 def wrong(row: dict[str, Any]) -> bool:
-    """Returns whether the error of a row is above its tolerance. NaN counts as wrong."""
+    """Returns whether the error in a result is larger than the tolerance, or NaN."""
     return not row["error_norm"] <= row["tolerance"]

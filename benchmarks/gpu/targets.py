@@ -1,4 +1,4 @@
-"""Lists the calls that the part `tune` of the GPU check times, at the sizes of decode steps and of prompts.
+"""Lists the kernel calls that the part `tune` of the GPU check times, at the sizes of decode steps and of prompts.
 
 They are a model's matrix products, attention, scan and Mamba decode.
 """
@@ -31,7 +31,7 @@ from jamba_server.kernels.table import select
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The numbers of rows, sequences and tokens at which kernels are tuned.
+    """The numbers of rows, sequences and tokens for which kernels are tuned.
 
     `decode_rows` and `prefill_rows` are numbers of rows of matrix products. `contexts` are (sequences, context) of
     decode attention, `prompts` are (query tokens, context) of prefill attention, and `scans` are (sequences, tokens).
@@ -42,7 +42,7 @@ class Sizes:
     contexts: tuple[tuple[int, int], ...] = ((1, 32768), (8, 8192), (64, 2048), (256, 512))
     prompts: tuple[tuple[int, int], ...] = ((2048, 2048), (8192, 8192), (2048, 32768))
     scans: tuple[tuple[int, int], ...] = ((1, 2048), (1, 8192), (16, 512), (64, 128))
-    variants: int | None = None  # if it is set, only this many variants are tried for each target
+    variants: int | None = None  # the most variants to try for each call, or None for all
 
 
 TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=((5, 40),), scans=((2, 9),), variants=2)
@@ -50,7 +50,7 @@ TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A call that is tuned: its case, the number of such calls in a step, and the variants to try."""
+    """A kernel call to tune: its arguments, the number of such calls in a step, and the variants to try."""
 
     case: Case
     label: str
@@ -59,7 +59,7 @@ class Target:
     implementation: str = "triton"
 
     def work(self) -> Work:
-        """Returns the bytes that a call must at least move and the operations that it must compute.
+        """Returns the smallest numbers of bytes and of operations with which this call is possible.
 
         The sizes of its results are derived from its arguments, because `meta` tensors cannot be computed with.
         """
@@ -78,7 +78,7 @@ class Target:
 
 
 class Targets:
-    """The tuning targets of a model, in groups that share their weights."""
+    """The kernel calls of a model that are tuned, in groups. The calls of a group use the same weights."""
 
     def __init__(self, maker: Maker, config: JambaConfig, sizes: Sizes) -> None:
         self.maker, self.config, self.sizes = maker, config, sizes
@@ -89,7 +89,7 @@ class Targets:
             yield [replace(target, variants=target.variants[: self.sizes.variants]) for target in group]
 
     def labels(self) -> list[str]:
-        """Returns the labels of all targets in order. `meta` tensors are used, so no memory is needed for weights."""
+        """Returns the labels of all tuned calls in order. `meta` tensors are used, which take no memory."""
         alone = Targets(Maker(self.maker.shape, torch.device("meta")), self.config, self.sizes)
         return [target.label for group in alone.groups() for target in group]
 

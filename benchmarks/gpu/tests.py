@@ -15,14 +15,14 @@ from typing import Any
 from benchmarks.gpu.record import Job, Record
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 8  # number of test processes, which share the GPU
+WORKERS = 8  # number of pytest processes, which share the GPU
 NO_TESTS = 5  # pytest exits with this status if it finds no tests
 TEST_SECONDS = 120  # time limit of one test in seconds, if pytest-timeout is installed
 KERNELS = "tests/kernels"
 PRODUCTS = [f"{KERNELS}/test_{name}.py" for name in ("linear", "moe", "quantized")]
 RECURRENCE = [f"{KERNELS}/test_{name}.py" for name in ("conv", "scan", "scan_chunked", "recurrence", "mamba")]
 OTHERS = [KERNELS, "tests/engine/test_triton.py", *(f"--ignore={path}" for path in (*PRODUCTS, *RECURRENCE))]
-# The tests run in several sets. If the time is over, the results of the completed sets are kept.
+# The tests run in several sets, so that the results of completed sets are kept if time runs out.
 SETS = {
     "cuda": {
         "triton, products": [*PRODUCTS, "-k", "triton"],
@@ -44,7 +44,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def run_tests(arguments: list[str], log: Path) -> dict[str, Any]:
-    """Runs pytest and counts its results. Its output is appended to `log`, so it is kept if pytest is killed."""
+    """Runs pytest and counts the results. The output is appended to `log`, so that it is kept if pytest is killed."""
     begin = log.stat().st_size if log.is_file() else 0
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder) / "pytest.ini"

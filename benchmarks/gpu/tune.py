@@ -1,4 +1,4 @@
-"""Runs the part `tune` of the GPU check: times the kernels that take most of a step's time with other tiles.
+"""Runs the part `tune` of the GPU check: times the kernels that take most of a step, with other tile sizes.
 
 Each kernel is timed in a CUDA graph. The graph uses several copies of the arguments in turn, which together exceed the
 L2 cache, so the arguments come from memory as in a real step. The result of each variant is compared with the result of
@@ -30,14 +30,14 @@ from benchmarks.gpu.variants import applied
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.triton import interpreted
 
-COLD_BYTES = 160 << 20  # all copies of the arguments have at least this size, more than twice the L2 cache
+COLD_BYTES = 160 << 20  # least total size in bytes of all copies of the arguments: more than twice the L2 cache
 MOST_COPIES = 64
-# One run of a graph, and all timed runs together, should take at least these times if the kernel reaches its limit.
+# Least seconds of one run of a CUDA graph, and of all its timed runs together, for a kernel as fast as the GPU allows.
 GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3
 MOST_LAUNCHES = 128
 LEAST_RUNS, MOST_RUNS = 3, 15
-TOLERANCE = 1e-2  # largest relative difference of results that are summed in another order
-QUANTIZED_CHUNK = 1 << 26  # weights are quantised in pieces of this many numbers; smaller ones need more launches
+TOLERANCE = 1e-2  # largest allowed relative difference if numbers are summed in another order
+QUANTIZED_CHUNK = 1 << 26  # number of weights to quantise at once; small pieces need many launches
 
 
 def run(job: Job, record: Record) -> None:
@@ -67,7 +67,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) -> dict[str, Any]:
-    """Measures the microseconds of each variant of a target. A variant that fails has an error message instead.
+    """Times one kernel call with each variant, in microseconds. A variant that fails has an error message instead.
 
     `packed` holds copies of the packed weights, which all targets of a group share. The first target fills it.
     """
@@ -89,7 +89,7 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
         except Exception as failure:  # noqa: BLE001 - a variant may need too many registers or too much shared memory
             times[variant.label] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
             if device == "cuda":
-                torch.cuda.synchronize()  # raises an error if the device is lost
+                torch.cuda.synchronize()  # raises an error if the GPU has become unusable
             continue
         if not error <= (0 if variant.exact else TOLERANCE):
             differ[variant.label] = error
@@ -98,7 +98,7 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
 
 
 def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> dict[str, Any]:
-    """Chooses the fastest variant, and the fastest of those that must give the same bits as the unchanged kernel.
+    """Chooses the fastest variant, and the fastest variant that gives the same bits as the unchanged kernel.
 
     `differ` has the variants whose results are wrong. They are not chosen.
     """
@@ -112,7 +112,7 @@ def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> 
 
 
 def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool) -> float:
-    """Returns the largest relative difference of all results and states.
+    """Returns the largest relative difference between a tensor in `found` and its counterpart in `expected`.
 
     If `same` is true, the difference is 0 only if all bits are equal.
     """
@@ -126,7 +126,7 @@ def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool)
 
 @contextmanager
 def quantized_at_once(device: str) -> Generator[None]:
-    """Makes quantisation on a GPU use pieces so large that the time of launches does not matter."""
+    """Makes quantisation on a GPU use large pieces, so that the time of kernel launches does not matter."""
     if device != "cuda":
         yield
         return
@@ -135,13 +135,13 @@ def quantized_at_once(device: str) -> Generator[None]:
 
 
 def copies(case: Case, device: str) -> int:
-    """Returns the number of copies of the arguments that together exceed the L2 cache. On a CPU this is 1."""
+    """Returns how many copies of the arguments together are larger than a GPU's L2 cache. On a CPU this is 1."""
     moved = case.moved or case.bytes_moved(())
     return 1 if device == "cpu" else min(MOST_COPIES, math.ceil(COLD_BYTES / moved))
 
 
 class Bench:
-    """Times one op with copies of its arguments. The op may change its arguments."""
+    """Times an op in calls with several copies of its arguments in turn. The op may change its arguments."""
 
     def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
         self._case, self._device = case, device
@@ -152,13 +152,13 @@ class Bench:
         self._calls = [case.arguments(one) for one in weights]
 
     def result(self) -> tuple[Any, ...]:
-        """Calls the op with fresh arguments. Returns its result and the arguments, which the call may have changed."""
+        """Calls the op with fresh arguments. Returns the result and the arguments, which the call may have changed."""
         args = self._case.arguments(self._packed)
         result = self._op(*args)
         return result, args if self._packed is None else (args[0], *args[2:])
 
     def seconds(self, floor: float) -> float:
-        """Returns the seconds of one call. `result` must have been called before, to compile the kernel.
+        """Returns the seconds that one call of the op takes. `result()` must be called before, to compile the kernel.
 
         `floor` is the shortest time in seconds that the device's limits allow. It sets the number of calls in a graph.
         """

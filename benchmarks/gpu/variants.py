@@ -1,4 +1,4 @@
-"""Lists the variants that the part `tune` of the GPU check tries: other tiles, stages, warps and section lengths.
+"""Lists the kernel variants that the part `tune` of the GPU check times: other tile sizes, stages and warps.
 
 The kernels have no options for this. Their constants, and the functions that choose a tile, are replaced while a
 variant is `applied`.
@@ -14,8 +14,8 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
-SHARED_BYTES = 227 << 10  # shared memory that a program may use on an H100 or H200
-# Up to these numbers of rows, the plain and the quantised kernels use their tiles for few rows.
+SHARED_BYTES = 227 << 10  # shared memory that a thread block may use on an H100 or H200
+# Up to FEW_ROWS (plain weights) or FEWER_ROWS (quantised weights), the kernels use their tiles for few rows.
 FEW_ROWS, FEWER_ROWS = 64, 16
 PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
 Fields = dict[str, int | None]
@@ -23,7 +23,7 @@ Fields = dict[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A set of changes to the Triton kernels.
+    """A set of constants and functions of the Triton kernels to replace.
 
     The keys of `changes` are "module.name" in kernels.triton. For a dictionary, or a function that returns a dictionary
     or a named tuple, the value has the changed fields. For another function it is the new result, and for a constant
@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def whole_tile(self) -> bool:
-        """True if the variant sets the whole tile of a product, so the number of rows does not change the kernel."""
+        """True if the variant sets all tile sizes of a matrix product, whatever the number of rows is."""
         return any(place in self.changes for place in PRODUCT_TILES.values())
 
 
@@ -78,19 +78,19 @@ def _changed(old: Any, value: Any) -> Any:
 
 
 def grid(place: str, *, exact: bool = True, **choices: tuple[int | None, ...]) -> Iterator[Variant]:
-    """Yields a variant for every combination of the values in `choices`, which are fields of `place`."""
+    """Yields a variant for every combination of values. `choices` has the values to try for each field of `place`."""
     for values in product(*choices.values()):
         yield Variant({place: dict(zip(choices, values, strict=True))}, exact)
 
 
 def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
-    """Yields a variant for every single value. In a name, two underscores stand for the dot after the module."""
+    """Yields a variant for every value of every constant. `module__NAME` stands for the constant module.NAME."""
     for name, values in choices.items():
         yield from (Variant({name.replace("__", "."): value}, exact) for value in values)
 
 
 def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
-    """Returns the variants for `linear` or `run_experts` with this number of rows."""
+    """Returns the variants of the matrix product `linear` or `run_experts` for this number of rows."""
     tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
     return _distinct(Variant({PRODUCT_TILES[op]: tile}) for tile in tiles)
 
@@ -104,7 +104,7 @@ def _tile(rows: int, columns: int, num_warps: int, num_stages: int, **more: int 
 
 
 def _plain_tiles(rows: int) -> Iterator[Fields]:
-    """Yields tiles for bfloat16 products. `inner` is the number of elements along K in a tile."""
+    """Yields tile sizes for bfloat16 matrix products. `inner` is the number of elements along K in a tile."""
     few = product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4, 6, 8))
     for columns, inner, warps, stages in few if rows <= 4 * FEW_ROWS else ():
         if 2 * (64 + columns) * inner * stages > SHARED_BYTES or (warps == 8 and (columns < 64 or inner > 64)):
@@ -124,7 +124,7 @@ def _plain_tiles(rows: int) -> Iterator[Fields]:
 
 
 def _quantized_tiles(rows: int) -> Iterator[Fields]:
-    """Yields tiles for products with quantised weights.
+    """Yields tile sizes for matrix products with quantised weights.
 
     The matrix units take the weight as their left operand, so the weight's columns are their rows.
     """
@@ -145,7 +145,7 @@ def _quantized_tiles(rows: int) -> Iterator[Fields]:
 
 
 def narrow_variants(rows: int) -> list[Variant]:
-    """Returns the variants for x_proj as a single op, which divides K into sections."""
+    """Returns the variants of the matrix product x_proj, whose kernel divides K into sections."""
     tiles = grid("narrow.tile_for", columns=(16, 32, 64), num_stages=(3, 4, 6), num_warps=(4,))
     if rows > FEW_ROWS:
         wide = grid("narrow.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
@@ -163,7 +163,7 @@ def mamba_decode_variants() -> list[Variant]:
 
 
 def attention_variants(*, decode: bool) -> list[Variant]:
-    """Returns the variants for attention. Another KEYS (keys in a block), ROWS or SPLIT changes the order of sums."""
+    """Returns the variants of attention. Another KEYS (keys per tile), ROWS or SPLIT changes the order of sums."""
     module = import_module("jamba_server.kernels.triton.attention")
     own = decode and hasattr(module, "DECODE_OPTIONS")
     place = "attention.DECODE_OPTIONS" if own else "attention.OPTIONS"
@@ -180,7 +180,7 @@ def attention_variants(*, decode: bool) -> list[Variant]:
 
 
 def scan_variants(implementation: str) -> list[Variant]:
-    """Returns the variants for the scan of prompts."""
+    """Returns the variants of the selective scan that computes prompts."""
     if implementation == "triton-chunked":
         found = [*constants(False, scan_chunked__CHUNK=(64, 128, 512))]
         found += constants(True, scan_chunked__BLOCK_CHANNELS=(8, 32), scan_chunked__GROUP=(2, 8))

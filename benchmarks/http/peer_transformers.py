@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Arrivals(BaseStreamer):
-    """A streamer that records the time of every generated token. The first call of `put` has the prompt."""
+    """Records the time at which `generate` streams each token. The first call of `put` passes the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""Starts `jamba serve` on a free loopback port, measures it with 1, 8 and 32 clients, and writes the results.
+"""Starts `jamba serve` on a free loopback port, measures it under load by 1, 8 and 32 clients and writes the results.
 
     python -m benchmarks.http.serving --name tiny-cpu --peer transformers -- MODEL --dtype float32
 
@@ -40,8 +40,8 @@ from jamba_server.server.cli.bench.runner import ClosedLoop
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-STOP_SECONDS = 60  # longer than a server that is stopped waits for its requests in flight
-LOG_TAIL = 3000  # a failure shows the last 3000 characters of the server's log
+STOP_SECONDS = 60  # longer than a server waits for running requests after SIGTERM
+LOG_TAIL = 3000  # number of characters from the end of the server's log that an error message shows
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,11 +65,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 @contextmanager
 def running_server(serve_arguments: list[str], start_timeout: float) -> Generator[tuple[str, IO[str]]]:
-    """Starts a server and yields its URL and its log when it is ready. It is stopped when the context ends."""
+    """Starts a server, and yields its URL and log when the server is ready. Stops the server when the context ends."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("a+") as log:  # the server shares the file position, so it must append
+    with tempfile.TemporaryFile("a+") as log:  # "a": seek() moves the server's position, too, so the server appends
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -88,7 +88,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], t
             if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
-            pass  # the server is not listening yet, so the loop tries again
+            pass  # the server does not listen yet, so the loop tries again
         time.sleep(0.2)
     ended = "is not ready" if process.poll() is None else f"ended with status {process.returncode}"
     log.seek(0)
@@ -112,7 +112,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def flag(serve_arguments: list[str], name: str, default: str) -> str:
-    """Returns the value of an option in `serve_arguments`, written `--name value` or `--name=value`, or `default`."""
+    """Returns the value of `--name value` or `--name=value` in `serve_arguments`, or `default` if there is neither."""
     for argument, following in pairwise([*serve_arguments, ""]):
         if argument == name:
             return following
@@ -122,7 +122,7 @@ def flag(serve_arguments: list[str], name: str, default: str) -> str:
 
 
 async def draw_prompts(url: str, options: BenchOptions) -> list[dict[str, Any]]:
-    """Draws the requests of the first measurement again, so that transformers gets the same ones."""
+    """Generates the first measurement's random requests again, so that transformers gets the same requests."""
     async with open_http(url, None) as http:
         bench = Bench(http, options)
         tokens = await bench.token_range((await discover(http, options.model)).model)
@@ -132,7 +132,7 @@ async def draw_prompts(url: str, options: BenchOptions) -> list[dict[str, Any]]:
 def measure_transformers(
     requests: list[dict[str, Any]], serve_arguments: list[str], max_seconds: float
 ) -> tuple[dict[str, Any], report.Level]:
-    """Measures transformers with the same requests, checkpoint, device, dtype and threads as the server.
+    """Times transformers' `generate` with the same requests, checkpoint, device, dtype and threads as the server.
 
     Returns the conditions and the results.
     """
@@ -143,7 +143,7 @@ def measure_transformers(
         "dtype": flag(serve_arguments, "--dtype", "auto"),
         "load_format": flag(serve_arguments, "--load-format", "auto"),
         "threads": int(flag(serve_arguments, "--threads", "0")),
-        "requests": [requests[0], *requests],  # the script uses its first request to warm up
+        "requests": [requests[0], *requests],  # peer_transformers.py does not time the first request
         "max_seconds": max_seconds,
     }
     script = Path(__file__).with_name("peer_transformers.py")
@@ -156,7 +156,7 @@ def measure_transformers(
 
 
 def describe_commit() -> str:
-    """Returns the commit of this checkout, with the suffix "-dirty" if files differ from it."""
+    """Returns the commit of this checkout, with the suffix "-dirty" if there are uncommitted changes."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     result = subprocess.run(git, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
@@ -189,7 +189,7 @@ def to_markdown(name: str, conditions: dict[str, Any], columns: dict[str, report
 
 
 def describe_gpu() -> str | None:
-    """Returns the names and driver versions of the GPUs, or None if there is no nvidia-smi."""
+    """Returns the names and driver versions of the GPUs, or None if nvidia-smi is not installed."""
     if (command := shutil.which("nvidia-smi")) is None:
         return None
     query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]

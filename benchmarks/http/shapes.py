@@ -1,4 +1,4 @@
-"""Measures the server over HTTP at three model shapes, with the load that llama.cpp's server was measured with.
+"""Measures the server over HTTP at three model shapes, under the same load as llama.cpp's server was.
 
     python -m benchmarks.http.shapes --name http-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4+mamba]
 
@@ -45,11 +45,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 INPUT_LEN, OUTPUT_LEN = 128, 64
 BURST, BURSTS = 8, 3
 START_TIMEOUT = 600.0
-MEMORY_INTERVAL = 0.5  # seconds between two measurements of the memory
+MEMORY_INTERVAL = 0.5  # seconds between two measurements of the processes' memory
 LLAMA_SOURCE = (
     "llama.cpp server -np 8, same class of machine, other run; its bf16, Q8_0 and Q4_K_M for 16, 8 and 4 bits"
 )
-# Output tokens per second of llama.cpp by number of clients, for each shape and weight format.
+# Output tokens per second of llama.cpp: {(model shape, weight format): {number of clients: rate}}.
 LLAMA: dict[tuple[str, str], dict[int, str]] = {
     ("small", "bf16"): {1: "118-160", 8: "370", 16: "283"},
     ("small", "int8"): {1: "188", 8: "228"},
@@ -63,7 +63,7 @@ LLAMA: dict[tuple[str, str], dict[int, str]] = {
 
 
 def write_tokenizer(vocab_size: int, folder: Path) -> None:
-    """Writes a tokenizer in which every token id has a text.
+    """Writes a tokenizer that can turn every token id below `vocab_size` into text.
 
     The vocabulary has four special tokens, the 256 bytes and numbered words.
     """
@@ -88,20 +88,20 @@ def descendants(pid: int | str) -> Iterator[int]:
 
 
 def memory_of_children() -> int:
-    """Returns the memory of all descendants of this process in bytes. Shared memory is divided among its users."""
+    """Returns the memory of this process's descendants in bytes. Memory shared by n processes counts 1/n for each."""
     total = 0
     for pid in descendants("self"):
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
-            continue  # the process has ended since it was listed
+            continue  # the process ended after it was listed
         total += 1024 * int(text.split("\nPss:")[1].split()[0])
     return total
 
 
 @contextmanager
 def watched_memory() -> Generator[list[int]]:
-    """Yields a list with one number: the peak memory of this process's descendants so far, in bytes."""
+    """Yields a list of one number, which is kept up to date: the peak memory of this process's descendants in bytes."""
     largest, ended = [0], threading.Event()
 
     def watch() -> None:
