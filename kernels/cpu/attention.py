@@ -45,7 +45,10 @@ class _Attention:
 
 
 def _check(q: Tensor, pages: Pages, query_start: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
-    """(tokens of a page, KV heads, strides of k and v). ValueError unless the library can read all of it."""
+    """Returns (tokens per page, number of KV heads, strides of k and v in elements).
+
+    Raises ValueError unless the library can read all of the tensors.
+    """
     k, v, tables, context_lens, _ = pages
     units("q", q, q.dtype, q.shape)
     require(
@@ -68,16 +71,16 @@ def _check(q: Tensor, pages: Pages, query_start: Tensor | None) -> tuple[int, in
 
 
 class AttentionPrefill(_Attention):
-    """See `kernels.ops.AttentionPrefill`."""
+    """Implements `kernels.ops.AttentionPrefill` with the compiled library."""
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionPrefill`."""
+        """See `kernels.ops.AttentionPrefill` for the arguments and the result."""
         return self._call(q, pages, query_start, scale)
 
 
 class AttentionDecode(_Attention):
-    """See `kernels.ops.AttentionDecode`."""
+    """Implements `kernels.ops.AttentionDecode` with the compiled library."""
 
     def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionDecode`."""
+        """See `kernels.ops.AttentionDecode` for the arguments and the result."""
         return self._call(q, pages, None, scale)

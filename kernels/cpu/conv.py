@@ -1,4 +1,4 @@
-"""These ops run the short causal convolution in compiled code, a vector of channels at a time."""
+"""These ops run the short causal convolution in compiled code, one vector of channels at a time."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class _Convolution:
 
 
 class CausalConv1d(_Convolution):
-    """See `kernels.ops.CausalConv1d`."""
+    """Implements `kernels.ops.CausalConv1d` with the compiled library."""
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """See `kernels.ops.CausalConv1d`."""
+        """See `kernels.ops.CausalConv1d` for the arguments and the result."""
         return self._call(x, weight, bias, conv_state, ragged(segments))
 
 
 class CausalConv1dUpdate(_Convolution):
-    """Implements `kernels.ops.CausalConv1dUpdate` with the code of `CausalConv1d`, so both give the same bits."""
+    """Implements `kernels.ops.CausalConv1dUpdate` by the code of `CausalConv1d`, which gives the same bits."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
-        """See `kernels.ops.CausalConv1dUpdate`."""
+        """See `kernels.ops.CausalConv1dUpdate` for the arguments and the result."""
         return self._call(x, weight, bias, conv_state, one_row_each(state_ids, x))

@@ -1,7 +1,7 @@
-"""A graph on a CPU records the calls of some code to the compiled library once and repeats them in a single call.
+"""A graph on a CPU records the calls of a step to the compiled library, and repeats all of these calls in one.
 
-In a step of a small model, the Python code between two kernels takes as long as some kernels. This code does the same
-in every step with the same number of rows; only the numbers in a few input tensors differ.
+In a step of a small model, the Python code between two kernels takes as long as some kernels. This Python code makes
+the same calls in every step with the same number of rows; only the contents of a few input tensors differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VIEWS = ("__get__", "__getitem__", "__len__", "data_ptr", "dim", "stride", "ele
 
 
 class _Call(ctypes.Structure):
-    """Describes one recorded call, in the layout of `Call` in `src/replay.cpp`."""
+    """Holds one recorded call to the library, in the layout of `Call` in `src/replay.cpp`."""
 
     _fields_ = (
         ("function", POINTER),
@@ -47,7 +47,7 @@ class Arena:
         self.library = library()
         self.replay = self.library.function("replay", POINTER, INT)
         self._blocks: list[Tensor] = []
-        self._free: dict[int, list[int]] = {}  # maps a block size in bytes to the addresses of its free blocks
+        self._free: dict[int, list[int]] = {}  # maps a size in bytes to the addresses of free blocks of this size
 
     @property
     def num_bytes(self) -> int:
@@ -55,7 +55,7 @@ class Arena:
         return sum(block.numel() for block in self._blocks)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Returns an uninitialised tensor. Its block is free again when the last view of the tensor is deleted."""
+        """Returns an uninitialised tensor. The memory is free again when the tensor and all views of it are deleted."""
         wanted = max(1, math.prod(shape)) * dtype.itemsize
         size = 1 << (wanted - 1).bit_length()
         free = self._free.setdefault(size, [])
@@ -77,7 +77,7 @@ def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable
 class _Recorder(TorchFunctionMode):
     """Allocates new tensors in the arena and forbids all computation by torch while a graph is recorded.
 
-    A graph records calls to the compiled library only, so a computation by torch would be missing in its repetitions.
+    A graph records calls to the compiled library only, so a repeated graph would lack a computation by torch.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -104,7 +104,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class NativeGraph:
-    """Implements `engine.graphs.Graph`. Graphs of one arena share its memory, so only one may be repeated at a time.
+    """Implements `engine.graphs.Graph`. Graphs of one arena share its memory, so only one graph may run at a time.
 
     The input tensors of the recorded calls, the weights and the caches must keep their addresses.
     """
@@ -119,17 +119,23 @@ class NativeGraph:
         return len(self._calls)
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Runs `run` once and records its calls. Returns the result of `run`, which is valid while the arena lives."""
+        """Calls `run` once, records the library calls that `run` makes, and returns the result of `run`.
+
+        The memory of the result is valid while the arena lives.
+        """
         with self._arena.library.recording() as recorded, _Recorder(self._arena):
             output = run()
         self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
-        # The graph keeps only the address of its result. The block returns to the arena when the caller has deleted
-        # the result.
+        # The graph keeps only the address of `output`. The memory of `output` is free for other graphs when the caller
+        # has deleted `output`.
         self._output = _at(output.data_ptr(), output.shape, output.dtype)
         return output
 
     def replay(self) -> Tensor:
-        """Repeats the recorded calls and returns the result. A replay of any graph of the arena may overwrite it."""
+        """Repeats the recorded calls and returns the result.
+
+        A later replay of any graph of the arena may overwrite the result.
+        """
         if self._output is None:
             raise RuntimeError("nothing was captured that could be repeated")
         self._arena.replay(ctypes.addressof(self._calls), len(self._calls))

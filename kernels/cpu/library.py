@@ -1,4 +1,4 @@
-"""This module finds and loads the compiled library, and gives its functions their types."""
+"""This module finds and loads the compiled library, and declares the argument types of its functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Dtypes(dict[torch.dtype, int]):
 
 
 DTYPES = _Dtypes({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
-"""The library's numbers for dtypes. ValueError for any other."""
+"""Maps a dtype to the integer that stands for it in the library. Raises ValueError for any other dtype."""
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """The types of arguments. A tensor is passed as its `data_ptr()`, and a missing tensor as None."""
@@ -43,16 +43,16 @@ class Library:
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
         self._recorded = threading.local()
-        # The hook is kept for ever, because a call in flight on another thread may still use it.
+        # The recording hook is never deleted, because a call in flight on another thread may still use the hook.
         self._hook = self._record
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
-        """Returns the function `name`, with these types of arguments and result.
+        """Returns the library's function `name`, with these types of arguments and result.
 
-        Raises KernelUnavailable if the library does not have it.
+        Raises KernelUnavailable if the library does not have the function.
         """
         try:
-            # ctypes returns a new function object each time, so nobody else changes its types.
+            # ctypes returns a new object for each lookup, so types set here do not change other lookups of `name`.
             found = self._library[name]
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
@@ -68,7 +68,7 @@ class Library:
             try:
                 self._recorded.calls = calls
                 for function in self._functions:
-                    # ctypes runs this hook after each call, only while a graph is recorded.
+                    # ctypes runs the hook after each call of the function. The hook is set only during a recording.
                     function.errcheck = self._hook
                 yield calls
             finally:
@@ -86,17 +86,17 @@ class Library:
         return LEVELS[self.function("machine_level", result=INT)()]
 
     def set_level(self, level: str) -> None:
-        """Makes the library use a lower instruction set, for tests. Raises ValueError if the machine cannot run it."""
+        """Makes the library use a lower instruction set, for tests. Raises ValueError if the machine lacks `level`."""
         if self.function("set_level", INT, result=INT)(LEVELS.index(level)) != LEVELS.index(level):
             raise ValueError(f"this machine has no {level}")
 
     def set_threads(self, threads: int) -> None:
-        """Sets the number of threads that a kernel may use, including the caller's."""
+        """Sets the number of threads that a kernel may use, including the calling thread."""
         self.function("set_threads", INT)(threads)
 
 
 def library() -> Library:
-    """Returns the library and sets its number of threads to torch's. Raises KernelUnavailable if it was not built."""
+    """Returns the library and lets it use as many threads as torch. Raises KernelUnavailable if none was built."""
     found = open_library(Path(__file__).parent)
     found.set_threads(torch.get_num_threads())
     return found
@@ -104,7 +104,7 @@ def library() -> Library:
 
 @cache
 def open_library(folder: Path) -> Library:
-    """Loads the library in `folder`, once. Raises KernelUnavailable if there is none or it cannot be loaded."""
+    """Loads the library in `folder`, only once. Raises KernelUnavailable if no library can be loaded."""
     built = sorted(folder.glob("_native*.so"))
     if not built:
         raise KernelUnavailable("it was built without a C++ compiler; install one (g++) and reinstall jamba-server")

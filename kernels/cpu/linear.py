@@ -1,4 +1,4 @@
-"""This op multiplies by a packed weight in compiled code. Its results are batch-invariant."""
+"""This op multiplies by a packed weight in compiled code. The results are batch-invariant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
-_STEP = 8  # A product with int4 processes this many inputs at once. A group must have a multiple of them.
+_STEP = 8  # An int4 kernel processes this many elements along K at once. A group has a multiple of 8 elements.
 _FP8 = -8  # The library uses this value of `bits` for float8_e4m3fn.
 
 
@@ -21,8 +21,9 @@ _FP8 = -8  # The library uses this value of `bits` for float8_e4m3fn.
 class PackedWeight:
     """Holds a weight [N, K] packed in panels of 32 rows (`src/gemm.h` describes the layout).
 
-    `dtype` is the weight's and x's; None if the weight is quantised, which any x goes with: in `bits` bits (-8: fp8),
-    with a scale for each `group_size` inputs. Both are 0 otherwise. `matrices`: how many such weights lie in a row.
+    `dtype` is the dtype of the weight, which x must have too. It is None for a quantised weight, which any x may be
+    multiplied by. A quantised weight has `bits` bits per element (-8 stands for fp8) and one scale for `group_size`
+    elements along K. Otherwise `bits` and `group_size` are 0. `panels` holds `matrices` weights, one after the other.
     """
 
     panels: Tensor
@@ -34,7 +35,7 @@ class PackedWeight:
     matrices: int = 1
 
     def check(self, x: Tensor) -> None:
-        """ValueError unless the rows of x can be multiplied by this weight."""
+        """Raises ValueError unless the rows of x can be multiplied by this weight."""
         units("x", x, x.dtype if self.dtype is None else self.dtype, (x.shape[0], self.inputs))
 
 
@@ -50,7 +51,7 @@ class Packer:
         self._pack_quantized = native.function("pack_quantized", POINTER, POINTER, POINTER, INT, INT, INT, INT)
 
     def __call__(self, weight: Weight) -> PackedWeight:
-        """Packs a weight [N, K], or E weights [E, N, K], whose panels are stored one after the other."""
+        """Packs a weight [N, K], or E weights [E, N, K]. The panels of the E weights are stored one after the other."""
         if isinstance(weight, QuantizedWeight):
             return self._quantized(weight)
         _check_dense(weight)
@@ -77,7 +78,7 @@ class Packer:
         return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
     def _memory(self, size: int) -> Tensor:
-        """Returns uint8 memory [size]. From the size of one huge page on, it is aligned to huge pages and uses them."""
+        """Returns a uint8 tensor [size]. If it holds one huge page or more, the memory uses huge pages."""
         if size < _HUGE_PAGE:
             return torch.empty(size, dtype=torch.uint8)
         memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
@@ -87,7 +88,7 @@ class Packer:
 
 
 def _check_dense(weight: Tensor) -> None:
-    """ValueError unless this is one weight, or several of one shape."""
+    """Raises ValueError unless the tensor is one weight [N, K], or several [E, N, K], in the CPU's memory."""
     require(weight.dim() in (2, 3) and weight.is_cpu, "weight", weight, "be [N, K] or [E, N, K] in the CPU's memory")
 
 
@@ -111,7 +112,7 @@ def _check(weight: QuantizedWeight) -> None:
 
 
 class Linear:
-    """See `kernels.ops.Linear`."""
+    """Implements `kernels.ops.Linear` with the compiled library."""
 
     def __init__(self) -> None:
         self.pack = Packer()
@@ -119,7 +120,7 @@ class Linear:
         self._run = library().function("linear", POINTER, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT)
 
     def rows(self, weight: PackedWeight | Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """See `kernels.ops.Linear` for the arguments and the result."""
         if packed := isinstance(weight, PackedWeight):
             memory, inputs = weight.panels, weight.inputs
         else:
@@ -134,7 +135,7 @@ class Linear:
         return out
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """See `kernels.ops.Linear` for the arguments and the result."""
         weight.check(x)
         if bias is not None:
             whole("bias", bias, x.dtype, (weight.rows,))

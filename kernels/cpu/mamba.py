@@ -1,6 +1,6 @@
 """This op runs a Mamba layer's decode step between in_proj and out_proj in one call to the compiled library.
 
-The seven parts of the step run so briefly that seven separate calls would take longer than the computation.
+The step consists of seven kernels. They are so short that seven separate calls would take longer than the computation.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class _Pointers(ctypes.Structure):
 
 
 class PackedMamba(NamedTuple):
-    """The addresses and sizes of a layer's weights, and the weights themselves, which must live as long. `sizes`: the
-    convolution's width, and the numbers of a channel's state."""
+    """Holds the addresses and sizes of a layer's weights, and the weights, so that the addresses stay valid.
+
+    `sizes` is (width of the convolution, number of SSM states per channel).
+    """
 
     address: int
     channels: int
@@ -58,7 +60,10 @@ class PackedMamba(NamedTuple):
 
 
 class MambaDecode:
-    """See `kernels.ops.MambaDecode`. The library's own functions of the parts, so the same bits."""
+    """Implements `kernels.ops.MambaDecode` with the compiled functions of the separate ops.
+
+    The results have the same bits as those of the separate ops.
+    """
 
     def __init__(self, *parts: object) -> None:
         self._run = library().function(
@@ -69,7 +74,7 @@ class MambaDecode:
                 raise KernelUnavailable(f"it replaces kernels.cpu's {kind.__name__}, which was not chosen")
 
     def pack(self, weights: MambaWeights) -> PackedMamba:
-        """See `kernels.ops.MambaDecode`."""
+        """See `kernels.ops.MambaDecode` for the arguments and the result."""
         x_proj: PackedWeight = weights.x_proj
         dt_proj: PackedWeight = weights.dt_proj
         scan, bias = weights.scan, weights.conv_bias
@@ -99,7 +104,7 @@ class MambaDecode:
     def __call__(
         self, xz: Tensor, weights: PackedMamba, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
     ) -> Tensor:
-        """See `kernels.ops.MambaDecode`."""
+        """See `kernels.ops.MambaDecode` for the arguments and the result."""
         rows, channels, (width, states) = xz.shape[0], weights.channels, weights.sizes
         units("xz", xz, weights.dtype, (rows, 2 * channels))
         units("conv_state", conv_state, weights.dtype, (conv_state.shape[0], width - 1, channels))
@@ -122,7 +127,7 @@ class MambaDecode:
 
 
 def _check(weights: MambaWeights) -> None:
-    """ValueError unless the library can read all of it."""
+    """Raises ValueError unless the library can read all of the weights."""
     (channels, states), rank, dtype = weights.scan.a.shape, len(weights.dt_norm), weights.conv_weight.dtype
     whole("conv_weight", weights.conv_weight, dtype, (weights.conv_weight.shape[0], channels))
     if weights.conv_bias is not None:
@@ -136,7 +141,7 @@ def _check(weights: MambaWeights) -> None:
     whole("a", weights.scan.a, torch.float32, (channels, states))
     whole("d", weights.scan.d, torch.float32, (channels,))
     whole("dt_bias", weights.scan.dt_bias, torch.float32, (channels,))
-    # Never quantised, so `bits` and `group_size` are what `src/mamba.cpp` takes for granted: 0.
+    # A weight with a dtype is not quantised, so its `bits` and `group_size` are 0, as `src/mamba.cpp` expects.
     for name, weight, expected in (
         ("x_proj", weights.x_proj, (rank + 2 * states, channels, dtype)),
         ("dt_proj", weights.dt_proj, (channels, rank, dtype)),

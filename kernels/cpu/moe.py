@@ -14,13 +14,13 @@ from jamba_server.kernels.ops import Weight
 
 
 class SiluAndMul:
-    """See `kernels.ops.SiluAndMul`."""
+    """Implements `kernels.ops.SiluAndMul` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("silu_and_mul", POINTER, POINTER, INT, INT, INT, INT)
 
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """See `kernels.ops.SiluAndMul`."""
+        """See `kernels.ops.SiluAndMul` for the arguments and the result."""
         rows, size = gate_up.shape[0], gate_up.shape[-1] // 2
         units("gate_up", gate_up, gate_up.dtype, (rows, 2 * size))
         out = gate_up.new_empty(rows, size)
@@ -29,7 +29,7 @@ class SiluAndMul:
 
 
 class Experts(NamedTuple):
-    """Holds the packed weights of E experts: gate_up [E, 2F, H], the gate's rows first, and down [E, H, F]."""
+    """Holds the packed weights of E experts: gate_up [E, 2F, H], with the gate's F rows first, and down [E, H, F]."""
 
     gate_up: PackedWeight
     down: PackedWeight
@@ -37,7 +37,7 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements `kernels.ops.RunExperts`. One call reads the weights of an expert once, for all of its tokens."""
+    """Implements `kernels.ops.RunExperts`. One call reads each expert's weights only once, for all tokens."""
 
     def __init__(self) -> None:
         self._pack = Packer()
@@ -60,7 +60,7 @@ class RunExperts:
         return packed
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.RunExperts`."""
+        """See `kernels.ops.RunExperts` for the arguments and the result."""
         experts.gate_up.check(x)
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = shape = x.shape[0], ids.shape[-1]

@@ -1,4 +1,4 @@
-"""This op samples tokens without sorting the vocabulary: it finds the cut of top-k and top-p digit by digit."""
+"""This op samples tokens. Without sorting the vocabulary, it finds the smallest logit that top-k and top-p keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import INT, POINTER, library
 from jamba_server.kernels.ops import SampleInputs
 
-_MAX_VOCABULARY = 1 << 24  # the library holds places of tokens in float32
+_MAX_VOCABULARY = 1 << 24  # the library holds positions in a row in float32, which is exact below 2^24
 _DTYPES = (
     ("temperature", torch.float32),
     ("top_p", torch.float32),
@@ -21,13 +21,13 @@ _DTYPES = (
 
 
 class Sample:
-    """See `kernels.ops.Sample`."""
+    """Implements `kernels.ops.Sample` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("sample", *[POINTER] * 7, *[INT] * 3)
 
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
-        """See `kernels.ops.Sample`."""
+        """See `kernels.ops.Sample` for the arguments and the result."""
         rows, size = shape = logits.shape[0], logits.shape[-1]
         units("logits", logits, torch.float32, shape)
         require(0 < size < _MAX_VOCABULARY, "logits", logits, "have from 1 to 2**24 - 1 tokens in a row")

@@ -1,4 +1,4 @@
-"""These ops run the selective scan in compiled code, a vector of channels at a time, with their state in registers."""
+"""These ops run the selective scan in compiled code, one vector of channels at a time, with the states in registers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Recurrence:
 
 
 def _check(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor) -> None:
-    """ValueError unless the library can read all of it."""
+    """Raises ValueError unless the library can read all of the tensors."""
     (channels, states), rows, dtype = weights.a.shape, inputs.u.shape[0], inputs.u.dtype
     for name, tensor in zip(ScanInputs._fields, inputs, strict=True):
         units(name, tensor, dtype, (rows, states if name in ("b", "c") else channels))
@@ -48,16 +48,16 @@ def _check(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor) -> None:
 
 
 class SelectiveScan(_Recurrence):
-    """See `kernels.ops.SelectiveScan`."""
+    """Implements `kernels.ops.SelectiveScan` with the compiled library."""
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
-        """See `kernels.ops.SelectiveScan`."""
+        """See `kernels.ops.SelectiveScan` for the arguments and the result."""
         return self._call(inputs, weights, ssm_state, ragged(segments))
 
 
 class SelectiveStateUpdate(_Recurrence):
-    """Implements `kernels.ops.SelectiveStateUpdate` with the code of `SelectiveScan`, so both give the same bits."""
+    """Implements `kernels.ops.SelectiveStateUpdate` by the code of `SelectiveScan`, which gives the same bits."""
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """See `kernels.ops.SelectiveStateUpdate`."""
+        """See `kernels.ops.SelectiveStateUpdate` for the arguments and the result."""
         return self._call(inputs, weights, ssm_state, one_row_each(state_ids, inputs.u))

@@ -1,4 +1,4 @@
-"""Functions that convert `kernels.ops.Segments` to arguments of the library (`src/segments.h`)."""
+"""These functions convert `kernels.ops.Segments` to arguments of the compiled library (`src/segments.h`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEGMENTS = (INT, *[POINTER] * 6)
 
 
 def ragged(segments: Segments) -> tuple[Any, ...]:
-    """Returns `segments` as arguments. They have the addresses of its tensors, which must live until the call ends."""
+    """Returns `segments` as arguments of the library. The tensors of `segments` must live until the call has ended."""
     saves, sequences, num_saves = segments.saves, segments.state_ids.shape[0], segments.saves.rows.shape[0]
     whole("segments.query_start", segments.query_start, torch.int32, (sequences + 1,))
     whole("segments.state_ids", segments.state_ids, torch.int32, (sequences,))
@@ -36,6 +36,6 @@ def ragged(segments: Segments) -> tuple[Any, ...]:
 
 
 def one_row_each(state_ids: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """Returns the arguments for one row of x for each sequence, where every sequence has a state."""
+    """Returns the arguments for a batch in which every sequence has one row of x and has a state."""
     whole("state_ids", state_ids, torch.int32, (x.shape[0],))
     return state_ids.shape[0], None, state_ids.data_ptr(), None, None, None, None

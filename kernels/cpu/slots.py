@@ -14,13 +14,13 @@ from jamba_server.kernels.ops import CompressedStates
 
 
 class WriteKv:
-    """See `kernels.ops.WriteKv`."""
+    """Implements `kernels.ops.WriteKv` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("write_kv", *[POINTER] * 5, *[INT] * 6)
 
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-        """See `kernels.ops.WriteKv`."""
+        """See `kernels.ops.WriteKv` for the arguments and the result."""
         require(k.dim() == 3 and k_pages.dim() == 4, "k", k, "have three dimensions, and k_pages four")
         rows, kv_heads, size = k.shape
         row, item = kv_heads * size, k.element_size()
@@ -47,13 +47,13 @@ class WriteKv:
 
 
 class CopySlots:
-    """See `kernels.ops.CopySlots`."""
+    """Implements `kernels.ops.CopySlots` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("copy_slots", POINTER, INT, INT, POINTER, POINTER, INT)
 
     def __call__(self, tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
-        """See `kernels.ops.CopySlots`."""
+        """See `kernels.ops.CopySlots` for the arguments and the result."""
         sources, destinations = _pairs(sources, destinations)
         for i, tensor in enumerate(tensors):
             item = tensor.element_size()
@@ -69,13 +69,13 @@ class CopySlots:
 
 
 class CompressStates:
-    """See `kernels.ops.CompressStates`."""
+    """Implements `kernels.ops.CompressStates` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("compress_states", *[POINTER, INT] * 3, *[POINTER] * 2, *[INT] * 3)
 
     def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
-        """See `kernels.ops.CompressStates`."""
+        """See `kernels.ops.CompressStates` for the arguments and the result."""
         sources, destinations = _pairs(sources, destinations)
         channels, size = _check(states, compressed)
         self._run(
@@ -91,13 +91,13 @@ class CompressStates:
 
 
 class RestoreStates:
-    """See `kernels.ops.RestoreStates`."""
+    """Implements `kernels.ops.RestoreStates` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("restore_states", *[POINTER, INT] * 3, *[POINTER] * 2, *[INT] * 3)
 
     def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
-        """See `kernels.ops.RestoreStates`."""
+        """See `kernels.ops.RestoreStates` for the arguments and the result."""
         sources, destinations = _pairs(sources, destinations)
         channels, size = _check(states, compressed)
         self._run(
@@ -113,7 +113,7 @@ class RestoreStates:
 
 
 def _pairs(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one piece. ValueError unless each source has a destination."""
+    """Returns contiguous `sources` and `destinations`. Raises ValueError unless each source has a destination."""
     sources, destinations = sources.contiguous(), destinations.contiguous()
     whole("sources", sources, torch.int64, (sources.shape[0],))
     whole("destinations", destinations, torch.int64, (sources.shape[0],))
@@ -121,7 +121,10 @@ def _pairs(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(states: Tensor, compressed: CompressedStates) -> tuple[int, int]:
-    """(channels of all layers, numbers of a channel). ValueError unless both hold states of one model."""
+    """Returns (total number of channels of all layers, number of SSM states per channel).
+
+    Raises ValueError unless the shapes of `states` and `compressed` belong to the same model.
+    """
     values, scales = compressed
     unit = states.shape[1:]
     units("states", states, torch.float32, states.shape)
@@ -131,5 +134,5 @@ def _check(states: Tensor, compressed: CompressedStates) -> tuple[int, int]:
 
 
 def _units(tensor: Tensor) -> tuple[int, int]:
-    """(address, numbers from one unit to the next)."""
+    """Returns the address of a tensor and the stride of its dimension 0 in elements."""
     return tensor.data_ptr(), tensor.stride(0)

@@ -5,10 +5,13 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // The online softmax is updated once per BLOCK keys.
-constexpr int64_t PAGE = 16;  // Usually the keys of PAGE tokens are adjacent in memory.
-constexpr int64_t SPLIT = 512;  // A split, the smallest piece of work, has SPLIT keys. SPLIT is a multiple of BLOCK.
-constexpr int64_t TILE_ROWS = 64;  // A tile has about TILE_ROWS query rows. One pass over the keys serves all of them.
+constexpr int64_t BLOCK = 64;  // The maximum and the sum of the online softmax are updated once per BLOCK keys.
+constexpr int64_t PAGE = 16;  // The kernel expects that the keys of this many tokens are usually adjacent in memory.
+// A split is SPLIT consecutive keys of a sequence, the smallest amount of work that a thread takes. SPLIT is a multiple
+// of BLOCK.
+constexpr int64_t SPLIT = 512;
+// A tile has about TILE_ROWS query rows. Each key that is read serves all rows of the tile.
+constexpr int64_t TILE_ROWS = 64;
 
 template <class T>
 struct AttentionArguments {
@@ -18,26 +21,27 @@ struct AttentionArguments {
     float scale;
     int64_t sequences, table_stride;
     const int32_t *tables, *context_lens;  // tables: [sequences, blocks]; context_lens: [sequences]
-    const int32_t* query_start;  // query_start: [sequences + 1]; it is null if each sequence has one row
+    const int32_t* query_start;  // query_start: [sequences + 1]; null if each sequence has one query row
 
     int64_t first_row(int64_t sequence) const { return query_start ? query_start[sequence] : sequence; }
 };
 
-// A tile has the query rows of some tokens of one sequence that read `heads` KV heads from `head` on.
+// A tile holds the query rows of consecutive tokens of one sequence, for the query heads that read the KV heads `head`
+// to `head + heads - 1`.
 template <class Q>
 struct Tile {
-    const Q* q;  // q: [heads, rows, padded], with zeros after the first `size` elements of a row
+    const Q* q;  // q: [heads, rows, padded]; each row has `size` elements and then zeros
     int64_t heads, rows, group, padded, size;
     float scale;
     const int32_t* table;
     int64_t head;
-    int64_t first_visible;  // The first token of the tile sees this many keys.
+    int64_t first_visible;  // The first token of the tile attends to this many keys.
 
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
 
-// Prefetches rows of `row_bytes` bytes, a few cache lines at a time as the computation proceeds. More prefetches at
-// once than a core can have in flight would stall it.
+// Prefetches the key and value rows of the next block, `row_bytes` bytes each. Every call prefetches a few cache lines,
+// because a core would stall if it requested more prefetches at once than it can have in flight.
 struct Ahead {
     const char *const *row, *const *last_row;
     int64_t row_bytes;
@@ -52,12 +56,12 @@ struct Ahead {
     }
 };
 
-// A block has the addresses of the keys and values of BLOCK tokens.
+// KeyBlock holds the addresses of the keys and values of BLOCK consecutive tokens.
 template <class K, class V>
 struct KeyBlock {
     const K* keys[BLOCK];
     const V* values[BLOCK];
-    Ahead* ahead;  // `ahead` prefetches the next block of keys and values.
+    Ahead* ahead;  // `ahead` prefetches the keys and values of the next block.
 };
 
 }  // namespace
@@ -73,7 +77,8 @@ using namespace avx512;
 #undef DOT_PRODUCTS
 }  // namespace avx512_bf16
 END_TARGET
-// This macro calls the f of the machine's level. For bf16 there is one more level, avx512_bf16.
+// This macro calls the version of function f that was compiled for the machine's instruction set. For bf16, f also has
+// a version in the namespace avx512_bf16.
 #define DISPATCH_ATTENTION(f, ...)                                                       \
     do {                                                                                 \
         if constexpr (std::is_same_v<T, bf16>) {                                         \
@@ -85,8 +90,9 @@ END_TARGET
 #define DISPATCH_ATTENTION(f, ...) return DISPATCH(f, __VA_ARGS__)
 #endif
 
-// Returns how many KV heads a thread reads at once, if there are `parts` pieces of work with all heads. Many are
-// better, because the heads of a token are adjacent in memory, but every thread should get several pieces.
+// Returns how many KV heads a thread processes together. `parts` is the number of pieces of work if each piece has all
+// KV heads. Many heads per piece read memory in order, because the heads of a token are adjacent, but there should be
+// several pieces for every thread.
 static int64_t heads_together(int64_t kv_heads, int64_t parts) {
     int64_t heads = kv_heads;
     while (heads % 2 == 0 && parts * (kv_heads / heads) < 4 * num_threads()) heads /= 2;
@@ -96,7 +102,8 @@ static int64_t heads_together(int64_t kv_heads, int64_t parts) {
 template <class T>
 static void attend(const AttentionArguments<T>& a, int64_t max_context) {
     const int64_t group = a.heads / a.kv_heads, splits = (max_context + SPLIT - 1) / SPLIT;
-    // Splits are divided among the threads only where there are too few sequences to occupy all threads.
+    // The splits of one sequence are divided among the threads only if there are too few sequences to occupy all
+    // threads.
     if (!a.query_start && splits > 1 && a.sequences < 4 * num_threads()) {
         const int64_t heads = heads_together(a.kv_heads, a.sequences * splits);
         const int64_t share = a.sequences * (a.kv_heads / heads) * splits / (8 * num_threads());

@@ -1,28 +1,31 @@
-// This file computes attention in tiles. A tile has the query rows of some tokens of one sequence that read the same KV
-// head, ordered by token and then by query head. Every row visits the keys that it sees in blocks of BLOCK keys, from
-// position 0 on, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1). The softmax is restarted every
-// SPLIT keys, and the results of the splits are merged in order. The order of summation is fixed for scores and for
-// values, so the bits of a row depend on its own keys alone, and different threads may compute different splits.
+// This file computes causal attention in tiles. A tile holds the query rows of some tokens of one sequence, ordered by
+// token and then by query head, for query heads that read the same KV head. Every query row reads the keys that it
+// attends to in blocks of BLOCK keys, from position 0 upwards, with an online softmax (Dao et al. 2022, FlashAttention,
+// Algorithm 1). A new softmax begins every SPLIT keys, and the softmaxes of these splits are merged in ascending order
+// of position. Scores and weighted values are summed in a fixed order, so the result of a row depends on its own query
+// and keys only, and different threads may compute different splits.
 //
-// With DOT_PRODUCTS, for bf16, queries and keys are multiplied in bf16 and the scores are scaled. Otherwise the queries
-// are converted to float32 and scaled before the product.
+// If DOT_PRODUCTS is defined (for bf16 only), queries and keys are multiplied in bf16, and the scores are scaled
+// afterwards. Otherwise the queries are converted to float32 and scaled before they are multiplied with the keys.
 //
-// In decode, a thread processes the heads of a block of keys in turn, because the heads of a key are adjacent in
-// memory.
+// In decode, a thread processes a block of keys for several KV heads in turn, because the heads of a token are adjacent
+// in memory.
 
-constexpr int ROWS = 4;  // ROWS query rows share each load of a key into registers.
-constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;  // ROWS rows process this many vectors of values at a time.
-constexpr int LONE_COLUMNS = 8;  // A single row processes this many vectors of values at a time.
-// A tile with more rows converts its keys and values to float32 once, for all rows.
+constexpr int ROWS = 4;  // Each key that is loaded into registers serves ROWS query rows.
+// ROWS query rows together process this many vectors of a value row at a time.
+constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;
+constexpr int LONE_COLUMNS = 8;  // A single query row processes this many vectors of a value row at a time.
+// A tile with more query rows than this converts keys and values to float32 once, for all of its rows.
 constexpr int64_t WIDENED_ROWS = 2 * ROWS;
-// The running softmax of a row has this many floats, followed by the weighted sum of values.
+// The softmax maximum and sum of a query row take this many floats. The weighted sum of values follows them.
 constexpr int64_t SOFTMAX = 2 * WIDTH;
-constexpr int64_t MAXIMUM = 0;  // The softmax maximum is at this offset of the running softmax.
-constexpr int64_t WEIGHT_SUM = WIDTH;  // The sum of weights is at this offset, as one partial sum per lane.
+constexpr int64_t MAXIMUM = 0;  // offset of the softmax maximum in a row's running softmax
+constexpr int64_t WEIGHT_SUM = WIDTH;  // offset of the sum of softmax weights, kept as one partial sum per lane
 
 #ifdef DOT_PRODUCTS
 using Query = bf16;
-using Lanes = __m512bh;  // A vector has pairs of bf16; one instruction multiplies both numbers of each pair.
+// A lane has two neighbouring bf16 elements. The instruction VDPBF16PS multiplies both elements and adds the products.
+using Lanes = __m512bh;
 
 INLINE Lanes take_lanes(const bf16* p, int64_t n) {
     return (__m512bh)(n == 2 * WIDTH ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p));
@@ -40,9 +43,10 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 #endif
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
-// Computes the scores [R, BLOCK] of R rows with n keys. The rows have zeros after `size`, and `keys` has entries up to
-// a multiple of SUMS. With AHEAD, the next block is prefetched as fast as the current one is read, because the pages of
-// a sequence are scattered in memory and the processor's own prefetcher cannot predict them.
+// Computes scores: [R, BLOCK], the dot products of R query rows with n keys. Each query row has zeros after its `size`
+// elements, and `block.keys` has valid addresses up to the next multiple of SUMS. With AHEAD, the next block of keys
+// and values is prefetched at the speed at which this block is read. The processor's own prefetcher cannot do so,
+// because the pages of a sequence are scattered in memory.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
     constexpr int C = SUMS / R;
@@ -70,8 +74,9 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Replaces the n scores of a block by their softmax weights, relative to the maximum so far, and updates the softmax
-// maximum and sum. Returns the factor by which the values so far must be multiplied.
+// Replaces the n scores of a block by the softmax weights exp(score - maximum), where the maximum is taken over this
+// block and all earlier blocks. Updates the row's softmax maximum and sum. Returns the factor by which the weighted sum
+// of the earlier values must be multiplied.
 INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     for (int64_t j = n; j % WIDTH; j++) scores[j] = -__builtin_inff();
     Vec top = load(scores);
@@ -89,7 +94,8 @@ INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     return rescale;
 }
 
-// Computes values = values * rescale + weights @ v for R rows and C vectors of columns from column z on.
+// Computes values = values * rescale + weights @ v for R query rows and for C vectors of columns from column z on,
+// where v are the n value rows of the block.
 template <int R, int C, bool AHEAD, class K, class V>
 INLINE void add_columns(const float* weights, const float* rescale, const KeyBlock<K, V>& block, int64_t n, int64_t z,
                         int64_t count, float* values, int64_t stride) {
@@ -111,7 +117,7 @@ INLINE void add_columns(const float* weights, const float* rescale, const KeyBlo
     }
 }
 
-// Computes attention of R rows that see the same n keys of a block.
+// Computes attention of R query rows that all attend to the first n keys of a block.
 template <int R, bool AHEAD, class K, class V>
 INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n,
                         float* softmax) {
@@ -132,8 +138,8 @@ INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<
     }
 }
 
-// Computes attention of a tile's rows over the n keys of one block. `start` is the position of the block's first key;
-// row r sees `visible(r)` keys of the sequence.
+// Computes attention of a tile's rows over the n keys of one block. `start` is the position of the block's first key in
+// the sequence. Row r attends to the first `visible(r)` keys of the sequence.
 template <class K, class V>
 void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t start, int64_t n,
                   float* softmax) {
@@ -145,7 +151,8 @@ void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     for (int64_t r = 0; r < tile.rows;) {
         const Query* const row = q + r * tile.padded;
         float* const own = softmax + r * stride;
-        // Later rows see at least as many keys, so if the last of ROWS rows sees as many as the first, all of them do.
+        // A row attends to at least as many keys as the rows before it. So if the first and the last of ROWS rows
+        // attend to the same number of keys, all ROWS rows do.
         if (r + ROWS <= tile.rows && count(r) > 0 && count(r) == count(r + ROWS - 1)) {
             if (r == 0) attend_rows<ROWS, true>(tile, row, block, count(r), own);
             else attend_rows<ROWS, false>(tile, row, block, count(r), own);
@@ -158,8 +165,8 @@ void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Computes the offsets of BLOCK keys and values from position `start` of the sequence on. Positions from `end` on get
-// the offset of the last key again.
+// Computes the memory offsets of the keys and values at BLOCK positions of the sequence, from position `start` on.
+// Positions from `end` on get the offset of position end - 1.
 template <class T>
 void locate(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t start, int64_t end, int64_t* places) {
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -168,8 +175,8 @@ void locate(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t sta
     }
 }
 
-// Converts n rows to float32 in `memory` [BLOCK, padded] and stores their addresses in `wide`. The addresses after the
-// first n repeat the last one.
+// Converts n key or value rows to float32 in `memory` [BLOCK, padded] and stores the addresses of the converted rows in
+// `wide`. The entries of `wide` after the first n repeat the address of the last converted row.
 template <class T>
 INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, float* memory, const float** wide) {
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -181,8 +188,8 @@ INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, floa
     }
 }
 
-// Computes attention over one block of one head. If the tile has many rows, the keys and values are first converted to
-// float32 in scratch memory of the thread, once for all rows.
+// Computes attention of a tile over one block of keys of one KV head. If the tile has many rows, the values (and,
+// without DOT_PRODUCTS, the keys) are first converted to float32 in the thread's scratch memory, once for all rows.
 template <class T>
 void convert_and_attend(const Tile<Query>& tile, const Query* q, const KeyBlock<T, T>& block, int64_t start, int64_t n,
                         float* softmax) {
@@ -205,8 +212,9 @@ INLINE void clear(float* softmax, int64_t rows, int64_t stride) {
     for (int64_t r = 0; r < rows; r++) softmax[r * stride + MAXIMUM] = -__builtin_inff();
 }
 
-// Computes attention over keys [begin, end) of the sequence, block by block and head by head, into new softmaxes
-// [heads, rows, SOFTMAX + padded]. Keys up to `last` are prefetched.
+// Computes attention of a tile over the keys at positions begin to end - 1 of the sequence, block by block and, within
+// a block, KV head by KV head. Writes new softmaxes [heads, rows, SOFTMAX + padded]. Keys and values at positions below
+// `last` are prefetched.
 template <class T>
 void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t begin, int64_t end, int64_t last,
                   float* softmax) {
@@ -220,7 +228,8 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
         for (int64_t j = 0; j < BLOCK; j++) block.keys[j] = a.k + places[j], block.values[j] = a.v + places[j];
         const char* rows[2 * BLOCK];
         if (start + BLOCK < last) locate(a, tile, start + BLOCK, last, places);
-        // The prefetch order is the keys of PAGE tokens, their values, the keys of the next PAGE tokens, and so on.
+        // The rows are prefetched in this order: the keys of PAGE tokens, the values of these tokens, the keys of the
+        // next PAGE tokens, and so on.
         for (int64_t j = 0; j < 2 * BLOCK; j++) {
             const int64_t place = places[j / (2 * PAGE) * PAGE + j % PAGE];
             rows[j] = (const char*)((j / PAGE % 2 ? a.v : a.k) + place);
@@ -236,7 +245,7 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
     }
 }
 
-// Merges a row's softmax over one split into its softmax over the splits before.
+// Merges `from`, a row's softmax over one split of its keys, into `into`, the row's softmax over all earlier splits.
 INLINE void merge(const float* from, float* into, int64_t padded) {
     const float a = into[MAXIMUM], b = from[MAXIMUM], maximum = a > b ? a : b;
     const Vec old = exp(set(a - maximum)), fresh = exp(set(b - maximum));
@@ -269,8 +278,8 @@ INLINE void copy_query(const AttentionArguments<T>& a, const T* q, Query* out) {
 #endif
 }
 
-// Copies the queries of a tile to `memory`: those of `tokens` tokens from row `row` of the batch on that read `heads`
-// KV heads from `head` on.
+// Copies the queries of a tile to `memory` and returns the tile. It covers `tokens` tokens, of which the first is row
+// `row` of the batch, and the query heads that read the KV heads `head` to `head + heads - 1`.
 template <class T>
 Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                       int64_t tokens, int64_t first_visible, Query* memory) {
@@ -285,8 +294,8 @@ Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t 
             first_visible};
 }
 
-// Computes attention of `tokens` tokens of a sequence with `heads` KV heads, one split after the other. The first token
-// sees `first_visible` keys.
+// Computes attention of `tokens` tokens of a sequence for `heads` KV heads, one split of SPLIT keys after the other.
+// The first token attends to `first_visible` keys.
 template <class T>
 void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                  int64_t tokens, int64_t first_visible) {
@@ -309,8 +318,8 @@ void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head,
     }
 }
 
-// Computes all tiles of the batch, `heads` KV heads at a time. `first_tile` [sequences + 1] has the number of tiles of
-// the sequences before each sequence.
+// Computes attention of all sequences of the batch, tile by tile, with `heads` KV heads per tile. first_tile:
+// [sequences + 1]; first_tile[i] is the number of tiles of all sequences before sequence i.
 template <class T>
 void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64_t tile_tokens, int64_t heads) {
     const int64_t parts = a.kv_heads / heads;
@@ -326,8 +335,9 @@ void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64
     });
 }
 
-// Computes decode attention, one row per sequence, with the splits of a sequence divided among the threads. A piece of
-// work has `run` splits and `heads` KV heads. All splits are computed first and then merged.
+// Computes attention in decode, where each sequence has one query row, and divides the splits of a sequence (SPLIT keys
+// each) among the threads. A piece of work has `run` splits and `heads` KV heads. All splits are computed first; then
+// the softmaxes of each row's splits are merged.
 template <class T>
 void attend_splits(const AttentionArguments<T>& a, int64_t splits, int64_t run, int64_t heads) {
     const int64_t group = a.heads / a.kv_heads, padded = whole_vectors(a.size), stride = SOFTMAX + padded;

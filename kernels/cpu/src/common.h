@@ -1,8 +1,8 @@
 // This header declares what all kernels share: number formats, the machine's instruction set, and threads.
 //
-// Results are batch-invariant. Therefore every sum has one fixed order, whatever the number of rows or threads. The
-// last elements of a row are computed with masked vectors, not with other code. A multiplication and an addition are
-// fused only where the code calls `fma`.
+// Results are batch-invariant. Therefore every sum has one fixed order, whatever the number of rows or threads. If a
+// row does not fill its last vector, the last elements go through the same vector code, with the unused lanes masked. A
+// multiplication and an addition are fused only where the code calls `fma`.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
-// Code between BEGIN_TARGET_x and END_TARGET may use the instruction set x. It must run only where `level()` allows x.
+// Code between BEGIN_TARGET_x and END_TARGET may use the instruction set x, and must run only if `level()` allows x.
 // No standard header may be included between the two macros, because its functions would use x on every machine.
 #if defined(__clang__)
 #define JAMBA_TARGET(features) \
@@ -34,13 +34,14 @@
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
 #endif
 
-// The instruction sets that kernels may use, in ascending order: each includes the ones before it.
+// The instruction sets that kernels may use, in ascending order. Each instruction set includes all earlier ones.
 enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
 Level level();
 
-// Runs body(begin, end) over pieces of 0..n, each of `grain` items, on this thread and on idle workers. Any thread may
-// run any piece, so a piece's result must not depend on its thread. With `in_runs` a thread takes many pieces at once
-// while many remain; this suits work of even size that reads memory in order.
+// Divides the items 0 to n - 1 into pieces of `grain` items and calls body(begin, end) for ranges of pieces, on the
+// calling thread and on idle workers. Any thread may run any piece, so the result of a piece must not depend on the
+// thread. With `in_runs`, a thread takes many neighbouring pieces at once while many pieces remain. This suits pieces
+// of equal cost that read memory in order.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
 void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
 int64_t num_threads();
@@ -53,11 +54,11 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = fa
 }
 
 // Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one
-// buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. A worker thread must call this
-// function inside its body.
+// buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. A body of `parallel_for` must call
+// this function itself, because the body may run on another thread.
 void* scratch(int slot, int64_t bytes);
 
-// The number formats of tensors. `kernels/cpu/library.py` passes the same numbers.
+// The dtypes of tensors. `kernels/cpu/library.py` has the same integer for each dtype.
 enum class Dtype : int64_t { f32, bf16, f16 };
 struct bf16 {
     uint16_t bits;
@@ -80,14 +81,14 @@ INLINE uint32_t to_bits(float x) {
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
-    // After the shift to float32's places the exponent is too small by 112. The product corrects it, also for
-    // subnormal numbers.
+    // When the bits of the f16 number are shifted to their places in a float32, the exponent is too small by 112. A
+    // multiplication by 2^112 corrects the exponent, also for subnormal numbers.
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000);  // 2^112
     return from_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : to_bits(scaled)));
 }
 
-// Converts a float to T, rounded to the nearest number, ties to even.
+// Converts a float to T. Rounds to the nearest number, and to the even one of two equally near numbers.
 template <class T>
 T from_float(float x);
 template <>
@@ -97,21 +98,22 @@ INLINE float from_float<float>(float x) {
 template <>
 INLINE bf16 from_float<bf16>(float x) {
     const uint32_t bits = to_bits(x);
-    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // The result for NaN is a quiet NaN.
+    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // A NaN becomes a quiet NaN.
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline f16 from_float<f16>(float x) {
     const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // In f16, magnitudes from 65520 on become infinite.
-    if (magnitude < 0x38800000) {  // For subnormal f16 results, adding 0.5 in float32 rounds to multiples of 2^-24.
+    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // Magnitudes from 65520 on become infinite in f16.
+    // Adding 0.5 in float32 rounds to multiples of 2^-24, the distance between subnormal f16 numbers.
+    if (magnitude < 0x38800000) {
         return {uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)))};
     }
     return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// Calls f with a value of the type that `dtype` stands for: with_dtype(dtype, [&](auto t) { using T = decltype(t); }).
+// Calls f with a value of the C++ type that `dtype` names: with_dtype(dtype, [&](auto t) { using T = decltype(t); }).
 template <class F>
 inline void with_dtype(int64_t dtype, const F& f) {
     switch (Dtype(dtype)) {

@@ -3,9 +3,9 @@
 
 namespace {
 
-// A thread computes this many rows for one vector of channels, then goes on to the next vector.
+// A thread computes this many rows of one vector of channels before it goes on to the next vector of channels.
 constexpr int64_t AHEAD = 64;
-// The smallest piece of work has this many (vector, row) pairs, which take about 8 us.
+// A piece of work computes at least this many output vectors (number of rows times vectors per row), in about 8 us.
 constexpr int64_t MIN_PIECE = 256;
 
 template <class T>

@@ -1,13 +1,14 @@
-// ConvWindow gives access to the inputs of one sequence from some channel on: the inputs of this call and, before them,
-// those from the sequence's state.
+// ConvWindow gives access to the input rows of one sequence, from some channel on. Rows of this call come from x. The
+// last rows before this call come from the sequence's convolution state.
 template <class T>
 struct ConvWindow {
-    const T* x;  // x points to the first row of the sequence in this call.
+    const T* x;  // x points to the sequence's first row of this call.
     int64_t x_stride;
-    const T* history;  // history: [history_rows, channels]; it is null if the sequence starts from zeros
+    const T* history;  // history: [history_rows, channels], or null if the sequence has no state yet
     int64_t history_rows, channels;
 
-    // Returns the address of a row. A negative row comes from the state; null stands for a row of zeros.
+    // Returns the address of an input row. Row 0 is the first row of this call, and negative rows come from the state.
+    // A null address stands for a row of zeros.
     INLINE const T* at(int64_t row) const {
         if (row >= 0) return x + row * x_stride;
         return history ? history + (history_rows + row) * channels : nullptr;
@@ -17,8 +18,8 @@ struct ConvWindow {
         return {x + c, x_stride, history ? history + c : nullptr, history_rows, channels};
     }
 
-    // Writes the state after `rows` rows to `to`. `to` may be `history` itself, because rows only move towards its
-    // beginning, one after the other.
+    // Writes the convolution state that follows the first `rows` rows of this call to `to`. `to` may be `history`
+    // itself, because the rows are copied in ascending order and every row moves towards the beginning.
     INLINE void save(T* to, int64_t rows, int64_t n) const {
         for (int64_t j = 0; j < history_rows; j++) {
             const T* from = at(rows - history_rows + j);
@@ -28,8 +29,8 @@ struct ConvWindow {
     }
 };
 
-// Computes rows [begin, end) of one sequence at n channels from `channel` on; `window` and `out` start at this channel.
-// W is the number of taps if it is known at compile time, otherwise 0.
+// Computes output rows [begin, end) of one sequence at n channels from `channel` on. `window` and `out` start at
+// channel `channel`. W is the width of the convolution if the width is known at compile time, otherwise 0.
 template <int W, class T>
 INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int64_t begin, int64_t end,
                      int64_t channel, int64_t n, T* out) {
@@ -48,7 +49,7 @@ INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int
     }
 }
 
-// Computes all sequences at channels [first, last).
+// Computes the convolution of all sequences at channels [first, last).
 template <class T>
 void convolve_piece(const ConvArguments<T>& a, int64_t first, int64_t last) {
     for (int64_t i = 0; i < a.segments.count; i++) {

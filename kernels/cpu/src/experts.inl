@@ -1,12 +1,13 @@
-// This file runs each expert that any token chose, on all of its tokens at once, so that the expert's weights are read
-// once per step.
+// This file runs each expert on all tokens that chose the expert at once, so that the weights of an expert are read
+// only once per step.
 
-// An entry is a token's choice of an expert; entry t * top_k + rank is that of token t. Order describes the entries
-// sorted by expert and, within an expert, by entry.
+// An entry is the choice of one expert by one token. Entry t * top_k + k is position k in the top-k list of token t.
+// Order describes the list of all entries, sorted by expert and, for the same expert, by entry number.
 struct Order {
-    int32_t* tokens;  // tokens[i] is the token of sorted entry i.
-    int32_t* places;  // places[i] is the place of entry i among the sorted entries.
-    // starts[e] is the place of the first entry of expert e; starts[experts] is the number of entries.
+    int32_t* tokens;  // tokens[i] is the token of the entry at position i of the sorted list.
+    int32_t* places;  // places[i] is the position of entry i in the sorted list.
+    // starts[e] is the position of the first entry of expert e in the sorted list. starts[experts] is the number of
+    // entries.
     int32_t* starts;
 };
 
@@ -18,7 +19,8 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     for (int64_t i = 0; i < entries; i++) order.starts[e.ids[i] + 1]++;
     for (int64_t i = 0; i < e.experts; i++) order.starts[i + 1] += order.starts[i];
     for (int64_t i = 0; i < entries; i++) {
-        const int32_t place = order.starts[e.ids[i]]++;  // After the loop, starts[e] is the start of expert e + 1.
+        // After the loop, starts[e] is the position where the entries of expert e + 1 begin.
+        const int32_t place = order.starts[e.ids[i]]++;
         order.places[i] = place;
         order.tokens[place] = int32_t(i / e.top_k);
     }
@@ -27,8 +29,9 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     return order;
 }
 
-// Computes y[t] = sum over ranks of weight * output, in float32 and in the order of the ranks. As in transformers, the
-// weights are rounded first, then each expert's weighted output.
+// Computes y[t], the weighted sum of the outputs of token t's experts, in float32 and in the order of the token's top-k
+// list. As in transformers, each weight is first rounded to T, and then each product of weight and output is rounded to
+// T.
 template <class T>
 void add_outputs(const Experts<T>& e, const Order& order, const T* outputs) {
     parallel_for(e.tokens, ceil_div(1 << 15, e.hidden * e.top_k), [&](int64_t t, int64_t end) {

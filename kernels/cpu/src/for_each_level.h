@@ -1,5 +1,6 @@
-// This header compiles KERNEL_FILE in each namespace of `simd.h`. DISPATCH(f, arguments) then calls the f of the
-// namespace that `level()` selects. There is no include guard, because a file may include it for several KERNEL_FILEs.
+// This header compiles the file KERNEL_FILE in each namespace of `simd.h`, one per instruction set. DISPATCH(f,
+// arguments) then calls the function f of the namespace that `level()` selects. The header has no include guard,
+// because a source file may include it for several KERNEL_FILEs.
 #include "simd.h"
 
 #if JAMBA_X86

@@ -1,16 +1,18 @@
-// This file converts each weight format of `gemm.h` to the numbers that a product multiplies. Nothing is rounded,
-// because int8 and e4m3 numbers are exact in bf16. The bits of an e4m3 number move to their places in a float32; a
-// multiplication by 2^120 then corrects the exponent, also of subnormal numbers.
+// This file reads each weight format of `gemm.h` and converts the weights to the type in which they are multiplied:
+// bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every int4, int8 and
+// e4m3 number. To convert e4m3, the bits are moved to their places in a float32, and a multiplication by 2^120 corrects
+// the exponent, also of subnormal numbers.
 //
-// Reader<W> reads weights of format W. A step has PAIRS pairs in BYTES bytes, and COLUMN_BYTES is the distance from one
-// column to the next. `vector` returns WIDTH columns of one pair, from column vector * WIDTH on. If SCALED is true, the
-// scales of a group follow its steps.
+// A pair is two neighbouring elements along K. Reader<W> reads weights of format W in steps. A step has PAIRS pairs of
+// each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. `vector(step, v,
+// pair)` returns one pair of the columns from v * WIDTH to (v + 1) * WIDTH - 1. If SCALED is true, the scales of each
+// group follow the last step of the group.
 
-// A strip has STRIP columns, and a panel has STRIPS strips.
+// A panel has STRIPS strips of STRIP columns each.
 constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
 
 #ifdef DOT_PRODUCTS
-using Weight = __m512bh;  // A vector of weights has both numbers of each pair, next to each other.
+using Weight = __m512bh;  // A vector has two neighbouring elements along K, side by side, for each of its columns.
 
 template <class W>
 struct Reader;
@@ -32,7 +34,7 @@ struct Reader<Int8> {
         return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
     }
     static INLINE Weight vector(const char* step, int vector, int) {
-        // The lower half of the float32 of such a small integer is zero, so the two halves can be combined with `or`.
+        // The float32 of an int8 number has zeros in its lower 16 bits, so two such numbers can be combined with `or`.
         const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
         return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
     }
@@ -58,8 +60,8 @@ struct Reader<Int4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
     static INLINE Weight vector(const char* step, int vector, int pair) {
-        // This table has the bf16 of the int4 number for each of its 16 bit patterns. It is used twice, because the
-        // fifth bit of an index belongs to the next number and must be ignored.
+        // This table has the bf16 number for each of the 16 bit patterns of int4. The permutation's index has five
+        // bits, and the fifth belongs to the next int4 number. Two copies of the table make the fifth bit irrelevant.
         const __m256i once = _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, -0x3f00,
                                                -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080);
         const __m512i four = _mm512_srli_epi16(_mm512_loadu_si512(step + 64 * vector), 4 * pair);
@@ -67,7 +69,7 @@ struct Reader<Int4> {
     }
 };
 #else
-using Weight = Vec;  // A vector of weights has either the first or the second number of each pair.
+using Weight = Vec;  // A vector has one element along K for each of its columns.
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
 
 INLINE Lanes read_lanes(const char* p) {
@@ -75,7 +77,7 @@ INLINE Lanes read_lanes(const char* p) {
     std::memcpy(&x, p, sizeof(x));
     return x;
 }
-// Reads WIDTH bytes as signed integers.
+// Reads WIDTH signed bytes and returns their values, one per lane.
 INLINE Lanes read_bytes(const char* p) {
 #if defined(LEVEL_AVX512)
     return (Lanes)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -87,7 +89,7 @@ INLINE Lanes read_bytes(const char* p) {
     return Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24;
 #endif
 }
-// Returns the signed number in bits first..first+size-1 of each lane.
+// Returns the signed integer that bits first to first + size - 1 of each lane hold, as a float.
 INLINE Vec number(Lanes x, int first, int size) {
     return __builtin_convertvector(x << (32 - first - size) >> (32 - size), Vec);
 }
@@ -106,7 +108,7 @@ struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        // The first number of a pair is in the lower half of its lane.
+        // Of two neighbouring elements along K, the first is in the lower half of the lane.
         const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }

@@ -1,4 +1,4 @@
-// This file packs weights and multiplies with them: `linear` and `run_experts`.
+// This file packs weights and multiplies by packed weights: `linear` and `run_experts`.
 #include "gemm.h"
 #include "ops.h"
 
@@ -25,7 +25,8 @@ template <class T>
 void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     const int64_t block = 32;
     for (int64_t start = 0; start < k; start += block) {
-        T lines[PANEL][block] = {};  // The weight is read in whole cache lines and written in pairs.
+        // The weight is read in whole cache lines. It is written in pairs of neighbouring elements along K.
+        T lines[PANEL][block] = {};
         const int64_t n = k - start < block ? k - start : block;
         for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
         for (int64_t i = 0; i < (n + 1) / 2 * 2; i++, out += i % 2 ? 0 : 2 * PANEL) {
@@ -35,10 +36,11 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     }
 }
 
-// Packs inputs `start` to `end` - 1 of a panel, in the layout for numbers of BITS bits. Returns the end of the output.
+// Packs elements `start` to `end` - 1 along K of the columns of a panel, as numbers of BITS bits. Returns the address
+// after the last byte written.
 template <int BITS>
 uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
-    // INPUTS and BYTES are per column and step.
+    // A step has INPUTS elements of each column, which take BYTES bytes per column.
     constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;
     for (; start < end; start += INPUTS, out += PANEL * BYTES) {
         std::memset(out, 0, PANEL * BYTES);
@@ -46,7 +48,8 @@ uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64
             for (int64_t i = 0; i < INPUTS && start + i < end; i++) {
                 const uint8_t bits = uint8_t(values[c * k + start + i]);
                 if (BITS == 8) out[i * PANEL + c] = bits;
-                // Number i of a column goes to word i % 2, at bit 4 * (i / 2). The lower byte of a word comes first.
+                // In int4, element i of a column goes to 16-bit word i % 2, at bit 4 * (i / 2). A word is stored with
+                // its lower byte first.
                 else out[4 * c + 2 * (i % 2) + i / 4] |= uint8_t((bits & 15) << (i / 2 % 2 * 4));
             }
         }
@@ -62,10 +65,11 @@ EXPORT int64_t packed_bytes(int64_t n, int64_t k, int64_t dtype) {
     return bytes;
 }
 
-// Requests huge pages, with which one core reads memory 1.5 times as fast. Call it before the memory is first written.
+// Requests huge pages for memory that has not been written yet. With huge pages, one core reads memory 1.5 times as
+// fast.
 EXPORT void use_huge_pages(void* memory, int64_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
 
-// Packs a weight that is not quantised. weight: [n, k], contiguous; packed: packed_bytes(n, k, dtype) bytes.
+// Packs a weight that is not quantised. weight: [n, k], contiguous; packed: packed_bytes(n, k, dtype) bytes of memory.
 EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
@@ -79,7 +83,8 @@ EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, 
     });
 }
 
-// Copies rows `ids` [count] of a weight to out: [count, k]. The weight is packed by `pack_weight` or a plain [n, k].
+// Copies the rows of a weight [n, k] whose numbers are in `ids` [count] to out: [count, k]. If `is_packed` is not 0,
+// `weight` was packed by `pack_weight`; otherwise it is a contiguous [n, k].
 EXPORT void gather_rows(const void* weight, int64_t is_packed, const int64_t* ids, void* out, int64_t count, int64_t k,
                         int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
@@ -106,8 +111,8 @@ EXPORT int64_t packed_quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_
     return ceil_div(n, PANEL) * panel_bytes<float>(Weights{nullptr, k, bits, group_size});
 }
 
-// Packs a quantised weight. values: [n, k], scales: [n, ceil(k / group_size)], both contiguous; packed:
-// packed_quantized_bytes(n, k, bits, group_size) bytes.
+// Packs a quantised weight. values: [n, k] and scales: [n, ceil(k / group_size)], both contiguous; packed:
+// packed_quantized_bytes(n, k, bits, group_size) bytes of memory.
 EXPORT void pack_quantized(const int8_t* values, const float* scales, void* packed, int64_t n, int64_t k, int64_t bits,
                            int64_t group_size) {
     const Weights weights{nullptr, k, bits, group_size};
@@ -131,7 +136,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 }
 
 #if JAMBA_X86
-// This macro calls the f<T> of the machine's level. For bf16 there is one more level, avx512_bf16.
+// This macro calls the version of function f<T> that was compiled for the machine's instruction set. For bf16, f also
+// has a version in the namespace avx512_bf16.
 #define DISPATCH_PRODUCT(f, argument)                                                              \
     do {                                                                                           \
         if constexpr (std::is_same_v<T, bf16>) {                                                   \
@@ -143,8 +149,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 #define DISPATCH_PRODUCT(f, argument) DISPATCH(f, argument)
 #endif
 
-// Computes y = x W^T + bias. x: [m, k], rows `x_stride` elements apart; bits, group_size: see `Weights`; bias: [n] or
-// null; y: [m, n].
+// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bits and group_size: see `Weights` in
+// `gemm.h`; bias: [n] or null; y: [m, n].
 EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t bits, int64_t group_size,
                    const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
@@ -155,8 +161,9 @@ EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t 
     });
 }
 
-// Computes `kernels.ops.RunExperts`. x: [tokens, hidden], rows `x_stride` elements apart; gate_up: packed [experts,
-// 2 * inner, hidden]; down: packed [experts, hidden, inner]; weights, ids: [tokens, top_k]; y: [tokens, hidden].
+// Computes `kernels.ops.RunExperts`. x: [tokens, hidden], with rows `x_stride` elements apart; gate_up: packed
+// [experts, 2 * inner, hidden]; down: packed [experts, hidden, inner]; weights, ids: [tokens, top_k]; y: [tokens,
+// hidden].
 EXPORT void run_experts(const void* x, int64_t x_stride, const void* gate_up, const void* down, int64_t bits,
                         int64_t gate_up_group, int64_t down_group, const float* weights, const int32_t* ids, void* y,
                         int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden, int64_t inner, int64_t dtype) {

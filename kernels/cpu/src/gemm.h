@@ -1,37 +1,42 @@
-// This header declares packed weights and the tiles of a product, which are the same for every instruction set.
+// This header declares the layout of packed weights and the division of a matrix product into tiles, which are the same
+// for every instruction set.
 #pragma once
 #include "common.h"
 
-// A weight [N, K] is packed in panels. A panel has 32 columns of the transposed weight. Its inputs are stored in pairs,
-// in ascending order; an odd K is padded with a zero. The layout of bf16 is [panel][pair][column][2], as the
-// dot-product instruction needs it. The layout of f32 and f16 is [panel][pair][2][column].
+// A weight [N, K] is packed in panels. A panel has 32 columns of the transposed weight [K, N]. A pair is two
+// neighbouring elements along K; pairs are stored in ascending order, and an odd K is padded with a zero. The layout of
+// bf16 is [panel][pair][column][2], which the dot-product instruction needs. The layout of f32 and f16 is
+// [panel][pair][2][column].
 //
-// A panel of a quantised weight stores each group of inputs, followed by the group's scales, float32 [column]. The
-// numbers of int8 and fp8 (e4m3 without infinities) are stored as [pair][2][column]. int4 is stored in steps of four
-// pairs, as words of 16 bits [step][column][2]: word i has number i of each pair, the first pair in the lowest bits. K
-// is padded with zeros to whole steps.
+// In a quantised weight, a group is the elements along K that share a scale. A panel stores the numbers of each group,
+// followed by the group's scales: float32 [column]. int8 and fp8 (e4m3 without infinities) are stored as
+// [pair][2][column]. int4 is stored in steps of four pairs, as words of 16 bits: [step][column][2]. Word 0 holds the
+// first elements of the four pairs and word 1 the second elements, with the first pair in the lowest bits. K is padded
+// with zeros to whole steps.
 constexpr int64_t PANEL = 32;
 struct Int8 {};
 struct Int4 {};
 struct Fp8 {};
-constexpr int64_t FP8 = -8;  // fp8 has this value of `bits`, because 8 stands for int8.
+constexpr int64_t FP8 = -8;  // the value of `bits` that stands for fp8, because 8 stands for int8
 constexpr int64_t INT4_PAIRS = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 constexpr int64_t PAIR_BYTES = PANEL * 2 * sizeof(T);
 template <class T>
-// COLUMN_BYTES is the distance from one column to the next within a pair of inputs.
+// COLUMN_BYTES is the distance in bytes between neighbouring columns of a packed weight with elements of type T.
 constexpr int64_t COLUMN_BYTES = sizeof(T) == 4 ? 4 : 2;
 template <>
 inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
 
-// Weights describes a packed matrix [N, K], or the first of several adjacent ones.
+// Weights describes a packed weight matrix [N, K]. If several packed matrices are adjacent in memory, `panels`
+// points to the first one.
 struct Weights {
     const char* panels;
     int64_t k;
     int64_t bits;  // bits is 8 for int8, 4 for int4, FP8 for fp8, and 0 for a weight that is not quantised.
-    int64_t group_size;  // group_size inputs share a scale: a multiple of 8, or at least K if a row has one scale.
+    // group_size elements along K share a scale. It is a multiple of 8, or at least K if each row of W has one scale.
+    int64_t group_size;
 
     int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
     int64_t groups() const { return bits ? ceil_div(k, group_size) : 1; }
@@ -43,7 +48,8 @@ int64_t panel_bytes(const Weights& w) {
     return bits ? w.pairs() * PANEL * bits / 4 + w.groups() * PANEL * 4 : w.pairs() * PAIR_BYTES<T>;
 }
 
-// Tiles divides `rows` rows into as few tiles of at most `highest` rows as possible, of nearly equal sizes.
+// Tiles divides `rows` rows into tiles of at most `highest` rows. There are as few tiles as possible, and their numbers
+// of rows differ by at most one.
 struct Tiles {
     int64_t count, base, extra;
     Tiles(int64_t rows, int64_t highest)
@@ -52,19 +58,21 @@ struct Tiles {
     int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
 };
 
-// Product describes y = x W^T + bias. If `rows` is not null, row i of y is computed from row rows[i] of x.
+// Product describes y = x W^T + bias. If `rows` is not null, row i of y is computed from row rows[i] of x, otherwise
+// from row i.
 template <class T>
 struct Product {
     const T* x;
     int64_t x_stride;
     const int32_t* rows;
     Weights weights;
-    const T* bias;  // bias: [n]; it is null if there is none
+    const T* bias;  // bias: [n], or null if there is no bias
     T* y;           // [m, n]
     int64_t m, n;
 };
 
-// Experts describes a layer of experts and the tokens that choose among them; `run_experts` documents the fields.
+// Experts describes a layer of experts and the tokens that choose among the experts. `run_experts` documents the
+// fields.
 template <class T>
 struct Experts {
     const T* x;

@@ -1,17 +1,21 @@
 // This file computes matrix products with any number of rows, for each instruction set. Each element of y is summed in
-// one accumulator, in ascending order of K, whichever tile and thread computes it. So the result is batch-invariant.
+// one accumulator, in ascending order of K, whichever tile and thread computes the element. So the result is
+// batch-invariant.
 //
 // A strip is two vectors of columns. A tile is up to MAX_ROWS rows by one strip, or fewer rows by several strips, so
-// that enough accumulators are in use to hide the latency of a product. The rows of x are first converted to the type
-// that the product needs and stored in the order in which a tile reads them, [pair][row].
+// that enough accumulators are in use to hide the latency of the multiplications. The rows of x are first packed: they
+// are converted to the type in which they are multiplied and stored in the order in which a tile reads them,
+// [pair][row], where a pair is two neighbouring elements along K.
 
 #ifdef DOT_PRODUCTS
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
-// x is stored as pairs of bf16. The instruction VDPBF16PS adds both products of a pair, in a fixed order of its own.
+// An element of packed x is two neighbouring bf16 elements along K. The instruction VDPBF16PS multiplies both elements
+// and adds the two products, in an order that the processor fixes.
 using PackedX = uint32_t;
 constexpr int64_t X_PER_PAIR = 1;
 
-// Adds the products of one pair of inputs to the accumulators. The weights are `offset` bytes after w[strip].
+// Adds the products of two neighbouring elements along K to the accumulators c of MR rows and NS strips. The weights of
+// strip s are `offset` bytes after w[s].
 template <class W, int MR, int NS>
 INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
                           int pair) {
@@ -27,7 +31,8 @@ INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* co
     }
 }
 
-// Converts n <= 2 * WIDTH elements of one row to pairs. Pair i goes to out[i * rows], between the pairs of other rows.
+// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i goes to out[i * rows];
+// pairs i of the other rows of the tile lie next to it.
 INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
     PackedX pairs[WIDTH] = {};
     std::memcpy(pairs, x, n * sizeof(bf16));
@@ -36,7 +41,7 @@ INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t row
 #else
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-// x is stored as float32. A pair of inputs takes two fused multiplications and additions.
+// An element of packed x is a float32. Two neighbouring elements along K take two fused multiply-adds.
 using PackedX = float;
 constexpr int64_t X_PER_PAIR = 2;
 
@@ -68,17 +73,17 @@ INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) 
 }
 #endif
 
-// Returns how many strips a tile of `rows` rows has. The number is a power of two.
+// Returns the number of strips that a tile of `rows` rows has. This number is a power of two.
 constexpr int max_strips(int rows) {
     int strips = 1;
     while (4 * strips * rows <= ACCUMULATORS && strips < 4) strips *= 2;
     return strips;
 }
 
-// Returns the length of a row of packed x, which is padded to whole steps of every weight format.
+// Returns the number of elements in a packed row of x, including the padding to whole steps of every weight format.
 inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
-// Packs the rows from `first` to `first` + `size` - 1 of x in the order in which a tile reads them.
+// Packs rows `first` to `first` + `size` - 1 of x, in the order in which a tile reads them.
 template <class T>
 void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     for (int64_t m = 0; m < size; m++) {
@@ -92,21 +97,22 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
 
-// Walk describes the part of K that a tile processes in one call: steps first..end-1 of a strip.
+// Walk describes the part of K that a tile processes in one call: steps `first` to `end` - 1 of the weights. Reader in
+// `formats.inl` defines a step.
 struct Walk {
-    const PackedX* x;  // x points to the packed rows of the tile, at the beginning of K.
+    const PackedX* x;  // x points to the tile's packed rows, at the beginning of K.
     int64_t strip;
     int64_t first, end;
-    // Each step prefetches `stride` bytes from `next` on. If `next` is null, it prefetches the panel itself, some bytes
-    // ahead.
+    // If `next` is not null, each step prefetches another `stride` bytes of the memory at `next`. If `next` is null,
+    // each step prefetches later weights of the panel that the tile is reading.
     const char* next;
     int64_t stride;
-    // On entry, `sums` has the sums over earlier steps; on return, over all steps so far. It is null if the steps are
-    // all of K.
+    // If the steps do not cover all of K, `sums` has the tile's sums over all earlier steps on entry, and the sums
+    // including this call's steps on return. Otherwise `sums` is null.
     float* sums;
 };
 
-// The arguments of a tile that are not template arguments.
+// TileArguments holds the arguments of the function `tile` that are not template arguments.
 template <class T>
 struct TileArguments {
     const Product<T>* product;
@@ -135,11 +141,12 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     }
 }
 
-// Returns how many bytes ahead of the product a panel is prefetched, if a tile has `strips` strips. The value was found
-// by measurement.
+// Returns how many bytes before their use the weights of a panel are prefetched, if a tile has `strips` strips. The
+// value was found by measurement.
 constexpr int64_t ahead(int strips) { return 8192 / strips; }
 
-// Computes totals += scale * c for one group. The group's scales are `offset` bytes after scales[strip].
+// Computes totals += scale * c, where c has the unscaled sums over one group of a quantised weight. The group's scales
+// for strip s are `offset` bytes after scales[s].
 template <int MR, int NS>
 INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS], int64_t offset,
                       Vec (&totals)[MR][2 * NS]) {
@@ -151,15 +158,15 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
     }
 }
 
-// Steps describes how the steps of a weight are divided into groups.
+// Steps describes how the steps of a weight (see Reader in `formats.inl`) are divided into groups that share a scale.
 template <class W>
 struct Steps {
-    int64_t count, group;  // count is the number of steps in K; group is the number of steps in a group.
+    int64_t count, group;  // count: number of steps in K; group: number of steps in a group
     explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
         group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
     }
-    // Returns the offset of a step in its panel, in bytes. The step must be the first of its group, or the weight must
-    // have one group only.
+    // Returns the offset of a step in its panel, in bytes. The step must be the first of its group, unless the weight
+    // has only one group.
     int64_t offset(int64_t step) const {
         return step * Reader<W>::BYTES + (Reader<W>::SCALED ? step / group * 4 * PANEL : 0);
     }
@@ -183,9 +190,8 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
     }
 }
 
-// Computes the steps `walk` of one tile. After the last step of K the result goes to y; before that, intermediate sums
-// are kept in `walk.sums`. They are the unscaled sums if the weight has one group, otherwise the totals of the scaled
-// groups.
+// Computes the steps `walk` of one tile. If they include the last step of K, the result goes to y. Otherwise
+// intermediate sums go to `walk.sums`: unscaled sums if the weight has one group, otherwise sums of scaled groups.
 template <class T, class W, int MR, int NS>
 void tile(const TileArguments<T>& a) {
     using R = Reader<W>;
@@ -204,7 +210,7 @@ void tile(const TileArguments<T>& a) {
     int64_t offset = steps.offset(walk.first);
     const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
-    Vec totals[MR][2 * NS] = {};  // totals has the sums of the scaled groups.
+    Vec totals[MR][2 * NS] = {};  // totals has the sums over all finished groups, each multiplied by its scale.
     if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
         Vec c[MR][2 * NS] = {};
@@ -235,7 +241,7 @@ void tile(const TileArguments<T>& a) {
     store_tile<T, MR, 2 * NS>(totals, a);
 }
 
-// Computes the strips from `a.walk.strip` to `end` - 1, NS at a time, for one tile of MR rows.
+// Computes strips `a.walk.strip` to `end` - 1 of a tile of MR rows, NS strips at a time.
 template <class T, class W, int MR, int NS>
 void tile_strips(TileArguments<T> a, int64_t end) {
     int64_t& strip = a.walk.strip;
@@ -254,11 +260,12 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
-constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;  // A span is the part of a strip that fits into the L1 cache.
+// A span is a part of a strip, along K, that fits into the L1 cache.
+constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;
 
-// Several tiles use a strip together, so that its weights are read from memory once: every tile processes one span of K
-// before any tile starts the next span. While the tiles work on a span, each prefetches a share of the next one, which
-// must be in the cache before the first tile needs it.
+// Computes several tiles that use the same strips, and reads the weights of each strip from memory only once: every
+// tile processes one span of K before any tile starts the next span. While a tile processes a span, it prefetches its
+// share of the next span, because the whole next span must be in the cache before the first tile needs it.
 template <class T, class W>
 void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                   int64_t strip_end) {
@@ -299,8 +306,8 @@ void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_
     tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, walk}, strip_end);
 }
 
-// Computes the tiles `tile` to `tile_end` - 1 of a product, for the strips `strip` to `strip_end` - 1. x is packed, one
-// tile after the other.
+// Computes tiles `tile` to `tile_end` - 1 of a product, for strips `strip` to `strip_end` - 1. x: the packed rows of
+// all tiles, one tile after the other.
 template <class T>
 void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                     int64_t strip_end) {
@@ -312,17 +319,18 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     }
 }
 
-// The size of a piece of work is the bytes of its weights times the number of tiles that use them.
+// A piece of work has about this size, which is the number of weight bytes times the number of tiles that use them.
 constexpr int64_t PIECE_BYTES = 1 << 17;
-constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // This many bytes of packed x stay in the cache while all weights are read.
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // A part has about this many bytes of packed x, which fit into the cache.
 
-// A part is some tiles of a product. The threads share it in pieces of `grain` strips.
+// A part is some of the tiles of a product, with all strips. The threads share the work of a part in pieces of `grain`
+// strips.
 template <class T>
 struct Part {
     Product<T> product;
-    PackedX* x;  // x points to the first packed row of the product.
+    PackedX* x;  // x points to the first row of the product's packed x.
     int64_t tile, tile_end, strips, grain;
-    int64_t tiles_before, pieces_before;  // Earlier parts have this many tiles and pieces.
+    int64_t tiles_before, pieces_before;  // the number of tiles and of pieces that all earlier parts have together
 };
 
 template <class T>
@@ -330,7 +338,8 @@ struct Parts {
     Part<T>* parts;
     int64_t count = 0, tiles = 0, pieces = 0;
 
-    // Splits a product into `blocks` parts. x: memory for its packed rows, x_row(k) elements each.
+    // Divides the tiles of a product into `blocks` parts and appends these parts. x: memory for the packed rows of the
+    // product, with x_row(k) elements per row.
     void add(const Product<T>& p, PackedX* x, int64_t blocks) {
         const Tiles whole(p.m, MAX_ROWS);
         const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
@@ -348,8 +357,8 @@ struct Parts {
     }
 };
 
-// Packs all rows in the order in which the tiles read them. Before rows first..first+size-1 are packed, it calls
-// before(product, first, size).
+// Packs the rows of x of all parts, in the order in which the tiles read the rows. Calls before(product, first, size)
+// before it packs rows `first` to `first` + `size` - 1 of a product.
 template <class T, class F>
 void pack_parts(const Parts<T>& all, const F& before) {
     if (!all.tiles) return;
@@ -386,7 +395,7 @@ template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
     const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
-    // If the product has few columns, the threads also divide the rows among themselves.
+    // A product with few columns is also divided by rows, so that all threads have work.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
     Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
     all.add(p, static_cast<PackedX*>(scratch(0, x_bytes)),

@@ -28,7 +28,8 @@ Level level() { return current.load(std::memory_order_relaxed); }
 
 EXPORT int64_t machine_level() { return int64_t(level()); }
 
-// Tests select a lower instruction set with this function. It returns the one then in use, never above the machine's.
+// Selects a lower instruction set, for tests. An instruction set that the machine lacks is replaced by the machine's
+// highest one. Returns the instruction set now in use.
 EXPORT int64_t set_level(int64_t wanted) {
     const int64_t highest = int64_t(detect());
     current.store(Level(wanted < 0 || wanted > highest ? highest : wanted));

@@ -1,11 +1,11 @@
-// This file runs a Mamba layer's decode step between in_proj and out_proj. It calls the functions of the layer's parts
-// one after the other, with results in scratch memory. Each takes microseconds; a call from Python and a new tensor for
-// each result would double that.
+// This file runs a Mamba layer's decode step between in_proj and out_proj. It calls the functions for the convolution,
+// projections, norms and scan one after the other and keeps their results in scratch memory. Each of these functions
+// takes microseconds. A call from Python and a new tensor for each result would double that time.
 #include "ops.h"
 
 namespace {
 
-// Hands out pieces of one buffer, each aligned to a cache line.
+// Memory divides one buffer into pieces that are aligned to cache lines.
 struct Memory {
     char* next;
     char* take(int64_t bytes) {
@@ -17,8 +17,8 @@ struct Memory {
 
 }  // namespace
 
-// `kernels/cpu/mamba.py` mirrors this layout. a: [channels, states]; x_proj: packed [rank + 2 * states, channels];
-// dt_proj: packed [channels, rank].
+// The weights of a Mamba layer, in the same layout as in `kernels/cpu/mamba.py`. a: [channels, states]; x_proj: packed
+// [rank + 2 * states, channels]; dt_proj: packed [channels, rank], where `rank` is the model's dt_rank.
 struct MambaWeights {
     const void *conv_weight, *conv_bias, *x_proj, *dt_norm, *b_norm, *c_norm, *dt_proj;
     const float *a, *d, *dt_bias;
@@ -26,15 +26,15 @@ struct MambaWeights {
     float eps;
 };
 
-// Computes one token of each of `rows` sequences. xz: [rows, 2 * channels], the convolution's inputs followed by the
-// gate, rows `stride` elements apart; out: [rows, channels].
+// Computes one token of each of `rows` sequences. xz: [rows, 2 * channels], with rows `stride` elements apart, has the
+// convolution's inputs first and then the gate. out: [rows, channels].
 EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t stride, int64_t rows, void* conv_state,
                          int64_t conv_stride, float* ssm_state, int64_t ssm_stride, const int32_t* state_ids,
                          void* out) {
     const MambaWeights& w = *weights;
     const int64_t item = w.dtype == int64_t(Dtype::f32) ? 4 : 2, projected = w.rank + 2 * w.states;
     const int64_t bytes = 2 * (w.channels + projected) * item * rows + 6 * 64;
-    // Buffer 3 is used here, because the functions of the parts use the others.
+    // Scratch buffer 3 is used here, because the functions called below use the other buffers.
     Memory memory{static_cast<char*>(scratch(3, bytes))};
     char *const u = memory.take(rows * w.channels * item), *const parts = memory.take(rows * projected * item);
     char *const rank = memory.take(rows * w.rank * item), *const dt = memory.take(rows * w.channels * item);

@@ -1,17 +1,17 @@
-// This file has functions of a Vec, which `simd.h` compiles for each instruction set. The result of an element does not
-// depend on its place in the vector.
+// This file has mathematical functions of a Vec. `simd.h` includes it once for each instruction set. The result for an
+// element does not depend on the element's lane.
 
-// Computes e^x of N vectors, with an error of at most 2 units in the last place. The result is 0 below -104, infinite
-// above 88.73, and NaN for NaN. Each step is done for all N vectors, because the steps of one vector depend on each
-// other and would stall the processor.
+// Computes e^x of N vectors, with an error of at most 2 units in the last place. The result is 0 below x = -104,
+// infinite above x = 88.73, and NaN for NaN. The calculations of one vector depend on each other and would stall the
+// processor, so each step is done for all N vectors before the next step.
 template <int N>
 INLINE void exp(const Vec* x, Vec* y) {
-    // These are the coefficients of Cephes' expf for r within +-0.35, the highest power first.
+    // These are the coefficients of the polynomial in Cephes' expf, which is for r within +-0.35, highest power first.
     constexpr float COEFFICIENTS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = min(set(89.0f), max(set(-105.0f), x[i]));
     for (int i = 0; i < N; i++) n[i] = round(r[i] * set(1.44269504f));
-    // ln 2 is subtracted in two parts, of which the first gives an exact product.
+    // The constant ln 2 is split into two parts. The product of n and the first part is exact.
     for (int i = 0; i < N; i++) r[i] = fma(n[i], set(-0.693359375f), r[i]);
     for (int i = 0; i < N; i++) r[i] = fma(n[i], set(2.12194440e-4f), r[i]);
     for (int i = 0; i < N; i++) p[i] = set(1.9875691500e-4f);
@@ -26,12 +26,12 @@ INLINE Vec exp(Vec x) {
     return y;
 }
 
-// Computes 2^x of N vectors for x <= 0, with an error of at most one unit in the last place, and NaN for NaN. It costs
-// half as much as `exp`.
+// Computes 2^x of N vectors for x <= 0, with an error of at most one unit in the last place. The result is NaN for NaN.
+// This function takes half the time of `exp`.
 template <int N>
 INLINE void exp2_below_one(const Vec* x, Vec* y) {
-    // 2^r is 1 + r * polynomial(r) for r within +-1/2. The coefficients, the highest power first, minimise the largest
-    // relative error.
+    // For r within +-1/2, 2^r is computed as 1 + r * polynomial(r). The coefficients minimise the largest relative
+    // error and are ordered from the highest power down.
     constexpr float COEFFICIENTS[] = {1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f, 2.4022647738e-1f, 6.9314718246e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = max(set(-151.0f), x[i]);  // Below -150, 2^x is 0 in float32.
@@ -66,15 +66,17 @@ INLINE Vec log(Vec x) {
     return fma(e, set(0.693359375f), p);
 }
 
-// Returns ln(1 + e^x). Above 20 it returns x, which is the same number in float32.
+// Returns ln(1 + e^x). For x above 20 the result is x, because ln(1 + e^x) rounds to x in float32.
 INLINE Vec softplus(Vec x) {
-    // u is 1 + y, rounded. The term (y - (u - 1)) / u corrects the rounding error, which matters for a small y.
+    // u is 1 + y, rounded to float32. The term (y - (u - 1)) / u corrects the rounding error of u, which matters if y
+    // is small.
     const Vec y = exp(min(set(20.0f), x)), u = set(1.0f) + y;
     const Vec small = log(u) + (y - (u - set(1.0f))) / u;
     return where_greater(x, set(20.0f), x, small);
 }
 
-// Adds the upper half of the elements to the lower half, again and again, until one element is left.
+// Returns the sum of the elements: adds the upper half of the elements to the lower half, then halves the rest again,
+// until one element remains.
 INLINE float sum(Vec x) {
     alignas(64) float v[WIDTH];
     store(v, x);
@@ -84,7 +86,7 @@ INLINE float sum(Vec x) {
     return v[0];
 }
 
-// `take` loads and `put` stores the first n <= WIDTH elements. The common case, n == WIDTH, needs no mask.
+// `take` loads and `put` stores the first n <= WIDTH elements of a vector. The common case, n == WIDTH, uses no mask.
 template <class T>
 INLINE Vec take(const T* p, int64_t n) {
     return n == WIDTH ? load(p) : load(p, n);
@@ -95,7 +97,7 @@ INLINE void put(T* p, Vec x, int64_t n) {
     else store(p, x, n);
 }
 
-// Rounds x to T and returns it as float32.
+// Rounds x to the precision of T and returns the result as float32.
 template <class T>
 INLINE Vec rounded(Vec x) {
     alignas(64) T memory[WIDTH];

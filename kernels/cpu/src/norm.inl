@@ -1,5 +1,5 @@
-// Computes one row: summed = x + residual, rounded to T, and normed = summed / rms * weight, where summed / rms is
-// rounded to T before the weight multiplies it. Without a residual (null), x takes the place of summed.
+// Computes RMSNorm of one row. summed = x + residual is rounded to T. normed = summed / rms * weight, where summed /
+// rms is rounded to T before the multiplication by the weight. If `residual` is null, x is used in place of summed.
 template <class T>
 void rms_norm_row(const T* x, const T* residual, const T* weight, float eps, T* normed, T* summed, int64_t size) {
     Vec squares[4] = {set(0), set(0), set(0), set(0)};

@@ -1,4 +1,5 @@
-// This header declares the exported functions that `mamba.cpp` calls too. Their definitions describe the arguments.
+// This header declares the exported functions that `mamba.cpp` also calls. The comments at their definitions describe
+// the arguments.
 #pragma once
 #include "common.h"
 

@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int64_t SPIN_NS = 50'000;
-// This bit of `gate_` marks an open job; the lower bits count the workers that joined it.
+// This bit of `gate_` is set while a job is open. The lower bits count the workers that have joined the job.
 constexpr uint64_t OPEN = uint64_t(1) << 32;
 
 void relax() {
@@ -37,7 +37,7 @@ public:
     void run(int64_t n, int64_t grain, bool in_runs, Body body, const void* context) {
         if (threads_ == 1 || n <= grain || working) return body(context, 0, n);
         std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
-        if (!lock) return body(context, 0, n);  // The pool already runs another thread's job.
+        if (!lock) return body(context, 0, n);  // The pool is already running a job of another thread.
         body_ = body, context_ = context, n_ = n, grain_ = grain, in_runs_ = in_runs;
         next_.store(0, std::memory_order_relaxed);
         gate_.fetch_or(OPEN);
@@ -70,8 +70,8 @@ private:
     void work() {
         working = true;
         for (int64_t begin = next_.load(); begin < n_;) {
-            // Runs are long at first, because memory is read faster in order, and short at the end, so that all threads
-            // finish at about the same time.
+            // A run is the number of pieces that a thread takes at once. Runs are long at first, because memory is read
+            // faster in order. They become short at the end, so that all threads finish at about the same time.
             const int64_t run = in_runs_ ? (n_ - begin) / (2 * threads_ * grain_) : 1;
             const int64_t size = run > 1 ? run * grain_ : grain_;
             if (!next_.compare_exchange_weak(begin, begin + size)) continue;
@@ -117,7 +117,8 @@ private:
         workers_.clear();
     }
 
-    // This is true while the thread runs a piece. A job that a piece starts then uses this thread only.
+    // `working` is true while the thread runs a piece. If the piece itself starts a job, this thread alone runs that
+    // job.
     static thread_local bool working;
     std::mutex caller_, sleep_;
     std::condition_variable wake_;
@@ -136,8 +137,8 @@ private:
 
 thread_local bool Pool::working = false;
 
-// The pool is never destroyed. Its threads end with the process; joining them at exit could block forever in a forked
-// child, which has no such threads.
+// The pool is never destroyed, and its threads end with the process. A forked child has no such threads, so joining the
+// threads at exit could block the child forever.
 Pool& pool() {
     static Pool* const instance = new Pool;
     return *instance;
@@ -166,7 +167,7 @@ void* scratch(int slot, int64_t bytes) {
         std::free(buffer.data);
         buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
         buffer.data = std::aligned_alloc(4096, buffer.size);
-        if (!buffer.data) std::abort();  // the kernels have no way to fail
+        if (!buffer.data) std::abort();  // The kernels cannot report an error.
     }
     return buffer.data;
 }

@@ -5,8 +5,8 @@
 
 constexpr int64_t MOST_ARGUMENTS = 32;
 
-// `kernels/cpu/graph.py` mirrors this layout. The arguments of every exported function are 64-bit integers and
-// pointers, optionally followed by one float.
+// Call is one recorded library call, in the same layout as in `kernels/cpu/graph.py`. The arguments of every exported
+// function are 64-bit integers and pointers, optionally followed by one float.
 struct Call {
     void (*function)();
     int64_t count;

@@ -2,7 +2,8 @@
 #define KERNEL_FILE "route.inl"
 #include "for_each_level.h"
 
-// Chooses the experts of each row. logits: [rows, experts], rows `stride` elements apart; weights, ids: [rows, top_k].
+// Chooses the experts of each token. logits: [rows, experts], with rows `stride` elements apart; weights, ids: [rows,
+// top_k].
 EXPORT void route_experts(const void* logits, float* weights, int32_t* ids, int64_t rows, int64_t experts,
                           int64_t top_k, int64_t stride, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {

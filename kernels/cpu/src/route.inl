@@ -1,5 +1,5 @@
-// Computes the softmax over one row's experts and chooses the best `top_k`; of equal ones, the lower index. memory:
-// [experts + WIDTH] floats of scratch.
+// Computes the softmax over the expert logits of one token and chooses the `top_k` experts with the largest logits. Of
+// experts with equal logits, the one with the lower index comes first. memory: [experts + WIDTH] floats of scratch.
 template <class T>
 void route_row(const T* logits, int64_t experts, int64_t top_k, float* weights, int32_t* ids, float* memory) {
     for (int64_t e = 0; e < experts; e += WIDTH)
@@ -15,7 +15,7 @@ void route_row(const T* logits, int64_t experts, int64_t top_k, float* weights, 
     }
     const float sum_of_all = sum(weight_sum);
     for (int64_t k = 0; k < top_k; k++) {
-        // Experts are compared by their logits, because different logits may round to the same weight.
+        // Experts are compared by their logits, because different logits may give the same weight after rounding.
         int64_t best = -1;
         for (int64_t e = 0; e < experts; e++) {
             bool taken = false;

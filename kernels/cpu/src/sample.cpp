@@ -7,12 +7,13 @@ namespace {
 struct SampleRow {
     const float* logits;
     int64_t size;
-    float temperature, top_p, least;  // `least` is ln(min_p), and -infinity if min-p is off.
+    float temperature, top_p, least;  // `least` is ln(min_p), or -infinity if min-p is off.
     int64_t top_k;  // top_k is 0 if top-k is off.
     uint64_t key;
 };
 
-constexpr int DIGIT_BITS = 10;  // The magnitude of a score has 31 bits: a digit of 11 bits and two digits of 10 bits.
+// The 31 bits of a score without its sign are divided into three digits: one of 11 bits and two of 10 bits.
+constexpr int DIGIT_BITS = 10;
 constexpr int64_t BINS = 2 << DIGIT_BITS;
 
 struct Bin {
@@ -25,8 +26,8 @@ struct Bin {
 #define KERNEL_FILE "sample.inl"
 #include "for_each_level.h"
 
-// Samples one token for each row of logits [rows, size], rows `stride` elements apart. `size` must be below 2^24,
-// because positions are stored as floats.
+// Samples one token for each row of logits [rows, size], with rows `stride` elements apart. `size` must be below 2^24,
+// because positions in the row are held in float32, which is exact below 2^24.
 EXPORT void sample(const float* logits, const float* temperature, const float* top_p, const float* min_p,
                    const int32_t* top_k, const int64_t* keys, int64_t* tokens, int64_t rows, int64_t size,
                    int64_t stride) {

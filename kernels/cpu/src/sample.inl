@@ -1,14 +1,14 @@
-// Uniform holds a vector of uniform numbers u. Where u is below 1/2, `upper` is 0 and `ends` is u. Otherwise `upper` is
-// 1 and `ends` is 1 - u.
+// Uniform holds a vector of random numbers u, uniform in (0, 1). Where u is below 1/2, `upper` is 0 and `ends` is u.
+// Elsewhere `upper` is 1 and `ends` is 1 - u.
 struct Uniform {
     Vec ends, upper;
 };
 
-// Returns the uniform numbers of tokens id(0) to id(WIDTH - 1) in the row with `key`. That of a token is made from
-// output number id of SplitMix64, as in `kernels/reference/sample.py`.
+// Returns the uniform random numbers of tokens id(0) to id(WIDTH - 1) in the row with random key `key`. The number of a
+// token is made from output number `id` of the generator SplitMix64, as in `kernels/reference/sample.py`.
 template <class F>
 INLINE Uniform uniform(uint64_t key, const F& id) {
-    // Each step has a loop of its own, which the compiler can vectorise.
+    // Each operation has a loop of its own, so that the compiler can vectorise it.
     alignas(64) uint64_t bits[WIDTH];
     alignas(64) int64_t numbers[WIDTH];
     alignas(64) float ends[WIDTH], upper[WIDTH];
@@ -22,26 +22,30 @@ INLINE Uniform uniform(uint64_t key, const F& id) {
     return {load(ends), load(upper)};
 }
 
-// Returns standard Gumbel noise, -ln(-ln u). It is computed in float32 and differs from the reference by about 1e-6.
-// For u above 1/2 it is computed from 1 - u, because float32 cannot represent a u close to 1 precisely.
+// Returns standard Gumbel noise, -ln(-ln u), in float32. The noise differs from that of `kernels/reference/sample.py`
+// by about 1e-6. Where u is above 1/2, the noise is computed from 1 - u, because float32 cannot represent a u close to
+// 1 precisely.
 INLINE Vec gumbel_noise(const Uniform& u) {
-    // With v = 1 - x, rounded, ln(1 - x) is ln(v) + (1 - x - v) / v, up to higher orders.
+    // Let x be 1 - u, and v be 1 - x rounded to float32. Then ln(1 - x) is ln(v) + (1 - x - v) / v, up to higher
+    // orders.
     const Vec one = set(1.0f), half = set(0.5f), v = one - u.ends;
     const Vec known = where_greater(u.upper, half, v, u.ends);
     const Vec lost = where_greater(u.upper, half, ((one - v) - u.ends) / v, set(0.0f));
     return set(0.0f) - log(set(0.0f) - (log(known) + lost));
 }
 
-// Returns an upper bound of the noise without computing a logarithm. Above u = 1/2 it uses -ln(-ln u) < -ln(1 - u) and
-// exceeds large noise by at most 0.98. Below u = 1/2 the noise is less than 0.367.
+// Returns an upper bound of the Gumbel noise -ln(-ln u) without computing a logarithm. For u above 1/2, the bound
+// follows from -ln(-ln u) < -ln(1 - u) and exceeds large noise by at most 0.98. For u below 1/2, the noise is less than
+// 0.367.
 INLINE Vec noise_bound(const Uniform& u) {
     Vec m, e;
-    split(u.ends, m, e);  // m >= 3/4, so -ln(1 - u) <= -e * ln 2 - ln(3/4)
+    split(u.ends, m, e);  // Because m >= 3/4, -ln(1 - u) <= -e * ln 2 - ln(3/4).
     return where_greater(u.upper, set(0.5f), fma(e, set(-0.6931472f), set(0.289f)), set(0.37f));
 }
 
-// Returns the position of the largest score, the first of equal ones, or 0 if no score is above -infinity. score(i, n)
-// returns the scores of elements [i, i + n); an element that does not count has the score NaN or -infinity.
+// Returns the position of the largest score. Returns the first position if several scores are equally large, and 0 if
+// no score is above -infinity. score(i, n) returns the scores at positions i to i + n - 1. A position to be ignored has
+// the score NaN or -infinity.
 template <class F>
 INLINE int64_t first_largest(int64_t size, const F& score) {
     alignas(64) float lane[WIDTH], scores[WIDTH], places[WIDTH];
@@ -60,7 +64,8 @@ INLINE int64_t first_largest(int64_t size, const F& score) {
     return int64_t(first);
 }
 
-// Replaces the elements after the first n by -infinity. A load fills them with zeros, which could be the largest score.
+// Replaces the elements of x after the first n by -infinity. A masked load sets these elements to zero, which could be
+// the largest score.
 INLINE Vec only_first(Vec x, int64_t n) {
     if (n == WIDTH) return x;
     alignas(64) float v[WIDTH];
@@ -69,22 +74,24 @@ INLINE Vec only_first(Vec x, int64_t n) {
     return load(v);
 }
 
-// Tokens lists tokens of a row in the order of their ids. It has their scores, relative to the best (so none is above
-// 0), and, for top-p, their masses exp(score).
+// Tokens lists tokens of a row in ascending order of their ids. A score is (logit - largest logit of the row) /
+// temperature, so no score is above 0. For top-p, `masses` has exp(score) of each token.
 struct Tokens {
     int64_t count;
     int32_t* ids;
     float *scores, *masses;
 };
 
-// Returns an integer key for a score that is not above 0. A better score has a smaller key.
+// Returns an integer key of a score, which must not be above 0. A larger score has a smaller key.
 INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
 
-// Keeps the best tokens: at most `most` of them and, with `by_mass`, no more than needed to reach the probability mass
-// `mass`. Of equal scores, the token with the lower id is better. Nothing is sorted: the key of the last kept token is
-// found digit by digit, from the highest digit on. bins: [BINS]; places: [count].
+// Keeps the tokens with the largest scores: at most `most` tokens and, with `by_mass`, no more tokens than are needed
+// for the probability mass `mass`. Of tokens with equal scores, those with lower ids are kept first. Nothing is sorted:
+// the integer key (see `rank_key`) of the last kept token's score is found digit by digit, from the highest digit on.
+// bins: [BINS]; places: [count].
 INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
-    // `count` tokens share the digits of the last kept token so far; `done` tokens are better.
+    // The key of the last kept token is known down to some digit. `count` tokens have keys with the same known digits.
+    // `done` tokens have smaller keys, so larger scores, and are all kept.
     int64_t count = tokens.count, done = 0;
     double mass_done = 0;
     for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);
@@ -124,7 +131,7 @@ INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, B
     tokens.count = kept;
 }
 
-// Returns the tokens of a row that top-k and then top-p keep. `best` is the row's largest logit.
+// Returns the tokens of a row that remain after top-k and then top-p. `best` is the row's largest logit.
 INLINE Tokens filtered(const SampleRow& row, Vec best) {
     const int64_t whole = (row.size + WIDTH - 1) / WIDTH * WIDTH;
     auto* const memory = static_cast<int32_t*>(scratch(0, whole * 4 * sizeof(int32_t)));
@@ -153,7 +160,7 @@ void sample_row(const SampleRow& row, int64_t* token) {
         first_largest(row.size, [&](int64_t i, int64_t n) { return only_first(take(row.logits + i, n), n); });
     *token = greedy;
     if (row.temperature == 0 || row.logits[greedy] == -__builtin_inff()) return;
-    // Scores are relative to the best logit, so that a small temperature cannot cause an overflow.
+    // The largest logit is subtracted from all logits, so that a division by a small temperature cannot overflow.
     const Vec best = set(row.logits[greedy]), divisor = set(row.temperature), none = set(-__builtin_inff());
     auto after_min_p = [&](Vec score) { return where_greater(set(row.least), score, none, score); };
     if (row.top_k == 0 && row.top_p >= 1) {
@@ -161,7 +168,8 @@ void sample_row(const SampleRow& row, int64_t* token) {
         *token = first_largest(row.size, [&](int64_t i, int64_t n) {
             const Vec score = after_min_p((take(row.logits + i, n) - best) / divisor);
             const Uniform u = uniform(row.key, [=](int64_t lane) { return i + lane; });
-            // For most vectors the bound shows that no token can win, so their exact noise is not computed.
+            // For most vectors, the upper bound of the noise shows that no token can have the largest noisy score. The
+            // exact noise is then not computed.
             if (largest(score + noise_bound(u)) < top) return none;
             const Vec noisy = only_first(score + gumbel_noise(u), n);
             const float here = largest(noisy);

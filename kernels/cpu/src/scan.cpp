@@ -4,15 +4,16 @@
 
 namespace {
 
-// A thread computes this many rows for one group of channels, then goes on to the next group.
+// A thread computes this many rows of one group (one vector) of channels before it goes on to the next group.
 constexpr int64_t AHEAD = 16;
-// The smallest piece of work has this many (group, row) pairs, which take about 6 us.
+// A piece of work computes at least this many output vectors (number of rows times vectors per row), in about 6 us.
 constexpr int64_t MIN_PIECE = 64;
 constexpr float PER_LN_2 = 1.44269504f;
 
 template <class T>
 struct ScanArguments {
-    const T *u, *dt, *b, *c, *z;  // u, dt, z: [rows, channels]; b, c: [rows, states]; each has its own stride over rows
+    // u, dt, z: [rows, channels]; b, c: [rows, states]; each tensor has its own row stride
+    const T *u, *dt, *b, *c, *z;
     const float *a, *d, *dt_bias;  // a: [channels, states]; d and dt_bias: [channels]
     float* state;                  // state: [slots, channels, states]
     T* out;                        // out: [rows, channels]

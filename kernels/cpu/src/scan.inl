@@ -1,14 +1,15 @@
-// This file computes the selective scan. Each lane of a vector is a channel, so no sum crosses lanes, and any number of
-// states per channel works. The decay rates and the state of a group of WIDTH channels are transposed to
-// [states, WIDTH]. The state stays in registers from row to row if the number of states is known at compile time. A
-// piece of work has some neighbouring groups, which take turns every AHEAD rows, because their inputs are adjacent in
-// memory.
+// This file computes the selective scan. Each lane of a vector is a channel, so no sum crosses lanes, and a channel may
+// have any number of states. A group is WIDTH neighbouring channels. The decay rates and the states of a group are
+// transposed to [states, WIDTH]. If the number of states is known at compile time, the states stay in registers from
+// row to row. A piece of work has some neighbouring groups. It computes AHEAD rows of one group and then of the next,
+// because the inputs of neighbouring groups are adjacent in memory.
 //
-// In decode, with one row per sequence, the transposition would take most of the time. If a vector has as many lanes as
-// a channel has states, each lane is therefore a state. Then only the sums cross lanes, in the same order as before.
+// In decode, with one row per sequence, the transposition would take most of the time. Therefore, if a channel has as
+// many states as a vector has lanes, each lane is a state of one channel. Then only the sums over states cross lanes,
+// and they have the same order as with one channel per lane.
 
-// `to_lanes` transposes n channels [n, states] to [states, WIDTH], with zeros in the lanes after n; `from_lanes` does
-// the reverse.
+// `to_lanes` transposes the states of n channels, [n, states], to [states, WIDTH], with zeros in the lanes from n on.
+// `from_lanes` transposes [states, WIDTH] back to [n, states].
 INLINE void to_lanes(const float* from, float* to, int64_t states, int64_t n) {
     if (states == 16 && n == 16 && WIDTH == 16) return transpose16(from, to);
     for (int64_t i = 0; i < WIDTH; i++) {
@@ -22,8 +23,9 @@ INLINE void from_lanes(const float* from, float* to, int64_t states, int64_t n) 
     }
 }
 
-// Computes one row: h = exp(dt * a) * h + drive * b, where drive is dt * u. Returns h @ c. `step` is dt / ln 2, so that
-// the exponential is a power of 2. `state_step` computes the same with one lane per state.
+// Computes one row of WIDTH channels, one channel per lane: h = exp(dt * a) * h + drive * b, where drive is dt * u.
+// Returns h @ c. `step` is dt / ln 2, so that exp(dt * a) is 2^(step * a). `state_step` computes the same with one
+// state per lane.
 template <int S>
 INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b, const float* c, int64_t states) {
     constexpr int LOCKSTEP = S % 4 == 0 && S > 0 ? 4 : 1;
@@ -44,8 +46,8 @@ INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b
     return sums[0];
 }
 
-// Computes one row at N channels, with one lane for each of WIDTH states. h, a: [N, WIDTH]. parts[i] is h * c of
-// channel i; `sums` adds its lanes in the same order as `scan_step`.
+// Computes one row at N channels, with one lane for each of WIDTH states. h, a: [N, WIDTH]. parts[i] receives h * c of
+// channel i. The caller then adds the lanes of parts[i] with `sums`, in the same order as `scan_step` adds the states.
 template <int N>
 INLINE void state_step(float* h, const float* a, const float* step, const float* drive, Vec b, Vec c, Vec* parts) {
     Vec decay[N];
@@ -58,9 +60,9 @@ INLINE void state_step(float* h, const float* a, const float* step, const float*
     }
 }
 
-// Computes rows [begin, end), at most AHEAD, at n channels from `channel` on. b, c: [rows, states] of these rows. All
-// inputs are prepared first and all outputs computed last: in these two loops the rows do not depend on each other, so
-// the processor can overlap them.
+// Computes rows [begin, end), at most AHEAD rows, at n channels from `channel` on. b, c: [rows, states] of these rows.
+// The first loop prepares all inputs and the last loop computes all outputs. In these two loops the rows do not depend
+// on each other, so the processor can compute several rows at once.
 template <int S, class T>
 INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, int64_t begin, int64_t end,
                        int64_t channel, int64_t n, const float* b, const float* c) {
@@ -81,7 +83,7 @@ INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, in
     }
 }
 
-// Computes row t at n channels from `channel` on, for WIDTH states per channel. The state is updated in place.
+// Computes row t at n channels from `channel` on, where each channel has WIDTH states. The states are updated in place.
 template <class T>
 INLINE void scan_row(const ScanArguments<T>& a, int64_t t, float* state, int64_t channel, int64_t n) {
     alignas(64) float steps[WIDTH], drives[WIDTH], totals[WIDTH];
@@ -107,7 +109,7 @@ INLINE void scan_row(const ScanArguments<T>& a, int64_t t, float* state, int64_t
     put(a.out + t * a.channels + channel, fma(d, u, load(totals)) * gate, n);
 }
 
-// Converts the rows of B or C [rows, states] to float32.
+// Converts rows of the matrix B or C of the scan, [rows, states], to float32.
 template <class T>
 INLINE void widen_projection(const T* from, int64_t stride, int64_t rows, int64_t states, float* to) {
     for (int64_t t = 0; t < rows; t++) {
@@ -118,7 +120,8 @@ INLINE void widen_projection(const T* from, int64_t stride, int64_t rows, int64_
     }
 }
 
-// ScanPiece is a piece of work: channels [first, last) of all sequences, with scratch memory for their states.
+// ScanPiece is a piece of work: channels [first, last) of all sequences. It has scratch memory for the states of these
+// channels.
 template <class T>
 struct ScanPiece {
     const ScanArguments<T>& a;
@@ -126,7 +129,8 @@ struct ScanPiece {
     float *rates, *h;  // rates and h are scratch memory: [groups, states, WIDTH]
     float *b, *c;      // b and c are scratch memory: [AHEAD, states]
 
-    // Calls f(first channel, number of channels, offset in `rates` and `h`) for each group of channels.
+    // Calls f(first channel, number of channels, offset of the group in `rates` and `h`) for each group of WIDTH
+    // channels.
     template <class F>
     INLINE void groups(const F& f) const {
         for (int64_t channel = first; channel < last; channel += WIDTH) {
@@ -176,7 +180,7 @@ struct ScanPiece {
         }
     }
 
-    // Computes one row of each sequence. All sequences have a state, and each channel has WIDTH states.
+    // Computes one row of each sequence. Every sequence must have a state, and every channel must have WIDTH states.
     void single_rows() const {
         prefetch(a.a, first, last - first);
         prefetch_state(a.segments.state_ids[0]);

@@ -3,11 +3,11 @@
 #include "common.h"
 
 struct Segments {
-    int64_t count;  // `count` is the number of sequences.
-    const int32_t* query_start;  // query_start: [count + 1]; it is null if each sequence has one row
+    int64_t count;  // number of sequences
+    const int32_t* query_start;  // query_start: [count + 1], or null if each sequence has one row
     const int32_t* state_ids;    // [count]
-    const uint8_t* has_state;  // has_state: [count]; it is null if all sequences have a state
-    const int32_t* save_start;  // save_start: [count + 1]; it is null if no state is saved inside a chunk
+    const uint8_t* has_state;  // has_state: [count], or null if every sequence has a state
+    const int32_t* save_start;  // save_start: [count + 1], or null if no state is saved inside a chunk
     const int32_t* save_rows;
     const int32_t* save_slots;
 
@@ -18,8 +18,8 @@ struct Segments {
     int64_t last_save(int64_t i) const { return save_start ? save_start[i + 1] : 0; }
 };
 
-// Returns the number of channels of a piece of work, a multiple of the vector width. Pieces are large enough to read
-// whole cache lines and small enough that every thread gets several.
+// Returns how many channels a piece of work has, a multiple of the vector width. A piece has enough channels to read
+// whole cache lines, and few enough that every thread gets several pieces.
 inline int64_t piece_channels(int64_t channels, int64_t width) {
     const int64_t fair = channels / (4 * num_threads()) / width * width;
     return fair < width ? width : fair < 8 * width ? fair : 8 * width;

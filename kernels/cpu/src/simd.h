@@ -1,8 +1,10 @@
 // This header defines vectors of float32 for each instruction set. The namespaces `portable`, `avx2` and `avx512` have
-// the same operations. A kernel that uses them is in a .inl file, which `for_each_level.h` compiles in each namespace.
+// the same operations. A kernel that uses these operations is in a .inl file, which `for_each_level.h` compiles in each
+// namespace.
 //
 // `Vec` is a vector of WIDTH floats with the operators of C++. Loads and stores accept any address and convert from and
-// to float, bf16 and f16. The versions with `n` access only the first n elements and load zeros for the others.
+// to float, bf16 and f16. A load or store with an argument `n` accesses only the first n elements; the load sets the
+// other elements to zero.
 #pragma once
 #include "common.h"
 
@@ -45,14 +47,14 @@ INLINE void store(T* p, Vec x, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), narrow(T{}, x));
 }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // `fma` returns a * b + c, rounded once.
-// `min` and `max` return the second operand where an operand is NaN.
+// `min` and `max` return their second operand if either operand is NaN.
 INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
 INLINE Vec round(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // Returns x * 2^n. n must be a whole number from -252 to 252.
 INLINE Vec scale(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
-// Returns, for each element, a > b ? then : otherwise.
+// Returns, for each element, `then` if a > b, and `otherwise` if not.
 INLINE Vec where_greater(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), otherwise, then);
 }
@@ -118,7 +120,7 @@ INLINE Vec power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 INLINE Vec scale(Vec x, Vec n) {
-    // The scale is applied in two steps, so that the result may also be infinite, subnormal or zero.
+    // The multiplication by 2^n is done in two steps, so that the result may also be infinite, subnormal or zero.
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     return x * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
 }
@@ -137,8 +139,8 @@ INLINE void split(Vec x, Vec& m, Vec& e) {
 END_TARGET
 #endif
 
-// The portable level uses the compiler's generic vectors, which become SSE2, NEON or scalar code. Its `fma` is not
-// fused, because a fused operation is slow on machines without an instruction for it.
+// The namespace `portable` uses the compiler's generic vectors, which are compiled to SSE2, NEON or scalar code. The
+// portable `fma` is not fused, because a fused multiply-add is slow on machines that have no instruction for it.
 namespace portable {
 constexpr int64_t WIDTH = 4;
 typedef float Vec __attribute__((vector_size(16)));
@@ -170,7 +172,7 @@ INLINE Vec sqrt(Vec x) {
     for (int i = 0; i < 4; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
 }
-INLINE Vec round(Vec x) {  // The method requires x to be within +-2^22.
+INLINE Vec round(Vec x) {  // This way of rounding requires x to be within +-2^22.
     const Vec shift = set(12582912.0f);
     return (x + shift) - shift;
 }

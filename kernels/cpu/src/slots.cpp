@@ -1,11 +1,11 @@
-// This file writes KV pages and copies, compresses and restores states. A unit is one entry of a tensor's first
-// dimension, such as a slot.
+// This file writes KV pages, and copies, compresses and restores Mamba states. A unit is one entry of a tensor's first
+// dimension, such as the state in one slot.
 #include <cmath>
 
 #include "common.h"
 
-// Copies row t of k and v to token slot slots[t]. A row has `row_bytes` bytes; the rows of k are `k_stride` bytes apart
-// and those of v are `v_stride` bytes apart.
+// Copies row t of k and v to token slot slots[t] of the KV pages. A row has `row_bytes` bytes. The rows of k are
+// `k_stride` bytes apart, and the rows of v are `v_stride` bytes apart.
 EXPORT void write_kv(const char* k, const char* v, char* k_pages, char* v_pages, const int64_t* slots, int64_t rows,
                      int64_t row_bytes, int64_t k_stride, int64_t v_stride, int64_t block_size, int64_t page_stride) {
     for (int64_t t = 0; t < rows; t++) {
@@ -15,7 +15,8 @@ EXPORT void write_kv(const char* k, const char* v, char* k_pages, char* v_pages,
     }
 }
 
-// Copies unit sources[i] to unit destinations[i]. A unit has `bytes` bytes, and units are `stride` bytes apart.
+// Copies unit sources[i] to unit destinations[i], for each i below `pairs`. A unit has `bytes` bytes, and units are
+// `stride` bytes apart.
 EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t* sources, const int64_t* destinations,
                        int64_t pairs) {
     constexpr int64_t PIECE = 1 << 18;
@@ -29,7 +30,8 @@ EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t
     });
 }
 
-// Calls each(pair, first channel, end channel) for every pair, in pieces that several threads share.
+// Calls each(i, first channel, end channel) for every source and destination i below `pairs`. The channels are divided
+// into pieces that several threads share.
 template <class Each>
 static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     constexpr int64_t PIECE = 4096;
@@ -42,13 +44,13 @@ static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     });
 }
 
-// Compresses SSM states to one byte per number, by the formulas of `kernels.ops.CompressStates`; `restore_states` does
-// the reverse. A unit has `channels` times `size` numbers. Strides count numbers.
+// Compresses SSM states to one byte per element, by the formulas of `kernels.ops.CompressStates`. `restore_states` does
+// the reverse. A unit has `channels` times `size` elements. Strides are counted in elements.
 EXPORT void compress_states(const float* states, int64_t stride, int8_t* values, int64_t value_stride, float* scales,
                             int64_t scale_stride, const int64_t* sources, const int64_t* destinations, int64_t pairs,
                             int64_t channels, int64_t size) {
     constexpr float LEVELS = 127.0f, SMALLEST = 0x1p-100f;
-    constexpr float ROUND = 12582912.0f;  // This is 1.5 * 2^23. (x + ROUND) - ROUND is x rounded to an integer.
+    constexpr float ROUND = 12582912.0f;  // ROUND is 1.5 * 2^23, so (x + ROUND) - ROUND rounds x to an integer.
     for_each_piece(pairs, channels, [=](int64_t pair, int64_t first, int64_t last) {
         float* __restrict scale = scales + destinations[pair] * scale_stride;
         for (int64_t c = first; c < last; c++) {

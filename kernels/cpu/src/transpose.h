@@ -1,6 +1,7 @@
-// This header has operations that move numbers between the lanes of vectors. The AVX-512 level does so in registers,
-// the others in memory. Only vectors of 16 floats use `transpose16`. The other levels define it as an empty function,
-// because the compiler also compiles code that they never run.
+// This header has operations that move elements between the lanes of vectors. With AVX-512 the operations work in
+// registers, with other instruction sets in memory. `transpose16` is for vectors of 16 floats only. The namespaces with
+// shorter vectors define `transpose16` as an empty function, because the calls of `transpose16` are compiled there too,
+// but never run.
 #pragma once
 #include "simd.h"
 
@@ -8,7 +9,7 @@
 BEGIN_TARGET_AVX512
 namespace avx512 {
 
-// Transposes 128-bit parts: out[4 * i] receives part i of a, b, c and d.
+// Transposes the 128-bit parts of four vectors: out[4 * i] receives part i of a, b, c and d.
 INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out) {
     const __m512 ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
     const __m512 cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
@@ -18,7 +19,7 @@ INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out)
     out[12] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
 }
 
-// Transposes a matrix [16, 16]. `from` and `to` must not overlap.
+// Transposes a 16 x 16 matrix. `from` and `to` must not overlap.
 INLINE void transpose16(const float* from, float* to) {
     __m512 quads[16], out[16];  // quads[4 * j + i] has columns i, i + 4, i + 8, i + 12 of rows 4j to 4j + 3.
     for (int j = 0; j < 4; j++) {
@@ -38,9 +39,9 @@ INLINE void transpose16(const float* from, float* to) {
     for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + 16 * i, out[i]);
 }
 
-// Returns a vector whose lane i is the sum of the lanes of v[i]. The order of the sum is the same for all i.
+// Returns a vector whose lane i is the sum of the lanes of v[i]. The order of summation is the same for all i.
 INLINE __m512 sums16(const __m512* v) {
-    __m512 quads[4];  // Lane i of part p of quads[j] is the sum of part p of v[4j + i].
+    __m512 quads[4];  // Lane i of 128-bit part p of quads[j] is the sum of part p of v[4j + i].
     for (int j = 0; j < 4; j++) {
         const __m512* const x = v + 4 * j;
         const __m512 left = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
