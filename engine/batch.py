@@ -1,4 +1,5 @@
-"""ForwardBatch: the tokens of a forward pass, and their places in pages and state slots. It is read-only once built."""
+"""ForwardBatch: the tokens of a forward pass, the cache pages for their keys and values, and the state slots of their
+sequences. A ForwardBatch is read-only."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from jamba_server.kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):
-    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has the page ids of each sequence in
-    order, `context_lens`, int32 [N], their lengths in tokens. `max_context_len` is at least the longest of these."""
+    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has the page ids of one sequence in each
+    row, in the order of the sequence's tokens. `context_lens`, int32 [N], are the numbers of tokens in the sequences,
+    and `max_context_len` is at least the largest of these numbers."""
 
     block_tables: Tensor
     context_lens: Tensor
@@ -32,16 +34,16 @@ class PageTables(NamedTuple):
 
 
 class Decodes(NamedTuple):
-    """The N sequences of a batch that decode: each has one token in the batch, and a state. `state_ids`, int32 [N], are
-    their state slots."""
+    """The N sequences of a batch that decode: a decoding sequence has one token in the batch, and a Mamba state from
+    the tokens before. `state_ids`, int32 [N], are the slots of these states."""
 
     state_ids: Tensor
     tables: PageTables
 
 
 class Prefills(NamedTuple):
-    """The sequences of a batch that do not decode: they have several tokens in the batch, or their first token. Rows in
-    `segments` are counted from the first row of these sequences."""
+    """The sequences of a batch that do not decode: such a sequence has several tokens in the batch, or its first token,
+    or a state to be saved. In `segments`, row 0 is the first row of the first such sequence."""
 
     segments: Segments
     tables: PageTables
@@ -49,10 +51,10 @@ class Prefills(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
-    """A batch of T tokens of several sequences, one token a row. The first `num_decodes` rows belong to `decodes`, the
-    others to `prefills`. Either is None if it has no rows.
+    """A batch of T tokens of several sequences, with one row for each token. The first `num_decodes` rows belong to
+    `decodes`, and the following rows to `prefills`. `decodes` or `prefills` is None if no row belongs to it.
 
-    `token_ids` are int64 [T]. `kv_slots`, int64 [T], say where each token's keys and values are stored: page *
+    `token_ids` are int64 [T]. `kv_slots`, int64 [T], say where each token's keys and values are stored: page id *
     block_size + offset in the page. `logit_rows`, int64, are the rows whose logits are needed.
     """
 
@@ -65,7 +67,8 @@ class ForwardBatch:
 
 
 class RowArrays(NamedTuple):
-    """Arrays with one entry for each token: its id (0 if only the device knows it yet) and its kv slot."""
+    """Arrays with one entry for each token of a batch: the token's id (0 if only the device knows the id yet), and the
+    place of the token's key and value in the cache (see `ForwardBatch.kv_slots`)."""
 
     token_ids: Array
     kv_slots: Array
@@ -90,8 +93,8 @@ class SegmentArrays(NamedTuple):
 
 
 class SampledTokens:
-    """The tokens that the last sampling step chose. They stay on the device, because the host may not know them when it
-    launches the next step. `ids` are int64 [max_num_seqs].
+    """The tokens that the last sampling step chose. The tokens stay on the device, because the next step may be
+    launched before the host has read them. `ids`, int64 [max_num_seqs], are the token ids.
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
@@ -104,8 +107,9 @@ class SampledTokens:
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """Returns, for each row of a step, the index of its token in the concatenation of `ids` and the step's own
-        token ids: int64 [rows]. The first rows are those of `chunks`, which have one token each."""
+        """Returns where `fill` finds the token id of each row of a step: int64 [rows], indices into the concatenation
+        of `ids` and the step's own token ids. The first rows of the step are the rows of `chunks`, each of which has
+        one token."""
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:
@@ -113,16 +117,16 @@ class SampledTokens:
         return sources
 
     def fill(self, token_ids: Tensor, sources: Tensor) -> Tensor:
-        """Returns the step's token ids, with the tokens that the host does not know taken from `ids`."""
+        """Returns the token ids of a step. An id that the host does not know yet is taken from `ids`."""
         return torch.cat((self.ids, token_ids)).index_select(0, sources)
 
 
 def build_batch(
     chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
 ) -> ForwardBatch:
-    """Returns the batch of a step's chunks, of which those that decode must come first. It has a logit row for each
-    token that the step samples, in the order of the chunks. Tokens that the host does not know yet come from
-    `sampled`."""
+    """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. The batch has a
+    logit row for each token that the step samples, in the order of the chunks. Tokens that the host does not know yet
+    come from `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "a chunk that prefills precedes one that decodes"
@@ -164,8 +168,8 @@ def longest(chunks: Many[Chunk]) -> int:
 
 
 def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> RowArrays:
-    """Returns the arrays for the tokens of all chunks in order. `padding` more rows write to page 0, which no sequence
-    owns."""
+    """Returns the arrays for the tokens of all chunks in order. Adds `padding` rows that write to page 0, which no
+    sequence owns."""
     token_ids, kv_slots = array("q"), array("q")
     for chunk in chunks:
         tokens = chunk.sequence.tokens
@@ -180,8 +184,9 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
 
 
 def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
-    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. Rows beyond the
-    chunks are padding: they stand for one token in page 0 with state slot 0, which no sequence owns."""
+    """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. The arrays have
+    `rows` rows. A row after the last chunk is padding: it stands for one token in page 0 with state slot 0, which no
+    sequence owns."""
     padding = rows - len(chunks)
     tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=False):
@@ -196,7 +201,7 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
 
 
 def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
-    """Takes the tensors of `table_arrays` and returns the decodes."""
+    """Returns the decodes. Takes the tensors of `table_arrays` from the iterator."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
     return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
 
@@ -224,7 +229,7 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
 
 
 def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
-    """Takes the tensors of `table_arrays` and `_segment_arrays` and returns the prefills."""
+    """Returns the prefills. Takes the tensors of `table_arrays` and `_segment_arrays` from the iterator."""
     state_ids, tables = _decodes(chunks, tensors)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     segments = Segments(

@@ -1,4 +1,5 @@
-"""EngineConfig: the options of the engine. `types.EngineInfo` has the sizes that the engine chose by them."""
+"""EngineConfig: the options of the engine. `types.EngineInfo` has the sizes that a running engine chose within these
+options."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
-# The logits for prompt log-probabilities are computed for so many rows at a time, to limit their memory: 128 rows of a
-# vocabulary of 65,536 tokens are 32 MiB in float32.
+# Log-probabilities of a prompt are computed for this many tokens at a time, to limit the size of the logits: for 128
+# tokens and a vocabulary of 65,536 entries, the float32 logits take 32 MiB.
 PROMPT_LOGITS_ROWS = 128
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of the engine. A size is an upper bound: if it does not fit into memory, the engine reduces it and
-    adds a warning. Other options that cannot be satisfied are errors.
+    """The options of the engine. An option that is a size is an upper bound: if that size does not fit into memory, the
+    engine chooses a smaller one and adds a warning. An option of another kind that cannot be satisfied is an error.
 
     `model` is a local folder. For a size that is None the engine chooses the value. `kernels` maps an operation of
     `kernels.ops` (or "mamba", "attention", "moe" or "all" for a family) to an implementation in `kernels.table`.

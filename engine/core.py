@@ -13,8 +13,8 @@ from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpda
 
 
 class Inbox:
-    """The requests and aborts that the next step will take. This is the only part of the engine that other threads may
-    use."""
+    """New requests, and the ids of requests to abort, which the next step will take. The inbox is the only part of the
+    engine that other threads may use."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -28,7 +28,8 @@ class Inbox:
 
     def abort(self, request_ids: list[str]) -> None:
         with self._changed:
-            # A request that is still in the inbox is only removed, so the scheduler never sees it.
+            # An aborted request that is still in the inbox is removed from the inbox, so the scheduler never sees that
+            # request.
             self._aborted += [i for i in request_ids if self._submitted.pop(i, None) is None]
             self._changed.notify()
 
@@ -58,8 +59,8 @@ class EngineCore:
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.inbox = Inbox()
-        self._in_flight: PendingStep | None = None  # this step is launched, but its results have not been read
-        self._is_whole = True  # `step` sets it to False until a step is finished or completely discarded
+        self._in_flight: PendingStep | None = None  # a step that was launched and whose results have not been read
+        self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
 
     @property
     def has_work(self) -> bool:
@@ -67,7 +68,7 @@ class EngineCore:
 
     def step(self) -> StepResult:
         """Takes the new requests and aborts, launches one batch, and returns the results of a step. With asynchronous
-        scheduling these are the results of the step before.
+        scheduling the results are those of the step that was launched before this one.
 
         If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
         entries that no earlier step has confirmed. Later steps work normally."""
@@ -96,7 +97,8 @@ class EngineCore:
 
     @contextmanager
     def _whole_or_discarded(self) -> Generator[None]:
-        """Discards a step that raises. If an interrupt stops that, too, the next step discards it before it begins."""
+        """Discards the step in the `with` block if it raises. If an interrupt stops the discarding, too, the next step
+        begins with discarding again."""
         if not self._is_whole:
             self._discard()
         self._is_whole = False

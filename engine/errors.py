@@ -1,4 +1,5 @@
-"""All errors that one package raises and another handles, with the HTTP status of those that a request can get.
+"""All errors that one package of this project raises and another package handles. An error that a request can get has
+an HTTP status.
 
 JambaError
   x ConfigError            an option that cannot be satisfied: the message has its key, its value and the limit
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 
-_VALUE_SHOWN = 100  # an error shows so many characters of a value; a quantization_config may have thousands
+_VALUE_SHOWN = 100  # maximum number of a value's characters in an error text; some values have thousands
 
 
 def shown(value: object) -> str:
@@ -93,7 +94,7 @@ class Overloaded(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine process died each time that it ran this request."""
+    """The engine cannot run this request: usually, the engine process died each time that the request ran."""
 
 
 class EngineDead(EngineError):

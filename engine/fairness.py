@@ -1,4 +1,5 @@
-"""The rules of fairness: whose prompt comes first, and which sequence makes room for another. They read no clock.
+"""The rules of fairness: which prompt is computed first, and which running sequence makes room for a waiting one. The
+rules read no clock.
 
 Prompts in progress and new ones share the token budget of a step. The prompt with the fewest tokens left comes first
 (shortest remaining time first), so that a short prompt need not wait for a long one. Prompts age, so that none starves:
@@ -11,21 +12,22 @@ from collections.abc import Iterable
 
 from jamba_server.engine.sequence import Sequence
 
-# A prompt of L tokens can be overtaken only by prompts that arrive before AGEING * L more prompt tokens are scheduled.
+# A later prompt can overtake a prompt of L tokens only if fewer than AGEING * L prompt tokens are scheduled between the
+# arrivals of these two prompts.
 AGEING = 8
-RESERVED_PART = 4  # while a long prompt runs, a quarter of a step's prompt tokens is kept for other prompts
-MAX_LONG_PREFILLS = 2  # number of long prompts that run at once, because each occupies pages while it makes progress
+RESERVED_PART = 4  # a prompt of several steps leaves a quarter of each step's prompt tokens to other prompts
+MAX_LONG_PREFILLS = 2  # maximum number of prompts of several steps that run at once, because each occupies many pages
 
 
 def tokens_left(seq: Sequence) -> int:
-    """Returns how many tokens of `seq` must be computed before its next token can be sampled. For a waiting sequence it
-    is the number of tokens that were not in the cache when it arrived."""
+    """Returns how many tokens of `seq` must be computed before its next token can be sampled. For a waiting sequence
+    this is the number of its tokens that were not in the cache when the sequence arrived, or 0 after a preemption."""
     return seq.num_remaining if seq.state_id else seq.num_uncached
 
 
 def urgency(seq: Sequence) -> tuple[int, int, int]:
-    """Returns a key that sorts prompts by urgency. Ageing acts only within a priority, so background work never passes
-    live work."""
+    """Returns a key that sorts prompts, the most urgent first. The priority of the request comes first in the key, so a
+    prompt of a less urgent priority never overtakes, however long it waits."""
     priority, arrival = seq.order
     return priority, AGEING * tokens_left(seq) + seq.work_before, arrival
 
@@ -42,24 +44,25 @@ class Shares:
 
     @property
     def one_holds_several(self) -> bool:
-        """Returns whether some request has more than one running sequence."""
+        """Returns whether some client request has more than one running sequence."""
         return any(len(choices) > 1 for choices in self._by_parent.values())
 
     def turn(self, seq: Sequence) -> tuple[int, int, int, int, int]:
-        """Returns a key that sorts waiting sequences by whose turn it is. Within a priority, the tenant with the fewest
-        running sequences comes first, then the request with the fewest."""
+        """Returns a key that sorts waiting sequences, the one that should start next first. Within a priority,
+        sequences of the tenant with the fewest running sequences come first, and within a tenant those of the client
+        request with the fewest running sequences."""
         priority, rank, arrival = urgency(seq)
         tenant = seq.request.tenant
         of_tenant, of_parent = self._by_tenant.get(tenant, ()), self._by_parent.get((tenant, seq.parent), ())
         return priority, len(of_tenant), len(of_parent), rank, arrival
 
     def holder_for(self, seq: Sequence) -> Sequence | None:
-        """Returns the running sequence that must make room for `seq`, or None.
+        """Returns the running sequence that must make room for `seq`, or None if `seq` has to wait.
 
-        A tenant without a running sequence displaces the youngest sequence of the tenant with the most. A request
-        without one displaces the youngest sequence of the same tenant's request with the most. Only a holder of several
-        sequences is displaced, so two sequences never displace each other in turn. A sequence with a more urgent
-        priority is never displaced.
+        A tenant without a running sequence displaces the youngest sequence of the tenant with the most running
+        sequences. A client request without a running sequence displaces the youngest sequence of the request that has
+        the most among those of the same tenant. Only a tenant or request with several running sequences loses one, so
+        two sequences never displace each other in turn. A sequence with a more urgent priority is never displaced.
         """
         tenant = seq.request.tenant
         if tenant not in self._by_tenant:

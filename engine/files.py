@@ -1,5 +1,5 @@
-"""Reads the small files of a checkpoint folder. A checkpoint may come from an untrusted source, so the kind and the
-size of a file are checked before it is read."""
+"""Reads the small files of a checkpoint folder. A checkpoint may come from an untrusted source, so a file is read only
+if it is a regular file of limited size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from jamba_server.engine.errors import CheckpointError
 
-MAX_BYTES: Final = 16 << 20  # limits a configuration, an index or a template; the largest published ones have 1 MB
+MAX_BYTES: Final = 16 << 20  # size limit in bytes; the largest published configurations have 1 MB
 _KINDS: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -38,7 +38,8 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Opens a file with O_NONBLOCK. Without it, opening a named pipe would block until a writer opens it, too."""
+    """Opens a file with O_NONBLOCK. Without this flag, opening a named pipe would block until another process opens the
+    pipe for writing."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

@@ -38,18 +38,19 @@ _SUFFIXES: Final[Mapping[str, str]] = {
     ".json": "one file of a checkpoint; give the folder that it is in",
 }
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-_ENTRIES: Final = 1000  # only so many entries of a folder are examined, because it may have millions
+_ENTRIES: Final = 1000  # at most this many entries of a folder are examined, because a folder may have millions
 _NAMES_SHOWN: Final = 3
 
 
 def names_a_file(name: str) -> bool:
-    """Returns whether a name has the suffix of a known kind of file. `x/y.gguf`, which looks like a hub id, is then
-    treated as a file."""
+    """Returns whether `name` has the suffix of a known kind of file. A name such as `x/y.gguf`, which could also be the
+    id of a model on the hub, is therefore treated as a file."""
     return Path(name).suffix.lower() in _SUFFIXES
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises CheckpointError if `path` is not a checkpoint folder in Hugging Face format. The error says what to do."""
+    """Raises CheckpointError if `path` is not a checkpoint folder in Hugging Face format. The error says what the user
+    should do."""
     try:
         if not path.is_dir():
             raise _no_folder(path)
@@ -71,8 +72,8 @@ def _no_folder(path: Path) -> CheckpointError:
 
 
 def _foreign_folder(folder: Path) -> str | None:
-    """Returns the error text for a folder that is not a checkpoint: what it is and what to do. Returns None for a
-    checkpoint."""
+    """Returns the error text for a folder that is not a checkpoint: what the folder is, and what the user should do.
+    Returns None for a checkpoint."""
     if (folder / _ADAPTER).is_file():
         return _adapter(folder)
     if (folder / _CONFIG).exists():
@@ -93,8 +94,8 @@ def _foreign_folder(folder: Path) -> str | None:
 
 
 def _adapter(folder: Path) -> str:
-    """Returns the error text for a folder with a LoRA adapter, alone or beside a model. transformers would apply an
-    adapter to the model beside it; this server does not."""
+    """Returns the error text for a folder with a LoRA adapter, with or without a model in the same folder. transformers
+    would apply the adapter to that model; this server does not."""
     base = (read_object(folder / _ADAPTER) or {}).get("base_model_name_or_path")
     of_base = f" of {shown(base)}" if isinstance(base, str) else ""
     merge = "merge it into its base model (PEFT: merge_and_unload, then save_pretrained) and serve that folder"

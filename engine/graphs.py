@@ -39,7 +39,7 @@ from jamba_server.engine.staging import cut, pack, packed_bytes
 
 logger = logging.getLogger(__name__)
 
-# These operations run outside of decode graphs, so any implementation of them will do.
+# These operations run outside of decode graphs, so graphs work with every implementation of these operations.
 UNCAPTURED_OPS = (
     *("sample", "copy_slots", "compress_states", "restore_states"),
     *("causal_conv1d", "selective_scan", "attention_prefill"),
@@ -52,8 +52,8 @@ class Graph(Protocol):
     """A sequence of kernel launches that is recorded once and then repeated as a whole."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Records the kernels that `run` launches, and returns its result. The kernels take effect exactly once. Must
-        be called only once."""
+        """Records the kernels that `run` launches, and returns its result. Each recorded kernel is executed exactly
+        once during this call. A graph can be captured only once."""
         ...
 
     def replay(self) -> Tensor:
@@ -63,14 +63,14 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A graph on the current CUDA device. Graphs with the same memory `pool` share their memory."""
+    """A graph on the current CUDA device. Graphs with the same `pool` allocate their tensors in the same memory."""
 
     def __init__(self, pool: Any) -> None:
         self._pool, self._graph = pool, torch.cuda.CUDAGraph()
         self._output: Tensor | None = None
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        output = run()  # a capture computes nothing, so this run does the work; it also compiles missing kernels
+        output = run()  # a capture computes nothing, so this call computes the step, and compiles kernels if needed
         started = time.monotonic()
         # "thread_local" lets other threads compile kernels or allocate memory during the capture.
         try:
@@ -93,8 +93,8 @@ class CudaGraph:
 
 def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
     """Returns a text that names the chosen kernels which prevent graphs of decode steps, or None if graphs are
-    possible. `names` maps an operation to its implementation. On a CPU only kernels of the compiled library can be
-    captured."""
+    possible. `names` maps each operation to the name of its chosen implementation. On a CPU only kernels of the
+    compiled library can be captured."""
     on_cpu = device == "cpu"
     candidates = (op for op in names if op not in UNCAPTURED_OPS) if on_cpu else WAITING_OPS
     ops = [f"{op}={names[op]}" for op in candidates if (names[op] != "cpu" if on_cpu else names[op] == "reference")]
@@ -102,7 +102,8 @@ def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
 
 
 class DecodeGraphs:
-    """The graphs of one model with one cache storage, one graph for each number of rows and longest context."""
+    """The graphs of one model with one cache storage. There is one graph for each size, which is a number of rows and a
+    context length (`GraphKey`)."""
 
     def __init__(
         self, model: Model, storage: CacheStorage, *, sizes: GraphSizes, new_graph: Callable[[], Graph]
@@ -141,7 +142,7 @@ class DecodeGraphs:
         batch = partial(self._batch, key, cut(self._inputs, arrays), sampled)
         graph = self._new_graph()
         hidden = graph.capture(lambda: self._model.forward(batch(), self._storage))
-        self._graphs[key] = graph  # it is stored only now, so that a failed capture leaves no incomplete graph
+        self._graphs[key] = graph  # stored only after the capture, so that a failed capture leaves no incomplete graph
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:

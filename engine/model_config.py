@@ -21,8 +21,8 @@ ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 DTYPES: Final = ("bfloat16", "float16", "float32")
 _EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
 
-# These limits are far above every published model. A larger number is a mistake or an attack: loops over so many layers
-# or experts would hang the server.
+# These limits are far above the sizes of all published models. A larger number in a config.json is a mistake or an
+# attack: loops over so many layers or experts would hang the server.
 _MAX_LAYERS: Final = 1024
 _MAX_EXPERTS: Final = 1024
 _MAX_SIZE: Final = 1 << 20  # this limits dimensions such as hidden_size
@@ -43,7 +43,7 @@ _IMPLEMENTED: Final[Mapping[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JambaConfig:
-    """The checked values of `config.json`, mostly under the same names.
+    """The values of a `config.json` after they were checked. Most fields have the name of their key in the file.
 
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
     has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
@@ -106,7 +106,8 @@ class JambaConfig:
         return self.num_experts > 1 and layer % self.expert_layer_period == self.expert_layer_offset
 
     def num_parameters(self) -> int:
-        """Returns the number of the model's parameters. A head that is tied to the embedding is not counted again."""
+        """Returns the number of the model's parameters. An output head that is tied to the embedding is not counted a
+        second time."""
         h, attention, mamba = self.hidden_size, len(self.attention_layers), len(self.mamba_layers)
         moe = sum(self.is_moe(i) for i in range(self.num_hidden_layers))
         mlp = 3 * h * self.intermediate_size
@@ -131,9 +132,9 @@ class JambaConfig:
 
 
 def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Returns the bytes of the loaded weights. A, D and the dt bias are in float32, weights that `policy` quantises
-    count with their scales, and all others have `dtype_bytes` a number. A tied head that is quantised takes memory
-    beside the embedding, which is never quantised.
+    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32, weights that `policy`
+    quantises count with their scales, and each element of all other weights has `dtype_bytes`. A quantised output head
+    takes memory of its own even if it is tied to the embedding, because the embedding is never quantised.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
@@ -149,8 +150,8 @@ def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationP
 def step_bytes(
     config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
 ) -> int:
-    """Returns the expected bytes of weights that a decode step reads, with one token for each of `num_sequences`. The
-    step reads all weights except the embedding and the experts that no token chooses. The estimate assumes that all
+    """Returns how many bytes of weights a decode step is expected to read, with one token for each of `num_sequences`.
+    The step reads all weights except the embedding and the experts that no token chooses. The estimate assumes that all
     experts are equally likely."""
     total = weight_bytes(config, dtype_bytes, policy=policy)
     if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
@@ -165,7 +166,8 @@ def step_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A kind of weight matrix, [rows, inputs], of which the whole model has `count`."""
+    """A group of weight matrices of one shape, [rows, inputs], and one role. `count` is the number of such matrices in
+    the model."""
 
     role: Role
     rows: int
@@ -174,7 +176,8 @@ class Matrix:
 
 
 def matrices(config: JambaConfig) -> Iterator[Matrix]:
-    """Yields the kinds of weight matrices that a policy may quantise. The head is included even if it is tied."""
+    """Yields the groups of weight matrices that a policy may quantise. The output head is included even if it is tied
+    to the embedding."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention, mamba = len(config.attention_layers), len(config.mamba_layers)
@@ -195,7 +198,8 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
 
 
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
-    """Yields the name on disk, without `.weight`, and the role of every linear module."""
+    """Yields for every linear module its name in the checkpoint's files, without `.weight`, and its role for
+    quantisation."""
     for i in range(config.num_hidden_layers):
         layer, feed_forward = f"model.layers.{i}.", f"model.layers.{i}.feed_forward."
         if config.is_attention(i):
@@ -309,7 +313,7 @@ def _is_integer(value: object) -> bool:
 
 def _architecture(file: _ConfigFile) -> str:
     """Returns the first of `architectures` that this server supports. `model_type` is checked first, because it tells
-    other models from unknown variants of Jamba."""
+    whether an unknown architecture is another model or a variant of Jamba."""
     if file.values.get("model_type") != "jamba":
         raise file.refusal("model_type", f'this server runs "jamba" models only, such as {_EXAMPLE}')
     named = file.values.get("architectures")
@@ -347,7 +351,8 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         mamba_proj_bias=file.boolean("mamba_proj_bias", False),
         rms_norm_eps=file.share("rms_norm_eps", 1e-6),
         tie_word_embeddings=file.boolean("tie_word_embeddings", False),
-        # Before transformers had the model, Jamba came with its own code, whose configurations call this key n_ctx.
+        # Before transformers supported Jamba, Jamba's checkpoints came with code of their own, which calls this key
+        # n_ctx.
         max_position_embeddings=file.integer(
             "max_position_embeddings", file.integer("n_ctx", 262144, maximum=_MAX_TOKENS), maximum=_MAX_TOKENS
         ),
@@ -363,8 +368,8 @@ def _vocab_size(file: _ConfigFile) -> int:
 
 
 def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
-    """Returns the end tokens of generation_config.json if it names any, else those of config.json. The `generate` of
-    transformers does the same."""
+    """Returns the end tokens that generation_config.json names. If it names none, returns the end tokens of
+    config.json. The `generate` of transformers does the same."""
     vocab_size = _vocab_size(file)
     if (values := read_object(generation_path)) is not None:
         generation = _ConfigFile(generation_path, values)
@@ -374,8 +379,8 @@ def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
 
 
 def _dtype(file: _ConfigFile) -> str:
-    """Returns the value of `dtype`, or of `torch_dtype`, its name before transformers 5. If both are absent, it is
-    float32, which loses no precision."""
+    """Returns the value of the key `dtype`, or of `torch_dtype`, as this key was called before transformers 5. If both
+    keys are absent, returns float32, which loses no precision."""
     key = "dtype" if file.values.get("dtype") is not None else "torch_dtype"
     value = file.values.get(key)
     if value is None:
@@ -412,7 +417,7 @@ def _dt_rank(file: _ConfigFile, hidden_size: int) -> int:
 
 def _num_labels(file: _ConfigFile) -> int:
     """Returns the number of labels of a classifier. transformers writes `id2label` with an entry for each label, and
-    leaves the key out for its default of two labels."""
+    omits `id2label` for two labels, which is the default."""
     labels = file.values.get("id2label")
     if labels is None:
         return file.integer("num_labels", 2)

@@ -25,34 +25,34 @@ from jamba_server.kernels.ops import Kernels
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """Log-probabilities of a chunk's prompt tokens, which the device still computes. If `first`, the chunk has the
-    first token of the prompt, whose entry is None because no token precedes it."""
+    """Log-probabilities of the prompt tokens in a chunk, which the device may still be computing. If `first`, the chunk
+    has the first token of the prompt. The entry of that token is None, because no token precedes it."""
 
     first: bool
     slices: tuple[PendingLogprobs, ...]
 
     def read(self) -> tuple[TokenLogprob | None, ...]:
-        """Waits until the device has computed them, and returns one entry for each prompt token."""
+        """Waits until the device has computed the log-probabilities, and returns one entry for each prompt token."""
         return (*((None,) if self.first else ()), *(entry for part in self.slices for entry in part.read()))
 
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A launched step whose results have not been read. `tokens` are the sampled tokens of all chunks in their order.
-    `prompts` maps the index of a chunk to its prompt log-probabilities, if these were requested."""
+    """A launched step whose results have not been read. `tokens` are the sampled tokens of all chunks, in the order of
+    the chunks. `prompts` maps the index of a chunk to its prompt log-probabilities, if these were requested."""
 
     output: SchedulerOutput
     tokens: PendingTokens | None
     prompts: dict[int, PendingPrompt]
 
     def results(self) -> list[ChunkResult]:
-        """Waits for the device and returns one result for each chunk, in their order."""
+        """Waits for the device and returns one result for each chunk, in the order of the chunks."""
         tokens = self.tokens.read() if self.tokens is not None else []
         results: list[ChunkResult] = []
         first = 0
         for i, chunk in enumerate(self.output.chunks):
             prompt = self.prompts[i].read() if i in self.prompts else ()
-            if chunk.num_sampled == 1:  # one token a chunk is the usual case, and this branch is faster
+            if chunk.num_sampled == 1:  # a chunk usually samples one token, and this branch is faster
                 token_id, logprob = tokens[first]
                 results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
             else:
@@ -64,7 +64,7 @@ class PendingStep:
 
 
 class ModelRunner:
-    """Runs the model with the cache storage, and turns its outputs into tokens and log-probabilities.
+    """Runs the model with the cache storage, and turns the model's outputs into tokens and log-probabilities.
 
     `graphs` runs decode steps, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
     step, if asynchronous scheduling is enabled. `states` copies states to the places of the state store and back.
@@ -95,14 +95,15 @@ class ModelRunner:
         return PendingStep(output, tokens, self._prompt_logprobs(output.chunks, hidden))
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states of all rows, and those of the rows from which tokens are sampled."""
+        """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled."""
         if self.graphs is not None and (key := self.graphs.key(chunks)) is not None:
             hidden = self.graphs.forward(key, chunks, self.sampled)
             return hidden, hidden
         block_size = self.storage.block_size
         batch = build_batch(chunks, block_size=block_size, device=self.device, sampled=self.sampled)
         hidden = self.model.forward(batch, self.storage)
-        # If there are as many logit rows as tokens, they are all rows in order, as in a step of decodes only.
+        # If there are as many logit rows as tokens, every row is a logit row, as in a step of decodes only, so no rows
+        # need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
     def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
@@ -110,7 +111,8 @@ class ModelRunner:
         sequences: list[Sequence] = []
         for chunk in chunks:
             seq = chunk.sequence
-            # The number of tokens, beyond those that the host knows, before the last token that the chunk samples.
+            # Between the tokens that the host knows and the last token that the chunk samples, there are `pending`
+            # tokens.
             pending = chunk.end - len(seq.tokens)
             row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
             if chunk.num_sampled > 1:
@@ -132,8 +134,8 @@ class ModelRunner:
             self.states.restore(copies.states)
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
-        """Returns the log-probabilities of prompt tokens, by the index of the chunk, for chunks whose request asks for
-        them."""
+        """Returns a dict from the index of a chunk to the log-probabilities of its prompt tokens, for the chunks whose
+        request asks for log-probabilities of the prompt."""
         prompts: dict[int, PendingPrompt] = {}
         row = 0
         for i, chunk in enumerate(chunks):
@@ -144,8 +146,9 @@ class ModelRunner:
         return prompts
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, count: int) -> PendingPrompt:
-        """Launches the log-probabilities of the prompt tokens that this chunk predicts, except those that an earlier
-        engine has delivered. The row of position p predicts the token at p + 1. Nothing predicts the first token."""
+        """Launches the computation of log-probabilities for the prompt tokens that this chunk predicts, except tokens
+        whose log-probability an earlier engine process has delivered. The row of position p predicts the token at
+        position p + 1, and no row predicts the first token."""
         seq = chunk.sequence
         first = max(chunk.start + 1, seq.num_prompt_logprobs, 1)
         last = min(chunk.end, seq.num_prompt - 1)

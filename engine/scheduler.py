@@ -1,8 +1,8 @@
 """The scheduler decides which sequences run in the next step and how many tokens of each. It uses no tensors.
 
-Prefill and decode are not separate phases. A sequence has `len(tokens)` tokens, of which the first
-`num_computed` have been computed or are in flight, and each step computes some of the remaining ones.
-`engine/fairness.py` decides whose prompt comes first, and which sequence makes room for another.
+Prefill and decode are not separate phases. A sequence has `len(tokens)` tokens, of which the first `num_computed` have
+been computed or are in flight, and each step computes some of the remaining ones. `engine/fairness.py` decides which
+prompt is computed first, and which running sequence makes room for a waiting one.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ class Chunk:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the chunk's token is known only on the device, because the result of its step has not been read."""
+        """Whether only the device knows the chunk's last token, because the results of the step that sampled it have
+        not been read."""
         return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
-        """Whether the chunk is one token that continues an existing state, so that the decode kernels can run it."""
+        """Whether the chunk is one token that continues the sequence's state and saves no state, so that the decode
+        kernels can run it."""
         return self.end - self.start == 1 and self.start > 0 and not self.saves
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The work of one step. The chunks are ordered decodes first, and then by `Sequence.order`.
+    """The work of one step. Chunks that decode come before all other chunks, and otherwise `Sequence.order` sorts them.
 
     `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
     """
@@ -57,8 +59,8 @@ class SchedulerOutput:
 
 
 class ChunkResult(NamedTuple):
-    """The model's results for one chunk: the sampled tokens, and whatever the request needs of their log-probabilities,
-    the log-probabilities of prompt tokens, and a vector (an embedding or a classifier's scores)."""
+    """The model's results for one chunk: the sampled tokens and, if the request needs these, log-probabilities of the
+    sampled tokens, log-probabilities of prompt tokens, and a vector (an embedding or a classifier's scores)."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -68,11 +70,11 @@ class ChunkResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Plan:
-    """The chunks planned so far for the next step, as (start, end, cost). `cost` is the number of tokens that a chunk
-    takes from the step's budget of prompt tokens, and `budget` is what is left of it.
+    """The chunks that are already planned for the next step, as (start, end, cost). `budget` is the number of prompt
+    tokens that may still be added to the step, and `cost` is the number by which a chunk has reduced `budget`.
 
-    While other prompts wait for their part, long prompts may take only `for_long` tokens together. `shortened` are the
-    sequences that received less for this reason.
+    While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
+    `shortened` are the sequences that received fewer tokens for this reason.
     """
 
     budget: int
@@ -111,13 +113,14 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
-        self._work = 0  # number of prompt tokens scheduled so far; prompts age by it instead of by a clock
+        self._work = 0  # number of prompt tokens scheduled since the start; prompts age by this number, not by a clock
         self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
 
     # Adding and aborting requests -------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[Request], *, now: float) -> None:
-        """Queues requests by their priority, and by their arrival within a priority. `now` is in monotonic seconds."""
+        """Queues requests by their priority, and by their arrival within a priority. `now` is the time of the monotonic
+        clock in seconds."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
@@ -162,7 +165,7 @@ class Scheduler:
     # Planning a step --------------------------------------------------------------------------------------------
 
     def schedule(self, *, now: float) -> SchedulerOutput:
-        """Plans the next step. `now`, in monotonic seconds, is only used for statistics.
+        """Plans the next step. `now`, the time of the monotonic clock in seconds, is only used for statistics.
 
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
         their urgency. A decoded token costs nothing of the budget, so a prompt as long as the budget takes one step.
@@ -170,7 +173,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         plan = _Plan(budget, budget - budget // RESERVED_PART)
         for seq in [seq for seq in self.running if seq.num_remaining == 1]:
-            if seq.state_id:  # extending another sequence may have preempted this one
+            if seq.state_id:  # 0 if another sequence needed pages and preempted this one
                 self._extend(seq, plan, 1)
         self._share_out(plan, now)
         self._work += budget - plan.budget
@@ -180,31 +183,32 @@ class Scheduler:
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
-        copies = self.cache.take_copies() if chunks else CacheCopies()  # without a step they wait for the next
+        copies = self.cache.take_copies() if chunks else CacheCopies()  # without chunks, copies wait for a later step
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
     def _share_out(self, plan: _Plan, now: float) -> None:
-        """Shares the budget among prompts in progress and new ones. The most urgent prompt comes first."""
+        """Shares the step's prompt tokens among prompts in progress and new prompts. The most urgent prompt comes
+        first."""
         prompts = sorted((seq for seq in self.running if seq.num_remaining > 1), key=urgency)
         newcomer = self._next_waiting(plan)
         while plan.budget and (prompts or newcomer):
             if newcomer is None or (prompts and urgency(prompts[0]) < urgency(newcomer)):
                 seq = prompts.pop(0)
-                if seq.state_id:  # extending another sequence may have preempted this one
+                if seq.state_id:  # 0 if another sequence needed pages and preempted this one
                     self._extend(seq, plan, self._part(seq, plan, others=bool(prompts or newcomer)))
                 newcomer = None if plan.preempted else newcomer
             else:
                 others = bool(prompts) or len(self.waiting) > 1
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
                 newcomer = self._next_waiting(plan) if admitted else None
-        for seq in plan.shortened:  # no other prompt took the part that was kept for others
+        for seq in plan.shortened:  # no other prompt took the tokens that were kept for other prompts
             if plan.budget and seq.state_id and seq in plan.chunks:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
 
     def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
-        """Returns how many prompt tokens `seq` may take in this step. A long prompt leaves a part of the budget to
-        others, if there are `others`."""
+        """Returns how many prompt tokens `seq` may take in this step. A prompt that needs several steps leaves some of
+        the step's tokens to other prompts if `others` says that there are any."""
         if not others or not self._is_long(seq):
             return plan.budget
         part = min(plan.budget, plan.for_long)
@@ -225,8 +229,8 @@ class Scheduler:
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
     def _extend(self, seq: Sequence, plan: _Plan, limit: int) -> None:
-        """Plans up to `limit` more tokens of a running sequence. While pages are short, the youngest running sequence
-        is preempted."""
+        """Plans up to `limit` more tokens of a running sequence. While too few pages are free, the youngest running
+        sequence is preempted."""
         remaining = seq.num_remaining
         if not remaining or not limit or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
             return  # in the last case, a step in flight produces the sequence's last token
@@ -247,23 +251,23 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.cache.free(seq)  # its state is saved: it resumes there if its pages survive
-        seq.num_uncached = 0  # a preempted sequence has waited before, so it counts as the most urgent one
+        self.cache.free(seq)  # the state is saved: the sequence resumes from it if its pages stay in the cache
+        seq.num_uncached = 0  # a preempted sequence has waited before, so it becomes the most urgent one
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
 
     def _next_waiting(self, plan: _Plan) -> Sequence | None:
-        """Returns the waiting sequence that should run next, or None if this step can admit none.
+        """Returns the waiting sequence that should run next, or None if this step can admit no sequence.
 
-        Tenants and requests take turns: within a priority, the one with the fewest running sequences comes first. If
-        no slot is free, only a tenant or request without a running sequence is admitted, and only if another one can
-        give up one of several.
+        Tenants and requests take turns: within a priority, the tenant or request with the fewest running sequences
+        comes first. If `max_num_seqs` sequences run, only a tenant or request without a running sequence can start one,
+        and only if another tenant or request has several and can give up one of these.
         """
         if plan.preempted or not plan.budget or not self.waiting:
             return None
         full, shares = len(self.running) >= self.max_num_seqs, Shares(self.running)
         if full and not shares.one_holds_several and len(self._tenants) < 2:
-            return None  # under load this is the usual case, and it must be cheap
+            return None  # this case must be cheap, because it is the usual one under load
         no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
         candidates = (
             seq
@@ -275,10 +279,10 @@ class Scheduler:
         return min(candidates, key=shares.turn, default=None)
 
     def _admit(self, seq: Sequence, plan: _Plan, limit: int, now: float) -> bool:
-        """Admits `seq` with a first chunk of up to `limit` tokens, or returns False and leaves it in the queue.
+        """Admits `seq` with a first chunk of up to `limit` tokens, or returns False and leaves `seq` in the queue.
 
-        If slots or pages are short, a tenant or request with several running sequences gives up one of them to a tenant
-        or request that has none.
+        If too few slots or pages are free, a tenant or request with several running sequences gives up one of them to a
+        tenant or request that has none.
         """
         if not limit:
             return False
@@ -289,7 +293,7 @@ class Scheduler:
             if (holder := Shares(self.running).holder_for(seq)) is None:
                 return False
             self._park(holder, plan)
-            hit = self._match(seq)  # parking has changed the contents of the cache
+            hit = self._match(seq)  # `_park` has changed the contents of the cache
             if (end := self._occupy(seq, hit, limit)) is None:
                 return False
         self.waiting.remove(seq)
@@ -302,12 +306,12 @@ class Scheduler:
         return True
 
     def _match(self, seq: Sequence) -> PrefixHit:
-        """Returns the prefix of `seq` that the cache has. It is empty if the request asks for log-probabilities of the
-        prompt, because these need the logits of every position."""
+        """Returns the prefix of `seq` that the cache has. The result is empty if the request asks for log-probabilities
+        of the prompt, because these need the logits of every position."""
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether another choice of the same prompt is computing full pages that `seq` will then find in the cache."""
+        """Whether another reply to the same prompt is computing full pages that `seq` will then find in the cache."""
         group, size = seq.request.group, self.cache.block_size
         if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
             return False
@@ -315,7 +319,8 @@ class Scheduler:
         return any(s.request.group == group and s.num_computed < end for s in self.running)
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
-        """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if none fit.
+        """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if too few
+        pages or slots are free.
 
         One page per running sequence stays free, so that an admission does not cause a preemption at once. A preempted
         sequence waits until all of its tokens fit. Otherwise it would be preempted at the same token again and again.
@@ -332,7 +337,7 @@ class Scheduler:
             return
         self._counters["queries"] += seq.num_prompt
         self._counters["hits"] += seq.num_cached
-        left = seq.num_prompt - seq.num_cached  # bounds the misses, which may include generated tokens after a restart
+        left = seq.num_prompt - seq.num_cached  # `hit` may count generated tokens as missed; these are left out
         no_state = min(hit.missed_no_state, left)
         self._counters["no_state"] += no_state
         self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
@@ -340,7 +345,8 @@ class Scheduler:
     # Recording a launched step and its results ------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
-        """Records that a step was launched. Steps launched later run after it and can read its pages and states."""
+        """Records that a step was launched. Steps that are launched later run after this step and can read its pages
+        and states."""
         for chunk in output.chunks:
             seq = chunk.sequence
             seq.num_pending += chunk.num_sampled
@@ -348,10 +354,11 @@ class Scheduler:
         self.cache.launch(output.copies)
 
     def update(self, output: SchedulerOutput, results: Iterable[ChunkResult]) -> list[TokenUpdate]:
-        """Adds the results of a step to its sequences, frees those that have finished, and returns their updates.
+        """Adds the results of a step to the step's sequences, removes finished sequences, and returns the updates for
+        the requests.
 
-        Steps must be updated in the order in which they were launched, each after its `advance`. The results of a
-        sequence that has ended in the meantime are dropped.
+        Steps must be updated in the order in which they were launched, each after the call of `advance` for that step.
+        The results of a sequence that has ended in the meantime are dropped.
         """
         self.cache.confirm()
         updates: list[TokenUpdate] = []
@@ -365,7 +372,7 @@ class Scheduler:
                 reason = self._take(seq, result.token_ids)
                 if (count := len(seq.tokens) - length) < len(
                     result.token_ids
-                ):  # drops tokens after the end of a sequence
+                ):  # the step sampled tokens after the end of the sequence, which are dropped
                     result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
             if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
@@ -387,7 +394,8 @@ class Scheduler:
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
-        """Appends sampled tokens up to one that ends the sequence. Returns the finish reason, or None if it goes on."""
+        """Appends sampled tokens up to the first that ends the sequence. Returns the finish reason, or None if the
+        sequence goes on."""
         if not token_ids:
             return "length"  # the request has max_tokens 0 and needs only the prompt computed
         for token_id in token_ids:

@@ -1,4 +1,4 @@
-"""Sequence: one choice of one request while the engine works on it."""
+"""Sequence: a prompt with one reply to it, while the engine works on the reply."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One reply in the making. Chunked prefill, prefix hits, preemption and decode are one case: the sequence has
-    `len(tokens)` tokens, and `num_computed` says how many of them have been launched so far.
+    """A prompt and the reply that is being generated. The same two numbers describe chunked prefill, prefix hits,
+    preemption and decode: the sequence has `len(tokens)` tokens, and the first `num_computed` tokens have been found in
+    the cache or launched.
 
-    `order` is (priority, arrival number) and sorts sequences, smaller first. `block_ids` are the ids of its pages in
-    order, `state_id` is the id of its slot (0 while it waits). `hashes[i]` is the chained hash of the prefix up to the
-    end of page i. `branch` is the position where its tokens left a prefix that others had computed (0: none known).
-    `tokens` and `block_ids` are arrays because each step copies them to tensors, which for a long context is 100 times
-    faster than from a list.
+    `order` is (priority, arrival number) and sorts sequences, smaller first. `block_ids` are the ids of the sequence's
+    pages in order, and `state_id` is the id of its state slot (0 while the sequence waits). `hashes[i]` is the chained
+    hash of the prefix up to the end of page i. `branch` is the position where this sequence's tokens begin to differ
+    from a prefix that other sequences have computed (0: no such position is known). `tokens` and `block_ids` are arrays
+    because each step copies them to tensors, which for a long context is 100 times faster than from a list.
 
     `num_pending` further tokens have been or will be sampled by steps in flight, and only the device knows them.
     Launched positions of steps in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the
-    sequence arrived, and `work_before` prompt tokens had been scheduled by then; both decide how urgent its prompt is.
+    sequence arrived, and `work_before` prompt tokens had been scheduled by then; both numbers decide how urgent the
+    prompt is.
     """
 
     request: Request
@@ -44,7 +46,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float) -> Sequence:
-        """Returns a sequence that waits. `now` is in seconds of the monotonic clock."""
+        """Returns a new sequence, which waits to be scheduled. `now` is the time of the monotonic clock in seconds."""
         tokens = array("q", request.prompt)
         tokens.extend(request.generated)
         return cls(
@@ -70,7 +72,8 @@ class Sequence:
         return self.request.kind
 
     def vacate(self) -> None:
-        """Forgets what the sequence owned. It starts again from whatever prefix the cache still has."""
+        """Forgets the pages and the state slot of the sequence. The sequence starts again after the prefix that is
+        still in the cache."""
         self.block_ids, self.state_id, self.num_computed, self.branch = array("i"), 0, 0, 0
 
     @property
@@ -79,16 +82,17 @@ class Sequence:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether what has been generated changes what comes next."""
+        """Whether the choice of the next token depends on the generated tokens, through penalties or bad words."""
         p = self.params
         penalises = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
         return penalises or any(len(word) > 1 for word in p.bad_words)
 
     def samples_at(self, position: int) -> bool:
-        """Whether a step that computes up to `position` chooses a token."""
+        """Whether a step that computes the tokens before `position` samples the token at `position`."""
         return position == len(self.tokens) + self.num_pending and self.request.params.max_tokens > 0
 
     @property
     def num_remaining(self) -> int:
-        """Number of tokens whose states and KV must still be computed. It is at least 1 while no step is in flight."""
+        """Number of tokens whose states, keys and values must still be computed. This number is at least 1 while no
+        step is in flight."""
         return len(self.tokens) + self.num_pending - self.num_computed

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ALIGNMENT = 16  # each array of a copy starts at a multiple of so many bytes, as the compiled kernels assume
+ALIGNMENT = 16  # each array in a packed copy starts at a multiple of this many bytes, as the kernels assume
 
 Array = NDArray[Any]
 DTYPES = {
@@ -37,7 +37,8 @@ def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
 
 
 def pack(arrays: Sequence[Array], packed: Tensor) -> Tensor:
-    """Copies the arrays one after the other, each aligned, into `packed`, a uint8 tensor on the host. Returns it."""
+    """Copies the arrays one after the other into `packed`, a uint8 tensor on the host, and returns `packed`. Each array
+    starts at a multiple of ALIGNMENT bytes."""
     flat, start = packed.numpy(), 0
     for array in arrays:
         flat[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -64,7 +65,8 @@ def _aligned(count: int) -> int:
 
 
 class HostCopy:
-    """A copy of a tensor to the host that is in flight. For a tensor on a CPU nothing is copied."""
+    """A copy of a tensor from the device to the host, which may still be in progress. A tensor that is on a CPU is not
+    copied."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._arrived = values, None

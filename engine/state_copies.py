@@ -1,5 +1,5 @@
-"""StateCopies: runs the copies between state slots and the places of a `StateStore`, in order with the other kernels of
-a step."""
+"""StateCopies: copies states between the slots of sequences and the places where a `StateStore` keeps saved states, in
+order with the other kernels of a step."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class StateCopies(Protocol):
-    """Runs the copies that a `StateStore` lists. In each list the destinations are distinct, and none of them is also a
-    source, so the copies may run in any order."""
+    """Runs the copies that a `StateStore` lists. In each list all destinations are distinct, and no destination is also
+    a source, so the copies may run in any order."""
 
     def save(self, pairs: Pairs) -> None:
-        """Launches copies of states from slots to their places. `pairs` are (slot, place)."""
+        """Launches copies of states from the slots of sequences to places in the store. `pairs` are (slot, place)."""
         ...
 
     def restore(self, pairs: Pairs) -> None:
-        """Launches copies of saved states to the slots of sequences that continue from them. `pairs` are (place,
-        slot)."""
+        """Launches copies of saved states to the slots of sequences that continue from these states. `pairs` are
+        (place, slot)."""
         ...
 
 
 class SlotCopies:
-    """Copies for the store `SlotStates`, where a place is itself a slot."""
+    """The copies for the store `SlotStates`, which keeps saved states in state slots: every place is a slot."""
 
     def __init__(self, storage: CacheStorage, kernels: Kernels) -> None:
         self._storage, self._kernels = storage, kernels
 
     def save(self, pairs: Pairs) -> None:
-        """Copies nothing, because `SlotStates` leaves a saved state in its slot. Rehearsed steps call
-        this for every store."""
+        """Copies nothing, because `SlotStates` leaves a saved state in its slot. `Rehearsal` calls this method for
+        every kind of store."""
 
     def restore(self, pairs: Pairs) -> None:
         tensors = (self._storage.conv, self._storage.ssm)
@@ -47,8 +47,8 @@ class SlotCopies:
 
 
 class CompressedCopies:
-    """Copies for the store `CompressedStates`. SSM states are compressed; convolution states are copied as they are, to
-    entries of the `conv` tensor behind those of the slots."""
+    """The copies for the store `CompressedStates`. SSM states are compressed. Convolution states are copied
+    uncompressed, to the entries of the `conv` tensor that follow the entries of the slots."""
 
     def __init__(self, storage: CacheStorage, compressed: CompressedStates, kernels: Kernels) -> None:
         self._storage, self._compressed, self._kernels = storage, compressed, kernels

@@ -1,4 +1,4 @@
-"""The messages between the HTTP process and the engine. They have token ids and numbers, but no text and no tensors.
+"""The messages between the HTTP process and the engine. Prompts and replies in them are token ids, not text.
 
 All of them are msgspec structs and are sent as msgpack. The engine sends one `StepResult` for each step, with the
 results of all sequences.
@@ -46,8 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The log-probability of a token at its position. `top` are (id, logprob) of the most likely tokens there, the best
-    first."""
+    """The log-probability of a token at its position. `top` has (id, logprob) of the most likely tokens at that
+    position, the most likely first."""
 
     token_id: int
     logprob: float

@@ -16,7 +16,7 @@ from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit for logit_bias
 MAX_STOP_TOKEN_IDS = 128
-MAX_BAD_WORDS = 128  # this counts sequences of tokens; a word of the request becomes one or two of them
+MAX_BAD_WORDS = 128  # maximum number of token sequences; a word of a request becomes one or two sequences
 MAX_ALLOWED_TOKEN_IDS = 4096  # allowed ids are copied to the device in every step, so they are limited
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
@@ -43,7 +43,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "frequency_penalty": Range(-2, 2),
         "logit_bias": Range(-100, 100),
         "seed": Range(-INT64_MAX - 1, INT64_MAX),
-        "max_tokens": Range(0, INT64_MAX),  # `clamp_max_tokens` reduces it to the context
+        "max_tokens": Range(0, INT64_MAX),  # `clamp_max_tokens` reduces max_tokens to the space in the context
         "min_tokens": Range(0, INT64_MAX),
         "logprobs": Range(0, MAX_LOGPROBS),
         "prompt_logprobs": Range(0, MAX_LOGPROBS),
@@ -75,8 +75,8 @@ def validate_prompt(
     prompt: list[int], *, vocab_size: int, max_model_len: int, max_tokens: int, param: str = "prompt"
 ) -> None:
     """Raises RequestRejected for an empty prompt or an unknown token id. Raises ContextTooLong if the prompt leaves no
-    room for the first token of a reply, or with max_tokens 0 if it does not fit itself. `param` is the name of the
-    request's field that has the prompt."""
+    room for the first token of a reply, or, with max_tokens 0, if the prompt itself is longer than the context. `param`
+    is the name of the request's field that has the prompt."""
     if not prompt:
         _reject(param, "is empty; it needs at least one token")
     if len(prompt) > max_model_len - min(max_tokens, 1):
@@ -87,8 +87,8 @@ def validate_prompt(
 
 
 def clamp_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
-    """Returns `params` with max_tokens reduced to the room that the context has after the prompt. min_tokens is reduced
-    to max_tokens."""
+    """Returns `params` with max_tokens reduced to the room that the context has after the prompt. If min_tokens is
+    larger than the new max_tokens, min_tokens is reduced to it."""
     max_tokens = min(params.max_tokens, max_model_len - prompt_len)
     assert max_tokens >= 0, "the prompt was not validated"
     if max_tokens == params.max_tokens:

@@ -34,7 +34,8 @@ WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
 
 
 def fate(name: str, field: FieldInfo) -> str:
-    """Returns "refused" for a field that is known but not supported, "ignored" for one without an effect here."""
+    """Returns "refused" for a field that this server knows but does not support, "ignored" for a field without an
+    effect, and "honoured" for every other field."""
     for item in field.metadata:
         if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
             return "refused"
@@ -51,7 +52,8 @@ def field_table(schema: type[BaseModel]) -> str:
 
 
 def peer_table() -> str:
-    """Fields of other servers that are refused, by the server that they come from."""
+    """Returns a table of the fields that other servers have and this server refuses, with one line for each other
+    server."""
     by_server: dict[str, list[str]] = {}
     tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers]
     for name, field in {name: field for table in tables for name, field in table.items()}.items():
@@ -61,7 +63,7 @@ def peer_table() -> str:
 
 
 def rendered(page: str) -> str:
-    """Returns the page with every table between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    """Returns the page with every table between `<!-- table NAME -->` and `<!-- end -->` replaced by a new table."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]

@@ -40,7 +40,7 @@ BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream":
 
 
 class Call(NamedTuple):
-    """An open call of a function of this project. `module` is its module without the package's name."""
+    """An open call of a function of this project. `module` is the function's module without the package's name."""
 
     module: str
     function: str
@@ -60,7 +60,8 @@ class Ways(NamedTuple):
 
 
 class Stacks:
-    """Records where tasks and objects are created in one process, and joins stacks of calls across them."""
+    """Records the stacks of calls that create tasks and objects in one process, and puts these stacks before the stacks
+    of calls in the tasks and objects."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[object, Stack]] = {}
@@ -81,13 +82,14 @@ class Stacks:
         return self.of(inspect.currentframe())
 
     def make_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Any:
-        """Creates an asyncio task and records the stack that creates it. It is set as the loop's task factory."""
+        """Creates an asyncio task and records the stack that creates it. This method is the task factory of the event
+        loop."""
         task = asyncio.Task(work, loop=loop, **options)
         self._tasks[task] = self.here()
         return task
 
     def profile(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the stack that creates each object of this project. It is set with sys.setprofile."""
+        """Records the stack that creates each object of this project. This method is set with sys.setprofile."""
         if event == "call" and frame.f_code.co_name == "__init__" and called(frame) is not None:
             made = frame.f_locals["self"]
             self._made[id(made)] = made, self.of(frame)
@@ -113,7 +115,7 @@ def current_task() -> asyncio.Task[Any] | None:
 
 
 def before(owner: Any, name: str, look: Callable[..., None]) -> None:
-    """Replaces a method, so that `look` is called with its arguments before each call."""
+    """Replaces a method, so that `look` is called with the method's arguments before each call of the method."""
     method = getattr(owner, name)
 
     def looked_at(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +126,7 @@ def before(owner: Any, name: str, look: Callable[..., None]) -> None:
 
 
 def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
-    """Replaces a coroutine method, so that `look` is called with its result after each call."""
+    """Replaces a coroutine method, so that `look` is called with the method's result after each call of the method."""
     method = getattr(owner, name)
 
     async def looked_at(*args: Any) -> Any:
@@ -148,7 +150,8 @@ class EngineTrace:
         self._results: Stack = ()
 
     def reader(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the innermost call that gets the request. It is the profile function of the receiving thread."""
+        """Records the innermost call that gets the request. This method is the profile function of the receiving
+        thread."""
         if event != "call" or called(frame) is None:
             return
         for value in frame.f_locals.values():
@@ -286,10 +289,9 @@ async def request(app: Any, trace: ServerTrace) -> None:
 
 
 def walk(start: Stack, end: Stack) -> Stack:
-    """Returns the calls between two stacks.
+    """Returns the calls on the way from the innermost call of `start` to the innermost call of `end`.
 
-    They lead from the innermost call of `start` outwards to the last common call, and inwards to the innermost call of
-    `end`.
+    The way leads outwards to the last call that both stacks share, and from there inwards.
     """
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, end, strict=False)))
     return (*reversed(start[max(common - 1, 0) :]), *end[common:])
@@ -301,7 +303,7 @@ def since_route(stack: Stack) -> Stack:
 
 
 def rooms(part: Stack) -> Iterator[tuple[str, list[str]]]:
-    """Yields each module that a part of a way passes through, in order, with the functions called in it."""
+    """Yields each module that the calls in `part` pass through, in order, with the functions called in that module."""
     for module, calls in groupby(part, key=lambda call: call.module):
         yield module, list(dict.fromkeys(call.function for call in calls))
 
@@ -318,7 +320,7 @@ def show(title: str, parts: Sequence[Stack]) -> None:
 
 
 def count() -> Ways:
-    """Serves one request and returns its ways through both processes."""
+    """Serves one request, and returns the calls on its way down and on the way back, in both processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.json"
         server = asyncio.run(serve(path))

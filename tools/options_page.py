@@ -44,7 +44,7 @@ Every option of `jamba serve` can be given in three ways. A flag wins over a var
 
 
 def row(option: Option) -> str:
-    """Returns the line of one option in its table."""
+    """Returns the line for one option in the table of the option's group."""
     name = "`MODEL`, the argument" if option.name == "model" else f"`{option.flag}`"
     mark = " \\*" if option.name in ("model", *LOCAL) else ""
     choices = f" One of {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""

@@ -1,4 +1,4 @@
-"""The engine process: `python -m jamba_server.engine.process FD`.
+"""The engine process: `python -m jamba_server.engine.process FD`, where FD is the file descriptor of its socket.
 
 `client.EngineClient` starts this process with one end of a socket pair. The process receives its EngineConfig, sends
 some Progress messages and then Ready or Failed. It runs until it is told to stop or its parent is gone. It sends its
@@ -31,7 +31,8 @@ Send = Callable[[msgspec.Struct], None]
 
 
 def sender(connection: socket.socket) -> Send:
-    """Returns a function that sends a message to the parent. A lock keeps messages of different threads apart."""
+    """Returns a function that sends a message to the parent. A lock prevents two threads from mixing the bytes of their
+    messages."""
     lock = threading.Lock()
 
     def send(message: msgspec.Struct) -> None:
@@ -47,7 +48,7 @@ class LogToParent(logging.Handler):
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(message)s"))  # LogLine has level and logger name as other fields
+        self.setFormatter(logging.Formatter("%(message)s"))  # LogLine has fields for the level and the logger
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -60,7 +61,8 @@ class LogToParent(logging.Handler):
 
 
 def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None:
-    """Moves messages into the inbox until the parent tells the engine to stop or is gone. Runs in its own thread."""
+    """Moves messages from the socket to the inbox until the parent process tells the engine to stop or is gone. Runs in
+    a thread of its own."""
     try:
         while True:
             match receive(connection, ToEngine):
@@ -78,7 +80,7 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
 
 
 def run(connection: socket.socket, send: Send) -> int:
-    # These import torch. They are imported only now, when warnings of torch already go to the parent's log.
+    # These modules import torch, so they are imported only now, when warnings of torch already go to the parent's log.
     from jamba_server.engine.start.build import build_engine
     from jamba_server.kernels.table import KernelError
 
@@ -90,8 +92,8 @@ def run(connection: socket.socket, send: Send) -> int:
         send(Failed(str(error)))
         return 1
     gc.collect()
-    # Objects that were loaded live as long as the process. If the garbage collector examined them, it would stop the
-    # replies in progress for about 0.1 s.
+    # The objects that exist now live as long as the process. If the garbage collector examined these objects, replies
+    # in progress would pause for about 0.1 s.
     gc.freeze()
     stop = threading.Event()
     threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()
@@ -104,7 +106,7 @@ def run(connection: socket.socket, send: Send) -> int:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # these reach the whole process group; the parent handles them
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these signals, too, and handles them
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         send = sender(connection)

@@ -26,11 +26,11 @@ ENGINE_COMMAND = (
     "-m",
     "jamba_server.engine.process",
 )  # -P keeps Python from importing modules of the current folder
-CLOSE_SECONDS = 5.0  # a child that has not ended by itself after this time is killed
+CLOSE_SECONDS = 5.0  # a child that was told to end but still runs after this time is killed
 
 
 class Child:
-    """One engine process. The end of the stream from its socket means that the process has died."""
+    """One engine process. The end of the stream from its socket means that the engine process has ended."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -46,8 +46,8 @@ class Child:
         ours, theirs = socket.socketpair()
         root = str(Path(jamba_server.__file__).parent.parent)  # makes the child import this same jamba_server
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        # With the policy PASSIVE torch's idle threads sleep. Otherwise they would spin on cores that the kernels' own
-        # threads need.
+        # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would spin on cores that
+        # the kernels' own threads need.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
         with theirs:
             try:
@@ -68,7 +68,8 @@ class Child:
 
     @property
     def silent_seconds(self) -> float:
-        """Returns the seconds since the child's last message, or since it last got work while it was idle."""
+        """Returns the seconds since the child's last message, or since an idle child last got work if that was
+        later."""
         return self._clock() - self._last_message
 
     def send(self, message: msgspec.Struct) -> None:
@@ -87,7 +88,7 @@ class Child:
         return msgspec.msgpack.decode(body, type=kind)
 
     def touch(self) -> None:
-        """Restarts `silent_seconds`. To be called when an idle child gets work."""
+        """Sets `silent_seconds` to 0. Must be called when an idle child gets work."""
         self._last_message = self._clock()
 
     def shut_down(self) -> None:

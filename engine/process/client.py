@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # after this number of deaths within DEATH_WINDOW_SECONDS the engine process is not restarted
 DEATH_WINDOW_SECONDS = 60.0
-SUSPECT_DEATHS = 2  # a request that ran while the engine process died this number of times in a row then runs alone
+SUSPECT_DEATHS = 2  # after this number of successive engine deaths during one request, that request runs alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +62,8 @@ class UpdateStream(Protocol):
     async def __anext__(self) -> TokenUpdate: ...
 
     def abort(self, request_id: str) -> None:
-        """Aborts one of the requests; no update of it follows. A second call for the same request does nothing."""
+        """Aborts one of the requests. The stream yields no further update of that request. A second call for the same
+        request does nothing."""
         ...
 
 
@@ -71,12 +72,13 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """The engine's model and sizes. Raises EngineLoading, or EngineDead, if the engine was never ready."""
+        """The engine's model and sizes. As long as the engine has never been ready, raises EngineLoading, or EngineDead
+        if the engine failed to start."""
         ...
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's latest statistics. Their counters are not reset when the engine is restarted."""
+        """The engine's latest statistics. The counters among these are not reset when the engine is restarted."""
         ...
 
     @property
@@ -87,7 +89,8 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: list[Request]) -> AbstractAsyncContextManager[UpdateStream]:
-        """Runs the choices of one HTTP request and yields their updates, interleaved, until each has a finish_reason.
+        """Runs the replies to one HTTP request and yields their updates, interleaved, until every reply has a
+        finish_reason.
 
         Entering the context submits the requests. Leaving it, also by an exception, aborts those that still run.
         Entering raises Overloaded if the queue is full, EngineDead if the engine has ended for good, and
@@ -97,8 +100,8 @@ class Engine(Protocol):
 
 
 class _Live:
-    """A request that has been submitted and has not ended. `deaths` counts the successive engines that died while they
-    ran this request."""
+    """A request that has been submitted and has not ended. `deaths` is the number of engine processes in a row that
+    died while they ran this request."""
 
     def __init__(self, request: Request, stream: _Stream) -> None:
         self.request, self.stream = request, stream
@@ -108,7 +111,8 @@ class _Live:
         self.num_prompt_logprobs = 0
 
     def replay(self) -> Request:
-        """Returns the request for a new engine, which continues after the tokens that have been delivered already."""
+        """Returns the request to be sent to a new engine process, which continues after the tokens that the client has
+        received already."""
         return msgspec.structs.replace(
             self.request, generated=self.generated, num_prompt_logprobs=self.num_prompt_logprobs
         )
@@ -160,7 +164,7 @@ class _Stream:
 
 
 class EngineClient:
-    """Runs the engine as a child process, and kills and restarts it when it hangs or dies.
+    """Runs the engine as a child process. Kills a child that hangs, and starts a new child when one has died.
 
     The child is killed if it has requests but sends no step result for `engine_timeout` seconds. New requests are
     refused while `max_queue_requests` or more choices wait; 0 means no limit.
@@ -250,7 +254,7 @@ class EngineClient:
             stream.close()
 
     def forget(self, request_ids: list[str]) -> None:
-        """Aborts requests that nobody reads any more. Ids of requests that have ended already are ignored."""
+        """Aborts requests whose updates nobody reads any more. Ids of requests that have ended already are ignored."""
         gone = [live for i in request_ids if (live := self._live.pop(i, None)) is not None]
         if self._child and (sent := [live.request.id for live in gone if live.sent]):
             self._child.send(Abort(sent))
@@ -259,7 +263,8 @@ class EngineClient:
     # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends waiting requests to the engine: all of them, or only one suspect while there are suspects.
+        """Sends all waiting requests to the engine. If requests are suspected of killing the engine, sends only one
+        suspect.
 
         A suspect is a request that ran during SUSPECT_DEATHS successive deaths. If the engine dies while a suspect runs
         alone, that request is the cause.
@@ -315,7 +320,7 @@ class EngineClient:
             self._after_death(await self._child.close())
 
     async def _watch(self, child: Child) -> None:
-        """Kills the child if it has requests but sends no step result for the engine timeout."""
+        """Kills the child if it has requests but sends no step result for `engine_timeout` seconds."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout / 4))
             if any(live.sent for live in self._live.values()) and child.silent_seconds > self._timeout:
@@ -379,7 +384,7 @@ class EngineClient:
         was_running = [live for live in self._live.values() if live.sent]
         culprit = was_running[0] if len(was_running) == 1 and was_running[0].deaths >= SUSPECT_DEATHS else None
         if culprit is not None:
-            self._deaths.clear()  # the request caused these deaths; they are not counted towards MAX_DEATHS
+            self._deaths.clear()  # the culprit caused these deaths, so they do not count towards MAX_DEATHS
             self._fail(
                 culprit,
                 EngineFailed(
@@ -397,7 +402,8 @@ class EngineClient:
         self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
 
     def _count_death(self) -> int:
-        """Counts this death and returns the number of deaths within DEATH_WINDOW_SECONDS.
+        """Counts a death of the engine process that happened now. Returns the number of deaths within
+        DEATH_WINDOW_SECONDS.
 
         Until the engine is ready again, earlier deaths stay counted however old they are. Otherwise an engine that dies
         after each long load would be restarted for ever.

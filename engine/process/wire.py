@@ -1,5 +1,5 @@
-"""The frames on the socket between the two processes. A frame is a length of four bytes (little-endian) and one msgpack
-message of that length."""
+"""The frames on the socket between the HTTP process and the engine process. A frame is one msgpack message after its
+length in bytes, which is a little-endian integer of four bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The random keys of sampled tokens. A key is a hash of the seed, the choice and the position, and of nothing else."""
+"""The random keys with which tokens are sampled. A key is a hash of the request's seed, the number of the reply
+(`choice`) and the token's position, and of nothing else."""
 
 from __future__ import annotations
 

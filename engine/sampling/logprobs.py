@@ -18,9 +18,9 @@ from jamba_server.kernels.reference.sample import best_ids
 
 
 class PendingLogprobs:
-    """Log-probabilities that the device still computes. For each row n of `logits` (float32 [N, V], N at least 1) they
-    are those of token_ids[n] and of the counts[n] most likely tokens, the best first. Of equally likely tokens the
-    lower id comes first. A row's result does not depend on the other rows."""
+    """Log-probabilities that the device may still be computing. Each row n of `logits` (float32 [N, V], N at least 1)
+    gives the log-probability of token_ids[n] and those of the counts[n] most likely tokens, the most likely first. Of
+    equally likely tokens the one with the lower id comes first. The result of a row does not depend on other rows."""
 
     def __init__(self, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> None:
         self._token_ids, self._counts = token_ids, counts
@@ -28,14 +28,14 @@ class PendingLogprobs:
         self._table = HostCopy(gather(logits.log_softmax(dim=-1), chosen, max(counts)))
 
     def read(self) -> list[TokenLogprob]:
-        """Waits until the device has computed them, and returns one entry for each row."""
+        """Waits until the device has computed the log-probabilities, and returns one entry for each row."""
         return read(self._table.tolist(), self._token_ids, self._counts)
 
 
 def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:
     """Returns a table, float64 [N, 1 + 2 * count], of `logprobs` (float32 [N, V]). A row has the log-probability of the
     token `chosen` (int64 [N]), then the ids of the `count` most likely tokens (at most V), then the log-probabilities
-    of these. float64 holds token ids and float32 values exactly."""
+    of these tokens. float64 holds token ids and float32 values exactly."""
     count = min(count, logprobs.shape[1])
     top_ids = best_ids(logprobs, count) if count > 0 else chosen.new_empty((len(chosen), 0))
     columns = logprobs.gather(1, torch.cat([chosen[:, None], top_ids], dim=1)).to(torch.float64)
@@ -43,8 +43,8 @@ def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:
 
 
 def read(table: list[list[float]], token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Converts the table of `gather` to one entry for each row, with counts[n] of the most likely tokens, or with all
-    that were gathered if these are fewer."""
+    """Converts the table of `gather` to one entry for each row, with the counts[n] most likely tokens, or with as many
+    as the table has if it has fewer."""
     results: list[TokenLogprob] = []
     for values, token_id, count in zip(table, token_ids, counts, strict=True):
         gathered = len(values) // 2

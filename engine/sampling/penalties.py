@@ -1,4 +1,5 @@
-"""Applies the changes that a request asks for to its logits, before temperature: bias, penalties, forbidden tokens.
+"""Changes the logits of a request as the request asks, before the temperature is applied: bias, penalties, forbidden
+tokens.
 
 The order is that of transformers and vLLM: logit_bias, repetition penalty, frequency and presence penalty. Tokens are
 forbidden last, so that no bias can allow them again. The host only works for rows that ask for a change, in time linear
@@ -21,7 +22,7 @@ from jamba_server.engine.types import SamplingParams
 
 
 class Edit(NamedTuple):
-    """A change to the logits of one row: token ids, int64 [n], and a number for each of them, float32 [n]."""
+    """A change to the logits of one row: token ids, int64 [n], and a number for each of these tokens, float32 [n]."""
 
     row: int
     token_ids: NDArray[np.int64]
@@ -61,17 +62,17 @@ def _penalises_counts(row: SamplingRow) -> bool:
 
 
 def _counts(n: int, row: SamplingRow) -> Edit:
-    """Returns OpenAI's penalties: each generated token loses count * frequency_penalty + presence_penalty. Tokens of
-    the prompt do not count."""
+    """Returns the penalties of OpenAI's API: the logit of each generated token decreases by count * frequency_penalty +
+    presence_penalty, where count is how often the token was generated. Tokens of the prompt do not count."""
     token_ids, counts = np.unique(np.array(row.tokens[row.num_prompt :], dtype=np.int64), return_counts=True)
     values = -(counts * row.params.frequency_penalty + row.params.presence_penalty)
     return Edit(n, token_ids, values.astype(np.float32))
 
 
 def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
-    """Returns the tokens that must not come next: the last token of each bad word whose other tokens end the reply so
-    far, and all end tokens until the reply has `min_tokens`. The end tokens are forbidden even with `ignore_eos`,
-    because an end token in the text would make the reply look finished."""
+    """Returns the tokens that must not come next: the last token of each bad word whose tokens before the last are the
+    end of the reply, and all end tokens and stop tokens until the reply has `min_tokens` tokens. The end tokens are
+    forbidden even with `ignore_eos`, because an end token in the text would make the reply look finished."""
     ends = {word[-1] for word in row.params.bad_words if _ends_with(row, word[:-1])}
     if row.num_generated < row.params.min_tokens:
         ends.update(eos_token_ids, row.params.stop_token_ids)
@@ -90,8 +91,8 @@ def _ban(n: int, token_ids: Iterable[int]) -> Edit:
 
 
 def _keep_only(logits: Tensor, allowed: list[tuple[int, tuple[int, ...]]]) -> None:
-    """Sets the logits of all tokens of a row to minus infinity, except those of the allowed tokens. `allowed` are pairs
-    of a row and its allowed token ids."""
+    """Sets the logits of all tokens that are not allowed to minus infinity. `allowed` has a pair for each row to
+    change: the row, and the token ids that are allowed in it."""
     if allowed:
         where, _ = _flatten([_ban(n, token_ids) for n, token_ids in allowed], logits.device)
         kept = logits[where]
@@ -108,8 +109,9 @@ def _add(logits: Tensor, edits: list[Edit]) -> None:
 
 
 def _repeat(logits: Tensor, edits: list[Edit]) -> None:
-    """Divides positive logits by the penalty and multiplies negative ones by it, as transformers does (Keskar et al.
-    2019, CTRL). A token that occurs twice is penalised once, because both occurrences write the same number."""
+    """Applies the repetition penalty: divides positive logits by the penalty and multiplies negative logits by it, as
+    transformers does (Keskar et al. 2019, CTRL). A token that occurs twice is penalised once, because both occurrences
+    write the same number."""
     if edits:
         where, penalties = _flatten(edits, logits.device)
         old = logits[where]
@@ -117,7 +119,8 @@ def _repeat(logits: Tensor, edits: list[Edit]) -> None:
 
 
 def _flatten(edits: list[Edit], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Returns the edits of all rows as one index (rows, token ids) into the logits and the values for these places."""
+    """Joins the edits of all rows. Returns an index into the logits, (rows, token ids), and the edits' numbers for
+    these places."""
     rows = np.repeat([edit.row for edit in edits], [len(edit.token_ids) for edit in edits])
     token_ids = np.concatenate([edit.token_ids for edit in edits])
     values = np.concatenate([edit.values for edit in edits])

@@ -1,4 +1,4 @@
-"""SamplingRow: the facts about one sequence that the sampler needs."""
+"""SamplingRow: what the sampler must know about a sequence to sample one token of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from jamba_server.engine.types import SamplingParams
 
 
 class SamplingRow(NamedTuple):
-    """One token to sample. `tokens` are the `num_prompt` tokens of the prompt and those generated so far. They are the
-    sequence's own array, and the sampler keeps no reference to it. `choice` is the number of the reply among those to
-    the same prompt (`Request.index`). `num_pending` more tokens have been sampled but are not known on the host yet; it
-    is 0 for requests with penalties or with bad words of several tokens. A negative number -k means that the
-    token is sampled after an earlier position, k tokens before the end of `tokens`."""
+    """One token to sample. `tokens` are the `num_prompt` tokens of the prompt, then the generated tokens that the host
+    knows. `tokens` is the sequence's own array, and the sampler keeps no reference to this array. `choice` is the
+    number of the reply among those to the same prompt (`Request.index`). Between `tokens` and the token to sample there
+    are `num_pending` tokens that the host does not know yet; `num_pending` is 0 for requests with penalties or with bad
+    words of several tokens. If `num_pending` is a negative number -k, the token is sampled after an earlier position, k
+    tokens before the end of `tokens`."""
 
     params: SamplingParams
     tokens: Sequence[int]

@@ -21,16 +21,17 @@ __all__ = ["SampledToken", "Sampler", "SamplingRow"]
 
 
 class SampledToken(NamedTuple):
-    """A token and its log-probability, which is None unless the request asked for it."""
+    """A sampled token and its log-probability. The log-probability is None unless the request asked for
+    log-probabilities."""
 
     token_id: int
     logprob: TokenLogprob | None = None
 
 
 class PendingTokens:
-    """The sampled tokens of N rows, which the device still computes: `token_ids`, int64 [N]. `requested` maps each row
-    whose log-probabilities are requested to the number of alternatives. `table` has one row of `gather` for each of
-    them."""
+    """The sampled tokens of N rows, which the device may still be computing: `token_ids`, int64 [N]. `requested` maps
+    each row whose log-probabilities are requested to the number of most likely tokens to report. `table` is the table
+    of `logprobs.gather`, with one row for each entry of `requested`."""
 
     def __init__(self, token_ids: Tensor, table: Tensor | None, requested: dict[int, int]) -> None:
         self.token_ids, self._requested = token_ids, requested
@@ -40,7 +41,7 @@ class PendingTokens:
         self._host_copy = HostCopy(both)
 
     def read(self) -> list[SampledToken]:
-        """Waits until the device has sampled them, and returns one token for each row."""
+        """Waits until the device has sampled the tokens, and returns one token for each row."""
         values = self._host_copy.tolist()
         if not self._requested:
             return [SampledToken(token_id) for token_id in values]
@@ -53,8 +54,8 @@ class PendingTokens:
 
 
 class Sampler:
-    """Samples tokens. A token depends only on the logits, parameters, tokens and choice number of its own row. The
-    sampler keeps no state between steps."""
+    """Samples tokens. A sampled token depends only on its own row: on the row's logits, parameters, previous tokens and
+    number of the reply (`choice`). The sampler keeps no state between steps."""
 
     def __init__(self, kernels: Kernels, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self.kernels, self.vocab_size, self.eos_token_ids = kernels, vocab_size, eos_token_ids
@@ -85,7 +86,7 @@ class Sampler:
         keys = [
             row_key(row.params.seed or 0, row.choice, row.position) if row.params.temperature else 0 for row in rows
         ]
-        # A top_k of at least the vocabulary's size excludes no token. The kernels expect 0 for that.
+        # A top_k of at least the vocabulary's size excludes no token. The kernels expect top_k 0 in that case.
         top_k = [p.top_k if p.top_k < self.vocab_size else 0 for p in params]
         arrays += [np.array(top_k, dtype=np.int32), np.array(keys, dtype=np.int64)]
         temperature, top_p, min_p, top_ks, key_column = upload(arrays, device)

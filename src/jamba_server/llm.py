@@ -33,7 +33,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
-DEFAULT_MAX_TOKENS = 16  # the server's default for completions, too; a chat may fill the context
+DEFAULT_MAX_TOKENS = 16  # as for completions on the server; a chat's reply may fill the context
 
 Message = Mapping[str, object]
 _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
@@ -41,9 +41,9 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
 
 @dataclass(slots=True)
 class Completion:
-    """One reply to a prompt. `index` is its number among the replies to the same prompt. `text` is empty for a model
-    without tokenizer.json. Log-probabilities are empty unless requested. `stop_reason` is the stop string, or the token
-    of `stop_token_ids`, that ended the reply."""
+    """One reply to a prompt. `index` is the number of this reply (0 to n-1) among the replies to the same prompt.
+    `text` is empty for a model without tokenizer.json. Log-probabilities are empty unless requested. `stop_reason` is
+    the stop string, or the token of `stop_token_ids`, that ended the reply."""
 
     prompt: list[int]
     index: int
@@ -96,8 +96,8 @@ class LLM:
         **sampling: Any,
     ) -> list[Completion]:
         """Returns `n` replies to each of one or several prompts (texts or lists of token ids). The replies to the first
-        prompt come first. The names of special tokens in a text are read as plain text. `progress` shows a progress
-        bar; None shows it for several replies on a terminal. Raises RequestRejected."""
+        prompt come first. The name of a special token in a text is encoded like ordinary text. `progress` says whether
+        to show a progress bar; None shows the bar for several replies on a terminal. Raises RequestRejected."""
         sampled = self._sampling(params, sampling, max_tokens=DEFAULT_MAX_TOKENS)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
         specs = [
@@ -117,9 +117,9 @@ class LLM:
         progress: bool | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Returns `n` replies to each of one or several conversations. The checkpoint's chat template turns them into
-        prompts, and the other arguments are those of `generate`. Without `max_tokens` and `params` a reply may fill the
-        context."""
+        """Returns `n` replies to each of one or several conversations. The checkpoint's chat template turns
+        conversations into prompts, and the other arguments are those of `generate`. Without `max_tokens` and `params` a
+        reply may fill the context."""
         template = self._chat_template()
         sampled = self._sampling(params, sampling, max_tokens=self.core.info.max_model_len)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
@@ -163,7 +163,7 @@ class LLM:
                 values[name] = msgspec.convert(value, kinds[name])
             except msgspec.ValidationError as error:
                 raise RequestRejected(f"{name} is {value!r}. {error}.", param=name) from None
-        if values["top_k"] == -1:  # means all tokens, as on the server
+        if values["top_k"] == -1:  # -1 means all tokens, as on the server
             values["top_k"] = 0
         return SamplingParams(**values)
 
@@ -210,7 +210,7 @@ class LLM:
 
 
 class _Reply:
-    """A request and its reply so far."""
+    """A request, and the part of its reply that has been generated."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, options: TextOptions) -> None:
         self.request = request
@@ -244,7 +244,7 @@ def model_config(model: str | Path | None, settings: Mapping[str, object]) -> Se
     values = cast_settings(settings, "LLM")
     if foreign := sorted(values.keys() - SETTINGS):
         raise ConfigError(f"LLM: {foreign[0]!r} is an option of `jamba serve` only, because LLM starts no server.")
-    # A Path is always a folder. Only a text may be the id of a model on the hub.
+    # A `Path` object always names a folder. Only a string may be the id of a model on the hub.
     values["model"] = str(model.expanduser().absolute()) if isinstance(model, Path) else model
     config = ServerConfig(**values)
     config.check()
@@ -288,8 +288,8 @@ def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, obje
 
 
 def progress_bar(total: int, wanted: bool | None) -> Progress:
-    """Returns a progress bar for `total` replies on stderr. If `wanted` is None, it is shown for several replies if
-    stderr is a terminal."""
+    """Returns a progress bar for `total` replies on stderr. If `wanted` is None, the bar is shown if there are several
+    replies and stderr is a terminal."""
     console = Console(stderr=True)
     shown = wanted or (wanted is None and total > 1 and console.is_terminal)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

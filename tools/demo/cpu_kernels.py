@@ -149,7 +149,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Mean cross entropy in nats of the logits x [rows, h] @ head [vocab, h]^T. Targets below 0 are left out.
+    """Mean cross entropy in nats of the logits x [rows, h] @ head [vocab, h]^T. Rows with a target below 0 are left
+    out.
 
     The forward pass also computes the gradients, so that the logits of all rows need not be kept.
     """

@@ -102,7 +102,8 @@ def chat(turns: list[str], system: str = "") -> str:
 
 
 def request(story: str, random_: random.Random) -> str:
-    """Writes a request for a story. It names one to three frequent nouns of the story, and sometimes a name."""
+    """Writes a request for a story. The request names one to three frequent nouns of the story, and sometimes a
+    character's name."""
     counts = Counter(word for word in _NOUN.findall(story) if not _DULL.fullmatch(word))
     words = [word for word, _ in counts.most_common(4)]
     if not words or random_.random() < 0.08:

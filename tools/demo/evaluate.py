@@ -1,4 +1,4 @@
-"""Measures the held-out loss of a running server and compares it with that of a 5-gram model.
+"""Measures the loss of a running server on held-out stories, and compares this loss with that of a 5-gram model.
 
     jamba serve &
     python tools/demo/evaluate.py --data FOLDER --url http://127.0.0.1:8000

@@ -47,7 +47,7 @@ REQUESTS = (
     "What is your name?",
     "Thank you!",
 )
-CACHE = 1 << 26  # bytes of the engine's KV cache
+CACHE = 1 << 26  # size of the engine's KV cache in bytes
 TEMPERATURE = 0.3  # default temperature of the model, low enough that stories keep to their subject
 TOLERANCE = 0.005  # largest relative difference between the held-out losses of the engine and of the training code
 

@@ -67,7 +67,7 @@ def ones(size: int) -> nn.Parameter:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies x by a weight [..., out, in]. The outputs of all leading axes are concatenated."""
+    """Multiplies x by every matrix [out, in] of a weight [..., out, in], and concatenates the outputs."""
     return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 

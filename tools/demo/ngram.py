@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-BITS = 12  # bits of a token id, so that the ids of a 5-gram fit in 64 bits
+BITS = 12  # number of bits for a token id, so that the ids of a 5-gram fit in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ class Level:
 
 
 def found(keys: Integers, values: Integers, wanted: Integers) -> Integers:
-    """Looks up the wanted keys in sorted `keys`. Returns their values, and 0 for a key that is missing."""
+    """Looks up the wanted keys in sorted `keys`. Returns the value of each wanted key, and 0 for a key that is
+    missing."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], 0)
 
@@ -69,7 +70,7 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         grams = np.concatenate([self._grams(document) for document in documents])
         level = Level.of(*np.unique(grams, return_counts=True))
-        self.levels = [level]  # the level of the longest n-grams comes first
+        self.levels = [level]  # levels are sorted by the length of their n-grams, the longest first
         for length in range(order - 1, 0, -1):
             # The count of a shorter n-gram is the number of different tokens that occur before it (Kneser-Ney).
             mask = (1 << BITS * length) - 1

@@ -119,7 +119,7 @@ extern "C" void conv_backward(const bf16* xz, const float* w, const float* bias,
 }
 
 // Computes the selective scan: y = (scan(u, softplus(dt + bias), A, B, C) + skip * u) * silu(z). The argument a2 [N,D]
-// is A * log2(e). The state before every CHUNK tokens is written to states [B,T/CHUNK,D/W,N,W].
+// is A * log2(e). The state before each chunk of CHUNK tokens is written to states [B,T/CHUNK,D/W,N,W].
 extern "C" void scan_forward(const bf16* u, const bf16* dt, const bf16* z, const bf16* Bm, const bf16* Cm, const float* a2, const float* skip, const float* bias, bf16* y, float* states, int64_t B, int64_t T, int64_t D) {
     int64_t chunks = (T + CHUNK - 1) / CHUNK, blocks = D / W;
 #pragma omp parallel for collapse(2)

@@ -34,10 +34,11 @@ from torch import Tensor
 from train_tokenizer import train_tokenizer
 
 SEED = 20
-TOKENS, RAMP = 4096, 0.35  # tokens in a step; after this share of the time, a step has twice as many
+TOKENS, RAMP = 4096, 0.35  # a step has TOKENS tokens, and twice as many after the share RAMP of the time
 # Tokens in a row of the batch: usually LENGTH, in every eighth step LONG, in every thirty-second step LONGEST.
 LENGTH, LONG, LONGEST = 512, 1024, 2048
-WARM_UP, COOL_DOWN = 30, 0.35  # steps in which the learning rate rises; last share of the time, in which it falls
+# The learning rate rises during the first WARM_UP steps and falls during the last share COOL_DOWN of the time.
+WARM_UP, COOL_DOWN = 30, 0.35
 WINDOW = 150  # the weights are averaged over about this many steps, which lowers the held-out loss
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
@@ -56,7 +57,7 @@ class Stream:
         return torch.tensor([number for item in encoded for number in item.ids])
 
     def take(self, count: int) -> Tensor:
-        """Returns the next `count` tokens and the token after them, which is the last target."""
+        """Returns the next `count` + 1 tokens. The last of these tokens is only a target, not an input."""
         if self.offset + count + 1 > len(self.ids):
             self.number, self.offset = self.number + 1, 0
             self.ids = self._encode()

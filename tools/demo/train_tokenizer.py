@@ -39,7 +39,8 @@ SPECIAL_TOKENS = (
     "</tool_calls>",
 )
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-# Merges do not cross these units: a word or punctuation with the space before it, one digit, or a single space.
+# A merge joins only pieces within one of these units: a word or punctuation with the space before it, one digit, or a
+# single space.
 _WORDS = r"▁?\p{L}+|[0-9]|▁?[^\p{L}0-9▁]+|▁"
 
 
@@ -78,7 +79,8 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def _learn_merges(lines: Iterable[str], count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Learns `count` pieces from the text. Returns the pieces and the merges that form them, in the order of rank.
+    """Learns `count` pieces from the text. Returns the pieces, and the merges that form the pieces, in the order in
+    which they were learned.
 
     The first pieces are the printable ASCII characters and "▁".
     """
