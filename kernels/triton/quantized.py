@@ -51,7 +51,7 @@ class PackedWeight(NamedTuple):
 
 
 def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """Returns any weight [..., N, K] as a PackedWeight.
+    """Returns a weight [..., N, K], quantised or not, as a PackedWeight. The numbers do not change.
 
     A weight that is not quantised has the format "", and kernels do not read its scales.
     """

@@ -15,8 +15,9 @@ from prometheus_client.registry import Collector
 from jamba_server.engine.process.client import Engine
 from jamba_server.engine.types import EngineStats, FinishReason
 
-# Bounds of the buckets, in seconds. Each list begins at 1 ms: Prometheus interpolates a quantile within its bucket, so
-# that values far below the first bound would be shown as half of that bound. The first list has vLLM's bounds.
+# Bounds of the buckets, in seconds. Prometheus interpolates a quantile within its bucket: if all values were far below
+# the first bound, their median would be shown as half of that bound. Each list therefore begins at 1 ms. The first list
+# has vLLM's bounds.
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip

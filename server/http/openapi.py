@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-# A client may send its API key in either of these headers. The button Authorize of /docs shows the names of the
-# schemes.
+# A client may send its API key in either of these headers. Each is a security scheme, and the Authorize button of
+# /docs shows its name.
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of --api-key, as OpenAI's clients send it."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},

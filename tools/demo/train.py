@@ -37,7 +37,8 @@ SEED = 20
 TOKENS, RAMP = 4096, 0.35  # a step has TOKENS tokens, and twice as many after the share RAMP of the time
 # Tokens in a row of the batch: usually LENGTH, in every eighth step LONG, in every thirty-second step LONGEST.
 LENGTH, LONG, LONGEST = 512, 1024, 2048
-# The learning rate rises during the first WARM_UP steps and falls during the last share COOL_DOWN of the time.
+# The learning rate rises during the first WARM_UP steps. It falls during the last part of the training time, and
+# COOL_DOWN is that part's fraction of the whole time.
 WARM_UP, COOL_DOWN = 30, 0.35
 WINDOW = 150  # the weights are averaged over about this many steps, which lowers the held-out loss
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150

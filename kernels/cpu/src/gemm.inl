@@ -260,7 +260,7 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
-// A span is a part of a strip, along K, that fits into the L1 cache.
+// A strip of the weight is cut along K into spans, each of which fits into the L1 cache.
 constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;
 
 // Computes several tiles that use the same strips, and reads the weights of each strip from memory only once: every

@@ -6,7 +6,7 @@
 // processor, so each step is done for all N vectors before the next step.
 template <int N>
 INLINE void exp(const Vec* x, Vec* y) {
-    // These are the coefficients of the polynomial in Cephes' expf, which is for r within +-0.35, highest power first.
+    // The coefficients, highest power first, of the polynomial that Cephes' expf uses for a reduced argument |r| <= 0.35.
     constexpr float COEFFICIENTS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = min(set(89.0f), max(set(-105.0f), x[i]));

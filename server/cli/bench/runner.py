@@ -71,7 +71,7 @@ class Runner:
         self._on_end = on_end
 
     async def run(self, load: Load, sessions: Iterable[Session], *, max_seconds: float) -> None:
-        """Sends the sessions until all have ended or `max_seconds` have passed.
+        """Runs the sessions: sends their requests until all sessions have ended or `max_seconds` have passed.
 
         Requests in flight at that time are cancelled and recorded as cut_off. No further requests are sent.
         """
