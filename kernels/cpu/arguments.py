@@ -1,4 +1,4 @@
-"""These functions check tensors whose addresses go to the compiled library. A check takes about a microsecond.
+"""These functions check each tensor before its address goes to the compiled library. One check takes about 1 us.
 
 The replay of a recorded graph (`graph.py`) runs no checks, so decode steps that replay a graph do not pay for them.
 """
@@ -12,17 +12,17 @@ from jamba_server.kernels.arguments import refuse
 
 
 def whole(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor has this dtype and shape and is contiguous in the CPU's memory."""
+    """Raises ValueError unless the tensor has the given dtype and shape and is contiguous in the CPU's memory."""
     if tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu:
         return
     refuse(name, tensor, f"be {_words(dtype, shape)}, contiguous, in the CPU's memory")
 
 
 def units(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor has this dtype and shape and each `tensor[i]` is contiguous in the CPU's
-    memory. The stride of dimension 0 may be any number, as for a slice of columns."""
+    """Raises ValueError unless the tensor has the given dtype and shape, lies in the CPU's memory, and has contiguous
+    `tensor[i]`. The stride of dimension 0 may be any number, as in a slice of a matrix's columns."""
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
-    if fits and (tensor.is_contiguous() or _is_dense(shape, tensor.stride())):  # is_contiguous() takes less time
+    if fits and (tensor.is_contiguous() or _is_dense(shape, tensor.stride())):  # is_contiguous() is the faster test
         return
     refuse(name, tensor, f"be {_words(dtype, shape)}, contiguous behind dimension 0, in the CPU's memory")
 

@@ -53,7 +53,7 @@ class CausalConv1d(_Convolution):
 
 
 class CausalConv1dUpdate(_Convolution):
-    """Implements `kernels.ops.CausalConv1dUpdate` by the code of `CausalConv1d`, which gives the same bits."""
+    """Implements `kernels.ops.CausalConv1dUpdate` with the code of `CausalConv1d`: their results are bit-identical."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.CausalConv1dUpdate` for the arguments and the result."""

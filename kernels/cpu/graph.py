@@ -1,4 +1,4 @@
-"""A graph on a CPU records the calls of a step to the compiled library, and repeats all of these calls in one.
+"""A CPU graph records the library calls of one step. One call of the compiled library then repeats all of them.
 
 In a step of a small model, the Python code between two kernels takes as long as some kernels. This Python code makes
 the same calls in every step with the same number of rows; only the contents of a few input tensors differ.
@@ -47,7 +47,7 @@ class Arena:
         self.library = library()
         self.replay = self.library.function("replay", POINTER, INT)
         self._blocks: list[Tensor] = []
-        self._free: dict[int, list[int]] = {}  # maps a size in bytes to the addresses of free blocks of this size
+        self._free: dict[int, list[int]] = {}  # maps a block size in bytes to addresses of free blocks
 
     @property
     def num_bytes(self) -> int:
@@ -55,7 +55,7 @@ class Arena:
         return sum(block.numel() for block in self._blocks)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Returns an uninitialised tensor. The memory is free again when the tensor and all views of it are deleted."""
+        """Returns an uninitialised tensor. The memory is reused once all tensors that share it are deleted."""
         wanted = max(1, math.prod(shape)) * dtype.itemsize
         size = 1 << (wanted - 1).bit_length()
         free = self._free.setdefault(size, [])
@@ -126,8 +126,8 @@ class NativeGraph:
         with self._arena.library.recording() as recorded, _Recorder(self._arena):
             output = run()
         self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
-        # The graph keeps only the address of `output`. The memory of `output` is free for other graphs when the caller
-        # has deleted `output`.
+        # The graph keeps only the address of `output`. When the caller has deleted `output`, other graphs may use the
+        # memory.
         self._output = _at(output.data_ptr(), output.shape, output.dtype)
         return output
 

@@ -43,16 +43,17 @@ class Library:
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
         self._recorded = threading.local()
-        # The recording hook is never deleted, because a call in flight on another thread may still use the hook.
+        # The recording hook is never deleted, because another thread may be about to call the hook.
         self._hook = self._record
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
-        """Returns the library's function `name`, with these types of arguments and result.
+        """Returns the library's function `name`, declared with the given argument types and result type.
 
         Raises KernelUnavailable if the library does not have the function.
         """
         try:
-            # ctypes returns a new object for each lookup, so types set here do not change other lookups of `name`.
+            # ctypes returns a new function object for each lookup. So declaring types here leaves other lookups of
+            # `name` alone.
             found = self._library[name]
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
@@ -96,7 +97,7 @@ class Library:
 
 
 def library() -> Library:
-    """Returns the library and lets it use as many threads as torch. Raises KernelUnavailable if none was built."""
+    """Returns the library, with torch's number of threads. Raises KernelUnavailable if no library was built."""
     found = open_library(Path(__file__).parent)
     found.set_threads(torch.get_num_threads())
     return found
@@ -104,7 +105,7 @@ def library() -> Library:
 
 @cache
 def open_library(folder: Path) -> Library:
-    """Loads the library in `folder`, only once. Raises KernelUnavailable if no library can be loaded."""
+    """Loads the library in `folder`, at the first call only. Raises KernelUnavailable if no library can be loaded."""
     built = sorted(folder.glob("_native*.so"))
     if not built:
         raise KernelUnavailable("it was built without a C++ compiler; install one (g++) and reinstall jamba-server")

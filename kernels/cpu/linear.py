@@ -1,4 +1,4 @@
-"""This op multiplies by a packed weight in compiled code. The results are batch-invariant."""
+"""This op multiplies inputs by a packed weight matrix in compiled code. The results are batch-invariant."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
-_STEP = 8  # An int4 kernel processes this many elements along K at once. A group has a multiple of 8 elements.
-_FP8 = -8  # The library uses this value of `bits` for float8_e4m3fn.
+# An int4 kernel processes 8 elements along K at once, so the size of a group of elements must be a multiple of 8.
+_STEP = 8
+_FP8 = -8  # In the library, this value of `bits` stands for the dtype float8_e4m3fn.
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class PackedWeight:
     matrices: int = 1
 
     def check(self, x: Tensor) -> None:
-        """Raises ValueError unless the rows of x can be multiplied by this weight."""
+        """Raises ValueError unless x has the dtype and the row length that this weight requires."""
         units("x", x, x.dtype if self.dtype is None else self.dtype, (x.shape[0], self.inputs))
 
 
@@ -78,7 +79,7 @@ class Packer:
         return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
     def _memory(self, size: int) -> Tensor:
-        """Returns a uint8 tensor [size]. If it holds one huge page or more, the memory uses huge pages."""
+        """Returns a uint8 tensor of `size` bytes. If `size` is at least one huge page, the tensor uses huge pages."""
         if size < _HUGE_PAGE:
             return torch.empty(size, dtype=torch.uint8)
         memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
@@ -88,12 +89,12 @@ class Packer:
 
 
 def _check_dense(weight: Tensor) -> None:
-    """Raises ValueError unless the tensor is one weight [N, K], or several [E, N, K], in the CPU's memory."""
+    """Raises ValueError unless the tensor is in the CPU's memory and has the shape [N, K] or [E, N, K]."""
     require(weight.dim() in (2, 3) and weight.is_cpu, "weight", weight, "be [N, K] or [E, N, K] in the CPU's memory")
 
 
 def _check(weight: QuantizedWeight) -> None:
-    """Raises ValueError if the library has no code for this weight."""
+    """Raises ValueError if the library has no code for the format of this quantised weight."""
     values, scales, size, bits = weight
     _check_dense(values)
     require(scales.is_cpu, "scales", scales, "be in the CPU's memory")

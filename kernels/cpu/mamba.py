@@ -46,7 +46,7 @@ class _Pointers(ctypes.Structure):
 
 
 class PackedMamba(NamedTuple):
-    """Holds the addresses and sizes of a layer's weights, and the weights, so that the addresses stay valid.
+    """Holds the addresses and sizes of a layer's weights. It also holds the weights, so that the addresses stay valid.
 
     `sizes` is (width of the convolution, number of SSM states per channel).
     """
@@ -141,7 +141,7 @@ def _check(weights: MambaWeights) -> None:
     whole("a", weights.scan.a, torch.float32, (channels, states))
     whole("d", weights.scan.d, torch.float32, (channels,))
     whole("dt_bias", weights.scan.dt_bias, torch.float32, (channels,))
-    # A weight with a dtype is not quantised, so its `bits` and `group_size` are 0, as `src/mamba.cpp` expects.
+    # x_proj and dt_proj must not be quantised. `src/mamba.cpp` expects this, and checking their dtype ensures it.
     for name, weight, expected in (
         ("x_proj", weights.x_proj, (rank + 2 * states, channels, dtype)),
         ("dt_proj", weights.dt_proj, (channels, rank, dtype)),

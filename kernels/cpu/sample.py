@@ -1,4 +1,4 @@
-"""This op samples tokens. Without sorting the vocabulary, it finds the smallest logit that top-k and top-p keep."""
+"""This op samples tokens. It finds the smallest logit that top-k and top-p keep, without sorting the vocabulary."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class SelectiveScan(_Recurrence):
 
 
 class SelectiveStateUpdate(_Recurrence):
-    """Implements `kernels.ops.SelectiveStateUpdate` by the code of `SelectiveScan`, which gives the same bits."""
+    """Implements `kernels.ops.SelectiveStateUpdate` with `SelectiveScan`'s code: their results are bit-identical."""
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
         """See `kernels.ops.SelectiveStateUpdate` for the arguments and the result."""

@@ -113,7 +113,7 @@ class RestoreStates:
 
 
 def _pairs(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns contiguous `sources` and `destinations`. Raises ValueError unless each source has a destination."""
+    """Returns `sources` and `destinations`, made contiguous. Raises ValueError unless each source has a destination."""
     sources, destinations = sources.contiguous(), destinations.contiguous()
     whole("sources", sources, torch.int64, (sources.shape[0],))
     whole("destinations", destinations, torch.int64, (sources.shape[0],))

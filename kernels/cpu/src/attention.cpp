@@ -5,12 +5,14 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // The maximum and the sum of the online softmax are updated once per BLOCK keys.
-constexpr int64_t PAGE = 16;  // The kernel expects that the keys of this many tokens are usually adjacent in memory.
-// A split is SPLIT consecutive keys of a sequence, the smallest amount of work that a thread takes. SPLIT is a multiple
-// of BLOCK.
+// The online softmax processes BLOCK keys at a time: its maximum and its sum are updated once per BLOCK keys.
+constexpr int64_t BLOCK = 64;
+// Number of consecutive tokens whose keys are usually adjacent in memory. It affects only the order of prefetches.
+constexpr int64_t PAGE = 16;
+// A split is SPLIT consecutive keys of a sequence. A thread takes at least one split at a time. SPLIT is a multiple of
+// BLOCK.
 constexpr int64_t SPLIT = 512;
-// A tile has about TILE_ROWS query rows. Each key that is read serves all rows of the tile.
+// A tile has about TILE_ROWS query rows. Each key is read once for all query rows of the tile.
 constexpr int64_t TILE_ROWS = 64;
 
 template <class T>
@@ -35,7 +37,7 @@ struct Tile {
     float scale;
     const int32_t* table;
     int64_t head;
-    int64_t first_visible;  // The first token of the tile attends to this many keys.
+    int64_t first_visible;  // number of keys that the first token of the tile attends to
 
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
@@ -90,9 +92,9 @@ END_TARGET
 #define DISPATCH_ATTENTION(f, ...) return DISPATCH(f, __VA_ARGS__)
 #endif
 
-// Returns how many KV heads a thread processes together. `parts` is the number of pieces of work if each piece has all
-// KV heads. Many heads per piece read memory in order, because the heads of a token are adjacent, but there should be
-// several pieces for every thread.
+// Returns the number of KV heads that a thread processes together. `parts` is the number of pieces of work if each
+// piece has all KV heads. The heads of a token are adjacent in memory, so a piece with many heads reads memory in
+// order. But each thread should get several pieces, so a piece has fewer heads if there are too few pieces.
 static int64_t heads_together(int64_t kv_heads, int64_t parts) {
     int64_t heads = kv_heads;
     while (heads % 2 == 0 && parts * (kv_heads / heads) < 4 * num_threads()) heads /= 2;

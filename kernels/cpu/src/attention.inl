@@ -12,15 +12,15 @@
 // in memory.
 
 constexpr int ROWS = 4;  // Each key that is loaded into registers serves ROWS query rows.
-// ROWS query rows together process this many vectors of a value row at a time.
+// Number of vectors of a value row that are processed at once when ROWS query rows are processed together.
 constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;
-constexpr int LONE_COLUMNS = 8;  // A single query row processes this many vectors of a value row at a time.
-// A tile with more query rows than this converts keys and values to float32 once, for all of its rows.
+constexpr int LONE_COLUMNS = 8;  // Number of vectors of a value row that are processed at once for a single query row.
+// If a tile has more than WIDENED_ROWS query rows, keys and values are converted to float32 once for the whole tile.
 constexpr int64_t WIDENED_ROWS = 2 * ROWS;
-// The softmax maximum and sum of a query row take this many floats. The weighted sum of values follows them.
+// Number of floats that the softmax maximum and sum of a query row take. The weighted sum of values follows them.
 constexpr int64_t SOFTMAX = 2 * WIDTH;
 constexpr int64_t MAXIMUM = 0;  // offset of the softmax maximum in a row's running softmax
-constexpr int64_t WEIGHT_SUM = WIDTH;  // offset of the sum of softmax weights, kept as one partial sum per lane
+constexpr int64_t WEIGHT_SUM = WIDTH;  // offset of the sum of softmax weights, which has one partial sum per lane
 
 #ifdef DOT_PRODUCTS
 using Query = bf16;
@@ -44,9 +44,9 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
 // Computes scores: [R, BLOCK], the dot products of R query rows with n keys. Each query row has zeros after its `size`
-// elements, and `block.keys` has valid addresses up to the next multiple of SUMS. With AHEAD, the next block of keys
-// and values is prefetched at the speed at which this block is read. The processor's own prefetcher cannot do so,
-// because the pages of a sequence are scattered in memory.
+// elements. `block.keys` has valid addresses up to the next multiple of SUMS. With AHEAD, the next block of keys and
+// values is prefetched at the speed at which this block is read. The processor's own prefetcher cannot predict the next
+// block, because the pages of a sequence are scattered in memory.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
     constexpr int C = SUMS / R;
@@ -74,9 +74,9 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Replaces the n scores of a block by the softmax weights exp(score - maximum), where the maximum is taken over this
-// block and all earlier blocks. Updates the row's softmax maximum and sum. Returns the factor by which the weighted sum
-// of the earlier values must be multiplied.
+// Replaces the n scores of a block by the softmax weights exp(score - maximum). The maximum is taken over this block
+// and all earlier blocks. Updates the row's softmax maximum and sum. Returns the factor by which the weighted sum of
+// the earlier values must be multiplied.
 INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     for (int64_t j = n; j % WIDTH; j++) scores[j] = -__builtin_inff();
     Vec top = load(scores);
@@ -94,8 +94,8 @@ INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     return rescale;
 }
 
-// Computes values = values * rescale + weights @ v for R query rows and for C vectors of columns from column z on,
-// where v are the n value rows of the block.
+// Computes values = values * rescale + weights @ v for R query rows, where v are the n value rows of the block. The
+// computation covers C vectors of columns, from column z on.
 template <int R, int C, bool AHEAD, class K, class V>
 INLINE void add_columns(const float* weights, const float* rescale, const KeyBlock<K, V>& block, int64_t n, int64_t z,
                         int64_t count, float* values, int64_t stride) {
@@ -278,8 +278,8 @@ INLINE void copy_query(const AttentionArguments<T>& a, const T* q, Query* out) {
 #endif
 }
 
-// Copies the queries of a tile to `memory` and returns the tile. It covers `tokens` tokens, of which the first is row
-// `row` of the batch, and the query heads that read the KV heads `head` to `head + heads - 1`.
+// Copies the queries of a tile to `memory` and returns the tile. The tile covers `tokens` tokens, of which the first is
+// row `row` of the batch. It has the query heads that read the KV heads `head` to `head + heads - 1`.
 template <class T>
 Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                       int64_t tokens, int64_t first_visible, Query* memory) {
@@ -335,8 +335,8 @@ void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64
     });
 }
 
-// Computes attention in decode, where each sequence has one query row, and divides the splits of a sequence (SPLIT keys
-// each) among the threads. A piece of work has `run` splits and `heads` KV heads. All splits are computed first; then
+// Computes attention in decode, where each sequence has one query row. The splits of a sequence (SPLIT keys each) are
+// divided among the threads. A piece of work has `run` splits and `heads` KV heads. All splits are computed first; then
 // the softmaxes of each row's splits are merged.
 template <class T>
 void attend_splits(const AttentionArguments<T>& a, int64_t splits, int64_t run, int64_t heads) {

@@ -38,7 +38,7 @@
 enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
 Level level();
 
-// Divides the items 0 to n - 1 into pieces of `grain` items and calls body(begin, end) for ranges of pieces, on the
+// Divides the items 0 to n - 1 into pieces of `grain` items. Calls body(begin, end) for ranges of pieces, on the
 // calling thread and on idle workers. Any thread may run any piece, so the result of a piece must not depend on the
 // thread. With `in_runs`, a thread takes many neighbouring pieces at once while many pieces remain. This suits pieces
 // of equal cost that read memory in order.
@@ -81,14 +81,15 @@ INLINE uint32_t to_bits(float x) {
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
-    // When the bits of the f16 number are shifted to their places in a float32, the exponent is too small by 112. A
+    // The bits of the f16 number are shifted to their places in a float32, which makes the exponent too small by 112. A
     // multiplication by 2^112 corrects the exponent, also for subnormal numbers.
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000);  // 2^112
     return from_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : to_bits(scaled)));
 }
 
-// Converts a float to T. Rounds to the nearest number, and to the even one of two equally near numbers.
+// Converts a float to the nearest number of type T. If two numbers are equally near, the result is the one whose last
+// bit is 0.
 template <class T>
 T from_float(float x);
 template <>
@@ -98,7 +99,7 @@ INLINE float from_float<float>(float x) {
 template <>
 INLINE bf16 from_float<bf16>(float x) {
     const uint32_t bits = to_bits(x);
-    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // A NaN becomes a quiet NaN.
+    if (x != x) return {uint16_t(bits >> 16 | 0x40)};  // A NaN, signalling or quiet, becomes a quiet NaN.
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
@@ -106,7 +107,7 @@ inline f16 from_float<f16>(float x) {
     const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
     if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // Magnitudes from 65520 on become infinite in f16.
-    // Adding 0.5 in float32 rounds to multiples of 2^-24, the distance between subnormal f16 numbers.
+    // Subnormal f16 numbers are 2^-24 apart. A float32 sum with 0.5 is rounded to a multiple of 2^-24.
     if (magnitude < 0x38800000) {
         return {uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)))};
     }

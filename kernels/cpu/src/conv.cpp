@@ -3,9 +3,10 @@
 
 namespace {
 
-// A thread computes this many rows of one vector of channels before it goes on to the next vector of channels.
+// Number of rows that a thread computes for one vector of channels before it goes on to the next vector of channels.
 constexpr int64_t AHEAD = 64;
-// A piece of work computes at least this many output vectors (number of rows times vectors per row), in about 8 us.
+// The smallest size of a piece of work, counted in output vectors: number of rows times vectors per row. A piece of
+// this size takes about 8 us.
 constexpr int64_t MIN_PIECE = 256;
 
 template <class T>

@@ -1,14 +1,14 @@
-// ConvWindow gives access to the input rows of one sequence, from some channel on. Rows of this call come from x. The
-// last rows before this call come from the sequence's convolution state.
+// ConvWindow gives access to the input rows of one sequence, from some channel on. The rows of the current call come
+// from x. The rows just before the current call come from the sequence's convolution state.
 template <class T>
 struct ConvWindow {
-    const T* x;  // x points to the sequence's first row of this call.
+    const T* x;  // x points to the sequence's first row in the current call.
     int64_t x_stride;
     const T* history;  // history: [history_rows, channels], or null if the sequence has no state yet
     int64_t history_rows, channels;
 
-    // Returns the address of an input row. Row 0 is the first row of this call, and negative rows come from the state.
-    // A null address stands for a row of zeros.
+    // Returns the address of an input row. Row 0 is the first row of the current call, and negative rows come from the
+    // state. The result is null for a row of zeros.
     INLINE const T* at(int64_t row) const {
         if (row >= 0) return x + row * x_stride;
         return history ? history + (history_rows + row) * channels : nullptr;
@@ -18,7 +18,7 @@ struct ConvWindow {
         return {x + c, x_stride, history ? history + c : nullptr, history_rows, channels};
     }
 
-    // Writes the convolution state that follows the first `rows` rows of this call to `to`. `to` may be `history`
+    // Writes to `to` the convolution state after the first `rows` rows of the current call. `to` may be `history`
     // itself, because the rows are copied in ascending order and every row moves towards the beginning.
     INLINE void save(T* to, int64_t rows, int64_t n) const {
         for (int64_t j = 0; j < history_rows; j++) {
@@ -30,7 +30,7 @@ struct ConvWindow {
 };
 
 // Computes output rows [begin, end) of one sequence at n channels from `channel` on. `window` and `out` start at
-// channel `channel`. W is the width of the convolution if the width is known at compile time, otherwise 0.
+// channel `channel`. W is the width of the convolution if that is known at compile time, otherwise 0.
 template <int W, class T>
 INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int64_t begin, int64_t end,
                      int64_t channel, int64_t n, T* out) {

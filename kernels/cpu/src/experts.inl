@@ -1,5 +1,5 @@
-// This file runs each expert on all tokens that chose the expert at once, so that the weights of an expert are read
-// only once per step.
+// This file runs a layer of experts. Each expert runs once, on all tokens that chose this expert, so that its weights
+// are read only once per step.
 
 // An entry is the choice of one expert by one token. Entry t * top_k + k is position k in the top-k list of token t.
 // Order describes the list of all entries, sorted by expert and, for the same expert, by entry number.

@@ -60,8 +60,9 @@ struct Reader<Int4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
     static INLINE Weight vector(const char* step, int vector, int pair) {
-        // This table has the bf16 number for each of the 16 bit patterns of int4. The permutation's index has five
-        // bits, and the fifth belongs to the next int4 number. Two copies of the table make the fifth bit irrelevant.
+        // This table has the bf16 number for each of the 16 bit patterns of int4. The index of the permutation
+        // instruction has five bits, of which the fifth belongs to the next int4 number. Two copies of the table make
+        // the fifth bit irrelevant.
         const __m256i once = _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, -0x3f00,
                                                -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080);
         const __m512i four = _mm512_srli_epi16(_mm512_loadu_si512(step + 64 * vector), 4 * pair);
@@ -108,7 +109,7 @@ struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        // Of two neighbouring elements along K, the first is in the lower half of the lane.
+        // A lane holds two neighbouring elements along K, the first in its lower half.
         const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }

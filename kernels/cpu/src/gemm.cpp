@@ -1,4 +1,4 @@
-// This file packs weights and multiplies by packed weights: `linear` and `run_experts`.
+// This file packs weight matrices, and multiplies inputs by packed weights in `linear` and `run_experts`.
 #include "gemm.h"
 #include "ops.h"
 
@@ -25,7 +25,7 @@ template <class T>
 void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     const int64_t block = 32;
     for (int64_t start = 0; start < k; start += block) {
-        // The weight is read in whole cache lines. It is written in pairs of neighbouring elements along K.
+        // The weight is read in whole cache lines, and written as pairs of neighbouring elements along K.
         T lines[PANEL][block] = {};
         const int64_t n = k - start < block ? k - start : block;
         for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
@@ -36,8 +36,8 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     }
 }
 
-// Packs elements `start` to `end` - 1 along K of the columns of a panel, as numbers of BITS bits. Returns the address
-// after the last byte written.
+// Packs elements `start` to `end` - 1 along K, for the columns of one panel, as numbers of BITS bits. Returns the
+// address after the last byte written.
 template <int BITS>
 uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
     // A step has INPUTS elements of each column, which take BYTES bytes per column.
@@ -66,7 +66,7 @@ EXPORT int64_t packed_bytes(int64_t n, int64_t k, int64_t dtype) {
 }
 
 // Requests huge pages for memory that has not been written yet. With huge pages, one core reads memory 1.5 times as
-// fast.
+// fast as with normal pages.
 EXPORT void use_huge_pages(void* memory, int64_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
 
 // Packs a weight that is not quantised. weight: [n, k], contiguous; packed: packed_bytes(n, k, dtype) bytes of memory.

@@ -35,7 +35,8 @@ struct Weights {
     const char* panels;
     int64_t k;
     int64_t bits;  // bits is 8 for int8, 4 for int4, FP8 for fp8, and 0 for a weight that is not quantised.
-    // group_size elements along K share a scale. It is a multiple of 8, or at least K if each row of W has one scale.
+    // group_size is the number of elements along K that share a scale. It is a multiple of 8, or at least K if each row
+    // of W has only one scale.
     int64_t group_size;
 
     int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
@@ -48,8 +49,8 @@ int64_t panel_bytes(const Weights& w) {
     return bits ? w.pairs() * PANEL * bits / 4 + w.groups() * PANEL * 4 : w.pairs() * PAIR_BYTES<T>;
 }
 
-// Tiles divides `rows` rows into tiles of at most `highest` rows. There are as few tiles as possible, and their numbers
-// of rows differ by at most one.
+// Tiles divides `rows` rows into as few tiles as possible, with at most `highest` rows each. The numbers of rows of two
+// tiles differ by at most one.
 struct Tiles {
     int64_t count, base, extra;
     Tiles(int64_t rows, int64_t highest)
@@ -71,8 +72,7 @@ struct Product {
     int64_t m, n;
 };
 
-// Experts describes a layer of experts and the tokens that choose among the experts. `run_experts` documents the
-// fields.
+// Experts describes a layer of experts and the tokens that choose among them. `run_experts` documents the fields.
 template <class T>
 struct Experts {
     const T* x;

@@ -31,8 +31,8 @@ INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* co
     }
 }
 
-// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i goes to out[i * rows];
-// pairs i of the other rows of the tile lie next to it.
+// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i goes to out[i * rows], so
+// that the pairs i of all rows of the tile are adjacent.
 INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
     PackedX pairs[WIDTH] = {};
     std::memcpy(pairs, x, n * sizeof(bf16));
@@ -41,7 +41,7 @@ INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t row
 #else
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-// An element of packed x is a float32. Two neighbouring elements along K take two fused multiply-adds.
+// An element of packed x is a float32. Two neighbouring elements along K are multiplied by two fused multiply-adds.
 using PackedX = float;
 constexpr int64_t X_PER_PAIR = 2;
 
@@ -80,7 +80,8 @@ constexpr int max_strips(int rows) {
     return strips;
 }
 
-// Returns the number of elements in a packed row of x, including the padding to whole steps of every weight format.
+// Returns the number of elements in a packed row of x. The row is padded so that it has whole steps in every weight
+// format.
 inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
 // Packs rows `first` to `first` + `size` - 1 of x, in the order in which a tile reads them.
@@ -107,8 +108,8 @@ struct Walk {
     // each step prefetches later weights of the panel that the tile is reading.
     const char* next;
     int64_t stride;
-    // If the steps do not cover all of K, `sums` has the tile's sums over all earlier steps on entry, and the sums
-    // including this call's steps on return. Otherwise `sums` is null.
+    // If the steps do not cover all of K, `sums` holds the tile's intermediate sums. Before the call, they include all
+    // earlier steps; after the call, they also include this call's steps. Otherwise `sums` is null.
     float* sums;
 };
 
@@ -141,8 +142,8 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     }
 }
 
-// Returns how many bytes before their use the weights of a panel are prefetched, if a tile has `strips` strips. The
-// value was found by measurement.
+// Returns the prefetch distance in bytes for a tile of `strips` strips: how far the prefetched weights are ahead of the
+// weights in use. The distance was found by measurement.
 constexpr int64_t ahead(int strips) { return 8192 / strips; }
 
 // Computes totals += scale * c, where c has the unscaled sums over one group of a quantised weight. The group's scales
@@ -190,7 +191,7 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
     }
 }
 
-// Computes the steps `walk` of one tile. If they include the last step of K, the result goes to y. Otherwise
+// Computes the steps `walk` of one tile. If the steps include the last step of K, the result goes to y. Otherwise
 // intermediate sums go to `walk.sums`: unscaled sums if the weight has one group, otherwise sums of scaled groups.
 template <class T, class W, int MR, int NS>
 void tile(const TileArguments<T>& a) {
@@ -260,12 +261,13 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
-// A strip of the weight is cut along K into spans, each of which fits into the L1 cache.
+// A span is a part of a strip, along K, that fits into the L1 cache. It has about SPAN_PAIRS pairs of elements along K,
+// or fewer if these pairs of a panel would take more than SPAN_BYTES bytes.
 constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;
 
-// Computes several tiles that use the same strips, and reads the weights of each strip from memory only once: every
-// tile processes one span of K before any tile starts the next span. While a tile processes a span, it prefetches its
-// share of the next span, because the whole next span must be in the cache before the first tile needs it.
+// Computes several tiles that use the same strips, and reads the weights of each strip from memory only once. Every
+// tile processes one span of K before any tile starts the next span. While a tile processes a span, it prefetches a
+// part of the next span, because the whole next span must be in the cache before the first tile needs it.
 template <class T, class W>
 void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                   int64_t strip_end) {
@@ -319,18 +321,19 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     }
 }
 
-// A piece of work has about this size, which is the number of weight bytes times the number of tiles that use them.
+// The approximate size of a piece of work in bytes: the size of its weights times the number of tiles that use them.
 constexpr int64_t PIECE_BYTES = 1 << 17;
-constexpr int64_t X_BLOCK_BYTES = 1 << 20;  // A part has about this many bytes of packed x, which fit into the cache.
+// Approximate size in bytes of the packed x of a part, which fits into the cache.
+constexpr int64_t X_BLOCK_BYTES = 1 << 20;
 
-// A part is some of the tiles of a product, with all strips. The threads share the work of a part in pieces of `grain`
-// strips.
+// A part has some of the tiles of a product, and all strips of these tiles. The threads share the work of a part in
+// pieces of `grain` strips.
 template <class T>
 struct Part {
     Product<T> product;
     PackedX* x;  // x points to the first row of the product's packed x.
     int64_t tile, tile_end, strips, grain;
-    int64_t tiles_before, pieces_before;  // the number of tiles and of pieces that all earlier parts have together
+    int64_t tiles_before, pieces_before;  // number of tiles, and of pieces, in all earlier parts together
 };
 
 template <class T>

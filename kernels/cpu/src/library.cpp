@@ -1,5 +1,5 @@
 // This file detects the machine's instruction set. It also defines an empty Python module, because setuptools builds
-// the library as an extension module; Python calls the library through ctypes.
+// the library as an extension module. Python calls the library's functions through ctypes.
 #include <Python.h>
 
 #include <atomic>
@@ -28,8 +28,8 @@ Level level() { return current.load(std::memory_order_relaxed); }
 
 EXPORT int64_t machine_level() { return int64_t(level()); }
 
-// Selects a lower instruction set, for tests. An instruction set that the machine lacks is replaced by the machine's
-// highest one. Returns the instruction set now in use.
+// Selects a lower instruction set, for tests. If the machine lacks `wanted`, the machine's highest instruction set is
+// selected. Returns the selected instruction set.
 EXPORT int64_t set_level(int64_t wanted) {
     const int64_t highest = int64_t(detect());
     current.store(Level(wanted < 0 || wanted > highest ? highest : wanted));

@@ -34,7 +34,7 @@ EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t st
     const MambaWeights& w = *weights;
     const int64_t item = w.dtype == int64_t(Dtype::f32) ? 4 : 2, projected = w.rank + 2 * w.states;
     const int64_t bytes = 2 * (w.channels + projected) * item * rows + 6 * 64;
-    // Scratch buffer 3 is used here, because the functions called below use the other buffers.
+    // Scratch buffer 3 is used here, because the functions called below use other scratch buffers.
     Memory memory{static_cast<char*>(scratch(3, bytes))};
     char *const u = memory.take(rows * w.channels * item), *const parts = memory.take(rows * projected * item);
     char *const rank = memory.take(rows * w.rank * item), *const dt = memory.take(rows * w.channels * item);

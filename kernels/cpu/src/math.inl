@@ -2,11 +2,12 @@
 // element does not depend on the element's lane.
 
 // Computes e^x of N vectors, with an error of at most 2 units in the last place. The result is 0 below x = -104,
-// infinite above x = 88.73, and NaN for NaN. The calculations of one vector depend on each other and would stall the
+// infinite above x = 88.73, and NaN for NaN. The steps for one vector depend on each other and would stall the
 // processor, so each step is done for all N vectors before the next step.
 template <int N>
 INLINE void exp(const Vec* x, Vec* y) {
-    // The coefficients, highest power first, of the polynomial that Cephes' expf uses for a reduced argument |r| <= 0.35.
+    // These are the coefficients of the polynomial in Cephes' expf, with the highest power first. The polynomial holds
+    // for r within +-0.35.
     constexpr float COEFFICIENTS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = min(set(89.0f), max(set(-105.0f), x[i]));
@@ -27,7 +28,7 @@ INLINE Vec exp(Vec x) {
 }
 
 // Computes 2^x of N vectors for x <= 0, with an error of at most one unit in the last place. The result is NaN for NaN.
-// This function takes half the time of `exp`.
+// This function takes half as long as `exp`.
 template <int N>
 INLINE void exp2_below_one(const Vec* x, Vec* y) {
     // For r within +-1/2, 2^r is computed as 1 + r * polynomial(r). The coefficients minimise the largest relative
@@ -75,8 +76,8 @@ INLINE Vec softplus(Vec x) {
     return where_greater(x, set(20.0f), x, small);
 }
 
-// Returns the sum of the elements: adds the upper half of the elements to the lower half, then halves the rest again,
-// until one element remains.
+// Returns the sum of the elements. The upper half of the elements is added to the lower half, then the upper half of
+// these sums to the lower half, and so on, until one sum remains.
 INLINE float sum(Vec x) {
     alignas(64) float v[WIDTH];
     store(v, x);

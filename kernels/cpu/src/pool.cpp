@@ -1,10 +1,11 @@
-// This file implements a thread pool. OpenMP is not used, because its threads either spin while the server is idle or
-// sleep between two kernels of a step.
+// This file implements a thread pool. OpenMP is not used, because OpenMP's threads either spin while the server is idle
+// or sleep between two kernels of a step.
 //
-// A job is open while the calling thread works on it. Workers that are awake join the job and take pieces from a shared
-// counter. When no piece is left, the caller closes the job and waits for the workers that joined, but not for those
-// that were asleep. So a core that another process occupies costs only its share of the speed. A worker without a job
-// spins for SPIN_NS, which is longer than the time between two kernels of a step, and then sleeps.
+// A job is open while the calling thread works on it. Workers that are awake join the job, and all threads take pieces
+// of the job from a shared counter. When no piece is left, the caller closes the job. It waits for the workers that
+// joined, but not for workers that were asleep. So if another process occupies a core, the pool loses only the work of
+// that core. A worker without a job spins for SPIN_NS nanoseconds, which is longer than the time between two kernels of
+// a step, and then sleeps.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -37,7 +38,8 @@ public:
     void run(int64_t n, int64_t grain, bool in_runs, Body body, const void* context) {
         if (threads_ == 1 || n <= grain || working) return body(context, 0, n);
         std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
-        if (!lock) return body(context, 0, n);  // The pool is already running a job of another thread.
+        // The pool is running another thread's job, so this thread runs its own job alone.
+        if (!lock) return body(context, 0, n);
         body_ = body, context_ = context, n_ = n, grain_ = grain, in_runs_ = in_runs;
         next_.store(0, std::memory_order_relaxed);
         gate_.fetch_or(OPEN);
@@ -70,8 +72,9 @@ private:
     void work() {
         working = true;
         for (int64_t begin = next_.load(); begin < n_;) {
-            // A run is the number of pieces that a thread takes at once. Runs are long at first, because memory is read
-            // faster in order. They become short at the end, so that all threads finish at about the same time.
+            // `run` is the number of neighbouring pieces that a thread takes at once. The number is large at first,
+            // because memory is read faster in order. It becomes small at the end, so that all threads finish at about
+            // the same time.
             const int64_t run = in_runs_ ? (n_ - begin) / (2 * threads_ * grain_) : 1;
             const int64_t size = run > 1 ? run * grain_ : grain_;
             if (!next_.compare_exchange_weak(begin, begin + size)) continue;
@@ -167,7 +170,7 @@ void* scratch(int slot, int64_t bytes) {
         std::free(buffer.data);
         buffer.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
         buffer.data = std::aligned_alloc(4096, buffer.size);
-        if (!buffer.data) std::abort();  // The kernels cannot report an error.
+        if (!buffer.data) std::abort();  // The process ends, because the kernels cannot report an error.
     }
     return buffer.data;
 }

@@ -12,7 +12,8 @@ struct SampleRow {
     uint64_t key;
 };
 
-// The 31 bits of a score without its sign are divided into three digits: one of 11 bits and two of 10 bits.
+// The integer key of a score has 31 bits, which are divided into three digits: the highest of 11 bits and two of 10
+// bits.
 constexpr int DIGIT_BITS = 10;
 constexpr int64_t BINS = 2 << DIGIT_BITS;
 

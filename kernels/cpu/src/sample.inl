@@ -1,11 +1,11 @@
 // Uniform holds a vector of random numbers u, uniform in (0, 1). Where u is below 1/2, `upper` is 0 and `ends` is u.
-// Elsewhere `upper` is 1 and `ends` is 1 - u.
+// Elsewhere `upper` is 1 and `ends` is 1 - u, because float32 cannot represent a u close to 1 precisely.
 struct Uniform {
     Vec ends, upper;
 };
 
-// Returns the uniform random numbers of tokens id(0) to id(WIDTH - 1) in the row with random key `key`. The number of a
-// token is made from output number `id` of the generator SplitMix64, as in `kernels/reference/sample.py`.
+// Returns the uniform random numbers of tokens id(0) to id(WIDTH - 1) in the row whose random key is `key`. The number
+// of a token is made from output number `id` of the generator SplitMix64, as in `kernels/reference/sample.py`.
 template <class F>
 INLINE Uniform uniform(uint64_t key, const F& id) {
     // Each operation has a loop of its own, so that the compiler can vectorise it.
@@ -43,9 +43,9 @@ INLINE Vec noise_bound(const Uniform& u) {
     return where_greater(u.upper, set(0.5f), fma(e, set(-0.6931472f), set(0.289f)), set(0.37f));
 }
 
-// Returns the position of the largest score. Returns the first position if several scores are equally large, and 0 if
-// no score is above -infinity. score(i, n) returns the scores at positions i to i + n - 1. A position to be ignored has
-// the score NaN or -infinity.
+// Returns the position of the largest score: the first one if several scores are equally large, and 0 if no score is
+// above -infinity. score(i, n) returns the scores at positions i to i + n - 1. A position to be ignored has the score
+// NaN or -infinity.
 template <class F>
 INLINE int64_t first_largest(int64_t size, const F& score) {
     alignas(64) float lane[WIDTH], scores[WIDTH], places[WIDTH];
@@ -86,12 +86,12 @@ struct Tokens {
 INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
 
 // Keeps the tokens with the largest scores: at most `most` tokens and, with `by_mass`, no more tokens than are needed
-// for the probability mass `mass`. Of tokens with equal scores, those with lower ids are kept first. Nothing is sorted:
-// the integer key (see `rank_key`) of the last kept token's score is found digit by digit, from the highest digit on.
-// bins: [BINS]; places: [count].
+// for the probability mass `mass`. Of tokens with equal scores, those with lower ids are kept first. Nothing is sorted.
+// Instead, the integer key (see `rank_key`) of the last kept token's score is found digit by digit, from the highest
+// digit on. bins: [BINS]; places: [count].
 INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
-    // The key of the last kept token is known down to some digit. `count` tokens have keys with the same known digits.
-    // `done` tokens have smaller keys, so larger scores, and are all kept.
+    // The highest digits of the last kept token's key are known. `count` tokens have keys with the same highest digits.
+    // `done` tokens have smaller keys (larger scores) and are all kept.
     int64_t count = tokens.count, done = 0;
     double mass_done = 0;
     for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);

@@ -4,9 +4,10 @@
 
 namespace {
 
-// A thread computes this many rows of one group (one vector) of channels before it goes on to the next group.
+// Number of rows that a thread computes for one group (one vector) of channels before it goes on to the next group.
 constexpr int64_t AHEAD = 16;
-// The smallest task that a thread gets, in output vectors (number of rows times vectors per row). It takes about 6 us.
+// The smallest size of a piece of work, counted in output vectors: number of rows times vectors per row. A piece of
+// this size takes about 6 us.
 constexpr int64_t MIN_PIECE = 64;
 constexpr float PER_LN_2 = 1.44269504f;
 

@@ -24,7 +24,7 @@ INLINE void from_lanes(const float* from, float* to, int64_t states, int64_t n) 
 }
 
 // Computes one row of WIDTH channels, one channel per lane: h = exp(dt * a) * h + drive * b, where drive is dt * u.
-// Returns h @ c. `step` is dt / ln 2, so that exp(dt * a) is 2^(step * a). `state_step` computes the same with one
+// Returns h @ c. `step` is dt / ln 2, so that exp(dt * a) is 2^(step * a). `state_step` computes the same row with one
 // state per lane.
 template <int S>
 INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b, const float* c, int64_t states) {

@@ -1,4 +1,5 @@
-// This header mirrors `kernels.ops.Segments`: which rows of a ragged batch belong to which sequence and state slot.
+// This header mirrors `kernels.ops.Segments`, which tells which rows of a ragged batch belong to which sequence and
+// which state slot.
 #pragma once
 #include "common.h"
 
@@ -18,8 +19,8 @@ struct Segments {
     int64_t last_save(int64_t i) const { return save_start ? save_start[i + 1] : 0; }
 };
 
-// Returns how many channels a piece of work has, a multiple of the vector width. A piece has enough channels to read
-// whole cache lines, and few enough that every thread gets several pieces.
+// Returns the number of channels in a piece of work, a multiple of the vector width. A piece has enough channels to
+// read whole cache lines, and few enough that every thread gets several pieces.
 inline int64_t piece_channels(int64_t channels, int64_t width) {
     const int64_t fair = channels / (4 * num_threads()) / width * width;
     return fair < width ? width : fair < 8 * width ? fair : 8 * width;

@@ -140,7 +140,7 @@ END_TARGET
 #endif
 
 // The namespace `portable` uses the compiler's generic vectors, which are compiled to SSE2, NEON or scalar code. The
-// portable `fma` is not fused, because a fused multiply-add is slow on machines that have no instruction for it.
+// portable `fma` rounds twice, because a fused multiply-add is slow on machines that have no instruction for it.
 namespace portable {
 constexpr int64_t WIDTH = 4;
 typedef float Vec __attribute__((vector_size(16)));
@@ -172,7 +172,7 @@ INLINE Vec sqrt(Vec x) {
     for (int i = 0; i < 4; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
 }
-INLINE Vec round(Vec x) {  // This way of rounding requires x to be within +-2^22.
+INLINE Vec round(Vec x) {  // This method of rounding to an integer requires x to be within +-2^22.
     const Vec shift = set(12582912.0f);
     return (x + shift) - shift;
 }

@@ -30,8 +30,8 @@ EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t
     });
 }
 
-// Calls each(i, first channel, end channel) for every source and destination i below `pairs`. The channels are divided
-// into pieces that several threads share.
+// Calls each(i, first channel, end channel) for every source and destination i below `pairs`. The channels of one
+// source are divided into several calls, so that several threads can share them.
 template <class Each>
 static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     constexpr int64_t PIECE = 4096;

@@ -1,7 +1,6 @@
 // This header has operations that move elements between the lanes of vectors. With AVX-512 the operations work in
-// registers, with other instruction sets in memory. `transpose16` is for vectors of 16 floats only. The namespaces with
-// shorter vectors define `transpose16` as an empty function, because the calls of `transpose16` are compiled there too,
-// but never run.
+// registers; with other instruction sets they work in memory. `transpose16` is for vectors of 16 floats only. In the
+// namespaces with shorter vectors, `transpose16` is an empty function: its calls are compiled there too, but never run.
 #pragma once
 #include "simd.h"
 
