@@ -78,11 +78,11 @@ class CausalConv1d:
         starts, lengths = segments.query_start.long(), segments.query_start.diff()
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
         sequence = torch.repeat_interleave(numbers, lengths, output_size=len(x))
-        # The package expects x as [1, D, T] and the weight as [D, W]; these transposes copy nothing.
+        # The package expects x as [1, D, T] and the weight as [D, W]; the transposes in this call copy nothing.
         out = self._convolve(x.t()[None], weight.t(), bias, seq_idx=sequence[None], activation="silu")[0].t()
         states = initial_states(conv_state, segments)
         history = torch.arange(len(weight) - 1, device=x.device)
-        # In a sequence with fewer than W - 1 rows, the last row is computed several times.
+        # Each sequence computes W - 1 rows. If a sequence has fewer rows, its last row is computed several times.
         first = torch.minimum(history, lengths[:, None] - 1)
         line = torch.cat([states, x[starts[:-1, None] + first]], dim=1)
         taps = first[:, :, None] + torch.arange(len(weight), device=x.device)
@@ -90,7 +90,7 @@ class CausalConv1d:
         rows, slots = state_writes(segments)
         owner = sequence[rows]
         taken = rows[:, None] - (len(weight) - 2) + history
-        t = taken - starts[owner][:, None]  # t is negative for inputs that come from the sequence's old state.
+        t = taken - starts[owner][:, None]  # A negative t is an input in the sequence's old state.
         old = states[owner[:, None], (t + len(history)).clamp(max=len(history) - 1)]
         conv_state[slots] = torch.where((t >= 0)[:, :, None], x[taken.clamp(min=0)], old)
         return out

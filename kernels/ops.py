@@ -28,7 +28,7 @@ class KernelUnavailable(Exception):
 
 
 class StateSaves(NamedTuple):
-    """Lists the rows inside prefill chunks after which the state is saved, besides the final state of each sequence.
+    """Lists the rows inside prefill chunks after which a sequence's state is saved. Final states are not listed.
 
     Sequence i saves its state after each of the rows `rows[start[i]:start[i+1]]`, in ascending order. The state just
     after row `rows[j]` is also written to slot `slots[j]`; rows count from the first row of the batch that the op
@@ -224,7 +224,7 @@ class CopySlots(Protocol):
 
 
 class CompressedStates(NamedTuple):
-    """Holds the SSM states of M layers, compressed to one byte per number: a stored value times a scale.
+    """Holds the SSM states of M layers, compressed to one byte per number. A number is its byte times a scale.
 
     values: int8 [slots, M, D, S], from -127 to 127; scales: float32 [slots, M, D], one for each channel.
     """
@@ -274,9 +274,9 @@ class RouteExperts(Protocol):
 
 
 class QuantizedWeight(NamedTuple):
-    """Holds a quantised weight [..., N, K]: values * scales. Each group of inputs of a row has a scale.
+    """Holds a quantised weight [..., N, K]: values * scales. Neighbouring elements of a row form groups with one scale.
 
-    A group has `group_size` inputs; the last group of a row may be shorter. `bits` is 8 or 4. values: [..., N, K]; the
+    A group has `group_size` elements; a row's last group may be shorter. `bits` is 8 or 4. values: [..., N, K]; the
     format int8 has int8 values from -127 to 127, int4 has int8 values from -7 to 7 (two numbers are not yet packed
     into a byte), fp8 has finite float8_e4m3fn values. scales: float32 [..., N, ceil(K / group_size)].
     A product is the sum over groups, in ascending order, of scale * (float32 sum of value * x).
@@ -289,7 +289,7 @@ class QuantizedWeight(NamedTuple):
 
 
 Weight = Tensor | QuantizedWeight
-"""The types of weights that `pack` accepts."""
+"""The types of weights that the `pack` methods accept."""
 
 
 class RunExperts(Protocol):

@@ -172,8 +172,8 @@ OPS: tuple[str, ...] = tuple(
     field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
 )
 
-# The families of ops are ordered from the largest to the smallest. A request for a family overrides a request for a
-# larger family, and a request for a single op overrides a request for its family.
+# Users request implementations for a family of ops or for a single op. A request for a family overrides a request for
+# a family above it in this table. A request for a single op overrides a request for its family.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "all": OPS,
     "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_decode"),
@@ -265,7 +265,7 @@ def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, st
 
 
 def _expand(device: str, requested: Mapping[str, str]) -> dict[str, tuple[Implementation]]:
-    """Returns the requested implementation of each op that is named in `requested`, directly or by its family."""
+    """Returns the requested implementation of each op that `requested` names. A family stands for all its ops."""
     devices = sorted({device for entry in TABLE for device in entry.devices})
     if device not in devices:
         raise KernelError(f"kernels: no implementations for device {device!r}; there are some for {', '.join(devices)}")

@@ -17,11 +17,13 @@ from torch import Tensor
 from jamba_server.kernels import ops
 from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
-MIN_QUERY_LEN = 64  # With fewer new tokens, copying the cached keys takes more time than flash attention saves.
-MAX_GATHERED_BYTES = 1 << 29  # The largest size in bytes of the copy of keys and values that attention makes.
-MIN_ROWS_PER_EXPERT = 32  # With fewer tokens per expert on average, the experts' products are memory-bound.
-MIN_ROWS = 65  # With fewer rows of x, a matrix product is memory-bound.
-# torch has a grouped product for these compute capabilities. On other GPUs it loops over experts and the host waits.
+# If no sequence has this number of new tokens, copying the cached keys takes more time than flash attention saves.
+MIN_QUERY_LEN = 64
+MAX_GATHERED_BYTES = 1 << 29  # The largest size in bytes of attention's contiguous copy of keys and values.
+# With fewer tokens per expert on average, the experts' products are memory-bound and torch's product is not used.
+MIN_ROWS_PER_EXPERT = 32
+MIN_ROWS = 65  # With fewer rows of x, a matrix product is memory-bound and torch's product is not used.
+# torch has a grouped product for these compute capabilities. On other GPUs, torch loops over experts and waits.
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 
 
@@ -40,12 +42,12 @@ class AttentionPrefill:
             raise KernelUnavailable("this build of torch has no flash attention")
         self._attend: Any = varlen_attn
         self._other = other
-        # torch 2.11 detects fewer KV heads than query heads by itself; later versions need enable_gqa.
+        # torch 2.11 accepts fewer KV heads than query heads without an option. Later versions need enable_gqa.
         self._options = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
         """See `kernels.ops.AttentionPrefill`."""
-        # The host knows this upper bound of the number of cached tokens without waiting for the device.
+        # `tokens` is an upper bound of the number of cached tokens. The host knows `tokens` without waiting.
         tokens = len(pages.context_lens) * pages.max_context_len
         if not _fits(q, pages, tokens) or max_query_len < MIN_QUERY_LEN:
             return self._other(q, pages, query_start, max_query_len, scale)
@@ -145,7 +147,7 @@ class RunExperts:
             return self._other(x, experts.packed, weights, ids)
         gate_up, down = experts.matrices
         tokens, top_k = ids.shape
-        chosen = ids.flatten().sort(stable=True)  # Index t * K + i stands for expert i in the list of token t.
+        chosen = ids.flatten().sort(stable=True)  # Index t * K + i is entry i of token t's top-k list.
         numbers = torch.arange(len(down), dtype=torch.int32, device=x.device)
         ends = torch.searchsorted(chosen.values, numbers, right=True, out_int32=True)
         hidden = self._silu_and_mul(F.grouped_mm(x[chosen.indices // top_k], gate_up.transpose(1, 2), offs=ends))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import Pages
 
-TILE = 8  # The number of query tokens in a tile. A tile with a single token costs as much as a full tile.
+TILE = 8  # The number of query tokens in a tile. A tile with a single token takes as much time as a full tile.
 KEYS = 128
 
 
@@ -54,10 +54,10 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
         for i, tile_start in enumerate(tile_starts):
             if tile_start + TILE <= block_start:
                 continue
-            # `clone` gives all tiles the same memory alignment, because the product's bits may depend on it.
+            # `clone` gives all tiles the same memory alignment, because the product's bits may depend on the alignment.
             scores = tiles[i].clone() @ k
             scores.masked_fill_(key_positions > tile_start + offsets[:, None], -torch.inf)
-            # Every row sees key 0, so the maximum score is finite from the first block on.
+            # Every query row sees key 0, so each row's maximum score is finite from the first block of keys on.
             new_maximum = torch.maximum(maximum[i], scores.amax(-1, keepdim=True))
             weights, rescale = torch.exp(scores - new_maximum), torch.exp(maximum[i] - new_maximum)
             weight_sum[i] = weight_sum[i] * rescale + weights.sum(-1, keepdim=True)

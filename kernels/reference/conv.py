@@ -22,8 +22,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Te
     row = torch.arange(tokens, device=x.device)
     history = torch.arange(width - 1, device=x.device)
     # The tape holds, for each sequence, the width - 1 inputs stored in its state, followed by its new inputs. Row r of
-    # a sequence is computed from the `width` inputs that start at r + (width - 1) * sequence. The state after row r is
-    # these inputs without the first.
+    # the batch is computed from the `width` inputs that start at r + (width - 1) * sequence. The state after row r
+    # consists of the last width - 1 of these inputs.
     window_start = row + (width - 1) * sequence_of_row(segments)
     tape = x.new_empty(tokens + (width - 1) * sequences, x.shape[1])
     first_window = window_start[segments.query_start[:-1]]

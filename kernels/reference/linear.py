@@ -1,4 +1,4 @@
-"""This module multiplies by a weight, plain or quantised, with torch's matrix product."""
+"""This module multiplies by a weight, quantised or not, with torch's matrix product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 
 def contiguous(weight: Weight) -> Weight:
-    """Returns the weight, with its tensors copied if they are not contiguous."""
+    """Returns the weight with contiguous tensors. Only a tensor that is not contiguous is copied."""
     if isinstance(weight, Tensor):
         return weight.contiguous()
     return weight._replace(values=weight.values.contiguous(), scales=weight.scales.contiguous())

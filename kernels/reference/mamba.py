@@ -8,7 +8,7 @@ from jamba_server.kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, R
 
 
 class MambaDecode:
-    """Implements `kernels.ops.MambaDecode` by calling the kernels selected for its four parts."""
+    """Implements `kernels.ops.MambaDecode` by calling the kernels of the four ops that make up this step."""
 
     def __init__(
         self,

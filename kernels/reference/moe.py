@@ -59,7 +59,7 @@ class RunExperts:
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """Runs each expert once, on all tokens that chose this expert."""
         tokens, top_k = ids.shape
-        chosen = ids.flatten()  # Entry t * K + i is expert number i in the top-k list of token t.
+        chosen = ids.flatten()  # Entry t * K + i is entry i of token t's top-k list.
         by_expert = chosen.argsort(stable=True)
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         counts = chosen.bincount(minlength=len(experts.down)).tolist()

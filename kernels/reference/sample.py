@@ -22,8 +22,8 @@ from jamba_server.kernels.ops import SampleInputs
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-# Top-k and top-p first sort only the 1024 tokens with the largest scores. If a row keeps more tokens than that, its
-# whole vocabulary is sorted.
+# Top-k and top-p first sort only the 1024 tokens with the largest scores of a row. If a row keeps more than 1024
+# tokens, its whole vocabulary is sorted.
 CANDIDATES = 1024
 ID_MASK = 2**32 - 1
 
@@ -42,9 +42,9 @@ def _select(inputs: SampleInputs, rows: Tensor) -> SampleInputs:
 
 
 def _sample_noisy(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """Returns the sampled token ids of rows whose temperature is above 0: int64 [N]."""
-    # Scores are relative to the row's largest logit. So division by a small temperature cannot overflow, and scores
-    # near the largest, which matter most, keep their precision.
+    """Returns the sampled token ids of N rows whose temperatures are all above 0: int64 [N]."""
+    # The row's largest logit is subtracted first, so that division by a small temperature cannot overflow. The most
+    # probable tokens then have scores near 0, where float32 is most precise.
     best = logits.max(dim=-1, keepdim=True).values
     scores = (logits - best) / inputs.temperature[:, None]
     token_ids = torch.empty_like(inputs.keys)
@@ -87,7 +87,7 @@ def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor
     """
     size, width = scores.shape[1], candidates.shape[1]
     k = torch.where(inputs.top_k > 0, inputs.top_k.long(), size).clamp_(max=size)
-    # Column i has the (not normalised) probability mass of the i + 1 tokens with the largest scores.
+    # Column i has the total probability, not normalised, of the i + 1 tokens with the largest scores.
     mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)
     all_mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)[:, -1]
     k_mass = mass.gather(1, k.clamp(max=width)[:, None] - 1).squeeze(1)
@@ -137,7 +137,7 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def random_bits(keys: Tensor, ids: Tensor) -> Tensor:
-    """Returns random numbers: outputs number `ids` (int64 [N, W], counted from 0) of SplitMix64, as int64 [N, W].
+    """Returns SplitMix64's outputs at the positions `ids` (int64 [N, W], counted from 0): random int64 [N, W].
 
     Each row has its own generator, seeded with its element of `keys` (int64 [N]).
     """

@@ -29,7 +29,7 @@ from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
 from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
-# The number of rows whose states, float32 [S, D], are in memory at the same time. In Jamba Mini a state has 512 KiB.
+# The number of rows whose states, float32 [S, D], are in memory at the same time. A state of Jamba Mini has 512 KiB.
 BLOCK_ROWS = 32
 
 
@@ -37,7 +37,7 @@ def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, 
     """See `kernels.ops.SelectiveScan`."""
     order = _time_order(segments)
     rows, slots = state_writes(segments)
-    # `writes` has, for each state that must be written, the position of its row in `order.rows`.
+    # For each state that must be written, `writes` has the position in `order.rows` of the row that yields the state.
     writes = order.rows.argsort()[rows]
     h = initial_states(ssm_state, segments)[order.sequences].transpose(1, 2)
     y = torch.empty_like(inputs.u)
@@ -63,14 +63,14 @@ def selective_state_update(inputs: ScanInputs, weights: ScanWeights, ssm_state: 
 
 
 class _TimeOrder(NamedTuple):
-    """Lists the rows of all sequences by time step, and within a step by sequence, the longest sequence first.
+    """Lists the rows of all sequences, ordered by time step. In each step, the longest sequence comes first.
 
     With this order, the sequences that have a token at step t + 1 are the first ones of the sequences at step t.
     """
 
     rows: Tensor  # rows: int64 [T], the rows of the batch in the order of time
     sequences: Tensor  # sequences: int64 [N], the numbers of the sequences, the longest first
-    step_sizes: list[int]  # Each step's size is the number of sequences that have a token at it. Sizes never increase.
+    step_sizes: list[int]  # The number of sequences that have a token at each step. The numbers never increase.
 
 
 def _time_order(segments: Segments) -> _TimeOrder:
@@ -83,13 +83,13 @@ def _time_order(segments: Segments) -> _TimeOrder:
 
 
 def _blocks(step_sizes: list[int]) -> list[list[int]]:
-    """Splits the time steps into blocks of at most BLOCK_ROWS rows; a step with more rows is a block of its own."""
+    """Splits the time steps into blocks of at most BLOCK_ROWS rows. A step with more rows is one block."""
     steps = max(1, BLOCK_ROWS // step_sizes[0])
     return [step_sizes[start : start + steps] for start in range(0, len(step_sizes), steps)]
 
 
 def _discretize(inputs: ScanInputs, weights: ScanWeights) -> tuple[Tensor, Tensor]:
-    """Returns what a token multiplies the state by, exp(dt * a), and adds to it, (dt * u) * b: float32 [T, S, D]."""
+    """Returns each token's factor of the state, exp(dt * a), and summand, (dt * u) * b: both float32 [T, S, D]."""
     dt = softplus(inputs.dt.float() + weights.dt_bias)
     decay = torch.exp(dt[:, None, :] * weights.a.t().contiguous())
     drive = (dt * inputs.u.float())[:, None, :] * inputs.b.float()[:, :, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 from jamba_server.kernels.ops import CompressedStates
 
 LEVELS = 127  # A compressed value is an integer from -LEVELS to LEVELS.
-# A channel whose magnitudes are all below 2**-100 is stored as zeros, so that 127 / magnitude cannot overflow.
+# A channel whose numbers all have magnitudes below 2**-100 is stored as zeros, so that 127 / magnitude cannot overflow.
 SMALLEST = 2.0**-100
 
 
@@ -41,7 +41,7 @@ def compress_states(states: Tensor, compressed: CompressedStates, sources: Tenso
     largest = torch.where(largest < SMALLEST, 0, largest)
     steps = torch.where(
         largest == 0, 0, torch.full_like(largest, LEVELS) / largest
-    )  # torch would compute `LEVELS / largest` as LEVELS times a rounded reciprocal
+    )  # For the integer LEVELS, torch would multiply LEVELS by the rounded reciprocal of `largest`.
     compressed.values[destinations] = (x * steps[..., None]).round().to(torch.int8)
     compressed.scales[destinations] = largest * (1 / LEVELS)
 

@@ -27,15 +27,16 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
-SPLIT = 512  # keys
+SPLIT = 512  # The number of keys in a split. The splits of a sequence are summed separately and then merged.
 ROWS = 64  # The usual number of query rows in a tile.
-VALUES = 128  # The largest number of columns of V for which a program keeps sums in registers.
+VALUES = 128  # A program computes at most this number of columns of the output, so that its sums fit into registers.
 OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
-# Decode is memory-bound, so two blocks of keys are loaded ahead; the other pipeline stages load their page ids.
+# Decode is memory-bound, so two blocks of keys are loaded ahead. Further pipeline stages load the blocks' page ids.
 # Without "maxnreg" the compiler would spill registers to raise the occupancy.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
-WIDE_BYTES = 512  # For heads of more bytes, ROWS rows and 6 pipeline stages do not fit into shared memory.
-# The largest size of the partial results of decode (one per split of the keys), unless one sequence needs more.
+# For heads of more bytes than this, shared memory is too small for ROWS rows or for 6 pipeline stages.
+WIDE_BYTES = 512
+# The largest size in bytes of the results of all splits in decode. Only a single sequence may need more bytes.
 PARTIAL_BYTES = 64 * 1024**2
 
 
@@ -230,7 +231,7 @@ def attend(
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Computes one split: the keys from `start` to the end of the split or to `last`.
+    """Computes attention over one split: the keys from `start` to the end of the split, at most to position `last`.
 
     Returns the maximum score divided by ln 2 [ROWS], the sum of weights [ROWS], and two halves of the weighted sum of
     values, each [ROWS, HALF]: the columns `column` [1, HALF] and the columns `column` + HALF. Row r of q sees the keys
@@ -243,7 +244,7 @@ def attend(
         key = block + tl.arange(0, KEYS)
         page = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
         token = page * page_stride + key % BLOCK_SIZE * token_stride
-        # Keys from position `last` on are not loaded: they may be NaN, and NaN times a weight of 0 is NaN.
+        # Keys from position `last` on are not loaded: the memory may hold NaN, and NaN times a weight of 0 is NaN.
         k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
         scores = dot(q, k.to(q.dtype), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))

@@ -121,7 +121,7 @@ def read(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Returns the inputs of a sequence whose numbers are t [rows, 1]: [rows, D].
+    """Returns the inputs of a sequence at the positions t [rows, 1] in the sequence: [rows, D].
 
     Inputs with a negative number come from the sequence's state, or are zeros if it has none.
     """

@@ -1,4 +1,4 @@
-"""Triton kernels share this code: how kernels are compiled and launched, and elementwise functions in float32."""
+"""This module compiles and launches Triton kernels, and defines functions that several kernels call."""
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
 # pyright: reportArgumentType=false
@@ -75,7 +75,7 @@ def capability() -> tuple[int, int]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Returns a / b, rounded up."""
+    """Returns a / b, rounded up to an integer."""
     return -(-a // b)
 
 
@@ -87,7 +87,7 @@ def next_power_of_2(n: int) -> int:
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Rounds x, which is float32, to the nearest number of `dtype`, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter's own conversion truncates instead of rounding.
+    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter's own conversion drops the low bits instead of rounding.
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)

@@ -1,4 +1,4 @@
-"""A Mamba layer's decode step between in_proj and out_proj takes three launches: the convolution, x_proj, and the rest.
+"""A Mamba layer's decode step between in_proj and out_proj takes three launches: convolution, x_proj, a fused kernel.
 
 One fused kernel computes the rest. It calls the same functions on the same tiles as the separate kernels, so it gives
 the same bits. With few rows it also adds the sections of x_proj's product (see `kernels.triton.narrow`). Every program
@@ -73,7 +73,7 @@ def block_channels(states: int) -> int:
 
 
 def program_rows(rows: int, channels: int, states: int) -> int:
-    """Returns how many rows a program computes. For all these rows together it reads its part of dt_proj once."""
+    """Returns how many rows a program computes. A program reads its part of dt_proj once for all these rows."""
     programs = rows * cdiv(channels, block_channels(states))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
@@ -210,7 +210,7 @@ def normalize(
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ) -> None:
-    """Normalises the rows from `first` to `end`, at most ROWS, in the same tiles as `rms_norm`."""
+    """Normalises the rows from `first` to `end` (at most ROWS rows), in tiles of the same shape as in `rms_norm`."""
     column = tl.arange(0, BLOCK)[None, :]
     scale = tl.load(weight + column, mask=column < size, other=0.0)
     for start in tl.static_range(0, ROWS, TILE_ROWS):

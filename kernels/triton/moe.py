@@ -96,7 +96,7 @@ class RunExperts:
 
 
 def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
-    """Returns the largest possible number of tiles of all experts. An expert's last tile may have a single row."""
+    """Returns an upper bound of the number of tiles of all experts. An expert's last tile may have a single row."""
     return min(choices, experts + (choices - 1) // tile.rows)
 
 
@@ -104,7 +104,7 @@ def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
 def find_tile(
     entries: tl.tensor, start: tl.tensor, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Finds this program's tile. Returns the tile's expert, then `row`, `entry` and `filled`, each [ROWS, 1].
+    """Finds the tile that this program computes. Returns its expert, then `row`, `entry` and `filled`, each [ROWS, 1].
 
     `row` has places among the rows sorted by expert, `entry` the elements of `entries` at these places, and
     `filled` says which rows of the tile are used. The expert is EXPERTS if the program has no tile.
@@ -149,7 +149,7 @@ def gate_up_kernel(
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
     if expert >= EXPERTS:
         return
-    # The columns of the tile alternate between gate and up, so that a program has both factors of silu(gate) * up.
+    # The tile's columns alternate between gate and up, so that one program computes both factors of silu(gate) * up.
     pair = tl.arange(0, COLUMNS)[None, :]
     weight_column = tl.program_id(1) * (COLUMNS // 2) + pair // 2
     weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column

@@ -20,12 +20,12 @@ from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
 SECTION = 512  # The number of elements of K in a section.
-MANY_ROWS = 1024  # With so many rows of x, a program can compute all sections: there are enough programs.
+MANY_ROWS = 1024  # From this number of rows of x on, there are enough programs without a program for each section.
 SUM_BLOCK = 1024
 
 
 def is_narrow(outputs: int, inputs: int) -> bool:
-    """Returns whether a weight is multiplied in sections.
+    """Returns whether the product with a weight [outputs, inputs] is split into sections of K.
 
     This depends on the weight's shape alone, so that all products with the weight have the same order of summation.
     """
@@ -33,9 +33,9 @@ def is_narrow(outputs: int, inputs: int) -> bool:
 
 
 def tile_for(rows: int, item_bytes: int) -> Tile:
-    """Returns the tile for a product with `rows` rows of x: at least 64 rows, as in `kernels.triton.product`."""
+    """Returns the tile for `rows` rows of x. The tile has at least 64 rows, as in `kernels.triton.product`."""
     inner = 128 // item_bytes
-    if rows < MANY_ROWS:  # Without `max_registers` the compiler spills registers on sm_120.
+    if rows < MANY_ROWS:  # Without `max_registers`, the compiler spills registers on sm_120.
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4, max_registers=255)
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 

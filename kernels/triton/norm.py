@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
-PROGRAM_ELEMENTS = 2048  # The number of elements that a program computes. A longer row has its own program.
+PROGRAM_ELEMENTS = 2048  # The number of elements that a program computes. A row with more elements has its own program.
 
 
 def tile_rows(block: int) -> int:

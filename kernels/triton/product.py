@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     inner: int
     num_warps: int
     num_stages: int
-    # The largest number of registers of a thread. With None, the compiler chooses this number.
+    # The largest number of registers that a thread may use. With None, the compiler chooses the limit.
     max_registers: int | None = None
 
     @property
@@ -67,8 +67,8 @@ def _quantized_tile(rows: int, item_bytes: int) -> Tile:
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
     """
     inner, max_registers = GROUP.value, 255
-    # An element in float32 takes three registers, one for each of its TF32 products. With int4, more pipeline stages do
-    # not fit into 99 KiB of shared memory.
+    # A float32 element takes three registers, one for each of its TF32 products, so the tile is small. With int4, more
+    # than 3 pipeline stages do not fit into 99 KiB of shared memory.
     if item_bytes == 4:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
     if rows <= FEWER_ROWS:

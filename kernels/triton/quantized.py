@@ -33,7 +33,7 @@ from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 GROUP = tl.constexpr(128)
 """The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
 
-CHUNK: Final = 1 << 22  # The number of weights that are packed at a time. Each needs 32 bits of temporary memory.
+CHUNK: Final = 1 << 22  # The number of elements packed at a time. Each element needs 4 bytes of temporary memory.
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
@@ -51,9 +51,9 @@ class PackedWeight(NamedTuple):
 
 
 def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """Returns a weight [..., N, K], quantised or not, as a PackedWeight. The numbers do not change.
+    """Returns a packed or an unquantised weight [..., N, K] as a PackedWeight.
 
-    A weight that is not quantised has the format "", and kernels do not read its scales.
+    An unquantised weight gets the format "", and kernels do not read its scales.
     """
     return weight if isinstance(weight, PackedWeight) else PackedWeight(weight, weight, weight.shape[-1], "")
 
@@ -94,7 +94,7 @@ def _words(values: Tensor, format: str) -> Tensor:
         numbers = numbers.abs() | (numbers & 0x80)
     else:
         numbers = numbers & 0xFF
-    # The shape becomes [rows, groups, parts, words of a group, halves of a word].
+    # The shape becomes [rows, groups, numbers of a half word, words of a group, halves of a word].
     numbers = numbers.unflatten(-1, (-1, 16 // bits, GROUP.value * bits // 32, 2))
     shifts = torch.arange(16 // bits, dtype=torch.int32, device=values.device) * bits
     halves = (numbers << shifts[:, None, None]).sum(2, dtype=torch.int32)
@@ -135,7 +135,7 @@ def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @jit
 def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
-    """Returns words - others, exactly. Each word holds two bfloat16 numbers."""
+    """Subtracts the bfloat16 numbers in `others` from those in `words`, exactly. Each word holds two numbers."""
     x, y = pairs(words), pairs(others)
     if INTERPRETED:
         return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
@@ -144,7 +144,7 @@ def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
 
 @jit
 def scaled(words: tl.tensor) -> tl.tensor:
-    """Returns bfloat16 numbers, of which each word holds two, times 2^120. The result is exact."""
+    """Multiplies the bfloat16 numbers in `words` by 2^120, exactly. Each word holds two numbers."""
     x = pairs(words)
     if INTERPRETED:  # The interpreter's conversion to float32 turns subnormal numbers into zeros.
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -154,7 +154,7 @@ def scaled(words: tl.tensor) -> tl.tensor:
 
 @jit
 def pairs(words: tl.tensor) -> tl.tensor:
-    """Returns the lower and the upper half of each word as bfloat16 [rows, 2 * words]."""
+    """Returns the bfloat16 numbers in the lower and the upper half of each word: [rows, 2 * words]."""
     lower = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
     upper = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.join(lower, upper), (words.shape[0], 2 * words.shape[1]))

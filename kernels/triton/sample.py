@@ -22,11 +22,11 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # The number of logits that a program reads.
+BLOCK = 4096  # The number of logits that a program of `best_kernel` or `draw_kernel` reads.
 CUT_BLOCK, CUT_WARPS = 8192, 16  # The number of logits that `cut_kernel` reads at a time, and its number of warps.
 END = tl.constexpr(0x7F800001)  # END is larger than the key (see `key_of`) of any score, also of -infinity.
-NO_CUT = tl.constexpr(-1)  # NO_CUT marks a row without top-k and top-p.
-LEAST = tl.constexpr(-3.4e38)  # LEAST stands for the largest logit of a row whose logits are all -infinity.
+NO_CUT = tl.constexpr(-1)  # NO_CUT marks a row from which top-k and top-p remove no tokens.
+LEAST = tl.constexpr(-3.4e38)  # LEAST is used as the largest logit where all logits are -infinity.
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
@@ -107,7 +107,7 @@ def cut_kernel(
         _, mass_before = measure(scores, size, p_low, True, BLOCK)
         _, mass = measure(scores, size, p_high, True, BLOCK)
         p_ties = tl.maximum(tl.ceil((wanted - mass_before) * within / (mass - mass_before)).to(tl.int32), 1)
-        # Top-p keeps no more tokens than top-k, apart from rounding errors; the smaller set is used.
+        # Only through rounding errors can top-p keep more tokens than top-k. The smaller of the two sets is used.
         fewer = (k <= 0) | (before + p_ties < k)
         low, high, ties = tl.where(fewer, p_low, low), tl.where(fewer, p_high, high), tl.where(fewer, p_ties, ties)
     tl.store(cuts + row * 3, low)
@@ -141,7 +141,7 @@ def measure(
 def search(
     scores: tl.tensor, size: tl.tensor, goal: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Finds where the tokens, from the highest score down, reach `goal` in number or (BY_MASS) in probability mass.
+    """Finds where the number or (BY_MASS) total probability of tokens, from the highest score down, reaches `goal`.
 
     Returns a range of keys [low, high) that contains this token and possibly others with the same key, the number of
     tokens with a key below low, and the number of tokens in the range.
@@ -160,7 +160,7 @@ def search(
 def id_of(
     scores: tl.tensor, size: tl.tensor, low: tl.tensor, high: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Returns the id of token number `number`, counted from 1 by id, among the tokens with a key in [low, high).
+    """Returns the `number`-th lowest id (counted from 1) among the tokens with a key in [low, high).
 
     Returns `size` if there are fewer such tokens.
     """
@@ -191,7 +191,7 @@ def draw_kernel(
     scores: tl.tensor, ids: tl.tensor, size: tl.tensor, row_stride: tl.tensor,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Finds the token of each block with the largest score plus noise. The grid is (rows, blocks).
+    """Finds, in each block of tokens, the token with the largest sum of score and noise. The grid is (rows, blocks).
 
     The results are scores and ids [rows, blocks]. `least` is log(min_p).
     """
@@ -238,7 +238,7 @@ def gumbel_noise(key: tl.tensor, i: tl.tensor) -> tl.tensor:
     other = (1 << 52) - 1 - number
     # `end` is u if u is below 1/2, else 1 - u, because float32 cannot represent a u close to 1 precisely.
     end = (tl.minimum(number, other).to(tl.float32) + 0.5) * 2.0**-52
-    # With v = 1 - end, rounded, log(1 - end) is log(v) + (1 - end - v) / v, up to higher orders.
+    # v is 1 - end, rounded. The first-order correction for the rounding is (1 - end - v) / v.
     v = 1.0 - end
     upper = tl.log(v) + ((1.0 - v) - end) / v
     return -tl.log(-tl.where(number < other, tl.log(end), upper))

@@ -21,7 +21,8 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-GROUP = 4  # The number of tokens in a group. Larger groups would need more registers than a thread has.
+# The number of tokens whose inputs are loaded together. Larger groups would need more registers than a thread has.
+GROUP = 4
 SCHEDULERS = 528  # The number of warp schedulers of an H100 or H200.
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
 
@@ -135,7 +136,7 @@ def walk(
     skip = tl.load(d + channel, mask=channel < channels, other=0.0)[None, :]
     bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)[None, :]
     u_at, dt_at, z_at = u + channel[None, :], dt + channel[None, :], z + channel[None, :]
-    # Each iteration scans the rows up to the next state that must be saved; the last iteration, up to `end`.
+    # Each iteration scans the rows up to the next state that must be saved. The last iteration scans up to `end`.
     for i in range(save, last_save + 1):
         more = i < last_save
         saved = tl.load(save_rows + i, mask=more, other=0)
@@ -229,5 +230,5 @@ def decayed(h: tl.tensor, delta: tl.tensor, drive: tl.tensor, b: tl.tensor, rate
 
 @jit
 def gated(read: tl.tensor, u: tl.tensor, z: tl.tensor, skip: tl.tensor) -> tl.tensor:
-    """Returns y = (h @ c + d * u) * silu(z). `read` is h @ c and `skip` is d."""
+    """Returns the output y = (h @ c + d * u) * silu(z). `read` is h @ c and `skip` is d."""
     return tl.fma(skip, u, read) * silu(z)

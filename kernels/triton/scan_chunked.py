@@ -1,9 +1,10 @@
-"""This selective scan keeps the GPU busy even with few long prompts. The last bits of results differ from `scan`'s.
+"""This selective scan splits long prompts into chunks, so that few prompts suffice to keep the GPU busy.
 
 It has two levels. A prompt is cut into chunks of CHUNK tokens. First, all chunks are scanned in parallel from a zero
 state. A chunk multiplies each number of its initial state by exp(a * sum of dt), so the initial state of every chunk
 then follows chunk by chunk. Last, all chunks are scanned again from their initial states, for their outputs. The chunks
 are counted from the first token of this step, so the last bits of results depend on chunked prefill.
+The last bits also differ from those of `scan`'s results.
 """
 
 # The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
@@ -63,7 +64,7 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
     require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     sequences = len(segments.state_ids)
     blocks, chunks = cdiv(channels, BLOCK_CHANNELS), cdiv(segments.max_query_len, CHUNK)
-    # `starts` has a place for the initial state of every chunk of every sequence; see `place_of`.
+    # `starts` holds the initial state of every chunk of every sequence, at the index that `place_of` defines.
     starts = torch.empty(rows // CHUNK + sequences, channels, states, device=ssm_state.device)
     times = starts.new_empty(starts.shape[:2])
     out = inputs.u.new_empty(rows, channels)

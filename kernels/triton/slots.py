@@ -116,8 +116,8 @@ def stored(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     if dtype == tl.float8e4nv:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -FP8_LIMIT), FP8_LIMIT)
         if INTERPRETED:
-            # The interpreter rounds differently, so x is rounded here: to a mantissa of three bits, or to a multiple
-            # of 2**-9 if it is below 2**-6.
+            # The interpreter rounds differently, so x is rounded here: to a multiple of 2**-9 if |x| is below 2**-6,
+            # otherwise to a mantissa of three bits.
             bits = x.to(tl.int32, bitcast=True)
             digits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             x = tl.where(tl.abs(x) < 2.0**-6, (x + 1.5 * 2.0**14) - 1.5 * 2.0**14, digits)
@@ -195,6 +195,6 @@ def restore_kernel(
 def places(
     channel: tl.tensor, channels: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Returns the offsets of each channel's numbers in a slot [CHANNELS, BLOCK], and which of them exist."""
+    """Returns the offsets in a slot of each channel's numbers, and a mask of offsets in use: both [CHANNELS, BLOCK]."""
     column = tl.arange(0, BLOCK)[None, :]
     return channel[:, None] * SIZE + column, (channel[:, None] < channels) & (column < SIZE)
