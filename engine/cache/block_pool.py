@@ -1,4 +1,5 @@
-"""BlockPool: hands out the ids of cache units of one size. The KV pages have one pool, the state slots have another."""
+"""BlockPool: hands out the ids of cache units. Each kind of unit (KV pages, state slots, compressed saved states) has a
+pool of its own."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from heapq import heapify, heappop, heappush
 class BlockPool:
     """Hands out the ids of cache units, counts the references to each unit, and finds a unit by the key of its content.
 
-    A unit without references keeps its content and key until its id is handed out again, so "cached" means "free, but
-    still findable". Free units without a key are handed out first, then the cached unit with the lowest eviction
-    priority is evicted. The priority of a unit is set when the unit is released: the cost of losing its content
-    (`worth`) plus the priority of the last evicted unit (GreedyDual, Young 1994). Of units of equal cost, the least
-    recently used one is therefore evicted first, and a unit of higher cost stays longer, but not for ever. Id 0 is
-    never handed out: padding rows use it. The pool remembers the keys of evicted units for a while, so that statistics
-    can tell the cause of a cache miss.
+    A unit without references is free. A free unit that has a key keeps its content and key until its id is handed out
+    again; until then it is called cached. Free units without a key are handed out first. If there are none, the cached
+    unit with the lowest eviction priority is evicted. The priority of a unit is set when the unit is released: the cost
+    of losing its content (`worth`) plus the priority of the last evicted unit (GreedyDual, Young 1994). Of units of
+    equal cost, the least recently used one is therefore evicted first. A unit of higher cost stays longer, but not for
+    ever. Id 0 is never handed out: padding rows use it. The pool remembers the keys of evicted units for a while, so
+    that statistics can tell the cause of a cache miss.
     """
 
     def __init__(self, size: int) -> None:
@@ -26,11 +27,12 @@ class BlockPool:
         self._worth: dict[int, float] = {}
         # The ids of free units without a key. The last id of the list is handed out first.
         self._empty = list(range(size - 1, 0, -1))
-        # Maps the id of each cached unit to its eviction priority (the unit with the lowest priority is evicted first)
-        # and to the value of `_releases` when the unit was released, which orders units of equal priority.
+        # Maps the id of each cached unit to (eviction priority, release number). The unit with the lowest priority is
+        # evicted first. The release number is the value of `_releases` when the unit was released; it orders units of
+        # equal priority.
         self._ranks: dict[int, tuple[float, int]] = {}
-        # A heap of (priority, release number, id) for the cached units. An entry that differs from the one in `_ranks`
-        # is out of date and is skipped.
+        # A heap of (priority, release number, id) for the cached units. An entry that differs from the unit's entry in
+        # `_ranks` is out of date and is skipped.
         self._queue: list[tuple[float, int, int]] = []
         self._clock = 0.0  # holds the eviction priority of the last evicted unit
         self._releases = 0
@@ -55,8 +57,8 @@ class BlockPool:
         return self._ids.get(key)
 
     def was_evicted(self, key: bytes) -> bool:
-        """Returns whether the unit that had `key` was evicted recently. The pool remembers the keys of the last evicted
-        units, four times as many keys as it has units."""
+        """Returns whether the unit that had `key` was evicted recently. The pool remembers the keys of the units that
+        were evicted last. The number of remembered keys is at most four times the number of units."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
@@ -88,7 +90,7 @@ class BlockPool:
         """Makes unit `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if the
         unit has a key already or another unit has this key.
 
-        `worth` is the cost of losing the unit, on a scale that all units of the pool share.
+        `worth` is the cost of losing the unit's content. All units of a pool must state this cost in the same measure.
         """
         assert self.refs[i] > 0, f"unit {i} has no reference"
         if key in self._ids or i in self._keys:

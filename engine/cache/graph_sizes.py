@@ -6,17 +6,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import NamedTuple
 
-# A larger batch gains nothing from a graph, because its kernels run longer than the host needs to launch them.
+# The largest number of rows of a graph. A larger batch gains nothing from a graph, because its kernels run longer than
+# the host needs to launch them.
 MAX_ROWS = 512
-# A GPU graph always runs as many attention splits as its longest context needs. Splits without tokens are cheap, so a
-# few context lengths are enough. On a CPU the partial results of attention need memory in proportion to rows * context.
-# CPU_MAX_TOKENS limits this product: a step beyond the limit takes so long that a graph would not speed it up.
+# Graphs are captured for contexts of FIRST_CONTEXT tokens, and then for lengths that grow by the factor CONTEXT_FACTOR.
+# Attention divides a context into splits, and a GPU graph always runs as many splits as its longest context needs.
+# Splits without tokens are cheap, so a few context lengths are enough. On a CPU the partial results of attention need
+# memory in proportion to rows * context. CPU_MAX_TOKENS limits this product: a step beyond the limit takes so long that
+# a graph would not speed it up.
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
-BYTES_PER_GRAPH = 4 * 1024**2  # this is an estimate: a graph stores several hundred kernels with their arguments
-# Size of a row's inputs: token id, KV slot and token source are int64; state slot and context length are int32.
+BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: a graph stores several hundred kernels with their arguments
+# The size in bytes of the inputs of one row, without its page table: token id, KV slot and token source are int64;
+# state slot and context length are int32.
 ROW_BYTES = 3 * 8 + 2 * 4
-# The size of the buffer for partial results of attention on a GPU. It limits how many rows attention processes at once.
+# The size in bytes of the buffer for partial results of attention on a GPU. This size limits how many rows attention
+# processes at once.
 ATTENTION_BYTES = 64 * 1024**2
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "int8"]  # torch's names
+CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "int8"]  # named as in torch
 Unit = Literal["page", "slot", "saved"]
 DTYPE_BYTES: Final[Mapping[CacheDtype, int]] = {
     "bfloat16": 2,
@@ -32,9 +32,9 @@ class Kept(NamedTuple):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
     """The cache tensors of one layer, each found by its name. `page` has the tensors of one KV page, which holds
-    `block_size` tokens of a sequence. `slot` has those of one state slot, which holds the Mamba state of a running
-    sequence. `saved` has those of one saved state: the same tensors as in a slot, unless saved states are
-    compressed."""
+    `block_size` tokens of a sequence. `slot` has the tensors of one state slot, which holds the Mamba state of a
+    running sequence. `saved` has the tensors of one saved state, from which later requests can continue. They are the
+    same tensors as in a slot, unless saved states are compressed."""
 
     page: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
     slot: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
@@ -71,8 +71,8 @@ class CacheLayout:
         return any(layer.saved != layer.slot for layer in self.layers)
 
     def stacked(self, unit: Unit, name: str) -> Kept:
-        """Returns the dtype of the tensor `name` of one unit, and the shape [layers, ...] of this tensor stacked over
-        all layers that have it."""
+        """Stacks the tensors called `name` of one unit over all layers that have a tensor of this name. Returns the
+        shape [layers, ...] and the dtype of the stack."""
         tensors: list[Kept] = [kept[name] for layer in self.layers if name in (kept := _kept(layer, unit))]
         assert len(set(tensors)) == 1, f"{name} of a {unit} has {len(set(tensors))} shapes"
         return Kept((len(tensors), *tensors[0].shape), tensors[0].dtype)

@@ -13,7 +13,7 @@ filled page is copied, because the sequence will write to it. The manager moves 
 saves that a step must run.
 
 The `StateStore` decides where saved states lie. Pages and states that a launched step writes can be found by steps that
-are launched later; if a step fails, `Unconfirmed` knows which of them must be forgotten.
+are launched later; if a step fails, `Unconfirmed` knows which of these pages and states must be forgotten.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
 
 
 class CacheManager:
-    """Manages the KV pages and the store of saved states, and the rules that connect pages and states. During prefill
-    and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`.
+    """Gives KV pages and state slots to sequences, and finds pages and saved states again for later requests. During
+    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`.
 
-    The memory plan must ensure that a sequence of any length fits when it is alone. This takes one page more than the
-    longest sequence has, for the source of a copied page. With prefix caching and `SlotStates`, it also takes one slot
-    more than sequences run, for the source of a restored state.
+    The memory plan must ensure that a sequence of the greatest length fits when no other sequence runs. This takes one
+    page more than the sequence has, for the source of a copied page. With prefix caching and `SlotStates`, there must
+    also be one slot more than the number of running sequences, for the source of a restored state.
     """
 
     def __init__(
@@ -191,15 +191,16 @@ class CacheManager:
         """Takes back the pages and the slot of `seq`. If prefix caching is enabled, later requests can find these pages
         until the pages are evicted.
 
-        The state after its last computed token is saved, because the next turn of the conversation continues from
-        there, and so does a preempted sequence.
+        The state after the last computed token is saved, because the next turn of the conversation continues from
+        there. A preempted sequence also continues from there when it is resumed.
         """
         if self.enabled and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
             key = self._key(seq, seq.num_computed)
             if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
                 self._publish_state(Save(seq, seq.num_computed, room))
-        # Pages released first are evicted first, and a later page of a sequence is useless without the earlier pages.
+        # The last page is released first. Pages released first are evicted first, and a later page of a sequence is
+        # useless without the earlier pages.
         self.pages.release(reversed(seq.block_ids))
         self.slots.release([seq.state_id])
         seq.vacate()
@@ -207,12 +208,12 @@ class CacheManager:
     # Choosing and reserving the states that a step saves --------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
-        """Reserves room for the states that a step should save while it computes the tokens after `start` up to `end`
-        of `seq`. Returns the saves in the order of their positions. Call it after all running sequences have their
-        pages. If slots are short, the states that most likely lead to prefix hits are saved. The regular states (one
-        every `interval` tokens) evict no saved state."""
+        """Reserves room for the states that a step should save while it computes the tokens of `seq` from index `start`
+        to index `end` - 1. Returns the saves in the order of their positions. This method must be called after all
+        running sequences have got their pages. If slots are short, the states that most likely lead to prefix hits are
+        saved. The regular states (one every `interval` tokens) evict no saved state."""
         if not self.enabled or start // self.block_size == end // self.block_size:
-            return []  # a chunk saves states at block boundaries only
+            return []  # states are saved at block boundaries only, and this chunk of tokens crosses none
         saves: list[Save] = []
         worthy = self._worthy(seq)
         regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
@@ -229,10 +230,10 @@ class CacheManager:
         return self.enabled and (position + 1) % self.interval == 0
 
     def _worthy(self, seq: Sequence) -> list[int]:
-        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely first: the ends
-        of messages, the point where other requests branched off, the end of the prompt, and the position one token
-        before the end, where a request with the same prompt would continue. Each position is rounded down to a block
-        boundary."""
+        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely first. These
+        positions are the ends of messages, the point where other requests branched off, the end of the prompt, and the
+        position one token before the end of the prompt. A request with the same prompt would continue from the last of
+        these positions. Each position is rounded down to a block boundary."""
         boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
@@ -262,8 +263,8 @@ class CacheManager:
         self.store.confirm()
 
     def discard(self) -> None:
-        """Recovers from a failed step, whatever the point of failure. Takes all pages and slots back, and forgets pages
-        and states that were not written by a confirmed step."""
+        """Recovers from a failed step, wherever in the step the error occurred. Takes all pages and slots back, and
+        forgets all pages and states that no confirmed step has written."""
         self._page_copies, self._saves = [], []
         self.pages.reset(self._unconfirmed.discard())
         self._unconfirmed.clear()

@@ -1,8 +1,8 @@
 """StateStore: tracks where saved states are stored, and lists the copies that save and restore them. It moves no data.
 
-There are two stores. `SlotStates` leaves a state in the slot that it was written to. `CompressedStates` copies it to a
-pool of its own. A store in host memory or on a disk would fit the same protocol: a store decides where a state lies,
-and lists the copies that must run before the next step. `engine.state_copies` runs these copies.
+There are two stores. `SlotStates` leaves a state in the slot that it was written to. `CompressedStates` compresses a
+state and copies it to a separate pool. A store in host memory or on a disk would fit the same protocol: a store decides
+where a state lies, and lists the copies that must run before the next step. `engine.state_copies` runs these copies.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ class Room(NamedTuple):
 
 
 class StateStore(Protocol):
-    """Stores saved states. Each is found by the key of the token prefix after which it was saved. A *place* is a number
-    that says where a saved state is stored; only the store knows its meaning. All state slots are handed out by the
-    store, so that it learns which saved states are evicted to free a slot."""
+    """Stores saved states. Each saved state is found by the key of the token prefix after which it was saved. A *place*
+    is a number that says where a saved state is stored; only the store knows its meaning. All state slots are handed
+    out by the store, so that it learns which saved states are evicted to free a slot."""
 
-    slots: BlockPool  # a slot holds the state of a running sequence, or a state that was not yet copied to its place
+    # A slot holds the state of a running sequence or a saved state. If a store has a separate pool for saved states, a
+    # saved state stays in a slot only until it has been copied to this pool.
+    slots: BlockPool
 
     @property
     def capacity(self) -> int:
@@ -55,15 +57,15 @@ class StateStore(Protocol):
         ...
 
     def reserve(self, key: bytes, *, slot: int | None = None, evict: bool = True) -> Room | None:
-        """Reserves room for a state under `key`. The state is in `slot`; if `slot` is None, the store chooses a slot
-        and the next step writes the state there. Returns None if there is no room; a store may also return None if a
-        state is saved under `key` already. If `evict` is false, no saved state is evicted to make room."""
+        """Reserves room for a state under `key`. The state is in `slot` already; if `slot` is None, the store chooses a
+        slot and the next step writes the state there. Returns None if there is no room; a store may also return None if
+        a state is saved under `key` already. If `evict` is false, no saved state is evicted to make room."""
         ...
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
         """Makes the state in `room` findable under `key`. The state must have been written, or the last launched step
-        must write it. Returns False, and gives the place back, if another state is saved under `key` already. In both
-        cases the caller must still release the slot."""
+        must write it. Returns False, and gives the place back, if another state is saved under `key` already. Whether
+        True or False is returned, the caller must still release the slot."""
         ...
 
     def take_copies(self) -> tuple[Pairs, Pairs]:
@@ -149,11 +151,11 @@ class SlotStates:
 
 class CompressedStates:
     """A store that compresses saved states and keeps them in a separate pool. Each state is copied to this pool before
-    the step that follows.
+    the next step runs.
 
     A sequence that ends gives its slot back at once. The next step may give this slot to another sequence, because the
-    step runs the copy before anything writes to the slot. A hit may find a state whose copy has not run yet, because a
-    step restores states after it has saved all others.
+    step runs the copy before anything writes to the slot. A prefix hit may find a state whose copy has not run yet,
+    because the copies that save states run before the copies that restore states.
     """
 
     def __init__(self, num_slots: int, num_places: int) -> None:

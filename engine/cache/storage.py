@@ -14,13 +14,15 @@ from jamba_server.kernels.ops import CompressedStates
 
 
 class CacheStorage:
-    """KV pages and state slots of all layers, allocated once. Page 0 and slot 0 are dummies that no sequence owns.
+    """KV pages and state slots of all layers, allocated once. Page 0 and slot 0 are dummies that no sequence owns. W
+    stands for d_conv, D for d_inner and S for d_state.
 
-    kv:   [pages, attention layers, 2, block_size, KV heads, head_dim]: the parts of a page in all layers are contiguous
+    kv:   [pages, attention layers, 2, block_size, KV heads, head_dim]: the data of a page is contiguous
     conv: [slots, Mamba layers, W-1, D]: the last W-1 inputs of the convolution in each of D channels
     ssm:  [slots, Mamba layers, D, S]: the SSM states in float32
-    If `num_compressed` is not 0, it is the number of compressed saved states, the dummy 0 included. Their SSM states
-    are in `compressed`. Their convolution states are in `conv`, uncompressed, behind those of the slots.
+    `num_compressed` is the number of compressed saved states, including a dummy with id 0; it is 0 if saved states are
+    not compressed. The SSM states of compressed saved states are in `compressed`. Their convolution states are in
+    `conv`, uncompressed, after the convolution states of the slots.
     A layer's index counts the layers of its own kind: the third Mamba layer has index 2.
     """
 

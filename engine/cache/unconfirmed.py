@@ -9,9 +9,9 @@ class Unconfirmed:
     """Tracks the keys of one pool that lookups can find already, although the step that writes their content has not
     been confirmed.
 
-    A step is *launched* when the device has it, and *confirmed* when its results have been read. A device runs steps in
-    the order of their launches, so a step may read what an earlier one writes. But if a step fails, nothing that it or
-    a later step wrote may be found again.
+    A step is *launched* when it has been passed to the device, and *confirmed* when its results have been read. A
+    device runs steps in the order of their launches, so a step may read what an earlier step writes. But if a step
+    fails, nothing that the failed step or a later step wrote may be found again.
     """
 
     def __init__(self) -> None:

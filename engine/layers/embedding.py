@@ -13,8 +13,8 @@ from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 class Embedding:
     """Maps token ids, int64 [T], to vectors [T, H] in the model's dtype. `weight`, [V, H], has the same layout as on
-    disk. If the language model head shares the matrix and is not quantised, `weight` is None once the head has packed
-    the matrix into its kernel's layout, and vectors are read from the packed matrix."""
+    disk. If the language model head shares the matrix and is not quantised, the head packs the matrix into the layout
+    of the head's kernel. Then `weight` becomes None, and vectors are read from the packed matrix."""
 
     def __init__(self, backend: Backend, vocab_size: int, hidden_size: int) -> None:
         self._linear = backend.kernels.linear
@@ -31,6 +31,6 @@ class Embedding:
         return Unit({f"{name}.weight": Destination(self.weight, "unit")}, pack)
 
     def tie(self, head: Linear) -> None:
-        """Makes the embedding read its vectors from the packed weight of `head`, and drops its own reference to the raw
-        weight, so that the shared matrix is in memory only once."""
+        """Makes the embedding read its vectors from the packed weight of `head`. Drops the embedding's reference to the
+        raw weight, so that the shared matrix is in memory only once."""
         self.weight, self._packed = None, head.weight

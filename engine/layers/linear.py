@@ -15,8 +15,9 @@ class Linear:
     """Multiplies x [T, K] by a weight matrix and returns [T, N]. `parts` maps the name that each projection has on disk
     to its number of outputs. The outputs of all projections are concatenated; N is their total number.
 
-    `role` decides whether the weight is quantised. `shared` is a weight that another layer owns and loads; the unit of
-    that layer must then call `pack` of this one.
+    `role` is the part of the model that the weight belongs to; it decides whether the weight is quantised. If another
+    layer owns and loads the weight, `shared` is this weight, and the loading `Unit` of the owner must call `pack` of
+    this layer.
     """
 
     def __init__(

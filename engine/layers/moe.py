@@ -21,7 +21,8 @@ class Moe:
         self._route, self._run = backend.kernels.route_experts, backend.kernels.run_experts
         self._top_k, self._num_experts, self._rows = config.num_experts_per_tok, e, f
         self._router = Linear(backend, h, {"router": e}, role="other")
-        # The raw weights of the gate and up projections, and of the down projection. `_pack` moves them to `_experts`.
+        # The raw weights of the gate and up projections, and of the down projection. `_pack` converts these raw weights
+        # to the kernel's layout, in `_experts`.
         self._raw = [backend.raw("experts", e, 2 * f, h), backend.raw("experts", e, h, f)]
         self._experts: Any = None
 

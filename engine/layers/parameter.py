@@ -15,9 +15,9 @@ from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
-"""How dummy weights fill a tensor. "normed": random with variance 1 / (last dimension). "unit": random with variance 1.
-"one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its softplus is a time step between
-0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
+"""How dummy weights fill a tensor. "normed": random with variance 1 / (size of the last dimension). "unit": random with
+variance 1. "one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its softplus is a time
+step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 
 class Destination(NamedTuple):
@@ -29,8 +29,8 @@ class Destination(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """A checkpoint tensor that fills several destinations at once, for checkpoints that store fused tensors. `parts`
-    are the names of these destinations."""
+    """The memory that one checkpoint tensor fills if it holds several weights, for example the down projections of all
+    experts. `data` is a view of this memory, and `parts` are the names of the destinations that it covers."""
 
     data: Tensor
     parts: tuple[str, ...]
@@ -59,8 +59,9 @@ class Unit(NamedTuple):
     """A group of weights that one call of `pack` converts to the layout of a kernel. Each weight is found by its name
     on disk.
 
-    Each of `destinations` must be filled exactly once, by the tensor of its name or by one of `fused`. When all are
-    filled, `pack` is called once. It frees the raw weights, so nothing else may then hold a reference to them.
+    Each of `destinations` must be filled exactly once, by the tensor of its name or by one of `fused`. When all
+    destinations are filled, `pack` is called once. `pack` frees the raw weights, so nothing else may hold a reference
+    to the raw weights at that time.
     """
 
     destinations: Mapping[str, Destination]
@@ -104,13 +105,13 @@ class Backend:
         return torch.empty(shape, dtype=self.dtype, device=host if on_host else self.device)
 
     def quantize(self, role: Role, weight: Weight) -> Weight:
-        """Takes a raw weight that has been filled, and returns it on the device in the form that kernels take. It is
-        quantised if the policy says so."""
+        """Takes a raw weight that has been filled, and returns the weight on the device in the form that kernels take.
+        The weight is quantised if the policy says so."""
         if isinstance(weight, QuantizedWeight):
             return weight._replace(values=weight.values.to(self.device), scales=weight.scales.to(self.device))
         quantization = self.policy.quantization_of(role)
         return weight if quantization is None else quantize(weight.to(self.device), quantization)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns an uninitialised weight. On a CPU its memory takes physical memory only once it is written."""
+        """Returns an uninitialised weight. On a CPU the weight takes physical memory only once it is written."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

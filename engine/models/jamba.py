@@ -1,7 +1,7 @@
 """Jamba (Lieber et al. 2024): a stack of Mamba and attention layers, each with a dense or an expert feed-forward layer.
 
-For a whole prompt it computes the same as transformers' `modeling_jamba.py`. Unlike that, it also computes the same for
-a prompt that is fed in chunks.
+For a prompt that is computed in one step, the model computes the same as transformers' `modeling_jamba.py`. Unlike the
+model in transformers, it also computes the same if the prompt is split into chunks.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
 """The part of the model that a weight matrix belongs to. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
-are matrices that are never quantised: x_proj, dt_proj and the router, which are small and to whose errors the model is
-sensitive, and the head of a classifier."""
+are matrices that this server never quantises: x_proj, dt_proj, the router, and the head of a classifier. The first
+three are small, and the model is sensitive to rounding errors in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +48,11 @@ class QuantizationPolicy:
     are quantised. The embedding, the norms, the convolutions, and A and D of the Mamba layers are not.
 
     The projections of the Mamba mixers are quantised only if `mamba` is set. The int8 recipe on the model cards of
-    Jamba skips them as well: they are a small part of a large model, and their errors accumulate in the recurrent
-    state.
+    Jamba skips these projections as well: they are a small part of a large model, and their rounding errors accumulate
+    in the recurrent state.
 
-    If the checkpoint has fp8 weights already, `stored` are their roles, and nothing else is quantised.
+    If the checkpoint has fp8 weights already, `stored` names the parts of the model that have fp8 weights, and the
+    weights of all other parts stay unquantised.
     """
 
     quantization: Quantization | None = None

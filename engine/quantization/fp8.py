@@ -1,8 +1,8 @@
 """fp8: quantises weights to float8_e4m3fn (Micikevicius et al. 2022) with one scale for each output row, rounding to
 nearest with ties to even.
 
-The distance between neighbouring numbers grows with their magnitude, so in a row with a few large weights the small
-weights are more precise than in int8.
+The distance between neighbouring float8 numbers grows with their magnitude. In a row with a few large weights, the
+small weights are therefore more precise than in int8.
 """
 
 from __future__ import annotations

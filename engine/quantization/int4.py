@@ -1,8 +1,9 @@
 """int4: quantises weights symmetrically with one scale for each group of 128 inputs of an output row. Weights of large
 magnitude are clipped if that reduces the squared error of the group.
 
-Few weights of a group are near its largest one, so a finer step for all others gains more than the clipping loses. The
-root mean square error falls by 9 %, for normally distributed and for heavy-tailed weights.
+Few weights of a group are near the largest magnitude of the group, so a smaller scale reduces the errors of most
+weights more than it increases the errors of the clipped weights. Clipping reduces the root mean square error of the
+weights by 9 %, for normally distributed and for heavy-tailed weights.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["int4"].limit
-# Each group tries the scale without clipping times each of these ratios. Ratios below 0.8 would reduce the error by
-# less than 0.2 %.
+# In each group, the scale without clipping is multiplied by each of these ratios, and the product with the smallest
+# error is used. Further ratios below 0.8 would reduce the error by less than 0.2 %.
 CLIPPING_RATIOS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 

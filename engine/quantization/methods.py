@@ -14,8 +14,8 @@ COMPRESSED_TENSORS: Final = "compressed-tensors"
 # With these methods, vLLM quantises the weights when it loads a checkpoint. The weights in the files are therefore not
 # quantised.
 MADE_AT_LOAD: Final[frozenset[str]] = frozenset({"experts_int8"})
-# Maps `quant_method` of a checkpoint to the name of the quantisation method, and to the most similar format of this
-# server, or to None if the number of bits decides the format.
+# Maps `quant_method` of a checkpoint to (name of the quantisation method, most similar format of this server). The
+# format is None if it depends on the number of bits.
 _METHODS: Final[Mapping[str, tuple[str, Quantization | None]]] = {
     "aqlm": ("AQLM", "int4"),
     "auto-round": ("AutoRound", "int4"),
@@ -84,7 +84,8 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
     method = settings.get("quant_method")
     if method is None and {"group_size", "bits"} <= settings.keys():
         raise _mlx(path, "quantization_config", settings)
-    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):  # old form
+    # Old checkpoints of bitsandbytes have no `quant_method`.
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
     if isinstance(method, str) and method not in (COMPRESSED_TENSORS, *MADE_AT_LOAD):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Quantises a weight to one of the formats in `FORMATS`. Weights are quantised once, while the model is loaded."""
+"""Quantises a weight to one of the formats in `FORMATS`. Each weight is quantised once, while the model is loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int4": int4.quantize,
     "fp8": fp8.quantize,
 }
-# This many float32 numbers are quantised at a time: 1 MiB on a CPU, which fits into the CPU's caches, or 64 MiB on a
-# GPU, which are enough to occupy it fully.
+# How many float32 numbers are quantised at a time. On a CPU they take 1 MiB, which fits into the CPU's caches. On a GPU
+# they take 64 MiB, which is enough to occupy the GPU fully.
 _CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 

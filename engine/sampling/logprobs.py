@@ -1,7 +1,7 @@
 """Log-probabilities of the raw distribution: the float32 log-softmax of the model's logits before any penalty or bias.
 
-`gather` runs on the device and `read` on the host. They are separate, so that a step can copy its tokens and their
-log-probabilities to the host together.
+`gather` runs on the device and `read` on the host. These functions are separate, so that a step can copy its sampled
+tokens and their log-probabilities to the host together.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:
 
 
 def read(table: list[list[float]], token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Converts the table of `gather` to one entry for each row, with the counts[n] most likely tokens, or with as many
-    as the table has if it has fewer."""
+    """Converts the table of `gather` to one entry for each row. Entry n has the counts[n] most likely tokens, or all
+    tokens in the row if the table has fewer than counts[n]."""
     results: list[TokenLogprob] = []
     for values, token_id, count in zip(table, token_ids, counts, strict=True):
         gathered = len(values) // 2

@@ -2,8 +2,8 @@
 tokens.
 
 The order is that of transformers and vLLM: logit_bias, repetition penalty, frequency and presence penalty. Tokens are
-forbidden last, so that no bias can allow them again. The host only works for rows that ask for a change, in time linear
-in the number of their tokens.
+forbidden last, so that no bias can allow them again. The host does work only for requests that ask for a change. The
+time of this work is linear in the number of the requests' tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from jamba_server.engine.types import SamplingParams
 
 
 class Edit(NamedTuple):
-    """A change to the logits of one row: token ids, int64 [n], and a number for each of these tokens, float32 [n]."""
+    """A change to the logits of one row: token ids, int64 [n], and for each of these tokens a number to add to its
+    logit or a penalty to apply to it, float32 [n]."""
 
     row: int
     token_ids: NDArray[np.int64]
@@ -70,9 +71,10 @@ def _counts(n: int, row: SamplingRow) -> Edit:
 
 
 def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
-    """Returns the tokens that must not come next: the last token of each bad word whose tokens before the last are the
-    end of the reply, and all end tokens and stop tokens until the reply has `min_tokens` tokens. The end tokens are
-    forbidden even with `ignore_eos`, because an end token in the text would make the reply look finished."""
+    """Returns the tokens that must not come next. If the reply ends with all tokens of a bad word except the last, the
+    last token of this word is forbidden. Until the reply has `min_tokens` tokens, all end tokens and stop tokens are
+    forbidden. The end tokens are forbidden even with `ignore_eos`, because an end token in the text would make the
+    reply look finished."""
     ends = {word[-1] for word in row.params.bad_words if _ends_with(row, word[:-1])}
     if row.num_generated < row.params.min_tokens:
         ends.update(eos_token_ids, row.params.stop_token_ids)
@@ -119,8 +121,8 @@ def _repeat(logits: Tensor, edits: list[Edit]) -> None:
 
 
 def _flatten(edits: list[Edit], device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Joins the edits of all rows. Returns an index into the logits, (rows, token ids), and the edits' numbers for
-    these places."""
+    """Joins the edits of all rows. Returns an index into the logits, (rows, token ids), and the `values` of the edits
+    in the same order."""
     rows = np.repeat([edit.row for edit in edits], [len(edit.token_ids) for edit in edits])
     token_ids = np.concatenate([edit.token_ids for edit in edits])
     values = np.concatenate([edit.values for edit in edits])

@@ -1,4 +1,4 @@
-"""build_engine: creates an EngineCore from an EngineConfig. The engine can then run steps at once."""
+"""build_engine: creates an EngineCore, which is ready to run steps, from an EngineConfig."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     dtype = choose_dtype(config, model_config)
     policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
-    # This must precede the loading of the kernels, because the CPU kernels use as many threads as torch uses then.
+    # This must precede the loading of the kernels, because the CPU kernels use as many threads as torch is set to use
+    # when they are loaded.
     if device.type == "cpu":
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
@@ -165,7 +166,7 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
 
 
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
-    """Runs the largest dummy steps and returns how much memory they needed."""
+    """Runs the largest dummy steps and returns how much memory these steps needed."""
     storage = loaded.storage(1, 1)
     runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
@@ -178,8 +179,8 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     storage = loaded.storage(plan.num_pages, plan.num_slots, plan.num_compressed)
     graphs = None
     runs_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
-    # On a CPU, asynchronous scheduling rules out graphs: a step that is launched before the previous one has finished
-    # gathers its input tokens with a torch operation, and a CPU graph can replay only this project's own kernels.
+    # On a CPU, asynchronous scheduling rules out graphs: a step that is launched before the previous step has finished
+    # gathers its input tokens with a torch operation. A CPU graph can replay only this project's own kernels.
     wanted = not config.enforce_eager and (on_gpu or not runs_ahead)
     if wanted and why_no_graphs(loaded.kernels.names, device.type) is None:
         sizes = GraphSizes(plan.max_num_seqs, plan.max_model_len, device.type)
@@ -193,7 +194,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
-    # If all operations use reference kernels there is no warning, because the list of kernels shows that already.
+    # If all operations use reference kernels, there is no warning, because the field `kernels` shows already that no
+    # fast kernel is used.
     if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:
         warnings += (f"decode steps run without graphs: {reason}; set enforce_eager to hide this warning",)
     return EngineInfo(

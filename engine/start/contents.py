@@ -27,8 +27,8 @@ _SLICE: Final = 4 << 20  # two tensors are compared in pieces of this many bytes
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, stored in the bytes from `start` to `end`. `dtype` is the name that safetensors uses, for
-    example "BF16"."""
+    """A tensor in a file. It is stored between the byte offsets `start` (inclusive) and `end` (exclusive) of the file.
+    `dtype` is the name that safetensors uses, for example "BF16"."""
 
     path: Path
     dtype: str

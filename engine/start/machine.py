@@ -21,8 +21,8 @@ def available_memory(root: Path = Path("/")) -> int:
     """Returns how many bytes this process may still allocate: the available memory of the machine, or less if a control
     group that contains the process has a lower limit.
 
-    `root` is the folder of proc/ and sys/. The inactive part of a group's page cache counts as free, because the kernel
-    would drop it. Without proc/ (macOS) the result is the machine's whole memory.
+    `root` is the folder that contains proc/ and sys/. The inactive part of a group's page cache counts as free, because
+    Linux drops it when memory is short. Without proc/ (macOS) the result is the machine's whole memory.
     """
     try:
         meminfo = (root / "proc/meminfo").read_text()
@@ -60,7 +60,8 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
     """Yields the folders of this process's control group and of all control groups that contain this group.
     `controller` selects the hierarchy in version 1 of control groups; version 2 has a single hierarchy.
 
-    In a container proc/self/cgroup may name the group by its path on the host. Then only the root folder exists.
+    In a container proc/self/cgroup may name the group by its path on the host. Such a path does not exist in the
+    container, so only the folder of the root group is yielded.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -14,33 +14,37 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.start.machine import format_bytes
 
-# The default number of prompt tokens in a step. On a CPU the number is small, because all sequences that decode wait
-# while a step computes a chunk of a new prompt, and a prompt waits for the other prompts in its step. Steps of 512
-# tokens would prefill 5 % faster for a model with 3 billion parameters, 13 % faster for one with 16 experts, and 30 %
-# faster for one with 0.1 billion parameters.
+# The default of max_num_batched_tokens, the largest number of tokens in a step. On a CPU the number is small, because
+# all sequences that decode wait while a step computes a chunk of a new prompt. A prompt also waits for the other
+# prompts in its step. Compared with 128 tokens, steps of 512 tokens would prefill 5 % faster for a model with 3 billion
+# parameters and 13 % faster for a model with 16 experts. For a model with 0.1 billion parameters, prefill would be 30 %
+# faster.
 DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
-# The caches get this share of the memory that weights and activations do not use. A CPU shares its memory with all
+# The caches get this fraction of the memory that weights and activations do not use. A CPU shares its memory with all
 # other programs of the machine. On a GPU, gpu_memory_utilization already leaves room for fragmentation and for
 # libraries.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
-# Saved states get this share of the cache memory that the slots of running sequences do not use.
+# Saved states get this fraction of the cache memory that the slots of running sequences do not use.
 SAVED_STATES_SHARE = 0.25
-# Prefix caching needs a saved state for the end of a system prompt and another for the end of a reply.
+# The least number of saved states with prefix caching: one for the end of a system prompt and another for the end of a
+# reply.
 MIN_SAVED_STATES = 2
-# This many extra slots hold states until they are compressed; a prompt saves up to four states in a step.
+# The number of extra slots that hold states until these are compressed. A prompt saves up to four states in a step.
 STAGING_SLOTS = 4
-# GPU kernels use the second or third grid axis for sequences, and CUDA limits these axes to this size.
+# The upper limit of max_num_seqs. GPU kernels use the second or third grid axis for sequences, and CUDA limits these
+# axes to this size.
 MAX_NUM_SEQS = 65_535
 MIN_PAGES = 3  # the dummy page 0, one page for a sequence, and one page as the source of a copy
-# There are pages for twice as many tokens as the running sequences can have, so that the prefix cache can hold as many
-# tokens as the running sequences. On a CPU, prefill is slow and other programs need memory, too. There, each running
-# sequence is counted with an average context length instead of the longest one, and with one saved state for each point
-# where conversations branch or end: after the system prompt, before the last user message, at the end of the prompt,
-# and at the end of the answer.
+# Unless memory is short, there are pages for PREFIX_CACHE_FACTOR times as many tokens as the running sequences can
+# have, so that the prefix cache can hold as many tokens as the running sequences. On a CPU, prefill is slow and other
+# programs need memory, too. There, each running sequence is counted with an average context length instead of the
+# longest one, and with one saved state for each point where conversations branch or end: after the system prompt,
+# before the last user message, at the end of the prompt, and at the end of the answer.
 PREFIX_CACHE_FACTOR = 2
 CPU_TOKENS_PER_SEQUENCE = 1024
 CPU_SAVED_STATES_PER_SEQUENCE = 4
-# Activations may use this share of the memory that remains beside the weights; batches are made smaller to fit.
+# Activations may use this fraction of the memory that the weights do not use. If the activations need more,
+# max_num_batched_tokens and max_num_seqs are reduced.
 ACTIVATION_SHARE = 0.25
 LOGITS_COPIES = 3  # the sampler holds the logits, their log-softmax, and one sorted or masked copy of them
 
@@ -141,7 +145,7 @@ def check_sizes(engine: EngineConfig) -> None:
 
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
     """Returns an estimate, in bytes, of the largest amount of memory that a forward pass and the sampler use at one
-    time. Every number is counted as four bytes."""
+    time. Every number is counted as four bytes, whatever its dtype."""
     per_token, fixed = _activation_terms(config, max_num_seqs)
     return fixed + per_token * (max_num_batched_tokens + max_num_seqs)
 
@@ -251,8 +255,8 @@ class _Planner:
             raise ConfigError(
                 f"kv_cache_memory_bytes is {explicit}; it must be at least {pages}, the bytes of {MIN_PAGES} pages."
             )
-        # The slots of running sequences may use one half of the cache memory; saved states and KV pages have the second
-        # half.
+        # The slots of running sequences may use one half of the cache memory; saved states and KV pages use the other
+        # half of the cache memory.
         slots = (self.fixed_slots + 1) * self.spec.bytes_per_slot
         needed = 2 * max(slots, saved * self.spec.bytes_per_saved_state + pages)
         if budget < needed:

@@ -1,9 +1,10 @@
-"""Rehearsal: runs dummy steps on torch's device "meta" to find which GPU kernels the model needs, so that these are
-compiled while the weights are loaded.
+"""Rehearsal: runs dummy steps on torch's device "meta" to find which GPU kernels the model needs, so that these kernels
+are compiled while the weights are loaded.
 
-Tensors on "meta" have no memory, but shapes, strides and addresses (counted from 0), and Triton specialises a kernel by
-nothing else. During a rehearsal a launch only compiles the kernel (`kernels.triton.launch.compile_launches`). The same
-code launches the rehearsed and the real steps, so there is no separate list of kernels to maintain.
+Tensors on "meta" have no memory, but they have dtypes, shapes, strides and addresses (counted from 0). Triton
+specialises a kernel by no other properties of its tensors. During a rehearsal a launch only compiles the kernel
+(`kernels.triton.launch.compile_launches`). The same code launches the rehearsed and the real steps, so there is no
+separate list of kernels to maintain.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ class Compilers(ThreadPoolExecutor):
 @contextmanager
 def compiled_meanwhile(rehearsal: Rehearsal, steps: DummySteps) -> Generator[None]:
     """Compiles the kernels of `steps` in other threads while a `with` block runs, and waits for these threads at the
-    end of the block. No other code may launch a kernel during the block. If the rehearsal fails, for example because an
-    operation does not run on the device "meta", a warning is logged and each kernel that is not compiled yet is
+    end of the block. No other code may launch a kernel during the block. The rehearsal may fail, for example because an
+    operation does not run on the device "meta". Then a warning is logged, and each kernel that is not compiled yet is
     compiled at its first use."""
     started = time.monotonic()
     with Compilers(available_cpus()) as compilers, ThreadPoolExecutor(1) as stage:

@@ -26,9 +26,11 @@ _DECIDED_BY: Final = {
     "mamba.out_proj.bias": "mamba_proj_bias",
     HEAD: "tie_word_embeddings",
 }
-# This many random numbers are drawn at a time: 4 MiB in float32, and several such chunks fit into a CPU's cache.
+# How many random numbers are drawn at a time. They take 4 MiB in float32, and several arrays of this size fit into a
+# CPU's cache.
 _CHUNK: Final = 1 << 20
-# 2**32 / golden ratio as int32; this number is odd, so its multiples modulo 2**32 reach every int32.
+# The difference between the hash inputs of two successive random numbers: 2**32 / golden ratio, as int32. The
+# difference is odd, so its multiples modulo 2**32 reach every int32.
 _STEP: Final = 0x9E3779B9 - 2**32
 _DT_RANGE: Final = (0.001, 0.1)  # Mamba's training begins with time steps in this range (Gu & Dao 2023, section 3.6)
 
@@ -42,11 +44,11 @@ def load_weights(
     Weights that one kernel uses together (one matrix product, the experts of one layer) are quantised and packed as
     soon as the last of them is read. Their raw form is then freed, so the model is never in memory twice.
 
-    The function checks that every weight is filled exactly once, and that every tensor in the files is used or known
-    to be superfluous (`read_model` warns of those whose absence might surprise). A model whose head is tied to the
-    embedding accepts the shared matrix under either name; `read_model` has checked that both are equal if both exist.
-    `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read. Raises
-    CheckpointError if the files are missing, truncated, incomplete, or not of this model.
+    The function checks that every weight is filled exactly once, and that every tensor in the files is used or known to
+    be superfluous (`read_model` warns of superfluous tensors that the user may expect to be used). A model whose head
+    is tied to the embedding accepts the shared matrix under either name; `read_model` has checked that both are equal
+    if both exist. `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read.
+    Raises CheckpointError if the files are missing, truncated, incomplete, or not of this model.
     """
     paths = weight_files(folder)
     tied = model.config.tie_word_embeddings and not model.config.is_classifier
@@ -76,8 +78,8 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Waiting:
-    """A group of weights that are packed together, while some of its tensors are not read yet. When all are filled, the
-    group is converted to the layout of its kernel and its raw weights are freed."""
+    """A group of weights that are packed together, while some tensors of the group are not read yet. When all weights
+    are filled, the group is converted to the layout of its kernel, and the raw weights are freed."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit: Unit | None = unit
@@ -201,8 +203,8 @@ def dummy_weights(model: Model, seed: int) -> None:
     """
     units = deque(model.tensor_map().units)
     devices = [data.device for unit in units for data, _ in unit.destinations.values()]
-    # Raw weights that will be quantised are in host memory, but the random numbers for them are drawn on the GPU if the
-    # model runs there, because a GPU draws billions of numbers much faster.
+    # Raw weights that will be quantised are in host memory. If the model runs on a GPU, the random numbers for these
+    # weights are still drawn on the GPU, because it draws billions of numbers much faster.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
         pack = _fill_unit(units.popleft(), seed, device)
@@ -226,7 +228,8 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
             data.copy_(torch.arange(1, data.shape[-1] + 1).log())
         case "dt_bias":
             low, high = map(math.log, _DT_RANGE)
-            # The biases of dt_proj are drawn on the CPU, because a GPU rounds exp and log differently. They are few.
+            # The biases of dt_proj are drawn on the CPU, because a GPU rounds exp and log differently. These biases are
+            # few.
             fill_uniform(logs := torch.empty(data.shape), (high - low) / 2, key, logs.device)
             data.copy_((logs + (high + low) / 2).exp().expm1().log())  # log(expm1(t)) is the inverse of softplus
         case "normed":
