@@ -20,9 +20,9 @@ from jamba_server.kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):
-    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has the page ids of one sequence in each
-    row, in the order of the sequence's tokens. `context_lens`, int32 [N], are the numbers of tokens in the sequences,
-    and `max_context_len` is at least the largest of these numbers."""
+    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has one row for each sequence: the ids of
+    the sequence's pages, in the order of the sequence's tokens. `context_lens`, int32 [N], are the numbers of tokens in
+    the sequences, and `max_context_len` is at least the largest of these numbers."""
 
     block_tables: Tensor
     context_lens: Tensor
@@ -34,16 +34,16 @@ class PageTables(NamedTuple):
 
 
 class Decodes(NamedTuple):
-    """The N sequences of a batch that decode: a decoding sequence has one token in the batch, and a Mamba state from
-    the tokens before. `state_ids`, int32 [N], are the slots of these states."""
+    """The N sequences of a batch that decode: a decoding sequence has one token in the batch, and a Mamba state that
+    covers all its earlier tokens. `state_ids`, int32 [N], are the slots of these states."""
 
     state_ids: Tensor
     tables: PageTables
 
 
 class Prefills(NamedTuple):
-    """The sequences of a batch that do not decode: such a sequence has several tokens in the batch, or its first token,
-    or a state to be saved. In `segments`, row 0 is the first row of the first such sequence."""
+    """The sequences of a batch that do not decode: each has several tokens in the batch, or its first token, or a state
+    to be saved after its token. Row numbers in `segments` count from the first row of the first of these sequences."""
 
     segments: Segments
     tables: PageTables
@@ -52,7 +52,8 @@ class Prefills(NamedTuple):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
     """A batch of T tokens of several sequences, with one row for each token. The first `num_decodes` rows belong to
-    `decodes`, and the following rows to `prefills`. `decodes` or `prefills` is None if no row belongs to it.
+    `decodes`, and the following rows to `prefills`. `decodes` or `prefills` is None if there are no sequences of its
+    kind.
 
     `token_ids` are int64 [T]. `kv_slots`, int64 [T], say where each token's keys and values are stored: page id *
     block_size + offset in the page. `logit_rows`, int64, are the rows whose logits are needed.
@@ -67,8 +68,8 @@ class ForwardBatch:
 
 
 class RowArrays(NamedTuple):
-    """Arrays with one entry for each token of a batch: the token's id (0 if only the device knows the id yet), and the
-    place of the token's key and value in the cache (see `ForwardBatch.kv_slots`)."""
+    """Arrays with one entry for each token of a batch: the token's id (0 if the id is still known only to the device),
+    and the place of the token's key and value in the cache (see `ForwardBatch.kv_slots`)."""
 
     token_ids: Array
     kv_slots: Array
@@ -107,9 +108,9 @@ class SampledTokens:
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """Returns where `fill` finds the token id of each row of a step: int64 [rows], indices into the concatenation
-        of `ids` and the step's own token ids. The first rows of the step are the rows of `chunks`, each of which has
-        one token."""
+        """Returns the argument `sources` of `fill`: for each row of a step an index, int64 [rows], into the
+        concatenation of `ids` and the step's own token ids. The first rows of the step belong to `chunks`, each of
+        which has one token."""
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:
@@ -117,16 +118,17 @@ class SampledTokens:
         return sources
 
     def fill(self, token_ids: Tensor, sources: Tensor) -> Tensor:
-        """Returns the token ids of a step. An id that the host does not know yet is taken from `ids`."""
+        """Returns the token ids of a step. `token_ids` has the ids that the host knows, and `ids` has the ids that only
+        the device knows. `sources` says where the id of each row is."""
         return torch.cat((self.ids, token_ids)).index_select(0, sources)
 
 
 def build_batch(
     chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
 ) -> ForwardBatch:
-    """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. The batch has a
-    logit row for each token that the step samples, in the order of the chunks. Tokens that the host does not know yet
-    come from `sampled`."""
+    """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. `logit_rows`
+    has one row for each token that the step samples, in the order of the chunks. Token ids that the host does not know
+    yet come from `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "a chunk that prefills precedes one that decodes"
@@ -163,7 +165,7 @@ def _logit_rows(chunks: Many[Chunk]) -> Array:
 
 
 def longest(chunks: Many[Chunk]) -> int:
-    """Returns the length of the longest context in tokens."""
+    """Returns the number of tokens in the longest context of the chunks' sequences."""
     return max(chunk.end for chunk in chunks)
 
 
@@ -175,7 +177,7 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
         tokens = chunk.sequence.tokens
         token_ids += tokens[chunk.start : chunk.end]
         if chunk.end > len(tokens):
-            token_ids.append(0)  # 0 stands for a token that only the device knows yet
+            token_ids.append(0)  # 0 stands for an id that the host does not know yet
         _add_kv_slots(kv_slots, chunk, block_size)
     if padding:
         token_ids.extend([0] * padding)
@@ -185,8 +187,8 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
 
 def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
     """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. The arrays have
-    `rows` rows. A row after the last chunk is padding: it stands for one token in page 0 with state slot 0, which no
-    sequence owns."""
+    `rows` rows. A row after the last chunk is padding: it stands for one token in page 0 with state slot 0. No sequence
+    owns this page or this slot."""
     padding = rows - len(chunks)
     tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=False):
@@ -201,7 +203,7 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
 
 
 def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
-    """Returns the decodes. Takes the tensors of `table_arrays` from the iterator."""
+    """Returns the `Decodes` of a batch. Takes from the iterator the tensors that hold the arrays of `table_arrays`."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
     return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
 
@@ -229,7 +231,8 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
 
 
 def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
-    """Returns the prefills. Takes the tensors of `table_arrays` and `_segment_arrays` from the iterator."""
+    """Returns the `Prefills` of a batch. Takes from the iterator the tensors that hold the arrays of `table_arrays` and
+    `_segment_arrays`."""
     state_ids, tables = _decodes(chunks, tensors)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     segments = Segments(

@@ -1,5 +1,5 @@
-"""EngineConfig: the options of the engine. `types.EngineInfo` has the sizes that a running engine chose within these
-options."""
+"""EngineConfig: the options of the engine. `types.EngineInfo` has the sizes that a running engine chose within the
+limits that these options set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
-# Log-probabilities of a prompt are computed for this many tokens at a time, to limit the size of the logits: for 128
+# Limits the memory for logits: log-probabilities of a prompt are computed for this number of tokens at a time. For 128
 # tokens and a vocabulary of 65,536 entries, the float32 logits take 32 MiB.
 PROMPT_LOGITS_ROWS = 128
 

@@ -13,8 +13,8 @@ from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpda
 
 
 class Inbox:
-    """New requests, and the ids of requests to abort, which the next step will take. The inbox is the only part of the
-    engine that other threads may use."""
+    """Holds new requests, and the ids of requests to abort, until the next step of the engine takes them. The inbox is
+    the only part of the engine that other threads may use."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -50,11 +50,11 @@ class Inbox:
 
     def wake(self) -> None:
         """Makes a blocked `wait` return."""
-        self.abort([""])  # no request has the id "", so this abort has no other effect
+        self.abort([""])  # no request has the id "", so this call only wakes `wait`
 
 
 class EngineCore:
-    """The engine: it runs steps with the model runner and the scheduler that `engine.start.build` has made."""
+    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes."""
 
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
@@ -67,8 +67,8 @@ class EngineCore:
         return self.scheduler.has_work or self._in_flight is not None
 
     def step(self) -> StepResult:
-        """Takes the new requests and aborts, launches one batch, and returns the results of a step. With asynchronous
-        scheduling the results are those of the step that was launched before this one.
+        """Takes new requests and aborts from the inbox, launches a step, and returns the results of a step. With
+        asynchronous scheduling these are the results of the step that the previous call launched.
 
         If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
         entries that no earlier step has confirmed. Later steps work normally."""
@@ -92,13 +92,14 @@ class EngineCore:
             return StepResult(updates, list(output.started), self.scheduler.stats)
 
     def _take(self, step: PendingStep) -> list[TokenUpdate]:
-        """Waits for the results of a step, gives them to the scheduler, and returns the updates for its requests."""
+        """Waits for the results of a step, gives the results to the scheduler, and returns the updates for the step's
+        requests."""
         return self.scheduler.update(step.output, step.results())
 
     @contextmanager
     def _whole_or_discarded(self) -> Generator[None]:
-        """Discards the step in the `with` block if it raises. If an interrupt stops the discarding, too, the next step
-        begins with discarding again."""
+        """Discards the step that runs in the `with` block if the block raises. If an interrupt stops the discarding,
+        the next step begins by discarding again."""
         if not self._is_whole:
             self._discard()
         self._is_whole = False

@@ -1,5 +1,5 @@
-"""All errors that one package of this project raises and another package handles. An error that a request can get has
-an HTTP status.
+"""The errors that one package of this project raises and another package handles. Each error with which a request can
+fail has an HTTP status.
 
 JambaError
   x ConfigError            an option that cannot be satisfied: the message has its key, its value and the limit
@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import json
 
-_VALUE_SHOWN = 100  # maximum number of a value's characters in an error text; some values have thousands
+_VALUE_SHOWN = 100  # an error text shows at most this number of characters of a value; some values have thousands
 
 
 def shown(value: object) -> str:
-    """Returns a value of a JSON file as text for an error message, cut to a readable length."""
+    """Returns a value of a JSON file as text for an error message, shortened if it is long."""
     try:
         text = json.dumps(value)
     except RecursionError:
@@ -44,7 +44,7 @@ class CheckpointError(ConfigError):
 
 
 class EngineError(JambaError):
-    """The base class of the errors that a request can get."""
+    """The base class of the errors with which a request can fail."""
 
 
 class RequestRejected(EngineError):
@@ -71,14 +71,14 @@ class ContextTooLong(RequestRejected):
 
 
 class NotSupportedYet(RequestRejected):
-    """A known feature of the API that this server does not have yet."""
+    """A request for a feature of OpenAI's API that this server does not have yet."""
 
     def __init__(self, feature: str, *, param: str | None = None) -> None:
         super().__init__(f"{feature} is not supported yet.", param=param, code="unsupported_parameter")
 
 
 class ModelNotFound(EngineError):
-    """A request whose `model` is not served here."""
+    """A request whose field `model` names a model that this server does not serve."""
 
     def __init__(self, model: str, *, served: tuple[str, ...]) -> None:
         super().__init__(f"The model `{model}` does not exist; this server has: {', '.join(served)}.")
@@ -94,7 +94,7 @@ class Overloaded(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine cannot run this request: usually, the engine process died each time that the request ran."""
+    """The engine cannot run this request: usually because the engine process died each time when it ran the request."""
 
 
 class EngineDead(EngineError):

@@ -1,5 +1,5 @@
-"""The rules of fairness: which prompt is computed first, and which running sequence makes room for a waiting one. The
-rules read no clock.
+"""The rules of fairness: which prompt is computed first, and which running sequence makes room for a waiting sequence.
+The rules do not depend on a clock.
 
 Prompts in progress and new ones share the token budget of a step. The prompt with the fewest tokens left comes first
 (shortest remaining time first), so that a short prompt need not wait for a long one. Prompts age, so that none starves:
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 from jamba_server.engine.sequence import Sequence
 
-# A later prompt can overtake a prompt of L tokens only if fewer than AGEING * L prompt tokens are scheduled between the
-# arrivals of these two prompts.
+# Limits how long short prompts can delay a long prompt: a later prompt can overtake a prompt of L tokens only if the
+# engine schedules fewer than AGEING * L prompt tokens between the arrivals of these two prompts.
 AGEING = 8
-RESERVED_PART = 4  # a prompt of several steps leaves a quarter of each step's prompt tokens to other prompts
-MAX_LONG_PREFILLS = 2  # maximum number of prompts of several steps that run at once, because each occupies many pages
+RESERVED_PART = 4  # prompts of several steps leave 1/RESERVED_PART of each step's prompt tokens to other prompts
+MAX_LONG_PREFILLS = 2  # at most this number of prompts of several steps run at once, because each occupies many pages
 
 
 def tokens_left(seq: Sequence) -> int:
@@ -26,8 +26,8 @@ def tokens_left(seq: Sequence) -> int:
 
 
 def urgency(seq: Sequence) -> tuple[int, int, int]:
-    """Returns a key that sorts prompts, the most urgent first. The priority of the request comes first in the key, so a
-    prompt of a less urgent priority never overtakes, however long it waits."""
+    """Returns a key that sorts prompts, the most urgent first. The priority of the request comes first in the key. So a
+    prompt never overtakes a prompt of a more urgent priority, however long it has waited."""
     priority, arrival = seq.order
     return priority, AGEING * tokens_left(seq) + seq.work_before, arrival
 
@@ -48,9 +48,9 @@ class Shares:
         return any(len(choices) > 1 for choices in self._by_parent.values())
 
     def turn(self, seq: Sequence) -> tuple[int, int, int, int, int]:
-        """Returns a key that sorts waiting sequences, the one that should start next first. Within a priority,
-        sequences of the tenant with the fewest running sequences come first, and within a tenant those of the client
-        request with the fewest running sequences."""
+        """Returns a key that sorts waiting sequences; the sequence with the smallest key should start next. Within a
+        priority, sequences of the tenant with the fewest running sequences come first. Within a tenant, sequences of
+        the client request with the fewest running sequences come first."""
         priority, rank, arrival = urgency(seq)
         tenant = seq.request.tenant
         of_tenant, of_parent = self._by_tenant.get(tenant, ()), self._by_parent.get((tenant, seq.parent), ())

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from jamba_server.engine.errors import CheckpointError
 
-MAX_BYTES: Final = 16 << 20  # size limit in bytes; the largest published configurations have 1 MB
+MAX_BYTES: Final = 16 << 20  # size limit of a file in bytes; the largest published configuration files have 1 MB
 _KINDS: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),

@@ -1,4 +1,5 @@
-"""Recognises files and folders that are not a checkpoint in Hugging Face format, and tells the user what to do."""
+"""Recognises paths that are not a checkpoint folder in Hugging Face format, such as GGUF files, and tells the user what
+to do."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ _NAMES_SHOWN: Final = 3
 
 
 def names_a_file(name: str) -> bool:
-    """Returns whether `name` has the suffix of a known kind of file. A name such as `x/y.gguf`, which could also be the
-    id of a model on the hub, is therefore treated as a file."""
+    """Returns whether `name` has one of the suffixes in `_SUFFIXES`. So a name such as `x/y.gguf` is treated as a file,
+    although it could also be the id of a model on the hub."""
     return Path(name).suffix.lower() in _SUFFIXES
 
 

@@ -39,12 +39,14 @@ from jamba_server.engine.staging import cut, pack, packed_bytes
 
 logger = logging.getLogger(__name__)
 
-# These operations run outside of decode graphs, so graphs work with every implementation of these operations.
+# These operations are never part of a decode graph, so graphs are possible with every implementation of these
+# operations.
 UNCAPTURED_OPS = (
     *("sample", "copy_slots", "compress_states", "restore_states"),
     *("causal_conv1d", "selective_scan", "attention_prefill"),
 )
-# The reference implementations of these operations read sizes from the device, which a CUDA capture does not allow.
+# The reference implementations of these operations wait for the device, to read sizes from it. A CUDA capture does not
+# allow that.
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 
 
@@ -57,8 +59,8 @@ class Graph(Protocol):
         ...
 
     def replay(self) -> Tensor:
-        """Repeats the recorded kernels and returns their result in the tensor that `run` returned. The next replay of
-        any graph may overwrite it."""
+        """Repeats the recorded kernels and returns their result in the tensor that `run` returned during the capture.
+        The next replay of any graph may overwrite this tensor."""
         ...
 
 
@@ -70,7 +72,7 @@ class CudaGraph:
         self._output: Tensor | None = None
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        output = run()  # a capture computes nothing, so this call computes the step, and compiles kernels if needed
+        output = run()  # this call computes the step and compiles missing kernels, because a capture computes nothing
         started = time.monotonic()
         # "thread_local" lets other threads compile kernels or allocate memory during the capture.
         try:
@@ -92,9 +94,9 @@ class CudaGraph:
 
 
 def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
-    """Returns a text that names the chosen kernels which prevent graphs of decode steps, or None if graphs are
-    possible. `names` maps each operation to the name of its chosen implementation. On a CPU only kernels of the
-    compiled library can be captured."""
+    """Returns a text that names the kernels that prevent graphs of decode steps, or None if graphs are possible.
+    `names` maps each operation to the name of its chosen implementation. On a CPU only the implementations named "cpu",
+    which are in the compiled library, can be captured."""
     on_cpu = device == "cpu"
     candidates = (op for op in names if op not in UNCAPTURED_OPS) if on_cpu else WAITING_OPS
     ops = [f"{op}={names[op]}" for op in candidates if (names[op] != "cpu" if on_cpu else names[op] == "reference")]
@@ -115,7 +117,7 @@ class DecodeGraphs:
 
     @property
     def captured(self) -> frozenset[GraphKey]:
-        """Returns the sizes of the graphs that have been captured so far."""
+        """Returns the sizes of all captured graphs."""
         return frozenset(self._graphs)
 
     def key(self, chunks: Many[Chunk]) -> GraphKey | None:
@@ -125,8 +127,8 @@ class DecodeGraphs:
         return self._sizes.key(len(chunks), longest(chunks))
 
     def forward(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> Tensor:
-        """Runs the graph of size `key`, and captures it first if needed. Returns the hidden states [len(chunks), H],
-        which are valid until the next step."""
+        """Runs one step with the graph of size `key`. If no graph has this size yet, the graph is captured with this
+        step. Returns the hidden states [len(chunks), H], which are valid until the next step."""
         padding, block_size = key.rows - len(chunks), self._storage.block_size
         tables = table_arrays(chunks, block_size, key.rows, key.context)
         arrays = [*row_arrays(chunks, block_size, padding=padding), *tables]
@@ -146,7 +148,7 @@ class DecodeGraphs:
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
-        """Returns the batch that a graph reads, whose tensors are the views `inputs` of the input buffer."""
+        """Returns the batch that a graph reads. Its tensors are `inputs`, which are views of the input buffer."""
         token_ids, kv_slots, state_ids, block_tables, context_lens, *sources = inputs
         return ForwardBatch(
             token_ids=token_ids if sampled is None else sampled.fill(token_ids, *sources),

@@ -1,4 +1,4 @@
-"""Derives the cache layout of a model from its configuration. Works without torch."""
+"""Derives the cache layout of a model from its configuration. This module does not import torch."""
 
 from __future__ import annotations
 

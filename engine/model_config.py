@@ -1,4 +1,5 @@
-"""JambaConfig: the sizes and options of a model, read from a Hugging Face checkpoint folder. Works without torch."""
+"""JambaConfig: the sizes and options of a model, read from a Hugging Face checkpoint folder. This module does not
+import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from jamba_server.engine.foreign import refuse_foreign
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
-# The supported names in `architectures` of config.json. `engine.models` maps each to a class.
+# The supported names in `architectures` of config.json. `engine.models` maps each name to a model class.
 CAUSAL_LM: Final = "JambaForCausalLM"
 SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
 ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
@@ -25,12 +26,12 @@ _EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
 # attack: loops over so many layers or experts would hang the server.
 _MAX_LAYERS: Final = 1024
 _MAX_EXPERTS: Final = 1024
-_MAX_SIZE: Final = 1 << 20  # this limits dimensions such as hidden_size
-_MAX_TOKENS: Final = 1 << 30  # this limits the context length
+_MAX_SIZE: Final = 1 << 20  # largest allowed value of dimensions such as hidden_size
+_MAX_TOKENS: Final = 1 << 30  # largest allowed context length in tokens
 _MAX_VOCABULARY: Final = 1 << 24
 
-# These keys change what the model computes. Each maps to the only value that this server implements, which is also the
-# meaning of an absent key.
+# Keys of config.json that change what the model computes. Each key is mapped to the only value that this server
+# implements. An absent key means the same value.
 _IMPLEMENTED: Final[Mapping[str, object]] = {
     "hidden_act": "silu",
     "sliding_window": None,
@@ -43,7 +44,7 @@ _IMPLEMENTED: Final[Mapping[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JambaConfig:
-    """The values of a `config.json` after they were checked. Most fields have the name of their key in the file.
+    """The checked values of a `config.json`. Most fields have the name of their key in the file.
 
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
     has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
@@ -132,9 +133,9 @@ class JambaConfig:
 
 
 def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32, weights that `policy`
-    quantises count with their scales, and each element of all other weights has `dtype_bytes`. A quantised output head
-    takes memory of its own even if it is tied to the embedding, because the embedding is never quantised.
+    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32. The size of a weight
+    that `policy` quantises includes its scales. Each element of the other weights has `dtype_bytes` bytes. A quantised
+    output head takes memory of its own even if it is tied to the embedding, which is never quantised.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
@@ -150,9 +151,9 @@ def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationP
 def step_bytes(
     config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
 ) -> int:
-    """Returns how many bytes of weights a decode step is expected to read, with one token for each of `num_sequences`.
-    The step reads all weights except the embedding and the experts that no token chooses. The estimate assumes that all
-    experts are equally likely."""
+    """Estimates how many bytes of weights are read by a decode step with one token for each of `num_sequences`
+    sequences. The step reads all weights except the embedding and the experts that no token chooses. The estimate
+    assumes that all experts are equally likely."""
     total = weight_bytes(config, dtype_bytes, policy=policy)
     if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
         total -= config.vocab_size * config.hidden_size * dtype_bytes
@@ -166,8 +167,8 @@ def step_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A group of weight matrices of one shape, [rows, inputs], and one role. `count` is the number of such matrices in
-    the model."""
+    """A group of weight matrices with the same shape, [rows, inputs], and the same role for quantisation. `count` is
+    the number of such matrices in the model."""
 
     role: Role
     rows: int
@@ -176,8 +177,8 @@ class Matrix:
 
 
 def matrices(config: JambaConfig) -> Iterator[Matrix]:
-    """Yields the groups of weight matrices that a policy may quantise. The output head is included even if it is tied
-    to the embedding."""
+    """Yields the groups of weight matrices that a quantisation policy may quantise. The output head is included even if
+    it is tied to the embedding."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention, mamba = len(config.attention_layers), len(config.mamba_layers)
@@ -225,7 +226,8 @@ def _projections(prefix: str, names: tuple[str, ...], role: Role) -> Iterator[tu
 
 
 def _scan_parameters(config: JambaConfig) -> int:
-    """Returns how many parameters of one channel are always in float32: A_log, D and the dt bias."""
+    """Returns how many parameters of one channel of a Mamba layer are always in float32: those of A_log, D and the dt
+    bias."""
     return config.mamba_d_state + 2
 
 
@@ -312,8 +314,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _architecture(file: _ConfigFile) -> str:
-    """Returns the first of `architectures` that this server supports. `model_type` is checked first, because it tells
-    whether an unknown architecture is another model or a variant of Jamba."""
+    """Returns the first name in the key `architectures` that this server supports. `model_type` is checked first,
+    because it tells whether an unknown architecture is another model or a variant of Jamba."""
     if file.values.get("model_type") != "jamba":
         raise file.refusal("model_type", f'this server runs "jamba" models only, such as {_EXAMPLE}')
     named = file.values.get("architectures")
@@ -351,7 +353,7 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         mamba_proj_bias=file.boolean("mamba_proj_bias", False),
         rms_norm_eps=file.share("rms_norm_eps", 1e-6),
         tie_word_embeddings=file.boolean("tie_word_embeddings", False),
-        # Before transformers supported Jamba, Jamba's checkpoints came with code of their own, which calls this key
+        # Before transformers supported Jamba, Jamba's checkpoints came with their own model code, which calls this key
         # n_ctx.
         max_position_embeddings=file.integer(
             "max_position_embeddings", file.integer("n_ctx", 262144, maximum=_MAX_TOKENS), maximum=_MAX_TOKENS
@@ -379,8 +381,8 @@ def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
 
 
 def _dtype(file: _ConfigFile) -> str:
-    """Returns the value of the key `dtype`, or of `torch_dtype`, as this key was called before transformers 5. If both
-    keys are absent, returns float32, which loses no precision."""
+    """Returns the value of the key `dtype`, or of `torch_dtype`, which was the name of this key before transformers 5.
+    If both keys are absent, returns float32, because no supported dtype has a higher precision."""
     key = "dtype" if file.values.get("dtype") is not None else "torch_dtype"
     value = file.values.get(key)
     if value is None:
@@ -417,7 +419,7 @@ def _dt_rank(file: _ConfigFile, hidden_size: int) -> int:
 
 def _num_labels(file: _ConfigFile) -> int:
     """Returns the number of labels of a classifier. transformers writes `id2label` with an entry for each label, and
-    omits `id2label` for two labels, which is the default."""
+    omits `id2label` if there are two labels, which is the default number."""
     labels = file.values.get("id2label")
     if labels is None:
         return file.integer("num_labels", 2)

@@ -1,4 +1,5 @@
-"""ModelRunner: runs a scheduled step on the device. It handles the tensors, and the scheduler takes all decisions."""
+"""ModelRunner: runs a scheduled step on the device. The scheduler decides what a step computes, and this module handles
+the tensors."""
 
 from __future__ import annotations
 
@@ -25,14 +26,16 @@ from jamba_server.kernels.ops import Kernels
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """Log-probabilities of the prompt tokens in a chunk, which the device may still be computing. If `first`, the chunk
-    has the first token of the prompt. The entry of that token is None, because no token precedes it."""
+    """Log-probabilities of the prompt tokens in a chunk, which the device may still be computing. If `first` is true,
+    the first entry belongs to the first token of the prompt. This entry is None, because no token precedes the first
+    token."""
 
     first: bool
     slices: tuple[PendingLogprobs, ...]
 
     def read(self) -> tuple[TokenLogprob | None, ...]:
-        """Waits until the device has computed the log-probabilities, and returns one entry for each prompt token."""
+        """Waits until the device has computed the log-probabilities, and returns one entry for each of the prompt
+        tokens."""
         return (*((None,) if self.first else ()), *(entry for part in self.slices for entry in part.read()))
 
 
@@ -52,7 +55,7 @@ class PendingStep:
         first = 0
         for i, chunk in enumerate(self.output.chunks):
             prompt = self.prompts[i].read() if i in self.prompts else ()
-            if chunk.num_sampled == 1:  # a chunk usually samples one token, and this branch is faster
+            if chunk.num_sampled == 1:  # the usual case, for which this branch is faster than the general one below
                 token_id, logprob = tokens[first]
                 results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
             else:
@@ -102,8 +105,7 @@ class ModelRunner:
         block_size = self.storage.block_size
         batch = build_batch(chunks, block_size=block_size, device=self.device, sampled=self.sampled)
         hidden = self.model.forward(batch, self.storage)
-        # If there are as many logit rows as tokens, every row is a logit row, as in a step of decodes only, so no rows
-        # need to be selected.
+        # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
     def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
@@ -111,8 +113,8 @@ class ModelRunner:
         sequences: list[Sequence] = []
         for chunk in chunks:
             seq = chunk.sequence
-            # Between the tokens that the host knows and the last token that the chunk samples, there are `pending`
-            # tokens.
+            # `pending` is the number of tokens between the last token that the host knows and the last token that the
+            # chunk samples.
             pending = chunk.end - len(seq.tokens)
             row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
             if chunk.num_sampled > 1:
@@ -134,8 +136,8 @@ class ModelRunner:
             self.states.restore(copies.states)
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
-        """Returns a dict from the index of a chunk to the log-probabilities of its prompt tokens, for the chunks whose
-        request asks for log-probabilities of the prompt."""
+        """Returns a dict from the index of a chunk to the log-probabilities of its prompt tokens, for each chunk whose
+        request asks for these."""
         prompts: dict[int, PendingPrompt] = {}
         row = 0
         for i, chunk in enumerate(chunks):

@@ -1,4 +1,4 @@
-"""The scheduler decides which sequences run in the next step and how many tokens of each. It uses no tensors.
+"""The scheduler decides which sequences run in the next step, and how many tokens of each sequence. It uses no tensors.
 
 Prefill and decode are not separate phases. A sequence has `len(tokens)` tokens, of which the first `num_computed` have
 been computed or are in flight, and each step computes some of the remaining ones. `engine/fairness.py` decides which
@@ -35,20 +35,21 @@ class Chunk:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether only the device knows the chunk's last token, because the results of the step that sampled it have
-        not been read."""
+        """Whether only the device knows the chunk's last token, because the host has not read the results of the step
+        that sampled this token."""
         return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
-        """Whether the chunk is one token that continues the sequence's state and saves no state, so that the decode
-        kernels can run it."""
+        """Whether the decode kernels can run the chunk: it has one token, which is not the first of its sequence, and
+        it saves no state."""
         return self.end - self.start == 1 and self.start > 0 and not self.saves
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The work of one step. Chunks that decode come before all other chunks, and otherwise `Sequence.order` sorts them.
+    """The work of one step. Chunks that decode come before all other chunks. Within these two groups, `Sequence.order`
+    sorts the chunks.
 
     `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
     """
@@ -59,8 +60,8 @@ class SchedulerOutput:
 
 
 class ChunkResult(NamedTuple):
-    """The model's results for one chunk: the sampled tokens and, if the request needs these, log-probabilities of the
-    sampled tokens, log-probabilities of prompt tokens, and a vector (an embedding or a classifier's scores)."""
+    """The model's results for one chunk: the sampled tokens and, if the request asks for them, log-probabilities of
+    sampled tokens and of prompt tokens. `vector` is an embedding or a classifier's scores."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -94,7 +95,8 @@ class _Plan:
 
 
 class Scheduler:
-    """Owns the waiting and running sequences. The cache manager owns the pages and state slots that they use."""
+    """Owns the waiting and running sequences. The cache manager owns the pages and state slots that these sequences
+    use."""
 
     def __init__(
         self,
@@ -113,14 +115,14 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
-        self._work = 0  # number of prompt tokens scheduled since the start; prompts age by this number, not by a clock
+        self._work = 0  # number of prompt tokens scheduled since the start; prompts age by it, not by a clock
         self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
 
     # Adding and aborting requests -------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[Request], *, now: float) -> None:
-        """Queues requests by their priority, and by their arrival within a priority. `now` is the time of the monotonic
-        clock in seconds."""
+        """Puts requests into the queue, which is sorted by priority, and by arrival within a priority. `now` is the
+        time of the monotonic clock in seconds."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
@@ -183,12 +185,12 @@ class Scheduler:
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
         self._counters["steps"] += bool(chunks)
-        copies = self.cache.take_copies() if chunks else CacheCopies()  # without chunks, copies wait for a later step
+        copies = self.cache.take_copies() if chunks else CacheCopies()  # copies run only in a step with chunks
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
     def _share_out(self, plan: _Plan, now: float) -> None:
-        """Shares the step's prompt tokens among prompts in progress and new prompts. The most urgent prompt comes
-        first."""
+        """Plans which prompt tokens the step computes, of prompts in progress and of new prompts. The most urgent
+        prompt comes first."""
         prompts = sorted((seq for seq in self.running if seq.num_remaining > 1), key=urgency)
         newcomer = self._next_waiting(plan)
         while plan.budget and (prompts or newcomer):
@@ -207,8 +209,8 @@ class Scheduler:
                 self._extend(seq, plan, plan.budget)
 
     def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
-        """Returns how many prompt tokens `seq` may take in this step. A prompt that needs several steps leaves some of
-        the step's tokens to other prompts if `others` says that there are any."""
+        """Returns how many prompt tokens `seq` may take in this step. `others` says whether other prompts could use the
+        step. If so, a prompt that needs several steps leaves some of the step's tokens to them."""
         if not others or not self._is_long(seq):
             return plan.budget
         part = min(plan.budget, plan.for_long)
@@ -221,7 +223,7 @@ class Scheduler:
         return tokens_left(seq) > self.max_num_batched_tokens
 
     def must_wait(self) -> bool:
-        """Whether the next step can be scheduled only after the tokens of the last step have been read.
+        """Whether the tokens of the last step must be read before the next step can be scheduled.
 
         That is so if penalties or bad words of a sequence depend on these tokens, or if a state is to be saved after
         one of them, because the key of a saved state is computed from its tokens.
@@ -233,7 +235,7 @@ class Scheduler:
         sequence is preempted."""
         remaining = seq.num_remaining
         if not remaining or not limit or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
-            return  # in the last case, a step in flight produces the sequence's last token
+            return  # in the last case, a step in flight samples the sequence's last token
         size = min(remaining, limit)
         end = seq.num_computed + size
         while not self.cache.grow(seq, end):
@@ -251,8 +253,8 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.cache.free(seq)  # the state is saved: the sequence resumes from it if its pages stay in the cache
-        seq.num_uncached = 0  # a preempted sequence has waited before, so it becomes the most urgent one
+        self.cache.free(seq)  # this saves the state; the sequence resumes from it if the pages stay in the cache
+        seq.num_uncached = 0  # makes the sequence urgent again, because it has waited before
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
 
@@ -267,7 +269,7 @@ class Scheduler:
             return None
         full, shares = len(self.running) >= self.max_num_seqs, Shares(self.running)
         if full and not shares.one_holds_several and len(self._tenants) < 2:
-            return None  # this case must be cheap, because it is the usual one under load
+            return None  # the usual case under load, in which this early return saves time
         no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
         candidates = (
             seq
@@ -306,12 +308,13 @@ class Scheduler:
         return True
 
     def _match(self, seq: Sequence) -> PrefixHit:
-        """Returns the prefix of `seq` that the cache has. The result is empty if the request asks for log-probabilities
-        of the prompt, because these need the logits of every position."""
+        """Finds the prefix of `seq` that is in the cache. The result is empty if the request asks for log-probabilities
+        of the prompt, because the logits of every position must then be computed."""
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether another reply to the same prompt is computing full pages that `seq` will then find in the cache."""
+        """Whether another reply to the same prompt is computing pages of the prompt that `seq` can soon take from the
+        cache."""
         group, size = seq.request.group, self.cache.block_size
         if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
             return False
@@ -345,8 +348,8 @@ class Scheduler:
     # Recording a launched step and its results ------------------------------------------------------------------
 
     def advance(self, output: SchedulerOutput) -> None:
-        """Records that a step was launched. Steps that are launched later run after this step and can read its pages
-        and states."""
+        """Records that a step was launched. Later steps run after this step, so they can read the pages and states that
+        this step writes."""
         for chunk in output.chunks:
             seq = chunk.sequence
             seq.num_pending += chunk.num_sampled
@@ -381,7 +384,8 @@ class Scheduler:
         return updates
 
     def discard(self) -> None:
-        """Drops all requests that have begun, after a step has failed, because their pages and states may be wrong.
+        """Must be called after a failed step. Drops all requests that have begun, because the pages and states of these
+        requests may be wrong.
 
         They end without an update. Requests that have not begun stay in the queue.
         """
@@ -394,10 +398,11 @@ class Scheduler:
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
-        """Appends sampled tokens up to the first that ends the sequence. Returns the finish reason, or None if the
-        sequence goes on."""
+        """Appends sampled tokens to the sequence, up to the first token that ends it. Returns the finish reason, or
+        None if the sequence goes on."""
         if not token_ids:
-            return "length"  # the request has max_tokens 0 and needs only the prompt computed
+            # The request has max_tokens 0: it asks for no reply, only for the computation of the prompt.
+            return "length"
         for token_id in token_ids:
             seq.tokens.append(token_id)
             seq.num_pending -= 1

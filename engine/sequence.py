@@ -1,4 +1,4 @@
-"""Sequence: a prompt with one reply to it, while the engine works on the reply."""
+"""Sequence: a prompt with one reply that the engine is generating."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A prompt and the reply that is being generated. The same two numbers describe chunked prefill, prefix hits,
-    preemption and decode: the sequence has `len(tokens)` tokens, and the first `num_computed` tokens have been found in
-    the cache or launched.
+    """A prompt and the reply that is being generated. The sequence has `len(tokens)` tokens. The first `num_computed`
+    of these were found in the cache or launched. These two numbers describe chunked prefill, prefix hits, preemption
+    and decode alike.
 
     `order` is (priority, arrival number) and sorts sequences, smaller first. `block_ids` are the ids of the sequence's
     pages in order, and `state_id` is the id of its state slot (0 while the sequence waits). `hashes[i]` is the chained
@@ -72,8 +72,8 @@ class Sequence:
         return self.request.kind
 
     def vacate(self) -> None:
-        """Forgets the pages and the state slot of the sequence. The sequence starts again after the prefix that is
-        still in the cache."""
+        """Forgets the pages and the state slot of the sequence. When the sequence is admitted again, it continues after
+        the prefix that is then in the cache."""
         self.block_ids, self.state_id, self.num_computed, self.branch = array("i"), 0, 0, 0
 
     @property
@@ -82,7 +82,7 @@ class Sequence:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether the choice of the next token depends on the generated tokens, through penalties or bad words."""
+        """Whether penalties or bad words make the choice of the next token depend on the tokens before it."""
         p = self.params
         penalises = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
         return penalises or any(len(word) > 1 for word in p.bad_words)

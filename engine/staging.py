@@ -1,4 +1,4 @@
-"""Copies the inputs of a step to the device in one piece, and results back to the host.
+"""Copies the inputs of a step to the device in a single copy, and results back to the host.
 
 A copy from ordinary memory makes the host wait until the device has done all of its queued work. A copy from pinned
 memory does not. torch reuses pinned memory only when the copies from it are done.
@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ALIGNMENT = 16  # each array in a packed copy starts at a multiple of this many bytes, as the kernels assume
+# Each array in a packed copy starts at a multiple of this many bytes, because the kernels need this alignment.
+ALIGNMENT = 16
 
 Array = NDArray[Any]
 DTYPES = {
@@ -47,7 +48,8 @@ def pack(arrays: Sequence[Array], packed: Tensor) -> Tensor:
 
 
 def cut(packed: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
-    """Returns views of `packed`, which `pack` filled with `arrays`: one view for each array, of its shape and dtype."""
+    """Returns views of `packed`, which `pack` filled with `arrays`: one view for each array, with the shape and dtype
+    of the array."""
     tensors: list[Tensor] = []
     start = 0
     for array in arrays:
@@ -65,8 +67,8 @@ def _aligned(count: int) -> int:
 
 
 class HostCopy:
-    """A copy of a tensor from the device to the host, which may still be in progress. A tensor that is on a CPU is not
-    copied."""
+    """A copy of a tensor from the device to the host, which may still be in progress. If the tensor is on a CPU,
+    nothing is copied."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._arrived = values, None

@@ -1,5 +1,5 @@
-"""StateCopies: copies states between the slots of sequences and the places where a `StateStore` keeps saved states, in
-order with the other kernels of a step."""
+"""StateCopies: copies states between the slots of sequences and the places where a `StateStore` keeps saved states. The
+copies are launched in order with the other kernels of a step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class StateCopies(Protocol):
-    """Runs the copies that a `StateStore` lists. In each list all destinations are distinct, and no destination is also
-    a source, so the copies may run in any order."""
+    """Runs copies between slots and places. In each list of pairs all destinations are distinct, and no destination is
+    also a source, so the copies may run in any order."""
 
     def save(self, pairs: Pairs) -> None:
-        """Launches copies of states from the slots of sequences to places in the store. `pairs` are (slot, place)."""
+        """Launches copies of states from the slots of sequences to places in the store. Each of `pairs` is (slot,
+        place)."""
         ...
 
     def restore(self, pairs: Pairs) -> None:
-        """Launches copies of saved states to the slots of sequences that continue from these states. `pairs` are
+        """Launches copies of saved states to the slots of sequences that continue from these states. Each of `pairs` is
         (place, slot)."""
         ...
 
@@ -38,8 +39,8 @@ class SlotCopies:
         self._storage, self._kernels = storage, kernels
 
     def save(self, pairs: Pairs) -> None:
-        """Copies nothing, because `SlotStates` leaves a saved state in its slot. `Rehearsal` calls this method for
-        every kind of store."""
+        """Copies nothing, because `SlotStates` leaves a saved state in its slot. The method exists because `Rehearsal`
+        calls it for every kind of store."""
 
     def restore(self, pairs: Pairs) -> None:
         tensors = (self._storage.conv, self._storage.ssm)
@@ -67,7 +68,7 @@ class CompressedCopies:
 
 
 def state_copies(storage: CacheStorage, kernels: Kernels) -> StateCopies:
-    """Returns the copies for the kind of store that `storage` was allocated for."""
+    """Returns the `StateCopies` for the kind of store that `storage` was allocated for."""
     if storage.compressed is None:
         return SlotCopies(storage, kernels)
     return CompressedCopies(storage, storage.compressed, kernels)

@@ -1,4 +1,4 @@
-"""The messages between the HTTP process and the engine. Prompts and replies in them are token ids, not text.
+"""The messages between the HTTP process and the engine. In these messages, prompts and replies are token ids, not text.
 
 All of them are msgspec structs and are sent as msgpack. The engine sends one `StepResult` for each step, with the
 results of all sequences.
@@ -46,8 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The log-probability of a token at its position. `top` has (id, logprob) of the most likely tokens at that
-    position, the most likely first."""
+    """The log-probability of a token. `top` has (id, logprob) for each of the most likely tokens at the position of
+    this token, the most likely first."""
 
     token_id: int
     logprob: float
@@ -55,8 +55,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A request for one reply to one prompt. `kind` says whether it asks for tokens, for a classifier's scores, or for
-    an embedding.
+    """A request for one reply to one prompt. `kind` says whether the request asks for tokens, for a classifier's
+    scores, or for an embedding.
 
     `index` (0 to n-1) is the number of the reply among the n replies to the same prompt. The requests for these share
     `group`, so that the prompt is computed once. `parent` is the id of the client's request that this is a part of
@@ -123,8 +123,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties of a loaded engine, sent once when it is ready. Sizes are those in effect, which may be smaller
-    than requested.
+    """The properties of a loaded engine, sent once when the engine is ready. A size here is the one that the engine
+    chose, which may be smaller than the size in its options.
 
     `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the

@@ -1,4 +1,4 @@
-"""Checks the ranges of all numbers in a request when it is accepted. Works without torch.
+"""Checks the ranges of all numbers in a request when it is accepted. This module does not import torch.
 
 A value out of range raises `RequestRejected`, whose message names the field, its value and the limit.
 """
@@ -16,22 +16,22 @@ from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit for logit_bias
 MAX_STOP_TOKEN_IDS = 128
-MAX_BAD_WORDS = 128  # maximum number of token sequences; a word of a request becomes one or two sequences
-MAX_ALLOWED_TOKEN_IDS = 4096  # allowed ids are copied to the device in every step, so they are limited
+MAX_BAD_WORDS = 128  # maximum number of token sequences; each bad word becomes one or two sequences
+MAX_ALLOWED_TOKEN_IDS = 4096  # limits the time for copying the allowed ids to the device in every step
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 class Range(NamedTuple):
-    """The numbers from `low` to `high`, both included. If `open`, `low` itself is excluded."""
+    """The numbers from `low` to `high`. `high` is included, and `low` is included unless `open` is true."""
 
     low: float
     high: float
     open: bool = False
 
 
-# These are the ranges of OpenAI's API, or of vLLM for fields that OpenAI does not have. vLLM has no upper limit for
-# repetition_penalty; here it has one, so that float32 logits stay finite. The HTTP schemas and `GenerationDefaults` use
-# the same table.
+# The ranges of OpenAI's API, or of vLLM for fields that OpenAI's API does not have. vLLM has no upper limit for
+# repetition_penalty; here this field has an upper limit, so that float32 logits stay finite. The HTTP schemas and
+# `GenerationDefaults` use the same table.
 RANGES: Mapping[str, Range] = MappingProxyType(
     {
         "temperature": Range(0, 2),
@@ -52,7 +52,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
 
 
 def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[int, ...] = ()) -> None:
-    """Raises RequestRejected for a parameter that is out of range or contradicts another one."""
+    """Raises RequestRejected for a parameter that is out of range or contradicts another parameter."""
     for name in RANGES:
         if name != "logit_bias" and (value := getattr(params, name)) is not None:
             _check_range(name, value)
@@ -88,7 +88,7 @@ def validate_prompt(
 
 def clamp_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
     """Returns `params` with max_tokens reduced to the room that the context has after the prompt. If min_tokens is
-    larger than the new max_tokens, min_tokens is reduced to it."""
+    larger than the new max_tokens, min_tokens is reduced to the same number."""
     max_tokens = min(params.max_tokens, max_model_len - prompt_len)
     assert max_tokens >= 0, "the prompt was not validated"
     if max_tokens == params.max_tokens:
@@ -122,8 +122,8 @@ def _check_bad_words(params: SamplingParams, vocab_size: int) -> None:
 
 
 def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-    """Raises RequestRejected if a reply could reach a point where every token is forbidden. Bad words of three or more
-    tokens are checked by their last two tokens only, so a few requests are refused that could run."""
+    """Raises RequestRejected if a reply could reach a point where every token is forbidden. Of bad words with three or
+    more tokens only the last two tokens are checked, so a few requests are refused although they could run."""
     if not (params.bad_words or params.allowed_token_ids):
         return
     always = {word[-1] for word in params.bad_words if len(word) == 1}
@@ -146,7 +146,7 @@ def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:
 
 
 def _check_range(param: str, value: float, *, item: str = "") -> None:
-    """Raises RequestRejected if `value` is outside the field's range. NaN is outside of every range."""
+    """Raises RequestRejected if `value` is outside the field's range. NaN counts as outside."""
     low, high, is_open = RANGES[param]
     if not ((low < value if is_open else low <= value) and value <= high):
         lower = f"above {low}" if is_open else f"at least {low}"

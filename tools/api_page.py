@@ -1,4 +1,5 @@
-"""Writes the tables of docs/api.md: for each field of a request whether it is honoured, ignored or refused.
+"""Writes the tables of docs/api.md: they say for each field of a request whether the server honours, ignores or refuses
+it.
 
 python -m tools.api_page            rewrites the tables between the page's markers
 python -m tools.api_page --check    fails where the page and the schemas differ
@@ -52,8 +53,8 @@ def field_table(schema: type[BaseModel]) -> str:
 
 
 def peer_table() -> str:
-    """Returns a table of the fields that other servers have and this server refuses, with one line for each other
-    server."""
+    """Returns a table of the fields that other servers accept and this server refuses. The table has one line for each
+    of the other servers."""
     by_server: dict[str, list[str]] = {}
     tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers]
     for name, field in {name: field for table in tables for name, field in table.items()}.items():

@@ -1,4 +1,4 @@
-"""Counts the hops of a chat request: `python -m tools.hops`.
+"""Counts the hops of a chat request, which are the steps from one module to the next: `python -m tools.hops`.
 
 The program serves one streamed chat request with the demonstration checkpoint. The real application runs in this
 process, and the real engine runs in a process of its own. Both record the stack of calls at these moments:
@@ -34,13 +34,14 @@ from typing import Any, NamedTuple
 
 PACKAGE = "jamba_server."
 PATH = "/v1/chat/completions"
-MARK = b"chatcmpl-"  # the request's id begins with these bytes, so they identify the messages of the request
+MARK = b"chatcmpl-"  # the request's id begins with these bytes, which therefore mark the messages of this request
 STDLIB = sysconfig.get_path("stdlib")
 BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "max_tokens": 8}
 
 
 class Call(NamedTuple):
-    """An open call of a function of this project. `module` is the function's module without the package's name."""
+    """A call, on a stack, of a function of this project. `module` is the name of the function's module without the
+    package's name."""
 
     module: str
     function: str
@@ -60,8 +61,8 @@ class Ways(NamedTuple):
 
 
 class Stacks:
-    """Records the stacks of calls that create tasks and objects in one process, and puts these stacks before the stacks
-    of calls in the tasks and objects."""
+    """Returns stacks of calls in one process. For a call in an asyncio task or a method of an object, the stack begins
+    with the calls that created the task or object."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[object, Stack]] = {}
@@ -89,7 +90,8 @@ class Stacks:
         return task
 
     def profile(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the stack that creates each object of this project. This method is set with sys.setprofile."""
+        """Records the stack that creates each object of this project. This method is made the profile function with
+        sys.setprofile."""
         if event == "call" and frame.f_code.co_name == "__init__" and called(frame) is not None:
             made = frame.f_locals["self"]
             self._made[id(made)] = made, self.of(frame)
@@ -102,7 +104,7 @@ def called(frame: FrameType) -> Call | None:
 
 
 def is_foreign(frame: FrameType | None) -> bool:
-    """Returns whether a frame belongs to another package. The standard library does not count as another package."""
+    """Returns whether a frame belongs to a package other than this project and the standard library."""
     name = "" if frame is None or called(frame) else frame.f_code.co_filename
     return bool(name) and (not name.startswith(STDLIB) or "site-packages" in name)
 
@@ -150,8 +152,8 @@ class EngineTrace:
         self._results: Stack = ()
 
     def reader(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the innermost call that gets the request. This method is the profile function of the receiving
-        thread."""
+        """Records the stack of the innermost call that has the request as an argument. This method is the profile
+        function of the thread that reads the socket."""
         if event != "call" or called(frame) is None:
             return
         for value in frame.f_locals.values():
@@ -159,7 +161,7 @@ class EngineTrace:
                 self._inbox = self._stacks.of(frame)
 
     def loop(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the first call of a kernel, and the last read from the device.
+        """Records the stack of the first call of a kernel, and the stack of the last read of results from the device.
 
         It is the profile function of the thread that runs the engine's steps.
         """
@@ -176,7 +178,7 @@ class EngineTrace:
         if MARK not in data or self._path.exists():
             return
         modules = {call.module for call in self._kernel}
-        # The way back begins in the runner. The calls inside the runner only copy tensors, so they are left out.
+        # The way back begins in the model runner. The calls inside it only copy tensors, so these calls are left out.
         runner = tuple(takewhile(lambda call: call.module in modules, self._results))
         ways = Ways((self._inbox, self._kernel), (walk(runner, self._stacks.here()),))
         self._path.write_text(json.dumps(ways))
@@ -298,7 +300,8 @@ def walk(start: Stack, end: Stack) -> Stack:
 
 
 def since_route(stack: Stack) -> Stack:
-    """Returns the stack from the route's function on, without the framework and the middleware around it."""
+    """Returns the part of a stack that begins with the route's function, which leaves out the web framework and the
+    middleware."""
     return tuple(dropwhile(lambda call: ".routes." not in call.module, stack))
 
 
@@ -320,7 +323,7 @@ def show(title: str, parts: Sequence[Stack]) -> None:
 
 
 def count() -> Ways:
-    """Serves one request, and returns the calls on its way down and on the way back, in both processes."""
+    """Serves one request. Returns the calls in both processes on the way down to the kernels and on the way back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.json"
         server = asyncio.run(serve(path))

@@ -41,7 +41,7 @@ def record(command: list[str], until: str, timeout: float) -> str:
             if select.select([master], [], [], POLL_SECONDS)[0]:
                 try:
                     written += os.read(master, 65536)
-                except OSError:  # reading fails once the command has closed its terminal
+                except OSError:  # the command has closed its terminal, so nothing more can be read
                     break
             elif process.poll() is not None:
                 break
@@ -53,7 +53,7 @@ def record(command: list[str], until: str, timeout: float) -> str:
 
 
 def screen(written: str) -> str:
-    """Returns the lines that remain on the screen, without those that a progress bar has overwritten."""
+    """Returns the lines that remain on the screen, without the lines that a progress bar has overwritten."""
     lines: list[str] = []
     for line in written.replace("\r\n", "\n").split("\n"):
         erased = line.split("\x1b[2K")[-1]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("src", "server", "engine", "kernels", "benchmarks", "tools")
 CPP_COMMENT = re.compile(r"(?:^[ \t]*//[^\n]*\n)+|//[^\n]*", re.MULTILINE)
 TOOL_MARKER = re.compile(r"#\s*(noqa|type:|pyright|fmt:|ruff)")
-SHORTEST = 15  # comments with fewer characters are left out
+SHORTEST = 15  # comments with fewer characters than this are left out
 
 
 def python_comments(source: str) -> Iterator[tuple[int, str]]:
@@ -34,7 +34,7 @@ def python_comments(source: str) -> Iterator[tuple[int, str]]:
             lines[token.start[0]] = (token.string.lstrip("# "), alone)
     for number, (text, alone) in lines.items():
         if alone and lines.get(number - 1, ("", False))[1]:
-            continue  # this line belongs to the comment that began above
+            continue  # this line is part of a comment that began on an earlier line
         following = number + 1
         while alone and lines.get(following, ("", False))[1]:
             text += " " + lines[following][0]

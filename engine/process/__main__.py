@@ -48,14 +48,15 @@ class LogToParent(logging.Handler):
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(message)s"))  # LogLine has fields for the level and the logger
+        # Level and logger are not part of the text, because LogLine has a field for each of them.
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._send(LogLine(record.levelno, record.name, self.format(record)))
         except OSError:
-            return  # the parent process is gone, which the reading thread notices and handles
+            return  # the parent process is gone; the reading thread notices this and ends the engine
         except Exception:  # noqa: BLE001 - a record that cannot be formatted must not end the engine
             self.handleError(record)
 
@@ -80,7 +81,8 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
 
 
 def run(connection: socket.socket, send: Send) -> int:
-    # These modules import torch, so they are imported only now, when warnings of torch already go to the parent's log.
+    # These modules import torch, so they are imported only after the log handler is set. Warnings of torch then go to
+    # the parent's log.
     from jamba_server.engine.start.build import build_engine
     from jamba_server.kernels.table import KernelError
 
@@ -106,7 +108,7 @@ def run(connection: socket.socket, send: Send) -> int:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these signals, too, and handles them
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these signals, too, and tells this process to end
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         send = sender(connection)

@@ -26,11 +26,11 @@ ENGINE_COMMAND = (
     "-m",
     "jamba_server.engine.process",
 )  # -P keeps Python from importing modules of the current folder
-CLOSE_SECONDS = 5.0  # a child that was told to end but still runs after this time is killed
+CLOSE_SECONDS = 5.0  # seconds after which a child that was told to end, but still runs, is killed
 
 
 class Child:
-    """One engine process. The end of the stream from its socket means that the engine process has ended."""
+    """One engine process. When the stream from the socket of this process ends, the process has ended."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -41,13 +41,14 @@ class Child:
 
     @classmethod
     async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:
-        """Starts `command` with the file descriptor of its socket as the last argument, and sends it `config`. Raises
-        OSError if the process cannot be started."""
+        """Starts `command` with the file descriptor of its socket as the last argument, and sends `config` to the new
+        process. Raises OSError if the process cannot be started."""
         ours, theirs = socket.socketpair()
-        root = str(Path(jamba_server.__file__).parent.parent)  # makes the child import this same jamba_server
+        # The child must import the same jamba_server as this process.
+        root = str(Path(jamba_server.__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would spin on cores that
-        # the kernels' own threads need.
+        # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would occupy cores that the
+        # threads of this project's CPU kernels need.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
         with theirs:
             try:
@@ -68,7 +69,7 @@ class Child:
 
     @property
     def silent_seconds(self) -> float:
-        """Returns the seconds since the child's last message, or since an idle child last got work if that was
+        """Returns the seconds since the last message of the child, or since the last call of `touch` if that was
         later."""
         return self._clock() - self._last_message
 

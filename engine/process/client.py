@@ -36,9 +36,9 @@ from jamba_server.engine.validation import validate_kind
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 3  # after this number of deaths within DEATH_WINDOW_SECONDS the engine process is not restarted
+MAX_DEATHS = 3  # after this number of engine deaths within DEATH_WINDOW_SECONDS the engine is not restarted
 DEATH_WINDOW_SECONDS = 60.0
-SUSPECT_DEATHS = 2  # after this number of successive engine deaths during one request, that request runs alone
+SUSPECT_DEATHS = 2  # a request that was running at this number of successive engine deaths is run alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +55,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateStream(Protocol):
-    """The interleaved updates of several requests. The stream ends when every request has finished or was aborted."""
+    """The updates of several requests, in the order in which the updates arrive. The stream ends when every request has
+    finished or was aborted."""
 
     def __aiter__(self) -> AsyncIterator[TokenUpdate]: ...
 
@@ -78,14 +79,15 @@ class Engine(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's latest statistics. The counters among these are not reset when the engine is restarted."""
+        """The engine's latest statistics. A restart of the engine does not reset the counters in these statistics."""
         ...
 
     @property
     def health(self) -> Health: ...
 
     async def first_start(self) -> None:
-        """Waits until the engine is ready for the first time or has failed to start, in which case `info` raises."""
+        """Waits until the engine is ready for the first time or has failed to start. If it has failed, `info` raises
+        EngineDead."""
         ...
 
     def generate(self, requests: list[Request]) -> AbstractAsyncContextManager[UpdateStream]:
@@ -111,8 +113,8 @@ class _Live:
         self.num_prompt_logprobs = 0
 
     def replay(self) -> Request:
-        """Returns the request to be sent to a new engine process, which continues after the tokens that the client has
-        received already."""
+        """Returns the request in the form that is sent to an engine process. An engine that was restarted continues the
+        reply after the tokens that the client has received already."""
         return msgspec.structs.replace(
             self.request, generated=self.generated, num_prompt_logprobs=self.num_prompt_logprobs
         )
@@ -223,7 +225,7 @@ class EngineClient:
         return self._info
 
     async def close(self) -> None:
-        """Ends the engine. Requests that still run fail with EngineDead."""
+        """Ends the engine. Requests that have not ended fail with EngineDead."""
         self._give_up("the server is shutting down")
         if self._supervisor is None:
             return
@@ -263,8 +265,8 @@ class EngineClient:
     # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends all waiting requests to the engine. If requests are suspected of killing the engine, sends only one
-        suspect.
+        """Sends to the engine all requests that have not been sent to it. If some requests are suspected of killing the
+        engine, sends only one of these suspects.
 
         A suspect is a request that ran during SUSPECT_DEATHS successive deaths. If the engine dies while a suspect runs
         alone, that request is the cause.
@@ -287,7 +289,7 @@ class EngineClient:
                 live.sent = True
 
     def _fail_too_long(self) -> None:
-        """Fails the requests that are too long for a restarted engine.
+        """Makes requests fail that are too long for the context of a restarted engine.
 
         A restarted engine that finds less memory than the one before may have a shorter maximum context.
         """
@@ -360,7 +362,7 @@ class EngineClient:
         finished = False
         for update in result.updates:
             if (live := self._live.get(update.request_id)) is None:
-                continue  # the request was aborted after the step had begun
+                continue  # the request was aborted while the step ran
             live.stream.queue.put_nowait(live.take(update))
             if update.finish_reason:
                 finished = True
@@ -384,7 +386,7 @@ class EngineClient:
         was_running = [live for live in self._live.values() if live.sent]
         culprit = was_running[0] if len(was_running) == 1 and was_running[0].deaths >= SUSPECT_DEATHS else None
         if culprit is not None:
-            self._deaths.clear()  # the culprit caused these deaths, so they do not count towards MAX_DEATHS
+            self._deaths.clear()  # the culprit caused the recent deaths, so these do not count towards MAX_DEATHS
             self._fail(
                 culprit,
                 EngineFailed(
@@ -402,8 +404,7 @@ class EngineClient:
         self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
 
     def _count_death(self) -> int:
-        """Counts a death of the engine process that happened now. Returns the number of deaths within
-        DEATH_WINDOW_SECONDS.
+        """Records that the engine process has just died. Returns the number of deaths in the last DEATH_WINDOW_SECONDS.
 
         Until the engine is ready again, earlier deaths stay counted however old they are. Otherwise an engine that dies
         after each long load would be restarted for ever.

@@ -1,5 +1,5 @@
-"""The frames on the socket between the HTTP process and the engine process. A frame is one msgpack message after its
-length in bytes, which is a little-endian integer of four bytes."""
+"""The frames on the socket between the HTTP process and the engine process. A frame is the length of a message in
+bytes, as a little-endian integer of four bytes, followed by the message in msgpack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 def pack(message: msgspec.Struct) -> bytes:
-    """Returns the frame of a message. Raises ValueError if the message has MAX_FRAME_BYTES or more."""
+    """Returns the frame of a message. Raises ValueError if the message has MAX_FRAME_BYTES or more bytes."""
     body = msgspec.msgpack.encode(message)
     if len(body) >= MAX_FRAME_BYTES:
         raise ValueError(f"a message has {len(body)} bytes; it must have less than {MAX_FRAME_BYTES}")

@@ -1,4 +1,5 @@
-"""LLM: runs a model in the caller's process, for scripts and tests. It handles texts in the same way as the server."""
+"""LLM: runs a model in the caller's process, for scripts and tests. The class handles texts in the same way as the
+server."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
-DEFAULT_MAX_TOKENS = 16  # as for completions on the server; a chat's reply may fill the context
+# The server's default for completions; without max_tokens the reply to a chat may fill the context.
+DEFAULT_MAX_TOKENS = 16
 
 Message = Mapping[str, object]
 _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
@@ -41,7 +43,7 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
 
 @dataclass(slots=True)
 class Completion:
-    """One reply to a prompt. `index` is the number of this reply (0 to n-1) among the replies to the same prompt.
+    """One reply to a prompt. `index` is the position of this reply (0 to n-1) among the n replies to the same prompt.
     `text` is empty for a model without tokenizer.json. Log-probabilities are empty unless requested. `stop_reason` is
     the stop string, or the token of `stop_token_ids`, that ended the reply."""
 
@@ -97,7 +99,8 @@ class LLM:
     ) -> list[Completion]:
         """Returns `n` replies to each of one or several prompts (texts or lists of token ids). The replies to the first
         prompt come first. The name of a special token in a text is encoded like ordinary text. `progress` says whether
-        to show a progress bar; None shows the bar for several replies on a terminal. Raises RequestRejected."""
+        to show a progress bar. If it is None, the bar is shown if there are several replies and stderr is a terminal.
+        Raises RequestRejected."""
         sampled = self._sampling(params, sampling, max_tokens=DEFAULT_MAX_TOKENS)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
         specs = [
@@ -163,7 +166,7 @@ class LLM:
                 values[name] = msgspec.convert(value, kinds[name])
             except msgspec.ValidationError as error:
                 raise RequestRejected(f"{name} is {value!r}. {error}.", param=name) from None
-        if values["top_k"] == -1:  # -1 means all tokens, as on the server
+        if values["top_k"] == -1:  # as on the server, -1 means all tokens; the engine writes 0 for that
             values["top_k"] = 0
         return SamplingParams(**values)
 
@@ -182,8 +185,8 @@ class LLM:
         if n < 1:
             raise RequestRejected(f"n is {n}; it must be at least 1.", param="n")
         if options.stops:
-            self._text()  # stop strings need a tokenizer
-        if params.seed is None:  # each prompt gets its own seed, or equal prompts would have equal replies
+            self._text()  # raises if there is no tokenizer, because stop strings need one
+        if params.seed is None:  # each prompt gets a seed of its own, so equal prompts have different replies
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         prompt = admit_prompt(token_ids, params, self.core, param=param, save_positions=saves)
         self._num_prompts += 1
@@ -201,7 +204,9 @@ class LLM:
                         reply = open_.get(update.request_id)
                         if reply is not None and reply.take(update):
                             del open_[update.request_id]
-                            if update.finish_reason is None:  # a stop string, which the engine does not know, was found
+                            # The engine does not know stop strings, so it still runs a request whose reply ended at
+                            # one.
+                            if update.finish_reason is None:
                                 self.core.inbox.abort([update.request_id])
                             bar.advance(task)
             finally:
@@ -210,7 +215,7 @@ class LLM:
 
 
 class _Reply:
-    """A request, and the part of its reply that has been generated."""
+    """A request, and the tokens and text of its reply that have been generated until now."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, options: TextOptions) -> None:
         self.request = request
@@ -274,8 +279,8 @@ def split_prompts(prompts: str | Sequence[Any]) -> Iterator[str | list[int]]:
 
 
 def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, object]]]:
-    """Yields the messages of each conversation in the form that chat templates take. Raises RequestRejected, with the
-    same texts as the server, for a message that is not valid."""
+    """Yields the messages of each conversation in the form that chat templates take. Raises RequestRejected for a
+    message that is not valid, with the same error text as the server."""
     alone = not messages or isinstance(messages[0], Mapping)
     for conversation in [messages] if alone else messages:
         try:

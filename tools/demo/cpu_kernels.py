@@ -20,9 +20,9 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-CHUNK, LANES, STATES = 32, 16, 16  # these must be equal to the constants CHUNK, W and N in scan.cpp
+CHUNK, LANES, STATES = 32, 16, 16  # the same values as CHUNK, W and N in scan.cpp
 EPSILON = 1e-6
-LOSS_ROWS = 2048  # logits are computed for this many tokens at a time, to save memory
+LOSS_ROWS = 2048  # to save memory, logits are computed for this number of tokens at a time
 
 
 @functools.cache
@@ -149,8 +149,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Mean cross entropy in nats of the logits x [rows, h] @ head [vocab, h]^T. Rows with a target below 0 are left
-    out.
+    """Mean cross entropy in nats over the rows. The logits are x [rows, h] @ head [vocab, h]^T. Rows with a target
+    below 0 are left out of the mean.
 
     The forward pass also computes the gradients, so that the logits of all rows need not be kept.
     """
@@ -176,7 +176,7 @@ class Loss(torch.autograd.Function):
 
 
 class Dispatch(torch.autograd.Function):
-    """Copies each row of x [rows, h] once for each of its k experts, sorted by expert, to [rows * k, h].
+    """Copies each row of x [rows, h] once for each of its k experts. The copies [rows * k, h] are sorted by expert.
 
     `order` is the permutation of the (row, choice) pairs that sorts them by expert.
     """

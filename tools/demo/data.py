@@ -19,12 +19,13 @@ from typing import Any
 STORIES, SMALL_TALK = "tinystories-subset.txt.xz", "chitchat-qna.jsonl.xz"
 EXCHANGES, BOOKS = "chatterbot-english.jsonl.xz", "storybooks-cc-by.jsonl.xz"
 FILES = (STORIES, SMALL_TALK, EXCHANGES, BOOKS)
-HELD_OUT = 141  # the last 141 stories of the file are held out: neither model nor tokenizer is trained on them
-# This share of the small talk that begins with a question gets a greeting before the question.
+HELD_OUT = 141  # number of stories at the end of the file on which neither model nor tokenizer is trained
+# GREETING_SHARE is a fraction of the small-talk chats that begin with a question. These chats get a greeting before the
+# question.
 GREETINGS, GREETING_SHARE = ("Hi", "Hello", "Hey", "Hi there"), 0.15
 BOS, EOS, EOM = "<|startoftext|>", "<|endoftext|>", "<|eom|>"
 STYLES = ("friendly", "caring")  # only these two of the five styles of small talk are used
-CHAT_STORIES = 0.45  # this share of the stories in an epoch is written as the answer to a request
+CHAT_STORIES = 0.45  # fraction of the stories in an epoch that are written as the answer to a request
 SMALL_TALK_SHARE, BOOK_SHARE = 5000, 240  # number of small-talk chats and of picture books in an epoch
 SYSTEM = ("You are a helpful assistant.", "You are a friendly storyteller.", "You tell stories to children.")
 REQUESTS = (
@@ -58,8 +59,8 @@ _DULL = re.compile(
     "it|so|then|not|all|back|went|ran|took|got|felt|knew|heard|found|gave|made|sat|kept|off|over|very|about|after|"
     r"nearby|fell|woke|grew|flew|put|let|met|left|(?!bed|seed)\w+ed|\w{3,}est|\w+ly"
 )
-# This finds nouns: the last word of a phrase after an article, before a punctuation mark or a word that is no noun.
-# Words that end with a single "s" are left out, because a plural does not go with "a".
+# Finds nouns. A noun is the last word of a phrase that begins with an article and ends before a punctuation mark or a
+# word that is no noun. Words that end with a single "s" are left out, because a plural does not go with "a".
 _NOUN = re.compile(
     r"\b(?:a|an|the|The|A) (?:[a-z]+ )??([a-z]{2,}(?:[a-rt-z]|ss))"
     r"(?=[.,!?]| (?:and|was|is|in|on|at|to|that|who|had|named|called|with|said|saw|went|wanted|for|from|ran|looked|"
@@ -102,8 +103,8 @@ def chat(turns: list[str], system: str = "") -> str:
 
 
 def request(story: str, random_: random.Random) -> str:
-    """Writes a request for a story. The request names one to three frequent nouns of the story, and sometimes a
-    character's name."""
+    """Returns a request for a story. The request contains one to three frequent nouns of the story, and sometimes the
+    name of a character."""
     counts = Counter(word for word in _NOUN.findall(story) if not _DULL.fullmatch(word))
     words = [word for word, _ in counts.most_common(4)]
     if not words or random_.random() < 0.08:

@@ -1,4 +1,4 @@
-"""Measures the loss of a running server on held-out stories, and compares this loss with that of a 5-gram model.
+"""Measures the loss of a running server on held-out stories, and compares it with the loss of a 5-gram model.
 
     jamba serve &
     python tools/demo/evaluate.py --data FOLDER --url http://127.0.0.1:8000
@@ -30,7 +30,7 @@ def encoded(tokenizer: Tokenizer, stories: list[str]) -> list[list[int]]:
 
 
 def served_nats(url: str, documents: list[list[int]]) -> float:
-    """Returns the negative log-likelihood in nats of all tokens, except the first of each document.
+    """Returns the negative log-likelihood in nats, summed over all tokens except the first token of each document.
 
     It is computed from the prompt's log-probabilities that the server returns.
     """

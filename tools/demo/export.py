@@ -49,7 +49,7 @@ REQUESTS = (
 )
 CACHE = 1 << 26  # size of the engine's KV cache in bytes
 TEMPERATURE = 0.3  # default temperature of the model, low enough that stories keep to their subject
-TOLERANCE = 0.005  # largest relative difference between the held-out losses of the engine and of the training code
+TOLERANCE = 0.005  # largest allowed difference between the held-out losses of engine and training code, as a fraction
 
 
 def config(shape: Mapping[str, int]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.tensors()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors makes the file readable only for its owner
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes a file that only its owner can read
     values = config(saved["shape"])
     write_json(out / "config.json", values)
     ids = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -102,7 +102,7 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes a text that contains <|startoftext|> already, so the tokenizer must not add another one."""
+    """Encodes a text that contains <|startoftext|> already. So the tokenizer does not add this token."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -112,7 +112,7 @@ def load(folder: Path, **settings: Any) -> LLM:
 
 
 def held_out_nats(llm: LLM, documents: list[list[int]]) -> float:
-    """Returns the negative log-likelihood in nats of all tokens, except the first of each document."""
+    """Returns the negative log-likelihood in nats, summed over all tokens except the first token of each document."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     total = 0.0
     for completion in llm.generate([*documents], params):
@@ -123,7 +123,8 @@ def held_out_nats(llm: LLM, documents: list[list[int]]) -> float:
 
 
 def answer(llm: LLM, tokenizer: Tokenizer, request: str, temperature: float, seed: int) -> str:
-    """Generates a reply and returns request and reply as Markdown for the card, without the reply's leading space."""
+    """Generates a reply to a request. Returns both texts as Markdown for the model card, the reply without its leading
+    space."""
     prompt = encode(tokenizer, data.chat([request]) + "<|bom|><|assistant|>")
     (completion,) = llm.generate([prompt], SamplingParams(max_tokens=400, temperature=temperature, seed=seed))
     how = f"seed {seed}" if temperature else "greedy"

@@ -53,7 +53,8 @@ class Shape:
 
 
 def matrix(*shape: int) -> nn.Parameter:
-    """Returns a matrix of uniform random weights, scaled so that an output has a third of the input's variance."""
+    """Returns a matrix of uniform random weights, scaled so that the outputs of the matrix have a third of the variance
+    of its inputs."""
     bound = 1 / math.sqrt(shape[-1])
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -67,7 +68,7 @@ def ones(size: int) -> nn.Parameter:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies x by every matrix [out, in] of a weight [..., out, in], and concatenates the outputs."""
+    """Multiplies x by each matrix [out, in] of the weight [..., out, in], and concatenates the products."""
     return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 
@@ -218,7 +219,8 @@ class Jamba(nn.Module):
         return Norm.apply(x, self.norm)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean cross entropy in nats and the balance of the experts, which is 1 if their load is even.
+        """Returns the mean cross entropy in nats and the balance loss of the experts, which is 1 if all experts have
+        the same load.
 
         Targets [batch, time] below 0 are left out.
         """

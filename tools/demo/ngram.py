@@ -27,20 +27,21 @@ class Level:
     grams: Integers
     counts: Integers
     contexts: Integers  # the different contexts: an n-gram's context is all its tokens except the last
-    totals: Integers  # the sum of the counts for each context
-    kinds: Integers  # the number of different tokens that follow each context
+    totals: Integers  # for each context, the sum of the counts of the n-grams that begin with it
+    kinds: Integers  # for each context, the number of different tokens that follow it
     discount: float
 
     @classmethod
     def of(cls, grams: Integers, counts: Integers) -> Level:
-        """Builds a level from n-grams, which must be sorted and distinct, and their counts."""
+        """Returns the level of the n-grams `grams`, which must be sorted and distinct. `counts` has the count of each
+        n-gram."""
         contexts, starts, kinds = np.unique(grams >> BITS, return_index=True, return_counts=True)
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = once / (once + 2 * twice) if once else 0.5
         return cls(grams, counts, contexts, np.add.reduceat(counts, starts), kinds, discount)
 
     def mix(self, grams: Integers, shorter: Floats) -> Floats:
-        """Returns the probability of each n-gram's last token after its context.
+        """Returns for each n-gram the probability of its last token after its other tokens.
 
         `shorter` has the probabilities of the same tokens after a context that is one token shorter.
         """
@@ -72,19 +73,20 @@ class NGram:
         level = Level.of(*np.unique(grams, return_counts=True))
         self.levels = [level]  # levels are sorted by the length of their n-grams, the longest first
         for length in range(order - 1, 0, -1):
-            # The count of a shorter n-gram is the number of different tokens that occur before it (Kneser-Ney).
+            # In Kneser-Ney smoothing, the count of an n-gram shorter than `order` is the number of different tokens
+            # that occur before this n-gram.
             mask = (1 << BITS * length) - 1
             level = Level.of(*np.unique(level.grams & mask, return_counts=True))
             self.levels.append(level)
 
     def _grams(self, document: Sequence[int]) -> Integers:
-        """Returns the packed n-gram that ends at each token of a document, except the first token."""
+        """Returns for each token of a document, except the first token, the packed n-gram that ends with it."""
         ids = np.concatenate([np.full(self.order - 1, document[0]), np.asarray(document[1:])]).astype(np.int64)
         windows = np.lib.stride_tricks.sliding_window_view(ids, self.order)
         return (windows << (BITS * np.arange(self.order - 1, -1, -1))).sum(axis=1)
 
     def probabilities(self, document: Sequence[int]) -> Floats:
-        """Returns the probability of each token in a document, except the first."""
+        """Returns the probability of each token in a document, except the first token."""
         grams = self._grams(document)
         result = np.full(len(grams), 1 / self.vocab_size)
         for length, level in enumerate(reversed(self.levels), 1):
@@ -92,5 +94,6 @@ class NGram:
         return result
 
     def nats(self, documents: Iterable[Sequence[int]]) -> float:
-        """Returns the negative log-likelihood in nats of all tokens, except the first of each document."""
+        """Returns the negative log-likelihood in nats, summed over all tokens except the first token of each
+        document."""
         return -sum(float(np.log(self.probabilities(document)).sum()) for document in documents)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.02, 0.95, 0.05
 ADAM_RATES = {"embedding": 1e-2, "head": 3e-3, "other": 3e-3}
-ADAM_DECAY = 0.01  # weight decay of the embedding and the output head
+ADAM_DECAY = 0.01  # AdamW's weight decay of the embedding and the output head
 
 
 def orthogonalised(gradient: Tensor) -> Tensor:
-    """Returns matrices [..., rows, columns] with the singular vectors of `gradient` and singular values near 1."""
+    """Returns matrices with the same singular vectors as `gradient` [..., rows, columns], and with singular values near
+    1."""
     x = gradient.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -33,7 +34,8 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.momenta = [torch.zeros_like(parameter) for parameter in parameters]
         self.parameters = parameters
-        # The indices of parameters by their shape. Matrices of one shape are orthogonalised as one batch.
+        # Maps the shape of a matrix to the indices of the parameters with this shape, which are orthogonalised as one
+        # batch.
         self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             self.groups[parameter.shape[-2], parameter.shape[-1]].append(index)
@@ -56,7 +58,7 @@ class Muon:
 
 
 class Optimizer:
-    """Combines Muon and AdamW. The `factor` of a step scales every learning rate."""
+    """Combines Muon and AdamW. The argument `factor` of `step` scales all learning rates."""
 
     def __init__(self, model: Jamba) -> None:
         matrices: list[nn.Parameter] = []

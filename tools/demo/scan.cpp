@@ -26,7 +26,7 @@ inline v16 load(const float* p) { return *(const f16u*)p; }
 inline void store(float* p, v16 x) { *(f16u*)p = x; }
 inline void store(bf16* p, v16 x) {
     u16v u = (u16v)x;
-    u += 0x7fff + ((u >> 16) & 1);  // this rounds to nearest, ties to even
+    u += 0x7fff + ((u >> 16) & 1);  // rounds to the nearest bfloat16, ties to even
     *(h16*)p = __builtin_convertvector(u >> 16, h16);
 }
 inline void add(float* p, v16 x) { store(p, load(p) + x); }
@@ -35,7 +35,7 @@ inline v16 maxv(v16 a, v16 b) { return a > b ? a : b; }
 inline v16 exp2v(v16 x) {
     x = maxv(x, splat(-126.f));
     x = x < splat(126.f) ? x : splat(126.f);
-    const v16 magic = splat(12582912.f);  // adding 1.5 * 2^23 rounds a float32 to an integer
+    const v16 magic = splat(12582912.f);  // 1.5 * 2^23: adding this rounds a float32 to an integer
     v16 z = x + magic, r = x - (z - magic);
     v16 p = splat(1.3333558e-3f);
     p = p * r + 9.6181291e-3f;
@@ -143,7 +143,7 @@ extern "C" void scan_forward(const bf16* u, const bf16* dt, const bf16* z, const
 }
 
 // Computes the gradients of the selective scan. gB, gC [B,T,N], ga [N,D] (the gradient of A) and gskip, gbias [D] are
-// float32. The results for ga, gskip and gbias are added to the values that these arrays have before the call.
+// float32. The gradients of A, skip and bias are added to the values that ga, gskip and gbias have before the call.
 extern "C" void scan_backward(const bf16* u, const bf16* dt, const bf16* z, const bf16* Bm, const bf16* Cm, const float* a2, const float* skip, const float* bias, const float* states, const bf16* gy, bf16* gu, bf16* gdt, bf16* gz, float* gB, float* gC, float* ga, float* gskip, float* gbias, int64_t B, int64_t T, int64_t D) {
     int64_t chunks = (T + CHUNK - 1) / CHUNK, blocks = D / W;
 #pragma omp parallel

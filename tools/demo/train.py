@@ -15,7 +15,7 @@ import os
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads sleep, because torch and the kernels have a thread pool each
+)  # idle threads must sleep, because torch and the kernels each have a thread pool and share the cores
 
 import argparse
 import json
@@ -34,18 +34,20 @@ from torch import Tensor
 from train_tokenizer import train_tokenizer
 
 SEED = 20
-TOKENS, RAMP = 4096, 0.35  # a step has TOKENS tokens, and twice as many after the share RAMP of the time
-# Tokens in a row of the batch: usually LENGTH, in every eighth step LONG, in every thirty-second step LONGEST.
+TOKENS, RAMP = 4096, 0.35  # a step has TOKENS tokens, and 2 * TOKENS after the fraction RAMP of the training time
+# Number of tokens in each row of the batch: LENGTH in most steps, LONG in every eighth step, and LONGEST in every
+# thirty-second step.
 LENGTH, LONG, LONGEST = 512, 1024, 2048
-# The learning rate rises during the first WARM_UP steps. It falls during the last part of the training time, and
-# COOL_DOWN is that part's fraction of the whole time.
+# The learning rate rises during the first WARM_UP steps. It falls during the last part of the training time; COOL_DOWN
+# is this part as a fraction of the training time.
 WARM_UP, COOL_DOWN = 30, 0.35
-WINDOW = 150  # the weights are averaged over about this many steps, which lowers the held-out loss
+WINDOW = 150  # approximate number of steps over which the weights are averaged, to lower the held-out loss
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
 
 class Stream:
-    """An endless stream of training tokens. The documents of one epoch at a time are encoded and concatenated."""
+    """An endless stream of training tokens. The documents of each epoch are encoded and concatenated when the epoch
+    begins."""
 
     def __init__(self, text: data.Text, tokenizer: tokenizers.Tokenizer, position: tuple[int, int]) -> None:
         self.text, self.tokenizer = text, tokenizer
@@ -67,7 +69,7 @@ class Stream:
 
 
 def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> list[tuple[Tensor, Tensor]]:
-    """Returns batches of (ids, targets) from the held-out stories, with stories of similar length in a batch.
+    """Returns batches (ids, targets) of the held-out stories. Each batch has stories of similar length.
 
     Each row is one story from <|startoftext|> to <|endoftext|>. Padding has the target -1.
     """
@@ -87,7 +89,7 @@ def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> lis
 
 @torch.no_grad()
 def evaluate(model: Jamba, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Returns the negative log-likelihood in nats of all targets together."""
+    """Returns the negative log-likelihood in nats, summed over all targets."""
     return sum(float(model(ids, targets)[0]) * int((targets >= 0).sum()) for ids, targets in batches)
 
 
@@ -122,7 +124,7 @@ class Training:
         return tokenizers.Tokenizer.from_file(str(path))
 
     def passed(self) -> float:
-        """Returns the share of the training time that has passed."""
+        """Returns the fraction of the training time that has passed."""
         return (time.time() - self.started) / self.seconds
 
     def one_step(self) -> float:

@@ -39,13 +39,13 @@ SPECIAL_TOKENS = (
     "</tool_calls>",
 )
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-# A merge joins only pieces within one of these units: a word or punctuation with the space before it, one digit, or a
-# single space.
+# Matches the units of a text. Each unit is a word or punctuation with the space before it, one digit, or one space. A
+# merge never joins pieces of different units.
 _WORDS = r"▁?\p{L}+|[0-9]|▁?[^\p{L}0-9▁]+|▁"
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, plain or compressed to .xz.
+    """Yields the lines of a UTF-8 file, which may be compressed to .xz.
 
     Empty lines, and lines that consist of a special token, are left out.
     """
@@ -56,7 +56,8 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Trains a tokenizer. `vocab_size` is the number of all entries: special tokens, bytes, characters and merges."""
+    """Trains a tokenizer. `vocab_size` is the number of all its entries: special tokens, bytes, characters and merged
+    pieces."""
     first_piece = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)
     pieces, merges = _learn_merges(lines, vocab_size - first_piece)
     names = [*SPECIAL_TOKENS, *BYTE_TOKENS, *pieces]
