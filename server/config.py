@@ -1,4 +1,5 @@
-"""ServerConfig: every option of the server. Flags win over environment variables, and these over a YAML file.
+"""ServerConfig: every option of the server. Flags win over environment variables, and environment variables over a YAML
+file.
 
 An option is one field of `ServerConfig`. The field gives the flag (`--max-model-len`), the YAML key (`max_model_len`),
 the variable (`JAMBA_MAX_MODEL_LEN`), the allowed values and the help text. Options that the engine needs have the same
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # environment variable with the YAML file's path if --config is not given
 # Kubernetes sets environment variables with these names and values in every container, for each service whose name
-# begins with "jamba". They are not options of this server.
+# begins with "jamba". These variables are not options of this server.
 _INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 _INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
@@ -61,8 +62,8 @@ DTYPE_ALIASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """The value of every option. Sizes are upper bounds: the engine shrinks them to what fits, with one warning.
-    A choice that the server cannot meet is an error."""
+    """The value of every option. Sizes are upper bounds: the engine reduces them until they fit into memory, and logs
+    one warning. For every other option, a value that the server cannot use is an error."""
 
     model: Annotated[
         str | None,
@@ -252,8 +253,8 @@ FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.valu
 
 
 def present_name(name: str, shown: str) -> str:
-    """Returns the present name of an option. For a name from the previous version it logs a warning, which quotes
-    `shown`, the name as the user wrote it."""
+    """Returns the present name of an option. For a name from the previous version it logs a warning. The warning quotes
+    `shown`, the option's name as the user wrote it."""
     if (present := FORMER_NAMES.get(name)) is None:
         return name
     logger.warning("%s is now called %s; the next version reads only that name.", shown, present)
@@ -281,7 +282,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # imported here because that takes a tenth of the time until a command prints its first line
+    import yaml  # imported here, since the import is a tenth of a command's start time
 
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -311,7 +312,7 @@ def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Reads the JAMBA_* variables. An empty variable counts as not set, since compose files make such variables."""
+    """Reads the JAMBA_* variables. An empty variable counts as not set, since compose files create empty variables."""
     variables = {option.variable: option for option in OPTIONS.values()}
     values: dict[str, Any] = {}
     injected: list[str] = []
@@ -369,7 +370,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         """Reads the defaults of the model in `folder`. Raises CheckpointError, which names the file, key and limit."""
         path = folder / "generation_config.json"
         values = {k: v for k, v in (read_object(path) or {}).items() if v is not None}
-        if values.get("top_k") == -1:  # some models write -1 for "all tokens", which is 0 here
+        if values.get("top_k") == -1:  # some models write -1 for "all tokens", which this server writes as 0
             del values["top_k"]
         try:
             return msgspec.convert(values, cls)

@@ -71,7 +71,8 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """The word that stands for the value in `--help`. An option with fixed choices lists them instead."""
+        """The word that stands for the value in `--help`. If an option has fixed choices, their list stands for the
+        value."""
         kinds: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", tuple: "TEXT", dict: "OP=IMPLEMENTATION"}
         return self.help.metavar or ("|".join(self.choices) if self.kind is Literal else kinds.get(self.kind, ""))
 
@@ -135,7 +136,7 @@ class Option:
         return value
 
     def show(self, value: object) -> object:
-        """Returns `value` as it may be printed: a secret is masked."""
+        """Returns `value` for printing, or a mask if the option is a secret."""
         return SECRET_MASK if self.help.secret and value else value
 
 
@@ -161,7 +162,7 @@ def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
 
 
 def _unwrap(annotation: Any) -> tuple[list[object], Any]:
-    """Returns the metadata of an annotation and its type without Annotated and `| None`, however they are nested."""
+    """Returns the metadata of an annotation, and its type without Annotated and `| None`, which may be nested."""
     metadata: list[object] = []
     while True:
         if get_origin(annotation) is Annotated:

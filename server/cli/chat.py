@@ -29,13 +29,13 @@ from jamba_server.server.config import ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
-HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take 10 s; a reply may take as long as it needs
-# Time limit in seconds for the server's first answer. A server that is still loading answers after --startup-wait, by
-# default 30 s.
+HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take 10 s, a reply any time
+# Time limit in seconds for the server's first answer. The limit must exceed --startup-wait (by default 30 s), the time
+# after which a server that is still loading answers.
 PROBE_SECONDS = 60.0
 _ADDRESS = re.compile(
     r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE
-)  # this matches addresses such as localhost:8000 and [::1]:8000/v1
+)  # a server's address without http://, such as localhost:8000 or [::1]:8000/v1
 
 Messages = list[dict[str, str]]
 Target = Annotated[
@@ -148,8 +148,8 @@ class Conversation:
         return [*system, *self._turns]
 
     async def take(self, line: str) -> bool:
-        """Takes a line from the user: carries out its /command, or else writes the reply to it. Returns False for
-        /exit."""
+        """Takes a line from the user. Carries out the line's /command, or writes the reply to a line that is no
+        command. Returns False for /exit."""
         command, _, argument = line.partition(" ")
         match command:
             case "":
@@ -170,7 +170,7 @@ class Conversation:
 
     async def _answer(self, line: str) -> None:
         """Adds the user's message and the reply to the conversation. If the reply is interrupted, the text received
-        before that is kept. After an error neither the user's message nor the reply is kept."""
+        before the interruption is kept. After an error neither the user's message nor the reply is kept."""
         before, pieces = self._turns, list[str]()
         self._turns = [*before, {"role": "user", "content": line}]
         try:
@@ -223,8 +223,8 @@ def chat(
 
 
 def server_url(target: str) -> str | None:
-    """Returns the URL of a server, with http:// if `target` names only host and port, or None if it names a model.
-    Raises ConfigError for a URL that cannot be read."""
+    """Returns the URL of the server that `target` names, or None if `target` names a model. A host and port get the
+    prefix http://. Raises ConfigError for a URL that cannot be read."""
     if _ADDRESS.fullmatch(target) and not Path(target).exists():
         target = f"http://{target}"
     if not target.startswith(("http://", "https://")):

@@ -17,13 +17,13 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 DEMO_NAME = "jamba-demo"
-_NAME_SHOWN = 200  # an error message repeats this many characters of a name
+_NAME_SHOWN = 200  # maximum number of characters of a name that an error message quotes
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The local folder of a model and the model's name in the API, unless --served-model-name gives another.
-    `demo` is true if the model is the demonstration model."""
+    """The local folder and the name of a model. The API uses this name unless --served-model-name gives a different
+    name. `demo` is true if the model is the demonstration model."""
 
     folder: Path
     name: str
@@ -31,8 +31,8 @@ class Checkpoint:
 
 
 def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
-    """Returns the model that `config` names. If that is a hub id, missing files are downloaded: all that a server
-    needs, or with `config_only` only the configuration.
+    """Returns the model that `config` names. For a hub id, missing files are downloaded: all files that a server needs,
+    or only the configuration if `config_only` is true.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -59,7 +59,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
 
 
 def is_local(path: Path) -> bool:
-    """Returns whether `path` exists or has the ending of a weights file. Such a name is not looked up on the hub."""
+    """Returns whether `path` exists or has the ending of a weights file. If so, it is not looked up on the hub."""
     try:
         return path.exists() or names_a_file(path.name)
     except OSError as error:  # the name is too long for a path, or this process may not read a parent folder

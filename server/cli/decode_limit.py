@@ -104,8 +104,8 @@ class Served:
 
 
 def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
-    """Returns the memory bandwidth in bytes per second: the size `bandwidth`, or if that is None the rate at which
-    `threads` threads of this CPU read memory. For a GPU without `bandwidth` the result is None."""
+    """Returns the memory bandwidth in bytes per second. If `bandwidth` is given, it is that size. Otherwise the
+    bandwidth of a CPU is measured with `threads` threads that read memory, and for a GPU the result is None."""
     if bandwidth is None:
         return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
     return parse_bandwidth(bandwidth)

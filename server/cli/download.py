@@ -26,12 +26,12 @@ from jamba_server.engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CLEAN_UP_SECONDS = 2.0  # the download process has this long to remove partial files before it is killed
+CLEAN_UP_SECONDS = 2.0  # the download process is killed if removing partial files takes longer
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
 class Download(msgspec.Struct, frozen=True):
-    """The files to download: those of the hub id `name` at `revision` whose names match one of `patterns`."""
+    """The files to download: all files of the hub id `name` at `revision` whose names match one of `patterns`."""
 
     name: str
     revision: str | None
@@ -46,7 +46,7 @@ class Plan(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """The number of bytes that have been downloaded so far."""
+    """The number of bytes that this download has received since its start."""
 
     num_bytes: int
 
@@ -106,8 +106,8 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        # The progress bar shown here needs the numbers of the hub client's progress bars, so those are switched on even
-        # if the user's environment switches them off.
+        # The progress bar shown here needs the numbers of the hub client's progress bars. The hub client's bars are
+        # therefore switched on even if the user's environment switches them off.
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "0"},
         start_new_session=True,  # Ctrl-C reaches only this process, which then ends the download process
     )

@@ -21,8 +21,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 VARIABLE = "JAMBA_ADDRESS_FILE"
-SECONDS = 4.0  # time limit for the server's answer
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # from "every address" to one at which this machine reaches the server
+SECONDS = 4.0  # time limit for the server's answer to /health
+# Maps an address that means "all addresses of this machine" to an address at which the machine reaches itself.
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:

@@ -11,15 +11,16 @@ MAX_LINES = 1000
 
 
 def history_file() -> Path:
-    """Returns the path of the file that keeps the lines of `jamba chat`, in the user's folder for state."""
+    """Returns the path of the file that keeps the lines typed in `jamba chat`. The file is below XDG_STATE_HOME or
+    ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "jamba" / "chat_history"
 
 
 @contextmanager
 def line_editing(path: Path) -> Generator[None]:
-    """Gives Python's `input` line editing within the `with` block, with the history in the file `path`, which only its
-    owner can read.
+    """Gives Python's function `input` line editing within the `with` block. The history is kept in the file `path`,
+    which only the file's owner can read.
 
     A history that cannot be read or written is left out without an error, since the conversation works without it.
     """
@@ -38,4 +39,4 @@ def line_editing(path: Path) -> Generator[None]:
         readline.set_history_length(MAX_LINES)
         with suppress(OSError):
             readline.write_history_file(path)
-            path.chmod(0o600)  # some versions of readline replace the file by a new one
+            path.chmod(0o600)  # some versions of readline make a new file with default permissions

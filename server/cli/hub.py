@@ -43,7 +43,7 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": False})
-        self._counts_bytes = kwargs.get("unit") == "B"  # the hub's client has another bar that counts files
+        self._counts_bytes = kwargs.get("unit") == "B"  # a second bar of the hub's client counts files instead of bytes
 
     def display(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -65,7 +65,7 @@ def end_with_parent() -> None:
     process."""
     sys.stdin.buffer.read()
     for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the file has been closed in the meantime
+        with contextlib.suppress(OSError):  # the file has been closed since it was listed
             path = descriptor.readlink()
             if PARTIAL.search(path.name):
                 path.unlink()
@@ -82,8 +82,8 @@ def fetch(wanted: Download) -> Path:
     try:
         files = snapshot_download(wanted.name, dry_run=True, **options)
     except DryRunError as error:
-        # If the hub did not answer, the files in the cache may suffice. If the hub answered with an error, it is asked
-        # again, so that its error is raised.
+        # If the hub did not answer, only the cache is searched, which may hold all files. If the hub answered with an
+        # error, the hub is asked again, so that the hub's error is raised.
         answered = isinstance(error.__cause__, HfHubHTTPError)
         return Path(str(snapshot_download(wanted.name, local_files_only=not answered, **options)))
     if missing := [file for file in files if file.will_download]:

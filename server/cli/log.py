@@ -15,7 +15,7 @@ class LineFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        shown = copy.copy(record)  # other handlers get the same record, which must not change
+        shown = copy.copy(record)  # a copy, because other handlers get the same record
         shown.name = record.name.removeprefix("jamba_server.")
         if record.name == "py.warnings":  # the second line of a Python warning quotes source code
             shown.msg, shown.args = record.getMessage().partition("\n")[0], None
@@ -23,8 +23,8 @@ class LineFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at the time of writing. While a progress bar is shown, rich replaces sys.stderr
-    by a stream that writes above the bar."""
+    """Writes to the stream that sys.stderr names at the time of writing. While a progress bar is shown, rich replaces
+    sys.stderr by a stream that writes above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

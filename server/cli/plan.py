@@ -93,8 +93,8 @@ SEQUENCES = (1, 8, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The memory that `sequences` running sequences of `context` tokens each need: `bytes` is the total size with the
-    weights and the activations. `fits` says whether the device has that much memory."""
+    """The memory needed by `sequences` running sequences of `context` tokens each. `bytes` is its size, with the
+    weights and the activations included. `fits` says whether the device has that much memory."""
 
     context: int
     sequences: int

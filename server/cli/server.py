@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
 KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server keeps idle connections for longer
-CANCEL_SECONDS = 2  # request handlers may run for this time after the engine has closed
+CANCEL_SECONDS = 2  # time that request handlers may run after the engine has closed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -15,7 +15,7 @@ from jamba_server.server.config import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 
-LOG_STEP = 0.25  # without a terminal, each quarter of a phase gives one log line
+LOG_STEP = 0.25  # without a terminal, a log line is written after each such fraction of a phase
 
 
 class LoadProgress:
@@ -44,12 +44,13 @@ class LoadProgress:
             self._bar.stop()
 
     def update(self, phase: str, fraction: float) -> None:
-        """Shows that the share `fraction` of `phase` is done."""
+        """Shows that the `fraction` (from 0 to 1) of `phase` is done."""
         if self._bar and self._task is not None:
             self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
-            # The next fraction to log. If the engine restarts, the fractions begin at 0 again and are not logged.
+            # The lowest fraction that gives the next log line. It stays if the engine restarts, so the fractions, which
+            # then begin at 0 again, are not logged a second time.
             self._logged[phase] = (int(fraction / LOG_STEP) + 1) * LOG_STEP
 
 

@@ -68,7 +68,8 @@ def create_app(
         lifespan=_lifespan,
         docs_url=None,  # routes/pages.py serves /docs: FastAPI's own page loads its scripts from the internet
         redoc_url=None,
-        # The middleware drops a slash at the end of a path. A redirect would lose a proxy's prefix and scheme.
+        # The middleware drops a slash at the end of a path. FastAPI would send a redirect instead, whose URL would lack
+        # the prefix and the scheme (https) of a proxy in front of the server.
         redirect_slashes=False,
     )
     app.state.services = services
@@ -82,8 +83,8 @@ def create_app(
 
 
 def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
-    """Returns the middleware, the outermost first. CORS is outermost because a browser shows an error reply to its page
-    only if the reply carries the CORS headers."""
+    """Returns the middleware, from the outermost to the innermost. CORS is outermost because a browser shows an error
+    reply to its page only if the reply carries the CORS headers."""
     chain: list[Middleware] = []
     if config.allowed_origins:
         chain.append(

@@ -13,9 +13,7 @@ from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.stop import StopStrings
 from jamba_server.server.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = (
-    -9999.0
-)  # replaces smaller log-probabilities, such as minus infinity, which JSON lacks; vLLM does the same
+MIN_LOGPROB = -9999.0  # lowest log-probability sent, since JSON lacks minus infinity; as in vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Choice:
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._to_echo = request.prompt if options.echo else []
         self._num_echoed = 0
-        self._text = ""  # text for the next delta, without an end that may begin a stop string
+        self._text = ""  # text for the next delta, without the characters held back as a possible stop string
         self._scores: list[TokenScore] = []
         # number of characters of all decoded tokens, including tokens held back as a possible stop string
         self._num_chars = 0
@@ -163,7 +161,7 @@ class Choice:
 
 
 def merge(deltas: list[ChoiceDelta]) -> ChoiceDelta:
-    """Joins the deltas of one choice, which are in order, into a single delta."""
+    """Joins all deltas of one choice, in the order of the list, into a single delta."""
     last = deltas[-1]
     return ChoiceDelta(
         index=last.index,

@@ -31,9 +31,9 @@ from jamba_server.server.http.findings import Finding, describe_finding, param_o
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; shown only in log and metrics
 MAX_SUB_ERRORS = 3
-MAX_MESSAGE_CHARS = 1000  # longer error messages, which quote a large value of the request, are cut
+MAX_MESSAGE_CHARS = 1000  # maximum length of an error message, which may quote a large value; the end is cut off
 
 # Each row has the exception, the HTTP status, the error type and the code. An exception's own code replaces the row's
 # code.
@@ -130,7 +130,8 @@ def request_id_of(scope: Scope) -> str:
 
 
 def tenant_of(scope: Scope) -> str:
-    """Returns what stands for the API key of the request: "key-" and the key's number, or "" on an open server."""
+    """Returns a name for the API key of the request: "key-" and the key's number, or "" if the server requires no
+    key."""
     state: dict[str, str] = scope["state"]
     return state.get("tenant", "")
 

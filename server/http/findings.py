@@ -35,7 +35,7 @@ def param_of(finding: Finding) -> str | None:
     parts = [str(part) for part in finding["loc"][1:]]
     if "field" in finding.get(
         "ctx", {}
-    ):  # pydantic's location ends at the object, so a validator of whole objects names the field here
+    ):  # a validator of a whole object names the field in "ctx", since pydantic's location ends at the object
         parts.append(finding["ctx"]["field"])
     return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None
 
@@ -136,7 +136,8 @@ _SENTENCES: Mapping[str, Callable[[Finding], str]] = {
     "string_too_short": _string_too_short,
     "string_too_long": _string_too_long,
     "literal_error": lambda finding: f"is {short_json(finding['input'])}; it must be {finding['ctx']['expected']}",
-    # These kinds are raised by this server's own validators, and their message is the predicate.
+    # Errors of the following kinds are raised by this server's own validators. The message of such an error is the
+    # predicate.
     "stop_type": _custom,
     "content_type": _custom,
     "prompt_type": _custom,

@@ -66,8 +66,8 @@ class GenerationSpec:
 
 
 class _Timeline:
-    """A choice's first and last token time, the seconds it waited in the queue, and its number of cached prompt
-    tokens."""
+    """For one choice: the times of its first and last token, the seconds it waited in the queue, and its number of
+    cached prompt tokens."""
 
     def __init__(self) -> None:
         self.first_token: float | None = None
@@ -77,7 +77,8 @@ class _Timeline:
 
 
 class Generation:
-    """Runs a request once. The metrics count its tokens and times however the request ends."""
+    """Runs a request once. The metrics count the request's tokens and times, even if the request fails or is
+    aborted."""
 
     def __init__(
         self,
@@ -102,7 +103,8 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """The current numbers of tokens. A prompt with several choices counts once, and so do its cached tokens."""
+        """The current numbers of tokens. The tokens of a prompt with several choices count once, and so do the cached
+        ones among them."""
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.spec.prompts)
         generated = sum(choice.num_tokens for choice in self._choices.values())
         first_choices = list(self._timelines.values())[:: self.spec.n]
@@ -121,7 +123,7 @@ class Generation:
         aborts the choices that still run.
         """
         async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
-            end: FinishReason = "abort"  # the finish reason of the choices that have none yet
+            end: FinishReason = "abort"  # finish reason for each choice that has no finish reason yet
             try:
                 async with aclosing(self._deltas(updates)) as deltas:
                     yield deltas
@@ -150,14 +152,14 @@ class Generation:
             if choice.finish_reason:
                 num_open -= 1
                 self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
-                # a stop string ended the choice; the engine cannot know, since it has only token ids
+                # If a stop string ended the choice, the engine must be told, because it sees only token ids.
                 if update.finish_reason is None:
                     updates.abort(update.request_id)
             if delta is not None:
                 yield delta
         assert num_open == 0, f"the engine left {num_open} choices of {self.spec.id} without an end"
 
-    # Metrics and the line in the log ----------------------------------------------------------------------------
+    # The metrics, and the request's line in the log --------------------------------------------------------
 
     def _observe(self, choice: Choice, update: TokenUpdate) -> None:
         timeline, now = self._timelines[update.request_id], self._clock()

@@ -7,11 +7,11 @@ import asyncio
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
 
-RETRY_AFTER_SECONDS = 5  # time for a load balancer to choose another replica, or for this server to restart
+RETRY_AFTER_SECONDS = 5  # a client retries after this time, when a restart may be over
 
 
 class Lifecycle:
-    """Accepts new requests until `drain` is called. Requests that run at that time are finished."""
+    """Accepts new requests until `drain` is called. Requests that are running at the time of the call are finished."""
 
     def __init__(self) -> None:
         self._draining = False
@@ -30,7 +30,7 @@ class Lifecycle:
 
 
 class StartupQueue:
-    """Holds requests while the engine loads for the first time, each for `seconds` at most.
+    """Holds requests while the engine loads for the first time. A request is held for `seconds` at most.
 
     While requests for `max_waiting` or more choices wait, further requests are refused. 0 means no limit.
     """

@@ -47,7 +47,8 @@ def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str 
 
 
 async def log_stats(metrics: Metrics, engine: Engine, *, interval: float = STATS_INTERVAL_SECONDS) -> None:
-    """Logs a line every `interval` seconds in which the server was busy. Runs until it is cancelled."""
+    """Logs a line after each interval of `interval` seconds in which the server was busy. Runs until it is
+    cancelled."""
     loop = asyncio.get_running_loop()
     before, since = Snapshot.take(metrics, engine), loop.time()
     while True:

@@ -1,5 +1,5 @@
-"""Prometheus metrics. They have vLLM's names with the prefix `jamba_`; those of state slots, saved states and missed
-prefixes are this server's own, because Jamba layers keep recurrent states as well as KV pages.
+"""Prometheus metrics. They have vLLM's names with the prefix `jamba_`. The metrics of state slots, saved states and
+missed prefixes do not exist in vLLM: Jamba models keep recurrent states as well as KV pages.
 
 The engine's counters are read from `EngineStats` at each scrape. Everything else is counted here, in the HTTP process.
 """
@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 from jamba_server.engine.process.client import Engine
 from jamba_server.engine.types import EngineStats, FinishReason
 
-# Bounds of the buckets, in seconds. Prometheus interpolates a quantile within its bucket: if all values were far below
-# the first bound, their median would be shown as half of that bound. Each list therefore begins at 1 ms. The first list
-# has vLLM's bounds.
+# Bounds of the buckets, in seconds. Prometheus interpolates a quantile between the bounds of its bucket. If all values
+# were far below the first bound, the median would be shown as half of that bound. Each list therefore begins at 1 ms.
+# The first list has vLLM's bounds.
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
@@ -28,7 +28,8 @@ _LATENCY_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 2400,
 )  # fmt: skip
 
-MAX_FIELD_LABELS = 50  # clients choose the field names: without a limit the labels could fill Prometheus' memory
+# maximum number of field names as labels; clients choose the names and could fill Prometheus' memory
+MAX_FIELD_LABELS = 50
 
 STATE_SLOTS_HELP = (
     "Number of state slots held by running sequences. Saved states are in the other slots, or in a pool of their own "
@@ -75,7 +76,8 @@ _MISSED: tuple[tuple[str, _Read], ...] = (
 
 
 class Metrics:
-    """All metrics of one application. They are in a registry of their own, so that two applications do not collide."""
+    """All metrics of one application. They are in a registry of their own, so that two applications in one process do
+    not share metrics."""
 
     def __init__(self, engine: Engine, *, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -126,7 +128,7 @@ class Metrics:
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._success.labels(self.model_name, reason).inc()
-        if reason in ("stop", "length"):  # the short time of an aborted choice would look like speed
+        if reason in ("stop", "length"):  # aborted choices end early and would lower the latency
             self._e2e_latency.labels(self.model_name).observe(seconds)
 
     def count_http_request(self, path: str, status: int) -> None:

@@ -31,16 +31,18 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_JSON_DEPTH = 64
-MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating each takes about 10 us
+MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating one takes about 10 us
 # The maximum number of values in all lists and objects of a body is twice the number of tokens in Jamba's longest
 # context. Parsing and validating a body block all other requests for about 0.2 us per value.
 MAX_JSON_VALUES = 524_288
-MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; each unknown name is compared with all known names
+MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; each unknown field name is compared with all known ones
 MAX_LOGGED_PATH_CHARS = 256
-CHECKED_AT_ONCE_BYTES = 64 * 1024  # a larger body is checked in a thread, so that it does not block the event loop
+# Maximum size of a body that is checked in the event loop. A larger body would block the loop too long, so it is
+# checked in a thread.
+CHECKED_AT_ONCE_BYTES = 64 * 1024
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
-# A JSON string, also one whose closing quote is missing. Its possessive quantifiers never backtrack, so that the search
-# takes linear time.
+# A JSON string, also one whose closing quote is missing. The possessive quantifiers of this expression never backtrack,
+# so the search takes linear time.
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -66,7 +68,7 @@ class RequestContext:
         request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         scope["root_path"] = self.root_path or scope.get("root_path", "")
-        inner = _canonical(scope)  # must follow the line that sets root_path, because it reads root_path
+        inner = _canonical(scope)  # _canonical reads root_path, which the line above has set
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -135,8 +137,8 @@ class JsonBody:
     """Reads the body before the application does, and refuses one that is too large, too deep or not JSON in UTF-8."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, body_timeout: float = 30.0) -> None:
-        """`body_timeout` is the number of seconds that may pass between two parts of a body. After it the request gets
-        status 408."""
+        """`body_timeout` is the number of seconds that may pass between two parts of a body. If more time passes, the
+        request gets status 408."""
         self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -198,7 +200,7 @@ def clean_request_id(sent: str) -> str:
 
 
 def check_json(body: bytes) -> None:
-    """Raises RequestRejected for bodies that a JSON parser accepts but that would do harm later.
+    """Raises RequestRejected for bodies that a JSON parser accepts but that would do harm after parsing.
 
     These are encodings other than UTF-8, deep nesting, too many values, and halves of UTF-16 surrogate pairs.
     """
@@ -206,7 +208,7 @@ def check_json(body: bytes) -> None:
         body.decode()
     except UnicodeDecodeError as exc:
         raise RequestRejected(f"The body is not valid UTF-8 at byte {exc.start}.", code="invalid_json") from exc
-    if b"\0" in body:  # ASCII text in UTF-16 or UTF-32 has zero bytes; JSON in UTF-8 must escape them
+    if b"\0" in body:  # JSON in UTF-16 or UTF-32 has zero bytes; JSON in UTF-8 has none
         raise RequestRejected("The body has zero bytes; it must be JSON in UTF-8.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
         _check_structure(body)
@@ -251,7 +253,7 @@ def _check_surrogates(body: bytes) -> None:
             r"A string has half of a UTF-16 surrogate pair (\ud800 to \udfff).", code="invalid_json"
         ) from exc
     except ValueError:
-        return  # the application refuses malformed JSON and says at which position it is malformed
+        return  # the application refuses malformed JSON and names the position of the error
 
 
 def _canonical(scope: Scope) -> Scope:

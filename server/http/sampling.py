@@ -31,8 +31,9 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """Returns the sampling parameters of a request. `bad_words` has the token ids of the body's `bad_words`, `seed` is
-    used if the body has none, and `logprobs` and `prompt_logprobs` count the top tokens to report."""
+    """Returns the sampling parameters of a request. `bad_words` has the token ids of the body's `bad_words`. `seed` is
+    used if the body has no seed. `logprobs` and `prompt_logprobs` are the numbers of most likely tokens to report for
+    each token."""
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,

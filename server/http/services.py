@@ -62,7 +62,8 @@ class Services:
         return Generation(spec, self.engine, self.tokenizer, self.metrics)
 
     def check_size(self, text: str, *, param: str) -> None:
-        """Raises RequestRejected for a text that exceeds the context even if each of its tokens has the most bytes.
+        """Raises RequestRejected for a text that exceeds the context even if each of its tokens has the maximum
+        number of bytes.
 
         This check spares the seconds that tokenising several megabytes takes.
         """

@@ -28,7 +28,7 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
     if stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
     choices = await until_disconnect(request.receive, writer.generation.collect())
-    if any(choice.scores for choice in choices):  # writing tens of thousands of log-probabilities takes long
+    if any(choice.scores for choice in choices):  # many log-probabilities take long to write, so a thread does it
         body = await services.in_thread(lambda: writer.reply(choices).model_dump_json())
     else:
         body = writer.reply(choices).model_dump_json()
@@ -92,7 +92,7 @@ class EventStream(Response):
         except Exception as exc:
             if not self._started:
                 raise
-            problem = describe(exc)  # `describe` also logs exceptions that are not expected
+            problem = describe(exc)  # `describe` also logs unexpected exceptions
             await self._send(send, *self.writer.fail(problem.body(request_id_of(scope))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -43,7 +43,7 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
 
 
 def add_reply_header(request: Request, name: str, value: str) -> None:
-    """Adds a header to the reply, also if the reply becomes an error or a stream; `RequestContext` sends these
+    """Adds a header to the reply, even if the reply is an error or a stream. `RequestContext` sends the added
     headers."""
     request.scope["state"].setdefault("reply_headers", {})[name] = value
 
@@ -64,7 +64,7 @@ def _printable(path: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Returns the names in at most MAX_HEADER_CHARS characters, and the number of names left out."""
+    """Returns a text with as many names as fit into MAX_HEADER_CHARS characters, and the number of names left out."""
     listed, left = "", list(names)
     while left and len(listed) + len(left[0]) + 2 <= MAX_HEADER_CHARS:
         listed += (", " if listed else "") + left.pop(0)

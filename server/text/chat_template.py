@@ -18,7 +18,7 @@ from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 Message = Mapping[str, object]
 
-# A template may raise any of these when it renders messages that it was not written for.
+# The exceptions that a template may raise when it renders messages for which it was not written.
 _RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -29,7 +29,7 @@ _RENDERING_ERRORS = (
     ValueError,
 )
 _MAX_ERROR_CHARS = 500
-_MAX_TEMPLATE_CHARS = 1 << 20  # the longest published templates have 30 thousand characters
+_MAX_TEMPLATE_CHARS = 1 << 20  # limit; the longest published templates have 30 thousand characters
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"

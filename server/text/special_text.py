@@ -51,8 +51,8 @@ class SpecialText:
         text = text.replace(MARK, _OWN)
         if self._first_chars is not None:
             text = self._first_chars.sub(rf"\1{_BREAK}", text)
-        # If the text ends with "<|eo", the template's next characters could complete it to a special token, so such a
-        # prefix gets a mark too.
+        # If the text ends with the beginning of a special token, such as "<|eo", the template's next characters could
+        # complete that token. Such an ending therefore gets a mark too.
         for size in range(min(self._longest_prefix, len(text)), 0, -1):
             if text[-size:] in self._prefixes:
                 return text + _BREAK
@@ -67,7 +67,7 @@ class SpecialText:
 
 
 def restore(text: str) -> str:
-    """Removes the marks, which gives the characters that the client and the template wrote."""
+    """Removes the marks from `text`. The result has only the characters that the client and the template wrote."""
     return _MARKED.sub(lambda match: MARK if match[0] == _OWN else "", text)
 
 

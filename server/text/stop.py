@@ -16,7 +16,8 @@ class StopStrings:
         self._stops = stops
         self._include = include
         self._borders = [_borders(stop) for stop in stops]
-        # _matched[i] is the length of the longest prefix of stops[i] with which the text that has been pushed ends.
+        # The text pushed into this object may end with a prefix of stops[i]. _matched[i] is the length of the longest
+        # such prefix.
         self._matched = [0] * len(stops)
         self._held = ""
         self._stop: str | None = None

@@ -94,13 +94,14 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Writes plain JSON, on which models are trained; Jinja's own filter `tojson` escapes characters for HTML.
+    """Writes plain JSON, as in the text on which models were trained. Jinja's own filter `tojson` escapes characters
+    for HTML.
 
     The arguments are those of the filter in transformers.
     """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        for mark in MARKS:  # `restore` removes marks only as characters, not as escapes such as \ufdd0
+        for mark in MARKS:  # `restore` finds marks only as characters, so escapes such as \ufdd0 are undone
             text = text.replace(f"\\u{ord(mark):04x}", mark)
     return text
 

@@ -15,7 +15,7 @@ from jamba_server.engine.files import read_text
 from jamba_server.server.text.token_bytes import Decoder, bytes_reader
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
-_MAX_BYTES: Final = 128 << 20  # size limit of tokenizer.json; with 256 thousand tokens it has 33 MB
+_MAX_BYTES: Final = 128 << 20  # size limit of tokenizer.json; a file with 256 thousand tokens has 33 MB
 _MAX_ID: Final = (1 << 24) - 1  # highest token id allowed, since a table has an entry for each id
 
 
@@ -131,7 +131,7 @@ class Tokenizer:
     def _encode(self, encode: _EncodeBatch, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         """Encodes one text as a batch of one text, because the library `tokenizers` releases the GIL for batches.
 
-        Its method for a single text holds the GIL, which would block the event loop.
+        The library's method for a single text holds the GIL, which would block the event loop.
         """
         try:
             [encoding] = encode([text], add_special_tokens=add_special_tokens)

@@ -17,7 +17,7 @@ import msgspec
 
 from jamba_server.server.cli.bench.workloads import Turn
 
-MAX_MESSAGE = 300  # a report keeps this many characters of a server's error message
+MAX_MESSAGE = 300  # maximum number of characters of a server's error message in a report
 LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -80,7 +80,8 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class EventDecoder:
-    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes that may end anywhere."""
+    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes. A chunk may end in the middle of
+    an event."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -126,7 +127,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def carries_token(self) -> bool:
-        """True if the event was sent for a token, whether or not it has text.
+        """True if the event was sent for a token, even if the event has no text.
 
         A server sends an event without text for a token whose text is empty or still held back. The first event (which
         has the role) and the last (which has the finish reason) do not count unless they have text.

@@ -237,7 +237,7 @@ class Bench:
         return await discover_tokens(self._http, model)
 
     def sessions(self, tokens: TokenRange, index: int) -> list[Session]:
-        """Draws the sessions to send for load number `index`.
+        """Draws the sessions to send under the load `self.loads[index]`.
 
         Every load has its own prompts. With the same prompts a load would find those of the previous load cached.
         """

@@ -1,4 +1,4 @@
-"""Describes the machine and the versions of libraries for the head of a report, and measures memory bandwidth."""
+"""Measures the memory bandwidth, and describes the machine and the versions of libraries for the head of a report."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> flo
 
     def seconds(pool: ThreadPoolExecutor) -> float:
         start = time.perf_counter()
-        list(pool.map(np.bitwise_or.reduce, parts))  # without the GIL, so the threads run in parallel
+        list(pool.map(np.bitwise_or.reduce, parts))  # numpy releases the GIL, so the threads run in parallel
         return time.perf_counter() - start
 
     with ThreadPoolExecutor(threads) as pool:

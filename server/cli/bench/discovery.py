@@ -12,7 +12,8 @@ from jamba_server.server.cli.bench.client import error_message
 from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
 
 Reply = TypeVar("Reply")
-# time limit in seconds for each reply; a server that is still loading answers after --startup-wait, by default 30 s
+# Time limit in seconds for each reply of the server. The limit must exceed --startup-wait (by default 30 s), the time
+# after which a server that is still loading answers.
 TIMEOUT = 60.0
 
 
@@ -47,7 +48,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
-    """Finds the served model named `model`, or the first one if `model` is None. Raises BenchError."""
+    """Finds the served model named `model`, or the first served model if `model` is None. Raises BenchError."""
     response = await _ask(http, "GET", "/v1/models")
     if response.is_error:
         raise BenchError(f"{response.url} answers {response.status_code}: {error_message(response)}")

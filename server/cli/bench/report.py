@@ -91,8 +91,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The requests to send at one load: their number is `planned`. `left_out` sessions are too long for the server's
-    context and are not sent."""
+    """The numbers of requests and sessions at one load. `planned` counts the requests to send. `left_out` counts the
+    sessions that are not sent because they are too long for the server's context."""
 
     load: Load
     planned: int

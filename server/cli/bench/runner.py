@@ -1,4 +1,5 @@
-"""Sends sessions to the server, in closed loop (a fixed number of clients) or in open loop (at given times)."""
+"""Sends the requests of sessions to the server, in closed loop (a fixed number of clients) or in open loop (at given
+times)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
 
 
 class Poisson(msgspec.Struct, frozen=True, tag="poisson"):
-    """A load of sessions that begin at random times, `request_rate` per second on average.
+    """A load of sessions that begin at random times. On average `request_rate` sessions begin per second.
 
     A session begins at its time even if earlier sessions are still in flight.
     """
@@ -52,7 +53,8 @@ def poisson_arrivals(rng: Generator, count: int, rate: float) -> list[float]:
 
 
 def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Session]:
-    """Returns the sessions with arrival times drawn for a Poisson load, and unchanged for other loads."""
+    """For a Poisson load, returns the sessions with arrival times that are drawn here. For other loads, returns them
+    unchanged."""
     if not isinstance(load, Poisson):
         return sessions
     arrivals = poisson_arrivals(rng, len(sessions), load.request_rate)
@@ -60,7 +62,7 @@ def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Sessio
 
 
 class Runner:
-    """Sends the sessions of one measurement and records what becomes of their requests.
+    """Sends the requests of one measurement and records the reply to each request, or why there is no complete reply.
 
     `records` holds the requests that have ended, in the order of their ends. `on_end` is called for each of them.
     """
@@ -71,7 +73,7 @@ class Runner:
         self._on_end = on_end
 
     async def run(self, load: Load, sessions: Iterable[Session], *, max_seconds: float) -> None:
-        """Runs the sessions: sends their requests until all sessions have ended or `max_seconds` have passed.
+        """Sends the requests of `sessions` until every session has ended or `max_seconds` have passed.
 
         Requests in flight at that time are cancelled and recorded as cut_off. No further requests are sent.
         """
@@ -81,11 +83,11 @@ class Runner:
             async with asyncio.timeout(max_seconds):
                 await work
         except TimeoutError:
-            pass  # no error: the records list the requests that were cut off
+            pass  # running out of time is no error: the records list the requests that were cut off
 
     async def _closed_loop(self, sessions: Iterable[Session], concurrency: int) -> None:
         async def client() -> None:
-            for session in sessions:  # all clients share this iterator, so each takes the next session
+            for session in sessions:  # all clients share this iterator, so no two clients take the same session
                 await self._converse(session)
 
         async with asyncio.TaskGroup() as group:

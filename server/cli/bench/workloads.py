@@ -98,7 +98,8 @@ class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
 
 
 class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
-    """A workload of prompts that share prefixes: prompts begin with each of `num_prefixes` prefixes in turn.
+    """A workload of prompts that share prefixes: the prompts take their prefix from `num_prefixes` prefixes in
+    rotation.
 
     A prefix has `prefix_len` tokens. Each prompt adds `input_len` random tokens of its own.
     """

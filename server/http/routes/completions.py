@@ -23,7 +23,7 @@ from jamba_server.server.http.writers.completions import CompletionWriter
 
 router = APIRouter(tags=["generation"])
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's API has the same default for `max_tokens` of completions
+DEFAULT_MAX_TOKENS = 16  # default of a completion's `max_tokens`, as in OpenAI's API
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)

@@ -22,7 +22,7 @@ from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn_
 
 router = APIRouter(tags=["text"])
 
-# This class of transformers reads any tokenizer.json, as this server does, whichever class has written the file.
+# The class of transformers that reads every tokenizer.json, whichever class has written the file.
 TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 
 

@@ -19,7 +19,7 @@ from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.unknown import nearest, peer_problem
 
 MAX_CHOICES = 128  # for one prompt
-MAX_STOPS = 64  # the time to search a reply for stop strings is proportional to their number
+MAX_STOPS = 64  # maximum number of stop strings; the time to search a reply is proportional to it
 MAX_BAD_WORDS = 64
 MAX_CACHE_SALT_CHARS = 128
 
@@ -74,7 +74,8 @@ class Reply(BaseModel):
 
 
 def not_yet(feature: str = "") -> PydanticCustomError:
-    """Returns pydantic's error for a field that is not supported yet, or for a `feature` of it."""
+    """Returns pydantic's error for a field that is not supported yet. If `feature` is given, only that feature of the
+    field is not supported."""
     why = f"has {NotSupportedYet(feature)}" if feature else "is not supported yet"
     return PydanticCustomError("not_supported_yet", "{why}", {"why": why.removesuffix(".")})
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from jamba_server.server.http.schemas.peer_fields import PeerField, PeerFields
 
-MIN_SLIP_CHARS = 4  # shorter names resemble each other by chance and are never taken for misspellings
-SHORT_NAME_CHARS = 6  # a misspelling has one edit in names of up to this length, and at most two edits in longer names
+MIN_SLIP_CHARS = 4  # shorter field names resemble each other by chance and are never taken for misspellings
+SHORT_NAME_CHARS = 6  # in names of up to this length a misspelling has one edit, in longer names one or two
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -53,7 +53,7 @@ def edits(a: str, b: str) -> int:
 
 
 def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str | None:
-    """Returns why the server cannot answer `body` without the other server's field `name`, or None if it can."""
+    """Returns why `body` is refused because of `name`, a field of another server, or None if `body` is not refused."""
     if (field := peers.get(name)) is None or field.is_neutral(body[name]) or _is_off(field, body, peers):
         return None
     hint = f"; send `{field.instead}` instead" if field.instead else ""
@@ -61,7 +61,7 @@ def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str |
 
 
 def _is_off(field: PeerField, body: Mapping[str, Any], peers: PeerFields) -> bool:
-    """Returns whether the field is turned off: one of the fields in `switches` is in the body and has a neutral
+    """Returns whether the field is turned off. It is if one of the fields in `switches` is in the body with a neutral
     value."""
     return any(name in body and name in peers and peers[name].is_neutral(body[name]) for name in field.switches)
 

@@ -43,7 +43,8 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
         )
 
     def _top(self, score: TokenScore) -> dict[str, float] | None:
-        """Returns the most likely tokens by their text, the most likely first, and the token itself at the end.
+        """Maps the text of each of the most likely tokens to its log-probability, the most likely token first. The
+        token of `score` itself is at the end.
 
         If several tokens have the same text, the most likely of them is kept.
         """

@@ -30,7 +30,8 @@ class Writer(ABC):
 
     @abstractmethod
     def reply(self, choices: list[ChoiceDelta]) -> BaseModel:
-        """Returns the whole reply. `choices` has one delta with everything for each choice, ordered by index."""
+        """Returns the whole reply. `choices` has one delta for each choice, with the choice's whole text, ordered by
+        index."""
 
     @abstractmethod
     def begin(self) -> Iterable[bytes]:
