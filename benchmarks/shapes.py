@@ -1,4 +1,4 @@
-"""Defines the model shapes that the benchmarks use, the bytes that a decode step must read, and a CPU's limits."""
+"""Defines the model shapes of the benchmarks, computes what a decode step must read, and measures a CPU's limits."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def active_parameters(config: JambaConfig) -> float:
 def median_seconds(run: Callable[[], object], budget: float) -> float:
     """Returns the median time of `run` in seconds.
 
-    `run` is repeated for `budget` seconds and at least three times, after one call to warm up.
+    After one call to warm up, `run` is called for `budget` seconds, and at least three times.
     """
     run()
     taken: list[float] = []
@@ -122,7 +122,7 @@ def median_seconds(run: Callable[[], object], budget: float) -> float:
 
 
 def read_bandwidth() -> float:
-    """Measures the memory bandwidth in bytes per second, with as many threads as torch uses."""
+    """Measures the memory bandwidth for reads in bytes per second, with as many threads as torch uses."""
     return conditions.read_bandwidth(torch.get_num_threads())
 
 

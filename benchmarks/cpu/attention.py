@@ -24,8 +24,8 @@ from jamba_server.kernels.ops import Pages
 
 STORAGE_BYTES = 512 << 20
 BLOCK, CHUNK = 16, 512
-SECONDS = 0.15  # each measurement calls a kernel again and again for this many seconds
-# Each entry is (number of query heads, number of KV heads, head size).
+SECONDS = 0.15  # number of seconds for which each measurement calls a kernel again and again
+# The attention shapes to measure, each as (number of query heads, number of KV heads, head size).
 HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))
 
 

@@ -49,7 +49,9 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_TOKENS = 512
-DECODE_SECONDS = 2.0  # a decode run takes about this long if the engine reaches half of the bandwidth limit
+# The number of decode steps is chosen such that a run takes about this many seconds at half of the rate that memory
+# bandwidth allows.
+DECODE_SECONDS = 2.0
 ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
 PEER_TOKENS = 17
@@ -80,7 +82,7 @@ class Cell:
         self.random = Random(0)
 
     def run(self, count: int, length: int, tokens: int) -> float:
-        """Returns the seconds that `count` requests take, each with `length` prompt and `tokens` output tokens."""
+        """Returns the seconds that `count` requests take, with `length` prompt and `tokens` output tokens each."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         vocabulary = range(3, self.config.vocab_size)
         prompts: list[list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
@@ -91,7 +93,7 @@ class Cell:
     def decode(self, count: int) -> dict[str, float]:
         """Measures the decode rate of `count` concurrent sequences in tokens per second.
 
-        The time of the prompts, which a run with one output token takes, is subtracted.
+        To leave out the time of the prompts, the time of a run with one output token is subtracted.
         """
         read = weights_read(self.config, count, self.stored)
         steps = max(8, min(64, int(DECODE_SECONDS * self.bandwidths[-1] / read / 2)))
@@ -104,7 +106,8 @@ class Cell:
     def decodes(self) -> dict[str, dict[str, float]]:
         """Measures the decode rate for each number of concurrent sequences.
 
-        The highest rate of ROUNDS rounds counts, because other load can slow the machine for minutes.
+        Each rate is measured ROUNDS times and the highest one is kept, because other programs can slow the machine down
+        for minutes.
         """
         best: dict[str, dict[str, float]] = {}
         for count in self.sequences * ROUNDS:
@@ -118,7 +121,7 @@ class Cell:
         return {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": self.rate / (2 * active_parameters(self.config))}
 
     def long_prompt(self, tokens: int) -> dict[str, float]:
-        """Measures the prefill rate of a long prompt, and by how much the memory of this process grows during prefill.
+        """Measures the prefill rate of a prompt of `tokens` tokens, and how much this process's memory grows meanwhile.
 
         `growth_bytes` is the peak growth; `kv_bytes` is the memory of the prompt's keys and values for comparison.
         """
@@ -149,7 +152,8 @@ class Cell:
             "weights": info.weight_bytes,
             "caches": info.kv_bytes + info.state_bytes,
         }
-        # The first long prompt also allocates buffers for the largest prefill chunk. Later prompts reuse the buffers.
+        # The memory growth of the first long prompt includes the buffers for a prefill chunk. Later prompts reuse these
+        # buffers.
         result["long"] = {str(tokens): self.long_prompt(tokens) for tokens in self.long}
         return result
 
@@ -190,7 +194,7 @@ _PIPE: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
 
 
 def measure_apart(shape: str, stored: Format, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures one model shape and weight format in a process of its own.
+    """Measures one model shape and weight format in a new process.
 
     OMP_WAIT_POLICY=PASSIVE lets idle torch threads sleep, as in the server.
     """

@@ -39,7 +39,10 @@ def best_of(run: Callable[[], object], times: int) -> float:
 
 
 def compare(label: str, op: str, run: Callable[[Any], object]) -> float:
-    """Prints the times of the reference and the compiled kernel. Returns the compiled kernel's time in seconds."""
+    """Times an op's reference kernel and its compiled kernel and prints both times.
+
+    Returns the compiled kernel's time in seconds.
+    """
     seconds = {
         entry.name: best_of(partial(run, entry.load()), 30 if entry.name == "cpu" else 3)
         for entry in implementations(op, "cpu")

@@ -28,11 +28,15 @@ from jamba_server.kernels.ops import Weight
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
 ROTATED_BYTES = 250_000_000
-TURNS, SECONDS = 5, 0.12  # torch and each weight format get five turns of 0.12 s for each number of rows
+# For each number of rows, torch and each weight format are timed in TURNS turns of SECONDS seconds each.
+TURNS, SECONDS = 5, 0.12
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:
-    """Returns the shortest time of a call in seconds, for each list of calls. A list's calls use different weights."""
+    """Returns the shortest time of a call in seconds, for each list of calls in `contenders`.
+
+    The calls of a list use different weights, so that the CPU's caches do not hold the weights of the next call.
+    """
     best = [float("inf")] * len(contenders)
     for _ in range(TURNS):
         for i, calls in enumerate(contenders):
@@ -53,7 +57,10 @@ def rotated(weight: Weight, linear: Linear) -> list[PackedWeight]:
 
 
 def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) -> None:
-    """Times the matrix products. Prints one line for each number of activation rows and each weight format."""
+    """Times the product of activations [rows, inputs] with a weight [outputs, inputs], for each number of rows.
+
+    Prints one line for each number of rows and each weight format.
+    """
     linear, dense = Linear(), torch.randn(outputs, inputs, dtype=dtype)
     packed = {
         str(dtype).removeprefix("torch."): rotated(dense, linear),

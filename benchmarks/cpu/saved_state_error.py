@@ -38,11 +38,13 @@ from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 from jamba_server.server.demo import demo_folder
 
+# A text has LENGTH tokens. While its log-probabilities are computed, a state is restored once, at one of the positions
+# CUTS (in tokens), or again and again, every TURN tokens.
 LENGTH, CUTS, TURN = (
     400,
     (64, 136, 208),
     32,
-)  # in tokens: length of a text, positions of single restores, interval of repeated restores
+)
 # Results are grouped by these ranges of the number of tokens computed since the first restore of a state.
 DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))
 BLOCK_SIZE = 16
@@ -72,7 +74,7 @@ def load(dtype: str) -> LLM:
 
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
-    """Lets the model write `count` texts of LENGTH tokens. A text consists of one or more stories."""
+    """Generates `count` texts of LENGTH tokens. When the model ends a story early, a new story follows in the text."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):
@@ -88,7 +90,10 @@ def some_texts(llm: LLM, count: int) -> list[list[int]]:
 
 
 def forced(runner: ModelRunner, tokens: list[int], cuts: Many[int], restore: Restore) -> list[TokenLogprob]:
-    """Returns the log-probabilities of the tokens after position cuts[0]. `restore` is called at each of `cuts`."""
+    """Returns the log-probabilities of the tokens of a text after position cuts[0].
+
+    The text is the prompt of a request. `restore` is called at each of the positions `cuts`.
+    """
     seq = Sequence.of(Request(id="", prompt=tokens, params=SCORED), arrival=0, now=0.0)
     seq.block_ids, seq.state_id = array("i", range(1, 1 - (-len(tokens) // BLOCK_SIZE))), SLOT
     found: list[TokenLogprob] = []
@@ -103,10 +108,11 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """Compares two log-probabilities of each token, and groups the results by the distance from the first restore.
+    """Compares two log-probabilities of each token, and groups the results by the token's distance.
 
-    Each entry of `pairs` is (distance in tokens, one log-probability, the log-probability to compare with).
-    Each result is (absolute difference, whether the most likely token is the same).
+    The distance is the number of tokens since the first restore of a state. Each entry of `pairs` is (distance, first
+    log-probability, second log-probability).
+    Each result is (absolute difference of the log-probabilities, whether both have the same most likely token).
     """
     deltas: Deltas = {span: [] for span in DISTANCES}
     for distance, one, other in pairs:
@@ -144,7 +150,11 @@ def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Del
 
 
 def summary(deltas: Deltas) -> list[dict[str, float]]:
-    """Returns mean and maximum difference of log-probabilities, and how often likeliest tokens agree, by distance."""
+    """Returns statistics for each range of distances in DISTANCES.
+
+    They are the mean and the largest difference of log-probabilities, and the fraction of tokens for which the most
+    likely token is the same.
+    """
     return [
         {
             "mean": statistics.fmean(delta for delta, _ in found),
@@ -176,7 +186,8 @@ def cost(shape: str) -> dict[str, float]:
     ]
     plain, narrow = (layout.num_bytes("saved") for layout in layouts)
     kernels, unit = select("cpu", {}), (len(config.mamba_layers), config.d_inner)
-    states = torch.randn(8, *unit, config.mamba_d_state)  # eight states are larger than the CPU's caches
+    # Eight states together are larger than the CPU's caches, so the kernels read them from memory.
+    states = torch.randn(8, *unit, config.mamba_d_state)
     compressed = CompressedStates(torch.zeros(states.shape, dtype=torch.int8), torch.zeros(8, *unit))
     slots = torch.arange(8)
     times = (

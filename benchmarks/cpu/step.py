@@ -35,7 +35,7 @@ STEPS, WARM_UP = 30, 8
 
 
 class Clock:
-    """Counts the calls of each watched function during one step, and adds up their times in nanoseconds."""
+    """Counts the calls of each watched function during one step, and sums the calls' times in nanoseconds."""
 
     def __init__(self) -> None:
         self.spent, self.calls = Counter[str](), Counter[str]()
@@ -54,7 +54,7 @@ class Clock:
         setattr(owner, name, self.timed(name, getattr(owner, name)))
 
     def watch_library(self) -> None:
-        """Times the calls of every compiled function that is looked up in the library after this call."""
+        """Makes `Library.function` return timed functions, so that calls of compiled kernels are timed from now on."""
         find = Library.function
 
         def function(library: Library, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
@@ -66,7 +66,8 @@ class Clock:
 def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Counter[str]]:
     """Runs decode steps with `clients` concurrent sequences and times them.
 
-    Returns the median nanoseconds per step by name, where "step" is the whole step, and the calls in the last step.
+    Returns {name: median time in a step, in nanoseconds} and {name: number of calls in the last step}. The name "step"
+    stands for the whole step.
     """
     random = Random(0)
     params = SamplingParams(max_tokens=WARM_UP + STEPS + 4, temperature=0.0, ignore_eos=True)
@@ -86,7 +87,10 @@ def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Cou
 
 
 def rows(spent: dict[str, float]) -> dict[str, float]:
-    """Divides a step's time into the times of each kernel and of the Python code. The sum is the whole time."""
+    """Divides a step's time into the time of each kernel and of each part of the Python code.
+
+    The returned times add up to the time of the whole step.
+    """
     kernels = {name: ns for name, ns in spent.items() if name.startswith("kernel ")}
     in_sampler = spent["kernel sample"]
     phases = ("schedule", "build_batch", "forward", "logits", "launch", "advance", "update")

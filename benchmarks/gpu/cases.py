@@ -81,11 +81,14 @@ class Case:
     moved: int | None = None
     written: int = 0
     operations: int = 0
-    tolerance: float = 1e-2  # largest relative error of a bfloat16 result that counts as correct
-    scratch: bool = False  # true if the first argument is not compared after a call
+    tolerance: float = 1e-2  # a bfloat16 result is correct if its relative error is at most this fraction
+    scratch: bool = False  # true if the op may leave any values in its first argument, which is then not checked
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Returns fresh arguments for a call of `kernels`. If `dtype` is set, bfloat16 tensors are converted."""
+        """Returns new copies of all arguments for a call of the op in `kernels`.
+
+        If `dtype` is set, bfloat16 tensors are converted to `dtype`.
+        """
         return self.arguments(self.packed(kernels, dtype), dtype)
 
     def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
@@ -105,7 +108,7 @@ class Case:
     def bytes_moved(self, result: Any) -> int:
         """Returns the number of bytes that a call reads and writes.
 
-        Unless the case gives the number itself, every argument is read once and every result is written once.
+        If `moved` is set, this is the number. Otherwise, every argument is read once and every result is written once.
         """
         if self.moved is not None:
             return self.moved
@@ -153,7 +156,7 @@ class Maker:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def rows(self, rows: int) -> Iterator[Case]:
-        """Yields cases of the ops that treat each row by itself: norm, activation and matrix products."""
+        """Yields cases of the ops that compute each row separately: norm, activation and matrix products."""
         m = self.shape
         x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
         yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
@@ -194,7 +197,7 @@ class Maker:
         return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
 
     def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
-        """Returns a case in which each row chooses random experts. Experts that no row chooses are not read."""
+        """Returns a case in which each row chooses random experts. Weights of unchosen experts are not read."""
         m, choice = self.shape, torch.Generator().manual_seed(rows)
         chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
         each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
@@ -209,7 +212,10 @@ class Maker:
         )
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
-        """Yields cases of the Mamba ops for sequences of `tokens` tokens each: the ops of decode if `tokens` is 1."""
+        """Yields cases of the Mamba ops for sequences of `tokens` tokens each.
+
+        If `tokens` is 1, these are the ops that decode uses, otherwise the ops that prefill uses.
+        """
         m, rows = self.shape, sequences * tokens
         label = f"{sequences} x {tokens} tokens"
         u, dt, z = (self.random(rows, m.d) for _ in range(3))
@@ -265,7 +271,10 @@ class Maker:
         )
 
     def attention(self, sequences: int, tokens: int, context: int) -> Iterator[Case]:
-        """Yields attention of the last `tokens` queries to all keys, in `sequences` sequences of `context` tokens."""
+        """Yields cases of attention for `sequences` sequences of `context` tokens each.
+
+        In each sequence, the queries of the last `tokens` tokens attend to all keys that the causal mask admits.
+        """
         m, blocks = self.shape, -(-context // BLOCK_SIZE)
         k, v = (self.random(sequences * blocks, BLOCK_SIZE, m.kv_heads, m.z) for _ in range(2))
         order = torch.randperm(sequences * blocks, generator=self.generator, device=self.device)
@@ -300,7 +309,7 @@ class Maker:
         yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
 
     def sampling(self, rows: int) -> Iterator[Case]:
-        """Yields cases of sampling: from all tokens, greedy, with top-k, top-p, min-p or all three, and mixed."""
+        """Yields cases of sampling with different parameters. In the case `mixed`, each row has its own parameters."""
         ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
         keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
         plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
@@ -317,15 +326,16 @@ class Maker:
         kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
         for kind, inputs in kinds.items():
             logits = self.floats(rows, self.shape.v) * 3
-            # `sample` overwrites the logits with scores. At temperature 1, sampling from scores gives the same tokens.
+            # `sample` overwrites the logits with scores, so later timed calls sample from scores. At temperature 1,
+            # sampling from scores chooses the same tokens.
             yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:
-    """Runs a case with `ours` and, in float32, with `reference`. Returns the largest error of the results of `ours`.
+    """Runs a case with `ours` and, in float32, with `reference`. Returns the largest error of `ours`.
 
     The error of a result, or of an argument that is written in place, is ||ours - reference|| / ||reference||. The
-    error of indices is the share that differs. If an error is NaN, NaN is returned.
+    error of a tensor of integers is the fraction of its elements that differ. If an error is NaN, NaN is returned.
     """
     args, wide_args = case.prepare(ours), case.prepare(reference, torch.float32)
     results = getattr(ours, case.op)(*args), getattr(reference, case.op)(*wide_args)

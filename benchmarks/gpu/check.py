@@ -66,13 +66,15 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
 }
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
-GRACE_SECONDS = 25.0  # a process gets SIGKILL if it has not ended this long after SIGTERM
-LEAST_SECONDS = 15.0  # a process is not started if less time than this is left, since it could measure nothing
-CELL_SECONDS = 240.0  # a process is stopped if its start, or one measurement, takes longer than this
+GRACE_SECONDS = 25.0  # a process gets SIGKILL if it has not ended this many seconds after SIGTERM
+LEAST_SECONDS = 15.0  # no process is started if fewer seconds than this are left, since it could measure nothing
+CELL_SECONDS = 240.0  # a process is stopped if its start, or one measurement, takes more seconds than this
 POLL_SECONDS = 2.0
-FREE_SECONDS, FREE_SLACK = 20.0, 256  # seconds to wait until the GPU's memory is free; MiB that may remain in use
-ERROR_TAIL = 1500  # number of characters from the end of a process's stderr that are kept
-MARK = "GPU_CHECK_PROCESS"  # environment variable that marks the processes of a job, so they can be found
+# After a job, the check waits at most FREE_SECONDS seconds until the GPU's used memory is as small as before the job.
+# FREE_SLACK MiB more than before the job are accepted.
+FREE_SECONDS, FREE_SLACK = 20.0, 256
+ERROR_TAIL = 1500  # number of characters that are kept of a process's stderr, from its end
+MARK = "GPU_CHECK_PROCESS"  # environment variable by which the processes of a job are found
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -126,7 +128,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]:
-    """Returns the jobs of a part of the GPU check, one for each model shape and format. Each job is a process."""
+    """Returns the jobs of a part of the GPU check: one for each model shape and weight format."""
     base = Job(part=part, path=str(path), device=arguments.device, commit=arguments.commit)
     shapes = DEFAULT_SHAPES.get(part, ())
     if shapes and arguments.shape:
@@ -139,7 +141,7 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     if not shapes:
         return [base]
     jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
-    # The cold job runs first, with an empty kernel cache. Later jobs use the kernels that the cold job has compiled.
+    # In the part `3b`, a cold job runs first: it measures the first reply with an empty kernel cache.
     return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
 
 
@@ -156,8 +158,8 @@ def run_job(job: Job) -> None:
 def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
     """Runs a job of the GPU check in new processes until the job ends or `deadline` has passed.
 
-    If its process dies in a cell, or is stopped because a cell takes too long, that cell is recorded as failed and a
-    new process continues with the next cell.
+    A cell is one measurement. If the job's process dies in a cell, or is stopped because a cell takes too long, the
+    cell is recorded as failed. A new process then continues with the next cell.
     """
     path = Path(job.path)
     name = " ".join(filter(None, [job.part, job.shape, job.format if job.shape else "", job.variant]))
@@ -178,7 +180,7 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         print(f"== {name}: {said}", flush=True)
         if record.running is not None:
             record.finish(record.running, {"error": said})
-        elif len(record.rows) == known:  # the process failed outside any measurement, and would do so again
+        elif len(record.rows) == known:  # the process failed between measurements; a new process would, too
             record.finish(job.key("start"), {"error": said})
             return
     print(f"== {name}: no time is left", flush=True)
@@ -210,8 +212,8 @@ def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tu
 def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[int | None, str]:
     """Waits for a process to end. Returns its exit status, and the reason if the process was stopped for being slow.
 
-    The process is stopped if the time is over (the status is then None), or if it has not written to `path` for
-    CELL_SECONDS, which it does after every cell.
+    The process is stopped when `deadline` has passed; the status is then None. The process writes to `path` after every
+    cell (measurement). It is also stopped if it has not written to `path` for CELL_SECONDS seconds.
     """
     changed, seen = time.monotonic(), -1.0
     while time.monotonic() < deadline:
@@ -238,7 +240,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """Kills all processes that have `mark` in their environment, in any process group or session.
+    """Kills all processes that have `mark` in their environment, whatever their process group and session are.
 
     A server whose parent was killed would otherwise keep the GPU's memory.
     """
@@ -261,7 +263,10 @@ def gpu_memory_used() -> int | None:
 
 
 def environment_of(folder: str, job: Job) -> dict[str, str]:
-    """Returns the environment variables of a job's process. If `job.cold` is true, its kernel cache is `folder`."""
+    """Returns the environment variables of a job's process.
+
+    If `job.cold` is true, `folder`, which must be empty, is the cache of compiled kernels.
+    """
     known = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if job.cold:
         known["TRITON_CACHE_DIR"] = folder

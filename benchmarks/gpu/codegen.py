@@ -67,15 +67,15 @@ RESULTS = Path(__file__).parents[1] / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
-# The largest number of columns of tensor memory that a kernel may use. If a kernel needs more, Triton compiles nothing
-# and reports no error.
+# The largest number of columns of tensor memory that a kernel may use. If a kernel needs more columns, Triton compiles
+# nothing and reports no error.
 TENSOR_COLUMNS = 512
 FP8_CAPABILITY = 89  # 10 * the lowest compute capability that supports 8-bit floating point numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
-# The sums in the op of each key must have the same orders of addition as the sums in all ops of its value together.
-# Only then are the results bit-identical.
+# The op of a key must give the same bits as the ops in the key's value together. The key's op must therefore add the
+# terms of its sums in the same order as these ops do.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
@@ -128,7 +128,7 @@ class Resources:
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
-    """Calls `call` with kernel launches disabled, and returns a description of each launch it asks for."""
+    """Runs `call` without launching kernels. Returns a description of each kernel launch that `call` asks for."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -197,14 +197,17 @@ def reductions(ir: str) -> tuple[str, ...]:
     """Describes how each float32 sum in a kernel is divided among warps and threads, which sets the addition order."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
     operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
-    # Sums over axis 0 are left out: the scan kernel adds only zeros and one number there, so the order does not matter.
+    # Sums over axis 0 are left out, since the scan kernel adds only zeros to a number there: the order has no effect.
     return tuple(
         sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
     )
 
 
 def summation(axis: int, shape: str, layout: str) -> str:
-    """Describes the order of additions in one sum along `axis`. For a blocked layout, other axes do not matter."""
+    """Describes the order of additions in one sum along `axis`, for a tensor with this shape and layout.
+
+    In a blocked layout, the order depends only on the size and the layout of `axis` itself.
+    """
     fields = dict(re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]*)\]", layout))
     if not layout.startswith("#ttg.blocked"):
         return f"{shape} {layout}"
@@ -330,7 +333,7 @@ def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def launches_on(target: int) -> list[Launch]:
-    """Returns the kernel launches of all ops that GPUs of compute capability `target` / 10 support."""
+    """Returns the kernel launches of all ops that run on GPUs of compute capability `target` / 10."""
     capability.cache_clear()
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10)):
         found = all_launches()
@@ -339,7 +342,10 @@ def launches_on(target: int) -> list[Launch]:
 
 
 def rehearsed(known: list[Launch]) -> list[Launch]:
-    """Returns the kernel launches of whole models, without those in `known`. A launch's name lists its constants."""
+    """Returns the kernel launches of whole models, without the launches in `known`.
+
+    The field `op` of each launch lists the values of its compile-time constants.
+    """
     seen, found = {identity(launch) for launch in known}, list[Launch]()
     for model in MODELS:
         for launch in record(model, partial(rehearsal_of(model).launch, STEPS)):

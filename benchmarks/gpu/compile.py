@@ -115,9 +115,9 @@ class Compiler:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, indices: Iterable[int]) -> None:
-        """Starts to compile the kernels of the tuned calls with these indices, in this order.
+        """Starts to compile the kernels of the tuned calls with the numbers `indices`, in the order of `indices`.
 
-        A variant that several targets share is compiled once.
+        A variant that several tuned calls share is compiled once.
         """
         if self._capability is None:
             return
@@ -135,13 +135,13 @@ class Compiler:
                 self._of_target.setdefault(index, []).append(self._by_key[key])
 
     def wait(self, index: int) -> None:
-        """Waits until each kernel of the tuned call with this index is compiled or has failed to compile."""
+        """Waits until each kernel of the tuned call with the number `index` is compiled or has failed to compile."""
         for future in self._of_target.get(index, ()):
             if (error := future.exception()) is not None:
                 print(f"compiling ahead: {error}", file=sys.stderr, flush=True)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Returns how many compilations have ended, and how many of these failed."""
+        """Returns the number of compilations that have ended, and the number of failures among them."""
         done = [future for future in self._by_key.values() if future.done() and future.exception() is None]
         return {"compiled": len(done), "of_them_failed": sum(bool(future.result()) for future in done)}

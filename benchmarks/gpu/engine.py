@@ -32,8 +32,8 @@ from jamba_server.llm import LLM
 
 FIRST_PROMPT = 128  # number of tokens in the first request's prompt
 DECODE_PROMPT = 4
-DECODE_SECONDS = 1.0  # a timed decode run should take about this many seconds
-STEPS = (8, 128)  # the fewest and the most decode steps in a timed run
+DECODE_SECONDS = 1.0  # the number of decode steps is chosen such that a timed run takes about this many seconds
+STEPS = (8, 128)  # smallest and largest number of decode steps in a timed run
 LONG_STEPS = 32
 PROFILED_STEPS, PROFILED_KERNELS = 8, 15
 SLOW = 20.0  # a prompt whose prefill takes at least this many seconds is timed only once
@@ -64,8 +64,8 @@ OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
 def times_of_loading() -> Generator[list[float]]:
     """Yields a list. While an engine is built in this context, clock times in seconds are appended to the list.
 
-    The first time is when the weights are loaded. On a GPU, the second is when the kernels are compiled and the engine
-    begins to measure steps.
+    The first clock time is when the weights are loaded. The second clock time, only on a GPU, is when the kernels are
+    compiled and the engine begins to measure steps.
     """
     times: list[float] = []
     load, measure_steps = build.load, build.measure_steps
@@ -119,7 +119,7 @@ class Bench:
     def first_reply(self) -> dict[str, Any]:
         """Measures the seconds from the end of loading the weights to the first token of the first request.
 
-        It must be the first cell that is measured with an engine.
+        This must be the first measurement with an engine, since later requests find all kernels compiled.
         """
         compiled = sum(1 for _ in Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser().glob("*"))
         reply = self.seconds([self.prompt(FIRST_PROMPT)], 1)
@@ -132,7 +132,10 @@ class Bench:
         }
 
     def decode(self, count: int) -> dict[str, Any]:
-        """Measures the decode rate of `count` sequences. The time of a run with one output token is subtracted."""
+        """Measures the decode rate of `count` concurrent sequences.
+
+        To leave out the time of the prompts, the time of a run with one output token is subtracted.
+        """
 
         def fresh() -> list[list[int]]:
             return [self.prompt(DECODE_PROMPT) for _ in range(count)]
@@ -175,7 +178,10 @@ class Bench:
         return prefill_work(self.config, self.stored.policy, tokens=tokens, chunk=chunk)
 
     def row(self, kind: str, size: int, rate: float, tokens: int, work: Work) -> dict[str, Any]:
-        """Returns a measurement's result. `predicted` is the rate in tokens per second that the GPU's limits allow."""
+        """Returns a measurement's result as a dictionary for the result file.
+
+        `predicted` is the rate in tokens per second that the GPU's memory bandwidth and matmul rate allow.
+        """
         predicted = tokens / work.seconds(self.ceilings)
         bound = work.bound(self.ceilings)
         return {"kind": kind, "size": size, "tok_s": rate, "predicted": predicted, "bound": bound}
@@ -223,7 +229,7 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
 
 
 def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]]:
-    """Returns {key: function that measures}, in the order in which the functions must run: the first reply first."""
+    """Returns {key of a measurement: function that measures}, in the order in which the functions must run."""
     if job.cold:
         return {job.key("first reply", "nothing compiled before"): Bench.first_reply}
     found: dict[str, Callable[[Bench], dict[str, Any]]] = {job.key("first reply"): Bench.first_reply}

@@ -47,8 +47,8 @@ MODELS: Mapping[str, dict[str, Any]] = {
     | {"attn_layer_offset": 4, "mamba_dt_rank": 32},
 }
 LENGTHS, NEW_TOKENS = (1, 17, 64, 300), 16
-FLOAT32_LIMIT = 1e-3  # largest allowed difference from transformers' log-probabilities
-BFLOAT16_LIMIT = 2.0  # the error in bfloat16 may be this many times transformers' error in bfloat16
+FLOAT32_LIMIT = 1e-3  # in float32, the largest allowed difference from transformers' log-probabilities
+BFLOAT16_LIMIT = 2.0  # largest allowed ratio of this engine's error in bfloat16 to transformers' error in bfloat16
 SETTINGS: Mapping[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 128,
@@ -132,7 +132,10 @@ def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
 
 
 def bfloat16(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """Compares RMS errors of log-probabilities in bfloat16, of this engine and transformers, against float32."""
+    """Returns the RMS errors of log-probabilities in bfloat16, of this engine and of transformers.
+
+    The errors are differences from the log-probabilities that transformers computes in float32.
+    """
     half: Any = transformers.JambaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     half.to(job.device).eval()
     squares: dict[str, list[torch.Tensor]] = {"ours": [], "transformers": []}

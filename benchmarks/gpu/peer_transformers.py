@@ -27,7 +27,7 @@ from jamba_server.engine.model_config import JambaConfig, load_model_config
 KERNELS = ("mamba_ssm", "causal_conv1d")
 STEPS = 8
 WARM_UP = 64  # number of tokens in the first prompt, which is not timed
-PATIENCE = 45.0  # a prompt length is left out if its prefill would take more seconds than this
+PATIENCE = 45.0  # a prompt length is left out if its prefill is estimated to take more seconds than this
 
 
 def run(job: Job, record: Record) -> None:

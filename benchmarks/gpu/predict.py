@@ -15,8 +15,10 @@ from jamba_server.engine.model_cache import cache_layout
 from jamba_server.engine.model_config import JambaConfig, step_bytes
 from jamba_server.engine.quantization import QuantizationPolicy
 
-DTYPE_BYTES = 2  # bytes of a bfloat16 number
-COPIED, SIDE = 1 << 29, 8192  # number of float32 values to copy (2 GiB); side of the square matrices to multiply
+DTYPE_BYTES = 2  # size of a bfloat16 number in bytes
+# To measure the memory bandwidth, COPIED float32 values (2 GiB) are copied. To measure the matmul rate, two square
+# matrices with SIDE rows each are multiplied.
+COPIED, SIDE = 1 << 29, 8192
 
 
 class Ceilings(msgspec.Struct, frozen=True):
@@ -33,7 +35,7 @@ class Ceilings(msgspec.Struct, frozen=True):
 def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 100) -> float:
     """Returns the median time of `work` in seconds. On a GPU, the L2 cache is cold at the start of each run.
 
-    The time includes the launches from Python.
+    The time includes the time that Python takes to launch the kernels.
     """
     if device == "cpu":
         return shapes.median_seconds(work, milliseconds / 1e3)
@@ -54,7 +56,7 @@ def measure_ceilings(device: str) -> Ceilings:
     try:
         return _gpu_ceilings(device)
     finally:
-        torch.cuda.empty_cache()  # frees GPU memory, which a server in another process may need
+        torch.cuda.empty_cache()  # gives GPU memory back, since a server in another process may need it
 
 
 def _gpu_ceilings(device: str) -> Ceilings:
@@ -67,7 +69,7 @@ def _gpu_ceilings(device: str) -> Ceilings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The smallest numbers of bytes moved and of operations with which a computation is possible."""
+    """The work of a computation: the least number of bytes that it must move and of operations that it must do."""
 
     bytes: float
     operations: float
@@ -82,10 +84,12 @@ class Work:
 
 
 def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: int, context: int) -> Work:
-    """Returns the bytes and operations of a decode step of `sequences` sequences that have `context` tokens each.
+    """Returns the numbers of bytes and operations of a decode step.
 
-    The step reads the weights, of which it needs only the experts that the router is expected to choose. It reads and
-    writes every sequence's state, and it reads the keys and values.
+    The step decodes `sequences` sequences, which have `context` tokens each.
+
+    The step reads all weights except those of experts that the router is not expected to choose. The step also reads
+    and writes every sequence's Mamba state, and reads the keys and values.
     """
     spec = CacheSpec.of(cache_layout(config, block_size=16, dtype="bfloat16"))
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=sequences, policy=policy)
@@ -98,17 +102,17 @@ def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: i
 
 
 def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int, chunk: int) -> Work:
-    """Returns the bytes and operations of the prefill of one prompt, in steps of `chunk` tokens.
+    """Returns the numbers of bytes and operations of the prefill of one prompt, in steps of `chunk` tokens.
 
-    Each step reads the weights and the keys and values before it, and reads and writes the state. The operations of the
-    scan are left out, because the matrix units do not compute them.
+    Each step reads the weights and the keys and values of earlier tokens, and reads and writes the Mamba state. The
+    operations of the selective scan are left out, because the matrix units do not compute the scan.
     """
     spec = CacheSpec.of(cache_layout(config, block_size=16, dtype="bfloat16"))
     steps = -(-tokens // chunk)
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=min(tokens, chunk), policy=policy)
     keys_read = sum(range(chunk, tokens, chunk)) + tokens
-    # A causal prompt has tokens**2 / 2 pairs of a query and a key. Each pair takes 2 * width operations for the key and
-    # 2 * width operations for the value.
+    # In causal attention, about tokens**2 / 2 (query, key) pairs are computed. Each pair takes 2 * width operations for
+    # the key and 2 * width operations for the value.
     width = len(config.attention_layers) * config.num_attention_heads * config.head_dim
     attention = 2 * width * tokens**2
     return Work(

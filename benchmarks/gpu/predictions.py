@@ -19,11 +19,12 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.shapes import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
-# Assumed, not measured: bytes per second of a large copy, and operations per second of the matrix products of prefill.
+# Assumed limits of each GPU, which are not measured: `bandwidth` in bytes per second, for a large copy, and `matmul` in
+# operations per second, for the matrix products of prefill.
 GPUS = {"H100": Ceilings(bandwidth=3.0e12, matmul=650e12), "H200": Ceilings(bandwidth=4.3e12, matmul=650e12)}
 MODELS = (("3b", ("bf16",)), ("mini", ("int8", "bf16")))
 CONTEXT = 128  # number of tokens in each sequence before the decode step
-CHUNK = 8192  # prompt tokens per step: the most that the engine chooses if there is enough memory
+CHUNK = 8192  # largest number of prompt tokens that the engine computes in a step, if there is enough memory
 HEAD = """# Predictions for GPUs: nothing here has been measured
 
 Every number is computed, by `python -m benchmarks.gpu.predictions`, from the bytes that must be moved and the
@@ -35,7 +36,10 @@ sequence, 70% at 256, and 50% for prompts. Mini's weights in bfloat16 (96 GiB) d
 
 
 def cells() -> Iterator[tuple[str, str, str, int, Work]]:
-    """Yields (model, weight format, name, number of tokens, bytes and operations) of each measurement of the engine."""
+    """Yields the prediction for each measurement of the engine.
+
+    A prediction is (model, weight format, name, number of tokens, numbers of bytes and operations).
+    """
     for shape, formats in MODELS:
         config, sizes = config_of(shape), SIZES[shape]
         for name in formats:

@@ -20,7 +20,7 @@ import torch
 from benchmarks.http.serving import describe_commit, describe_gpu
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
-ERROR_TAIL = 1500  # number of characters from the end of a traceback that are kept
+ERROR_TAIL = 1500  # number of characters that are kept of a traceback, from its end
 PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "pytest")
 
 
@@ -61,7 +61,7 @@ class Record:
         self.running: str | None = known.get("running")
 
     def write(self) -> None:
-        """Replaces the file atomically: if the process is killed, either the old or the new file is there."""
+        """Replaces the file atomically: if the process is killed meanwhile, the old file is still there."""
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"runs": self.runs, "rows": self.rows, "running": self.running}, indent=1) + "\n")
         os.replace(beside, self.path)
@@ -71,15 +71,15 @@ class Record:
         self.write()
 
     def note(self, **more: Any) -> None:
-        """Adds `more` to the description of the current run in the file."""
+        """Adds the fields in `more` to the description of the current run in the file."""
         self.runs[-1] |= more
         self.write()
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Calls `measure` unless the file has a result for `key`. Returns the result, or None if `measure` failed.
 
-        A failure is recorded in the file, so that the next cells can be measured. If the GPU has become unusable, an
-        error is raised instead.
+        A failure is recorded in the file, and this function returns, so that the next measurements can follow. If the
+        failure has made the GPU unusable, this function raises an error.
         """
         if key in self.rows:
             return None if "error" in self.rows[key] else self.rows[key]
@@ -93,7 +93,7 @@ class Record:
         self.finish(key, row | {"run": len(self.runs) - 1, "wall_seconds": time.perf_counter() - start})
         print(f"{self.path.stem}: {key}: {summary(row)}", flush=True)
         if "error" in row and torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises an error if the GPU is unusable; then a new process continues
+            torch.cuda.synchronize()  # raises an error if the GPU is unusable; a new process then continues
             torch.cuda.empty_cache()
         return None if "error" in row else row
 
@@ -102,7 +102,7 @@ class Record:
         self.write()
 
     def forget_errors(self) -> None:
-        """Removes failed measurements from the file, so that they are repeated."""
+        """Removes failed measurements from the file, so that the next run repeats these measurements."""
         self.rows = {key: row for key, row in self.rows.items() if "error" not in row}
         self.running = None
         self.write()
@@ -118,7 +118,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def _said(describe: Callable[[], str | None]) -> str | None:
-    """Returns `describe()`, or None if the program that `describe` runs is missing or fails."""
+    """Returns the result of `describe()`, or None if the program that `describe` starts is missing or fails."""
     try:
         return describe()
     except (OSError, subprocess.SubprocessError):

@@ -67,7 +67,7 @@ class NoGpu:
 
 
 def rehearsal_of(model: str) -> Rehearsal:
-    """Returns the object with which an engine compiles its Triton kernels in advance, for one of MODELS."""
+    """Returns an object that compiles the Triton kernels of one of MODELS, as an engine does when it starts."""
     shape, format, kv_cache_dtype = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         write_config(shape, Path(folder))

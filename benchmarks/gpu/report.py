@@ -36,7 +36,7 @@ def read_parts(name: str, folders: list[Path]) -> Parts:
 
 
 def target(row: dict[str, Any]) -> float | None:
-    """Returns the share of the predicted rate that the engine should reach, or None if no target is set."""
+    """Returns the fraction of the predicted rate that the engine should reach, or None if no target is set."""
     if row["kind"] == "decode":
         return {1: 0.8, 256: 0.7}.get(row["size"])
     return 0.5 if row["kind"] == "prefill" else None
@@ -63,7 +63,7 @@ def failures(parts: Parts) -> list[str]:
 
 
 def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
-    """Returns the report as Markdown. If `sweep` is true, the report has tables of profiles and of single kernels."""
+    """Returns the report as Markdown. If `sweep` is true, profiles and single kernels are included."""
     lines = [f"# {name}", "", *conditions(parts), "", *ceilings(parts)]
     sections = [checks(parts), engine(parts), replies(parts), http(parts)]
     if sweep:
@@ -89,7 +89,7 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
 
 
 def conditions(parts: Parts) -> list[str]:
-    """Returns one line for each different combination of machine, date, commit and versions in the runs."""
+    """Returns the conditions of the runs: a line for each combination of machine, date, commit and package versions."""
     lines: dict[str, None] = {}
     for content in parts.values():
         for run in content["runs"]:
@@ -228,9 +228,9 @@ def kernels(parts: Parts) -> list[str]:
 
 
 def tiles(parts: Parts, most: int | None) -> list[str]:
-    """Returns the table of the microseconds that other tile sizes would save in a step, largest savings first.
+    """Returns a table of the microseconds that other tile sizes would save in a step, largest savings first.
 
-    A list of the variants whose results are wrong follows.
+    After the table comes a list of the variants (tile sizes) whose results are wrong.
     """
     rows = [(key, row) for key, row in parts.get("tune", {"rows": {}})["rows"].items() if "variants" in row]
     rows.sort(key=lambda item: item[1]["count"] * (item[1]["best_us"] - item[1]["default_us"]))
@@ -253,7 +253,7 @@ def tiles(parts: Parts, most: int | None) -> list[str]:
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yields (key, result, description of the run) for each result of a part that has tokens per second."""
+    """Yields (key, result, description of the run) for each result of `part` with a rate in tokens per second."""
     content = parts.get(part)
     for key, row in content["rows"].items() if content else ():
         if "tok_s" in row:

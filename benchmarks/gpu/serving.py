@@ -66,7 +66,8 @@ def run(job: Job, record: Record) -> None:
 def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
     """Measures the seconds that a new server takes for its first reply, which has one token.
 
-    `until_ready` is the time from the start of the server's process until it is ready, which includes loading.
+    `until_ready` is the time in seconds from the start of the server's process until the server is ready. This time
+    includes loading the weights.
     """
     begun = time.perf_counter()
     prompt = [5 + i % (SHAPES[shape]["vocab_size"] - 5) for i in range(INPUT_LEN)]
@@ -80,7 +81,8 @@ def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
 def load(url: str, job: Job, config: JambaConfig, clients: int, ceilings: Ceilings) -> dict[str, Any]:
     """Measures the server's output tokens per second under a load of `clients` concurrent clients.
 
-    `predicted` is the rate in tokens per second that the device's limits allow for decode, as if prompts took no time.
+    `predicted` is the rate in tokens per second that the device's memory bandwidth and matmul rate allow for decode.
+    The time of prefill is not included in `predicted`.
     """
     options = BenchOptions(
         concurrency=str(clients),

@@ -23,7 +23,7 @@ GRAPH_MILLISECONDS = 20
 
 
 class Candidates:
-    """Kernel sets for comparing implementations: one op has a chosen implementation, other ops the default one."""
+    """Creates kernel sets in which one op has a chosen implementation and every other op its default implementation."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -95,9 +95,10 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
 
 
 def in_graph(work: Callable[[], object]) -> dict[str, Any]:
-    """Times `work` in a CUDA graph. If `work` waits for the GPU, it cannot be captured, and the reason is returned.
+    """Times `work` in a CUDA graph. If `work` waits for the GPU, no graph is possible, and the reason is returned.
 
-    This is tested before the capture, because a capture that fails leaves torch's allocator unusable.
+    Whether `work` waits is tested before a graph is captured, because a failed capture leaves torch's allocator
+    unusable.
     """
     from triton.testing import do_bench_cudagraph
 
@@ -113,5 +114,5 @@ def in_graph(work: Callable[[], object]) -> dict[str, Any]:
 
 
 def wrong(row: dict[str, Any]) -> bool:
-    """Returns whether the error in a result is larger than the tolerance, or NaN."""
+    """Returns True if the error in a result is larger than the tolerance, or if the error is NaN."""
     return not row["error_norm"] <= row["tolerance"]

@@ -33,8 +33,9 @@ from jamba_server.kernels.table import select
 class Sizes:
     """The numbers of rows, sequences and tokens for which kernels are tuned.
 
-    `decode_rows` and `prefill_rows` are numbers of rows of matrix products. `contexts` are (sequences, context) of
-    decode attention, `prompts` are (query tokens, context) of prefill attention, and `scans` are (sequences, tokens).
+    `decode_rows` and `prefill_rows` are numbers of rows of matrix products. `contexts` are for decode attention:
+    (number of sequences, number of tokens in each). `prompts` are for prefill attention: (number of queries, number of
+    keys). `scans` are for the selective scan: (number of sequences, number of tokens in each).
     """
 
     decode_rows: tuple[int, ...] = (1, 8, 64, 256)
@@ -42,7 +43,7 @@ class Sizes:
     contexts: tuple[tuple[int, int], ...] = ((1, 32768), (8, 8192), (64, 2048), (256, 512))
     prompts: tuple[tuple[int, int], ...] = ((2048, 2048), (8192, 8192), (2048, 32768))
     scans: tuple[tuple[int, int], ...] = ((1, 2048), (1, 8192), (16, 512), (64, 128))
-    variants: int | None = None  # the most variants to try for each call, or None for all
+    variants: int | None = None  # largest number of variants to try for each call, or None to try all variants
 
 
 TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=((5, 40),), scans=((2, 9),), variants=2)
@@ -50,7 +51,7 @@ TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A kernel call to tune: its arguments, the number of such calls in a step, and the variants to try."""
+    """A kernel call to tune: its arguments, how often a step of the model makes it, and the variants to try."""
 
     case: Case
     label: str
@@ -59,9 +60,10 @@ class Target:
     implementation: str = "triton"
 
     def work(self) -> Work:
-        """Returns the smallest numbers of bytes and of operations with which this call is possible.
+        """Returns the least number of bytes that this call must move, and of operations that it must do.
 
-        The sizes of its results are derived from its arguments, because `meta` tensors cannot be computed with.
+        The sizes of the call's results are derived from its arguments. The call need not run, so the arguments may be
+        `meta` tensors, which have no data.
         """
         case = self.case
         results = case.args[0] if case.op in ("attention_decode", "attention_prefill") else ()
@@ -89,7 +91,7 @@ class Targets:
             yield [replace(target, variants=target.variants[: self.sizes.variants]) for target in group]
 
     def labels(self) -> list[str]:
-        """Returns the labels of all tuned calls in order. `meta` tensors are used, which take no memory."""
+        """Returns the labels of all tuned calls in order. The arguments are `meta` tensors, which take no memory."""
         alone = Targets(Maker(self.maker.shape, torch.device("meta")), self.config, self.sizes)
         return [target.label for group in alone.groups() for target in group]
 

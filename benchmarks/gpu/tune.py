@@ -30,14 +30,18 @@ from benchmarks.gpu.variants import applied
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.triton import interpreted
 
-COLD_BYTES = 160 << 20  # least total size in bytes of all copies of the arguments: more than twice the L2 cache
+# Timed calls use several copies of the arguments in turn, so that the L2 cache does not hold the arguments of the next
+# call. COLD_BYTES is the least size in bytes of all copies together: more than twice the size of the L2 cache.
+COLD_BYTES = 160 << 20
 MOST_COPIES = 64
-# Least seconds of one run of a CUDA graph, and of all its timed runs together, for a kernel as fast as the GPU allows.
+# The number of calls in a CUDA graph is chosen such that one run of the graph takes about GRAPH_SECONDS. The number of
+# timed runs is chosen such that all runs together take about TIMED_SECONDS. Both times are in seconds and hold for a
+# kernel that is as fast as the GPU's limits allow.
 GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3
 MOST_LAUNCHES = 128
 LEAST_RUNS, MOST_RUNS = 3, 15
-TOLERANCE = 1e-2  # largest allowed relative difference if numbers are summed in another order
-QUANTIZED_CHUNK = 1 << 26  # number of weights to quantise at once; small pieces need many launches
+TOLERANCE = 1e-2  # largest relative difference (a fraction) allowed for variants that sum in another order
+QUANTIZED_CHUNK = 1 << 26  # number of weight elements to quantise at once
 
 
 def run(job: Job, record: Record) -> None:
@@ -67,9 +71,10 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) -> dict[str, Any]:
-    """Times one kernel call with each variant, in microseconds. A variant that fails has an error message instead.
+    """Times one kernel call with each variant, in microseconds. For a variant that fails, an error message is recorded.
 
-    `packed` holds copies of the packed weights, which all targets of a group share. The first target fills it.
+    `packed` is a list of copies of the packed weights, which all calls of a group use. If the list is empty, this
+    function fills it.
     """
     case, kernels = target.case, target.kernels()
     if not packed:
@@ -98,9 +103,9 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
 
 
 def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> dict[str, Any]:
-    """Chooses the fastest variant, and the fastest variant that gives the same bits as the unchanged kernel.
+    """Chooses the fastest variant, and the fastest of the variants that give the same bits as the unchanged kernel.
 
-    `differ` has the variants whose results are wrong. They are not chosen.
+    `differ` has the variants whose results are wrong. These variants are not chosen.
     """
     right = {label: us for label, us in times.items() if not isinstance(us, str) and label not in differ}
     inexact = {variant.label for variant in target.variants if not variant.exact}
@@ -126,7 +131,7 @@ def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool)
 
 @contextmanager
 def quantized_at_once(device: str) -> Generator[None]:
-    """Makes quantisation on a GPU use large pieces, so that the time of kernel launches does not matter."""
+    """Makes quantisation on a GPU use large pieces of a weight, so that few kernel launches are needed."""
     if device != "cuda":
         yield
         return
@@ -135,13 +140,13 @@ def quantized_at_once(device: str) -> Generator[None]:
 
 
 def copies(case: Case, device: str) -> int:
-    """Returns how many copies of the arguments together are larger than a GPU's L2 cache. On a CPU this is 1."""
+    """Returns the number of copies of the arguments that are larger than a GPU's L2 cache together, or 1 on a CPU."""
     moved = case.moved or case.bytes_moved(())
     return 1 if device == "cpu" else min(MOST_COPIES, math.ceil(COLD_BYTES / moved))
 
 
 class Bench:
-    """Times an op in calls with several copies of its arguments in turn. The op may change its arguments."""
+    """Times an op in calls that use several copies of the arguments in turn. The op may write to its arguments."""
 
     def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
         self._case, self._device = case, device
@@ -152,15 +157,15 @@ class Bench:
         self._calls = [case.arguments(one) for one in weights]
 
     def result(self) -> tuple[Any, ...]:
-        """Calls the op with fresh arguments. Returns the result and the arguments, which the call may have changed."""
+        """Calls the op with new copies of the arguments. Returns the result and the copies after the call."""
         args = self._case.arguments(self._packed)
         result = self._op(*args)
         return result, args if self._packed is None else (args[0], *args[2:])
 
     def seconds(self, floor: float) -> float:
-        """Returns the seconds that one call of the op takes. `result()` must be called before, to compile the kernel.
+        """Returns the seconds that one call of the op takes. Call `result()` before, so that the kernel is compiled.
 
-        `floor` is the shortest time in seconds that the device's limits allow. It sets the number of calls in a graph.
+        `floor` is the shortest time in seconds that the device's limits allow. It sets how many calls a graph has.
         """
         if self._device == "cpu":
             start = time.perf_counter()

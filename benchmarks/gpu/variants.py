@@ -14,8 +14,9 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
-SHARED_BYTES = 227 << 10  # shared memory that a thread block may use on an H100 or H200
-# Up to FEW_ROWS (plain weights) or FEWER_ROWS (quantised weights), the kernels use their tiles for few rows.
+SHARED_BYTES = 227 << 10  # size in bytes of the shared memory that a thread block may use on an H100 or H200
+# The matmul kernels have special tile sizes for products with few rows: at most FEW_ROWS rows if the weights are not
+# quantised, at most FEWER_ROWS rows if the weights are quantised.
 FEW_ROWS, FEWER_ROWS = 64, 16
 PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
 Fields = dict[str, int | None]
@@ -23,7 +24,7 @@ Fields = dict[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A set of constants and functions of the Triton kernels to replace.
+    """A variant of the Triton kernels: the constants and functions in their modules that are replaced.
 
     The keys of `changes` are "module.name" in kernels.triton. For a dictionary, or a function that returns a dictionary
     or a named tuple, the value has the changed fields. For another function it is the new result, and for a constant
@@ -44,7 +45,7 @@ class Variant:
 
     @property
     def whole_tile(self) -> bool:
-        """True if the variant sets all tile sizes of a matrix product, whatever the number of rows is."""
+        """True if the variant sets all tile sizes of a matrix product, so that none depends on the number of rows."""
         return any(place in self.changes for place in PRODUCT_TILES.values())
 
 
@@ -78,19 +79,22 @@ def _changed(old: Any, value: Any) -> Any:
 
 
 def grid(place: str, *, exact: bool = True, **choices: tuple[int | None, ...]) -> Iterator[Variant]:
-    """Yields a variant for every combination of values. `choices` has the values to try for each field of `place`."""
+    """Yields a variant for every combination of the values in `choices`.
+
+    `place` names a function or a dictionary in kernels.triton. `choices` has the values to try for each of its fields.
+    """
     for values in product(*choices.values()):
         yield Variant({place: dict(zip(choices, values, strict=True))}, exact)
 
 
 def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
-    """Yields a variant for every value of every constant. `module__NAME` stands for the constant module.NAME."""
+    """Yields a variant for every value of every constant in `choices`. The key `module__NAME` means module.NAME."""
     for name, values in choices.items():
         yield from (Variant({name.replace("__", "."): value}, exact) for value in values)
 
 
 def product_variants(op: str, rows: int, *, quantized: bool) -> list[Variant]:
-    """Returns the variants of the matrix product `linear` or `run_experts` for this number of rows."""
+    """Returns the variants of the matrix product in the op `linear` or `run_experts`, for products with `rows` rows."""
     tiles = _quantized_tiles(rows) if quantized else _plain_tiles(rows)
     return _distinct(Variant({PRODUCT_TILES[op]: tile}) for tile in tiles)
 
@@ -104,7 +108,7 @@ def _tile(rows: int, columns: int, num_warps: int, num_stages: int, **more: int 
 
 
 def _plain_tiles(rows: int) -> Iterator[Fields]:
-    """Yields tile sizes for bfloat16 matrix products. `inner` is the number of elements along K in a tile."""
+    """Yields tile sizes for bfloat16 matrix products. `inner` is a tile's number of elements along K."""
     few = product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4, 6, 8))
     for columns, inner, warps, stages in few if rows <= 4 * FEW_ROWS else ():
         if 2 * (64 + columns) * inner * stages > SHARED_BYTES or (warps == 8 and (columns < 64 or inner > 64)):
@@ -163,7 +167,7 @@ def mamba_decode_variants() -> list[Variant]:
 
 
 def attention_variants(*, decode: bool) -> list[Variant]:
-    """Returns the variants of attention. Another KEYS (keys per tile), ROWS or SPLIT changes the order of sums."""
+    """Returns the variants of attention. Changing KEYS (keys per tile), ROWS or SPLIT changes the order of sums."""
     module = import_module("jamba_server.kernels.triton.attention")
     own = decode and hasattr(module, "DECODE_OPTIONS")
     place = "attention.DECODE_OPTIONS" if own else "attention.OPTIONS"
@@ -180,7 +184,7 @@ def attention_variants(*, decode: bool) -> list[Variant]:
 
 
 def scan_variants(implementation: str) -> list[Variant]:
-    """Returns the variants of the selective scan that computes prompts."""
+    """Returns the variants of the selective scan in prefill."""
     if implementation == "triton-chunked":
         found = [*constants(False, scan_chunked__CHUNK=(64, 128, 512))]
         found += constants(True, scan_chunked__BLOCK_CHANNELS=(8, 32), scan_chunked__GROUP=(2, 8))

@@ -1,4 +1,4 @@
-"""Measures a shape over HTTP with this server and with llama.cpp's, and transformers' generate beside them, in one run.
+"""Measures this server, llama.cpp's server and transformers' `generate` at the same model shape, in one run.
 
     python -m benchmarks.http.peers --name peers-3b --gguf FILE --llama-server PATH [--clients 1,8] [--threads 2]
 
@@ -32,8 +32,8 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 from jamba_server.server.cli.bench.report import Level
 
 SHAPE, INPUT_LEN, OUTPUT_LEN = "3b", 128, 64
-START_TIMEOUT = 600.0  # seconds within which a server must be ready
-PORT = 8427  # llama.cpp's server needs a fixed port
+START_TIMEOUT = 600.0  # number of seconds after its start within which a server must be ready
+PORT = 8427  # port on which llama.cpp's server listens
 
 
 @contextmanager
@@ -59,7 +59,10 @@ def llama_server(program: Path, gguf: Path, *, slots: int, threads: int) -> Gene
 
 
 def measure_transformers(folder: str, threads: int) -> dict[str, Any]:
-    """Returns the conditions and the record of one request through `generate`, after a short one to warm up."""
+    """Times one request with transformers' `generate`, after a short request to warm up.
+
+    Returns the conditions and the results.
+    """
     tokens = [random.Random(0).randrange(3, SHAPES[SHAPE]["vocab_size"]) for _ in range(INPUT_LEN)]
     request = {"prompt": tokens, "max_tokens": OUTPUT_LEN}
     job = {"model": folder, "device": "cpu", "dtype": "bfloat16", "load_format": "dummy", "threads": threads}
@@ -72,7 +75,7 @@ def measure_transformers(folder: str, threads: int) -> dict[str, Any]:
 
 
 def rate(record: dict[str, Any]) -> float:
-    """Returns the output tokens per second of one request through transformers."""
+    """Returns the output tokens per second of one request to transformers."""
     return record["output_tokens"] / (record["end"] - record["start"])
 
 

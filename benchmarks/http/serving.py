@@ -40,8 +40,9 @@ from jamba_server.server.cli.bench.runner import ClosedLoop
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-STOP_SECONDS = 60  # longer than a server waits for running requests after SIGTERM
-LOG_TAIL = 3000  # number of characters from the end of the server's log that an error message shows
+# After SIGTERM, a server gets this many seconds to end, which is longer than it waits for its running requests.
+STOP_SECONDS = 60
+LOG_TAIL = 3000  # number of characters that an error message shows of the server's log, from its end
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,7 +70,8 @@ def running_server(serve_arguments: list[str], start_timeout: float) -> Generato
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("a+") as log:  # "a": seek() moves the server's position, too, so the server appends
+    # The server shares the file position that seek() moves. In mode "a", the server always writes at the end.
+    with tempfile.TemporaryFile("a+") as log:
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -112,7 +114,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def flag(serve_arguments: list[str], name: str, default: str) -> str:
-    """Returns the value of `--name value` or `--name=value` in `serve_arguments`, or `default` if there is neither."""
+    """Returns the value of `--name value` or `--name=value` in `serve_arguments`, or `default` if neither is there."""
     for argument, following in pairwise([*serve_arguments, ""]):
         if argument == name:
             return following

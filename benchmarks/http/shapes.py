@@ -1,4 +1,4 @@
-"""Measures the server over HTTP at three model shapes, under the same load as llama.cpp's server was.
+"""Measures the server over HTTP at three model shapes, under the load under which llama.cpp's server was measured.
 
     python -m benchmarks.http.shapes --name http-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4+mamba]
 
@@ -88,7 +88,7 @@ def descendants(pid: int | str) -> Iterator[int]:
 
 
 def memory_of_children() -> int:
-    """Returns the memory of this process's descendants in bytes. Memory shared by n processes counts 1/n for each."""
+    """Returns the memory of this process's descendants in bytes. Memory that n processes share is divided by n."""
     total = 0
     for pid in descendants("self"):
         try:
