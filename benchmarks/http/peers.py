@@ -97,9 +97,9 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_clients(url: str, vocab_size: int, clients: list[int]) -> dict[int, Level]:
-    """Returns a measurement for each number of clients, each of which sends two requests."""
+    """Returns a measurement for each number of clients, which send one request each, and a single client sends two."""
     return {
-        count: measure_level(url, vocab_size, str(count), prompts=2 * count, warm_ups=1, seed=count)[0]
+        count: measure_level(url, vocab_size, str(count), prompts=max(2, count), warm_ups=1, seed=count)[0]
         for count in clients
     }
 
