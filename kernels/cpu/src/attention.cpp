@@ -5,9 +5,11 @@
 
 namespace {
 
-// The online softmax processes BLOCK keys at a time: its maximum and its sum are updated once per BLOCK keys.
+// The online softmax processes BLOCK keys at a time: the maximum score and the sum of the weights are updated once per
+// BLOCK keys.
 constexpr int64_t BLOCK = 64;
-// Number of consecutive tokens whose keys are usually adjacent in memory. It affects only the order of prefetches.
+// Number of consecutive tokens whose keys are usually adjacent in memory. This number affects only the order of
+// prefetches.
 constexpr int64_t PAGE = 16;
 // A split is SPLIT consecutive keys of a sequence. A thread takes at least one split at a time. SPLIT is a multiple of
 // BLOCK.
@@ -28,8 +30,8 @@ struct AttentionArguments {
     int64_t first_row(int64_t sequence) const { return query_start ? query_start[sequence] : sequence; }
 };
 
-// A tile holds the query rows of consecutive tokens of one sequence, for the query heads that read the KV heads `head`
-// to `head + heads - 1`.
+// The struct `Tile` has the query rows of consecutive tokens of one sequence, for the query heads that read the KV
+// heads `head` to `head + heads - 1`.
 template <class Q>
 struct Tile {
     const Q* q;  // q: [heads, rows, padded]; each row has `size` elements and then zeros
@@ -42,8 +44,9 @@ struct Tile {
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
 
-// Prefetches the key and value rows of the next block, `row_bytes` bytes each. Every call prefetches a few cache lines,
-// because a core would stall if it requested more prefetches at once than it can have in flight.
+// The struct `Ahead` prefetches the key and value rows of the next block. Each row has `row_bytes` bytes. Every call of
+// the function `call` prefetches a few cache lines, because a core would stall if the core requested more prefetches at
+// once than it can have in flight.
 struct Ahead {
     const char *const *row, *const *last_row;
     int64_t row_bytes;
@@ -58,12 +61,12 @@ struct Ahead {
     }
 };
 
-// KeyBlock holds the addresses of the keys and values of BLOCK consecutive tokens.
+// The struct `KeyBlock` has the addresses of the keys and values of BLOCK consecutive tokens.
 template <class K, class V>
 struct KeyBlock {
     const K* keys[BLOCK];
     const V* values[BLOCK];
-    Ahead* ahead;  // `ahead` prefetches the keys and values of the next block.
+    Ahead* ahead;  // the struct that prefetches the keys and values of the next block
 };
 
 }  // namespace
@@ -79,8 +82,8 @@ using namespace avx512;
 #undef DOT_PRODUCTS
 }  // namespace avx512_bf16
 END_TARGET
-// This macro calls the version of function f that was compiled for the machine's instruction set. For bf16, f also has
-// a version in the namespace avx512_bf16.
+// This macro calls the version of the function f that was compiled for the machine's instruction set. For bf16, f also
+// has a version in the namespace avx512_bf16.
 #define DISPATCH_ATTENTION(f, ...)                                                       \
     do {                                                                                 \
         if constexpr (std::is_same_v<T, bf16>) {                                         \
@@ -92,9 +95,10 @@ END_TARGET
 #define DISPATCH_ATTENTION(f, ...) return DISPATCH(f, __VA_ARGS__)
 #endif
 
-// Returns the number of KV heads that a thread processes together. `parts` is the number of pieces of work if each
-// piece has all KV heads. The heads of a token are adjacent in memory, so a piece with many heads reads memory in
-// order. But each thread should get several pieces, so a piece has fewer heads if there are too few pieces.
+// Returns the number of KV heads that a thread processes together. The argument `parts` is the number of pieces of work
+// that there would be if each piece had all KV heads. The heads of a token are adjacent in memory, so a piece with many
+// heads reads memory in order. But each thread should get several pieces, so a piece has fewer KV heads if there would
+// otherwise be fewer than four pieces per thread.
 static int64_t heads_together(int64_t kv_heads, int64_t parts) {
     int64_t heads = kv_heads;
     while (heads % 2 == 0 && parts * (kv_heads / heads) < 4 * num_threads()) heads /= 2;

@@ -1,12 +1,14 @@
-// This file computes causal attention in tiles. A tile holds the query rows of some tokens of one sequence, ordered by
-// token and then by query head, for query heads that read the same KV head. Every query row reads the keys that it
-// attends to in blocks of BLOCK keys, from position 0 upwards, with an online softmax (Dao et al. 2022, FlashAttention,
-// Algorithm 1). A new softmax begins every SPLIT keys, and the softmaxes of these splits are merged in ascending order
-// of position. Scores and weighted values are summed in a fixed order, so the result of a row depends on its own query
-// and keys only, and different threads may compute different splits.
+// This file computes causal attention in tiles. A tile consists of the query rows of consecutive tokens of one
+// sequence, for the query heads that read the tile's KV heads. The rows that read one KV head are ordered by token and
+// then by query head. Every query row reads the keys that it attends to in blocks of BLOCK keys, from position 0
+// upwards, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1). A split is SPLIT consecutive keys.
+// Each split has a softmax of its own, and the softmaxes of all splits are merged in ascending order of position.
+// Scores and weighted values are summed in a fixed order, so the result of a query row depends only on this row's
+// query, keys and values. The result is the same if different threads compute the splits.
 //
-// If DOT_PRODUCTS is defined (for bf16 only), queries and keys are multiplied in bf16, and the scores are scaled
-// afterwards. Otherwise the queries are converted to float32 and scaled before they are multiplied with the keys.
+// If DOT_PRODUCTS is defined (for bf16 only), queries and keys are multiplied in bf16, and the scores are multiplied by
+// the softmax scale afterwards. Otherwise the queries are converted to float32 and multiplied by the softmax scale
+// before they are multiplied by the keys.
 //
 // In decode, a thread processes a block of keys for several KV heads in turn, because the heads of a token are adjacent
 // in memory.
@@ -17,14 +19,16 @@ constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;
 constexpr int LONE_COLUMNS = 8;  // Number of vectors of a value row that are processed at once for a single query row.
 // If a tile has more than WIDENED_ROWS query rows, keys and values are converted to float32 once for the whole tile.
 constexpr int64_t WIDENED_ROWS = 2 * ROWS;
-// Number of floats that the softmax maximum and sum of a query row take. The weighted sum of values follows them.
+// The running softmax of a query row has the maximum score, the sum of the weights and the weighted sum of the values.
+// SOFTMAX is the number of floats before the weighted sum of the values.
 constexpr int64_t SOFTMAX = 2 * WIDTH;
-constexpr int64_t MAXIMUM = 0;  // offset of the softmax maximum in a row's running softmax
+constexpr int64_t MAXIMUM = 0;  // offset of the maximum score in a row's running softmax
 constexpr int64_t WEIGHT_SUM = WIDTH;  // offset of the sum of softmax weights, which has one partial sum per lane
 
 #ifdef DOT_PRODUCTS
 using Query = bf16;
-// A lane has two neighbouring bf16 elements. The instruction VDPBF16PS multiplies both elements and adds the products.
+// A lane has two neighbouring bf16 elements of a row. For each lane, the instruction VDPBF16PS adds the two products of
+// these elements with the two elements of another row to a float32.
 using Lanes = __m512bh;
 
 INLINE Lanes take_lanes(const bf16* p, int64_t n) {
@@ -44,9 +48,9 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
 // Computes scores: [R, BLOCK], the dot products of R query rows with n keys. Each query row has zeros after its `size`
-// elements. `block.keys` has valid addresses up to the next multiple of SUMS. With AHEAD, the next block of keys and
-// values is prefetched at the speed at which this block is read. The processor's own prefetcher cannot predict the next
-// block, because the pages of a sequence are scattered in memory.
+// elements. The array `block.keys` has valid addresses up to index n rounded up to a multiple of SUMS. If AHEAD is
+// true, the next block of keys and values is prefetched at the speed at which the current block is read. The
+// processor's own prefetcher cannot predict the next block, because the pages of a sequence are scattered in memory.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
     constexpr int C = SUMS / R;
@@ -74,9 +78,9 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Replaces the n scores of a block by the softmax weights exp(score - maximum). The maximum is taken over this block
-// and all earlier blocks. Updates the row's softmax maximum and sum. Returns the factor by which the weighted sum of
-// the earlier values must be multiplied.
+// Replaces the scores of one query row for the n keys of a block by the softmax weights exp(score - maximum). The
+// maximum is the largest score in this block and in all earlier blocks. Updates the maximum and the sum of weights in
+// the row's running softmax. Returns the factor by which the weighted sum of the earlier values must be multiplied.
 INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     for (int64_t j = n; j % WIDTH; j++) scores[j] = -__builtin_inff();
     Vec top = load(scores);
@@ -94,8 +98,8 @@ INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     return rescale;
 }
 
-// Computes values = values * rescale + weights @ v for R query rows, where v are the n value rows of the block. The
-// computation covers C vectors of columns, from column z on.
+// Computes values = values * rescale + weights @ v for R query rows, where v are the n value rows of the block. Only
+// the columns z to z + C * WIDTH - 1 are computed.
 template <int R, int C, bool AHEAD, class K, class V>
 INLINE void add_columns(const float* weights, const float* rescale, const KeyBlock<K, V>& block, int64_t n, int64_t z,
                         int64_t count, float* values, int64_t stride) {
@@ -117,7 +121,7 @@ INLINE void add_columns(const float* weights, const float* rescale, const KeyBlo
     }
 }
 
-// Computes attention of R query rows that all attend to the first n keys of a block.
+// Computes attention of R query rows over the first n keys of a block. All R rows must attend to these n keys.
 template <int R, bool AHEAD, class K, class V>
 INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n,
                         float* softmax) {
@@ -139,7 +143,7 @@ INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<
 }
 
 // Computes attention of a tile's rows over the n keys of one block. `start` is the position of the block's first key in
-// the sequence. Row r attends to the first `visible(r)` keys of the sequence.
+// the sequence. Row r attends to the first `tile.visible(r)` keys of the sequence.
 template <class K, class V>
 void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t start, int64_t n,
                   float* softmax) {
@@ -188,8 +192,9 @@ INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, floa
     }
 }
 
-// Computes attention of a tile over one block of keys of one KV head. If the tile has many rows, the values (and,
-// without DOT_PRODUCTS, the keys) are first converted to float32 in the thread's scratch memory, once for all rows.
+// Computes attention of a tile over one block of keys of one KV head. If the tile has more than WIDENED_ROWS rows, the
+// values (and, without DOT_PRODUCTS, the keys) are first converted to float32 in the thread's scratch memory, once for
+// all rows.
 template <class T>
 void convert_and_attend(const Tile<Query>& tile, const Query* q, const KeyBlock<T, T>& block, int64_t start, int64_t n,
                         float* softmax) {
@@ -212,9 +217,9 @@ INLINE void clear(float* softmax, int64_t rows, int64_t stride) {
     for (int64_t r = 0; r < rows; r++) softmax[r * stride + MAXIMUM] = -__builtin_inff();
 }
 
-// Computes attention of a tile over the keys at positions begin to end - 1 of the sequence, block by block and, within
-// a block, KV head by KV head. Writes new softmaxes [heads, rows, SOFTMAX + padded]. Keys and values at positions below
-// `last` are prefetched.
+// Computes attention of a tile over the keys at positions `begin` to `end` - 1 of the sequence, block by block and,
+// within a block, KV head by KV head. Writes the running softmaxes of the tile's rows to `softmax`: [heads, rows,
+// SOFTMAX + padded]. Keys and values at positions below `last` are prefetched.
 template <class T>
 void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t begin, int64_t end, int64_t last,
                   float* softmax) {
@@ -228,8 +233,8 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
         for (int64_t j = 0; j < BLOCK; j++) block.keys[j] = a.k + places[j], block.values[j] = a.v + places[j];
         const char* rows[2 * BLOCK];
         if (start + BLOCK < last) locate(a, tile, start + BLOCK, last, places);
-        // The rows are prefetched in this order: the keys of PAGE tokens, the values of these tokens, the keys of the
-        // next PAGE tokens, and so on.
+        // The rows are prefetched in this order: the keys of PAGE tokens, the values of the same PAGE tokens, the keys
+        // of the next PAGE tokens, and so on.
         for (int64_t j = 0; j < 2 * BLOCK; j++) {
             const int64_t place = places[j / (2 * PAGE) * PAGE + j % PAGE];
             rows[j] = (const char*)((j / PAGE % 2 ? a.v : a.k) + place);
@@ -278,8 +283,9 @@ INLINE void copy_query(const AttentionArguments<T>& a, const T* q, Query* out) {
 #endif
 }
 
-// Copies the queries of a tile to `memory` and returns the tile. The tile covers `tokens` tokens, of which the first is
-// row `row` of the batch. It has the query heads that read the KV heads `head` to `head + heads - 1`.
+// Copies the queries of a tile to `memory` and returns the tile. The tile has the query rows of `tokens` tokens, of
+// which the first is row `row` of the batch. For each token, the tile has the query heads that read the KV heads `head`
+// to `head + heads - 1`.
 template <class T>
 Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                       int64_t tokens, int64_t first_visible, Query* memory) {
@@ -294,8 +300,8 @@ Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t 
             first_visible};
 }
 
-// Computes attention of `tokens` tokens of a sequence for `heads` KV heads, one split of SPLIT keys after the other.
-// The first token attends to `first_visible` keys.
+// Computes attention of `tokens` tokens of a sequence for the query heads that read `heads` KV heads, one split of
+// SPLIT keys after another. The first token attends to `first_visible` keys.
 template <class T>
 void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                  int64_t tokens, int64_t first_visible) {
@@ -319,7 +325,7 @@ void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head,
 }
 
 // Computes attention of all sequences of the batch, tile by tile, with `heads` KV heads per tile. first_tile:
-// [sequences + 1]; first_tile[i] is the number of tiles of all sequences before sequence i.
+// [sequences + 1], where first_tile[i] is the total number of tiles of the sequences 0 to i - 1.
 template <class T>
 void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64_t tile_tokens, int64_t heads) {
     const int64_t parts = a.kv_heads / heads;
@@ -336,8 +342,8 @@ void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64
 }
 
 // Computes attention in decode, where each sequence has one query row. The splits of a sequence (SPLIT keys each) are
-// divided among the threads. A piece of work has `run` splits and `heads` KV heads. All splits are computed first; then
-// the softmaxes of each row's splits are merged.
+// divided among the threads. A piece of work is `run` consecutive splits of one sequence, for `heads` KV heads. All
+// splits are computed first; then, for each query row, the softmaxes of its splits are merged.
 template <class T>
 void attend_splits(const AttentionArguments<T>& a, int64_t splits, int64_t run, int64_t heads) {
     const int64_t group = a.heads / a.kv_heads, padded = whole_vectors(a.size), stride = SOFTMAX + padded;

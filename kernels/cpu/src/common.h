@@ -1,8 +1,8 @@
 // This header declares what all kernels share: number formats, the machine's instruction set, and threads.
 //
-// Results are batch-invariant. Therefore every sum has one fixed order, whatever the number of rows or threads. If a
-// row does not fill its last vector, the last elements go through the same vector code, with the unused lanes masked. A
-// multiplication and an addition are fused only where the code calls `fma`.
+// Results are batch-invariant. Therefore every sum has one fixed order, for any number of rows and any number of
+// threads. If a row does not fill its last vector, the last elements are computed by the same vector code, with the
+// unused lanes masked. A multiplication and an addition are fused only where the code calls `fma`.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,8 +14,9 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
-// Code between BEGIN_TARGET_x and END_TARGET may use the instruction set x, and must run only if `level()` allows x.
-// No standard header may be included between the two macros, because its functions would use x on every machine.
+// Code between BEGIN_TARGET_x and END_TARGET is compiled with the instruction set x, and must run only if the function
+// `level` returns x or a later value of the enum `Level`. No standard header may be included between the two macros,
+// because its functions would use x on every machine.
 #if defined(__clang__)
 #define JAMBA_TARGET(features) \
     _Pragma("clang diagnostic ignored \"-Wunknown-attributes\"") \
@@ -34,14 +35,15 @@
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
 #endif
 
-// The instruction sets that kernels may use, in ascending order. Each instruction set includes all earlier ones.
+// The instruction sets for which kernels are compiled. Each instruction set includes all instruction sets before it in
+// this list.
 enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
 Level level();
 
 // Divides the items 0 to n - 1 into pieces of `grain` items. Calls body(begin, end) for ranges of pieces, on the
-// calling thread and on idle workers. Any thread may run any piece, so the result of a piece must not depend on the
-// thread. With `in_runs`, a thread takes many neighbouring pieces at once while many pieces remain. This suits pieces
-// of equal cost that read memory in order.
+// calling thread and on idle workers. It is not fixed which thread runs which piece, so the result of a piece must not
+// depend on the thread. If `in_runs` is true, a thread takes many neighbouring pieces at once while many pieces remain.
+// Then each thread reads memory in order, but the work is divided evenly only if all pieces take the same time.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
 void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
 int64_t num_threads();
@@ -55,7 +57,7 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = fa
 
 // Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one
 // buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. A body of `parallel_for` must call
-// this function itself, because the body may run on another thread.
+// this function inside the body, because the body might run on another thread than the caller of `parallel_for`.
 void* scratch(int slot, int64_t bytes);
 
 // The dtypes of tensors. `kernels/cpu/library.py` has the same integer for each dtype.
@@ -82,7 +84,7 @@ INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
     // The bits of the f16 number are shifted to their places in a float32, which makes the exponent too small by 112. A
-    // multiplication by 2^112 corrects the exponent, also for subnormal numbers.
+    // multiplication by 2^112 corrects the exponent. This also converts subnormal f16 numbers correctly.
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000);  // 2^112
     return from_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : to_bits(scaled)));
@@ -107,14 +109,16 @@ inline f16 from_float<f16>(float x) {
     const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
     if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // Magnitudes from 65520 on become infinite in f16.
-    // Subnormal f16 numbers are 2^-24 apart. A float32 sum with 0.5 is rounded to a multiple of 2^-24.
+    // Subnormal f16 numbers are 2^-24 apart. Neighbouring float32 numbers from 0.5 to 1 are also 2^-24 apart, so adding
+    // 0.5 rounds x to a multiple of 2^-24.
     if (magnitude < 0x38800000) {
         return {uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)))};
     }
     return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// Calls f with a value of the C++ type that `dtype` names: with_dtype(dtype, [&](auto t) { using T = decltype(t); }).
+// Calls the function f with a value of the C++ type that has the number `dtype`: with_dtype(dtype, [&](auto t) { using
+// T = decltype(t); }).
 template <class F>
 inline void with_dtype(int64_t dtype, const F& f) {
     switch (Dtype(dtype)) {

@@ -1,14 +1,15 @@
-// ConvWindow gives access to the input rows of one sequence, from some channel on. The rows of the current call come
-// from x. The rows just before the current call come from the sequence's convolution state.
+// The struct `ConvWindow` finds the input rows of one sequence for the channels from a chosen first channel on. The
+// rows of the current call come from x. The rows of earlier calls that the convolution still needs come from the
+// sequence's convolution state.
 template <class T>
 struct ConvWindow {
     const T* x;  // x points to the sequence's first row in the current call.
     int64_t x_stride;
-    const T* history;  // history: [history_rows, channels], or null if the sequence has no state yet
+    const T* history;  // history: the state [history_rows, channels], or null if there is none yet
     int64_t history_rows, channels;
 
-    // Returns the address of an input row. Row 0 is the first row of the current call, and negative rows come from the
-    // state. The result is null for a row of zeros.
+    // Returns the address of input row `row`. Row 0 is the first row of the current call, and negative rows come from
+    // the state. The result is null for a row of zeros.
     INLINE const T* at(int64_t row) const {
         if (row >= 0) return x + row * x_stride;
         return history ? history + (history_rows + row) * channels : nullptr;
@@ -18,8 +19,9 @@ struct ConvWindow {
         return {x + c, x_stride, history ? history + c : nullptr, history_rows, channels};
     }
 
-    // Writes to `to` the convolution state after the first `rows` rows of the current call. `to` may be `history`
-    // itself, because the rows are copied in ascending order and every row moves towards the beginning.
+    // Writes to `to` the convolution state after the first `rows` rows of the current call. The argument `to` is
+    // allowed to be `history` itself, because the rows are copied in ascending order and every row of `history` is
+    // copied to a lower address.
     INLINE void save(T* to, int64_t rows, int64_t n) const {
         for (int64_t j = 0; j < history_rows; j++) {
             const T* from = at(rows - history_rows + j);
@@ -29,8 +31,9 @@ struct ConvWindow {
     }
 };
 
-// Computes output rows [begin, end) of one sequence at n channels from `channel` on. `window` and `out` start at
-// channel `channel`. W is the width of the convolution if that is known at compile time, otherwise 0.
+// Computes the output rows `begin` to `end` - 1 of one sequence for the channels `channel` to `channel` + n - 1. The
+// arguments `window` and `out` begin at channel `channel`. W is the number of taps of the convolution if this number is
+// known at compile time, otherwise 0.
 template <int W, class T>
 INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int64_t begin, int64_t end,
                      int64_t channel, int64_t n, T* out) {
@@ -49,7 +52,7 @@ INLINE void convolve(const ConvArguments<T>& a, const ConvWindow<T>& window, int
     }
 }
 
-// Computes the convolution of all sequences at channels [first, last).
+// Computes the convolution of all sequences for the channels `first` to `last` - 1.
 template <class T>
 void convolve_piece(const ConvArguments<T>& a, int64_t first, int64_t last) {
     for (int64_t i = 0; i < a.segments.count; i++) {

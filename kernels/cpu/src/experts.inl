@@ -1,8 +1,8 @@
-// This file runs a layer of experts. Each expert runs once, on all tokens that chose this expert, so that its weights
-// are read only once per step.
+// This file runs a layer of experts. Each expert runs once per step, on all tokens that chose this expert, so that the
+// expert's weights are read only once per step.
 
 // An entry is the choice of one expert by one token. Entry t * top_k + k is position k in the top-k list of token t.
-// Order describes the list of all entries, sorted by expert and, for the same expert, by entry number.
+// The struct `Order` has the list of all entries, sorted by expert and, for the same expert, by entry number.
 struct Order {
     int32_t* tokens;  // tokens[i] is the token of the entry at position i of the sorted list.
     int32_t* places;  // places[i] is the position of entry i in the sorted list.
@@ -19,7 +19,7 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     for (int64_t i = 0; i < entries; i++) order.starts[e.ids[i] + 1]++;
     for (int64_t i = 0; i < e.experts; i++) order.starts[i + 1] += order.starts[i];
     for (int64_t i = 0; i < entries; i++) {
-        // After the loop, starts[e] is the position where the entries of expert e + 1 begin.
+        // After this loop, starts[e] is the position where the entries of expert e + 1 begin.
         const int32_t place = order.starts[e.ids[i]]++;
         order.places[i] = place;
         order.tokens[place] = int32_t(i / e.top_k);

@@ -1,6 +1,7 @@
-// This header compiles the file KERNEL_FILE in each namespace of `simd.h`, one per instruction set. DISPATCH(f,
-// arguments) then calls the function f of the namespace that `level()` selects. The header has no include guard,
-// because a source file may include it for several KERNEL_FILEs.
+// This header compiles the file KERNEL_FILE in each namespace of `simd.h`, one per instruction set. The macro
+// DISPATCH(f, arguments) then calls the function f of the namespace for the instruction set that `level()` returns. The
+// header has no include guard, because a source file is allowed to include the header several times, each time with
+// another KERNEL_FILE.
 #include "simd.h"
 
 #if JAMBA_X86

@@ -1,12 +1,14 @@
-// This file reads each weight format of `gemm.h` and converts the weights to the type in which they are multiplied:
-// bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every int4, int8 and
-// e4m3 number. To convert e4m3, the bits are moved to their places in a float32, and a multiplication by 2^120 corrects
-// the exponent, also of subnormal numbers.
+// This file reads weights in each format that `gemm.h` defines, and converts the weights to the type in which they are
+// multiplied: bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every
+// int4, int8 and e4m3 number. To convert an e4m3 number, its bits are moved to their places in a float32, and a
+// multiplication by 2^120 corrects the exponent. This also converts subnormal e4m3 numbers correctly.
 //
-// A pair is two neighbouring elements along K. Reader<W> reads weights of format W in steps. A step has PAIRS pairs of
-// each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. `vector(step, v,
-// pair)` returns one pair of the columns from v * WIDTH to (v + 1) * WIDTH - 1. If SCALED is true, the scales of each
-// group follow the last step of the group.
+// A pair is two neighbouring elements along K. The struct `Reader<W>` reads weights of format W in steps. A step has
+// PAIRS pairs of each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. With
+// DOT_PRODUCTS, the function `vector(step, v, pair)` returns pair number `pair` of the step, for the columns v * WIDTH
+// to (v + 1) * WIDTH - 1 of a strip. Without DOT_PRODUCTS, `vector(step, v, pair, half)` returns only the first (half =
+// 0) or the second (half = 1) element of each pair. If SCALED is true, the scales of each group follow the last step of
+// the group.
 
 // A panel has STRIPS strips of STRIP columns each.
 constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
@@ -60,9 +62,9 @@ struct Reader<Int4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
     static INLINE Weight vector(const char* step, int vector, int pair) {
-        // This table has the bf16 number for each of the 16 bit patterns of int4. The index of the permutation
-        // instruction has five bits, of which the fifth belongs to the next int4 number. Two copies of the table make
-        // the fifth bit irrelevant.
+        // This table has the bf16 number for each of the 16 bit patterns of int4. The permutation instruction uses five
+        // bits as the index, and the fifth bit is part of the next int4 number. The table is therefore stored twice in
+        // a row, so that the fifth bit does not change the result.
         const __m256i once = _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, -0x3f00,
                                                -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080);
         const __m512i four = _mm512_srli_epi16(_mm512_loadu_si512(step + 64 * vector), 4 * pair);
@@ -90,7 +92,7 @@ INLINE Lanes read_bytes(const char* p) {
     return Lanes{four, four, four, four} << Lanes{24, 16, 8, 0} >> 24;
 #endif
 }
-// Returns the signed integer that bits first to first + size - 1 of each lane hold, as a float.
+// Takes the bits `first` to `first + size - 1` of each lane as a signed integer and returns this integer as a float.
 INLINE Vec number(Lanes x, int first, int size) {
     return __builtin_convertvector(x << (32 - first - size) >> (32 - size), Vec);
 }

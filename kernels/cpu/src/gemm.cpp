@@ -1,4 +1,4 @@
-// This file packs weight matrices, and multiplies inputs by packed weights in `linear` and `run_experts`.
+// This file packs weight matrices. The functions `linear` and `run_experts` multiply inputs by packed weights.
 #include "gemm.h"
 #include "ops.h"
 
@@ -25,7 +25,8 @@ template <class T>
 void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     const int64_t block = 32;
     for (int64_t start = 0; start < k; start += block) {
-        // The weight is read in whole cache lines, and written as pairs of neighbouring elements along K.
+        // The weight is read in pieces of `block` elements along K, which are whole cache lines, and is written as
+        // pairs of neighbouring elements along K.
         T lines[PANEL][block] = {};
         const int64_t n = k - start < block ? k - start : block;
         for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
@@ -36,11 +37,11 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     }
 }
 
-// Packs elements `start` to `end` - 1 along K, for the columns of one panel, as numbers of BITS bits. Returns the
-// address after the last byte written.
+// Packs elements `start` to `end` - 1 along K, for `columns` columns of one panel, as numbers of BITS bits each.
+// Returns the address after the last byte written.
 template <int BITS>
 uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
-    // A step has INPUTS elements of each column, which take BYTES bytes per column.
+    // Each iteration packs one step: INPUTS elements of each column, which take BYTES bytes per column.
     constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;
     for (; start < end; start += INPUTS, out += PANEL * BYTES) {
         std::memset(out, 0, PANEL * BYTES);
@@ -65,8 +66,8 @@ EXPORT int64_t packed_bytes(int64_t n, int64_t k, int64_t dtype) {
     return bytes;
 }
 
-// Requests huge pages for memory that has not been written yet. With huge pages, one core reads memory 1.5 times as
-// fast as with normal pages.
+// Asks the operating system for huge memory pages for memory that has not been written yet. With huge pages, one core
+// reads memory 1.5 times as fast as with normal pages.
 EXPORT void use_huge_pages(void* memory, int64_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
 
 // Packs a weight that is not quantised. weight: [n, k], contiguous; packed: packed_bytes(n, k, dtype) bytes of memory.
@@ -83,8 +84,9 @@ EXPORT void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, 
     });
 }
 
-// Copies the rows of a weight [n, k] whose numbers are in `ids` [count] to out: [count, k]. If `is_packed` is not 0,
-// `weight` was packed by `pack_weight`; otherwise it is a contiguous [n, k].
+// Copies row ids[i] of a weight matrix [n, k] to row i of `out`, for each i below `count`. ids: [count]; out: [count,
+// k]. If `is_packed` is not 0, the argument `weight` was packed by the function `pack_weight`; otherwise `weight` is a
+// contiguous array [n, k].
 EXPORT void gather_rows(const void* weight, int64_t is_packed, const int64_t* ids, void* out, int64_t count, int64_t k,
                         int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
@@ -136,8 +138,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 }
 
 #if JAMBA_X86
-// This macro calls the version of function f<T> that was compiled for the machine's instruction set. For bf16, f also
-// has a version in the namespace avx512_bf16.
+// This macro calls the version of the function f<T> that was compiled for the machine's instruction set. For bf16, f
+// also has a version in the namespace avx512_bf16.
 #define DISPATCH_PRODUCT(f, argument)                                                              \
     do {                                                                                           \
         if constexpr (std::is_same_v<T, bf16>) {                                                   \
@@ -149,8 +151,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 #define DISPATCH_PRODUCT(f, argument) DISPATCH(f, argument)
 #endif
 
-// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bits and group_size: see `Weights` in
-// `gemm.h`; bias: [n] or null; y: [m, n].
+// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bits and group_size: see the struct
+// `Weights` in `gemm.h`; bias: [n] or null; y: [m, n].
 EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t bits, int64_t group_size,
                    const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
@@ -161,9 +163,9 @@ EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t 
     });
 }
 
-// Computes `kernels.ops.RunExperts`. x: [tokens, hidden], with rows `x_stride` elements apart; gate_up: packed
-// [experts, 2 * inner, hidden]; down: packed [experts, hidden, inner]; weights, ids: [tokens, top_k]; y: [tokens,
-// hidden].
+// Computes the operation that `kernels.ops.RunExperts` defines. x: [tokens, hidden], with rows `x_stride` elements
+// apart; gate_up: packed weights [experts, 2 * inner, hidden]; down: packed weights [experts, hidden, inner]; weights,
+// ids: [tokens, top_k]; y: [tokens, hidden].
 EXPORT void run_experts(const void* x, int64_t x_stride, const void* gate_up, const void* down, int64_t bits,
                         int64_t gate_up_group, int64_t down_group, const float* weights, const int32_t* ids, void* y,
                         int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden, int64_t inner, int64_t dtype) {

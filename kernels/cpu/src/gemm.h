@@ -1,5 +1,5 @@
-// This header declares the layout of packed weights and the division of a matrix product into tiles, which are the same
-// for every instruction set.
+// This header declares the memory layout of packed weights, and how a matrix product is divided into tiles. The layout
+// is the same for every instruction set.
 #pragma once
 #include "common.h"
 
@@ -12,12 +12,12 @@
 // followed by the group's scales: float32 [column]. int8 and fp8 (e4m3 without infinities) are stored as
 // [pair][2][column]. int4 is stored in steps of four pairs, as words of 16 bits: [step][column][2]. Word 0 holds the
 // first elements of the four pairs and word 1 the second elements, with the first pair in the lowest bits. K is padded
-// with zeros to whole steps.
+// with zeros to a multiple of 8 elements, so that it has whole steps.
 constexpr int64_t PANEL = 32;
 struct Int8 {};
 struct Int4 {};
 struct Fp8 {};
-constexpr int64_t FP8 = -8;  // the value of `bits` that stands for fp8, because 8 stands for int8
+constexpr int64_t FP8 = -8;  // the value of the field `bits` for fp8, because 8 means int8
 constexpr int64_t INT4_PAIRS = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -29,14 +29,14 @@ constexpr int64_t COLUMN_BYTES = sizeof(T) == 4 ? 4 : 2;
 template <>
 inline constexpr int64_t COLUMN_BYTES<bf16> = 4;
 
-// Weights describes a packed weight matrix [N, K]. If several packed matrices are adjacent in memory, `panels`
-// points to the first one.
+// The struct `Weights` has the address and the format of a packed weight matrix [N, K]. If several packed matrices are
+// adjacent in memory, `panels` points to the first matrix.
 struct Weights {
     const char* panels;
     int64_t k;
-    int64_t bits;  // bits is 8 for int8, 4 for int4, FP8 for fp8, and 0 for a weight that is not quantised.
-    // group_size is the number of elements along K that share a scale. It is a multiple of 8, or at least K if each row
-    // of W has only one scale.
+    int64_t bits;  // `bits` is 8 for int8, 4 for int4, FP8 for fp8, and 0 for a weight that is not quantised.
+    // `group_size` is the number of elements along K that share a scale. This number is a multiple of 8, or at least K
+    // if each row of W has only one scale.
     int64_t group_size;
 
     int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
@@ -49,8 +49,8 @@ int64_t panel_bytes(const Weights& w) {
     return bits ? w.pairs() * PANEL * bits / 4 + w.groups() * PANEL * 4 : w.pairs() * PAIR_BYTES<T>;
 }
 
-// Tiles divides `rows` rows into as few tiles as possible, with at most `highest` rows each. The numbers of rows of two
-// tiles differ by at most one.
+// The struct `Tiles` divides `rows` rows into as few tiles as possible, with at most `highest` rows each. The numbers
+// of rows of two tiles differ by at most one.
 struct Tiles {
     int64_t count, base, extra;
     Tiles(int64_t rows, int64_t highest)
@@ -59,8 +59,8 @@ struct Tiles {
     int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
 };
 
-// Product describes y = x W^T + bias. If `rows` is not null, row i of y is computed from row rows[i] of x, otherwise
-// from row i.
+// The struct `Product` has the inputs and the output of the matrix product y = x W^T + bias. If `rows` is not null, row
+// i of y is computed from row rows[i] of x, otherwise from row i of x.
 template <class T>
 struct Product {
     const T* x;
@@ -68,11 +68,12 @@ struct Product {
     const int32_t* rows;
     Weights weights;
     const T* bias;  // bias: [n], or null if there is no bias
-    T* y;           // [m, n]
+    T* y;           // y: [m, n]
     int64_t m, n;
 };
 
-// Experts describes a layer of experts and the tokens that choose among them. `run_experts` documents the fields.
+// The struct `Experts` has the weights of a layer of experts, and the tokens with the experts that each token chose.
+// The comment at the function `run_experts` gives the shapes of the fields.
 template <class T>
 struct Experts {
     const T* x;

@@ -1,11 +1,12 @@
-// This file computes matrix products with any number of rows, for each instruction set. Each element of y is summed in
-// one accumulator, in ascending order of K, whichever tile and thread computes the element. So the result is
-// batch-invariant.
+// This file computes the products of inputs with any number of rows and packed weights, once for each instruction set.
+// Each element of y is summed in one accumulator, in ascending order along K, whichever tile and thread computes the
+// element. So the result for a row does not depend on the number of rows.
 //
-// A strip is two vectors of columns. A tile is up to MAX_ROWS rows by one strip, or fewer rows by several strips, so
-// that enough accumulators are in use to hide the latency of the multiplications. The rows of x are first packed: they
-// are converted to the type in which they are multiplied and stored in the order in which a tile reads them,
-// [pair][row], where a pair is two neighbouring elements along K.
+// A strip is two vectors of columns of y. A tile is the part of y that is computed at once in registers: up to MAX_ROWS
+// rows of one strip, or fewer rows of several strips. A tile with few rows has several strips, so that enough
+// accumulators are in use to hide the latency of the multiplications. The rows of x are first packed: they are
+// converted to the type in which they are multiplied and stored in the order in which a tile reads them, [pair][row],
+// where a pair is two neighbouring elements along K.
 
 #ifdef DOT_PRODUCTS
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
@@ -31,8 +32,8 @@ INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* co
     }
 }
 
-// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i goes to out[i * rows], so
-// that the pairs i of all rows of the tile are adjacent.
+// Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i is written to out[i *
+// rows], so that the pairs i of all rows of the tile are adjacent.
 INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
     PackedX pairs[WIDTH] = {};
     std::memcpy(pairs, x, n * sizeof(bf16));
@@ -73,15 +74,15 @@ INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) 
 }
 #endif
 
-// Returns the number of strips that a tile of `rows` rows has. This number is a power of two.
+// Returns the largest number of strips, a power of two, that a tile of `rows` rows can have.
 constexpr int max_strips(int rows) {
     int strips = 1;
     while (4 * strips * rows <= ACCUMULATORS && strips < 4) strips *= 2;
     return strips;
 }
 
-// Returns the number of elements in a packed row of x. The row is padded so that it has whole steps in every weight
-// format.
+// Returns the number of elements in a packed row of x. The row is padded to whole steps of every weight format (see the
+// struct `Reader` in `formats.inl`).
 inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
 // Packs rows `first` to `first` + `size` - 1 of x, in the order in which a tile reads them.
@@ -98,22 +99,22 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
 
-// Walk describes the part of K that a tile processes in one call: steps `first` to `end` - 1 of the weights. Reader in
-// `formats.inl` defines a step.
+// The struct `Walk` has the part of K that one call of the function `tile` computes: steps `first` to `end` - 1 of the
+// weights. The comment at the top of `formats.inl` defines a step.
 struct Walk {
-    const PackedX* x;  // x points to the tile's packed rows, at the beginning of K.
+    const PackedX* x;  // `x` points to the tile's packed rows of the input, at the beginning of K.
     int64_t strip;
     int64_t first, end;
     // If `next` is not null, each step prefetches another `stride` bytes of the memory at `next`. If `next` is null,
     // each step prefetches later weights of the panel that the tile is reading.
     const char* next;
     int64_t stride;
-    // If the steps do not cover all of K, `sums` holds the tile's intermediate sums. Before the call, they include all
-    // earlier steps; after the call, they also include this call's steps. Otherwise `sums` is null.
+    // If the steps do not cover all of K, `sums` points to the tile's intermediate sums. Before the call, these sums
+    // include all earlier steps; after the call, the sums also include this call's steps. Otherwise `sums` is null.
     float* sums;
 };
 
-// TileArguments holds the arguments of the function `tile` that are not template arguments.
+// The struct `TileArguments` has the arguments of the function `tile` that are not template arguments.
 template <class T>
 struct TileArguments {
     const Product<T>* product;
@@ -159,7 +160,8 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
     }
 }
 
-// Steps describes how the steps of a weight (see Reader in `formats.inl`) are divided into groups that share a scale.
+// The struct `Steps` computes how the steps of a weight (see the struct `Reader` in `formats.inl`) are divided into
+// groups of steps that share a scale.
 template <class W>
 struct Steps {
     int64_t count, group;  // count: number of steps in K; group: number of steps in a group
@@ -191,8 +193,9 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
     }
 }
 
-// Computes the steps `walk` of one tile. If the steps include the last step of K, the result goes to y. Otherwise
-// intermediate sums go to `walk.sums`: unscaled sums if the weight has one group, otherwise sums of scaled groups.
+// Computes steps `a.walk.first` to `a.walk.end` - 1 of one tile. If these steps include the last step of K, the result
+// is written to y. Otherwise intermediate sums are written to `a.walk.sums`: unscaled sums if the weight has one group,
+// otherwise sums over groups that were already multiplied by their scales.
 template <class T, class W, int MR, int NS>
 void tile(const TileArguments<T>& a) {
     using R = Reader<W>;
@@ -211,7 +214,7 @@ void tile(const TileArguments<T>& a) {
     int64_t offset = steps.offset(walk.first);
     const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
-    Vec totals[MR][2 * NS] = {};  // totals has the sums over all finished groups, each multiplied by its scale.
+    Vec totals[MR][2 * NS] = {};  // sums over all finished groups, each multiplied by its scale
     if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
         Vec c[MR][2 * NS] = {};
@@ -261,8 +264,9 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     }
 }
 
-// A span is a part of a strip, along K, that fits into the L1 cache. It has about SPAN_PAIRS pairs of elements along K,
-// or fewer if these pairs of a panel would take more than SPAN_BYTES bytes.
+// A span is a range of K that is short enough for one strip's weights in this range to fit into the L1 cache. A span
+// has about SPAN_PAIRS pairs of elements along K, or fewer if SPAN_PAIRS pairs of all columns of a panel would take
+// more than SPAN_BYTES bytes.
 constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;
 
 // Computes several tiles that use the same strips, and reads the weights of each strip from memory only once. Every
@@ -321,19 +325,20 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     }
 }
 
-// The approximate size of a piece of work in bytes: the size of its weights times the number of tiles that use them.
+// The approximate size of a piece of work: the size of the piece's weights in bytes, times the number of tiles that use
+// these weights.
 constexpr int64_t PIECE_BYTES = 1 << 17;
 // Approximate size in bytes of the packed x of a part, which fits into the cache.
 constexpr int64_t X_BLOCK_BYTES = 1 << 20;
 
-// A part has some of the tiles of a product, and all strips of these tiles. The threads share the work of a part in
-// pieces of `grain` strips.
+// The struct `Part` is a part of a matrix product: some of the tiles of rows, with all strips of columns. The threads
+// share the work of a part in pieces of `grain` strips.
 template <class T>
 struct Part {
     Product<T> product;
     PackedX* x;  // x points to the first row of the product's packed x.
     int64_t tile, tile_end, strips, grain;
-    int64_t tiles_before, pieces_before;  // number of tiles, and of pieces, in all earlier parts together
+    int64_t tiles_before, pieces_before;  // total numbers of tiles and of pieces in all earlier parts
 };
 
 template <class T>
@@ -341,8 +346,8 @@ struct Parts {
     Part<T>* parts;
     int64_t count = 0, tiles = 0, pieces = 0;
 
-    // Divides the tiles of a product into `blocks` parts and appends these parts. x: memory for the packed rows of the
-    // product, with x_row(k) elements per row.
+    // Divides the tiles of a product into `blocks` parts (at least one, and at most one per tile) and appends these
+    // parts to `parts`. x: memory for the packed rows of the product, with x_row(k) elements per row.
     void add(const Product<T>& p, PackedX* x, int64_t blocks) {
         const Tiles whole(p.m, MAX_ROWS);
         const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
@@ -398,7 +403,7 @@ template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
     const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
-    // A product with few columns is also divided by rows, so that all threads have work.
+    // A product with few columns is divided into more parts by rows, so that all threads have work.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
     Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
     all.add(p, static_cast<PackedX*>(scratch(0, x_bytes)),

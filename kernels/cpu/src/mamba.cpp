@@ -1,11 +1,12 @@
-// This file runs a Mamba layer's decode step between in_proj and out_proj. It calls the functions for the convolution,
-// projections, norms and scan one after the other and keeps their results in scratch memory. Each of these functions
-// takes microseconds. A call from Python and a new tensor for each result would double that time.
+// This file runs the part of a Mamba layer's decode step that is between the projections in_proj and out_proj. It calls
+// the functions for the convolution, projections, norms and scan one after the other and keeps their results in scratch
+// memory. Each of these functions takes microseconds. Calling each function from Python, with a new tensor for each
+// result, would double that time.
 #include "ops.h"
 
 namespace {
 
-// Memory divides one buffer into pieces that are aligned to cache lines.
+// The struct `Memory` divides one buffer into pieces that are aligned to cache lines.
 struct Memory {
     char* next;
     char* take(int64_t bytes) {
@@ -17,8 +18,9 @@ struct Memory {
 
 }  // namespace
 
-// The weights of a Mamba layer, in the same layout as in `kernels/cpu/mamba.py`. a: [channels, states]; x_proj: packed
-// [rank + 2 * states, channels]; dt_proj: packed [channels, rank], where `rank` is the model's dt_rank.
+// The weights of a Mamba layer, in the same memory layout as in `kernels/cpu/mamba.py`. a: [channels, states]; x_proj:
+// packed weight [rank + 2 * states, channels]; dt_proj: packed weight [channels, rank], where `rank` is the model's
+// dt_rank.
 struct MambaWeights {
     const void *conv_weight, *conv_bias, *x_proj, *dt_norm, *b_norm, *c_norm, *dt_proj;
     const float *a, *d, *dt_bias;
@@ -27,7 +29,8 @@ struct MambaWeights {
 };
 
 // Computes one token of each of `rows` sequences. xz: [rows, 2 * channels], with rows `stride` elements apart, has the
-// convolution's inputs first and then the gate. out: [rows, channels].
+// convolution's inputs in the first `channels` elements of each row, and the gate in the last `channels` elements. out:
+// [rows, channels].
 EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t stride, int64_t rows, void* conv_state,
                          int64_t conv_stride, float* ssm_state, int64_t ssm_stride, const int32_t* state_ids,
                          void* out) {

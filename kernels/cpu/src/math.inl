@@ -1,18 +1,19 @@
-// This file has mathematical functions of a Vec. `simd.h` includes it once for each instruction set. The result for an
-// element does not depend on the element's lane.
+// This file has mathematical functions that take vectors of the type `Vec`. The header `simd.h` includes this file once
+// for each instruction set. The result for an element does not depend on the element's lane.
 
 // Computes e^x of N vectors, with an error of at most 2 units in the last place. The result is 0 below x = -104,
 // infinite above x = 88.73, and NaN for NaN. The steps for one vector depend on each other and would stall the
 // processor, so each step is done for all N vectors before the next step.
 template <int N>
 INLINE void exp(const Vec* x, Vec* y) {
-    // These are the coefficients of the polynomial in Cephes' expf, with the highest power first. The polynomial holds
-    // for r within +-0.35.
+    // These are the coefficients of the polynomial in Cephes' expf, with the highest power first. The polynomial is
+    // accurate for r from -0.35 to 0.35.
     constexpr float COEFFICIENTS[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = min(set(89.0f), max(set(-105.0f), x[i]));
     for (int i = 0; i < N; i++) n[i] = round(r[i] * set(1.44269504f));
-    // The constant ln 2 is split into two parts. The product of n and the first part is exact.
+    // n * ln 2 is subtracted from r. For precision, ln 2 is split into two parts, so that the product of n and the
+    // first part is exact.
     for (int i = 0; i < N; i++) r[i] = fma(n[i], set(-0.693359375f), r[i]);
     for (int i = 0; i < N; i++) r[i] = fma(n[i], set(2.12194440e-4f), r[i]);
     for (int i = 0; i < N; i++) p[i] = set(1.9875691500e-4f);
@@ -31,7 +32,7 @@ INLINE Vec exp(Vec x) {
 // This function takes half as long as `exp`.
 template <int N>
 INLINE void exp2_below_one(const Vec* x, Vec* y) {
-    // For r within +-1/2, 2^r is computed as 1 + r * polynomial(r). The coefficients minimise the largest relative
+    // For r from -1/2 to 1/2, 2^r is computed as 1 + r * polynomial(r). The coefficients minimise the largest relative
     // error and are ordered from the highest power down.
     constexpr float COEFFICIENTS[] = {1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f, 2.4022647738e-1f, 6.9314718246e-1f};
     Vec n[N], r[N], p[N];
@@ -69,8 +70,8 @@ INLINE Vec log(Vec x) {
 
 // Returns ln(1 + e^x). For x above 20 the result is x, because ln(1 + e^x) rounds to x in float32.
 INLINE Vec softplus(Vec x) {
-    // u is 1 + y, rounded to float32. The term (y - (u - 1)) / u corrects the rounding error of u, which matters if y
-    // is small.
+    // The variable u is 1 + y, rounded to float32. The term (y - (u - 1)) / u corrects the rounding error of u, which
+    // matters if y is small.
     const Vec y = exp(min(set(20.0f), x)), u = set(1.0f) + y;
     const Vec small = log(u) + (y - (u - set(1.0f))) / u;
     return where_greater(x, set(20.0f), x, small);
@@ -87,7 +88,8 @@ INLINE float sum(Vec x) {
     return v[0];
 }
 
-// `take` loads and `put` stores the first n <= WIDTH elements of a vector. The common case, n == WIDTH, uses no mask.
+// The function `take` loads, and the function `put` stores, the first n <= WIDTH elements of a vector. The common case,
+// n == WIDTH, uses no mask.
 template <class T>
 INLINE Vec take(const T* p, int64_t n) {
     return n == WIDTH ? load(p) : load(p, n);

@@ -3,8 +3,8 @@
 #include "for_each_level.h"
 
 // Computes RMSNorm of x + residual. x, residual: [rows, size], with rows `x_stride` and `residual_stride` elements
-// apart; normed, total: [rows, size]. `total` receives x + residual. If `residual` is null, x is normalised and `total`
-// is not written.
+// apart; normed, total: [rows, size]. The argument `total` receives x + residual. If `residual` is null, RMSNorm of x
+// is computed and `total` is not written.
 EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
                      int64_t size, int64_t x_stride, int64_t residual_stride, int64_t dtype, float eps) {
     with_dtype(dtype, [&](auto t) {

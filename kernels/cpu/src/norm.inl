@@ -1,5 +1,6 @@
-// Computes RMSNorm of one row. summed = x + residual is rounded to T. normed = summed / rms * weight, where summed /
-// rms is rounded to T before the multiplication by the weight. If `residual` is null, x is used in place of summed.
+// Computes RMSNorm of one row. First, summed = x + residual is rounded to T. Then normed = summed / rms * weight, where
+// rms is sqrt(mean(summed^2) + eps), and summed / rms is rounded to T before the multiplication by the weight. If
+// `residual` is null, x is used in place of summed.
 template <class T>
 void rms_norm_row(const T* x, const T* residual, const T* weight, float eps, T* normed, T* summed, int64_t size) {
     Vec squares[4] = {set(0), set(0), set(0), set(0)};

@@ -1,5 +1,5 @@
-// This header declares the exported functions that `mamba.cpp` also calls. The comments at their definitions describe
-// the arguments.
+// This header declares the exported functions that `mamba.cpp` also calls. The comments at the definitions of these
+// functions explain the arguments.
 #pragma once
 #include "common.h"
 

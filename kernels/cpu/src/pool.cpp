@@ -1,11 +1,11 @@
 // This file implements a thread pool. OpenMP is not used, because OpenMP's threads either spin while the server is idle
 // or sleep between two kernels of a step.
 //
-// A job is open while the calling thread works on it. Workers that are awake join the job, and all threads take pieces
-// of the job from a shared counter. When no piece is left, the caller closes the job. It waits for the workers that
-// joined, but not for workers that were asleep. So if another process occupies a core, the pool loses only the work of
-// that core. A worker without a job spins for SPIN_NS nanoseconds, which is longer than the time between two kernels of
-// a step, and then sleeps.
+// A job is one call of the function `parallel_for`. A job is open while the calling thread takes pieces of the job.
+// Workers that are awake join the job, and all threads take pieces of the job from a shared counter. When no piece is
+// left, the caller closes the job. The caller then waits for the workers that joined the job, but not for workers that
+// were asleep. So if another process occupies a core, the pool loses only the work of that core. A worker without a job
+// spins for SPIN_NS nanoseconds, which is longer than the time between two kernels of a step, and then sleeps.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -19,7 +19,8 @@
 namespace {
 
 constexpr int64_t SPIN_NS = 50'000;
-// This bit of `gate_` is set while a job is open. The lower bits count the workers that have joined the job.
+// This bit of `gate_` is set while a job is open. The lower bits count the workers that have joined the job and have
+// not left it.
 constexpr uint64_t OPEN = uint64_t(1) << 32;
 
 void relax() {
@@ -72,9 +73,9 @@ private:
     void work() {
         working = true;
         for (int64_t begin = next_.load(); begin < n_;) {
-            // `run` is the number of neighbouring pieces that a thread takes at once. The number is large at first,
-            // because memory is read faster in order. It becomes small at the end, so that all threads finish at about
-            // the same time.
+            // `run` is the number of neighbouring pieces that a thread takes at once. The number `run` is large at
+            // first, because each thread then reads memory in order, which is faster. `run` becomes small at the end,
+            // so that all threads finish at about the same time.
             const int64_t run = in_runs_ ? (n_ - begin) / (2 * threads_ * grain_) : 1;
             const int64_t size = run > 1 ? run * grain_ : grain_;
             if (!next_.compare_exchange_weak(begin, begin + size)) continue;
@@ -120,8 +121,8 @@ private:
         workers_.clear();
     }
 
-    // `working` is true while the thread runs a piece. If the piece itself starts a job, this thread alone runs that
-    // job.
+    // `working` is true while the current thread runs pieces of a job. If such a piece itself starts another job, the
+    // current thread alone runs that other job.
     static thread_local bool working;
     std::mutex caller_, sleep_;
     std::condition_variable wake_;

@@ -1,12 +1,14 @@
-// This file runs a recorded list of library calls, so that a decode step has no Python code between its kernels.
+// This file runs a recorded list of calls to this library's exported functions, so that a decode step has no Python
+// code between its kernels.
 #include <utility>
 
 #include "common.h"
 
 constexpr int64_t MOST_ARGUMENTS = 32;
 
-// Call is one recorded library call, in the same layout as in `kernels/cpu/graph.py`. The arguments of every exported
-// function are 64-bit integers and pointers, optionally followed by one float.
+// The struct `Call` is one recorded call of an exported function, in the same memory layout as in
+// `kernels/cpu/graph.py`. The arguments of every exported function are 64-bit integers and pointers, optionally
+// followed by one float.
 struct Call {
     void (*function)();
     int64_t count;

@@ -15,7 +15,8 @@ void route_row(const T* logits, int64_t experts, int64_t top_k, float* weights, 
     }
     const float sum_of_all = sum(weight_sum);
     for (int64_t k = 0; k < top_k; k++) {
-        // Experts are compared by their logits, because different logits may give the same weight after rounding.
+        // Experts are compared by logit and not by softmax weight, because two different logits can give the same
+        // weight after rounding.
         int64_t best = -1;
         for (int64_t e = 0; e < experts; e++) {
             bool taken = false;

@@ -1,14 +1,16 @@
-// Uniform holds a vector of random numbers u, uniform in (0, 1). Where u is below 1/2, `upper` is 0 and `ends` is u.
-// Elsewhere `upper` is 1 and `ends` is 1 - u, because float32 cannot represent a u close to 1 precisely.
+// The struct `Uniform` has a vector of random numbers u, uniformly distributed in (0, 1). Where u is below 1/2, `upper`
+// is 0 and `ends` is u. Elsewhere `upper` is 1 and `ends` is 1 - u, because float32 cannot represent a u close to 1
+// precisely.
 struct Uniform {
     Vec ends, upper;
 };
 
-// Returns the uniform random numbers of tokens id(0) to id(WIDTH - 1) in the row whose random key is `key`. The number
-// of a token is made from output number `id` of the generator SplitMix64, as in `kernels/reference/sample.py`.
+// Returns one uniform random number for each of the tokens id(0) to id(WIDTH - 1), in the row whose random key is
+// `key`. The random number of a token is made from output number `id` of the generator SplitMix64, where `id` is the
+// token's id, as in `kernels/reference/sample.py`.
 template <class F>
 INLINE Uniform uniform(uint64_t key, const F& id) {
-    // Each operation has a loop of its own, so that the compiler can vectorise it.
+    // Each arithmetic operation has a loop of its own, so that the compiler can vectorise the loop.
     alignas(64) uint64_t bits[WIDTH];
     alignas(64) int64_t numbers[WIDTH];
     alignas(64) float ends[WIDTH], upper[WIDTH];
@@ -22,9 +24,9 @@ INLINE Uniform uniform(uint64_t key, const F& id) {
     return {load(ends), load(upper)};
 }
 
-// Returns standard Gumbel noise, -ln(-ln u), in float32. The noise differs from that of `kernels/reference/sample.py`
-// by about 1e-6. Where u is above 1/2, the noise is computed from 1 - u, because float32 cannot represent a u close to
-// 1 precisely.
+// Returns standard Gumbel noise, -ln(-ln u), in float32. The noise differs from the noise of
+// `kernels/reference/sample.py` by about 1e-6. Where u is above 1/2, the noise is computed from 1 - u, because float32
+// cannot represent a u close to 1 precisely.
 INLINE Vec gumbel_noise(const Uniform& u) {
     // Let x be 1 - u, and v be 1 - x rounded to float32. Then ln(1 - x) is ln(v) + (1 - x - v) / v, up to higher
     // orders.
@@ -34,18 +36,18 @@ INLINE Vec gumbel_noise(const Uniform& u) {
     return set(0.0f) - log(set(0.0f) - (log(known) + lost));
 }
 
-// Returns an upper bound of the Gumbel noise -ln(-ln u) without computing a logarithm. For u above 1/2, the bound
-// follows from -ln(-ln u) < -ln(1 - u) and exceeds large noise by at most 0.98. For u below 1/2, the noise is less than
-// 0.367.
+// Returns an upper bound of the Gumbel noise -ln(-ln u) without computing a logarithm. For u above 1/2, the bound is an
+// upper bound of -ln(1 - u), which is larger than -ln(-ln u). Where the noise is large, the bound exceeds the noise by
+// at most 0.98. For u below 1/2, the noise is less than 0.367.
 INLINE Vec noise_bound(const Uniform& u) {
     Vec m, e;
     split(u.ends, m, e);  // Because m >= 3/4, -ln(1 - u) <= -e * ln 2 - ln(3/4).
     return where_greater(u.upper, set(0.5f), fma(e, set(-0.6931472f), set(0.289f)), set(0.37f));
 }
 
-// Returns the position of the largest score: the first one if several scores are equally large, and 0 if no score is
-// above -infinity. score(i, n) returns the scores at positions i to i + n - 1. A position to be ignored has the score
-// NaN or -infinity.
+// Returns the position of the largest score: the first such position if several scores are equally large, and 0 if no
+// score is above -infinity. The function `score(i, n)` returns the scores at positions i to i + n - 1. Positions with
+// the score NaN or -infinity are ignored.
 template <class F>
 INLINE int64_t first_largest(int64_t size, const F& score) {
     alignas(64) float lane[WIDTH], scores[WIDTH], places[WIDTH];
@@ -74,24 +76,26 @@ INLINE Vec only_first(Vec x, int64_t n) {
     return load(v);
 }
 
-// Tokens lists tokens of a row in ascending order of their ids. A score is (logit - largest logit of the row) /
-// temperature, so no score is above 0. For top-p, `masses` has exp(score) of each token.
+// The struct `Tokens` is a list of tokens of a row, in ascending order of their ids. The score of a token is (logit -
+// largest logit of the row) / temperature, so no score is above 0. The array `masses` is used for top-p only, and has
+// exp(score) of each token.
 struct Tokens {
     int64_t count;
     int32_t* ids;
     float *scores, *masses;
 };
 
-// Returns an integer key of a score, which must not be above 0. A larger score has a smaller key.
+// Returns an integer key by which scores are compared: a larger score has a smaller key. The score must not be above 0.
 INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
 
-// Keeps the tokens with the largest scores: at most `most` tokens and, with `by_mass`, no more tokens than are needed
-// for the probability mass `mass`. Of tokens with equal scores, those with lower ids are kept first. Nothing is sorted.
-// Instead, the integer key (see `rank_key`) of the last kept token's score is found digit by digit, from the highest
-// digit on. bins: [BINS]; places: [count].
+// Keeps the tokens with the largest scores: at most `most` tokens and, if `by_mass` is true, no more tokens than are
+// needed for the sum of their masses to reach `mass`. Of tokens with equal scores, those with lower ids are kept first.
+// The tokens are not sorted. Instead, the integer key (see `rank_key`) of the last kept token's score is found digit by
+// digit, from the highest digit on. bins: [BINS]; places: [count].
 INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
-    // The highest digits of the last kept token's key are known. `count` tokens have keys with the same highest digits.
-    // `done` tokens have smaller keys (larger scores) and are all kept.
+    // At the start of each iteration, the digits of the last kept token's key from bit `shift + DIGIT_BITS` on are
+    // known; in the first iteration, no digit is known. `count` tokens have keys with the same known digits. `done`
+    // tokens have keys with smaller known digits, hence larger scores, and all of these tokens are kept.
     int64_t count = tokens.count, done = 0;
     double mass_done = 0;
     for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);
@@ -131,7 +135,8 @@ INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, B
     tokens.count = kept;
 }
 
-// Returns the tokens of a row that remain after top-k and then top-p. `best` is the row's largest logit.
+// Returns the tokens of a row that remain after filtering by top-k and then by top-p. `best` is the row's largest
+// logit.
 INLINE Tokens filtered(const SampleRow& row, Vec best) {
     const int64_t whole = (row.size + WIDTH - 1) / WIDTH * WIDTH;
     auto* const memory = static_cast<int32_t*>(scratch(0, whole * 4 * sizeof(int32_t)));

@@ -1,15 +1,15 @@
-// This file computes the selective scan. Each lane of a vector is a channel, so no sum crosses lanes, and a channel may
+// This file computes the selective scan. Each lane of a vector is a channel, so no sum crosses lanes, and a channel can
 // have any number of states. A group is WIDTH neighbouring channels. The decay rates and the states of a group are
 // transposed to [states, WIDTH]. If the number of states is known at compile time, the states stay in registers from
-// row to row. A piece of work has some neighbouring groups. It computes AHEAD rows of one group and then of the next,
-// because the inputs of neighbouring groups are adjacent in memory.
+// row to row. A piece of work has several neighbouring groups. For each AHEAD rows, a thread computes one group after
+// another, because the inputs of neighbouring groups are adjacent in memory.
 //
 // In decode, with one row per sequence, the transposition would take most of the time. Therefore, if a channel has as
-// many states as a vector has lanes, each lane is a state of one channel. Then only the sums over states cross lanes,
-// and they have the same order as with one channel per lane.
+// many states as a vector has lanes, a vector has all states of one channel in decode. Then only the sums over states
+// cross lanes, and these sums have the same order as with one channel per lane.
 
-// `to_lanes` transposes the states of n channels, [n, states], to [states, WIDTH], with zeros in the lanes from n on.
-// `from_lanes` transposes [states, WIDTH] back to [n, states].
+// The function `to_lanes` transposes the states of n channels, [n, states], to [states, WIDTH], with zeros in the lanes
+// from n on. The function `from_lanes` transposes [states, WIDTH] back to [n, states].
 INLINE void to_lanes(const float* from, float* to, int64_t states, int64_t n) {
     if (states == 16 && n == 16 && WIDTH == 16) return transpose16(from, to);
     for (int64_t i = 0; i < WIDTH; i++) {
@@ -23,9 +23,9 @@ INLINE void from_lanes(const float* from, float* to, int64_t states, int64_t n) 
     }
 }
 
-// Computes one row of WIDTH channels, one channel per lane: h = exp(dt * a) * h + drive * b, where drive is dt * u.
-// Returns h @ c. `step` is dt / ln 2, so that exp(dt * a) is 2^(step * a). `state_step` computes the same row with one
-// state per lane.
+// Computes one row of the scan for WIDTH channels, one channel per lane: h = exp(dt * a) * h + drive * b, where `drive`
+// is dt * u. Returns the sum of h * c over the states. `step` is dt / ln 2, so that exp(dt * a) is 2^(step * a). The
+// function `state_step` computes the same formula with one state per lane.
 template <int S>
 INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b, const float* c, int64_t states) {
     constexpr int LOCKSTEP = S % 4 == 0 && S > 0 ? 4 : 1;
@@ -46,8 +46,9 @@ INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b
     return sums[0];
 }
 
-// Computes one row at N channels, with one lane for each of WIDTH states. h, a: [N, WIDTH]. parts[i] receives h * c of
-// channel i. The caller then adds the lanes of parts[i] with `sums`, in the same order as `scan_step` adds the states.
+// Computes one row of the scan for N channels, with one lane for each of the WIDTH states of a channel. h, a: [N,
+// WIDTH]. The vector parts[i] receives h * c of channel i. The caller then adds the lanes of parts[i] with `sums`, in
+// the same order as `scan_step` adds the states.
 template <int N>
 INLINE void state_step(float* h, const float* a, const float* step, const float* drive, Vec b, Vec c, Vec* parts) {
     Vec decay[N];
@@ -60,9 +61,9 @@ INLINE void state_step(float* h, const float* a, const float* step, const float*
     }
 }
 
-// Computes rows [begin, end), at most AHEAD rows, at n channels from `channel` on. b, c: [rows, states] of these rows.
-// The first loop prepares all inputs and the last loop computes all outputs. In these two loops the rows do not depend
-// on each other, so the processor can compute several rows at once.
+// Computes rows `begin` to `end` - 1, at most AHEAD rows, for the channels `channel` to `channel` + n - 1. b, c: [end -
+// begin, states]. The first loop prepares all inputs and the last loop computes all outputs. In these two loops the
+// rows do not depend on each other, so the processor can compute several rows at once.
 template <int S, class T>
 INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, int64_t begin, int64_t end,
                        int64_t channel, int64_t n, const float* b, const float* c) {
@@ -83,7 +84,8 @@ INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, in
     }
 }
 
-// Computes row t at n channels from `channel` on, where each channel has WIDTH states. The states are updated in place.
+// Computes row t for the channels `channel` to `channel` + n - 1, where each channel has WIDTH states. The states are
+// updated in place.
 template <class T>
 INLINE void scan_row(const ScanArguments<T>& a, int64_t t, float* state, int64_t channel, int64_t n) {
     alignas(64) float steps[WIDTH], drives[WIDTH], totals[WIDTH];
@@ -120,8 +122,8 @@ INLINE void widen_projection(const T* from, int64_t stride, int64_t rows, int64_
     }
 }
 
-// ScanPiece is a piece of work: channels [first, last) of all sequences. It has scratch memory for the states of these
-// channels.
+// The struct `ScanPiece` is a piece of work: the channels `first` to `last` - 1 of all sequences. The struct also has
+// scratch memory for the states of these channels.
 template <class T>
 struct ScanPiece {
     const ScanArguments<T>& a;

@@ -1,4 +1,4 @@
-// Computes silu(gate) * up of one row. silu(gate) is rounded to T before it is multiplied by `up`.
+// Computes silu(gate) * up for one row. silu(gate) is rounded to T before it is multiplied by `up`.
 template <class T>
 void silu_and_mul_row(const T* gate, const T* up, T* out, int64_t size) {
     for (int64_t i = 0; i < size; i += WIDTH) {

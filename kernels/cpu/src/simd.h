@@ -2,9 +2,9 @@
 // the same operations. A kernel that uses these operations is in a .inl file, which `for_each_level.h` compiles in each
 // namespace.
 //
-// `Vec` is a vector of WIDTH floats with the operators of C++. Loads and stores accept any address and convert from and
-// to float, bf16 and f16. A load or store with an argument `n` accesses only the first n elements; the load sets the
-// other elements to zero.
+// The type `Vec` is a vector of WIDTH floats with the arithmetic operators of C++. Loads and stores accept unaligned
+// addresses. A load converts from float, bf16 or f16, and a store converts to one of these types. A load or store with
+// an argument `n` accesses only the first n elements; the load sets the other elements to zero.
 #pragma once
 #include "common.h"
 
@@ -47,7 +47,7 @@ INLINE void store(T* p, Vec x, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), narrow(T{}, x));
 }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // `fma` returns a * b + c, rounded once.
-// `min` and `max` return their second operand if either operand is NaN.
+// If an operand is NaN, the functions `min` and `max` return the second operand.
 INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
@@ -120,7 +120,8 @@ INLINE Vec power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 INLINE Vec scale(Vec x, Vec n) {
-    // The multiplication by 2^n is done in two steps, so that the result may also be infinite, subnormal or zero.
+    // The multiplication by 2^n is done in two steps, so that a result that is infinite, subnormal or zero is also
+    // correct.
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     return x * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
 }

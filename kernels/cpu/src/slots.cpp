@@ -1,11 +1,11 @@
-// This file writes KV pages, and copies, compresses and restores Mamba states. A unit is one entry of a tensor's first
-// dimension, such as the state in one slot.
+// This file writes KV pages, and copies, compresses and restores Mamba states. A unit is one entry along a tensor's
+// first dimension, for example the state in one slot.
 #include <cmath>
 
 #include "common.h"
 
-// Copies row t of k and v to token slot slots[t] of the KV pages. A row has `row_bytes` bytes. The rows of k are
-// `k_stride` bytes apart, and the rows of v are `v_stride` bytes apart.
+// Copies row t of k and row t of v to token slot slots[t] of the KV pages. A row has `row_bytes` bytes, and a page has
+// `block_size` token slots. The rows of k are `k_stride` bytes apart, and the rows of v are `v_stride` bytes apart.
 EXPORT void write_kv(const char* k, const char* v, char* k_pages, char* v_pages, const int64_t* slots, int64_t rows,
                      int64_t row_bytes, int64_t k_stride, int64_t v_stride, int64_t block_size, int64_t page_stride) {
     for (int64_t t = 0; t < rows; t++) {
@@ -30,8 +30,8 @@ EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t
     });
 }
 
-// Calls each(i, first channel, end channel) for every source and destination i below `pairs`. The channels of one
-// source are divided into several calls, so that several threads can share them.
+// Calls each(i, first channel, end channel) for every i below `pairs`, where sources[i] is copied to destinations[i].
+// The channels of one source are divided among several calls, so that several threads can share them.
 template <class Each>
 static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     constexpr int64_t PIECE = 4096;
@@ -44,8 +44,9 @@ static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     });
 }
 
-// Compresses SSM states to one byte per element, by the formulas of `kernels.ops.CompressStates`. `restore_states` does
-// the reverse. A unit has `channels` times `size` elements. Strides are counted in elements.
+// Compresses SSM states to one byte per element, by the formulas of `kernels.ops.CompressStates`. The function
+// `restore_states` converts the bytes back to float32. The state in one slot has `channels` times `size` elements.
+// Strides are counted in elements.
 EXPORT void compress_states(const float* states, int64_t stride, int8_t* values, int64_t value_stride, float* scales,
                             int64_t scale_stride, const int64_t* sources, const int64_t* destinations, int64_t pairs,
                             int64_t channels, int64_t size) {

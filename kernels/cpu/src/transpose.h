@@ -1,6 +1,7 @@
-// This header has operations that move elements between the lanes of vectors. With AVX-512 the operations work in
-// registers; with other instruction sets they work in memory. `transpose16` is for vectors of 16 floats only. In the
-// namespaces with shorter vectors, `transpose16` is an empty function: its calls are compiled there too, but never run.
+// This header has operations across the lanes of vectors: transposition, sums of lanes, and the largest lane. With
+// AVX-512 the operations work on whole vectors; with other instruction sets the operations work on one lane at a time.
+// The function `transpose16` requires vectors of 16 floats. In the namespaces with shorter vectors, `transpose16` is an
+// empty function: calls of `transpose16` are compiled in these namespaces too, but never run.
 #pragma once
 #include "simd.h"
 
@@ -8,7 +9,7 @@
 BEGIN_TARGET_AVX512
 namespace avx512 {
 
-// Transposes the 128-bit parts of four vectors: out[4 * i] receives part i of a, b, c and d.
+// Transposes the 128-bit parts of four vectors: out[4 * i] receives part i of a, then part i of b, of c and of d.
 INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out) {
     const __m512 ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
     const __m512 cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
