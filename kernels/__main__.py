@@ -1,4 +1,4 @@
-"""`python -m jamba_server.kernels` prints the machine's hardware and the kernels that would run on it, as JSON."""
+"""The command `python -m jamba_server.kernels` prints the machine's hardware and its selected kernels as JSON."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""This module refuses tensors whose layout compiled code cannot handle.
+"""These functions raise ValueError for tensors whose dtype, shape, strides or device a kernel does not support.
 
-Compiled code receives only addresses, and would read or write wrong memory. The checks raise ValueError and are no
-assertions, because `python -O` removes assertions. Only layouts are checked: the engine guarantees that the numbers in
-an index tensor (slots, pages, token ids) are within bounds.
+A compiled kernel receives only the address of a tensor. With unexpected strides, for example, the kernel would read or
+write wrong memory. The checks are not `assert` statements, because `python -O` removes `assert` statements. The numbers
+inside index tensors (slots, pages, token ids) are not checked: the engine guarantees that they are within bounds.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from torch import Tensor
 
 
 def require(holds: bool, name: str, tensor: Tensor, must: str) -> None:
-    """Raises ValueError unless `holds`. `must` is what the tensor must do, for example "have contiguous rows"."""
+    """Raises ValueError if the condition `holds` is false.
+
+    The message says that the tensor must satisfy `must`, a phrase such as "have contiguous rows".
+    """
     if not holds:
         refuse(name, tensor, must)
 
 
 def refuse(name: str, tensor: Tensor, must: str) -> NoReturn:
-    """Raises ValueError, whose message describes the tensor `name` and says what it must do."""
+    """Raises ValueError. The message says what the tensor must satisfy (`must`) and what its layout is instead."""
     kind = str(tensor.dtype).removeprefix("torch.")
     raise ValueError(
         f"{name} must {must}; it is {kind} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -1,11 +1,11 @@
-"""This module implements ops with the packages causal-conv1d, mamba-ssm and flash-attn, where a user requests them.
+"""This module implements ops with the packages causal-conv1d, mamba-ssm and flash-attn.
 
-`--kernels op=name` requests one. A package is imported only when its table entry is loaded. None of the packages
-promises batch-invariant results.
+An op uses a package only if the user requests the package, with the option `--kernels op=name`. A package is imported
+only when its entry in the table of `table.py` is loaded. None of the packages promises batch-invariant results.
 
-The packages have these limits. mamba-ssm's scan and causal-conv1d's packed form start every sequence from zeros,
-although a chunk of a prompt continues from a state, and neither saves states inside a chunk. flash-attn needs pages
-whose size is a multiple of 256 tokens.
+The packages have these limits. The scan of mamba-ssm and the packed convolution of causal-conv1d start every sequence
+from zeros, although the second chunk of a prompt must continue from a state. Neither function can save states inside a
+chunk. flash-attn needs pages whose size is a multiple of 256 tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FLASH_PAGE = 256  # flash-attn accepts only pages whose number of tokens is a mu
 def _function(package: str, module: str, name: str, *parameters: str) -> Callable[..., Any]:
     """Returns the function `name` of an optional package.
 
-    Raises KernelUnavailable if the package is missing or the function lacks one of `parameters`, and ImportError if
-    the package's compiled part is missing.
+    Raises KernelUnavailable if the package is missing or if the function does not have all of the named `parameters`.
+    Raises ImportError if the package's compiled part is missing.
     """
     if find_spec(module.partition(".")[0]) is None:
         raise KernelUnavailable(f"the package {package} is not installed")
@@ -42,13 +42,13 @@ def _function(package: str, module: str, name: str, *parameters: str) -> Callabl
 
 
 class CausalConv1dUpdate:
-    """Implements `kernels.ops.CausalConv1dUpdate` with causal-conv1d, for filters of 2 to 4 taps."""
+    """Implements the protocol `kernels.ops.CausalConv1dUpdate` with causal-conv1d, for filters of 2 to 4 taps."""
 
     def __init__(self) -> None:
         self._update = _function("causal-conv1d", "causal_conv1d", "causal_conv1d_update", "conv_state_indices")
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
-        """See `kernels.ops.CausalConv1dUpdate`."""
+        """See the protocol `kernels.ops.CausalConv1dUpdate` for the arguments and the result."""
         _check_index(conv_state)
         return self._update(
             x, conv_state.transpose(1, 2), weight.t(), bias, activation="silu", conv_state_indices=state_ids
@@ -62,10 +62,10 @@ def _check_index(conv_state: Tensor) -> None:
 
 
 class CausalConv1d:
-    """Implements `kernels.ops.CausalConv1d` with causal-conv1d, for 2 to 4 taps and D a multiple of 8.
+    """Implements the protocol `kernels.ops.CausalConv1d` with causal-conv1d, for 2 to 4 taps and D a multiple of 8.
 
     The package starts packed sequences from zeros and does not return their states. This class therefore computes the
-    states, and the first W - 1 rows of each sequence.
+    new states itself, and computes the first W - 1 rows of each sequence again, from the sequence's old state.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class CausalConv1d:
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """See `kernels.ops.CausalConv1d`."""
+        """See the protocol `kernels.ops.CausalConv1d` for the arguments and the result."""
         starts, lengths = segments.query_start.long(), segments.query_start.diff()
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
         sequence = torch.repeat_interleave(numbers, lengths, output_size=len(x))
@@ -82,7 +82,7 @@ class CausalConv1d:
         out = self._convolve(x.t()[None], weight.t(), bias, seq_idx=sequence[None], activation="silu")[0].t()
         states = initial_states(conv_state, segments)
         history = torch.arange(len(weight) - 1, device=x.device)
-        # Each sequence computes W - 1 rows. If a sequence has fewer rows, its last row is computed several times.
+        # W - 1 rows of each sequence are computed again. If a sequence has fewer rows, its last row is repeated.
         first = torch.minimum(history, lengths[:, None] - 1)
         line = torch.cat([states, x[starts[:-1, None] + first]], dim=1)
         taps = first[:, :, None] + torch.arange(len(weight), device=x.device)
@@ -90,20 +90,20 @@ class CausalConv1d:
         rows, slots = state_writes(segments)
         owner = sequence[rows]
         taken = rows[:, None] - (len(weight) - 2) + history
-        t = taken - starts[owner][:, None]  # A negative t is an input in the sequence's old state.
+        t = taken - starts[owner][:, None]  # A negative t means an input in the sequence's old state.
         old = states[owner[:, None], (t + len(history)).clamp(max=len(history) - 1)]
         conv_state[slots] = torch.where((t >= 0)[:, :, None], x[taken.clamp(min=0)], old)
         return out
 
 
 def _filter(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns silu(sum over the W taps of inputs * weight, + bias). inputs: [..., W, D]; weight: [W, D]."""
+    """Returns silu((sum of inputs * weight over the W taps) + bias). inputs: [..., W, D]; weight: [W, D]."""
     total = (inputs.float() * weight.float()).sum(-2)
     return silu(total if bias is None else total + bias.float()).to(inputs.dtype)
 
 
 class SelectiveStateUpdate:
-    """Implements `kernels.ops.SelectiveStateUpdate` with mamba-ssm."""
+    """Implements the protocol `kernels.ops.SelectiveStateUpdate` with mamba-ssm."""
 
     def __init__(self) -> None:
         self._update = _function(
@@ -111,7 +111,7 @@ class SelectiveStateUpdate:
         )
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """See `kernels.ops.SelectiveStateUpdate`."""
+        """See the protocol `kernels.ops.SelectiveStateUpdate` for the arguments and the result."""
         return self._update(
             ssm_state,
             inputs.u,
@@ -123,27 +123,27 @@ class SelectiveStateUpdate:
             z=inputs.z,
             dt_bias=weights.dt_bias,
             dt_softplus=True,
-            # mamba-ssm multiplies slot indices by a stride in the dtype of the indices. In int32 the product would
-            # overflow for a large model with a few hundred slots.
+            # mamba-ssm multiplies each slot index by the stride between slots, in the dtype of the index. In int32 this
+            # product would overflow for a large model with a few hundred slots.
             state_batch_indices=state_ids.long(),
         )
 
 
 def selective_scan() -> NoReturn:
-    """Raises KernelUnavailable, because mamba-ssm's scan cannot continue from a state."""
+    """Raises KernelUnavailable, because the scan of mamba-ssm cannot continue a sequence from a stored state."""
     raise KernelUnavailable(
         "selective_scan_fn of mamba-ssm takes neither an initial state nor packed sequences, and a chunk needs both"
     )
 
 
 class AttentionPrefill:
-    """Implements `kernels.ops.AttentionPrefill` with flash-attn, for bfloat16 and float16."""
+    """Implements the protocol `kernels.ops.AttentionPrefill` with flash-attn, for bfloat16 and float16."""
 
     def __init__(self) -> None:
         self._attend = _function("flash-attn", "flash_attn", "flash_attn_varlen_func", "block_table")
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionPrefill`."""
+        """See the protocol `kernels.ops.AttentionPrefill` for the arguments and the result."""
         require(pages.k.shape[1] % FLASH_PAGE == 0, "pages.k", pages.k, "have pages of a multiple of 256 tokens")
         key_start = torch.nn.functional.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         return self._attend(
@@ -161,13 +161,13 @@ class AttentionPrefill:
 
 
 class AttentionDecode:
-    """Implements `kernels.ops.AttentionDecode` with flash-attn, for bfloat16 and float16."""
+    """Implements the protocol `kernels.ops.AttentionDecode` with flash-attn, for bfloat16 and float16."""
 
     def __init__(self) -> None:
         self._attend = _function("flash-attn", "flash_attn", "flash_attn_with_kvcache", "cache_seqlens", "block_table")
 
     def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionDecode`."""
+        """See the protocol `kernels.ops.AttentionDecode` for the arguments and the result."""
         require(pages.k.shape[1] % FLASH_PAGE == 0, "pages.k", pages.k, "have pages of a multiple of 256 tokens")
         return self._attend(
             q[:, None],

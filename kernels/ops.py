@@ -1,8 +1,9 @@
-"""This module describes each kernel op as a protocol, with shapes and dtypes. `table.py` lists the implementations.
+"""This module defines each op as a protocol, with shapes and dtypes. The module `table` lists the implementations.
 
 Letters: T rows (tokens) of a ragged batch, N sequences in it, H hidden size, D = expand * H channels of a Mamba layer,
 S state size of a channel, W width of the convolution, R = dt rank, Q query heads, G KV heads, Z head size, E experts,
-K experts per token, F intermediate size, V vocabulary. `dtype` is the model's (bfloat16, float16 or float32).
+K experts per token, F intermediate size, V vocabulary. `dtype` is the model's dtype (bfloat16,
+float16 or float32).
 
 Every implementation keeps these rules, which make results independent of the batch and of chunked prefill:
 * A row's result depends only on that row and on the history of its own sequence.
@@ -10,9 +11,9 @@ Every implementation keeps these rules, which make results independent of the ba
 * States and pages are read and written in place. A sequence without `has_state` starts from zeros, whatever its slot
   holds. Between two chunks of a prompt a state keeps the dtype in which it is stored: `dtype` for the convolution's
   state and the KV pages, float32 for the SSM state.
-* A prefill op gives one token the same bits as the decode op.
+* For the same token, the prefill op and the decode op return the same bits.
 * Rows may be strided, because they can be slices of wider rows. The last dimension is contiguous.
-* `pack` does not change its argument, because a tied embedding still reads its rows from it.
+* The method `pack` does not change its argument, because the embedding may read its rows from the same tensor.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from torch import Tensor
 
 
 class KernelUnavailable(Exception):
-    """Is raised where an implementation cannot run on this machine. The message gives the reason."""
+    """This error says that an implementation cannot run on this machine. The message gives the reason."""
 
 
 class StateSaves(NamedTuple):
-    """Lists the rows inside prefill chunks after which a sequence's state is saved. Final states are not listed.
+    """Lists the rows inside prefill chunks after which a sequence's state is copied to an additional slot.
 
-    Sequence i saves its state after each of the rows `rows[start[i]:start[i+1]]`, in ascending order. The state just
-    after row `rows[j]` is also written to slot `slots[j]`; rows count from the first row of the batch that the op
-    receives. The slots are distinct and belong to no sequence of the batch. All tensors are int32: `start` [N+1],
-    `rows` and `slots` [number of saves].
+    For sequence i these are the rows `rows[start[i]:start[i+1]]`, in ascending order. The state just after row
+    `rows[j]` is written to slot `slots[j]`. Rows are counted from the first row of the batch that the op receives. The
+    slots are distinct, and none is the slot of a sequence of the batch. The state after a sequence's last row is not
+    listed here, because the op always writes that state to the sequence's own slot. All tensors are int32: `start`
+    [N+1], `rows` and `slots` [number of saves].
     """
 
     start: Tensor
@@ -42,12 +44,12 @@ class StateSaves(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Describes which rows of a ragged batch belong to which sequence, and which slot holds each sequence's state.
+    """Says which rows of a ragged batch each sequence owns, and which slot holds each sequence's state.
 
     Sequence i owns rows `query_start[i]:query_start[i+1]` (int32 [N+1], at least one row each; the last entry is T).
     `max_query_len` is the largest number of rows of a sequence. The state of sequence i is in slot `state_ids[i]`
-    (int32 [N]). Where `has_state[i]` (bool [N]) is false, the sequence starts from zeros. The final state is written
-    to the same slot.
+    (int32 [N]). Where `has_state[i]` (bool [N]) is false, the sequence starts from zeros. The state after the
+    sequence's last row is written to the same slot, `state_ids[i]`.
     """
 
     query_start: Tensor
@@ -60,10 +62,11 @@ class Segments(NamedTuple):
 class Pages(NamedTuple):
     """Holds the paged keys and values of one attention layer and the block tables of N sequences.
 
-    `k`, `v`: dtype [pages, block_size, G, Z], with any stride over pages. The implementations "triton" and "reference"
-    also accept float8_e4m3fn, whose numbers have no scale. `block_tables`: int32 [N, max_blocks]; entries beyond a
-    sequence's own pages are 0, a page that no sequence owns. `context_lens`: int32 [N], the tokens in the cache,
-    including those of this step. `max_context_len` is at least as large as each of them.
+    `k`, `v`: dtype [pages, block_size, G, Z]; the stride between pages is arbitrary. The implementations "triton" and
+    "reference" also accept keys and values in float8_e4m3fn, without scales. `block_tables`: int32 [N, max_blocks], the
+    page numbers of each sequence; entries after a sequence's last page are 0, the number of a page that no sequence
+    owns. `context_lens`: int32 [N], each sequence's number of cached tokens, including the tokens of this step.
+    `max_context_len` is an upper bound of the elements of `context_lens`.
     """
 
     k: Tensor
@@ -87,10 +90,10 @@ class CausalConv1d(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """Returns silu(depthwise causal convolution of x + bias). Each sequence continues from its stored inputs.
+        """Returns silu((depthwise causal convolution of x) + bias). Each sequence continues from its stored inputs.
 
-        x: dtype [T, D]; weight: dtype [W, D], where tap W-1 multiplies the current token; bias: dtype [D].
-        conv_state: dtype [slots, W-1, D], with any stride over slots. A slot holds the last W-1 inputs of the
+        x: dtype [T, D]; weight: dtype [W, D], where tap W-1 multiplies the current token; bias: dtype [D]. conv_state:
+        dtype [slots, W-1, D]; the stride between slots is arbitrary. A slot holds the last W-1 inputs of the
         convolution, the oldest first. Sums are in float32. Returns dtype [T, D].
         """
         ...
@@ -98,7 +101,7 @@ class CausalConv1d(Protocol):
 
 class CausalConv1dUpdate(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
-        """Does what `CausalConv1d` does, for one token of each of N sequences that all have a state.
+        """Computes the same as the op `CausalConv1d`, for N sequences with one token each, which all have a state.
 
         x: dtype [N, D]; state_ids: int32 [N].
         """
@@ -132,14 +135,14 @@ class SelectiveScan(Protocol):
         """Computes the Mamba-1 recurrence (Gu & Dao 2023, Algorithm 2) in float32 and returns y: dtype [T, D].
 
         dt = softplus(dt + dt_bias); h = exp(dt * a) * h + (dt * u) * b; y = (h @ c + d * u) * silu(z).
-        ssm_state: float32 [slots, D, S], with any stride over slots.
+        ssm_state: float32 [slots, D, S]; the stride between slots is arbitrary.
         """
         ...
 
 
 class SelectiveStateUpdate(Protocol):
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """Does what `SelectiveScan` does, for one token of each of N sequences that all have a state.
+        """Computes the same as the op `SelectiveScan`, for N sequences with one token each, which all have a state.
 
         state_ids: int32 [N].
         """
@@ -150,7 +153,8 @@ class MambaWeights(NamedTuple):
     """Holds the weights of a Mamba layer between its in_proj and its out_proj.
 
     conv_weight [W, D], conv_bias [D] and the norms' weights dt_norm [R], b_norm [S] and c_norm [S] are all of the
-    model's dtype. x_proj [R + 2S, D] and dt_proj [D, R] are packed by `Linear.pack` of the same kernels.
+    model's dtype. x_proj [R + 2S, D] and dt_proj [D, R] are packed by the method `Linear.pack` of the same `Kernels`
+    object.
     """
 
     conv_weight: Tensor
@@ -165,40 +169,42 @@ class MambaWeights(NamedTuple):
 
 
 class MambaDecode(Protocol):
-    """Computes a Mamba layer between in_proj and out_proj, for one token of each of N sequences that all have a state.
+    """Computes the part of a Mamba layer between in_proj and out_proj, for N sequences with one token each.
 
-    The result has the bits of these ops of the same kernels, called one after the other: `CausalConv1dUpdate`,
-    `Linear` with x_proj, `RmsNorm` of dt, B and C, `Linear` with dt_proj, `SelectiveStateUpdate`.
+    All N sequences have a state. The result has the same bits as calling these ops of the same `Kernels` object in
+    turn: `CausalConv1dUpdate`, `Linear` with x_proj, `RmsNorm` of dt, B and C, `Linear` with dt_proj,
+    `SelectiveStateUpdate`.
     """
 
     def pack(self, weights: MambaWeights) -> Any:
-        """Returns the weights in the form that `__call__` accepts.
+        """Returns the weights in the form that the method `__call__` accepts.
 
-        The packed form may point to the tensors of `weights`, which must therefore keep their addresses.
+        The packed form may contain addresses of the tensors in `weights`, so these tensors must stay where they are.
         """
         ...
 
     def __call__(self, xz: Tensor, weights: Any, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """Returns the tensor that out_proj multiplies: dtype [N, D].
+        """Returns the input of out_proj: dtype [N, D].
 
-        xz: dtype [N, 2D], the inputs of the convolution followed by the gate. conv_state and ssm_state are those of
-        `CausalConv1d` and `SelectiveScan`. state_ids: int32 [N].
+        xz: dtype [N, 2D]; each row has the D inputs of the convolution, then the D elements of the gate. conv_state: as
+        in the op `CausalConv1d`. ssm_state: as in the op `SelectiveScan`. state_ids: int32 [N].
         """
         ...
 
 
 class WriteKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-        """Writes row t of k and v (dtype [T, G, Z]) to token slot kv_slots[t] = page * block_size + offset (int64 [T]).
+        """Writes row t of k and v to the place of token kv_slots[t] in the pages.
 
-        Pages of float8_e4m3fn clamp numbers to the range of that format, from -448 to 448.
+        k, v: dtype [T, G, Z]. kv_slots: int64 [T], page number * block_size + position of the token in the page. If the
+        pages have the dtype float8_e4m3fn, numbers are clamped to the range of that dtype, from -448 to 448.
         """
         ...
 
 
 class AttentionPrefill(Protocol):
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-        """Returns the causal attention of each sequence's newest rows over its pages: dtype [T, Q, Z].
+        """Returns the causal attention of each sequence's new tokens over the sequence's pages: dtype [T, Q, Z].
 
         The pages already hold the keys and values of this step. q: dtype [T, Q, Z]; query head h reads KV head
         h // (Q // G). The last row of sequence i sees context_lens[i] keys, and each row before it sees one key fewer
@@ -209,7 +215,7 @@ class AttentionPrefill(Protocol):
 
 class AttentionDecode(Protocol):
     def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
-        """Does what `AttentionPrefill` does, for one row of each of N sequences. q: dtype [N, Q, Z]."""
+        """Computes the same as the op `AttentionPrefill`, for N sequences with one row each. q: dtype [N, Q, Z]."""
         ...
 
 
@@ -218,15 +224,15 @@ class CopySlots(Protocol):
         """Copies tensor[sources[i]] to tensor[destinations[i]], for every tensor and every index i.
 
         sources, destinations: int64 [number of copies], indices into the first dimension of each tensor. The
-        destinations are distinct and none is a source, so the order of the copies does not matter.
+        destinations are distinct and no destination is a source, so the order of the copies does not matter.
         """
         ...
 
 
 class CompressedStates(NamedTuple):
-    """Holds the SSM states of M layers, compressed to one byte per number. A number is its byte times a scale.
+    """Holds the SSM states of M layers, compressed to int8 values. A state's number is value * scale.
 
-    values: int8 [slots, M, D, S], from -127 to 127; scales: float32 [slots, M, D], one for each channel.
+    values: int8 [slots, M, D, S], from -127 to 127; scales: float32 [slots, M, D], one scale for each channel.
     """
 
     values: Tensor
@@ -238,9 +244,10 @@ class CompressStates(Protocol):
         """Compresses slot sources[i] of `states` into slot destinations[i] of `compressed`, for every index i.
 
         states: float32 [slots, M, D, S]; sources, destinations: int64 [number of slots]; the destinations are distinct.
-        A channel's scale is its largest magnitude times 1/127. A value is x * (127 / largest magnitude), rounded to the
-        nearest integer with ties to even. All arithmetic is in float32. A channel whose magnitudes are all below
-        2**-100 is stored as zeros. The states must be finite: the result for NaN and infinity is undefined.
+        A channel's scale is (1/127) * m, where m is the largest magnitude of the channel's S numbers. A number x is
+        stored as x * (127 / m), rounded to the nearest integer with ties to even. All arithmetic is in float32. A
+        channel whose magnitudes are all below 2**-100 is stored as zeros. The states must be finite: the result for NaN
+        and infinity is undefined.
         """
         ...
 
@@ -249,7 +256,7 @@ class RestoreStates(Protocol):
     def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
         """Sets states[destinations[i]] to values[sources[i]] * scales[sources[i]], for every index i.
 
-        Shapes and dtypes are those of `CompressStates`.
+        The arguments have the same shapes and dtypes as those of the op `CompressStates`.
         """
         ...
 
@@ -258,7 +265,8 @@ class SiluAndMul(Protocol):
     def __call__(self, gate_up: Tensor) -> Tensor:
         """Returns silu(gate) * up, the activation of a gated MLP: dtype [T, F].
 
-        gate_up: dtype [T, 2F], the gate first. silu is computed in float32 and rounded to dtype before the product.
+        gate_up: dtype [T, 2F]; each row has the F elements of the gate, then the F elements of up. silu is computed in
+        float32 and rounded to dtype before the product.
         """
         ...
 
@@ -274,12 +282,13 @@ class RouteExperts(Protocol):
 
 
 class QuantizedWeight(NamedTuple):
-    """Holds a quantised weight [..., N, K]: values * scales. Neighbouring elements of a row form groups with one scale.
+    """Holds a quantised weight [..., N, K]: values * scales. A group of neighbouring elements of a row has one scale.
 
-    A group has `group_size` elements; a row's last group may be shorter. `bits` is 8 or 4. values: [..., N, K]; the
-    format int8 has int8 values from -127 to 127, int4 has int8 values from -7 to 7 (two numbers are not yet packed
-    into a byte), fp8 has finite float8_e4m3fn values. scales: float32 [..., N, ceil(K / group_size)].
-    A product is the sum over groups, in ascending order, of scale * (float32 sum of value * x).
+    A group has `group_size` elements; a row's last group may be shorter. `bits` is 8 or 4. values: [..., N, K]. The
+    format int8 (8 bits) has values of dtype int8 from -127 to 127. The format int4 (4 bits) has values of dtype int8
+    from -7 to 7, one value per byte. The format fp8 (8 bits) has finite values of dtype float8_e4m3fn. scales: float32
+    [..., N, ceil(K / group_size)]. A product is the sum over groups, in ascending order, of scale * (float32 sum of
+    value * x).
     """
 
     values: Tensor
@@ -289,21 +298,22 @@ class QuantizedWeight(NamedTuple):
 
 
 Weight = Tensor | QuantizedWeight
-"""The types of weights that the `pack` methods accept."""
+"""The type of a weight that the methods `Linear.pack` and `RunExperts.pack` accept."""
 
 
 class RunExperts(Protocol):
     def pack(self, gate_up: Weight, down: Weight) -> Any:
         """Returns the experts' weights in this implementation's layout. `pack` is called once, when a model is loaded.
 
-        gate_up: [E, 2F, H], the gate's rows first; down: [E, H, F].
+        gate_up: [E, 2F, H]; each expert has the F rows of the gate, then the F rows of up. down: [E, H, F].
         """
         ...
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
         """Returns the sum over a token's experts of weight * down(silu(gate(x)) * up(x)): dtype [T, H].
 
-        x: dtype [T, H]; weights, ids: the results of `RouteExperts`. Outputs are added in the order of the ids.
+        x: dtype [T, H]; weights, ids: the results of `RouteExperts`. The experts' outputs are added in the order of
+        the token's row of `ids`.
         """
         ...
 
@@ -314,9 +324,9 @@ class Linear(Protocol):
         ...
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
-        """Returns rows `ids` (int64 [T]) of a weight [N, K], as an embedding does: dtype [T, K].
+        """Returns the rows of a weight [N, K] with the numbers `ids` (int64 [T]), as an embedding does: dtype [T, K].
 
-        The weight may be packed or a plain tensor, but not quantised.
+        The weight is a plain tensor or the result of the method `pack`, and must not be quantised.
         """
         ...
 
@@ -328,8 +338,9 @@ class Linear(Protocol):
 class SampleInputs(NamedTuple):
     """Holds the sampling parameters of N rows of logits.
 
-    temperature (0 means greedy), top_p and min_p: float32 [N]; top_k: int32 [N], 0 for the whole vocabulary. keys:
-    int64 [N], a hash of (seed, choice, position). A row's noise depends on its key alone.
+    temperature (0 means greedy), top_p and min_p: float32 [N]; top_k: int32 [N], where 0 keeps the whole vocabulary.
+    keys: int64 [N], each a hash of (the request's seed, the number of the choice, the token's position). The random
+    noise in a row of logits depends only on the row's key.
     """
 
     temperature: Tensor
@@ -345,7 +356,8 @@ class Sample(Protocol):
 
         The token is the argmax of logits / temperature + Gumbel noise, over the tokens that top-k, then top-p, then
         min-p leave. All three filters use the distribution after the temperature is applied. The noise is a hash of
-        the row's key and the token id, so it does not depend on the batch. logits: float32 [N, V], may be overwritten.
+        the row's key and the token id, so the noise does not depend on the batch. logits: float32 [N, V]; the op
+        is allowed to overwrite them.
         """
         ...
 
@@ -355,7 +367,8 @@ class Kernels:
     """Holds the implementation of each op that a model runs with.
 
     `names` maps each op to the name of its implementation. `batch_dependent_ops` lists the ops that are not
-    batch-invariant: the last bits of a row may depend on the other rows of the batch or on chunked prefill.
+    batch-invariant: for these ops, the last bits of a row might depend on the other rows of the batch or on chunked
+    prefill.
     """
 
     rms_norm: RmsNorm

@@ -1,6 +1,6 @@
-"""This module has the table of the implementations of every op, and selects one implementation for each op.
+"""This module lists the implementations of every op, and selects one implementation for each op.
 
-To add an implementation, add one line to `TABLE`, above the implementations that it should be preferred to.
+To add an implementation, add one line to the constant `TABLE`. Of two implementations of an op, the upper is preferred.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ logger = logging.getLogger(__name__)
 
 
 class KernelError(ValueError):
-    """Is raised where a requested kernel does not exist or cannot run. The message says why."""
+    """This error says that no suitable implementation of an op exists or can run. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """Describes one implementation of an op, for some devices.
+    """Names one implementation of an op and the devices ("cpu", "cuda") on which the implementation runs.
 
-    `load` returns the op as `kernels.ops` describes it. It raises KernelUnavailable, ImportError if a package is
-    missing, or OSError if a shared library is missing. A fused op does the work of other ops, its `parts`, which stand
-    before it in `OPS`; `load` receives the implementations that were chosen for them. `batch_invariant` says that a
-    row's bits depend neither on the other rows of the batch nor on chunked prefill.
+    The function `load` returns a callable that implements the op's protocol in `kernels.ops`. If the implementation
+    cannot run, `load` raises KernelUnavailable, ImportError (a package is missing) or OSError (a shared library is
+    missing). `parts` names the ops that a fused op replaces; they come before the fused op in the constant `OPS`.
+    `load` receives the chosen implementation of each part. If `batch_invariant` is true, a row's bits depend neither on
+    the other rows of the batch nor on chunked prefill.
     """
 
     op: str
@@ -53,7 +54,10 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """Describes one implementation for a report. `status` is "selected", "available", or the reason it cannot run."""
+    """Is one line of the printed report: the name of an implementation of an op, and whether it is used.
+
+    `status` is "selected", "available", or the reason why the implementation cannot run.
+    """
 
     op: str
     implementation: str
@@ -64,7 +68,7 @@ class TableRow:
 def _triton(module: str, name: str) -> Callable[[], Any]:
     """Returns a function that loads the op `name` from a module of `kernels.triton`.
 
-    The module is imported when that function is called, because it can be imported only where triton is installed.
+    The module can be imported only where triton is installed, so the returned function imports the module when called.
     """
 
     def load(*parts: Any) -> Any:
@@ -87,7 +91,7 @@ def _torch_experts(silu_and_mul: Any) -> torch_ops.RunExperts:
     return torch_ops.RunExperts(silu_and_mul, _triton("moe", "RunExperts")())
 
 
-# Some reference kernels are not batch-invariant: torch's libraries choose the order of a sum by the tensor's shape.
+# Some reference kernels below have batch_invariant=False: torch chooses the order of a sum by the tensor's shape.
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
@@ -172,8 +176,9 @@ OPS: tuple[str, ...] = tuple(
     field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
 )
 
-# Users request implementations for a family of ops or for a single op. A request for a family overrides a request for
-# a family above it in this table. A request for a single op overrides a request for its family.
+# Maps the name of a family of ops to the ops. Users request an implementation for a family or for a single op. If two
+# requested families contain the same op, the family further down in this table decides. A request for a single op
+# overrides all requests for families.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "all": OPS,
     "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_decode"),
@@ -225,7 +230,7 @@ def select(device: str, requested: Mapping[str, str], batch_invariant: bool | No
 
 
 def describe(device: str) -> list[TableRow]:
-    """Returns a row for each implementation of each op. Those that `select` chooses without requests are "selected"."""
+    """Returns a row for each implementation of each op. The implementations of `select(device, {})` are "selected"."""
     rows: list[TableRow] = []
     selected: dict[str, tuple[Implementation, Any]] = {}
     for op in OPS:
@@ -241,7 +246,7 @@ def describe(device: str) -> list[TableRow]:
 
 
 def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Implementation]:
-    """Returns the implementations of an op that `select` tries in turn if no implementation of the op is requested."""
+    """Returns the implementations that the function `select` tries in turn for an op without a request."""
     entries = implementations(op, device)
     if batch_invariant is None:
         return sorted(entries, key=lambda entry: not entry.batch_invariant)
@@ -249,9 +254,9 @@ def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Impl
 
 
 def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
-    """Returns whether an implementation and its parts (the ops that it fuses) are batch-invariant.
+    """Returns whether an implementation and all its parts (the ops that it replaces) are batch-invariant.
 
-    Parts have no parts of their own.
+    `chosen` maps each part's name to the chosen implementation. Parts have no parts of their own.
     """
     return entry.batch_invariant and all(chosen[part].batch_invariant for part in entry.parts)
 
@@ -265,7 +270,7 @@ def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, st
 
 
 def _expand(device: str, requested: Mapping[str, str]) -> dict[str, tuple[Implementation]]:
-    """Returns the requested implementation of each op that `requested` names. A family stands for all its ops."""
+    """Returns the requested implementation of each op that `requested` names, alone or as a member of a family."""
     devices = sorted({device for entry in TABLE for device in entry.devices})
     if device not in devices:
         raise KernelError(f"kernels: no implementations for device {device!r}; there are some for {', '.join(devices)}")

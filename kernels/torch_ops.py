@@ -1,8 +1,9 @@
-"""The table entries named "torch" use PyTorch's own fast kernels for many tokens.
+"""The classes of this module implement ops with PyTorch's own kernels for GPUs, for steps with many tokens.
 
-PyTorch chooses tiles and splits by the shape of the batch, so these entries are not batch-invariant. Each entry falls
-back to a Triton kernel where PyTorch's kernel does not apply. The host never waits for the device here. The limits
-below are estimates; none has been measured on a GPU yet.
+They are the implementations named "torch" in `table.py`. PyTorch chooses the order of sums by the shape of the batch,
+so these implementations are not batch-invariant. Each class calls a Triton kernel for inputs that PyTorch's kernel does
+not support. The code of this module never makes the host wait for the GPU. The constants below, which decide between
+PyTorch and Triton, are estimates that have not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ from torch import Tensor
 from jamba_server.kernels import ops
 from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
-# If no sequence has this number of new tokens, copying the cached keys takes more time than flash attention saves.
+# The number of new tokens that the longest sequence must have for flash attention to be used. With fewer new tokens,
+# copying the cached keys takes more time than flash attention saves.
 MIN_QUERY_LEN = 64
-MAX_GATHERED_BYTES = 1 << 29  # The largest size in bytes of attention's contiguous copy of keys and values.
-# With fewer tokens per expert on average, the experts' products are memory-bound and torch's product is not used.
+MAX_GATHERED_BYTES = 1 << 29  # The largest size in bytes of the copied keys and values together.
+# torch's grouped product is used if the experts have this number of tokens on average. With fewer tokens, the products
+# are memory-bound.
 MIN_ROWS_PER_EXPERT = 32
-MIN_ROWS = 65  # With fewer rows of x, a matrix product is memory-bound and torch's product is not used.
-# torch has a grouped product for these compute capabilities. On other GPUs, torch loops over experts and waits.
+# torch's matrix product is used if x has at least this number of rows. With fewer rows, the product is memory-bound.
+MIN_ROWS = 65
+# The compute capabilities of GPUs for which torch has a grouped product. On other GPUs, torch loops over the experts
+# and the host waits for the GPU.
 GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 
 
 class AttentionPrefill:
-    """Implements `kernels.ops.AttentionPrefill` with flash attention over packed sequences (torch.nn.attention.varlen).
+    """Implements the protocol `kernels.ops.AttentionPrefill` with torch's flash attention.
+
+    The function is `varlen_attn` of torch.nn.attention.varlen, which accepts concatenated sequences.
 
     Flash attention reads contiguous keys and values. The keys and values of all contexts are therefore gathered from
     their pages first, one sequence after the other. The implementation `other` is used for inputs that flash attention
-    does not support (float32, odd head sizes), for short runs, and where the gathered copies would be too large.
+    does not support, for sequences with few new tokens, and where the gathered copies would be too large.
     """
 
     def __init__(self, other: ops.AttentionPrefill) -> None:
@@ -46,8 +53,9 @@ class AttentionPrefill:
         self._options = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionPrefill`."""
-        # `tokens` is an upper bound of the number of cached tokens. The host knows `tokens` without waiting.
+        """See the protocol `kernels.ops.AttentionPrefill` for the arguments and the result."""
+        # `tokens` is an upper bound of the total number of cached tokens. The host knows this bound without waiting
+        # for the GPU.
         tokens = len(pages.context_lens) * pages.max_context_len
         if not _fits(q, pages, tokens) or max_query_len < MIN_QUERY_LEN:
             return self._other(q, pages, query_start, max_query_len, scale)
@@ -70,9 +78,10 @@ def _fits(q: Tensor, pages: Pages, tokens: int) -> bool:
 
 
 def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Returns K and V [tokens, G, Z] of all sequences, concatenated. Rows after the last sequence are undefined.
+    """Returns the concatenated keys and values of all sequences, both [tokens, G, Z].
 
-    `key_start` [N+1] has the first row of each sequence.
+    `key_start` [N+1] has the number of each sequence's first row in the results, then the total number of cached
+    tokens. `tokens` may be larger than that total; the rows after the last sequence are undefined.
     """
     token = torch.arange(tokens, dtype=torch.int32, device=key_start.device)
     sequence = (torch.searchsorted(key_start, token, right=True) - 1).clamp_(max=len(key_start) - 2)
@@ -84,25 +93,25 @@ def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tenso
 
 
 class Linear:
-    """Implements `kernels.ops.Linear` with torch's matrix product (cuBLAS), for many rows of x.
+    """Implements the protocol `kernels.ops.Linear` with torch's matrix product (cuBLAS), for many rows of x.
 
-    `other` computes products of few rows and products with quantised weights. Its `pack` must not change the layout of
-    weights that are not quantised.
+    The implementation `other` computes products of few rows and products with quantised weights. The method
+    `other.pack` must not change the layout of weights that are not quantised.
     """
 
     def __init__(self, other: ops.Linear) -> None:
         self._other = other
 
     def pack(self, weight: Weight) -> Any:
-        """Returns the weight packed for the Triton kernel. Only a quantised weight changes its layout."""
+        """Returns the weight packed for the Triton kernel. The layout changes only if the weight is quantised."""
         return self._other.pack(weight)
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         return self._other.rows(weight, ids)
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         if not isinstance(weight, Tensor) or len(x) < MIN_ROWS:
             return self._other(x, weight, bias)
         return F.linear(x, weight, bias)
@@ -111,8 +120,8 @@ class Linear:
 class Experts(NamedTuple):
     """Holds the weights of a layer's experts for torch's grouped product and for the Triton kernel.
 
-    `matrices` is (gate_up [E, 2F, H], down [E, H, F]), or None if torch's kernel does not support them. `packed` is the
-    Triton kernel's form; it shares the memory of `matrices`.
+    `matrices` is (gate_up [E, 2F, H], down [E, H, F]), or None if torch's grouped product does not support the weights.
+    `packed` has the same weights in the layout of the Triton kernel. `packed` and `matrices` share their memory.
     """
 
     matrices: tuple[Tensor, Tensor] | None
@@ -120,10 +129,10 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements `kernels.ops.RunExperts` with torch's grouped product, for many tokens in bfloat16.
+    """Implements the protocol `kernels.ops.RunExperts` with torch's grouped product, for many tokens in bfloat16.
 
-    `other` computes all other cases: few tokens, quantised weights and other dtypes. Torch's product and `other` share
-    one copy of the weights.
+    The implementation `other` is used for few tokens, for quantised weights and for other dtypes. Both implementations
+    use one copy of the weights.
     """
 
     def __init__(self, silu_and_mul: ops.SiluAndMul, other: ops.RunExperts) -> None:
@@ -142,7 +151,7 @@ class RunExperts:
         return Experts((gate_up, down) if aligned else None, self._other.pack(gate_up, down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.RunExperts`."""
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
         if experts.matrices is None or ids.numel() < MIN_ROWS_PER_EXPERT * len(experts.matrices[0]):
             return self._other(x, experts.packed, weights, ids)
         gate_up, down = experts.matrices

@@ -1,5 +1,6 @@
 """The CPU kernels are C++ code (`src/`), compiled at installation and called through ctypes, which releases the GIL.
 
-One library serves all machines. `library.py` loads it, and at run time the library chooses among code for AVX-512 with
-BF16, AVX-512, AVX2 and any other CPU.
+The module `library` loads the compiled library. The library contains machine code for four kinds of CPU: with AVX-512
+and its BF16 extension, with AVX-512, with AVX2, and without these. At run time the library chooses the code for its
+CPU.
 """

@@ -20,9 +20,10 @@ def whole(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...])
 
 def units(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the tensor has the given dtype and shape, lies in the CPU's memory, and has contiguous
-    `tensor[i]`. The stride of dimension 0 may be any number, as in a slice of a matrix's columns."""
+    `tensor[i]`. The stride of dimension 0 is arbitrary, as in a slice of a matrix's columns."""
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
-    if fits and (tensor.is_contiguous() or _is_dense(shape, tensor.stride())):  # is_contiguous() is the faster test
+    # The method is_contiguous is faster than the function _is_dense, so it is called first.
+    if fits and (tensor.is_contiguous() or _is_dense(shape, tensor.stride())):
         return
     refuse(name, tensor, f"be {_words(dtype, shape)}, contiguous behind dimension 0, in the CPU's memory")
 

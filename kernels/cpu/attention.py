@@ -71,16 +71,16 @@ def _check(q: Tensor, pages: Pages, query_start: Tensor | None) -> tuple[int, in
 
 
 class AttentionPrefill(_Attention):
-    """Implements `kernels.ops.AttentionPrefill` with the compiled library."""
+    """Implements the protocol `kernels.ops.AttentionPrefill` with the compiled library."""
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionPrefill` for the arguments and the result."""
+        """See the protocol `kernels.ops.AttentionPrefill` for the arguments and the result."""
         return self._call(q, pages, query_start, scale)
 
 
 class AttentionDecode(_Attention):
-    """Implements `kernels.ops.AttentionDecode` with the compiled library."""
+    """Implements the protocol `kernels.ops.AttentionDecode` with the compiled library."""
 
     def __call__(self, q: Tensor, pages: Pages, scale: float) -> Tensor:
-        """See `kernels.ops.AttentionDecode` for the arguments and the result."""
+        """See the protocol `kernels.ops.AttentionDecode` for the arguments and the result."""
         return self._call(q, pages, None, scale)

@@ -43,18 +43,21 @@ class _Convolution:
 
 
 class CausalConv1d(_Convolution):
-    """Implements `kernels.ops.CausalConv1d` with the compiled library."""
+    """Implements the protocol `kernels.ops.CausalConv1d` with the compiled library."""
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """See `kernels.ops.CausalConv1d` for the arguments and the result."""
+        """See the protocol `kernels.ops.CausalConv1d` for the arguments and the result."""
         return self._call(x, weight, bias, conv_state, ragged(segments))
 
 
 class CausalConv1dUpdate(_Convolution):
-    """Implements `kernels.ops.CausalConv1dUpdate` with the code of `CausalConv1d`: their results are bit-identical."""
+    """Implements the protocol `kernels.ops.CausalConv1dUpdate`.
+
+    The results have the same bits as those of `CausalConv1d`.
+    """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
-        """See `kernels.ops.CausalConv1dUpdate` for the arguments and the result."""
+        """See the protocol `kernels.ops.CausalConv1dUpdate` for the arguments and the result."""
         return self._call(x, weight, bias, conv_state, one_row_each(state_ids, x))

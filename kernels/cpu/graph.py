@@ -1,4 +1,4 @@
-"""A CPU graph records the library calls of one step. One call of the compiled library then repeats all of them.
+"""A CPU graph records the calls to the compiled library in one step. One call to the library then repeats them all.
 
 In a step of a small model, the Python code between two kernels takes as long as some kernels. This Python code makes
 the same calls in every step with the same number of rows; only the contents of a few input tensors differ.
@@ -25,7 +25,7 @@ _VIEWS = ("__get__", "__getitem__", "__len__", "data_ptr", "dim", "stride", "ele
 
 
 class _Call(ctypes.Structure):
-    """Holds one recorded call to the library, in the layout of `Call` in `src/replay.cpp`."""
+    """Holds one recorded call to the library, in the layout of the C++ struct `Call` in `src/replay.cpp`."""
 
     _fields_ = (
         ("function", POINTER),
@@ -39,8 +39,8 @@ class _Call(ctypes.Structure):
 class Arena:
     """Allocates the intermediate tensors of graphs.
 
-    Graphs are repeated one at a time, so a block that one graph no longer uses is free for all graphs. Blocks are not
-    returned to the system while the arena lives, because a graph may be repeated at any time.
+    The memory consists of blocks. Only one graph runs at a time, so two graphs can use the same block. Blocks are not
+    returned to the operating system while the arena lives, because a graph might be repeated at any time.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,10 @@ class Arena:
         return sum(block.numel() for block in self._blocks)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Returns an uninitialised tensor. The memory is reused once all tensors that share it are deleted."""
+        """Returns an uninitialised tensor.
+
+        Its memory is reused after all tensors that share this memory are deleted.
+        """
         wanted = max(1, math.prod(shape)) * dtype.itemsize
         size = 1 << (wanted - 1).bit_length()
         free = self._free.setdefault(size, [])
@@ -67,7 +70,10 @@ class Arena:
 
 
 def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable[[], None] | None = None) -> Tensor:
-    """Returns a tensor over the memory at `address`. `let_go` is called when the last view of the tensor is deleted."""
+    """Returns a tensor over the memory at `address`.
+
+    The function `let_go` is called when the tensor and its views are deleted.
+    """
     memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     if let_go is not None:
         weakref.finalize(memory, let_go)
@@ -77,7 +83,7 @@ def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable
 class _Recorder(TorchFunctionMode):
     """Allocates new tensors in the arena and forbids all computation by torch while a graph is recorded.
 
-    A graph records calls to the compiled library only, so a repeated graph would lack a computation by torch.
+    A graph records only calls to the compiled library, so the repeated graph would leave out a computation by torch.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -104,7 +110,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 class NativeGraph:
-    """Implements `engine.graphs.Graph`. Graphs of one arena share its memory, so only one graph may run at a time.
+    """Implements the protocol `engine.graphs.Graph`.
+
+    Graphs of one arena share memory, so only one of these graphs may run at a time.
 
     The input tensors of the recorded calls, the weights and the caches must keep their addresses.
     """

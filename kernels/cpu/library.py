@@ -18,8 +18,11 @@ from jamba_server.kernels.ops import KernelUnavailable
 logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-"""The instruction sets that the library has code for. An index here is the library's number for the instruction set.
-A machine can run its own and all lower ones."""
+"""The instruction sets for which the library has code, in ascending order.
+
+The index of an instruction set is its number in the library's functions. A machine that has one of
+the instruction sets can also run the code for all earlier instruction sets.
+"""
 
 
 class _Dtypes(dict[torch.dtype, int]):
@@ -29,10 +32,13 @@ class _Dtypes(dict[torch.dtype, int]):
 
 
 DTYPES = _Dtypes({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
-"""Maps a dtype to the integer that stands for it in the library. Raises ValueError for any other dtype."""
+"""Maps a dtype to its number in the library's functions. A look-up of another dtype raises ValueError."""
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-"""The types of arguments. A tensor is passed as its `data_ptr()`, and a missing tensor as None."""
+"""The types of the arguments of the library's functions.
+
+A tensor is passed as its address, and a missing tensor as None.
+"""
 
 
 class Library:
@@ -52,8 +58,8 @@ class Library:
         Raises KernelUnavailable if the library does not have the function.
         """
         try:
-            # ctypes returns a new function object for each lookup. So declaring types here leaves other lookups of
-            # `name` alone.
+            # ctypes returns a new function object for each look-up of `name`, so the types that are declared here do
+            # not change function objects of earlier look-ups.
             found = self._library[name]
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
@@ -63,7 +69,10 @@ class Library:
 
     @contextmanager
     def recording(self) -> Generator[list[tuple[Any, tuple[Any, ...]]]]:
-        """Records the calls that this thread makes inside the `with` block, as a list of (function, arguments)."""
+        """Records the calls to the library that this thread makes inside the `with` block.
+
+        The list contains (function, arguments) for each call.
+        """
         calls: list[tuple[Any, tuple[Any, ...]]] = []
         with self._recorder:
             try:
@@ -97,7 +106,7 @@ class Library:
 
 
 def library() -> Library:
-    """Returns the library, with torch's number of threads. Raises KernelUnavailable if no library was built."""
+    """Returns the library, set to use as many threads as torch. Raises KernelUnavailable if none can be loaded."""
     found = open_library(Path(__file__).parent)
     found.set_threads(torch.get_num_threads())
     return found
@@ -105,7 +114,10 @@ def library() -> Library:
 
 @cache
 def open_library(folder: Path) -> Library:
-    """Loads the library in `folder`, at the first call only. Raises KernelUnavailable if no library can be loaded."""
+    """Returns the library in `folder`; only the first call loads it.
+
+    Raises KernelUnavailable if `folder` has no library or the library cannot be loaded.
+    """
     built = sorted(folder.glob("_native*.so"))
     if not built:
         raise KernelUnavailable("it was built without a C++ compiler; install one (g++) and reinstall jamba-server")

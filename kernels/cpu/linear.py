@@ -15,16 +15,17 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 _HUGE_PAGE = 2 << 20
 # An int4 kernel processes 8 elements along K at once, so the size of a group of elements must be a multiple of 8.
 _STEP = 8
-_FP8 = -8  # In the library, this value of `bits` stands for the dtype float8_e4m3fn.
+_FP8 = -8  # The library's argument `bits` has this value for weights of the dtype float8_e4m3fn.
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """Holds a weight [N, K] packed in panels of 32 rows (`src/gemm.h` describes the layout).
 
-    `dtype` is the dtype of the weight, which x must have too. It is None for a quantised weight, which any x may be
-    multiplied by. A quantised weight has `bits` bits per element (-8 stands for fp8) and one scale for `group_size`
-    elements along K. Otherwise `bits` and `group_size` are 0. `panels` holds `matrices` weights, one after the other.
+    For a weight that is not quantised, `dtype` is the dtype of the weight and of x, and `bits` and `group_size` are 0.
+    A quantised weight has the `dtype` None, because x may have any of the library's dtypes. It has `bits` bits per
+    element (-8 means float8_e4m3fn) and one scale for each group of `group_size` elements along K. `matrices` is the
+    number of weights [N, K] (1, or the number of experts) that `panels` contains, one after the other.
     """
 
     panels: Tensor
@@ -41,7 +42,7 @@ class PackedWeight:
 
 
 class Packer:
-    """Packs weights into panels, in memory that uses huge pages."""
+    """Packs weights into panels of 32 rows. The memory of large weights uses the operating system's huge pages."""
 
     def __init__(self) -> None:
         native = library()
@@ -79,7 +80,7 @@ class Packer:
         return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
     def _memory(self, size: int) -> Tensor:
-        """Returns a uint8 tensor of `size` bytes. If `size` is at least one huge page, the tensor uses huge pages."""
+        """Returns a uint8 tensor of `size` bytes. A tensor of at least 2 MiB (one huge page) uses huge pages."""
         if size < _HUGE_PAGE:
             return torch.empty(size, dtype=torch.uint8)
         memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
@@ -113,7 +114,7 @@ def _check(weight: QuantizedWeight) -> None:
 
 
 class Linear:
-    """Implements `kernels.ops.Linear` with the compiled library."""
+    """Implements the protocol `kernels.ops.Linear` with the compiled library."""
 
     def __init__(self) -> None:
         self.pack = Packer()
@@ -121,7 +122,7 @@ class Linear:
         self._run = library().function("linear", POINTER, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT)
 
     def rows(self, weight: PackedWeight | Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.Linear` for the arguments and the result."""
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         if packed := isinstance(weight, PackedWeight):
             memory, inputs = weight.panels, weight.inputs
         else:
@@ -136,7 +137,7 @@ class Linear:
         return out
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """See `kernels.ops.Linear` for the arguments and the result."""
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         weight.check(x)
         if bias is not None:
             whole("bias", bias, x.dtype, (weight.rows,))

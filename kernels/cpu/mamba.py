@@ -1,6 +1,7 @@
-"""This op runs a Mamba layer's decode step between in_proj and out_proj in one call to the compiled library.
+"""This op computes the part of a Mamba layer between in_proj and out_proj in one call to the library, for decode steps.
 
-The step consists of seven kernels. They are so short that seven separate calls would take longer than the computation.
+This part consists of seven kernels. Each kernel is so short that seven calls from Python would take longer than the
+computation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PARTS = (CausalConv1dUpdate, Linear, RmsNorm, SelectiveStateUpdate)
 
 
 class _Pointers(ctypes.Structure):
-    """Holds the addresses and sizes of a layer's weights, in the layout of `MambaWeights` in `src/mamba.cpp`."""
+    """Holds the addresses and sizes of a layer's weights, like the C++ struct `MambaWeights` in `src/mamba.cpp`."""
 
     _fields_ = (
         ("conv_weight", POINTER),
@@ -46,7 +47,9 @@ class _Pointers(ctypes.Structure):
 
 
 class PackedMamba(NamedTuple):
-    """Holds the addresses and sizes of a layer's weights. It also holds the weights, so that the addresses stay valid.
+    """Holds the weights of a Mamba layer, and their addresses and sizes for the library.
+
+    The field `address` is the address of `pointers`. Keeping the tensors in `weights` alive keeps the addresses valid.
 
     `sizes` is (width of the convolution, number of SSM states per channel).
     """
@@ -60,7 +63,7 @@ class PackedMamba(NamedTuple):
 
 
 class MambaDecode:
-    """Implements `kernels.ops.MambaDecode` with the compiled functions of the separate ops.
+    """Implements the protocol `kernels.ops.MambaDecode` with the compiled functions of the separate ops.
 
     The results have the same bits as those of the separate ops.
     """
@@ -74,7 +77,7 @@ class MambaDecode:
                 raise KernelUnavailable(f"it replaces kernels.cpu's {kind.__name__}, which was not chosen")
 
     def pack(self, weights: MambaWeights) -> PackedMamba:
-        """See `kernels.ops.MambaDecode` for the arguments and the result."""
+        """See the protocol `kernels.ops.MambaDecode` for the arguments and the result."""
         x_proj: PackedWeight = weights.x_proj
         dt_proj: PackedWeight = weights.dt_proj
         scan, bias = weights.scan, weights.conv_bias
@@ -104,7 +107,7 @@ class MambaDecode:
     def __call__(
         self, xz: Tensor, weights: PackedMamba, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
     ) -> Tensor:
-        """See `kernels.ops.MambaDecode` for the arguments and the result."""
+        """See the protocol `kernels.ops.MambaDecode` for the arguments and the result."""
         rows, channels, (width, states) = xz.shape[0], weights.channels, weights.sizes
         units("xz", xz, weights.dtype, (rows, 2 * channels))
         units("conv_state", conv_state, weights.dtype, (conv_state.shape[0], width - 1, channels))
@@ -141,7 +144,8 @@ def _check(weights: MambaWeights) -> None:
     whole("a", weights.scan.a, torch.float32, (channels, states))
     whole("d", weights.scan.d, torch.float32, (channels,))
     whole("dt_bias", weights.scan.dt_bias, torch.float32, (channels,))
-    # x_proj and dt_proj must not be quantised. `src/mamba.cpp` expects this, and checking their dtype ensures it.
+    # x_proj and dt_proj must not be quantised, because `src/mamba.cpp` has no code for quantised weights. A quantised
+    # weight fails the check below, because its dtype is None.
     for name, weight, expected in (
         ("x_proj", weights.x_proj, (rank + 2 * states, channels, dtype)),
         ("dt_proj", weights.dt_proj, (channels, rank, dtype)),

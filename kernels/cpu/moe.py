@@ -1,4 +1,4 @@
-"""These ops run a mixture of experts with the compiled library. `SiluAndMul` also serves dense feed-forward layers."""
+"""These ops compute a mixture of experts with the compiled library. Dense feed-forward layers use `SiluAndMul` too."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jamba_server.kernels.ops import Weight
 
 
 class SiluAndMul:
-    """Implements `kernels.ops.SiluAndMul` with the compiled library."""
+    """Implements the protocol `kernels.ops.SiluAndMul` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("silu_and_mul", POINTER, POINTER, INT, INT, INT, INT)
 
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """See `kernels.ops.SiluAndMul` for the arguments and the result."""
+        """See the protocol `kernels.ops.SiluAndMul` for the arguments and the result."""
         rows, size = gate_up.shape[0], gate_up.shape[-1] // 2
         units("gate_up", gate_up, gate_up.dtype, (rows, 2 * size))
         out = gate_up.new_empty(rows, size)
@@ -29,7 +29,7 @@ class SiluAndMul:
 
 
 class Experts(NamedTuple):
-    """Holds the packed weights of E experts: gate_up [E, 2F, H], with the gate's F rows first, and down [E, H, F]."""
+    """Holds the packed weights of E experts: gate_up [E, 2F, H], the gate's F rows before up's, and down [E, H, F]."""
 
     gate_up: PackedWeight
     down: PackedWeight
@@ -37,7 +37,10 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements `kernels.ops.RunExperts`. One call reads each expert's weights only once, for all tokens."""
+    """Implements the protocol `kernels.ops.RunExperts`.
+
+    One call reads each expert's weights only once, for all tokens.
+    """
 
     def __init__(self) -> None:
         self._pack = Packer()
@@ -46,7 +49,7 @@ class RunExperts:
         )
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Packs the weights of the experts. Raises ValueError if gate_up and down differ in format."""
+        """Packs the weights of the experts. Raises ValueError if gate_up and down differ in dtype or bits."""
         packed = Experts(self._pack(gate_up), self._pack(down), len(down if isinstance(down, Tensor) else down.values))
         first, second = ((weight.dtype, weight.bits) for weight in packed[:2])
         if first != second:
@@ -60,7 +63,7 @@ class RunExperts:
         return packed
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.RunExperts` for the arguments and the result."""
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
         experts.gate_up.check(x)
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = shape = x.shape[0], ids.shape[-1]

@@ -1,4 +1,4 @@
-"""This op computes RMSNorm, fused with the addition of the residual."""
+"""This op adds the residual to x and computes RMSNorm of the sum, in one call to the compiled library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jamba_server.kernels.cpu.library import DTYPES, FLOAT, INT, POINTER, librar
 
 
 class RmsNorm:
-    """Implements `kernels.ops.RmsNorm` with the compiled library."""
+    """Implements the protocol `kernels.ops.RmsNorm` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("rms_norm", *[POINTER] * 5, *[INT] * 5, FLOAT)
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `kernels.ops.RmsNorm` for the arguments and the result."""
+        """See the protocol `kernels.ops.RmsNorm` for the arguments and the result."""
         rows, size = shape = x.shape[0], weight.shape[0]
         units("x", x, x.dtype, shape)
         whole("weight", weight, x.dtype, (size,))

@@ -11,13 +11,13 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 
 
 class RouteExperts:
-    """Implements `kernels.ops.RouteExperts` with the compiled library."""
+    """Implements the protocol `kernels.ops.RouteExperts` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("route_experts", *[POINTER] * 3, *[INT] * 5)
 
     def __call__(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """See `kernels.ops.RouteExperts` for the arguments and the result."""
+        """See the protocol `kernels.ops.RouteExperts` for the arguments and the result."""
         rows, experts = shape = logits.shape[0], logits.shape[-1]
         units("logits", logits, logits.dtype, shape)
         require(0 < top_k <= experts, "logits", logits, "have at least top_k experts, and top_k be above 0")

@@ -10,7 +10,8 @@ from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import INT, POINTER, library
 from jamba_server.kernels.ops import SampleInputs
 
-_MAX_VOCABULARY = 1 << 24  # the library holds positions in a row in float32, which is exact below 2^24
+# The library stores token ids in float32, which represents integers below 2**24 exactly.
+_MAX_VOCABULARY = 1 << 24
 _DTYPES = (
     ("temperature", torch.float32),
     ("top_p", torch.float32),
@@ -21,13 +22,13 @@ _DTYPES = (
 
 
 class Sample:
-    """Implements `kernels.ops.Sample` with the compiled library."""
+    """Implements the protocol `kernels.ops.Sample` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("sample", *[POINTER] * 7, *[INT] * 3)
 
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
-        """See `kernels.ops.Sample` for the arguments and the result."""
+        """See the protocol `kernels.ops.Sample` for the arguments and the result."""
         rows, size = shape = logits.shape[0], logits.shape[-1]
         units("logits", logits, torch.float32, shape)
         require(0 < size < _MAX_VOCABULARY, "logits", logits, "have from 1 to 2**24 - 1 tokens in a row")

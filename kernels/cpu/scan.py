@@ -48,16 +48,19 @@ def _check(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor) -> None:
 
 
 class SelectiveScan(_Recurrence):
-    """Implements `kernels.ops.SelectiveScan` with the compiled library."""
+    """Implements the protocol `kernels.ops.SelectiveScan` with the compiled library."""
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
-        """See `kernels.ops.SelectiveScan` for the arguments and the result."""
+        """See the protocol `kernels.ops.SelectiveScan` for the arguments and the result."""
         return self._call(inputs, weights, ssm_state, ragged(segments))
 
 
 class SelectiveStateUpdate(_Recurrence):
-    """Implements `kernels.ops.SelectiveStateUpdate` with `SelectiveScan`'s code: their results are bit-identical."""
+    """Implements the protocol `kernels.ops.SelectiveStateUpdate`.
+
+    The results have the same bits as those of `SelectiveScan`.
+    """
 
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """See `kernels.ops.SelectiveStateUpdate` for the arguments and the result."""
+        """See the protocol `kernels.ops.SelectiveStateUpdate` for the arguments and the result."""
         return self._call(inputs, weights, ssm_state, one_row_each(state_ids, inputs.u))

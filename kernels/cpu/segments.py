@@ -16,7 +16,10 @@ SEGMENTS = (INT, *[POINTER] * 6)
 
 
 def ragged(segments: Segments) -> tuple[Any, ...]:
-    """Returns `segments` as arguments of the library. The caller must keep `segments` alive during the call."""
+    """Returns `segments` as arguments for the library.
+
+    `segments` must stay alive until the library's function returns.
+    """
     saves, sequences, num_saves = segments.saves, segments.state_ids.shape[0], segments.saves.rows.shape[0]
     whole("segments.query_start", segments.query_start, torch.int32, (sequences + 1,))
     whole("segments.state_ids", segments.state_ids, torch.int32, (sequences,))

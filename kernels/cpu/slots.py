@@ -14,13 +14,13 @@ from jamba_server.kernels.ops import CompressedStates
 
 
 class WriteKv:
-    """Implements `kernels.ops.WriteKv` with the compiled library."""
+    """Implements the protocol `kernels.ops.WriteKv` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("write_kv", *[POINTER] * 5, *[INT] * 6)
 
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-        """See `kernels.ops.WriteKv` for the arguments and the result."""
+        """See the protocol `kernels.ops.WriteKv` for the arguments and the effect."""
         require(k.dim() == 3 and k_pages.dim() == 4, "k", k, "have three dimensions, and k_pages four")
         rows, kv_heads, size = k.shape
         row, item = kv_heads * size, k.element_size()
@@ -47,13 +47,13 @@ class WriteKv:
 
 
 class CopySlots:
-    """Implements `kernels.ops.CopySlots` with the compiled library."""
+    """Implements the protocol `kernels.ops.CopySlots` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("copy_slots", POINTER, INT, INT, POINTER, POINTER, INT)
 
     def __call__(self, tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
-        """See `kernels.ops.CopySlots` for the arguments and the result."""
+        """See the protocol `kernels.ops.CopySlots` for the arguments and the effect."""
         sources, destinations = _pairs(sources, destinations)
         for i, tensor in enumerate(tensors):
             item = tensor.element_size()
@@ -69,13 +69,13 @@ class CopySlots:
 
 
 class CompressStates:
-    """Implements `kernels.ops.CompressStates` with the compiled library."""
+    """Implements the protocol `kernels.ops.CompressStates` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("compress_states", *[POINTER, INT] * 3, *[POINTER] * 2, *[INT] * 3)
 
     def __call__(self, states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
-        """See `kernels.ops.CompressStates` for the arguments and the result."""
+        """See the protocol `kernels.ops.CompressStates` for the arguments and the effect."""
         sources, destinations = _pairs(sources, destinations)
         channels, size = _check(states, compressed)
         self._run(
@@ -91,13 +91,13 @@ class CompressStates:
 
 
 class RestoreStates:
-    """Implements `kernels.ops.RestoreStates` with the compiled library."""
+    """Implements the protocol `kernels.ops.RestoreStates` with the compiled library."""
 
     def __init__(self) -> None:
         self._run = library().function("restore_states", *[POINTER, INT] * 3, *[POINTER] * 2, *[INT] * 3)
 
     def __call__(self, compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
-        """See `kernels.ops.RestoreStates` for the arguments and the result."""
+        """See the protocol `kernels.ops.RestoreStates` for the arguments and the effect."""
         sources, destinations = _pairs(sources, destinations)
         channels, size = _check(states, compressed)
         self._run(
@@ -123,7 +123,7 @@ def _pairs(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
 def _check(states: Tensor, compressed: CompressedStates) -> tuple[int, int]:
     """Returns (total number of channels of all layers, number of SSM states per channel).
 
-    Raises ValueError unless the shapes of `states` and `compressed` belong to the same model.
+    Raises ValueError unless `states` and `compressed` have matching shapes: the same layers, channels and SSM states.
     """
     values, scales = compressed
     unit = states.shape[1:]

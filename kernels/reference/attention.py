@@ -3,9 +3,10 @@
 The algorithm is FlashAttention (Dao et al. 2022, Algorithm 1).
 
 Scores are products of a tile of TILE rows with a block of KEYS keys. The bits of a matrix product depend on its shape,
-and may depend on a row's place in the tile. Both are therefore independent of how a prompt is cut into chunks: a tile
-starts at a multiple of TILE tokens of its sequence, a block starts at a multiple of KEYS tokens, and missing rows are
-filled with zeros. A single decoded token thus has the same place in its tile as it has in a long chunk.
+and might depend on a row's place in the tile. The shape and the place must therefore not depend on how a prompt is cut
+into chunks: a tile starts at a multiple of TILE tokens of its sequence, a block starts at a multiple of KEYS tokens,
+and missing rows are filled with zeros. A single decoded token thus has the same place in its tile as it has in a long
+chunk.
 
 The Q // G query heads that read one KV head share a tile. Pages are read token by token, so results do not depend on
 the page size either.
@@ -21,11 +22,11 @@ from torch import Tensor
 from jamba_server.kernels.ops import Pages
 
 TILE = 8  # The number of query tokens in a tile. A tile with a single token takes as much time as a full tile.
-KEYS = 128
+KEYS = 128  # The number of cached tokens in a block of keys.
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-    """See `kernels.ops.AttentionPrefill`."""
+    """See the protocol `kernels.ops.AttentionPrefill` for the arguments and the result."""
     out = torch.empty_like(q)
     bounds = itertools.pairwise(query_start.tolist())
     for i, ((start, end), context_len) in enumerate(zip(bounds, pages.context_lens.tolist(), strict=True)):
@@ -34,7 +35,7 @@ def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_le
 
 
 def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
-    """See `kernels.ops.AttentionDecode`."""
+    """See the protocol `kernels.ops.AttentionDecode` for the arguments and the result."""
     return attention_prefill(q, pages, torch.arange(len(q) + 1), 1, scale)
 
 
@@ -69,7 +70,7 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
 def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
     """Returns q [L, Q, Z] as tiles [tiles, G, (Q // G) * TILE, Z].
 
-    The first tile starts with `lead` rows of zeros; zeros also fill the rest of the last tile.
+    The first tile starts with zeros for `lead` tokens. Zeros also fill the last tile after its last token.
     """
     length, heads, size = q.shape
     tail = -(lead + length) % TILE
@@ -79,17 +80,18 @@ def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
 
 
 def _from_tiles(tiles: Tensor, lead: int, length: int) -> Tensor:
-    """Undoes `_to_tiles`: returns the tiles as rows [L, Q, Z]."""
+    """Reverses the function `_to_tiles`: returns the rows [L, Q, Z] that the tiles contain, without the padding."""
     count, kv_heads, rows, size = tiles.shape
     by_row = tiles.view(count, kv_heads, rows // TILE, TILE, size).permute(0, 3, 1, 2, 4)
     return by_row.reshape(count * TILE, -1, size)[lead : lead + length]
 
 
 def _gather(pages: Pages, block_table: Tensor, start: int, context_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns K [G, Z, KEYS] and V [G, KEYS, Z] of the tokens from `start` on in float32, and their positions [KEYS].
+    """Returns the keys, values and positions of KEYS tokens, from position `start` on.
 
-    Positions after the end of the context repeat its last token. No row sees these copies, and unlike the unused part
-    of a page they are finite.
+    The keys are float32 [G, Z, KEYS], the values float32 [G, KEYS, Z], the positions [KEYS]. For positions after the
+    end of the context, the keys and values of the last token are repeated. No row sees these copies. They are used
+    because their numbers are finite, which the numbers in the unused part of a page might not be.
     """
     positions = torch.arange(start, start + KEYS, device=block_table.device)
     tokens = positions.clamp(max=context_len - 1)

@@ -16,12 +16,12 @@ from jamba_server.kernels.reference.ragged import initial_states, sequence_of_ro
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments) -> Tensor:
-    """See `kernels.ops.CausalConv1d`."""
+    """See the protocol `kernels.ops.CausalConv1d` for the arguments and the result."""
     width = weight.shape[0]
     tokens, sequences = len(x), len(segments.state_ids)
     row = torch.arange(tokens, device=x.device)
     history = torch.arange(width - 1, device=x.device)
-    # The tape holds, for each sequence, the width - 1 inputs stored in its state, followed by its new inputs. Row r of
+    # The tape holds, for each sequence, the width - 1 old inputs from its state, followed by its new inputs. Row r of
     # the batch is computed from the `width` inputs that start at r + (width - 1) * sequence. The state after row r
     # consists of the last width - 1 of these inputs.
     window_start = row + (width - 1) * sequence_of_row(segments)
@@ -37,14 +37,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Te
 def causal_conv1d_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor
 ) -> Tensor:
-    """See `kernels.ops.CausalConv1dUpdate`."""
+    """See the protocol `kernels.ops.CausalConv1dUpdate` for the arguments and the result."""
     window = torch.cat([conv_state[state_ids], x[:, None]], dim=1)
     conv_state[state_ids] = window[:, 1:]
     return _filter(list(window.unbind(1)), weight, bias)
 
 
 def _filter(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns silu(sum over taps of inputs[tap] [T, D] * weight[tap] [D], + bias).
+    """Returns silu((sum of inputs[tap] * weight[tap] over the taps) + bias). inputs[tap]: [T, D]; weight[tap]: [D].
 
     The oldest input is added first. All arithmetic is in float32; the result is rounded to the inputs' dtype.
     """

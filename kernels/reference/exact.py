@@ -1,4 +1,4 @@
-"""The functions of this module give each element of a result the same bits, whatever the shape of the whole tensor.
+"""For each element, the functions of this module return the same bits whatever the shape of the whole tensor.
 
 torch's add, multiply, divide, exp, log1p and rsqrt have this property. torch's `sum` does not, because its order
 follows the shape and the memory layout. On a CPU, torch's `silu`, `sigmoid` and `softplus` do not have it either,
@@ -14,7 +14,7 @@ from torch import Tensor
 def ordered_sum(x: Tensor, dim: int) -> Tensor:
     """Returns the sum over dimension `dim` in a fixed order. The dimension stays, with size 1.
 
-    The upper half of the elements is added to the lower half, again and again, until one element is left.
+    The second half of the elements is added to the first half, and this is repeated until one element is left.
     """
     while (size := x.shape[dim]) > 1:
         half = size // 2

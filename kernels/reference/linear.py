@@ -1,4 +1,4 @@
-"""This module multiplies by a weight, quantised or not, with torch's matrix product."""
+"""This module multiplies inputs by a weight matrix, quantised or not, with torch's matrix product."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -
 
 
 class Linear:
-    """Implements `kernels.ops.Linear`.
+    """Implements the protocol `kernels.ops.Linear`.
 
     The result is not batch-invariant: the library that torch uses chooses its order of summation by the number of rows,
     so the last bits of a row may change with that number.
     """
 
     def pack(self, weight: Weight) -> Weight:
-        """Returns the weight without a change of layout."""
+        """Returns the weight, made contiguous."""
         return contiguous(weight)
 
     def rows(self, weight: Weight, ids: Tensor) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         if not isinstance(weight, Tensor):
             raise TypeError("weight must not be quantised, for its rows to be embedded with")
         return F.embedding(ids, weight)
 
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         return product(x, weight, bias)

@@ -1,4 +1,4 @@
-"""This module runs a Mamba layer's decode step between in_proj and out_proj by calling the layer's ops in turn."""
+"""This module computes the part of a Mamba layer between in_proj and out_proj by calling four ops, for decode steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jamba_server.kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, R
 
 
 class MambaDecode:
-    """Implements `kernels.ops.MambaDecode` by calling the kernels of the four ops that make up this step."""
+    """Implements the protocol `kernels.ops.MambaDecode` by calling the kernels of the four ops that it combines."""
 
     def __init__(
         self,
@@ -21,13 +21,13 @@ class MambaDecode:
         self._rms_norm, self._update = rms_norm, selective_state_update
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
-        """See `kernels.ops.MambaDecode`."""
+        """See the protocol `kernels.ops.MambaDecode` for the arguments and the result."""
         return weights
 
     def __call__(
         self, xz: Tensor, weights: MambaWeights, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
     ) -> Tensor:
-        """See `kernels.ops.MambaDecode`."""
+        """See the protocol `kernels.ops.MambaDecode` for the arguments and the result."""
         w = weights
         x, z = xz.chunk(2, dim=-1)
         u = self._convolve(x, w.conv_weight, w.conv_bias, conv_state, state_ids)

@@ -1,4 +1,4 @@
-"""This module runs Jamba's mixture of experts (Lieber et al. 2024, section 2).
+"""This module computes Jamba's mixture of experts (Lieber et al. 2024, section 2).
 
 Experts have no capacity limit, there is no shared expert, and no token is dropped. There is one difference from
 transformers: the outputs of a token's experts are added in float32 and in the order of the token's top-k list, not in
@@ -18,7 +18,7 @@ from jamba_server.kernels.reference.linear import contiguous, product
 
 
 def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops.RouteExperts`."""
+    """See the protocol `kernels.ops.RouteExperts` for the arguments and the result."""
     wide = logits.float()
     weights = torch.exp(wide - wide.amax(-1, keepdim=True))
     probabilities = weights / ordered_sum(weights, -1)
@@ -28,13 +28,13 @@ def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """See `kernels.ops.SiluAndMul`."""
+    """See the protocol `kernels.ops.SiluAndMul` for the arguments and the result."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate.float()).to(up.dtype) * up
 
 
 class Experts(NamedTuple):
-    """Holds the weights of each expert: gate_up [2F, H], the gate's rows first, and down [H, F]."""
+    """Holds the weights of each expert: gate_up [2F, H], the gate's F rows before up's F rows, and down [H, F]."""
 
     gate_up: tuple[Weight, ...]
     down: tuple[Weight, ...]
@@ -50,10 +50,13 @@ def _each(weight: Weight) -> tuple[Weight, ...]:
 
 
 class RunExperts:
-    """Implements `kernels.ops.RunExperts`. It is not batch-invariant, because torch's matrix product is not."""
+    """Implements the protocol `kernels.ops.RunExperts`.
+
+    The results are not batch-invariant, because torch's matrix products are not batch-invariant.
+    """
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Returns the weights of each expert, without a change of layout."""
+        """Returns the weights as one contiguous matrix for each expert."""
         return Experts(_each(gate_up), _each(down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from jamba_server.kernels.reference.exact import ordered_sum
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops.RmsNorm`."""
+    """See the protocol `kernels.ops.RmsNorm` for the arguments and the result."""
     summed = x if residual is None else x + residual
     wide = summed.float()
     variance = ordered_sum(wide * wide, -1) / summed.shape[-1]

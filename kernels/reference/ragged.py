@@ -22,7 +22,7 @@ def initial_states(storage: Tensor, segments: Segments) -> Tensor:
 def state_writes(segments: Segments) -> tuple[Tensor, Tensor]:
     """Returns (rows, slots), both int64: the state just after rows[j] must be written to slots[j].
 
-    The list contains the final state of each sequence, as a save after its last row, and the saves inside chunks.
+    The states are each sequence's state after its last row, and the states inside chunks that `segments.saves` lists.
     """
     rows = torch.cat([segments.query_start[1:] - 1, segments.saves.rows])
     slots = torch.cat([segments.state_ids, segments.saves.slots])

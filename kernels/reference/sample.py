@@ -2,8 +2,9 @@
 
 argmax(scores + Gumbel noise) is a draw from softmax(scores) (Maddison, Tarlow & Minka 2014, "A* Sampling", section 2).
 Tokens that a filter removes have the score -inf. The noise is counter-based: the noise of token v is computed from
-output v of the generator SplitMix64, seeded with the row's key, so it depends on key and token alone. (SplitMix64 is
-from Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's finaliser 13.)
+output v of the generator SplitMix64, seeded with the row's key, so it depends only on the key and the token.
+(SplitMix64 is from Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's
+finaliser 13.)
 
 On a CPU the results are batch-invariant. Sums over the vocabulary are therefore cumulative sums, which run in order;
 torch splits a plain sum among threads differently for one row than for many.
@@ -22,14 +23,17 @@ from jamba_server.kernels.ops import SampleInputs
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-# Top-k and top-p first sort only the 1024 tokens with the largest scores of a row. If a row keeps more than 1024
-# tokens, its whole vocabulary is sorted.
+# Top-k and top-p first sort only the 1024 tokens with the largest scores of a row. If top-k and top-p keep more
+# than 1024 tokens of a row, all scores of the row are sorted.
 CANDIDATES = 1024
 ID_MASK = 2**32 - 1
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """Implements `kernels.ops.Sample`. Greedy rows need one argmax only; only rows with top_k or top_p are sorted."""
+    """Implements the protocol `kernels.ops.Sample`.
+
+    Greedy rows take the argmax; only rows with top-k or top-p are sorted.
+    """
     token_ids = logits.argmax(dim=-1)
     rows = inputs.temperature.nonzero().squeeze(-1)
     if len(rows) > 0:
@@ -110,9 +114,9 @@ def _draw(scores: Tensor, ids: Tensor, inputs: SampleInputs) -> Tensor:
 def best_ids(scores: Tensor, count: int) -> Tensor:
     """Returns the positions of the `count` highest scores of each row, the highest first: int64 [N, count].
 
-    Of equal scores, the one with the lower position comes first. scores: float32 [N, V], none above 0. Such numbers are
-    ordered by the bits of their magnitudes, read as integers. A key has these bits in its upper half and the position
-    in its lower half, so that all keys are different.
+    Of equal scores, the one with the lower position comes first. scores: float32 [N, V], none above 0. The bits of the
+    magnitude of a float32 number, read as an integer, have the order of the magnitudes. The sort keys are int64: the
+    upper 32 bits are the bits of the score's magnitude, the lower 32 bits its position, so that all keys differ.
     """
     keys = scores.abs().view(torch.int32).to(torch.int64)
     keys <<= 32
@@ -123,7 +127,7 @@ def best_ids(scores: Tensor, count: int) -> Tensor:
 def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
     """Returns standard Gumbel noise of tokens `ids` (int64 [N, W]) in rows with `keys` (int64 [N]): float64 [N, W].
 
-    With float32 the noise could not exceed 16.6, a value that draws from a large vocabulary reach.
+    In float32 the noise could not exceed 16.6, which is too little: in a large vocabulary some tokens have more noise.
     """
     return uniform(random_bits(keys, ids)).log_().neg_().log_().neg_()
 
@@ -131,7 +135,7 @@ def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
 def uniform(bits: Tensor) -> Tensor:
     """Returns uniform float64 numbers in (0, 1), both ends excluded, from the upper 52 of 64 random bits.
 
-    With 53 bits, adding one half would round the largest number to 1.
+    With 53 bits, the addition of 0.5 would be rounded, and the largest result would be 1.
     """
     return _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
 

@@ -29,15 +29,16 @@ from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
 from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
-# The number of rows whose states, float32 [S, D], are in memory at the same time. A state of Jamba Mini has 512 KiB.
+# The number of rows whose states are in memory at the same time. A row's state, float32 [S, D], has 512 KiB in the
+# model Jamba Mini.
 BLOCK_ROWS = 32
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
-    """See `kernels.ops.SelectiveScan`."""
+    """See the protocol `kernels.ops.SelectiveScan` for the arguments and the result."""
     order = _time_order(segments)
     rows, slots = state_writes(segments)
-    # For each state that must be written, `writes` has the position in `order.rows` of the row that yields the state.
+    # For each state to be written, `writes` has the index in `order.rows` of the row after which the state is taken.
     writes = order.rows.argsort()[rows]
     h = initial_states(ssm_state, segments)[order.sequences].transpose(1, 2)
     y = torch.empty_like(inputs.u)
@@ -55,7 +56,7 @@ def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, 
 
 
 def selective_state_update(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-    """See `kernels.ops.SelectiveStateUpdate`."""
+    """See the protocol `kernels.ops.SelectiveStateUpdate` for the arguments and the result."""
     decay, drive = _discretize(inputs, weights)
     h = decay * ssm_state[state_ids].transpose(1, 2) + drive
     ssm_state[state_ids] = h.transpose(1, 2)
@@ -63,9 +64,9 @@ def selective_state_update(inputs: ScanInputs, weights: ScanWeights, ssm_state: 
 
 
 class _TimeOrder(NamedTuple):
-    """Lists the rows of all sequences, ordered by time step. In each step, the longest sequence comes first.
+    """Lists the rows of all sequences, ordered by time step. In each step, longer sequences come first.
 
-    With this order, the sequences that have a token at step t + 1 are the first ones of the sequences at step t.
+    The sequences that have a token at step t + 1 are therefore the first of the sequences that have one at step t.
     """
 
     rows: Tensor  # rows: int64 [T], the rows of the batch in the order of time
@@ -89,7 +90,7 @@ def _blocks(step_sizes: list[int]) -> list[list[int]]:
 
 
 def _discretize(inputs: ScanInputs, weights: ScanWeights) -> tuple[Tensor, Tensor]:
-    """Returns each token's factor of the state, exp(dt * a), and summand, (dt * u) * b: both float32 [T, S, D]."""
+    """Returns exp(dt * a), by which each token multiplies the state, and the addend (dt * u) * b: float32 [T, S, D]."""
     dt = softplus(inputs.dt.float() + weights.dt_bias)
     decay = torch.exp(dt[:, None, :] * weights.a.t().contiguous())
     drive = (dt * inputs.u.float())[:, None, :] * inputs.b.float()[:, :, None]

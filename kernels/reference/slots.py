@@ -13,7 +13,7 @@ SMALLEST = 2.0**-100
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-    """See `kernels.ops.WriteKv`."""
+    """See the protocol `kernels.ops.WriteKv` for the arguments and the effect."""
     block_size = k_pages.shape[1]
     page, offset = kv_slots // block_size, kv_slots % block_size
     k_pages[page, offset] = _stored(k, k_pages.dtype)
@@ -21,7 +21,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: T
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns x as pages of `dtype` store it: clamped to the range of `dtype` and rounded to the nearest number."""
+    """Returns x converted to the pages' dtype: clamped to the range of `dtype` and rounded to the nearest number."""
     if x.dtype == dtype:
         return x
     limit = torch.finfo(dtype).max
@@ -29,13 +29,13 @@ def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
-    """See `kernels.ops.CopySlots`."""
+    """See the protocol `kernels.ops.CopySlots` for the arguments and the effect."""
     for tensor in tensors:
         tensor[destinations] = tensor[sources]
 
 
 def compress_states(states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
-    """See `kernels.ops.CompressStates`."""
+    """See the protocol `kernels.ops.CompressStates` for the arguments and the effect."""
     x = states[sources]
     largest = x.abs().amax(-1)
     largest = torch.where(largest < SMALLEST, 0, largest)
@@ -47,5 +47,5 @@ def compress_states(states: Tensor, compressed: CompressedStates, sources: Tenso
 
 
 def restore_states(compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
-    """See `kernels.ops.RestoreStates`."""
+    """See the protocol `kernels.ops.RestoreStates` for the arguments and the effect."""
     states[destinations] = compressed.values[sources] * compressed.scales[sources][..., None]
