@@ -1,4 +1,4 @@
-"""Defines the model shapes of the benchmarks, computes what a decode step must read, and measures a CPU's limits."""
+"""Defines the benchmarks' model shapes and weight formats, and computes or measures the limits of speed on a CPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mini": BASE
     | {"vocab_size": 65536, "hidden_size": 4096, "intermediate_size": 14336, "num_experts": 16}
     | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_dt_rank": 256},
-    # This shape is for tests of the benchmark programs.
+    # The tests of the benchmark programs use this small shape, which no model has.
     "tiny": BASE
     | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_experts": 4}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -74,13 +74,13 @@ class Format:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns the fields of EngineConfig that select this weight format."""
+        """Returns the fields of the class EngineConfig that select this weight format."""
         quantized = {"quantization": self.policy.quantization, "quantize_mamba": self.policy.mamba}
         return {"dtype": "bfloat16"} | quantized
 
     @property
     def flags(self) -> list[str]:
-        """Returns the options of `jamba serve` that select this weight format."""
+        """Returns the options of the command `jamba serve` that select this weight format."""
         quantized = ["--quantization", self.policy.quantization] if self.policy.quantization else []
         return ["--dtype", "bfloat16", *quantized, *(["--quantize-mamba"] if self.policy.mamba else [])]
 
@@ -107,7 +107,7 @@ def active_parameters(config: JambaConfig) -> float:
 
 
 def median_seconds(run: Callable[[], object], budget: float) -> float:
-    """Returns the median time of `run` in seconds.
+    """Returns the median time of a call of the function `run` in seconds.
 
     After one call to warm up, `run` is called for `budget` seconds, and at least three times.
     """
@@ -127,7 +127,7 @@ def read_bandwidth() -> float:
 
 
 def matmul_rate() -> float:
-    """Measures the operations per second of torch's bfloat16 product of [512, 2560] and [2560, 8192]."""
+    """Measures the matmul rate in operations per second: torch's bfloat16 product of [512, 2560] and [2560, 8192]."""
     x, weight = torch.randn(512, 2560).bfloat16(), torch.randn(8192, 2560).bfloat16()
     return 2 * 512 * 2560 * 8192 / median_seconds(lambda: torch.nn.functional.linear(x, weight), 0.5)
 

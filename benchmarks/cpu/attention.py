@@ -1,4 +1,4 @@
-"""Measures the compiled attention kernels: their time, and the shares of memory bandwidth and matmul rate they reach.
+"""Measures the time of the compiled attention kernels, and their shares of the memory bandwidth and matmul rate.
 
     python -m benchmarks.cpu.attention [--contexts 1024,4096,16384] [--sequences 1,8] [--in-order]
 
@@ -30,7 +30,7 @@ HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))
 
 
 class Storage:
-    """Keys and values in pages of BLOCK tokens: a tensor [pages, 2, BLOCK, KV heads, head size].
+    """Random keys and values in pages of BLOCK tokens: a tensor [pages, 2, BLOCK, KV heads, head size].
 
     Calls use the pages in turn, so a page is used again only after the CPU's caches have dropped it.
     """

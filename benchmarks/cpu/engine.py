@@ -49,8 +49,8 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_TOKENS = 512
-# The number of decode steps is chosen such that a run takes about this many seconds at half of the rate that memory
-# bandwidth allows.
+# The number of seconds that a decode run would take at half of the rate that the memory bandwidth allows. It determines
+# the number of decode steps in the run, within 8 to 64 steps.
 DECODE_SECONDS = 2.0
 ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
@@ -60,7 +60,7 @@ GB = 1e9
 
 
 class Cell:
-    """Measures one model shape in one weight format, with an engine in this process."""
+    """Measures speed and memory of an engine in this process, with one model shape and weight format."""
 
     def __init__(self, shape: str, stored: Format, sequences: list[int], long: list[int]) -> None:
         self.sequences, self.long, self.stored = sequences, long, stored
@@ -82,7 +82,7 @@ class Cell:
         self.random = Random(0)
 
     def run(self, count: int, length: int, tokens: int) -> float:
-        """Returns the seconds that `count` requests take, with `length` prompt and `tokens` output tokens each."""
+        """Returns the seconds that `count` requests take, each with `length` prompt and `tokens` output tokens."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         vocabulary = range(3, self.config.vocab_size)
         prompts: list[list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
@@ -104,7 +104,7 @@ class Cell:
         return {"tok_s": count * steps / seconds, "limit_tok_s": limit, "bandwidth": bandwidth}
 
     def decodes(self) -> dict[str, dict[str, float]]:
-        """Measures the decode rate for each number of concurrent sequences.
+        """Measures the decode rate for each number of concurrent sequences in `self.sequences`.
 
         Each rate is measured ROUNDS times and the highest one is kept, because other programs can slow the machine down
         for minutes.
@@ -121,7 +121,7 @@ class Cell:
         return {"tok_s": PREFILL_TOKENS / seconds, "limit_tok_s": self.rate / (2 * active_parameters(self.config))}
 
     def long_prompt(self, tokens: int) -> dict[str, float]:
-        """Measures the prefill rate of a prompt of `tokens` tokens, and how much this process's memory grows meanwhile.
+        """Measures the prefill rate of a prompt of `tokens` tokens, and how much this process's memory grows.
 
         `growth_bytes` is the peak growth; `kv_bytes` is the memory of the prompt's keys and values for comparison.
         """
@@ -194,7 +194,7 @@ _PIPE: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
 
 
 def measure_apart(shape: str, stored: Format, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures one model shape and weight format in a new process.
+    """Runs the measurements of one model shape and weight format in a new process and returns their results.
 
     OMP_WAIT_POLICY=PASSIVE lets idle torch threads sleep, as in the server.
     """

@@ -24,7 +24,7 @@ from jamba_server.kernels.table import implementations
 # Sizes of the 3B model: hidden size, number of Mamba channels, SSM state entries per channel, vocabulary size.
 H, D, S, V = 2560, 5120, 16, 65536
 CACHE_BYTES = 64 << 20
-HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # (query heads, KV heads, head size) of each model
+HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # (number of query heads, number of KV heads, head size)
 
 
 def best_of(run: Callable[[], object], times: int) -> float:
@@ -39,7 +39,7 @@ def best_of(run: Callable[[], object], times: int) -> float:
 
 
 def compare(label: str, op: str, run: Callable[[Any], object]) -> float:
-    """Times an op's reference kernel and its compiled kernel and prints both times.
+    """Times the reference kernel and the compiled kernel of the operation `op`, and prints the two times.
 
     Returns the compiled kernel's time in seconds.
     """

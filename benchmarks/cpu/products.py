@@ -2,10 +2,10 @@
 
     python -m benchmarks.cpu.products --dtype bfloat16 --threads 2
 
-Each contender uses several weights in turn, which together exceed the CPU's caches. So each product reads its weight
-from memory, as in a step of a model. GB/s counts the bytes of the stored weights with their scales. The contenders take
-turns of a tenth of a second, so that the idle threads of the other have gone to sleep. The best time is printed,
-because other load on the machine changes it less than the mean.
+Each contender (torch or a weight format) uses several weights in turn, which together exceed the CPU's caches. So each
+product reads its weight from memory, as in a step of a model. GB/s counts the bytes of the stored weights with their
+scales. The contenders take turns of SECONDS seconds, so that the idle threads of the previous contender have gone to
+sleep. The shortest time is printed, because other load on the machine changes it less than the mean.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TURNS, SECONDS = 5, 0.12
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:
-    """Returns the shortest time of a call in seconds, for each list of calls in `contenders`.
+    """Returns, for each list of calls in `contenders`, the time in seconds of its fastest call.
 
     The calls of a list use different weights, so that the CPU's caches do not hold the weights of the next call.
     """

@@ -38,14 +38,15 @@ from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 from jamba_server.server.demo import demo_folder
 
-# A text has LENGTH tokens. While its log-probabilities are computed, a state is restored once, at one of the positions
-# CUTS (in tokens), or again and again, every TURN tokens.
+# LENGTH is the number of tokens of a text. While the text's log-probabilities are computed, its Mamba state is either
+# restored once, at one of the token positions CUTS, or every TURN tokens.
 LENGTH, CUTS, TURN = (
     400,
     (64, 136, 208),
     32,
 )
-# Results are grouped by these ranges of the number of tokens computed since the first restore of a state.
+# The results of tokens are grouped by distance: the number of tokens since the first restore of the state. Each pair is
+# the first and the last distance of a group.
 DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))
 BLOCK_SIZE = 16
 SCORED = SamplingParams(max_tokens=1, prompt_logprobs=1)
@@ -108,7 +109,7 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """Compares two log-probabilities of each token, and groups the results by the token's distance.
+    """Compares two log-probabilities of each token, and groups the differences by the token's distance.
 
     The distance is the number of tokens since the first restore of a state. Each entry of `pairs` is (distance, first
     log-probability, second log-probability).
@@ -150,10 +151,10 @@ def against(one: ModelRunner, other: ModelRunner, texts: list[list[int]]) -> Del
 
 
 def summary(deltas: Deltas) -> list[dict[str, float]]:
-    """Returns statistics for each range of distances in DISTANCES.
+    """Returns statistics of the differences for each range of distances in DISTANCES.
 
-    They are the mean and the largest difference of log-probabilities, and the fraction of tokens for which the most
-    likely token is the same.
+    The statistics are the mean and the largest difference of log-probabilities, and the fraction of tokens for which
+    the most likely token is the same.
     """
     return [
         {
@@ -176,7 +177,7 @@ def error_table(results: Mapping[str, list[dict[str, float]]]) -> str:
 
 
 def cost(shape: str) -> dict[str, float]:
-    """Returns the size of a saved state in bytes, and the microseconds to copy, compress and restore one state."""
+    """Returns a saved state's size in bytes in each format, and the microseconds to copy, compress and restore it."""
     with TemporaryDirectory() as name:
         write_config(shape, Path(name))
         config = load_model_config(Path(name))
@@ -186,7 +187,7 @@ def cost(shape: str) -> dict[str, float]:
     ]
     plain, narrow = (layout.num_bytes("saved") for layout in layouts)
     kernels, unit = select("cpu", {}), (len(config.mamba_layers), config.d_inner)
-    # Eight states together are larger than the CPU's caches, so the kernels read them from memory.
+    # Eight states are larger than the CPU's caches, so the kernels read the states from memory.
     states = torch.randn(8, *unit, config.mamba_d_state)
     compressed = CompressedStates(torch.zeros(states.shape, dtype=torch.int8), torch.zeros(8, *unit))
     slots = torch.arange(8)

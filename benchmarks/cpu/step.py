@@ -54,7 +54,7 @@ class Clock:
         setattr(owner, name, self.timed(name, getattr(owner, name)))
 
     def watch_library(self) -> None:
-        """Makes `Library.function` return timed functions, so that calls of compiled kernels are timed from now on."""
+        """Makes the method `Library.function` return timed functions, to time later calls of compiled kernels."""
         find = Library.function
 
         def function(library: Library, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Cou
     """Runs decode steps with `clients` concurrent sequences and times them.
 
     Returns {name: median time in a step, in nanoseconds} and {name: number of calls in the last step}. The name "step"
-    stands for the whole step.
+    has the time of the whole step.
     """
     random = Random(0)
     params = SamplingParams(max_tokens=WARM_UP + STEPS + 4, temperature=0.0, ignore_eos=True)
@@ -87,7 +87,7 @@ def measure(llm: LLM, clock: Clock, clients: int) -> tuple[dict[str, float], Cou
 
 
 def rows(spent: dict[str, float]) -> dict[str, float]:
-    """Divides a step's time into the time of each kernel and of each part of the Python code.
+    """Divides the time of a step into the times of the kernels and the times of the parts of the Python code.
 
     The returned times add up to the time of the whole step.
     """

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Arrivals(BaseStreamer):
-    """Records the time at which `generate` streams each token. The first call of `put` passes the prompt."""
+    """Records the time at which `generate` streams each token. The first call of the method `put` passes the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""Measures this server, llama.cpp's server and transformers' `generate` at the same model shape, in one run.
+"""Compares output rate and time to first token of this server, llama.cpp's server and transformers at one model shape.
 
     python -m benchmarks.http.peers --name peers-3b --gguf FILE --llama-server PATH [--clients 1,8] [--threads 2]
 
@@ -32,7 +32,7 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 from jamba_server.server.cli.bench.report import Level
 
 SHAPE, INPUT_LEN, OUTPUT_LEN = "3b", 128, 64
-START_TIMEOUT = 600.0  # number of seconds after its start within which a server must be ready
+START_TIMEOUT = 600.0  # largest number of seconds from the start of a server until it is ready
 PORT = 8427  # port on which llama.cpp's server listens
 
 
@@ -75,7 +75,7 @@ def measure_transformers(folder: str, threads: int) -> dict[str, Any]:
 
 
 def rate(record: dict[str, Any]) -> float:
-    """Returns the output tokens per second of one request to transformers."""
+    """Returns the output tokens per second of one request that transformers ran."""
     return record["output_tokens"] / (record["end"] - record["start"])
 
 
@@ -97,7 +97,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_clients(url: str, vocab_size: int, clients: list[int]) -> dict[int, Level]:
-    """Returns a measurement for each number of clients, which send one request each, and a single client sends two."""
+    """Measures the server at `url` under load by each number of clients in the list `clients`.
+
+    Each client sends one request, except that a single client sends two requests.
+    """
     return {
         count: measure_level(url, vocab_size, str(count), prompts=max(2, count), warm_ups=1, seed=count)[0]
         for count in clients

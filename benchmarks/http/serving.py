@@ -1,9 +1,10 @@
-"""Starts `jamba serve` on a free loopback port, measures it under load by 1, 8 and 32 clients and writes the results.
+"""Starts `jamba serve` on a free loopback port, measures its speed with 1, 8 and 32 clients and writes it down.
 
     python -m benchmarks.http.serving --name tiny-cpu --peer transformers -- MODEL --dtype float32
 
-The arguments after `--` go to `jamba serve`. The server and the load generator run on this machine. With --peer,
-transformers is measured after the server has stopped. The results are benchmarks/results/NAME.json and NAME.md.
+The arguments after `--` are passed to the command `jamba serve`. The server and the load generator run on this machine.
+With --peer, transformers is measured after the server has stopped. The results are benchmarks/results/NAME.json and
+NAME.md.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ from jamba_server.server.cli.bench.runner import ClosedLoop
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# After SIGTERM, a server gets this many seconds to end, which is longer than it waits for its running requests.
+# The number of seconds from SIGTERM to SIGKILL. A server that gets SIGTERM waits for its running requests, but for less
+# time than this.
 STOP_SECONDS = 60
 LOG_TAIL = 3000  # number of characters that an error message shows of the server's log, from its end
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the options of this program, and the arguments after `--`, which go to `jamba serve`."""
+    """Returns the options of this program, and the arguments after `--`, which are those of `jamba serve`."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="name of the result files, without extension")
@@ -70,7 +72,7 @@ def running_server(serve_arguments: list[str], start_timeout: float) -> Generato
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    # The server shares the file position that seek() moves. In mode "a", the server always writes at the end.
+    # The server shares this file's position, which seek() moves. In mode "a", its writes still append to the file.
     with tempfile.TemporaryFile("a+") as log:
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
@@ -114,7 +116,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def flag(serve_arguments: list[str], name: str, default: str) -> str:
-    """Returns the value of `--name value` or `--name=value` in `serve_arguments`, or `default` if neither is there."""
+    """Returns the value of `--name value` or `--name=value` in `serve_arguments`, or `default` without one."""
     for argument, following in pairwise([*serve_arguments, ""]):
         if argument == name:
             return following

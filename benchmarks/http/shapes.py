@@ -1,4 +1,4 @@
-"""Measures the server over HTTP at three model shapes, under the load under which llama.cpp's server was measured.
+"""Measures speed and memory of the server over HTTP at three model shapes, with the load that llama.cpp's server had.
 
     python -m benchmarks.http.shapes --name http-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4+mamba]
 
@@ -101,7 +101,10 @@ def memory_of_children() -> int:
 
 @contextmanager
 def watched_memory() -> Generator[list[int]]:
-    """Yields a list of one number, which is kept up to date: the peak memory of this process's descendants in bytes."""
+    """Yields a list with one number, the peak memory of this process's descendants in bytes.
+
+    A thread updates the number every MEMORY_INTERVAL seconds until the context ends.
+    """
     largest, ended = [0], threading.Event()
 
     def watch() -> None:

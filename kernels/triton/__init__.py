@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA GPUs are written in Triton.
+"""This package has the kernels for NVIDIA GPUs, written in the language Triton.
 
 Installing them needs no compiler. At the first start, triton builds its launcher with a C compiler and Python's
 headers, and keeps it in its cache. Results are batch-invariant because
@@ -23,7 +23,7 @@ import torch
 
 from jamba_server.kernels.ops import KernelUnavailable
 
-MIN_CAPABILITY = (8, 0)  # The first compute capability whose tensor cores support bfloat16.
+MIN_CAPABILITY = (8, 0)  # The lowest compute capability of GPUs whose tensor cores support bfloat16.
 
 
 def interpreted() -> bool:
@@ -32,7 +32,7 @@ def interpreted() -> bool:
 
 
 def ensure_available() -> None:
-    """Raises KernelUnavailable if the Triton kernels cannot run on this machine."""
+    """Raises the exception KernelUnavailable if the Triton kernels cannot run on this machine."""
     if find_spec("triton") is None:
         raise KernelUnavailable("the package triton is not installed")
     if interpreted():

@@ -1,4 +1,4 @@
-"""These kernels compute causal attention over paged keys and values.
+"""These kernels compute causal attention over keys and values that are stored in pages.
 
 The algorithms are FlashAttention (Dao et al. 2022) and Flash-Decoding (Dao 2023).
 
@@ -27,21 +27,27 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
-SPLIT = 512  # The number of keys in a split. The splits of a sequence are summed separately and then merged.
-ROWS = 64  # The usual number of query rows in a tile.
-VALUES = 128  # A program computes at most this number of columns of the output, so that its sums fit into registers.
+# The number of keys in a split, a range of a sequence's keys. The values of each split are summed separately, and then
+# the splits' sums are merged.
+SPLIT = 512
+ROWS = 64  # The number of query rows in a tile, except where `_tile` chooses another number.
+# The largest number of output columns that a program computes. The sums of more columns would not fit into registers.
+VALUES = 128
 OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
-# Decode is memory-bound, so two blocks of keys are loaded ahead. Further pipeline stages load the blocks' page ids.
-# Without "maxnreg" the compiler would spill registers to raise the occupancy.
+# The launch options of the decode kernel. Decode is memory-bound, so the pipeline loads two blocks of keys ahead. Its
+# other stages load the page ids of these blocks. Without "maxnreg" the compiler would spill registers to raise the
+# occupancy.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
-# For heads of more bytes than this, shared memory is too small for ROWS rows or for 6 pipeline stages.
+# A size in bytes. If a query head's vector is larger, a tile of ROWS rows or 6 pipeline stages may not fit into shared
+# memory.
 WIDE_BYTES = 512
-# The largest size in bytes of the results of all splits in decode. Only a single sequence may need more bytes.
+# Decode processes as many sequences at once as keep the results of all their splits within this number of bytes, but at
+# least one sequence.
 PARTIAL_BYTES = 64 * 1024**2
 
 
 def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
-    """See `kernels.ops.AttentionPrefill`."""
+    """Implements the protocol `AttentionPrefill`, which is documented in the module `kernels.ops`."""
     _, heads, size = q.shape
     tile = _tile(q, pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -53,13 +59,14 @@ def attention_prefill(q: Tensor, pages: Pages, query_start: Tensor, max_query_le
 
 
 def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
-    """See `kernels.ops.AttentionDecode`."""
+    """Implements the protocol `AttentionDecode`, which is documented in the module `kernels.ops`."""
     sequences, heads, size = q.shape
     tile = _tile(q, pages)
     options = OPTIONS if size * q.element_size() > WIDE_BYTES else DECODE_OPTIONS
     splits = cdiv(pages.max_context_len, SPLIT)
     at_once = min(sequences, max(1, PARTIAL_BYTES // (4 * heads * splits * (size + 2))))
-    # The result of one split of the keys is the maximum score, the sum of weights and the weighted sum of values.
+    # For each split of the keys, `decode_kernel` writes the maximum score, the sum of softmax weights and the weighted
+    # sum of values.
     maxima, weight_sums = (q.new_empty(at_once, heads, splits, dtype=torch.float32) for _ in range(2))
     values = q.new_empty(at_once, heads, splits, size, dtype=torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -82,8 +89,8 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     require(pages.k.stride(3) == 1, "pages.k", pages.k, "have contiguous heads")
     require(pages.v.stride() == pages.k.stride(), "pages.v", pages.v, "have the strides of pages.k")
     # `key_bytes` is the size in bytes of one column of a block of keys. Where tensor cores read keys from registers,
-    # the number of registers limits this size. `large` GPUs (compute capability 9 and 10) have tensor cores that
-    # process 64 rows at once, and larger shared memory.
+    # the number of registers limits this size. The flag `large` is true for GPUs of compute capability 9 and 10. Their
+    # tensor cores process 64 rows at once, and their shared memory is larger than on other GPUs.
     large = capability()[0] in (9, 10)
     key_bytes = 64 if large and size <= VALUES else 32
     rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
@@ -100,7 +107,7 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
 
 
 def _pages(pages: Pages) -> tuple[Any, ...]:
-    """Returns the kernel arguments `k_pages` to `head_stride`, in the kernels' order."""
+    """Returns the arguments from `k_pages` to `head_stride` of both kernels, in the order of their signatures."""
     tables = pages.block_tables
     return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
 
@@ -115,7 +122,7 @@ def prefill_kernel(
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Computes one tile of prefill attention over all splits.
+    """Computes prefill attention for one tile of query rows, over all splits of the keys.
 
     The grid is (tiles of the longest sequence, KV heads * parts, sequences). A part has 2 * HALF columns of the values.
     """
@@ -131,7 +138,7 @@ def prefill_kernel(
     filled = (r // GROUP < ROWS // GROUP) & (t < length)
     at = q + (start + t).to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + z
     tile = tl.load(at, mask=filled[:, None] & (z < SIZE), other=0.0)
-    # An unused row of the tile sees one key, so that the row's sum of weights is not zero.
+    # An unused row of the tile attends to one key. With no key, its sum of softmax weights would be zero, a divisor.
     visible = tl.where(filled, context - length + t + 1, 1)
     last = tl.minimum(context, context - length + first + ROWS // GROUP)
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
@@ -163,7 +170,7 @@ def decode_kernel(
     SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Computes decode attention of one token over one split.
+    """Computes decode attention for one token of a sequence, over one split of the keys.
 
     The grid is (splits of the longest context, KV heads * parts, sequences from `first` on). A part has 2 * HALF
     columns of the values.
@@ -207,7 +214,10 @@ def merge_kernel(
     SIZE: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ) -> None:
-    """Merges the splits' results for one query head in decode. The grid is (query heads, sequences from `first` on)."""
+    """Merges the results of a sequence's splits for one query head in decode.
+
+    The grid is (query heads, sequences from index `first` on).
+    """
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     one, z = tl.arange(0, 1), tl.arange(0, BLOCK_Z)[None, :]
     maximum, weight_sum = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
@@ -231,7 +241,7 @@ def attend(
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Computes attention over one split: the keys from `start` to the end of the split, at most to position `last`.
+    """Computes attention over the keys of one split, from position `start` to its end, but only keys before `last`.
 
     Returns the maximum score divided by ln 2 [ROWS], the sum of weights [ROWS], and two halves of the weighted sum of
     values, each [ROWS, HALF]: the columns `column` [1, HALF] and the columns `column` + HALF. Row r of q sees the keys
@@ -244,7 +254,7 @@ def attend(
         key = block + tl.arange(0, KEYS)
         page = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
         token = page * page_stride + key % BLOCK_SIZE * token_stride
-        # Keys from position `last` on are not loaded: the memory may hold NaN, and NaN times a weight of 0 is NaN.
+        # Keys at positions >= `last` are not loaded: that memory might hold NaN, and NaN times a weight of 0 is NaN.
         k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
         scores = dot(q, k.to(q.dtype), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
@@ -271,7 +281,7 @@ def merge(
     more_weight_sum: tl.tensor,
     more_values: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """Merges the results of `attend` for two ranges of keys into the result for both."""
+    """Merges two results of the function `attend`, for two ranges of keys, into the result for all these keys."""
     new_maximum = tl.maximum(maximum, more_maximum)
     base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     rescale, more_rescale = tl.exp2(maximum - base), tl.exp2(more_maximum - base)

@@ -1,4 +1,7 @@
-"""This kernel computes the causal convolution. A program computes a tile of tokens and channels of one sequence."""
+"""This kernel computes the causal convolution of a Mamba layer.
+
+A program computes a tile: a block of channels for a block of tokens of one sequence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ BLOCK_TOKENS, BLOCK_CHANNELS = 16, 128
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments) -> Tensor:
-    """See `kernels.ops.CausalConv1d`."""
+    """Implements the protocol `CausalConv1d`, which is documented in the module `kernels.ops`."""
     ragged = (segments.query_start, segments.state_ids, segments.has_state, *segments.saves)
     return _launch((x, weight, bias, conv_state), ragged, segments.max_query_len)
 
@@ -21,7 +24,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Te
 def causal_conv1d_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor
 ) -> Tensor:
-    """See `kernels.ops.CausalConv1dUpdate`."""
+    """Implements the protocol `CausalConv1dUpdate`, which is documented in the module `kernels.ops`."""
     return _launch((x, weight, bias, conv_state), (state_ids,) * 6, None)
 
 
@@ -66,7 +69,7 @@ def conv_kernel(
     WIDTH: tl.constexpr, HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DECODE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Computes one tile. The grid is (channel blocks, token blocks of the longest sequence, sequences).
+    """Computes one tile of outputs. The grid is (channel blocks, token blocks of the longest sequence, sequences).
 
     Only the program of a sequence's first token block reads the inputs stored in the state, so this program can also
     write the new states. BLOCK_T is at least WIDTH - 1, except with DECODE, where row i is the only row of sequence i
@@ -97,7 +100,7 @@ def conv_kernel(
     if block > 0:
         return
     old = tl.arange(0, HISTORY)[:, None]
-    # The old state must be read completely before the new state overwrites it.
+    # All threads must have read the old state before one of them overwrites it with the new state.
     final = read(rows, slot, length - (WIDTH - 1) + old, length, known, x_stride, channels, inside, WIDTH)
     if not DECODE:
         for i in range(tl.load(save_start + sequence), tl.load(save_start + sequence + 1)):

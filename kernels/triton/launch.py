@@ -1,6 +1,6 @@
 """This module compiles and launches Triton kernels, and defines functions that several kernels call."""
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _only_compiles: ContextVar[bool] = ContextVar("_only_compiles", default=False)
 
 
 class Kernel(JITFunction[Any]):
-    """Is a Triton kernel that is compiled at its first launch with arguments of new types.
+    """A Triton kernel. At a launch with argument types for which it was not compiled before, it is compiled.
 
     Inside `compile_launches` a launch only compiles the kernel and does not run it.
     """
@@ -36,7 +36,7 @@ class Kernel(JITFunction[Any]):
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Does what `triton.jit` does, but returns Any.
+    """Makes a function a Triton kernel, as the decorator `triton.jit` does, but with the return type Any.
 
     The types of `triton.jit` do not describe the launch of a kernel and treat every argument as a tensor.
     """
@@ -46,7 +46,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
-    """Compiles the kernels that `launch` launches and loads them onto the device, but runs none of them.
+    """Calls `launch`, and compiles each kernel that it launches and loads it onto the device, but runs no kernel.
 
     The compilers run in `executor`. The tensors may be on the device "meta". Returns the number of kernels and raises
     the first error. No other thread may launch a kernel at the same time.
@@ -57,7 +57,7 @@ def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
             launch()
     finally:
         _only_compiles.reset(token)
-    # Reading a kernel's `run` loads the kernel onto the device; triton 3.6 then also compiles a C launcher for it.
+    # Reading the property `run` loads the kernel onto the device; triton 3.6 then also compiles a C launcher for it.
     return sum(1 for _ in executor.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
 
 
@@ -86,7 +86,7 @@ def next_power_of_2(n: int) -> int:
 
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Rounds x, which is float32, to the nearest number of `dtype`, ties to even."""
+    """Rounds the float32 tensor x to the nearest numbers of the type `dtype`, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # The interpreter's own conversion drops the low bits instead of rounding.
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -116,7 +116,7 @@ def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     A product of float32 operands is computed as three TF32 products, because tensor cores do not multiply float32.
     """
     if INTERPRETED:
-        # The interpreter's own product reads the bits of a bfloat16 as an integer, and the order in
-        # which it sums depends on where in the tile a row is.
+        # This replaces the product `tl.dot`: the interpreter's version reads the bits of a bfloat16 as an integer.
+        # It also sums in an order that depends on a row's position in the tile.
         return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, accumulator, input_precision="tf32x3")

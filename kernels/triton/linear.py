@@ -1,6 +1,6 @@
 """These kernels compute the batch-invariant matrix product with a weight."""
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from jamba_server.kernels.triton.quantized import PackedWeight, pack, read
 
 
 class Linear:
-    """Implements `kernels.ops.Linear`."""
+    """Implements the protocol `Linear`, which is documented in the module `kernels.ops`."""
 
     def pack(self, weight: Weight) -> Tensor | PackedWeight:
         """Packs a quantised weight without making it larger. A weight that is not quantised keeps its layout."""
         return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
     def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """Implements a method of the protocol `Linear`, which is documented in the module `kernels.ops`."""
         return F.embedding(ids, weight)
 
     def __call__(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """See `kernels.ops.Linear`."""
+        """Implements a method of the protocol `Linear`, which is documented in the module `kernels.ops`."""
         data, scales, inputs, format = read(weight)
         rows, outputs = len(x), len(data)
         fits = x.shape[1] == inputs and x.stride(1) == 1 and (bool(format) or x.dtype == data.dtype)

@@ -1,11 +1,11 @@
 """A Mamba layer's decode step between in_proj and out_proj takes three launches: convolution, x_proj, a fused kernel.
 
-One fused kernel computes the rest. It calls the same functions on the same tiles as the separate kernels, so it gives
-the same bits. With few rows it also adds the sections of x_proj's product (see `kernels.triton.narrow`). Every program
-repeats this sum, which for many rows would cost more than a separate launch.
+The fused kernel computes the norms, dt_proj and the state update. It calls the same functions on the same tiles as the
+separate kernels, so it gives the same bits. With few rows it also adds the sections of x_proj's product (see
+`kernels.triton.narrow`). Every program repeats this sum, which for many rows would cost more than a separate launch.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
 """This number of programs fills a large GPU. With fewer programs, each computes one row only."""
-# Two pipeline stages suffice for the short rows of dt_proj. The buffers of more stages would lower the occupancy.
+# The number of pipeline stages of the fused kernel. Two suffice for the short rows of dt_proj's weight. The buffers of
+# more stages would lower the occupancy.
 STAGES = 2
 
 
 class MambaDecode:
-    """Implements `kernels.ops.MambaDecode`.
+    """Implements the protocol `MambaDecode`, which is documented in the module `kernels.ops`.
 
     It can also replace `torch_ops.Linear`, which computes products of few rows with Triton. This class always computes
     x_proj and dt_proj with Triton, for many rows too.
@@ -46,7 +47,7 @@ class MambaDecode:
         self._linear = Linear()
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
-        """See `kernels.ops.MambaDecode`."""
+        """Implements a method of the protocol `MambaDecode`, which is documented in the module `kernels.ops`."""
         if not isinstance(weights.dt_proj, Tensor):
             raise TypeError(f"dt_proj must not be quantised; it is a {type(weights.dt_proj).__name__}")
         return weights._replace(scan=type(weights.scan)(*(weight.contiguous() for weight in weights.scan)))
@@ -54,7 +55,7 @@ class MambaDecode:
     def __call__(
         self, xz: Tensor, weights: MambaWeights, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
     ) -> Tensor:
-        """See `kernels.ops.MambaDecode`."""
+        """Implements a method of the protocol `MambaDecode`, which is documented in the module `kernels.ops`."""
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
         few = program_rows(len(u), *weights.scan.a.shape) == 1
@@ -73,7 +74,7 @@ def block_channels(states: int) -> int:
 
 
 def program_rows(rows: int, channels: int, states: int) -> int:
-    """Returns how many rows a program computes. A program reads its part of dt_proj once for all these rows."""
+    """Returns how many rows (tokens) a program computes. It reads its part of dt_proj's weight once for all rows."""
     programs = rows * cdiv(channels, block_channels(states))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
@@ -183,7 +184,7 @@ def update_kernel(
     slot = tl.load(state_ids + first).to(tl.int64) * slot_stride
     h = tl.load(state_at + slot, mask=inside_state, other=0.0)
     for _ in range(first, end):
-        # The state of the next row is loaded while the current row is computed.
+        # The Mamba state of the next row is loaded while the current row's output is computed.
         following = tl.minimum(first + 1, end - 1)
         next_slot = tl.load(state_ids + following).to(tl.int64) * slot_stride
         next_h = tl.load(state_at + next_slot, mask=inside_state, other=0.0)
@@ -210,7 +211,7 @@ def normalize(
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ) -> None:
-    """Normalises the rows from `first` to `end` (at most ROWS rows), in tiles of the same shape as in `rms_norm`."""
+    """Applies RMSNorm to rows `first` to `end` - 1 (at most ROWS rows), in tiles of the shape that `rms_norm` uses."""
     column = tl.arange(0, BLOCK)[None, :]
     scale = tl.load(weight + column, mask=column < size, other=0.0)
     for start in tl.static_range(0, ROWS, TILE_ROWS):

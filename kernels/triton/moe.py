@@ -1,11 +1,11 @@
-"""These kernels run a mixture of experts as two grouped products. `silu_and_mul` also serves dense layers.
+"""These kernels compute a mixture of experts as two grouped matrix products, and `silu_and_mul` for dense layers too.
 
 Rows are sorted by expert, and a tile has rows of one expert only. The number of tiles is known on the device only.
 The grid therefore has the largest possible number of tiles, and each program finds its own expert. So the host does not
 wait for the device.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK = 1024
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """See `kernels.ops.SiluAndMul`."""
+    """Implements the protocol `SiluAndMul`, which is documented in the module `kernels.ops`."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     silu_kernel[(rows, cdiv(size, BLOCK))](gate_up, out, size, gate_up.stride(0), BLOCK=BLOCK)
@@ -41,11 +41,10 @@ class Experts(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Lists which tokens chose which expert, sorted by expert.
+    """Lists all choices of an expert by a token, sorted by expert.
 
-    `entries`: int64 [T * K]; the entry t * K + i stands for expert number i in the top-k list of token t. The entries
-    of expert e are entries[start[e]:start[e + 1]]; `start` is
-    int64 [E+1].
+    `entries`: int64 [T * K]; the entry t * K + i means that token t chose the expert at index i of its top-k list.
+    `start`: int64 [E + 1]; the entries of expert e are entries[start[e]:start[e + 1]].
     """
 
     entries: Tensor
@@ -53,7 +52,7 @@ class Groups(NamedTuple):
 
 
 class RunExperts:
-    """See `kernels.ops.RunExperts`."""
+    """Implements the protocol `RunExperts`, which is documented in the module `kernels.ops`."""
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
         """Packs quantised weights without making them larger. Weights that are not quantised keep their layout.
@@ -67,7 +66,7 @@ class RunExperts:
         return experts
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """See `kernels.ops.RunExperts`."""
+        """Implements a method of the protocol `RunExperts`, which is documented in the module `kernels.ops`."""
         require(x.stride(1) == 1, "x", x, "have contiguous rows")
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
@@ -96,7 +95,7 @@ class RunExperts:
 
 
 def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
-    """Returns an upper bound of the number of tiles of all experts. An expert's last tile may have a single row."""
+    """Returns an upper bound of the total number of the experts' tiles. An expert's last tile can have a single row."""
     return min(choices, experts + (choices - 1) // tile.rows)
 
 
@@ -142,7 +141,7 @@ def gate_up_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Writes silu(gate) * up to `activated`, for every token and each expert that it chose, sorted by expert.
+    """Writes silu(gate) * up for every token and each expert that the token chose to `activated`, sorted by expert.
 
     The grid is (tiles, cdiv(intermediate, COLUMNS // 2)).
     """
@@ -236,7 +235,7 @@ def sum_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds a token's expert outputs in the order of its top-k list. The grid is (tokens, cdiv(hidden, BLOCK))."""
+    """Sums a token's expert outputs in the order of its top-k list. The grid is (tokens, cdiv(hidden, BLOCK))."""
     token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(outputs + token * TOP_K * hidden + i, mask=i < hidden, other=0.0).to(tl.float32)
     for rank in tl.static_range(1, TOP_K):

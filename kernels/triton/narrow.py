@@ -1,4 +1,4 @@
-"""These kernels multiply by a weight of few but long rows, such as Mamba's x_proj, and split K into sections.
+"""These kernels multiply by a weight with few but long rows, such as Mamba's x_proj. They split K into sections.
 
 With ordinary tiles, only a few programs would read such a weight while most of the GPU would be idle. Therefore K is
 split into sections of fixed length, and the sums of the sections are added in order. If x has many rows, one program
@@ -6,7 +6,7 @@ computes all sections of its tile. If x has few rows, each section has its own p
 sums that these programs have written to memory. Both ways give the same bits.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
-SECTION = 512  # The number of elements of K in a section.
-MANY_ROWS = 1024  # From this number of rows of x on, there are enough programs without a program for each section.
+SECTION = 512  # The number of elements along K in a section.
+# If x has at least this number of rows, one program computes all sections of a tile. With fewer rows, such programs
+# would be too few to fill the GPU, so each section of a tile has a program of its own.
+MANY_ROWS = 1024
 SUM_BLOCK = 1024
 
 
@@ -33,15 +35,15 @@ def is_narrow(outputs: int, inputs: int) -> bool:
 
 
 def tile_for(rows: int, item_bytes: int) -> Tile:
-    """Returns the tile for `rows` rows of x. The tile has at least 64 rows, as in `kernels.triton.product`."""
+    """Returns the tile for a product with `rows` rows of x. It has at least 64 rows, as in `kernels.triton.product`."""
     inner = 128 // item_bytes
-    if rows < MANY_ROWS:  # Without `max_registers`, the compiler spills registers on sm_120.
+    if rows < MANY_ROWS:  # Without a value of `max_registers`, the compiler spills registers on sm_120.
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4, max_registers=255)
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.ops.Linear`."""
+    """Implements the protocol `Linear`, which is documented in the module `kernels.ops`."""
     rows, outputs = len(x), len(weight)
     out = x.new_empty(rows, outputs)
     if rows < MANY_ROWS:
@@ -89,7 +91,7 @@ def section_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
-    """Writes one tile of one section's sums. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
+    """Writes one tile of a section's sums. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     start = tl.program_id(2) * SECTION
@@ -116,7 +118,7 @@ def narrow_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
-    """Computes one tile over all sections. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
+    """Computes one tile of the product over all sections. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x_at, weight_at = x + row.to(tl.int64) * x_stride, weight + column.to(tl.int64) * inputs

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
-PROGRAM_ELEMENTS = 2048  # The number of elements that a program computes. A row with more elements has its own program.
+# The number of elements that a program normalises. A row with more elements is a program of its own.
+PROGRAM_ELEMENTS = 2048
 
 
 def tile_rows(block: int) -> int:
@@ -20,7 +21,7 @@ def tile_rows(block: int) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops.RmsNorm`."""
+    """Implements the protocol `RmsNorm`, which is documented in the module `kernels.ops`."""
     rows, size = x.shape
     block = next_power_of_2(size)
     block_rows = tile_rows(block)
@@ -63,7 +64,7 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds the residual and normalises ROWS rows. The grid is (cdiv(rows, ROWS))."""
+    """Adds `residual`, if there is one, to ROWS rows of x and normalises the sums. The grid is (cdiv(rows, ROWS))."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < size)

@@ -1,4 +1,4 @@
-"""`linear` and `moe` share this matrix product. Its tiles have fixed shapes, and K is summed in ascending order.
+"""The modules `linear` and `moe` share this matrix product. Its sums run over K in ascending order, in fixed tiles.
 
 Tiles have at least 64 rows, even for one token, because the compiler uses another tensor-core instruction for fewer
 rows. The empty rows cost no time where the product is memory-bound. There are two shapes of tile: many rows for
@@ -11,7 +11,7 @@ and tensor cores can read only their first operand from registers. The tile then
 16 rows.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ FEWER_ROWS = 16  # The number of rows of x in the smallest tile, for quantised w
 
 
 class Tile(NamedTuple):
-    """Describes the tile that a program computes. `inner` is the number of elements of K that one step multiplies."""
+    """The size of the tile that a program computes, and launch options. A step multiplies `inner` elements along K."""
 
     rows: int
     columns: int
     inner: int
     num_warps: int
     num_stages: int
-    # The largest number of registers that a thread may use. With None, the compiler chooses the limit.
+    # The largest number of registers that a thread is allowed to use. With None, the compiler chooses this number.
     max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Returns the tile as keyword arguments for the launch of a kernel."""
+        """Returns the tile's sizes and options as keyword arguments for the launch of a kernel."""
         return EXACT | {
             "ROWS": self.rows,
             "COLUMNS": self.columns,
@@ -121,7 +121,7 @@ def plain_product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> tl.tensor:
-    """Computes `product` for a weight that is not quantised."""
+    """Computes the result of the function `product` for a weight that is not quantised."""
     k = tl.arange(0, INNER)
     x_at, weight_at = x + k[None, :], weight + weight_row * size + k[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -150,7 +150,7 @@ def quantized_product(
     FORMAT: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tl.tensor:
-    """Computes `product` for a quantised weight.
+    """Computes the result of the function `product` for a quantised weight.
 
     Inside, it computes weight @ x.T, so that the tensor cores can read the weight's numbers from registers.
     """

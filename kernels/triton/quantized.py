@@ -14,7 +14,7 @@ register. One more instruction then converts both numbers:
 Every such number is exact in bfloat16 and in every other dtype of x. The scales are applied after the products.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 GROUP = tl.constexpr(128)
 """The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
 
-CHUNK: Final = 1 << 22  # The number of elements packed at a time. Each element needs 4 bytes of temporary memory.
+# The number of weight elements that are packed at a time. Packing needs 4 bytes of temporary memory for each element.
+CHUNK: Final = 1 << 22
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
@@ -51,7 +52,7 @@ class PackedWeight(NamedTuple):
 
 
 def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """Returns a packed or an unquantised weight [..., N, K] as a PackedWeight.
+    """Returns a weight [..., N, K], packed or not quantised, as a PackedWeight.
 
     An unquantised weight gets the format "", and kernels do not read its scales.
     """
@@ -130,12 +131,12 @@ def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     return x
 
 
-# Triton's interpreter cannot compute in bfloat16, so in the interpreter the functions below compute in float32.
+# Triton's interpreter cannot compute in bfloat16. In the interpreter, these functions compute in float32.
 
 
 @jit
 def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
-    """Subtracts the bfloat16 numbers in `others` from those in `words`, exactly. Each word holds two numbers."""
+    """Subtracts the bfloat16 numbers in `others` from the numbers in `words`, exactly. Each word holds two numbers."""
     x, y = pairs(words), pairs(others)
     if INTERPRETED:
         return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)

@@ -12,7 +12,7 @@ PROGRAM_ELEMENTS = 1024
 
 
 def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops.RouteExperts`."""
+    """Implements the protocol `RouteExperts`, which is documented in the module `kernels.ops`."""
     rows, experts = logits.shape
     block = next_power_of_2(experts)
     block_rows = max(1, PROGRAM_ELEMENTS // block)

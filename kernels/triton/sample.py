@@ -8,7 +8,7 @@ The noise is computed in float32 and differs from that of `kernels/reference/sam
 masses differ as much. The scores are equal.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -23,14 +23,15 @@ from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
 BLOCK = 4096  # The number of logits that a program of `best_kernel` or `draw_kernel` reads.
-CUT_BLOCK, CUT_WARPS = 8192, 16  # The number of logits that `cut_kernel` reads at a time, and its number of warps.
-END = tl.constexpr(0x7F800001)  # END is larger than the key (see `key_of`) of any score, also of -infinity.
-NO_CUT = tl.constexpr(-1)  # NO_CUT marks a row from which top-k and top-p remove no tokens.
-LEAST = tl.constexpr(-3.4e38)  # LEAST is used as the largest logit where all logits are -infinity.
+# The number of logits that the kernel `cut_kernel` reads at a time, and the number of warps of its programs.
+CUT_BLOCK, CUT_WARPS = 8192, 16
+END = tl.constexpr(0x7F800001)  # A number larger than the key (see `key_of`) of every score, even of -infinity.
+NO_CUT = tl.constexpr(-1)  # Marks a row from which neither top-k nor top-p removes tokens.
+LEAST = tl.constexpr(-3.4e38)  # Replaces the largest logit of a row whose logits are all -infinity.
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
-    """See `kernels.ops.Sample`."""
+    """Implements the protocol `Sample`, which is documented in the module `kernels.ops`."""
     rows, size = logits.shape
     require(logits.stride(1) == 1, "logits", logits, "have contiguous rows")
     blocks = cdiv(size, BLOCK)
@@ -58,7 +59,7 @@ def best_kernel(
     row_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Finds the largest logit of each block, best [rows, blocks]. The grid is (rows, blocks)."""
+    """Writes the largest logit of each block of a row to `best` [rows, blocks]. The grid is (rows, blocks)."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * row_stride + i, mask=i < size, other=float("-inf"))
     tl.store(best + row * tl.num_programs(1) + tl.program_id(1), tl.max(x, axis=0))
@@ -107,7 +108,8 @@ def cut_kernel(
         _, mass_before = measure(scores, size, p_low, True, BLOCK)
         _, mass = measure(scores, size, p_high, True, BLOCK)
         p_ties = tl.maximum(tl.ceil((wanted - mass_before) * within / (mass - mass_before)).to(tl.int32), 1)
-        # Only through rounding errors can top-p keep more tokens than top-k. The smaller of the two sets is used.
+        # Top-p chooses among the tokens that top-k keeps, so only rounding errors can make its set the larger one. Then
+        # the set of top-k is used.
         fewer = (k <= 0) | (before + p_ties < k)
         low, high, ties = tl.where(fewer, p_low, low), tl.where(fewer, p_high, high), tl.where(fewer, p_ties, ties)
     tl.store(cuts + row * 3, low)
@@ -117,7 +119,7 @@ def cut_kernel(
 
 @jit
 def key_of(score: tl.tensor) -> tl.tensor:
-    """Returns an integer key for a score that is not above 0. A higher score has a smaller key."""
+    """Returns an integer key for a score, which must be at most 0. A higher score has a smaller key."""
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -221,7 +223,10 @@ def first_kernel(
     blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Writes the token with a row's largest noisy score; of equal scores, the first block's. The grid is (rows)."""
+    """Writes the id of the token with a row's largest noisy score. If several blocks have it, the first block wins.
+
+    The grid is (rows).
+    """
     row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     score = tl.load(scores + row * blocks + block, mask=block < blocks, other=float("-inf"))
     winner = tl.argmax(score, axis=0, tie_break_left=True)

@@ -1,4 +1,4 @@
-"""In the selective scan, a program computes a few channels of one sequence and keeps their state in registers.
+"""This is the selective scan. A program scans a few channels of one sequence and keeps their state in registers.
 
 A program processes the tokens in the order of time, so a chunk may end anywhere. Blocks of channels are narrow, so that
 one long prompt still gives hundreds of programs. Tokens are processed in groups: the inputs of the next group are
@@ -6,7 +6,7 @@ loaded while the current group is computed. dt and the gate, which do not depend
 for a whole group, so that all threads take part.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -21,20 +21,21 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-# The number of tokens whose inputs are loaded together. Larger groups would need more registers than a thread has.
+# The number of tokens in a group, whose inputs are loaded together. A larger group would need more registers than a
+# thread has.
 GROUP = 4
-SCHEDULERS = 528  # The number of warp schedulers of an H100 or H200.
+SCHEDULERS = 528  # The number of warp schedulers of an H100 or H200 GPU.
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
-    """See `kernels.ops.SelectiveScan`."""
+    """Implements the protocol `SelectiveScan`, which is documented in the module `kernels.ops`."""
     ragged = (segments.query_start, segments.state_ids, segments.has_state, *segments.saves)
     return _launch(inputs, weights, ssm_state, ragged, decode=False)
 
 
 def selective_state_update(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-    """See `kernels.ops.SelectiveStateUpdate`."""
+    """Implements the protocol `SelectiveStateUpdate`, which is documented in the module `kernels.ops`."""
     return _launch(inputs, weights, ssm_state, (state_ids,) * 6, decode=True)
 
 
@@ -123,7 +124,7 @@ def walk(
     slot_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Scans the rows from `row` to `end` of a sequence, starting from the state h [D, S].
+    """Scans the rows from `row` to `end` - 1 of a sequence, starting from the state h [D, S].
 
     Of the sequence's state saves, numbered from `save` to `last_save`, it writes those that fall on these rows. If
     `is_last`, it also writes the final state to `slot`.
@@ -157,7 +158,7 @@ def walk(
             z_next = load(z_at + next_rows * z_stride, inside)
             b_next = vectors(b + s, b_stride, t + GROUP, last, inside_s, GROUP)
             c_next = vectors(c + s, c_stride, t + GROUP, last, inside_s, GROUP)
-            # Rows from `stop` on get a step size of 0, which leaves the state unchanged.
+            # The rows of the group from row `stop` on get a step size of 0, which leaves the state unchanged.
             delta = tl.where(t + group < stop, softplus(dt_t + bias), 0.0)
             drive, read = delta * u_t, tl.zeros((GROUP, BLOCK_D), tl.float32)
             for k in tl.static_range(GROUP):

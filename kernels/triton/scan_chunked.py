@@ -1,4 +1,4 @@
-"""This selective scan splits long prompts into chunks, so that few prompts suffice to keep the GPU busy.
+"""This selective scan splits long prompts into chunks, so that even a few prompts give enough programs for a GPU.
 
 It has two levels. A prompt is cut into chunks of CHUNK tokens. First, all chunks are scanned in parallel from a zero
 state. A chunk multiplies each number of its initial state by exp(a * sum of dt), so the initial state of every chunk
@@ -7,7 +7,7 @@ are counted from the first token of this step, so the last bits of results depen
 The last bits also differ from those of `scan`'s results.
 """
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from jamba_server.kernels.triton.scan import (
 )
 
 CHUNK = 256  # The number of tokens in a chunk, a multiple of GROUP.
-MIN_CHUNKS = 4  # A prompt with fewer than 4 chunks is scanned sequentially.
+MIN_CHUNKS = 4  # If the longest prompt has fewer chunks than this, all prompts are scanned sequentially.
 BLOCK_CHANNELS = 16  # The number of channels that a program scans.
 
 
 def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segments: Segments) -> Tensor:
-    """See `kernels.ops.SelectiveScan`."""
+    """Implements the protocol `SelectiveScan`, which is documented in the module `kernels.ops`."""
     rows, channels = inputs.u.shape
     if not pays(rows, segments.max_query_len, channels):
         return scan.selective_scan(inputs, weights, ssm_state, segments)
@@ -64,7 +64,8 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
     require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     sequences = len(segments.state_ids)
     blocks, chunks = cdiv(channels, BLOCK_CHANNELS), cdiv(segments.max_query_len, CHUNK)
-    # `starts` holds the initial state of every chunk of every sequence, at the index that `place_of` defines.
+    # The tensor `starts` holds the initial state of every chunk of every sequence. The function `place_of` defines the
+    # index of a sequence's first chunk.
     starts = torch.empty(rows // CHUNK + sequences, channels, states, device=ssm_state.device)
     times = starts.new_empty(starts.shape[:2])
     out = inputs.u.new_empty(rows, channels)

@@ -1,6 +1,6 @@
-"""These kernels write KV pages, and copy, compress and restore states between slots."""
+"""These kernels write keys and values to pages, and copy, compress and restore Mamba states between slots."""
 
-# The type checker cannot follow the types inside a kernel, which Triton's compiler infers.
+# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import CompressedStates
 from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # The number of elements that a program copies.
+BLOCK = 4096  # The number of elements that a program of `copy_kernel` copies.
 CHANNELS = 128  # The number of channels that a program compresses or restores.
 LEVELS, SMALLEST = tl.constexpr(127.0), tl.constexpr(2.0**-100)
-ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND is x rounded to the nearest integer, ties to even.
+ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND rounds a float32 x to an integer, ties to even.
 FP8_LIMIT = tl.constexpr(448.0)  # The largest number in float8_e4m3fn.
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-    """See `kernels.ops.WriteKv`."""
+    """Implements the protocol `WriteKv`, which is documented in the module `kernels.ops`."""
     rows, kv_heads, size = k.shape
     for name, part in (("k", k), ("v", v)):
         require(part.stride()[1:] == (size, 1), name, part, "have a row's heads side by side")
@@ -45,7 +45,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: T
 
 
 def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tensor) -> None:
-    """See `kernels.ops.CopySlots`."""
+    """Implements the protocol `CopySlots`, which is documented in the module `kernels.ops`."""
     sources, destinations = sources.contiguous(), destinations.contiguous()
     for tensor in tensors:
         unit = tensor[0]
@@ -56,12 +56,12 @@ def copy_slots(tensors: tuple[Tensor, ...], sources: Tensor, destinations: Tenso
 
 
 def compress_states(states: Tensor, compressed: CompressedStates, sources: Tensor, destinations: Tensor) -> None:
-    """See `kernels.ops.CompressStates`."""
+    """Implements the protocol `CompressStates`, which is documented in the module `kernels.ops`."""
     _launch(compress_kernel, states, compressed, sources, destinations)
 
 
 def restore_states(compressed: CompressedStates, states: Tensor, sources: Tensor, destinations: Tensor) -> None:
-    """See `kernels.ops.RestoreStates`."""
+    """Implements the protocol `RestoreStates`, which is documented in the module `kernels.ops`."""
     _launch(restore_kernel, states, compressed, sources, destinations)
 
 
@@ -112,12 +112,12 @@ def write_kernel(
 
 @jit
 def stored(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Returns x as pages of `dtype` store it. For float8_e4m3fn, x is clamped and rounded to nearest."""
+    """Converts x to `dtype`, the pages' dtype. For float8_e4m3fn, x is clamped to its range and rounded to nearest."""
     if dtype == tl.float8e4nv:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -FP8_LIMIT), FP8_LIMIT)
         if INTERPRETED:
-            # The interpreter rounds differently, so x is rounded here: to a multiple of 2**-9 if |x| is below 2**-6,
-            # otherwise to a mantissa of three bits.
+            # The interpreter converts to float8 with other rounding than a GPU, so x is rounded before the conversion:
+            # to a multiple of 2**-9 if |x| is below 2**-6, otherwise to a mantissa of three bits.
             bits = x.to(tl.int32, bitcast=True)
             digits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             x = tl.where(tl.abs(x) < 2.0**-6, (x + 1.5 * 2.0**14) - 1.5 * 2.0**14, digits)
