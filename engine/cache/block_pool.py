@@ -1,5 +1,5 @@
-"""BlockPool: hands out the ids of cache units. Each kind of unit (KV pages, state slots, compressed saved states) has a
-pool of its own."""
+"""The class `BlockPool`: hands out the ids of cache units. A unit is a KV page, a state slot or a compressed saved
+state; each of these three kinds has a pool of its own."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class BlockPool:
     A unit without references is free. A free unit that has a key keeps its content and key until its id is handed out
     again; until then it is called cached. Free units without a key are handed out first. If there are none, the cached
     unit with the lowest eviction priority is evicted. The priority of a unit is set when the unit is released: the cost
-    of losing its content (`worth`) plus the priority of the last evicted unit (GreedyDual, Young 1994). Of units of
-    equal cost, the least recently used one is therefore evicted first. A unit of higher cost stays longer, but not for
-    ever. Id 0 is never handed out: padding rows use it. The pool remembers the keys of evicted units for a while, so
-    that statistics can tell the cause of a cache miss.
+    of losing the unit's content (the argument `worth` of `publish`) plus the priority of the last evicted unit
+    (GreedyDual, Young 1994). Of units of equal cost, the least recently used one is therefore evicted first. A unit of
+    higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool remembers the
+    keys of the units that were evicted last, so that statistics can count the cache misses that are due to an eviction.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,8 +28,8 @@ class BlockPool:
         # The ids of free units without a key. The last id of the list is handed out first.
         self._empty = list(range(size - 1, 0, -1))
         # Maps the id of each cached unit to (eviction priority, release number). The unit with the lowest priority is
-        # evicted first. The release number is the value of `_releases` when the unit was released; it orders units of
-        # equal priority.
+        # evicted first. The release number is the value of the counter `_releases` when the unit was released; it
+        # orders units of equal priority.
         self._ranks: dict[int, tuple[float, int]] = {}
         # A heap of (priority, release number, id) for the cached units. An entry that differs from the unit's entry in
         # `_ranks` is out of date and is skipped.
@@ -37,7 +37,7 @@ class BlockPool:
         self._clock = 0.0  # holds the eviction priority of the last evicted unit
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
-        self.evicted: list[tuple[int, bytes]] = []  # lists (id, key) of the units that the last `allocate` evicted
+        self.evicted: list[tuple[int, bytes]] = []  # (id, key) of each unit that the last call of `allocate` evicted
 
     @property
     def capacity(self) -> int:
@@ -62,8 +62,8 @@ class BlockPool:
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
-        """Returns `n` ids and gives each of these units one reference. Returns None, and changes nothing, if fewer than
-        `n` units are free. If `evict` is false, no unit with a key is handed out."""
+        """Returns the ids of `n` free units and gives each of these units one reference. Returns None, and changes
+        nothing, if fewer than `n` units are free. If `evict` is false, no unit with a key is handed out."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -73,7 +73,8 @@ class BlockPool:
         return ids
 
     def retain(self, ids: Iterable[int]) -> None:
-        """Adds one reference to each unit in `ids`. Each must be in use already, or be free and still have its key."""
+        """Adds one reference to each unit in `ids`. Each of these units must have a reference already, or be free and
+        still have its key."""
         for i in ids:
             if self.refs[i] == 0:
                 del self._ranks[i]
@@ -90,7 +91,8 @@ class BlockPool:
         """Makes unit `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if the
         unit has a key already or another unit has this key.
 
-        `worth` is the cost of losing the unit's content. All units of a pool must state this cost in the same measure.
+        The argument `worth` is the cost of losing the unit's content. All calls for one pool must give this cost in the
+        same unit of measurement, for example in tokens to compute again.
         """
         assert self.refs[i] > 0, f"unit {i} has no reference"
         if key in self._ids or i in self._keys:
@@ -100,8 +102,8 @@ class BlockPool:
         return True
 
     def reset(self, forgotten: Set[bytes]) -> None:
-        """Drops the references to all units and forgets the keys in `forgotten`. All other fields are rebuilt from the
-        map of ids to keys, because a failed step may have left them inconsistent."""
+        """Drops the references to all units and forgets the keys in the set `forgotten`. All other fields of the pool
+        are rebuilt from the map of ids to keys, because a failed step might have left these fields inconsistent."""
         self._keys = {i: key for i, key in self._keys.items() if key not in forgotten}
         self._ids = {key: i for i, key in self._keys.items()}
         self._worth = {i: self._worth.get(i, 0.0) for i in self._keys}

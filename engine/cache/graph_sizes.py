@@ -1,22 +1,22 @@
-"""GraphSizes: decides for which numbers of rows and context lengths decode steps are captured as graphs, and estimates
-the memory of these graphs. Works without torch."""
+"""The class `GraphSizes`: decides for which batch sizes (in rows) and context lengths (in tokens) decode steps are
+captured as graphs, and estimates the memory of these graphs. Works without torch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from typing import NamedTuple
 
-# The largest number of rows of a graph. A larger batch gains nothing from a graph, because its kernels run longer than
-# the host needs to launch them.
+# The largest number of rows of a graph; each row is one sequence or padding. Steps with more rows gain nothing from a
+# graph, because their kernels run longer than the host needs to launch the kernels.
 MAX_ROWS = 512
 # Graphs are captured for contexts of FIRST_CONTEXT tokens, and then for lengths that grow by the factor CONTEXT_FACTOR.
 # Attention divides a context into splits, and a GPU graph always runs as many splits as its longest context needs.
 # Splits without tokens are cheap, so a few context lengths are enough. On a CPU the partial results of attention need
-# memory in proportion to rows * context. CPU_MAX_TOKENS limits this product: a step beyond the limit takes so long that
-# a graph would not speed it up.
+# memory in proportion to rows * context. CPU_MAX_TOKENS limits this product: a step with a larger product takes so long
+# that a graph would not make this step faster.
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
-BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: a graph stores several hundred kernels with their arguments
+BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: a GPU graph stores several hundred kernels with their arguments
 # The size in bytes of the inputs of one row, without its page table: token id, KV slot and token source are int64;
 # state slot and context length are int32.
 ROW_BYTES = 3 * 8 + 2 * 4
@@ -65,7 +65,8 @@ class GraphSizes:
         return [key for key in keys if key is not None]
 
     def input_bytes(self, block_size: int) -> int:
-        """Returns the size in bytes of the input arrays of the largest graph. Each array is aligned to 16 bytes."""
+        """Returns the size in bytes of all input arrays of the graph whose input arrays are largest. Each array is
+        aligned to 16 bytes."""
         alignment = 6 * 16
         return max((k.rows * (ROW_BYTES + 4 * -(-k.context // block_size)) + alignment for k in self.keys), default=0)
 

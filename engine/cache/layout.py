@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "int8"]  # named as in torch
+CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "int8"]  # the names of dtypes in torch
 Unit = Literal["page", "slot", "saved"]
 DTYPE_BYTES: Final[Mapping[CacheDtype, int]] = {
     "bfloat16": 2,
@@ -31,10 +31,10 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """The cache tensors of one layer, each found by its name. `page` has the tensors of one KV page, which holds
-    `block_size` tokens of a sequence. `slot` has the tensors of one state slot, which holds the Mamba state of a
-    running sequence. `saved` has the tensors of one saved state, from which later requests can continue. They are the
-    same tensors as in a slot, unless saved states are compressed."""
+    """The cache tensors of one layer, each found by its name. The field `page` has the tensors of one KV page, which
+    holds `block_size` tokens of a sequence. The field `slot` has the tensors of one state slot, which holds the Mamba
+    state of a running sequence. The field `saved` has the tensors of one saved state, from which later requests can
+    continue. A saved state has the same tensors as a slot, unless saved states are compressed."""
 
     page: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
     slot: Mapping[str, Kept] = field(default_factory=dict[str, Kept])
@@ -42,8 +42,8 @@ class LayerCache:
 
 
 def attention_cache(*, block_size: int, num_kv_heads: int, head_dim: int, dtype: CacheDtype) -> LayerCache:
-    """Returns the cache tensors of an attention layer: each page has `kv`, its keys and values, of shape [2,
-    block_size, num_kv_heads, head_dim]."""
+    """Returns the cache tensors of an attention layer: each page has one tensor `kv` of shape [2, block_size,
+    num_kv_heads, head_dim], which holds the keys and then the values."""
     return LayerCache(page={"kv": Kept((2, block_size, num_kv_heads, head_dim), dtype)})
 
 

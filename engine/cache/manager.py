@@ -8,12 +8,13 @@ The picture shows a prefix of a sequence and its keys in the cache (block_size 4
 
 h(i) = sha256(h(i-1) + tokens of block i), and h(-1) is a hash of the request's cache salt. A page is found under the
 key of the prefix that ends with its last token. A saved state is found under the key of the prefix that it follows. A
-prefix hit consists of full pages, perhaps a partly filled page, and a state saved exactly at their end. The partly
-filled page is copied, because the sequence will write to it. The manager moves no data: it lists the copies and the
-saves that a step must run.
+prefix hit consists of full pages, perhaps a partly filled page, and a state saved exactly at the end of the last of
+these pages. The partly filled page is copied, because the sequence will write to it. The manager moves no data: it
+lists the copies and the saves that a step must run.
 
-The `StateStore` decides where saved states lie. Pages and states that a launched step writes can be found by steps that
-are launched later; if a step fails, `Unconfirmed` knows which of these pages and states must be forgotten.
+The class `StateStore` decides where saved states are stored. Pages and states that a launched step writes can be found
+by steps that are launched later; if a step fails, the class `Unconfirmed` knows which of these pages and states must be
+forgotten.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from jamba_server.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """The result of a prefix lookup. The first `num_tokens` tokens need not be computed again; the state after them is
-    saved at `place` in the state store. `block_ids` are the full pages of the prefix. `tail_page` is a partly filled
-    page after them, which must be copied. `shared` is the number of tokens whose pages were found. `missed_no_state`
-    tokens have pages, but no state was saved after them. `missed_evicted` tokens were cached once, but their pages or
-    their state were evicted."""
+    """The result of a prefix lookup. The first `num_tokens` tokens need not be computed again; the state after these
+    tokens is saved at `place` in the state store. The field `block_ids` has the ids of the full pages of the prefix.
+    The field `tail_page` is the id of a partly filled page after the full pages, which must be copied. The field
+    `shared` is the number of tokens whose pages were found. The last two fields count tokens after the prefix that must
+    be computed again. `missed_no_state` is the number of those that have pages, but after which no state was saved.
+    `missed_evicted` is the number of those that were cached until a page or a state was evicted."""
 
     num_tokens: int = 0
     block_ids: tuple[int, ...] = ()
@@ -48,7 +50,7 @@ class PrefixHit:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A state to save. This step writes the state of `sequence` after its first `position` tokens to the slot
+    """A state that a step saves. The step writes the state of `sequence` after its first `position` tokens to the slot
     `room.slot`, and the state store keeps the state at `room.place`."""
 
     sequence: Sequence
@@ -62,9 +64,10 @@ class Save:
 
 @dataclass(slots=True)
 class CacheCopies:
-    """The copies to run before a step, as (source, destination) pairs. `pages` are copies from page to page. `saves`
-    are copies from state slots to places of the state store. `states` are copies from places to slots, and run after
-    `saves`. In each list all destinations are different, and no destination is also a source."""
+    """The copies to run before a step, as (source, destination) pairs of ids. The list `pages` has copies from page to
+    page. The list `saves` has copies from state slots to places of the state store. The list `states` has copies from
+    places to state slots, which run after the copies in `saves`. In each list all destinations are different, and no
+    destination is also a source."""
 
     pages: Pairs = field(default_factory=list[tuple[int, int]])
     saves: Pairs = field(default_factory=list[tuple[int, int]])
@@ -147,7 +150,7 @@ class CacheManager:
     def _missed(self, hashes: list[bytes], hit: int, shared: int) -> tuple[int, int]:
         """Returns (no_state, evicted) for the tokens after a prefix hit: the number of tokens that have pages but no
         saved state, and the number of tokens that were cached until a page or a state was evicted. The prefix hit has
-        `hit` blocks; the first `shared` blocks have pages."""
+        `hit` blocks; the first `shared` blocks of the sequence have pages."""
         evicted_to = shared
         while evicted_to < len(hashes) and self.pages.was_evicted(hashes[evicted_to]):
             evicted_to += 1
@@ -210,8 +213,8 @@ class CacheManager:
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
         """Reserves room for the states that a step should save while it computes the tokens of `seq` from index `start`
         to index `end` - 1. Returns the saves in the order of their positions. This method must be called after all
-        running sequences have got their pages. If slots are short, the states that most likely lead to prefix hits are
-        saved. The regular states (one every `interval` tokens) evict no saved state."""
+        running sequences have got their pages. If too few slots are free for all states, the states that most likely
+        lead to prefix hits are saved. The regular states (one every `interval` tokens) evict no saved state."""
         if not self.enabled or start // self.block_size == end // self.block_size:
             return []  # states are saved at block boundaries only, and this chunk of tokens crosses none
         saves: list[Save] = []
@@ -231,15 +234,15 @@ class CacheManager:
 
     def _worthy(self, seq: Sequence) -> list[int]:
         """Returns the positions where a saved state most likely leads to a prefix hit, the most likely first. These
-        positions are the ends of messages, the point where other requests branched off, the end of the prompt, and the
-        position one token before the end of the prompt. A request with the same prompt would continue from the last of
-        these positions. Each position is rounded down to a block boundary."""
+        positions are the ends of messages, the end of the prefix that other requests share, the end of the prompt, and
+        the position one token before the end of the prompt. A request with the same prompt would continue from the last
+        of these positions. Each position is rounded down to a block boundary."""
         boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
-        """Returns the copies that must run before the next step. The pages, slots and places that they read stay
-        referenced until `launch` is called."""
+        """Returns the copies that must run before the next step. The pages, slots and places that these copies read
+        stay referenced until `launch` is called."""
         pages, self._page_copies = self._page_copies, []
         return CacheCopies(pages, *self.store.take_copies())
 

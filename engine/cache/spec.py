@@ -30,7 +30,7 @@ class CacheSpec:
         )
 
     def pages(self, num_tokens: int) -> int:
-        """Returns how many pages a sequence of `num_tokens` tokens needs at most. The count includes one extra page:
+        """Returns how many pages a sequence of `num_tokens` tokens needs at most. The result includes one extra page:
         after a prefix hit on a partly filled page, the original page stays referenced until it has been copied."""
         return -(-num_tokens // self.block_size) + 1
 

@@ -1,8 +1,10 @@
-"""StateStore: tracks where saved states are stored, and lists the copies that save and restore them. It moves no data.
+"""The protocol `StateStore`: tracks where saved states are stored, and lists the copies that save and restore these
+states. A store itself moves no data.
 
-There are two stores. `SlotStates` leaves a state in the slot that it was written to. `CompressedStates` compresses a
-state and copies it to a separate pool. A store in host memory or on a disk would fit the same protocol: a store decides
-where a state lies, and lists the copies that must run before the next step. `engine.state_copies` runs these copies.
+There are two stores. The class `SlotStates` leaves a state in the slot that the state was written to. The class
+`CompressedStates` compresses a state and copies it to a separate pool. A store in host memory or on a disk could
+implement the same protocol. A store decides where a state is kept, and lists the copies that must run before the next
+step. The module `engine.state_copies` runs these copies.
 """
 
 from __future__ import annotations
@@ -52,20 +54,21 @@ class StateStore(Protocol):
         ...
 
     def start(self, place: int | None) -> int | None:
-        """Returns a slot for a sequence. If `place` is given, the state saved at `place` is copied to the slot before
-        the next step. Returns None, and changes nothing, if no slot is free."""
+        """Returns a slot for a sequence. If `place` is not None, the state saved at `place` is copied to the slot
+        before the next step. Returns None, and changes nothing, if no slot is free."""
         ...
 
     def reserve(self, key: bytes, *, slot: int | None = None, evict: bool = True) -> Room | None:
-        """Reserves room for a state under `key`. The state is in `slot` already; if `slot` is None, the store chooses a
-        slot and the next step writes the state there. Returns None if there is no room; a store may also return None if
-        a state is saved under `key` already. If `evict` is false, no saved state is evicted to make room."""
+        """Reserves room for a state under `key`. If the argument `slot` is given, the state is in this slot already; if
+        it is None, the store chooses a slot and the next step writes the state there. Returns None if no slot or no
+        place is free. A store is also allowed to return None if a state is saved under `key` already. If `evict` is
+        false, no saved state is evicted to make room."""
         ...
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
-        """Makes the state in `room` findable under `key`. The state must have been written, or the last launched step
-        must write it. Returns False, and gives the place back, if another state is saved under `key` already. Whether
-        True or False is returned, the caller must still release the slot."""
+        """Makes the state in `room` findable under `key`. The state must have been written to `room.slot` already, or
+        the last launched step must write it there. Returns False, and gives the place back, if another state is saved
+        under `key` already. Whether True or False is returned, the caller must still release the slot."""
         ...
 
     def take_copies(self) -> tuple[Pairs, Pairs]:
@@ -117,7 +120,7 @@ class SlotStates:
             return _one(self.slots.allocate(1))
         if 1 + (self.slots.refs[place] == 0) > self.slots.num_free:
             return None
-        # `launch` releases `place` once the copy from `place` to the new slot has been launched.
+        # The method `launch` releases `place` once the copy from `place` to the new slot has been launched.
         self.slots.retain([place])
         slot = _one(self.slots.allocate(1))
         assert slot is not None, "the free slots were counted above"
@@ -154,8 +157,8 @@ class CompressedStates:
     the next step runs.
 
     A sequence that ends gives its slot back at once. The next step may give this slot to another sequence, because the
-    step runs the copy before anything writes to the slot. A prefix hit may find a state whose copy has not run yet,
-    because the copies that save states run before the copies that restore states.
+    step runs the copy before anything writes to the slot. A prefix hit is allowed to use a state whose copy has not run
+    yet, because the copies that save states run before the copies that restore states.
     """
 
     def __init__(self, num_slots: int, num_places: int) -> None:

@@ -1,4 +1,5 @@
-"""CacheStorage: the tensors that hold the contents of all pages and state slots."""
+"""The class `CacheStorage`: the tensors that hold the contents of all KV pages, state slots and compressed saved
+states."""
 
 from __future__ import annotations
 

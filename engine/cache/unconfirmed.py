@@ -10,12 +10,12 @@ class Unconfirmed:
     been confirmed.
 
     A step is *launched* when it has been passed to the device, and *confirmed* when its results have been read. A
-    device runs steps in the order of their launches, so a step may read what an earlier step writes. But if a step
-    fails, nothing that the failed step or a later step wrote may be found again.
+    device runs steps in the order of their launches, so a step is allowed to read what an earlier step writes. But if a
+    step fails, the keys of everything that this step and the later steps wrote must be forgotten.
     """
 
     def __init__(self) -> None:
-        self._launched = self._confirmed = 0  # these count launched and confirmed steps
+        self._launched = self._confirmed = 0  # the number of launched steps and the number of confirmed steps
         # Each entry is (number of the step that writes the content of the key, key).
         self._keys: list[tuple[int, bytes]] = []
 
@@ -36,8 +36,8 @@ class Unconfirmed:
             self._keys = [(step, key) for step, key in self._keys if step > self._confirmed]
 
     def discard(self) -> Set[bytes]:
-        """Gives up all steps in flight and returns the keys whose content these steps would have written. The keys stay
-        recorded until `clear` is called, so that an interrupted recovery can be repeated."""
+        """Gives up all launched steps that are not confirmed, and returns the keys whose content these steps would have
+        written. The keys stay recorded until `clear` is called, so that an interrupted recovery can be repeated."""
         keys = {key for _, key in self._keys}
         self._confirmed = self._launched
         return keys

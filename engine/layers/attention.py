@@ -1,4 +1,5 @@
-"""Attention: grouped-query attention over paged KV. Jamba has no positional encoding."""
+"""The class `Attention`: grouped-query attention over keys and values that are stored in pages. Jamba has no positional
+encoding."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class Embedding:
-    """Maps token ids, int64 [T], to vectors [T, H] in the model's dtype. `weight`, [V, H], has the same layout as on
-    disk. If the language model head shares the matrix and is not quantised, the head packs the matrix into the layout
-    of the head's kernel. Then `weight` becomes None, and vectors are read from the packed matrix."""
+    """Maps token ids, int64 [T], to vectors [T, H] in the model's dtype. The field `weight` is the matrix [V, H], one
+    row for each of the V token ids, in the same layout as on disk. If the language model head shares the matrix and is
+    not quantised, the head packs the matrix into the layout of the head's kernel. Then `weight` becomes None, and
+    vectors are read from the packed matrix."""
 
     def __init__(self, backend: Backend, vocab_size: int, hidden_size: int) -> None:
         self._linear = backend.kernels.linear

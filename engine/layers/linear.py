@@ -12,12 +12,13 @@ from jamba_server.engine.quantization import Role
 
 
 class Linear:
-    """Multiplies x [T, K] by a weight matrix and returns [T, N]. `parts` maps the name that each projection has on disk
-    to its number of outputs. The outputs of all projections are concatenated; N is their total number.
+    """Multiplies x [T, K] by a weight matrix and returns the product [T, N]. The argument `parts` maps the name that
+    each projection has on disk to the projection's number of outputs. The outputs of all projections are concatenated;
+    N is their total number.
 
-    `role` is the part of the model that the weight belongs to; it decides whether the weight is quantised. If another
-    layer owns and loads the weight, `shared` is this weight, and the loading `Unit` of the owner must call `pack` of
-    this layer.
+    The argument `role` names the part of the model that contains the weight; this name decides whether the weight is
+    quantised. If another layer owns and loads the weight, the argument `shared` is this weight, and the loading `Unit`
+    of the owner must call `pack` of this layer.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ class Mamba:
         yield Unit(self._between(prefix), self._pack)
 
     def _between(self, prefix: str) -> dict[str, Destination]:
-        """Returns the memory that the weight loader fills with the weights used between in_proj and out_proj, by tensor
-        name."""
+        """Returns a map from the names of the weights used between in_proj and out_proj to the memory that the weight
+        loader fills with these weights."""
         # The convolution's weight is [D, 1, W] on disk, but [W, D] in memory: for each of the W taps, the weights of
         # all channels are contiguous.
         destinations = {f"{prefix}conv1d.weight": Destination(self._conv_weight.t().unsqueeze(1), "normed")}

@@ -62,7 +62,8 @@ class Moe:
         }
 
     def _pack(self) -> None:
-        # `pop` drops the reference to each raw weight, so that it is freed as soon as it is quantised.
+        # The call of `pop` drops the layer's reference to a raw weight, so that this raw weight is freed as soon as it
+        # is quantised.
         down = self._backend.quantize("experts", self._raw.pop())
         gate_up = self._backend.quantize("experts", self._raw.pop())
         self._experts = self._run.pack(gate_up, down)

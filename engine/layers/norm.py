@@ -8,8 +8,8 @@ from jamba_server.engine.layers.parameter import Backend, Destination, Unit
 
 
 class RmsNorm:
-    """Normalises each row of x [T, size]. `add` adds the residual stream to x, and returns the normalised sum and the
-    sum itself."""
+    """Normalises each row of x [T, size]. The method `add` first adds the residual stream to x, and returns two
+    tensors: the normalised sum and the sum itself."""
 
     def __init__(self, backend: Backend, size: int, eps: float) -> None:
         self._rms_norm = backend.kernels.rms_norm

@@ -21,8 +21,8 @@ step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 
 class Destination(NamedTuple):
-    """The memory that one checkpoint tensor fills. `data` is a view of this memory. It has the shape of the tensor on
-    disk, and may have any strides."""
+    """The memory that one checkpoint tensor fills. `data` is a view of this memory. The view has the shape of the
+    tensor on disk, and can have any strides."""
 
     data: Tensor
     fill: Fill
@@ -30,22 +30,24 @@ class Destination(NamedTuple):
 
 class Fused(NamedTuple):
     """The memory that one checkpoint tensor fills if it holds several weights, for example the down projections of all
-    experts. `data` is a view of this memory, and `parts` are the names of the destinations that it covers."""
+    experts. `data` is a view of this memory, and `parts` are the names of the weights that together take this
+    memory."""
 
     data: Tensor
     parts: tuple[str, ...]
 
 
 def part(raw: Weight, index: int | slice) -> Weight:
-    """Returns a view of a raw weight: a slice of the rows of a matrix, or one matrix of a stack of matrices."""
+    """Returns a view of a weight that is not packed yet: a slice of the rows of a matrix, or one matrix of a stack of
+    matrices."""
     if isinstance(raw, Tensor):
         return raw[index]
     return raw._replace(values=raw.values[index], scales=raw.scales[index])
 
 
 def matrix(name: str, raw: Weight) -> dict[str, Destination]:
-    """Returns the memory to fill for the linear module `name`, by tensor name: the weight and, if the checkpoint is
-    quantised on disk, the scales."""
+    """Returns a map from tensor names to the memory that the weight loader fills for the linear module `name`. The map
+    has the weight and, if this weight is quantised on disk, its scales."""
     if isinstance(raw, Tensor):
         return {f"{name}.weight": Destination(raw, "normed")}
     return {f"{name}.weight": Destination(raw.values, "normed"), f"{name}.weight_scale": Destination(raw.scales, "one")}
@@ -59,9 +61,9 @@ class Unit(NamedTuple):
     """A group of weights that one call of `pack` converts to the layout of a kernel. Each weight is found by its name
     on disk.
 
-    Each of `destinations` must be filled exactly once, by the tensor of its name or by one of `fused`. When all
-    destinations are filled, `pack` is called once. `pack` frees the raw weights, so nothing else may hold a reference
-    to the raw weights at that time.
+    Each weight in `destinations` must be filled exactly once: by the checkpoint tensor of its name, or by a checkpoint
+    tensor named in `fused`, which fills several weights. When all destinations are filled, `pack` is called once.
+    `pack` frees the raw weights, so nothing else may hold a reference to the raw weights at that time.
     """
 
     destinations: Mapping[str, Destination]

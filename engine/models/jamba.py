@@ -1,7 +1,8 @@
 """Jamba (Lieber et al. 2024): a stack of Mamba and attention layers, each with a dense or an expert feed-forward layer.
 
-For a prompt that is computed in one step, the model computes the same as transformers' `modeling_jamba.py`. Unlike the
-model in transformers, it also computes the same if the prompt is split into chunks.
+For a prompt that is computed in one step, the model computes the same logits as the model in transformers
+(`modeling_jamba.py`). Unlike the model in transformers, this model also computes the same logits if the prompt is split
+into chunks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class DecoderLayer:
-    """One layer of the model: a mixer (Mamba or attention), then a feed-forward layer. The input of each of these two
-    is normalised first, and the output of each is added to the residual stream."""
+    """One layer of the model: a mixer (Mamba or attention), then a feed-forward layer. The input of the mixer and the
+    input of the feed-forward layer are normalised first. The output of the mixer and the output of the feed-forward
+    layer are added to the residual stream."""
 
     def __init__(self, backend: Backend, config: JambaConfig, index: int) -> None:
         h, eps = config.hidden_size, config.rms_norm_eps
@@ -39,9 +41,9 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, caches: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Takes two [T, H] tensors and returns two of the same kind: the output of the last mixer or feed-forward
-        layer, and the residual stream, to which this output is not added yet. The first layer of the model gets the
-        embeddings and None. `caches` are this layer's K and V pages, or its convolution and SSM states."""
+        """Takes and returns two tensors [T, H]. The first tensor is the output of the last computed feed-forward layer;
+        the second tensor is the residual stream, to which this output is not added yet. The first layer of the model
+        gets the embeddings and None. `caches` are this layer's K and V pages, or its convolution and SSM states."""
         x, residual = self._input_norm.add(x, residual)
         x = self._mixer(x, batch, *caches)
         x, residual = self._pre_ff_norm.add(x, residual)
@@ -109,7 +111,8 @@ class Jamba(ABC):
 
     @abstractmethod
     def _other_heads(self) -> frozenset[str]:
-        """Returns the names of checkpoint tensors that belong to heads that this architecture does not load."""
+        """Returns the names of the weights of output heads that this architecture does not load, although a checkpoint
+        is allowed to contain these weights."""
 
 
 class JambaForCausalLM(Jamba):

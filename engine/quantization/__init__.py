@@ -1,7 +1,7 @@
 """The table of quantised weight formats, and the policy that says which weights of a model are quantised.
 
-This module works without torch, so that `jamba plan` does not need it. The arithmetic is in `quantize` and in one
-module for each format.
+This module works without torch, so that the command `jamba plan` does not need torch. The arithmetic is in the module
+`quantize` and in one module for each format.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
 """The part of the model that a weight matrix belongs to. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
-are matrices that this server never quantises: x_proj, dt_proj, the router, and the head of a classifier. The first
-three are small, and the model is sensitive to rounding errors in them."""
+are matrices that this server never quantises: x_proj, dt_proj, the router, and the head of a classifier. The matrices
+x_proj, dt_proj and the router's are small, and the model is sensitive to rounding errors in these matrices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ FORMATS: Final[Mapping[Quantization, Format]] = {
 @dataclass(frozen=True, slots=True)
 class QuantizationPolicy:
     """The policy that says which weights are quantised, and in which format. Only matrices that multiply activations
-    are quantised. The embedding, the norms, the convolutions, and A and D of the Mamba layers are not.
+    are quantised. The embedding, the norms, the convolutions, and A and D of the Mamba layers are never quantised.
 
     The projections of the Mamba mixers are quantised only if `mamba` is set. The int8 recipe on the model cards of
     Jamba skips these projections as well: they are a small part of a large model, and their rounding errors accumulate

@@ -18,8 +18,8 @@ LIMIT: Final = FORMATS["fp8"].limit
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises float32 [..., inputs] to float8_e4m3fn of the same shape. Returns the quantised numbers and the scales
-    [...]. A scale is the largest magnitude in its row divided by 448."""
+    """Quantises a float32 array [..., inputs] to float8_e4m3fn. Returns the quantised numbers in an array of the same
+    shape, and the scales in an array [...]. A scale is the largest magnitude in its row divided by 448."""
     scales = weight.abs().amax(-1, keepdim=True) / LIMIT
     # The scale of a row of zeros is set to 1, because 0 would lead to 0/0.
     scales = torch.where(scales > 0, scales, 1.0)

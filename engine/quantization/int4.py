@@ -16,14 +16,16 @@ from torch import Tensor
 from jamba_server.engine.quantization import FORMATS
 
 LIMIT: Final = FORMATS["int4"].limit
-# In each group, the scale without clipping is multiplied by each of these ratios, and the product with the smallest
-# error is used. Further ratios below 0.8 would reduce the error by less than 0.2 %.
+# In each group, the scale without clipping is multiplied by each of these ratios, and the product that leads to the
+# smallest squared error of the group is used as the scale of the group. Further ratios below 0.8 would reduce the error
+# by less than 0.2 %.
 CLIPPING_RATIOS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises float32 [..., group size] to whole numbers of the same shape, stored as float32. Returns these numbers
-    and the scales [...]. If several scales have the same error, the largest of them is taken."""
+    """Quantises a float32 array [..., group size] to whole numbers. Returns these numbers, stored as float32 in an
+    array of the same shape, and the scales in an array [...]. If several scales lead to the same squared error, the
+    largest of them is taken."""
     largest = weight.abs().amax(-1, keepdim=True) / LIMIT
     # The scale of a group of zeros is set to 1, because 0 would lead to 0/0.
     largest = torch.where(largest > 0, largest, 1.0)

@@ -13,8 +13,8 @@ LIMIT: Final = FORMATS["int8"].limit
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises float32 [..., inputs] to whole numbers of the same shape, stored as float32. Returns these numbers and
-    the scales [...]. A scale is the largest magnitude in its row divided by 127."""
+    """Quantises a float32 array [..., inputs] to whole numbers. Returns these numbers, stored as float32 in an array of
+    the same shape, and the scales in an array [...]. A scale is the largest magnitude in its row divided by 127."""
     scales = weight.abs().amax(-1, keepdim=True) / LIMIT
     # The scale of a row of zeros is set to 1, because 0 would lead to 0/0.
     scales = torch.where(scales > 0, scales, 1.0)

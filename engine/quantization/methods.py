@@ -1,5 +1,5 @@
-"""Recognises checkpoints that other tools have quantised, and tells the user how to proceed. This server reads only one
-such format, compressed-tensors; it can quantise weights that are not quantised yet."""
+"""Recognises checkpoints that other tools have quantised, and tells the user how to proceed. Of the formats of such
+checkpoints this server reads only compressed-tensors. It can itself quantise weights that are not quantised yet."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ COMPRESSED_TENSORS: Final = "compressed-tensors"
 # With these methods, vLLM quantises the weights when it loads a checkpoint. The weights in the files are therefore not
 # quantised.
 MADE_AT_LOAD: Final[frozenset[str]] = frozenset({"experts_int8"})
-# Maps `quant_method` of a checkpoint to (name of the quantisation method, most similar format of this server). The
-# format is None if it depends on the number of bits.
+# Maps the setting `quant_method` of a checkpoint to (name of the quantisation method, format). The format is the value
+# of --quantization that an error message recommends, because its number of bits per weight is closest to that of the
+# method. The format is None if the method allows several numbers of bits.
 _METHODS: Final[Mapping[str, tuple[str, Quantization | None]]] = {
     "aqlm": ("AQLM", "int4"),
     "auto-round": ("AutoRound", "int4"),

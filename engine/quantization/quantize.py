@@ -20,14 +20,14 @@ QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int4": int4.quantize,
     "fp8": fp8.quantize,
 }
-# How many float32 numbers are quantised at a time. On a CPU they take 1 MiB, which fits into the CPU's caches. On a GPU
-# they take 64 MiB, which is enough to occupy the GPU fully.
+# How many float32 numbers are quantised at a time. On a CPU these numbers take 1 MiB, which fits into the CPU's caches.
+# On a GPU these numbers take 64 MiB, which is enough to occupy the GPU fully.
 _CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
-    """Returns the weight [..., N, K] quantised to the given format. All numbers of the weight must be finite. The
-    result is bit-identical for any number of threads."""
+    """Returns the weight [..., N, K], quantised to the format that `quantization` names. All numbers of the weight must
+    be finite. The result is bit-identical for any number of threads."""
     inputs = weight.shape[-1]
     group_size = FORMATS[quantization].group_size or inputs
     num_groups = -(-inputs // group_size)

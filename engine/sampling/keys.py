@@ -8,7 +8,7 @@ MASK = 2**64 - 1
 
 def row_key(seed: int, choice: int, position: int) -> int:
     """Returns the signed 64-bit key of the random noise that samples one token. `position` is the number of tokens
-    before the sampled one, and `choice` (0 to n-1) is the number of the reply among those to the same prompt.
+    before the sampled one, and `choice` (0 to n-1) is the number of the reply among the n replies to the same prompt.
 
     Equal arguments give equal keys in every process and on every machine, so a restart, a preemption or other sequences
     in the batch never change which token is sampled.

@@ -1,7 +1,7 @@
 """Log-probabilities of the raw distribution: the float32 log-softmax of the model's logits before any penalty or bias.
 
-`gather` runs on the device and `read` on the host. These functions are separate, so that a step can copy its sampled
-tokens and their log-probabilities to the host together.
+The function `gather` runs on the device, and the function `read` runs on the host. The two functions are separate, so
+that a step can copy its sampled tokens and their log-probabilities to the host together.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from jamba_server.kernels.reference.sample import best_ids
 
 class PendingLogprobs:
     """Log-probabilities that the device may still be computing. Each row n of `logits` (float32 [N, V], N at least 1)
-    gives the log-probability of token_ids[n] and those of the counts[n] most likely tokens, the most likely first. Of
-    equally likely tokens the one with the lower id comes first. The result of a row does not depend on other rows."""
+    gives the log-probability of token_ids[n] and the log-probabilities of the counts[n] most likely tokens, the most
+    likely token first. Equally likely tokens are sorted by increasing id. The result of a row does not depend on other
+    rows."""
 
     def __init__(self, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> None:
         self._token_ids, self._counts = token_ids, counts
@@ -43,8 +44,8 @@ def gather(logprobs: Tensor, chosen: Tensor, count: int) -> Tensor:
 
 
 def read(table: list[list[float]], token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Converts the table of `gather` to one entry for each row. Entry n has the counts[n] most likely tokens, or all
-    tokens in the row if the table has fewer than counts[n]."""
+    """Converts the table that the function `gather` returned to one entry for each row. Entry n has the counts[n] most
+    likely tokens. If the table has fewer than counts[n] tokens in a row, entry n has all of these tokens."""
     results: list[TokenLogprob] = []
     for values, token_id, count in zip(table, token_ids, counts, strict=True):
         gathered = len(values) // 2

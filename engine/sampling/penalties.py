@@ -1,9 +1,8 @@
-"""Changes the logits of a request as the request asks, before the temperature is applied: bias, penalties, forbidden
-tokens.
+"""Changes logits before the temperature is applied, for requests that set a logit bias, penalties or forbidden tokens.
 
-The order is that of transformers and vLLM: logit_bias, repetition penalty, frequency and presence penalty. Tokens are
-forbidden last, so that no bias can allow them again. The host does work only for requests that ask for a change. The
-time of this work is linear in the number of the requests' tokens.
+The changes are made in the same order as in transformers and vLLM: logit_bias, repetition penalty, frequency and
+presence penalty. Tokens are forbidden last, so that no bias can allow them again. The host does work only for requests
+that ask for a change. The time of this work is linear in the number of the requests' tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from jamba_server.engine.types import SamplingParams
 
 
 class Edit(NamedTuple):
-    """A change to the logits of one row: token ids, int64 [n], and for each of these tokens a number to add to its
-    logit or a penalty to apply to it, float32 [n]."""
+    """A change to the logits of one row. The array `token_ids`, int64 [n], has the tokens whose logits change. The
+    array `values`, float32 [n], has for each of these tokens a number to add to its logit, or a repetition penalty."""
 
     row: int
     token_ids: NDArray[np.int64]
@@ -31,8 +30,8 @@ class Edit(NamedTuple):
 
 
 def adjust_logits(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
-    """Changes `logits` (float32 [N, V]) in place. Row n changes as the request of `rows[n]` asks, if it asks for any
-    change."""
+    """Changes `logits` (float32 [N, V]) in place. Row n is changed only if the request of `rows[n]` sets a bias, a
+    penalty or forbidden tokens."""
     asking = [(n, row) for n, row in enumerate(rows) if _asks(row.params)]
     if not asking:
         return
@@ -93,8 +92,8 @@ def _ban(n: int, token_ids: Iterable[int]) -> Edit:
 
 
 def _keep_only(logits: Tensor, allowed: list[tuple[int, tuple[int, ...]]]) -> None:
-    """Sets the logits of all tokens that are not allowed to minus infinity. `allowed` has a pair for each row to
-    change: the row, and the token ids that are allowed in it."""
+    """Sets the logits of all tokens that are not allowed to minus infinity. The list `allowed` has a pair for each row
+    to change: the index of the row, and the token ids that are allowed in this row."""
     if allowed:
         where, _ = _flatten([_ban(n, token_ids) for n, token_ids in allowed], logits.device)
         kept = logits[where]

@@ -1,4 +1,4 @@
-"""SamplingRow: what the sampler must know about a sequence to sample one token of it."""
+"""The class `SamplingRow`: what the sampler must know about a sequence to sample one token of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jamba_server.engine.types import SamplingParams
 
 
 class SamplingRow(NamedTuple):
-    """One token to sample. `tokens` are the `num_prompt` tokens of the prompt, then the generated tokens that the host
-    knows. `tokens` is the sequence's own array, and the sampler keeps no reference to this array. If a prompt gets
-    several replies, `choice` is the number of this reply, counted from 0 (`Request.index`). Between `tokens` and the
-    token to sample there are `num_pending` tokens that the host does not know yet; `num_pending` is 0 for requests with
-    penalties or with bad words of several tokens. If `num_pending` is a negative number -k, the token is sampled after
-    an earlier position, k tokens before the end of `tokens`."""
+    """One token to sample. The field `tokens` has the `num_prompt` tokens of the prompt, then the generated tokens that
+    the host knows. This array belongs to the sequence and grows later, so the sampler keeps no reference to it. If a
+    prompt gets several replies, `choice` is the number of this reply, counted from 0 (`Request.index`). Between
+    `tokens` and the token to sample there are `num_pending` tokens that the host does not know yet; `num_pending` is 0
+    for requests with penalties or with bad words of several tokens. If `num_pending` is a negative number -k, the token
+    is sampled after an earlier position, k tokens before the end of `tokens`."""
 
     params: SamplingParams
     tokens: Sequence[int]

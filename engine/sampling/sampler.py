@@ -29,9 +29,10 @@ class SampledToken(NamedTuple):
 
 
 class PendingTokens:
-    """The sampled tokens of N rows, which the device may still be computing: `token_ids`, int64 [N]. `requested` maps
-    each row whose log-probabilities are requested to the number of most likely tokens to report. `table` is the table
-    of `logprobs.gather`, with one row for each entry of `requested`."""
+    """The sampled tokens of N rows, which the device may still be computing: `token_ids`, int64 [N]. The argument
+    `requested` maps the index of each row whose log-probabilities are requested to the number of most likely tokens to
+    report. The argument `table` is the table that the function `logprobs.gather` returned, with one row for each entry
+    of `requested`; it is None if `requested` is empty."""
 
     def __init__(self, token_ids: Tensor, table: Tensor | None, requested: dict[int, int]) -> None:
         self.token_ids, self._requested = token_ids, requested
@@ -65,7 +66,8 @@ class Sampler:
         return self.launch(logits, rows).read()
 
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
-        """Does the same as `sample`, but does not wait for the device."""
+        """Starts to sample one token for each row, as the method `sample` does, but does not wait for the device. The
+        result is read with `PendingTokens.read`."""
         assert logits.shape == (len(rows), self.vocab_size), f"logits of {len(rows)} rows have shape {logits.shape}"
         assert logits.dtype == torch.float32, f"logits have dtype {logits.dtype}, not float32"
         requested = {n: row.params.logprobs for n, row in enumerate(rows) if row.params.logprobs is not None}

@@ -79,8 +79,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     dtype = choose_dtype(config, model_config)
     policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
     check_sizes(config)
-    # This must precede the loading of the kernels, because the CPU kernels use as many threads as torch is set to use
-    # when they are loaded.
+    # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
+    # is set to use at the time of loading.
     if device.type == "cpu":
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
@@ -122,7 +122,7 @@ def read_stored(config: EngineConfig) -> StoredModel:
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Returns the device to run on. The option `auto` means the GPU if torch sees one, else the CPU."""
+    """Returns the device to run on. The option value "auto" means the GPU if torch sees one, else the CPU."""
     if config.tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} is not supported yet; the limit is 1.")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -132,7 +132,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype:
-    """Returns the dtype of weights and activations. The option `auto` means the dtype that config.json names."""
+    """Returns the dtype of weights and activations. The option value "auto" means the dtype that config.json names."""
     name = model_config.dtype if config.dtype == "auto" else config.dtype
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
@@ -194,8 +194,8 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
-    # If all operations use reference kernels, there is no warning, because the field `kernels` shows already that no
-    # fast kernel is used.
+    # If all operations use reference kernels, there is no warning about graphs, because the field `kernels` of the
+    # result shows already that no fast kernel is used.
     if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:
         warnings += (f"decode steps run without graphs: {reason}; set enforce_eager to hide this warning",)
     return EngineInfo(

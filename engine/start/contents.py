@@ -1,5 +1,5 @@
 """Reads the headers of the weight files in a checkpoint folder, and corrects the model's configuration where the
-configuration contradicts the files. Works without torch, so that `jamba plan` does not need torch."""
+configuration contradicts the files. Works without torch, so that the command `jamba plan` does not need torch."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class StoredModel:
 
 
 def read_model(folder: Path) -> StoredModel:
-    """Reads the configuration and the headers of the weight files. Raises CheckpointError if a file is wrong or
-    missing."""
+    """Reads the configuration and the headers of the weight files in `folder`. Raises CheckpointError if a file is
+    missing, incomplete or not in the expected format."""
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
     config = load_model_config(folder)
@@ -109,8 +109,8 @@ def _unused_tensors(config: JambaConfig, tensors: Mapping[str, StoredTensor]) ->
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns model.safetensors if it exists, else the files that the index file names; transformers does the same.
-    Raises CheckpointError if neither exists."""
+    """Returns model.safetensors if it exists, else the files that the index file names, as transformers does. Raises
+    CheckpointError if neither model.safetensors nor the index file exists."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
@@ -154,7 +154,8 @@ def _names_in_index(folder: Path) -> set[str]:
 
 
 def header(path: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of one file by name. Raises CheckpointError if the file is incomplete."""
+    """Returns what the header of one file says about its tensors, by tensor name. Raises CheckpointError if the file is
+    incomplete."""
     try:
         # `safe_open` checks the header, and checks that the file has the size that the header implies.
         with safe_open(path, framework="np"):

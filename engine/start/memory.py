@@ -25,12 +25,12 @@ class DeviceMemory(Protocol):
     """Reports the memory of a GPU in bytes."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """Returns (free, total): the size of the GPU memory that no process uses now, and the size of all GPU
-        memory."""
+        """Returns (free, total) in bytes: the size of the GPU memory that no process uses now, and the size of the
+        GPU's whole memory."""
         ...
 
     def allocated(self) -> int:
-        """Returns how much memory the tensors of this process use now."""
+        """Returns how many bytes of GPU memory the tensors of this process use now."""
         ...
 
     def reset_peak(self) -> None: ...
@@ -41,7 +41,7 @@ class DeviceMemory(Protocol):
 
 
 class CudaMemory:
-    """Reports the memory of a CUDA device, as torch sees it."""
+    """Reports the memory of a CUDA device, as torch's memory functions return it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -83,7 +83,7 @@ class DummySteps:
     def largest(self) -> Iterator[SchedulerOutput]:
         """Yields the steps that need the most memory: prompts that fill a step, the last chunk of the longest prompt,
         and a full batch of decodes at the end of the longest context. The smallest step, a decode of one sequence,
-        follows, because it may run different kernels."""
+        follows, because it might run other kernels than the large steps."""
         # The `max_num_seqs` additional prompt tokens represent the decodes that can run in the same step.
         yield self._output(self.prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
         if (last := self._max_model_len - 1) > 0:

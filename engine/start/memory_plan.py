@@ -29,7 +29,8 @@ SAVED_STATES_SHARE = 0.25
 # The least number of saved states with prefix caching: one for the end of a system prompt and another for the end of a
 # reply.
 MIN_SAVED_STATES = 2
-# The number of extra slots that hold states until these are compressed. A prompt saves up to four states in a step.
+# The number of extra state slots that hold states until these states are compressed. A prompt saves up to four states
+# in a step.
 STAGING_SLOTS = 4
 # The upper limit of max_num_seqs. GPU kernels use the second or third grid axis for sequences, and CUDA limits these
 # axes to this size.
@@ -46,15 +47,15 @@ CPU_SAVED_STATES_PER_SEQUENCE = 4
 # Activations may use this fraction of the memory that the weights do not use. If the activations need more,
 # max_num_batched_tokens and max_num_seqs are reduced.
 ACTIVATION_SHARE = 0.25
-LOGITS_COPIES = 3  # the sampler holds the logits, their log-softmax, and one sorted or masked copy of them
+LOGITS_COPIES = 3  # arrays of the sampler: logits, their log-softmax, and a sorted or masked copy of the logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """The sizes that the engine allocates. `num_pages`, `num_slots` and `num_compressed` include a dummy unit with id
-    0. There are enough pages for one sequence of `max_model_len` tokens and one page more. `num_compressed` is the
-    number of compressed saved states; if it is 0, saved states are kept uncompressed in slots. `warnings` has a text
-    for each size that is smaller than requested."""
+    """The sizes that the engine allocates. Each of the numbers `num_pages`, `num_slots` and `num_compressed` includes a
+    dummy unit with id 0. There are enough pages for one sequence of `max_model_len` tokens and one page more.
+    `num_compressed` is the number of compressed saved states; if it is 0, saved states are kept uncompressed in slots.
+    `warnings` has a text for each size that is smaller than requested."""
 
     max_model_len: int
     max_num_seqs: int
@@ -80,8 +81,8 @@ class MemoryPlan:
 
 
 class Measured(NamedTuple):
-    """A measurement of dummy steps: steps with up to these numbers of tokens and sequences used at most
-    `activation_bytes` of memory in addition to the weights."""
+    """The result of a measurement: dummy steps of up to `max_num_batched_tokens` tokens and up to `max_num_seqs`
+    sequences used at most `activation_bytes` bytes of memory in addition to the weights."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
@@ -151,8 +152,9 @@ def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_nu
 
 
 def _activation_terms(config: JambaConfig, max_num_seqs: int) -> tuple[int, int]:
-    """Returns (bytes for each token of the batch, bytes for each forward pass). The first number covers the residual
-    stream and the kind of layer with the largest activations. The second number covers the logits."""
+    """Returns (bytes for each token of the batch, bytes for each forward pass). The first number is the size of the
+    residual stream plus the size of the activations of one layer, of the kind whose activations are largest. The second
+    number is the size of the logits and of their copies."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     k = config.num_experts_per_tok if config.num_experts > 1 else 1
     mamba = 6 * d  # counts in_proj's output (2 * d), the convolution's output, dt, y, and y times its gate
@@ -230,7 +232,7 @@ class _Planner:
             per_token, fixed = _activation_terms(self.config, self.engine.max_num_seqs)
             room = max(int(free * ACTIVATION_SHARE) - fixed, 0) // per_token
             # A batch of fewer than `block_size` tokens would save hardly any memory. If a batch of `block_size` tokens
-            # does not fit either, `_check_minimum` raises the error.
+            # does not fit either, the method `_check_minimum` raises ConfigError.
             most = max(room // 2, self.spec.block_size)
             seqs = self._at_most("max_num_seqs", self.engine.max_num_seqs, most, reason)
             tokens = max(room - seqs, self.spec.block_size)
@@ -255,8 +257,8 @@ class _Planner:
             raise ConfigError(
                 f"kv_cache_memory_bytes is {explicit}; it must be at least {pages}, the bytes of {MIN_PAGES} pages."
             )
-        # The slots of running sequences may use one half of the cache memory; saved states and KV pages use the other
-        # half of the cache memory.
+        # The slots of running sequences are allowed to use one half of the cache memory; saved states and KV pages use
+        # the other half of the cache memory.
         slots = (self.fixed_slots + 1) * self.spec.bytes_per_slot
         needed = 2 * max(slots, saved * self.spec.bytes_per_saved_state + pages)
         if budget < needed:
@@ -285,7 +287,8 @@ class _Planner:
             most = max(share, rest - min(longest * page, explicit_kv or rest))
             fits = self._at_most("state_cache_memory_bytes", requested, most, "the cache memory is limited")
             return max(fits // size, MIN_SAVED_STATES)
-        # Saved states then get at most a quarter of the memory of saved states and KV pages together.
+        # If the user sets the size of the memory for KV pages, saved states get at most a third of this size. This is a
+        # quarter of the memory of saved states and KV pages together.
         if explicit_kv is not None:
             share = min(share, explicit_kv // 3)
         count = share // size

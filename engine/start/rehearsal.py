@@ -38,7 +38,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """Everything that decides which kernels a model needs, except the sizes of the steps."""
+    """Compiles the kernels that a model needs. The fields are everything that decides which kernels these are, except
+    the sizes of the steps."""
 
     config: JambaConfig
     kernels: Kernels
@@ -75,7 +76,7 @@ class Rehearsal:
     def compile(self, steps: DummySteps, executor: Executor) -> int:
         """Compiles the kernels that `steps` launch, in the threads of `executor`, and loads the kernels onto the
         device. Returns the number of kernels."""
-        # Imported here because triton may not be installed.
+        # This import is not at the top of the file, because the package triton might not be installed.
         from jamba_server.kernels.triton.launch import compile_launches
 
         return compile_launches(lambda: self.launch(steps), executor)
@@ -88,8 +89,8 @@ class Compilers(ThreadPoolExecutor):
     _called_off = False
 
     def call_off(self) -> None:
-        """Refuses further work at once. Work that is queued already fails with CancelledError when a thread takes
-        it."""
+        """Refuses further work at once. Work that is queued already is not run: it fails with CancelledError when a
+        thread takes it from the queue."""
         self._called_off = True
         self.shutdown(wait=False)
 

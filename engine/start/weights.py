@@ -26,8 +26,8 @@ _DECIDED_BY: Final = {
     "mamba.out_proj.bias": "mamba_proj_bias",
     HEAD: "tie_word_embeddings",
 }
-# How many random numbers are drawn at a time. They take 4 MiB in float32, and several arrays of this size fit into a
-# CPU's cache.
+# How many random numbers are drawn at a time. These numbers take 4 MiB in float32, and several arrays of this size fit
+# into a CPU's cache.
 _CHUNK: Final = 1 << 20
 # The difference between the hash inputs of two successive random numbers: 2**32 / golden ratio, as int32. The
 # difference is odd, so its multiples modulo 2**32 reach every int32.
@@ -45,10 +45,11 @@ def load_weights(
     soon as the last of them is read. Their raw form is then freed, so the model is never in memory twice.
 
     The function checks that every weight is filled exactly once, and that every tensor in the files is used or known to
-    be superfluous (`read_model` warns of superfluous tensors that the user may expect to be used). A model whose head
-    is tied to the embedding accepts the shared matrix under either name; `read_model` has checked that both are equal
-    if both exist. `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read.
-    Raises CheckpointError if the files are missing, truncated, incomplete, or not of this model.
+    be superfluous (`read_model` warns of superfluous tensors that the user may expect to be used). If the model's head
+    is tied to the embedding, the files may store the shared matrix under the name of the embedding or under the name of
+    the head. If the files have both tensors, the function `read_model` has checked that the tensors are equal. The
+    function `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read. Raises
+    CheckpointError if files are missing or truncated, or if their tensors do not match the model's configuration.
     """
     paths = weight_files(folder)
     tied = model.config.tie_word_embeddings and not model.config.is_classifier
@@ -78,8 +79,9 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Waiting:
-    """A group of weights that are packed together, while some tensors of the group are not read yet. When all weights
-    are filled, the group is converted to the layout of its kernel, and the raw weights are freed."""
+    """A group of weights that are packed together, while some checkpoint tensors of the group are not read yet. When
+    all weights of the group are filled, the group is converted to the layout of its kernel, and the raw weights are
+    freed."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit: Unit | None = unit
@@ -94,9 +96,9 @@ class _Waiting:
         return unit.fused[name].data if name in unit.fused else unit.destinations[name].data
 
     def mark_filled(self, name: str) -> None:
-        """Records that the weights which the tensor `name` fills are filled. If no weight of the unit is missing any
-        more, the unit is packed. The caller must hold no reference to the unit's `data`, so that packing can free
-        it."""
+        """Records that the checkpoint tensor `name` has been copied to the weights that it fills. If all weights of the
+        unit are filled, the unit is packed. The caller must hold no reference to the unit's `data`, so that packing can
+        free it."""
         self._missing.difference_update(self.parts[name])
         if not self._missing:
             assert self._unit is not None, "a unit may be packed only once"
@@ -228,8 +230,8 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
             data.copy_(torch.arange(1, data.shape[-1] + 1).log())
         case "dt_bias":
             low, high = map(math.log, _DT_RANGE)
-            # The biases of dt_proj are drawn on the CPU, because a GPU rounds exp and log differently. These biases are
-            # few.
+            # The biases of dt_proj are drawn on the CPU, because a GPU rounds exp and log differently from a CPU. A
+            # model has only few such biases.
             fill_uniform(logs := torch.empty(data.shape), (high - low) / 2, key, logs.device)
             data.copy_((logs + (high + low) / 2).exp().expm1().log())  # log(expm1(t)) is the inverse of softplus
         case "normed":
