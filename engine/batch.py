@@ -20,9 +20,9 @@ from jamba_server.kernels.ops import Pages, Segments, StateSaves
 
 
 class PageTables(NamedTuple):
-    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has one row for each sequence: the ids of
-    the sequence's pages, in the order of the sequence's tokens. `context_lens`, int32 [N], are the numbers of tokens in
-    the sequences, and `max_context_len` is at least the largest of these numbers."""
+    """The page tables of N sequences. `block_tables`, int32 [N, max_blocks], has one row for each sequence. The row has
+    the ids of the sequence's cache pages, in the order of the sequence's tokens. `context_lens`, int32 [N], are the
+    numbers of tokens in the sequences, and `max_context_len` is at least the largest of these numbers."""
 
     block_tables: Tensor
     context_lens: Tensor
@@ -34,16 +34,18 @@ class PageTables(NamedTuple):
 
 
 class Decodes(NamedTuple):
-    """The N sequences of a batch that decode: a decoding sequence has one token in the batch, and a Mamba state that
-    covers all its earlier tokens. `state_ids`, int32 [N], are the slots of these states."""
+    """The N decoding sequences of a batch. A decoding sequence has one token in the batch, and the cache has the
+    sequence's Mamba state after the token before that one. The field `state_ids`, int32 [N], has the ids of the slots
+    that store these states."""
 
     state_ids: Tensor
     tables: PageTables
 
 
 class Prefills(NamedTuple):
-    """The sequences of a batch that do not decode: each has several tokens in the batch, or its first token, or a state
-    to be saved after its token. Row numbers in `segments` count from the first row of the first of these sequences."""
+    """The prefilling sequences of a batch. A sequence counts as prefilling if the batch contains several of its tokens
+    or its first token, or if its state is to be saved after one of the batch's tokens. Row numbers in the field
+    `segments` count from the first row of the first prefilling sequence."""
 
     segments: Segments
     tables: PageTables
@@ -51,9 +53,10 @@ class Prefills(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
-    """A batch of T tokens of several sequences, with one row for each token. The first `num_decodes` rows belong to
-    `decodes`, and the following rows to `prefills`. `decodes` or `prefills` is None if there are no sequences of its
-    kind.
+    """A batch of T tokens of several sequences, with one row for each token. The first `num_decodes` rows are the
+    tokens of the decoding sequences (`decodes`), and the following rows are the tokens of the prefilling sequences
+    (`prefills`). The field `decodes` is None if no sequence decodes, and the field `prefills` is None if no sequence
+    prefills.
 
     `token_ids` are int64 [T]. `kv_slots`, int64 [T], say where each token's keys and values are stored: page id *
     block_size + offset in the page. `logit_rows`, int64, are the rows whose logits are needed.
@@ -84,7 +87,7 @@ class TableArrays(NamedTuple):
 
 
 class SegmentArrays(NamedTuple):
-    """Arrays with the fields of `Segments` and `StateSaves` for the prefilling sequences."""
+    """The arrays from which `_prefills` makes the structs `Segments` and `StateSaves` of the prefilling sequences."""
 
     query_start: Array
     save_start: Array
@@ -108,9 +111,10 @@ class SampledTokens:
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """Returns the argument `sources` of `fill`: for each row of a step an index, int64 [rows], into the
-        concatenation of `ids` and the step's own token ids. The first rows of the step belong to `chunks`, each of
-        which has one token."""
+        """Returns the argument `sources` of `fill`: an int64 array [rows] with one index for each row of a step. An
+        index below `len(ids)` is the position of a token id in `ids`; a larger index is `len(ids)` plus a position in
+        the argument `token_ids` of `fill`. The first rows of the step are the tokens of `chunks`, each of which has one
+        token."""
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:
@@ -118,8 +122,9 @@ class SampledTokens:
         return sources
 
     def fill(self, token_ids: Tensor, sources: Tensor) -> Tensor:
-        """Returns the token ids of a step. `token_ids` has the ids that the host knows, and `ids` has the ids that only
-        the device knows. `sources` says where the id of each row is."""
+        """Returns the token ids of a step. The argument `token_ids` has the ids that the host knows, and the attribute
+        `ids` has the ids that only the device knows. The argument `sources`, made by the method `sources`, says for
+        each row where its id is found."""
         return torch.cat((self.ids, token_ids)).index_select(0, sources)
 
 
@@ -128,7 +133,7 @@ def build_batch(
 ) -> ForwardBatch:
     """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. `logit_rows`
     has one row for each token that the step samples, in the order of the chunks. Token ids that the host does not know
-    yet come from `sampled`."""
+    yet are taken from the argument `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "a chunk that prefills precedes one that decodes"
@@ -165,7 +170,7 @@ def _logit_rows(chunks: Many[Chunk]) -> Array:
 
 
 def longest(chunks: Many[Chunk]) -> int:
-    """Returns the number of tokens in the longest context of the chunks' sequences."""
+    """Returns the largest context length in tokens among the chunks' sequences. A context ends where the chunk ends."""
     return max(chunk.end for chunk in chunks)
 
 
@@ -177,7 +182,7 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
         tokens = chunk.sequence.tokens
         token_ids += tokens[chunk.start : chunk.end]
         if chunk.end > len(tokens):
-            token_ids.append(0)  # 0 stands for an id that the host does not know yet
+            token_ids.append(0)  # a placeholder for an id that the host does not know yet
         _add_kv_slots(kv_slots, chunk, block_size)
     if padding:
         token_ids.extend([0] * padding)
@@ -187,8 +192,8 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
 
 def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_len: int) -> TableArrays:
     """Returns the arrays of the chunks' sequences, with page tables for `max_context_len` tokens. The arrays have
-    `rows` rows. A row after the last chunk is padding: it stands for one token in page 0 with state slot 0. No sequence
-    owns this page or this slot."""
+    `rows` rows. Each row after the last chunk is padding. A padding row describes a sequence of one token in page 0
+    with state slot 0. No real sequence owns page 0 or slot 0."""
     padding = rows - len(chunks)
     tables = np.zeros((rows, -(-max_context_len // block_size)), dtype=np.int32)
     for row, chunk in zip(tables, chunks, strict=False):
@@ -203,7 +208,7 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
 
 
 def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
-    """Returns the `Decodes` of a batch. Takes from the iterator the tensors that hold the arrays of `table_arrays`."""
+    """Returns the struct `Decodes` of a batch. Takes from the iterator the uploaded arrays of `table_arrays`."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
     return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
 
@@ -231,8 +236,8 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
 
 
 def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
-    """Returns the `Prefills` of a batch. Takes from the iterator the tensors that hold the arrays of `table_arrays` and
-    `_segment_arrays`."""
+    """Returns the struct `Prefills` of a batch. Takes from the iterator the uploaded arrays of `table_arrays` and then
+    those of `_segment_arrays`."""
     state_ids, tables = _decodes(chunks, tensors)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     segments = Segments(

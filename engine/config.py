@@ -1,5 +1,5 @@
-"""EngineConfig: the options of the engine. `types.EngineInfo` has the sizes that a running engine chose within the
-limits that these options set."""
+"""EngineConfig: the options of the engine. The struct `types.EngineInfo` has the sizes that a running engine chose
+within the limits that these options set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
 
-# Limits the memory for logits: log-probabilities of a prompt are computed for this number of tokens at a time. For 128
-# tokens and a vocabulary of 65,536 entries, the float32 logits take 32 MiB.
+# Number of prompt tokens whose log-probabilities are computed at a time. The limit keeps the memory for logits small.
+# For 128 tokens and a vocabulary of 65,536 entries, the float32 logits take 32 MiB.
 PROMPT_LOGITS_ROWS = 128
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The options of the engine. An option that is a size is an upper bound: if that size does not fit into memory, the
-    engine chooses a smaller one and adds a warning. An option of another kind that cannot be satisfied is an error.
+    engine chooses a smaller one and adds a warning. If an option that is not a size cannot be satisfied, the engine
+    does not start.
 
     `model` is a local folder. For a size that is None the engine chooses the value. `kernels` maps an operation of
     `kernels.ops` (or "mamba", "attention", "moe" or "all" for a family) to an implementation in `kernels.table`.

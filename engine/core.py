@@ -1,4 +1,5 @@
-"""EngineCore: connects the scheduler and the model runner. Its method `step` runs one step of the engine."""
+"""EngineCore: lets the scheduler plan each step and the model runner execute it. The method `EngineCore.step` runs one
+step."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ class Inbox:
             self._changed.wait_for(lambda: self._submitted or self._aborted)
 
     def wake(self) -> None:
-        """Makes a blocked `wait` return."""
-        self.abort([""])  # no request has the id "", so this call only wakes `wait`
+        """Makes a blocked call of `wait` return."""
+        self.abort([""])  # no request has the id "", so this call aborts nothing and only wakes a thread in `wait`
 
 
 class EngineCore:
@@ -98,8 +99,8 @@ class EngineCore:
 
     @contextmanager
     def _whole_or_discarded(self) -> Generator[None]:
-        """Discards the step that runs in the `with` block if the block raises. If an interrupt stops the discarding,
-        the next step begins by discarding again."""
+        """Context manager: if the `with` block, which runs a step, raises an exception, the step is discarded. If an
+        interrupt stops `_discard` halfway, the next step calls `_discard` again before it does anything else."""
         if not self._is_whole:
             self._discard()
         self._is_whole = False

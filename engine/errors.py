@@ -1,5 +1,5 @@
-"""The errors that one package of this project raises and another package handles. Each error with which a request can
-fail has an HTTP status.
+"""The exceptions that one package of this project raises and another package catches. Each error with which a request
+can fail has an HTTP status.
 
 JambaError
   x ConfigError            an option that cannot be satisfied: the message has its key, its value and the limit
@@ -23,7 +23,7 @@ _VALUE_SHOWN = 100  # an error text shows at most this number of characters of a
 
 
 def shown(value: object) -> str:
-    """Returns a value of a JSON file as text for an error message, shortened if it is long."""
+    """Returns a value of a JSON file as text for an error message. A long text is cut after _VALUE_SHOWN characters."""
     try:
         text = json.dumps(value)
     except RecursionError:
@@ -32,7 +32,7 @@ def shown(value: object) -> str:
 
 
 class JambaError(Exception):
-    """The base class of all errors that this server raises on purpose."""
+    """The base class of the exceptions that the server or the engine raises to report a problem to the user."""
 
 
 class ConfigError(JambaError):
@@ -48,7 +48,8 @@ class EngineError(JambaError):
 
 
 class RequestRejected(EngineError):
-    """A request that cannot be accepted. `param` is the field to change, `code` the error code of the OpenAI API."""
+    """A request that cannot be accepted. The attribute `param` names the field of the request that must be changed, and
+    `code` is the error code of the OpenAI API."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -57,7 +58,8 @@ class RequestRejected(EngineError):
 
 
 class ContextTooLong(RequestRejected):
-    """A prompt that leaves no room for a reply in the context. `length` and `limit` are in tokens."""
+    """A prompt that leaves no room for a reply in the context. The attribute `length` is the length of the prompt, and
+    `limit` the maximum context length, both in tokens."""
 
     def __init__(self, *, length: int, limit: int, param: str = "messages") -> None:
         super().__init__(
@@ -94,7 +96,8 @@ class Overloaded(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine cannot run this request: usually because the engine process died each time when it ran the request."""
+    """The engine cannot run this request. Usually the reason is that the engine process died each time it ran the
+    request."""
 
 
 class EngineDead(EngineError):

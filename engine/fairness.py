@@ -1,5 +1,5 @@
-"""The rules of fairness: which prompt is computed first, and which running sequence makes room for a waiting sequence.
-The rules do not depend on a clock.
+"""The rules of fairness: which prompt is computed first, and which running sequence is stopped to make room for a
+waiting sequence. No rule uses a clock.
 
 Prompts in progress and new ones share the token budget of a step. The prompt with the fewest tokens left comes first
 (shortest remaining time first), so that a short prompt need not wait for a long one. Prompts age, so that none starves:
@@ -15,8 +15,9 @@ from jamba_server.engine.sequence import Sequence
 # Limits how long short prompts can delay a long prompt: a later prompt can overtake a prompt of L tokens only if the
 # engine schedules fewer than AGEING * L prompt tokens between the arrivals of these two prompts.
 AGEING = 8
-RESERVED_PART = 4  # prompts of several steps leave 1/RESERVED_PART of each step's prompt tokens to other prompts
-MAX_LONG_PREFILLS = 2  # at most this number of prompts of several steps run at once, because each occupies many pages
+RESERVED_PART = 4  # prompts that need several steps leave 1/RESERVED_PART of each step's token budget to other prompts
+# maximum number of prompts needing several steps that run at once; each occupies many cache pages
+MAX_LONG_PREFILLS = 2
 
 
 def tokens_left(seq: Sequence) -> int:
@@ -27,13 +28,14 @@ def tokens_left(seq: Sequence) -> int:
 
 def urgency(seq: Sequence) -> tuple[int, int, int]:
     """Returns a key that sorts prompts, the most urgent first. The priority of the request comes first in the key. So a
-    prompt never overtakes a prompt of a more urgent priority, however long it has waited."""
+    prompt never overtakes a prompt of a more urgent priority, however long the prompt has waited."""
     priority, arrival = seq.order
     return priority, AGEING * tokens_left(seq) + seq.work_before, arrival
 
 
 class Shares:
-    """The running sequences of each tenant (API key) and of each client request."""
+    """The lists of running sequences, by tenant (API key) and by client request. A client request may have several
+    sequences, one for each reply."""
 
     def __init__(self, running: Iterable[Sequence]) -> None:
         self._by_tenant: dict[str, list[Sequence]] = {}
@@ -57,7 +59,7 @@ class Shares:
         return priority, len(of_tenant), len(of_parent), rank, arrival
 
     def holder_for(self, seq: Sequence) -> Sequence | None:
-        """Returns the running sequence that must make room for `seq`, or None if `seq` has to wait.
+        """Returns the running sequence that must stop to make room for the waiting `seq`, or None if `seq` has to wait.
 
         A tenant without a running sequence displaces the youngest sequence of the tenant with the most running
         sequences. A client request without a running sequence displaces the youngest sequence of the request that has

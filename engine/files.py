@@ -11,7 +11,8 @@ from typing import Any, Final, cast
 
 from jamba_server.engine.errors import CheckpointError
 
-MAX_BYTES: Final = 16 << 20  # size limit of a file in bytes; the largest published configuration files have 1 MB
+# largest allowed size of a file in bytes; the largest published configuration files have 1 MB
+MAX_BYTES: Final = 16 << 20
 _KINDS: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -60,7 +61,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value: object = json.loads(data)
-    except ValueError as error:  # UnicodeDecodeError is a subclass of ValueError
+    except ValueError as error:  # bytes that are not UTF-8 raise UnicodeDecodeError, a subclass of ValueError
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
     except RecursionError as error:
         raise CheckpointError(f"{path} cannot be read as JSON: its values are nested too deeply.") from error

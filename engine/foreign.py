@@ -1,5 +1,5 @@
-"""Recognises paths that are not a checkpoint folder in Hugging Face format, such as GGUF files, and tells the user what
-to do."""
+"""Checks whether a path is a checkpoint folder in Hugging Face format. For other paths, such as GGUF files, the error
+text tells the user what the path is and what to do."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ _NAMES_SHOWN: Final = 3
 
 
 def names_a_file(name: str) -> bool:
-    """Returns whether `name` has one of the suffixes in `_SUFFIXES`. So a name such as `x/y.gguf` is treated as a file,
-    although it could also be the id of a model on the hub."""
+    """Returns whether `name` has one of the suffixes in `_SUFFIXES`. A name with such a suffix, for example `x/y.gguf`,
+    is taken for a file, although the id of a model on the Hugging Face hub may end in the same way."""
     return Path(name).suffix.lower() in _SUFFIXES
 
 
@@ -86,7 +86,8 @@ def _foreign_folder(folder: Path) -> str | None:
         names = ", ".join(str(model) for model in models[:_NAMES_SHOWN])
         more = f" or one of {len(models) - _NAMES_SHOWN} more" if len(models) > _NAMES_SHOWN else ""
         return f"has no config.json itself, but folders in it have one; give {names}{more}"
-    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):  # huggingface_hub's cache has this layout
+    # the folder of a model in huggingface_hub's cache has this layout
+    if snapshots := sorted(folder.glob(f"snapshots/*/{_CONFIG}")):
         return f"is an entry of a hub cache; give the hub id, or {snapshots[-1].parent}"
     for suffix, what in _SUFFIXES.items():
         if suffix not in (".safetensors", ".json") and (found := [e.name for e in entries if e.suffix == suffix]):

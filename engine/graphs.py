@@ -1,4 +1,5 @@
-"""Graphs of decode steps: a graph launches the hundreds of kernels of a step with one call, on a GPU and on a CPU.
+"""Graphs of decode steps: with one call a graph launches all kernels of a step, which are hundreds. There are graphs on
+a GPU and on a CPU.
 
 A graph repeats its kernels with the same addresses and sizes. Three things follow. The inputs of all graphs are in one
 buffer, which every step fills anew. On a GPU a batch is padded to the next larger number of rows in a fixed list;
@@ -39,14 +40,13 @@ from jamba_server.engine.staging import cut, pack, packed_bytes
 
 logger = logging.getLogger(__name__)
 
-# These operations are never part of a decode graph, so graphs are possible with every implementation of these
-# operations.
+# Operations that are never part of a decode graph. So every implementation of them may be chosen together with graphs.
 UNCAPTURED_OPS = (
     *("sample", "copy_slots", "compress_states", "restore_states"),
     *("causal_conv1d", "selective_scan", "attention_prefill"),
 )
-# The reference implementations of these operations wait for the device, to read sizes from it. A CUDA capture does not
-# allow that.
+# Operations whose reference implementation waits for the device, because it reads sizes from device memory. While a
+# CUDA graph is captured, waiting for the device is an error.
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 
 
@@ -54,8 +54,9 @@ class Graph(Protocol):
     """A sequence of kernel launches that is recorded once and then repeated as a whole."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Records the kernels that `run` launches, and returns its result. Each recorded kernel is executed exactly
-        once during this call. A graph can be captured only once."""
+        """Calls the function `run`, records the kernels that it launches, and returns the result of `run`. During this
+        method each recorded kernel is executed exactly once, so the result is valid. A graph can be captured only
+        once."""
         ...
 
     def replay(self) -> Tensor:
@@ -72,7 +73,7 @@ class CudaGraph:
         self._output: Tensor | None = None
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        output = run()  # this call computes the step and compiles missing kernels, because a capture computes nothing
+        output = run()  # this call compiles missing kernels and computes the step; the capture below only records
         started = time.monotonic()
         # "thread_local" lets other threads compile kernels or allocate memory during the capture.
         try:
@@ -121,14 +122,14 @@ class DecodeGraphs:
         return frozenset(self._graphs)
 
     def key(self, chunks: Many[Chunk]) -> GraphKey | None:
-        """Returns the size of the graph that can run these chunks, or None if they must run without a graph."""
+        """Returns the size of the graph that can run these chunks, or None if no graph can run these chunks."""
         if not all(chunk.is_decode and chunk.num_sampled for chunk in chunks):
             return None
         return self._sizes.key(len(chunks), longest(chunks))
 
     def forward(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> Tensor:
-        """Runs one step with the graph of size `key`. If no graph has this size yet, the graph is captured with this
-        step. Returns the hidden states [len(chunks), H], which are valid until the next step."""
+        """Runs one step with the graph of size `key`. If there is no graph of this size yet, this step is run and
+        captured as a new graph. Returns the hidden states [len(chunks), H], which are valid until the next step."""
         padding, block_size = key.rows - len(chunks), self._storage.block_size
         tables = table_arrays(chunks, block_size, key.rows, key.context)
         arrays = [*row_arrays(chunks, block_size, padding=padding), *tables]
@@ -148,12 +149,13 @@ class DecodeGraphs:
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
-        """Returns the batch that a graph reads. Its tensors are `inputs`, which are views of the input buffer."""
+        """Returns the batch that a graph reads. The tensors of the batch are `inputs`, which are views of the input
+        buffer that all graphs share."""
         token_ids, kv_slots, state_ids, block_tables, context_lens, *sources = inputs
         return ForwardBatch(
             token_ids=token_ids if sampled is None else sampled.fill(token_ids, *sources),
             kv_slots=kv_slots,
-            logit_rows=token_ids[:0],  # a graph does not select rows, because every row of a decode step needs logits
+            logit_rows=token_ids[:0],  # empty: every row of a decode step needs logits, so a graph does not select rows
             num_decodes=key.rows,
             decodes=Decodes(state_ids, PageTables(block_tables, context_lens, key.context)),
             prefills=None,

@@ -1,4 +1,5 @@
-"""Derives the cache layout of a model from its configuration. This module does not import torch."""
+"""Computes the cache layout of a model (page size; sizes and dtypes of keys, values and states) from the model's
+configuration. This module does not import torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from jamba_server.engine.foreign import refuse_foreign
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
-# The supported names in `architectures` of config.json. `engine.models` maps each name to a model class.
+# The supported values of the key `architectures` in config.json. The package `engine.models` maps each value to a model
+# class.
 CAUSAL_LM: Final = "JambaForCausalLM"
 SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
 ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
@@ -26,12 +27,12 @@ _EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
 # attack: loops over so many layers or experts would hang the server.
 _MAX_LAYERS: Final = 1024
 _MAX_EXPERTS: Final = 1024
-_MAX_SIZE: Final = 1 << 20  # largest allowed value of dimensions such as hidden_size
+_MAX_SIZE: Final = 1 << 20  # largest allowed value of a dimension such as hidden_size, in elements
 _MAX_TOKENS: Final = 1 << 30  # largest allowed context length in tokens
 _MAX_VOCABULARY: Final = 1 << 24
 
-# Keys of config.json that change what the model computes. Each key is mapped to the only value that this server
-# implements. An absent key means the same value.
+# Keys of config.json that change what the model computes. This table maps each key to the only value that this server
+# implements. If a key is absent, this value is assumed.
 _IMPLEMENTED: Final[Mapping[str, object]] = {
     "hidden_act": "silu",
     "sliding_window": None,
@@ -107,8 +108,8 @@ class JambaConfig:
         return self.num_experts > 1 and layer % self.expert_layer_period == self.expert_layer_offset
 
     def num_parameters(self) -> int:
-        """Returns the number of the model's parameters. An output head that is tied to the embedding is not counted a
-        second time."""
+        """Returns the number of the model's parameters. An output head that shares its weight with the embedding is not
+        counted a second time."""
         h, attention, mamba = self.hidden_size, len(self.attention_layers), len(self.mamba_layers)
         moe = sum(self.is_moe(i) for i in range(self.num_hidden_layers))
         mlp = 3 * h * self.intermediate_size
@@ -133,9 +134,10 @@ class JambaConfig:
 
 
 def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32. The size of a weight
-    that `policy` quantises includes its scales. Each element of the other weights has `dtype_bytes` bytes. A quantised
-    output head takes memory of its own even if it is tied to the embedding, which is never quantised.
+    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32. If `policy` quantises a
+    weight, the size of the weight includes its scales. Elements of weights that are neither quantised nor in float32
+    take `dtype_bytes` bytes each. A quantised output head takes memory of its own even if it is tied to the embedding,
+    which is never quantised.
     """
     scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
@@ -167,8 +169,9 @@ def step_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A group of weight matrices with the same shape, [rows, inputs], and the same role for quantisation. `count` is
-    the number of such matrices in the model."""
+    """A group of weight matrices with the same shape, [rows, inputs], and the same role. The role, for example
+    "attention" or "experts", decides how the matrices are quantised. The field `count` is the number of matrices in the
+    group."""
 
     role: Role
     rows: int
@@ -199,8 +202,8 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
 
 
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
-    """Yields for every linear module its name in the checkpoint's files, without `.weight`, and its role for
-    quantisation."""
+    """Yields a pair (name, role) for every linear module. The name is that of its weight in the checkpoint's files,
+    without the suffix `.weight`. The role decides how the weight is quantised."""
     for i in range(config.num_hidden_layers):
         layer, feed_forward = f"model.layers.{i}.", f"model.layers.{i}.feed_forward."
         if config.is_attention(i):
@@ -258,7 +261,8 @@ def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
 
 
 class _ConfigFile:
-    """Typed access to the JSON object in a file. Every error names the file, the key and the value."""
+    """Reads values of given types from the JSON object in a file. The text of every exception names the file, the key
+    and the value."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
@@ -274,7 +278,8 @@ class _ConfigFile:
         return CheckpointError(f"{self.path}: {key} is {value}; {rule}.")
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = _MAX_SIZE) -> int:
-        """Returns the whole number at `key`. A missing key is an error unless `default` is given."""
+        """Returns the whole number at `key`. If the key is missing, returns `default`, or raises an exception if no
+        default is given."""
         value = self.values.get(key, default)
         if not _is_integer(value) or value < minimum:
             raise self.refusal(key, f"a whole number of at least {minimum} is expected")
@@ -314,8 +319,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _architecture(file: _ConfigFile) -> str:
-    """Returns the first name in the key `architectures` that this server supports. `model_type` is checked first,
-    because it tells whether an unknown architecture is another model or a variant of Jamba."""
+    """Returns the first name in the key `architectures` that this server supports. The key `model_type` is checked
+    first, because it tells whether an unknown architecture is another model or a variant of Jamba."""
     if file.values.get("model_type") != "jamba":
         raise file.refusal("model_type", f'this server runs "jamba" models only, such as {_EXAMPLE}')
     named = file.values.get("architectures")

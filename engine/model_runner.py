@@ -27,8 +27,8 @@ from jamba_server.kernels.ops import Kernels
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
     """Log-probabilities of the prompt tokens in a chunk, which the device may still be computing. If `first` is true,
-    the first entry belongs to the first token of the prompt. This entry is None, because no token precedes the first
-    token."""
+    the first entry belongs to the first token of the prompt. The entry of the first token is None, because no token
+    precedes this token."""
 
     first: bool
     slices: tuple[PendingLogprobs, ...]
@@ -42,7 +42,8 @@ class PendingPrompt:
 @dataclass(frozen=True, slots=True)
 class PendingStep:
     """A launched step whose results have not been read. `tokens` are the sampled tokens of all chunks, in the order of
-    the chunks. `prompts` maps the index of a chunk to its prompt log-probabilities, if these were requested."""
+    the chunks. The field `prompts` maps the index of a chunk to the log-probabilities of its prompt tokens. It has only
+    the chunks whose requests ask for prompt log-probabilities."""
 
     output: SchedulerOutput
     tokens: PendingTokens | None
@@ -55,7 +56,7 @@ class PendingStep:
         first = 0
         for i, chunk in enumerate(self.output.chunks):
             prompt = self.prompts[i].read() if i in self.prompts else ()
-            if chunk.num_sampled == 1:  # the usual case, for which this branch is faster than the general one below
+            if chunk.num_sampled == 1:  # the usual case; this branch is faster than the general code below
                 token_id, logprob = tokens[first]
                 results.append(ChunkResult((token_id,), () if logprob is None else (logprob,), prompt))
             else:
@@ -136,8 +137,8 @@ class ModelRunner:
             self.states.restore(copies.states)
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
-        """Returns a dict from the index of a chunk to the log-probabilities of its prompt tokens, for each chunk whose
-        request asks for these."""
+        """Returns a dict from the index of a chunk to the log-probabilities of its prompt tokens, with an entry for
+        each chunk whose request asks for prompt log-probabilities."""
         prompts: dict[int, PendingPrompt] = {}
         row = 0
         for i, chunk in enumerate(chunks):
@@ -149,8 +150,8 @@ class ModelRunner:
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, count: int) -> PendingPrompt:
         """Launches the computation of log-probabilities for the prompt tokens that this chunk predicts, except tokens
-        whose log-probability an earlier engine process has delivered. The row of position p predicts the token at
-        position p + 1, and no row predicts the first token."""
+        whose log-probability an earlier engine process has already sent. The hidden state at position p predicts the
+        token at position p + 1, and no hidden state predicts the first token of the prompt."""
         seq = chunk.sequence
         first = max(chunk.start + 1, seq.num_prompt_logprobs, 1)
         last = min(chunk.end, seq.num_prompt - 1)

@@ -1,4 +1,5 @@
-"""The scheduler decides which sequences run in the next step, and how many tokens of each sequence. It uses no tensors.
+"""The scheduler decides which sequences run in the next step, and how many tokens of each sequence are computed. This
+module uses no tensors.
 
 Prefill and decode are not separate phases. A sequence has `len(tokens)` tokens, of which the first `num_computed` have
 been computed or are in flight, and each step computes some of the remaining ones. `engine/fairness.py` decides which
@@ -48,8 +49,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The work of one step. Chunks that decode come before all other chunks. Within these two groups, `Sequence.order`
-    sorts the chunks.
+    """The work of one step. Chunks that decode come before all other chunks. Within each of these two groups, the
+    chunks are sorted by `Sequence.order`.
 
     `copies` of the cache run before the chunks. `started` has the ids of requests that run for the first time.
     """
@@ -71,8 +72,9 @@ class ChunkResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Plan:
-    """The chunks that are already planned for the next step, as (start, end, cost). `budget` is the number of prompt
-    tokens that may still be added to the step, and `cost` is the number by which a chunk has reduced `budget`.
+    """The plan of the next step while it is made. The field `budget` is the number of prompt tokens that may still be
+    added to the step. The dict `chunks` has (start, end, cost) for each sequence that is planned already, where `cost`
+    is the number of tokens by which the chunk has reduced `budget`.
 
     While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
     `shortened` are the sequences that received fewer tokens for this reason.
@@ -115,7 +117,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
-        self._work = 0  # number of prompt tokens scheduled since the start; prompts age by it, not by a clock
+        self._work = 0  # prompt tokens scheduled since the engine started; prompts age by this number, not by a clock
         self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
 
     # Adding and aborting requests -------------------------------------------------------------------------------
@@ -167,7 +169,8 @@ class Scheduler:
     # Planning a step --------------------------------------------------------------------------------------------
 
     def schedule(self, *, now: float) -> SchedulerOutput:
-        """Plans the next step. `now`, the time of the monotonic clock in seconds, is only used for statistics.
+        """Plans the next step. `now`, the time of the monotonic clock in seconds, is only used to measure how long
+        requests wait in the queue.
 
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
         their urgency. A decoded token costs nothing of the budget, so a prompt as long as the budget takes one step.
@@ -189,8 +192,8 @@ class Scheduler:
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
     def _share_out(self, plan: _Plan, now: float) -> None:
-        """Plans which prompt tokens the step computes, of prompts in progress and of new prompts. The most urgent
-        prompt comes first."""
+        """Divides the step's budget of prompt tokens among prompts in progress and new prompts. The most urgent prompt
+        gets tokens first."""
         prompts = sorted((seq for seq in self.running if seq.num_remaining > 1), key=urgency)
         newcomer = self._next_waiting(plan)
         while plan.budget and (prompts or newcomer):
@@ -203,14 +206,15 @@ class Scheduler:
                 others = bool(prompts) or len(self.waiting) > 1
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
                 newcomer = self._next_waiting(plan) if admitted else None
-        for seq in plan.shortened:  # no other prompt took the tokens that were kept for other prompts
+        for seq in plan.shortened:  # any budget left now was kept for other prompts, and no other prompt took it
             if plan.budget and seq.state_id and seq in plan.chunks:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
 
     def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
-        """Returns how many prompt tokens `seq` may take in this step. `others` says whether other prompts could use the
-        step. If so, a prompt that needs several steps leaves some of the step's tokens to them."""
+        """Returns how many prompt tokens `seq` may take in this step. The argument `others` says whether other prompts
+        could use tokens of this step. If it is true, a prompt that needs several steps leaves some of the step's tokens
+        to the other prompts."""
         if not others or not self._is_long(seq):
             return plan.budget
         part = min(plan.budget, plan.for_long)
@@ -235,7 +239,7 @@ class Scheduler:
         sequence is preempted."""
         remaining = seq.num_remaining
         if not remaining or not limit or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
-            return  # in the last case, a step in flight samples the sequence's last token
+            return  # nothing to plan; the last condition means that a step in flight samples the sequence's last token
         size = min(remaining, limit)
         end = seq.num_computed + size
         while not self.cache.grow(seq, end):
@@ -253,8 +257,8 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.cache.free(seq)  # this saves the state; the sequence resumes from it if the pages stay in the cache
-        seq.num_uncached = 0  # makes the sequence urgent again, because it has waited before
+        self.cache.free(seq)  # also saves the state; the sequence resumes from this state if its pages stay cached
+        seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
 
@@ -308,13 +312,13 @@ class Scheduler:
         return True
 
     def _match(self, seq: Sequence) -> PrefixHit:
-        """Finds the prefix of `seq` that is in the cache. The result is empty if the request asks for log-probabilities
-        of the prompt, because the logits of every position must then be computed."""
+        """Finds the longest prefix of `seq` that can be reused from the cache. The result is empty if the request asks
+        for log-probabilities of the prompt, because the logits of every position must then be computed."""
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether another reply to the same prompt is computing pages of the prompt that `seq` can soon take from the
-        cache."""
+        """Whether `seq` should wait, because another reply to the same prompt is computing the prompt. Soon `seq` can
+        take the pages of the prompt from the cache."""
         group, size = seq.request.group, self.cache.block_size
         if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
             return False
@@ -340,7 +344,8 @@ class Scheduler:
             return
         self._counters["queries"] += seq.num_prompt
         self._counters["hits"] += seq.num_cached
-        left = seq.num_prompt - seq.num_cached  # `hit` may count generated tokens as missed; these are left out
+        # limits the counts below to prompt tokens; `hit` may count generated tokens, too
+        left = seq.num_prompt - seq.num_cached
         no_state = min(hit.missed_no_state, left)
         self._counters["no_state"] += no_state
         self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
@@ -398,8 +403,8 @@ class Scheduler:
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:
-        """Appends sampled tokens to the sequence, up to the first token that ends it. Returns the finish reason, or
-        None if the sequence goes on."""
+        """Appends sampled tokens to the sequence, up to and including the first token that ends the sequence. Returns
+        the finish reason, or None if the sequence goes on."""
         if not token_ids:
             # The request has max_tokens 0: it asks for no reply, only for the computation of the prompt.
             return "length"

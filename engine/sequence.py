@@ -11,8 +11,8 @@ from jamba_server.engine.types import Request, RequestKind, SamplingParams
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A prompt and the reply that is being generated. The sequence has `len(tokens)` tokens. The first `num_computed`
-    of these were found in the cache or launched. These two numbers describe chunked prefill, prefix hits, preemption
-    and decode alike.
+    of these tokens need no further computation: they were found in the cache, or a launched step computes them. The
+    scheduler uses the same two numbers for prefill, prefix hits, preemption and decode.
 
     `order` is (priority, arrival number) and sorts sequences, smaller first. `block_ids` are the ids of the sequence's
     pages in order, and `state_id` is the id of its state slot (0 while the sequence waits). `hashes[i]` is the chained
@@ -64,7 +64,7 @@ class Sequence:
 
     @property
     def parent(self) -> str:
-        """The id of the client's request that this sequence is a part of."""
+        """The id of the client's request for which this sequence generates one of the replies."""
         return self.request.parent or self.request.id
 
     @property

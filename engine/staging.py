@@ -1,4 +1,5 @@
-"""Copies the inputs of a step to the device in a single copy, and results back to the host.
+"""Copies the inputs of a step from the host to the device in a single transfer, and the results of a step from the
+device to the host.
 
 A copy from ordinary memory makes the host wait until the device has done all of its queued work. A copy from pinned
 memory does not. torch reuses pinned memory only when the copies from it are done.
@@ -79,7 +80,8 @@ class HostCopy:
             self._arrived.record()
 
     def tolist(self) -> list[Any]:
-        """Waits until the copy is done, and returns the numbers as (nested) lists."""
+        """Waits until the copy is done, and returns the elements as a list, nested as deeply as the tensor has
+        dimensions."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()

@@ -1,5 +1,5 @@
-"""StateCopies: copies states between the slots of sequences and the places where a `StateStore` keeps saved states. The
-copies are launched in order with the other kernels of a step."""
+"""StateCopies: copies Mamba states between the state slots of running sequences and the places where a `StateStore`
+keeps saved states. The device runs the copies and the other kernels of a step in the order of their launch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class StateCopies(Protocol):
-    """Runs copies between slots and places. In each list of pairs all destinations are distinct, and no destination is
-    also a source, so the copies may run in any order."""
+    """Copies states between slots (of running sequences) and places (in the store of saved states). The callers
+    guarantee for each list of pairs that all destinations are distinct and that no destination is also a source. So the
+    copies of one list may run in any order."""
 
     def save(self, pairs: Pairs) -> None:
         """Launches copies of states from the slots of sequences to places in the store. Each of `pairs` is (slot,
@@ -33,14 +34,15 @@ class StateCopies(Protocol):
 
 
 class SlotCopies:
-    """The copies for the store `SlotStates`, which keeps saved states in state slots: every place is a slot."""
+    """The copies for the store `SlotStates`, which keeps saved states in state slots: every place is the id of a state
+    slot."""
 
     def __init__(self, storage: CacheStorage, kernels: Kernels) -> None:
         self._storage, self._kernels = storage, kernels
 
     def save(self, pairs: Pairs) -> None:
-        """Copies nothing, because `SlotStates` leaves a saved state in its slot. The method exists because `Rehearsal`
-        calls it for every kind of store."""
+        """Copies nothing, because the store `SlotStates` keeps a saved state in the slot into which a kernel wrote this
+        state. The method exists because the class `Rehearsal` calls `save` for every kind of store."""
 
     def restore(self, pairs: Pairs) -> None:
         tensors = (self._storage.conv, self._storage.ssm)
@@ -49,7 +51,8 @@ class SlotCopies:
 
 class CompressedCopies:
     """The copies for the store `CompressedStates`. SSM states are compressed. Convolution states are copied
-    uncompressed, to the entries of the `conv` tensor that follow the entries of the slots."""
+    uncompressed, to the tensor `conv`: its first `num_slots` entries are the state slots, and its further entries are
+    the places of saved states."""
 
     def __init__(self, storage: CacheStorage, compressed: CompressedStates, kernels: Kernels) -> None:
         self._storage, self._compressed, self._kernels = storage, compressed, kernels
@@ -75,6 +78,7 @@ def state_copies(storage: CacheStorage, kernels: Kernels) -> StateCopies:
 
 
 def columns(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the sources and the destinations of `pairs` as two int64 tensors [pairs] on the device."""
+    """Returns two int64 tensors [len(pairs)] on the device: the sources of all pairs and the destinations of all
+    pairs."""
     [both] = upload([np.array(pairs, dtype=np.int64).T.copy()], device)
     return both[0], both[1]

@@ -16,7 +16,8 @@ MAX_LOGPROBS = 20
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The parameters that say how one reply is sampled. `validate` checks their ranges when a request is accepted.
+    """The parameters that say how one reply is sampled. The function `validation.validate` checks the ranges of these
+    parameters when a request is accepted.
 
     `logprobs` None returns no log-probabilities, 0 those of the chosen tokens, and k also those of the k most likely
     tokens. `prompt_logprobs` does the same for the tokens of the prompt. Log-probabilities are of the raw distribution,
@@ -60,7 +61,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `index` (0 to n-1) is the number of the reply among the n replies to the same prompt. The requests for these share
     `group`, so that the prompt is computed once. `parent` is the id of the client's request that this is a part of
-    (empty: of its own), and `tenant` stands for the client's API key; both take turns when the engine is full. After a
+    (empty: of its own), and `tenant` identifies the client's API key; both take turns when the engine is full. After a
     restart of the engine, `generated` and `num_prompt_logprobs` tell what the client has received already.
     `save_positions` are token positions in the prompt where a state should be saved. A request reuses only cached
     prefixes of requests with the same `cache_salt`.
@@ -177,14 +178,15 @@ ToEngine = Submit | Abort | Shutdown
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Reports the progress of the engine's start: the share `fraction` (0 to 1) of the phase named `phase` is done."""
+    """Reports the progress of the engine's start: `phase` is the name of the current phase, and `fraction` (0 to 1) is
+    the part of this phase that is done."""
 
     phase: str
     fraction: float
 
 
 class LogLine(msgspec.Struct, frozen=True, tag=True):
-    """A log record of the engine. The process that started the engine writes it to its own log."""
+    """A log record of the engine. The process that started the engine writes this record to its own log."""
 
     level: int
     name: str

@@ -1,4 +1,4 @@
-"""Checks the ranges of all numbers in a request when it is accepted. This module does not import torch.
+"""Checks the prompt and the parameters of a request when the request arrives. This module does not import torch.
 
 A value out of range raises `RequestRejected`, whose message names the field, its value and the limit.
 """
@@ -16,8 +16,8 @@ from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit for logit_bias
 MAX_STOP_TOKEN_IDS = 128
-MAX_BAD_WORDS = 128  # maximum number of token sequences; each bad word becomes one or two sequences
-MAX_ALLOWED_TOKEN_IDS = 4096  # limits the time for copying the allowed ids to the device in every step
+MAX_BAD_WORDS = 128  # maximum number of forbidden token sequences; each bad word becomes one or two sequences
+MAX_ALLOWED_TOKEN_IDS = 4096  # maximum number of ids; limits the time for copying the ids to the device in every step
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
@@ -29,9 +29,9 @@ class Range(NamedTuple):
     open: bool = False
 
 
-# The ranges of OpenAI's API, or of vLLM for fields that OpenAI's API does not have. vLLM has no upper limit for
-# repetition_penalty; here this field has an upper limit, so that float32 logits stay finite. The HTTP schemas and
-# `GenerationDefaults` use the same table.
+# The allowed ranges of request fields: those of OpenAI's API, or those of vLLM for fields that OpenAI's API does not
+# have. vLLM has no upper limit for repetition_penalty; here this field has an upper limit, so that float32 logits stay
+# finite. The HTTP schemas and `GenerationDefaults` use the same table.
 RANGES: Mapping[str, Range] = MappingProxyType(
     {
         "temperature": Range(0, 2),
@@ -43,7 +43,8 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "frequency_penalty": Range(-2, 2),
         "logit_bias": Range(-100, 100),
         "seed": Range(-INT64_MAX - 1, INT64_MAX),
-        "max_tokens": Range(0, INT64_MAX),  # `clamp_max_tokens` reduces max_tokens to the space in the context
+        # in addition, `clamp_max_tokens` reduces max_tokens to the space left in the context
+        "max_tokens": Range(0, INT64_MAX),
         "min_tokens": Range(0, INT64_MAX),
         "logprobs": Range(0, MAX_LOGPROBS),
         "prompt_logprobs": Range(0, MAX_LOGPROBS),
@@ -66,7 +67,7 @@ def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[in
 
 
 def validate_kind(kind: RequestKind) -> None:
-    """Raises RequestRejected for a kind of request that no engine serves yet."""
+    """Raises RequestRejected for a kind of request that the engine does not implement yet."""
     if kind != "generate":
         _reject("kind", f"is {kind!r}; this engine serves 'generate' only")
 
@@ -129,7 +130,8 @@ def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids
     always = {word[-1] for word in params.bad_words if len(word) == 1}
     if params.min_tokens:
         always.update(eos_token_ids, params.stop_token_ids)
-    after: dict[int, set[int]] = {}  # maps a token to the tokens that bad words may forbid after it
+    # maps a token id to the ids of tokens that bad words may forbid directly after this token
+    after: dict[int, set[int]] = {}
     for word in params.bad_words:
         if len(word) > 1:
             after.setdefault(word[-2], set()).add(word[-1])

@@ -44,11 +44,12 @@ def sender(connection: socket.socket) -> Send:
 
 
 class LogToParent(logging.Handler):
-    """A log handler that sends every record to the parent process, which decides what is shown."""
+    """A log handler that sends every log record to the parent process, which decides which records are shown."""
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        # Level and logger are not part of the text, because LogLine has a field for each of them.
+        # The text has neither the level nor the name of the logger, because the struct `LogLine` has a field for each
+        # of these.
         self.setFormatter(logging.Formatter("%(message)s"))
         self._send = send
 
@@ -94,8 +95,8 @@ def run(connection: socket.socket, send: Send) -> int:
         send(Failed(str(error)))
         return 1
     gc.collect()
-    # The objects that exist now live as long as the process. If the garbage collector examined these objects, replies
-    # in progress would pause for about 0.1 s.
+    # The objects that exist now live as long as the process. `gc.freeze` excludes these objects from garbage
+    # collection. Without it, each full collection would examine them all and stop the engine for about 0.1 s.
     gc.freeze()
     stop = threading.Event()
     threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()
@@ -118,7 +119,7 @@ def main() -> None:
             status = run(connection, send)
         except (BrokenPipeError, ConnectionResetError):
             status = 0  # the parent process is gone, so there is nobody to serve
-    os._exit(status)  # a normal exit could hang, because the reading thread may still wait in recv
+    os._exit(status)  # `os._exit` is used because a normal exit could hang while the reading thread waits in `recv`
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ ENGINE_COMMAND = (
     "-P",
     "-m",
     "jamba_server.engine.process",
-)  # -P keeps Python from importing modules of the current folder
+)  # the option -P keeps Python from importing modules of the current folder
 CLOSE_SECONDS = 5.0  # seconds after which a child that was told to end, but still runs, is killed
 
 
 class Child:
-    """One engine process. When the stream from the socket of this process ends, the process has ended."""
+    """One engine process. The end of the data from the process's socket means that the process has ended."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -41,8 +41,8 @@ class Child:
 
     @classmethod
     async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:
-        """Starts `command` with the file descriptor of its socket as the last argument, and sends `config` to the new
-        process. Raises OSError if the process cannot be started."""
+        """Starts the command line `command`, with the number of the socket's file descriptor as an additional last
+        argument, and sends `config` to the new process. Raises OSError if the process cannot be started."""
         ours, theirs = socket.socketpair()
         # The child must import the same jamba_server as this process.
         root = str(Path(jamba_server.__file__).parent.parent)
@@ -89,7 +89,7 @@ class Child:
         return msgspec.msgpack.decode(body, type=kind)
 
     def touch(self) -> None:
-        """Sets `silent_seconds` to 0. Must be called when an idle child gets work."""
+        """Makes `silent_seconds` count from now. Must be called when an idle child gets work."""
         self._last_message = self._clock()
 
     def shut_down(self) -> None:
@@ -103,8 +103,8 @@ class Child:
                 self._process.kill()
 
     async def close(self) -> int:
-        """Ends the process if it still runs, and returns its exit status. A negative status is minus the number of the
-        signal that ended the process."""
+        """Closes the connection, kills the process if it still runs after CLOSE_SECONDS, and returns its exit status. A
+        negative status is minus the number of the signal that ended the process."""
         self._writer.close()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):

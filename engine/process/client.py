@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # after this number of engine deaths within DEATH_WINDOW_SECONDS the engine is not restarted
 DEATH_WINDOW_SECONDS = 60.0
-SUSPECT_DEATHS = 2  # a request that was running at this number of successive engine deaths is run alone
+SUSPECT_DEATHS = 2  # a request that was running when this number of successive engine processes died is run alone
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +69,13 @@ class UpdateStream(Protocol):
 
 
 class Engine(Protocol):
-    """The engine as the server sees it: it takes requests with token ids and yields updates with token ids."""
+    """The interface of the engine for the server. Requests to the engine and updates from the engine have token ids,
+    not text."""
 
     @property
     def info(self) -> EngineInfo:
-        """The engine's model and sizes. As long as the engine has never been ready, raises EngineLoading, or EngineDead
-        if the engine failed to start."""
+        """The properties of the engine's model and the sizes that the engine chose. Before the engine is ready for the
+        first time, this property raises EngineLoading. If the engine failed to start, it raises EngineDead."""
         ...
 
     @property
@@ -86,13 +87,13 @@ class Engine(Protocol):
     def health(self) -> Health: ...
 
     async def first_start(self) -> None:
-        """Waits until the engine is ready for the first time or has failed to start. If it has failed, `info` raises
-        EngineDead."""
+        """Waits until the engine is ready for the first time or has failed to start. If the engine has failed to start,
+        the property `info` raises EngineDead afterwards."""
         ...
 
     def generate(self, requests: list[Request]) -> AbstractAsyncContextManager[UpdateStream]:
-        """Runs the replies to one HTTP request and yields their updates, interleaved, until every reply has a
-        finish_reason.
+        """Runs the engine requests of one HTTP request, one for each reply. Yields the updates of all replies,
+        interleaved, until every reply has a finish_reason.
 
         Entering the context submits the requests. Leaving it, also by an exception, aborts those that still run.
         Entering raises Overloaded if the queue is full, EngineDead if the engine has ended for good, and
@@ -134,7 +135,7 @@ class _Live:
 
 
 class _Stream:
-    """The `UpdateStream` that one call of `generate` yields."""
+    """The `UpdateStream` of one call of `EngineClient.generate`."""
 
     def __init__(self, client: EngineClient, request_ids: list[str]) -> None:
         self._client = client
@@ -166,7 +167,8 @@ class _Stream:
 
 
 class EngineClient:
-    """Runs the engine as a child process. Kills a child that hangs, and starts a new child when one has died.
+    """Runs the engine as a child process. Kills a child process that hangs, and starts a new child process when one has
+    died.
 
     The child is killed if it has requests but sends no step result for `engine_timeout` seconds. New requests are
     refused while `max_queue_requests` or more choices wait; 0 means no limit.
@@ -216,7 +218,8 @@ class EngineClient:
         return self._child.pid if self._child else None
 
     async def start(self) -> EngineInfo:
-        """Starts the engine and waits until it is ready. Raises ConfigError, with the reason, if it fails to start."""
+        """Starts the engine and waits until it is ready. If the engine fails to start, raises ConfigError with the
+        reason."""
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
         await self._started.wait()
         if self._info is None:
@@ -265,8 +268,8 @@ class EngineClient:
     # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends to the engine all requests that have not been sent to it. If some requests are suspected of killing the
-        engine, sends only one of these suspects.
+        """Sends to the child process all requests that have not been sent to this child yet. If some requests are
+        suspected of killing the engine, sends only one of these suspects.
 
         A suspect is a request that ran during SUSPECT_DEATHS successive deaths. If the engine dies while a suspect runs
         alone, that request is the cause.
@@ -289,7 +292,7 @@ class EngineClient:
                 live.sent = True
 
     def _fail_too_long(self) -> None:
-        """Makes requests fail that are too long for the context of a restarted engine.
+        """Fails the requests that are longer than the maximum context of a restarted engine.
 
         A restarted engine that finds less memory than the one before may have a shorter maximum context.
         """
@@ -429,7 +432,8 @@ class EngineClient:
 
 
 def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
-    """Returns the statistics `now` of the current engine, with the counters of all earlier engines (`base`) added."""
+    """Returns the statistics `now` of the current engine process. The counters of all earlier engine processes, which
+    `base` has, are added to its counters."""
     totals = {f: getattr(base, f) + getattr(now, f) for f in EngineStats.__struct_fields__ if f.endswith("_total")}
     return msgspec.structs.replace(now, **totals)
 

@@ -1,5 +1,5 @@
-"""An inference server for Jamba models. `server` handles HTTP and text, `engine` runs the model step by step, and
-`kernels` do the arithmetic."""
+"""An inference server for Jamba models. The package `server` serves HTTP requests and converts between text and tokens.
+The package `engine` runs the model step by step, and the package `kernels` does the arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ __all__ = ["LLM", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, because LLM imports torch, which the HTTP process must not load."""
+    """Imports a public name when it is first used, because the class `LLM` imports torch, which the HTTP process must
+    not load."""
     match name:
         case "LLM":
             return import_module("jamba_server.llm").LLM

@@ -1,5 +1,5 @@
-"""LLM: runs a model in the caller's process, for scripts and tests. The class handles texts in the same way as the
-server."""
+"""LLM: runs a model in the caller's process, for scripts and tests. The class tokenises prompts, applies chat templates
+and cuts replies at stop strings with the server's own code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
-# The server's default for completions; without max_tokens the reply to a chat may fill the context.
+# Default of max_tokens for completions, in tokens; the server has the same default. Without max_tokens the reply to a
+# chat may fill the context.
 DEFAULT_MAX_TOKENS = 16
 
 Message = Mapping[str, object]
@@ -98,9 +99,9 @@ class LLM:
         **sampling: Any,
     ) -> list[Completion]:
         """Returns `n` replies to each of one or several prompts (texts or lists of token ids). The replies to the first
-        prompt come first. The name of a special token in a text is encoded like ordinary text. `progress` says whether
-        to show a progress bar. If it is None, the bar is shown if there are several replies and stderr is a terminal.
-        Raises RequestRejected."""
+        prompt come first. If a text contains the name of a special token, such as `<|pad|>`, the name is encoded as
+        ordinary text. `progress` says whether to show a progress bar. If it is None, the bar is shown if there are
+        several replies and stderr is a terminal. Raises RequestRejected."""
         sampled = self._sampling(params, sampling, max_tokens=DEFAULT_MAX_TOKENS)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
         specs = [
@@ -166,7 +167,8 @@ class LLM:
                 values[name] = msgspec.convert(value, kinds[name])
             except msgspec.ValidationError as error:
                 raise RequestRejected(f"{name} is {value!r}. {error}.", param=name) from None
-        if values["top_k"] == -1:  # as on the server, -1 means all tokens; the engine writes 0 for that
+        # for callers, as in the HTTP API, a top_k of -1 means all tokens; for the engine a top_k of 0 means all tokens
+        if values["top_k"] == -1:
             values["top_k"] = 0
         return SamplingParams(**values)
 
@@ -186,7 +188,8 @@ class LLM:
             raise RequestRejected(f"n is {n}; it must be at least 1.", param="n")
         if options.stops:
             self._text()  # raises if there is no tokenizer, because stop strings need one
-        if params.seed is None:  # each prompt gets a seed of its own, so equal prompts have different replies
+        # each prompt gets a random seed of its own, so that equal prompts get different replies
+        if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         prompt = admit_prompt(token_ids, params, self.core, param=param, save_positions=saves)
         self._num_prompts += 1
@@ -204,8 +207,8 @@ class LLM:
                         reply = open_.get(update.request_id)
                         if reply is not None and reply.take(update):
                             del open_[update.request_id]
-                            # The engine does not know stop strings, so it still runs a request whose reply ended at
-                            # one.
+                            # The engine does not know stop strings, so the engine would go on generating after a stop
+                            # string. The request must therefore be aborted.
                             if update.finish_reason is None:
                                 self.core.inbox.abort([update.request_id])
                             bar.advance(task)
@@ -215,7 +218,7 @@ class LLM:
 
 
 class _Reply:
-    """A request, and the tokens and text of its reply that have been generated until now."""
+    """A request, and the part of its reply (tokens and text) that has been generated until now."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, options: TextOptions) -> None:
         self.request = request
@@ -223,8 +226,8 @@ class _Reply:
         self._choice = None if tokenizer is None else Choice(request, request.index, tokenizer, options)
 
     def take(self, update: TokenUpdate) -> bool:
-        """Adds an update to the reply. Returns whether the reply is complete. Raises EngineFailed if the request
-        failed."""
+        """Adds the tokens of an update to the reply. Returns whether the reply is complete. Raises EngineFailed if the
+        request failed."""
         if update.finish_reason == "error":
             raise EngineFailed(update.error or "The engine failed to run this request.")
         completion, choice = self.completion, self._choice
@@ -279,8 +282,8 @@ def split_prompts(prompts: str | Sequence[Any]) -> Iterator[str | list[int]]:
 
 
 def split_conversations(messages: Sequence[Any]) -> Iterator[list[dict[str, object]]]:
-    """Yields the messages of each conversation in the form that chat templates take. Raises RequestRejected for a
-    message that is not valid, with the same error text as the server."""
+    """Yields, for each conversation, its list of messages in the form that chat templates take. Raises RequestRejected
+    for a message that is not valid, with the same error text as the server."""
     alone = not messages or isinstance(messages[0], Mapping)
     for conversation in [messages] if alone else messages:
         try:
