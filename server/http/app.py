@@ -1,4 +1,4 @@
-"""`create_app` builds the FastAPI application from the configuration, the engine and the tokenizer."""
+"""The function `create_app` builds the FastAPI application from the configuration, the engine and the tokenizer."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def create_app(
 ) -> FastAPI:
     """Returns the application that serves `engine` over HTTP. The engine may still be loading.
 
-    `app.state.lifecycle.drain()` makes the application refuse new requests. `config.served_model_name` must not be
-    empty; replies and metrics carry its first name.
+    A call of `app.state.lifecycle.drain()` makes the application refuse new requests. The list
+    `config.served_model_name` must not be empty. The metrics have its first name as a label.
     """
     assert config.served_model_name, "the caller names the model"
     services = Services(
@@ -66,10 +66,10 @@ def create_app(
         version=services.version,
         middleware=_middleware(config, services.metrics, open_paths),
         lifespan=_lifespan,
-        docs_url=None,  # routes/pages.py serves /docs: FastAPI's own page loads its scripts from the internet
+        docs_url=None,  # routes/pages.py serves /docs, because FastAPI's own page loads scripts from the internet
         redoc_url=None,
-        # The middleware drops a slash at the end of a path. FastAPI would send a redirect instead, whose URL would lack
-        # the prefix and the scheme (https) of a proxy in front of the server.
+        # The middleware removes a slash at the end of a path. FastAPI would send a redirect instead. If the server runs
+        # behind a proxy, the redirect's URL would lack the path prefix and the scheme (https) of the proxy.
         redirect_slashes=False,
     )
     app.state.services = services
@@ -83,8 +83,11 @@ def create_app(
 
 
 def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
-    """Returns the middleware, from the outermost to the innermost. CORS is outermost because a browser shows an error
-    reply to its page only if the reply carries the CORS headers."""
+    """Returns the middleware, from the outermost to the innermost.
+
+    The CORS middleware is outermost, so that error replies have CORS headers too. A browser hides replies without CORS
+    headers from the web page that sent the request.
+    """
     chain: list[Middleware] = []
     if config.allowed_origins:
         chain.append(

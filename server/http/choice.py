@@ -1,6 +1,8 @@
-"""`Choice` turns the tokens of one choice of a reply, as they arrive, into text, log-probabilities and a finish reason.
+"""The class `Choice` turns the tokens that the engine generates for one choice into text, log-probabilities and a
+finish reason.
 
-A request has `n` choices for each of its prompts.
+A choice is one of the alternative continuations of a prompt in OpenAI's API: an HTTP request has `n` choices for each
+of its prompts.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.stop import StopStrings
 from jamba_server.server.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # lowest log-probability sent, since JSON lacks minus infinity; as in vLLM
+MIN_LOGPROB = -9999.0  # lowest log-probability in a reply, as in vLLM; JSON lacks minus infinity
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token of a reply or an echoed prompt with its log-probability.
+    """One token of a reply, or of a prompt that the reply repeats (`echo`), with the token's log-probability.
 
-    `top` has the most likely tokens at the same position, as pairs of token id and log-probability. `offset` is the
-    number of characters of the choice's text before this token. `logprob` is None only for a prompt's first token,
-    which the model does not predict.
+    The field `top` has the most likely tokens at the same position, as pairs of token id and log-probability. The field
+    `offset` is the number of characters of the choice's text before this token. The field `logprob` is None only for
+    the first token of a prompt, because the model predicts only the tokens after it.
     """
 
     token_id: int
@@ -35,7 +37,9 @@ class TokenScore:
 class ChoiceDelta:
     """The text, log-probabilities and finish reason that a choice has gained since its previous delta.
 
-    `stop_reason` is the stop string, or the id from the request's `stop_token_ids`, that ended the choice.
+    The field `index` is the number of the choice in the HTTP reply. The field `stop_reason` is the stop string, or the
+    token id from the request's `stop_token_ids`, that ended the choice. It is None while the choice is not ended, and
+    for choices that ended for another reason.
     """
 
     index: int
@@ -57,8 +61,11 @@ class TextOptions:
 
 
 class Choice:
-    """Turns the engine's updates for one `Request` into deltas, the pieces of a reply. `index` is the choice's number
-    in the HTTP reply."""
+    """Turns the engine's updates for one choice into objects of the class `ChoiceDelta`, the pieces of the reply.
+
+    The argument `request` is the engine's request for this choice. The argument `index` is the number of the choice in
+    the HTTP reply.
+    """
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
         self.request, self.index = request, index
@@ -77,13 +84,14 @@ class Choice:
         self._num_echoed = 0
         self._text = ""  # text for the next delta, without the characters held back as a possible stop string
         self._scores: list[TokenScore] = []
-        # number of characters of all decoded tokens, including tokens held back as a possible stop string
+        # number of characters of all decoded tokens, including characters held back as a possible stop string
         self._num_chars = 0
 
     def take(self, update: TokenUpdate) -> ChoiceDelta | None:
-        """Adds the update and returns the delta that can be sent now, or None if there is no text to send yet.
+        """Adds the tokens of `update` to the choice and returns the delta that can be sent now.
 
-        Log-probabilities are held back until there is text to send.
+        Returns None if there is no text to send yet and the choice goes on. Log-probabilities are held back until the
+        next delta.
         """
         self._echo(update)
         for i, token_id in enumerate(update.token_ids):
@@ -106,10 +114,11 @@ class Choice:
         return delta
 
     def _echo(self, update: TokenUpdate) -> None:
-        """Adds the text of the prompt, for requests with `echo`.
+        """Adds the text of the prompt to the choice's text if the request has `echo`.
 
-        The whole text is added at once, or in pieces as the prompt's log-probabilities arrive. Stop strings do not
-        apply to the prompt.
+        If the request asks for the log-probabilities of the prompt, the text of each prompt token is added when the
+        token's log-probability arrives. Otherwise the whole text is added at the first update. The prompt's text is
+        not searched for stop strings.
         """
         with_scores = self.request.params.prompt_logprobs is not None
         end = self._num_echoed + len(update.prompt_logprobs) if with_scores else len(self._to_echo)

@@ -1,7 +1,8 @@
-"""Turns exceptions into error replies. One table maps each exception to an HTTP status and OpenAI's type and code.
+"""Turns exceptions into error replies. The table `_TABLE` gives the HTTP status, error type and code of each exception.
 
-Every error has OpenAI's form, `{"error": {"message", "type", "param", "code", "request_id"}}`. It is the body of the
-reply if nothing has been sent yet, and otherwise the last event of the stream.
+Every error has OpenAI's form, `{"error": {"message", "type", "param", "code", "request_id"}}`. If no part of the reply
+has been sent yet, the error is the body of the reply. If a stream has begun, the error is the last JSON event of the
+stream.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from jamba_server.server.http.findings import Finding, describe_finding, param_o
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; shown only in log and metrics
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
-MAX_MESSAGE_CHARS = 1000  # maximum length of an error message, which may quote a large value; the end is cut off
+MAX_MESSAGE_CHARS = 1000  # a longer error message is cut at its end; it might quote a large value
 
-# Each row has the exception, the HTTP status, the error type and the code. An exception's own code replaces the row's
-# code.
+# Each row has a class of exceptions, the HTTP status, the error type and the error code. If the exception has an
+# attribute `code` that is not empty, this attribute replaces the code in the row.
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
@@ -89,7 +90,10 @@ class Problem:
 
 
 def describe(exc: Exception) -> Problem:
-    """Returns the error reply for `exc`. An unexpected exception is logged, and the client learns no details of it."""
+    """Returns the error reply for the exception `exc`.
+
+    An exception of a class that has no error reply of its own is logged. Its reply has status 500 and no details.
+    """
     if isinstance(exc, RequestValidationError):
         return _describe_validation(cast("Sequence[Finding]", exc.errors()))
     if isinstance(exc, HTTPException):
@@ -124,14 +128,16 @@ def error_response(exc: Exception, request_id: str) -> Response:
 
 
 def request_id_of(scope: Scope) -> str:
-    """Returns the id that `middleware.RequestContext` gave the request."""
+    """Returns the id that the class `middleware.RequestContext` has given to the request."""
     state: dict[str, str] = scope["state"]
     return state["request_id"]
 
 
 def tenant_of(scope: Scope) -> str:
-    """Returns a name for the API key of the request: "key-" and the key's number, or "" if the server requires no
-    key."""
+    """Returns a name for the API key that the client sent: "key-" and the position of the key in --api-key.
+
+    Returns "" if the server requires no key, or if the path requires none.
+    """
     state: dict[str, str] = scope["state"]
     return state.get("tenant", "")
 
@@ -149,7 +155,7 @@ def _describe_http(exc: HTTPException) -> Problem:
 
 
 def _describe_validation(errors: Sequence[Finding]) -> Problem:
-    """Returns one error that lists the first MAX_SUB_ERRORS findings of pydantic."""
+    """Returns one error reply, whose message has the first MAX_SUB_ERRORS of pydantic's validation errors."""
     shown = [describe_finding(error) for error in errors[:MAX_SUB_ERRORS]]
     if len(errors) > len(shown):
         shown.append(f"and {len(errors) - len(shown)} more")

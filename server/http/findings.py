@@ -1,7 +1,7 @@
 """Turns pydantic's validation errors ("findings") into sentences that name the field, its value and the limit.
 
-Every sentence begins with the field's path. The tables below hold only the rest of a sentence, its predicate, such as
-"is 3; it must be at most 2".
+Every sentence begins with the path of the field. The table `_SENTENCES` gives the predicate, which is the part of the
+sentence after the path, such as "is 3; it must be at most 2".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Finding = Mapping[str, Any]  # one validation error, as pydantic's `errors()` li
 
 
 def describe_finding(finding: Finding) -> str:
-    """Returns a sentence about the finding, without the full stop at its end."""
+    """Returns a sentence that tells the client what is wrong, without the full stop at the end of the sentence."""
     if finding["type"] == "json_invalid":
         return f"The body is not valid JSON at position {finding['loc'][-1]}: {finding['ctx']['error']}"
     say = _SENTENCES.get(finding["type"])
@@ -28,7 +28,8 @@ def describe_finding(finding: Finding) -> str:
 def param_of(finding: Finding) -> str | None:
     """Returns the path of the field, such as `messages.0.content`, or None if the finding is about the whole body.
 
-    pydantic's location also holds the tags of unions, in parentheses, which are left out.
+    pydantic's location of an error also has the tags of union types, which are in parentheses. The path leaves them
+    out.
     """
     if finding["type"] == "json_invalid":
         return None
@@ -41,7 +42,10 @@ def param_of(finding: Finding) -> str | None:
 
 
 def short_json(value: object) -> str:
-    """Returns a JSON value in a few characters. A list or an object is only named; a long text is cut."""
+    """Returns a short text for a JSON value in an error message.
+
+    A list or an object is only called "a list" or "an object", and a long string is cut.
+    """
     match value:
         case None | bool() | float():
             return json.dumps(value)
@@ -98,9 +102,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _other(finding: Finding) -> str:
-    """Returns the predicate (the sentence without the field's name) for a finding that has no entry in _SENTENCES.
+    """Returns the predicate (the sentence without the field's path) for a finding that has no entry in _SENTENCES.
 
-    Errors of this server's own validators carry their predicate as `why`. All other findings get a general one.
+    Errors of this server's own validators have their predicate in `ctx["why"]`. All other findings get a general
+    predicate.
     """
     own = cast("dict[str, str]", finding.get("ctx") or {}).get("why")
     return own or f"is {short_json(finding.get('input'))}, which is not allowed here"
@@ -136,8 +141,8 @@ _SENTENCES: Mapping[str, Callable[[Finding], str]] = {
     "string_too_short": _string_too_short,
     "string_too_long": _string_too_long,
     "literal_error": lambda finding: f"is {short_json(finding['input'])}; it must be {finding['ctx']['expected']}",
-    # Errors of the following kinds are raised by this server's own validators. The message of such an error is the
-    # predicate.
+    # Errors of the following kinds are raised by this server's own validators. The message of each of these errors is
+    # a predicate.
     "stop_type": _custom,
     "content_type": _custom,
     "prompt_type": _custom,

@@ -1,4 +1,4 @@
-"""`Generation` runs one HTTP request on the engine, from its prompts to the last delta, in one `async with`."""
+"""The class `Generation` submits the prompts of one HTTP request to the engine and yields the text of its choices."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's token ids and the sampling parameters of its replies.
+    """A prompt's token ids and the sampling parameters of the prompt's choices.
 
-    `save_positions` are offsets into `token_ids` where a saved state is likely to be used by a later request.
+    The field `save_positions` has lengths of prefixes of `token_ids`, in tokens. A later request is likely to begin
+    with such a prefix, so the model's recurrent state after the prefix is worth saving.
     """
 
     token_ids: list[int]
@@ -35,7 +36,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A validated HTTP request. Its choices are ordered by prompt: all `n` of the first prompt come first."""
+    """A validated HTTP request.
+
+    The choices are ordered by prompt: first the `n` choices of the first prompt, then those of the second prompt.
+    """
 
     id: str
     prompts: tuple[Prompt, ...]
@@ -66,8 +70,8 @@ class GenerationSpec:
 
 
 class _Timeline:
-    """For one choice: the times of its first and last token, the seconds it waited in the queue, and its number of
-    cached prompt tokens."""
+    """Data about one choice for the metrics and the log: the times at which its first and latest tokens arrived, the
+    seconds that it waited in the engine's queue, and the number of its prompt tokens found in the prefix cache."""
 
     def __init__(self) -> None:
         self.first_token: float | None = None
@@ -77,8 +81,10 @@ class _Timeline:
 
 
 class Generation:
-    """Runs a request once. The metrics count the request's tokens and times, even if the request fails or is
-    aborted."""
+    """Runs one HTTP request on the engine. An object of this class is used once.
+
+    The metrics count the request's tokens and latencies, even if the request fails or is aborted.
+    """
 
     def __init__(
         self,
@@ -103,8 +109,8 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """The current numbers of tokens. The tokens of a prompt with several choices count once, and so do the cached
-        ones among them."""
+        """The numbers of prompt tokens, cached prompt tokens and generated tokens up to now. Each prompt counts once,
+        even if it has several choices."""
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.spec.prompts)
         generated = sum(choice.num_tokens for choice in self._choices.values())
         first_choices = list(self._timelines.values())[:: self.spec.n]
@@ -119,11 +125,12 @@ class Generation:
     async def run(self) -> AsyncGenerator[AsyncIterator[ChoiceDelta]]:
         """Yields an iterator over the deltas of all choices, in the order in which the deltas arrive.
 
-        Entering submits the choices to the engine and raises Overloaded or EngineDead. Leaving, also by an exception,
-        aborts the choices that still run.
+        At the beginning of the `async with` block the choices are submitted to the engine, which raises Overloaded or
+        EngineDead if it cannot accept them. At the end of the block, also after an exception, all choices that are
+        still running are aborted.
         """
         async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
-            end: FinishReason = "abort"  # finish reason for each choice that has no finish reason yet
+            end: FinishReason = "abort"  # finish reason of the choices that have none at the end of the block
             try:
                 async with aclosing(self._deltas(updates)) as deltas:
                     yield deltas
@@ -134,7 +141,7 @@ class Generation:
                 self._close(end)
 
     async def collect(self) -> list[ChoiceDelta]:
-        """Runs the request to its end and returns one merged delta for each choice, ordered by index."""
+        """Runs the request to its end and returns one delta with the whole text of each choice, ordered by index."""
         parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
         async with self.run() as deltas:
             async for delta in deltas:
@@ -152,14 +159,14 @@ class Generation:
             if choice.finish_reason:
                 num_open -= 1
                 self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
-                # If a stop string ended the choice, the engine must be told, because it sees only token ids.
+                # The engine sees only token ids. If a stop string ended the choice, the engine must be told to end it.
                 if update.finish_reason is None:
                     updates.abort(update.request_id)
             if delta is not None:
                 yield delta
         assert num_open == 0, f"the engine left {num_open} choices of {self.spec.id} without an end"
 
-    # The metrics, and the request's line in the log --------------------------------------------------------
+    # The following methods update the metrics and write the request's line to the log --------------------------------
 
     def _observe(self, choice: Choice, update: TokenUpdate) -> None:
         timeline, now = self._timelines[update.request_id], self._clock()

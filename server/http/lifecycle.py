@@ -1,4 +1,7 @@
-"""`Lifecycle` refuses new requests during a shutdown; `StartupQueue` holds requests while the engine loads."""
+"""The class `Lifecycle` refuses new requests during a shutdown of the server.
+
+The class `StartupQueue` lets requests wait while the engine loads.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import asyncio
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
 
-RETRY_AFTER_SECONDS = 5  # a client retries after this time, when a restart may be over
+RETRY_AFTER_SECONDS = 5  # sent to clients as Retry-After; a restart might be over after this time
 
 
 class Lifecycle:
@@ -30,9 +33,10 @@ class Lifecycle:
 
 
 class StartupQueue:
-    """Holds requests while the engine loads for the first time. A request is held for `seconds` at most.
+    """Lets requests wait while the engine loads for the first time, each for at most `seconds` seconds.
 
-    While requests for `max_waiting` or more choices wait, further requests are refused. 0 means no limit.
+    If the waiting requests have `max_waiting` or more choices in total, further requests are refused. A `max_waiting`
+    of 0 means no limit.
     """
 
     def __init__(self, engine: Engine, *, seconds: float, max_waiting: int) -> None:
@@ -42,7 +46,8 @@ class StartupQueue:
     async def wait(self, num_choices: int) -> None:
         """Waits until the engine has loaded or has failed to load.
 
-        Raises EngineLoading if that takes longer than `seconds`, and Overloaded if too many choices wait already.
+        The argument `num_choices` is the number of choices of the request that waits. Raises EngineLoading if loading
+        takes longer than the class's argument `seconds`, and Overloaded if too many choices wait already.
         """
         if self._max_waiting and self._num_waiting >= self._max_waiting:
             raise Overloaded(

@@ -1,4 +1,5 @@
-"""Writes a line with throughput and load to the log every 10 seconds while the server is busy."""
+"""Writes a line with the throughput and the load of the engine to the log, every 10 seconds while requests run or
+wait."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ STATS_INTERVAL_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The values of the counters at one moment. A log line is made from the difference of two snapshots."""
+    """The token counts and the engine's statistics at one moment. A log line has the differences of two snapshots."""
 
     prompt_tokens: int
     generation_tokens: int
@@ -29,7 +30,11 @@ class Snapshot:
 
 
 def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str | None:
-    """Returns the log line for the `seconds` between two snapshots, or None if the server was idle."""
+    """Returns the log line for the time between two snapshots, or None if no tokens were processed and no requests
+    wait.
+
+    The argument `seconds` is the length of this time.
+    """
     prompt_tokens = after.prompt_tokens - before.prompt_tokens
     generation_tokens = after.generation_tokens - before.generation_tokens
     now = after.stats
@@ -47,7 +52,7 @@ def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str 
 
 
 async def log_stats(metrics: Metrics, engine: Engine, *, interval: float = STATS_INTERVAL_SECONDS) -> None:
-    """Logs a line after each interval of `interval` seconds in which the server was busy. Runs until it is
+    """Writes a line to the log after each `interval` seconds, unless the server was idle. Runs until it is
     cancelled."""
     loop = asyncio.get_running_loop()
     before, since = Snapshot.take(metrics, engine), loop.time()

@@ -1,7 +1,9 @@
-"""Prometheus metrics. They have vLLM's names with the prefix `jamba_`. The metrics of state slots, saved states and
-missed prefixes do not exist in vLLM: Jamba models keep recurrent states as well as KV pages.
+"""The Prometheus metrics of the server. Their names are vLLM's names of the same metrics with the prefix `jamba_`.
 
-The engine's counters are read from `EngineStats` at each scrape. Everything else is counted here, in the HTTP process.
+The metrics of state slots, saved states and missed prefixes do not exist in vLLM. They are needed because Jamba models
+keep recurrent states as well as KV pages. The engine counts requests, pages, states and prefix-cache tokens, and
+these numbers are read from `EngineStats` at each scrape. The class `Metrics` counts all other values in the HTTP
+process.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from prometheus_client.registry import Collector
 from jamba_server.engine.process.client import Engine
 from jamba_server.engine.types import EngineStats, FinishReason
 
-# Bounds of the buckets, in seconds. Prometheus interpolates a quantile between the bounds of its bucket. If all values
-# were far below the first bound, the median would be shown as half of that bound. Each list therefore begins at 1 ms.
-# The first list has vLLM's bounds.
+# Upper bounds of the histograms' buckets, in seconds. Prometheus estimates a quantile by linear interpolation between
+# the bounds of one bucket. If all values were far below the first bound, Prometheus would show half of that bound as
+# the median. The first bound of each list is therefore only 1 ms. `_TTFT_BUCKETS` has vLLM's bounds for the same
+# metric.
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
@@ -28,7 +31,8 @@ _LATENCY_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 2400,
 )  # fmt: skip
 
-# maximum number of field names as labels; clients choose the names and could fill Prometheus' memory
+# Maximum number of different field names that are used as labels of the metric `ignored_fields`. Clients choose these
+# names, and without a limit they could fill the memory of Prometheus.
 MAX_FIELD_LABELS = 50
 
 STATE_SLOTS_HELP = (
@@ -76,8 +80,8 @@ _MISSED: tuple[tuple[str, _Read], ...] = (
 
 
 class Metrics:
-    """All metrics of one application. They are in a registry of their own, so that two applications in one process do
-    not share metrics."""
+    """All metrics of one application. Each application has its own Prometheus registry, so that two applications in one
+    process do not share metrics."""
 
     def __init__(self, engine: Engine, *, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -114,7 +118,7 @@ class Metrics:
         self._field_labels: set[str] = set()
         self._ignored.labels(model_name, "other")
         for reason in ("stop", "length", "abort", "error"):
-            # Prometheus computes a rate only from two values, so each series begins at 0
+            # Prometheus needs two values of a series to compute a rate, so each series starts with the value 0.
             self._success.labels(model_name, reason)
 
     def queued(self, seconds: float) -> None:
@@ -128,15 +132,17 @@ class Metrics:
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._success.labels(self.model_name, reason).inc()
-        if reason in ("stop", "length"):  # aborted choices end early and would lower the latency
+        if reason in ("stop", "length"):  # failed and aborted choices end early and would lower the latency
             self._e2e_latency.labels(self.model_name).observe(seconds)
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()
 
     def count_ignored_fields(self, names: Iterable[str]) -> None:
-        """Counts an ignored field for each of `names`. After MAX_FIELD_LABELS different names, further names count as
-        `other`."""
+        """Adds one to the counter of each field name in `names`, which one request had and the server ignored.
+
+        Only the first MAX_FIELD_LABELS different names get counters of their own; all later names count as `other`.
+        """
         for name in names:
             if len(self._field_labels) < MAX_FIELD_LABELS:
                 self._field_labels.add(name)
@@ -150,7 +156,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's statistics and the token counts each time Prometheus scrapes the server."""
+    """Gives Prometheus the engine's current statistics and token counts each time it scrapes the server."""
 
     def __init__(self, metrics: Metrics, engine: Engine) -> None:
         self._metrics, self._engine = metrics, engine

@@ -1,6 +1,8 @@
-"""The middleware that every request passes before a route handles it. It is plain ASGI and buffers no streams.
+"""The middleware that every request passes before the function of its route is called.
 
-`RequestContext` is outside the others and turns the exceptions that they raise into error replies.
+The classes are plain ASGI middleware, so that the events of a stream are sent at once and not buffered. A request
+passes first `RequestContext`, then `ApiKey`, then `JsonBody`. The class `RequestContext` also turns the exceptions that
+`ApiKey` and `JsonBody` raise into error replies.
 """
 
 from __future__ import annotations
@@ -31,31 +33,33 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_JSON_DEPTH = 64
-MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating one takes about 10 us
-# The maximum number of values in all lists and objects of a body is twice the number of tokens in Jamba's longest
-# context. Parsing and validating a body block all other requests for about 0.2 us per value.
+MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating each takes about 10 us
+# Maximum number of values in all lists and objects of a body together: twice the number of tokens in Jamba's longest
+# context. While a body is parsed and validated, all other requests wait, for about 0.2 us per value of the body.
 MAX_JSON_VALUES = 524_288
-MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; each unknown field name is compared with all known ones
+MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; each unknown name is compared with all known names
 MAX_LOGGED_PATH_CHARS = 256
-# Maximum size of a body that is checked in the event loop. A larger body would block the loop too long, so it is
-# checked in a thread.
+# Maximum size of a body, in bytes, that is checked in the event loop. The check of a larger body would block the event
+# loop too long, so it runs in a thread.
 CHECKED_AT_ONCE_BYTES = 64 * 1024
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
-# A JSON string, also one whose closing quote is missing. The possessive quantifiers of this expression never backtrack,
-# so the search takes linear time.
+# Matches a JSON string, even if its closing quote is missing. The possessive quantifiers (`*+`) never backtrack, so the
+# time of a search is proportional to the length of the text.
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
-# These paths need no API key. A browser that opens a page cannot send a key, and the pages reveal nothing secret.
+# These paths need no API key. A browser that opens a page cannot send a key, a health probe often has no key, and the
+# replies on these paths have no secrets.
 OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
 
 
 class RequestContext:
-    """Gives each request its id, counts and logs it, and turns exceptions into error replies.
+    """Gives each request an id, counts and logs the request, and turns exceptions into error replies.
 
-    `root_path` is the prefix under which a proxy publishes the server. The proxy may strip it from paths or leave it.
+    The argument `root_path` is the path prefix under which a proxy publishes the server. It does not matter whether the
+    proxy removes this prefix from the paths of requests.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, root_path: str) -> None:
@@ -98,10 +102,12 @@ class RequestContext:
 
 
 class ApiKey:
-    """Requires one of `keys` on every path except `open_paths` and the assets of /docs.
+    """Refuses requests without one of the API keys `keys`, except on `open_paths` and on the paths of the files of
+    /docs.
 
-    A client sends the key as a bearer token or in the header `x-api-key`. If it sends both headers, one valid key is
-    enough: the other header may hold a placeholder or the key of a gateway.
+    A client sends the key as a bearer token in the header `authorization`, or in the header `x-api-key`. If a client
+    sends both headers, one header with a valid key is enough, because the other header might hold a placeholder or the
+    key of a gateway.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str], open_paths: frozenset[str]) -> None:
@@ -125,7 +131,8 @@ class ApiKey:
         return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
 
     def _number_of_key(self, headers: Headers) -> int | None:
-        """Returns the position in `keys` of the valid key that the request carries, or None."""
+        """Returns the position in `keys` of the valid key in the request's headers, or None if there is no valid
+        key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
         # Every key is compared, so that the time of the comparison does not reveal which key matched.
@@ -134,11 +141,14 @@ class ApiKey:
 
 
 class JsonBody:
-    """Reads the body before the application does, and refuses one that is too large, too deep or not JSON in UTF-8."""
+    """Reads the whole body of a request before the application does.
+
+    Bodies that are too large, nested too deeply or not in UTF-8, and bodies of other types than JSON, are refused.
+    """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, body_timeout: float = 30.0) -> None:
-        """`body_timeout` is the number of seconds that may pass between two parts of a body. If more time passes, the
-        request gets status 408."""
+        """The argument `max_bytes` is the maximum size of a body. The argument `body_timeout` is the maximum number of
+        seconds between two parts of a body. If more time passes, the client gets status 408."""
         self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -192,9 +202,9 @@ class JsonBody:
 
 
 def clean_request_id(sent: str) -> str:
-    """Returns the client's request id with only characters that are safe in a header and a log line.
+    """Returns the request id that the client sent, without the characters that are unsafe in a header or a log line.
 
-    If no character is left, a new id is returned.
+    If the client sent no id, or if all of its characters are unsafe, a new id is returned.
     """
     return _NOT_IN_REQUEST_ID.sub("", sent[:MAX_REQUEST_ID_CHARS]) or uuid.uuid4().hex
 
@@ -202,7 +212,8 @@ def clean_request_id(sent: str) -> str:
 def check_json(body: bytes) -> None:
     """Raises RequestRejected for bodies that a JSON parser accepts but that would do harm after parsing.
 
-    These are encodings other than UTF-8, deep nesting, too many values, and halves of UTF-16 surrogate pairs.
+    These bodies are not in UTF-8, are nested too deeply, have too many values, fields or containers, or have one half
+    of a UTF-16 surrogate pair without the other half.
     """
     try:
         body.decode()
@@ -257,10 +268,11 @@ def _check_surrogates(body: bytes) -> None:
 
 
 def _canonical(scope: Scope) -> Scope:
-    """Returns the scope with the method and path that the routes expect.
+    """Returns a copy of the ASGI scope with the method and the path in the form that the routes expect.
 
-    HEAD becomes GET; the HTTP server leaves out the reply's body. A slash at the end of the path is dropped. The path
-    begins with the proxy's prefix, as ASGI requires, also if the proxy has stripped it.
+    The method HEAD becomes GET; the HTTP server leaves out the body of the reply to HEAD. A slash at the end of the
+    path is removed. The path prefix of the proxy is added if the proxy has removed it, because ASGI requires the
+    prefix.
     """
     method, path, root = scope["method"], scope["path"].rstrip("/"), scope["root_path"]
     if path != root and not path.startswith(f"{root}/"):
@@ -269,23 +281,24 @@ def _canonical(scope: Scope) -> Scope:
 
 
 def _has_route(scope: Scope) -> bool:
-    """Returns whether a route handles this path and method. If none does, the router answers 404 or 405, and the body
-    need not be read."""
+    """Returns whether the application has a route for the request's path and method. If it has none, the router answers
+    404 or 405, and the body need not be read."""
     return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes if not isinstance(route, Mount))
 
 
 def _latin_1(header: str) -> bytes:
-    """Returns the bytes of a header as the client sent them. ASGI servers decode headers as Latin-1."""
+    """Returns the value of a header as the bytes that the client sent. Starlette has decoded these bytes as Latin-1."""
     return header.encode("latin-1")
 
 
 def _printable(path: str) -> str:
-    """Returns the path percent-encoded, so that a line feed in a path cannot forge a line of the log."""
+    """Returns the path percent-encoded and cut, so that a line feed in the path cannot forge a line of the log."""
     return quote(path)[:MAX_LOGGED_PATH_CHARS]
 
 
 def _route_path(scope: Scope) -> str:
-    """Returns the path without the prefix under which a proxy publishes the server, as the routes declare it."""
+    """Returns the request's path as the routes declare it: without the prefix under which a proxy publishes the
+    server."""
     path: str = scope["path"]
     root_path: str = scope.get("root_path", "")
     return path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path

@@ -1,4 +1,7 @@
-"""The OpenAPI document: FastAPI derives it from the routes, and `App` adds how a client sends its API key."""
+"""The OpenAPI document of the server, which describes the API for tools.
+
+FastAPI derives the document from the routes. The class `App` adds how a client sends its API key.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-# A client may send its API key in either of these headers. Each is a security scheme, and the Authorize button of
-# /docs shows its name.
+# A client sends its API key in one of two headers. OpenAPI calls each way of sending the key a security scheme. The
+# Authorize button of /docs lists the names of the schemes.
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of --api-key, as OpenAI's clients send it."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
@@ -17,7 +20,7 @@ SECURITY_SCHEMES = {
 class App(FastAPI):
     """A FastAPI application whose OpenAPI document says which paths need an API key.
 
-    `open_paths` are the paths that need no key. None means that the server has no keys.
+    The argument `open_paths` has the paths that need no key. None means that no path of the server needs a key.
     """
 
     def __init__(self, *, open_paths: frozenset[str] | None, **settings: Any) -> None:

@@ -1,4 +1,7 @@
-"""Builds `SamplingParams` from a request's fields. A field that the request leaves out has the model's default."""
+"""Builds the engine's `SamplingParams` from the fields of an HTTP request, and checks them against the engine's limits.
+
+A sampling parameter that the request leaves out gets the default that the model's generation_config.json gives it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ T = TypeVar("T")
 
 
 class HasInfo(Protocol):
-    """An object with the engine's `EngineInfo`; the engine may run in this process or in a child process."""
+    """The type of an object that has the engine's limits as its property `info`, such as the engine's client."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -31,9 +34,12 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """Returns the sampling parameters of a request. `bad_words` has the token ids of the body's `bad_words`. `seed` is
-    used if the body has no seed. `logprobs` and `prompt_logprobs` are the numbers of most likely tokens to report for
-    each token."""
+    """Returns the sampling parameters of a request.
+
+    The argument `bad_words` has the token ids of the texts in the body's field `bad_words`. The argument `seed` is used
+    if the body has no seed. The arguments `logprobs` and `prompt_logprobs` say how many of the most likely tokens the
+    reply lists at each position of the generated text and of the prompt. None means no log-probabilities.
+    """
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -59,9 +65,11 @@ def sampling_params(
 def admit_prompt(
     token_ids: list[int], params: SamplingParams, engine: HasInfo, *, param: str, save_positions: tuple[int, ...] = ()
 ) -> Prompt:
-    """Checks a prompt and its parameters against the limits of the engine, and cuts max_tokens to the context length.
+    """Checks a prompt and its sampling parameters against the limits of the engine, and returns them as a `Prompt`.
 
-    Raises RequestRejected, whose error names the field `param`, from which the prompt came.
+    In the result, `max_tokens` is at most the number of tokens that the context has room for after the prompt. Raises
+    RequestRejected if a limit is exceeded. The argument `param` is the name of the request's field that has the prompt;
+    an error about the prompt names this field.
     """
     info = engine.info
     validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)

@@ -1,4 +1,4 @@
-"""`Services` holds the objects that the routes of one application share: the engine, the tokenizer, the metrics."""
+"""The class `Services` has the objects that all routes of one application use, such as the engine and the tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # number of threads for chat templates and tokenising; more threads would take cores from the engine
+TEXT_THREADS = 4  # threads for chat templates and tokenising; more threads would take CPU cores from the engine
 
 
 def _draw_seed() -> int:
@@ -42,7 +42,7 @@ class Services:
     metrics: Metrics
     demo: bool
     version: str
-    longest_token: int  # in bytes
+    longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
@@ -50,7 +50,10 @@ class Services:
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
 
     def model(self, requested: str | None) -> str:
-        """Returns the requested model name, or the first served name if none is requested. Raises ModelNotFound."""
+        """Returns the requested model name, or the server's first model name if the request has none.
+
+        Raises ModelNotFound if the requested name is none of the server's model names.
+        """
         served = self.config.served_model_name
         if requested is None:
             return served[0]
@@ -62,10 +65,12 @@ class Services:
         return Generation(spec, self.engine, self.tokenizer, self.metrics)
 
     def check_size(self, text: str, *, param: str) -> None:
-        """Raises RequestRejected for a text that exceeds the context even if each of its tokens has the maximum
-        number of bytes.
+        """Raises RequestRejected if a text has so many bytes that it exceeds the context length however it is
+        tokenised.
 
-        This check spares the seconds that tokenising several megabytes takes.
+        Such a text exceeds the context length even if each of its tokens is as long as the longest token of the
+        vocabulary. Without this check, tokenising a text of several megabytes would take seconds. The argument `param`
+        is the field of the request that the error names.
         """
         size, limit = len(text.encode()), self.engine.info.max_model_len
         if size > limit * self.longest_token:
@@ -77,20 +82,21 @@ class Services:
             )
 
     async def bad_words(self, words: list[str] | None) -> tuple[tuple[int, ...], ...]:
-        """Returns the token ids of a request's `bad_words`."""
+        """Returns the sequences of token ids that spell the texts in a request's field `bad_words`."""
         return await self.in_thread(lambda: bad_word_tokens(words, self.tokenizer)) if words else ()
 
     def begins_with_bos(self, text: str) -> bool:
-        """Returns whether a prompt begins with the text of the begin-of-text token, which some evaluation tools
-        send."""
+        """Returns whether a prompt begins with the text of the begin-of-text token. Some evaluation tools send such
+        prompts."""
         bos = self.tokenizer.named_tokens.get("bos_token")
         return bos is not None and text.startswith(bos)
 
     async def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Returns the token ids of a completion's prompt.
 
-        If the prompt begins with the text of the begin-of-text token, that text becomes the token, and no second one
-        is added: the model was not trained on texts with two, and its output for them is useless.
+        If the prompt begins with the text of the begin-of-text token, this text becomes one begin-of-text token, and no
+        second begin-of-text token is added. The model was not trained on texts with two begin-of-text tokens, and its
+        output for such texts is useless.
         """
         if not self.begins_with_bos(text):
             return await self.encode(text, add_special_tokens=add_special_tokens)
@@ -113,7 +119,7 @@ class Services:
         return await self.in_thread(lambda: template.render(turns, add_generation_prompt=add_generation_prompt))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Runs `work` in a thread. Long work in the event loop would block the streams of all other requests."""
+        """Calls `work` in a thread. A long call in the event loop would block the streams of all other requests."""
         return await anyio.to_thread.run_sync(work, limiter=self.threads)
 
 

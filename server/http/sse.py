@@ -1,4 +1,7 @@
-"""Sends a generation as one JSON reply or as server-sent events, and aborts it when the client disconnects."""
+"""Sends the choices of a generation as one JSON reply or as server-sent events.
+
+If the client disconnects, the generation is aborted.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ KEEP_ALIVE = b": keep-alive\n\n"
 async def answer(request: Request, writer: Writer, services: Services, *, stream: bool) -> Response:
     """Returns the reply to a request.
 
-    With `stream`, the generation runs while the reply is sent. Otherwise the generation has ended on return.
+    If `stream` is set, the generation runs later, while the reply is sent. Otherwise the generation runs to its end
+    before this function returns.
     """
     if stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
     choices = await until_disconnect(request.receive, writer.generation.collect())
-    if any(choice.scores for choice in choices):  # many log-probabilities take long to write, so a thread does it
+    if any(choice.scores for choice in choices):  # writing many log-probabilities takes long, so a thread does it
         body = await services.in_thread(lambda: writer.reply(choices).model_dump_json())
     else:
         body = writer.reply(choices).model_dump_json()
@@ -56,11 +60,12 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends the writer's events as they arrive, and a comment after every `keep_alive` seconds without an event.
+    """Sends each event of the writer as soon as it exists.
 
-    The reply begins when the engine has accepted the request. An exception before that becomes an ordinary error reply,
-    and a later one becomes an event of the stream. When the client disconnects, the generation is aborted at once,
-    also while it waits in the queue.
+    After every `keep_alive` seconds without an event, a comment is sent, so that proxies keep the connection open.
+    The reply begins when the engine has accepted the request. An exception before the beginning becomes an ordinary
+    error reply, and a later exception becomes an event of the stream. When the client disconnects, the generation is
+    aborted at once, even if its choices still wait in the engine's queue.
     """
 
     media_type = "text/event-stream"

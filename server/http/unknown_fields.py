@@ -1,6 +1,7 @@
-"""Ignores or refuses, as `--unknown-fields` says, the unknown fields that schemas/unknown.py has let pass.
+"""Ignores or refuses the unknown fields of a request, as the option `--unknown-fields` says.
 
-Those are fields that are no misspelling of a known field and that would not change the answer.
+The module schemas/unknown.py has already refused the unknown fields that look like a misspelling of a known field or
+that would change the answer. This module decides about all other unknown fields.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 def settle_unknown_fields(body: BaseModel, request: Request, services: Services) -> None:
-    """Counts the unknown fields of a body and names them in the reply's header X-Ignored-Fields.
+    """Counts the unknown fields of a body in the metrics and lists their names in the reply's header X-Ignored-Fields.
 
-    Raises RequestRejected instead if the server runs with `--unknown-fields reject`. Every route that takes a body
-    calls this function first.
+    If the server runs with `--unknown-fields reject` and there are unknown fields, raises RequestRejected instead.
+    Every route that takes a body calls this function before it uses the engine.
     """
     names = dict.fromkeys(_printable(path) for path in unknown_fields(body))
     if not names:
@@ -43,13 +44,16 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
 
 
 def add_reply_header(request: Request, name: str, value: str) -> None:
-    """Adds a header to the reply, even if the reply is an error or a stream. `RequestContext` sends the added
-    headers."""
+    """Adds a header to the reply, even if the reply is an error or a stream. The class `middleware.RequestContext`
+    sends the added headers."""
     request.scope["state"].setdefault("reply_headers", {})[name] = value
 
 
 def warn_of_bos(request: Request, services: Services) -> None:
-    """Warns, in the header X-Warning, that the begin-of-text token's text in the prompt was read as that token."""
+    """Adds the header X-Warning to the reply of a prompt that begins with the text of the begin-of-text token.
+
+    The header says that the text was read as the token, and that no second begin-of-text token was added.
+    """
     bos = _NOT_ASCII.sub("?", services.tokenizer.named_tokens["bos_token"][:MAX_NAME_CHARS])
     add_reply_header(
         request,
@@ -59,12 +63,13 @@ def warn_of_bos(request: Request, services: Services) -> None:
 
 
 def _printable(path: str) -> str:
-    """Returns a field's path, shortened, with only characters that are safe in a header and a metric's label."""
+    """Returns the path of a field, cut, with "?" for each character that is unsafe in a header or a metric's label."""
     return _NOT_IN_A_NAME.sub("?", path[:MAX_NAME_CHARS])
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Returns a text with as many names as fit into MAX_HEADER_CHARS characters, and the number of names left out."""
+    """Returns the names that fit into MAX_HEADER_CHARS characters, as one text that ends with the number of omitted
+    names."""
     listed, left = "", list(names)
     while left and len(listed) + len(left[0]) + 2 <= MAX_HEADER_CHARS:
         listed += (", " if listed else "") + left.pop(0)

@@ -1,4 +1,4 @@
-"""The pages for a browser: GET / describes this server, and GET /docs describes its API.
+"""The pages for a browser: GET / shows the names and links of this server, and GET /docs shows its API.
 
 Both pages work without an API key and without internet access.
 """
@@ -53,17 +53,17 @@ async def docs(request: Request) -> Response:
         swagger_favicon_url=NO_ICON,
         swagger_ui_parameters={
             "validatorUrl": None
-        },  # by default Swagger UI sends the document to a validator on the internet
+        },  # by default Swagger UI sends the OpenAPI document to a validator on the internet
     )
 
 
 def swagger_assets() -> StaticFiles:
-    """Returns the files of Swagger UI, which the package fastapi-offline contains. None of its code is used."""
+    """Returns the files of Swagger UI. They are in the package fastapi-offline, whose Python code is not used."""
     return StaticFiles(packages=[("fastapi_offline", "static")])
 
 
 def _prefix(request: Request) -> str:
-    """Returns the path under which a proxy publishes this server, or an empty string if there is none."""
+    """Returns the path prefix under which a proxy publishes this server, or an empty string if there is no prefix."""
     return request.scope["root_path"].rstrip("/")
 
 

@@ -1,4 +1,5 @@
-"""The JSON reply of a route, and the error replies that the OpenAPI document lists for it."""
+"""A function that builds the JSON reply of a route, and the error replies that the OpenAPI document lists for
+routes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from starlette.responses import Response
 
 from jamba_server.server.http.schemas.base import ErrorReply
 
-# These error replies are declared for the OpenAPI document. `http/errors.py` makes the replies that are sent.
+# The error replies that the OpenAPI document lists for a route. The module http/errors.py builds the replies
+# themselves.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 

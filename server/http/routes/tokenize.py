@@ -22,7 +22,7 @@ from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn_
 
 router = APIRouter(tags=["text"])
 
-# The class of transformers that reads every tokenizer.json, whichever class has written the file.
+# The class of Hugging Face transformers that can load the file tokenizer.json of any model.
 TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 
 
@@ -54,7 +54,7 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
     assert body.prompt is not None, "the schema requires either messages or prompt"
     special = services.tokenizer.special_tokens.get(body.prompt)
     if special is not None and body.add_special_tokens is False:
-        return [special]  # lm-eval sends such a request to learn the id of the end-of-text token
+        return [special]  # the tool lm-eval sends such a request to learn the id of the end-of-text token
     services.check_size(body.prompt, param="prompt")
     return await services.encode_prompt(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 

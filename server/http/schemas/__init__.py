@@ -1,4 +1,5 @@
 """The types of requests and replies: OpenAI's fields and vLLM's extra ones.
 
-Values are not converted: a number sent as a string is refused. `unknown.py` says which unknown fields are refused.
+Values are not converted: for example, a number that is sent as a string is refused. The module unknown.py decides which
+unknown fields are refused.
 """

@@ -18,14 +18,17 @@ from jamba_server.engine.validation import (
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.unknown import nearest, peer_problem
 
-MAX_CHOICES = 128  # for one prompt
-MAX_STOPS = 64  # maximum number of stop strings; the time to search a reply is proportional to it
+MAX_CHOICES = 128  # maximum value of `n`, the number of choices for one prompt
+MAX_STOPS = 64  # maximum number of stop strings in a request; each one adds to the time to search a reply
 MAX_BAD_WORDS = 64
 MAX_CACHE_SALT_CHARS = 128
 
 
 def within(field: str, *, low: float | None = None) -> Any:
-    """Returns the range of a sampling parameter from the engine's table RANGES. `low` replaces its lower bound."""
+    """Returns pydantic's declaration of the range of a sampling parameter, which the engine's table RANGES has.
+
+    If `low` is given, it replaces the lower bound in the table.
+    """
     bounds = RANGES[field]
     if bounds.open:
         return Field(gt=bounds.low, le=bounds.high)
@@ -33,15 +36,19 @@ def within(field: str, *, low: float | None = None) -> Any:
 
 
 def invalid(why: str, *, field: str, kind: LiteralString = "invalid") -> PydanticCustomError:
-    """Returns pydantic's error for one field. Validators that see a whole object use it.
+    """Returns pydantic's error for the field named `field`. Validators of a whole object raise it.
 
-    `why` is the predicate of a sentence that begins with the field's name, such as "is required".
+    The argument `why` is the predicate of a sentence that begins with the field's name, such as "is required".
     """
     return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
 
 
 class RequestBody(BaseModel):
-    """The base class of all JSON objects in requests. pydantic stores fields that a schema lacks in `model_extra`."""
+    """The base class of all JSON objects in requests.
+
+    pydantic stores the unknown fields of an object in the attribute `model_extra`. The class attribute `peers` has the
+    fields of other servers that the object is checked for.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
     peers: ClassVar[peer_fields.PeerFields] = peer_fields.NONE
@@ -51,7 +58,7 @@ class RequestBody(BaseModel):
     def _check_unknown(cls, data: Any) -> Any:
         """Refuses unknown fields that would change the answer or that look like a misspelling of a known field.
 
-        `--unknown-fields` decides about the other unknown fields.
+        The option `--unknown-fields` says whether all other unknown fields are ignored or refused.
         """
         if not isinstance(data, dict):
             return data
@@ -74,8 +81,10 @@ class Reply(BaseModel):
 
 
 def not_yet(feature: str = "") -> PydanticCustomError:
-    """Returns pydantic's error for a field that is not supported yet. If `feature` is given, only that feature of the
-    field is not supported."""
+    """Returns pydantic's error for a field that this server does not support yet.
+
+    If `feature` is given, the error says that the server lacks only this feature of the field.
+    """
     why = f"has {NotSupportedYet(feature)}" if feature else "is not supported yet"
     return PydanticCustomError("not_supported_yet", "{why}", {"why": why.removesuffix(".")})
 
@@ -83,7 +92,8 @@ def not_yet(feature: str = "") -> PydanticCustomError:
 def unsupported(*neutral: object) -> BeforeValidator:
     """Returns a validator for a known field of the API that this server does not support.
 
-    It accepts null and the `neutral` values, which request nothing, and refuses all other values.
+    The validator accepts null and the values in `neutral`, which leave the answer unchanged. It refuses all other
+    values.
     """
 
     def refuse(value: object) -> object:
@@ -112,7 +122,7 @@ ResponseFormat = Annotated[TextFormat | None, BeforeValidator(_only_text)]
 def string_or_list(value: object) -> str | None:
     """Returns the tag that tells pydantic whether to validate the value as a string or as a list.
 
-    Tags are in parentheses, because findings.py leaves such parts out of the paths in errors.
+    Tags are in parentheses, because findings.py leaves out parts in parentheses when it names a field in an error.
     """
     return "(string)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
@@ -130,7 +140,7 @@ Stop = Annotated[
 
 
 def _token_ids(value: object) -> object:
-    """Converts the keys of `logit_bias` to token ids, because JSON objects can have only strings as keys."""
+    """Converts the keys of `logit_bias` from strings to token ids. All keys of a JSON object are strings."""
     if not isinstance(value, dict):
         return value
     try:
@@ -152,12 +162,12 @@ LogitBias = Annotated[
     BeforeValidator(_token_ids),
 ]
 BadWord = Annotated[str, Field(min_length=1, max_length=256), BeforeValidator(_not_blank)]
-# The value -1 means that the number of tokens in a reply has no limit, as in llama.cpp's API.
+# Maximum number of tokens in a reply. The value -1 means no limit other than the context length, as in llama.cpp.
 TokenLimit = Annotated[int, within("max_tokens", low=-1)]
 
 
 class StreamOptions(RequestBody):
-    """Options for the content of a stream's events."""
+    """Options that say which additional data the events of a stream have."""
 
     include_usage: Annotated[
         bool | None, Field(description="Send one more event with the token counts at the end.")
@@ -194,8 +204,10 @@ class NoEffect(RequestBody):
 
 
 class GenerationBody(NoEffect):
-    """The fields that chats and completions share. A sampling parameter that is None has the default of the model's
-    generation_config.json."""
+    """The fields that requests for chat completions and for completions have in common.
+
+    A sampling parameter that is null or missing gets its default from the model's generation_config.json.
+    """
 
     model: Annotated[
         Annotated[str, Field(max_length=512)] | None,
@@ -238,7 +250,7 @@ class GenerationBody(NoEffect):
         LogitBias | None, Field(description="Maps token ids, as strings, to numbers that are added to their logits.")
     ] = None
 
-    # The following fields are not OpenAI's but vLLM's.
+    # The following fields are not in OpenAI's API; vLLM has them.
     top_k: Annotated[
         Annotated[int, within("top_k", low=-1)] | None,
         Field(description="Sample from this number of the most likely tokens. 0 and -1 mean all tokens."),
@@ -298,7 +310,7 @@ class GenerationBody(NoEffect):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        """Removes fields that are null, so that they get their default, which may be a number or a bool."""
+        """Removes optional fields whose value is null, so that these fields get their default values."""
         if not isinstance(data, dict):
             return data
         fields = cast("dict[str, Any]", data)
@@ -315,7 +327,10 @@ class GenerationBody(NoEffect):
         return self
 
     def reply_limit(self, *, default: int, context: int) -> int:
-        """Returns the maximum number of tokens in the reply, which is `default` if the client sends no limit."""
+        """Returns the maximum number of tokens in the reply.
+
+        It is `default` if the client sends no limit, and the context length `context` if the client sends -1.
+        """
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return default if limit is None else context if limit == -1 else limit
 

@@ -32,7 +32,7 @@ def _only_text_part(value: Any) -> Any:
 
 
 class TextPart(RequestBody):
-    """One part of a message's content. Only parts with text are supported."""
+    """One part of the content of a message, if the content is a list. Only parts that are texts are supported."""
 
     type: Annotated[Literal["text"], Field(description='Must be "text", because the model reads only text.')]
     text: Annotated[str, Field(description="The text of this part.")]
@@ -56,7 +56,7 @@ def _role(value: Any) -> Any:
 
 
 class ChatMessage(RequestBody):
-    """One message of a conversation. Content that is null is an empty text."""
+    """One message of a conversation. If its `content` is null, the text of the message is empty."""
 
     peers = peer_fields.MESSAGE
 
@@ -79,7 +79,7 @@ class ChatMessage(RequestBody):
         unsupported(""),
         Field(description="The id of the tool call that this message answers. Not supported yet."),
     ] = None
-    # The following fields are part of an assistant's reply. Clients send them back with the conversation.
+    # OpenAI's replies have the following fields. Clients send them back when they continue the conversation.
     annotations: Annotated[
         list[Any] | None,
         Field(description="Notes on an earlier reply, which clients send back. They have no effect."),
@@ -111,13 +111,13 @@ class ChatMessage(RequestBody):
 
     @property
     def text(self) -> str:
-        """The text of the message. Line feeds separate its parts."""
+        """The text of the message. If the content has several parts, line feeds separate their texts."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
 
     def to_template(self) -> dict[str, object]:
-        """Returns the message in the form that chat templates expect."""
+        """Returns the message as a dictionary with the keys `role`, `content` and `name`, which chat templates read."""
         message: dict[str, object] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.text,
@@ -133,7 +133,7 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 class ChatCompletionRequest(GenerationBody):
     """A request for a chat completion, with OpenAI's fields and vLLM's extra ones.
 
-    If the request has no token limit, the reply may fill the rest of the context.
+    If the request sets no maximum number of tokens, the reply may fill the part of the context that the prompt leaves.
     """
 
     model_config = ConfigDict(

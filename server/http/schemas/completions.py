@@ -19,7 +19,7 @@ from jamba_server.server.http.schemas.base import (
 )
 
 MAX_PROMPTS = 1024
-MAX_REQUEST_CHOICES = 1024  # limit of the number of prompts multiplied by `n`
+MAX_REQUEST_CHOICES = 1024  # maximum number of choices in a request: number of prompts multiplied by `n`
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
@@ -27,7 +27,8 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 def _kind(value: object) -> str | None:
     """Returns the tag that tells pydantic which of the four forms of a prompt to validate.
 
-    For a list, the first element decides.
+    The forms are a string, a list of strings, a list of token ids and a list of lists of token ids. The form of a list
+    is decided by its first element.
     """
     if isinstance(value, str):
         return "(string)"
@@ -53,7 +54,8 @@ Prompt = Annotated[
 class CompletionRequest(GenerationBody):
     """A request for a completion, with OpenAI's fields and vLLM's extra ones.
 
-    A request with `echo`, `logprobs` and `max_tokens` 0 returns only the prompt with its log-probabilities.
+    If a request has `echo`, `logprobs` and a `max_tokens` of 0, the reply has only the prompt and the log-probabilities
+    of the prompt's tokens.
     """
 
     model_config = ConfigDict(
@@ -102,7 +104,7 @@ class CompletionRequest(GenerationBody):
             case str() as text:
                 return [text]
             case [int(), *_]:
-                # The validator has checked that all elements of the list have the type of its first one.
+                # pydantic has checked that all elements of the list have the same type as its first element.
                 return [self.prompt]  # pyright: ignore[reportReturnType]
             case prompts:
                 return prompts  # pyright: ignore[reportReturnType]
@@ -129,7 +131,7 @@ class CompletionChoice(Reply):
 
 
 class Completion(Reply):
-    """The whole reply, or one event of a stream, which has the same fields."""
+    """The whole reply of /v1/completions, or one event of a stream. Both have the same fields."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

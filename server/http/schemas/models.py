@@ -33,7 +33,8 @@ ModelName = Annotated[str, Field(max_length=512)]
 class TokenizeRequest(RequestBody):
     """A request for the token ids of either `prompt` or `messages`.
 
-    `add_special_tokens` concerns only `prompt`: for `messages` the chat template writes the special tokens.
+    The field `add_special_tokens` affects only `prompt`, because the chat template writes the special tokens of
+    `messages`.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time"}]})
@@ -71,8 +72,7 @@ class TokenizeReply(Reply):
 
 
 class TokenizerInfoReply(Reply):
-    """The fields of vLLM's endpoint of the same name, which come from tokenizer_config.json, and the ids of its special
-    tokens."""
+    """The reply of /tokenizer_info: the fields of the same endpoint in vLLM, and the ids of the special tokens."""
 
     tokenizer_class: str
     model_max_length: int
@@ -88,7 +88,7 @@ class TokenizerInfoReply(Reply):
 
 
 class DetokenizeRequest(RequestBody):
-    """A request for the text of token ids."""
+    """A request for the text that a list of token ids decodes to."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [1, 4, 4]}]})
     peers = peer_fields.DETOKENIZE
@@ -104,14 +104,20 @@ class DetokenizeReply(Reply):
 
 
 class HealthReply(Reply):
-    """The state of the server. `reason` says why it is not well, also with status "ok" while the engine restarts."""
+    """The state of the server. The field `reason` says why the server cannot run requests now.
+
+    While the engine restarts, the status of /health is "ok", and `reason` says that it restarts.
+    """
 
     status: Literal["ok", "loading", "dead", "ready", "not ready", "live"]
     reason: str | None = None
 
 
 class LoadingReply(HealthReply):
-    """The progress of the engine's first start: the `fraction`, from 0 to 1, of the current `phase` that is done."""
+    """The progress of the engine's first start.
+
+    The field `phase` names the current phase. The field `fraction`, from 0 to 1, says how much of this phase is done.
+    """
 
     phase: str
     fraction: float

@@ -1,9 +1,10 @@
-"""Tables of request fields that other servers have and this server lacks, and that would change the answer.
+"""Tables of request fields that would change the answer, that other servers have and that this server lacks.
 
-If such a field were ignored, the client would get another answer than it requested. A request with one is therefore
-refused, with an error that names the field, unless its value is neutral, that is, would not change the answer.
-`RequestBody.peers` says which table applies to a request. Fields that do not affect the answer, such as `cache_prompt`,
-`keep_alive` and `request_id`, are not listed here and are ignored.
+If this server ignored a field of the tables, the client would get another answer than it requested. A request with such
+a field is therefore refused, with an error that names the field. The request is accepted if the value of the field is
+neutral, that is, if the value would not change the answer. The attribute `RequestBody.peers` says which table a request
+is checked against. Fields that do not affect the answer, such as `cache_prompt`, `keep_alive` and `request_id`, are not
+in the tables.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class PeerField:
-    """A request field of the server named `of`. The value null and the values in `neutral` do not change the answer.
+    """A request field of another server.
 
-    `switches` are fields that turn this one on: if the request has one of them with a neutral value, any value of this
-    field is accepted. `instead` is the name of this server's field with the same meaning.
+    The attribute `of` is the name of the other server. The value null and the values in `neutral` do not change the
+    answer. The attribute `switches` has the names of fields that turn this field on. If the request has one of the
+    switches with a neutral value, this field has no effect, and all its values are accepted. The attribute `instead` is
+    the name of this server's own field with the same meaning, or "" if there is none.
     """
 
     of: str

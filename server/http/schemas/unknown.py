@@ -1,8 +1,8 @@
 """Finds the unknown fields of a request and decides which of them are refused.
 
-A field that looks like a misspelling of a known one, and a field of another server that would change the answer, are
-refused. pydantic keeps all other unknown fields (`extra="allow"`), `unknown_fields` lists them, and `--unknown-fields`
-says whether they are ignored or refused.
+Two kinds of unknown fields are always refused: fields that look like a misspelling of a known field, and fields of
+other servers that would change the answer. pydantic keeps all other unknown fields (`extra="allow"`), and the function
+`unknown_fields` lists them. The option `--unknown-fields` says whether they are ignored or refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from jamba_server.server.http.schemas.peer_fields import PeerField, PeerFields
 
 MIN_SLIP_CHARS = 4  # shorter field names resemble each other by chance and are never taken for misspellings
-SHORT_NAME_CHARS = 6  # in names of up to this length a misspelling has one edit, in longer names one or two
+SHORT_NAME_CHARS = 6  # up to this length, a misspelling has one edit; in longer names, one or two
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -26,9 +26,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _slip(name: str, other: str, limit: int) -> int | None:
-    """Returns the number of edits between two names if it is at most `limit`, and None otherwise.
+    """Returns the number of edits that turn one name into the other, or None if it exceeds `limit`.
 
-    Most pairs are rejected before the slow count, because they differ in more letters than `limit` edits can change.
+    Counting edits is slow. For most pairs of names it is not needed, because their lengths or their sets of letters
+    differ by more than `limit` edits can change.
     """
     if min(len(name), len(other)) < MIN_SLIP_CHARS or abs(len(name) - len(other)) > limit:
         return None
@@ -39,8 +40,11 @@ def _slip(name: str, other: str, limit: int) -> int | None:
 
 
 def edits(a: str, b: str) -> int:
-    """Returns the Damerau-Levenshtein distance of two texts in which no letter is edited twice (optimal string
-    alignment). An edit inserts, deletes or replaces a letter, or swaps two neighbours."""
+    """Returns the minimum number of edits that turn the text `a` into the text `b`.
+
+    An edit inserts, deletes or replaces a letter, or swaps two neighbouring letters. No letter is edited twice: this is
+    the optimal string alignment distance.
+    """
     before, previous, current = [0], [0], list(range(len(b) + 1))
     for i, char in enumerate(a, start=1):
         before, previous, current = previous, current, [i]
@@ -53,7 +57,10 @@ def edits(a: str, b: str) -> int:
 
 
 def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str | None:
-    """Returns why `body` is refused because of `name`, a field of another server, or None if `body` is not refused."""
+    """Returns the reason, as the predicate of a sentence, to refuse a request because of its unknown field `name`.
+
+    Returns None if `peers` does not list this field, or if the field would not change the answer.
+    """
     if (field := peers.get(name)) is None or field.is_neutral(body[name]) or _is_off(field, body, peers):
         return None
     hint = f"; send `{field.instead}` instead" if field.instead else ""
@@ -61,13 +68,16 @@ def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str |
 
 
 def _is_off(field: PeerField, body: Mapping[str, Any], peers: PeerFields) -> bool:
-    """Returns whether the field is turned off. It is if one of the fields in `switches` is in the body with a neutral
-    value."""
+    """Returns whether the request turns `field` off: it does if it has one of the fields in `field.switches` with a
+    neutral value."""
     return any(name in body and name in peers and peers[name].is_neutral(body[name]) for name in field.switches)
 
 
 def unknown_fields(body: BaseModel) -> Iterator[str]:
-    """Yields the paths of all unknown fields in a body, nested ones included. The items of a list share one path."""
+    """Yields the paths of all unknown fields in a body, including unknown fields of nested objects.
+
+    The path of a field in an item of a list does not have the position of the item.
+    """
     yield from body.model_extra or ()
     for name in type(body).model_fields:
         value = getattr(body, name)

@@ -1,4 +1,5 @@
-"""Writers build the replies and events of the generating endpoints, one module for each endpoint.
+"""Writers build the JSON replies and the events of streams for /v1/chat/completions and /v1/completions.
 
-`sse.answer` calls them through the interface `writer.Writer`.
+Each endpoint has a module with its writer. The function `sse.answer` calls the writer through the interface
+`writer.Writer`.
 """

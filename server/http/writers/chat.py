@@ -1,4 +1,4 @@
-"""`ChatWriter` writes the replies of /v1/chat/completions."""
+"""The class `ChatWriter` builds the replies of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jamba_server.server.http.writers.writer import ChunkWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatWriter(ChunkWriter[ChunkChoice]):
-    """Writes a reply as one `chat.completion` object, or as events that are `chat.completion.chunk` objects."""
+    """Builds one `chat.completion` object, or the events of a stream, which are `chat.completion.chunk` objects."""
 
     def reply(self, choices: list[ChoiceDelta]) -> ChatCompletion:
         return ChatCompletion(
@@ -44,12 +44,18 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
         )
 
     def begin(self) -> Iterable[bytes]:
-        """Yields one event for every choice with the role "assistant", which shows that the request is accepted."""
+        """Yields one event for each choice. The event has the role "assistant" and no text.
+
+        It tells the client that the engine has accepted the request.
+        """
         for index in range(self.generation.num_choices):
             yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
-        """Yields one event with the delta's text and log-probabilities, and another one with its finish reason."""
+        """Yields an event with the delta's text and log-probabilities, and an event with the delta's finish reason.
+
+        An event that would have no content is left out.
+        """
         if delta.text or delta.scores:
             content = Delta(content=delta.text)
             yield self._event(ChunkChoice(index=delta.index, delta=content, logprobs=self._logprobs(delta.scores)))

@@ -1,4 +1,4 @@
-"""`CompletionWriter` writes the replies of /v1/completions."""
+"""The class `CompletionWriter` builds the replies of /v1/completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from jamba_server.server.http.writers.writer import ChunkWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionWriter(ChunkWriter[CompletionChoice]):
-    """Writes `text_completion` objects: the whole reply is one, and so is every event of a stream."""
+    """Builds `text_completion` objects. A reply without `stream` is one such object, and so is each event of a
+    stream."""
 
     def reply(self, choices: list[ChoiceDelta]) -> Completion:
         return self._chunk([self._choice(choice) for choice in choices], self.generation.usage)
@@ -43,10 +44,10 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
         )
 
     def _top(self, score: TokenScore) -> dict[str, float] | None:
-        """Maps the text of each of the most likely tokens to its log-probability, the most likely token first. The
-        token of `score` itself is at the end.
+        """Returns the texts and log-probabilities of the most likely tokens at a position, the most likely token first.
 
-        If several tokens have the same text, the most likely of them is kept.
+        The last entry is the token of `score`, which the reply has at this position, unless an earlier entry has the
+        same text. If several tokens have the same text, only the most likely of these tokens is listed.
         """
         if score.logprob is None:
             return None

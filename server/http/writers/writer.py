@@ -1,4 +1,7 @@
-"""`Writer` is the interface of the classes that write an endpoint's replies, as one object or as a stream of events."""
+"""`Writer` is the interface of the classes that build an endpoint's replies.
+
+A reply is either one JSON object or a stream of server-sent events.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,19 @@ C = TypeVar("C")  # the type of the entries in an event's field `choices`
 
 
 class Writer(ABC):
-    """Writes the reply to one request. Each event is the bytes of one server-sent event with the empty line at its end.
+    """Builds the reply to one request. Its methods return each server-sent event as bytes, with the empty line that
+    ends the event.
 
-    `sse.answer` runs `generation`. For a single reply it calls only `reply`. For a stream it calls `begin`, then
-    `write` for every delta, and then `end`, or `fail` after an error.
+    The function `sse.answer` runs the writer's `generation`. For a reply without `stream` it calls only the method
+    `reply`. For a stream it calls `begin`, then `write` for every delta, and then `end`, or `fail` after an error.
     """
 
     generation: Generation
 
     @abstractmethod
     def reply(self, choices: list[ChoiceDelta]) -> BaseModel:
-        """Returns the whole reply. `choices` has one delta for each choice, with the choice's whole text, ordered by
-        index."""
+        """Returns the whole reply as one object. The list `choices` has one delta with the whole text of each choice,
+        in the order of the choices' indices."""
 
     @abstractmethod
     def begin(self) -> Iterable[bytes]:
@@ -39,7 +43,7 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
-        """Returns the events that carry one delta of one choice."""
+        """Returns the events that have the text, log-probabilities and finish reason of `delta`."""
 
     @abstractmethod
     def end(self) -> Iterable[bytes]:
@@ -47,14 +51,15 @@ class Writer(ABC):
 
     @abstractmethod
     def fail(self, error: bytes) -> Iterable[bytes]:
-        """Returns the events that end the stream after an error. `error` is the body of an error reply, as JSON."""
+        """Returns the events that end the stream after an error. The argument `error` is the error as a JSON object."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkWriter(Writer, Generic[C]):
-    """The common part of the writers for chats and completions: every event has `choices` and optionally `usage`.
+    """The common part of the writers for chats and completions: each event is a JSON object with the field `choices`.
 
-    With `with_usage`, one more event at the end has the token counts. With `with_usage_so_far`, every event has them.
+    If `with_usage` is set, the stream has one more event at its end, whose field `usage` has the token counts. If
+    `with_usage_so_far` is set too, every event has the token counts up to that event.
     """
 
     generation: Generation
