@@ -1,5 +1,5 @@
-"""Writes the tables of docs/api.md: they say for each field of a request whether the server honours, ignores or refuses
-it.
+"""Writes the tables of docs/api.md. For each field of a request, the tables say whether the server honours, ignores or
+refuses the field.
 
 python -m tools.api_page            rewrites the tables between the page's markers
 python -m tools.api_page --check    fails where the page and the schemas differ
@@ -35,8 +35,8 @@ WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
 
 
 def fate(name: str, field: FieldInfo) -> str:
-    """Returns "refused" for a field that this server knows but does not support, "ignored" for a field without an
-    effect, and "honoured" for every other field."""
+    """Returns how the server treats a field of a request. The result is "refused" for a field that the server knows but
+    does not support, "ignored" for a field without an effect, and "honoured" for all other fields."""
     for item in field.metadata:
         if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
             return "refused"
@@ -53,8 +53,8 @@ def field_table(schema: type[BaseModel]) -> str:
 
 
 def peer_table() -> str:
-    """Returns a table of the fields that other servers accept and this server refuses. The table has one line for each
-    of the other servers."""
+    """Returns a table of the request fields that other servers accept and this server refuses. The table has one line
+    for each of these other servers."""
     by_server: dict[str, list[str]] = {}
     tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers]
     for name, field in {name: field for table in tables for name, field in table.items()}.items():

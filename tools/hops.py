@@ -1,4 +1,5 @@
-"""Counts the hops of a chat request, which are the steps from one module to the next: `python -m tools.hops`.
+"""Counts the hops of a chat request, `python -m tools.hops`. A hop is a step from a function of one module to a
+function of another module.
 
 The program serves one streamed chat request with the demonstration checkpoint. The real application runs in this
 process, and the real engine runs in a process of its own. Both record the stack of calls at these moments:
@@ -34,24 +35,27 @@ from typing import Any, NamedTuple
 
 PACKAGE = "jamba_server."
 PATH = "/v1/chat/completions"
-MARK = b"chatcmpl-"  # the request's id begins with these bytes, which therefore mark the messages of this request
+# the id of a chat request begins with these bytes, so a message that contains them carries the traced request or its
+# reply
+MARK = b"chatcmpl-"
 STDLIB = sysconfig.get_path("stdlib")
 BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "max_tokens": 8}
 
 
 class Call(NamedTuple):
-    """A call, on a stack, of a function of this project. `module` is the name of the function's module without the
-    package's name."""
+    """A call of a function of this project, as found on a stack. The field `module` is the name of the function's
+    module without the package's name."""
 
     module: str
     function: str
 
 
-Stack = tuple[Call, ...]  # a stack is ordered from the outermost call to the innermost
+Stack = tuple[Call, ...]  # the first call is the outermost and the last call is the innermost
 
 
 class Ways(NamedTuple):
-    """The calls on the request's way to the kernels and on the tokens' way back.
+    """The calls on two ways: the way of the request down to the kernels, and the way of the generated tokens back to
+    the client.
 
     A way has several parts, which a queue or a socket separates.
     """
@@ -61,8 +65,8 @@ class Ways(NamedTuple):
 
 
 class Stacks:
-    """Returns stacks of calls in one process. For a call in an asyncio task or a method of an object, the stack begins
-    with the calls that created the task or object."""
+    """Finds the stacks of calls in one process. For a call in an asyncio task or a method of an object, the stack
+    begins with the calls that created this task or object."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[object, Stack]] = {}
@@ -83,28 +87,28 @@ class Stacks:
         return self.of(inspect.currentframe())
 
     def make_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Any:
-        """Creates an asyncio task and records the stack that creates it. This method is the task factory of the event
-        loop."""
+        """Creates an asyncio task and records the stack of the calls that create it. The event loop calls this method
+        to create every task."""
         task = asyncio.Task(work, loop=loop, **options)
         self._tasks[task] = self.here()
         return task
 
     def profile(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the stack that creates each object of this project. This method is made the profile function with
-        sys.setprofile."""
+        """Records, for each object of this project, the stack of the calls that create the object. Python calls this
+        method at every function call, because it is set with sys.setprofile."""
         if event == "call" and frame.f_code.co_name == "__init__" and called(frame) is not None:
             made = frame.f_locals["self"]
             self._made[id(made)] = made, self.of(frame)
 
 
 def called(frame: FrameType) -> Call | None:
-    """Returns the call that a frame belongs to, or None if its function is not of this project."""
+    """Returns the call whose frame is `frame`, or None if the called function is not part of this project."""
     module: str = frame.f_globals.get("__name__", "")
     return Call(module.removeprefix(PACKAGE), frame.f_code.co_qualname) if module.startswith(PACKAGE) else None
 
 
 def is_foreign(frame: FrameType | None) -> bool:
-    """Returns whether a frame belongs to a package other than this project and the standard library."""
+    """Returns whether the code of a frame is part of neither this project nor Python's standard library."""
     name = "" if frame is None or called(frame) else frame.f_code.co_filename
     return bool(name) and (not name.startswith(STDLIB) or "site-packages" in name)
 
@@ -117,7 +121,8 @@ def current_task() -> asyncio.Task[Any] | None:
 
 
 def before(owner: Any, name: str, look: Callable[..., None]) -> None:
-    """Replaces a method, so that `look` is called with the method's arguments before each call of the method."""
+    """Replaces the method `name` of the object `owner`, so that each call first calls the function `look` with the same
+    arguments."""
     method = getattr(owner, name)
 
     def looked_at(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +133,8 @@ def before(owner: Any, name: str, look: Callable[..., None]) -> None:
 
 
 def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
-    """Replaces a coroutine method, so that `look` is called with the method's result after each call of the method."""
+    """Replaces the coroutine method `name` of the object `owner`, so that the function `look` is called with each
+    result of the method."""
     method = getattr(owner, name)
 
     async def looked_at(*args: Any) -> Any:
@@ -139,11 +145,12 @@ def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
     setattr(owner, name, looked_at)
 
 
-# The following code runs in the engine's process.
+# The following code runs in the process of the engine.
 
 
 class EngineTrace:
-    """Records the stacks in the engine's process and writes them to a file when the first tokens are sent."""
+    """Records stacks of calls in the engine's process. Writes them to a file when the first tokens of the reply are
+    sent."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._stacks = path, Stacks()
@@ -152,8 +159,8 @@ class EngineTrace:
         self._results: Stack = ()
 
     def reader(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the stack of the innermost call that has the request as an argument. This method is the profile
-        function of the thread that reads the socket."""
+        """Records the stack of the innermost call that has the request as an argument. Python calls this method at
+        every function call in the thread that reads the socket."""
         if event != "call" or called(frame) is None:
             return
         for value in frame.f_locals.values():
@@ -161,7 +168,8 @@ class EngineTrace:
                 self._inbox = self._stacks.of(frame)
 
     def loop(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records the stack of the first call of a kernel, and the stack of the last read of results from the device.
+        """Records two stacks: that of the first call of a kernel, and that of the last call that copies results from
+        the device.
 
         It is the profile function of the thread that runs the engine's steps.
         """
@@ -178,14 +186,15 @@ class EngineTrace:
         if MARK not in data or self._path.exists():
             return
         modules = {call.module for call in self._kernel}
-        # The way back begins in the model runner. The calls inside it only copy tensors, so these calls are left out.
+        # The tokens' way back begins in the model runner. Calls of functions that only copy tensors inside the model
+        # runner are left out.
         runner = tuple(takewhile(lambda call: call.module in modules, self._results))
         ways = Ways((self._inbox, self._kernel), (walk(runner, self._stacks.here()),))
         self._path.write_text(json.dumps(ways))
 
 
 def run_engine(path: Path) -> None:
-    """Runs the engine's process, as `python -m jamba_server.engine.process` does, and records its stacks to `path`."""
+    """Does the same as `python -m jamba_server.engine.process`, and writes the recorded stacks to the file `path`."""
     import socket
 
     from jamba_server.engine.process.__main__ import main
@@ -197,11 +206,12 @@ def run_engine(path: Path) -> None:
     main()
 
 
-# The following code runs in the server's process.
+# The following code runs in the process of the HTTP server.
 
 
 class ServerTrace:
-    """Records the stacks in the server's process, from the request to the first event with text."""
+    """Records stacks of calls in the server's process, from the arrival of the request to the first event of the reply
+    that has text."""
 
     def __init__(self) -> None:
         self.stacks = Stacks()
@@ -228,7 +238,8 @@ class ServerTrace:
             self._got = since_route(self.stacks.here())
 
     async def send(self, message: Any) -> None:
-        """Receives the application's reply in place of an HTTP server, as ASGI's `send`."""
+        """Receives the messages of the application's reply. This method is ASGI's callable `send`, which an HTTP server
+        would provide."""
         body: bytes = message.get("body", b"")
         if not self.back and b'"content":' in body and b'"content":""' not in body:
             sent = since_route(self.stacks.here())
@@ -239,7 +250,7 @@ class ServerTrace:
 
 
 async def serve(engine_trace: Path) -> ServerTrace:
-    """Starts the application and the engine and serves one request.
+    """Starts the application and the engine, and sends one request to the application.
 
     Returns the stacks of this process. The engine writes its own stacks to the file `engine_trace`.
     """
@@ -287,7 +298,7 @@ async def request(app: Any, trace: ServerTrace) -> None:
     await app(scope | {"asgi": {"version": "3.0"}, "root_path": ""}, receive, trace.send)
 
 
-# The following code counts the hops.
+# The following code counts hops in the recorded stacks.
 
 
 def walk(start: Stack, end: Stack) -> Stack:
@@ -300,13 +311,14 @@ def walk(start: Stack, end: Stack) -> Stack:
 
 
 def since_route(stack: Stack) -> Stack:
-    """Returns the part of a stack that begins with the route's function, which leaves out the web framework and the
-    middleware."""
+    """Returns the part of a stack that begins with the route's function. The calls of the web framework and the
+    middleware before it are left out."""
     return tuple(dropwhile(lambda call: ".routes." not in call.module, stack))
 
 
 def rooms(part: Stack) -> Iterator[tuple[str, list[str]]]:
-    """Yields each module that the calls in `part` pass through, in order, with the functions called in that module."""
+    """Yields (module, functions) for each module on the way through the calls in `part`. The functions are those that
+    are called in this module."""
     for module, calls in groupby(part, key=lambda call: call.module):
         yield module, list(dict.fromkeys(call.function for call in calls))
 
@@ -323,7 +335,8 @@ def show(title: str, parts: Sequence[Stack]) -> None:
 
 
 def count() -> Ways:
-    """Serves one request. Returns the calls in both processes on the way down to the kernels and on the way back."""
+    """Serves one request. Returns the calls in the server's and the engine's process, on the way down to the kernels
+    and on the way back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.json"
         server = asyncio.run(serve(path))
@@ -334,7 +347,8 @@ def count() -> Ways:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:  # this is the engine's process; the arguments are the trace file and the socket
+    # this is the engine's process; its command-line arguments are the file for the stacks and the socket
+    if len(sys.argv) > 1:
         path = Path(sys.argv.pop(1))
         run_engine(path)
         return

@@ -1,4 +1,5 @@
-"""Writes docs/options.md: every option with its flag, variable, YAML key, default and meaning.
+"""Writes docs/options.md, which lists every option of the server with its flag, environment variable, YAML key, default
+and meaning.
 
 python -m tools.options_page            writes the page
 python -m tools.options_page --check    fails where the page and the options differ
@@ -44,7 +45,7 @@ Every option of `jamba serve` can be given in three ways. A flag wins over a var
 
 
 def row(option: Option) -> str:
-    """Returns the line for one option in the table of the option's group."""
+    """Returns one option's line in the Markdown table of the option's group."""
     name = "`MODEL`, the argument" if option.name == "model" else f"`{option.flag}`"
     mark = " \\*" if option.name in ("model", *LOCAL) else ""
     choices = f" One of {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""
@@ -54,7 +55,7 @@ def row(option: Option) -> str:
 
 
 def rendered() -> str:
-    """Returns the page: an introduction, then one table for each group of options."""
+    """Returns the text of docs/options.md: an introduction, then one table for each group of options."""
     parts = [INTRODUCTION]
     for panel in PANELS:
         title, purpose = TITLES[panel]

@@ -1,4 +1,4 @@
-"""Runs a command in a terminal of its own and writes the screen as an SVG picture.
+"""Runs a command in a pseudo-terminal and writes the resulting screen as an SVG picture.
 
     python tools/record_terminal.py --out docs/serve.svg --until "curl" -- jamba serve --port 8000
 
@@ -23,12 +23,13 @@ from rich.text import Text
 
 COLUMNS = 120
 POLL_SECONDS = 0.2
-SETTLE_SECONDS = 1.0  # seconds to wait after the text of --until has appeared, so that the output after it is shown
+# seconds to wait after the text of the option --until has appeared, so that output after this text is shown, too
+SETTLE_SECONDS = 1.0
 _CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[[0-9]*[ABCDGHJ]|\x1b\]8;[^\x1b]*\x1b\\")
 
 
 def record(command: list[str], until: str, timeout: float) -> str:
-    """Runs `command` in a terminal and returns its output.
+    """Runs `command` in a pseudo-terminal and returns the command's output.
 
     Recording ends when the text `until` has appeared, the command has ended, or `timeout` seconds have passed.
     """
@@ -53,7 +54,8 @@ def record(command: list[str], until: str, timeout: float) -> str:
 
 
 def screen(written: str) -> str:
-    """Returns the lines that remain on the screen, without the lines that a progress bar has overwritten."""
+    """Returns the lines of the output `written` as a terminal shows them at the end: overwritten states of a progress
+    bar are left out."""
     lines: list[str] = []
     for line in written.replace("\r\n", "\n").split("\n"):
         erased = line.split("\x1b[2K")[-1]

@@ -1,4 +1,5 @@
-"""Draws comments and docstrings at random, for a reader who judges whether each is clear at first reading.
+"""Draws comments and docstrings of this project at random, for a reader who judges whether each is clear at first
+reading.
 
     python tools/sample_comments.py [--number 10] [--draws 3] [--seed COMMIT]
 
@@ -59,7 +60,7 @@ def cpp_comments(source: str) -> Iterator[tuple[int, str]]:
 
 
 def all_comments() -> list[str]:
-    """Returns every comment in FOLDERS as "path:line: text", in the order of the paths."""
+    """Returns every comment and docstring in FOLDERS as "path:line: text", in the order of the paths."""
     found: list[str] = []
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):

@@ -1,4 +1,5 @@
-"""Builds test cases for every op of `kernels.ops`: random arguments, and numbers of bytes and operations of a call."""
+"""Builds test cases for every op of the module `kernels.ops`. A test case has the random arguments of one call of the
+op, and the numbers of bytes and operations that this call takes."""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ from jamba_server.kernels.ops import (
 )
 
 BLOCK_SIZE = 16
-TOP_K = 2  # number of experts that the router chooses for each token
+TOP_K = 2  # number of experts that the MoE router chooses for each token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The sizes of a model, named by the letters that `kernels.ops` uses for them."""
+    """The sizes of a model. Each field is named by the letter that the module `kernels.ops` uses for this size."""
 
     name: str
     h: int
@@ -64,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A test case: one call of an op, with its arguments and its cost.
+    """A test case: one call of an op, with the call's arguments and the numbers of bytes and operations that it takes.
 
     `args` are the arguments without the packed weights, which `arguments` inserts as the second argument. `pack` makes
     the packed weights from `weights`, quantised if `quantization` is set, for an implementation of the op.
@@ -82,17 +83,19 @@ class Case:
     written: int = 0
     operations: int = 0
     tolerance: float = 1e-2  # a bfloat16 result is correct if its relative error is at most this fraction
-    scratch: bool = False  # true if the op may leave any values in its first argument, which is then not checked
+    # true if the op may overwrite its first argument with any values; this argument is then not checked
+    scratch: bool = False
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Returns new copies of all arguments for a call of the op in `kernels`.
+        """Returns new copies of all arguments for a call of the op by its implementation in the kernel set `kernels`.
 
         If `dtype` is set, bfloat16 tensors are converted to `dtype`.
         """
         return self.arguments(self.packed(kernels, dtype), dtype)
 
     def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
-        """Returns a copy of the weights in the packed form that `kernels` need, or None if the op has no weights."""
+        """Returns a copy of the weights in the packed form that the kernel set `kernels` needs, or None if the op has
+        no weights."""
         if not self.weights:
             return None
         weights: tuple[Any, ...] = copy(self.weights, dtype)
@@ -101,12 +104,13 @@ class Case:
         return self.pack(getattr(kernels, self.op), kernels, weights)
 
     def arguments(self, packed: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Returns a copy of `args`, with `packed` inserted as the second argument unless `packed` is None."""
+        """Returns a copy of the field `args`. The argument `packed` is inserted into it as the second item, unless
+        `packed` is None."""
         args = tuple(copy(value, dtype) for value in self.args)
         return args if packed is None else (args[0], packed, *args[1:])
 
     def bytes_moved(self, result: Any) -> int:
-        """Returns the number of bytes that a call reads and writes.
+        """Returns the number of bytes that a call of the op reads plus the number of bytes that it writes.
 
         If `moved` is set, this is the number. Otherwise, every argument is read once and every result is written once.
         """
@@ -149,7 +153,8 @@ class Maker:
         return self.floats(*size).to(torch.bfloat16)
 
     def matrix(self, *size: int) -> Tensor:
-        """Returns a random weight matrix, scaled so that its product with an input has the variance of the input."""
+        """Returns a random weight matrix, scaled so that its product with an input has the same variance as this
+        input."""
         return self.random(*size).mul_(size[-1] ** -0.5)
 
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -183,7 +188,7 @@ class Maker:
         return replace(case, quantization=quantization, moved=moved)
 
     def experts(self, rows: int) -> Iterator[Case]:
-        """Yields cases of the router and of the experts, or nothing if the model has no experts."""
+        """Yields cases of the MoE router and of the experts, or nothing if the model has no experts."""
         m = self.shape
         if not m.experts:
             return
@@ -197,7 +202,8 @@ class Maker:
         return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
 
     def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
-        """Returns a case in which each row chooses random experts. Weights of unchosen experts are not read."""
+        """Returns a case of the op `run_experts` in which each token has random experts. The weights of experts that no
+        token has chosen are not counted as bytes read."""
         m, choice = self.shape, torch.Generator().manual_seed(rows)
         chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
         each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
@@ -212,7 +218,7 @@ class Maker:
         )
 
     def recurrence(self, sequences: int, tokens: int) -> Iterator[Case]:
-        """Yields cases of the Mamba ops for sequences of `tokens` tokens each.
+        """Yields cases of Mamba's convolution and scan ops, for `sequences` sequences of `tokens` tokens each.
 
         If `tokens` is 1, these are the ops that decode uses, otherwise the ops that prefill uses.
         """
@@ -237,7 +243,8 @@ class Maker:
             yield self._mamba_decode(label, weights, conv, ssm, ids)
 
     def _mamba_decode(self, label: str, scan: ScanWeights, conv: Tensor, ssm: Tensor, ids: Tensor) -> Case:
-        """Returns the case of the fused op that computes a Mamba layer's decode between in_proj and out_proj."""
+        """Returns the case of the fused op that computes, in decode, the part of a Mamba layer between the projections
+        in_proj and out_proj."""
         m = self.shape
         x_proj, dt_proj = self.matrix(m.r + 2 * m.s, m.d), self.matrix(m.d, m.r)
         norms = tuple(1 + 0.1 * self.random(size) for size in (m.r, m.s, m.s))
@@ -259,7 +266,7 @@ class Maker:
                 )
             )
 
-        # The fused op rounds to bfloat16 several times, so its tolerance is larger than that of other ops.
+        # The fused op rounds to bfloat16 several times, so its tolerance is larger than the tolerance of other ops.
         return Case(
             op="mamba_decode",
             label=label,
@@ -309,7 +316,8 @@ class Maker:
         yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
 
     def sampling(self, rows: int) -> Iterator[Case]:
-        """Yields cases of sampling with different parameters. In the case `mixed`, each row has its own parameters."""
+        """Yields cases of sampling, each with other sampling parameters. In the case `mixed`, each row has its own
+        parameters."""
         ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
         keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
         plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
@@ -326,13 +334,14 @@ class Maker:
         kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
         for kind, inputs in kinds.items():
             logits = self.floats(rows, self.shape.v) * 3
-            # `sample` overwrites the logits with scores, so later timed calls sample from scores. At temperature 1,
-            # sampling from scores chooses the same tokens.
+            # The op `sample` overwrites the logits with scores, so when a timed call is repeated, it samples from
+            # scores. At temperature 1, sampling from scores chooses the same tokens as sampling from logits.
             yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:
-    """Runs a case with `ours` and, in float32, with `reference`. Returns the largest error of `ours`.
+    """Runs a case with the kernel set `ours`, and in float32 with the kernel set `reference`. Returns the largest
+    relative error among the results of `ours`.
 
     The error of a result, or of an argument that is written in place, is ||ours - reference|| / ||reference||. The
     error of a tensor of integers is the fraction of its elements that differ. If an error is NaN, NaN is returned.

@@ -1,4 +1,4 @@
-"""Tests and measures this project on a machine with a GPU, in one command and without a network.
+"""Tests this project and measures its speed on a machine with a GPU, in one command and without a network.
 
     python -m benchmarks.gpu.check --name h200 [--only kernels,parity,3b,mini,http,transformers,sweep,tune]
     python -m benchmarks.gpu.check --name h200 --report
@@ -66,15 +66,18 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
 }
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
-GRACE_SECONDS = 25.0  # a process gets SIGKILL if it has not ended this many seconds after SIGTERM
-LEAST_SECONDS = 15.0  # no process is started if fewer seconds than this are left, since it could measure nothing
-CELL_SECONDS = 240.0  # a process is stopped if its start, or one measurement, takes more seconds than this
+GRACE_SECONDS = 25.0  # seconds that a process has between SIGTERM and its end; after them it gets SIGKILL
+# if fewer seconds than this are left, no process is started, since there would be no time to measure anything
+LEAST_SECONDS = 15.0
+# a process is stopped if its start takes more seconds than this, or if one of its measurements does
+CELL_SECONDS = 240.0
 POLL_SECONDS = 2.0
-# After a job, the check waits at most FREE_SECONDS seconds until the GPU's used memory is as small as before the job.
-# FREE_SLACK MiB more than before the job are accepted.
+# After a job, the check waits until the GPU's used memory is at most FREE_SLACK MiB larger than before the job. It
+# waits at most FREE_SECONDS seconds.
 FREE_SECONDS, FREE_SLACK = 20.0, 256
 ERROR_TAIL = 1500  # number of characters that are kept of a process's stderr, from its end
-MARK = "GPU_CHECK_PROCESS"  # environment variable by which the processes of a job are found
+# name of the environment variable by which the check finds all processes that a job has started
+MARK = "GPU_CHECK_PROCESS"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -107,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Converts KEY=VALUE strings to fields of EngineConfig.
+    """Converts strings of the form KEY=VALUE to a dictionary of fields of the class `EngineConfig`.
 
     A value that is valid JSON is decoded; any other value is a string. A field that EngineConfig does not have is
     refused, so that no result is recorded under an option without effect.
@@ -128,7 +131,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]:
-    """Returns the jobs of a part of the GPU check: one for each model shape and weight format."""
+    """Returns the jobs of one part of the GPU check. There is one job for each combination of model shape and weight
+    format."""
     base = Job(part=part, path=str(path), device=arguments.device, commit=arguments.commit)
     shapes = DEFAULT_SHAPES.get(part, ())
     if shapes and arguments.shape:
@@ -141,22 +145,24 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     if not shapes:
         return [base]
     jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
-    # In the part `3b`, a cold job runs first: it measures the first reply with an empty kernel cache.
+    # In the part `3b`, a job with an empty kernel cache runs first. It measures the time until the first reply.
     return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
 
 
 def run_job(job: Job) -> None:
-    """Runs a job of the GPU check in this process, which was started for this job alone."""
+    """Runs a job of the GPU check in the current process, which was started for this job alone."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(f"stopped by signal {number}")
 
-    signal.signal(signal.SIGTERM, stop)  # SystemExit lets the job stop its own child processes
+    # the exception SystemExit lets the job stop its own child processes before it ends
+    signal.signal(signal.SIGTERM, stop)
     importlib.import_module(f"benchmarks.gpu.{MODULES[job.part]}").run(job, Record(Path(job.path)))
 
 
 def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
-    """Runs a job of the GPU check in new processes until the job ends or `deadline` has passed.
+    """Runs a job of the GPU check in a new process, and in further processes if this process dies, until the job ends
+    or the time `deadline` has passed.
 
     A cell is one measurement. If the job's process dies in a cell, or is stopped because a cell takes too long, the
     cell is recorded as failed. A new process then continues with the next cell.
@@ -171,7 +177,7 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         if status == 0:
             return
         if status is None:
-            record.running = None  # the interrupted measurement does not count as failed
+            record.running = None  # a measurement that was interrupted because time ran out does not count as failed
             record.write()
             if record.runs:
                 record.note(stopped=f"time was up after {len(record.rows)} cells")
@@ -180,14 +186,16 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         print(f"== {name}: {said}", flush=True)
         if record.running is not None:
             record.finish(record.running, {"error": said})
-        elif len(record.rows) == known:  # the process failed between measurements; a new process would, too
+        # the process failed before its first measurement; a new process would fail there, too
+        elif len(record.rows) == known:
             record.finish(job.key("start"), {"error": said})
             return
     print(f"== {name}: no time is left", flush=True)
 
 
 def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """Runs a job in a new process. Returns the exit status (None if time ran out) and the end of the stderr output.
+    """Runs a job in a new process. Returns the process's exit status (None if time ran out) and the last characters of
+    its stderr output.
 
     When this returns, all processes that the job has started are killed. It waits until their GPU memory is free.
     """
@@ -210,7 +218,8 @@ def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tu
 
 
 def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[int | None, str]:
-    """Waits for a process to end. Returns its exit status, and the reason if the process was stopped for being slow.
+    """Waits for a process to end. Returns its exit status and, if it was stopped for being slow, a message that says
+    so.
 
     The process is stopped when `deadline` has passed; the status is then None. The process writes to `path` after every
     cell (measurement). It is also stopped if it has not written to `path` for CELL_SECONDS seconds.
@@ -240,7 +249,8 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """Kills all processes that have `mark` in their environment, whatever their process group and session are.
+    """Kills all processes that have the string `mark` in their environment, whatever their process group and session
+    are.
 
     A server whose parent was killed would otherwise keep the GPU's memory.
     """
@@ -249,7 +259,7 @@ def kill_marked(mark: str) -> None:
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
         except OSError:
-            continue  # the process has ended, or its environment may not be read by this user
+            continue  # the process has ended, or this user is not allowed to read the process's environment
 
 
 def gpu_memory_used() -> int | None:
@@ -263,7 +273,7 @@ def gpu_memory_used() -> int | None:
 
 
 def environment_of(folder: str, job: Job) -> dict[str, str]:
-    """Returns the environment variables of a job's process.
+    """Returns the environment variables for the process that runs a job.
 
     If `job.cold` is true, `folder`, which must be empty, is the cache of compiled kernels.
     """
@@ -273,14 +283,15 @@ def environment_of(folder: str, job: Job) -> dict[str, str]:
     elif "TRITON_CACHE_DIR" not in known and not os.access(Path.home(), os.W_OK):
         known["TRITON_CACHE_DIR"] = str(
             Path(tempfile.gettempdir()) / "triton-cache"
-        )  # later runs reuse this cache of compiled kernels
+        )  # a fixed folder for compiled kernels, so that later runs find these kernels there
     if job.part == "tune" and job.device == "cpu":
-        known["TRITON_INTERPRET"] = "1"  # without a GPU, Triton kernels run only in Triton's interpreter
+        known["TRITON_INTERPRET"] = "1"  # on a CPU, Triton kernels can only be interpreted
     return known
 
 
 def start_of(path: Path, earlier: Path) -> None:
-    """Prepares a result file: copies the results of an earlier run, and removes measurements that failed."""
+    """Prepares the result file `path`: copies the file `earlier` of an earlier run there if `path` does not exist, and
+    removes measurements that failed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() and earlier.is_file():
         path.write_bytes(earlier.read_bytes())

@@ -1,4 +1,5 @@
-"""Compiles the GPU kernels without a GPU and lists their registers, spills, shared memory and matrix instructions.
+"""Compiles the GPU kernels without a GPU, and lists each kernel's registers, spilled bytes, shared memory and matrix
+instruction.
 
     python -m benchmarks.gpu.codegen [--name triton-codegen] [--targets 80,86,89,90,100,120]
 
@@ -67,15 +68,15 @@ RESULTS = Path(__file__).parents[1] / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
-# The largest number of columns of tensor memory that a kernel may use. If a kernel needs more columns, Triton compiles
-# nothing and reports no error.
+# The number of columns of tensor memory (the matrix units' memory on Blackwell GPUs) that a kernel can use. If a kernel
+# needs more columns, Triton compiles nothing and reports no error.
 TENSOR_COLUMNS = 512
 FP8_CAPABILITY = 89  # 10 * the lowest compute capability that supports 8-bit floating point numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
-# The op of a key must give the same bits as the ops in the key's value together. The key's op must therefore add the
-# terms of its sums in the same order as these ops do.
+# The op that is a key of TWINS must give the same bits as the ops in the key's value, called one after another. It must
+# therefore add the terms of its sums in the same order as these ops do.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
@@ -87,7 +88,7 @@ TWINS = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a Triton kernel, with all that is needed to compile the kernel.
+    """One launch of a Triton kernel, with all values that are needed to compile the kernel.
 
     `signature` has the types of the arguments by name. `constants` has the values of arguments that are compile-time
     constants. `aligned` names the arguments that are multiples of 16.
@@ -110,7 +111,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The registers, memory and instructions that a compiled kernel uses.
+    """The numbers of registers and bytes of memory that a compiled kernel uses, and the matrix instruction in its code.
 
     `registers` and `spilled` (bytes) are per thread. `shared` (bytes), `warps` and `tensor_columns` are per program.
     """
@@ -128,7 +129,8 @@ class Resources:
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
-    """Runs `call` without launching kernels. Returns a description of each kernel launch that `call` asks for."""
+    """Calls the function `call` with kernel launches disabled. Returns one `Launch` for each kernel that it would have
+    launched."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -194,17 +196,20 @@ def compile_for(launch: Launch, capability: int) -> Resources:
 
 
 def reductions(ir: str) -> tuple[str, ...]:
-    """Describes how each float32 sum in a kernel is divided among warps and threads, which sets the addition order."""
+    """Returns a text for each float32 sum in a kernel. The text says how the terms are divided among warps and threads,
+    which determines the order of the additions."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
     operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
-    # Sums over axis 0 are left out, since the scan kernel adds only zeros to a number there: the order has no effect.
+    # Sums over axis 0 are left out, because only the scan kernel has such sums. It adds only zeros to a number there,
+    # so the order of the additions has no effect.
     return tuple(
         sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
     )
 
 
 def summation(axis: int, shape: str, layout: str) -> str:
-    """Describes the order of additions in one sum along `axis`, for a tensor with this shape and layout.
+    """Returns a text that says in which order a sum along the axis `axis` adds the elements of a tensor with the given
+    shape and layout.
 
     In a blocked layout, the order depends only on the size and the layout of `axis` itself.
     """
@@ -218,7 +223,8 @@ def summation(axis: int, shape: str, layout: str) -> str:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype)  # the tensor is never written, so the system assigns no memory to it
+    # the tensor is never written, so the operating system assigns no memory to it
+    return torch.empty(shape, dtype=dtype)
 
 
 def ints(*values: int) -> Tensor:
@@ -248,7 +254,7 @@ def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], 
 
 
 def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the fused decode of a Mamba layer, with 1 and with 256 sequences."""
+    """Yields calls of the op `mamba_decode`, the fused decode of a Mamba layer, with 1 and with 256 sequences."""
     a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
     weights = MambaWeights(
         conv_weight=empty(4, channels),
@@ -301,7 +307,8 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
-    """Returns an uninitialised weight [..., N, K], quantised in `format`, or in bfloat16 if `format` is ''."""
+    """Returns an uninitialised weight [..., N, K]. It is quantised in the weight format `format`, or in bfloat16 if
+    `format` is ''."""
     if not format:
         return empty(*shape)
     *rows, inputs = shape
@@ -311,7 +318,8 @@ def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
 
 
 def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of matrix products and experts, with numbers of rows that cover every tile size of the kernels."""
+    """Yields calls of the ops `linear` and `run_experts`. Their numbers of rows are chosen so that every tile size of
+    the kernels is used."""
     weight = matrix(format, 16384, 4096)
     experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
     name = f", {format}" if format else ""
@@ -322,7 +330,8 @@ def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the 3B model's x_proj, a matrix product whose kernel divides K into sections.
+    """Yields calls of the matrix product x_proj of the 3B model, whose kernel divides the inner dimension K into
+    sections.
 
     With few rows the sections' sums are added through memory, with many rows by one program.
     """
@@ -333,7 +342,7 @@ def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def launches_on(target: int) -> list[Launch]:
-    """Returns the kernel launches of all ops that run on GPUs of compute capability `target` / 10."""
+    """Returns the kernel launches of all ops that a GPU of compute capability `target` / 10 can run."""
     capability.cache_clear()
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(target, 10)):
         found = all_launches()
@@ -342,7 +351,8 @@ def launches_on(target: int) -> list[Launch]:
 
 
 def rehearsed(known: list[Launch]) -> list[Launch]:
-    """Returns the kernel launches of whole models, without the launches in `known`.
+    """Returns the kernel launches of whole models, except those that need the same compiled kernel as a launch in
+    `known`.
 
     The field `op` of each launch lists the values of its compile-time constants.
     """
@@ -359,7 +369,7 @@ def rehearsed(known: list[Launch]) -> list[Launch]:
 
 
 def identity(launch: Launch) -> str:
-    """Returns a key that is equal for launches that can use the same compiled kernel."""
+    """Returns a key of a launch. Launches with equal keys use the same compiled kernel."""
     return repr(replace(launch, op=""))
 
 
@@ -368,7 +378,8 @@ def all_launches() -> list[Launch]:
     calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     launches += rehearsed(launches)
-    # The attention kernels are compiled again for Mini, because numbers of heads are constants of a kernel.
+    # The attention kernels are compiled again for the Mini model, because the numbers of heads are compile-time
+    # constants of these kernels.
     mini = [launch for op, call in attention_calls(32, 8, 128) for launch in record(f"{op}, Mini", call)]
     narrow = attention_calls(32, 8, 128, torch.float8_e4m3fn)
     launches += mini + [launch for op, call in narrow for launch in record(f"{op}, fp8", call)]

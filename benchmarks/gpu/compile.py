@@ -1,4 +1,5 @@
-"""Fills Triton's cache on disk with the kernels that the part `tune` will run, in processes that use no GPU.
+"""Fills Triton's cache on disk with the kernels that the part `tune` of the GPU check will run. The kernels are
+compiled in processes that use no GPU.
 
 Ops are called with `meta` tensors, which have shapes but no data, and a launch only compiles the kernel. So the keys in
 the cache are the same as those of the real call on the GPU.
@@ -25,12 +26,12 @@ import jamba_server.kernels.triton.quantized
 from benchmarks.gpu.targets import Target, targets_of
 from benchmarks.gpu.variants import AS_IT_IS, Variant, applied
 
-WARP = 32  # threads in a warp
+WARP = 32  # number of threads in a warp
 MOST_PROCESSES = 16
 
 
 class Elsewhere:
-    """Stands in for Triton's driver where kernels are compiled for a GPU that this process does not use."""
+    """Replaces Triton's driver in a process that compiles kernels for a GPU but does not use the GPU."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -49,7 +50,8 @@ class Elsewhere:
 
 @contextmanager
 def compiling_only(capability: int) -> Generator[None]:
-    """Makes launches compile kernels without running them, for a GPU of compute capability `capability` / 10."""
+    """While this context is active, kernel launches only compile the kernels, for a GPU of compute capability
+    `capability` / 10."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -63,13 +65,14 @@ def compiling_only(capability: int) -> Generator[None]:
         stack.enter_context(mock.patch.object(driver, "_active", Elsewhere(capability)))
         stack.enter_context(mock.patch("jamba_server.kernels.table.ensure_available"))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
-        # Tile sizes may depend on the compute capability. The cached capability of this machine is removed, so that the
-        # capability set above is used.
+        # Tile sizes may depend on the compute capability, which the kernels cache. The cached value for this machine is
+        # removed, so that `capability` is used.
         known = getattr(jamba_server.kernels.triton.launch, "capability", None)
         for forget in (known.cache_clear,) if known is not None else ():
             forget()
             stack.callback(forget)
-        # Weights are usually quantised in pieces to save memory. `meta` tensors take no memory, so one piece is enough.
+        # Quantisation usually splits a weight into pieces to save memory. Tensors on the device `meta` take no memory,
+        # so one piece is enough.
         stack.enter_context(mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", 1 << 60))
         stack.enter_context(mock.patch.object(jamba_server.kernels.triton.quantized, "CHUNK", 1 << 60))
         yield
@@ -77,12 +80,14 @@ def compiling_only(capability: int) -> Generator[None]:
 
 @cache
 def shapes_alone(shape: str) -> tuple[Target, ...]:
-    """Returns all kernel calls to tune for a model shape, with `meta` tensors, which have no data."""
+    """Returns all kernel calls to tune for a model shape. Their arguments are tensors on the device `meta`, which have
+    no data."""
     return tuple(target for group in targets_of(shape, "meta").groups() for target in group)
 
 
 def compile_one(shape: str, capability: int, index: int, variant: Variant) -> str:
-    """Compiles the kernels of one call with one variant, in a worker process. Returns "" or an error message."""
+    """Compiles the kernels of one tuned call with one variant, in a worker process. Returns an error message, or "" if
+    compilation succeeds."""
     torch.set_num_threads(1)
     target = shapes_alone(shape)[index]
     try:
@@ -94,7 +99,8 @@ def compile_one(shape: str, capability: int, index: int, variant: Variant) -> st
 
 
 class Compiler:
-    """Compiles the kernels of all tuned calls in worker processes, while the main process times the first calls.
+    """Compiles the kernels of all tuned calls in worker processes. Meanwhile, the main process times the calls whose
+    kernels are compiled.
 
     If `capability` is None, kernels are interpreted, and nothing is compiled.
     """
@@ -115,14 +121,15 @@ class Compiler:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, indices: Iterable[int]) -> None:
-        """Starts to compile the kernels of the tuned calls with the numbers `indices`, in the order of `indices`.
+        """Starts to compile the kernels of the tuned calls whose positions in the list of all tuned calls are
+        `indices`, in the order of `indices`.
 
         A variant that several tuned calls share is compiled once.
         """
         if self._capability is None:
             return
         processes = max(1, min(MOST_PROCESSES, os.cpu_count() or 1) - 1)
-        # CUDA does not work in a process forked from one that has initialised it, so the workers are spawned.
+        # CUDA does not work in a process forked from a process that has initialised CUDA, so the workers are spawned.
         self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
         for index in indices:
             target = shapes_alone(self._shape)[index]
@@ -135,13 +142,14 @@ class Compiler:
                 self._of_target.setdefault(index, []).append(self._by_key[key])
 
     def wait(self, index: int) -> None:
-        """Waits until each kernel of the tuned call with the number `index` is compiled or has failed to compile."""
+        """Waits until compilation has ended, with or without success, for each kernel of the tuned call at position
+        `index` in the list of all tuned calls."""
         for future in self._of_target.get(index, ()):
             if (error := future.exception()) is not None:
                 print(f"compiling ahead: {error}", file=sys.stderr, flush=True)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Returns the number of compilations that have ended, and the number of failures among them."""
+        """Returns the number of compilations that have ended, and how many of these compilations failed."""
         done = [future for future in self._by_key.values() if future.done() and future.exception() is None]
         return {"compiled": len(done), "of_them_failed": sum(bool(future.result()) for future in done)}

@@ -1,4 +1,5 @@
-"""Runs the parts `3b` and `mini` of the GPU check: rates of decode and prefill, compared with the GPU's limits.
+"""Runs the parts `3b` and `mini` of the GPU check: measures tokens per second of decode and prefill, and compares them
+with the rates that the GPU's limits allow.
 
 The weights are dummies. The limits follow from the bandwidth and the matmul rate that `predict` measures.
 """
@@ -33,7 +34,7 @@ from jamba_server.llm import LLM
 FIRST_PROMPT = 128  # number of tokens in the first request's prompt
 DECODE_PROMPT = 4
 DECODE_SECONDS = 1.0  # the number of decode steps is chosen such that a timed run takes about this many seconds
-STEPS = (8, 128)  # smallest and largest number of decode steps in a timed run
+STEPS = (8, 128)  # smallest and largest number of decode steps in one timed run
 LONG_STEPS = 32
 PROFILED_STEPS, PROFILED_KERNELS = 8, 15
 SLOW = 20.0  # a prompt whose prefill takes at least this many seconds is timed only once
@@ -41,7 +42,7 @@ SLOW = 20.0  # a prompt whose prefill takes at least this many seconds is timed 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The numbers of concurrent sequences and the prompt lengths at which a model is measured.
+    """The numbers of concurrent sequences for which decode is timed, and the prompt lengths for which prefill is timed.
 
     `sequences` are numbers of sequences that decode at the same time, `prompts` are lengths of prompts in tokens.
     `long` is the length of one long request in tokens, with its reply.
@@ -62,7 +63,8 @@ OTHERS = Sizes(sequences=(1, 8, 64), prompts=(2048,))
 
 @contextmanager
 def times_of_loading() -> Generator[list[float]]:
-    """Yields a list. While an engine is built in this context, clock times in seconds are appended to the list.
+    """Yields a list. While the code inside this context builds an engine, clock times in seconds are appended to the
+    list.
 
     The first clock time is when the weights are loaded. The second clock time, only on a GPU, is when the kernels are
     compiled and the engine begins to measure steps.
@@ -88,7 +90,7 @@ def times_of_loading() -> Generator[list[float]]:
 
 
 class Bench:
-    """Builds an engine in this process and measures it."""
+    """Builds an engine in this process and times its first reply, its prefill and its decode."""
 
     def __init__(self, job: Job, config: JambaConfig, folder: str, sizes: Sizes, ceilings: Ceilings) -> None:
         self.config, self.ceilings = config, ceilings
@@ -111,7 +113,8 @@ class Bench:
         return self.random.choices(range(3, self.config.vocab_size), k=length)
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        """Returns the seconds that the engine takes to reply to all prompts with exactly `tokens` tokens each."""
+        """Returns the number of seconds in which the engine replies to all of `prompts`. Each reply has exactly
+        `tokens` tokens."""
         start = time.perf_counter()
         self.llm.generate([*prompts], SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
         return time.perf_counter() - start
@@ -132,7 +135,7 @@ class Bench:
         }
 
     def decode(self, count: int) -> dict[str, Any]:
-        """Measures the decode rate of `count` concurrent sequences.
+        """Measures how many tokens per second the engine generates for `count` concurrent sequences.
 
         To leave out the time of the prompts, the time of a run with one output token is subtracted.
         """
@@ -140,7 +143,7 @@ class Bench:
         def fresh() -> list[list[int]]:
             return [self.prompt(DECODE_PROMPT) for _ in range(count)]
 
-        self.seconds(fresh(), STEPS[0] + 1)  # compiles the kernels for `count` sequences
+        self.seconds(fresh(), STEPS[0] + 1)  # compiles the kernels for `count` sequences before the timed run
         step = self.seconds(fresh(), STEPS[0] + 1) / (STEPS[0] + 1)
         steps = max(STEPS[0], min(STEPS[1], int(DECODE_SECONDS / step)))
         seconds = min(self.seconds(fresh(), steps + 1) for _ in range(2)) - min(
@@ -156,7 +159,7 @@ class Bench:
         return self.row("prefill", length, length / first, length, self.prefill_work(length))
 
     def long(self, length: int) -> dict[str, Any]:
-        """Measures prefill and decode of one request that fills the context window.
+        """Measures tokens per second of the prefill and of the decode of one request that fills the context window.
 
         To time its decode, the same prompt is sent again, so that it comes from the prefix cache.
         """
@@ -208,7 +211,8 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings: Ceilings) -> None:
-    """Builds an engine and runs all measurements with it. The engine is freed when this function returns."""
+    """Builds an engine and runs all measurements with this engine. The engine's memory is freed when this function
+    returns."""
     sizes = SIZES.get(job.shape, OTHERS)
     loaded: list[Bench] = []
 
@@ -229,7 +233,8 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
 
 
 def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]]:
-    """Returns {key of a measurement: function that measures}, in the order in which the functions must run."""
+    """Returns {key of a measurement: function that makes this measurement}, in the order in which the functions must
+    run."""
     if job.cold:
         return {job.key("first reply", "nothing compiled before"): Bench.first_reply}
     found: dict[str, Callable[[Bench], dict[str, Any]]] = {job.key("first reply"): Bench.first_reply}
@@ -242,7 +247,7 @@ def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]
 
 
 def too_large(config: JambaConfig, job: Job) -> str | None:
-    """Returns the reason why the weights do not fit on this GPU, or None if they fit."""
+    """Returns a message that the model's weights do not fit in this GPU's free memory, or None if they fit."""
     if job.device == "cpu":
         return None
     torch.cuda.empty_cache()
@@ -254,7 +259,8 @@ def too_large(config: JambaConfig, job: Job) -> str | None:
 
 
 def profile(bench: Bench, count: int) -> dict[str, Any]:
-    """Profiles a few decode steps and returns the kernels that take the most time, in microseconds."""
+    """Profiles a few decode steps of `count` sequences. Returns the kernels that take the largest shares of the time,
+    with the microseconds per launch."""
     activity = torch.profiler.ProfilerActivity
     gpu = bench.llm.core.info.device != "cpu"
     prompts = [bench.prompt(DECODE_PROMPT) for _ in range(count)]

@@ -1,4 +1,5 @@
-"""Runs the part `parity` of the GPU check: compares this engine with transformers on tiny checkpoints.
+"""Runs the part `parity` of the GPU check: compares this engine's tokens and log-probabilities with those of
+transformers, on tiny checkpoints.
 
 In float32, every greedy token must be the argmax of transformers' logits over the whole prompt and reply, and every
 log-probability must be close to transformers'. In bfloat16, the two libraries round in different orders. So both are
@@ -40,14 +41,15 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "experts": BASE,
     "dense, tied, one KV head": BASE
     | {"num_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
-    # This configuration has the shape of AI21's checkpoint Jamba-tiny-dev.
+    # This configuration has the same sizes as AI21's checkpoint Jamba-tiny-dev.
     "0.3 billion": BASE
     | {"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
     | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 8, "attn_layer_period": 8}
     | {"attn_layer_offset": 4, "mamba_dt_rank": 32},
 }
 LENGTHS, NEW_TOKENS = (1, 17, 64, 300), 16
-FLOAT32_LIMIT = 1e-3  # in float32, the largest allowed difference from transformers' log-probabilities
+# largest difference allowed between a log-probability of this engine and of transformers, both in float32
+FLOAT32_LIMIT = 1e-3
 BFLOAT16_LIMIT = 2.0  # largest allowed ratio of this engine's error in bfloat16 to transformers' error in bfloat16
 SETTINGS: Mapping[str, Any] = {
     "max_num_seqs": 8,
@@ -72,7 +74,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> Any:
-    """Creates a model with random weights, and saves it in `folder` in float32.
+    """Creates a model with random weights, and saves it in the folder `folder` in float32.
 
     The weights are drawn again here, because with transformers' own random weights all logits are nearly equal.
     """
@@ -87,7 +89,8 @@ def make_model(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
-    """Generates greedy replies to one prompt of each length in LENGTHS, with the log-probabilities of all tokens."""
+    """Generates a greedy reply to one random prompt of each length in LENGTHS, with the log-probabilities of the tokens
+    of prompt and reply."""
     llm = LLM(folder, device=job.device, dtype=dtype, **{**SETTINGS, **job.options})
     random = Random(0)
     prompts: list[list[int]] = [
@@ -100,14 +103,16 @@ def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
 
 
 def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
-    """Returns transformers' log-probabilities for every token after the first, float32 [len(tokens) - 1, V]."""
+    """Returns transformers' log-probabilities of the whole vocabulary at each position of `tokens` except the first, as
+    float32 [len(tokens) - 1, V]."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
 def ours(completion: Completion, device: Any) -> torch.Tensor:
-    """Returns this engine's log-probability of each token of prompt and reply, except the prompt's first token."""
+    """Returns this engine's log-probability of each token of the prompt and the reply, except the prompt's first
+    token."""
     prompt = [entry.logprob for entry in completion.prompt_logprobs[1:] if entry is not None]
     return torch.tensor([*prompt, *(entry.logprob for entry in completion.logprobs)], device=device)
 
@@ -132,7 +137,8 @@ def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
 
 
 def bfloat16(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """Returns the RMS errors of log-probabilities in bfloat16, of this engine and of transformers.
+    """Returns two root-mean-square errors of log-probabilities in bfloat16: that of this engine, and that of
+    transformers.
 
     The errors are differences from the log-probabilities that transformers computes in float32.
     """

@@ -1,4 +1,5 @@
-"""Measures a GPU's bandwidth and matmul rate, and predicts from them the time of a decode step and of a prompt."""
+"""Measures a GPU's memory bandwidth and matmul rate. From them, predicts the time of a decode step and of the prefill
+of a prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ COPIED, SIDE = 1 << 29, 8192
 
 
 class Ceilings(msgspec.Struct, frozen=True):
-    """The measured limits of a device: its memory bandwidth and its matmul rate.
+    """The measured limits of a device: its memory bandwidth and its rate of matrix multiplication.
 
     `bandwidth` is in bytes per second, reads and writes added. `matmul` is the rate of a large bfloat16 product in
     operations per second.
@@ -33,7 +34,8 @@ class Ceilings(msgspec.Struct, frozen=True):
 
 
 def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 100) -> float:
-    """Returns the median time of `work` in seconds. On a GPU, the L2 cache is cold at the start of each run.
+    """Returns the median time of a call of the function `work` in seconds. On a GPU, the L2 cache holds no arguments
+    when a call starts.
 
     The time includes the time that Python takes to launch the kernels.
     """
@@ -46,7 +48,7 @@ def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """Measures the memory bandwidth and the matmul rate of a device.
+    """Measures the memory bandwidth and the rate of matrix multiplication of a device.
 
     On a GPU these are the rate of a copy of 2 GiB, where reads and writes both count, and of a product of the size
     8192 x 8192 x 8192, both with random numbers. On a CPU these are the rates that `benchmarks.shapes` measures.
@@ -56,7 +58,8 @@ def measure_ceilings(device: str) -> Ceilings:
     try:
         return _gpu_ceilings(device)
     finally:
-        torch.cuda.empty_cache()  # gives GPU memory back, since a server in another process may need it
+        # gives this process's unused GPU memory back, since a server in another process may need it
+        torch.cuda.empty_cache()
 
 
 def _gpu_ceilings(device: str) -> Ceilings:
@@ -69,7 +72,8 @@ def _gpu_ceilings(device: str) -> Ceilings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The work of a computation: the least number of bytes that it must move and of operations that it must do."""
+    """The least number of bytes that a computation must read and write, and the number of operations that it must
+    do."""
 
     bytes: float
     operations: float
@@ -78,13 +82,13 @@ class Work:
         return max(self.bytes / ceilings.bandwidth, self.operations / ceilings.matmul)
 
     def bound(self, ceilings: Ceilings) -> str:
-        """Returns the limit that determines how long this work takes: "bandwidth" or "matmul rate"."""
+        """Returns the limit of the device that determines how long this work takes: "bandwidth" or "matmul rate"."""
         memory = self.bytes / ceilings.bandwidth >= self.operations / ceilings.matmul
         return "bandwidth" if memory else "matmul rate"
 
 
 def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: int, context: int) -> Work:
-    """Returns the numbers of bytes and operations of a decode step.
+    """Returns the number of bytes that a decode step must read and write, and the number of operations that it must do.
 
     The step decodes `sequences` sequences, which have `context` tokens each.
 
@@ -102,7 +106,8 @@ def decode_work(config: JambaConfig, policy: QuantizationPolicy, *, sequences: i
 
 
 def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int, chunk: int) -> Work:
-    """Returns the numbers of bytes and operations of the prefill of one prompt, in steps of `chunk` tokens.
+    """Returns the number of bytes that the prefill of one prompt must read and write, and the number of operations that
+    it must do. The engine computes `chunk` tokens of the prompt in each step.
 
     Each step reads the weights and the keys and values of earlier tokens, and reads and writes the Mamba state. The
     operations of the selective scan are left out, because the matrix units do not compute the scan.
@@ -111,8 +116,8 @@ def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int
     steps = -(-tokens // chunk)
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=min(tokens, chunk), policy=policy)
     keys_read = sum(range(chunk, tokens, chunk)) + tokens
-    # In causal attention, about tokens**2 / 2 (query, key) pairs are computed. Each pair takes 2 * width operations for
-    # the key and 2 * width operations for the value.
+    # In causal attention, about tokens**2 / 2 pairs of a query and a key are computed. Each pair takes 2 * width
+    # operations for the key and 2 * width operations for the value.
     width = len(config.attention_layers) * config.num_attention_heads * config.head_dim
     attention = 2 * width * tokens**2
     return Work(

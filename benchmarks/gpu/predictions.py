@@ -1,4 +1,4 @@
-"""Computes how many tokens per second this engine could reach on an H100 and an H200. Nothing is measured.
+"""Computes how many tokens per second this engine could reach on an H100 and on an H200. Nothing is measured.
 
     python -m benchmarks.gpu.predictions
 
@@ -19,11 +19,11 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.shapes import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
-# Assumed limits of each GPU, which are not measured: `bandwidth` in bytes per second, for a large copy, and `matmul` in
-# operations per second, for the matrix products of prefill.
+# Assumed limits of each GPU, which are not measured. The field `bandwidth` is in bytes per second, for a large copy.
+# The field `matmul` is in operations per second, for the matrix products of prefill.
 GPUS = {"H100": Ceilings(bandwidth=3.0e12, matmul=650e12), "H200": Ceilings(bandwidth=4.3e12, matmul=650e12)}
 MODELS = (("3b", ("bf16",)), ("mini", ("int8", "bf16")))
-CONTEXT = 128  # number of tokens in each sequence before the decode step
+CONTEXT = 128  # number of tokens that each sequence has before the decode step
 CHUNK = 8192  # largest number of prompt tokens that the engine computes in a step, if there is enough memory
 HEAD = """# Predictions for GPUs: nothing here has been measured
 
@@ -36,7 +36,8 @@ sequence, 70% at 256, and 50% for prompts. Mini's weights in bfloat16 (96 GiB) d
 
 
 def cells() -> Iterator[tuple[str, str, str, int, Work]]:
-    """Yields the prediction for each measurement of the engine.
+    """Yields one prediction for each decode and prefill measurement that the parts `3b` and `mini` of the GPU check
+    make.
 
     A prediction is (model, weight format, name, number of tokens, numbers of bytes and operations).
     """

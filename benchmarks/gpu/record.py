@@ -1,4 +1,4 @@
-"""Defines the jobs of the GPU check, and the result file, which is written after every measurement.
+"""Defines the jobs of the GPU check and its result files, which are written after every measurement.
 
 A cell is a single measurement with a key.
 """
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "py
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process of the GPU check measures: a part of the check, with a model shape and weight format.
+    """The task of one process of the GPU check: a part of the check, with the model shape and the weight format to use.
 
     `format` is written as in `shapes.Format`. `options` are further fields of EngineConfig. A `cold` job starts without
     compiled kernels and measures only the first reply.
@@ -42,16 +42,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def variant(self) -> str:
-        """The engine options as text such as "block_size=32", or "" if there are none."""
+        """The engine options of this job as text such as "block_size=32", or "" if it has none."""
         return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items()))
 
     def key(self, *names: object) -> str:
-        """Returns a measurement's key: model shape, weight format, engine options and `names`, separated by commas."""
+        """Returns the key of a measurement: model shape, weight format, engine options and the strings `names`, joined
+        by commas."""
         return ", ".join(filter(None, [self.shape, self.format if self.shape else "", self.variant, *map(str, names)]))
 
 
 class Record:
-    """The result file of a part of the GPU check: results and errors by key, and the conditions of each run."""
+    """The result file of one part of the GPU check. It has the result or the error of each measurement, by key, and the
+    conditions of each run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +63,8 @@ class Record:
         self.running: str | None = known.get("running")
 
     def write(self) -> None:
-        """Replaces the file atomically: if the process is killed meanwhile, the old file is still there."""
+        """Replaces the result file atomically: if the process is killed while it writes, the old file is still
+        there."""
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"runs": self.runs, "rows": self.rows, "running": self.running}, indent=1) + "\n")
         os.replace(beside, self.path)
@@ -71,12 +74,13 @@ class Record:
         self.write()
 
     def note(self, **more: Any) -> None:
-        """Adds the fields in `more` to the description of the current run in the file."""
+        """Adds the fields `more` to the conditions of the current run, and writes the result file."""
         self.runs[-1] |= more
         self.write()
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Calls `measure` unless the file has a result for `key`. Returns the result, or None if `measure` failed.
+        """Calls the function `measure` unless the result file has a result for `key`. Returns the result, or None if
+        the measurement failed.
 
         A failure is recorded in the file, and this function returns, so that the next measurements can follow. If the
         failure has made the GPU unusable, this function raises an error.
@@ -93,7 +97,8 @@ class Record:
         self.finish(key, row | {"run": len(self.runs) - 1, "wall_seconds": time.perf_counter() - start})
         print(f"{self.path.stem}: {key}: {summary(row)}", flush=True)
         if "error" in row and torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises an error if the GPU is unusable; a new process then continues
+            # this call raises an error if the GPU is unusable; a new process then makes the next measurements
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
         return None if "error" in row else row
 
@@ -102,7 +107,7 @@ class Record:
         self.write()
 
     def forget_errors(self) -> None:
-        """Removes failed measurements from the file, so that the next run repeats these measurements."""
+        """Removes failed measurements from the result file, so that the next run repeats these measurements."""
         self.rows = {key: row for key, row in self.rows.items() if "error" not in row}
         self.running = None
         self.write()
@@ -118,7 +123,8 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def _said(describe: Callable[[], str | None]) -> str | None:
-    """Returns the result of `describe()`, or None if the program that `describe` starts is missing or fails."""
+    """Returns the result of the function `describe`, or None if the program that this function starts is missing or
+    fails."""
     try:
         return describe()
     except (OSError, subprocess.SubprocessError):
@@ -126,7 +132,7 @@ def _said(describe: Callable[[], str | None]) -> str | None:
 
 
 def conditions(job: Job) -> dict[str, Any]:
-    """Describes a run: date, commit, GPU, machine, versions of packages, and the job."""
+    """Returns the conditions of a run: date, commit, GPU, machine, versions of packages, and the job."""
     versions: dict[str, str] = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,5 @@
-"""Measures how long Triton takes to compile the kernels of whole models, with one thread and with several.
+"""Measures how many seconds Triton takes to compile the kernels of whole models, with one thread and with one thread
+for each core.
 
     python -m benchmarks.gpu.rehearsal [--name triton-rehearsal] [--target 90]
 
@@ -45,7 +46,7 @@ MODELS: Final[Mapping[str, tuple[str, str, KvCacheDtype]]] = {
 
 
 class NoGpu:
-    """Stands in for Triton's driver on a machine without a GPU, and describes the GPU for which Triton compiles."""
+    """Replaces Triton's driver on a machine without a GPU. It tells Triton for which GPU to compile."""
 
     launcher_cls = staticmethod(lambda *_: None)
 
@@ -67,7 +68,8 @@ class NoGpu:
 
 
 def rehearsal_of(model: str) -> Rehearsal:
-    """Returns an object that compiles the Triton kernels of one of MODELS, as an engine does when it starts."""
+    """Returns an object that compiles the Triton kernels of the model `model`, a key of MODELS, as an engine does when
+    it starts."""
     shape, format, kv_cache_dtype = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
@@ -94,7 +96,8 @@ def compile_once(model: str, threads: int, target: int) -> tuple[int, float]:
 
 
 def measured(model: str, threads: int, target: int) -> tuple[int, float]:
-    """Runs `compile_once` in a new process with an empty kernel cache, and returns its result."""
+    """Runs the function `compile_once` in a new process with an empty kernel cache, and returns the function's
+    result."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", __spec__.name, "--once", model, "--threads", str(threads)]
         environment = os.environ | {"TRITON_CACHE_DIR": cache}

@@ -1,4 +1,5 @@
-"""Writes the report of the GPU check: tables with predictions beside measurements, and a list of failures."""
+"""Writes the report of the GPU check: tables with the predicted rate beside each measured rate, and a list of
+failures."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ CEILINGS = (
 
 
 def read_parts(name: str, folders: list[Path]) -> Parts:
-    """Reads the result file of each part of the GPU check, from the first of `folders` that has the file."""
+    """Reads the result file of each part of the GPU check, from the first folder in `folders` that has it."""
     found: Parts = {}
     for folder in folders:
         for path in sorted((folder / f"{name}-parts").glob("*.json")):
@@ -36,14 +37,14 @@ def read_parts(name: str, folders: list[Path]) -> Parts:
 
 
 def target(row: dict[str, Any]) -> float | None:
-    """Returns the fraction of the predicted rate that the engine should reach, or None if no target is set."""
+    """Returns the fraction of the predicted rate that the engine is expected to reach, or None if no target is set."""
     if row["kind"] == "decode":
         return {1: 0.8, 256: 0.7}.get(row["size"])
     return 0.5 if row["kind"] == "prefill" else None
 
 
 def failures(parts: Parts) -> list[str]:
-    """Returns one line for each failure: errors, failed tests and wrong results. A low rate is not a failure."""
+    """Returns one line for each failure: an error, a failed test or a wrong result. A low rate is not a failure."""
     found: list[str] = []
     for part, content in parts.items():
         for key, row in content["rows"].items():
@@ -63,7 +64,8 @@ def failures(parts: Parts) -> list[str]:
 
 
 def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
-    """Returns the report as Markdown. If `sweep` is true, profiles and single kernels are included."""
+    """Returns the report as Markdown. If `sweep` is true, the report includes profiles of decode steps and times of
+    single kernels."""
     lines = [f"# {name}", "", *conditions(parts), "", *ceilings(parts)]
     sections = [checks(parts), engine(parts), replies(parts), http(parts)]
     if sweep:
@@ -89,7 +91,8 @@ def markdown(name: str, parts: Parts, *, sweep: bool) -> str:
 
 
 def conditions(parts: Parts) -> list[str]:
-    """Returns the conditions of the runs: a line for each combination of machine, date, commit and package versions."""
+    """Returns the conditions of the runs as text: one line for each combination of machine, date, commit and package
+    versions."""
     lines: dict[str, None] = {}
     for content in parts.values():
         for run in content["runs"]:
@@ -172,7 +175,7 @@ def engine(parts: Parts) -> list[str]:
 
 
 def replies(parts: Parts) -> list[str]:
-    """Returns the table of the times from the end of loading the weights to the first reply's first token."""
+    """Returns the table of the seconds from the end of loading the weights to the first token of the first reply."""
     lines: list[str] = []
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
@@ -201,7 +204,7 @@ def http(parts: Parts) -> list[str]:
 
 
 def profiles(parts: Parts) -> list[str]:
-    """Returns the table of the kernels that take most of the GPU's time in decode steps."""
+    """Returns the table of the kernels that take the largest shares of the GPU's time in decode steps."""
     lines: list[str] = []
     for part in ENGINE_PARTS:
         for key, row in parts.get(part, {"rows": {}})["rows"].items():
@@ -228,7 +231,8 @@ def kernels(parts: Parts) -> list[str]:
 
 
 def tiles(parts: Parts, most: int | None) -> list[str]:
-    """Returns a table of the microseconds that other tile sizes would save in a step, largest savings first.
+    """Returns a table of the microseconds that other tile sizes would save in one step of the engine, largest savings
+    first.
 
     After the table comes a list of the variants (tile sizes) whose results are wrong.
     """
@@ -253,7 +257,7 @@ def tiles(parts: Parts, most: int | None) -> list[str]:
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yields (key, result, description of the run) for each result of `part` with a rate in tokens per second."""
+    """Yields (key, result, conditions of the run) for each result of `part` that has a rate in tokens per second."""
     content = parts.get(part)
     for key, row in content["rows"].items() if content else ():
         if "tok_s" in row:

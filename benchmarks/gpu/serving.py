@@ -1,4 +1,5 @@
-"""Runs the part `http` of the GPU check: a server with dummy weights under the load of `jamba bench`."""
+"""Runs the part `http` of the GPU check: starts a server with random weights, and measures it with the command `jamba
+bench`."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ START_TIMEOUT = 500.0
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Converts fields of EngineConfig to command-line options of `jamba serve`."""
+    """Converts fields of the class `EngineConfig` to command-line options of the command `jamba serve`."""
     found: list[str] = []
     for key, value in options.items():
         name = key.replace("_", "-")
@@ -64,7 +65,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
-    """Measures the seconds that a new server takes for its first reply, which has one token.
+    """Measures the seconds from the first request to a new server until its reply, which has one token.
 
     `until_ready` is the time in seconds from the start of the server's process until the server is ready. This time
     includes loading the weights.
@@ -79,7 +80,7 @@ def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
 
 
 def load(url: str, job: Job, config: JambaConfig, clients: int, ceilings: Ceilings) -> dict[str, Any]:
-    """Measures the server's output tokens per second under a load of `clients` concurrent clients.
+    """Measures how many output tokens per second the server generates for `clients` concurrent clients.
 
     `predicted` is the rate in tokens per second that the device's memory bandwidth and matmul rate allow for decode.
     The time of prefill is not included in `predicted`.

@@ -1,4 +1,5 @@
-"""Runs the part `sweep` of the GPU check: compares every kernel with the float32 reference and times it."""
+"""Runs the part `sweep` of the GPU check: compares the results of every kernel with the float32 reference, and times
+every kernel."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Candidates:
         self.preferred, self.reference = select(device, {}), select(device, {"all": "reference"})
 
     def of(self, op: str) -> dict[str, Kernels]:
-        """Returns {name of implementation: kernel set} for the implementations of `op` that load on this device.
+        """Returns {name of an implementation: kernel set}, for all implementations of the op `op` that can be loaded on
+        this device.
 
         The reference is in the result only if `op` has no other implementation.
         """
@@ -68,7 +70,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings: Ceilings) -> dict[str, Any]:
-    """Compares one implementation of an op with the reference and times it, in microseconds.
+    """Compares the results of one implementation of an op with the reference. Times the implementation in microseconds.
 
     `us` is the time of a call from Python. `graph_us` is the time in a CUDA graph, where the L2 cache stays warm.
     `floor_us` is the shortest time that the device's limits allow. `torch_us` is the time of torch's matrix product.
@@ -95,7 +97,8 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
 
 
 def in_graph(work: Callable[[], object]) -> dict[str, Any]:
-    """Times `work` in a CUDA graph. If `work` waits for the GPU, no graph is possible, and the reason is returned.
+    """Times the function `work` in a CUDA graph. If this function waits for the GPU, no graph is possible, and the
+    reason is returned instead.
 
     Whether `work` waits is tested before a graph is captured, because a failed capture leaves torch's allocator
     unusable.
@@ -114,5 +117,5 @@ def in_graph(work: Callable[[], object]) -> dict[str, Any]:
 
 
 def wrong(row: dict[str, Any]) -> bool:
-    """Returns True if the error in a result is larger than the tolerance, or if the error is NaN."""
+    """Returns True if the error that is recorded in a result exceeds the recorded tolerance, or if the error is NaN."""
     return not row["error_norm"] <= row["tolerance"]

@@ -1,4 +1,5 @@
-"""Lists the kernel calls that the part `tune` of the GPU check times, at the sizes of decode steps and of prompts.
+"""Lists the kernel calls that the part `tune` of the GPU check times. Their arguments have the sizes that occur in
+decode steps and in the prefill of prompts.
 
 They are a model's matrix products, attention, scan and Mamba decode.
 """
@@ -43,7 +44,7 @@ class Sizes:
     contexts: tuple[tuple[int, int], ...] = ((1, 32768), (8, 8192), (64, 2048), (256, 512))
     prompts: tuple[tuple[int, int], ...] = ((2048, 2048), (8192, 8192), (2048, 32768))
     scans: tuple[tuple[int, int], ...] = ((1, 2048), (1, 8192), (16, 512), (64, 128))
-    variants: int | None = None  # largest number of variants to try for each call, or None to try all variants
+    variants: int | None = None  # largest number of variants to try for each kernel call, or None to try all variants
 
 
 TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=((5, 40),), scans=((2, 9),), variants=2)
@@ -51,7 +52,8 @@ TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A kernel call to tune: its arguments, how often a step of the model makes it, and the variants to try."""
+    """A kernel call to tune: its arguments, how many times one step of the model makes this call, and the variants to
+    try."""
 
     case: Case
     label: str
@@ -60,7 +62,8 @@ class Target:
     implementation: str = "triton"
 
     def work(self) -> Work:
-        """Returns the least number of bytes that this call must move, and of operations that it must do.
+        """Returns the least number of bytes that this call must read and write, and the number of operations that it
+        must do.
 
         The sizes of the call's results are derived from its arguments. The call need not run, so the arguments may be
         `meta` tensors, which have no data.
@@ -80,7 +83,7 @@ class Target:
 
 
 class Targets:
-    """The kernel calls of a model that are tuned, in groups. The calls of a group use the same weights."""
+    """The kernel calls of a model that are tuned, in groups. All calls of a group use the same weights."""
 
     def __init__(self, maker: Maker, config: JambaConfig, sizes: Sizes) -> None:
         self.maker, self.config, self.sizes = maker, config, sizes
@@ -91,7 +94,8 @@ class Targets:
             yield [replace(target, variants=target.variants[: self.sizes.variants]) for target in group]
 
     def labels(self) -> list[str]:
-        """Returns the labels of all tuned calls in order. The arguments are `meta` tensors, which take no memory."""
+        """Returns the labels of all tuned calls in order. The calls are built with tensors on the device `meta`, which
+        take no memory."""
         alone = Targets(Maker(self.maker.shape, torch.device("meta")), self.config, self.sizes)
         return [target.label for group in alone.groups() for target in group]
 

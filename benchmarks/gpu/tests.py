@@ -1,4 +1,5 @@
-"""Runs the part `kernels` of the GPU check: the kernel tests in all dtypes, and the tests that need a GPU."""
+"""Runs the part `kernels` of the GPU check: pytest runs the kernel tests in all dtypes, and the tests that need a
+GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from benchmarks.gpu.record import Job, Record
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 8  # number of pytest processes, which share the GPU
-NO_TESTS = 5  # pytest exits with this status if it finds no tests
+NO_TESTS = 5  # exit status of pytest if it finds no tests
 TEST_SECONDS = 120  # time limit of one test in seconds, if pytest-timeout is installed
 KERNELS = "tests/kernels"
 PRODUCTS = [f"{KERNELS}/test_{name}.py" for name in ("linear", "moe", "quantized")]
@@ -32,8 +33,8 @@ SETS = {
     },
     "cpu": {"a few": [f"{KERNELS}/test_norm.py"]},
 }
-# The project's own pytest configuration is not used: it needs plugins that may be missing, and it turns warnings, which
-# another version of torch may print, into errors.
+# The project's own pytest configuration is not used, because it needs plugins that may be missing. It also turns
+# warnings into errors, and another version of torch may print other warnings.
 CONFIGURATION = "[pytest]\naddopts = -q -rfE\nmarkers = cuda: needs an NVIDIA GPU\n"
 
 
@@ -44,7 +45,8 @@ def run(job: Job, record: Record) -> None:
 
 
 def run_tests(arguments: list[str], log: Path) -> dict[str, Any]:
-    """Runs pytest and counts the results. The output is appended to `log`, so that it is kept if pytest is killed."""
+    """Runs pytest and counts passed, failed and skipped tests. The output is appended to the file `log`, so that the
+    output is kept if pytest is killed."""
     begin = log.stat().st_size if log.is_file() else 0
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder) / "pytest.ini"

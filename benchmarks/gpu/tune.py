@@ -1,4 +1,5 @@
-"""Runs the part `tune` of the GPU check: times the kernels that take most of a step, with other tile sizes.
+"""Runs the part `tune` of the GPU check: takes the kernels that use most of a step's time, and times them with other
+tile sizes.
 
 Each kernel is timed in a CUDA graph. The graph uses several copies of the arguments in turn, which together exceed the
 L2 cache, so the arguments come from memory as in a real step. The result of each variant is compared with the result of
@@ -31,17 +32,19 @@ from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.triton import interpreted
 
 # Timed calls use several copies of the arguments in turn, so that the L2 cache does not hold the arguments of the next
-# call. COLD_BYTES is the least size in bytes of all copies together: more than twice the size of the L2 cache.
+# call. COLD_BYTES is the least total size of all copies in bytes, more than twice the size of the L2 cache.
 COLD_BYTES = 160 << 20
 MOST_COPIES = 64
 # The number of calls in a CUDA graph is chosen such that one run of the graph takes about GRAPH_SECONDS. The number of
-# timed runs is chosen such that all runs together take about TIMED_SECONDS. Both times are in seconds and hold for a
-# kernel that is as fast as the GPU's limits allow.
+# timed runs is chosen such that all runs together take about TIMED_SECONDS. Both choices assume a kernel that is as
+# fast as the GPU's limits allow.
 GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3
 MOST_LAUNCHES = 128
 LEAST_RUNS, MOST_RUNS = 3, 15
-TOLERANCE = 1e-2  # largest relative difference (a fraction) allowed for variants that sum in another order
-QUANTIZED_CHUNK = 1 << 26  # number of weight elements to quantise at once
+# largest relative difference (a fraction) allowed between the results of the unchanged kernel and of a variant that
+# adds in another order
+TOLERANCE = 1e-2
+QUANTIZED_CHUNK = 1 << 26  # number of elements of a weight that are quantised at once
 
 
 def run(job: Job, record: Record) -> None:
@@ -71,7 +74,8 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) -> dict[str, Any]:
-    """Times one kernel call with each variant, in microseconds. For a variant that fails, an error message is recorded.
+    """Times one kernel call with each variant, in microseconds. If a variant fails, the error message is recorded
+    instead of a time.
 
     `packed` is a list of copies of the packed weights, which all calls of a group use. If the list is empty, this
     function fills it.
@@ -94,7 +98,7 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
         except Exception as failure:  # noqa: BLE001 - a variant may need too many registers or too much shared memory
             times[variant.label] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
             if device == "cuda":
-                torch.cuda.synchronize()  # raises an error if the GPU has become unusable
+                torch.cuda.synchronize()  # this call raises an error if the GPU has become unusable
             continue
         if not error <= (0 if variant.exact else TOLERANCE):
             differ[variant.label] = error
@@ -103,7 +107,8 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
 
 
 def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> dict[str, Any]:
-    """Chooses the fastest variant, and the fastest of the variants that give the same bits as the unchanged kernel.
+    """Chooses the fastest of all variants, and the fastest of the variants that give the same bits as the unchanged
+    kernel.
 
     `differ` has the variants whose results are wrong. These variants are not chosen.
     """
@@ -131,7 +136,7 @@ def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool)
 
 @contextmanager
 def quantized_at_once(device: str) -> Generator[None]:
-    """Makes quantisation on a GPU use large pieces of a weight, so that few kernel launches are needed."""
+    """Makes quantisation on a GPU split a weight into few, large pieces, so that few kernel launches are needed."""
     if device != "cuda":
         yield
         return
@@ -140,13 +145,15 @@ def quantized_at_once(device: str) -> Generator[None]:
 
 
 def copies(case: Case, device: str) -> int:
-    """Returns the number of copies of the arguments that are larger than a GPU's L2 cache together, or 1 on a CPU."""
+    """Returns how many copies of the arguments are needed so that all copies together exceed a GPU's L2 cache. Returns
+    1 on a CPU."""
     moved = case.moved or case.bytes_moved(())
     return 1 if device == "cpu" else min(MOST_COPIES, math.ceil(COLD_BYTES / moved))
 
 
 class Bench:
-    """Times an op in calls that use several copies of the arguments in turn. The op may write to its arguments."""
+    """Times calls of an op. The calls use several copies of the arguments in turn. The op may write to its
+    arguments."""
 
     def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
         self._case, self._device = case, device
@@ -157,13 +164,15 @@ class Bench:
         self._calls = [case.arguments(one) for one in weights]
 
     def result(self) -> tuple[Any, ...]:
-        """Calls the op with new copies of the arguments. Returns the result and the copies after the call."""
+        """Calls the op with new copies of the arguments. Returns the op's result, and these copies as the op has left
+        them."""
         args = self._case.arguments(self._packed)
         result = self._op(*args)
         return result, args if self._packed is None else (args[0], *args[2:])
 
     def seconds(self, floor: float) -> float:
-        """Returns the seconds that one call of the op takes. Call `result()` before, so that the kernel is compiled.
+        """Returns the seconds that one call of the op takes. The method `result` must be called before, so that the
+        kernel is compiled.
 
         `floor` is the shortest time in seconds that the device's limits allow. It sets how many calls a graph has.
         """

@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 SHARED_BYTES = 227 << 10  # size in bytes of the shared memory that a thread block may use on an H100 or H200
-# The matmul kernels have special tile sizes for products with few rows: at most FEW_ROWS rows if the weights are not
-# quantised, at most FEWER_ROWS rows if the weights are quantised.
+# The matmul kernels have special tile sizes for products with few rows. With weights that are not quantised, these are
+# products of at most FEW_ROWS rows. With quantised weights, these are products of at most FEWER_ROWS rows.
 FEW_ROWS, FEWER_ROWS = 64, 16
 PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
 Fields = dict[str, int | None]
@@ -24,7 +24,7 @@ Fields = dict[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A variant of the Triton kernels: the constants and functions in their modules that are replaced.
+    """A variant of the Triton kernels. It replaces constants and functions in the kernels' modules.
 
     The keys of `changes` are "module.name" in kernels.triton. For a dictionary, or a function that returns a dictionary
     or a named tuple, the value has the changed fields. For another function it is the new result, and for a constant
@@ -45,7 +45,8 @@ class Variant:
 
     @property
     def whole_tile(self) -> bool:
-        """True if the variant sets all tile sizes of a matrix product, so that none depends on the number of rows."""
+        """True if the variant sets all tile sizes of a matrix product, so that no tile size depends on the number of
+        rows."""
         return any(place in self.changes for place in PRODUCT_TILES.values())
 
 
@@ -88,7 +89,8 @@ def grid(place: str, *, exact: bool = True, **choices: tuple[int | None, ...]) -
 
 
 def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
-    """Yields a variant for every value of every constant in `choices`. The key `module__NAME` means module.NAME."""
+    """Yields a variant for every value of every constant in `choices`. A key of the form `module__NAME` is the constant
+    NAME of the module `module`."""
     for name, values in choices.items():
         yield from (Variant({name.replace("__", "."): value}, exact) for value in values)
 
@@ -108,7 +110,8 @@ def _tile(rows: int, columns: int, num_warps: int, num_stages: int, **more: int 
 
 
 def _plain_tiles(rows: int) -> Iterator[Fields]:
-    """Yields tile sizes for bfloat16 matrix products. `inner` is a tile's number of elements along K."""
+    """Yields tile sizes for bfloat16 matrix products. The field `inner` is the number of elements of a tile along the
+    inner dimension K."""
     few = product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4, 6, 8))
     for columns, inner, warps, stages in few if rows <= 4 * FEW_ROWS else ():
         if 2 * (64 + columns) * inner * stages > SHARED_BYTES or (warps == 8 and (columns < 64 or inner > 64)):
@@ -149,7 +152,7 @@ def _quantized_tiles(rows: int) -> Iterator[Fields]:
 
 
 def narrow_variants(rows: int) -> list[Variant]:
-    """Returns the variants of the matrix product x_proj, whose kernel divides K into sections."""
+    """Returns the variants of the matrix product x_proj, whose kernel divides the inner dimension K into sections."""
     tiles = grid("narrow.tile_for", columns=(16, 32, 64), num_stages=(3, 4, 6), num_warps=(4,))
     if rows > FEW_ROWS:
         wide = grid("narrow.tile_for", rows=(64, 128), columns=(32, 64), num_stages=(3, 4), num_warps=(4, 8))
@@ -167,7 +170,8 @@ def mamba_decode_variants() -> list[Variant]:
 
 
 def attention_variants(*, decode: bool) -> list[Variant]:
-    """Returns the variants of attention. Changing KEYS (keys per tile), ROWS or SPLIT changes the order of sums."""
+    """Returns the variants of the attention kernels. Variants that change the constant KEYS (keys per tile), ROWS or
+    SPLIT add the terms of sums in another order."""
     module = import_module("jamba_server.kernels.triton.attention")
     own = decode and hasattr(module, "DECODE_OPTIONS")
     place = "attention.DECODE_OPTIONS" if own else "attention.OPTIONS"
@@ -184,7 +188,7 @@ def attention_variants(*, decode: bool) -> list[Variant]:
 
 
 def scan_variants(implementation: str) -> list[Variant]:
-    """Returns the variants of the selective scan in prefill."""
+    """Returns the variants of the selective scan kernel that prefill uses."""
     if implementation == "triton-chunked":
         found = [*constants(False, scan_chunked__CHUNK=(64, 128, 512))]
         found += constants(True, scan_chunked__BLOCK_CHANNELS=(8, 32), scan_chunked__GROUP=(2, 8))

@@ -20,14 +20,14 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-CHUNK, LANES, STATES = 32, 16, 16  # the same values as CHUNK, W and N in scan.cpp
+CHUNK, LANES, STATES = 32, 16, 16  # the values of the constants CHUNK, W and N in scan.cpp
 EPSILON = 1e-6
-LOSS_ROWS = 2048  # to save memory, logits are computed for this number of tokens at a time
+LOSS_ROWS = 2048  # logits are computed for this number of tokens at a time, to save memory
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Returns the compiled kernels.
+    """Returns the library of compiled kernels.
 
     The library is built once for each source and set of compiler flags, in the folder for temporary files.
     """
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Tensor | float) -> None:
-    """Calls a compiled kernel. Tensors are passed as addresses, ints as int64_t and floats as float."""
+    """Calls the compiled kernel `name`. A tensor is passed as its address, an int as int64_t and a float as float."""
     values: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -111,7 +111,7 @@ class Scan(torch.autograd.Function):
 
 
 class Norm(torch.autograd.Function):
-    """RMSNorm over the last axis. The rows of x may be slices of wider rows."""
+    """RMSNorm over the last axis. The rows of the input x may be slices of wider rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ class Norm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """SwiGLU: turns [rows, 2f] into [rows, f], which is silu(first half of a row) * second half."""
+    """SwiGLU: turns an array [rows, 2f] into an array [rows, f], where each row is silu(first half of the input row) *
+    (second half of the input row)."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -149,8 +150,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Mean cross entropy in nats over the rows. The logits are x [rows, h] @ head [vocab, h]^T. Rows with a target
-    below 0 are left out of the mean.
+    """Mean cross entropy in nats over the rows. The logits are the product of x [rows, h] and the transpose of head
+    [vocab, h]. Rows whose target is below 0 are left out of the mean.
 
     The forward pass also computes the gradients, so that the logits of all rows need not be kept.
     """
@@ -176,7 +177,8 @@ class Loss(torch.autograd.Function):
 
 
 class Dispatch(torch.autograd.Function):
-    """Copies each row of x [rows, h] once for each of its k experts. The copies [rows * k, h] are sorted by expert.
+    """Copies each row of x [rows, h] k times, once for each expert that is chosen for the row. The copies, an array
+    [rows * k, h], are sorted by expert.
 
     `order` is the permutation of the (row, choice) pairs that sorts them by expert.
     """
@@ -195,7 +197,8 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Undoes the permutation of `Dispatch`: brings the experts' outputs back to the rows' order, as [rows, k, h]."""
+    """Undoes the permutation of the class `Dispatch`: puts the experts' outputs into the order of the rows, as an array
+    [rows, k, h]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:

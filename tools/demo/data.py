@@ -1,4 +1,4 @@
-"""Prepares the demonstration model's training text: stories, stories as chat answers, small talk and picture books.
+"""Prepares the demonstration model's training text: stories, chats that ask for a story, small talk and picture books.
 
 The files named in FILES are read from one folder. They are compressed to .xz and contain UTF-8 text or one JSON object
 per line.
@@ -19,14 +19,15 @@ from typing import Any
 STORIES, SMALL_TALK = "tinystories-subset.txt.xz", "chitchat-qna.jsonl.xz"
 EXCHANGES, BOOKS = "chatterbot-english.jsonl.xz", "storybooks-cc-by.jsonl.xz"
 FILES = (STORIES, SMALL_TALK, EXCHANGES, BOOKS)
-HELD_OUT = 141  # number of stories at the end of the file on which neither model nor tokenizer is trained
-# GREETING_SHARE is a fraction of the small-talk chats that begin with a question. These chats get a greeting before the
-# question.
+# number of stories at the end of the stories' file that are not used to train the model or the tokenizer
+HELD_OUT = 141
+# Of the small-talk chats that begin with a question, the fraction GREETING_SHARE gets a greeting before the question.
 GREETINGS, GREETING_SHARE = ("Hi", "Hello", "Hey", "Hi there"), 0.15
 BOS, EOS, EOM = "<|startoftext|>", "<|endoftext|>", "<|eom|>"
 STYLES = ("friendly", "caring")  # only these two of the five styles of small talk are used
 CHAT_STORIES = 0.45  # fraction of the stories in an epoch that are written as the answer to a request
-SMALL_TALK_SHARE, BOOK_SHARE = 5000, 240  # number of small-talk chats and of picture books in an epoch
+# number of small-talk chats in an epoch, and number of picture books in an epoch
+SMALL_TALK_SHARE, BOOK_SHARE = 5000, 240
 SYSTEM = ("You are a helpful assistant.", "You are a friendly storyteller.", "You tell stories to children.")
 REQUESTS = (
     "Tell me a story about {}.",
@@ -47,7 +48,8 @@ OPEN_REQUESTS = (
     "Write a story.",
     "Can you tell me a story?",
 )
-# These words often follow "a" or "the" in stories, but nobody would ask for a story about them.
+# These words often follow "a" or "the" in stories, but nobody would ask for a story about them, so requests do not use
+# them.
 _DULL = re.compile(
     "time|day|lot|little|big|great|good|very|new|old|small|long|way|bit|while|few|other|same|next|first|last|one|"
     "end|thing|moment|part|piece|special|nice|happy|sad|kind|best|most|more|whole|red|blue|green|yellow|loud|"
@@ -95,7 +97,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def chat(turns: list[str], system: str = "") -> str:
-    """Renders a chat, in which user and assistant alternate, in the format of the chat template."""
+    """Returns a chat as text in the format of the chat template. The first turn is the user's, and user and assistant
+    alternate."""
     text = f"{BOS}<|bom|><|system|> {system}{EOM}"
     for number, turn in enumerate(turns):
         text += f"<|bom|><|{'assistant' if number % 2 else 'user'}|> {turn}{EOM}"
@@ -125,7 +128,7 @@ def request(story: str, random_: random.Random) -> str:
 
 
 def epoch(text: Text, seed: int) -> list[str]:
-    """Returns the shuffled documents of one pass over the stories.
+    """Returns the documents of one epoch, shuffled. An epoch has each story once.
 
     The seed determines the requests, and the choice of small talk and picture books.
     """

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 ORDER = 5
 DEMO = Path(__file__).resolve().parents[2] / "server" / "demo"
-CLIENTS = 8  # maximum number of requests in flight
+CLIENTS = 8  # largest number of requests that wait for a reply at the same time
 
 
 def encoded(tokenizer: Tokenizer, stories: list[str]) -> list[list[int]]:

@@ -49,11 +49,12 @@ REQUESTS = (
 )
 CACHE = 1 << 26  # size of the engine's KV cache in bytes
 TEMPERATURE = 0.3  # default temperature of the model, low enough that stories keep to their subject
-TOLERANCE = 0.005  # largest allowed difference between the held-out losses of engine and training code, as a fraction
+# largest allowed relative difference (a fraction) between the held-out loss of the engine and that of the training code
+TOLERANCE = 0.005
 
 
 def config(shape: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the content of config.json, with the keys that transformers knows."""
+    """Returns the content of config.json as a dictionary, with the keys that transformers reads."""
     ids = {name: SPECIAL_TOKENS.index(f"<|{text}|>") for name, text in (("pad", "pad"), ("bos", "startoftext"))}
     return {
         "architectures": ["JambaForCausalLM"],
@@ -87,7 +88,7 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.tensors()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes a file that only its owner can read
+    (out / "model.safetensors").chmod(0o644)  # safetensors creates the file without read permission for other users
     values = config(saved["shape"])
     write_json(out / "config.json", values)
     ids = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -102,7 +103,8 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes a text that contains <|startoftext|> already. So the tokenizer does not add this token."""
+    """Returns the token ids of a text that already contains <|startoftext|>, so the tokenizer must not add this
+    token."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -123,8 +125,8 @@ def held_out_nats(llm: LLM, documents: list[list[int]]) -> float:
 
 
 def answer(llm: LLM, tokenizer: Tokenizer, request: str, temperature: float, seed: int) -> str:
-    """Generates a reply to a request. Returns both texts as Markdown for the model card, the reply without its leading
-    space."""
+    """Generates a reply to a request. Returns the request and the reply as Markdown for the model card. The leading
+    space of the reply is removed."""
     prompt = encode(tokenizer, data.chat([request]) + "<|bom|><|assistant|>")
     (completion,) = llm.generate([prompt], SamplingParams(max_tokens=400, temperature=temperature, seed=seed))
     how = f"seed {seed}" if temperature else "greedy"

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from cpu_kernels import Combine, Convolution, Dispatch, Loss, Norm, Scan, SwiGLU
 from torch import Tensor, nn
 
-BALANCE = 0.01  # weight of the auxiliary loss that balances the load of the experts
+BALANCE = 0.01  # factor of the auxiliary loss in the training loss; the auxiliary loss balances the load of the experts
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of the model, named as in config.json.
+    """The sizes of the model. The fields have the same names as the keys in config.json.
 
     The Mamba state has 16 entries per channel, and the convolution has 4 taps. Both numbers are fixed.
     """
@@ -68,7 +68,8 @@ def ones(size: int) -> nn.Parameter:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies x by each matrix [out, in] of the weight [..., out, in], and concatenates the products."""
+    """Multiplies x by each of the matrices [out, in] in the array `weight` [..., out, in], and concatenates the
+    products along the last axis."""
     return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 
@@ -229,7 +230,7 @@ class Jamba(nn.Module):
         return loss, torch.stack(moe).mean()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields the parameters with the names and shapes that they have in a checkpoint."""
+        """Yields the parameters with the names and shapes that they have in a checkpoint of Hugging Face's format."""
         yield "model.embed_tokens.weight", self.embedding
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)

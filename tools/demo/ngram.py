@@ -1,4 +1,5 @@
-"""Implements an n-gram model of tokens with interpolated Kneser-Ney smoothing, as a baseline for the held-out loss.
+"""Implements an n-gram model of tokens with interpolated Kneser-Ney smoothing. Its loss on held-out text is compared
+with the demonstration model's loss.
 
 The method is that of Kneser and Ney 1995 in the interpolated form of Chen and Goodman 1998 (section 3), with one
 discount for each length of n-gram.
@@ -19,7 +20,7 @@ BITS = 12  # number of bits for a token id, so that the ids of a 5-gram fit in 6
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The n-grams of one length, in ascending order.
+    """All n-grams of one length that occur in the documents, in ascending order, with their counts.
 
     An n-gram is packed into one integer, with its last token in the lowest bits.
     """
@@ -27,21 +28,21 @@ class Level:
     grams: Integers
     counts: Integers
     contexts: Integers  # the different contexts: an n-gram's context is all its tokens except the last
-    totals: Integers  # for each context, the sum of the counts of the n-grams that begin with it
-    kinds: Integers  # for each context, the number of different tokens that follow it
+    totals: Integers  # for each context, the sum of the counts of the n-grams that have this context
+    kinds: Integers  # for each context, the number of different tokens that follow this context
     discount: float
 
     @classmethod
     def of(cls, grams: Integers, counts: Integers) -> Level:
-        """Returns the level of the n-grams `grams`, which must be sorted and distinct. `counts` has the count of each
-        n-gram."""
+        """Returns the `Level` with the n-grams `grams`, which must be sorted and distinct. The array `counts` has the
+        count of each n-gram."""
         contexts, starts, kinds = np.unique(grams >> BITS, return_index=True, return_counts=True)
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = once / (once + 2 * twice) if once else 0.5
         return cls(grams, counts, contexts, np.add.reduceat(counts, starts), kinds, discount)
 
     def mix(self, grams: Integers, shorter: Floats) -> Floats:
-        """Returns for each n-gram the probability of its last token after its other tokens.
+        """Returns, for each n-gram, the probability that its last token follows its other tokens.
 
         `shorter` has the probabilities of the same tokens after a context that is one token shorter.
         """
@@ -53,8 +54,8 @@ class Level:
 
 
 def found(keys: Integers, values: Integers, wanted: Integers) -> Integers:
-    """Looks up the wanted keys in sorted `keys`. Returns the value of each wanted key, and 0 for a key that is
-    missing."""
+    """Looks up the keys `wanted` in the sorted array `keys`. Returns the value of each wanted key, or 0 for a wanted
+    key that is not in `keys`."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], 0)
 
@@ -71,16 +72,17 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         grams = np.concatenate([self._grams(document) for document in documents])
         level = Level.of(*np.unique(grams, return_counts=True))
-        self.levels = [level]  # levels are sorted by the length of their n-grams, the longest first
+        self.levels = [level]  # the levels are sorted by the length of their n-grams, longest first
         for length in range(order - 1, 0, -1):
-            # In Kneser-Ney smoothing, the count of an n-gram shorter than `order` is the number of different tokens
-            # that occur before this n-gram.
+            # In Kneser-Ney smoothing, an n-gram shorter than `order` is not counted by its occurrences. Its count is
+            # the number of different tokens that occur directly before it.
             mask = (1 << BITS * length) - 1
             level = Level.of(*np.unique(level.grams & mask, return_counts=True))
             self.levels.append(level)
 
     def _grams(self, document: Sequence[int]) -> Integers:
-        """Returns for each token of a document, except the first token, the packed n-gram that ends with it."""
+        """Returns, for each token of a document except the first token, the n-gram that ends with this token, packed
+        into one integer."""
         ids = np.concatenate([np.full(self.order - 1, document[0]), np.asarray(document[1:])]).astype(np.int64)
         windows = np.lib.stride_tricks.sliding_window_view(ids, self.order)
         return (windows << (BITS * np.arange(self.order - 1, -1, -1))).sum(axis=1)

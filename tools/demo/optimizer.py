@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 MUON_RATE, MUON_MOMENTUM, MUON_DECAY = 0.02, 0.95, 0.05
 ADAM_RATES = {"embedding": 1e-2, "head": 3e-3, "other": 3e-3}
-ADAM_DECAY = 0.01  # AdamW's weight decay of the embedding and the output head
+ADAM_DECAY = 0.01  # weight decay that AdamW applies to the embedding and the output head
 
 
 def orthogonalised(gradient: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.momenta = [torch.zeros_like(parameter) for parameter in parameters]
         self.parameters = parameters
-        # Maps the shape of a matrix to the indices of the parameters with this shape, which are orthogonalised as one
-        # batch.
+        # Maps a matrix shape to the indices of the parameters with this shape. These parameters' updates are
+        # orthogonalised as one batch.
         self.groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             self.groups[parameter.shape[-2], parameter.shape[-1]].append(index)
@@ -58,7 +58,8 @@ class Muon:
 
 
 class Optimizer:
-    """Combines Muon and AdamW. The argument `factor` of `step` scales all learning rates."""
+    """Updates each parameter with Muon or AdamW. The argument `factor` of the method `step` scales all learning
+    rates."""
 
     def __init__(self, model: Jamba) -> None:
         matrices: list[nn.Parameter] = []

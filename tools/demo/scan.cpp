@@ -9,8 +9,8 @@
 #include <vector>
 
 namespace {
-constexpr int W = 16;       // lanes in a vector
-constexpr int N = 16;       // entries of the state per channel (mamba_d_state)
+constexpr int W = 16;       // number of float32 lanes in a vector
+constexpr int N = 16;       // number of entries of the SSM state per channel (mamba_d_state)
 constexpr int CHUNK = 32;   // the forward pass saves the state every CHUNK tokens, for the backward pass
 constexpr float LOG2E = 1.44269504f;
 using bf16 = uint16_t;
@@ -26,7 +26,7 @@ inline v16 load(const float* p) { return *(const f16u*)p; }
 inline void store(float* p, v16 x) { *(f16u*)p = x; }
 inline void store(bf16* p, v16 x) {
     u16v u = (u16v)x;
-    u += 0x7fff + ((u >> 16) & 1);  // rounds to the nearest bfloat16, ties to even
+    u += 0x7fff + ((u >> 16) & 1);  // this rounds to the nearest bfloat16, ties to even
     *(h16*)p = __builtin_convertvector(u >> 16, h16);
 }
 inline void add(float* p, v16 x) { store(p, load(p) + x); }
@@ -35,7 +35,8 @@ inline v16 maxv(v16 a, v16 b) { return a > b ? a : b; }
 inline v16 exp2v(v16 x) {
     x = maxv(x, splat(-126.f));
     x = x < splat(126.f) ? x : splat(126.f);
-    const v16 magic = splat(12582912.f);  // 1.5 * 2^23: adding this rounds a float32 to an integer
+    // 1.5 * 2^23: adding this number to a float32 value and subtracting it again rounds the value to an integer
+    const v16 magic = splat(12582912.f);
     v16 z = x + magic, r = x - (z - magic);
     v16 p = splat(1.3333558e-3f);
     p = p * r + 9.6181291e-3f;
@@ -57,7 +58,8 @@ inline v16 softplus(v16 x) {
     return maxv(x, splat(0.f)) + 2.f * s * p;
 }
 inline v16 silu_gradient(v16 x, v16 s) { return s * (1.f + x * (1.f - s)); }
-// Each thread sums gradients into an array of its own, which flush() adds to the result at the end.
+// Each thread sums gradients into the array `own`, which only this thread uses. The function `flush` adds this array to
+// the result when the thread has finished.
 struct Gradients {
     std::vector<float> own;
     float* total;
@@ -68,7 +70,8 @@ float widen(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4)
 }  // namespace
 
 // Computes Mamba's causal convolution: u [B,T,D] = silu(conv(first half of xz [B,T,2D])). The second half of xz is
-// copied to z [B,T,D]. In the filter w [4,D], tap 3 belongs to the current token.
+// copied to z [B,T,D]. The filter w [4,D] multiplies the current token by w[3], and earlier tokens by w[2], w[1] and
+// w[0].
 extern "C" void conv_forward(const bf16* xz, const float* w, const float* bias, bf16* u, bf16* z, int64_t B, int64_t T, int64_t D) {
 #pragma omp parallel for
     for (int64_t b = 0; b < B; b++)
@@ -93,7 +96,7 @@ extern "C" void conv_backward(const bf16* xz, const float* w, const float* bias,
         for (int64_t b = 0; b < B; b++) {
             for (int64_t t = 0; t < T; t++) memcpy(gxz + (b * T + t) * 2 * D + D, gz + (b * T + t) * D, D * sizeof(bf16));
             for (int64_t d = 0; d < D; d += W) {
-                v16 next[3] = {};  // gradients of the convolution's output (before SiLU) at t+1, t+2 and t+3
+                v16 next[3] = {};  // gradients of the convolution's output (before SiLU) at the tokens t+1, t+2 and t+3
                 v16 sw[4] = {}, sb = {}, wk[4];
                 for (int k = 0; k < 4; k++) wk[k] = load(w + k * D + d);
                 for (int64_t t = T - 1; t >= 0; t--) {
@@ -270,8 +273,8 @@ extern "C" void swiglu_backward(const bf16* gate_up, const bf16* gy, bf16* gx, i
         }
 }
 
-// Computes the cross entropy losses [M] in nats and overwrites logits [M,V] with their gradients times `scale`. A row
-// with a target below 0 has the loss 0 and no gradient.
+// Computes the cross entropy losses [M] in nats. Overwrites the logits [M,V] with the gradients of the losses with
+// respect to the logits, times `scale`. A row with a target below 0 has the loss 0 and the gradient 0.
 extern "C" void cross_entropy(bf16* logits, const int64_t* targets, float* losses, float scale, int64_t M, int64_t V) {
 #pragma omp parallel for
     for (int64_t m = 0; m < M; m++) {

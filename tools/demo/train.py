@@ -15,7 +15,7 @@ import os
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads must sleep, because torch and the kernels each have a thread pool and share the cores
+)  # idle threads must sleep, because torch and the kernels of scan.cpp each have a thread pool on the same cores
 
 import argparse
 import json
@@ -34,14 +34,15 @@ from torch import Tensor
 from train_tokenizer import train_tokenizer
 
 SEED = 20
-TOKENS, RAMP = 4096, 0.35  # a step has TOKENS tokens, and 2 * TOKENS after the fraction RAMP of the training time
+# a step has TOKENS tokens; after the fraction RAMP of the training time, a step has 2 * TOKENS tokens
+TOKENS, RAMP = 4096, 0.35
 # Number of tokens in each row of the batch: LENGTH in most steps, LONG in every eighth step, and LONGEST in every
 # thirty-second step.
 LENGTH, LONG, LONGEST = 512, 1024, 2048
 # The learning rate rises during the first WARM_UP steps. It falls during the last part of the training time; COOL_DOWN
 # is this part as a fraction of the training time.
 WARM_UP, COOL_DOWN = 30, 0.35
-WINDOW = 150  # approximate number of steps over which the weights are averaged, to lower the held-out loss
+WINDOW = 150  # approximate number of steps over which the weights are averaged; the average has a lower held-out loss
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
 
@@ -60,7 +61,7 @@ class Stream:
         return torch.tensor([number for item in encoded for number in item.ids])
 
     def take(self, count: int) -> Tensor:
-        """Returns the next `count` + 1 tokens. The last of these tokens is only a target, not an input."""
+        """Returns the next `count` + 1 tokens. The last of these tokens is only the target of the token before it."""
         if self.offset + count + 1 > len(self.ids):
             self.number, self.offset = self.number + 1, 0
             self.ids = self._encode()
@@ -69,7 +70,7 @@ class Stream:
 
 
 def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> list[tuple[Tensor, Tensor]]:
-    """Returns batches (ids, targets) of the held-out stories. Each batch has stories of similar length.
+    """Returns the held-out stories as batches, each a pair (ids, targets). The stories of a batch have similar lengths.
 
     Each row is one story from <|startoftext|> to <|endoftext|>. Padding has the target -1.
     """
@@ -89,7 +90,7 @@ def held_out_batches(stories: list[str], tokenizer: tokenizers.Tokenizer) -> lis
 
 @torch.no_grad()
 def evaluate(model: Jamba, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Returns the negative log-likelihood in nats, summed over all targets."""
+    """Returns the model's negative log-likelihood in nats, summed over all targets in `batches` except padding."""
     return sum(float(model(ids, targets)[0]) * int((targets >= 0).sum()) for ids, targets in batches)
 
 

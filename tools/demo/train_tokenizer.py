@@ -1,4 +1,5 @@
-"""Trains a small BPE tokenizer of the same kind as Jamba's: tokenizer.json has the same parts, but fewer entries.
+"""Trains a small BPE tokenizer. Its file tokenizer.json has the same parts as the file of Jamba's tokenizer, but fewer
+vocabulary entries.
 
 The ids begin with the special tokens of Jamba 1.5 to 1.7 in their order. Then come 256 byte tokens, and then single
 characters and merges learned from the text. A space is written "▁" and belongs to the word after it. Each digit is a
@@ -39,13 +40,13 @@ SPECIAL_TOKENS = (
     "</tool_calls>",
 )
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-# Matches the units of a text. Each unit is a word or punctuation with the space before it, one digit, or one space. A
-# merge never joins pieces of different units.
+# This pattern matches the units of a text. Each unit is a word or punctuation with the space before it, one digit, or
+# one space. A BPE merge never joins pieces of two units.
 _WORDS = r"▁?\p{L}+|[0-9]|▁?[^\p{L}0-9▁]+|▁"
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, which may be compressed to .xz.
+    """Yields the lines of a UTF-8 text file. A file with the suffix .xz is decompressed.
 
     Empty lines, and lines that consist of a special token, are left out.
     """
@@ -56,8 +57,8 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Trains a tokenizer. `vocab_size` is the number of all its entries: special tokens, bytes, characters and merged
-    pieces."""
+    """Trains a tokenizer. The argument `vocab_size` is the total number of vocabulary entries: special tokens, bytes,
+    characters and merged pieces."""
     first_piece = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)
     pieces, merges = _learn_merges(lines, vocab_size - first_piece)
     names = [*SPECIAL_TOKENS, *BYTE_TOKENS, *pieces]
@@ -80,8 +81,8 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def _learn_merges(lines: Iterable[str], count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Learns `count` pieces from the text. Returns the pieces, and the merges that form the pieces, in the order in
-    which they were learned.
+    """Learns `count` vocabulary pieces from the text. Returns these pieces, and the BPE merges that form them, both in
+    the order in which they were learned.
 
     The first pieces are the printable ASCII characters and "▁".
     """
