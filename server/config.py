@@ -1,5 +1,4 @@
-"""ServerConfig: every option of the server. Flags win over environment variables, and environment variables over a YAML
-file.
+"""Reads the options of the server. Flags win over environment variables, and environment variables over a YAML file.
 
 An option is one field of `ServerConfig`. The field gives the flag (`--max-model-len`), the YAML key (`max_model_len`),
 the variable (`JAMBA_MAX_MODEL_LEN`), the allowed values and the help text. Options that the engine needs have the same
@@ -49,8 +48,7 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 UnknownFields = Literal["ignore", "reject"]
 
-# Other servers and torch accept these names of number formats as well. Each name is paired with the value of --dtype
-# that has the same meaning.
+# Pairs of a number format's name in torch or other servers and the value of --dtype that means the same format.
 DTYPE_ALIASES = (
     ("fp16", "float16"),
     ("half", "float16"),
@@ -62,8 +60,8 @@ DTYPE_ALIASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """The value of every option. Sizes are upper bounds: the engine reduces them until they fit into memory, and logs
-    one warning. For every other option, a value that the server cannot use is an error."""
+    """The value of every option of the server. Options for sizes are upper bounds: the engine reduces them until they
+    fit into memory, and logs one warning. For every other option, a value that the server cannot use is an error."""
 
     model: Annotated[
         str | None,
@@ -222,13 +220,13 @@ class ServerConfig:
     ] = field(default_factory=dict[str, str])
 
     def engine(self, model: Path) -> EngineConfig:
-        """Returns the engine's part of the options. `model` is the folder that holds the model."""
+        """Returns the options that the engine needs. `model` is the folder that holds the model."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in EngineConfig.__struct_fields__}
         settings["model"] = str(model)
         return EngineConfig(**settings)
 
     def non_defaults(self) -> dict[str, object]:
-        """Returns the options whose values differ from their defaults. Secrets are masked."""
+        """Returns the options whose values differ from their defaults, by name. Secrets are masked."""
         values = ((option, getattr(self, option.name)) for option in OPTIONS.values())
         return {option.name: option.show(value) for option, value in values if value != option.default}
 
@@ -253,8 +251,8 @@ FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.valu
 
 
 def present_name(name: str, shown: str) -> str:
-    """Returns the present name of an option. For a name from the previous version it logs a warning. The warning quotes
-    `shown`, the option's name as the user wrote it."""
+    """Returns the present name of an option. If `name` is the option's name in the previous version, a warning is
+    logged. The warning quotes `shown`, the option's name as the user wrote it."""
     if (present := FORMER_NAMES.get(name)) is None:
         return name
     logger.warning("%s is now called %s; the next version reads only that name.", shown, present)
@@ -262,8 +260,8 @@ def present_name(name: str, shown: str) -> str:
 
 
 def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: Path | None = None) -> ServerConfig:
-    """Returns the options from all sources. A flag wins over a variable, a variable over the YAML file, the file over
-    the default.
+    """Returns the options from all sources. A flag wins over an environment variable, a variable over the YAML file,
+    and the file over the default.
 
     A flag that is None was not given. `path` is the YAML file; if it is None, the variable JAMBA_CONFIG names the file.
     Raises ConfigError, which names the key, the value and what is allowed.
@@ -282,7 +280,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # imported here, since the import is a tenth of a command's start time
+    import yaml  # imported only here, since the import takes a tenth of the time in which a command starts
 
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -296,7 +294,9 @@ def _from_yaml(path: Path) -> dict[str, Any]:
 
 
 def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]:
-    """Returns the values of `settings` by option name, each in the type of its option. None means the default.
+    """Converts the values of `settings` to the types of their options, and returns them by option name.
+
+    A value of None is left out, so that its option keeps the default.
 
     Raises ConfigError for a key that is not an option, or for a value that the option does not allow; the message
     begins with `source`.
@@ -333,13 +333,14 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _present_variable(name: str) -> str:
-    """Returns the variable's present name, with a warning if `name` is from the previous version."""
+    """Returns an environment variable's present name. Logs a warning if `name` is its name in the previous version."""
     former = name.removeprefix(ENV_PREFIX).lower()
     return ENV_PREFIX + present_name(former, name).upper() if former in FORMER_NAMES else name
 
 
 def _suggestion(unknown: str) -> str:
-    """Returns the end of an error message, which suggests the option that resembles an unknown key or variable."""
+    """Returns the end of an error message on an unknown key or variable. It suggests the option with the nearest
+    name."""
     near = difflib.get_close_matches(unknown.removeprefix(ENV_PREFIX).lower(), OPTIONS, n=1)
     if not near:
         return "; `jamba serve --help` lists them."
@@ -347,13 +348,13 @@ def _suggestion(unknown: str) -> str:
 
 
 def _within(field: str) -> Meta:
-    """Returns the range of a sampling parameter as a constraint for msgspec."""
+    """Returns the allowed range of the sampling parameter `field` as a constraint for msgspec."""
     low, high, is_open = RANGES[field]
     return Meta(gt=low, le=high) if is_open else Meta(ge=low, le=high)
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """The defaults of sampling parameters that a request leaves out, under the names of generation_config.json.
+    """The values of sampling parameters that a request leaves out, named as in generation_config.json.
 
     The model's generation_config.json gives them; a parameter that it lacks has OpenAI's default. As in vLLM,
     `do_sample` has no effect: every request samples with its own temperature.
@@ -378,6 +379,6 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
             raise CheckpointError(f"{path}: {error}.") from error
 
     def non_defaults(self) -> dict[str, float]:
-        """Returns the model's defaults that differ from OpenAI's."""
+        """Returns the model's defaults that differ from the defaults of OpenAI's API, by name."""
         plain = GenerationDefaults()
         return {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) != getattr(plain, n)}

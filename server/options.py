@@ -1,4 +1,4 @@
-"""Option: one setting, made from a field of a settings class: its flag, YAML key, variable, allowed values and help."""
+"""Makes an option (flag, YAML key, environment variable, allowed values, help) from each field of a settings class."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ PANELS: tuple[Panel, ...] = get_args(Panel)
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """The documentation of a field, for `--help` and docs/options.md.
+    """What `--help` and docs/options.md print on the option that is made from a field.
 
-    `panel` is the group that lists the option. `metavar` stands for the value (the unit of a number) and `default`
-    describes a default that is not a plain value; where they are empty, the field's type and value give both.
+    `panel` is the group in which the option is listed. `metavar` is the placeholder for the value, such as the unit of
+    a number; if it is empty, the field's type gives the placeholder. `default` is the default in words; if it is empty,
+    the field's value is printed.
     The value of a `secret` is never printed. `formerly` is the field's name in the version before this one, which is
     still read, with a warning. `aliases` pairs other spellings of a value with the value that they mean. `elsewhere`
     pairs values of other servers with the nearest value of this server, which the error message suggests.
@@ -47,7 +48,7 @@ class Help:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One setting of the server, which the user can give as a flag, a variable or a key of the YAML file.
+    """One option of the server, which the user can set by a flag, an environment variable or a key of the YAML file.
 
     `annotation` is the field's type with its range (msgspec.Meta). `kind` is the type without range and None: int,
     float, bool, str, Literal, tuple or dict.
@@ -71,8 +72,8 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """The word that stands for the value in `--help`. If an option has fixed choices, their list stands for the
-        value."""
+        """The placeholder for the value in `--help`, such as N. If the option has fixed choices, the placeholder lists
+        them."""
         kinds: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", tuple: "TEXT", dict: "OP=IMPLEMENTATION"}
         return self.help.metavar or ("|".join(self.choices) if self.kind is Literal else kinds.get(self.kind, ""))
 
@@ -91,7 +92,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """Describes the values that are accepted, for an error message."""
+        """The allowed values in words, for an error message."""
         words = {
             int: f"a whole number{self._range()} (also as 32K, 1M, 4GiB)",
             float: f"a number{self._range()}",
@@ -113,7 +114,8 @@ class Option:
         return " " + " and ".join(limits) if limits else ""
 
     def cast(self, value: object, source: str) -> Any:
-        """Returns `value` in the field's type. Raises ConfigError, which names `source`, value and allowed values."""
+        """Converts `value` to the field's type. Raises ConfigError with the source, the value and the allowed
+        values."""
         try:
             return msgspec.convert(self._parse(value), self.annotation, strict=False)
         except (ValueError, msgspec.ValidationError):
@@ -136,7 +138,7 @@ class Option:
         return value
 
     def show(self, value: object) -> object:
-        """Returns `value` for printing, or a mask if the option is a secret."""
+        """Returns `value` for printing, or asterisks if the option is a secret."""
         return SECRET_MASK if self.help.secret and value else value
 
 
@@ -162,7 +164,8 @@ def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
 
 
 def _unwrap(annotation: Any) -> tuple[list[object], Any]:
-    """Returns the metadata of an annotation, and its type without Annotated and `| None`, which may be nested."""
+    """Returns the metadata of a type annotation, and the type itself without `Annotated` and `| None`, at all
+    depths."""
     metadata: list[object] = []
     while True:
         if get_origin(annotation) is Annotated:
@@ -175,7 +178,8 @@ def _unwrap(annotation: Any) -> tuple[list[object], Any]:
 
 
 def parse_size(text: str) -> int:
-    """Reads `32K`, `1.5M` or `4GiB` (powers of 1024), `4GB` (powers of 1000) or a plain number. Raises ValueError."""
+    """Parses a size: `32K`, `1.5M` or `4GiB` (powers of 1024), `4GB` (powers of 1000) or a number. Raises
+    ValueError."""
     if (match := _SIZE.fullmatch(text.strip())) is None:
         raise ValueError(f"{text!r} is not a size")
     number, prefix, unit = match.groups()
@@ -187,7 +191,7 @@ def parse_size(text: str) -> int:
 
 
 def _pairs(items: Iterable[object]) -> Mapping[str, str]:
-    """Reads items of the form KEY=VALUE. Raises ValueError for another form."""
+    """Parses texts of the form KEY=VALUE into a mapping. Raises ValueError for a text of another form."""
     pairs: dict[str, str] = {}
     for item in items:
         key, equals, value = str(item).partition("=")

@@ -1,1 +1,1 @@
-"""The commands of the command line, with one module for each. `application` puts them together."""
+"""Implements the commands of the command line, each in its own module. The module `application` combines them."""

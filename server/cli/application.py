@@ -1,4 +1,4 @@
-"""The typer application: every command, and the one place where an error becomes a sentence and an exit status.
+"""Builds the command line `jamba` with the library typer, and turns each JambaError into a sentence and exit status 1.
 
 A command's module is imported when that command is used, because importing all of them takes more than a second.
 """
@@ -17,7 +17,8 @@ from jamba_server.engine.errors import JambaError
 from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
-# The module of each command. A command's module has a function with the command's name.
+# Maps the name of each command to the Python module that implements the command. The module has a function of the
+# command's name.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
     "run": "jamba_server.server.cli.run",
@@ -28,7 +29,7 @@ MODULES: Final[Mapping[str, str]] = {
 }
 
 
-# `token_normalize_func` makes --max_num_seqs mean the same as --max-num-seqs.
+# The function `token_normalize_func` lets users write flags with underscores, such as --max_num_seqs.
 SETTINGS: Final = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),  # pyright: ignore[reportUnknownVariableType]
@@ -36,7 +37,7 @@ SETTINGS: Final = {
 
 
 class Command(TyperCommand):
-    """A command whose help lists the flags in groups, as plain text.
+    """A command of the command line. Its help text lists the flags in groups, as plain text.
 
     typer's own groups are tables of rich, which cut long flags off on a terminal of 80 columns.
     """
@@ -63,7 +64,8 @@ class Command(TyperCommand):
 
 
 class Commands(Mapping[str, Any]):
-    """Maps command names to commands. A command's module is imported when the command's name is looked up."""
+    """Maps the names of commands to typer's command objects. A command's Python module is imported when the command's
+    name is looked up."""
 
     def __getitem__(self, name: str) -> Any:
         function = getattr(import_module(MODULES[name]), name)

@@ -29,13 +29,13 @@ from jamba_server.server.config import ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
-HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take 10 s, a reply any time
-# Time limit in seconds for the server's first answer. The limit must exceed --startup-wait (by default 30 s), the time
-# after which a server that is still loading answers.
+HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting is limited to 10 s, the time of a reply is not limited
+# Time limit in seconds for the server's first answer. While a server loads its model, its
+# answer can take as long as its option --startup-wait says (by default 30 s), so the limit must exceed that time.
 PROBE_SECONDS = 60.0
 _ADDRESS = re.compile(
     r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE
-)  # a server's address without http://, such as localhost:8000 or [::1]:8000/v1
+)  # matches a server's address without http://, such as localhost:8000 or [::1]:8000/v1
 
 Messages = list[dict[str, str]]
 Target = Annotated[
@@ -47,19 +47,19 @@ Target = Annotated[
 
 
 class ChatError(JambaError):
-    """The server has sent an error instead of a reply, or does not answer."""
+    """Raised if the server sends an error instead of a reply, or does not answer."""
 
 
 class Partner(Protocol):
-    """A server or model that replies to messages."""
+    """The server or the loaded model that writes the assistant's messages of a chat."""
 
     def reply(self, messages: Messages) -> AsyncGenerator[str]:
-        """Yields the assistant's next message in pieces, as they are generated. Raises JambaError."""
+        """Yields the pieces of the assistant's next message as soon as each is generated. Raises JambaError."""
         ...
 
 
 class LocalPartner:
-    """A model that this command has loaded."""
+    """A model that `jamba chat` has loaded in its own process."""
 
     def __init__(self, model: LocalModel, sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
@@ -86,13 +86,13 @@ class _Event(msgspec.Struct):
 
 
 class RemotePartner:
-    """A server with OpenAI's chat API. It replies with its default model."""
+    """A server with OpenAI's chat API. The requests name no model, so the server's default model replies."""
 
     def __init__(self, http: httpx.AsyncClient, sampling: Sampling) -> None:
         self._http, self._sampling = http, sampling
 
     async def check(self) -> None:
-        """Raises ChatError unless a server answers and accepts the API key."""
+        """Raises ChatError unless a server answers at the URL and accepts the API key."""
         try:
             response = await self._http.get("/v1/models", timeout=PROBE_SECONDS)
         except httpx.HTTPError as error:
@@ -131,9 +131,9 @@ def _text(data: bytes) -> str:
 
 
 class Conversation:
-    """A conversation. It holds the messages of the user and the assistant, and `write` shows text to the user.
+    """The messages of the user and the assistant in one chat. The function `write` shows text to the user.
 
-    If the conversation is `interactive`, it shows an error and goes on. Otherwise it raises the error.
+    If `interactive` is true, an error is shown to the user and the chat goes on. Otherwise the error is raised.
     """
 
     def __init__(
@@ -148,8 +148,8 @@ class Conversation:
         return [*system, *self._turns]
 
     async def take(self, line: str) -> bool:
-        """Takes a line from the user. Carries out the line's /command, or writes the reply to a line that is no
-        command. Returns False for /exit."""
+        """Carries out a line that is a command, such as /reset. For any other line, writes the assistant's reply.
+        Returns False for the command /exit."""
         command, _, argument = line.partition(" ")
         match command:
             case "":
@@ -203,10 +203,11 @@ def chat(
     """Talk in the terminal to a running server, or to a model that this command loads."""
     configure_logging("WARNING")
     interactive = sys.stdin.isatty()
-    folder = None  # stays None if the conversation is with a server
+    folder = None  # the folder of the model to load; stays None if a server replies
     if (url := server_url(target)) is None:
         config = replace(config, model=target)
-        folder = find_checkpoint(config).folder  # a running event loop would delay Ctrl-C, so the download comes first
+        # A running event loop would delay Ctrl-C, so the model is downloaded before the loop starts.
+        folder = find_checkpoint(config).folder
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:
@@ -255,7 +256,7 @@ async def _connect(config: ServerConfig, url: str, sampling: Sampling) -> AsyncG
 
 
 def _converse(runner: asyncio.Runner, conversation: Conversation, prompt: str) -> None:
-    """Reads lines until the end of the input, /exit, or Ctrl-C at the prompt."""
+    """Reads the user's lines and answers them until the end of the input, /exit, or Ctrl-C at the prompt."""
     while True:
         try:
             line = input(prompt).strip()

@@ -17,13 +17,13 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 DEMO_NAME = "jamba-demo"
-_NAME_SHOWN = 200  # maximum number of characters of a name that an error message quotes
+_NAME_SHOWN = 200  # maximum number of characters that an error message quotes from a model's name
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The local folder and the name of a model. The API uses this name unless --served-model-name gives a different
-    name. `demo` is true if the model is the demonstration model."""
+    """The local folder and the name of a model. Clients of the API use this name unless --served-model-name gives
+    another. `demo` is true if the model is the demonstration model."""
 
     folder: Path
     name: str
@@ -31,8 +31,8 @@ class Checkpoint:
 
 
 def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
-    """Returns the model that `config` names. For a hub id, missing files are downloaded: all files that a server needs,
-    or only the configuration if `config_only` is true.
+    """Returns the model that `config` names. If the model is a hub id, its missing files are downloaded: all files that
+    a server needs, or only the configuration files if `config_only` is true.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -59,7 +59,8 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
 
 
 def is_local(path: Path) -> bool:
-    """Returns whether `path` exists or has the ending of a weights file. If so, it is not looked up on the hub."""
+    """Returns whether `path` exists or ends like the name of a weights file. Such a path is not looked up on the
+    hub."""
     try:
         return path.exists() or names_a_file(path.name)
     except OSError as error:  # the name is too long for a path, or this process may not read a parent folder

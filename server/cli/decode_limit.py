@@ -1,4 +1,7 @@
-"""Computes the highest decoding speed that memory bandwidth allows, for `jamba plan` and `jamba bench`."""
+"""Computes the highest decoding speed (tokens per second) that the memory bandwidth allows.
+
+The commands `jamba plan` and `jamba bench` print this limit.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,12 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
-    """The memory traffic and the speed of decode steps with `sequences` running sequences.
+    """The bytes moved per decode step and the tokens decoded per second, with `sequences` running sequences.
 
-    A step reads `step_bytes` of weights. It reads and writes the sequences' states, `state_bytes` in total. Keys and
-    values are left out, since a hybrid model has few of them. `limit` and `measured` are tokens per second of all
-    sequences together: `limit` is the most that the bandwidth allows, `measured` is from `jamba bench`, or None.
+    A step reads `step_bytes` bytes of weights. It reads and writes the states of all sequences, `state_bytes` bytes in
+    total for reading and writing. Keys and values are left out, since a hybrid model has few of them. `limit` and
+    `measured` are tokens per second of all sequences together: `limit` is the most that the bandwidth allows, or None
+    if the bandwidth is not known. `measured` was measured by `jamba bench`, or is None.
     """
 
     sequences: int
@@ -70,10 +74,10 @@ def decode_limits(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A model in the weight formats of the server under test.
+    """The model of the server under test, with the number formats of its weights.
 
-    `policy` names the quantised weights; the others have the model's own dtype. `bandwidth` is the memory bandwidth of
-    the server's device in bytes per second, or None if it is not known.
+    `policy` names the quantised weights; all other weights have the model's own dtype. `bandwidth` is the memory
+    bandwidth of the server's device in bytes per second, or None if it is not known.
     """
 
     model: JambaConfig
@@ -82,8 +86,8 @@ class Served:
 
     @classmethod
     def find(cls, folder: Path, *, bandwidth: str | None, quantization: str | None, quantize_mamba: bool) -> Served:
-        """Reads the model in `folder`. Raises ConfigError for options that are not allowed, and CheckpointError for a
-        config.json that is missing or wrong."""
+        """Reads the configuration of the model in `folder`. Raises ConfigError for options that are not allowed, and
+        CheckpointError for a config.json that is missing or wrong."""
         formats: dict[str, Quantization] = {name: name for name in FORMATS}
         kind = None if quantization is None else formats.get(quantization)
         if kind is None and (quantization is not None or quantize_mamba):
@@ -96,23 +100,27 @@ class Served:
         return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
-        """Returns lines with the limit and the measured value of the decoding speed, for one sequence and for each
-        number of clients in `levels`."""
+        """Returns one line for one sequence and one for each number of clients in `levels`. A line has the limit of the
+        decoding speed and the measured speed."""
         model, measured = self.model, decode_rates(levels)
         limits = decode_limits(model, model.dtype, self.policy, bandwidth=self.bandwidth, measured=measured)
         return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 
 def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
-    """Returns the memory bandwidth in bytes per second. If `bandwidth` is given, it is that size. Otherwise the
-    bandwidth of a CPU is measured with `threads` threads that read memory, and for a GPU the result is None."""
+    """Returns the memory bandwidth in bytes per second. If the text `bandwidth` is given, it is parsed.
+    Otherwise the bandwidth of a CPU is measured with `threads` threads that read memory. The result for a GPU is then
+    None."""
     if bandwidth is None:
         return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
     return parse_bandwidth(bandwidth)
 
 
 def parse_bandwidth(bandwidth: str) -> float:
-    """Returns the size `bandwidth` as bytes per second. Raises ConfigError for a text that is not a size above 0."""
+    """Returns the bytes per second that the text `bandwidth` gives, such as 3.35TB.
+
+    Raises ConfigError for a text that is not a size above 0.
+    """
     try:
         value = parse_size(bandwidth)
     except ValueError:
@@ -125,7 +133,8 @@ def parse_bandwidth(bandwidth: str) -> float:
 
 
 def describe_decode(decode: Decode, bandwidth: float | None) -> str:
-    """Returns a line on the decoding speed with `decode.sequences` sequences. GB in the line means 10**9 bytes."""
+    """Returns a line to print with the limit of the decoding speed and the measured speed in `decode`. GB in the line
+    means 10**9 bytes."""
     one = decode.sequences == 1
     at = "at 1 sequence" if one else f"at {decode.sequences} sequences"
     moved = (decode.step_bytes + decode.state_bytes) / 1e9
@@ -139,7 +148,7 @@ def describe_decode(decode: Decode, bandwidth: float | None) -> str:
 
 
 def _figure(value: float) -> str:
-    """Returns a number with at least three significant digits."""
+    """Returns a number as text with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

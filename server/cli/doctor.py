@@ -1,4 +1,4 @@
-"""`jamba doctor`: shows versions, devices and the kernels that would run."""
+"""Implements `jamba doctor`, which shows versions, devices and the kernels that a server here would run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 120.0  # the first start after an installation is slow, since 
 
 
 class KernelRow(msgspec.Struct, frozen=True):
-    """One implementation of an operation.
+    """One of the kernels that implement an operation.
 
     `status` is "selected", "available" or the reason why the implementation cannot run. If it is not
     `batch_invariant`, the last bits of its results may depend on the batch.
@@ -91,7 +91,7 @@ def ask_kernels() -> Machine:
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
-    """Returns names and values of the versions and devices to print."""
+    """Returns the lines to print on versions and devices, each as a name and a value."""
     flags = machine.cpu_flags
     gpus = [f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, sm {gpu.capability}" for gpu in machine.cuda_devices or []]
     return [

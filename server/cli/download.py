@@ -1,6 +1,6 @@
-"""Downloads a model from the hub, with one log line, a progress bar, and an immediate end at Ctrl-C.
+"""Downloads a model from the hub, writes one log line and shows a progress bar. Ctrl-C ends the download at once.
 
-A separate process (`hub.py`) does the work.
+A separate process (`hub.py`) receives the files and sends messages on its progress to this process.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from jamba_server.engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CLEAN_UP_SECONDS = 2.0  # the download process is killed if removing partial files takes longer
+CLEAN_UP_SECONDS = 2.0  # seconds that the download process has to remove partial files before it is killed
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
 class Download(msgspec.Struct, frozen=True):
-    """The files to download: all files of the hub id `name` at `revision` whose names match one of `patterns`."""
+    """The order to the download process: it downloads all files of the hub id `name` at `revision` whose names match
+    one of `patterns`."""
 
     name: str
     revision: str | None
@@ -39,26 +40,27 @@ class Download(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):
-    """The number and the total size of the files that are not in the hub's cache yet."""
+    """Message of the download process: the number and the total size of the files that it is going to download."""
 
     num_files: int
     num_bytes: int
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """The number of bytes that this download has received since its start."""
+    """Message of the download process: the number of bytes that it has received since its start."""
 
     num_bytes: int
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """The download is complete: `folder` holds every file."""
+    """Message of the download process: the download is complete, and `folder` holds every file."""
 
     folder: str
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The download has failed. `message` tells the user why, and what to do."""
+    """Message of the download process: the download has failed. The text `message` tells the user why and what to
+    do."""
 
     message: str
 
@@ -67,8 +69,8 @@ FromHub = Plan | Progress | Done | Failed
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Returns the folder with the files of a hub id that match `patterns`, and downloads those that are missing.
-    Raises CheckpointError with one sentence that says what to do."""
+    """Downloads the files of the hub id `name` that match `patterns` and are not in the local cache. Returns their
+    folder. Raises CheckpointError with one sentence that says what to do."""
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
@@ -84,7 +86,7 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
                     logger.info("downloading %s, %s, %s", name, files, filesize.decimal(num_bytes))
                     bar.add_task("", total=num_bytes)
                 case Progress(num_bytes):
-                    for task in bar.task_ids:  # there is no bar if no file is missing
+                    for task in bar.task_ids:  # `bar` has no task if no file is missing
                         bar.update(task, completed=max(num_bytes, bar.tasks[task].completed))
                 case Done(folder):
                     return Path(folder)

@@ -2,7 +2,7 @@
 
     JAMBA_ADDRESS_FILE=FILE python -m jamba_server.server.cli.health
 
-It imports only the standard library, because it runs every few seconds.
+This module imports only the standard library, because the container starts it every few seconds.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 VARIABLE = "JAMBA_ADDRESS_FILE"
-SECONDS = 4.0  # time limit for the server's answer to /health
+SECONDS = 4.0  # time limit for the server's answer to /health, in seconds
 # Maps an address that means "all addresses of this machine" to an address at which the machine reaches itself.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:
-    """Returns the URL at which a process on the same machine reaches the server behind `listener`."""
+    """Returns the URL at which a process on the same machine reaches the server that listens on `listener`."""
     address: tuple[str, int] = listener.getsockname()[:2]
     host, port = LOOPBACK.get(address[0], address[0]), address[1]
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -35,7 +35,7 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
 
 @contextlib.contextmanager
 def written_down(url: str, file: str | None) -> Generator[None]:
-    """Keeps `url` in `file` until the end of the `with` block. Does nothing if `file` is None.
+    """Writes `url` into `file`, and deletes the file at the end of the `with` block. Does nothing if `file` is None.
 
     If the file cannot be written, the server still runs, since its file system may be read-only. Only the health check
     fails.
@@ -56,7 +56,8 @@ def written_down(url: str, file: str | None) -> Generator[None]:
 
 
 def main() -> None:
-    """Prints the HTTP status of the reply to /health. Unless that is 200, exits with status 1 and an error message."""
+    """Prints the HTTP status of the reply to /health. Exits with status 1 if there is no reply or if that status is an
+    error."""
     if not (file := os.environ.get(VARIABLE)):
         sys.exit(f"{VARIABLE} is not set; it names the file of the server's option --address-file.")
     try:

@@ -1,4 +1,4 @@
-"""Line editing and a history of lines for commands that read lines from a terminal."""
+"""Lets users of `jamba chat` edit the line that they type and recall earlier lines."""
 
 from __future__ import annotations
 

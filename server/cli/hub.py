@@ -1,4 +1,4 @@
-"""The process that downloads from the hub: `python -m jamba_server.server.cli.hub`.
+"""The process that downloads a model from the hub: `python -m jamba_server.server.cli.hub`.
 
 `download.download` starts this process, writes one `Download` to its standard input and reads its standard output, one
 message per line: Plan and Progress if files are missing, then Done or Failed.
@@ -33,13 +33,13 @@ from huggingface_hub.utils import tqdm
 
 from jamba_server.server.cli.download import Done, Download, Failed, FromHub, Plan, Progress
 
-# Matches names of partly downloaded files. A later download cannot continue such a file, since its name contains a
-# random number.
+# Matches the ends of the names of partly downloaded files. A later download cannot continue such a file, since its name
+# contains a random number.
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 
 
 class Bar(tqdm):
-    """A progress bar for the hub's client. Instead of drawing a bar it sends messages to the parent process."""
+    """A progress bar for the hub's client. Instead of drawing, it sends the number of received bytes to the parent."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": False})
@@ -82,8 +82,8 @@ def fetch(wanted: Download) -> Path:
     try:
         files = snapshot_download(wanted.name, dry_run=True, **options)
     except DryRunError as error:
-        # If the hub did not answer, only the cache is searched, which may hold all files. If the hub answered with an
-        # error, the hub is asked again, so that the hub's error is raised.
+        # If the hub did not answer, only the local cache is searched, since it might hold all files. If the hub
+        # answered with an error, the hub is asked again, so that its error is raised.
         answered = isinstance(error.__cause__, HfHubHTTPError)
         return Path(str(snapshot_download(wanted.name, local_files_only=not answered, **options)))
     if missing := [file for file in files if file.will_download]:
@@ -92,7 +92,7 @@ def fetch(wanted: Download) -> Path:
 
 
 def describe(error: Exception, wanted: Download) -> str:
-    """Returns an error as one sentence that tells the user what to do."""
+    """Returns one sentence on a failed download that tells the user what is wrong and, where possible, what to do."""
     name, hub = wanted.name, constants.ENDPOINT
     shown = name if wanted.revision is None else f"{name} at revision {wanted.revision}"
     text = " ".join(str(error).split())

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """The sampling flags of a command. None leaves a parameter to the model's generation_config.json."""
+    """The sampling flags of a command. For a flag that is None, the default of the model is used."""
 
     max_tokens: int
     temperature: float | None = None
@@ -38,11 +38,11 @@ class Sampling:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The sampling parameters that the user has given."""
+        """The sampling parameters that the user has given as flags, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def params(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Returns the sampling parameters of a request. If no seed is given, a random seed is drawn."""
+        """Returns the sampling parameters of a request: the flags, completed by `defaults` and a random seed."""
         settings: dict[str, Any] = {name: getattr(defaults, name) for name in defaults.__struct_fields__}
         settings = {"seed": secrets.randbits(63)} | settings | self.given
         return SamplingParams(**settings)

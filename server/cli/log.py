@@ -1,4 +1,4 @@
-"""The log. The command that runs sends the lines of every library to stderr in one format."""
+"""Configures the log: the log lines of this package and of all libraries are written to stderr in one format."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class LineFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to the stream that sys.stderr names at the time of writing. While a progress bar is shown, rich replaces
-    sys.stderr by a stream that writes above the bar."""
+    """Writes log lines to the stream that sys.stderr names at the time of writing. While a progress bar is shown,
+    the library rich replaces sys.stderr by a stream that writes above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

@@ -1,4 +1,5 @@
-"""`jamba plan`: says which context lengths and how many sequences fit into memory. It reads no weights."""
+"""Implements `jamba plan`, which shows which context lengths and how many sequences fit into memory, without reading
+weights."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ SEQUENCES = (1, 8, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The memory needed by `sequences` running sequences of `context` tokens each. `bytes` is its size, with the
-    weights and the activations included. `fits` says whether the device has that much memory."""
+    """The memory needed by `sequences` running sequences of `context` tokens each. The field `bytes` is that size,
+    with the weights and the activations included. `fits` says whether the server is allowed to use that much memory."""
 
     context: int
     sequences: int
@@ -106,7 +107,8 @@ class Cell:
 class Report:
     """The memory that a model needs on a device where the server may use `memory_bytes`.
 
-    `plan` is how the server would divide that memory. It is None if the server would not start; `refusal` says why.
+    The field `plan` says how the server would divide that memory. If the server would not start, `plan` is None and
+    `refusal` gives the reason.
     `bandwidth` is the device's memory bandwidth in bytes per second, or None if it is not known.
     """
 
@@ -165,11 +167,10 @@ def make_report(
     bandwidth: str | None,
     measured: Mapping[int, float],
 ) -> Report:
-    """Returns the report on the model `stored`. The report calls the model `name`.
-
-    `memory` is the size of the device's memory as text; None is the free memory of this machine. `bandwidth` is the
-    device's bytes per second as text; None measures this CPU. `measured` maps a number of running sequences to
-    measured tokens per second. Raises ConfigError for a text that is not a size.
+    """Returns the report on the memory that the model `stored` needs. The report calls the model `name`. The texts
+    `memory` and `bandwidth` give the size of the device's memory and its bytes per second. If `memory` is None, the
+    memory that is free on this machine is used; if `bandwidth` is None, the bandwidth of a CPU is measured. `measured`
+    maps a number of running sequences to measured tokens per second. Raises ConfigError for a text that is not a size.
     """
     model = stored.config
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
@@ -219,8 +220,11 @@ def make_report(
 
 
 def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
-    """Returns the device and the size, in bytes, of the device memory that the server may use. `memory` is the size of
-    the memory as text; None stands for the free memory of the first GPU or of this machine."""
+    """Returns the name of the device and the size, in bytes, of its memory that the server is allowed to use.
+
+    `memory` is the size of the device's memory as text. If it is None, the free memory of the first GPU or of this
+    machine is used.
+    """
     on_gpu = gpu_memory() if device != "cpu" and (memory is None or device == "auto") else None
     name = ("cpu" if on_gpu is None else "cuda") if device == "auto" else device
     if memory is not None:
@@ -251,7 +255,7 @@ def gpu_memory() -> tuple[int, int] | None:
 
 
 def describe(report: Report) -> list[str]:
-    """Returns the lines that are printed before the table."""
+    """Returns the lines on the model's memory and decoding speed that are printed before the table."""
     state, saved_state = report.state_bytes_per_sequence, report.bytes_per_saved_state
     compressed = state != saved_state
     lines = [

@@ -1,4 +1,4 @@
-"""`jamba run`: prints the reply to one prompt, without a server."""
+"""Implements `jamba run`, which prints the reply to one prompt, without a server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def run(
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("There is no prompt: give one with --prompt or on standard input.")
     text = sys.stdin.read() if prompt is None else prompt
-    folder = find_checkpoint(config).folder  # a running event loop would delay Ctrl-C, so the download comes first
+    # A running event loop would delay Ctrl-C, so the model is downloaded before the loop starts.
+    folder = find_checkpoint(config).folder
     asyncio.run(_run(config, folder, sampling, text, raw=raw))
 
 
@@ -69,8 +70,8 @@ async def _run(config: ServerConfig, folder: Path, sampling: Sampling, prompt: s
 
 
 def reply(model: LocalModel, sampling: Sampling, prompt: str, *, raw: bool) -> AsyncGenerator[str]:
-    """Returns the model's reply to `prompt` as a chat message. With `raw`, or if the model has no chat template, it
-    returns the continuation of `prompt` instead."""
+    """Returns the pieces of the model's reply to a chat whose only message is `prompt`. If `raw` is true or the model
+    has no chat template, returns the pieces of the text that continues `prompt`."""
     if raw or model.template is None:
         return model.stream(model.tokenizer.encode(prompt), sampling)
     return model.chat([{"role": "user", "content": prompt}], sampling)

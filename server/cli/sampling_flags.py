@@ -1,4 +1,4 @@
-"""The sampling flags of `jamba run` and `jamba chat`."""
+"""The flags of `jamba run` and `jamba chat` for sampling parameters, such as --temperature."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLAGS: dict[str, Any] = {
 
 
 def with_sampling(max_tokens: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that replaces a command's parameter `sampling` by the sampling flags. `max_tokens` is the
+    """Returns a decorator that replaces a command's parameter `sampling` by the flags in FLAGS. `max_tokens` is the
     default of --max-tokens."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""`jamba serve`: binds the address, finds the model and runs the server.
+"""Implements `jamba serve`: binds the address, finds the model and runs the server.
 
 Modules that take long to import are imported after the first lines of the log.
 """
@@ -27,7 +27,7 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper())
     greet(config)
-    listener = bind(config.host, config.port)  # a port in use is found before a model is downloaded or loaded
+    listener = bind(config.host, config.port)  # before the model loads, so a port in use is reported at once
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
@@ -54,7 +54,7 @@ def greet(config: ServerConfig) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens at the configured address. Raises ConfigError with the reason if that fails."""
+    """Returns a socket that listens at `host` and `port`. Raises ConfigError if that address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -65,7 +65,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # this fails if another server listens on the port
+        listener.listen()  # raises OSError if another server listens on the port
     except OSError as error:
         listener.close()
         raise ConfigError(f"--port {port} of --host {host} cannot be used: {error.strerror}.") from error
@@ -73,7 +73,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether only this machine can reach `host`."""
+    """Returns whether only processes on this machine can reach a server that listens at `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

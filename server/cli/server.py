@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
 KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server keeps idle connections for longer
-CANCEL_SECONDS = 2  # time that request handlers may run after the engine has closed
+CANCEL_SECONDS = 2  # seconds that request handlers have to end after the engine has closed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -60,7 +60,7 @@ class Server:
         self._stop = asyncio.Event()
 
     def run(self) -> None:
-        """Serves until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start."""
+        """Serves requests until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start."""
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
 
@@ -81,8 +81,8 @@ class Server:
             await http
 
     async def _start(self, http: asyncio.Task[None], stop: asyncio.Task[bool]) -> bool:
-        """Waits until the engine has loaded, and returns True. Returns False if a signal comes first. Raises
-        ConfigError."""
+        """Waits until the engine has loaded the model. Returns whether that happened before a signal to stop came.
+        Raises ConfigError."""
         start = asyncio.create_task(self._client.start(), name="engine start")
         await asyncio.wait((start, http, stop), return_when=asyncio.FIRST_COMPLETED)
         self._progress.stop()
@@ -110,7 +110,7 @@ class Server:
         self._stop.set()
 
     async def _drain(self) -> None:
-        """Waits until the running requests have been answered. Meanwhile /ready answers 503."""
+        """Waits for the ends of the running requests, for at most --shutdown-timeout. Meanwhile /ready answers 503."""
         if running := set(self._http.server_state.tasks):
             _, remaining = await asyncio.wait(running, timeout=self._config.shutdown_timeout)
             if remaining:
@@ -143,7 +143,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Installs no handler; `Server` handles the signals."""
+        """Installs no signal handler, because the class `Server` of this module installs its own."""
         yield
 
 

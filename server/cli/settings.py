@@ -1,4 +1,4 @@
-"""Flags of the commands: `with_options` makes them from the fields of ServerConfig."""
+"""Makes the flags of the commands from the fields of ServerConfig."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jamba_server.server.options import Option
 P = ParamSpec("P")
 
 ALL = tuple(name for name in OPTIONS if name != "model")
-# The options of `jamba run` and `jamba chat`, which load a model themselves and run one sequence at a time.
+# The names of the options of `jamba run` and `jamba chat`. These commands load a model and run one sequence at a time.
 LOCAL = (
     "revision",
     "chat_template",
@@ -39,10 +39,10 @@ Model = Annotated[
 def with_options(
     names: Iterable[str],
 ) -> Callable[[Callable[Concatenate[ServerConfig, P], None]], Callable[..., None]]:
-    """Returns a decorator that gives a command --config and the flags of the options in `names`.
+    """Returns a decorator that gives a command the flag --config and the flags of the options in `names`.
 
-    The command gets the resulting ServerConfig as its first argument. If it has a parameter `model`, the value becomes
-    part of that configuration as well.
+    The command gets the resulting ServerConfig as its first argument. If the command has a parameter `model`,
+    that parameter's value becomes the option `model` of the ServerConfig.
     """
     options = [OPTIONS[name] for name in names]
 
@@ -75,7 +75,8 @@ def _config_parameter() -> inspect.Parameter:
 
 
 def _parameter(option: Option, former_name: str = "") -> inspect.Parameter:
-    """Returns the parameter that typer turns into an option's flag. A flag under its former name is hidden.
+    """Returns the function parameter from which typer makes an option's flag. If `former_name` is given, the flag has
+    that name and `--help` does not show it.
 
     Except for switches, typer passes every value on as text: `Option.cast` reads it as it reads the variables.
     """

@@ -1,4 +1,4 @@
-"""What a command shows on stderr while a model loads: the progress, then the model, its memory and its limits."""
+"""Shows on stderr how far a model has loaded, and then the model's size, memory and limits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jamba_server.server.config import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 
-LOG_STEP = 0.25  # without a terminal, a log line is written after each such fraction of a phase
+LOG_STEP = 0.25  # without a terminal, a log line is written after each quarter of a phase
 
 
 class LoadProgress:
     """Shows the progress of each phase of the engine's start: as one progress bar on a terminal, otherwise as a few log
-    lines. Its method `update` is the callback on_progress of EngineClient."""
+    lines. The engine's client calls the method `update`."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -49,8 +49,8 @@ class LoadProgress:
             self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
-            # The lowest fraction that gives the next log line. It stays if the engine restarts, so the fractions, which
-            # then begin at 0 again, are not logged a second time.
+            # The next log line is written at this fraction. If the engine restarts, its fractions begin at 0 again, but
+            # fractions that have been logged are not logged a second time.
             self._logged[phase] = (int(fraction / LOG_STEP) + 1) * LOG_STEP
 
 
@@ -77,8 +77,8 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
 
 
 def describe_results(info: EngineInfo) -> str:
-    """Returns whether a request's results depend on the batch, on how its prompt is cut into chunks, or on the prefix
-    cache."""
+    """Returns words that say whether a request's results depend on the other requests in the batch, on how its prompt
+    is cut into chunks, or on the prefix cache."""
     inexact = f"last bits may depend on the batch: {', '.join(info.batch_dependent_ops)}"
     if info.state_cache_dtype == "auto":
         return (

@@ -1,4 +1,4 @@
-"""The folder of the demonstration model, which the server loads if no model is named. README.md here describes it."""
+"""Finds the demonstration model, which the server loads if the user names no model."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ DESCRIPTION: Final = (
 
 
 def demo_folder() -> Path:
-    """Returns the demonstration model's folder in the installed package. It has the files of a Hugging Face folder."""
+    """Returns the demonstration model's folder in the installed package. It has the same files as a model on the
+    hub."""
     return Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""Words that a reply must not have, as sequences of token ids."""
+"""Encodes the words that a reply must not contain as sequences of token ids."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 
 def bad_word_tokens(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Returns two sequences of token ids for each word: for the word at the beginning of a text, and for the word after
-    a space.
+    """Returns two sequences of token ids for each word: the word as encoded at the beginning of a text, and as encoded
+    after a space.
 
     Spaces at the beginning of a word are dropped. vLLM, which introduced the field `bad_words`, drops the ids after a
     space if their number differs from the number at the beginning. It would let " hello" pass if that is one token and

@@ -18,7 +18,7 @@ from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 Message = Mapping[str, object]
 
-# The exceptions that a template may raise when it renders messages for which it was not written.
+# The exceptions that a template can raise when it renders messages for which it was not written.
 _RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -29,7 +29,7 @@ _RENDERING_ERRORS = (
     ValueError,
 )
 _MAX_ERROR_CHARS = 500
-_MAX_TEMPLATE_CHARS = 1 << 20  # limit; the longest published templates have 30 thousand characters
+_MAX_TEMPLATE_CHARS = 1 << 20  # size limit; the longest published templates have 30 thousand characters
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
@@ -37,7 +37,7 @@ _ASSISTANT = "<|assistant|>"
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A prompt that is ready for the engine.
+    """The prompt that a chat template makes from messages, as text and as token ids.
 
     `save_positions` are offsets into `prompt_ids` at message boundaries. Later requests are likely to share the tokens
     before such an offset, so a saved state is useful there.
@@ -71,13 +71,13 @@ class ChatTemplate:
             raise CheckpointError(
                 f"The chat template does not compile: line {error.lineno}: {error.message}."
             ) from error
-        # Python's compiler raises these errors for templates that are too complex
+        # Jinja compiles a template to Python; Python's compiler raises these errors if the template is too complex
         except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:
             reason = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or "it is too complex"
             raise CheckpointError(f"The chat template does not compile: {reason}.") from error
         self._tokenizer = tokenizer
         self._special_text = SpecialText(tokenizer.special_tokens)
-        # The tokenizer's post-processor puts these ids before every text: either BOS alone or nothing.
+        # The token ids that the tokenizer's post-processor puts before every text: the id of BOS, or none.
         self._bos = tokenizer.encode("")
 
     @classmethod
@@ -110,7 +110,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, object] | None = None,
     ) -> RenderedChat:
-        """Returns the prompt of a conversation.
+        """Renders the messages of a conversation with the template and returns the prompt.
 
         `kwargs` are further variables of the template (tools, documents, a client's chat_template_kwargs). Special
         tokens in messages and kwargs become ordinary text. The prompt begins with exactly one BOS, also if both the
@@ -155,7 +155,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, kwargs: Mapping[str, object]) -> str:
         """Returns the rendered text, which still contains the marks of `SpecialText.protect`.
 
-        `tools` and `documents` are always defined because templates written for transformers rely on it.
+        `tools` and `documents` are always defined because templates for the library transformers read them unchecked.
         """
         context = {
             **self._tokenizer.named_tokens,
@@ -200,8 +200,8 @@ class ChatTemplate:
         return boundaries
 
     def _encode(self, rendered: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Returns the token ids of `rendered`, and for each boundary the number of tokens that end at or before that
-        boundary."""
+        """Returns the token ids of `rendered`. For each boundary (offset into `rendered`), also returns the number of
+        tokens that end at or before that boundary."""
         ids: list[int] = []
         offsets: list[int] = []
         start = 0

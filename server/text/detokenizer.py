@@ -24,7 +24,8 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """Returns the characters that `ids` complete. The bytes of an unfinished character wait for the next call."""
+        """Appends `ids` and returns the new complete characters. Keeps the bytes of an unfinished character for
+        later."""
         tokenizer = self._tokenizer
         kept = (id for id in ids if not (self._skip_special_tokens and tokenizer.is_special(id)))
         return self._strip(self._decoder.decode(b"".join(map(tokenizer.token_bytes, kept))))

@@ -1,4 +1,4 @@
-"""Distinguishes special tokens that a chat template writes from the same characters in a client's strings.
+"""Tells the special tokens that a chat template writes apart from the same characters in a client's strings.
 
 A chat template renders its own text and the client's text into one string, in which special tokens are only characters.
 Three steps keep the two apart. Before rendering, a mark is inserted into every special token inside the client's
@@ -72,7 +72,7 @@ def restore(text: str) -> str:
 
 
 def _trie(words: Iterable[str]) -> str:
-    """Returns a regular expression that matches the longest of `words` that begins at a position.
+    """Returns a regular expression that matches one of `words`: if several match at a position, the longest.
 
     The words form a trie, so the matcher follows shared prefixes once. A plain alternation would try word after word.
     """

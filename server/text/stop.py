@@ -23,7 +23,8 @@ class StopStrings:
         self._stop: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Returns the text that may be emitted now and, once the text has ended, the stop string that ended it.
+        """Appends `text`. Returns the text that can be sent to the client now, and the stop string if one has been
+        found.
 
         The longest end of the text that could be the beginning of a stop string is held back. After a stop string has
         been found, every further call returns no text.
@@ -43,7 +44,7 @@ class StopStrings:
         return pending[:emitted], None
 
     def flush(self) -> str:
-        """Returns the text that `push` has held back. Call it when the text has ended without a stop string."""
+        """Returns the text that `push` has held back. Called when the text has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -56,9 +57,9 @@ class StopStrings:
 
 
 def _borders(stop: str) -> list[int]:
-    """Returns the Knuth-Morris-Pratt table of `stop`.
+    """Returns the Knuth-Morris-Pratt failure table of the string `stop`.
 
-    Item i is the length of the longest proper prefix of stop[:i + 1] that is also a suffix of it.
+    Item i is the length of the longest proper prefix of stop[:i + 1] that is also a suffix of stop[:i + 1].
     """
     borders = [0] * len(stop)
     for index in range(1, len(stop)):

@@ -37,12 +37,12 @@ def create_environment() -> jinja2.Environment:
 
 
 def undeclared_variables(environment: jinja2.Environment, template: str) -> frozenset[str]:
-    """Returns the names of the variables that the template may read without having set them."""
+    """Returns the names of the variables that the template can read without having set them."""
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 class _GenerationTag(ext.Extension):
-    """Accepts the tag `{% generation %}`, which marks the text that training learns from, and renders its body."""
+    """Renders the body of the tag `{% generation %}` as if the tag were absent. The tag only matters for training."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as a set
 
@@ -52,7 +52,8 @@ class _GenerationTag(ext.Extension):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Limits the size of products and refuses powers, because a single product or power could fill the memory."""
+    """A Jinja sandbox that limits the length of products such as "a" * n, and refuses powers. A single product or power
+    could otherwise fill the memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -94,8 +95,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Writes plain JSON, as in the text on which models were trained. Jinja's own filter `tojson` escapes characters
-    for HTML.
+    """Writes JSON without HTML escapes, as in the text on which models were trained. Jinja's own filter `tojson`
+    escapes characters for HTML.
 
     The arguments are those of the filter in transformers.
     """
@@ -107,7 +108,7 @@ def _tojson(
 
 
 def _dict(*items: Mapping[str, object], **attributes: object) -> dict[str, object]:
-    """Replaces the type `dict`, whose attributes a template should not reach."""
+    """Replaces Python's type `dict` in templates, since a template must not reach the attributes of a type."""
     return dict(*items, **attributes)
 
 

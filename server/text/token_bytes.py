@@ -1,4 +1,4 @@
-"""Converts an entry of the vocabulary to the bytes that it stands for.
+"""Converts a token's spelling in the vocabulary to the bytes of the token's text.
 
 Two kinds of vocabulary are read. In SentencePiece's, a marker stands for the space and `<0xNN>` for a single byte;
 every Jamba checkpoint has this kind. In GPT-2's byte-level vocabulary, one printable character stands for each byte.
@@ -18,7 +18,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Decoder(msgspec.Struct, frozen=True):
-    """The key "decoder" of tokenizer.json. A decoder of the type Sequence contains other decoders."""
+    """The value of the key "decoder" in tokenizer.json. A decoder of the type Sequence contains other decoders."""
 
     type: str
     decoders: list[Decoder] = msgspec.field(default_factory=list["Decoder"])
@@ -32,7 +32,9 @@ class Decoder(msgspec.Struct, frozen=True):
 
 
 def bytes_reader(decoder: Decoder | None) -> Callable[[str], bytes]:
-    """Returns a function from the spelling of a token to its bytes. Raises CheckpointError for an unknown decoder.
+    """Returns a function that converts the spelling of a token to the bytes of its text.
+
+    Raises CheckpointError for an unknown decoder.
 
     The steps `Fuse` (joins tokens) and `Strip` (drops the leading space of a text) are accepted and ignored here,
     because they do not change the bytes of a single token.
@@ -59,7 +61,7 @@ def _byte_fallback(spelling: str, replacements: list[tuple[str | None, str]]) ->
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's table from the characters in which it spells tokens to the bytes that they stand for.
+    """Returns a table that maps each character in GPT-2's spellings of tokens to the byte that it encodes.
 
     A printable Latin-1 character stands for its own byte; the other bytes have the characters from U+0100 on, in order.
     """

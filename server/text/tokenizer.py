@@ -16,7 +16,8 @@ from jamba_server.server.text.token_bytes import Decoder, bytes_reader
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 _MAX_BYTES: Final = 128 << 20  # size limit of tokenizer.json; a file with 256 thousand tokens has 33 MB
-_MAX_ID: Final = (1 << 24) - 1  # highest token id allowed, since a table has an entry for each id
+# The highest token id allowed. A table has an entry for each id up to the highest, so a very high id would fill memory.
+_MAX_ID: Final = (1 << 24) - 1
 
 
 class _EncodeBatch(Protocol):
@@ -63,7 +64,8 @@ class Tokenizer:
         return cls(raw, decoder, read_tokenizer_config(folder).named_tokens())
 
     def _find_special_tokens(self) -> dict[str, int]:
-        """Returns the ids of added tokens that are marked special or that tokenizer_config.json names."""
+        """Returns the ids of tokens that tokenizer.json marks as special or that tokenizer_config.json names, by
+        text."""
         special = {token.content: id for id, token in self._raw.get_added_tokens_decoder().items() if token.special}
         for token in self._raw.get_added_tokens_decoder().values():
             if token.special and (token.lstrip or token.rstrip or token.single_word):
@@ -79,7 +81,8 @@ class Tokenizer:
         return special
 
     def _read_vocabulary(self, decoder: Decoder | None) -> tuple[bytes, ...]:
-        """Returns the bytes of the text of each token id. An id that the vocabulary leaves out has no bytes."""
+        """Returns the bytes of each token's text, by token id. For an id that the vocabulary leaves out, b"" is
+        returned."""
         to_bytes = bytes_reader(decoder)
         vocabulary = self._raw.get_vocab(with_added_tokens=True)
         highest = max(vocabulary.values(), default=-1)
@@ -121,7 +124,7 @@ class Tokenizer:
         return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Returns the token ids of `text` without BOS, and for each id the number of characters before the token's end.
+        """Returns the token ids of `text` without BOS, and the offset in characters at which each token ends.
 
         If several byte tokens form one character, each of them ends where that character ends.
         """
@@ -140,7 +143,7 @@ class Tokenizer:
         return encoding
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
-        """Returns the text of a whole sequence at once. (A Detokenizer returns a text in pieces.)
+        """Returns the text of a complete sequence of token ids. (The class Detokenizer returns a text in pieces.)
 
         Invalid UTF-8 becomes U+FFFD.
         """
@@ -152,8 +155,8 @@ class Tokenizer:
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
     def token_text(self, token_id: int) -> str:
-        """Returns the text of a single token, as logprobs show it. The bytes of an incomplete character become
-        U+FFFD."""
+        """Returns the text of a single token, as the field logprobs of a reply shows it. The bytes of an incomplete
+        character become U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:

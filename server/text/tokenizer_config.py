@@ -47,9 +47,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    """Reads the file in a checkpoint's folder.
+    """Reads tokenizer_config.json in a checkpoint's folder.
 
-    A checkpoint may lack the file; the result then names no token and has no chat template. Raises CheckpointError if
+    If the folder has no such file, the result names no token and has no chat template. Raises CheckpointError if
     the file cannot be read.
     """
     path = folder / "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""Sends one streamed request and records when its tokens arrive.
+"""Sends a benchmark's requests to a server and records when the tokens of each streamed reply arrive.
 
 Times are seconds on the clock that the client is given. A server may put several tokens into one event, and several
 events into one packet. Therefore an arrival is the time of an event, and token counts come from the server's `usage`.
@@ -17,12 +17,12 @@ import msgspec
 
 from jamba_server.server.cli.bench.workloads import Turn
 
-MAX_MESSAGE = 300  # maximum number of characters of a server's error message in a report
+MAX_MESSAGE = 300  # maximum number of characters that a report quotes from a server's error message
 LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete reply to one request, with its times in seconds and its numbers of tokens.
+    """A complete reply to one request, with the times of its events in seconds and its numbers of tokens.
 
     `arrivals` are the times of the events that carry tokens. `end` is the time of the event with the finish reason, or
     of the last event with a token if that comes later.
@@ -49,12 +49,12 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first, in seconds. None for a reply of one token."""
+        """Mean time per output token after the first output token, in seconds. None for a reply of one token."""
         return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
     def itl(self) -> tuple[float, ...]:
-        """Inter-token latencies, in seconds: the gaps between consecutive arrivals."""
+        """Inter-token latencies, in seconds: the gaps between consecutive events that carry tokens."""
         return tuple(b - a for a, b in pairwise(self.arrivals))
 
 
@@ -80,8 +80,8 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class EventDecoder:
-    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes. A chunk may end in the middle of
-    an event."""
+    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes. An event can be spread over
+    several chunks."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -127,7 +127,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def carries_token(self) -> bool:
-        """True if the event was sent for a token, even if the event has no text.
+        """True if the server sent the event because it generated a token, even if the event has no text.
 
         A server sends an event without text for a token whose text is empty or still held back. The first event (which
         has the role) and the last (which has the finish reason) do not count unless they have text.
@@ -266,7 +266,7 @@ class Client:
 
 
 def error_message(response: httpx.Response) -> str:
-    """Returns the message in an OpenAI error reply, or the beginning of the reply's body if it has another form."""
+    """Returns the message in an OpenAI error reply, or the beginning of the body if the reply has another form."""
     try:
         event = msgspec.json.decode(response.content, type=_Event)
     except msgspec.DecodeError:

@@ -51,7 +51,7 @@ def _option(help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """The options of `jamba bench`. None means that an option was not given.
+    """The options of `jamba bench`. An option that the user has not given is None.
 
     An option that the chosen workload or load does not use is refused.
     """
@@ -198,7 +198,7 @@ class BenchOptions:
 
 
 class Bench:
-    """Measures one server under each load (such as a number of clients) that the options name, one load at a time."""
+    """Measures latencies and throughput of one server under each load (such as 8 clients) that the options name."""
 
     def __init__(
         self,
@@ -218,7 +218,8 @@ class Bench:
         self._progress = progress or Progress(disable=True)
 
     async def run(self) -> report.Report:
-        """Measures the server under each load, in order. Stops after a load under which no request was completed."""
+        """Measures latencies and throughput under each load, in order. Stops after a load without a completed
+        request."""
         target = await discover(self._http, self.options.model)
         tokens = await self.token_range(target.model)
         client = Client(self._http, target.model, temperature=self.options.temperature, now=self._now)
@@ -231,7 +232,7 @@ class Bench:
 
     async def token_range(self, model: str) -> TokenRange:
         if isinstance(self.workload, MultiTurn):
-            return TokenRange(0, 0)  # chats are made of words, so no token ids are drawn
+            return TokenRange(0, 0)  # the prompts of chats are drawn as words, so no token ids are drawn
         if self.options.vocab_size is not None:
             return TokenRange(0, self.options.vocab_size - 1)
         return await discover_tokens(self._http, model)
@@ -239,7 +240,8 @@ class Bench:
     def sessions(self, tokens: TokenRange, index: int) -> list[Session]:
         """Draws the sessions to send under the load `self.loads[index]`.
 
-        Every load has its own prompts. With the same prompts a load would find those of the previous load cached.
+        Every load has its own prompts. If two loads had the same prompts, the server would find the prompts of the
+        second load in its prefix cache.
         """
         load = self.loads[index]
         count = self.options.num_prompts

@@ -1,4 +1,4 @@
-"""Measures the memory bandwidth, and describes the machine and the versions of libraries for the head of a report."""
+"""Measures the memory bandwidth, and finds the machine's properties and the versions of libraries for a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import numpy as np
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """The machine that runs this process. `cores` is the number of CPU cores that this process may use."""
+    """Properties of the machine that runs this process. The field `cores` is the number of CPU cores that this process
+    may use."""
 
     cpu: str
     cores: int
@@ -41,9 +42,9 @@ def utc_now() -> str:
 
 
 def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> float:
-    """Measures the memory bandwidth in bytes per second.
+    """Measures the bandwidth at which the CPU reads memory, in bytes per second.
 
-    `threads` threads together read `size` bytes. The fastest of `rounds` runs counts.
+    In each of `rounds` runs, `threads` threads together read `size` bytes. The fastest run gives the result.
     """
     parts = [np.ones(size // threads // 8, dtype=np.uint64) for _ in range(threads)]
 
@@ -57,8 +58,8 @@ def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> flo
 
 
 def _cpu_model() -> str:
-    """Returns the CPU's model from /proc/cpuinfo, which has it on x86 Linux, or else from Python's module
-    `platform`."""
+    """Returns the name of the CPU's model. On x86 Linux the name is in /proc/cpuinfo; elsewhere Python's module
+    `platform` gives it."""
     info = Path("/proc/cpuinfo")
     match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return match[1] if match else platform.processor() or platform.machine()

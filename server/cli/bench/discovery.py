@@ -12,13 +12,13 @@ from jamba_server.server.cli.bench.client import error_message
 from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
 
 Reply = TypeVar("Reply")
-# Time limit in seconds for each reply of the server. The limit must exceed --startup-wait (by default 30 s), the time
-# after which a server that is still loading answers.
+# Time limit in seconds for each reply of the server. While a server loads its model, its
+# answer can take as long as its option --startup-wait says (by default 30 s), so the limit must exceed that time.
 TIMEOUT = 60.0
 
 
 class BenchError(JambaError):
-    """Raised if the server cannot be measured. The message gives the reason."""
+    """Raised if a benchmark of the server is not possible. The message gives the reason."""
 
 
 class _Card(msgspec.Struct):
@@ -35,10 +35,10 @@ class _Tokens(msgspec.Struct):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The model to measure.
+    """The served model whose latencies and throughput are to be measured.
 
-    `version` and `models` are the server's unchanged replies to /version and /v1/models. `version` is None if the
-    server has no /version.
+    The fields `version` and `models` are the server's unchanged replies to /version and /v1/models. `version` is None
+    if the server has no /version.
     """
 
     model: str
@@ -61,8 +61,8 @@ async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
 
 
 async def discover_tokens(http: httpx.AsyncClient, model: str) -> TokenRange:
-    """Asks the server to tokenize ordinary words. Returns the range from the lowest to the highest token id in its
-    reply."""
+    """Asks the server to tokenize a list of English words. Returns the range from the lowest to the highest token id in
+    the server's reply."""
     body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
     response = await _ask(http, "POST", "/tokenize", body)
     if response.is_error:

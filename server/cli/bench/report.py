@@ -1,4 +1,4 @@
-"""Summarises the records of a measurement as numbers, a table and JSON.
+"""Computes latencies and throughput from the records of a benchmark's requests, and writes them as a table or JSON.
 
 The definitions are those of `vllm bench serve`:
 - TTFT is the time from sending the request to the first event with a token.
@@ -26,7 +26,8 @@ from jamba_server.server.cli.bench.runner import Load
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """Mean and percentiles in milliseconds. A percentile is interpolated linearly between the two nearest values."""
+    """Mean and percentiles of a latency, in milliseconds. A percentile is interpolated linearly between the two nearest
+    values."""
 
     mean: float
     p50: float
@@ -36,7 +37,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class ErrorCount(msgspec.Struct, frozen=True):
-    """The number of failures of one kind, with the message of the first failure as an example."""
+    """The number of failed requests with one kind of error. The field `example` is the message of the first of them."""
 
     kind: str
     count: int
@@ -59,7 +60,7 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of a measurement at one load.
+    """The latencies, throughput and numbers of requests that were measured at one load.
 
     `planned` is the number of requests that were to be sent. Planned requests that are neither completed nor failed
     were not sent, because time was up or an earlier turn had failed. `left_out` counts the sessions that exceed the
@@ -91,8 +92,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The numbers of requests and sessions at one load. `planned` counts the requests to send. `left_out` counts the
-    sessions that are not sent because they are too long for the server's context."""
+    """The numbers of requests and sessions at one load, known before sending. `planned` counts the requests to send.
+    `left_out` counts the sessions that are not sent because they are too long for the server's context."""
 
     load: Load
     planned: int
@@ -100,14 +101,14 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The report of `jamba bench`, which `--output` writes as JSON."""
+    """The report of `jamba bench`, which the flag --output writes into a file as JSON."""
 
     conditions: dict[str, Any]
     levels: list[Level]
 
 
 def parse_slo(goodput: Iterable[str]) -> Slo | None:
-    """Parses limits such as `ttft:500`, `tpot:50` and `e2el:2000`, in milliseconds. Returns None if there are none.
+    """Parses limits such as `ttft:500`, `tpot:50` and `e2el:2000`, in milliseconds. Returns None for an empty list.
 
     Raises ConfigError if a name is unknown or given twice, or a limit is not a number above 0.
     """
@@ -177,7 +178,7 @@ def _cached_share(replies: list[Reply]) -> float | None:
 
 
 def _count_errors(records: Sequence[Record]) -> list[ErrorCount]:
-    """Counts the failures by kind, the most frequent kind first."""
+    """Returns the number of failed requests for each kind of failure, the most frequent kind first."""
     failures = [record for record in records if isinstance(record, Failure)]
     examples = {failure.kind: failure.message for failure in reversed(failures)}
     counts = Counter(failure.kind for failure in failures).most_common()
@@ -208,7 +209,7 @@ def rows(levels: Sequence[Level]) -> list[tuple[str, list[str]]]:
 
 
 def notes(levels: Sequence[Level]) -> list[str]:
-    """Returns notes for the reader of the table: errors, and requests or replies that differ from the options."""
+    """Returns notes to print below the table: errors, requests that were not sent, and replies that are too short."""
     found: list[str] = []
     for level in levels:
         found += [f"{level.load}: {error.count} x {error.kind}: {error.example}" for error in level.errors]

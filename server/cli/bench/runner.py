@@ -1,5 +1,5 @@
-"""Sends the requests of sessions to the server, in closed loop (a fixed number of clients) or in open loop (at given
-times)."""
+"""Sends a benchmark's requests, in closed loop (from a fixed number of clients) or in open loop (sessions begin at
+given times)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jamba_server.server.cli.bench.workloads import Session
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
-    """A load of `concurrency` clients. Each client begins a session as soon as its previous session has ended."""
+    """A load of `concurrency` clients at the same time. Each client begins a session as soon as its previous session
+    has ended."""
 
     concurrency: int
 
@@ -46,14 +47,15 @@ Load = ClosedLoop | Poisson | Replay
 
 
 def poisson_arrivals(rng: Generator, count: int, rate: float) -> list[float]:
-    """Draws arrival times in seconds. The first is 0; the gaps are independent and exponential with mean 1 / rate."""
+    """Draws arrival times in seconds. The first time is 0. The gaps between consecutive times are independent and
+    exponentially distributed with mean 1 / rate."""
     gaps = rng.exponential(1 / rate, size=count)
     gaps[:1] = 0
     return np.cumsum(gaps).tolist()
 
 
 def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Session]:
-    """For a Poisson load, returns the sessions with arrival times that are drawn here. For other loads, returns them
+    """Draws random arrival times for the sessions of a Poisson load. Returns the sessions of any other load
     unchanged."""
     if not isinstance(load, Poisson):
         return sessions
@@ -62,9 +64,10 @@ def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Sessio
 
 
 class Runner:
-    """Sends the requests of one measurement and records the reply to each request, or why there is no complete reply.
+    """Sends the requests of one load. Records the reply to each request, or the reason why no complete reply came.
 
-    `records` holds the requests that have ended, in the order of their ends. `on_end` is called for each of them.
+    `records` holds the requests that have ended, in the order of their ends. The function `on_end` is called at the end
+    of each request.
     """
 
     def __init__(self, client: Client, on_end: Callable[[], None] = lambda: None) -> None:
@@ -83,7 +86,7 @@ class Runner:
             async with asyncio.timeout(max_seconds):
                 await work
         except TimeoutError:
-            pass  # running out of time is no error: the records list the requests that were cut off
+            pass  # the end of the time limit is no error: `records` has a failure for each request that was cut off
 
     async def _closed_loop(self, sessions: Iterable[Session], concurrency: int) -> None:
         async def client() -> None:

@@ -1,4 +1,4 @@
-"""Draws the sessions that a benchmark sends, each of one or several turns, from a seed.
+"""Draws a benchmark's sessions from a seed. A session is a sequence of one or several requests, its turns.
 
 Most workloads send token ids to /v1/completions, so the length of a prompt is exact and no tokenizer is needed here.
 Only `multi-turn` sends text, because the history of a chat is text. Its lengths are counted in words; the report has
@@ -33,14 +33,14 @@ WORDS = tuple(TEXT.split())
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One request. `prompt` is either token ids for /v1/completions or the user's next message in a chat."""
+    """One request. The field `prompt` has either token ids for /v1/completions or the user's next message in a chat."""
 
     prompt: tuple[int, ...] | str
     max_tokens: int
 
 
 class Session(msgspec.Struct, frozen=True):
-    """A sequence of turns. Each turn is sent when the reply to the previous turn is complete.
+    """A sequence of turns (requests). Each turn is sent when the reply to the previous turn is complete.
 
     `arrival` is the time of the first turn, in seconds after the start of the measurement.
     """
@@ -50,7 +50,7 @@ class Session(msgspec.Struct, frozen=True):
 
 
 class TokenRange(msgspec.Struct, frozen=True):
-    """The range of token ids that a prompt may contain, from `first` to `last`, inclusive."""
+    """The range of the token ids from which prompts are drawn, from `first` to `last`, both included."""
 
     first: int
     last: int
@@ -62,8 +62,8 @@ class TokenRange(msgspec.Struct, frozen=True):
 class Workload(Protocol):
     """Draws the sessions that a benchmark sends.
 
-    `sessions` returns `count` sessions, or fewer if a trace ends earlier. The same state of `rng` gives the same
-    sessions.
+    The method `sessions` returns `count` sessions, or fewer if a trace has fewer requests. The same state of the random
+    generator `rng` gives the same sessions.
     """
 
     def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]: ...
@@ -98,8 +98,7 @@ class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
 
 
 class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
-    """A workload of prompts that share prefixes: the prompts take their prefix from `num_prefixes` prefixes in
-    rotation.
+    """A workload of prompts that share prefixes. Prompt i begins with prefix number i modulo `num_prefixes`.
 
     A prefix has `prefix_len` tokens. Each prompt adds `input_len` random tokens of its own.
     """
@@ -117,7 +116,7 @@ class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
 
 
 class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
-    """A workload of chats with `turns` user messages of `input_len` words each.
+    """A workload of chats. Each chat has `turns` user messages of about `input_len` words each.
 
     The server's replies become part of the history that the next turn sends.
     """
@@ -137,7 +136,8 @@ class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
-    """A workload from a file with the arrival times, prompt lengths and reply lengths of recorded requests.
+    """A workload that is read from a file with the arrival times, prompt lengths and reply lengths of recorded
+    requests.
 
     The file is CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens. The first row
     arrives at 0. `time_scale` multiplies the arrival times; 0.5 sends twice as fast. A trace does not contain the text
@@ -161,8 +161,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
         ]
 
     def _rows(self) -> Iterator[tuple[float, int, int]]:
-        """Yields (seconds, number of input tokens, number of output tokens) for each row of the file. Raises
-        ConfigError."""
+        """Yields (arrival time in seconds, number of input tokens, number of output tokens) for each row of the file.
+        Raises ConfigError for a file that cannot be read."""
         try:
             with _open_text(self.trace) as file:
                 reader = csv.reader(file)
@@ -193,9 +193,9 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
 
 
 def leave_out_long(sessions: list[Session], max_model_len: int | None) -> list[Session]:
-    """Returns the sessions in which every prompt with its reply fits the server's context.
+    """Returns the sessions in which every prompt with its reply has at most `max_model_len` tokens.
 
-    A prompt of text always counts as fitting, because its number of tokens is not known.
+    A prompt that is text is never left out, because its number of tokens is not known.
     """
     if max_model_len is None:
         return sessions
