@@ -5,16 +5,17 @@
 
 namespace {
 
-// The online softmax processes BLOCK keys at a time: the maximum score and the sum of the weights are updated once per
-// BLOCK keys.
+// The online softmax processes BLOCK keys at a time. The maximum score and the sum of the softmax weights are updated
+// once per BLOCK keys.
 constexpr int64_t BLOCK = 64;
-// Number of consecutive tokens whose keys are usually adjacent in memory. This number affects only the order of
-// prefetches.
+// The number of consecutive tokens of a sequence whose keys are usually adjacent in memory. PAGE affects only the order
+// in which keys and values are prefetched.
 constexpr int64_t PAGE = 16;
-// A split is SPLIT consecutive keys of a sequence. A thread takes at least one split at a time. SPLIT is a multiple of
-// BLOCK.
+// The keys of a sequence are divided into splits of SPLIT consecutive keys. Only the last split of a sequence can be
+// shorter. A thread processes whole splits. SPLIT is a multiple of BLOCK.
 constexpr int64_t SPLIT = 512;
-// A tile has about TILE_ROWS query rows. Each key is read once for all query rows of the tile.
+// A tile (see the struct `Tile`) has at most about TILE_ROWS query rows per KV head. Each key is read from memory once
+// for all these query rows.
 constexpr int64_t TILE_ROWS = 64;
 
 template <class T>
@@ -24,7 +25,8 @@ struct AttentionArguments {
     int64_t heads, kv_heads, size, block_size, q_stride, page_stride, token_stride, head_stride;
     float scale;
     int64_t sequences, table_stride;
-    const int32_t *tables, *context_lens;  // tables: [sequences, blocks]; context_lens: [sequences]
+    // tables: [sequences, blocks], the page ids of each sequence; context_lens: [sequences]
+    const int32_t *tables, *context_lens;
     const int32_t* query_start;  // query_start: [sequences + 1]; null if each sequence has one query row
 
     int64_t first_row(int64_t sequence) const { return query_start ? query_start[sequence] : sequence; }
@@ -34,7 +36,7 @@ struct AttentionArguments {
 // heads `head` to `head + heads - 1`.
 template <class Q>
 struct Tile {
-    const Q* q;  // q: [heads, rows, padded]; each row has `size` elements and then zeros
+    const Q* q;  // q: [heads, rows, padded], where each row has `size` elements and then padded - size zeros
     int64_t heads, rows, group, padded, size;
     float scale;
     const int32_t* table;
@@ -44,9 +46,9 @@ struct Tile {
     int64_t visible(int64_t row) const { return first_visible + int32_t(row) / int32_t(group); }
 };
 
-// The struct `Ahead` prefetches the key and value rows of the next block. Each row has `row_bytes` bytes. Every call of
-// the function `call` prefetches a few cache lines, because a core would stall if the core requested more prefetches at
-// once than it can have in flight.
+// The struct `Ahead` prefetches the key rows and value rows of the next block of keys. Each of these rows has
+// `row_bytes` bytes. Every call of the function `call` prefetches only a few cache lines. If a core requests more
+// prefetches at once than the core can have in flight, the core stalls.
 struct Ahead {
     const char *const *row, *const *last_row;
     int64_t row_bytes;
@@ -61,7 +63,7 @@ struct Ahead {
     }
 };
 
-// The struct `KeyBlock` has the addresses of the keys and values of BLOCK consecutive tokens.
+// The struct `KeyBlock` has the addresses of the key rows and value rows of BLOCK consecutive tokens of a sequence.
 template <class K, class V>
 struct KeyBlock {
     const K* keys[BLOCK];
@@ -82,8 +84,8 @@ using namespace avx512;
 #undef DOT_PRODUCTS
 }  // namespace avx512_bf16
 END_TARGET
-// This macro calls the version of the function f that was compiled for the machine's instruction set. For bf16, f also
-// has a version in the namespace avx512_bf16.
+// This macro calls the version of the function f that was compiled for the machine's instruction set. For tensors of
+// dtype bf16, f also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
 #define DISPATCH_ATTENTION(f, ...)                                                       \
     do {                                                                                 \
         if constexpr (std::is_same_v<T, bf16>) {                                         \
@@ -96,9 +98,9 @@ END_TARGET
 #endif
 
 // Returns the number of KV heads that a thread processes together. The argument `parts` is the number of pieces of work
-// that there would be if each piece had all KV heads. The heads of a token are adjacent in memory, so a piece with many
-// heads reads memory in order. But each thread should get several pieces, so a piece has fewer KV heads if there would
-// otherwise be fewer than four pieces per thread.
+// if each piece has all KV heads. The keys of all heads of a token are adjacent in memory, so a piece with many heads
+// reads memory in order. But each thread should get at least four pieces. Therefore the number of KV heads per piece is
+// halved until there are enough pieces, or until the number is odd.
 static int64_t heads_together(int64_t kv_heads, int64_t parts) {
     int64_t heads = kv_heads;
     while (heads % 2 == 0 && parts * (kv_heads / heads) < 4 * num_threads()) heads /= 2;
@@ -108,8 +110,7 @@ static int64_t heads_together(int64_t kv_heads, int64_t parts) {
 template <class T>
 static void attend(const AttentionArguments<T>& a, int64_t max_context) {
     const int64_t group = a.heads / a.kv_heads, splits = (max_context + SPLIT - 1) / SPLIT;
-    // The splits of one sequence are divided among the threads only if there are too few sequences to occupy all
-    // threads.
+    // Several threads share the splits of one sequence only if there are too few sequences to occupy all threads.
     if (!a.query_start && splits > 1 && a.sequences < 4 * num_threads()) {
         const int64_t heads = heads_together(a.kv_heads, a.sequences * splits);
         const int64_t share = a.sequences * (a.kv_heads / heads) * splits / (8 * num_threads());

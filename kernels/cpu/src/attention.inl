@@ -1,34 +1,38 @@
 // This file computes causal attention in tiles. A tile consists of the query rows of consecutive tokens of one
-// sequence, for the query heads that read the tile's KV heads. The rows that read one KV head are ordered by token and
-// then by query head. Every query row reads the keys that it attends to in blocks of BLOCK keys, from position 0
-// upwards, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1). A split is SPLIT consecutive keys.
-// Each split has a softmax of its own, and the softmaxes of all splits are merged in ascending order of position.
-// Scores and weighted values are summed in a fixed order, so the result of a query row depends only on this row's
-// query, keys and values. The result is the same if different threads compute the splits.
+// sequence, for the query heads that read the tile's KV heads. The query rows that read the same KV head are ordered by
+// token and then by query head. A query row attends to the keys from position 0 of its sequence upwards. These keys are
+// processed in blocks of BLOCK keys, with an online softmax (Dao et al. 2022, FlashAttention, Algorithm 1). A split is
+// SPLIT consecutive keys. Each split has a softmax of its own, and the softmaxes of all splits are merged in ascending
+// order of position. Scores and weighted values are summed in a fixed order, so the result of a query row depends only
+// on this row's query, keys and values. The result does not depend on which thread computes which split.
 //
 // If DOT_PRODUCTS is defined (for bf16 only), queries and keys are multiplied in bf16, and the scores are multiplied by
 // the softmax scale afterwards. Otherwise the queries are converted to float32 and multiplied by the softmax scale
-// before they are multiplied by the keys.
+// before the queries are multiplied by the keys.
 //
-// In decode, a thread processes a block of keys for several KV heads in turn, because the heads of a token are adjacent
-// in memory.
+// In decode, a thread processes a block of keys for several KV heads in turn, because the keys of all KV heads of a
+// token are adjacent in memory.
 
-constexpr int ROWS = 4;  // Each key that is loaded into registers serves ROWS query rows.
-// Number of vectors of a value row that are processed at once when ROWS query rows are processed together.
+constexpr int ROWS = 4;  // When a key is in registers, the key is multiplied by ROWS query rows.
+// For ROWS query rows at once, the weighted sum of the values is computed for COLUMNS vectors of WIDTH columns at a
+// time.
 constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;
-constexpr int LONE_COLUMNS = 8;  // Number of vectors of a value row that are processed at once for a single query row.
+// For a single query row, the weighted sum of the values is computed for LONE_COLUMNS vectors of WIDTH columns at a
+// time.
+constexpr int LONE_COLUMNS = 8;
 // If a tile has more than WIDENED_ROWS query rows, keys and values are converted to float32 once for the whole tile.
 constexpr int64_t WIDENED_ROWS = 2 * ROWS;
-// The running softmax of a query row has the maximum score, the sum of the weights and the weighted sum of the values.
-// SOFTMAX is the number of floats before the weighted sum of the values.
+// The running softmax of a query row consists of the maximum score, the sum of the softmax weights and the weighted sum
+// of the values, in this order. SOFTMAX is the number of floats before the weighted sum of the values.
 constexpr int64_t SOFTMAX = 2 * WIDTH;
-constexpr int64_t MAXIMUM = 0;  // offset of the maximum score in a row's running softmax
-constexpr int64_t WEIGHT_SUM = WIDTH;  // offset of the sum of softmax weights, which has one partial sum per lane
+constexpr int64_t MAXIMUM = 0;  // offset, in floats, of the maximum score in a row's running softmax
+// Offset, in floats, of the sum of the softmax weights. The sum is stored as one partial sum per lane.
+constexpr int64_t WEIGHT_SUM = WIDTH;
 
 #ifdef DOT_PRODUCTS
 using Query = bf16;
-// A lane has two neighbouring bf16 elements of a row. For each lane, the instruction VDPBF16PS adds the two products of
-// these elements with the two elements of another row to a float32.
+// Each lane of a vector has two neighbouring bf16 elements of a row. In each lane, the instruction VDPBF16PS multiplies
+// the two elements of a query by the two elements of a key, and adds both products to a float32 sum.
 using Lanes = __m512bh;
 
 INLINE Lanes take_lanes(const bf16* p, int64_t n) {
@@ -47,10 +51,11 @@ INLINE Vec multiply(Lanes a, Lanes b, Vec c) { return fma(a, b, c); }
 #endif
 constexpr int64_t LANES = sizeof(Lanes) / sizeof(Query);
 
-// Computes scores: [R, BLOCK], the dot products of R query rows with n keys. Each query row has zeros after its `size`
-// elements. The array `block.keys` has valid addresses up to index n rounded up to a multiple of SUMS. If AHEAD is
-// true, the next block of keys and values is prefetched at the speed at which the current block is read. The
-// processor's own prefetcher cannot predict the next block, because the pages of a sequence are scattered in memory.
+// Computes scores: [R, BLOCK], the dot products of R query rows with the first n keys of a block. Each query row has
+// zeros after its `size` elements. The address block.keys[j] must be valid for every j below n rounded up to a multiple
+// of SUMS. If AHEAD is true, the next block of keys and values is prefetched, at the speed at which the current block
+// is read. The processor's own prefetcher cannot predict the addresses of the next block, because the pages of a
+// sequence are scattered in memory.
 template <int R, bool AHEAD, class K, class V>
 INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n, float* scores) {
     constexpr int C = SUMS / R;
@@ -78,9 +83,10 @@ INLINE void score(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Replaces the scores of one query row for the n keys of a block by the softmax weights exp(score - maximum). The
-// maximum is the largest score in this block and in all earlier blocks. Updates the maximum and the sum of weights in
-// the row's running softmax. Returns the factor by which the weighted sum of the earlier values must be multiplied.
+// Replaces the scores of one query row for the first n keys of a block by the softmax weights exp(score - maximum). The
+// maximum is the query row's largest score in this block and in all earlier blocks. Updates the maximum and the sum of
+// the softmax weights in the row's running softmax. Returns the factor by which the weighted sum of the earlier blocks'
+// values must be multiplied.
 INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     for (int64_t j = n; j % WIDTH; j++) scores[j] = -__builtin_inff();
     Vec top = load(scores);
@@ -98,8 +104,8 @@ INLINE float update_softmax(float* scores, int64_t n, float* softmax) {
     return rescale;
 }
 
-// Computes values = values * rescale + weights @ v for R query rows, where v are the n value rows of the block. Only
-// the columns z to z + C * WIDTH - 1 are computed.
+// Updates the weighted sums of the values for R query rows: values = values * rescale + weights @ v. The matrix v has
+// the first n value rows of the block. Only the columns z to z + C * WIDTH - 1 are updated.
 template <int R, int C, bool AHEAD, class K, class V>
 INLINE void add_columns(const float* weights, const float* rescale, const KeyBlock<K, V>& block, int64_t n, int64_t z,
                         int64_t count, float* values, int64_t stride) {
@@ -121,7 +127,8 @@ INLINE void add_columns(const float* weights, const float* rescale, const KeyBlo
     }
 }
 
-// Computes attention of R query rows over the first n keys of a block. All R rows must attend to these n keys.
+// Updates the running softmaxes of R query rows with the first n keys and values of a block. All R query rows must
+// attend to these n keys.
 template <int R, bool AHEAD, class K, class V>
 INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t n,
                         float* softmax) {
@@ -142,8 +149,9 @@ INLINE void attend_rows(const Tile<Query>& tile, const Query* q, const KeyBlock<
     }
 }
 
-// Computes attention of a tile's rows over the n keys of one block. `start` is the position of the block's first key in
-// the sequence. Row r attends to the first `tile.visible(r)` keys of the sequence.
+// Updates the running softmaxes of a tile's query rows with the n keys and values of one block of one KV head. `start`
+// is the position of the block's first key in the sequence. Query row r attends to the first `tile.visible(r)` keys of
+// the sequence.
 template <class K, class V>
 void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>& block, int64_t start, int64_t n,
                   float* softmax) {
@@ -155,8 +163,9 @@ void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     for (int64_t r = 0; r < tile.rows;) {
         const Query* const row = q + r * tile.padded;
         float* const own = softmax + r * stride;
-        // A row attends to at least as many keys as the rows before it. So if the first and the last of ROWS rows
-        // attend to the same number of keys, all ROWS rows do.
+        // A query row attends to at least as many keys as the query rows before it. So if the first and the last of
+        // ROWS consecutive query rows attend to the same number of keys, all ROWS query rows attend to this number of
+        // keys.
         if (r + ROWS <= tile.rows && count(r) > 0 && count(r) == count(r + ROWS - 1)) {
             if (r == 0) attend_rows<ROWS, true>(tile, row, block, count(r), own);
             else attend_rows<ROWS, false>(tile, row, block, count(r), own);
@@ -169,8 +178,8 @@ void attend_block(const Tile<Query>& tile, const Query* q, const KeyBlock<K, V>&
     }
 }
 
-// Computes the memory offsets of the keys and values at BLOCK positions of the sequence, from position `start` on.
-// Positions from `end` on get the offset of position end - 1.
+// Computes the offsets, in elements, of the keys and values at BLOCK positions of the sequence, from position `start`
+// on. Positions from `end` on get the offset of position end - 1.
 template <class T>
 void locate(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t start, int64_t end, int64_t* places) {
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -179,8 +188,8 @@ void locate(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t sta
     }
 }
 
-// Converts n key or value rows to float32 in `memory` [BLOCK, padded] and stores the addresses of the converted rows in
-// `wide`. The entries of `wide` after the first n repeat the address of the last converted row.
+// Converts n key rows or n value rows to float32 in `memory`: [BLOCK, padded]. Stores the addresses of the converted
+// rows in `wide`. The entries of `wide` after the first n repeat the address of the last converted row.
 template <class T>
 INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, float* memory, const float** wide) {
     for (int64_t j = 0; j < BLOCK; j++) {
@@ -192,9 +201,9 @@ INLINE void widen(const T* const* rows, const Tile<Query>& tile, int64_t n, floa
     }
 }
 
-// Computes attention of a tile over one block of keys of one KV head. If the tile has more than WIDENED_ROWS rows, the
-// values (and, without DOT_PRODUCTS, the keys) are first converted to float32 in the thread's scratch memory, once for
-// all rows.
+// Updates the running softmaxes of a tile's query rows with one block of keys and values of one KV head. If the tile
+// has more than WIDENED_ROWS query rows, the values are first converted to float32 in the thread's scratch memory, once
+// for all query rows. Without DOT_PRODUCTS, the keys are converted in the same way.
 template <class T>
 void convert_and_attend(const Tile<Query>& tile, const Query* q, const KeyBlock<T, T>& block, int64_t start, int64_t n,
                         float* softmax) {
@@ -217,9 +226,10 @@ INLINE void clear(float* softmax, int64_t rows, int64_t stride) {
     for (int64_t r = 0; r < rows; r++) softmax[r * stride + MAXIMUM] = -__builtin_inff();
 }
 
-// Computes attention of a tile over the keys at positions `begin` to `end` - 1 of the sequence, block by block and,
-// within a block, KV head by KV head. Writes the running softmaxes of the tile's rows to `softmax`: [heads, rows,
-// SOFTMAX + padded]. Keys and values at positions below `last` are prefetched.
+// Computes attention of a tile over the keys at positions `begin` to `end` - 1 of the sequence. The keys are processed
+// block by block. Each block is processed for one KV head after the other. Writes the running softmaxes of the tile's
+// query rows to `softmax`: [heads, rows, SOFTMAX + padded]. Only keys and values at positions below `last` are
+// prefetched.
 template <class T>
 void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64_t begin, int64_t end, int64_t last,
                   float* softmax) {
@@ -250,7 +260,8 @@ void attend_split(const AttentionArguments<T>& a, const Tile<Query>& tile, int64
     }
 }
 
-// Merges `from`, a row's softmax over one split of its keys, into `into`, the row's softmax over all earlier splits.
+// Merges two running softmaxes of the same query row. The argument `from` is the softmax over one split of the keys.
+// The argument `into` is the softmax over all earlier splits, and receives the merged softmax.
 INLINE void merge(const float* from, float* into, int64_t padded) {
     const float a = into[MAXIMUM], b = from[MAXIMUM], maximum = a > b ? a : b;
     const Vec old = exp(set(a - maximum)), fresh = exp(set(b - maximum));
@@ -283,9 +294,9 @@ INLINE void copy_query(const AttentionArguments<T>& a, const T* q, Query* out) {
 #endif
 }
 
-// Copies the queries of a tile to `memory` and returns the tile. The tile has the query rows of `tokens` tokens, of
-// which the first is row `row` of the batch. For each token, the tile has the query heads that read the KV heads `head`
-// to `head + heads - 1`.
+// Copies the queries of a tile to `memory` and returns the tile. The tile has the query rows of `tokens` consecutive
+// tokens, and the first token is row `row` of the batch. For each token, the tile has the query heads that read the KV
+// heads `head` to `head + heads - 1`.
 template <class T>
 Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                       int64_t tokens, int64_t first_visible, Query* memory) {
@@ -300,8 +311,9 @@ Tile<Query> make_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t 
             first_visible};
 }
 
-// Computes attention of `tokens` tokens of a sequence for the query heads that read `heads` KV heads, one split of
-// SPLIT keys after another. The first token attends to `first_visible` keys.
+// Computes attention of `tokens` consecutive tokens of a sequence, for the query heads that read the KV heads `head` to
+// `head + heads - 1`. The splits of SPLIT keys are processed one after another. The first token attends to
+// `first_visible` keys.
 template <class T>
 void attend_tile(const AttentionArguments<T>& a, int64_t sequence, int64_t head, int64_t heads, int64_t row,
                  int64_t tokens, int64_t first_visible) {
@@ -341,9 +353,9 @@ void attend_all(const AttentionArguments<T>& a, const int64_t* first_tile, int64
     });
 }
 
-// Computes attention in decode, where each sequence has one query row. The splits of a sequence (SPLIT keys each) are
-// divided among the threads. A piece of work is `run` consecutive splits of one sequence, for `heads` KV heads. All
-// splits are computed first; then, for each query row, the softmaxes of its splits are merged.
+// Computes attention in decode, where each sequence has one token. The splits of a sequence (SPLIT keys each) are
+// divided among the threads. A piece of work is `run` consecutive splits of one sequence, for `heads` KV heads. First,
+// the softmaxes of all splits are computed. Then, for each query row, the softmaxes of the row's splits are merged.
 template <class T>
 void attend_splits(const AttentionArguments<T>& a, int64_t splits, int64_t run, int64_t heads) {
     const int64_t group = a.heads / a.kv_heads, padded = whole_vectors(a.size), stride = SOFTMAX + padded;

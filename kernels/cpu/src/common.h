@@ -1,8 +1,9 @@
 // This header declares what all kernels share: number formats, the machine's instruction set, and threads.
 //
-// Results are batch-invariant. Therefore every sum has one fixed order, for any number of rows and any number of
-// threads. If a row does not fill its last vector, the last elements are computed by the same vector code, with the
-// unused lanes masked. A multiplication and an addition are fused only where the code calls `fma`.
+// The result for a row must not depend on the other rows of the batch. Therefore every sum has one fixed order, for any
+// number of rows and any number of threads. If a row does not fill its last vector, the last elements are computed by
+// the same vector code, with the unused lanes masked. A multiplication and an addition are fused only where the code
+// calls `fma`.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,9 +15,9 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 
-// Code between BEGIN_TARGET_x and END_TARGET is compiled with the instruction set x, and must run only if the function
-// `level` returns x or a later value of the enum `Level`. No standard header may be included between the two macros,
-// because its functions would use x on every machine.
+// Code between BEGIN_TARGET_x and END_TARGET is compiled with the instruction set x. This code must run only if the
+// function `level` returns x or a later value of the enum `Level`. No standard header may be included between the two
+// macros, because the standard header's functions would then use x on every machine.
 #if defined(__clang__)
 #define JAMBA_TARGET(features) \
     _Pragma("clang diagnostic ignored \"-Wunknown-attributes\"") \
@@ -41,9 +42,9 @@ enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
 Level level();
 
 // Divides the items 0 to n - 1 into pieces of `grain` items. Calls body(begin, end) for ranges of pieces, on the
-// calling thread and on idle workers. It is not fixed which thread runs which piece, so the result of a piece must not
-// depend on the thread. If `in_runs` is true, a thread takes many neighbouring pieces at once while many pieces remain.
-// Then each thread reads memory in order, but the work is divided evenly only if all pieces take the same time.
+// calling thread and on idle workers. Any of these threads can run any piece, so the result of a piece must not depend
+// on the thread. If `in_runs` is true, a thread takes many neighbouring pieces at once while many pieces are left, so
+// that each thread reads memory in order. But then the work is divided evenly only if all pieces take the same time.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
 void parallel_for_body(int64_t n, int64_t grain, bool in_runs, Body body, const void* context);
 int64_t num_threads();
@@ -56,8 +57,8 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f, bool in_runs = fa
 }
 
 // Returns at least `bytes` bytes of scratch memory of the calling thread, aligned to 64 bytes. The thread keeps one
-// buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. A body of `parallel_for` must call
-// this function inside the body, because the body might run on another thread than the caller of `parallel_for`.
+// buffer for each `slot` (0..4) between calls. A buffer grows and never shrinks. If the body of a `parallel_for` needs
+// memory for each thread, the body itself must call this function, because each thread has buffers of its own.
 void* scratch(int slot, int64_t bytes);
 
 // The dtypes of tensors. `kernels/cpu/library.py` has the same integer for each dtype.
@@ -83,8 +84,9 @@ INLINE uint32_t to_bits(float x) {
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
-    // The bits of the f16 number are shifted to their places in a float32, which makes the exponent too small by 112. A
-    // multiplication by 2^112 corrects the exponent. This also converts subnormal f16 numbers correctly.
+    // The exponent and mantissa bits of the f16 number are shifted to the places that they have in a float32. The
+    // exponent is then too small by 112, and a multiplication by 2^112 corrects the exponent. This also converts
+    // subnormal f16 numbers correctly.
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
     const float scaled = from_bits(rest) * from_bits(0x77800000);  // 2^112
     return from_bits(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : to_bits(scaled)));
@@ -117,8 +119,8 @@ inline f16 from_float<f16>(float x) {
     return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// Calls the function f with a value of the C++ type that has the number `dtype`: with_dtype(dtype, [&](auto t) { using
-// T = decltype(t); }).
+// Calls the function f with a value of the C++ type for the dtype number `dtype` (see the enum `Dtype`). Example:
+// with_dtype(dtype, [&](auto t) { using T = decltype(t); }).
 template <class F>
 inline void with_dtype(int64_t dtype, const F& f) {
     switch (Dtype(dtype)) {

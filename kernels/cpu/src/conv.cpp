@@ -6,8 +6,8 @@ namespace {
 // Number of rows that a thread computes for one vector of channels before the thread computes the next vector of
 // channels.
 constexpr int64_t AHEAD = 64;
-// The smallest size of a piece of work that a thread takes. The size is counted in output vectors: number of rows times
-// number of vectors per row. A piece of this size takes about 8 us.
+// The smallest size of a piece of work that a thread takes, in output vectors (number of rows times number of vectors
+// per row). A piece of this size takes about 8 us.
 constexpr int64_t MIN_PIECE = 256;
 
 template <class T>

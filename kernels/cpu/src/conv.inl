@@ -1,15 +1,17 @@
-// The struct `ConvWindow` finds the input rows of one sequence for the channels from a chosen first channel on. The
-// rows of the current call come from x. The rows of earlier calls that the convolution still needs come from the
-// sequence's convolution state.
+// The struct `ConvWindow` finds the input rows of the convolution for one sequence. Rows of the current call are read
+// from x. The convolution also needs a few rows of earlier calls, which are read from the sequence's convolution state.
+// The pointers begin at the first channel that the caller needs.
 template <class T>
 struct ConvWindow {
     const T* x;  // x points to the sequence's first row in the current call.
     int64_t x_stride;
-    const T* history;  // history: the state [history_rows, channels], or null if there is none yet
+    // history: the sequence's convolution state [history_rows, channels], or null if the sequence has no state yet
+    const T* history;
     int64_t history_rows, channels;
 
-    // Returns the address of input row `row`. Row 0 is the first row of the current call, and negative rows come from
-    // the state. The result is null for a row of zeros.
+    // Returns the address of input row `row`. Row 0 is the first row of the current call, and negative rows are read
+    // from the convolution state. Returns null if the sequence has no state yet and `row` is negative: such a row is
+    // all zeros.
     INLINE const T* at(int64_t row) const {
         if (row >= 0) return x + row * x_stride;
         return history ? history + (history_rows + row) * channels : nullptr;
@@ -19,9 +21,9 @@ struct ConvWindow {
         return {x + c, x_stride, history ? history + c : nullptr, history_rows, channels};
     }
 
-    // Writes to `to` the convolution state after the first `rows` rows of the current call. The argument `to` is
-    // allowed to be `history` itself, because the rows are copied in ascending order and every row of `history` is
-    // copied to a lower address.
+    // Writes to `to` the convolution state after the first `rows` rows of the current call, for n channels. The
+    // argument `to` is allowed to be `history` itself, because the rows are copied in ascending order and every row of
+    // `history` is copied to a lower address.
     INLINE void save(T* to, int64_t rows, int64_t n) const {
         for (int64_t j = 0; j < history_rows; j++) {
             const T* from = at(rows - history_rows + j);

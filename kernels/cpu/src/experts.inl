@@ -1,8 +1,9 @@
 // This file runs a layer of experts. Each expert runs once per step, on all tokens that chose this expert, so that the
 // expert's weights are read only once per step.
 
-// An entry is the choice of one expert by one token. Entry t * top_k + k is position k in the top-k list of token t.
-// The struct `Order` has the list of all entries, sorted by expert and, for the same expert, by entry number.
+// An entry is the choice of one expert by one token. Entry t * top_k + k is the choice at position k in the top-k list
+// of token t. The struct `Order` has the list of all entries, sorted by expert. Entries of the same expert are sorted
+// by entry number.
 struct Order {
     int32_t* tokens;  // tokens[i] is the token of the entry at position i of the sorted list.
     int32_t* places;  // places[i] is the position of entry i in the sorted list.
@@ -19,7 +20,7 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
     for (int64_t i = 0; i < entries; i++) order.starts[e.ids[i] + 1]++;
     for (int64_t i = 0; i < e.experts; i++) order.starts[i + 1] += order.starts[i];
     for (int64_t i = 0; i < entries; i++) {
-        // After this loop, starts[e] is the position where the entries of expert e + 1 begin.
+        // After this loop, starts[e] is the position of the first entry of expert e + 1 in the sorted list.
         const int32_t place = order.starts[e.ids[i]]++;
         order.places[i] = place;
         order.tokens[place] = int32_t(i / e.top_k);
@@ -30,8 +31,8 @@ Order sort_entries(const Experts<T>& e, int32_t* memory) {
 }
 
 // Computes y[t], the weighted sum of the outputs of token t's experts, in float32 and in the order of the token's top-k
-// list. As in transformers, each weight is first rounded to T, and then each product of weight and output is rounded to
-// T.
+// list. As in transformers, the weight of each expert is first rounded to the dtype T. Then the product of this weight
+// and the expert's output is rounded to T.
 template <class T>
 void add_outputs(const Experts<T>& e, const Order& order, const T* outputs) {
     parallel_for(e.tokens, ceil_div(1 << 15, e.hidden * e.top_k), [&](int64_t t, int64_t end) {

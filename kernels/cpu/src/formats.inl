@@ -1,14 +1,14 @@
-// This file reads weights in each format that `gemm.h` defines, and converts the weights to the type in which they are
+// This file reads weights in each format that `gemm.h` defines. The weights are converted to the type in which they are
 // multiplied: bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every
-// int4, int8 and e4m3 number. To convert an e4m3 number, its bits are moved to their places in a float32, and a
-// multiplication by 2^120 corrects the exponent. This also converts subnormal e4m3 numbers correctly.
+// int4, int8 and e4m3 number. To convert an e4m3 number, the number's bits are moved to the places that they have in a
+// float32, and a multiplication by 2^120 corrects the exponent. This also converts subnormal e4m3 numbers correctly.
 //
 // A pair is two neighbouring elements along K. The struct `Reader<W>` reads weights of format W in steps. A step has
 // PAIRS pairs of each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. With
 // DOT_PRODUCTS, the function `vector(step, v, pair)` returns pair number `pair` of the step, for the columns v * WIDTH
-// to (v + 1) * WIDTH - 1 of a strip. Without DOT_PRODUCTS, `vector(step, v, pair, half)` returns only the first (half =
-// 0) or the second (half = 1) element of each pair. If SCALED is true, the scales of each group follow the last step of
-// the group.
+// to (v + 1) * WIDTH - 1 of a strip. Without DOT_PRODUCTS, the function `vector(step, v, pair, half)` returns only the
+// first (half = 0) or the second (half = 1) element of this pair for each column. If SCALED is true, the scales of each
+// group are stored after the last step of the group.
 
 // A panel has STRIPS strips of STRIP columns each.
 constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
@@ -36,7 +36,8 @@ struct Reader<Int8> {
         return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
     }
     static INLINE Weight vector(const char* step, int vector, int) {
-        // The float32 of an int8 number has zeros in its lower 16 bits, so two such numbers can be combined with `or`.
+        // An int8 number that was converted to float32 has zeros in the lower 16 bits. So the first element of a pair
+        // is shifted to the lower 16 bits, and a bitwise or combines the first element with the second element.
         const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
         return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
     }
@@ -111,7 +112,7 @@ struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
     static INLINE Weight vector(const char* step, int vector, int, int half) {
-        // A lane holds two neighbouring elements along K, the first in its lower half.
+        // A lane of 32 bits holds two neighbouring elements along K. The first element is in the lower 16 bits.
         const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }

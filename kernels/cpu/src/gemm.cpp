@@ -1,4 +1,5 @@
-// This file packs weight matrices. The functions `linear` and `run_experts` multiply inputs by packed weights.
+// This file has the functions that pack weight matrices, and the functions `linear` and `run_experts`, which multiply
+// inputs by packed weights.
 #include "gemm.h"
 #include "ops.h"
 
@@ -25,8 +26,8 @@ template <class T>
 void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
     const int64_t block = 32;
     for (int64_t start = 0; start < k; start += block) {
-        // The weight is read in pieces of `block` elements along K, which are whole cache lines, and is written as
-        // pairs of neighbouring elements along K.
+        // From each column, `block` elements along K are read at a time, because `block` elements fill whole cache
+        // lines. The elements are written as pairs of neighbouring elements along K.
         T lines[PANEL][block] = {};
         const int64_t n = k - start < block ? k - start : block;
         for (int64_t c = 0; c < columns; c++) std::memcpy(lines[c], weight + c * k + start, n * sizeof(T));
@@ -49,8 +50,8 @@ uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64
             for (int64_t i = 0; i < INPUTS && start + i < end; i++) {
                 const uint8_t bits = uint8_t(values[c * k + start + i]);
                 if (BITS == 8) out[i * PANEL + c] = bits;
-                // In int4, element i of a column goes to 16-bit word i % 2, at bit 4 * (i / 2). A word is stored with
-                // its lower byte first.
+                // In int4, element i of a column is stored in the 16-bit word i % 2 of the column, from bit 4 * (i / 2)
+                // on. The lower byte of a word is stored first.
                 else out[4 * c + 2 * (i % 2) + i / 4] |= uint8_t((bits & 15) << (i / 2 % 2 * 4));
             }
         }
@@ -138,8 +139,8 @@ EXPORT void pack_quantized(const int8_t* values, const float* scales, void* pack
 }
 
 #if JAMBA_X86
-// This macro calls the version of the function f<T> that was compiled for the machine's instruction set. For bf16, f
-// also has a version in the namespace avx512_bf16.
+// This macro calls the version of the function f<T> that was compiled for the machine's instruction set. If T is bf16,
+// f also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
 #define DISPATCH_PRODUCT(f, argument)                                                              \
     do {                                                                                           \
         if constexpr (std::is_same_v<T, bf16>) {                                                   \

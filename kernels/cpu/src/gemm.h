@@ -1,18 +1,19 @@
-// This header declares the memory layout of packed weights, and how a matrix product is divided into tiles. The layout
-// is the same for every instruction set.
+// This header defines the memory layout of packed weights, and how the rows of a matrix product are divided into tiles.
+// The layout is the same for every instruction set.
 #pragma once
 #include "common.h"
 
 // A weight [N, K] is packed in panels. A panel has 32 columns of the transposed weight [K, N]. A pair is two
-// neighbouring elements along K; pairs are stored in ascending order, and an odd K is padded with a zero. The layout of
+// neighbouring elements along K. Pairs are stored in ascending order, and an odd K is padded with a zero. The layout of
 // bf16 is [panel][pair][column][2], which the dot-product instruction needs. The layout of f32 and f16 is
 // [panel][pair][2][column].
 //
 // In a quantised weight, a group is the elements along K that share a scale. A panel stores the numbers of each group,
 // followed by the group's scales: float32 [column]. int8 and fp8 (e4m3 without infinities) are stored as
-// [pair][2][column]. int4 is stored in steps of four pairs, as words of 16 bits: [step][column][2]. Word 0 holds the
-// first elements of the four pairs and word 1 the second elements, with the first pair in the lowest bits. K is padded
-// with zeros to a multiple of 8 elements, so that it has whole steps.
+// [pair][2][column]. int4 is stored in steps of four pairs. For each column, a step has two words of 16 bits:
+// [step][column][2]. Word 0 holds the first elements of the four pairs, and word 1 holds the second elements. The
+// elements of the first pair are in the lowest bits of the words. For int4, K is padded with zeros to a multiple of 8
+// elements, so that all steps are complete.
 constexpr int64_t PANEL = 32;
 struct Int8 {};
 struct Int4 {};
@@ -35,8 +36,8 @@ struct Weights {
     const char* panels;
     int64_t k;
     int64_t bits;  // `bits` is 8 for int8, 4 for int4, FP8 for fp8, and 0 for a weight that is not quantised.
-    // `group_size` is the number of elements along K that share a scale. This number is a multiple of 8, or at least K
-    // if each row of W has only one scale.
+    // `group_size` is the number of elements along K that share a scale. If a row of W has several scales, `group_size`
+    // is a multiple of 8. If each row of W has only one scale, `group_size` is allowed to be any number from K on.
     int64_t group_size;
 
     int64_t pairs() const { return bits == 4 ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }

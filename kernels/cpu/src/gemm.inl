@@ -1,22 +1,23 @@
-// This file computes the products of inputs with any number of rows and packed weights, once for each instruction set.
-// Each element of y is summed in one accumulator, in ascending order along K, whichever tile and thread computes the
-// element. So the result for a row does not depend on the number of rows.
+// This file multiplies inputs, with any number of rows, by packed weights. The file is compiled once for each
+// instruction set. Each element of y is summed in one accumulator, in ascending order along K, whichever tile and
+// thread computes the element. So the result for a row does not depend on the number of rows.
 //
 // A strip is two vectors of columns of y. A tile is the part of y that is computed at once in registers: up to MAX_ROWS
 // rows of one strip, or fewer rows of several strips. A tile with few rows has several strips, so that enough
-// accumulators are in use to hide the latency of the multiplications. The rows of x are first packed: they are
-// converted to the type in which they are multiplied and stored in the order in which a tile reads them, [pair][row],
-// where a pair is two neighbouring elements along K.
+// accumulators are in use to hide the latency of the multiplications. Before the multiplication, the rows of x are
+// packed: the elements are converted to the type in which they are multiplied, and are stored in the order in which a
+// tile reads them. This order is [pair][row], where a pair is two neighbouring elements along K.
 
 #ifdef DOT_PRODUCTS
 constexpr int MAX_ROWS = 12, ACCUMULATORS = 24;
-// An element of packed x is two neighbouring bf16 elements along K. The instruction VDPBF16PS multiplies both elements
-// and adds the two products, in an order that the processor fixes.
+// An element of packed x is two bf16 elements that are neighbours along K. The instruction VDPBF16PS multiplies these
+// two elements by two elements of the weight and adds both products to an accumulator. The processor fixes the order of
+// these additions.
 using PackedX = uint32_t;
 constexpr int64_t X_PER_PAIR = 1;
 
-// Adds the products of two neighbouring elements along K to the accumulators c of MR rows and NS strips. The weights of
-// strip s are `offset` bytes after w[s].
+// Multiplies two elements along K of MR rows of x by the weights of NS strips, and adds the products to the
+// accumulators c. The weights of strip s are `offset` bytes after the address w[s].
 template <class W, int MR, int NS>
 INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
                           int pair) {
@@ -33,7 +34,7 @@ INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* co
 }
 
 // Converts n <= 2 * WIDTH elements of one row of x to pairs of neighbouring elements. Pair i is written to out[i *
-// rows], so that the pairs i of all rows of the tile are adjacent.
+// rows]. The pairs with the same number i are therefore adjacent for all rows of the tile.
 INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t rows) {
     PackedX pairs[WIDTH] = {};
     std::memcpy(pairs, x, n * sizeof(bf16));
@@ -42,7 +43,8 @@ INLINE void interleave_pairs(const bf16* x, int64_t n, PackedX* out, int64_t row
 #else
 constexpr int MAX_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 4;
 constexpr int ACCUMULATORS = WIDTH == 16 ? 24 : 12;
-// An element of packed x is a float32. Two neighbouring elements along K are multiplied by two fused multiply-adds.
+// An element of packed x is a float32. For two neighbouring elements along K, an accumulator takes two fused
+// multiply-adds.
 using PackedX = float;
 constexpr int64_t X_PER_PAIR = 2;
 
@@ -74,18 +76,19 @@ INLINE void interleave_pairs(const T* x, int64_t n, PackedX* out, int64_t rows) 
 }
 #endif
 
-// Returns the largest number of strips, a power of two, that a tile of `rows` rows can have.
+// Returns the largest number of strips that a tile of `rows` rows can have. The number is 1, 2 or 4, because the tile's
+// accumulators must fit into registers.
 constexpr int max_strips(int rows) {
     int strips = 1;
     while (4 * strips * rows <= ACCUMULATORS && strips < 4) strips *= 2;
     return strips;
 }
 
-// Returns the number of elements in a packed row of x. The row is padded to whole steps of every weight format (see the
-// struct `Reader` in `formats.inl`).
+// Returns the number of elements in a packed row of x. The row is padded, so that the row's length is a whole number of
+// steps in every weight format (see the struct `Reader` in `formats.inl`).
 inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
 
-// Packs rows `first` to `first` + `size` - 1 of x, in the order in which a tile reads them.
+// Packs rows `first` to `first` + `size` - 1 of the input x into `out`, in the order in which a tile reads these rows.
 template <class T>
 void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     for (int64_t m = 0; m < size; m++) {
@@ -99,18 +102,19 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
     std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
 }
 
-// The struct `Walk` has the part of K that one call of the function `tile` computes: steps `first` to `end` - 1 of the
+// The struct `Walk` says which part of K one call of the function `tile` computes: steps `first` to `end` - 1 of the
 // weights. The comment at the top of `formats.inl` defines a step.
 struct Walk {
-    const PackedX* x;  // `x` points to the tile's packed rows of the input, at the beginning of K.
+    const PackedX* x;  // address of the tile's packed input rows, at the first element along K
     int64_t strip;
     int64_t first, end;
     // If `next` is not null, each step prefetches another `stride` bytes of the memory at `next`. If `next` is null,
     // each step prefetches later weights of the panel that the tile is reading.
     const char* next;
     int64_t stride;
-    // If the steps do not cover all of K, `sums` points to the tile's intermediate sums. Before the call, these sums
-    // include all earlier steps; after the call, the sums also include this call's steps. Otherwise `sums` is null.
+    // `sums` points to the tile's intermediate sums. The intermediate sums are used only if the steps `first` to `end`
+    // - 1 are not all steps of K. Before the call, the intermediate sums include all earlier steps. After the call, the
+    // intermediate sums also include the steps of this call, unless this call computed the last step of K.
     float* sums;
 };
 
@@ -143,8 +147,8 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     }
 }
 
-// Returns the prefetch distance in bytes for a tile of `strips` strips: how far the prefetched weights are ahead of the
-// weights in use. The distance was found by measurement.
+// Returns the prefetch distance for a tile of `strips` strips: the number of bytes from the weights in use to the
+// weights that are prefetched. The distance was found by measurement.
 constexpr int64_t ahead(int strips) { return 8192 / strips; }
 
 // Computes totals += scale * c, where c has the unscaled sums over one group of a quantised weight. The group's scales
@@ -160,11 +164,11 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS
     }
 }
 
-// The struct `Steps` computes how the steps of a weight (see the struct `Reader` in `formats.inl`) are divided into
-// groups of steps that share a scale.
+// The struct `Steps` divides the steps of a weight (see the struct `Reader` in `formats.inl`) into groups of steps that
+// share a scale.
 template <class W>
 struct Steps {
-    int64_t count, group;  // count: number of steps in K; group: number of steps in a group
+    int64_t count, group;  // count: number of steps along the whole of K; group: number of steps in a group
     explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
         group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
     }
@@ -194,8 +198,9 @@ INLINE void store_sums(const Vec (&c)[MR][NV], float* sums) {
 }
 
 // Computes steps `a.walk.first` to `a.walk.end` - 1 of one tile. If these steps include the last step of K, the result
-// is written to y. Otherwise intermediate sums are written to `a.walk.sums`: unscaled sums if the weight has one group,
-// otherwise sums over groups that were already multiplied by their scales.
+// is written to y. Otherwise intermediate sums are written to `a.walk.sums`. If the weight has one group, the
+// intermediate sums are not yet multiplied by the scales. If the weight has several groups, the sum over each group was
+// multiplied by the group's scale before the sums over the groups were added.
 template <class T, class W, int MR, int NS>
 void tile(const TileArguments<T>& a) {
     using R = Reader<W>;
@@ -214,7 +219,9 @@ void tile(const TileArguments<T>& a) {
     int64_t offset = steps.offset(walk.first);
     const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
-    Vec totals[MR][2 * NS] = {};  // sums over all finished groups, each multiplied by its scale
+    // The variable `totals` has the sums over the groups that were already computed, each multiplied by the group's
+    // scale.
+    Vec totals[MR][2 * NS] = {};
     if (R::SCALED && !one_group && walk.first) load_sums(totals, walk.sums);
     for (int64_t step = walk.first; step < walk.end; step += steps.group) {
         Vec c[MR][2 * NS] = {};
@@ -270,8 +277,9 @@ void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
 constexpr int64_t SPAN_PAIRS = 256, SPAN_BYTES = 1 << 15;
 
 // Computes several tiles that use the same strips, and reads the weights of each strip from memory only once. Every
-// tile processes one span of K before any tile starts the next span. While a tile processes a span, it prefetches a
-// part of the next span, because the whole next span must be in the cache before the first tile needs it.
+// tile processes one span of K before any tile starts the next span. While a tile processes a span, the tile prefetches
+// a part of the next span's weights. All weights of the next span must be in the cache before the first tile starts the
+// next span.
 template <class T, class W>
 void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                   int64_t strip_end) {
@@ -312,8 +320,8 @@ void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_
     tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, walk}, strip_end);
 }
 
-// Computes tiles `tile` to `tile_end` - 1 of a product, for strips `strip` to `strip_end` - 1. x: the packed rows of
-// all tiles, one tile after the other.
+// Computes tiles `tile` to `tile_end` - 1 of a product, for strips `strip` to `strip_end` - 1. The argument x has the
+// packed rows of all tiles of the product, one tile after the other.
 template <class T>
 void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                     int64_t strip_end) {
@@ -325,20 +333,20 @@ void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t
     }
 }
 
-// The approximate size of a piece of work: the size of the piece's weights in bytes, times the number of tiles that use
-// these weights.
+// The approximate size of a piece of work, counted as the number of bytes of the piece's weights times the number of
+// tiles that use these weights.
 constexpr int64_t PIECE_BYTES = 1 << 17;
-// Approximate size in bytes of the packed x of a part, which fits into the cache.
+// The approximate number of bytes of packed input rows in one part of a product. These rows fit into the cache.
 constexpr int64_t X_BLOCK_BYTES = 1 << 20;
 
-// The struct `Part` is a part of a matrix product: some of the tiles of rows, with all strips of columns. The threads
-// share the work of a part in pieces of `grain` strips.
+// The struct `Part` is a part of a matrix product: some of the tiles of rows, with all strips of columns. The work of a
+// part is divided into pieces of `grain` strips, which the threads share.
 template <class T>
 struct Part {
     Product<T> product;
-    PackedX* x;  // x points to the first row of the product's packed x.
+    PackedX* x;  // address of the packed input rows of the whole product, not only of this part
     int64_t tile, tile_end, strips, grain;
-    int64_t tiles_before, pieces_before;  // total numbers of tiles and of pieces in all earlier parts
+    int64_t tiles_before, pieces_before;  // number of tiles in all earlier parts; number of pieces in all earlier parts
 };
 
 template <class T>
@@ -346,8 +354,9 @@ struct Parts {
     Part<T>* parts;
     int64_t count = 0, tiles = 0, pieces = 0;
 
-    // Divides the tiles of a product into `blocks` parts (at least one, and at most one per tile) and appends these
-    // parts to `parts`. x: memory for the packed rows of the product, with x_row(k) elements per row.
+    // Divides the tiles of a product into `blocks` parts (at least one part, and at most one part per tile). Appends
+    // these parts to the array `parts`. The argument x is memory for the packed input rows of the product, with
+    // x_row(k) elements per row.
     void add(const Product<T>& p, PackedX* x, int64_t blocks) {
         const Tiles whole(p.m, MAX_ROWS);
         const int64_t strips = ceil_div(p.n, STRIP), share = ceil_div(strips, num_threads());
@@ -365,8 +374,8 @@ struct Parts {
     }
 };
 
-// Packs the rows of x of all parts, in the order in which the tiles read the rows. Calls before(product, first, size)
-// before it packs rows `first` to `first` + `size` - 1 of a product.
+// Packs the input rows of all parts, in the order in which the tiles read the rows. Before rows `first` to `first` +
+// `size` - 1 of a product are packed, the function before(product, first, size) is called.
 template <class T, class F>
 void pack_parts(const Parts<T>& all, const F& before) {
     if (!all.tiles) return;
@@ -403,7 +412,8 @@ template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
     const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
-    // A product with few columns is divided into more parts by rows, so that all threads have work.
+    // A product with few columns is divided by rows into more parts than the cache size requires, so that all threads
+    // have work.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));
     Parts<T> all{static_cast<Part<T>*>(scratch(1, tiles * int64_t(sizeof(Part<T>))))};
     all.add(p, static_cast<PackedX*>(scratch(0, x_bytes)),

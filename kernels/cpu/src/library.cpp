@@ -28,8 +28,8 @@ Level level() { return current.load(std::memory_order_relaxed); }
 
 EXPORT int64_t machine_level() { return int64_t(level()); }
 
-// Selects a lower instruction set, for tests. If the machine lacks `wanted`, the machine's highest instruction set is
-// selected. Returns the selected instruction set.
+// Selects the instruction set `wanted`, so that tests can also run the kernels of lower instruction sets. If the
+// machine lacks `wanted`, the machine's highest instruction set is selected. Returns the selected instruction set.
 EXPORT int64_t set_level(int64_t wanted) {
     const int64_t highest = int64_t(detect());
     current.store(Level(wanted < 0 || wanted > highest ? highest : wanted));

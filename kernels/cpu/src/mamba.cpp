@@ -6,7 +6,7 @@
 
 namespace {
 
-// The struct `Memory` divides one buffer into pieces that are aligned to cache lines.
+// The struct `Memory` divides one buffer into pieces. Each piece starts at the beginning of a cache line.
 struct Memory {
     char* next;
     char* take(int64_t bytes) {
@@ -28,9 +28,9 @@ struct MambaWeights {
     float eps;
 };
 
-// Computes one token of each of `rows` sequences. xz: [rows, 2 * channels], with rows `stride` elements apart, has the
-// convolution's inputs in the first `channels` elements of each row, and the gate in the last `channels` elements. out:
-// [rows, channels].
+// Computes the output of this part of the layer for `rows` sequences, with one token per sequence. xz: [rows, 2 *
+// channels], with rows `stride` elements apart. The first `channels` elements of each row of xz are the convolution's
+// inputs, and the last `channels` elements are the gate. out: [rows, channels].
 EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t stride, int64_t rows, void* conv_state,
                          int64_t conv_stride, float* ssm_state, int64_t ssm_stride, const int32_t* state_ids,
                          void* out) {

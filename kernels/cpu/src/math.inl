@@ -32,8 +32,9 @@ INLINE Vec exp(Vec x) {
 // This function takes half as long as `exp`.
 template <int N>
 INLINE void exp2_below_one(const Vec* x, Vec* y) {
-    // For r from -1/2 to 1/2, 2^r is computed as 1 + r * polynomial(r). The coefficients minimise the largest relative
-    // error and are ordered from the highest power down.
+    // The argument x is rounded to the nearest integer n. The difference r = x - n is from -1/2 to 1/2. For such r, 2^r
+    // is computed as 1 + r * polynomial(r). The coefficients minimise the largest relative error and are ordered from
+    // the highest power down.
     constexpr float COEFFICIENTS[] = {1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f, 2.4022647738e-1f, 6.9314718246e-1f};
     Vec n[N], r[N], p[N];
     for (int i = 0; i < N; i++) r[i] = max(set(-151.0f), x[i]);  // Below -150, 2^x is 0 in float32.
@@ -70,8 +71,8 @@ INLINE Vec log(Vec x) {
 
 // Returns ln(1 + e^x). For x above 20 the result is x, because ln(1 + e^x) rounds to x in float32.
 INLINE Vec softplus(Vec x) {
-    // The variable u is 1 + y, rounded to float32. The term (y - (u - 1)) / u corrects the rounding error of u, which
-    // matters if y is small.
+    // The variable y is e^x, and the variable u is 1 + y rounded to float32. The term (y - (u - 1)) / u corrects the
+    // rounding error of u, which matters if y is small.
     const Vec y = exp(min(set(20.0f), x)), u = set(1.0f) + y;
     const Vec small = log(u) + (y - (u - set(1.0f))) / u;
     return where_greater(x, set(20.0f), x, small);

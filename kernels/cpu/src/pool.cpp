@@ -19,8 +19,8 @@
 namespace {
 
 constexpr int64_t SPIN_NS = 50'000;
-// This bit of `gate_` is set while a job is open. The lower bits count the workers that have joined the job and have
-// not left it.
+// The bit OPEN of the variable `gate_` is set while a job is open. The lower bits of `gate_` are the number of workers
+// that have joined the job and have not left it.
 constexpr uint64_t OPEN = uint64_t(1) << 32;
 
 void relax() {
@@ -141,8 +141,8 @@ private:
 
 thread_local bool Pool::working = false;
 
-// The pool is never destroyed, and its threads end with the process. A forked child has no such threads, so joining the
-// threads at exit could block the child forever.
+// The pool is never destroyed, and its threads end with the process. In a forked child process, the pool's threads do
+// not exist, so joining the threads at exit could block the child process forever.
 Pool& pool() {
     static Pool* const instance = new Pool;
     return *instance;

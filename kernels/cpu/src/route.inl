@@ -1,5 +1,5 @@
-// Computes the softmax over the expert logits of one token and chooses the `top_k` experts with the largest logits. Of
-// experts with equal logits, the one with the lower index comes first. memory: [experts + WIDTH] floats of scratch.
+// Computes the softmax over the expert logits of one token and chooses the `top_k` experts with the largest logits. If
+// experts have equal logits, the expert with the lower id is chosen first. memory: [experts + WIDTH] floats of scratch.
 template <class T>
 void route_row(const T* logits, int64_t experts, int64_t top_k, float* weights, int32_t* ids, float* memory) {
     for (int64_t e = 0; e < experts; e += WIDTH)

@@ -5,9 +5,9 @@ struct Uniform {
     Vec ends, upper;
 };
 
-// Returns one uniform random number for each of the tokens id(0) to id(WIDTH - 1), in the row whose random key is
-// `key`. The random number of a token is made from output number `id` of the generator SplitMix64, where `id` is the
-// token's id, as in `kernels/reference/sample.py`.
+// Returns one uniform random number for each of the WIDTH tokens whose token ids are id(0) to id(WIDTH - 1). The tokens
+// are candidates for one row of logits, and `key` is the random key of this row. As in `kernels/reference/sample.py`,
+// the random number of the token with id i is made from output number i of the generator SplitMix64.
 template <class F>
 INLINE Uniform uniform(uint64_t key, const F& id) {
     // Each arithmetic operation has a loop of its own, so that the compiler can vectorise the loop.
@@ -28,20 +28,20 @@ INLINE Uniform uniform(uint64_t key, const F& id) {
 // `kernels/reference/sample.py` by about 1e-6. Where u is above 1/2, the noise is computed from 1 - u, because float32
 // cannot represent a u close to 1 precisely.
 INLINE Vec gumbel_noise(const Uniform& u) {
-    // Let x be 1 - u, and v be 1 - x rounded to float32. Then ln(1 - x) is ln(v) + (1 - x - v) / v, up to higher
-    // orders.
+    // Let x be 1 - u, and v be 1 - x rounded to float32. Then ln(1 - x) is ln(v) + (1 - x - v) / v, except for terms of
+    // second order in the rounding error 1 - x - v.
     const Vec one = set(1.0f), half = set(0.5f), v = one - u.ends;
     const Vec known = where_greater(u.upper, half, v, u.ends);
     const Vec lost = where_greater(u.upper, half, ((one - v) - u.ends) / v, set(0.0f));
     return set(0.0f) - log(set(0.0f) - (log(known) + lost));
 }
 
-// Returns an upper bound of the Gumbel noise -ln(-ln u) without computing a logarithm. For u above 1/2, the bound is an
-// upper bound of -ln(1 - u), which is larger than -ln(-ln u). Where the noise is large, the bound exceeds the noise by
-// at most 0.98. For u below 1/2, the noise is less than 0.367.
+// Returns an upper bound of the Gumbel noise -ln(-ln u) without computing a logarithm. For u above 1/2, the returned
+// number is an upper bound of -ln(1 - u), which is larger than the noise, and exceeds the noise by at most 0.93. For u
+// below 1/2, the noise is less than 0.367, and 0.37 is returned.
 INLINE Vec noise_bound(const Uniform& u) {
     Vec m, e;
-    split(u.ends, m, e);  // Because m >= 3/4, -ln(1 - u) <= -e * ln 2 - ln(3/4).
+    split(u.ends, m, e);  // Here 1 - u = m * 2^e. Because m >= 3/4, -ln(1 - u) <= -e * ln 2 - ln(3/4).
     return where_greater(u.upper, set(0.5f), fma(e, set(-0.6931472f), set(0.289f)), set(0.37f));
 }
 
@@ -66,8 +66,8 @@ INLINE int64_t first_largest(int64_t size, const F& score) {
     return int64_t(first);
 }
 
-// Replaces the elements of x after the first n by -infinity. A masked load sets these elements to zero, which could be
-// the largest score.
+// Replaces the elements of x after the first n by -infinity. A masked load sets these elements to zero, and zero could
+// be larger than all scores.
 INLINE Vec only_first(Vec x, int64_t n) {
     if (n == WIDTH) return x;
     alignas(64) float v[WIDTH];
@@ -88,14 +88,16 @@ struct Tokens {
 // Returns an integer key by which scores are compared: a larger score has a smaller key. The score must not be above 0.
 INLINE uint32_t rank_key(float score) { return to_bits(score) & 0x7fffffff; }
 
-// Keeps the tokens with the largest scores: at most `most` tokens and, if `by_mass` is true, no more tokens than are
-// needed for the sum of their masses to reach `mass`. Of tokens with equal scores, those with lower ids are kept first.
-// The tokens are not sorted. Instead, the integer key (see `rank_key`) of the last kept token's score is found digit by
-// digit, from the highest digit on. bins: [BINS]; places: [count].
+// Keeps the tokens with the largest scores, at most `most` tokens. If `by_mass` is true, no more tokens are kept than
+// are needed for the sum of their masses to reach `mass`. Of tokens with equal scores, those with lower token ids are
+// kept first. The tokens are not sorted. Instead, the integer key (see the function `rank_key`) of the lowest kept
+// score is found digit by digit, from the highest digit on. bins: [BINS]; places: [count].
 INLINE void keep_best(Tokens& tokens, int64_t most, double mass, bool by_mass, Bin* bins, int32_t* places) {
-    // At the start of each iteration, the digits of the last kept token's key from bit `shift + DIGIT_BITS` on are
-    // known; in the first iteration, no digit is known. `count` tokens have keys with the same known digits. `done`
-    // tokens have keys with smaller known digits, hence larger scores, and all of these tokens are kept.
+    // The limit is the integer key of the lowest kept score. At the start of each iteration, the digits of the limit
+    // from bit `shift + DIGIT_BITS` on are known; in the first iteration, no digit is known. `count` is the number of
+    // tokens whose keys have the same known digits as the limit. `done` is the number of tokens whose keys are smaller
+    // than the limit in these digits. The scores of these `done` tokens are larger than the lowest kept score, so all
+    // these tokens are kept.
     int64_t count = tokens.count, done = 0;
     double mass_done = 0;
     for (int64_t i = 0; i < count; i++) places[i] = int32_t(i);
@@ -173,8 +175,8 @@ void sample_row(const SampleRow& row, int64_t* token) {
         *token = first_largest(row.size, [&](int64_t i, int64_t n) {
             const Vec score = after_min_p((take(row.logits + i, n) - best) / divisor);
             const Uniform u = uniform(row.key, [=](int64_t lane) { return i + lane; });
-            // For most vectors, the upper bound of the noise shows that no token can have the largest noisy score. The
-            // exact noise is then not computed.
+            // For most vectors, the upper bound of the noise shows that no token of the vector can have the largest
+            // noisy score. For these vectors, the exact noise is not computed.
             if (largest(score + noise_bound(u)) < top) return none;
             const Vec noisy = only_first(score + gumbel_noise(u), n);
             const float here = largest(noisy);

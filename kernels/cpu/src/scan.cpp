@@ -7,8 +7,8 @@ namespace {
 // Number of rows that a thread computes for one group (one vector) of channels before the thread computes the next
 // group of channels.
 constexpr int64_t AHEAD = 16;
-// The smallest size of a piece of work that a thread takes. The size is counted in output vectors: number of rows times
-// number of vectors per row. A piece of this size takes about 6 us.
+// The smallest size of a piece of work that a thread takes, in output vectors (number of rows times number of vectors
+// per row). A piece of this size takes about 6 us.
 constexpr int64_t MIN_PIECE = 64;
 constexpr float PER_LN_2 = 1.44269504f;
 

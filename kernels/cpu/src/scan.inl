@@ -1,12 +1,13 @@
 // This file computes the selective scan. Each lane of a vector is a channel, so no sum crosses lanes, and a channel can
 // have any number of states. A group is WIDTH neighbouring channels. The decay rates and the states of a group are
 // transposed to [states, WIDTH]. If the number of states is known at compile time, the states stay in registers from
-// row to row. A piece of work has several neighbouring groups. For each AHEAD rows, a thread computes one group after
-// another, because the inputs of neighbouring groups are adjacent in memory.
+// row to row. A piece of work has several neighbouring groups. A thread computes AHEAD rows of all groups of its piece,
+// one group after another, before the thread computes the next AHEAD rows. The reason is that the inputs of
+// neighbouring groups are adjacent in memory.
 //
-// In decode, with one row per sequence, the transposition would take most of the time. Therefore, if a channel has as
-// many states as a vector has lanes, a vector has all states of one channel in decode. Then only the sums over states
-// cross lanes, and these sums have the same order as with one channel per lane.
+// In decode, with one row per sequence, the transposition would take most of the time. Therefore another layout is used
+// in decode if a channel has as many states as a vector has lanes: a vector has all states of one channel. In this
+// layout, only the sums over states cross lanes, and these sums have the same order as with one channel per lane.
 
 // The function `to_lanes` transposes the states of n channels, [n, states], to [states, WIDTH], with zeros in the lanes
 // from n on. The function `from_lanes` transposes [states, WIDTH] back to [n, states].
@@ -46,9 +47,9 @@ INLINE Vec scan_step(Vec* h, const float* a, Vec step, Vec drive, const float* b
     return sums[0];
 }
 
-// Computes one row of the scan for N channels, with one lane for each of the WIDTH states of a channel. h, a: [N,
-// WIDTH]. The vector parts[i] receives h * c of channel i. The caller then adds the lanes of parts[i] with `sums`, in
-// the same order as `scan_step` adds the states.
+// Computes one row of the scan for N channels, where a vector has the WIDTH states of one channel. h, a: [N, WIDTH].
+// The vector parts[i] receives the products h * c of channel i. The caller then adds the lanes of parts[i] with the
+// function `sums`, in the same order as the function `scan_step` adds the states.
 template <int N>
 INLINE void state_step(float* h, const float* a, const float* step, const float* drive, Vec b, Vec c, Vec* parts) {
     Vec decay[N];
@@ -62,8 +63,8 @@ INLINE void state_step(float* h, const float* a, const float* step, const float*
 }
 
 // Computes rows `begin` to `end` - 1, at most AHEAD rows, for the channels `channel` to `channel` + n - 1. b, c: [end -
-// begin, states]. The first loop prepares all inputs and the last loop computes all outputs. In these two loops the
-// rows do not depend on each other, so the processor can compute several rows at once.
+// begin, states]. The first loop prepares the inputs of all rows, and the last loop computes the outputs of all rows.
+// In these two loops, no row depends on another row, so the processor can compute several rows at once.
 template <int S, class T>
 INLINE void scan_group(const ScanArguments<T>& a, const float* rates, Vec* h, int64_t begin, int64_t end,
                        int64_t channel, int64_t n, const float* b, const float* c) {

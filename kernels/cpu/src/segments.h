@@ -20,8 +20,7 @@ struct Segments {
 };
 
 // Returns the number of channels in a piece of work, a multiple of the vector width `width`. If there are enough
-// channels, a piece has so many channels that whole cache lines are read, and so few that every thread gets several
-// pieces.
+// channels, every thread gets several pieces, and each piece has enough channels to read whole cache lines.
 inline int64_t piece_channels(int64_t channels, int64_t width) {
     const int64_t fair = channels / (4 * num_threads()) / width * width;
     return fair < width ? width : fair < 8 * width ? fair : 8 * width;

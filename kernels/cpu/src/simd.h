@@ -173,7 +173,7 @@ INLINE Vec sqrt(Vec x) {
     for (int i = 0; i < 4; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
 }
-INLINE Vec round(Vec x) {  // This method of rounding to an integer requires x to be within +-2^22.
+INLINE Vec round(Vec x) {  // This method of rounding to an integer requires x to be from -2^22 to 2^22.
     const Vec shift = set(12582912.0f);
     return (x + shift) - shift;
 }

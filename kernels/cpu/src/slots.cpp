@@ -15,8 +15,8 @@ EXPORT void write_kv(const char* k, const char* v, char* k_pages, char* v_pages,
     }
 }
 
-// Copies unit sources[i] to unit destinations[i], for each i below `pairs`. A unit has `bytes` bytes, and units are
-// `stride` bytes apart.
+// Copies unit sources[i] to unit destinations[i], for each i below `pairs`. The size of a unit is `bytes` bytes, and
+// the starts of neighbouring units are `stride` bytes apart.
 EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t* sources, const int64_t* destinations,
                        int64_t pairs) {
     constexpr int64_t PIECE = 1 << 18;
@@ -30,8 +30,9 @@ EXPORT void copy_slots(char* units, int64_t bytes, int64_t stride, const int64_t
     });
 }
 
-// Calls each(i, first channel, end channel) for every i below `pairs`, where sources[i] is copied to destinations[i].
-// The channels of one source are divided among several calls, so that several threads can share them.
+// Calls each(i, first channel, end channel) for every i below `pairs`, where slot sources[i] is converted into slot
+// destinations[i]. The channels of one slot are divided among several calls, so that several threads can work on one
+// slot.
 template <class Each>
 static void for_each_piece(int64_t pairs, int64_t channels, const Each& each) {
     constexpr int64_t PIECE = 4096;

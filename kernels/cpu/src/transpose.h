@@ -9,7 +9,8 @@
 BEGIN_TARGET_AVX512
 namespace avx512 {
 
-// Transposes the 128-bit parts of four vectors: out[4 * i] receives part i of a, then part i of b, of c and of d.
+// Transposes the 128-bit parts of four vectors. The vector out[4 * i] receives four parts: part i of a, part i of b,
+// part i of c and part i of d.
 INLINE void transpose_parts(__m512 a, __m512 b, __m512 c, __m512 d, __m512* out) {
     const __m512 ab_low = _mm512_shuffle_f32x4(a, b, 0x44), ab_high = _mm512_shuffle_f32x4(a, b, 0xee);
     const __m512 cd_low = _mm512_shuffle_f32x4(c, d, 0x44), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
@@ -57,7 +58,7 @@ INLINE __m512 sums16(const __m512* v) {
     return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd);
 }
 
-constexpr int SUMS = 16;  // `sums` adds up the lanes of SUMS vectors at once.
+constexpr int SUMS = 16;  // The function `sums` computes, for each of SUMS vectors, the sum of the vector's lanes.
 INLINE void sums(const __m512* v, float* out) { _mm512_storeu_ps(out, sums16(v)); }
 INLINE float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
 
