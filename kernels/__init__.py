@@ -1,4 +1,4 @@
-"""This package contains the kernels, which are the implementations of the model's ops.
+"""This package contains the kernels. A kernel is an implementation of one of the model's ops, such as RMSNorm.
 
 The module `ops` defines the arguments and the result of each op. The module `table` lists the implementations of each
 op and selects one implementation for a device. Kernels take and return tensors. They know nothing of requests, layers

@@ -1,4 +1,4 @@
-"""The command `python -m jamba_server.kernels` prints the machine's hardware and its selected kernels as JSON."""
+"""The command `python -m jamba_server.kernels` prints as JSON the hardware and the selected kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import describe
 
-# Each key is the name under which a CPU feature is printed; each value is the feature's name in Linux's /proc/cpuinfo.
+# Maps the name under which a CPU feature is printed to the name that the feature has in Linux's file /proc/cpuinfo.
 CPU_FLAGS = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Returns versions, CPU features, the CPU kernels' instruction set, the GPUs, and the kernels for each device.
+    """Returns the versions of Python and torch, the CPU's features, the instruction set of the CPU kernels, the
+    number of threads, the GPUs, and the kernels for each device.
 
     The CPU features are None where /proc/cpuinfo does not exist, the instruction set is None where the CPU kernels were
     not built, and the GPUs are None without CUDA.

@@ -22,7 +22,7 @@ def require(holds: bool, name: str, tensor: Tensor, must: str) -> None:
 
 
 def refuse(name: str, tensor: Tensor, must: str) -> NoReturn:
-    """Raises ValueError. The message says what the tensor must satisfy (`must`) and what its layout is instead."""
+    """Raises ValueError. The message gives the requirement `must` and the tensor's dtype, shape, strides and device."""
     kind = str(tensor.dtype).removeprefix("torch.")
     raise ValueError(
         f"{name} must {must}; it is {kind} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -62,7 +62,9 @@ def _check_index(conv_state: Tensor) -> None:
 
 
 class CausalConv1d:
-    """Implements the protocol `kernels.ops.CausalConv1d` with causal-conv1d, for 2 to 4 taps and D a multiple of 8.
+    """Implements the protocol `kernels.ops.CausalConv1d` with the package causal-conv1d.
+
+    The filter must have 2 to 4 taps, and the number of channels D must be a multiple of 8.
 
     The package starts packed sequences from zeros and does not return their states. This class therefore computes the
     new states itself, and computes the first W - 1 rows of each sequence again, from the sequence's old state.
@@ -78,11 +80,12 @@ class CausalConv1d:
         starts, lengths = segments.query_start.long(), segments.query_start.diff()
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=x.device)
         sequence = torch.repeat_interleave(numbers, lengths, output_size=len(x))
-        # The package expects x as [1, D, T] and the weight as [D, W]; the transposes in this call copy nothing.
+        # The package expects x as [1, D, T] and the weight as [D, W]. Transposing x and the weight copies no data.
         out = self._convolve(x.t()[None], weight.t(), bias, seq_idx=sequence[None], activation="silu")[0].t()
         states = initial_states(conv_state, segments)
         history = torch.arange(len(weight) - 1, device=x.device)
-        # W - 1 rows of each sequence are computed again. If a sequence has fewer rows, its last row is repeated.
+        # The first W - 1 rows of each sequence are computed again, from the sequence's old state. If a sequence has
+        # fewer than W - 1 rows, the sequence's last row is computed several times.
         first = torch.minimum(history, lengths[:, None] - 1)
         line = torch.cat([states, x[starts[:-1, None] + first]], dim=1)
         taps = first[:, :, None] + torch.arange(len(weight), device=x.device)
@@ -90,7 +93,7 @@ class CausalConv1d:
         rows, slots = state_writes(segments)
         owner = sequence[rows]
         taken = rows[:, None] - (len(weight) - 2) + history
-        t = taken - starts[owner][:, None]  # A negative t means an input in the sequence's old state.
+        t = taken - starts[owner][:, None]  # If t is negative, the input is in the sequence's old state.
         old = states[owner[:, None], (t + len(history)).clamp(max=len(history) - 1)]
         conv_state[slots] = torch.where((t >= 0)[:, :, None], x[taken.clamp(min=0)], old)
         return out
@@ -123,8 +126,8 @@ class SelectiveStateUpdate:
             z=inputs.z,
             dt_bias=weights.dt_bias,
             dt_softplus=True,
-            # mamba-ssm multiplies each slot index by the stride between slots, in the dtype of the index. In int32 this
-            # product would overflow for a large model with a few hundred slots.
+            # mamba-ssm multiplies each slot index by the stride between slots. The product has the dtype of the index.
+            # An int32 product would overflow for a large model with a few hundred slots.
             state_batch_indices=state_ids.long(),
         )
 

@@ -1,4 +1,6 @@
-"""This module defines each op as a protocol, with shapes and dtypes. The module `table` lists the implementations.
+"""This module defines each op as a Python protocol. The docstring of an op gives the shapes and dtypes of its tensors.
+
+The module `table` lists the implementations of each op.
 
 Letters: T rows (tokens) of a ragged batch, N sequences in it, H hidden size, D = expand * H channels of a Mamba layer,
 S state size of a channel, W width of the convolution, R = dt rank, Q query heads, G KV heads, Z head size, E experts,
@@ -90,7 +92,9 @@ class CausalConv1d(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, segments: Segments
     ) -> Tensor:
-        """Returns silu((depthwise causal convolution of x) + bias). Each sequence continues from its stored inputs.
+        """Returns silu((depthwise causal convolution of x) + bias).
+
+        The inputs that precede a sequence's first row are read from the sequence's slot of conv_state.
 
         x: dtype [T, D]; weight: dtype [W, D], where tap W-1 multiplies the current token; bias: dtype [D]. conv_state:
         dtype [slots, W-1, D]; the stride between slots is arbitrary. A slot holds the last W-1 inputs of the
@@ -101,7 +105,7 @@ class CausalConv1d(Protocol):
 
 class CausalConv1dUpdate(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, state_ids: Tensor) -> Tensor:
-        """Computes the same as the op `CausalConv1d`, for N sequences with one token each, which all have a state.
+        """Computes the same as the op `CausalConv1d`, for N sequences with one token and a stored state each.
 
         x: dtype [N, D]; state_ids: int32 [N].
         """
@@ -142,7 +146,7 @@ class SelectiveScan(Protocol):
 
 class SelectiveStateUpdate(Protocol):
     def __call__(self, inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, state_ids: Tensor) -> Tensor:
-        """Computes the same as the op `SelectiveScan`, for N sequences with one token each, which all have a state.
+        """Computes the same as the op `SelectiveScan`, for N sequences with one token and a stored state each.
 
         state_ids: int32 [N].
         """
@@ -150,7 +154,7 @@ class SelectiveStateUpdate(Protocol):
 
 
 class MambaWeights(NamedTuple):
-    """Holds the weights of a Mamba layer between its in_proj and its out_proj.
+    """Contains all weights of a Mamba layer except the weights of in_proj and out_proj.
 
     conv_weight [W, D], conv_bias [D] and the norms' weights dt_norm [R], b_norm [S] and c_norm [S] are all of the
     model's dtype. x_proj [R + 2S, D] and dt_proj [D, R] are packed by the method `Linear.pack` of the same `Kernels`
@@ -194,9 +198,9 @@ class MambaDecode(Protocol):
 
 class WriteKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_slots: Tensor) -> None:
-        """Writes row t of k and v to the place of token kv_slots[t] in the pages.
+        """Writes row t of k and row t of v to the place number kv_slots[t] of the pages, for every row t.
 
-        k, v: dtype [T, G, Z]. kv_slots: int64 [T], page number * block_size + position of the token in the page. If the
+        k, v: dtype [T, G, Z]. kv_slots: int64 [T]; place number = page number * block_size + place in that page. If the
         pages have the dtype float8_e4m3fn, numbers are clamped to the range of that dtype, from -448 to 448.
         """
         ...
@@ -230,7 +234,7 @@ class CopySlots(Protocol):
 
 
 class CompressedStates(NamedTuple):
-    """Holds the SSM states of M layers, compressed to int8 values. A state's number is value * scale.
+    """Contains the SSM states of M layers, compressed to int8 values. The restored state is value * scale, per element.
 
     values: int8 [slots, M, D, S], from -127 to 127; scales: float32 [slots, M, D], one scale for each channel.
     """
@@ -282,7 +286,9 @@ class RouteExperts(Protocol):
 
 
 class QuantizedWeight(NamedTuple):
-    """Holds a quantised weight [..., N, K]: values * scales. A group of neighbouring elements of a row has one scale.
+    """Contains a quantised weight [..., N, K]. An element of the weight is value * scale.
+
+    Each group of neighbouring elements of a row shares one scale.
 
     A group has `group_size` elements; a row's last group may be shorter. `bits` is 8 or 4. values: [..., N, K]. The
     format int8 (8 bits) has values of dtype int8 from -127 to 127. The format int4 (4 bits) has values of dtype int8
@@ -310,10 +316,10 @@ class RunExperts(Protocol):
         ...
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
-        """Returns the sum over a token's experts of weight * down(silu(gate(x)) * up(x)): dtype [T, H].
+        """Returns a weighted sum of expert outputs for each token: dtype [T, H].
 
-        x: dtype [T, H]; weights, ids: the results of `RouteExperts`. The experts' outputs are added in the order of
-        the token's row of `ids`.
+        The sum of weight * down(silu(gate(x)) * up(x)) runs over the token's experts, in the order of the token's row
+        of `ids`. x: dtype [T, H]; weights, ids: the results of `RouteExperts`.
         """
         ...
 
@@ -324,9 +330,9 @@ class Linear(Protocol):
         ...
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
-        """Returns the rows of a weight [N, K] with the numbers `ids` (int64 [T]), as an embedding does: dtype [T, K].
+        """Looks up embeddings: returns row ids[t] of a weight [N, K] for each index t: dtype [T, K].
 
-        The weight is a plain tensor or the result of the method `pack`, and must not be quantised.
+        ids: int64 [T]. The weight is a plain tensor or the result of the method `pack`, and must not be quantised.
         """
         ...
 
@@ -336,7 +342,7 @@ class Linear(Protocol):
 
 
 class SampleInputs(NamedTuple):
-    """Holds the sampling parameters of N rows of logits.
+    """Contains the sampling parameters for N rows of logits, one element of each tensor for each row.
 
     temperature (0 means greedy), top_p and min_p: float32 [N]; top_k: int32 [N], where 0 keeps the whole vocabulary.
     keys: int64 [N], each a hash of (the request's seed, the number of the choice, the token's position). The random
@@ -364,7 +370,7 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """Holds the implementation of each op that a model runs with.
+    """Contains, for each op, the implementation that a model uses.
 
     `names` maps each op to the name of its implementation. `batch_dependent_ops` lists the ops that are not
     batch-invariant: for these ops, the last bits of a row might depend on the other rows of the batch or on chunked

@@ -1,6 +1,7 @@
 """This module lists the implementations of every op, and selects one implementation for each op.
 
-To add an implementation, add one line to the constant `TABLE`. Of two implementations of an op, the upper is preferred.
+To add an implementation, add one line to the constant `TABLE`. Of two implementations of one op, the implementation
+further up in `TABLE` is preferred.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class KernelError(ValueError):
-    """This error says that no suitable implementation of an op exists or can run. The message gives the reason."""
+    """This error says that the kernels cannot be selected as requested. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """Is one line of the printed report: the name of an implementation of an op, and whether it is used.
+    """Contains the status of one implementation of an op, for the report that `python -m jamba_server.kernels` prints.
 
     `status` is "selected", "available", or the reason why the implementation cannot run.
     """
@@ -91,7 +92,8 @@ def _torch_experts(silu_and_mul: Any) -> torch_ops.RunExperts:
     return torch_ops.RunExperts(silu_and_mul, _triton("moe", "RunExperts")())
 
 
-# Some reference kernels below have batch_invariant=False: torch chooses the order of a sum by the tensor's shape.
+# Some reference kernels in `TABLE` have batch_invariant=False. These kernels use sums of torch, and torch chooses the
+# order of a sum by the tensor's shape.
 _BOTH = ("cpu", "cuda")
 _MAMBA_PARTS = ("causal_conv1d_update", "linear", "rms_norm", "selective_state_update")
 
@@ -176,9 +178,9 @@ OPS: tuple[str, ...] = tuple(
     field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
 )
 
-# Maps the name of a family of ops to the ops. Users request an implementation for a family or for a single op. If two
-# requested families contain the same op, the family further down in this table decides. A request for a single op
-# overrides all requests for families.
+# Maps the name of a family of ops to the names of its ops. Users request an implementation for a family or for a single
+# op. If two requested families contain the same op, the family further down in this table decides. A request for a
+# single op overrides all requests for families.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "all": OPS,
     "mamba": ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mamba_decode"),
@@ -188,12 +190,15 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def implementations(op: str, device: str) -> tuple[Implementation, ...]:
-    """Returns the implementations of an op for "cpu" or "cuda", the preferred one first."""
+    """Returns the implementations of an op for a device ("cpu" or "cuda"), the preferred implementation first."""
     return tuple(entry for entry in TABLE if entry.op == op and device in entry.devices)
 
 
 def select(device: str, requested: Mapping[str, str], batch_invariant: bool | None = None) -> Kernels:
-    """Returns the kernels for a device: for each op the requested implementation, or else the first that loads.
+    """Returns the kernels for a device.
+
+    For each op this is the requested implementation. For an op without a request, the first implementation that loads
+    is chosen.
 
     `requested` maps an op or a family ("mamba", "attention", "moe", "all") to the name of an implementation. For an op
     that is not requested, an implementation that cannot load is skipped with a warning, and `batch_invariant` sets the
@@ -230,7 +235,10 @@ def select(device: str, requested: Mapping[str, str], batch_invariant: bool | No
 
 
 def describe(device: str) -> list[TableRow]:
-    """Returns a row for each implementation of each op. The implementations of `select(device, {})` are "selected"."""
+    """Returns one row for each implementation of each op on a device.
+
+    The implementations that `select(device, {})` chooses have the status "selected".
+    """
     rows: list[TableRow] = []
     selected: dict[str, tuple[Implementation, Any]] = {}
     for op in OPS:
@@ -246,7 +254,7 @@ def describe(device: str) -> list[TableRow]:
 
 
 def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Implementation]:
-    """Returns the implementations that the function `select` tries in turn for an op without a request."""
+    """Returns the implementations of an op in the order in which `select` tries them if the user requests none."""
     entries = implementations(op, device)
     if batch_invariant is None:
         return sorted(entries, key=lambda entry: not entry.batch_invariant)
@@ -254,7 +262,7 @@ def _candidates(op: str, device: str, batch_invariant: bool | None) -> list[Impl
 
 
 def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementation]) -> bool:
-    """Returns whether an implementation and all its parts (the ops that it replaces) are batch-invariant.
+    """Returns whether an implementation is batch-invariant and so are its parts, which are the ops that it replaces.
 
     `chosen` maps each part's name to the chosen implementation. Parts have no parts of their own.
     """
@@ -262,7 +270,10 @@ def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementati
 
 
 def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:
-    """Returns (the loaded op, "") or (None, the reason why it cannot load). `chosen` maps op names to loaded ops."""
+    """Returns (the loaded implementation, ""), or (None, the reason) if the implementation cannot be loaded.
+
+    `chosen` maps names of ops to their loaded implementations.
+    """
     try:
         return entry.load(*(chosen[part] for part in entry.parts)), ""
     except (KernelUnavailable, ImportError, OSError) as error:
@@ -270,7 +281,7 @@ def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, st
 
 
 def _expand(device: str, requested: Mapping[str, str]) -> dict[str, tuple[Implementation]]:
-    """Returns the requested implementation of each op that `requested` names, alone or as a member of a family."""
+    """Maps each op that the user requests, by its own name or by the name of a family, to the implementation."""
     devices = sorted({device for entry in TABLE for device in entry.devices})
     if device not in devices:
         raise KernelError(f"kernels: no implementations for device {device!r}; there are some for {', '.join(devices)}")

@@ -18,14 +18,15 @@ from torch import Tensor
 from jamba_server.kernels import ops
 from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
 
-# The number of new tokens that the longest sequence must have for flash attention to be used. With fewer new tokens,
-# copying the cached keys takes more time than flash attention saves.
+# Flash attention is used only if some sequence of the batch has at least this number of new tokens. With fewer new
+# tokens, copying the cached keys and values takes more time than flash attention saves.
 MIN_QUERY_LEN = 64
-MAX_GATHERED_BYTES = 1 << 29  # The largest size in bytes of the copied keys and values together.
-# torch's grouped product is used if the experts have this number of tokens on average. With fewer tokens, the products
-# are memory-bound.
+MAX_GATHERED_BYTES = 1 << 29  # the largest total size, in bytes, of the copied keys and values
+# torch's grouped matrix product is used only if an expert has at least this number of tokens on average. With fewer
+# tokens, the products are memory-bound.
 MIN_ROWS_PER_EXPERT = 32
-# torch's matrix product is used if x has at least this number of rows. With fewer rows, the product is memory-bound.
+# torch's matrix product x @ weight.T is used only if x has at least this number of rows. With fewer rows, the product
+# is memory-bound.
 MIN_ROWS = 65
 # The compute capabilities of GPUs for which torch has a grouped product. On other GPUs, torch loops over the experts
 # and the host waits for the GPU.
@@ -49,7 +50,8 @@ class AttentionPrefill:
             raise KernelUnavailable("this build of torch has no flash attention")
         self._attend: Any = varlen_attn
         self._other = other
-        # torch 2.11 accepts fewer KV heads than query heads without an option. Later versions need enable_gqa.
+        # If there are fewer KV heads than query heads, versions of torch after 2.11 need the option `enable_gqa`. torch
+        # 2.11 does not have this option.
         self._options = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def __call__(self, q: Tensor, pages: Pages, query_start: Tensor, max_query_len: int, scale: float) -> Tensor:
@@ -61,7 +63,7 @@ class AttentionPrefill:
             return self._other(q, pages, query_start, max_query_len, scale)
         key_start = F.pad(pages.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
         k, v = _gather(pages, key_start, tokens)
-        window = (-1, 0)  # Attention is causal: the last row of a sequence sees all keys of the sequence.
+        window = (-1, 0)  # A row sees all earlier keys (-1) and no later keys (0).
         lengths = max_query_len, pages.max_context_len
         return self._attend(q, k, v, query_start, key_start, *lengths, scale=scale, window_size=window, **self._options)
 
@@ -78,7 +80,7 @@ def _fits(q: Tensor, pages: Pages, tokens: int) -> bool:
 
 
 def _gather(pages: Pages, key_start: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Returns the concatenated keys and values of all sequences, both [tokens, G, Z].
+    """Returns (keys, values). Each is the concatenation over all sequences: [tokens, G, Z].
 
     `key_start` [N+1] has the number of each sequence's first row in the results, then the total number of cached
     tokens. `tokens` may be larger than that total; the rows after the last sequence are undefined.
@@ -103,7 +105,7 @@ class Linear:
         self._other = other
 
     def pack(self, weight: Weight) -> Any:
-        """Returns the weight packed for the Triton kernel. The layout changes only if the weight is quantised."""
+        """Returns the weight as `other.pack` returns it. Only a quantised weight gets another layout."""
         return self._other.pack(weight)
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ class Linear:
 
 
 class Experts(NamedTuple):
-    """Holds the weights of a layer's experts for torch's grouped product and for the Triton kernel.
+    """Contains the weights of a layer's experts, for torch's grouped matrix product and for the Triton kernel.
 
     `matrices` is (gate_up [E, 2F, H], down [E, H, F]), or None if torch's grouped product does not support the weights.
     `packed` has the same weights in the layout of the Triton kernel. `packed` and `matrices` share their memory.
@@ -142,11 +144,14 @@ class RunExperts:
         self._silu_and_mul, self._other = silu_and_mul, other
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Returns the weights for torch's product and the Triton kernel. Only quantised weights change their layout."""
+        """Returns the weights for torch's grouped product and for the Triton kernel.
+
+        Only quantised weights get another layout.
+        """
         if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.dtype != torch.bfloat16:
             return Experts(None, self._other.pack(gate_up, down))
         gate_up, down = gate_up.contiguous(), down.contiguous()
-        # The grouped product needs rows whose size is a multiple of 16 bytes.
+        # torch's grouped product needs weights whose rows have a multiple of 16 bytes, which is 8 bfloat16 elements.
         aligned = gate_up.shape[2] % 8 == down.shape[2] % 8 == 0
         return Experts((gate_up, down) if aligned else None, self._other.pack(gate_up, down))
 
@@ -156,7 +161,7 @@ class RunExperts:
             return self._other(x, experts.packed, weights, ids)
         gate_up, down = experts.matrices
         tokens, top_k = ids.shape
-        chosen = ids.flatten().sort(stable=True)  # Index t * K + i is entry i of token t's top-k list.
+        chosen = ids.flatten().sort(stable=True)  # chosen.indices: t * K + i is entry i of token t's list
         numbers = torch.arange(len(down), dtype=torch.int32, device=x.device)
         ends = torch.searchsorted(chosen.values, numbers, right=True, out_int32=True)
         hidden = self._silu_and_mul(F.grouped_mm(x[chosen.indices // top_k], gate_up.transpose(1, 2), offs=ends))

@@ -1,4 +1,6 @@
-"""These functions check each tensor before its address goes to the compiled library. One check takes about 1 us.
+"""These functions check a tensor before the compiled library receives the tensor's address.
+
+One check takes about 1 microsecond.
 
 The replay of a recorded graph (`graph.py`) runs no checks, so decode steps that replay a graph do not pay for them.
 """
@@ -19,17 +21,21 @@ def whole(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...])
 
 
 def units(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor has the given dtype and shape, lies in the CPU's memory, and has contiguous
-    `tensor[i]`. The stride of dimension 0 is arbitrary, as in a slice of a matrix's columns."""
+    """Raises ValueError unless the tensor has the given dtype and shape and lies in the CPU's memory, and unless
+    `tensor[i]` is contiguous for each index i. The stride of dimension 0 is arbitrary, so that the tensor may consist
+    of some of the columns of a matrix."""
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
-    # The method is_contiguous is faster than the function _is_dense, so it is called first.
+    # The method `is_contiguous` is called first, because this method is faster than the function `_is_dense`.
     if fits and (tensor.is_contiguous() or _is_dense(shape, tensor.stride())):
         return
     refuse(name, tensor, f"be {_words(dtype, shape)}, contiguous behind dimension 0, in the CPU's memory")
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Returns whether each `tensor[i]` is contiguous. The stride of a dimension of size 1 does not matter."""
+    """Returns whether `tensor[i]` is contiguous for each index i, where the tensor has these strides.
+
+    The stride of a dimension of size 1 does not matter.
+    """
     expected = 1
     for i in range(len(shape) - 1, 0, -1):
         if strides[i] != expected and shape[i] != 1:

@@ -1,4 +1,4 @@
-"""These ops compute causal attention over paged keys and values. Prefill and decode call one compiled function."""
+"""These ops compute causal attention over paged keys and values. Prefill and decode call the same compiled function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Attention:
 
 
 def _check(q: Tensor, pages: Pages, query_start: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
-    """Returns (tokens per page, number of KV heads, strides of k and v in elements).
+    """Returns (tokens per page, number of KV heads, strides in elements). The strides are those of k and equally of v.
 
     Raises ValueError unless the library can read all of the tensors.
     """

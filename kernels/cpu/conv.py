@@ -1,4 +1,7 @@
-"""These ops run the short causal convolution in compiled code, one vector of channels at a time."""
+"""These ops compute the short causal convolution in compiled code.
+
+The code processes one SIMD vector of channels at a time.
+"""
 
 from __future__ import annotations
 

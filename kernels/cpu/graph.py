@@ -1,4 +1,4 @@
-"""A CPU graph records the calls to the compiled library in one step. One call to the library then repeats them all.
+"""A CPU graph records the calls that one step makes to the compiled library. A single call can then repeat the step.
 
 In a step of a small model, the Python code between two kernels takes as long as some kernels. This Python code makes
 the same calls in every step with the same number of rows; only the contents of a few input tensors differ.
@@ -25,7 +25,7 @@ _VIEWS = ("__get__", "__getitem__", "__len__", "data_ptr", "dim", "stride", "ele
 
 
 class _Call(ctypes.Structure):
-    """Holds one recorded call to the library, in the layout of the C++ struct `Call` in `src/replay.cpp`."""
+    """Contains one recorded call to the library, with the layout of the C++ struct `Call` in `src/replay.cpp`."""
 
     _fields_ = (
         ("function", POINTER),
@@ -37,7 +37,7 @@ class _Call(ctypes.Structure):
 
 
 class Arena:
-    """Allocates the intermediate tensors of graphs.
+    """Allocates memory for the intermediate tensors of the steps that graphs record.
 
     The memory consists of blocks. Only one graph runs at a time, so two graphs can use the same block. Blocks are not
     returned to the operating system while the arena lives, because a graph might be repeated at any time.
@@ -47,7 +47,7 @@ class Arena:
         self.library = library()
         self.replay = self.library.function("replay", POINTER, INT)
         self._blocks: list[Tensor] = []
-        self._free: dict[int, list[int]] = {}  # maps a block size in bytes to addresses of free blocks
+        self._free: dict[int, list[int]] = {}  # maps a size in bytes to the addresses of the free blocks of that size
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Arena:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Returns an uninitialised tensor.
 
-        Its memory is reused after all tensors that share this memory are deleted.
+        The tensor's memory is reused after this tensor and all its views are deleted.
         """
         wanted = max(1, math.prod(shape)) * dtype.itemsize
         size = 1 << (wanted - 1).bit_length()
@@ -70,7 +70,7 @@ class Arena:
 
 
 def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable[[], None] | None = None) -> Tensor:
-    """Returns a tensor over the memory at `address`.
+    """Returns a tensor whose elements are stored at the memory address `address`.
 
     The function `let_go` is called when the tensor and its views are deleted.
     """
@@ -81,9 +81,10 @@ def _at(address: int, shape: Sequence[int], dtype: torch.dtype, let_go: Callable
 
 
 class _Recorder(TorchFunctionMode):
-    """Allocates new tensors in the arena and forbids all computation by torch while a graph is recorded.
+    """Allocates new tensors in the arena, and makes all computation by torch raise RuntimeError, during a recording.
 
-    A graph records only calls to the compiled library, so the repeated graph would leave out a computation by torch.
+    A graph records only calls to the compiled library. When the graph is repeated, a computation by torch would be
+    missing.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -134,13 +135,13 @@ class NativeGraph:
         with self._arena.library.recording() as recorded, _Recorder(self._arena):
             output = run()
         self._calls = (_Call * len(recorded))(*(_call(*call) for call in recorded))
-        # The graph keeps only the address of `output`. When the caller has deleted `output`, other graphs may use the
-        # memory.
+        # The graph keeps the address of the tensor `output` but does not keep the tensor alive. After the caller
+        # deletes the tensor, other graphs may use its memory.
         self._output = _at(output.data_ptr(), output.shape, output.dtype)
         return output
 
     def replay(self) -> Tensor:
-        """Repeats the recorded calls and returns the result.
+        """Repeats the recorded calls and returns the result of the repeated step.
 
         A later replay of any graph of the arena may overwrite the result.
         """

@@ -42,14 +42,15 @@ A tensor is passed as its address, and a missing tensor as None.
 
 
 class Library:
-    """Gives access to the functions of one shared library."""
+    """Loads one shared library (a .so file), looks up its functions and records calls to these functions."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._functions: list[Any] = []
         self._recorder = threading.Lock()
         self._recorded = threading.local()
-        # The recording hook is never deleted, because another thread may be about to call the hook.
+        # The method `_record` is the hook that ctypes runs after a call. This reference to the hook is never deleted,
+        # because another thread might be about to call the hook.
         self._hook = self._record
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
@@ -58,8 +59,8 @@ class Library:
         Raises KernelUnavailable if the library does not have the function.
         """
         try:
-            # ctypes returns a new function object for each look-up of `name`, so the types that are declared here do
-            # not change function objects of earlier look-ups.
+            # ctypes returns a new function object for each look-up of `name`. The types that are declared below
+            # therefore do not change the function objects that earlier look-ups returned.
             found = self._library[name]
         except AttributeError as error:
             raise KernelUnavailable(f"the compiled library is older than its sources: {error}") from error
@@ -96,17 +97,20 @@ class Library:
         return LEVELS[self.function("machine_level", result=INT)()]
 
     def set_level(self, level: str) -> None:
-        """Makes the library use a lower instruction set, for tests. Raises ValueError if the machine lacks `level`."""
+        """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`."""
         if self.function("set_level", INT, result=INT)(LEVELS.index(level)) != LEVELS.index(level):
             raise ValueError(f"this machine has no {level}")
 
     def set_threads(self, threads: int) -> None:
-        """Sets the number of threads that a kernel may use, including the calling thread."""
+        """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads."""
         self.function("set_threads", INT)(threads)
 
 
 def library() -> Library:
-    """Returns the library, set to use as many threads as torch. Raises KernelUnavailable if none can be loaded."""
+    """Returns the compiled library, set to use as many threads as torch uses.
+
+    Raises KernelUnavailable if the library is missing or cannot be loaded.
+    """
     found = open_library(Path(__file__).parent)
     found.set_threads(torch.get_num_threads())
     return found
@@ -114,7 +118,7 @@ def library() -> Library:
 
 @cache
 def open_library(folder: Path) -> Library:
-    """Returns the library in `folder`; only the first call loads it.
+    """Returns the compiled library in `folder`. Only the first call with this folder loads the library.
 
     Raises KernelUnavailable if `folder` has no library or the library cannot be loaded.
     """

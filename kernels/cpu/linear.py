@@ -13,14 +13,15 @@ from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
-# An int4 kernel processes 8 elements along K at once, so the size of a group of elements must be a multiple of 8.
+# The int4 kernels process 8 elements along K at once. The number of elements that share one scale must therefore be a
+# multiple of 8, unless a whole row shares one scale.
 _STEP = 8
-_FP8 = -8  # The library's argument `bits` has this value for weights of the dtype float8_e4m3fn.
+_FP8 = -8  # This value of the library's argument `bits` means that a weight has the dtype float8_e4m3fn.
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """Holds a weight [N, K] packed in panels of 32 rows (`src/gemm.h` describes the layout).
+    """Contains one or more weights [N, K], packed in panels of 32 rows. `src/gemm.h` describes the layout of a panel.
 
     For a weight that is not quantised, `dtype` is the dtype of the weight and of x, and `bits` and `group_size` are 0.
     A quantised weight has the `dtype` None, because x may have any of the library's dtypes. It has `bits` bits per
@@ -42,7 +43,7 @@ class PackedWeight:
 
 
 class Packer:
-    """Packs weights into panels of 32 rows. The memory of large weights uses the operating system's huge pages."""
+    """Packs weights into panels of 32 rows. Packed weights of at least 2 MiB are stored in huge pages of memory."""
 
     def __init__(self) -> None:
         native = library()
@@ -80,7 +81,7 @@ class Packer:
         return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
     def _memory(self, size: int) -> Tensor:
-        """Returns a uint8 tensor of `size` bytes. A tensor of at least 2 MiB (one huge page) uses huge pages."""
+        """Returns a uint8 tensor of `size` bytes. A tensor of at least 2 MiB is stored in huge pages of 2 MiB each."""
         if size < _HUGE_PAGE:
             return torch.empty(size, dtype=torch.uint8)
         memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
@@ -95,7 +96,7 @@ def _check_dense(weight: Tensor) -> None:
 
 
 def _check(weight: QuantizedWeight) -> None:
-    """Raises ValueError if the library has no code for the format of this quantised weight."""
+    """Raises ValueError unless the library supports the bits, dtypes, shapes and group size of a quantised weight."""
     values, scales, size, bits = weight
     _check_dense(values)
     require(scales.is_cpu, "scales", scales, "be in the CPU's memory")

@@ -1,4 +1,4 @@
-"""This op computes the part of a Mamba layer between in_proj and out_proj in one call to the library, for decode steps.
+"""For decode steps, this op computes the part of a Mamba layer between in_proj and out_proj in one call to the library.
 
 This part consists of seven kernels. Each kernel is so short that seven calls from Python would take longer than the
 computation.
@@ -24,7 +24,10 @@ _PARTS = (CausalConv1dUpdate, Linear, RmsNorm, SelectiveStateUpdate)
 
 
 class _Pointers(ctypes.Structure):
-    """Holds the addresses and sizes of a layer's weights, like the C++ struct `MambaWeights` in `src/mamba.cpp`."""
+    """Contains the addresses and sizes of a Mamba layer's weights.
+
+    The memory layout is that of the C++ struct `MambaWeights` in `src/mamba.cpp`.
+    """
 
     _fields_ = (
         ("conv_weight", POINTER),
@@ -47,7 +50,7 @@ class _Pointers(ctypes.Structure):
 
 
 class PackedMamba(NamedTuple):
-    """Holds the weights of a Mamba layer, and their addresses and sizes for the library.
+    """Contains the weights of a Mamba layer, and the addresses and sizes of these weights, which the library reads.
 
     The field `address` is the address of `pointers`. Keeping the tensors in `weights` alive keeps the addresses valid.
 
@@ -63,7 +66,7 @@ class PackedMamba(NamedTuple):
 
 
 class MambaDecode:
-    """Implements the protocol `kernels.ops.MambaDecode` with the compiled functions of the separate ops.
+    """Implements the protocol `kernels.ops.MambaDecode`. The compiled code calls the functions of the separate ops.
 
     The results have the same bits as those of the separate ops.
     """
@@ -144,8 +147,8 @@ def _check(weights: MambaWeights) -> None:
     whole("a", weights.scan.a, torch.float32, (channels, states))
     whole("d", weights.scan.d, torch.float32, (channels,))
     whole("dt_bias", weights.scan.dt_bias, torch.float32, (channels,))
-    # x_proj and dt_proj must not be quantised, because `src/mamba.cpp` has no code for quantised weights. A quantised
-    # weight fails the check below, because its dtype is None.
+    # The weights x_proj and dt_proj must not be quantised, because `src/mamba.cpp` has no code for quantised weights.
+    # The check below rejects quantised weights, because a quantised weight has the `dtype` None.
     for name, weight, expected in (
         ("x_proj", weights.x_proj, (rank + 2 * states, channels, dtype)),
         ("dt_proj", weights.dt_proj, (channels, rank, dtype)),

@@ -29,7 +29,10 @@ class SiluAndMul:
 
 
 class Experts(NamedTuple):
-    """Holds the packed weights of E experts: gate_up [E, 2F, H], the gate's F rows before up's, and down [E, H, F]."""
+    """Contains the packed weights of E experts: gate_up [E, 2F, H] and down [E, H, F].
+
+    In gate_up, the F rows of each expert's gate come before the F rows of its up projection.
+    """
 
     gate_up: PackedWeight
     down: PackedWeight
@@ -49,7 +52,11 @@ class RunExperts:
         )
 
     def pack(self, gate_up: Weight, down: Weight) -> Experts:
-        """Packs the weights of the experts. Raises ValueError if gate_up and down differ in dtype or bits."""
+        """Packs the weights of the experts.
+
+        Raises ValueError if gate_up and down have different dtypes, different numbers of bits per element, or shapes
+        that do not match.
+        """
         packed = Experts(self._pack(gate_up), self._pack(down), len(down if isinstance(down, Tensor) else down.values))
         first, second = ((weight.dtype, weight.bits) for weight in packed[:2])
         if first != second:

@@ -1,4 +1,4 @@
-"""This op samples tokens. It finds the smallest logit that top-k and top-p keep, without sorting the vocabulary."""
+"""This op samples tokens. The smallest logit that top-k and top-p keep is found without sorting the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import INT, POINTER, library
 from jamba_server.kernels.ops import SampleInputs
 
-# The library stores token ids in float32, which represents integers below 2**24 exactly.
+# The number of tokens in the vocabulary must be below this limit. The library stores token ids as float32 numbers, and
+# float32 represents integers exactly only up to 2**24.
 _MAX_VOCABULARY = 1 << 24
 _DTYPES = (
     ("temperature", torch.float32),

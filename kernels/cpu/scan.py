@@ -1,4 +1,7 @@
-"""These ops run the selective scan in compiled code, one vector of channels at a time, with the states in registers."""
+"""These ops compute the selective scan in compiled code.
+
+The code processes one SIMD vector of channels at a time and keeps the states of these channels in registers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class _Recurrence:
 
 
 def _check(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor) -> None:
-    """Raises ValueError unless the library can read all of the tensors."""
+    """Raises ValueError unless each tensor has the dtype, shape and strides that the library requires."""
     (channels, states), rows, dtype = weights.a.shape, inputs.u.shape[0], inputs.u.dtype
     for name, tensor in zip(ScanInputs._fields, inputs, strict=True):
         units(name, tensor, dtype, (rows, states if name in ("b", "c") else channels))

@@ -16,7 +16,7 @@ SEGMENTS = (INT, *[POINTER] * 6)
 
 
 def ragged(segments: Segments) -> tuple[Any, ...]:
-    """Returns `segments` as arguments for the library.
+    """Returns the arguments that describe `segments` to a function of the library.
 
     `segments` must stay alive until the library's function returns.
     """
@@ -39,6 +39,6 @@ def ragged(segments: Segments) -> tuple[Any, ...]:
 
 
 def one_row_each(state_ids: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """Returns the arguments for a batch in which every sequence has one row of x and has a state."""
+    """Returns the same arguments as `ragged`, for a batch of sequences with one row of x and a stored state each."""
     whole("state_ids", state_ids, torch.int32, (x.shape[0],))
     return state_ids.shape[0], None, state_ids.data_ptr(), None, None, None, None

@@ -113,7 +113,10 @@ class RestoreStates:
 
 
 def _pairs(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `sources` and `destinations`, made contiguous. Raises ValueError unless each source has a destination."""
+    """Returns contiguous versions of `sources` and `destinations`.
+
+    Raises ValueError unless `sources` and `destinations` are int64 vectors of the same length.
+    """
     sources, destinations = sources.contiguous(), destinations.contiguous()
     whole("sources", sources, torch.int64, (sources.shape[0],))
     whole("destinations", destinations, torch.int64, (sources.shape[0],))
@@ -134,5 +137,5 @@ def _check(states: Tensor, compressed: CompressedStates) -> tuple[int, int]:
 
 
 def _units(tensor: Tensor) -> tuple[int, int]:
-    """Returns the address of a tensor and the stride of its dimension 0 in elements."""
+    """Returns (the address of a tensor, the stride of the tensor's dimension 0 in elements)."""
     return tensor.data_ptr(), tensor.stride(0)

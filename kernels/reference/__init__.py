@@ -1,7 +1,7 @@
 """The reference kernels implement every op in readable torch code. Tests compare all other kernels with them.
 
-It also runs where no other implementation does. Shapes use the letters of `kernels.ops`. Results are batch-invariant
-because
+The reference kernels also run where no other implementation runs. Shapes use the letters of `kernels.ops`. Results are
+batch-invariant because
 * sums are folded in a fixed order that does not depend on the tensor's shape (`exact.ordered_sum`),
 * functions of one element give the same bits at every place of a tensor (`exact.silu`, `exact.softplus`), and
 * attention works on tiles of one fixed shape.

@@ -40,13 +40,17 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
 
 
 def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scale: float) -> Tensor:
-    """Returns the attention of the last L rows, q [L, Q, Z], of a sequence of context_len tokens: float32 [L, Q, Z]."""
+    """Returns the attention of the last L tokens of a sequence of `context_len` tokens: float32 [L, Q, Z].
+
+    q: [L, Q, Z], the queries of these L tokens.
+    """
     first = context_len - len(q)
     lead = first % TILE
     tiles = _to_tiles(q.float() * scale, lead, kv_heads=pages.k.shape[2])
     group = q.shape[1] // pages.k.shape[2]
     tile_starts = range(first - lead, context_len, TILE)
-    # The online softmax keeps for each row the maximum score, the sum of weights and the weighted sum of values.
+    # For each row, the online softmax keeps the largest score, the sum of exp(score - largest score), and the sum of
+    # exp(score - largest score) * value. All three are updated after each block of keys.
     maximum = tiles.new_full((*tiles.shape[:-1], 1), -torch.inf)
     weight_sum, values = torch.zeros_like(maximum), torch.zeros_like(tiles)
     offsets = torch.arange(TILE, device=q.device).repeat(group)
@@ -55,10 +59,10 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
         for i, tile_start in enumerate(tile_starts):
             if tile_start + TILE <= block_start:
                 continue
-            # `clone` gives all tiles the same memory alignment, because the product's bits may depend on the alignment.
+            # The bits of a matrix product might depend on the memory alignment. `clone` gives all tiles the same one.
             scores = tiles[i].clone() @ k
             scores.masked_fill_(key_positions > tile_start + offsets[:, None], -torch.inf)
-            # Every query row sees key 0, so each row's maximum score is finite from the first block of keys on.
+            # The first block contains key 0, which every row sees. Each row's maximum is thus finite from then on.
             new_maximum = torch.maximum(maximum[i], scores.amax(-1, keepdim=True))
             weights, rescale = torch.exp(scores - new_maximum), torch.exp(maximum[i] - new_maximum)
             weight_sum[i] = weight_sum[i] * rescale + weights.sum(-1, keepdim=True)
@@ -68,7 +72,7 @@ def _attend(q: Tensor, pages: Pages, block_table: Tensor, context_len: int, scal
 
 
 def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
-    """Returns q [L, Q, Z] as tiles [tiles, G, (Q // G) * TILE, Z].
+    """Splits the queries q [L, Q, Z] into tiles of TILE tokens: [number of tiles, G, (Q // G) * TILE, Z].
 
     The first tile starts with zeros for `lead` tokens. Zeros also fill the last tile after its last token.
     """
@@ -80,7 +84,7 @@ def _to_tiles(q: Tensor, lead: int, kv_heads: int) -> Tensor:
 
 
 def _from_tiles(tiles: Tensor, lead: int, length: int) -> Tensor:
-    """Reverses the function `_to_tiles`: returns the rows [L, Q, Z] that the tiles contain, without the padding."""
+    """Is the inverse of the function `_to_tiles`: returns the tokens' rows [L, Q, Z] without the padding zeros."""
     count, kv_heads, rows, size = tiles.shape
     by_row = tiles.view(count, kv_heads, rows // TILE, TILE, size).permute(0, 3, 1, 2, 4)
     return by_row.reshape(count * TILE, -1, size)[lead : lead + length]

@@ -21,9 +21,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Te
     tokens, sequences = len(x), len(segments.state_ids)
     row = torch.arange(tokens, device=x.device)
     history = torch.arange(width - 1, device=x.device)
-    # The tape holds, for each sequence, the width - 1 old inputs from its state, followed by its new inputs. Row r of
-    # the batch is computed from the `width` inputs that start at r + (width - 1) * sequence. The state after row r
-    # consists of the last width - 1 of these inputs.
+    # The tensor `tape` contains for each sequence the width - 1 old inputs from the sequence's state, followed by the
+    # sequence's new inputs. Row r of the batch is in sequence number s. The output for row r is computed from `width`
+    # inputs, which start at index r + (width - 1) * s of the tape. The state after row r consists of the last width - 1
+    # of these `width` inputs.
     window_start = row + (width - 1) * sequence_of_row(segments)
     tape = x.new_empty(tokens + (width - 1) * sequences, x.shape[1])
     first_window = window_start[segments.query_start[:-1]]

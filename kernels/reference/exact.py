@@ -1,4 +1,4 @@
-"""For each element, the functions of this module return the same bits whatever the shape of the whole tensor.
+"""The results of these functions are bitwise reproducible: an element's bits do not depend on the tensor's shape.
 
 torch's add, multiply, divide, exp, log1p and rsqrt have this property. torch's `sum` does not, because its order
 follows the shape and the memory layout. On a CPU, torch's `silu`, `sigmoid` and `softplus` do not have it either,
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def ordered_sum(x: Tensor, dim: int) -> Tensor:
-    """Returns the sum over dimension `dim` in a fixed order. The dimension stays, with size 1.
+    """Returns the sum over dimension `dim`, added in a fixed order. In the result, this dimension has size 1.
 
     The second half of the elements is added to the first half, and this is repeated until one element is left.
     """

@@ -10,7 +10,7 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 
 
 def contiguous(weight: Weight) -> Weight:
-    """Returns the weight with contiguous tensors. Only a tensor that is not contiguous is copied."""
+    """Returns the weight, made contiguous. A tensor is copied only if the tensor is not contiguous."""
     if isinstance(weight, Tensor):
         return weight.contiguous()
     return weight._replace(values=weight.values.contiguous(), scales=weight.scales.contiguous())
@@ -24,7 +24,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """Returns x times the transpose of a quantised weight, plus bias: float32 sums, rounded to x's dtype at the end.
+    """Returns x times the transpose of a quantised weight, plus bias. Sums are in float32; the result has x's dtype.
 
     The groups are added in ascending order, as `QuantizedWeight` defines the product.
     """

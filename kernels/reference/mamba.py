@@ -1,4 +1,4 @@
-"""This module computes the part of a Mamba layer between in_proj and out_proj by calling four ops, for decode steps."""
+"""For decode steps, this module computes the part of a Mamba layer between in_proj and out_proj by calling four ops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jamba_server.kernels.ops import CausalConv1dUpdate, Linear, MambaWeights, R
 
 
 class MambaDecode:
-    """Implements the protocol `kernels.ops.MambaDecode` by calling the kernels of the four ops that it combines."""
+    """Implements the protocol `kernels.ops.MambaDecode` by calling the kernels of four other ops."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ def route_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     wide = logits.float()
     weights = torch.exp(wide - wide.amax(-1, keepdim=True))
     probabilities = weights / ordered_sum(weights, -1)
-    # The order in which torch.topk returns equal elements is undefined; a stable sort keeps the lower index first.
+    # Of equal probabilities, the lower expert id must come first. A stable sort does this; torch.topk does not always.
     best = probabilities.sort(dim=-1, descending=True, stable=True)
     return best.values[:, :top_k], best.indices[:, :top_k].int()
 
@@ -34,7 +34,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 class Experts(NamedTuple):
-    """Holds the weights of each expert: gate_up [2F, H], the gate's F rows before up's F rows, and down [H, F]."""
+    """Contains two weights for each expert: gate_up [2F, H] and down [H, F].
+
+    In gate_up, the F rows of the gate come before the F rows of the up projection.
+    """
 
     gate_up: tuple[Weight, ...]
     down: tuple[Weight, ...]
@@ -62,7 +65,7 @@ class RunExperts:
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """Runs each expert once, on all tokens that chose this expert."""
         tokens, top_k = ids.shape
-        chosen = ids.flatten()  # Entry t * K + i is entry i of token t's top-k list.
+        chosen = ids.flatten()  # chosen[t * K + i] is entry i of token t's top-k list
         by_expert = chosen.argsort(stable=True)
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         counts = chosen.bincount(minlength=len(experts.down)).tolist()

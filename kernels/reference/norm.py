@@ -1,4 +1,7 @@
-"""This module computes RMSNorm (Zhang & Sennrich 2019, equation 4) and rounds where transformers' JambaRMSNorm does."""
+"""This module computes RMSNorm (Zhang & Sennrich 2019, equation 4), rounded at the same places as JambaRMSNorm.
+
+JambaRMSNorm is the implementation in the library transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module maps the rows of a ragged batch to their sequences and states."""
+"""These functions find the sequence of each row of a ragged batch, and read and list the sequences' states."""
 
 from __future__ import annotations
 

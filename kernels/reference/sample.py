@@ -17,14 +17,14 @@ from torch import Tensor
 
 from jamba_server.kernels.ops import SampleInputs
 
-# GAMMA and MULTIPLIERS are SplitMix64's increment (the odd number next to 2**64 / golden ratio) and its two
-# multipliers. They are written as signed integers because torch has no uint64 arithmetic; int64 arithmetic wraps around
-# in the same way.
+# The constants of the generator SplitMix64. GAMMA is the generator's increment, the odd number next to
+# 2**64 / golden ratio. MULTIPLIERS are the generator's two multipliers. These constants are written as signed integers,
+# because torch has no uint64 arithmetic. int64 arithmetic gives the same 64 bits.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
-# Top-k and top-p first sort only the 1024 tokens with the largest scores of a row. If top-k and top-p keep more
-# than 1024 tokens of a row, all scores of the row are sorted.
+# The number of tokens per row that are sorted at first, for top-k and top-p: the tokens with the largest scores. All
+# tokens of a row are sorted only if top-k and top-p keep more than this number of tokens.
 CANDIDATES = 1024
 ID_MASK = 2**32 - 1
 
@@ -61,12 +61,12 @@ def _sample_noisy(logits: Tensor, inputs: SampleInputs) -> Tensor:
 
 
 def _sample_all(scores: Tensor, inputs: SampleInputs) -> Tensor:
-    """Samples from the whole vocabulary, for rows without top-k and top-p."""
+    """Samples from the whole vocabulary, for rows that have neither top-k nor top-p."""
     return _draw(scores, torch.arange(scores.shape[1], device=scores.device).expand_as(scores), inputs)
 
 
 def _sample_best(scores: Tensor, inputs: SampleInputs, num_candidates: int = CANDIDATES) -> Tensor:
-    """Samples from the tokens that top-k and top-p keep.
+    """Samples from the tokens that top-k and top-p keep, for rows with top-k or top-p.
 
     Rows that keep more than `num_candidates` tokens are computed again with a sort of the whole vocabulary.
     """
@@ -91,7 +91,7 @@ def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor
     """
     size, width = scores.shape[1], candidates.shape[1]
     k = torch.where(inputs.top_k > 0, inputs.top_k.long(), size).clamp_(max=size)
-    # Column i has the total probability, not normalised, of the i + 1 tokens with the largest scores.
+    # Column i of `mass` is the sum of exp(score) over the i + 1 tokens with the largest scores.
     mass = candidates.exp().cumsum(dim=-1, dtype=torch.float64)
     all_mass = scores.exp().cumsum(dim=-1, dtype=torch.float64)[:, -1]
     k_mass = mass.gather(1, k.clamp(max=width)[:, None] - 1).squeeze(1)
@@ -101,11 +101,12 @@ def num_kept(scores: Tensor, candidates: Tensor, inputs: SampleInputs) -> Tensor
 
 
 def _draw(scores: Tensor, ids: Tensor, inputs: SampleInputs) -> Tensor:
-    """Applies min-p and draws one of the tokens `ids` (int64 [N, W]) for each row: int64 [N].
+    """Applies min-p and draws one token id for each row from the row of `ids` (int64 [N, W]): int64 [N].
 
-    `scores` [N, W] are relative to the row's largest score.
+    `scores` [N, W]: the scores of the tokens `ids`, minus the row's largest score.
     """
-    # In logarithms, min-p's condition p >= min_p * (largest p) is score >= log(min_p).
+    # min-p keeps a token if p >= min_p * (largest p). The logarithm of this condition is score >= log(min_p), because
+    # score = log(p / (largest p)).
     noisy = gumbel_noise(inputs.keys, ids).add_(scores)
     noisy.masked_fill_(scores < inputs.min_p.log()[:, None], -torch.inf)
     return ids.gather(1, noisy.argmax(dim=-1, keepdim=True)).squeeze(1)
@@ -154,5 +155,5 @@ def random_bits(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Shifts 64 bits to the right and fills with zeros; torch's own shift copies the sign bit."""
+    """Shifts int64 numbers to the right by `count` bits and fills with zeros. torch's own shift copies the sign bit."""
     return (bits >> count).bitwise_and_(2 ** (64 - count) - 1)

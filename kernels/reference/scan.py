@@ -29,8 +29,8 @@ from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.reference.exact import ordered_sum, silu, softplus
 from jamba_server.kernels.reference.ragged import initial_states, sequence_of_row, state_writes
 
-# The number of rows whose states are in memory at the same time. A row's state, float32 [S, D], has 512 KiB in the
-# model Jamba Mini.
+# The states after this number of rows are computed and kept in memory at the same time. One state is float32 [S, D],
+# which takes 512 KiB in the model Jamba Mini.
 BLOCK_ROWS = 32
 
 
@@ -38,7 +38,7 @@ def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, 
     """See the protocol `kernels.ops.SelectiveScan` for the arguments and the result."""
     order = _time_order(segments)
     rows, slots = state_writes(segments)
-    # For each state to be written, `writes` has the index in `order.rows` of the row after which the state is taken.
+    # ssm_state[slots[j]] must become the state after row rows[j]. writes[j] is the index of that row in `order.rows`.
     writes = order.rows.argsort()[rows]
     h = initial_states(ssm_state, segments)[order.sequences].transpose(1, 2)
     y = torch.empty_like(inputs.u)
@@ -69,9 +69,9 @@ class _TimeOrder(NamedTuple):
     The sequences that have a token at step t + 1 are therefore the first of the sequences that have one at step t.
     """
 
-    rows: Tensor  # rows: int64 [T], the rows of the batch in the order of time
-    sequences: Tensor  # sequences: int64 [N], the numbers of the sequences, the longest first
-    step_sizes: list[int]  # The number of sequences that have a token at each step. The numbers never increase.
+    rows: Tensor  # int64 [T], the row numbers of the batch in the order of time
+    sequences: Tensor  # int64 [N], the numbers of the sequences, the longest sequence first
+    step_sizes: list[int]  # for each time step, the number of sequences that have a token at this step
 
 
 def _time_order(segments: Segments) -> _TimeOrder:
@@ -84,13 +84,19 @@ def _time_order(segments: Segments) -> _TimeOrder:
 
 
 def _blocks(step_sizes: list[int]) -> list[list[int]]:
-    """Splits the time steps into blocks of at most BLOCK_ROWS rows. A step with more rows is one block."""
+    """Splits the time steps into blocks of at most BLOCK_ROWS rows.
+
+    A time step with more than BLOCK_ROWS rows becomes a block of its own.
+    """
     steps = max(1, BLOCK_ROWS // step_sizes[0])
     return [step_sizes[start : start + steps] for start in range(0, len(step_sizes), steps)]
 
 
 def _discretize(inputs: ScanInputs, weights: ScanWeights) -> tuple[Tensor, Tensor]:
-    """Returns exp(dt * a), by which each token multiplies the state, and the addend (dt * u) * b: float32 [T, S, D]."""
+    """Returns (exp(dt * a), (dt * u) * b), both float32 [T, S, D].
+
+    A token changes the state h to exp(dt * a) * h + (dt * u) * b.
+    """
     dt = softplus(inputs.dt.float() + weights.dt_bias)
     decay = torch.exp(dt[:, None, :] * weights.a.t().contiguous())
     drive = (dt * inputs.u.float())[:, None, :] * inputs.b.float()[:, :, None]

@@ -8,7 +8,8 @@ from torch import Tensor
 from jamba_server.kernels.ops import CompressedStates
 
 LEVELS = 127  # A compressed value is an integer from -LEVELS to LEVELS.
-# A channel whose numbers all have magnitudes below 2**-100 is stored as zeros, so that 127 / magnitude cannot overflow.
+# If the largest magnitude of a channel is below this limit, the channel is stored as zeros. Otherwise LEVELS divided by
+# that magnitude could overflow.
 SMALLEST = 2.0**-100
 
 
@@ -39,9 +40,8 @@ def compress_states(states: Tensor, compressed: CompressedStates, sources: Tenso
     x = states[sources]
     largest = x.abs().amax(-1)
     largest = torch.where(largest < SMALLEST, 0, largest)
-    steps = torch.where(
-        largest == 0, 0, torch.full_like(largest, LEVELS) / largest
-    )  # For the integer LEVELS, torch would multiply LEVELS by the rounded reciprocal of `largest`.
+    # The dividend is a tensor, because torch computes `LEVELS / largest` as LEVELS * (1 / largest), with two roundings.
+    steps = torch.where(largest == 0, 0, torch.full_like(largest, LEVELS) / largest)
     compressed.values[destinations] = (x * steps[..., None]).round().to(torch.int8)
     compressed.scales[destinations] = largest * (1 / LEVELS)
 
