@@ -1,4 +1,4 @@
-"""Measures the time of the compiled attention kernels, and their shares of the memory bandwidth and matmul rate.
+"""Times the compiled attention kernels and compares their speed with the memory bandwidth and the matmul rate.
 
     python -m benchmarks.cpu.attention [--contexts 1024,4096,16384] [--sequences 1,8] [--in-order]
 
@@ -24,7 +24,7 @@ from jamba_server.kernels.ops import Pages
 
 STORAGE_BYTES = 512 << 20
 BLOCK, CHUNK = 16, 512
-SECONDS = 0.15  # number of seconds for which each measurement calls a kernel again and again
+SECONDS = 0.15  # The number of seconds for which each measurement calls a kernel repeatedly.
 # The attention shapes to measure, each as (number of query heads, number of KV heads, head size).
 HEADS = ((20, 1, 128), (32, 8, 128), (20, 1, 64), (32, 8, 64), (8, 2, 64))
 
@@ -75,7 +75,7 @@ def prefill(storage: Storage, heads: tuple[int, int, int], context: int, peaks: 
     kernel, requests = AttentionPrefill(), storage.requests(1, context)
     q, starts = torch.randn(rows, query_heads, size).bfloat16(), torch.tensor([0, rows], dtype=torch.int32)
     seconds = median_seconds(lambda: kernel(q, next(requests), starts, rows, size**-0.5), SECONDS)
-    pairs = rows * (context - (rows - 1) / 2)  # number of (query, key) pairs that the causal mask admits
+    pairs = rows * (context - (rows - 1) / 2)  # The number of (query, key) pairs that the causal mask admits.
     label = f"prefill {query_heads}/{kv_heads} x {size}, last {rows} of {context}"
     show(label, seconds, context * 2 * kv_heads * size * 2, pairs * 4 * query_heads * size, peaks)
 

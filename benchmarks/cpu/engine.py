@@ -49,8 +49,8 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL_TOKENS = 512
-# The number of seconds that a decode run would take at half of the rate that the memory bandwidth allows. It determines
-# the number of decode steps in the run, within 8 to 64 steps.
+# The number of steps of a decode run is chosen so that the run would take this number of seconds at half of the speed
+# that the memory bandwidth allows. The number of steps is at least 8 and at most 64.
 DECODE_SECONDS = 2.0
 ROUNDS = 3
 PEER_SHAPES = ("small", "moe")
@@ -60,7 +60,7 @@ GB = 1e9
 
 
 class Cell:
-    """Measures speed and memory of an engine in this process, with one model shape and weight format."""
+    """Measures decode rate, prefill rate and memory of an engine with one model shape and weight format."""
 
     def __init__(self, shape: str, stored: Format, sequences: list[int], long: list[int]) -> None:
         self.sequences, self.long, self.stored = sequences, long, stored
@@ -82,7 +82,7 @@ class Cell:
         self.random = Random(0)
 
     def run(self, count: int, length: int, tokens: int) -> float:
-        """Returns the seconds that `count` requests take, each with `length` prompt and `tokens` output tokens."""
+        """Returns the seconds that `count` requests of `length` prompt tokens and `tokens` output tokens take."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         vocabulary = range(3, self.config.vocab_size)
         prompts: list[list[int]] = [self.random.choices(vocabulary, k=length) for _ in range(count)]
@@ -125,7 +125,8 @@ class Cell:
 
         `growth_bytes` is the peak growth; `kv_bytes` is the memory of the prompt's keys and values for comparison.
         """
-        Path("/proc/self/clear_refs").write_text("5")  # writing 5 resets VmHWM, the peak of the resident memory
+        # Writing 5 to this file resets the value VmHWM, the peak of the resident memory.
+        Path("/proc/self/clear_refs").write_text("5")
         before = resident_bytes()
         seconds = self.run(1, tokens, 1)
         peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

@@ -24,11 +24,12 @@ from jamba_server.kernels.table import implementations
 # Sizes of the 3B model: hidden size, number of Mamba channels, SSM state entries per channel, vocabulary size.
 H, D, S, V = 2560, 5120, 16, 65536
 CACHE_BYTES = 64 << 20
-HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}  # (number of query heads, number of KV heads, head size)
+# The sizes of attention: (number of query heads, number of KV heads, head size).
+HEADS = {"3B": (20, 1, 128), "Mini": (32, 8, 128)}
 
 
 def best_of(run: Callable[[], object], times: int) -> float:
-    """Calls `run` once to warm up, then `times` times. Returns the shortest time of a call in seconds."""
+    """Calls the function `run` once to warm up, then `times` times. Returns the shortest call's time in seconds."""
     run()
     taken: list[float] = []
     for _ in range(times):

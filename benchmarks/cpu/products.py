@@ -33,7 +33,7 @@ TURNS, SECONDS = 5, 0.12
 
 
 def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[float]:
-    """Returns, for each list of calls in `contenders`, the time in seconds of its fastest call.
+    """Returns the time in seconds of the fastest call in each list of `contenders`.
 
     The calls of a list use different weights, so that the CPU's caches do not hold the weights of the next call.
     """

@@ -38,15 +38,15 @@ from jamba_server.llm import LLM
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 from jamba_server.server.demo import demo_folder
 
-# LENGTH is the number of tokens of a text. While the text's log-probabilities are computed, its Mamba state is either
-# restored once, at one of the token positions CUTS, or every TURN tokens.
+# LENGTH is the number of tokens in each text. In some experiments, the Mamba state is restored once while the model
+# reads a text, at one of the token positions CUTS. In another experiment, the state is restored every TURN tokens.
 LENGTH, CUTS, TURN = (
     400,
     (64, 136, 208),
     32,
 )
-# The results of tokens are grouped by distance: the number of tokens since the first restore of the state. Each pair is
-# the first and the last distance of a group.
+# Tokens are grouped by distance: the number of tokens since the first restore of the state. Each pair is the smallest
+# and the largest distance of a group.
 DISTANCES = ((1, 1), (2, 4), (5, 16), (17, 64), (65, LENGTH))
 BLOCK_SIZE = 16
 SCORED = SamplingParams(max_tokens=1, prompt_logprobs=1)
@@ -75,7 +75,7 @@ def load(dtype: str) -> LLM:
 
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
-    """Generates `count` texts of LENGTH tokens. When the model ends a story early, a new story follows in the text."""
+    """Generates `count` texts of LENGTH tokens. When the model ends a story early, another story follows."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):
@@ -91,7 +91,7 @@ def some_texts(llm: LLM, count: int) -> list[list[int]]:
 
 
 def forced(runner: ModelRunner, tokens: list[int], cuts: Many[int], restore: Restore) -> list[TokenLogprob]:
-    """Returns the log-probabilities of the tokens of a text after position cuts[0].
+    """Returns the log-probabilities of the tokens of a text that follow position cuts[0].
 
     The text is the prompt of a request. `restore` is called at each of the positions `cuts`.
     """
@@ -109,7 +109,7 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """Compares two log-probabilities of each token, and groups the differences by the token's distance.
+    """Compares the log-probabilities of each token in two runs, and groups the differences by distance.
 
     The distance is the number of tokens since the first restore of a state. Each entry of `pairs` is (distance, first
     log-probability, second log-probability).

@@ -35,7 +35,7 @@ STEPS, WARM_UP = 30, 8
 
 
 class Clock:
-    """Counts the calls of each watched function during one step, and sums the calls' times in nanoseconds."""
+    """Counts the calls of each watched function during one decode step, and sums their times in nanoseconds."""
 
     def __init__(self) -> None:
         self.spent, self.calls = Counter[str](), Counter[str]()
@@ -54,7 +54,7 @@ class Clock:
         setattr(owner, name, self.timed(name, getattr(owner, name)))
 
     def watch_library(self) -> None:
-        """Makes the method `Library.function` return timed functions, to time later calls of compiled kernels."""
+        """Replaces the method `Library.function`, so that all compiled kernels that it returns are timed."""
         find = Library.function
 
         def function(library: Library, name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:

@@ -32,8 +32,8 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 from jamba_server.server.cli.bench.report import Level
 
 SHAPE, INPUT_LEN, OUTPUT_LEN = "3b", 128, 64
-START_TIMEOUT = 600.0  # largest number of seconds from the start of a server until it is ready
-PORT = 8427  # port on which llama.cpp's server listens
+START_TIMEOUT = 600.0  # The largest allowed number of seconds from a server's start until the server is ready.
+PORT = 8427  # The number of the port on which llama.cpp's server listens.
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def llama_server(program: Path, gguf: Path, *, slots: int, threads: int) -> Gene
                 if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                     break
             except httpx.TransportError:
-                pass  # the server is not listening yet, so the loop tries again
+                pass  # The server does not listen on its port yet, so the loop tries again.
             time.sleep(0.5)
         else:
             sys.exit(f"{program} is not ready after {START_TIMEOUT:g} s (status {process.poll()}).")
@@ -75,7 +75,7 @@ def measure_transformers(folder: str, threads: int) -> dict[str, Any]:
 
 
 def rate(record: dict[str, Any]) -> float:
-    """Returns the output tokens per second of one request that transformers ran."""
+    """Returns the output rate of one request with transformers, in tokens per second."""
     return record["output_tokens"] / (record["end"] - record["start"])
 
 
@@ -97,7 +97,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_clients(url: str, vocab_size: int, clients: list[int]) -> dict[int, Level]:
-    """Measures the server at `url` under load by each number of clients in the list `clients`.
+    """Measures the speed of the server at `url` for each number of concurrent clients in the list `clients`.
 
     Each client sends one request, except that a single client sends two requests.
     """

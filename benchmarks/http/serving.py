@@ -1,4 +1,4 @@
-"""Starts `jamba serve` on a free loopback port, measures its speed with 1, 8 and 32 clients and writes it down.
+"""Starts `jamba serve` on a free loopback port, measures its speed with 1, 8 and 32 clients and saves the results.
 
     python -m benchmarks.http.serving --name tiny-cpu --peer transformers -- MODEL --dtype float32
 
@@ -41,14 +41,14 @@ from jamba_server.server.cli.bench.runner import ClosedLoop
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# The number of seconds from SIGTERM to SIGKILL. A server that gets SIGTERM waits for its running requests, but for less
-# time than this.
+# A server gets the signal SIGTERM, and then SIGKILL if it still runs after this number of seconds. After SIGTERM, the
+# server waits for its running requests, but for a shorter time than this.
 STOP_SECONDS = 60
-LOG_TAIL = 3000  # number of characters that an error message shows of the server's log, from its end
+LOG_TAIL = 3000  # The number of characters from the end of the server's log that an error message shows.
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the options of this program, and the arguments after `--`, which are those of `jamba serve`."""
+    """Returns the options of this program, and the arguments of `jamba serve`, which follow the argument `--`."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="name of the result files, without extension")
@@ -72,7 +72,8 @@ def running_server(serve_arguments: list[str], start_timeout: float) -> Generato
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    # The server shares this file's position, which seek() moves. In mode "a", its writes still append to the file.
+    # The server and this program share the position in the log file, and seek() moves this position. In mode "a", the
+    # server still writes at the end of the file.
     with tempfile.TemporaryFile("a+") as log:
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
@@ -92,7 +93,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str], t
             if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
-            pass  # the server does not listen yet, so the loop tries again
+            pass  # The server does not listen on its port yet, so the loop tries again.
         time.sleep(0.2)
     ended = "is not ready" if process.poll() is None else f"ended with status {process.returncode}"
     log.seek(0)
@@ -116,7 +117,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def flag(serve_arguments: list[str], name: str, default: str) -> str:
-    """Returns the value of `--name value` or `--name=value` in `serve_arguments`, or `default` without one."""
+    """Returns the value of the option `name` in `serve_arguments`, or `default` if the option is absent."""
     for argument, following in pairwise([*serve_arguments, ""]):
         if argument == name:
             return following
@@ -126,7 +127,7 @@ def flag(serve_arguments: list[str], name: str, default: str) -> str:
 
 
 async def draw_prompts(url: str, options: BenchOptions) -> list[dict[str, Any]]:
-    """Generates the first measurement's random requests again, so that transformers gets the same requests."""
+    """Generates the random requests of the first measurement again, so that transformers gets the same requests."""
     async with open_http(url, None) as http:
         bench = Bench(http, options)
         tokens = await bench.token_range((await discover(http, options.model)).model)
@@ -147,7 +148,7 @@ def measure_transformers(
         "dtype": flag(serve_arguments, "--dtype", "auto"),
         "load_format": flag(serve_arguments, "--load-format", "auto"),
         "threads": int(flag(serve_arguments, "--threads", "0")),
-        "requests": [requests[0], *requests],  # peer_transformers.py does not time the first request
+        "requests": [requests[0], *requests],  # The program peer_transformers.py does not time its first request.
         "max_seconds": max_seconds,
     }
     script = Path(__file__).with_name("peer_transformers.py")

@@ -1,4 +1,4 @@
-"""Measures speed and memory of the server over HTTP at three model shapes, with the load that llama.cpp's server had.
+"""Measures speed and memory of the server over HTTP at three model shapes, under the load that llama.cpp's server got.
 
     python -m benchmarks.http.shapes --name http-shapes [--shapes small,moe,3b] [--formats bf16,int8,int4+mamba]
 
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 INPUT_LEN, OUTPUT_LEN = 128, 64
 BURST, BURSTS = 8, 3
 START_TIMEOUT = 600.0
-MEMORY_INTERVAL = 0.5  # seconds between two measurements of the processes' memory
+MEMORY_INTERVAL = 0.5  # The number of seconds between two measurements of the server's memory.
 LLAMA_SOURCE = (
     "llama.cpp server -np 8, same class of machine, other run; its bf16, Q8_0 and Q4_K_M for 16, 8 and 4 bits"
 )
@@ -94,7 +94,7 @@ def memory_of_children() -> int:
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
-            continue  # the process ended after it was listed
+            continue  # The process ended after `descendants` had listed its id.
         total += 1024 * int(text.split("\nPss:")[1].split()[0])
     return total
 

@@ -27,22 +27,23 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import Pages
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, capability, cdiv, dot, jit, next_power_of_2, rounded
 
-# The number of keys in a split, a range of a sequence's keys. The values of each split are summed separately, and then
-# the splits' sums are merged.
+# A split is a range of SPLIT consecutive keys of a sequence. A kernel sums the weighted values of each split
+# separately, and then merges the sums of all splits.
 SPLIT = 512
-ROWS = 64  # The number of query rows in a tile, except where `_tile` chooses another number.
-# The largest number of output columns that a program computes. The sums of more columns would not fit into registers.
+ROWS = 64  # The number of query rows in a tile, unless the function `_tile` chooses another number.
+# The largest number of output columns that a program computes. A program keeps its sums in registers, and the sums of
+# more columns would not fit.
 VALUES = 128
 OPTIONS: dict[str, Any] = EXACT | {"num_stages": 2}
-# The launch options of the decode kernel. Decode is memory-bound, so the pipeline loads two blocks of keys ahead. Its
-# other stages load the page ids of these blocks. Without "maxnreg" the compiler would spill registers to raise the
-# occupancy.
+# The launch options of the decode kernel. Memory bandwidth limits decode, so the pipeline loads keys two blocks ahead.
+# The other pipeline stages load the page ids of these blocks. Without the option "maxnreg", the compiler would spill
+# registers so that more programs run at once.
 DECODE_OPTIONS: dict[str, Any] = EXACT | {"num_stages": 6, "maxnreg": 255}
-# A size in bytes. If a query head's vector is larger, a tile of ROWS rows or 6 pipeline stages may not fit into shared
-# memory.
+# A limit in bytes for the vector of a query head. With larger vectors, a tile of ROWS rows or 6 pipeline stages might
+# not fit into shared memory.
 WIDE_BYTES = 512
-# Decode processes as many sequences at once as keep the results of all their splits within this number of bytes, but at
-# least one sequence.
+# The largest size in bytes of the split results that decode stores at one time. This size limits the number of
+# sequences that one launch processes. A launch always processes at least one sequence.
 PARTIAL_BYTES = 64 * 1024**2
 
 
@@ -65,8 +66,8 @@ def attention_decode(q: Tensor, pages: Pages, scale: float) -> Tensor:
     options = OPTIONS if size * q.element_size() > WIDE_BYTES else DECODE_OPTIONS
     splits = cdiv(pages.max_context_len, SPLIT)
     at_once = min(sequences, max(1, PARTIAL_BYTES // (4 * heads * splits * (size + 2))))
-    # For each split of the keys, `decode_kernel` writes the maximum score, the sum of softmax weights and the weighted
-    # sum of values.
+    # For each split of the keys, the kernel `decode_kernel` writes the maximum score, the sum of softmax weights and
+    # the weighted sum of values.
     maxima, weight_sums = (q.new_empty(at_once, heads, splits, dtype=torch.float32) for _ in range(2))
     values = q.new_empty(at_once, heads, splits, size, dtype=torch.float32)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -88,9 +89,10 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
     require(q.stride(2) == 1, "q", q, "have contiguous heads")
     require(pages.k.stride(3) == 1, "pages.k", pages.k, "have contiguous heads")
     require(pages.v.stride() == pages.k.stride(), "pages.v", pages.v, "have the strides of pages.k")
-    # `key_bytes` is the size in bytes of one column of a block of keys. Where tensor cores read keys from registers,
-    # the number of registers limits this size. The flag `large` is true for GPUs of compute capability 9 and 10. Their
-    # tensor cores process 64 rows at once, and their shared memory is larger than on other GPUs.
+    # The variable `key_bytes` is the size in bytes of one column of a block of keys: one number of each key. On GPUs
+    # whose tensor cores read keys from registers, the number of registers limits this size. The variable `large` is
+    # true for GPUs of compute capability 9 and 10. The tensor cores of these GPUs process 64 rows at once, and their
+    # shared memory is larger than that of other GPUs.
     large = capability()[0] in (9, 10)
     key_bytes = 64 if large and size <= VALUES else 32
     rows = ROWS if large or size * q.element_size() <= WIDE_BYTES else 16
@@ -107,7 +109,7 @@ def _tile(q: Tensor, pages: Pages) -> dict[str, int]:
 
 
 def _pages(pages: Pages) -> tuple[Any, ...]:
-    """Returns the arguments from `k_pages` to `head_stride` of both kernels, in the order of their signatures."""
+    """Returns the arguments from `k_pages` to `head_stride` that `prefill_kernel` and `decode_kernel` both take."""
     tables = pages.block_tables
     return pages.k, pages.v, tables, pages.context_lens, tables.stride(0), *pages.k.stride()[:3]
 
@@ -138,7 +140,8 @@ def prefill_kernel(
     filled = (r // GROUP < ROWS // GROUP) & (t < length)
     at = q + (start + t).to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + z
     tile = tl.load(at, mask=filled[:, None] & (z < SIZE), other=0.0)
-    # An unused row of the tile attends to one key. With no key, its sum of softmax weights would be zero, a divisor.
+    # An unused row of the tile attends to one key. If an unused row attended to no key, its sum of softmax weights
+    # would be zero, and the division by this sum would give NaN.
     visible = tl.where(filled, context - length + t + 1, 1)
     last = tl.minimum(context, context - length + first + ROWS // GROUP)
     k_head, v_head = k_pages + kv_head * head_stride, v_pages + kv_head * head_stride
@@ -214,7 +217,7 @@ def merge_kernel(
     SIZE: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ) -> None:
-    """Merges the results of a sequence's splits for one query head in decode.
+    """Merges the attention results of all splits of a sequence, for one query head in decode.
 
     The grid is (query heads, sequences from index `first` on).
     """
@@ -241,7 +244,7 @@ def attend(
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_Z: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Computes attention over the keys of one split, from position `start` to its end, but only keys before `last`.
+    """Computes attention over the keys of the split from position `start` on, but only over keys before `last`.
 
     Returns the maximum score divided by ln 2 [ROWS], the sum of weights [ROWS], and two halves of the weighted sum of
     values, each [ROWS, HALF]: the columns `column` [1, HALF] and the columns `column` + HALF. Row r of q sees the keys
@@ -254,7 +257,7 @@ def attend(
         key = block + tl.arange(0, KEYS)
         page = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
         token = page * page_stride + key % BLOCK_SIZE * token_stride
-        # Keys at positions >= `last` are not loaded: that memory might hold NaN, and NaN times a weight of 0 is NaN.
+        # Keys from position `last` on are not loaded. Their memory might hold NaN, and NaN times a weight of 0 is NaN.
         k = tl.load(k_head + token[None, :] + z[:, None], mask=(key < last)[None, :] & (z < SIZE)[:, None], other=0.0)
         scores = dot(q, k.to(q.dtype), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
@@ -281,7 +284,7 @@ def merge(
     more_weight_sum: tl.tensor,
     more_values: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """Merges two results of the function `attend`, for two ranges of keys, into the result for all these keys."""
+    """Merges the results of the function `attend` for two ranges of keys into one result for both ranges."""
     new_maximum = tl.maximum(maximum, more_maximum)
     base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     rescale, more_rescale = tl.exp2(maximum - base), tl.exp2(more_maximum - base)

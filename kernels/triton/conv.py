@@ -100,7 +100,7 @@ def conv_kernel(
     if block > 0:
         return
     old = tl.arange(0, HISTORY)[:, None]
-    # All threads must have read the old state before one of them overwrites it with the new state.
+    # All threads must have read the old state before any thread overwrites the old state with the new state.
     final = read(rows, slot, length - (WIDTH - 1) + old, length, known, x_stride, channels, inside, WIDTH)
     if not DECODE:
         for i in range(tl.load(save_start + sequence), tl.load(save_start + sequence + 1)):
@@ -124,7 +124,7 @@ def read(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Returns the inputs of a sequence at the positions t [rows, 1] in the sequence: [rows, D].
+    """Returns a tensor [rows, D]: the inputs of a sequence at the token positions `t` [rows, 1] within the sequence.
 
     Inputs with a negative number come from the sequence's state, or are zeros if it has none.
     """

@@ -1,6 +1,7 @@
 """This module compiles and launches Triton kernels, and defines functions that several kernels call."""
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _only_compiles: ContextVar[bool] = ContextVar("_only_compiles", default=False)
 
 
 class Kernel(JITFunction[Any]):
-    """A Triton kernel. At a launch with argument types for which it was not compiled before, it is compiled.
+    """A Triton kernel, which is compiled at its first launch with each combination of argument types.
 
     Inside `compile_launches` a launch only compiles the kernel and does not run it.
     """
@@ -36,7 +37,7 @@ class Kernel(JITFunction[Any]):
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Makes a function a Triton kernel, as the decorator `triton.jit` does, but with the return type Any.
+    """Turns a Python function into a Triton kernel, like the decorator `triton.jit`, but has the return type Any.
 
     The types of `triton.jit` do not describe the launch of a kernel and treat every argument as a tensor.
     """
@@ -46,7 +47,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
-    """Calls `launch`, and compiles each kernel that it launches and loads it onto the device, but runs no kernel.
+    """Calls the function `launch`. Compiles and loads each kernel that `launch` would start, but runs no kernel.
 
     The compilers run in `executor`. The tensors may be on the device "meta". Returns the number of kernels and raises
     the first error. No other thread may launch a kernel at the same time.
@@ -57,7 +58,8 @@ def compile_launches(launch: Callable[[], object], executor: Executor) -> int:
             launch()
     finally:
         _only_compiles.reset(token)
-    # Reading the property `run` loads the kernel onto the device; triton 3.6 then also compiles a C launcher for it.
+    # Reading the property `run` loads the kernel onto the device. In triton 3.6, reading `run` also compiles a C
+    # function that launches the kernel.
     return sum(1 for _ in executor.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
 
 
@@ -67,7 +69,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @cache
 def capability() -> tuple[int, int]:
-    """Returns the GPU's compute capability, or (0, 0) in the interpreter.
+    """Returns the GPU's compute capability as (major, minor), or (0, 0) if the kernels run in Triton's interpreter.
 
     Tiles may depend on the capability, because results need to be equal only on one kind of device.
     """
@@ -86,8 +88,9 @@ def next_power_of_2(n: int) -> int:
 
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Rounds the float32 tensor x to the nearest numbers of the type `dtype`, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter's own conversion drops the low bits instead of rounding.
+    """Converts a float32 tensor x to the type `dtype`. Rounds to the nearest number, ties to even."""
+    # The conversion in Triton's interpreter drops the low bits instead of rounding.
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -103,7 +106,8 @@ def silu(x: tl.tensor) -> tl.tensor:
 def softplus(x: tl.tensor) -> tl.tensor:
     """Returns log(1 + exp(x)) of float32 x. If x is above 20, the rounded result is x itself."""
     e = tl.exp(tl.minimum(x, 20.0))
-    # This is Kahan's log1p: the factor e / (u - 1) corrects the rounding error of u = 1 + e.
+    # This is Kahan's method for log1p(e). The variable u is 1 + e, rounded. The factor e / (u - 1) corrects the
+    # rounding error of u.
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(x > 20.0, x, log1p)
@@ -116,7 +120,7 @@ def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     A product of float32 operands is computed as three TF32 products, because tensor cores do not multiply float32.
     """
     if INTERPRETED:
-        # This replaces the product `tl.dot`: the interpreter's version reads the bits of a bfloat16 as an integer.
-        # It also sums in an order that depends on a row's position in the tile.
+        # This code replaces the function `tl.dot` in Triton's interpreter. The interpreter's `tl.dot` reads the bits of
+        # a bfloat16 number as an integer. Its order of summation also depends on a row's position in the tile.
         return accumulator + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, accumulator, input_precision="tf32x3")

@@ -1,6 +1,7 @@
 """These kernels compute the batch-invariant matrix product with a weight."""
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Linear:
         return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
     def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """Implements a method of the protocol `Linear`, which is documented in the module `kernels.ops`."""
+        """Implements `Linear.rows`, a method of the protocol that the module `kernels.ops` documents."""
         return F.embedding(ids, weight)
 
     def __call__(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """Implements a method of the protocol `Linear`, which is documented in the module `kernels.ops`."""
+        """Implements `Linear.__call__`, a method of the protocol that the module `kernels.ops` documents."""
         data, scales, inputs, format = read(weight)
         rows, outputs = len(x), len(data)
         fits = x.shape[1] == inputs and x.stride(1) == 1 and (bool(format) or x.dtype == data.dtype)

@@ -1,11 +1,13 @@
-"""A Mamba layer's decode step between in_proj and out_proj takes three launches: convolution, x_proj, a fused kernel.
+"""In a decode step, a Mamba layer computes the operations between in_proj and out_proj in three kernel launches.
 
-The fused kernel computes the norms, dt_proj and the state update. It calls the same functions on the same tiles as the
-separate kernels, so it gives the same bits. With few rows it also adds the sections of x_proj's product (see
-`kernels.triton.narrow`). Every program repeats this sum, which for many rows would cost more than a separate launch.
+The launches are the convolution, x_proj and a fused kernel. The fused kernel computes the norms, dt_proj and the state
+update. It calls the same functions on the same tiles as the separate kernels, so it gives the same bits. With few rows
+it also adds the sections of x_proj's product (see `kernels.triton.narrow`). Every program repeats this sum, which for
+many rows would cost more than a separate launch.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
 """This number of programs fills a large GPU. With fewer programs, each computes one row only."""
-# The number of pipeline stages of the fused kernel. Two suffice for the short rows of dt_proj's weight. The buffers of
-# more stages would lower the occupancy.
+# The number of pipeline stages of the fused kernel. Two stages suffice, because the rows of dt_proj's weight are short.
+# The buffers of more stages would let fewer programs run at once.
 STAGES = 2
 
 
@@ -47,7 +49,7 @@ class MambaDecode:
         self._linear = Linear()
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
-        """Implements a method of the protocol `MambaDecode`, which is documented in the module `kernels.ops`."""
+        """Implements `MambaDecode.pack`, a method of the protocol that the module `kernels.ops` documents."""
         if not isinstance(weights.dt_proj, Tensor):
             raise TypeError(f"dt_proj must not be quantised; it is a {type(weights.dt_proj).__name__}")
         return weights._replace(scan=type(weights.scan)(*(weight.contiguous() for weight in weights.scan)))
@@ -55,7 +57,7 @@ class MambaDecode:
     def __call__(
         self, xz: Tensor, weights: MambaWeights, conv_state: Tensor, ssm_state: Tensor, state_ids: Tensor
     ) -> Tensor:
-        """Implements a method of the protocol `MambaDecode`, which is documented in the module `kernels.ops`."""
+        """Implements `MambaDecode.__call__`, a method of the protocol that the module `kernels.ops` documents."""
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
         few = program_rows(len(u), *weights.scan.a.shape) == 1
@@ -65,7 +67,7 @@ class MambaDecode:
 
 
 def block_channels(states: int) -> int:
-    """Returns how many channels a program computes: 32, or more if a channel has few states.
+    """Returns the number of channels that a program computes: 32, or more if each channel has few state entries.
 
     Each thread must hold at least four elements of the state. Otherwise the sum over a channel's states would be
     distributed over threads in another way than in the scan, and its bits would differ.
@@ -74,7 +76,10 @@ def block_channels(states: int) -> int:
 
 
 def program_rows(rows: int, channels: int, states: int) -> int:
-    """Returns how many rows (tokens) a program computes. It reads its part of dt_proj's weight once for all rows."""
+    """Returns the number of rows (tokens) that a program computes.
+
+    A program reads its part of dt_proj's weight once for all its rows.
+    """
     programs = rows * cdiv(channels, block_channels(states))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
@@ -82,7 +87,7 @@ def program_rows(rows: int, channels: int, states: int) -> int:
 def _update(
     u: Tensor, z: Tensor, projected: Tensor, weights: MambaWeights, ssm_state: Tensor, state_ids: Tensor
 ) -> Tensor:
-    """Launches the fused kernel that follows x_proj and returns the inputs of out_proj: dtype [N, D].
+    """Launches the fused kernel, which runs after x_proj. Returns the inputs of out_proj, a tensor [N, D] of u's dtype.
 
     `projected` is the result of x_proj [N, R + 2S], or the sums of its sections [sections, N, R + 2S].
     """
@@ -211,7 +216,7 @@ def normalize(
     BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ) -> None:
-    """Applies RMSNorm to rows `first` to `end` - 1 (at most ROWS rows), in tiles of the shape that `rms_norm` uses."""
+    """Applies RMSNorm to the rows `first` to `end` - 1 (at most ROWS), in tiles of the same shape as in `rms_norm`."""
     column = tl.arange(0, BLOCK)[None, :]
     scale = tl.load(weight + column, mask=column < size, other=0.0)
     for start in tl.static_range(0, ROWS, TILE_ROWS):

@@ -1,11 +1,12 @@
-"""These kernels compute a mixture of experts as two grouped matrix products, and `silu_and_mul` for dense layers too.
+"""These kernels compute a mixture of experts as two grouped matrix products.
 
-Rows are sorted by expert, and a tile has rows of one expert only. The number of tiles is known on the device only.
-The grid therefore has the largest possible number of tiles, and each program finds its own expert. So the host does not
-wait for the device.
+Dense layers use only the function `silu_and_mul` of this module. Rows are sorted by expert, and a tile has rows of one
+expert only. The number of tiles is known on the device only. The grid therefore has the largest possible number of
+tiles, and each program finds its own expert. So the host does not wait for the device.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 class Experts(NamedTuple):
-    """Holds the weights of E experts: gate_up [E, 2F, H], the gate's rows first, and down [E, H, F]."""
+    """Holds the weights of E experts: `gate_up` [E, 2F, H] and `down` [E, H, F].
+
+    In `gate_up`, the F rows of an expert's gate come before the F rows of its up projection.
+    """
 
     gate_up: Tensor | PackedWeight
     down: Tensor | PackedWeight
 
 
 class Groups(NamedTuple):
-    """Lists all choices of an expert by a token, sorted by expert.
+    """Lists all pairs of a token and an expert that the token chose, sorted by expert.
 
     `entries`: int64 [T * K]; the entry t * K + i means that token t chose the expert at index i of its top-k list.
     `start`: int64 [E + 1]; the entries of expert e are entries[start[e]:start[e + 1]].
@@ -66,7 +70,7 @@ class RunExperts:
         return experts
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """Implements a method of the protocol `RunExperts`, which is documented in the module `kernels.ops`."""
+        """Implements `RunExperts.__call__`, a method of the protocol that the module `kernels.ops` documents."""
         require(x.stride(1) == 1, "x", x, "have contiguous rows")
         weights, ids = weights.contiguous(), ids.contiguous()
         tokens, top_k = ids.shape
@@ -95,7 +99,10 @@ class RunExperts:
 
 
 def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
-    """Returns an upper bound of the total number of the experts' tiles. An expert's last tile can have a single row."""
+    """Returns an upper bound for the total number of tiles of all experts.
+
+    The last tile of an expert can have only one used row.
+    """
     return min(choices, experts + (choices - 1) // tile.rows)
 
 
@@ -103,7 +110,7 @@ def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
 def find_tile(
     entries: tl.tensor, start: tl.tensor, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Finds the tile that this program computes. Returns its expert, then `row`, `entry` and `filled`, each [ROWS, 1].
+    """Finds this program's tile. Returns the tile's expert and the tensors `row`, `entry` and `filled`, each [ROWS, 1].
 
     `row` has places among the rows sorted by expert, `entry` the elements of `entries` at these places, and
     `filled` says which rows of the tile are used. The expert is EXPERTS if the program has no tile.
@@ -141,14 +148,15 @@ def gate_up_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Writes silu(gate) * up for every token and each expert that the token chose to `activated`, sorted by expert.
+    """Writes silu(gate) * up of every token and each of the token's experts to `activated`, sorted by expert.
 
     The grid is (tiles, cdiv(intermediate, COLUMNS // 2)).
     """
     expert, row, entry, filled = find_tile(entries, start, EXPERTS, BLOCK_E, ROWS)
     if expert >= EXPERTS:
         return
-    # The tile's columns alternate between gate and up, so that one program computes both factors of silu(gate) * up.
+    # The columns of the tile alternate between gate and up. So one program computes the gate and the up value of the
+    # same elements, and can multiply silu(gate) by up.
     pair = tl.arange(0, COLUMNS)[None, :]
     weight_column = tl.program_id(1) * (COLUMNS // 2) + pair // 2
     weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column
@@ -195,7 +203,7 @@ def down_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Writes the weighted output of each token's K experts to `outputs`, in the order of the top-k lists.
+    """Writes each token's K expert outputs, multiplied by their weights, to `outputs` in the order of the top-k list.
 
     The grid is (tiles, cdiv(hidden, COLUMNS)).
     """

@@ -6,7 +6,8 @@ computes all sections of its tile. If x has few rows, each section has its own p
 sums that these programs have written to memory. Both ways give the same bits.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
 from jamba_server.kernels.triton.product import Tile
 
-SECTION = 512  # The number of elements along K in a section.
-# If x has at least this number of rows, one program computes all sections of a tile. With fewer rows, such programs
-# would be too few to fill the GPU, so each section of a tile has a program of its own.
+SECTION = 512  # The number of elements in a section of K, the summed dimension of the product.
+# If x has at least this number of rows, one program computes a tile over all sections of K. With fewer rows there would
+# be too few such programs to fill the GPU, so a separate program computes each section of each tile.
 MANY_ROWS = 1024
 SUM_BLOCK = 1024
 
@@ -35,9 +36,13 @@ def is_narrow(outputs: int, inputs: int) -> bool:
 
 
 def tile_for(rows: int, item_bytes: int) -> Tile:
-    """Returns the tile for a product with `rows` rows of x. It has at least 64 rows, as in `kernels.triton.product`."""
+    """Returns the tile for a product with `rows` rows of x.
+
+    The tile has at least 64 rows.
+    """
     inner = 128 // item_bytes
-    if rows < MANY_ROWS:  # Without a value of `max_registers`, the compiler spills registers on sm_120.
+    # On GPUs of compute capability 12.0, the compiler spills registers of this smaller tile without `max_registers`.
+    if rows < MANY_ROWS:
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=4, max_registers=255)
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 
@@ -65,7 +70,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def section_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns the sums of x @ weight.T over each section of K: float32 [sections, T, N]."""
+    """Returns the part of x @ weight.T that each section of K contributes: float32 [sections, T, N]."""
     (rows, inputs), outputs = x.shape, len(weight)
     fits = x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
     require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
@@ -91,7 +96,7 @@ def section_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
-    """Writes one tile of a section's sums. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
+    """Writes one section's part of one tile. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     start = tl.program_id(2) * SECTION
@@ -145,7 +150,7 @@ def section_product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ) -> tl.tensor:
-    """Returns x @ weight.T over the `size` inputs of a section: float32 [ROWS, COLUMNS].
+    """Returns the part of x @ weight.T that one section of `size` inputs contributes: float32 [ROWS, COLUMNS].
 
     x: pointers to the first input of each row [ROWS, 1]; weight: pointers to the first input of each row of the weight
     [1, COLUMNS].
@@ -174,7 +179,7 @@ def sum_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds the sums of the sections and the bias. The grid is (cdiv(size, BLOCK)), where `size` is out.numel()."""
+    """Adds the parts of all sections, and the bias. The grid is (cdiv(size, BLOCK)), where `size` is out.numel()."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = add_sections(sums + at, at < size, sections, size)
     if HAS_BIAS:
@@ -184,7 +189,7 @@ def sum_kernel(
 
 @jit
 def add_sections(sums: tl.tensor, mask: tl.tensor, sections: tl.tensor, stride: tl.tensor) -> tl.tensor:
-    """Adds the sums of all sections in ascending order. sums: pointers to the sums of the first section."""
+    """Adds the parts of all sections in ascending order. The pointers `sums` point to the first section's parts."""
     total = tl.load(sums, mask=mask, other=0.0)
     for _ in range(1, sections):
         sums += stride

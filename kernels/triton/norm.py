@@ -8,12 +8,12 @@ from torch import Tensor
 
 from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, next_power_of_2, rounded
 
-# The number of elements that a program normalises. A row with more elements is a program of its own.
+# The number of elements that a program normalises. If a row has more elements, a program normalises only this row.
 PROGRAM_ELEMENTS = 2048
 
 
 def tile_rows(block: int) -> int:
-    """Returns how many rows a tile has if a row is padded to `block` elements.
+    """Returns the number of rows in a tile, where each row is padded to `block` elements.
 
     This number and the number of warps determine the order in which a row is summed.
     """
@@ -64,7 +64,7 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds `residual`, if there is one, to ROWS rows of x and normalises the sums. The grid is (cdiv(rows, ROWS))."""
+    """Adds the tensor `residual`, if given, to ROWS rows of x. Normalises the sums. The grid is (cdiv(rows, ROWS))."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < size)

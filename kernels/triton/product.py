@@ -11,7 +11,8 @@ and tensor cores can read only their first operand from registers. The tile then
 16 rows.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ FEWER_ROWS = 16  # The number of rows of x in the smallest tile, for quantised w
 
 
 class Tile(NamedTuple):
-    """The size of the tile that a program computes, and launch options. A step multiplies `inner` elements along K."""
+    """The shape of the output tile that a program computes, and the launch options of the kernel.
+
+    One iteration of the kernel's loop multiplies `inner` elements of each row of x.
+    """
 
     rows: int
     columns: int
@@ -67,8 +71,8 @@ def _quantized_tile(rows: int, item_bytes: int) -> Tile:
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
     """
     inner, max_registers = GROUP.value, 255
-    # A float32 element takes three registers, one for each of its TF32 products, so the tile is small. With int4, more
-    # than 3 pipeline stages do not fit into 99 KiB of shared memory.
+    # Each float32 element needs three registers, one for each of its three TF32 products, so the tile is small. With
+    # int4 weights, more than 3 pipeline stages do not fit into 99 KiB of shared memory.
     if item_bytes == 4:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
     if rows <= FEWER_ROWS:
@@ -160,7 +164,8 @@ def quantized_product(
     weight_at = tl.trans(weight + weight_row * (tl.cdiv(size, GROUP) * words)) + tl.arange(0, words)[None, :]
     x_at = x + k
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    # With an explicit number of stages, the loop prefetches the scales as well as the weight.
+    # If the number of the loop's pipeline stages is given explicitly, the loop prefetches the scales as well as the
+    # weight.
     for start in tl.range(0, size, GROUP, num_stages=STAGES):
         a = numbers(tl.load(weight_at, mask=mask, other=0), FORMAT).to(dtype)
         b = tl.trans(tl.load(x_at, mask=x_mask & (k < size - start), other=0.0))

@@ -1,4 +1,4 @@
-"""This module defines the layout of quantised weights on the GPU, and how a matrix product reads them.
+"""This module defines how quantised weights are stored on the GPU, and how a matrix product reads such weights.
 
 The inputs of a row are padded with zeros to whole groups of 128. A group of int8 or fp8 has 32 words of 32 bits and two
 parts; a group of int4 has 16 words and four parts. Number 2w + h of a part is in half h of word w, and the first part
@@ -14,7 +14,8 @@ register. One more instruction then converts both numbers:
 Every such number is exact in bfloat16 and in every other dtype of x. The scales are applied after the products.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
 GROUP = tl.constexpr(128)
 """The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
 
-# The number of weight elements that are packed at a time. Packing needs 4 bytes of temporary memory for each element.
+# The largest number of weight elements that are packed at a time. Packing needs 4 bytes of temporary memory for each
+# element.
 CHUNK: Final = 1 << 22
 BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
@@ -52,7 +54,7 @@ class PackedWeight(NamedTuple):
 
 
 def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """Returns a weight [..., N, K], packed or not quantised, as a PackedWeight.
+    """Returns a weight [..., N, K] as a PackedWeight. The weight is already packed, or it is not quantised.
 
     An unquantised weight gets the format "", and kernels do not read its scales.
     """
@@ -86,7 +88,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
 
 
 def _words(values: Tensor, format: str) -> Tensor:
-    """Packs int8 [rows, K] (the bits of fp8 numbers count as int8) into int32 [rows, words per row]."""
+    """Packs int8 numbers [rows, K] into int32 words [rows, words per row]. fp8 numbers are passed as int8 bits."""
     bits = BITS[format]
     numbers = F.pad(values, (0, -values.shape[-1] % GROUP.value)).int()
     if format == "int4":
@@ -95,7 +97,8 @@ def _words(values: Tensor, format: str) -> Tensor:
         numbers = numbers.abs() | (numbers & 0x80)
     else:
         numbers = numbers & 0xFF
-    # The shape becomes [rows, groups, numbers of a half word, words of a group, halves of a word].
+    # The last dimension is split. The new shape is [rows, groups, numbers per half word, words per group, halves per
+    # word].
     numbers = numbers.unflatten(-1, (-1, 16 // bits, GROUP.value * bits // 32, 2))
     shifts = torch.arange(16 // bits, dtype=torch.int32, device=values.device) * bits
     halves = (numbers << shifts[:, None, None]).sum(2, dtype=torch.int32)
@@ -104,7 +107,7 @@ def _words(values: Tensor, format: str) -> Tensor:
 
 @jit
 def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """Returns the numbers of one group, bfloat16 [rows, GROUP], from words, int32 [rows, words of a group]."""
+    """Unpacks the numbers of one group, from int32 words [rows, words of a group] to bfloat16 [rows, GROUP]."""
     if FORMAT == "int4":
         first = tl.join(int4_part(words, 0), int4_part(words, 1))
         second = tl.join(int4_part(words, 2), int4_part(words, 3))
@@ -116,13 +119,13 @@ def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @jit
 def int4_part(words: tl.tensor, PART: tl.constexpr) -> tl.tensor:
-    """Returns the int4 numbers in bits 4 * PART to 4 * PART + 3 of each half of a word."""
+    """Returns the int4 numbers in bits 4 * PART to 4 * PART + 3 of the two 16-bit halves of each word."""
     return difference((words >> (4 * PART)) & 0x000F000F | 0x43004300, tl.full(words.shape, 0x43084308, tl.int32))
 
 
 @jit
 def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """Returns the int8 or fp8 numbers in the upper byte of each half of a word."""
+    """Returns the int8 or fp8 numbers in the upper bytes of the two 16-bit halves of each word."""
     sign = words & -0x7FFF8000
     if FORMAT == "int8":
         x = difference((words >> 8) & 0x007F007F | sign | 0x43004300, sign | 0x43004300)
@@ -131,12 +134,13 @@ def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     return x
 
 
-# Triton's interpreter cannot compute in bfloat16. In the interpreter, these functions compute in float32.
+# Triton's interpreter cannot compute in bfloat16. In the interpreter, the functions `difference` and `scaled` compute
+# in float32.
 
 
 @jit
 def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
-    """Subtracts the bfloat16 numbers in `others` from the numbers in `words`, exactly. Each word holds two numbers."""
+    """Returns words - others without rounding errors. Each word of the two tensors holds two bfloat16 numbers."""
     x, y = pairs(words), pairs(others)
     if INTERPRETED:
         return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
@@ -145,7 +149,7 @@ def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
 
 @jit
 def scaled(words: tl.tensor) -> tl.tensor:
-    """Multiplies the bfloat16 numbers in `words` by 2^120, exactly. Each word holds two numbers."""
+    """Multiplies by 2^120 without rounding errors. Each word of the tensor `words` holds two bfloat16 numbers."""
     x = pairs(words)
     if INTERPRETED:  # The interpreter's conversion to float32 turns subnormal numbers into zeros.
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -155,7 +159,7 @@ def scaled(words: tl.tensor) -> tl.tensor:
 
 @jit
 def pairs(words: tl.tensor) -> tl.tensor:
-    """Returns the bfloat16 numbers in the lower and the upper half of each word: [rows, 2 * words]."""
+    """Unpacks the two bfloat16 numbers of each word, the number in the lower half first: [rows, 2 * words]."""
     lower = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
     upper = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.join(lower, upper), (words.shape[0], 2 * words.shape[1]))

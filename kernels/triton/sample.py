@@ -8,7 +8,8 @@ The noise is computed in float32 and differs from that of `kernels/reference/sam
 masses differ as much. The scores are equal.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -22,12 +23,13 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import SampleInputs
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2
 
-BLOCK = 4096  # The number of logits that a program of `best_kernel` or `draw_kernel` reads.
-# The number of logits that the kernel `cut_kernel` reads at a time, and the number of warps of its programs.
+BLOCK = 4096  # The number of logits that a program of the kernel `best_kernel` or `draw_kernel` reads.
+# The number of logits that a program of the kernel `cut_kernel` reads at a time, and its number of warps.
 CUT_BLOCK, CUT_WARPS = 8192, 16
-END = tl.constexpr(0x7F800001)  # A number larger than the key (see `key_of`) of every score, even of -infinity.
-NO_CUT = tl.constexpr(-1)  # Marks a row from which neither top-k nor top-p removes tokens.
-LEAST = tl.constexpr(-3.4e38)  # Replaces the largest logit of a row whose logits are all -infinity.
+# A number larger than the integer key of every score. The function `key_of` computes the keys.
+END = tl.constexpr(0x7F800001)
+NO_CUT = tl.constexpr(-1)  # Marks a row from which top-k and top-p remove no tokens.
+LEAST = tl.constexpr(-3.4e38)  # Replaces the largest logit of a row if all logits of the row are -infinity.
 
 
 def sample(logits: Tensor, inputs: SampleInputs) -> Tensor:
@@ -108,8 +110,8 @@ def cut_kernel(
         _, mass_before = measure(scores, size, p_low, True, BLOCK)
         _, mass = measure(scores, size, p_high, True, BLOCK)
         p_ties = tl.maximum(tl.ceil((wanted - mass_before) * within / (mass - mass_before)).to(tl.int32), 1)
-        # Top-p chooses among the tokens that top-k keeps, so only rounding errors can make its set the larger one. Then
-        # the set of top-k is used.
+        # Top-p chooses among the tokens that top-k keeps. Only rounding errors can make the set of top-p the larger
+        # set. In this case, the set of top-k is used.
         fewer = (k <= 0) | (before + p_ties < k)
         low, high, ties = tl.where(fewer, p_low, low), tl.where(fewer, p_high, high), tl.where(fewer, p_ties, ties)
     tl.store(cuts + row * 3, low)
@@ -119,7 +121,7 @@ def cut_kernel(
 
 @jit
 def key_of(score: tl.tensor) -> tl.tensor:
-    """Returns an integer key for a score, which must be at most 0. A higher score has a smaller key."""
+    """Returns an integer key for a score. The score must be at most 0. A higher score has a smaller key."""
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -127,7 +129,10 @@ def key_of(score: tl.tensor) -> tl.tensor:
 def measure(
     scores: tl.tensor, size: tl.tensor, bound: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Returns the number of tokens with a key below `bound` and, with BY_MASS, the sum of exp(score) over them."""
+    """Returns the number of tokens with a key below `bound`.
+
+    With BY_MASS, the function also returns the sum of exp(score) over these tokens.
+    """
     counts, masses = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -143,10 +148,11 @@ def measure(
 def search(
     scores: tl.tensor, size: tl.tensor, goal: tl.tensor, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Finds where the number or (BY_MASS) total probability of tokens, from the highest score down, reaches `goal`.
+    """Finds the token at which the tokens, taken from the highest score down, reach `goal`.
 
-    Returns a range of keys [low, high) that contains this token and possibly others with the same key, the number of
-    tokens with a key below low, and the number of tokens in the range.
+    With BY_MASS, `goal` is a sum of exp(score). Without BY_MASS, `goal` is a number of tokens. Returns a range of keys
+    [low, high) that contains this token and possibly others with the same key, the number of tokens with a key below
+    low, and the number of tokens in the range.
     """
     low, high, before, count = 0, END, 0, size
     while (high - low > 1) & (count - before > 1):
@@ -162,7 +168,7 @@ def search(
 def id_of(
     scores: tl.tensor, size: tl.tensor, low: tl.tensor, high: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Returns the `number`-th lowest id (counted from 1) among the tokens with a key in [low, high).
+    """Returns the `number`-th lowest token id (counted from 1) among the tokens with a key in [low, high).
 
     Returns `size` if there are fewer such tokens.
     """
@@ -193,7 +199,7 @@ def draw_kernel(
     scores: tl.tensor, ids: tl.tensor, size: tl.tensor, row_stride: tl.tensor,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Finds, in each block of tokens, the token with the largest sum of score and noise. The grid is (rows, blocks).
+    """Finds, in each block of tokens, the token with the largest noisy score. The grid is (rows, blocks).
 
     The results are scores and ids [rows, blocks]. `least` is log(min_p).
     """
@@ -223,7 +229,7 @@ def first_kernel(
     blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Writes the id of the token with a row's largest noisy score. If several blocks have it, the first block wins.
+    """Writes the id of the token with the largest noisy score of a row. Among equal blocks, the first block wins.
 
     The grid is (rows).
     """
@@ -235,15 +241,18 @@ def first_kernel(
 
 @jit
 def gumbel_noise(key: tl.tensor, i: tl.tensor) -> tl.tensor:
-    """Returns Gumbel noise -log(-log u). u in (0, 1) is made from output i of SplitMix64 seeded with `key`."""
+    """Returns Gumbel noise -log(-log u) for a uniform random number u in (0, 1).
+
+    The number u is made from output i of the random number generator SplitMix64, seeded with `key`.
+    """
     bits = (i + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64, bitcast=True)
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
     number = ((bits ^ (bits >> 31)) >> 12).to(tl.int64)
     other = (1 << 52) - 1 - number
-    # `end` is u if u is below 1/2, else 1 - u, because float32 cannot represent a u close to 1 precisely.
+    # The variable `end` is the smaller of u and 1 - u. If u is close to 1, float32 represents 1 - u more precisely.
     end = (tl.minimum(number, other).to(tl.float32) + 0.5) * 2.0**-52
-    # v is 1 - end, rounded. The first-order correction for the rounding is (1 - end - v) / v.
+    # The variable v is 1 - end, rounded. The first-order correction of log(v) for this rounding is (1 - end - v) / v.
     v = 1.0 - end
     upper = tl.log(v) + ((1.0 - v) - end) / v
     return -tl.log(-tl.where(number < other, tl.log(end), upper))

@@ -1,4 +1,4 @@
-"""This is the selective scan. A program scans a few channels of one sequence and keeps their state in registers.
+"""A program of this selective scan computes a few channels of a sequence and keeps their state in registers.
 
 A program processes the tokens in the order of time, so a chunk may end anywhere. Blocks of channels are narrow, so that
 one long prompt still gives hundreds of programs. Tokens are processed in groups: the inputs of the next group are
@@ -6,7 +6,8 @@ loaded while the current group is computed. dt and the gate, which do not depend
 for a whole group, so that all threads take part.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportReturnType=false
 
@@ -21,8 +22,8 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.ops import ScanInputs, ScanWeights, Segments
 from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_power_of_2, rounded, silu, softplus
 
-# The number of tokens in a group, whose inputs are loaded together. A larger group would need more registers than a
-# thread has.
+# The number of tokens in a group. The inputs of a group's tokens are loaded together. A larger group would need more
+# registers than a thread has.
 GROUP = 4
 SCHEDULERS = 528  # The number of warp schedulers of an H100 or H200 GPU.
 OPTIONS: dict[str, Any] = EXACT | {"num_warps": 1}
@@ -137,7 +138,7 @@ def walk(
     skip = tl.load(d + channel, mask=channel < channels, other=0.0)[None, :]
     bias = tl.load(dt_bias + channel, mask=channel < channels, other=0.0)[None, :]
     u_at, dt_at, z_at = u + channel[None, :], dt + channel[None, :], z + channel[None, :]
-    # Each iteration scans the rows up to the next state that must be saved. The last iteration scans up to `end`.
+    # Each iteration scans up to the next row whose state must be saved. The last iteration scans up to `end`.
     for i in range(save, last_save + 1):
         more = i < last_save
         saved = tl.load(save_rows + i, mask=more, other=0)
@@ -179,7 +180,7 @@ def walk(
 def vectors(
     at: tl.tensor, stride: tl.tensor, row: tl.tensor, last: tl.tensor, mask: tl.tensor, GROUP: tl.constexpr
 ) -> tl.tuple:
-    """Returns GROUP rows of b or c, each [S], from `row` on. Rows after `last` are replaced by row `last`."""
+    """Returns the vectors [S] of b or c for GROUP rows, from `row` on. Rows after `last` are replaced by row `last`."""
     rows = ()
     for k in tl.static_range(GROUP):
         rows += (load(at + tl.minimum(row + k, last).to(tl.int64) * stride, mask),)
@@ -217,7 +218,7 @@ def step(
     skip: tl.tensor,
     bias: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """Returns the next state [D, S] and the output y [D] for one token. `rate` is a / ln 2, for use with `exp2`."""
+    """Returns the next state [D, S] and the output y [D] for one token. `rate` is a / ln 2, for `exp2`."""
     delta = softplus(dt + bias)
     h = decayed(h, delta, delta * u, b, rate)
     return h, gated(tl.sum(h * c[None, :], axis=1), u, z, skip)
@@ -231,5 +232,5 @@ def decayed(h: tl.tensor, delta: tl.tensor, drive: tl.tensor, b: tl.tensor, rate
 
 @jit
 def gated(read: tl.tensor, u: tl.tensor, z: tl.tensor, skip: tl.tensor) -> tl.tensor:
-    """Returns the output y = (h @ c + d * u) * silu(z). `read` is h @ c and `skip` is d."""
+    """Returns the output y = (h @ c + d * u) * silu(z). The argument `read` is h @ c, `skip` is d."""
     return tl.fma(skip, u, read) * silu(z)

@@ -7,7 +7,8 @@ are counted from the first token of this step, so the last bits of results depen
 The last bits also differ from those of `scan`'s results.
 """
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from jamba_server.kernels.triton.scan import (
 )
 
 CHUNK = 256  # The number of tokens in a chunk, a multiple of GROUP.
-MIN_CHUNKS = 4  # If the longest prompt has fewer chunks than this, all prompts are scanned sequentially.
+# The chunked scan is used only if the longest prompt has at least this number of chunks. Otherwise all prompts are
+# scanned sequentially.
+MIN_CHUNKS = 4
 BLOCK_CHANNELS = 16  # The number of channels that a program scans.
 
 
@@ -46,7 +49,7 @@ def selective_scan(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, 
 
 
 def pays(rows: int, longest: int, channels: int) -> bool:
-    """Returns whether the scan in two levels is expected to be faster than the sequential scan.
+    """Returns whether the chunked scan is expected to be faster than the sequential scan.
 
     Two levels execute 1.6 times as many instructions (counted, not timed), but only CHUNK tokens follow each other.
     This pays where the sequential scan would have fewer warps than the GPU has schedulers. The number of warps is
@@ -104,7 +107,7 @@ def _chunked(inputs: ScanInputs, weights: ScanWeights, ssm_state: Tensor, segmen
 
 @jit
 def place_of(start: tl.tensor, sequence: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
-    """Returns the index in `starts` and `times` of a sequence's first chunk.
+    """Returns the index of a sequence's first chunk in the tensors `starts` and `times`.
 
     `start` is the sequence's first row. The places leave enough room for the chunks of the sequences before it,
     whatever their lengths.
@@ -119,7 +122,7 @@ def chunk_kernel(
     channels: tl.tensor, u_stride: tl.tensor, dt_stride: tl.tensor, b_stride: tl.tensor,
     STATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Scans one chunk from a zero state, and writes its final state and the sum of its step sizes dt.
+    """Scans one chunk, starting from a zero state. Writes the chunk's final state and the sum of its step sizes dt.
 
     The final state is written to `starts` at the place of the next chunk, the sum of dt to `times` at the chunk's own
     place. The grid is (cdiv(channels, BLOCK_D), chunks of the longest sequence minus 1, sequences), because the last

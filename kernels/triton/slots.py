@@ -1,6 +1,7 @@
 """These kernels write keys and values to pages, and copy, compress and restore Mamba states between slots."""
 
-# The type checker pyright cannot infer the types inside a Triton kernel, so these checks of it are turned off.
+# Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
+# that would report false errors there.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jamba_server.kernels.triton.launch import EXACT, INTERPRETED, cdiv, jit, ne
 BLOCK = 4096  # The number of elements that a program of `copy_kernel` copies.
 CHANNELS = 128  # The number of channels that a program compresses or restores.
 LEVELS, SMALLEST = tl.constexpr(127.0), tl.constexpr(2.0**-100)
-ROUND = tl.constexpr(1.5 * 2.0**23)  # (x + ROUND) - ROUND rounds a float32 x to an integer, ties to even.
+# Adding and then subtracting ROUND rounds a float32 number to an integer, ties to even.
+ROUND = tl.constexpr(1.5 * 2.0**23)
 FP8_LIMIT = tl.constexpr(448.0)  # The largest number in float8_e4m3fn.
 
 
@@ -116,8 +118,9 @@ def stored(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     if dtype == tl.float8e4nv:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -FP8_LIMIT), FP8_LIMIT)
         if INTERPRETED:
-            # The interpreter converts to float8 with other rounding than a GPU, so x is rounded before the conversion:
-            # to a multiple of 2**-9 if |x| is below 2**-6, otherwise to a mantissa of three bits.
+            # When Triton's interpreter converts to float8, it rounds differently from a GPU. So x is rounded before the
+            # conversion. If |x| is below 2**-6, x is rounded to a multiple of 2**-9. Otherwise the mantissa of x is
+            # rounded to three bits.
             bits = x.to(tl.int32, bitcast=True)
             digits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             x = tl.where(tl.abs(x) < 2.0**-6, (x + 1.5 * 2.0**14) - 1.5 * 2.0**14, digits)
@@ -195,6 +198,6 @@ def restore_kernel(
 def places(
     channel: tl.tensor, channels: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Returns the offsets in a slot of each channel's numbers, and a mask of offsets in use: both [CHANNELS, BLOCK]."""
+    """Returns the offsets of each channel's numbers in a slot, and a mask of used offsets, each [CHANNELS, BLOCK]."""
     column = tl.arange(0, BLOCK)[None, :]
     return channel[:, None] * SIZE + column, (channel[:, None] < channels) & (column < SIZE)
