@@ -32,7 +32,7 @@ class Mamba:
         self._dt_norm, self._b_norm, self._c_norm = (RmsNorm(backend, size, eps) for size in self._x_parts)
         # This matrix product has no bias, because the selective scan adds the bias of dt_proj in float32.
         self._dt = Linear(backend, r, {"dt_proj": d}, role="other")
-        # `a` holds A_log until `_pack` replaces it by A = -exp(A_log).
+        # The field `a` holds A_log until the method `_pack` replaces A_log by A = -exp(A_log).
         self._scan_weights = ScanWeights(
             a=backend.empty(d, s, dtype=torch.float32),
             d=backend.empty(d, dtype=torch.float32),

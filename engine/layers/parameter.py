@@ -15,9 +15,9 @@ from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
-"""How dummy weights fill a tensor. "normed": random with variance 1 / (size of the last dimension). "unit": random with
-variance 1. "one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its softplus is a time
-step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
+"""The ways to fill a tensor with dummy weights. "normed": random with variance 1 / (size of the last dimension).
+"unit": random with variance 1. "one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its
+softplus is a time step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 
 class Destination(NamedTuple):
@@ -88,8 +88,8 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The kernels that compute a model, the model's dtype and device, and the policy that says which weights are
-    quantised."""
+    """The kernels that compute a model, the model's dtype and device, and the policy that says which of the model's
+    weights are quantised."""
 
     kernels: Kernels
     dtype: torch.dtype

@@ -94,11 +94,12 @@ class DummySteps:
             yield self._output([Chunk(self._sequence(2), 1, 2, num_sampled=1)])
 
     def of_all_sizes(self) -> Iterator[SchedulerOutput]:
-        """Yields steps of decodes, of long prompts and of one-token prompts, whose sizes are powers of two. Each tile
-        shape of a kernel is used for a range of sizes whose largest size is more than twice the smallest. The range
-        therefore contains a power of two, and the steps use every tile shape. Steps with one and with two cache copies
-        follow: Triton compiles a kernel again for an address that is not a multiple of 16. In a list with a single
-        copy, the column of destinations has such an address."""
+        """Yields steps of decodes, of long prompts and of one-token prompts, whose sizes are powers of two. A kernel
+        chooses its tile shape by the size of the step. Every tile shape is chosen for a range of sizes whose largest
+        size is more than twice the smallest, so the range contains a power of two. The steps therefore use every tile
+        shape. At the end, a step with one cache copy and a step with two cache copies follow, because Triton compiles a
+        kernel again if an address is not a multiple of 16. In a list of one copy, the column of destinations has such
+        an address."""
         if self._max_model_len > 1:
             reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
             for count in _powers_of_two(self.max_num_seqs):

@@ -42,7 +42,7 @@ def load_weights(
     files are memory-mapped.
 
     Weights that one kernel uses together (one matrix product, the experts of one layer) are quantised and packed as
-    soon as the last of them is read. Their raw form is then freed, so the model is never in memory twice.
+    soon as all of these weights are read. The raw weights are then freed, so the model is never in memory twice.
 
     The function checks that every weight is filled exactly once, and that every tensor in the files is used or known to
     be superfluous (`read_model` warns of superfluous tensors that the user may expect to be used). If the model's head
@@ -118,8 +118,8 @@ class _Loader:
         self._filled_by: dict[str, str] = {}  # maps the name of a weight to the name of the tensor that filled it
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
-        """Copies `tensor` into the weights that it fills. Raises CheckpointError if its name is unknown or was loaded
-        already, or if its shape, its dtype or one of its values is wrong."""
+        """Copies `tensor` into the weights that it fills. Raises CheckpointError in three cases: the name of the tensor
+        is unknown, the weights are filled already, or the tensor's shape, its dtype or one of its values is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
@@ -206,7 +206,7 @@ def dummy_weights(model: Model, seed: int) -> None:
     units = deque(model.tensor_map().units)
     devices = [data.device for unit in units for data, _ in unit.destinations.values()]
     # Raw weights that will be quantised are in host memory. If the model runs on a GPU, the random numbers for these
-    # weights are still drawn on the GPU, because it draws billions of numbers much faster.
+    # weights are still drawn on the GPU, because a GPU draws billions of numbers much faster than a CPU.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
         pack = _fill_unit(units.popleft(), seed, device)
