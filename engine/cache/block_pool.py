@@ -26,7 +26,7 @@ class BlockPool:
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
         self._worth: dict[int, float] = {}
-        # The ids of free units without a key. The last id of the list is handed out first.
+        # The ids of free units without a key. The id at the end of this list is handed out first.
         self._empty = list(range(size - 1, 0, -1))
         # Maps the id of each cached unit to (eviction priority, release number). The unit with the lowest priority is
         # evicted first. The release number is the value of the counter `_releases` when the unit was released; it
@@ -65,7 +65,8 @@ class BlockPool:
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
         """Returns the ids of `n` free units and gives each of these units one reference. Returns None, and changes
-        nothing, if fewer than `n` units are free. If `evict` is false, no unit with a key is handed out."""
+        nothing, if fewer than `n` units are free. If `evict` is false, only units without a key are handed out, so that
+        no unit is evicted."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -94,7 +95,7 @@ class BlockPool:
         unit has a key already or another unit has this key.
 
         The argument `worth` is the cost of losing the unit's content. All calls for one pool must give this cost in the
-        same unit of measurement, for example in tokens to compute again.
+        same measure, for example as the number of tokens to compute again.
         """
         assert self.refs[i] > 0, f"unit {i} has no reference"
         if key in self._ids or i in self._keys:

@@ -98,7 +98,7 @@ class CacheManager:
         self.pages, self.store = BlockPool(num_pages), store
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         # Maps the key of a prefix of full blocks to the token lists that follow this prefix in partly filled pages.
-        # Only pages with a saved state at their end are listed.
+        # Only pages at whose end a state is saved are listed.
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
@@ -135,9 +135,10 @@ class CacheManager:
         return PrefixHit(0, (), None, None, shared, *self._missed(hashes, 0, len(blocks)))
 
     def _find_tail(self, seq: Sequence, root: bytes, start: int, limit: int) -> tuple[int, int, int] | None:
-        """Finds the longest partly filled page that continues the prefix with key `root` by tokens of `seq` and has a
-        saved state at its end. Returns (position of its end in `seq`, page, place of the state), or None. `start` is
-        the number of tokens in the prefix. The position is at most `limit`."""
+        """Finds a partly filled page that continues the prefix with key `root` by tokens of `seq`, and at whose end a
+        state is saved. Of several such pages, the page with the most tokens is chosen. Returns (position of the page's
+        end in `seq`, page, place of the state), or None if there is no such page. `start` is the number of tokens in
+        the prefix. The returned position is at most `limit`."""
         found: tuple[int, int, int] | None = None
         for tail in self._tails.get(root, ()):
             end = start + len(tail)
@@ -166,7 +167,8 @@ class CacheManager:
         changes nothing, if no slot is free or if fewer than `reserve` pages would remain free."""
         sources = () if hit.tail_page is None else (hit.tail_page,)
         need = -(-num_tokens // self.block_size) - len(hit.block_ids)
-        # Pages of the hit that no sequence uses count as free at this point, but they are in use once `seq` has them.
+        # Pages of the hit that no sequence uses count as free at this point, but these pages will be in use once they
+        # are given to `seq`.
         revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))
         if need + revived + reserve > self.pages.num_free:
             return False
@@ -237,16 +239,17 @@ class CacheManager:
         return self.enabled and (position + 1) % self.interval == 0
 
     def _worthy(self, seq: Sequence) -> list[int]:
-        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely first. These
-        positions are the ends of messages, the end of the prefix that other requests share, the end of the prompt, and
-        the position one token before the end of the prompt. A request with the same prompt would continue from the last
-        of these positions. Each position is rounded down to a block boundary."""
+        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely position first.
+        These positions are the ends of messages, the end of the prefix that other requests share, the end of the
+        prompt, and the position one token before the end of the prompt. A later request with the same prompt would
+        continue from the position one token before the end of the prompt. Each position is rounded down to a block
+        boundary."""
         boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
         """Returns the copies that must run before the next step. The pages, slots and places that these copies read
-        stay referenced until `launch` is called."""
+        stay referenced until the method `launch` is called."""
         pages, self._page_copies = self._page_copies, []
         return CacheCopies(pages, *self.store.take_copies())
 

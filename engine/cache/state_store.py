@@ -26,9 +26,10 @@ class Room(NamedTuple):
 
 
 class StateStore(Protocol):
-    """Stores saved states. Each saved state is found by the key of the token prefix after which it was saved. A *place*
-    is a number that says where a saved state is stored; only the store knows its meaning. All state slots are handed
-    out by the store, so that the store learns which saved states are evicted to free a slot."""
+    """Decides where saved states are stored. Each saved state is found by the key of the token prefix after which it
+    was saved. A *place* is a number that says where a saved state is stored; only the store knows the meaning of this
+    number. All state slots are handed out by the store, so that the store learns which saved states are evicted to free
+    a slot."""
 
     # A slot holds the state of a running sequence or a saved state. If a store has a separate pool for saved states, a
     # saved state stays in a slot only until it has been copied to this pool.
@@ -41,7 +42,7 @@ class StateStore(Protocol):
 
     @property
     def num_saved(self) -> int:
-        """Returns the number of saved states that a lookup can find now."""
+        """Returns the number of saved states that the method `find` can find now."""
         ...
 
     def find(self, key: bytes) -> int | None:

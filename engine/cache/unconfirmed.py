@@ -37,11 +37,13 @@ class Unconfirmed:
 
     def discard(self) -> Set[bytes]:
         """Gives up all launched steps that are not confirmed, and returns the keys whose content these steps would have
-        written. The keys stay recorded until `clear` is called, so that an interrupted recovery can be repeated."""
+        written. The keys stay recorded until the method `clear` is called, so that an interrupted recovery can be
+        repeated."""
         keys = {key for _, key in self._keys}
         self._confirmed = self._launched
         return keys
 
     def clear(self) -> None:
-        """Drops the keys that `discard` returned, after the pool has forgotten them."""
+        """Drops the keys that the method `discard` returned. The caller calls `clear` after the pool has forgotten
+        these keys."""
         self._keys = []

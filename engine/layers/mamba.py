@@ -16,9 +16,9 @@ from jamba_server.kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segm
 
 
 class Mamba:
-    """Maps hidden states [T, H] to outputs of the same shape. `conv_state` [slots, W-1, D] and `ssm_state` float32
-    [slots, D, S] hold this layer's states in all slots, where W stands for d_conv, D for d_inner and S for d_state. The
-    slots of the batch's sequences are updated in place."""
+    """Maps hidden states [T, H] to outputs of the same shape. The arrays `conv_state` [slots, W-1, D] and `ssm_state`
+    float32 [slots, D, S] hold this layer's states in all slots, where W stands for d_conv, D for d_inner and S for
+    d_state. The slots of the batch's sequences are updated in place."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, d, s, r = config.hidden_size, config.d_inner, config.mamba_d_state, config.mamba_dt_rank

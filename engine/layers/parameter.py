@@ -22,7 +22,7 @@ softplus is a time step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 class Destination(NamedTuple):
     """The memory that one checkpoint tensor fills. `data` is a view of this memory. The view has the shape of the
-    tensor on disk, and can have any strides."""
+    tensor on disk. The strides of the view are arbitrary."""
 
     data: Tensor
     fill: Fill
@@ -63,7 +63,8 @@ class Unit(NamedTuple):
 
     Each weight in `destinations` must be filled exactly once: by the checkpoint tensor of its name, or by a checkpoint
     tensor named in `fused`, which fills several weights. When all destinations are filled, `pack` is called once.
-    `pack` frees the raw weights, so nothing else may hold a reference to the raw weights at that time.
+    `pack` frees the raw weights, so no other object is allowed to hold a reference to the raw weights when `pack` is
+    called.
     """
 
     destinations: Mapping[str, Destination]

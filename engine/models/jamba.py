@@ -43,8 +43,9 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """Takes and returns two tensors [T, H]. The two tensors that are taken are the output of the previous layer's
         feed-forward layer, and the residual stream, to which this output is not added yet. The two tensors that are
-        returned are the same for this layer. The first layer of the model takes the embeddings and None. `caches` are
-        this layer's K and V pages, or its convolution and SSM states."""
+        returned are the output of this layer's feed-forward layer, and the residual stream without this output. The
+        first layer of the model takes the embeddings and None. `caches` are this layer's K and V pages, or its
+        convolution and SSM states."""
         x, residual = self._input_norm.add(x, residual)
         x = self._mixer(x, batch, *caches)
         x, residual = self._pre_ff_norm.add(x, residual)
@@ -63,8 +64,8 @@ class DecoderLayer:
 
 
 class Jamba(ABC):
-    """Computes hidden states from token ids, with the layers that all Jamba architectures share. Subclasses add the
-    head."""
+    """Computes hidden states from token ids, with the layers that all Jamba architectures share. Each subclass adds its
+    own output head."""
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config = config
@@ -89,8 +90,8 @@ class Jamba(ABC):
         return self._head(hidden).float()
 
     def tensor_map(self) -> TensorMap:
-        """Returns the map from the name of each checkpoint tensor to the memory that it fills. Must be called before
-        any weight is packed."""
+        """Returns the map from the name of each checkpoint tensor to the memory that the tensor fills. Must be called
+        before any weight is packed."""
         tied = self._head.is_shared
         return TensorMap(
             units=(

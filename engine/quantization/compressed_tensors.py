@@ -2,9 +2,9 @@
 llm-compressor wrote for AI21's FP8 models. Each weight is float8_e4m3fn, and its `weight_scale` [rows, 1] has one scale
 for each output row.
 
-The configuration also asks that activations be rounded to fp8, with a scale for each token. Rounding activations only
-makes matrix products faster, and no tensor in the files depends on it. This server keeps activations in the model's
-dtype.
+The configuration also asks that activations be rounded to fp8, with a scale for each token. The only purpose of this
+rounding is to make matrix products faster, and no tensor in the files depends on the rounding. This server keeps
+activations in the model's dtype.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from jamba_server.engine.types import SamplingParams
 
 class Edit(NamedTuple):
     """A change to the logits of one row. The array `token_ids`, int64 [n], has the tokens whose logits change. The
-    array `values`, float32 [n], has for each of these tokens a number to add to its logit, or a repetition penalty."""
+    array `values`, float32 [n], has one number for each of these tokens: a number to add to the token's logit, or the
+    repetition penalty of the token."""
 
     row: int
     token_ids: NDArray[np.int64]

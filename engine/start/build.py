@@ -138,7 +138,8 @@ def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype
 
 
 def available_bytes(device: torch.device, config: EngineConfig) -> int:
-    """Returns how many bytes weights, activations and caches together may use on `device` at this moment."""
+    """Returns how many bytes of memory on `device` are available at this moment for weights, activations and caches
+    together."""
     if device.type == "cuda":
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
     return available_memory()

@@ -25,8 +25,7 @@ DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
 # Saved states get this fraction of the cache memory that the slots of running sequences do not use.
 SAVED_STATES_SHARE = 0.25
-# The least number of saved states with prefix caching: one for the end of a system prompt and another for the end of a
-# reply.
+# The least number of saved states with prefix caching: one state after the system prompt, and one state after a reply.
 MIN_SAVED_STATES = 2
 # The number of extra state slots that hold states until these states are compressed. A prompt saves up to four states
 # in a step.
@@ -106,11 +105,12 @@ def plan_memory(
     device: str,
     measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Fits the sizes that `engine` requests into `available_bytes` of memory on `device` ("cpu" or "cuda"). The memory
-    for activations is taken from `measured`, or estimated if `measured` is None. `layout` gives the sizes of KV pages
-    and states.
+    """Fits the sizes that `engine` requests into `available_bytes` of memory on `device` ("cpu" or "cuda"). The size of
+    the memory for activations is taken from `measured`, or estimated if `measured` is None. `layout` gives the sizes of
+    KV pages and states.
 
-    Raises ConfigError if the weights do not fit, or nothing remains for a sequence of one page and its state.
+    Raises ConfigError if the weights do not fit, or if the remaining memory is too small for a sequence of one page and
+    its state.
     """
     check_sizes(engine)
     if (free := available_bytes - weight_bytes) <= 0:

@@ -19,7 +19,8 @@ from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
 
-# Maps the end of a tensor's name to the key of config.json that decides whether the model has a tensor of this name.
+# Maps the end of a tensor's name to the key of config.json that decides whether the model has tensors whose names end
+# in this way.
 _DECIDED_BY: Final = {
     "mamba.conv1d.bias": "mamba_conv_bias",
     "mamba.in_proj.bias": "mamba_proj_bias",
@@ -242,8 +243,8 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
 
 def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch.device) -> None:
     """Fills `data` with uniform random numbers in [-bound, bound], whose variance is bound**2 / 3. Each number is a
-    constant times an integer hash of `key` and the index of the number, so it is the same on all devices. The numbers
-    are drawn in chunks on `device`, so that memory never holds a second copy of a big tensor."""
+    constant times an integer hash of `key` and the index of the number, so the number is the same on all devices. The
+    numbers are drawn in chunks on `device`, so that memory never holds a second copy of a big tensor."""
     width = data.numel() // len(data)
     rows = min(len(data), max(1, _CHUNK // width))
     steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP
@@ -265,7 +266,7 @@ def _scramble(bits: Tensor, key: int, scratch: Tensor) -> None:
     improves only the lowest bits. `key` is mixed in between the two multiplications; if it were only added to the
     input, the random sequences of all keys would be sections of one long sequence."""
     for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
-        # The right shift fills in copies of the sign bit, and the mask in the next statement clears them.
+        # The right shift inserts copies of the sign bit. The mask in the next statement clears these copies.
         torch.bitwise_right_shift(bits, shift, out=scratch)
         bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
         if shift == 16:
