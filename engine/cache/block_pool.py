@@ -12,12 +12,13 @@ class BlockPool:
     """Hands out the ids of cache units, counts the references to each unit, and finds a unit by the key of its content.
 
     A unit without references is free. A free unit that has a key keeps its content and key until its id is handed out
-    again; until then it is called cached. Free units without a key are handed out first. If there are none, the cached
-    unit with the lowest eviction priority is evicted. The priority of a unit is set when the unit is released: the cost
-    of losing the unit's content (the argument `worth` of `publish`) plus the priority of the last evicted unit
-    (GreedyDual, Young 1994). Of units of equal cost, the least recently used one is therefore evicted first. A unit of
-    higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool remembers the
-    keys of the units that were evicted last, so that statistics can count the cache misses that are due to an eviction.
+    again; until then it is called cached. Free units without a key are handed out first. If no such unit exists, the
+    cached unit with the lowest eviction priority is evicted. The priority of a unit is set when the unit is released:
+    the cost of losing the unit's content (the argument `worth` of `publish`) plus the priority of the most recently
+    evicted unit (GreedyDual, Young 1994). Of units of equal cost, the least recently used one is therefore evicted
+    first. A unit of higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool
+    remembers the keys of the most recently evicted units, so that statistics can count the cache misses that are due to
+    an eviction.
     """
 
     def __init__(self, size: int) -> None:
@@ -25,7 +26,7 @@ class BlockPool:
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
         self._worth: dict[int, float] = {}
-        # The ids of free units without a key. The last id of the list is handed out first.
+        # The ids of free units without a key. The id at the end of this list is handed out first.
         self._empty = list(range(size - 1, 0, -1))
         # Maps the id of each cached unit to (eviction priority, release number). The unit with the lowest priority is
         # evicted first. The release number is the value of the counter `_releases` when the unit was released; it
@@ -34,10 +35,11 @@ class BlockPool:
         # A heap of (priority, release number, id) for the cached units. An entry that differs from the unit's entry in
         # `_ranks` is out of date and is skipped.
         self._queue: list[tuple[float, int, int]] = []
-        self._clock = 0.0  # holds the eviction priority of the last evicted unit
+        self._clock = 0.0  # the eviction priority of the most recently evicted unit
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
-        self.evicted: list[tuple[int, bytes]] = []  # (id, key) of each unit that the last call of `allocate` evicted
+        # (id, key) of each unit that the most recent call of `allocate` evicted.
+        self.evicted: list[tuple[int, bytes]] = []
 
     @property
     def capacity(self) -> int:
@@ -45,25 +47,26 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Returns the number of units without references, with or without a key."""
+        """Returns the number of units without references. These units are counted whether they have a key or not."""
         return len(self._empty) + len(self._ranks)
 
     @property
     def num_cached(self) -> int:
-        """Returns the number of units with a key, in use or free."""
+        """Returns the number of units with a key. These units are counted whether they have references or not."""
         return len(self._keys)
 
     def lookup(self, key: bytes) -> int | None:
         return self._ids.get(key)
 
     def was_evicted(self, key: bytes) -> bool:
-        """Returns whether the unit that had `key` was evicted recently. The pool remembers the keys of the units that
-        were evicted last. The number of remembered keys is at most four times the number of units."""
+        """Returns whether the unit that had `key` was evicted recently. The pool remembers the keys of the most
+        recently evicted units. The number of remembered keys is at most four times the number of units in the pool."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
         """Returns the ids of `n` free units and gives each of these units one reference. Returns None, and changes
-        nothing, if fewer than `n` units are free. If `evict` is false, no unit with a key is handed out."""
+        nothing, if fewer than `n` units are free. If `evict` is false, only units without a key are handed out, so that
+        no unit is evicted."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -92,7 +95,7 @@ class BlockPool:
         unit has a key already or another unit has this key.
 
         The argument `worth` is the cost of losing the unit's content. All calls for one pool must give this cost in the
-        same unit of measurement, for example in tokens to compute again.
+        same measure, for example as the number of tokens to compute again.
         """
         assert self.refs[i] > 0, f"unit {i} has no reference"
         if key in self._ids or i in self._keys:

@@ -7,18 +7,20 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 # The largest number of rows of a graph; each row is one sequence or padding. Steps with more rows gain nothing from a
-# graph, because their kernels run longer than the host needs to launch the kernels.
+# graph, because the kernels of such steps run longer than the host needs to launch these kernels.
 MAX_ROWS = 512
 # Graphs are captured for contexts of FIRST_CONTEXT tokens, and then for lengths that grow by the factor CONTEXT_FACTOR.
-# Attention divides a context into splits, and a GPU graph always runs as many splits as its longest context needs.
-# Splits without tokens are cheap, so a few context lengths are enough. On a CPU the partial results of attention need
-# memory in proportion to rows * context. CPU_MAX_TOKENS limits this product: a step with a larger product takes so long
-# that a graph would not make this step faster.
+# Attention divides a context into splits: parts that are computed in parallel. A GPU graph always runs as many splits
+# as its longest context needs. Splits without tokens are cheap, so a few context lengths are enough. On a CPU,
+# CPU_FIRST_CONTEXT and CPU_CONTEXT_FACTOR replace FIRST_CONTEXT and CONTEXT_FACTOR, and the partial results of
+# attention need memory in proportion to rows * context. CPU_MAX_TOKENS limits this product: a step with a larger
+# product takes so long that a graph would not make this step faster.
 FIRST_CONTEXT, CONTEXT_FACTOR = 2048, 4
 CPU_FIRST_CONTEXT, CPU_CONTEXT_FACTOR, CPU_MAX_TOKENS = 512, 2, 1024**2
 BYTES_PER_GRAPH = 4 * 1024**2  # an estimate: a GPU graph stores several hundred kernels with their arguments
-# The size in bytes of the inputs of one row, without its page table: token id, KV slot and token source are int64;
-# state slot and context length are int32.
+# The size in bytes of the inputs of one row of a graph, without the row's page table. Three inputs are int64: the token
+# id, the place of the token's key and value in the KV pages, and the place from which the token id is read. Two inputs
+# are int32: the state slot and the context length.
 ROW_BYTES = 3 * 8 + 2 * 4
 # The size in bytes of the buffer for partial results of attention on a GPU. This size limits how many rows attention
 # processes at once.
@@ -34,10 +36,10 @@ class GraphKey(NamedTuple):
 
 
 class GraphSizes:
-    """The sizes of the graphs. For each number of rows there are graphs for a few context lengths, the last of which is
-    `max_model_len`. On a GPU the numbers of rows are 1, 2, 4, then multiples of 8, up to `max_num_seqs` or MAX_ROWS,
-    because padding rows cost almost nothing there. On a CPU there is a graph for every number of rows, because
-    capturing a graph is fast there."""
+    """The sizes of the graphs. For each number of rows there are graphs for a few context lengths; the longest context
+    has `max_model_len` tokens. On a GPU the numbers of rows are 1, 2, 4, then multiples of 8, up to the smaller of
+    `max_num_seqs` and MAX_ROWS. Few numbers of rows are enough on a GPU, because padding rows cost almost nothing
+    there. On a CPU there is a graph for every number of rows, because capturing a graph is fast there."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         on_cpu = device == "cpu"
@@ -51,8 +53,8 @@ class GraphSizes:
         self.contexts[-1] = max_model_len
 
     def key(self, rows: int, context: int) -> GraphKey | None:
-        """Returns the size of the smallest graph for `rows` sequences of at most `context` tokens, or None if steps of
-        this size run without a graph."""
+        """Returns the size of the smallest graph that can run `rows` sequences of at most `context` tokens each.
+        Returns None if steps of this size run without a graph."""
         if rows > self.rows[-1]:
             return None
         rows, context = self.rows[bisect_left(self.rows, rows)], self.contexts[bisect_left(self.contexts, context)]
@@ -60,7 +62,7 @@ class GraphSizes:
 
     @property
     def keys(self) -> list[GraphKey]:
-        """Returns the sizes of all graphs that may be captured."""
+        """Returns the sizes of all graphs that the engine is allowed to capture."""
         keys = (self.key(rows, context) for rows in self.rows for context in self.contexts)
         return [key for key in keys if key is not None]
 
@@ -72,5 +74,5 @@ class GraphSizes:
 
     def graph_bytes(self, bytes_per_row: int) -> int:
         """Returns the number of bytes that all graphs of a GPU need together. The graphs share one memory pool for
-        activations; a forward pass uses `bytes_per_row` of it for each row."""
+        activations. A forward pass uses `bytes_per_row` bytes of this pool for each row."""
         return len(self.keys) * BYTES_PER_GRAPH + self.rows[-1] * bytes_per_row + ATTENTION_BYTES

@@ -49,8 +49,9 @@ def attention_cache(*, block_size: int, num_kv_heads: int, head_dim: int, dtype:
 
 def mamba_cache(*, d_inner: int, d_state: int, d_conv: int, dtype: CacheDtype, compressed: bool) -> LayerCache:
     """Returns the cache tensors of a Mamba layer. D stands for d_inner, S for d_state and W for d_conv. A slot has
-    `conv` [W-1, D], the last W-1 inputs of the convolution, and `ssm` [D, S], the SSM state in float32. In a compressed
-    saved state, int8 `values` [D, S] and float32 `scales` [D], one for each channel, replace `ssm`."""
+    `conv` [W-1, D], the last W-1 inputs of the convolution, and `ssm` [D, S], the SSM state in float32. A compressed
+    saved state has two tensors instead of `ssm`: int8 `values` [D, S], and float32 `scales` [D] with one scale for each
+    channel."""
     conv, ssm = Kept((d_conv - 1, d_inner), dtype), Kept((d_inner, d_state), "float32")
     slot = {"conv": conv, "ssm": ssm}
     small = {"conv": conv, "values": Kept(ssm.shape, "int8"), "scales": Kept((d_inner,), "float32")}
@@ -71,8 +72,8 @@ class CacheLayout:
         return any(layer.saved != layer.slot for layer in self.layers)
 
     def stacked(self, unit: Unit, name: str) -> Kept:
-        """Stacks the tensors called `name` of one unit over all layers that have a tensor of this name. Returns the
-        shape [layers, ...] and the dtype of the stack."""
+        """Returns the shape and dtype of the stack of all tensors called `name` in one unit. The first dimension of the
+        stack counts the layers that have a tensor of this name."""
         tensors: list[Kept] = [kept[name] for layer in self.layers if name in (kept := _kept(layer, unit))]
         assert len(set(tensors)) == 1, f"{name} of a {unit} has {len(set(tensors))} shapes"
         return Kept((len(tensors), *tensors[0].shape), tensors[0].dtype)

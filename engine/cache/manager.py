@@ -7,10 +7,10 @@ The picture shows a prefix of a sequence and its keys in the cache (block_size 4
                     ^ a state saved here has key h1             ^ a state saved here has the tail's key
 
 h(i) = sha256(h(i-1) + tokens of block i), and h(-1) is a hash of the request's cache salt. A page is found under the
-key of the prefix that ends with its last token. A saved state is found under the key of the prefix that it follows. A
-prefix hit consists of full pages, perhaps a partly filled page, and a state saved exactly at the end of the last of
-these pages. The partly filled page is copied, because the sequence will write to it. The manager moves no data: it
-lists the copies and the saves that a step must run.
+key of the prefix that ends with its last token. A saved state is found under the key of the prefix after which the
+state was saved. A prefix hit consists of full pages, perhaps a partly filled page, and a state saved exactly at the end
+of the last of these pages. The partly filled page is copied, because the sequence will write to it. The manager moves
+no data: it lists the copies and the saves that a step must run.
 
 The class `StateStore` decides where saved states are stored. Pages and states that a launched step writes can be found
 by steps that are launched later; if a step fails, the class `Unconfirmed` knows which of these pages and states must be
@@ -35,9 +35,10 @@ class PrefixHit:
     """The result of a prefix lookup. The first `num_tokens` tokens need not be computed again; the state after these
     tokens is saved at `place` in the state store. The field `block_ids` has the ids of the full pages of the prefix.
     The field `tail_page` is the id of a partly filled page after the full pages, which must be copied. The field
-    `shared` is the number of tokens whose pages were found. The last two fields count tokens after the prefix that must
-    be computed again. `missed_no_state` is the number of those that have pages, but after which no state was saved.
-    `missed_evicted` is the number of those that were cached until a page or a state was evicted."""
+    `shared` is the number of tokens whose pages were found. The fields `missed_no_state` and `missed_evicted` are
+    numbers of tokens that come after the prefix and must be computed again. `missed_no_state` is the number of tokens
+    whose pages were found, but after which no state was saved. `missed_evicted` is the number of tokens that were
+    cached until a page or a state was evicted."""
 
     num_tokens: int = 0
     block_ids: tuple[int, ...] = ()
@@ -84,9 +85,10 @@ class CacheManager:
     """Gives KV pages and state slots to sequences, and finds pages and saved states again for later requests. During
     prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`.
 
-    The memory plan must ensure that a sequence of the greatest length fits when no other sequence runs. This takes one
-    page more than the sequence has, for the source of a copied page. With prefix caching and `SlotStates`, there must
-    also be one slot more than the number of running sequences, for the source of a restored state.
+    The memory plan must ensure that a sequence of the greatest length fits when no other sequence runs. For this, one
+    page more than the sequence itself occupies is needed, for the source of a copied page. With prefix caching and the
+    state store `SlotStates`, there must also be one slot more than the number of running sequences, for the source of a
+    restored state.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class CacheManager:
         self.pages, self.store = BlockPool(num_pages), store
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         # Maps the key of a prefix of full blocks to the token lists that follow this prefix in partly filled pages.
-        # Only pages with a saved state at their end are listed.
+        # Only pages at whose end a state is saved are listed.
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
@@ -133,9 +135,10 @@ class CacheManager:
         return PrefixHit(0, (), None, None, shared, *self._missed(hashes, 0, len(blocks)))
 
     def _find_tail(self, seq: Sequence, root: bytes, start: int, limit: int) -> tuple[int, int, int] | None:
-        """Finds the longest partly filled page that continues the prefix with key `root` by tokens of `seq` and has a
-        saved state at its end. Returns (position of its end in `seq`, page, place of the state), or None. `start` is
-        the number of tokens in the prefix. The position is at most `limit`."""
+        """Finds a partly filled page that continues the prefix with key `root` by tokens of `seq`, and at whose end a
+        state is saved. Of several such pages, the page with the most tokens is chosen. Returns (position of the page's
+        end in `seq`, page, place of the state), or None if there is no such page. `start` is the number of tokens in
+        the prefix. The returned position is at most `limit`."""
         found: tuple[int, int, int] | None = None
         for tail in self._tails.get(root, ()):
             end = start + len(tail)
@@ -164,13 +167,14 @@ class CacheManager:
         changes nothing, if no slot is free or if fewer than `reserve` pages would remain free."""
         sources = () if hit.tail_page is None else (hit.tail_page,)
         need = -(-num_tokens // self.block_size) - len(hit.block_ids)
-        # Pages of the hit that no sequence uses count as free at this point, but they are in use once `seq` has them.
+        # Pages of the hit that no sequence uses count as free at this point, but these pages will be in use once they
+        # are given to `seq`.
         revived = sum(self.pages.refs[b] == 0 for b in (*hit.block_ids, *sources))
         if need + revived + reserve > self.pages.num_free:
             return False
         if (slot := self.store.start(hit.place)) is None:
             return False
-        # `launch` releases the source page once its copy has been launched.
+        # The method `launch` releases the source page once the copy from this page has been launched.
         self.pages.retain((*hit.block_ids, *sources))
         fresh = self.pages.allocate(need)
         assert fresh is not None, "the free pages were counted above"
@@ -194,8 +198,8 @@ class CacheManager:
         """Takes back the pages and the slot of `seq`. If prefix caching is enabled, later requests can find these pages
         until the pages are evicted.
 
-        The state after the last computed token is saved, because the next turn of the conversation continues from
-        there. A preempted sequence also continues from there when it is resumed.
+        The state after the last computed token is saved, because the next turn of the conversation continues from this
+        state. A preempted sequence also continues from this state when the sequence is resumed.
         """
         if self.enabled and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
@@ -211,12 +215,13 @@ class CacheManager:
     # Choosing and reserving the states that a step saves --------------------------------------------------------
 
     def plan_saves(self, seq: Sequence, start: int, end: int) -> list[Save]:
-        """Reserves room for the states that a step should save while it computes the tokens of `seq` from index `start`
-        to index `end` - 1. Returns the saves in the order of their positions. This method must be called after all
-        running sequences have got their pages. If too few slots are free for all states, the states that most likely
-        lead to prefix hits are saved. The regular states (one every `interval` tokens) evict no saved state."""
+        """Reserves room for the states that a step should save while the step computes the tokens of `seq` from index
+        `start` to index `end` - 1. Returns the saves in the order of their positions. This method must be called after
+        all running sequences have got their pages. If too few slots are free for all states, the states that most
+        likely lead to prefix hits are saved. To save a regular state (one every `interval` tokens), no other saved
+        state is evicted."""
         if not self.enabled or start // self.block_size == end // self.block_size:
-            return []  # states are saved at block boundaries only, and this chunk of tokens crosses none
+            return []  # states are saved at block boundaries only, and this step reaches none
         saves: list[Save] = []
         worthy = self._worthy(seq)
         regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
@@ -229,28 +234,31 @@ class CacheManager:
         return sorted(saves, key=lambda save: save.position)
 
     def saves_after(self, position: int) -> bool:
-        """Returns whether a step that decodes the token at index `position` may save the state after this token."""
+        """Returns whether the state after the token at index `position` is a regular state (one every `interval`
+        tokens), which the step that decodes this token should save."""
         return self.enabled and (position + 1) % self.interval == 0
 
     def _worthy(self, seq: Sequence) -> list[int]:
-        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely first. These
-        positions are the ends of messages, the end of the prefix that other requests share, the end of the prompt, and
-        the position one token before the end of the prompt. A request with the same prompt would continue from the last
-        of these positions. Each position is rounded down to a block boundary."""
+        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely position first.
+        These positions are the ends of messages, the end of the prefix that other requests share, the end of the
+        prompt, and the position one token before the end of the prompt. A later request with the same prompt would
+        continue from the position one token before the end of the prompt. Each position is rounded down to a block
+        boundary."""
         boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
         return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
         """Returns the copies that must run before the next step. The pages, slots and places that these copies read
-        stay referenced until `launch` is called."""
+        stay referenced until the method `launch` is called."""
         pages, self._page_copies = self._page_copies, []
         return CacheCopies(pages, *self.store.take_copies())
 
     # Tracking a step from its launch until it is confirmed or fails ---------------------------------------------
 
     def launch(self, copies: CacheCopies) -> None:
-        """Records that a step was launched and that `copies` were launched before it. Steps that are launched later can
-        find the states that this step saves. The sources of the copies are released."""
+        """Records that a step was launched and that `copies` were launched before it. From now on, lookups find the
+        states that this step saves, because only later steps will read these states. The sources of the copies are
+        released."""
         self._unconfirmed.launch()
         self.store.launch(copies.saves, copies.states)
         self.pages.release(source for source, _ in copies.pages)
@@ -261,7 +269,8 @@ class CacheManager:
         self._saves = []
 
     def confirm(self) -> None:
-        """Confirms the oldest step in flight, after its results have been read without an error."""
+        """Confirms the oldest launched step that is not confirmed yet. The caller has read the results of this step
+        without an error."""
         self._unconfirmed.confirm()
         self.store.confirm()
 

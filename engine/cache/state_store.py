@@ -26,9 +26,10 @@ class Room(NamedTuple):
 
 
 class StateStore(Protocol):
-    """Stores saved states. Each saved state is found by the key of the token prefix after which it was saved. A *place*
-    is a number that says where a saved state is stored; only the store knows its meaning. All state slots are handed
-    out by the store, so that it learns which saved states are evicted to free a slot."""
+    """Decides where saved states are stored. Each saved state is found by the key of the token prefix after which it
+    was saved. A *place* is a number that says where a saved state is stored; only the store knows the meaning of this
+    number. All state slots are handed out by the store, so that the store learns which saved states are evicted to free
+    a slot."""
 
     # A slot holds the state of a running sequence or a saved state. If a store has a separate pool for saved states, a
     # saved state stays in a slot only until it has been copied to this pool.
@@ -41,7 +42,7 @@ class StateStore(Protocol):
 
     @property
     def num_saved(self) -> int:
-        """Returns the number of saved states that a lookup can find now."""
+        """Returns the number of saved states that the method `find` can find now."""
         ...
 
     def find(self, key: bytes) -> int | None:
@@ -67,8 +68,8 @@ class StateStore(Protocol):
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
         """Makes the state in `room` findable under `key`. The state must have been written to `room.slot` already, or
-        the last launched step must write it there. Returns False, and gives the place back, if another state is saved
-        under `key` already. Whether True or False is returned, the caller must still release the slot."""
+        the most recently launched step must write it there. Returns False, and gives the place back, if another state
+        is saved under `key` already. Whether True or False is returned, the caller must still release the slot."""
         ...
 
     def take_copies(self) -> tuple[Pairs, Pairs]:
@@ -83,7 +84,8 @@ class StateStore(Protocol):
         ...
 
     def confirm(self) -> None:
-        """Confirms the oldest launched step that is not confirmed yet: its results have been read without an error."""
+        """Confirms the oldest launched step that is not confirmed yet. The caller has read the results of this step
+        without an error."""
         ...
 
     def discard(self) -> None:
@@ -156,9 +158,9 @@ class CompressedStates:
     """A store that compresses saved states and keeps them in a separate pool. Each state is copied to this pool before
     the next step runs.
 
-    A sequence that ends gives its slot back at once. The next step may give this slot to another sequence, because the
-    step runs the copy before anything writes to the slot. A prefix hit is allowed to use a state whose copy has not run
-    yet, because the copies that save states run before the copies that restore states.
+    A sequence that ends gives its slot back at once. The next step is allowed to use this slot for another sequence,
+    because the saved state is copied from the slot before the step writes to the slot. A prefix hit is allowed to use a
+    state whose copy has not run yet, because the copies that save states run before the copies that restore states.
     """
 
     def __init__(self, num_slots: int, num_places: int) -> None:

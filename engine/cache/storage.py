@@ -21,9 +21,9 @@ class CacheStorage:
     kv:   [pages, attention layers, 2, block_size, KV heads, head_dim]: the data of a page is contiguous
     conv: [slots, Mamba layers, W-1, D]: the last W-1 inputs of the convolution in each of D channels
     ssm:  [slots, Mamba layers, D, S]: the SSM states in float32
-    `num_compressed` is the number of compressed saved states, including a dummy with id 0; it is 0 if saved states are
-    not compressed. The SSM states of compressed saved states are in `compressed`. Their convolution states are in
-    `conv`, uncompressed, after the convolution states of the slots.
+    If saved states are compressed, `num_compressed` is the number of compressed saved states plus one, for a dummy with
+    id 0; otherwise `num_compressed` is 0. The SSM states of compressed saved states are in `compressed`. Their
+    convolution states are in `conv`, uncompressed, after the convolution states of the slots.
     A layer's index counts the layers of its own kind: the third Mamba layer has index 2.
     """
 

@@ -11,7 +11,7 @@ class Unconfirmed:
 
     A step is *launched* when it has been passed to the device, and *confirmed* when its results have been read. A
     device runs steps in the order of their launches, so a step is allowed to read what an earlier step writes. But if a
-    step fails, the keys of everything that this step and the later steps wrote must be forgotten.
+    step fails, the keys of all pages and states that this step and the later steps wrote must be forgotten.
     """
 
     def __init__(self) -> None:
@@ -20,8 +20,8 @@ class Unconfirmed:
         self._keys: list[tuple[int, bytes]] = []
 
     def add(self, key: bytes, *, by_next: bool = False) -> None:
-        """Records that `key` is about to be published. The content of `key` is written by the last launched step or, if
-        `by_next` is true, by the step that is launched next."""
+        """Records that `key` is about to be published. The page or state with this key is written by the most recently
+        launched step or, if `by_next` is true, by the step that is launched next."""
         if (step := self._launched + by_next) > self._confirmed:
             self._keys.append((step, key))
 
@@ -37,11 +37,13 @@ class Unconfirmed:
 
     def discard(self) -> Set[bytes]:
         """Gives up all launched steps that are not confirmed, and returns the keys whose content these steps would have
-        written. The keys stay recorded until `clear` is called, so that an interrupted recovery can be repeated."""
+        written. The keys stay recorded until the method `clear` is called, so that an interrupted recovery can be
+        repeated."""
         keys = {key for _, key in self._keys}
         self._confirmed = self._launched
         return keys
 
     def clear(self) -> None:
-        """Drops the keys that `discard` returned, after the pool has forgotten them."""
+        """Drops the keys that the method `discard` returned. The caller calls `clear` after the pool has forgotten
+        these keys."""
         self._keys = []

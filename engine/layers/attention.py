@@ -26,8 +26,8 @@ class Attention:
     def __call__(self, x: Tensor, batch: ForwardBatch, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self._head_dim)) for y in self._qkv.split(self._qkv(x)))
         # The keys and values of this step's tokens are written to the pages before attention reads them from the pages.
-        # Attention then uses keys and values rounded to the dtype of the KV cache, as later steps will. Results
-        # therefore do not depend on how a prompt is split into chunks.
+        # Attention then uses keys and values that are rounded to the dtype of the KV cache. Later steps will use the
+        # same rounded keys and values. Results therefore do not depend on how a prompt is split into chunks.
         self._kernels.write_kv(k, v, k_pages, v_pages, batch.kv_slots)
         return self._out(self._attend(q, batch, k_pages, v_pages).flatten(1))
 

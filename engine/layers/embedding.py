@@ -26,8 +26,9 @@ class Embedding:
         return self._linear.rows(self._packed if self.weight is None else self.weight, token_ids)
 
     def unit(self, name: str, pack: Callable[[], None]) -> Unit:
-        """Returns the embedding's weights as a unit for the weight loader. The loader calls `pack` when the weight is
-        filled; `pack` packs a language model head that shares the weight."""
+        """Returns the embedding's weights as a unit for the weight loader. The loader calls the function `pack` when
+        the weight is filled. If a language model head shares the weight, `pack` packs this head; otherwise `pack` does
+        nothing."""
         assert self.weight is not None
         return Unit({f"{name}.weight": Destination(self.weight, "unit")}, pack)
 

@@ -14,7 +14,7 @@ from jamba_server.engine.quantization import Role
 class Linear:
     """Multiplies x [T, K] by a weight matrix and returns the product [T, N]. The argument `parts` maps the name that
     each projection has on disk to the projection's number of outputs. The outputs of all projections are concatenated;
-    N is their total number.
+    N is the total number of outputs.
 
     The argument `role` names the part of the model that contains the weight; this name decides whether the weight is
     quantised. If another layer owns and loads the weight, the argument `shared` is this weight, and the loading `Unit`
@@ -36,7 +36,7 @@ class Linear:
         self._linear = backend.kernels.linear
         self._parts, self.is_shared = dict(parts), shared is not None
         rows = sum(parts.values())
-        # After `pack`, the weight is an object in the layout that the kernel needs.
+        # After the method `pack` has run, the weight is an object in the layout that the kernel needs.
         self._weight: Any = backend.raw(role, rows, in_features) if shared is None else shared
         self._bias = backend.empty(rows) if bias else None
 
@@ -46,8 +46,8 @@ class Linear:
 
     @property
     def weight(self) -> Any:
-        """Returns the weight; after `pack` it is in the layout that the kernel needs. Fused operations, which compute
-        this matrix product among other work, take the weight as an argument."""
+        """Returns the weight. After the method `pack` has run, the weight is in the layout that the kernel needs. Fused
+        operations, which compute this matrix product among other work, take the weight as an argument."""
         return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from jamba_server.kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segm
 
 
 class Mamba:
-    """Maps hidden states [T, H] to outputs of the same shape. `conv_state` [slots, W-1, D] and `ssm_state` float32
-    [slots, D, S] hold this layer's states in all slots, where W stands for d_conv, D for d_inner and S for d_state. The
-    slots of the batch's sequences are updated in place."""
+    """Maps hidden states [T, H] to outputs of the same shape. The arrays `conv_state` [slots, W-1, D] and `ssm_state`
+    float32 [slots, D, S] hold this layer's states in all slots, where W stands for d_conv, D for d_inner and S for
+    d_state. The slots of the batch's sequences are updated in place."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, d, s, r = config.hidden_size, config.d_inner, config.mamba_d_state, config.mamba_dt_rank
@@ -32,7 +32,7 @@ class Mamba:
         self._dt_norm, self._b_norm, self._c_norm = (RmsNorm(backend, size, eps) for size in self._x_parts)
         # This matrix product has no bias, because the selective scan adds the bias of dt_proj in float32.
         self._dt = Linear(backend, r, {"dt_proj": d}, role="other")
-        # `a` holds A_log until `_pack` replaces it by A = -exp(A_log).
+        # The field `a` holds A_log until the method `_pack` replaces A_log by A = -exp(A_log).
         self._scan_weights = ScanWeights(
             a=backend.empty(d, s, dtype=torch.float32),
             d=backend.empty(d, dtype=torch.float32),

@@ -12,8 +12,9 @@ from jamba_server.engine.model_config import JambaConfig
 
 
 class Moe:
-    """Computes, for each token of x [T, H], the weighted sum of the outputs of its top-k experts. The weights are the
-    router's softmax over all experts; they are not normalised again over the top k."""
+    """Computes, for each token of x [T, H], the weighted sum of the outputs of its top-k experts. The weights of this
+    sum are the router's softmax over all experts. The weights of the top k experts are not normalised again to the sum
+    1."""
 
     def __init__(self, backend: Backend, config: JambaConfig) -> None:
         h, f, e = config.hidden_size, config.intermediate_size, config.num_experts
@@ -21,8 +22,8 @@ class Moe:
         self._route, self._run = backend.kernels.route_experts, backend.kernels.run_experts
         self._top_k, self._num_experts, self._rows = config.num_experts_per_tok, e, f
         self._router = Linear(backend, h, {"router": e}, role="other")
-        # The raw weights of the gate and up projections, and of the down projection. `_pack` converts these raw weights
-        # to the kernel's layout, in `_experts`.
+        # The raw weights of the gate and up projections, and of the down projection. The method `_pack` converts these
+        # raw weights to the kernel's layout and stores the result in the field `_experts`.
         self._raw = [backend.raw("experts", e, 2 * f, h), backend.raw("experts", e, h, f)]
         self._experts: Any = None
 

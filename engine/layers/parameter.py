@@ -15,14 +15,14 @@ from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
-"""How dummy weights fill a tensor. "normed": random with variance 1 / (size of the last dimension). "unit": random with
-variance 1. "one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its softplus is a time
-step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
+"""The ways to fill a tensor with dummy weights. "normed": random with variance 1 / (size of the last dimension).
+"unit": random with variance 1. "one": ones. "a_log": log(1), ..., log(S) in every row. "dt_bias": random such that its
+softplus is a time step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 
 class Destination(NamedTuple):
     """The memory that one checkpoint tensor fills. `data` is a view of this memory. The view has the shape of the
-    tensor on disk, and can have any strides."""
+    tensor on disk. The strides of the view are arbitrary."""
 
     data: Tensor
     fill: Fill
@@ -63,7 +63,8 @@ class Unit(NamedTuple):
 
     Each weight in `destinations` must be filled exactly once: by the checkpoint tensor of its name, or by a checkpoint
     tensor named in `fused`, which fills several weights. When all destinations are filled, `pack` is called once.
-    `pack` frees the raw weights, so nothing else may hold a reference to the raw weights at that time.
+    `pack` frees the raw weights, so no other object is allowed to hold a reference to the raw weights when `pack` is
+    called.
     """
 
     destinations: Mapping[str, Destination]
@@ -88,8 +89,8 @@ class TensorMap:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The kernels that compute a model, the model's dtype and device, and the policy that says which weights are
-    quantised."""
+    """The kernels that compute a model, the model's dtype and device, and the policy that says which of the model's
+    weights are quantised."""
 
     kernels: Kernels
     dtype: torch.dtype

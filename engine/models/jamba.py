@@ -41,9 +41,11 @@ class DecoderLayer:
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, caches: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Takes and returns two tensors [T, H]. The first tensor is the output of the last computed feed-forward layer;
-        the second tensor is the residual stream, to which this output is not added yet. The first layer of the model
-        gets the embeddings and None. `caches` are this layer's K and V pages, or its convolution and SSM states."""
+        """Takes and returns two tensors [T, H]. The two tensors that are taken are the output of the previous layer's
+        feed-forward layer, and the residual stream, to which this output is not added yet. The two tensors that are
+        returned are the output of this layer's feed-forward layer, and the residual stream without this output. The
+        first layer of the model takes the embeddings and None. `caches` are this layer's K and V pages, or its
+        convolution and SSM states."""
         x, residual = self._input_norm.add(x, residual)
         x = self._mixer(x, batch, *caches)
         x, residual = self._pre_ff_norm.add(x, residual)
@@ -62,8 +64,8 @@ class DecoderLayer:
 
 
 class Jamba(ABC):
-    """Computes hidden states from token ids, with the layers that all Jamba architectures share. Subclasses add the
-    head."""
+    """Computes hidden states from token ids, with the layers that all Jamba architectures share. Each subclass adds its
+    own output head."""
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
         self.config = config
@@ -88,8 +90,8 @@ class Jamba(ABC):
         return self._head(hidden).float()
 
     def tensor_map(self) -> TensorMap:
-        """Returns the map from the name of each checkpoint tensor to the memory that it fills. Must be called before
-        any weight is packed."""
+        """Returns the map from the name of each checkpoint tensor to the memory that the tensor fills. Must be called
+        before any weight is packed."""
         tied = self._head.is_shared
         return TensorMap(
             units=(
@@ -124,8 +126,8 @@ class JambaForCausalLM(Jamba):
         return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
 
     def _other_heads(self) -> frozenset[str]:
-        # Some checkpoints store the head's matrix although it is tied to the embedding and equals it. If the two
-        # matrices differed, `read_model` would have set `tie_word_embeddings` to false.
+        # Some checkpoints store the head's matrix although the head is tied to the embedding and both matrices are
+        # equal. If the two matrices differed, `read_model` would have set `tie_word_embeddings` to false.
         return frozenset(["score.weight", "lm_head.weight"] if self.config.tie_word_embeddings else ["score.weight"])
 
 

@@ -14,9 +14,10 @@ from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
-"""The part of the model that a weight matrix belongs to. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
+"""The part of the model that contains a weight matrix. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
 are matrices that this server never quantises: x_proj, dt_proj, the router, and the head of a classifier. The matrices
-x_proj, dt_proj and the router's are small, and the model is sensitive to rounding errors in these matrices."""
+x_proj, dt_proj and the matrix of the router are small, and rounding errors in these three matrices would change the
+model's outputs strongly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +65,8 @@ class QuantizationPolicy:
         cls, engine: EngineConfig, stored: frozenset[Role] = frozenset(), made_at_load: str | None = None
     ) -> QuantizationPolicy:
         """Returns the policy for the options in `engine`. `stored` names the parts of the model whose weights are fp8
-        in the checkpoint. `made_at_load` is a quantisation method that config.json names, with which another server
-        quantises the weights when it loads them.
+        in the checkpoint. `made_at_load` is the quantisation method that config.json names if other servers apply this
+        method while they load the weights, else None.
 
         Raises ConfigError in three cases: `quantize_mamba` is set without a format, a format is requested although the
         checkpoint has `stored` weights, or no format is requested although config.json names a `made_at_load` method.

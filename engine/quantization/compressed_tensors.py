@@ -2,9 +2,9 @@
 llm-compressor wrote for AI21's FP8 models. Each weight is float8_e4m3fn, and its `weight_scale` [rows, 1] has one scale
 for each output row.
 
-The configuration also asks that activations be rounded to fp8, with a scale for each token. Rounding activations only
-makes matrix products faster, and no tensor in the files depends on it. This server keeps activations in the model's
-dtype.
+The configuration also asks that activations be rounded to fp8, with a scale for each token. The only purpose of this
+rounding is to make matrix products faster, and no tensor in the files depends on the rounding. This server keeps
+activations in the model's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jamba_server.engine.quantization import Role
 from jamba_server.engine.quantization.methods import COMPRESSED_TENSORS, advice
 
 FORMAT: Final = "float-quantized"
-# The maximum length of a list of module-name patterns, each of which may be tried on every linear module.
+# The maximum length of a list of module-name patterns, each of which might be matched against the name of every linear
+# module.
 _MAX_PATTERNS: Final = 10_000
 # Maps each key of the `weights` object in a config group to its allowed values. An allowed None means that the key may
 # be null or absent.
@@ -36,9 +37,9 @@ _WEIGHTS: Final[Mapping[str, tuple[object, ...]]] = {
 
 def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -> frozenset[Role]:
     """Returns which parts of the model (attention, experts, ...) have fp8 weights according to `config`, the
-    `quantization_config` of the file `path`. `modules` lists all linear modules: the name on disk and the part that the
-    module belongs to. Raises CheckpointError, which names the key and the value, for a setting that this server does
-    not support."""
+    `quantization_config` of the file `path`. `modules` lists all linear modules: for each module its name on disk and
+    the part of the model that contains it. Raises CheckpointError, which names the key and the value, for a setting
+    that this server does not support."""
     reader = _Reader(path)
     groups = reader.groups(config)
     ignored = reader.patterns("ignore", cast(dict[str, Any], config).get("ignore") or [])

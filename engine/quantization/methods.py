@@ -1,5 +1,6 @@
-"""Recognises checkpoints that other tools have quantised, and tells the user how to proceed. Of the formats of such
-checkpoints this server reads only compressed-tensors. It can itself quantise weights that are not quantised yet."""
+"""Recognises checkpoints that other tools have quantised, and tells the user how to proceed. This server reads only one
+format of such checkpoints, compressed-tensors. Weights that are not quantised in the checkpoint can be quantised by
+this server itself."""
 
 from __future__ import annotations
 
@@ -96,8 +97,8 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def made_at_load(config: object) -> str | None:
-    """Returns the `quant_method` of the quantization_config `config` if a server that uses this method quantises the
-    weights when it loads them. Returns None otherwise."""
+    """Returns the `quant_method` of the quantization_config `config` if this method quantises the weights while a
+    server loads them, so that the weights in the files are not quantised. Returns None otherwise."""
     method = cast(dict[str, object], config).get("quant_method") if isinstance(config, dict) else None
     return method if isinstance(method, str) and method in MADE_AT_LOAD else None
 

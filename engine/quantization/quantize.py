@@ -20,8 +20,8 @@ QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int4": int4.quantize,
     "fp8": fp8.quantize,
 }
-# How many float32 numbers are quantised at a time. On a CPU these numbers take 1 MiB, which fits into the CPU's caches.
-# On a GPU these numbers take 64 MiB, which is enough to occupy the GPU fully.
+# The number of float32 numbers that are quantised at a time. On a CPU these numbers take 1 MiB, which fits into the
+# CPU's caches. On a GPU these numbers take 64 MiB, which is enough to occupy the GPU fully.
 _CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
@@ -35,7 +35,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     dtype = torch.float8_e4m3fn if quantization == "fp8" else torch.int8
     values = torch.empty(rows.shape, dtype=dtype, device=weight.device)
     scales = torch.empty(len(rows), num_groups, device=weight.device)
-    # A tensor on the device "meta" has no memory, so it is not cut into chunks.
+    # A tensor on the device "meta" has no memory, so such a tensor is not cut into chunks.
     step = len(rows) if rows.is_meta else max(1, _CHUNK[rows.device.type] // inputs)
     for chunk, chunk_values, chunk_scales in zip(*(t.split(step) for t in (rows, values, scales)), strict=True):
         padded = torch.nn.functional.pad(chunk.float(), (0, num_groups * group_size - inputs))

@@ -20,8 +20,8 @@ from jamba_server.kernels.reference.sample import best_ids
 class PendingLogprobs:
     """Log-probabilities that the device may still be computing. Each row n of `logits` (float32 [N, V], N at least 1)
     gives the log-probability of token_ids[n] and the log-probabilities of the counts[n] most likely tokens, the most
-    likely token first. Equally likely tokens are sorted by increasing id. The result of a row does not depend on other
-    rows."""
+    likely token first. Equally likely tokens are sorted by increasing token id. The result of a row does not depend on
+    the other rows of `logits`."""
 
     def __init__(self, logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> None:
         self._token_ids, self._counts = token_ids, counts
@@ -29,7 +29,8 @@ class PendingLogprobs:
         self._table = HostCopy(gather(logits.log_softmax(dim=-1), chosen, max(counts)))
 
     def read(self) -> list[TokenLogprob]:
-        """Waits until the device has computed the log-probabilities, and returns one entry for each row."""
+        """Waits until the device has computed the log-probabilities, and returns the log-probabilities of each row of
+        `logits`."""
         return read(self._table.tolist(), self._token_ids, self._counts)
 
 

@@ -1,8 +1,8 @@
 """Changes logits before the temperature is applied, for requests that set a logit bias, penalties or forbidden tokens.
 
 The changes are made in the same order as in transformers and vLLM: logit_bias, repetition penalty, frequency and
-presence penalty. Tokens are forbidden last, so that no bias can allow them again. The host does work only for requests
-that ask for a change. The time of this work is linear in the number of the requests' tokens.
+presence penalty. Tokens are forbidden last, so that no bias can allow them again. The host computes changes only for
+requests that ask for them. The time for one request is linear in the number of the request's tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from jamba_server.engine.types import SamplingParams
 
 class Edit(NamedTuple):
     """A change to the logits of one row. The array `token_ids`, int64 [n], has the tokens whose logits change. The
-    array `values`, float32 [n], has for each of these tokens a number to add to its logit, or a repetition penalty."""
+    array `values`, float32 [n], has one number for each of these tokens: a number to add to the token's logit, or the
+    repetition penalty of the token."""
 
     row: int
     token_ids: NDArray[np.int64]

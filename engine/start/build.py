@@ -138,7 +138,8 @@ def choose_dtype(config: EngineConfig, model_config: JambaConfig) -> torch.dtype
 
 
 def available_bytes(device: torch.device, config: EngineConfig) -> int:
-    """Returns how many bytes weights, activations and caches together may use on `device` at this moment."""
+    """Returns how many bytes of memory on `device` are available at this moment for weights, activations and caches
+    together."""
     if device.type == "cuda":
         return usable_memory(CudaMemory(device), config.gpu_memory_utilization)
     return available_memory()
@@ -153,9 +154,9 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
 
 
 def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
-    """Returns the dummy steps, whose memory is measured and whose kernels are compiled. The steps have the sizes in
-    `plan` or larger ones: `plan` is based on an estimate of the memory, and the final plan may allow more and longer
-    sequences."""
+    """Returns the dummy steps, whose memory is measured and whose kernels are compiled. The steps are at least as large
+    as the steps that `plan` allows. They are larger where the final plan might allow more or longer sequences, because
+    `plan` is based on an estimate of the memory."""
     trained = model_config.max_position_embeddings
     return DummySteps(
         max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -154,8 +154,8 @@ def _names_in_index(folder: Path) -> set[str]:
 
 
 def header(path: Path) -> dict[str, StoredTensor]:
-    """Returns what the header of one file says about its tensors, by tensor name. Raises CheckpointError if the file is
-    incomplete."""
+    """Returns a map from the name of each tensor in one file to its dtype, shape and byte offsets, as the header of the
+    file lists them. Raises CheckpointError if the file is incomplete."""
     try:
         # `safe_open` checks the header, and checks that the file has the size that the header implies.
         with safe_open(path, framework="np"):

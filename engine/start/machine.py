@@ -44,7 +44,7 @@ def available_cpus(root: Path = Path("/")) -> int:
     its control groups, rounded down to whole cores, if the quota is smaller."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _control_groups(root, "cpu"):
-        # The file holds quota and period in microseconds, for example "200000 100000".
+        # The file cpu.max contains the quota and the period in microseconds, for example "200000 100000".
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
             limit = None if quota == "max" else int(quota) / int(period)

@@ -16,8 +16,8 @@ from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.start.memory_plan import Measured, usable_bytes
 from jamba_server.engine.types import MAX_LOGPROBS, Request, SamplingParams
 
-# With these parameters a request needs the most memory. Penalties are left out: their memory grows with the lengths of
-# all contexts in the batch, and contexts of the greatest length do not all fit into memory at once.
+# With these parameters a request needs the most memory. Penalties are left out: the memory that penalties need grows
+# with the lengths of all contexts in the batch, and contexts of the greatest length do not all fit into memory at once.
 PARAMS = SamplingParams(max_tokens=1, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS)
 
 
@@ -84,7 +84,8 @@ class DummySteps:
         """Yields the steps that need the most memory: prompts that fill a step, the last chunk of the longest prompt,
         and a full batch of decodes at the end of the longest context. The smallest step, a decode of one sequence,
         follows, because it might run other kernels than the large steps."""
-        # The `max_num_seqs` additional prompt tokens represent the decodes that can run in the same step.
+        # The step gets `max_num_seqs` additional prompt tokens, as substitutes for the decodes that can run in the same
+        # step.
         yield self._output(self.prompts(self.max_num_batched_tokens + self.max_num_seqs, self._max_model_len))
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
@@ -94,11 +95,12 @@ class DummySteps:
             yield self._output([Chunk(self._sequence(2), 1, 2, num_sampled=1)])
 
     def of_all_sizes(self) -> Iterator[SchedulerOutput]:
-        """Yields steps of decodes, of long prompts and of one-token prompts, whose sizes are powers of two. Each tile
-        shape of a kernel is used for a range of sizes whose largest size is more than twice the smallest. The range
-        therefore contains a power of two, and the steps use every tile shape. Steps with one and with two cache copies
-        follow: Triton compiles a kernel again for an address that is not a multiple of 16. In a list with a single
-        copy, the column of destinations has such an address."""
+        """Yields steps of decodes, of long prompts and of one-token prompts, whose sizes are powers of two. A kernel
+        chooses its tile shape by the size of the step. Every tile shape is chosen for a range of sizes whose largest
+        size is more than twice the smallest, so the range contains a power of two. The steps therefore use every tile
+        shape. At the end, a step with one cache copy and a step with two cache copies follow, because Triton compiles a
+        kernel again if an address is not a multiple of 16. In a list of one copy, the column of destinations has such
+        an address."""
         if self._max_model_len > 1:
             reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
             for count in _powers_of_two(self.max_num_seqs):

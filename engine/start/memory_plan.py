@@ -16,9 +16,8 @@ from jamba_server.engine.start.machine import format_bytes
 
 # The default of max_num_batched_tokens, the largest number of tokens in a step. On a CPU the number is small, because
 # all sequences that decode wait while a step computes a chunk of a new prompt. A prompt also waits for the other
-# prompts in its step. Compared with 128 tokens, steps of 512 tokens would prefill 5 % faster for a model with 3 billion
-# parameters and 13 % faster for a model with 16 experts. For a model with 0.1 billion parameters, prefill would be 30 %
-# faster.
+# prompts in its step. Steps of 512 tokens would prefill faster than steps of 128 tokens: by 5 % for a model with 3
+# billion parameters, by 13 % for a model with 16 experts, and by 30 % for a model with 0.1 billion parameters.
 DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
 # The caches get this fraction of the memory that weights and activations do not use. A CPU shares its memory with all
 # other programs of the machine. On a GPU, gpu_memory_utilization already leaves room for fragmentation and for
@@ -26,8 +25,7 @@ DEFAULT_BATCHED_TOKENS = {"cpu": 128, "cuda": 8192}
 CACHE_SHARE = {"cpu": 0.25, "cuda": 1.0}
 # Saved states get this fraction of the cache memory that the slots of running sequences do not use.
 SAVED_STATES_SHARE = 0.25
-# The least number of saved states with prefix caching: one for the end of a system prompt and another for the end of a
-# reply.
+# The least number of saved states with prefix caching: one state after the system prompt, and one state after a reply.
 MIN_SAVED_STATES = 2
 # The number of extra state slots that hold states until these states are compressed. A prompt saves up to four states
 # in a step.
@@ -37,10 +35,11 @@ STAGING_SLOTS = 4
 MAX_NUM_SEQS = 65_535
 MIN_PAGES = 3  # the dummy page 0, one page for a sequence, and one page as the source of a copy
 # Unless memory is short, there are pages for PREFIX_CACHE_FACTOR times as many tokens as the running sequences can
-# have, so that the prefix cache can hold as many tokens as the running sequences. On a CPU, prefill is slow and other
-# programs need memory, too. There, each running sequence is counted with an average context length instead of the
-# longest one, and with one saved state for each point where conversations branch or end: after the system prompt,
-# before the last user message, at the end of the prompt, and at the end of the answer.
+# have, so that the prefix cache can hold as many tokens as the running sequences. On a CPU the caches are smaller,
+# because other programs need memory, too. There, each running sequence is counted with CPU_TOKENS_PER_SEQUENCE tokens,
+# an average context length, instead of the longest context length. Each running sequence is also counted with one saved
+# state for each point where conversations branch or end: after the system prompt, before the last user message, at the
+# end of the prompt, and at the end of the answer.
 PREFIX_CACHE_FACTOR = 2
 CPU_TOKENS_PER_SEQUENCE = 1024
 CPU_SAVED_STATES_PER_SEQUENCE = 4
@@ -53,7 +52,7 @@ LOGITS_COPIES = 3  # arrays of the sampler: logits, their log-softmax, and a sor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
     """The sizes that the engine allocates. Each of the numbers `num_pages`, `num_slots` and `num_compressed` includes a
-    dummy unit with id 0. There are enough pages for one sequence of `max_model_len` tokens and one page more.
+    dummy unit with id 0. There are enough pages for one sequence of `max_model_len` tokens, plus one page.
     `num_compressed` is the number of compressed saved states; if it is 0, saved states are kept uncompressed in slots.
     `warnings` has a text for each size that is smaller than requested."""
 
@@ -91,7 +90,8 @@ class Measured(NamedTuple):
 
 def usable_bytes(free: int, total: int, utilization: float) -> int:
     """Returns how many bytes may still be allocated on a GPU until the fraction `utilization` of its memory is in use.
-    The GPU has `total` bytes, of which `free` bytes are free now. Memory that other processes use counts as used."""
+    The GPU has `total` bytes of memory, of which `free` bytes are free now. Memory that other processes use counts as
+    used."""
     return max(0, free - (total - int(total * utilization)))
 
 
@@ -105,11 +105,12 @@ def plan_memory(
     device: str,
     measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Fits the sizes that `engine` requests into `available_bytes` of memory on `device` ("cpu" or "cuda"). The memory
-    for activations is taken from `measured`, or estimated if `measured` is None. `layout` gives the sizes of KV pages
-    and states.
+    """Fits the sizes that `engine` requests into `available_bytes` of memory on `device` ("cpu" or "cuda"). The size of
+    the memory for activations is taken from `measured`, or estimated if `measured` is None. `layout` gives the sizes of
+    KV pages and states.
 
-    Raises ConfigError if the weights do not fit, or nothing remains for a sequence of one page and its state.
+    Raises ConfigError if the weights do not fit, or if the remaining memory is too small for a sequence of one page and
+    its state.
     """
     check_sizes(engine)
     if (free := available_bytes - weight_bytes) <= 0:

@@ -2,9 +2,9 @@
 are compiled while the weights are loaded.
 
 Tensors on "meta" have no memory, but they have dtypes, shapes, strides and addresses (counted from 0). Triton
-specialises a kernel by no other properties of its tensors. During a rehearsal a launch only compiles the kernel
-(`kernels.triton.launch.compile_launches`). The same code launches the rehearsed and the real steps, so there is no
-separate list of kernels to maintain.
+specialises a kernel only by these properties of its tensors. During a rehearsal, a kernel launch compiles the kernel
+and does not run it (`kernels.triton.launch.compile_launches`). The same code launches the rehearsed and the real steps,
+so there is no separate list of kernels to maintain.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """Compiles the kernels that a model needs. The fields are everything that decides which kernels these are, except
+    """Compiles the kernels that a model needs. Which kernels are needed depends only on the fields of this class and on
     the sizes of the steps."""
 
     config: JambaConfig
@@ -83,8 +83,9 @@ class Rehearsal:
 
 
 class Compilers(ThreadPoolExecutor):
-    """A pool of threads whose queued work can be cancelled. `shutdown(cancel_futures=True)` cancels queued work, too,
-    but never wakes a thread that waits for the cancelled futures in `as_completed`, and Triton waits in this way."""
+    """A pool of threads whose queued work can be cancelled. The inherited method `shutdown(cancel_futures=True)` also
+    cancels queued work. But it never wakes a thread that waits in the function `as_completed` for the cancelled
+    futures, and Triton waits in this function."""
 
     _called_off = False
 

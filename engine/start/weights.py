@@ -19,7 +19,8 @@ from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
 
-# Maps the end of a tensor's name to the key of config.json that decides whether the model has a tensor of this name.
+# Maps the end of a tensor's name to the key of config.json that decides whether the model has tensors whose names end
+# in this way.
 _DECIDED_BY: Final = {
     "mamba.conv1d.bias": "mamba_conv_bias",
     "mamba.in_proj.bias": "mamba_proj_bias",
@@ -42,7 +43,7 @@ def load_weights(
     files are memory-mapped.
 
     Weights that one kernel uses together (one matrix product, the experts of one layer) are quantised and packed as
-    soon as the last of them is read. Their raw form is then freed, so the model is never in memory twice.
+    soon as all of these weights are read. The raw weights are then freed, so the model is never in memory twice.
 
     The function checks that every weight is filled exactly once, and that every tensor in the files is used or known to
     be superfluous (`read_model` warns of superfluous tensors that the user may expect to be used). If the model's head
@@ -118,8 +119,8 @@ class _Loader:
         self._filled_by: dict[str, str] = {}  # maps the name of a weight to the name of the tensor that filled it
 
     def put(self, name: str, tensor: Tensor, path: Path) -> None:
-        """Copies `tensor` into the weights that it fills. Raises CheckpointError if its name is unknown or was loaded
-        already, or if its shape, its dtype or one of its values is wrong."""
+        """Copies `tensor` into the weights that it fills. Raises CheckpointError in three cases: the name of the tensor
+        is unknown, the weights are filled already, or the tensor's shape, its dtype or one of its values is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
@@ -206,7 +207,7 @@ def dummy_weights(model: Model, seed: int) -> None:
     units = deque(model.tensor_map().units)
     devices = [data.device for unit in units for data, _ in unit.destinations.values()]
     # Raw weights that will be quantised are in host memory. If the model runs on a GPU, the random numbers for these
-    # weights are still drawn on the GPU, because it draws billions of numbers much faster.
+    # weights are still drawn on the GPU, because a GPU draws billions of numbers much faster than a CPU.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
         pack = _fill_unit(units.popleft(), seed, device)
@@ -242,8 +243,8 @@ def _fill(data: Tensor, fill: Fill, key: tuple[int, ...], device: torch.device) 
 
 def fill_uniform(data: Tensor, bound: float, key: tuple[int, ...], device: torch.device) -> None:
     """Fills `data` with uniform random numbers in [-bound, bound], whose variance is bound**2 / 3. Each number is a
-    constant times an integer hash of `key` and the index of the number, so it is the same on all devices. The numbers
-    are drawn in chunks on `device`, so that memory never holds a second copy of a big tensor."""
+    constant times an integer hash of `key` and the index of the number, so the number is the same on all devices. The
+    numbers are drawn in chunks on `device`, so that memory never holds a second copy of a big tensor."""
     width = data.numel() // len(data)
     rows = min(len(data), max(1, _CHUNK // width))
     steps = torch.arange(rows * width, dtype=torch.int32, device=device) * _STEP
@@ -265,7 +266,7 @@ def _scramble(bits: Tensor, key: int, scratch: Tensor) -> None:
     improves only the lowest bits. `key` is mixed in between the two multiplications; if it were only added to the
     input, the random sequences of all keys would be sections of one long sequence."""
     for shift, factor in ((16, 0x7FEB352D), (15, _int32(0x846CA68B))):
-        # The right shift fills in copies of the sign bit, and the mask in the next statement clears them.
+        # The right shift inserts copies of the sign bit. The mask in the next statement clears these copies.
         torch.bitwise_right_shift(bits, shift, out=scratch)
         bits.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
         if shift == 16:
