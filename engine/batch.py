@@ -34,18 +34,19 @@ class PageTables(NamedTuple):
 
 
 class Decodes(NamedTuple):
-    """The N decoding sequences of a batch. A decoding sequence has one token in the batch, and the cache has the
-    sequence's Mamba state after the token before that one. The field `state_ids`, int32 [N], has the ids of the slots
-    that store these states."""
+    """The N decoding sequences of a batch. A decoding sequence has one token in the batch. A state slot has the
+    sequence's Mamba state after all tokens that precede this token. The field `state_ids`, int32 [N], has the ids of
+    these state slots."""
 
     state_ids: Tensor
     tables: PageTables
 
 
 class Prefills(NamedTuple):
-    """The prefilling sequences of a batch. A sequence counts as prefilling if the batch contains several of its tokens
-    or its first token, or if its state is to be saved after one of the batch's tokens. Row numbers in the field
-    `segments` count from the first row of the first prefilling sequence."""
+    """The prefilling sequences of a batch. A sequence counts as prefilling in three cases: the batch contains several
+    tokens of the sequence; the batch contains the first token of the sequence; or the sequence's Mamba state is to be
+    saved after one of the batch's tokens. Row numbers in the field `segments` count from the first row of the first
+    prefilling sequence."""
 
     segments: Segments
     tables: PageTables
@@ -87,7 +88,8 @@ class TableArrays(NamedTuple):
 
 
 class SegmentArrays(NamedTuple):
-    """The arrays from which `_prefills` makes the structs `Segments` and `StateSaves` of the prefilling sequences."""
+    """The arrays from which the function `_prefills` makes the structs `Segments` and `StateSaves` of the prefilling
+    sequences."""
 
     query_start: Array
     save_start: Array
@@ -97,8 +99,8 @@ class SegmentArrays(NamedTuple):
 
 
 class SampledTokens:
-    """The tokens that the last sampling step chose. The tokens stay on the device, because the next step may be
-    launched before the host has read them. `ids`, int64 [max_num_seqs], are the token ids.
+    """The tokens that the most recent sampling step chose. The tokens stay on the device, because the next step may be
+    launched before the host has read these tokens. The attribute `ids`, int64 [max_num_seqs], has the token ids.
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
@@ -106,15 +108,14 @@ class SampledTokens:
         self._rows: dict[Sequence, int] = {}
 
     def put(self, tokens: Tensor, sequences: Many[Sequence]) -> None:
-        """Stores the sampled `tokens`, int64 [n], one for each of `sequences`."""
+        """Stores the sampled token ids `tokens`, int64 [n]. The argument `sequences` has the sequence of each token."""
         self.ids[: len(tokens)].copy_(tokens)
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """Returns the argument `sources` of `fill`: an int64 array [rows] with one index for each row of a step. An
-        index below `len(ids)` is the position of a token id in `ids`; a larger index is `len(ids)` plus a position in
-        the argument `token_ids` of `fill`. The first rows of the step are the tokens of `chunks`, each of which has one
-        token."""
+        """Returns one index for each of the `rows` rows of a step, as an int64 array. The method `fill` looks up the
+        token id of each row at this index in one long list: the attribute `ids`, followed by the argument `token_ids`
+        of `fill`. The first rows of the step are the tokens of `chunks`. Each of these chunks has one token."""
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:
@@ -122,18 +123,18 @@ class SampledTokens:
         return sources
 
     def fill(self, token_ids: Tensor, sources: Tensor) -> Tensor:
-        """Returns the token ids of a step. The argument `token_ids` has the ids that the host knows, and the attribute
-        `ids` has the ids that only the device knows. The argument `sources`, made by the method `sources`, says for
-        each row where its id is found."""
+        """Returns the token ids of a step. The argument `token_ids` has the token ids that the host knows, and the
+        attribute `ids` has the token ids that only the device knows. The argument `sources` is the result of the method
+        `sources`: for each row of the step, the index of the row's token id."""
         return torch.cat((self.ids, token_ids)).index_select(0, sources)
 
 
 def build_batch(
     chunks: Many[Chunk], *, block_size: int, device: torch.device, sampled: SampledTokens | None = None
 ) -> ForwardBatch:
-    """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. `logit_rows`
-    has one row for each token that the step samples, in the order of the chunks. Token ids that the host does not know
-    yet are taken from the argument `sampled`."""
+    """Returns the batch for the chunks of a step. Chunks that decode must come before all other chunks. The result's
+    field `logit_rows` has one row number for each token that the step samples, in the order of the chunks. Token ids
+    that the host does not know yet are taken from the argument `sampled`."""
     num_decodes = sum(chunk.is_decode for chunk in chunks)
     decodes, prefills = chunks[:num_decodes], chunks[num_decodes:]
     assert all(chunk.is_decode for chunk in decodes), "a chunk that prefills precedes one that decodes"
@@ -182,7 +183,7 @@ def row_arrays(chunks: Many[Chunk], block_size: int, *, padding: int = 0) -> Row
         tokens = chunk.sequence.tokens
         token_ids += tokens[chunk.start : chunk.end]
         if chunk.end > len(tokens):
-            token_ids.append(0)  # a placeholder for an id that the host does not know yet
+            token_ids.append(0)  # a placeholder for a token id that the host does not know yet
         _add_kv_slots(kv_slots, chunk, block_size)
     if padding:
         token_ids.extend([0] * padding)
@@ -208,7 +209,8 @@ def table_arrays(chunks: Many[Chunk], block_size: int, rows: int, max_context_le
 
 
 def _decodes(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Decodes:
-    """Returns the struct `Decodes` of a batch. Takes from the iterator the uploaded arrays of `table_arrays`."""
+    """Returns the struct `Decodes` of a batch. The next tensors of the iterator `tensors` must be the uploaded arrays
+    that the function `table_arrays` returned."""
     state_ids, block_tables, context_lens = next(tensors), next(tensors), next(tensors)
     return Decodes(state_ids, PageTables(block_tables, context_lens, longest(chunks)))
 
@@ -236,8 +238,8 @@ def _segment_arrays(chunks: Many[Chunk]) -> SegmentArrays:
 
 
 def _prefills(chunks: Many[Chunk], tensors: Iterator[Tensor]) -> Prefills:
-    """Returns the struct `Prefills` of a batch. Takes from the iterator the uploaded arrays of `table_arrays` and then
-    those of `_segment_arrays`."""
+    """Returns the struct `Prefills` of a batch. The next tensors of the iterator `tensors` must be the uploaded arrays
+    that the function `table_arrays` returned, followed by those that the function `_segment_arrays` returned."""
     state_ids, tables = _decodes(chunks, tensors)
     query_start, save_start, rows, slots, has_state = (next(tensors) for _ in range(5))
     segments = Segments(

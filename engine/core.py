@@ -60,7 +60,7 @@ class EngineCore:
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.inbox = Inbox()
-        self._in_flight: PendingStep | None = None  # a step that was launched and whose results have not been read
+        self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
         self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
 
     @property
@@ -68,8 +68,9 @@ class EngineCore:
         return self.scheduler.has_work or self._in_flight is not None
 
     def step(self) -> StepResult:
-        """Takes new requests and aborts from the inbox, launches a step, and returns the results of a step. With
-        asynchronous scheduling these are the results of the step that the previous call launched.
+        """Takes new requests and aborts from the inbox, launches a step, and returns the results of one step. With
+        asynchronous scheduling this is the step that the previous call launched. Otherwise this is the step that the
+        present call launches.
 
         If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
         entries that no earlier step has confirmed. Later steps work normally."""

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 
-_VALUE_SHOWN = 100  # an error text shows at most this number of characters of a value; some values have thousands
+# An error text shows at most this number of characters of a value, because some values have thousands of characters.
+_VALUE_SHOWN = 100
 
 
 def shown(value: object) -> str:

@@ -16,13 +16,15 @@ from jamba_server.engine.sequence import Sequence
 # engine schedules fewer than AGEING * L prompt tokens between the arrivals of these two prompts.
 AGEING = 8
 RESERVED_PART = 4  # prompts that need several steps leave 1/RESERVED_PART of each step's token budget to other prompts
-# maximum number of prompts needing several steps that run at once; each occupies many cache pages
+# Maximum number of long prompts (prompts that need several steps) that the engine computes at the same time. The number
+# is limited because each long prompt occupies many cache pages.
 MAX_LONG_PREFILLS = 2
 
 
 def tokens_left(seq: Sequence) -> int:
-    """Returns how many tokens of `seq` must be computed before its next token can be sampled. For a waiting sequence
-    this is the number of its tokens that were not in the cache when the sequence arrived, or 0 after a preemption."""
+    """Returns how many tokens of `seq` must be computed before the next token of `seq` can be sampled. For a new
+    sequence in the queue, this is the number of the sequence's tokens that were not in the cache when the sequence
+    arrived. For a preempted sequence in the queue, 0 is returned."""
     return seq.num_remaining if seq.state_id else seq.num_uncached
 
 
@@ -59,7 +61,8 @@ class Shares:
         return priority, len(of_tenant), len(of_parent), rank, arrival
 
     def holder_for(self, seq: Sequence) -> Sequence | None:
-        """Returns the running sequence that must stop to make room for the waiting `seq`, or None if `seq` has to wait.
+        """Returns the running sequence that must stop to make room for the waiting sequence `seq`, or None if `seq` has
+        to wait.
 
         A tenant without a running sequence displaces the youngest sequence of the tenant with the most running
         sequences. A client request without a running sequence displaces the youngest sequence of the request that has

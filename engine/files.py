@@ -21,8 +21,8 @@ _KINDS: Final = (
 
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes | None:
-    """Returns the content of a file, or None if it does not exist. Raises CheckpointError unless it is a regular file
-    of at most `limit` bytes."""
+    """Returns the content of a file, or None if the file does not exist. Raises CheckpointError unless `path` is a
+    regular file of at most `limit` bytes."""
     try:
         with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
@@ -45,7 +45,8 @@ def _open(path: str, flags: int) -> int:
 
 
 def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:
-    """Returns the text of a UTF-8 file, or None if it does not exist. Raises CheckpointError if it cannot be read."""
+    """Returns the text of a UTF-8 file, or None if the file does not exist. Raises CheckpointError if the file cannot
+    be read."""
     if (data := read_bytes(path, limit=limit)) is None:
         return None
     try:

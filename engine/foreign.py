@@ -73,8 +73,8 @@ def _no_folder(path: Path) -> CheckpointError:
 
 
 def _foreign_folder(folder: Path) -> str | None:
-    """Returns the error text for a folder that is not a checkpoint: what the folder is, and what the user should do.
-    Returns None for a checkpoint."""
+    """Returns None if a folder is a checkpoint. Otherwise returns the error text, which says what the folder is and
+    what the user should do."""
     if (folder / _ADAPTER).is_file():
         return _adapter(folder)
     if (folder / _CONFIG).exists():

@@ -1,5 +1,5 @@
-"""Graphs of decode steps: with one call a graph launches all kernels of a step, which are hundreds. There are graphs on
-a GPU and on a CPU.
+"""Graphs of decode steps. A step launches hundreds of kernels, and a graph launches all of these kernels with one call.
+Graphs can be used on a GPU and on a CPU.
 
 A graph repeats its kernels with the same addresses and sizes. Three things follow. The inputs of all graphs are in one
 buffer, which every step fills anew. On a GPU a batch is padded to the next larger number of rows in a fixed list;
@@ -40,13 +40,14 @@ from jamba_server.engine.staging import cut, pack, packed_bytes
 
 logger = logging.getLogger(__name__)
 
-# Operations that are never part of a decode graph. So every implementation of them may be chosen together with graphs.
+# Operations that are never part of a decode graph. Graphs can therefore be used with every implementation of these
+# operations.
 UNCAPTURED_OPS = (
     *("sample", "copy_slots", "compress_states", "restore_states"),
     *("causal_conv1d", "selective_scan", "attention_prefill"),
 )
-# Operations whose reference implementation waits for the device, because it reads sizes from device memory. While a
-# CUDA graph is captured, waiting for the device is an error.
+# Operations whose reference implementation reads sizes from device memory and waits for the device to do so. Waiting
+# for the device is an error while a CUDA graph is captured.
 WAITING_OPS = ("attention_decode", "run_experts", "causal_conv1d_update", "selective_state_update")
 
 
@@ -54,9 +55,8 @@ class Graph(Protocol):
     """A sequence of kernel launches that is recorded once and then repeated as a whole."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Calls the function `run`, records the kernels that it launches, and returns the result of `run`. During this
-        method each recorded kernel is executed exactly once, so the result is valid. A graph can be captured only
-        once."""
+        """Calls the function `run`, records the kernels that `run` launches, and returns the result of `run`. This
+        method executes each recorded kernel exactly once, so the result is valid. A graph can be captured only once."""
         ...
 
     def replay(self) -> Tensor:
@@ -95,9 +95,9 @@ class CudaGraph:
 
 
 def why_no_graphs(names: Mapping[str, str], device: str) -> str | None:
-    """Returns a text that names the kernels that prevent graphs of decode steps, or None if graphs are possible.
-    `names` maps each operation to the name of its chosen implementation. On a CPU only the implementations named "cpu",
-    which are in the compiled library, can be captured."""
+    """Returns None if graphs of decode steps are possible. Otherwise returns a text that names the kernels that cannot
+    be captured in a graph. The argument `names` maps each operation to the name of its chosen implementation. On a CPU
+    only the implementations with the name "cpu", which are in the compiled library, can be captured."""
     on_cpu = device == "cpu"
     candidates = (op for op in names if op not in UNCAPTURED_OPS) if on_cpu else WAITING_OPS
     ops = [f"{op}={names[op]}" for op in candidates if (names[op] != "cpu" if on_cpu else names[op] == "reference")]
@@ -128,7 +128,7 @@ class DecodeGraphs:
         return self._sizes.key(len(chunks), longest(chunks))
 
     def forward(self, key: GraphKey, chunks: Many[Chunk], sampled: SampledTokens | None) -> Tensor:
-        """Runs one step with the graph of size `key`. If there is no graph of this size yet, this step is run and
+        """Runs one step with the graph of size `key`. If no graph of this size exists yet, the step is run and is
         captured as a new graph. Returns the hidden states [len(chunks), H], which are valid until the next step."""
         padding, block_size = key.rows - len(chunks), self._storage.block_size
         tables = table_arrays(chunks, block_size, key.rows, key.context)
@@ -149,8 +149,8 @@ class DecodeGraphs:
         return hidden[: len(chunks)]
 
     def _batch(self, key: GraphKey, inputs: Many[Tensor], sampled: SampledTokens | None) -> ForwardBatch:
-        """Returns the batch that a graph reads. The tensors of the batch are `inputs`, which are views of the input
-        buffer that all graphs share."""
+        """Returns the batch whose tensors a graph reads. The tensors of the batch are the argument `inputs`. These
+        tensors are views of the input buffer that all graphs share."""
         token_ids, kv_slots, state_ids, block_tables, context_lens, *sources = inputs
         return ForwardBatch(
             token_ids=token_ids if sampled is None else sampled.fill(token_ids, *sources),

@@ -169,9 +169,9 @@ def step_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A group of weight matrices with the same shape, [rows, inputs], and the same role. The role, for example
-    "attention" or "experts", decides how the matrices are quantised. The field `count` is the number of matrices in the
-    group."""
+    """A group of weight matrices with the same shape, [rows, inputs]. The field `role` names the part of the model that
+    uses the matrices, for example "attention" or "experts". A quantisation policy chooses the format of the matrices by
+    this name. The field `count` is the number of matrices in the group."""
 
     role: Role
     rows: int
@@ -181,7 +181,7 @@ class Matrix:
 
 def matrices(config: JambaConfig) -> Iterator[Matrix]:
     """Yields the groups of weight matrices that a quantisation policy may quantise. The output head is included even if
-    it is tied to the embedding."""
+    the output head and the embedding share one weight."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention, mamba = len(config.attention_layers), len(config.mamba_layers)
@@ -202,8 +202,9 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
 
 
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
-    """Yields a pair (name, role) for every linear module. The name is that of its weight in the checkpoint's files,
-    without the suffix `.weight`. The role decides how the weight is quantised."""
+    """Yields a pair (name, role) for every linear module. The name is that of the module's weight in the checkpoint's
+    files, without the suffix `.weight`. The role is the part of the model that has the module, for example "attention";
+    a quantisation policy chooses the format of the weight by the role."""
     for i in range(config.num_hidden_layers):
         layer, feed_forward = f"model.layers.{i}.", f"model.layers.{i}.feed_forward."
         if config.is_attention(i):
@@ -300,7 +301,8 @@ class _ConfigFile:
         return float(value)
 
     def token_ids(self, key: str, default: int | None, *, vocab_size: int) -> tuple[int, ...]:
-        """Returns the token ids at `key`, whose value is one id, a list of ids, or null for none."""
+        """Returns the token ids at `key`. The value of the key is one token id, a list of token ids, or null if there
+        is no token id."""
         value = self.values.get(key, default)
         many: list[Any] = [] if value is None else cast(list[Any], value) if isinstance(value, list) else [value]
         if not all(_is_integer(token) and 0 <= token < vocab_size for token in many):
@@ -375,8 +377,8 @@ def _vocab_size(file: _ConfigFile) -> int:
 
 
 def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
-    """Returns the end tokens that generation_config.json names. If it names none, returns the end tokens of
-    config.json. The `generate` of transformers does the same."""
+    """Returns the end tokens that generation_config.json names. If generation_config.json names no end tokens, returns
+    those of config.json. The method `generate` of the transformers library chooses end tokens in the same way."""
     vocab_size = _vocab_size(file)
     if (values := read_object(generation_path)) is not None:
         generation = _ConfigFile(generation_path, values)

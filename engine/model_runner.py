@@ -1,5 +1,5 @@
-"""ModelRunner: runs a scheduled step on the device. The scheduler decides what a step computes, and this module handles
-the tensors."""
+"""ModelRunner: runs a scheduled step on the device. The scheduler decides which tokens a step computes. This module
+makes the input tensors of the step, runs the model and samples tokens."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from jamba_server.kernels.ops import Kernels
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """Log-probabilities of the prompt tokens in a chunk, which the device may still be computing. If `first` is true,
-    the first entry belongs to the first token of the prompt. The entry of the first token is None, because no token
-    precedes this token."""
+    """Log-probabilities of the prompt tokens in a chunk. The device may still be computing these log-probabilities. If
+    `first` is true, the first entry of the result of `read` is that of the prompt's first token. This entry is None,
+    because no token precedes the first token."""
 
     first: bool
     slices: tuple[PendingLogprobs, ...]
@@ -41,9 +41,9 @@ class PendingPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A launched step whose results have not been read. `tokens` are the sampled tokens of all chunks, in the order of
-    the chunks. The field `prompts` maps the index of a chunk to the log-probabilities of its prompt tokens. It has only
-    the chunks whose requests ask for prompt log-probabilities."""
+    """A launched step whose results have not been read. The field `tokens` has the sampled tokens of all chunks, in the
+    order of the chunks. The field `prompts` maps the index of a chunk to the log-probabilities of the chunk's prompt
+    tokens. The field `prompts` has only chunks whose requests ask for prompt log-probabilities."""
 
     output: SchedulerOutput
     tokens: PendingTokens | None
@@ -90,8 +90,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
-        """Launches a step and does not wait for its results. Must be called before `Scheduler.advance`, which changes
-        the sequences."""
+        """Launches a step and does not wait for the step's results. Must be called before the method
+        `Scheduler.advance`, which changes the sequences."""
         self._copy_units(output.copies)
         sampling = [chunk for chunk in output.chunks if chunk.num_sampled]
         hidden, chosen = self._forward(output.chunks)
@@ -114,7 +114,7 @@ class ModelRunner:
         sequences: list[Sequence] = []
         for chunk in chunks:
             seq = chunk.sequence
-            # `pending` is the number of tokens between the last token that the host knows and the last token that the
+            # `pending` is the number of tokens that the host does not know yet and that precede the last token that the
             # chunk samples.
             pending = chunk.end - len(seq.tokens)
             row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
@@ -137,8 +137,8 @@ class ModelRunner:
             self.states.restore(copies.states)
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
-        """Returns a dict from the index of a chunk to the log-probabilities of its prompt tokens, with an entry for
-        each chunk whose request asks for prompt log-probabilities."""
+        """Returns the log-probabilities of prompt tokens, as a dict from the index of a chunk to the log-probabilities
+        of the prompt tokens in that chunk. The dict has only chunks whose requests ask for prompt log-probabilities."""
         prompts: dict[int, PendingPrompt] = {}
         row = 0
         for i, chunk in enumerate(chunks):

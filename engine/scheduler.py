@@ -72,9 +72,9 @@ class ChunkResult(NamedTuple):
 
 @dataclass(slots=True)
 class _Plan:
-    """The plan of the next step while it is made. The field `budget` is the number of prompt tokens that may still be
-    added to the step. The dict `chunks` has (start, end, cost) for each sequence that is planned already, where `cost`
-    is the number of tokens by which the chunk has reduced `budget`.
+    """The plan of the next step while the scheduler makes this plan. The field `budget` is the number of prompt tokens
+    that can still be added to the step. The dict `chunks` has (start, end, cost) for each sequence that is planned
+    already. `cost` is the number of tokens that was subtracted from `budget` for the chunk.
 
     While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
     `shortened` are the sequences that received fewer tokens for this reason.
@@ -112,7 +112,7 @@ class Scheduler:
         self.cache = cache
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
-        self.waiting: list[Sequence] = []  # `waiting` and `running` are sorted by Sequence.order
+        self.waiting: list[Sequence] = []  # both lists, `waiting` and `running`, are sorted by Sequence.order
         self.running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -178,7 +178,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         plan = _Plan(budget, budget - budget // RESERVED_PART)
         for seq in [seq for seq in self.running if seq.num_remaining == 1]:
-            if seq.state_id:  # 0 if another sequence needed pages and preempted this one
+            if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
                 self._extend(seq, plan, 1)
         self._share_out(plan, now)
         self._work += budget - plan.budget
@@ -199,22 +199,22 @@ class Scheduler:
         while plan.budget and (prompts or newcomer):
             if newcomer is None or (prompts and urgency(prompts[0]) < urgency(newcomer)):
                 seq = prompts.pop(0)
-                if seq.state_id:  # 0 if another sequence needed pages and preempted this one
+                if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
                     self._extend(seq, plan, self._part(seq, plan, others=bool(prompts or newcomer)))
                 newcomer = None if plan.preempted else newcomer
             else:
                 others = bool(prompts) or len(self.waiting) > 1
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
                 newcomer = self._next_waiting(plan) if admitted else None
-        for seq in plan.shortened:  # any budget left now was kept for other prompts, and no other prompt took it
+        for seq in plan.shortened:  # these prompts now get the tokens that no other prompt has taken
             if plan.budget and seq.state_id and seq in plan.chunks:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
 
     def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
-        """Returns how many prompt tokens `seq` may take in this step. The argument `others` says whether other prompts
-        could use tokens of this step. If it is true, a prompt that needs several steps leaves some of the step's tokens
-        to the other prompts."""
+        """Returns how many prompt tokens of `seq` can be computed in this step. The argument `others` says whether
+        other prompts could use tokens of the step's budget. If `others` is true and the prompt of `seq` needs several
+        steps, some of the budget is left to the other prompts."""
         if not others or not self._is_long(seq):
             return plan.budget
         part = min(plan.budget, plan.for_long)
@@ -227,7 +227,8 @@ class Scheduler:
         return tokens_left(seq) > self.max_num_batched_tokens
 
     def must_wait(self) -> bool:
-        """Whether the tokens of the last step must be read before the next step can be scheduled.
+        """Whether the tokens that the most recently launched step samples must be read before the next step can be
+        scheduled.
 
         That is so if penalties or bad words of a sequence depend on these tokens, or if a state is to be saved after
         one of them, because the key of a saved state is computed from its tokens.
@@ -239,7 +240,7 @@ class Scheduler:
         sequence is preempted."""
         remaining = seq.num_remaining
         if not remaining or not limit or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
-            return  # nothing to plan; the last condition means that a step in flight samples the sequence's last token
+            return  # nothing to plan; in the last case, a launched step samples the final token of the sequence
         size = min(remaining, limit)
         end = seq.num_computed + size
         while not self.cache.grow(seq, end):
@@ -257,7 +258,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.cache.free(seq)  # also saves the state; the sequence resumes from this state if its pages stay cached
+        self.cache.free(seq)  # saves the state, too; `seq` resumes from this state if the pages of `seq` stay cached
         seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
         insort(self.waiting, seq, key=lambda s: s.order)
         self._counters["preemptions"] += 1
@@ -317,8 +318,8 @@ class Scheduler:
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether `seq` should wait, because another reply to the same prompt is computing the prompt. Soon `seq` can
-        take the pages of the prompt from the cache."""
+        """Whether `seq` should wait, because another reply to the same prompt is computing the prompt. After this
+        computation, `seq` can take the pages of the prompt from the cache."""
         group, size = seq.request.group, self.cache.block_size
         if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
             return False
@@ -344,7 +345,7 @@ class Scheduler:
             return
         self._counters["queries"] += seq.num_prompt
         self._counters["hits"] += seq.num_cached
-        # limits the counts below to prompt tokens; `hit` may count generated tokens, too
+        # `hit` may also count generated tokens, which `left` excludes from the counts below
         left = seq.num_prompt - seq.num_cached
         no_state = min(hit.missed_no_state, left)
         self._counters["no_state"] += no_state

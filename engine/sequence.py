@@ -12,7 +12,7 @@ from jamba_server.engine.types import Request, RequestKind, SamplingParams
 class Sequence:
     """A prompt and the reply that is being generated. The sequence has `len(tokens)` tokens. The first `num_computed`
     of these tokens need no further computation: they were found in the cache, or a launched step computes them. The
-    scheduler uses the same two numbers for prefill, prefix hits, preemption and decode.
+    scheduler needs only `len(tokens)` and `num_computed` to plan prefill, prefix hits, preemption and decode.
 
     `order` is (priority, arrival number) and sorts sequences, smaller first. `block_ids` are the ids of the sequence's
     pages in order, and `state_id` is the id of its state slot (0 while the sequence waits). `hashes[i]` is the chained
@@ -72,8 +72,9 @@ class Sequence:
         return self.request.kind
 
     def vacate(self) -> None:
-        """Forgets the pages and the state slot of the sequence. When the sequence is admitted again, it continues after
-        the prefix that is then in the cache."""
+        """Resets the fields that name the sequence's pages and state slot. This method does not free the pages or the
+        slot. When the sequence is admitted again, the computation continues after the prefix of the sequence that is
+        then in the cache."""
         self.block_ids, self.state_id, self.num_computed, self.branch = array("i"), 0, 0, 0
 
     @property

@@ -18,7 +18,7 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class StateCopies(Protocol):
-    """Copies states between slots (of running sequences) and places (in the store of saved states). The callers
+    """Copies Mamba states between slots (of running sequences) and places (in the store of saved states). The callers
     guarantee for each list of pairs that all destinations are distinct and that no destination is also a source. So the
     copies of one list may run in any order."""
 
@@ -51,8 +51,8 @@ class SlotCopies:
 
 class CompressedCopies:
     """The copies for the store `CompressedStates`. SSM states are compressed. Convolution states are copied
-    uncompressed, to the tensor `conv`: its first `num_slots` entries are the state slots, and its further entries are
-    the places of saved states."""
+    uncompressed within the storage's tensor `conv`: the first `num_slots` entries of this tensor are the state slots,
+    and the following entries are the places of saved states."""
 
     def __init__(self, storage: CacheStorage, compressed: CompressedStates, kernels: Kernels) -> None:
         self._storage, self._compressed, self._kernels = storage, compressed, kernels
@@ -71,7 +71,7 @@ class CompressedCopies:
 
 
 def state_copies(storage: CacheStorage, kernels: Kernels) -> StateCopies:
-    """Returns the `StateCopies` for the kind of store that `storage` was allocated for."""
+    """Returns the object that copies states for the kind of store that `storage` was allocated for."""
     if storage.compressed is None:
         return SlotCopies(storage, kernels)
     return CompressedCopies(storage, storage.compressed, kernels)

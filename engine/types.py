@@ -124,8 +124,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties of a loaded engine, sent once when the engine is ready. A size here is the one that the engine
-    chose, which may be smaller than the size in its options.
+    """The properties of a loaded engine, sent once when the engine is ready. Each size is the size that the engine
+    chose. This size may be smaller than the size in the engine's options.
 
     `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the

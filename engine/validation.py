@@ -14,10 +14,10 @@ import msgspec
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
 from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
 
-MAX_LOGIT_BIAS_ENTRIES = 300  # OpenAI's API has the same limit for logit_bias
+MAX_LOGIT_BIAS_ENTRIES = 300  # maximum number of entries in logit_bias; OpenAI's API has the same limit
 MAX_STOP_TOKEN_IDS = 128
 MAX_BAD_WORDS = 128  # maximum number of forbidden token sequences; each bad word becomes one or two sequences
-MAX_ALLOWED_TOKEN_IDS = 4096  # maximum number of ids; limits the time for copying the ids to the device in every step
+MAX_ALLOWED_TOKEN_IDS = 4096  # maximum per request; limits the time for copying these ids to the device in each step
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
@@ -43,7 +43,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "frequency_penalty": Range(-2, 2),
         "logit_bias": Range(-100, 100),
         "seed": Range(-INT64_MAX - 1, INT64_MAX),
-        # in addition, `clamp_max_tokens` reduces max_tokens to the space left in the context
+        # in addition to this range, the function `clamp_max_tokens` limits max_tokens to the space left in the context
         "max_tokens": Range(0, INT64_MAX),
         "min_tokens": Range(0, INT64_MAX),
         "logprobs": Range(0, MAX_LOGPROBS),
@@ -88,8 +88,8 @@ def validate_prompt(
 
 
 def clamp_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
-    """Returns `params` with max_tokens reduced to the room that the context has after the prompt. If min_tokens is
-    larger than the new max_tokens, min_tokens is reduced to the same number."""
+    """Returns `params` with max_tokens reduced to the number of tokens that fit into the context after the prompt. If
+    min_tokens is larger than the new max_tokens, min_tokens is reduced to the same number."""
     max_tokens = min(params.max_tokens, max_model_len - prompt_len)
     assert max_tokens >= 0, "the prompt was not validated"
     if max_tokens == params.max_tokens:
@@ -123,14 +123,14 @@ def _check_bad_words(params: SamplingParams, vocab_size: int) -> None:
 
 
 def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-    """Raises RequestRejected if a reply could reach a point where every token is forbidden. Of bad words with three or
-    more tokens only the last two tokens are checked, so a few requests are refused although they could run."""
+    """Raises RequestRejected if a reply could reach a point where every token is forbidden. Only the last two tokens of
+    each bad word are considered, so a few requests are rejected although the engine could run them."""
     if not (params.bad_words or params.allowed_token_ids):
         return
     always = {word[-1] for word in params.bad_words if len(word) == 1}
     if params.min_tokens:
         always.update(eos_token_ids, params.stop_token_ids)
-    # maps a token id to the ids of tokens that bad words may forbid directly after this token
+    # maps a token id to the ids of the tokens that a bad word can forbid directly after that token
     after: dict[int, set[int]] = {}
     for word in params.bad_words:
         if len(word) > 1:

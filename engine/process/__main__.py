@@ -48,8 +48,8 @@ class LogToParent(logging.Handler):
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        # The text has neither the level nor the name of the logger, because the struct `LogLine` has a field for each
-        # of these.
+        # The text has neither the level nor the name of the logger, because the struct `LogLine` has separate fields
+        # for the level and the name.
         self.setFormatter(logging.Formatter("%(message)s"))
         self._send = send
 
@@ -95,8 +95,9 @@ def run(connection: socket.socket, send: Send) -> int:
         send(Failed(str(error)))
         return 1
     gc.collect()
-    # The objects that exist now live as long as the process. `gc.freeze` excludes these objects from garbage
-    # collection. Without it, each full collection would examine them all and stop the engine for about 0.1 s.
+    # The objects that exist now live as long as the process. The function `gc.freeze` excludes these objects from
+    # garbage collection. Without `gc.freeze`, each full collection would examine all these objects and stop the engine
+    # for about 0.1 s.
     gc.freeze()
     stop = threading.Event()
     threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()

@@ -26,11 +26,12 @@ ENGINE_COMMAND = (
     "-m",
     "jamba_server.engine.process",
 )  # the option -P keeps Python from importing modules of the current folder
-CLOSE_SECONDS = 5.0  # seconds after which a child that was told to end, but still runs, is killed
+CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was told to end is killed
 
 
 class Child:
-    """One engine process. The end of the data from the process's socket means that the process has ended."""
+    """One engine process and the parent's end of the socket to this process. When the socket reports the end of the
+    stream, the process has ended."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -41,8 +42,9 @@ class Child:
 
     @classmethod
     async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:
-        """Starts the command line `command`, with the number of the socket's file descriptor as an additional last
-        argument, and sends `config` to the new process. Raises OSError if the process cannot be started."""
+        """Starts the command line `command` as a new process and sends the configuration `config` to this process. The
+        number of the socket's file descriptor is appended to the command line as the last argument. Raises OSError if
+        the process cannot be started."""
         ours, theirs = socket.socketpair()
         # The child must import the same jamba_server as this process.
         root = str(Path(jamba_server.__file__).parent.parent)
@@ -89,7 +91,7 @@ class Child:
         return msgspec.msgpack.decode(body, type=kind)
 
     def touch(self) -> None:
-        """Makes `silent_seconds` count from now. Must be called when an idle child gets work."""
+        """Makes the property `silent_seconds` count from now. Must be called when a child without work gets work."""
         self._last_message = self._clock()
 
     def shut_down(self) -> None:

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3  # after this number of engine deaths within DEATH_WINDOW_SECONDS the engine is not restarted
 DEATH_WINDOW_SECONDS = 60.0
-SUSPECT_DEATHS = 2  # a request that was running when this number of successive engine processes died is run alone
+# If a request was running when this number of successive engine processes died, the engine runs that request alone.
+SUSPECT_DEATHS = 2
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +76,8 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """The properties of the engine's model and the sizes that the engine chose. Before the engine is ready for the
-        first time, this property raises EngineLoading. If the engine failed to start, it raises EngineDead."""
+        first time, this property raises EngineLoading. If the engine failed to start, this property raises
+        EngineDead."""
         ...
 
     @property
@@ -103,8 +105,8 @@ class Engine(Protocol):
 
 
 class _Live:
-    """A request that has been submitted and has not ended. `deaths` is the number of engine processes in a row that
-    died while they ran this request."""
+    """A request that has been submitted and has not ended. The attribute `deaths` counts successive engine processes
+    that died while they ran this request."""
 
     def __init__(self, request: Request, stream: _Stream) -> None:
         self.request, self.stream = request, stream
@@ -114,8 +116,8 @@ class _Live:
         self.num_prompt_logprobs = 0
 
     def replay(self) -> Request:
-        """Returns the request in the form that is sent to an engine process. An engine that was restarted continues the
-        reply after the tokens that the client has received already."""
+        """Returns the request in the form that is sent to an engine process. The result includes the reply tokens that
+        the client has received already. So a restarted engine continues the reply after these tokens."""
         return msgspec.structs.replace(
             self.request, generated=self.generated, num_prompt_logprobs=self.num_prompt_logprobs
         )
@@ -268,8 +270,8 @@ class EngineClient:
     # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends to the child process all requests that have not been sent to this child yet. If some requests are
-        suspected of killing the engine, sends only one of these suspects.
+        """Sends to the child process all requests that have not been sent to this child process yet. If some requests
+        are suspected of killing the engine, only one of these suspects is sent.
 
         A suspect is a request that ran during SUSPECT_DEATHS successive deaths. If the engine dies while a suspect runs
         alone, that request is the cause.
@@ -292,7 +294,7 @@ class EngineClient:
                 live.sent = True
 
     def _fail_too_long(self) -> None:
-        """Fails the requests that are longer than the maximum context of a restarted engine.
+        """Fails the requests with more tokens than the maximum context length of a restarted engine.
 
         A restarted engine that finds less memory than the one before may have a shorter maximum context.
         """
@@ -389,7 +391,7 @@ class EngineClient:
         was_running = [live for live in self._live.values() if live.sent]
         culprit = was_running[0] if len(was_running) == 1 and was_running[0].deaths >= SUSPECT_DEATHS else None
         if culprit is not None:
-            self._deaths.clear()  # the culprit caused the recent deaths, so these do not count towards MAX_DEATHS
+            self._deaths.clear()  # the culprit caused these deaths, so the deaths do not count towards MAX_DEATHS
             self._fail(
                 culprit,
                 EngineFailed(
@@ -407,7 +409,8 @@ class EngineClient:
         self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
 
     def _count_death(self) -> int:
-        """Records that the engine process has just died. Returns the number of deaths in the last DEATH_WINDOW_SECONDS.
+        """Records that the engine process has just died. Returns the number of deaths during the most recent
+        DEATH_WINDOW_SECONDS.
 
         Until the engine is ready again, earlier deaths stay counted however old they are. Otherwise an engine that dies
         after each long load would be restarted for ever.
@@ -432,8 +435,8 @@ class EngineClient:
 
 
 def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
-    """Returns the statistics `now` of the current engine process. The counters of all earlier engine processes, which
-    `base` has, are added to its counters."""
+    """Returns the statistics `now` of the current engine process, with the counters of all earlier engine processes
+    added to the counters in `now`. The argument `base` has the counters of all earlier engine processes."""
     totals = {f: getattr(base, f) + getattr(now, f) for f in EngineStats.__struct_fields__ if f.endswith("_total")}
     return msgspec.structs.replace(now, **totals)
 

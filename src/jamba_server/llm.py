@@ -34,8 +34,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
-# Default of max_tokens for completions, in tokens; the server has the same default. Without max_tokens the reply to a
-# chat may fill the context.
+# The largest number of tokens of a reply in a call of `generate` without max_tokens. The server has the same default
+# for completions. In a call of `chat` without max_tokens, only the context length limits a reply.
 DEFAULT_MAX_TOKENS = 16
 
 Message = Mapping[str, object]
@@ -44,9 +44,10 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
 
 @dataclass(slots=True)
 class Completion:
-    """One reply to a prompt. `index` is the position of this reply (0 to n-1) among the n replies to the same prompt.
-    `text` is empty for a model without tokenizer.json. Log-probabilities are empty unless requested. `stop_reason` is
-    the stop string, or the token of `stop_token_ids`, that ended the reply."""
+    """One reply to a prompt. The field `index` is the position of this reply (0 to n-1) among the n replies to the same
+    prompt. The field `text` is empty for a model without tokenizer.json. The fields `logprobs` and `prompt_logprobs`
+    are empty unless the caller asks for log-probabilities. The field `stop_reason` is the stop string, or the token of
+    `stop_token_ids`, that ended the reply."""
 
     prompt: list[int]
     index: int
@@ -122,8 +123,8 @@ class LLM:
         **sampling: Any,
     ) -> list[Completion]:
         """Returns `n` replies to each of one or several conversations. The checkpoint's chat template turns
-        conversations into prompts, and the other arguments are those of `generate`. Without `max_tokens` and `params` a
-        reply may fill the context."""
+        conversations into prompts. The other arguments are those of the method `generate`. If neither `max_tokens` nor
+        `params` is given, only the context length limits a reply."""
         template = self._chat_template()
         sampled = self._sampling(params, sampling, max_tokens=self.core.info.max_model_len)
         options = text_options(stop, include_stop_str_in_output, skip_special_tokens)
@@ -208,12 +209,12 @@ class LLM:
                         if reply is not None and reply.take(update):
                             del open_[update.request_id]
                             # The engine does not know stop strings, so the engine would go on generating after a stop
-                            # string. The request must therefore be aborted.
+                            # string. This call therefore aborts a request whose reply has reached a stop string.
                             if update.finish_reason is None:
                                 self.core.inbox.abort([update.request_id])
                             bar.advance(task)
             finally:
-                self.core.inbox.abort(list(open_))  # an interrupt must not leave work for the next call
+                self.core.inbox.abort(list(open_))  # after an interrupt, the next call must not run these requests
         return [reply.completion for reply in replies]
 
 
@@ -237,7 +238,8 @@ class _Reply:
         completion.num_cached = completion.num_cached if update.num_cached is None else update.num_cached
         if choice is None:
             completion.finish_reason = update.finish_reason
-        # Prompt log-probabilities are removed here, because `Choice` would add the prompt's text to the reply.
+        # Prompt log-probabilities are removed here, because the class `Choice` would add the prompt's text to the
+        # reply.
         elif delta := choice.take(msgspec.structs.replace(update, prompt_logprobs=[])):
             completion.text += delta.text
             completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
