@@ -42,8 +42,8 @@ def create_app(
 ) -> FastAPI:
     """Returns the application that serves `engine` over HTTP. The engine may still be loading.
 
-    A call of `app.state.lifecycle.drain()` makes the application refuse new requests. The list
-    `config.served_model_name` must not be empty. The metrics have its first name as a label.
+    A call of the method `app.state.lifecycle.drain()` makes the application refuse new requests. The list
+    `config.served_model_name` must not be empty. The metrics have the first name of this list as a label.
     """
     assert config.served_model_name, "the caller names the model"
     services = Services(
@@ -125,7 +125,7 @@ async def _handle(request: Request, exc: Exception) -> Response:
 def _no_such_route(request: Request, exc: HTTPException) -> HTTPException:
     allowed = (exc.headers or {}).get("Allow", "")
     if allowed == "GET":
-        allowed = "GET, HEAD"  # every route for GET also answers HEAD, because the middleware turns HEAD into GET
+        allowed = "GET, HEAD"  # routes for GET also answer HEAD, because the middleware turns HEAD into GET
     hint = f"this path takes {allowed}" if allowed else "/docs lists the paths that exist"
     detail = f"There is no {request.method} {request.url.path}; {hint}."
     return HTTPException(exc.status_code, detail, headers={"Allow": allowed} if allowed else None)

@@ -15,7 +15,7 @@ from jamba_server.server.text.detokenizer import Detokenizer
 from jamba_server.server.text.stop import StopStrings
 from jamba_server.server.text.tokenizer import Tokenizer
 
-MIN_LOGPROB = -9999.0  # lowest log-probability in a reply, as in vLLM; JSON lacks minus infinity
+MIN_LOGPROB = -9999.0  # replies show lower log-probabilities as this one, as in vLLM; JSON lacks minus infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
-    """The text, log-probabilities and finish reason that a choice has gained since its previous delta.
+    """The part of a choice that is new since the choice's previous delta: text, log-probabilities and finish reason.
 
     The field `index` is the number of the choice in the HTTP reply. The field `stop_reason` is the stop string, or the
-    token id from the request's `stop_token_ids`, that ended the choice. It is None while the choice is not ended, and
-    for choices that ended for another reason.
+    token id from the request's `stop_token_ids`, that ended the choice. The field `stop_reason` is None while the
+    choice has not ended, and for choices that ended for another reason.
     """
 
     index: int
@@ -61,7 +61,7 @@ class TextOptions:
 
 
 class Choice:
-    """Turns the engine's updates for one choice into objects of the class `ChoiceDelta`, the pieces of the reply.
+    """Turns the engine's updates for one choice into pieces of the reply, objects of the class `ChoiceDelta`.
 
     The argument `request` is the engine's request for this choice. The argument `index` is the number of the choice in
     the HTTP reply.
@@ -82,16 +82,16 @@ class Choice:
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._to_echo = request.prompt if options.echo else []
         self._num_echoed = 0
-        self._text = ""  # text for the next delta, without the characters held back as a possible stop string
+        self._text = ""  # text for the next delta, without characters that might be the start of a stop string
         self._scores: list[TokenScore] = []
-        # number of characters of all decoded tokens, including characters held back as a possible stop string
+        # number of characters of all decoded tokens, including characters that might be the start of a stop string
         self._num_chars = 0
 
     def take(self, update: TokenUpdate) -> ChoiceDelta | None:
-        """Adds the tokens of `update` to the choice and returns the delta that can be sent now.
+        """Adds the tokens of the argument `update` to the choice and returns the delta that can be sent now.
 
-        Returns None if there is no text to send yet and the choice goes on. Log-probabilities are held back until the
-        next delta.
+        Returns None if there is no text to send yet and the choice has not ended. In this case the log-probabilities of
+        the tokens are sent with the next delta.
         """
         self._echo(update)
         for i, token_id in enumerate(update.token_ids):
@@ -117,8 +117,8 @@ class Choice:
         """Adds the text of the prompt to the choice's text if the request has `echo`.
 
         If the request asks for the log-probabilities of the prompt, the text of each prompt token is added when the
-        token's log-probability arrives. Otherwise the whole text is added at the first update. The prompt's text is
-        not searched for stop strings.
+        token's log-probability arrives. Otherwise the prompt's whole text is added at the first update. The text
+        of the prompt is not searched for stop strings.
         """
         with_scores = self.request.params.prompt_logprobs is not None
         end = self._num_echoed + len(update.prompt_logprobs) if with_scores else len(self._to_echo)
@@ -126,7 +126,7 @@ class Choice:
             token_id = self._to_echo[position]
             if with_scores:
                 self._score(token_id, update.prompt_logprobs[position - self._num_echoed])
-            if position or token_id != self._bos_token_id:  # an echoed prompt leaves out the begin-of-text token
+            if position or token_id != self._bos_token_id:  # the echoed text lacks the begin-of-text token
                 self._text += self._decode(token_id)
         self._num_echoed = end
 

@@ -1,4 +1,5 @@
-"""Turns exceptions into error replies. The table `_TABLE` gives the HTTP status, error type and code of each exception.
+"""Turns exceptions into error replies. The table `_TABLE` lists the HTTP status, error type and error code for each
+class of exceptions.
 
 Every error has OpenAI's form, `{"error": {"message", "type", "param", "code", "request_id"}}`. If no part of the reply
 has been sent yet, the error is the body of the reply. If a stream has begun, the error is the last JSON event of the
@@ -34,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
-MAX_MESSAGE_CHARS = 1000  # a longer error message is cut at its end; it might quote a large value
+MAX_MESSAGE_CHARS = 1000  # longer messages are cut at the end; a message might quote a long value of the request
 
-# Each row has a class of exceptions, the HTTP status, the error type and the error code. If the exception has an
-# attribute `code` that is not empty, this attribute replaces the code in the row.
+# Each row has a class of exceptions, and the HTTP status, error type and error code of their replies. If an exception
+# has an attribute `code` that is not empty, the attribute replaces the error code of the row.
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
@@ -92,7 +93,8 @@ class Problem:
 def describe(exc: Exception) -> Problem:
     """Returns the error reply for the exception `exc`.
 
-    An exception of a class that has no error reply of its own is logged. Its reply has status 500 and no details.
+    If this function does not know the class of the exception, the exception is logged. The reply then has status 500
+    and no details.
     """
     if isinstance(exc, RequestValidationError):
         return _describe_validation(cast("Sequence[Finding]", exc.errors()))
@@ -136,7 +138,7 @@ def request_id_of(scope: Scope) -> str:
 def tenant_of(scope: Scope) -> str:
     """Returns a name for the API key that the client sent: "key-" and the position of the key in --api-key.
 
-    Returns "" if the server requires no key, or if the path requires none.
+    Returns "" if the server requires no key, or if the request's path requires no key.
     """
     state: dict[str, str] = scope["state"]
     return state.get("tenant", "")

@@ -28,15 +28,14 @@ def describe_finding(finding: Finding) -> str:
 def param_of(finding: Finding) -> str | None:
     """Returns the path of the field, such as `messages.0.content`, or None if the finding is about the whole body.
 
-    pydantic's location of an error also has the tags of union types, which are in parentheses. The path leaves them
-    out.
+    In pydantic, the location of an error also has the tags of union types, such as "(list)". The returned path has no
+    such tags.
     """
     if finding["type"] == "json_invalid":
         return None
     parts = [str(part) for part in finding["loc"][1:]]
-    if "field" in finding.get(
-        "ctx", {}
-    ):  # a validator of a whole object names the field in "ctx", since pydantic's location ends at the object
+    # If a validator of a whole object raised the error, "loc" ends at the object, and "ctx" names the field.
+    if "field" in finding.get("ctx", {}):
         parts.append(finding["ctx"]["field"])
     return ".".join(part[:MAX_NAME_CHARS] for part in parts if not part.startswith("(")) or None
 
@@ -44,7 +43,7 @@ def param_of(finding: Finding) -> str | None:
 def short_json(value: object) -> str:
     """Returns a short text for a JSON value in an error message.
 
-    A list or an object is only called "a list" or "an object", and a long string is cut.
+    The text of a list is "a list", and the text of an object is "an object". A long string is cut at its end.
     """
     match value:
         case None | bool() | float():
@@ -141,8 +140,7 @@ _SENTENCES: Mapping[str, Callable[[Finding], str]] = {
     "string_too_short": _string_too_short,
     "string_too_long": _string_too_long,
     "literal_error": lambda finding: f"is {short_json(finding['input'])}; it must be {finding['ctx']['expected']}",
-    # Errors of the following kinds are raised by this server's own validators. The message of each of these errors is
-    # a predicate.
+    # This server's own validators raise errors of the following kinds. The message of such an error is the predicate.
     "stop_type": _custom,
     "content_type": _custom,
     "prompt_type": _custom,

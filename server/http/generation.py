@@ -1,4 +1,4 @@
-"""The class `Generation` submits the prompts of one HTTP request to the engine and yields the text of its choices."""
+"""The class `Generation` submits the prompts of one HTTP request to the engine and yields the pieces of the reply."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A validated HTTP request.
+    """The data of a validated HTTP request that the class `Generation` needs.
 
-    The choices are ordered by prompt: first the `n` choices of the first prompt, then those of the second prompt.
+    The choices are ordered by prompt: first the `n` choices of the first prompt, then the `n` choices of the second
+    prompt, and so on.
     """
 
     id: str
@@ -130,7 +131,7 @@ class Generation:
         still running are aborted.
         """
         async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
-            end: FinishReason = "abort"  # finish reason of the choices that have none at the end of the block
+            end: FinishReason = "abort"  # finish reason of each choice that has not ended before the end of the block
             try:
                 async with aclosing(self._deltas(updates)) as deltas:
                     yield deltas
@@ -141,7 +142,7 @@ class Generation:
                 self._close(end)
 
     async def collect(self) -> list[ChoiceDelta]:
-        """Runs the request to its end and returns one delta with the whole text of each choice, ordered by index."""
+        """Runs the request to its end. Returns one delta with the whole text of each choice, ordered by the index."""
         parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
         async with self.run() as deltas:
             async for delta in deltas:
@@ -159,7 +160,7 @@ class Generation:
             if choice.finish_reason:
                 num_open -= 1
                 self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
-                # The engine sees only token ids. If a stop string ended the choice, the engine must be told to end it.
+                # The engine does not know stop strings. If a stop string ended the choice, the engine must abort it.
                 if update.finish_reason is None:
                     updates.abort(update.request_id)
             if delta is not None:

@@ -10,11 +10,11 @@ import asyncio
 from jamba_server.engine.errors import EngineLoading, Overloaded
 from jamba_server.engine.process.client import Engine
 
-RETRY_AFTER_SECONDS = 5  # sent to clients as Retry-After; a restart might be over after this time
+RETRY_AFTER_SECONDS = 5  # value of the header Retry-After; a restart might be over after this time
 
 
 class Lifecycle:
-    """Accepts new requests until `drain` is called. Requests that are running at the time of the call are finished."""
+    """Accepts new requests until `drain` is called. Requests that run at that time continue to their end."""
 
     def __init__(self) -> None:
         self._draining = False
@@ -46,8 +46,8 @@ class StartupQueue:
     async def wait(self, num_choices: int) -> None:
         """Waits until the engine has loaded or has failed to load.
 
-        The argument `num_choices` is the number of choices of the request that waits. Raises EngineLoading if loading
-        takes longer than the class's argument `seconds`, and Overloaded if too many choices wait already.
+        The argument `num_choices` is the number of choices of the request that waits. Raises EngineLoading if the
+        wait exceeds the class's argument `seconds`, and Overloaded if the limit `max_waiting` is already reached.
         """
         if self._max_waiting and self._num_waiting >= self._max_waiting:
             raise Overloaded(
@@ -66,7 +66,7 @@ class StartupQueue:
 
     def _describe(self) -> str:
         progress = self._engine.health.loading
-        if progress is None:  # the engine became ready between the timeout and this line
+        if progress is None:  # the engine finished loading after the timeout
             return "The engine has just loaded; send the request again."
         return (
             f"The engine is loading ({progress.phase}: {progress.fraction:.0%}). A request waits at most "

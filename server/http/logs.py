@@ -1,5 +1,5 @@
-"""Writes a line with the throughput and the load of the engine to the log, every 10 seconds while requests run or
-wait."""
+"""Writes the throughput and the load of the engine to the log. While requests run or wait, it writes a line every 10
+seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATS_INTERVAL_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The token counts and the engine's statistics at one moment. A log line has the differences of two snapshots."""
+    """The token counts and the engine's statistics at one moment. The throughput is computed from two snapshots."""
 
     prompt_tokens: int
     generation_tokens: int
@@ -30,10 +30,10 @@ class Snapshot:
 
 
 def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str | None:
-    """Returns the log line for the time between two snapshots, or None if no tokens were processed and no requests
-    wait.
+    """Returns the log line for the time between two snapshots.
 
-    The argument `seconds` is the length of this time.
+    Returns None if no tokens were processed in this time and no requests run or wait. The argument `seconds` is the
+    length of this time.
     """
     prompt_tokens = after.prompt_tokens - before.prompt_tokens
     generation_tokens = after.generation_tokens - before.generation_tokens
@@ -52,8 +52,10 @@ def describe_interval(before: Snapshot, after: Snapshot, seconds: float) -> str 
 
 
 async def log_stats(metrics: Metrics, engine: Engine, *, interval: float = STATS_INTERVAL_SECONDS) -> None:
-    """Writes a line to the log after each `interval` seconds, unless the server was idle. Runs until it is
-    cancelled."""
+    """Writes a line to the log every `interval` seconds, except after an interval in which the server was idle.
+
+    Runs until its task is cancelled.
+    """
     loop = asyncio.get_running_loop()
     before, since = Snapshot.take(metrics, engine), loop.time()
     while True:

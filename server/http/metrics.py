@@ -1,7 +1,8 @@
-"""The Prometheus metrics of the server. Their names are vLLM's names of the same metrics with the prefix `jamba_`.
+"""The Prometheus metrics of the server. If vLLM has the same metric, the name is vLLM's name with the
+prefix `jamba_`.
 
-The metrics of state slots, saved states and missed prefixes do not exist in vLLM. They are needed because Jamba models
-keep recurrent states as well as KV pages. The engine counts requests, pages, states and prefix-cache tokens, and
+The metrics of state slots, saved states and missed prefixes do not exist in vLLM. They exist here because Jamba
+models keep recurrent states as well as KV pages. The engine counts requests, pages, states and prefix-cache tokens, and
 these numbers are read from `EngineStats` at each scrape. The class `Metrics` counts all other values in the HTTP
 process.
 """
@@ -132,14 +133,14 @@ class Metrics:
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._success.labels(self.model_name, reason).inc()
-        if reason in ("stop", "length"):  # failed and aborted choices end early and would lower the latency
+        if reason in ("stop", "length"):  # failed and aborted choices end early and would lower the measured latency
             self._e2e_latency.labels(self.model_name).observe(seconds)
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()
 
     def count_ignored_fields(self, names: Iterable[str]) -> None:
-        """Adds one to the counter of each field name in `names`, which one request had and the server ignored.
+        """Adds one to the counter of each field name in `names`. The server ignored these fields of one request.
 
         Only the first MAX_FIELD_LABELS different names get counters of their own; all later names count as `other`.
         """
@@ -156,7 +157,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Gives Prometheus the engine's current statistics and token counts each time it scrapes the server."""
+    """Returns the engine's current statistics and the token counts each time Prometheus requests the metrics."""
 
     def __init__(self, metrics: Metrics, engine: Engine) -> None:
         self._metrics, self._engine = metrics, engine

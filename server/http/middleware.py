@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_JSON_DEPTH = 64
-MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating each takes about 10 us
+MAX_JSON_CONTAINERS = 32_768  # maximum number of objects and lists in a body; validating one takes about 10 us
 # Maximum number of values in all lists and objects of a body together: twice the number of tokens in Jamba's longest
 # context. While a body is parsed and validated, all other requests wait, for about 0.2 us per value of the body.
 MAX_JSON_VALUES = 524_288
-MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; each unknown name is compared with all known names
+MAX_JSON_NAMES = 65_536  # maximum number of fields in a body; an unknown name is compared with all known names
 MAX_LOGGED_PATH_CHARS = 256
-# Maximum size of a body, in bytes, that is checked in the event loop. The check of a larger body would block the event
-# loop too long, so it runs in a thread.
+# Maximum size, in bytes, of a body that is checked in the event loop. A larger body is checked in a thread, because its
+# check would block the event loop too long.
 CHECKED_AT_ONCE_BYTES = 64 * 1024
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
 # Matches a JSON string, even if its closing quote is missing. The possessive quantifiers (`*+`) never backtrack, so the
@@ -72,7 +72,7 @@ class RequestContext:
         request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         scope["root_path"] = self.root_path or scope.get("root_path", "")
-        inner = _canonical(scope)  # _canonical reads root_path, which the line above has set
+        inner = _canonical(scope)  # the function `_canonical` reads scope["root_path"]
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -102,8 +102,9 @@ class RequestContext:
 
 
 class ApiKey:
-    """Refuses requests without one of the API keys `keys`, except on `open_paths` and on the paths of the files of
-    /docs.
+    """Refuses requests that have none of the API keys in the argument `keys`.
+
+    The paths in the argument `open_paths`, and the paths of the files that the page /docs loads, need no key.
 
     A client sends the key as a bearer token in the header `authorization`, or in the header `x-api-key`. If a client
     sends both headers, one header with a valid key is enough, because the other header might hold a placeholder or the
@@ -135,20 +136,20 @@ class ApiKey:
         key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
-        # Every key is compared, so that the time of the comparison does not reveal which key matched.
+        # Every key is compared, so that the time does not reveal which key matched.
         matches = [hmac.compare_digest(key, known) for key in map(_latin_1, sent) for known in self.keys]
         return matches.index(True) % len(self.keys) if any(matches) else None
 
 
 class JsonBody:
-    """Reads the whole body of a request before the application does.
+    """Reads and checks the whole body of a request, and then calls the application.
 
-    Bodies that are too large, nested too deeply or not in UTF-8, and bodies of other types than JSON, are refused.
+    A body is refused if it is too large, nested too deeply, not in UTF-8 or not of the media type JSON.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, body_timeout: float = 30.0) -> None:
-        """The argument `max_bytes` is the maximum size of a body. The argument `body_timeout` is the maximum number of
-        seconds between two parts of a body. If more time passes, the client gets status 408."""
+        """The argument `max_bytes` is the maximum size of a body, in bytes. The argument `body_timeout` is the maximum
+        number of seconds between two parts of a body. If more seconds pass, the client gets status 408."""
         self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -204,7 +205,7 @@ class JsonBody:
 def clean_request_id(sent: str) -> str:
     """Returns the request id that the client sent, without the characters that are unsafe in a header or a log line.
 
-    If the client sent no id, or if all of its characters are unsafe, a new id is returned.
+    If the client sent no id, or if all characters of the client's id are unsafe, a new id is returned.
     """
     return _NOT_IN_REQUEST_ID.sub("", sent[:MAX_REQUEST_ID_CHARS]) or uuid.uuid4().hex
 
@@ -219,7 +220,7 @@ def check_json(body: bytes) -> None:
         body.decode()
     except UnicodeDecodeError as exc:
         raise RequestRejected(f"The body is not valid UTF-8 at byte {exc.start}.", code="invalid_json") from exc
-    if b"\0" in body:  # JSON in UTF-16 or UTF-32 has zero bytes; JSON in UTF-8 has none
+    if b"\0" in body:  # JSON in UTF-16 or UTF-32 has zero bytes; JSON in UTF-8 has no zero bytes
         raise RequestRejected("The body has zero bytes; it must be JSON in UTF-8.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
         _check_structure(body)
@@ -264,15 +265,15 @@ def _check_surrogates(body: bytes) -> None:
             r"A string has half of a UTF-16 surrogate pair (\ud800 to \udfff).", code="invalid_json"
         ) from exc
     except ValueError:
-        return  # the application refuses malformed JSON and names the position of the error
+        return  # the application refuses malformed JSON later, with the position of the error
 
 
 def _canonical(scope: Scope) -> Scope:
     """Returns a copy of the ASGI scope with the method and the path in the form that the routes expect.
 
     The method HEAD becomes GET; the HTTP server leaves out the body of the reply to HEAD. A slash at the end of the
-    path is removed. The path prefix of the proxy is added if the proxy has removed it, because ASGI requires the
-    prefix.
+    path is removed. If the proxy has removed its path prefix, the prefix is added again, because ASGI requires it in
+    the path.
     """
     method, path, root = scope["method"], scope["path"].rstrip("/"), scope["root_path"]
     if path != root and not path.startswith(f"{root}/"):
@@ -281,8 +282,8 @@ def _canonical(scope: Scope) -> Scope:
 
 
 def _has_route(scope: Scope) -> bool:
-    """Returns whether the application has a route for the request's path and method. If it has none, the router answers
-    404 or 405, and the body need not be read."""
+    """Returns whether the application has a route for the request's path and method. If there is no such route,
+    the router answers 404 or 405, and the body need not be read."""
     return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes if not isinstance(route, Mount))
 
 
@@ -292,7 +293,7 @@ def _latin_1(header: str) -> bytes:
 
 
 def _printable(path: str) -> str:
-    """Returns the path percent-encoded and cut, so that a line feed in the path cannot forge a line of the log."""
+    """Returns the path for a log line: percent-encoded, so that a line feed cannot forge a line, and cut at its end."""
     return quote(path)[:MAX_LOGGED_PATH_CHARS]
 
 

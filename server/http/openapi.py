@@ -1,6 +1,6 @@
-"""The OpenAPI document of the server, which describes the API for tools.
+"""The server's OpenAPI document, from which tools read the paths, requests and replies of the API.
 
-FastAPI derives the document from the routes. The class `App` adds how a client sends its API key.
+FastAPI derives the document from the routes. The class `App` adds the ways in which a client can send its API key.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is not None:
             return self.openapi_schema
-        document = super().openapi()  # FastAPI also stores the document in `openapi_schema`
+        document = super().openapi()  # this call also stores the document in the attribute `openapi_schema`
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
         for path, operations in document["paths"].items():
             if self._open_paths is None or path in self._open_paths:

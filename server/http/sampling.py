@@ -1,6 +1,7 @@
-"""Builds the engine's `SamplingParams` from the fields of an HTTP request, and checks them against the engine's limits.
+"""Builds the engine's sampling parameters from the fields of an HTTP request and checks them against the engine's
+limits.
 
-A sampling parameter that the request leaves out gets the default that the model's generation_config.json gives it.
+If the request leaves out a sampling parameter, its default comes from the model's file generation_config.json.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def sampling_params(
     """Returns the sampling parameters of a request.
 
     The argument `bad_words` has the token ids of the texts in the body's field `bad_words`. The argument `seed` is used
-    if the body has no seed. The arguments `logprobs` and `prompt_logprobs` say how many of the most likely tokens the
-    reply lists at each position of the generated text and of the prompt. None means no log-probabilities.
+    if the body has no seed. The argument `logprobs` is the number of most likely tokens that the reply lists at each
+    position of the generated text. The argument `prompt_logprobs` is the same number for each position of the prompt.
+    The value None means no log-probabilities.
     """
     top_k = _first(body.top_k, defaults.top_k)
     return SamplingParams(
@@ -65,11 +67,11 @@ def sampling_params(
 def admit_prompt(
     token_ids: list[int], params: SamplingParams, engine: HasInfo, *, param: str, save_positions: tuple[int, ...] = ()
 ) -> Prompt:
-    """Checks a prompt and its sampling parameters against the limits of the engine, and returns them as a `Prompt`.
+    """Checks a prompt and its sampling parameters against the limits of the engine, and returns a `Prompt` object.
 
     In the result, `max_tokens` is at most the number of tokens that the context has room for after the prompt. Raises
-    RequestRejected if a limit is exceeded. The argument `param` is the name of the request's field that has the prompt;
-    an error about the prompt names this field.
+    RequestRejected if the prompt or a parameter exceeds a limit. The argument `param` is the name of the request field
+    that has the prompt; an error about the prompt names this field.
     """
     info = engine.info
     validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)

@@ -25,7 +25,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # threads for chat templates and tokenising; more threads would take CPU cores from the engine
+TEXT_THREADS = 4  # number of threads for templates and tokenising; more would take CPU cores from the engine
 
 
 def _draw_seed() -> int:
@@ -50,7 +50,7 @@ class Services:
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
 
     def model(self, requested: str | None) -> str:
-        """Returns the requested model name, or the server's first model name if the request has none.
+        """Returns the requested model name, or the server's first model name if the request names no model.
 
         Raises ModelNotFound if the requested name is none of the server's model names.
         """
@@ -65,12 +65,11 @@ class Services:
         return Generation(spec, self.engine, self.tokenizer, self.metrics)
 
     def check_size(self, text: str, *, param: str) -> None:
-        """Raises RequestRejected if a text has so many bytes that it exceeds the context length however it is
-        tokenised.
+        """Raises RequestRejected if a text has too many bytes for the context length.
 
-        Such a text exceeds the context length even if each of its tokens is as long as the longest token of the
-        vocabulary. Without this check, tokenising a text of several megabytes would take seconds. The argument `param`
-        is the field of the request that the error names.
+        A text has too many bytes if it would exceed the context length even if each of its tokens were as long as the
+        longest token of the vocabulary. Without this check, tokenising a text of several megabytes would take
+        seconds. The argument `param` is the name of the request's field that has the text; the error names this field.
         """
         size, limit = len(text.encode()), self.engine.info.max_model_len
         if size > limit * self.longest_token:
@@ -86,8 +85,8 @@ class Services:
         return await self.in_thread(lambda: bad_word_tokens(words, self.tokenizer)) if words else ()
 
     def begins_with_bos(self, text: str) -> bool:
-        """Returns whether a prompt begins with the text of the begin-of-text token. Some evaluation tools send such
-        prompts."""
+        """Returns whether a prompt begins with the text of the begin-of-text token. Some evaluation tools send
+        prompts of this form."""
         bos = self.tokenizer.named_tokens.get("bos_token")
         return bos is not None and text.startswith(bos)
 
@@ -119,7 +118,7 @@ class Services:
         return await self.in_thread(lambda: template.render(turns, add_generation_prompt=add_generation_prompt))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Calls `work` in a thread. A long call in the event loop would block the streams of all other requests."""
+        """Calls the function `work` in a thread. In the event loop, a long call would block all other requests."""
         return await anyio.to_thread.run_sync(work, limiter=self.threads)
 
 

@@ -32,7 +32,8 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
     if stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
     choices = await until_disconnect(request.receive, writer.generation.collect())
-    if any(choice.scores for choice in choices):  # writing many log-probabilities takes long, so a thread does it
+    # Many log-probabilities take long to convert to JSON, so a thread converts them.
+    if any(choice.scores for choice in choices):
         body = await services.in_thread(lambda: writer.reply(choices).model_dump_json())
     else:
         body = writer.reply(choices).model_dump_json()
@@ -60,7 +61,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends each event of the writer as soon as it exists.
+    """Sends the events that the argument `writer` builds, each as soon as it is built.
 
     After every `keep_alive` seconds without an event, a comment is sent, so that proxies keep the connection open.
     The reply begins when the engine has accepted the request. An exception before the beginning becomes an ordinary
@@ -97,7 +98,7 @@ class EventStream(Response):
         except Exception as exc:
             if not self._started:
                 raise
-            problem = describe(exc)  # `describe` also logs unexpected exceptions
+            problem = describe(exc)  # the function `describe` also logs unexpected exceptions
             await self._send(send, *self.writer.fail(problem.body(request_id_of(scope))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

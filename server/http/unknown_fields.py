@@ -25,7 +25,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 def settle_unknown_fields(body: BaseModel, request: Request, services: Services) -> None:
     """Counts the unknown fields of a body in the metrics and lists their names in the reply's header X-Ignored-Fields.
 
-    If the server runs with `--unknown-fields reject` and there are unknown fields, raises RequestRejected instead.
+    Raises RequestRejected instead if the server runs with `--unknown-fields reject` and the body has unknown fields.
     Every route that takes a body calls this function before it uses the engine.
     """
     names = dict.fromkeys(_printable(path) for path in unknown_fields(body))
@@ -63,13 +63,13 @@ def warn_of_bos(request: Request, services: Services) -> None:
 
 
 def _printable(path: str) -> str:
-    """Returns the path of a field, cut, with "?" for each character that is unsafe in a header or a metric's label."""
+    """Returns the start of a field's path, with "?" for each character that is unsafe in a header or a label."""
     return _NOT_IN_A_NAME.sub("?", path[:MAX_NAME_CHARS])
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Returns the names that fit into MAX_HEADER_CHARS characters, as one text that ends with the number of omitted
-    names."""
+    """Returns the names that fit into MAX_HEADER_CHARS characters, as one text. If names are left out, the text ends
+    with the number of these names."""
     listed, left = "", list(names)
     while left and len(listed) + len(left[0]) + 2 <= MAX_HEADER_CHARS:
         listed += (", " if listed else "") + left.pop(0)

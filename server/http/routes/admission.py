@@ -1,4 +1,5 @@
-"""The function `wait_for_start` waits until the engine has loaded. Routes call it before they use the engine."""
+"""The function `wait_for_start` waits until the engine has loaded. Routes call this function before they use the
+engine."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from jamba_server.server.http.sse import until_disconnect
 
 
 async def wait_for_start(request: Request, services: Services, *, num_choices: int = 1) -> None:
-    """Waits while the engine loads for the first time. The body of `request` must have been read completely before.
+    """Waits while the engine loads for the first time. The request's body must already have been read.
 
-    Raises EngineLoading if loading takes longer than --startup-wait, Overloaded if too many choices wait already, and
+    Raises EngineLoading if the wait exceeds --startup-wait, Overloaded if too many choices wait already, and
     ClientDisconnect if the client disconnects.
     """
     if services.engine.health.loading is not None:

@@ -79,7 +79,7 @@ async def _prompt(
         body,
         services.defaults,
         max_tokens=body.reply_limit(default=DEFAULT_MAX_TOKENS, context=services.engine.info.max_model_len),
-        seed=services.draw_seed(),  # with one seed for all prompts, equal prompts would get equal replies
+        seed=services.draw_seed(),  # a seed for each prompt; with a common seed, equal prompts would get equal replies
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         bad_words=bad_words,

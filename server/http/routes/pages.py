@@ -18,7 +18,7 @@ from jamba_server.server.http.schemas.models import AboutReply
 from jamba_server.server.http.services import ServicesOf
 
 NAME = "jamba-server"
-NO_ICON = "data:,"  # an empty icon keeps a browser from requesting /favicon.ico
+NO_ICON = "data:,"  # URL of an empty icon, which keeps a browser from requesting /favicon.ico
 
 router = APIRouter(tags=["operations"])
 
@@ -51,14 +51,13 @@ async def docs(request: Request) -> Response:
         swagger_js_url=f"{root}{ASSETS_PATH}/swagger-ui-bundle.js",
         swagger_css_url=f"{root}{ASSETS_PATH}/swagger-ui.css",
         swagger_favicon_url=NO_ICON,
-        swagger_ui_parameters={
-            "validatorUrl": None
-        },  # by default Swagger UI sends the OpenAPI document to a validator on the internet
+        # By default, Swagger UI sends the OpenAPI document to a validator on the internet.
+        swagger_ui_parameters={"validatorUrl": None},
     )
 
 
 def swagger_assets() -> StaticFiles:
-    """Returns the files of Swagger UI. They are in the package fastapi-offline, whose Python code is not used."""
+    """Returns the files of Swagger UI. The package fastapi-offline has them; its Python code is not used."""
     return StaticFiles(packages=[("fastapi_offline", "static")])
 
 

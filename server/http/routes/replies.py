@@ -1,5 +1,5 @@
-"""A function that builds the JSON reply of a route, and the error replies that the OpenAPI document lists for
-routes."""
+"""The function `json_response` builds the JSON reply of a route. The table `ERRORS` has the error replies that the
+OpenAPI document lists for routes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from jamba_server.server.http.schemas.base import ErrorReply
 
-# The error replies that the OpenAPI document lists for a route. The module http/errors.py builds the replies
-# themselves.
+# The error replies that the OpenAPI document lists for a route. The module http/errors.py builds the error replies
+# that are sent.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 

@@ -54,7 +54,7 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
     assert body.prompt is not None, "the schema requires either messages or prompt"
     special = services.tokenizer.special_tokens.get(body.prompt)
     if special is not None and body.add_special_tokens is False:
-        return [special]  # the tool lm-eval sends such a request to learn the id of the end-of-text token
+        return [special]  # the tool lm-eval tokenises the text of the end-of-text token to learn its id
     services.check_size(body.prompt, param="prompt")
     return await services.encode_prompt(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 

@@ -19,15 +19,15 @@ from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.unknown import nearest, peer_problem
 
 MAX_CHOICES = 128  # maximum value of `n`, the number of choices for one prompt
-MAX_STOPS = 64  # maximum number of stop strings in a request; each one adds to the time to search a reply
+MAX_STOPS = 64  # maximum number of stop strings in a request; more strings make the search of a reply slower
 MAX_BAD_WORDS = 64
 MAX_CACHE_SALT_CHARS = 128
 
 
 def within(field: str, *, low: float | None = None) -> Any:
-    """Returns pydantic's declaration of the range of a sampling parameter, which the engine's table RANGES has.
+    """Returns pydantic's declaration of the range of the sampling parameter `field`, from the engine's table RANGES.
 
-    If `low` is given, it replaces the lower bound in the table.
+    If the argument `low` is given, it replaces the lower bound in the table.
     """
     bounds = RANGES[field]
     if bounds.open:
@@ -36,7 +36,7 @@ def within(field: str, *, low: float | None = None) -> Any:
 
 
 def invalid(why: str, *, field: str, kind: LiteralString = "invalid") -> PydanticCustomError:
-    """Returns pydantic's error for the field named `field`. Validators of a whole object raise it.
+    """Returns pydantic's error for the field named `field`. Validators of whole objects raise this error.
 
     The argument `why` is the predicate of a sentence that begins with the field's name, such as "is required".
     """
@@ -83,7 +83,7 @@ class Reply(BaseModel):
 def not_yet(feature: str = "") -> PydanticCustomError:
     """Returns pydantic's error for a field that this server does not support yet.
 
-    If `feature` is given, the error says that the server lacks only this feature of the field.
+    If the argument `feature` is given, the error says that the server lacks only this feature of the field.
     """
     why = f"has {NotSupportedYet(feature)}" if feature else "is not supported yet"
     return PydanticCustomError("not_supported_yet", "{why}", {"why": why.removesuffix(".")})
@@ -140,7 +140,7 @@ Stop = Annotated[
 
 
 def _token_ids(value: object) -> object:
-    """Converts the keys of `logit_bias` from strings to token ids. All keys of a JSON object are strings."""
+    """Converts the keys of `logit_bias` from strings to token ids. JSON allows only strings as keys."""
     if not isinstance(value, dict):
         return value
     try:
@@ -250,7 +250,7 @@ class GenerationBody(NoEffect):
         LogitBias | None, Field(description="Maps token ids, as strings, to numbers that are added to their logits.")
     ] = None
 
-    # The following fields are not in OpenAI's API; vLLM has them.
+    # The following fields are not in OpenAI's API. They are fields of vLLM's API.
     top_k: Annotated[
         Annotated[int, within("top_k", low=-1)] | None,
         Field(description="Sample from this number of the most likely tokens. 0 and -1 mean all tokens."),
@@ -329,7 +329,8 @@ class GenerationBody(NoEffect):
     def reply_limit(self, *, default: int, context: int) -> int:
         """Returns the maximum number of tokens in the reply.
 
-        It is `default` if the client sends no limit, and the context length `context` if the client sends -1.
+        If the client sends no maximum, the argument `default` is returned. If the client sends -1, the argument
+        `context`, which is the context length, is returned.
         """
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return default if limit is None else context if limit == -1 else limit

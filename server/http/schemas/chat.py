@@ -79,7 +79,7 @@ class ChatMessage(RequestBody):
         unsupported(""),
         Field(description="The id of the tool call that this message answers. Not supported yet."),
     ] = None
-    # OpenAI's replies have the following fields. Clients send them back when they continue the conversation.
+    # Messages in OpenAI's replies have the following fields. Clients send them back with the conversation.
     annotations: Annotated[
         list[Any] | None,
         Field(description="Notes on an earlier reply, which clients send back. They have no effect."),

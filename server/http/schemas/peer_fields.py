@@ -1,4 +1,4 @@
-"""Tables of request fields that would change the answer, that other servers have and that this server lacks.
+"""Tables of request fields that other servers have and this server lacks, and that would change the answer.
 
 If this server ignored a field of the tables, the client would get another answer than it requested. A request with such
 a field is therefore refused, with an error that names the field. The request is accepted if the value of the field is
@@ -21,7 +21,7 @@ class PeerField:
     The attribute `of` is the name of the other server. The value null and the values in `neutral` do not change the
     answer. The attribute `switches` has the names of fields that turn this field on. If the request has one of the
     switches with a neutral value, this field has no effect, and all its values are accepted. The attribute `instead` is
-    the name of this server's own field with the same meaning, or "" if there is none.
+    the name of this server's own field with the same meaning, or "" if this server has no such field.
     """
 
     of: str
@@ -38,7 +38,7 @@ PeerFields = Mapping[str, PeerField]
 _MIROSTAT = ("mirostat", "mirostat_mode")
 _BREAKERS = ["\n", ":", '"', "*"]
 
-# These fields choose how tokens are sampled.
+# The following request fields change how tokens are sampled.
 _SAMPLING = {
     "typical_p": PeerField("llama.cpp", (1, 0)),
     "typical": PeerField("LocalAI", (1, 0)),
@@ -99,7 +99,7 @@ _SAMPLING = {
     "random_seed": PeerField("Mistral", instead="seed"),
 }
 
-# These fields penalise or forbid tokens.
+# The following request fields penalise or forbid tokens.
 _PENALTIES = {
     "repeat_penalty": PeerField("llama.cpp", (1,), instead="repetition_penalty"),
     "repeat_last_n": PeerField("llama.cpp", (0, 64), switches=("repeat_penalty",)),
@@ -120,7 +120,7 @@ _PENALTIES = {
     "vllm_xargs": PeerField("vLLM", ({},)),
 }
 
-# These fields limit the length of the answer or say where it ends.
+# The following request fields limit the length of the answer or say where the answer ends.
 _LENGTHS = {
     "n_predict": PeerField("llama.cpp", (-1,), instead="max_tokens"),
     "num_predict": PeerField("Ollama", (-1,), instead="max_tokens"),
@@ -140,7 +140,7 @@ _LENGTHS = {
     "thinking_budget": PeerField("Qwen", (-1, 0)),
 }
 
-# These fields force the answer to follow a grammar.
+# The following request fields force the answer to follow a grammar.
 _GRAMMARS = {
     name: PeerField(of, ("", {}, []), instead="structured_outputs")
     for of, names in {
@@ -153,7 +153,7 @@ _GRAMMARS = {
     for name in names
 }
 
-# These fields change the text that the model reads, or the model itself.
+# The following request fields change the text that the model reads, or change the model itself.
 _PROMPTS = {
     "system": PeerField("Anthropic", ("", []), instead="messages"),
     "instructions": PeerField("OpenAI's responses", ("",), instead="messages"),
@@ -191,7 +191,7 @@ _PROMPTS = {
     "enable_search": PeerField("Qwen", (False,)),
 }
 
-# These fields change which data the reply contains.
+# The following request fields change which data the reply contains.
 _REPLIES = {
     "echo": PeerField("vLLM", (False,)),
     "return_full_text": PeerField("TGI", (False,), instead="echo"),

@@ -2,7 +2,8 @@
 
 Two kinds of unknown fields are always refused: fields that look like a misspelling of a known field, and fields of
 other servers that would change the answer. pydantic keeps all other unknown fields (`extra="allow"`), and the function
-`unknown_fields` lists them. The option `--unknown-fields` says whether they are ignored or refused.
+`unknown_fields` lists them. The option `--unknown-fields` says whether the listed fields are ignored
+or refused.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pydantic import BaseModel
 
 from jamba_server.server.http.schemas.peer_fields import PeerField, PeerFields
 
-MIN_SLIP_CHARS = 4  # shorter field names resemble each other by chance and are never taken for misspellings
-SHORT_NAME_CHARS = 6  # up to this length, a misspelling has one edit; in longer names, one or two
+MIN_SLIP_CHARS = 4  # field names with fewer characters are often alike by chance and never count as misspellings
+SHORT_NAME_CHARS = 6  # misspellings of up to this length have one edit, longer misspellings one or two edits
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -26,10 +27,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _slip(name: str, other: str, limit: int) -> int | None:
-    """Returns the number of edits that turn one name into the other, or None if it exceeds `limit`.
+    """Returns the number of edits that turn one name into the other, or None if this number exceeds `limit`.
 
-    Counting edits is slow. For most pairs of names it is not needed, because their lengths or their sets of letters
-    differ by more than `limit` edits can change.
+    Counting edits is slow. Most pairs of names need no count, because their lengths or their sets of letters differ by
+    more than `limit` edits can change.
     """
     if min(len(name), len(other)) < MIN_SLIP_CHARS or abs(len(name) - len(other)) > limit:
         return None
@@ -68,15 +69,15 @@ def peer_problem(name: str, body: Mapping[str, Any], peers: PeerFields) -> str |
 
 
 def _is_off(field: PeerField, body: Mapping[str, Any], peers: PeerFields) -> bool:
-    """Returns whether the request turns `field` off: it does if it has one of the fields in `field.switches` with a
-    neutral value."""
+    """Returns whether the request turns `field` off. A request turns a field off if it has one of the fields in
+    `field.switches` with a neutral value."""
     return any(name in body and name in peers and peers[name].is_neutral(body[name]) for name in field.switches)
 
 
 def unknown_fields(body: BaseModel) -> Iterator[str]:
     """Yields the paths of all unknown fields in a body, including unknown fields of nested objects.
 
-    The path of a field in an item of a list does not have the position of the item.
+    If a field is in an item of a list, the path leaves out the position of the item in the list.
     """
     yield from body.model_extra or ()
     for name in type(body).model_fields:

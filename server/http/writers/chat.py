@@ -23,7 +23,8 @@ from jamba_server.server.http.writers.writer import ChunkWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatWriter(ChunkWriter[ChunkChoice]):
-    """Builds one `chat.completion` object, or the events of a stream, which are `chat.completion.chunk` objects."""
+    """Builds one `chat.completion` object for a whole reply, and one `chat.completion.chunk` object for each event of a
+    stream."""
 
     def reply(self, choices: list[ChoiceDelta]) -> ChatCompletion:
         return ChatCompletion(
@@ -44,9 +45,9 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
         )
 
     def begin(self) -> Iterable[bytes]:
-        """Yields one event for each choice. The event has the role "assistant" and no text.
+        """Yields one event for each choice, with the role "assistant" and no text.
 
-        It tells the client that the engine has accepted the request.
+        These events tell the client that the engine has accepted the request.
         """
         for index in range(self.generation.num_choices):
             yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
@@ -54,7 +55,8 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
         """Yields an event with the delta's text and log-probabilities, and an event with the delta's finish reason.
 
-        An event that would have no content is left out.
+        The first event is left out if the delta has no text and no log-probabilities. The second event is left out if
+        the delta has no finish reason.
         """
         if delta.text or delta.scores:
             content = Delta(content=delta.text)

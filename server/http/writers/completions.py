@@ -47,7 +47,7 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
         """Returns the texts and log-probabilities of the most likely tokens at a position, the most likely token first.
 
         The last entry is the token of `score`, which the reply has at this position, unless an earlier entry has the
-        same text. If several tokens have the same text, only the most likely of these tokens is listed.
+        same text as this token. If several tokens have the same text, only the most likely of these tokens is listed.
         """
         if score.logprob is None:
             return None

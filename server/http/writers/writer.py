@@ -1,4 +1,4 @@
-"""`Writer` is the interface of the classes that build an endpoint's replies.
+"""The class `Writer` is the interface of the classes that build the replies of an endpoint.
 
 A reply is either one JSON object or a stream of server-sent events.
 """
@@ -19,7 +19,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
-C = TypeVar("C")  # the type of the entries in an event's field `choices`
+C = TypeVar("C")  # the class of the items in the list `choices` of an event
 
 
 class Writer(ABC):
@@ -56,10 +56,10 @@ class Writer(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkWriter(Writer, Generic[C]):
-    """The common part of the writers for chats and completions: each event is a JSON object with the field `choices`.
+    """The code that the writers for chats and completions share. Each event is a JSON object with the field `choices`.
 
     If `with_usage` is set, the stream has one more event at its end, whose field `usage` has the token counts. If
-    `with_usage_so_far` is set too, every event has the token counts up to that event.
+    `with_usage_so_far` is also set, every event has the token counts up to that event.
     """
 
     generation: Generation
