@@ -1,4 +1,5 @@
-"""Reads the options of the server. Flags win over environment variables, and environment variables over a YAML file.
+"""Reads the options of the server. A flag wins over an environment variable, and an environment variable over a YAML
+file.
 
 An option is one field of `ServerConfig`. The field gives the flag (`--max-model-len`), the YAML key (`max_model_len`),
 the variable (`JAMBA_MAX_MODEL_LEN`), the allowed values and the help text. Options that the engine needs have the same
@@ -35,8 +36,8 @@ from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 logger = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # environment variable with the YAML file's path if --config is not given
-# Kubernetes sets environment variables with these names and values in every container, for each service whose name
-# begins with "jamba". These variables are not options of this server.
+# For each service whose name begins with "jamba", Kubernetes sets environment variables with such names and values in
+# every container. These variables are not options of this server.
 _INJECTED_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_|$)|_PORT_\d+_(TCP|UDP|SCTP)(_|$)")
 _INJECTED_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
@@ -48,7 +49,7 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 UnknownFields = Literal["ignore", "reject"]
 
-# Pairs of a number format's name in torch or other servers and the value of --dtype that means the same format.
+# Pairs of two names for one number format: the name in torch or other servers, and the value of --dtype.
 DTYPE_ALIASES = (
     ("fp16", "float16"),
     ("half", "float16"),
@@ -60,8 +61,8 @@ DTYPE_ALIASES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """The value of every option of the server. Options for sizes are upper bounds: the engine reduces them until they
-    fit into memory, and logs one warning. For every other option, a value that the server cannot use is an error."""
+    """The value of every option of the server. If an option is a size that does not fit into memory, the engine reduces
+    it and logs one warning. For every other option, a value that the server cannot use is an error."""
 
     model: Annotated[
         str | None,
@@ -252,7 +253,7 @@ FORMER_NAMES: Mapping[str, str] = {o.help.formerly: o.name for o in OPTIONS.valu
 
 def present_name(name: str, shown: str) -> str:
     """Returns the present name of an option. If `name` is the option's name in the previous version, a warning is
-    logged. The warning quotes `shown`, the option's name as the user wrote it."""
+    logged. The warning contains `shown`, which is the name in the user's spelling."""
     if (present := FORMER_NAMES.get(name)) is None:
         return name
     logger.warning("%s is now called %s; the next version reads only that name.", shown, present)
@@ -280,7 +281,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], path: P
 
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file whose keys are option names, with underscores or dashes. The value null means the default."""
-    import yaml  # imported only here, since the import takes a tenth of the time in which a command starts
+    import yaml  # imported only here, since this import takes a tenth of the time in which a command starts
 
     if (text := read_text(path)) is None:
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -333,14 +334,15 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _present_variable(name: str) -> str:
-    """Returns an environment variable's present name. Logs a warning if `name` is its name in the previous version."""
+    """Returns an environment variable's present name. If `name` is the variable's name in the previous version, a
+    warning is logged."""
     former = name.removeprefix(ENV_PREFIX).lower()
     return ENV_PREFIX + present_name(former, name).upper() if former in FORMER_NAMES else name
 
 
 def _suggestion(unknown: str) -> str:
-    """Returns the end of an error message on an unknown key or variable. It suggests the option with the nearest
-    name."""
+    """Returns the end of an error message on an unknown key or variable. The text suggests the option whose name is
+    most similar."""
     near = difflib.get_close_matches(unknown.removeprefix(ENV_PREFIX).lower(), OPTIONS, n=1)
     if not near:
         return "; `jamba serve --help` lists them."
@@ -354,7 +356,8 @@ def _within(field: str) -> Meta:
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """The values of sampling parameters that a request leaves out, named as in generation_config.json.
+    """The default values of sampling parameters, for requests that do not give them. The fields are named as in
+    generation_config.json.
 
     The model's generation_config.json gives them; a parameter that it lacks has OpenAI's default. As in vLLM,
     `do_sample` has no effect: every request samples with its own temperature.
@@ -368,10 +371,11 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, folder: Path) -> GenerationDefaults:
-        """Reads the defaults of the model in `folder`. Raises CheckpointError, which names the file, key and limit."""
+        """Reads the sampling defaults of the model in `folder`. Raises CheckpointError with the file, the key and the
+        allowed range."""
         path = folder / "generation_config.json"
         values = {k: v for k, v in (read_object(path) or {}).items() if v is not None}
-        if values.get("top_k") == -1:  # some models write -1 for "all tokens", which this server writes as 0
+        if values.get("top_k") == -1:  # some models write -1 for "all tokens"; this server writes 0 instead
             del values["top_k"]
         try:
             return msgspec.convert(values, cls)
@@ -379,6 +383,6 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
             raise CheckpointError(f"{path}: {error}.") from error
 
     def non_defaults(self) -> dict[str, float]:
-        """Returns the model's defaults that differ from the defaults of OpenAI's API, by name."""
+        """Returns the model's sampling defaults that differ from the defaults of OpenAI's API, by name."""
         plain = GenerationDefaults()
         return {n: v for n in self.__struct_fields__ if (v := getattr(self, n)) != getattr(plain, n)}

@@ -1,4 +1,5 @@
-"""Makes an option (flag, YAML key, environment variable, allowed values, help) from each field of a settings class."""
+"""Makes an option of the server from each field of a settings class: its flag, YAML key, environment variable, allowed
+values and help."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ PANELS: tuple[Panel, ...] = get_args(Panel)
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """What `--help` and docs/options.md print on the option that is made from a field.
+    """The help on an option, as `--help` and docs/options.md print it. The option is made from a field of a settings
+    class.
 
     `panel` is the group in which the option is listed. `metavar` is the placeholder for the value, such as the unit of
     a number; if it is empty, the field's type gives the placeholder. `default` is the default in words; if it is empty,
@@ -114,8 +116,8 @@ class Option:
         return " " + " and ".join(limits) if limits else ""
 
     def cast(self, value: object, source: str) -> Any:
-        """Converts `value` to the field's type. Raises ConfigError with the source, the value and the allowed
-        values."""
+        """Converts `value` to the field's type. If that is not possible, raises ConfigError with the source of the
+        value, the value and the allowed values."""
         try:
             return msgspec.convert(self._parse(value), self.annotation, strict=False)
         except (ValueError, msgspec.ValidationError):
@@ -138,7 +140,7 @@ class Option:
         return value
 
     def show(self, value: object) -> object:
-        """Returns `value` for printing, or asterisks if the option is a secret."""
+        """Returns `value` as text to be printed. If the option is a secret, asterisks are returned."""
         return SECRET_MASK if self.help.secret and value else value
 
 
@@ -164,8 +166,8 @@ def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
 
 
 def _unwrap(annotation: Any) -> tuple[list[object], Any]:
-    """Returns the metadata of a type annotation, and the type itself without `Annotated` and `| None`, at all
-    depths."""
+    """Removes `Annotated` and `| None` from a type annotation, at every depth. Returns the metadata found in
+    `Annotated` and the bare type."""
     metadata: list[object] = []
     while True:
         if get_origin(annotation) is Annotated:
@@ -191,7 +193,7 @@ def parse_size(text: str) -> int:
 
 
 def _pairs(items: Iterable[object]) -> Mapping[str, str]:
-    """Parses texts of the form KEY=VALUE into a mapping. Raises ValueError for a text of another form."""
+    """Parses texts of the form KEY=VALUE into a mapping. Raises ValueError for a text that does not have this form."""
     pairs: dict[str, str] = {}
     for item in items:
         key, equals, value = str(item).partition("=")

@@ -9,4 +9,4 @@ def package_version() -> str:
     try:
         return metadata.version("jamba-server")
     except metadata.PackageNotFoundError:
-        return "unknown"  # no package is installed: the server runs from a source folder
+        return "unknown"  # no package is installed, since the server runs from a source folder

@@ -17,7 +17,7 @@ from jamba_server.engine.errors import JambaError
 from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
-# Maps the name of each command to the Python module that implements the command. The module has a function of the
+# Maps the name of each command to the Python module that implements the command. The module's main function has the
 # command's name.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
@@ -29,7 +29,7 @@ MODULES: Final[Mapping[str, str]] = {
 }
 
 
-# The function `token_normalize_func` lets users write flags with underscores, such as --max_num_seqs.
+# The function at the key `token_normalize_func` lets users write flags with underscores, such as --max_num_seqs.
 SETTINGS: Final = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),  # pyright: ignore[reportUnknownVariableType]
@@ -37,14 +37,14 @@ SETTINGS: Final = {
 
 
 class Command(TyperCommand):
-    """A command of the command line. Its help text lists the flags in groups, as plain text.
+    """A command such as `jamba serve`. The help text of the command lists the flags in groups, as plain text.
 
     typer's own groups are tables of rich, which cut long flags off on a terminal of 80 columns.
     """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes the help: a section for the arguments, one for flags without a panel, and one for each panel (group of
-        flags)."""
+        """Writes the help in sections: the arguments, the flags that are in no group, and one section for each group of
+        flags. typer's word for a group is panel."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         sections |= {f"{panel.capitalize()} options": [] for panel in PANELS}
         for parameter in self.get_params(ctx):
@@ -54,7 +54,7 @@ class Command(TyperCommand):
                     name, help = record
                     sections["Arguments"].append(
                         (name.partition(" ")[0], help)
-                    )  # typer writes a Python type after an argument's name
+                    )  # typer writes a Python type after an argument's name; the type is cut off
                 else:
                     sections[f"{panel.capitalize()} options" if panel else "Options"].append(record)
         for title, records in sections.items():

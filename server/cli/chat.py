@@ -1,4 +1,5 @@
-"""`jamba chat`: a conversation in the terminal, with a running server or with a model that the command loads."""
+"""Implements `jamba chat`: a conversation in the terminal, with a running server or with a model that the command
+loads."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ from jamba_server.server.config import ServerConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
-HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting is limited to 10 s, the time of a reply is not limited
-# Time limit in seconds for the server's first answer. While a server loads its model, its
-# answer can take as long as its option --startup-wait says (by default 30 s), so the limit must exceed that time.
+HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take at most 10 s; a reply may take any time
+# Time limit in seconds for the server's first answer. A server that is still loading its model can delay the answer by
+# the time of its option --startup-wait, 30 s by default. The limit must exceed that time.
 PROBE_SECONDS = 60.0
 _ADDRESS = re.compile(
     r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE
@@ -51,10 +52,10 @@ class ChatError(JambaError):
 
 
 class Partner(Protocol):
-    """The server or the loaded model that writes the assistant's messages of a chat."""
+    """Writes the assistant's messages of a chat: a server, or a model that the command has loaded."""
 
     def reply(self, messages: Messages) -> AsyncGenerator[str]:
-        """Yields the pieces of the assistant's next message as soon as each is generated. Raises JambaError."""
+        """Yields the assistant's next message in pieces, each as soon as it is generated. Raises JambaError."""
         ...
 
 
@@ -131,7 +132,8 @@ def _text(data: bytes) -> str:
 
 
 class Conversation:
-    """The messages of the user and the assistant in one chat. The function `write` shows text to the user.
+    """The messages of the user and the assistant in one chat. The argument `write` is a function that shows text to the
+    user.
 
     If `interactive` is true, an error is shown to the user and the chat goes on. Otherwise the error is raised.
     """
@@ -148,8 +150,8 @@ class Conversation:
         return [*system, *self._turns]
 
     async def take(self, line: str) -> bool:
-        """Carries out a line that is a command, such as /reset. For any other line, writes the assistant's reply.
-        Returns False for the command /exit."""
+        """Takes a line that the user has typed. If the line is a command such as /reset, carries out the command.
+        Otherwise writes the assistant's reply. Returns False for the command /exit."""
         command, _, argument = line.partition(" ")
         match command:
             case "":
@@ -224,8 +226,8 @@ def chat(
 
 
 def server_url(target: str) -> str | None:
-    """Returns the URL of the server that `target` names, or None if `target` names a model. A host and port get the
-    prefix http://. Raises ConfigError for a URL that cannot be read."""
+    """Returns the URL of the server that `target` names, or None if `target` names a model. If `target` is only a host
+    and a port, http:// is put before it. Raises ConfigError for a URL that cannot be read."""
     if _ADDRESS.fullmatch(target) and not Path(target).exists():
         target = f"http://{target}"
     if not target.startswith(("http://", "https://")):

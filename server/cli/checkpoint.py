@@ -23,7 +23,7 @@ _NAME_SHOWN = 200  # maximum number of characters that an error message quotes f
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The local folder and the name of a model. Clients of the API use this name unless --served-model-name gives
-    another. `demo` is true if the model is the demonstration model."""
+    another name. `demo` is true if the model is the demonstration model."""
 
     folder: Path
     name: str
@@ -31,8 +31,8 @@ class Checkpoint:
 
 
 def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
-    """Returns the model that `config` names. If the model is a hub id, its missing files are downloaded: all files that
-    a server needs, or only the configuration files if `config_only` is true.
+    """Returns the model that `config` names. If the model is a hub id, missing files are downloaded. With `config_only`
+    only the configuration files are downloaded, otherwise all files that a server needs.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -40,7 +40,8 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         return Checkpoint(demo_folder(), DEMO_NAME, demo=True)
     folder = Path(config.model).expanduser()
     if is_local(folder):
-        load_model_config(folder)  # errors in config.json are raised before the tokenizer and the engine load
+        # Raises errors in config.json at once, before the slow loading of tokenizer and engine.
+        load_model_config(folder)
         if config.revision is not None:
             raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a folder.")
         return Checkpoint(folder, folder.resolve().name)
@@ -49,7 +50,7 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
     patterns = [
         *CONFIG_FILES,
         INDEX_FILE,
-    ]  # the index of the weights tells whether the model has an output head besides the embedding
+    ]  # the index of the weights is needed too: it tells whether the output head is separate from the embedding
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
@@ -59,8 +60,8 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
 
 
 def is_local(path: Path) -> bool:
-    """Returns whether `path` exists or ends like the name of a weights file. Such a path is not looked up on the
-    hub."""
+    """Returns whether `path` is a local path, which is not looked up on the hub. A local path exists, or its name ends
+    like that of a weights file."""
     try:
         return path.exists() or names_a_file(path.name)
     except OSError as error:  # the name is too long for a path, or this process may not read a parent folder

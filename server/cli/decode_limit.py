@@ -28,7 +28,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decode:
-    """The bytes moved per decode step and the tokens decoded per second, with `sequences` running sequences.
+    """The bytes moved in one decode step and the tokens decoded per second, if `sequences` sequences run at the same
+    time.
 
     A step reads `step_bytes` bytes of weights. It reads and writes the states of all sequences, `state_bytes` bytes in
     total for reading and writing. Keys and values are left out, since a hybrid model has few of them. `limit` and
@@ -51,7 +52,8 @@ def decode_limits(
     bandwidth: float | None,
     measured: Mapping[int, float],
 ) -> tuple[Decode, ...]:
-    """Returns the limits of the decoding speed for one sequence and for each number of sequences in `measured`.
+    """Returns the limits of the decoding speed, first for one sequence, then for each number of sequences in
+    `measured`.
 
     `measured` maps a number of sequences to tokens per second. `bandwidth` is in bytes per second.
     """
@@ -74,7 +76,7 @@ def decode_limits(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """The model of the server under test, with the number formats of its weights.
+    """The model under test, the number formats of its weights, and the memory bandwidth.
 
     `policy` names the quantised weights; all other weights have the model's own dtype. `bandwidth` is the memory
     bandwidth of the server's device in bytes per second, or None if it is not known.
@@ -100,24 +102,23 @@ class Served:
         return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:
-        """Returns one line for one sequence and one for each number of clients in `levels`. A line has the limit of the
-        decoding speed and the measured speed."""
+        """Returns lines with the limit of the decoding speed and the measured speed: one line for one sequence, and one
+        line for each number of clients in `levels`."""
         model, measured = self.model, decode_rates(levels)
         limits = decode_limits(model, model.dtype, self.policy, bandwidth=self.bandwidth, measured=measured)
         return [describe_decode(limit, self.bandwidth) for limit in limits]
 
 
 def find_bandwidth(device: str, bandwidth: str | None, threads: int | None) -> float | None:
-    """Returns the memory bandwidth in bytes per second. If the text `bandwidth` is given, it is parsed.
-    Otherwise the bandwidth of a CPU is measured with `threads` threads that read memory. The result for a GPU is then
-    None."""
+    """Returns the memory bandwidth in bytes per second. If `bandwidth` is given, that text is parsed. If not, the
+    bandwidth of a CPU is measured with `threads` threads that read memory, and None is returned for a GPU."""
     if bandwidth is None:
         return read_bandwidth(threads or available_cpus()) if device == "cpu" else None
     return parse_bandwidth(bandwidth)
 
 
 def parse_bandwidth(bandwidth: str) -> float:
-    """Returns the bytes per second that the text `bandwidth` gives, such as 3.35TB.
+    """Converts a text such as 3.35TB, the bytes read per second, to a number.
 
     Raises ConfigError for a text that is not a size above 0.
     """
@@ -153,8 +154,8 @@ def _figure(value: float) -> str:
 
 
 def read_bench(path: Path) -> dict[int, float]:
-    """Reads a report of `jamba bench`. Returns the decoded tokens per second by number of clients, for the loads that
-    have a fixed number of clients. Raises ConfigError."""
+    """Reads a report of `jamba bench`. Returns a mapping from the number of clients to the measured decoding speed in
+    tokens per second. Loads without a fixed number of clients are ignored. Raises ConfigError."""
     try:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
     except (OSError, msgspec.MsgspecError) as error:
@@ -163,8 +164,8 @@ def read_bench(path: Path) -> dict[int, float]:
 
 
 def decode_rates(levels: Iterable[Level]) -> dict[int, float]:
-    """Returns the decoded tokens per second by number of clients, for the loads in `levels` that have a fixed number of
-    clients."""
+    """Returns a mapping from the number of clients to the measured decoding speed in tokens per second. Loads in
+    `levels` without a fixed number of clients are ignored."""
     return {
         level.load.concurrency: 1000 * level.load.concurrency / level.tpot_ms.mean
         for level in levels

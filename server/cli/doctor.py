@@ -1,4 +1,4 @@
-"""Implements `jamba doctor`, which shows versions, devices and the kernels that a server here would run."""
+"""Implements `jamba doctor`, which shows versions, devices and the kernels that a server on this machine would run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from jamba_server.engine.start.machine import available_cpus, available_memory, 
 from jamba_server.server.version import package_version
 
 DISTRIBUTIONS = ("fastapi", "uvicorn", "tokenizers", "safetensors", "huggingface_hub", "llguidance")
-TIMEOUT_SECONDS = 120.0  # the first start after an installation is slow, since Python compiles torch's files
+# Time limit in seconds for the process that lists the kernels. The process's first start after an installation is slow,
+# since Python compiles torch's files.
+TIMEOUT_SECONDS = 120.0
 
 
 class KernelRow(msgspec.Struct, frozen=True):
-    """One of the kernels that implement an operation.
+    """One kernel that implements an operation. An operation can have several such kernels.
 
     `status` is "selected", "available" or the reason why the implementation cannot run. If it is not
     `batch_invariant`, the last bits of its results may depend on the batch.
@@ -91,7 +93,7 @@ def ask_kernels() -> Machine:
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
-    """Returns the lines to print on versions and devices, each as a name and a value."""
+    """Returns the lines to print on versions and devices. Each line is a pair (name, value)."""
     flags = machine.cpu_flags
     gpus = [f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, sm {gpu.capability}" for gpu in machine.cuda_devices or []]
     return [
@@ -112,8 +114,8 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def cpu_kernels(machine: Machine) -> str:
-    """Returns the instruction set of the CPU kernels that would run, and the other sets for which kernels are
-    compiled."""
+    """Returns words on the CPU kernels: the instruction set of the kernels that would run, and the other instruction
+    sets for which kernels are compiled."""
     if machine.cpu_level is None:
         return "not compiled, so the slower reference kernels run"
     others = ", ".join(level for level in machine.cpu_levels if level != machine.cpu_level)
@@ -121,8 +123,8 @@ def cpu_kernels(machine: Machine) -> str:
 
 
 def kernel_table(device: str, rows: list[KernelRow]) -> Table:
-    """Returns a table with a row per operation: the kernel that runs, other kernels that could run, and why the
-    remaining kernels cannot run."""
+    """Returns a table with one row per operation. A row has the kernel that runs, the kernels that could run instead,
+    and the kernels that cannot run, with the reason."""
     table = Table(title=f"Kernels on {device}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("operation", "runs", "could also run", "cannot run"):
         table.add_column(column, overflow="fold")

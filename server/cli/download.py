@@ -31,8 +31,8 @@ COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 
 class Download(msgspec.Struct, frozen=True):
-    """The order to the download process: it downloads all files of the hub id `name` at `revision` whose names match
-    one of `patterns`."""
+    """The order to the download process: download the files of the hub id `name` at `revision`. Only files whose names
+    match one of `patterns` are downloaded."""
 
     name: str
     revision: str | None
@@ -40,27 +40,27 @@ class Download(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):
-    """Message of the download process: the number and the total size of the files that it is going to download."""
+    """Message of the download process: the number of files to download, and the sum of their sizes in bytes."""
 
     num_files: int
     num_bytes: int
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Message of the download process: the number of bytes that it has received since its start."""
+    """Message of the download process: the number of bytes received since the process started."""
 
     num_bytes: int
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Message of the download process: the download is complete, and `folder` holds every file."""
+    """Message of the download process: the download is complete. All files are in the folder `folder`."""
 
     folder: str
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Message of the download process: the download has failed. The text `message` tells the user why and what to
-    do."""
+    """Message of the download process: the download has failed. The text `message` tells the user the reason and what
+    to do."""
 
     message: str
 
@@ -99,8 +99,8 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 @contextmanager
 def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
-    """Starts the download process and yields its output, one message per line. The process has always ended when the
-    `with` block ends."""
+    """Starts the download process and yields the stream of its output, which has one message per line. At the end of
+    the `with` block the process is ended."""
     root = str(Path(jamba_server.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -108,15 +108,15 @@ def hub_process(wanted: Download, stderr: IO[bytes]) -> Generator[IO[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        # The progress bar shown here needs the numbers of the hub client's progress bars. The hub client's bars are
-        # therefore switched on even if the user's environment switches them off.
+        # The progress bar of this process shows the numbers that the hub client's progress bars count. The hub client's
+        # bars are therefore switched on even if the user's environment switches them off.
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "0"},
         start_new_session=True,  # Ctrl-C reaches only this process, which then ends the download process
     )
     with process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # the download process has ended already
+            with suppress(BrokenPipeError):  # if the download process has ended already, nothing is sent
                 os.write(process.stdin.fileno(), msgspec.json.encode(wanted) + b"\n")
             yield process.stdout
         finally:

@@ -1,4 +1,5 @@
-"""A container's health check: asks a server for /health at the address that the server has written into a file.
+"""The health check of a container. It asks a server for /health, at the address that the server has written into a
+file.
 
     JAMBA_ADDRESS_FILE=FILE python -m jamba_server.server.cli.health
 
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "JAMBA_ADDRESS_FILE"
 SECONDS = 4.0  # time limit for the server's answer to /health, in seconds
-# Maps an address that means "all addresses of this machine" to an address at which the machine reaches itself.
+# A server can listen at an address that means "all addresses of this machine". Each such address is mapped to an
+# address at which a process on this machine reaches the server.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -68,9 +70,9 @@ def main() -> None:
     context.check_hostname, context.verify_mode = (
         False,
         ssl.CERT_NONE,
-    )  # the certificate names the public host, not the local address of `url`
+    )  # the certificate was made for the public host name, so it does not match the local address in `url`
     opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),  # use no proxy, since a proxy cannot reach a local address
+        urllib.request.ProxyHandler({}),  # an empty mapping means no proxy, since a proxy cannot reach a local address
         urllib.request.HTTPSHandler(context=context),
     )
     try:

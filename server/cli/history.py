@@ -19,8 +19,8 @@ def history_file() -> Path:
 
 @contextmanager
 def line_editing(path: Path) -> Generator[None]:
-    """Gives Python's function `input` line editing within the `with` block. The history is kept in the file `path`,
-    which only the file's owner can read.
+    """Lets the user edit lines and recall earlier lines in Python's function `input`, within the `with` block. The
+    lines are kept in the file `path`, which only the file's owner can read.
 
     A history that cannot be read or written is left out without an error, since the conversation works without it.
     """
@@ -39,4 +39,4 @@ def line_editing(path: Path) -> Generator[None]:
         readline.set_history_length(MAX_LINES)
         with suppress(OSError):
             readline.write_history_file(path)
-            path.chmod(0o600)  # some versions of readline make a new file with default permissions
+            path.chmod(0o600)  # some versions of readline make a new file that others can read

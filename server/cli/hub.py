@@ -33,13 +33,14 @@ from huggingface_hub.utils import tqdm
 
 from jamba_server.server.cli.download import Done, Download, Failed, FromHub, Plan, Progress
 
-# Matches the ends of the names of partly downloaded files. A later download cannot continue such a file, since its name
-# contains a random number.
+# Matches the end of the name of a partly downloaded file. A later download cannot continue such a file, since the
+# file's name contains a random number.
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 
 
 class Bar(tqdm):
-    """A progress bar for the hub's client. Instead of drawing, it sends the number of received bytes to the parent."""
+    """A progress bar for the hub's client. Nothing is drawn: the number of received bytes is sent to the parent process
+    instead."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": False})
@@ -65,7 +66,7 @@ def end_with_parent() -> None:
     process."""
     sys.stdin.buffer.read()
     for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the file has been closed since it was listed
+        with contextlib.suppress(OSError):  # the file may have been closed after /proc/self/fd was listed
             path = descriptor.readlink()
             if PARTIAL.search(path.name):
                 path.unlink()
@@ -73,7 +74,8 @@ def end_with_parent() -> None:
 
 
 def fetch(wanted: Download) -> Path:
-    """Downloads the missing files and returns the folder that holds all of them."""
+    """Downloads the files that `wanted` names, if they are not in the local cache. Returns the folder that holds the
+    files."""
     options: dict[str, Any] = {
         "revision": wanted.revision,
         "allow_patterns": wanted.patterns,
@@ -92,7 +94,7 @@ def fetch(wanted: Download) -> Path:
 
 
 def describe(error: Exception, wanted: Download) -> str:
-    """Returns one sentence on a failed download that tells the user what is wrong and, where possible, what to do."""
+    """Returns one sentence on why the download failed. Where possible, the sentence says what to do."""
     name, hub = wanted.name, constants.ENDPOINT
     shown = name if wanted.revision is None else f"{name} at revision {wanted.revision}"
     text = " ".join(str(error).split())
@@ -126,14 +128,15 @@ def refused(shown: str, error: HfHubHTTPError) -> str:
 
 
 def main() -> None:
-    """Downloads the files that standard input names, and writes Done or Failed as the last message."""
+    """Reads from standard input which files to download, downloads them, and writes Done or Failed as the final
+    message."""
     wanted = msgspec.json.decode(sys.stdin.buffer.readline(), type=Download)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         tell(Done(str(fetch(wanted))))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many errors for malformed answers
         tell(Failed(describe(error, wanted)))
-    os._exit(0)  # sys.exit would wait for threads of the hub's client
+    os._exit(0)  # sys.exit would wait for the threads of the hub's client to end
 
 
 if __name__ == "__main__":

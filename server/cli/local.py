@@ -1,4 +1,4 @@
-"""LocalModel: a model that a terminal command loads in its own process and uses without HTTP."""
+"""A model that a terminal command loads in its own process and uses without HTTP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """The sampling flags of a command. For a flag that is None, the default of the model is used."""
+    """The sampling flags of a command. If a flag is None, the model's default is used for that parameter."""
 
     max_tokens: int
     temperature: float | None = None
@@ -38,11 +38,12 @@ class Sampling:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The sampling parameters that the user has given as flags, by name."""
+        """The sampling parameters that the user has given as flags. The keys are the parameters' names."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def params(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Returns the sampling parameters of a request: the flags, completed by `defaults` and a random seed."""
+        """Returns the sampling parameters of a request. For flags that are not given, `defaults` and a random seed are
+        used."""
         settings: dict[str, Any] = {name: getattr(defaults, name) for name in defaults.__struct_fields__}
         settings = {"seed": secrets.randbits(63)} | settings | self.given
         return SamplingParams(**settings)
@@ -91,7 +92,8 @@ class LocalModel:
         save_positions: tuple[int, ...] = (),
         strip_leading_space: bool = False,
     ) -> AsyncGenerator[str]:
-        """Yields the text that follows the prompt `token_ids`, as the engine generates it.
+        """Yields the text with which the model continues the prompt `token_ids`, in pieces as the engine generates
+        them.
 
         `save_positions` are the offsets in the prompt after which the recurrent state is saved. Raises RequestRejected,
         EngineDead and EngineFailed.
@@ -109,8 +111,8 @@ class LocalModel:
         yield detokenizer.finish()
 
     async def chat(self, messages: list[dict[str, str]], sampling: Sampling) -> AsyncGenerator[str]:
-        """Yields the assistant's next message as the engine generates it. Raises ConfigError if the model has no chat
-        template, and the errors of `stream`."""
+        """Yields the assistant's next message in pieces as the engine generates them. Raises ConfigError if the model
+        has no chat template, and every error that `stream` raises."""
         if self.template is None:
             raise ConfigError("This model has no chat template: give one with --chat-template, or use `jamba run`.")
         chat = self.template.render(messages)

@@ -15,16 +15,17 @@ class LineFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        shown = copy.copy(record)  # a copy, because other handlers get the same record
+        shown = copy.copy(record)  # the record is copied, because other handlers get the same record
         shown.name = record.name.removeprefix("jamba_server.")
-        if record.name == "py.warnings":  # the second line of a Python warning quotes source code
+        # Only the first line of a Python warning is shown, since the second line quotes source code.
+        if record.name == "py.warnings":
             shown.msg, shown.args = record.getMessage().partition("\n")[0], None
         return super().format(shown)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines to the stream that sys.stderr names at the time of writing. While a progress bar is shown,
-    the library rich replaces sys.stderr by a stream that writes above the bar."""
+    """Writes each log line to the stream that is sys.stderr at that moment. While a progress bar is shown, the library
+    rich sets sys.stderr to a stream that writes above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -35,10 +36,11 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Sends the log and Python's warnings to stderr in one format. `level` is the lowest severity that is shown."""
+    """Writes the log and Python's warnings to stderr in one format. Messages of lower severity than `level` are not
+    shown."""
     handler = StderrHandler()
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("uvicorn.access", "httpx"):  # requests are logged by the module `server.http`
+    for noisy in ("uvicorn.access", "httpx"):  # the module `server.http` logs requests already
         logging.getLogger(noisy).setLevel(logging.WARNING)

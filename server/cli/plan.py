@@ -1,5 +1,4 @@
-"""Implements `jamba plan`, which shows which context lengths and how many sequences fit into memory, without reading
-weights."""
+"""Implements `jamba plan`, which shows how many sequences of which length fit into memory. It reads no weights."""
 
 from __future__ import annotations
 
@@ -94,8 +93,9 @@ SEQUENCES = (1, 8, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The memory needed by `sequences` running sequences of `context` tokens each. The field `bytes` is that size,
-    with the weights and the activations included. `fits` says whether the server is allowed to use that much memory."""
+    """The memory needed if `sequences` sequences of `context` tokens each run at the same time. The field `bytes` is
+    the size, including the weights and the activations. The field `fits` is true if the server is allowed to use that
+    much memory."""
 
     context: int
     sequences: int
@@ -105,7 +105,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """The memory that a model needs on a device where the server may use `memory_bytes`.
+    """The memory that a model needs on a device. The server is allowed to use `memory_bytes` of the device's memory.
 
     The field `plan` says how the server would divide that memory. If the server would not start, `plan` is None and
     `refusal` gives the reason.
@@ -220,7 +220,7 @@ def make_report(
 
 
 def find_memory(device: Device, memory: str | None, utilization: float) -> tuple[str, int]:
-    """Returns the name of the device and the size, in bytes, of its memory that the server is allowed to use.
+    """Returns the device's name, and the size in bytes of the memory that the server is allowed to use on the device.
 
     `memory` is the size of the device's memory as text. If it is None, the free memory of the first GPU or of this
     machine is used.
@@ -241,8 +241,8 @@ def find_memory(device: Device, memory: str | None, utilization: float) -> tuple
 
 
 def gpu_memory() -> tuple[int, int] | None:
-    """Returns the sizes of the first NVIDIA GPU's free memory and total memory in bytes, or None without such a GPU.
-    The sizes come from nvidia-smi, because torch would take seconds to load."""
+    """Returns two sizes in bytes: the free memory and the total memory of the first NVIDIA GPU. Returns None if there
+    is no such GPU. The program nvidia-smi gives the sizes, because importing torch would take seconds."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     query = [tool, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", "--id=0"]
@@ -255,7 +255,7 @@ def gpu_memory() -> tuple[int, int] | None:
 
 
 def describe(report: Report) -> list[str]:
-    """Returns the lines on the model's memory and decoding speed that are printed before the table."""
+    """Returns the lines to print above the table: the model's size, its memory needs and its decoding speed."""
     state, saved_state = report.state_bytes_per_sequence, report.bytes_per_saved_state
     compressed = state != saved_state
     lines = [

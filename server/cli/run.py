@@ -71,7 +71,7 @@ async def _run(config: ServerConfig, folder: Path, sampling: Sampling, prompt: s
 
 def reply(model: LocalModel, sampling: Sampling, prompt: str, *, raw: bool) -> AsyncGenerator[str]:
     """Returns the pieces of the model's reply to a chat whose only message is `prompt`. If `raw` is true or the model
-    has no chat template, returns the pieces of the text that continues `prompt`."""
+    has no chat template, `prompt` is no message, and the pieces of the text that continues it are returned."""
     if raw or model.template is None:
         return model.stream(model.tokenizer.encode(prompt), sampling)
     return model.chat([{"role": "user", "content": prompt}], sampling)

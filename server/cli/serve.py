@@ -1,4 +1,4 @@
-"""Implements `jamba serve`: binds the address, finds the model and runs the server.
+"""Implements `jamba serve`: opens the socket for requests, finds the model and runs the server.
 
 Modules that take long to import are imported after the first lines of the log.
 """
@@ -27,7 +27,8 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper())
     greet(config)
-    listener = bind(config.host, config.port)  # before the model loads, so a port in use is reported at once
+    # Done before the model loads, so an error is reported at once if the port is in use.
+    listener = bind(config.host, config.port)
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
@@ -65,7 +66,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # raises OSError if another server listens on the port
+        listener.listen()  # raises OSError if another server already listens on this port
     except OSError as error:
         listener.close()
         raise ConfigError(f"--port {port} of --host {host} cannot be used: {error.strerror}.") from error

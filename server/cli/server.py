@@ -1,4 +1,4 @@
-"""Server: runs uvicorn and the engine's client in one event loop, and shuts both down in order."""
+"""Runs uvicorn (the HTTP server) and the engine's client in one event loop, and shuts them down in order."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
-KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server keeps idle connections for longer
-CANCEL_SECONDS = 2  # seconds that request handlers have to end after the engine has closed
+KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server closes idle connections later than that
+CANCEL_SECONDS = 2  # time in seconds in which request handlers must end after the engine has closed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -81,8 +81,8 @@ class Server:
             await http
 
     async def _start(self, http: asyncio.Task[None], stop: asyncio.Task[bool]) -> bool:
-        """Waits until the engine has loaded the model. Returns whether that happened before a signal to stop came.
-        Raises ConfigError."""
+        """Waits until the engine has loaded the model or a signal to stop has come. Returns true if the model was
+        loaded first. Raises ConfigError."""
         start = asyncio.create_task(self._client.start(), name="engine start")
         await asyncio.wait((start, http, stop), return_when=asyncio.FIRST_COMPLETED)
         self._progress.stop()
@@ -100,7 +100,8 @@ class Server:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
             logger.warning("A second signal has come: the server stops at once.")
-            os._exit(128 + number)  # the engine process ends by itself when its socket to this process closes
+            # The engine process ends by itself when the socket between the engine and this process closes.
+            os._exit(128 + number)
         logger.info(
             "%s: the server takes no new requests; running requests have %g s to finish",
             number.name,
@@ -110,7 +111,8 @@ class Server:
         self._stop.set()
 
     async def _drain(self) -> None:
-        """Waits for the ends of the running requests, for at most --shutdown-timeout. Meanwhile /ready answers 503."""
+        """Waits until the running requests have ended, for at most --shutdown-timeout seconds. Meanwhile /ready answers
+        503."""
         if running := set(self._http.server_state.tasks):
             _, remaining = await asyncio.wait(running, timeout=self._config.shutdown_timeout)
             if remaining:
@@ -151,7 +153,7 @@ def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
     """Returns uvicorn's configuration. Raises ConfigError for a key or certificate that cannot be used."""
     result = uvicorn.Config(
         app,
-        http="h11",  # no other parser of uvicorn limits the size of a request's headers
+        http="h11",  # h11 is the only HTTP parser of uvicorn that limits the size of a request's headers
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         lifespan="on",

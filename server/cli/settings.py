@@ -75,8 +75,8 @@ def _config_parameter() -> inspect.Parameter:
 
 
 def _parameter(option: Option, former_name: str = "") -> inspect.Parameter:
-    """Returns the function parameter from which typer makes an option's flag. If `former_name` is given, the flag has
-    that name and `--help` does not show it.
+    """Returns the function parameter from which typer makes an option's flag. If `former_name` is given, the flag gets
+    that older name, and `--help` does not show the flag.
 
     Except for switches, typer passes every value on as text: `Option.cast` reads it as it reads the variables.
     """

@@ -1,4 +1,4 @@
-"""Shows on stderr how far a model has loaded, and then the model's size, memory and limits."""
+"""Shows on stderr what fraction of a model has loaded, and then the model's size, memory and limits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jamba_server.server.config import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 
-LOG_STEP = 0.25  # without a terminal, a log line is written after each quarter of a phase
+LOG_STEP = 0.25  # fraction of a phase after which a log line is written, if stderr is no terminal
 
 
 class LoadProgress:
-    """Shows the progress of each phase of the engine's start: as one progress bar on a terminal, otherwise as a few log
+    """Shows the progress of each phase of the engine's start. On a terminal it is a progress bar, otherwise a few log
     lines. The engine's client calls the method `update`."""
 
     def __init__(self, console: Console) -> None:
@@ -39,23 +39,24 @@ class LoadProgress:
         self.stop()
 
     def stop(self) -> None:
-        """Removes the progress bar. This method may be called more than once."""
+        """Removes the progress bar. Further calls do nothing."""
         if self._bar:
             self._bar.stop()
 
     def update(self, phase: str, fraction: float) -> None:
-        """Shows that the `fraction` (from 0 to 1) of `phase` is done."""
+        """Shows which fraction (from 0 to 1) of the phase named `phase` is done."""
         if self._bar and self._task is not None:
             self._bar.update(self._task, description=phase, total=1.0, completed=fraction)
         elif fraction >= self._logged.get(phase, 0.0):
             logger.info("%s: %.0f %%", phase, 100 * fraction)
-            # The next log line is written at this fraction. If the engine restarts, its fractions begin at 0 again, but
-            # fractions that have been logged are not logged a second time.
+            # The next log line is written at this fraction. If the engine restarts, the engine's fractions begin at 0
+            # again. A fraction that has been logged is not logged again.
             self._logged[phase] = (int(fraction / LOG_STEP) + 1) * LOG_STEP
 
 
 def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]:
-    """Returns lines on the loaded model: its size, memory, limits, kernels, exactness and sampling defaults."""
+    """Returns lines on the loaded model: its size, memory, limits, kernels and sampling defaults, and whether its
+    results are reproducible bit by bit."""
     sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.non_defaults().items()) or "OpenAI's defaults"
     eos = ", ".join(map(str, info.eos_token_ids)) or "none"
     tokens = info.num_kv_blocks * info.block_size
@@ -77,8 +78,8 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
 
 
 def describe_results(info: EngineInfo) -> str:
-    """Returns words that say whether a request's results depend on the other requests in the batch, on how its prompt
-    is cut into chunks, or on the prefix cache."""
+    """Returns words that say whether a request's results are the same bits in every batch, for every division of its
+    prompt into chunks, and with the prefix cache."""
     inexact = f"last bits may depend on the batch: {', '.join(info.batch_dependent_ops)}"
     if info.state_cache_dtype == "auto":
         return (

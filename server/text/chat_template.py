@@ -18,7 +18,7 @@ from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
 Message = Mapping[str, object]
 
-# The exceptions that a template can raise when it renders messages for which it was not written.
+# The exceptions that a template can raise if the messages have a form for which the template was not written.
 _RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -29,7 +29,8 @@ _RENDERING_ERRORS = (
     ValueError,
 )
 _MAX_ERROR_CHARS = 500
-_MAX_TEMPLATE_CHARS = 1 << 20  # size limit; the longest published templates have 30 thousand characters
+# Maximum number of characters of a template. The longest published templates have 30 thousand characters.
+_MAX_TEMPLATE_CHARS = 1 << 20
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
@@ -77,12 +78,13 @@ class ChatTemplate:
             raise CheckpointError(f"The chat template does not compile: {reason}.") from error
         self._tokenizer = tokenizer
         self._special_text = SpecialText(tokenizer.special_tokens)
-        # The token ids that the tokenizer's post-processor puts before every text: the id of BOS, or none.
+        # The token ids that the tokenizer adds before every text: the token id of BOS, or none.
         self._bos = tokenizer.encode("")
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer, override: Path | None = None) -> ChatTemplate | None:
-        """Reads the template from `override`, else from chat_template.jinja, else from tokenizer_config.json.
+        """Reads the chat template. The argument `override` wins over chat_template.jinja, and chat_template.jinja over
+        tokenizer_config.json.
 
         Returns None if the checkpoint has no template. Raises ConfigError if a file cannot be read and CheckpointError
         if the template does not compile.
@@ -153,7 +155,7 @@ class ChatTemplate:
         return protected | ({"content": ""} if content is None else {})
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, kwargs: Mapping[str, object]) -> str:
-        """Returns the rendered text, which still contains the marks of `SpecialText.protect`.
+        """Returns the text that the template makes. It still contains the marks that `SpecialText.protect` inserted.
 
         `tools` and `documents` are always defined because templates for the library transformers read them unchecked.
         """
@@ -175,8 +177,8 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _boundaries(self, rendered: str, messages: Sequence[Message], kwargs: Mapping[str, object]) -> list[int]:
-        """Returns at most two offsets into `rendered`: the end of the system message and the start of the last user
-        message.
+        """Returns at most two boundaries in `rendered`, as offsets in characters: the end of the system message and the
+        start of the last user message.
 
         To find a boundary, the messages before it are rendered alone. If `rendered` begins with that text, the
         boundary is at its end; otherwise the boundary is left out. Some templates put the documents before the last
@@ -192,7 +194,7 @@ class ChatTemplate:
             for variables in (kwargs, tools_only) if kwargs != tools_only else (kwargs,):
                 try:
                     prefix = self._render(messages[:count], False, variables)
-                except _RENDERING_ERRORS:  # a template may refuse a conversation that has only its first messages
+                except _RENDERING_ERRORS:  # a template can raise an error if the later messages are missing
                     continue
                 if rendered.startswith(prefix):
                     boundaries.append(len(prefix))
@@ -200,8 +202,8 @@ class ChatTemplate:
         return boundaries
 
     def _encode(self, rendered: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Returns the token ids of `rendered`. For each boundary (offset into `rendered`), also returns the number of
-        tokens that end at or before that boundary."""
+        """Returns the token ids of `rendered`. Also returns, for each offset in `boundaries`, the number of tokens that
+        end at or before that offset."""
         ids: list[int] = []
         offsets: list[int] = []
         start = 0

@@ -9,7 +9,7 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Decodes a stream of token ids and emits only whole characters.
+    """Decodes a stream of token ids and returns only complete characters.
 
     The concatenated text does not depend on how the ids are divided among calls of `push`. Python's incremental UTF-8
     decoder replaces invalid bytes, and an unfinished character at the end, by U+FFFD. `strip_leading_space` drops one
@@ -24,8 +24,8 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """Appends `ids` and returns the new complete characters. Keeps the bytes of an unfinished character for
-        later."""
+        """Appends the token ids `ids` and returns the characters that they complete. Keeps the bytes of an unfinished
+        character for the next call."""
         tokenizer = self._tokenizer
         kept = (id for id in ids if not (self._skip_special_tokens and tokenizer.is_special(id)))
         return self._strip(self._decoder.decode(b"".join(map(tokenizer.token_bytes, kept))))

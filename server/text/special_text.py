@@ -1,4 +1,4 @@
-"""Tells the special tokens that a chat template writes apart from the same characters in a client's strings.
+"""Tells special tokens written by a chat template apart from the same characters in a client's strings.
 
 A chat template renders its own text and the client's text into one string, in which special tokens are only characters.
 Three steps keep the two apart. Before rendering, a mark is inserted into every special token inside the client's
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jamba_server.engine.errors import CheckpointError
 
-# The marks are noncharacters of Unicode, which ordinary text does not contain. If a client's string contains MARK
-# itself, that MARK is replaced by _OWN, and `restore` turns _OWN back into MARK.
+# The marks are noncharacters of Unicode, which ordinary text does not contain. If a client's string contains the
+# character MARK, that character is replaced by _OWN. Later the function `restore` turns _OWN back into MARK.
 MARKS = MARK, _SPLIT, _LITERAL = "\ufdd0", "\ufdd1", "\ufdd2"
 _BREAK = MARK + _SPLIT
 _OWN = MARK + _LITERAL
@@ -51,15 +51,16 @@ class SpecialText:
         text = text.replace(MARK, _OWN)
         if self._first_chars is not None:
             text = self._first_chars.sub(rf"\1{_BREAK}", text)
-        # If the text ends with the beginning of a special token, such as "<|eo", the template's next characters could
-        # complete that token. Such an ending therefore gets a mark too.
+        # The text may end with the beginning of a special token, such as "<|eo". The template's next characters could
+        # complete that token. A mark at the end of the text prevents that.
         for size in range(min(self._longest_prefix, len(text)), 0, -1):
             if text[-size:] in self._prefixes:
                 return text + _BREAK
         return text
 
     def split(self, rendered: str) -> list[str]:
-        """Splits `rendered` at special tokens: even items are ordinary text, odd items are special tokens.
+        """Splits `rendered` at special tokens. Items with even index are ordinary text, items with odd index are
+        special tokens.
 
         The joined items equal `rendered`, including its marks.
         """
@@ -72,7 +73,8 @@ def restore(text: str) -> str:
 
 
 def _trie(words: Iterable[str]) -> str:
-    """Returns a regular expression that matches one of `words`: if several match at a position, the longest.
+    """Returns a regular expression that matches each of `words`. If several words match at one position, the longest
+    word is matched.
 
     The words form a trie, so the matcher follows shared prefixes once. A plain alternation would try word after word.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class StopStrings:
-    """Ends a text at the first stop string that is completed in it.
+    """Finds the first stop string in a text and ends the text there.
 
     If several stop strings end at the same character, the longest one counts, because it begins first. The result does
     not depend on how the text is divided into pieces. Each stop string is matched by a Knuth-Morris-Pratt automaton, so
@@ -16,15 +16,14 @@ class StopStrings:
         self._stops = stops
         self._include = include
         self._borders = [_borders(stop) for stop in stops]
-        # The text pushed into this object may end with a prefix of stops[i]. _matched[i] is the length of the longest
-        # such prefix.
+        # _matched[i] is the length in characters of the longest prefix of stops[i] with which the text ends.
         self._matched = [0] * len(stops)
         self._held = ""
         self._stop: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Appends `text`. Returns the text that can be sent to the client now, and the stop string if one has been
-        found.
+        """Appends `text`. Returns the text that can be sent to the client now, and the stop string, or None if no stop
+        string has been found.
 
         The longest end of the text that could be the beginning of a stop string is held back. After a stop string has
         been found, every further call returns no text.

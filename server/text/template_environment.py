@@ -1,4 +1,4 @@
-"""Creates the Jinja environment for chat templates: the dialect of transformers, in a sandbox with limits.
+"""Creates the Jinja environment for chat templates: a sandbox that follows the library transformers and limits sizes.
 
 Templates come with checkpoints, so their authors are not trusted. A template gets plain data and pure functions. It can
 reach no file, no network and no name that begins with an underscore. Its output, `range` and products are bounded and
@@ -26,7 +26,7 @@ MAX_OUTPUT_CHARS = 16 << 20
 def create_environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols])
     environment.filters["tojson"] = _tojson
-    # `lipsum` is removed because it can produce text of any length. The sandbox bounds `range` already.
+    # `lipsum` is removed because it can produce text of any length. The function `range` is limited by Jinja's sandbox.
     functions = cast("dict[str, object]", environment.globals)
     del functions["lipsum"]
     functions["dict"] = _dict
@@ -42,7 +42,8 @@ def undeclared_variables(environment: jinja2.Environment, template: str) -> froz
 
 
 class _GenerationTag(ext.Extension):
-    """Renders the body of the tag `{% generation %}` as if the tag were absent. The tag only matters for training."""
+    """Renders the content of the tag `{% generation %}` as if the tag were absent. The tag has a meaning only in
+    training."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as a set
 
@@ -52,8 +53,8 @@ class _GenerationTag(ext.Extension):
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """A Jinja sandbox that limits the length of products such as "a" * n, and refuses powers. A single product or power
-    could otherwise fill the memory."""
+    """A Jinja sandbox that limits the length of products such as "a" * n, and refuses powers. Otherwise a single
+    product or power could fill the memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -95,14 +96,16 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Writes JSON without HTML escapes, as in the text on which models were trained. Jinja's own filter `tojson`
-    escapes characters for HTML.
+    """The filter `tojson`: writes a value as JSON without HTML escapes, like the text on which models were trained.
+    Jinja's own filter `tojson` escapes characters for HTML.
 
     The arguments are those of the filter in transformers.
     """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        for mark in MARKS:  # `restore` finds marks only as characters, so escapes such as \ufdd0 are undone
+        # `restore` finds a mark only as a character, so escapes of marks such as \ufdd0 are turned back into
+        # characters.
+        for mark in MARKS:
             text = text.replace(f"\\u{ord(mark):04x}", mark)
     return text
 

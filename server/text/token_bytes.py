@@ -61,7 +61,8 @@ def _byte_fallback(spelling: str, replacements: list[tuple[str | None, str]]) ->
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Returns a table that maps each character in GPT-2's spellings of tokens to the byte that it encodes.
+    """Returns a table from characters to bytes. In a vocabulary like GPT-2's, each character of a token's spelling
+    encodes one byte.
 
     A printable Latin-1 character stands for its own byte; the other bytes have the characters from U+0100 on, in order.
     """
@@ -74,7 +75,7 @@ _BYTE_OF_CHAR = _byte_alphabet()
 
 
 def _byte_level(spelling: str) -> bytes:
-    """Returns the bytes of a token that is spelled in the characters of GPT-2's table.
+    """Returns the bytes of a token in whose spelling each character encodes one byte, as in GPT-2's vocabulary.
 
     An added token may contain other characters; its bytes are then its UTF-8 form, as in the `tokenizers` library.
     """

@@ -15,8 +15,9 @@ from jamba_server.engine.files import read_text
 from jamba_server.server.text.token_bytes import Decoder, bytes_reader
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
-_MAX_BYTES: Final = 128 << 20  # size limit of tokenizer.json; a file with 256 thousand tokens has 33 MB
-# The highest token id allowed. A table has an entry for each id up to the highest, so a very high id would fill memory.
+_MAX_BYTES: Final = 128 << 20  # limit of the size of tokenizer.json in bytes; a file with 256 thousand tokens has 33 MB
+# The highest token id allowed. The tokenizer keeps a table with an entry for every number up to the highest token id,
+# so a very high id would fill the memory.
 _MAX_ID: Final = (1 << 24) - 1
 
 
@@ -59,13 +60,13 @@ class Tokenizer:
         try:
             decoder = msgspec.json.decode(text, type=_TokenizerFile).decoder
             raw = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library `tokenizers` raises Exception itself, not a subclass
+        except Exception as error:  # the library `tokenizers` raises the class Exception, not a subclass
             raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}.") from error
         return cls(raw, decoder, read_tokenizer_config(folder).named_tokens())
 
     def _find_special_tokens(self) -> dict[str, int]:
-        """Returns the ids of tokens that tokenizer.json marks as special or that tokenizer_config.json names, by
-        text."""
+        """Returns a mapping from the texts of special tokens to their token ids. A token is special if tokenizer.json
+        marks it so or tokenizer_config.json names it."""
         special = {token.content: id for id, token in self._raw.get_added_tokens_decoder().items() if token.special}
         for token in self._raw.get_added_tokens_decoder().values():
             if token.special and (token.lstrip or token.rstrip or token.single_word):
@@ -81,8 +82,8 @@ class Tokenizer:
         return special
 
     def _read_vocabulary(self, decoder: Decoder | None) -> tuple[bytes, ...]:
-        """Returns the bytes of each token's text, by token id. For an id that the vocabulary leaves out, b"" is
-        returned."""
+        """Returns a table from token id to the bytes of the token's text. For a token id that is not in the vocabulary,
+        the table has b""."""
         to_bytes = bytes_reader(decoder)
         vocabulary = self._raw.get_vocab(with_added_tokens=True)
         highest = max(vocabulary.values(), default=-1)
@@ -95,8 +96,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The highest token id plus one. A model's embedding may have more rows; the ids of the additional rows have no
-        text."""
+        """The highest token id plus one. A model's embedding may have more rows than that; the token ids of the
+        additional rows have no text."""
         return len(self._token_bytes)
 
     @property
@@ -124,7 +125,8 @@ class Tokenizer:
         return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Returns the token ids of `text` without BOS, and the offset in characters at which each token ends.
+        """Returns the token ids of `text` without BOS. For each token, also returns the offset in characters at which
+        the token ends in `text`.
 
         If several byte tokens form one character, each of them ends where that character ends.
         """
@@ -143,7 +145,8 @@ class Tokenizer:
         return encoding
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
-        """Returns the text of a complete sequence of token ids. (The class Detokenizer returns a text in pieces.)
+        """Returns the text of a complete sequence of token ids. (While a reply is being generated, the class
+        Detokenizer is used.)
 
         Invalid UTF-8 becomes U+FFFD.
         """

@@ -32,7 +32,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True):
     chat_template: str | list[NamedTemplate] | None = None
 
     def named_tokens(self) -> dict[str, str]:
-        """Returns the tokens that the file names, such as {"bos_token": "<|startoftext|>"}."""
+        """Returns the special tokens that the file names, such as {"bos_token": "<|startoftext|>"}."""
         tokens = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,

@@ -22,7 +22,8 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete reply to one request, with the times of its events in seconds and its numbers of tokens.
+    """A complete reply to one request: its text, its numbers of tokens, and the times in seconds at which its events
+    arrived.
 
     `arrivals` are the times of the events that carry tokens. `end` is the time of the event with the finish reason, or
     of the last event with a token if that comes later.
@@ -49,7 +50,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tpot(self) -> float | None:
-        """Mean time per output token after the first output token, in seconds. None for a reply of one token."""
+        """Mean time per output token in seconds, from the first output token to the end of the reply. None for a reply
+        of one token."""
         return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
@@ -80,8 +82,8 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class EventDecoder:
-    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes. An event can be spread over
-    several chunks."""
+    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes. One event can begin in one chunk
+    and end in a later chunk."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -89,8 +91,8 @@ class EventDecoder:
         self._data: list[bytes] = []
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        # CR followed by LF is one line end. If the previous chunk ended with CR, an LF at the start of this chunk is
-        # dropped.
+        # CR followed by LF is a single line end, even if CR is the end of one chunk and LF is the start of the next
+        # chunk. In that case LF is dropped.
         if self._after_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
@@ -165,8 +167,8 @@ class _Failed(Exception):
 
 
 class Client:
-    """Sends turns (one request each) to one server over `http`, an HTTP client that has the base URL and headers
-    already.
+    """Sends turns to one server. A turn is one request. `http` is an HTTP client that already has the server's URL and
+    the request headers.
 
     Decoding is greedy unless `temperature` is above 0.
     """
@@ -190,8 +192,8 @@ class Client:
         }
 
     async def send(self, turn: Turn, history: list[Message]) -> Record:
-        """Sends one turn and returns the server's reply. An error of the server or the network is returned as a
-        Failure."""
+        """Sends one turn and returns the server's reply. If the server or the network fails, a Failure is returned
+        instead."""
         body = self._common | {"max_tokens": turn.max_tokens}
         if isinstance(turn.prompt, str):
             path, body["messages"] = "/v1/chat/completions", [*history, Message("user", turn.prompt)]
@@ -228,8 +230,8 @@ class Client:
             raise _Failed("incomplete", "The stream ended with no usage, no finish_reason or no token.")
         return Reply(
             start=start,
-            # If no token has text (special tokens have none), the event with the finish reason counts as the only
-            # arrival.
+            # If no token of the reply has text (special tokens have none), the arrival of the event with the finish
+            # reason is used.
             arrivals=tuple(arrivals) or (end,),
             end=max([end, *arrivals]),
             prompt_tokens=usage.prompt_tokens,
@@ -240,7 +242,7 @@ class Client:
         )
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[tuple[float, _Event]]:
-        """Yields each event of the stream with its time of arrival, as (arrival, event), until the event [DONE].
+        """Yields a pair (time of arrival, event) for each event of the stream before the event [DONE].
 
         The body is read to its end after [DONE], because httpx reuses only connections whose body was read completely.
         """
@@ -266,7 +268,8 @@ class Client:
 
 
 def error_message(response: httpx.Response) -> str:
-    """Returns the message in an OpenAI error reply, or the beginning of the body if the reply has another form."""
+    """Returns the error message in the server's reply. If the reply does not have the form of an OpenAI error, the
+    beginning of the reply is returned."""
     try:
         event = msgspec.json.decode(response.content, type=_Event)
     except msgspec.DecodeError:

@@ -198,7 +198,8 @@ class BenchOptions:
 
 
 class Bench:
-    """Measures latencies and throughput of one server under each load (such as 8 clients) that the options name."""
+    """Measures latencies and throughput of one server under each load that the options name. A load is, for example, 8
+    clients."""
 
     def __init__(
         self,
@@ -218,8 +219,8 @@ class Bench:
         self._progress = progress or Progress(disable=True)
 
     async def run(self) -> report.Report:
-        """Measures latencies and throughput under each load, in order. Stops after a load without a completed
-        request."""
+        """Measures latencies and throughput under each load, in the order of the loads. Stops after a load under which
+        no request was completed."""
         target = await discover(self._http, self.options.model)
         tokens = await self.token_range(target.model)
         client = Client(self._http, target.model, temperature=self.options.temperature, now=self._now)
@@ -232,7 +233,7 @@ class Bench:
 
     async def token_range(self, model: str) -> TokenRange:
         if isinstance(self.workload, MultiTurn):
-            return TokenRange(0, 0)  # the prompts of chats are drawn as words, so no token ids are drawn
+            return TokenRange(0, 0)  # a prompt of a chat is made of words, so no range of token ids is needed
         if self.options.vocab_size is not None:
             return TokenRange(0, self.options.vocab_size - 1)
         return await discover_tokens(self._http, model)
@@ -282,7 +283,7 @@ class Bench:
 
 
 def run_bench(url: str, options: BenchOptions, progress: Progress | None = None) -> report.Report:
-    """Measures the server at `url` and blocks until all loads are measured.
+    """Measures latencies and throughput of the server at `url` under every load. Returns after the measurements.
 
     Raises ConfigError if an option is wrong and BenchError if the server cannot be measured.
     """

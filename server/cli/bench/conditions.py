@@ -1,4 +1,5 @@
-"""Measures the memory bandwidth, and finds the machine's properties and the versions of libraries for a report."""
+"""Collects what a report says on the machine: its properties, the measured memory bandwidth and the versions of
+libraries."""
 
 from __future__ import annotations
 

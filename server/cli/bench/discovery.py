@@ -12,13 +12,13 @@ from jamba_server.server.cli.bench.client import error_message
 from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
 
 Reply = TypeVar("Reply")
-# Time limit in seconds for each reply of the server. While a server loads its model, its
-# answer can take as long as its option --startup-wait says (by default 30 s), so the limit must exceed that time.
+# Time limit in seconds for each reply of the server. A server that is still loading its model can delay a reply by the
+# time of its option --startup-wait, 30 s by default. The limit must exceed that time.
 TIMEOUT = 60.0
 
 
 class BenchError(JambaError):
-    """Raised if a benchmark of the server is not possible. The message gives the reason."""
+    """Raised if the server cannot be benchmarked. The message gives the reason."""
 
 
 class _Card(msgspec.Struct):
@@ -35,7 +35,7 @@ class _Tokens(msgspec.Struct):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The served model whose latencies and throughput are to be measured.
+    """The model under test, its context length, and the server's replies on its version and its models.
 
     The fields `version` and `models` are the server's unchanged replies to /version and /v1/models. `version` is None
     if the server has no /version.
@@ -48,7 +48,8 @@ class Target(msgspec.Struct, frozen=True):
 
 
 async def discover(http: httpx.AsyncClient, model: str | None) -> Target:
-    """Finds the served model named `model`, or the first served model if `model` is None. Raises BenchError."""
+    """Asks the server for its models and its version. Returns the model named `model`, or the server's first model if
+    `model` is None. Raises BenchError if there is no such model or the server does not answer."""
     response = await _ask(http, "GET", "/v1/models")
     if response.is_error:
         raise BenchError(f"{response.url} answers {response.status_code}: {error_message(response)}")

@@ -1,4 +1,5 @@
-"""Computes latencies and throughput from the records of a benchmark's requests, and writes them as a table or JSON.
+"""Computes latencies and throughput from the recorded times of a benchmark's requests. Writes the results as a table or
+JSON.
 
 The definitions are those of `vllm bench serve`:
 - TTFT is the time from sending the request to the first event with a token.
@@ -26,8 +27,8 @@ from jamba_server.server.cli.bench.runner import Load
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """Mean and percentiles of a latency, in milliseconds. A percentile is interpolated linearly between the two nearest
-    values."""
+    """Mean and percentiles of one kind of latency, in milliseconds. A percentile is interpolated linearly between the
+    two nearest values."""
 
     mean: float
     p50: float
@@ -37,7 +38,8 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class ErrorCount(msgspec.Struct, frozen=True):
-    """The number of failed requests with one kind of error. The field `example` is the message of the first of them."""
+    """The number of failed requests with one kind of error. The field `example` is the message of the first such
+    request."""
 
     kind: str
     count: int
@@ -92,8 +94,9 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The numbers of requests and sessions at one load, known before sending. `planned` counts the requests to send.
-    `left_out` counts the sessions that are not sent because they are too long for the server's context."""
+    """The numbers of requests and sessions at one load, known before sending. The field `planned` is the number of
+    requests to send. The field `left_out` is the number of sessions that are too long for the server's context and are
+    not sent."""
 
     load: Load
     planned: int
@@ -186,7 +189,8 @@ def _count_errors(records: Sequence[Record]) -> list[ErrorCount]:
 
 
 def rows(levels: Sequence[Level]) -> list[tuple[str, list[str]]]:
-    """Returns the rows of the table: the name of each measured quantity with its value at every load."""
+    """Returns the rows of the table. A row is the name of a measured quantity and the value of that quantity at each
+    load."""
 
     def line(name: str, values: Iterable[float | None], digits: int = 1) -> tuple[str, list[str]]:
         return name, ["-" if value is None else f"{value:,.{digits}f}" for value in values]

@@ -1,5 +1,5 @@
-"""Sends a benchmark's requests, in closed loop (from a fixed number of clients) or in open loop (sessions begin at
-given times)."""
+"""Sends a benchmark's requests. In closed loop, a fixed number of clients send them. In open loop, sessions begin at
+given times."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def poisson_arrivals(rng: Generator, count: int, rate: float) -> list[float]:
 
 
 def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Session]:
-    """Draws random arrival times for the sessions of a Poisson load. Returns the sessions of any other load
+    """Gives the sessions of a Poisson load random arrival times. Returns the sessions of any other kind of load
     unchanged."""
     if not isinstance(load, Poisson):
         return sessions
@@ -76,7 +76,7 @@ class Runner:
         self._on_end = on_end
 
     async def run(self, load: Load, sessions: Iterable[Session], *, max_seconds: float) -> None:
-        """Sends the requests of `sessions` until every session has ended or `max_seconds` have passed.
+        """Sends the requests of `sessions`. Stops when every session has ended, or after `max_seconds`.
 
         Requests in flight at that time are cancelled and recorded as cut_off. No further requests are sent.
         """
@@ -86,7 +86,7 @@ class Runner:
             async with asyncio.timeout(max_seconds):
                 await work
         except TimeoutError:
-            pass  # the end of the time limit is no error: `records` has a failure for each request that was cut off
+            pass  # reaching the time limit is no error: `records` has a failure for each request that was cut off
 
     async def _closed_loop(self, sessions: Iterable[Session], concurrency: int) -> None:
         async def client() -> None:
@@ -105,8 +105,8 @@ class Runner:
                 group.create_task(self._converse(session))
 
     async def _converse(self, session: Session) -> None:
-        """Sends the turns of one session in order. A failed request ends the session, because the next turn
-        of a chat must contain the reply."""
+        """Sends the turns of one session in order. If a request fails, the session ends, because the next turn of a
+        chat would have to contain the missing reply."""
         history: list[Message] = []
         for turn in session.turns:
             start = self._client.now()

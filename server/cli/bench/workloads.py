@@ -1,4 +1,5 @@
-"""Draws a benchmark's sessions from a seed. A session is a sequence of one or several requests, its turns.
+"""Draws a benchmark's sessions from a seed. A session is a sequence of one or several requests. Each request is called
+a turn.
 
 Most workloads send token ids to /v1/completions, so the length of a prompt is exact and no tokenizer is needed here.
 Only `multi-turn` sends text, because the history of a chat is text. Its lengths are counted in words; the report has
@@ -33,14 +34,15 @@ WORDS = tuple(TEXT.split())
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One request. The field `prompt` has either token ids for /v1/completions or the user's next message in a chat."""
+    """One request of a session. The field `prompt` is a list of token ids for /v1/completions, or the text of the
+    user's next message in a chat."""
 
     prompt: tuple[int, ...] | str
     max_tokens: int
 
 
 class Session(msgspec.Struct, frozen=True):
-    """A sequence of turns (requests). Each turn is sent when the reply to the previous turn is complete.
+    """A sequence of requests, called turns. Each turn is sent when the reply to the previous turn is complete.
 
     `arrival` is the time of the first turn, in seconds after the start of the measurement.
     """
@@ -98,7 +100,7 @@ class Random(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
 
 
 class SharedPrefix(Random, frozen=True, kw_only=True, tag="shared-prefix"):
-    """A workload of prompts that share prefixes. Prompt i begins with prefix number i modulo `num_prefixes`.
+    """A workload of prompts that share prefixes. Prompt number i begins with the prefix number i modulo `num_prefixes`.
 
     A prefix has `prefix_len` tokens. Each prompt adds `input_len` random tokens of its own.
     """
@@ -136,8 +138,8 @@ class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
-    """A workload that is read from a file with the arrival times, prompt lengths and reply lengths of recorded
-    requests.
+    """A workload read from a file of recorded requests. The file gives the arrival time, prompt length and reply length
+    of each request.
 
     The file is CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens. The first row
     arrives at 0. `time_scale` multiplies the arrival times; 0.5 sends twice as fast. A trace does not contain the text
@@ -161,8 +163,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
         ]
 
     def _rows(self) -> Iterator[tuple[float, int, int]]:
-        """Yields (arrival time in seconds, number of input tokens, number of output tokens) for each row of the file.
-        Raises ConfigError for a file that cannot be read."""
+        """Yields a tuple (arrival time in seconds, number of input tokens, number of output tokens) for each row of the
+        file. Raises ConfigError for a file that cannot be read."""
         try:
             with _open_text(self.trace) as file:
                 reader = csv.reader(file)
@@ -193,7 +195,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
 
 
 def leave_out_long(sessions: list[Session], max_model_len: int | None) -> list[Session]:
-    """Returns the sessions in which every prompt with its reply has at most `max_model_len` tokens.
+    """Returns the sessions that fit into the server's context: each prompt together with its reply has at most
+    `max_model_len` tokens.
 
     A prompt that is text is never left out, because its number of tokens is not known.
     """
