@@ -54,7 +54,7 @@ def field_table(schema: type[BaseModel]) -> str:
 
 def peer_table() -> str:
     """Returns a table of the request fields that other servers accept and this server refuses. The table has one line
-    for each of these other servers."""
+    for each other server."""
     by_server: dict[str, list[str]] = {}
     tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers]
     for name, field in {name: field for table in tables for name, field in table.items()}.items():

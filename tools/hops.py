@@ -1,5 +1,5 @@
-"""Counts the hops of a chat request, `python -m tools.hops`. A hop is a step from a function of one module to a
-function of another module.
+"""Counts the hops of a chat request. Run this module with `python -m tools.hops`. A hop is a step from a function of
+one module to a function of another module.
 
 The program serves one streamed chat request with the demonstration checkpoint. The real application runs in this
 process, and the real engine runs in a process of its own. Both record the stack of calls at these moments:
@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 PACKAGE = "jamba_server."
 PATH = "/v1/chat/completions"
-# the id of a chat request begins with these bytes, so a message that contains them carries the traced request or its
-# reply
+# The id of a chat request begins with these bytes. A message that contains these bytes therefore carries the traced
+# request or the reply to this request.
 MARK = b"chatcmpl-"
 STDLIB = sysconfig.get_path("stdlib")
 BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "max_tokens": 8}
@@ -50,7 +50,7 @@ class Call(NamedTuple):
     function: str
 
 
-Stack = tuple[Call, ...]  # the first call is the outermost and the last call is the innermost
+Stack = tuple[Call, ...]  # the first call of a stack is the outermost call, and the final call is the innermost call
 
 
 class Ways(NamedTuple):
@@ -95,7 +95,7 @@ class Stacks:
 
     def profile(self, frame: FrameType, event: str, argument: object) -> None:
         """Records, for each object of this project, the stack of the calls that create the object. Python calls this
-        method at every function call, because it is set with sys.setprofile."""
+        method at every function call, because sys.setprofile has set this method as the profile function."""
         if event == "call" and frame.f_code.co_name == "__init__" and called(frame) is not None:
             made = frame.f_locals["self"]
             self._made[id(made)] = made, self.of(frame)
@@ -149,8 +149,8 @@ def after(owner: Any, name: str, look: Callable[[Any], None]) -> None:
 
 
 class EngineTrace:
-    """Records stacks of calls in the engine's process. Writes them to a file when the first tokens of the reply are
-    sent."""
+    """Records stacks of calls in the engine's process. Writes the stacks to a file when the first tokens of the reply
+    are sent."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._stacks = path, Stacks()
@@ -168,8 +168,8 @@ class EngineTrace:
                 self._inbox = self._stacks.of(frame)
 
     def loop(self, frame: FrameType, event: str, argument: object) -> None:
-        """Records two stacks: that of the first call of a kernel, and that of the last call that copies results from
-        the device.
+        """Records two stacks: the stack of the first kernel call, and the stack of the most recent call that copies
+        results from the device.
 
         It is the profile function of the thread that runs the engine's steps.
         """
@@ -194,7 +194,8 @@ class EngineTrace:
 
 
 def run_engine(path: Path) -> None:
-    """Does the same as `python -m jamba_server.engine.process`, and writes the recorded stacks to the file `path`."""
+    """Runs the engine's process as `python -m jamba_server.engine.process` does, and writes the recorded stacks to the
+    file `path`."""
     import socket
 
     from jamba_server.engine.process.__main__ import main
@@ -238,8 +239,8 @@ class ServerTrace:
             self._got = since_route(self.stacks.here())
 
     async def send(self, message: Any) -> None:
-        """Receives the messages of the application's reply. This method is ASGI's callable `send`, which an HTTP server
-        would provide."""
+        """Receives the messages of the application's reply. The application calls this method as ASGI's callable
+        `send`, which an HTTP server would otherwise provide."""
         body: bytes = message.get("body", b"")
         if not self.back and b'"content":' in body and b'"content":""' not in body:
             sent = since_route(self.stacks.here())
@@ -291,7 +292,8 @@ async def request(app: Any, trace: ServerTrace) -> None:
     body = iter([{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}])
 
     async def receive() -> Any:
-        return next(body, None) or await asyncio.get_running_loop().create_future()  # the client never disconnects
+        # waits forever, because the client never disconnects
+        return next(body, None) or await asyncio.get_running_loop().create_future()
 
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "scheme": "http", "path": PATH, "query_string": b"", "headers": headers}
@@ -311,14 +313,14 @@ def walk(start: Stack, end: Stack) -> Stack:
 
 
 def since_route(stack: Stack) -> Stack:
-    """Returns the part of a stack that begins with the route's function. The calls of the web framework and the
-    middleware before it are left out."""
+    """Returns the part of a stack that begins with the function of the HTTP route. The earlier calls, of the web
+    framework and the middleware, are left out."""
     return tuple(dropwhile(lambda call: ".routes." not in call.module, stack))
 
 
 def rooms(part: Stack) -> Iterator[tuple[str, list[str]]]:
-    """Yields (module, functions) for each module on the way through the calls in `part`. The functions are those that
-    are called in this module."""
+    """Groups consecutive calls in `part` that have the same module. Yields (module, names of the called functions) for
+    each group."""
     for module, calls in groupby(part, key=lambda call: call.module):
         yield module, list(dict.fromkeys(call.function for call in calls))
 
@@ -335,8 +337,8 @@ def show(title: str, parts: Sequence[Stack]) -> None:
 
 
 def count() -> Ways:
-    """Serves one request. Returns the calls in the server's and the engine's process, on the way down to the kernels
-    and on the way back."""
+    """Serves one request. Returns the calls in the server's process and the calls in the engine's process, on the way
+    down to the kernels and on the way back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.json"
         server = asyncio.run(serve(path))
@@ -347,7 +349,8 @@ def count() -> Ways:
 
 
 def main() -> None:
-    # this is the engine's process; its command-line arguments are the file for the stacks and the socket
+    # if there are command-line arguments, this is the engine's process; the arguments are the file for the stacks and
+    # the socket
     if len(sys.argv) > 1:
         path = Path(sys.argv.pop(1))
         run_engine(path)

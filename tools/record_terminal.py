@@ -23,7 +23,8 @@ from rich.text import Text
 
 COLUMNS = 120
 POLL_SECONDS = 0.2
-# seconds to wait after the text of the option --until has appeared, so that output after this text is shown, too
+# Recording continues for this many seconds after the text of the option --until has appeared, so that output after this
+# text is recorded, too.
 SETTLE_SECONDS = 1.0
 _CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[[0-9]*[ABCDGHJ]|\x1b\]8;[^\x1b]*\x1b\\")
 
@@ -54,8 +55,8 @@ def record(command: list[str], until: str, timeout: float) -> str:
 
 
 def screen(written: str) -> str:
-    """Returns the lines of the output `written` as a terminal shows them at the end: overwritten states of a progress
-    bar are left out."""
+    """Returns the lines that a terminal shows after the output `written`. Overwritten states of a progress bar are left
+    out."""
     lines: list[str] = []
     for line in written.replace("\r\n", "\n").split("\n"):
         erased = line.split("\x1b[2K")[-1]

@@ -35,7 +35,7 @@ def python_comments(source: str) -> Iterator[tuple[int, str]]:
             lines[token.start[0]] = (token.string.lstrip("# "), alone)
     for number, (text, alone) in lines.items():
         if alone and lines.get(number - 1, ("", False))[1]:
-            continue  # this line is part of a comment that began on an earlier line
+            continue  # this line continues a comment that began on an earlier line
         following = number + 1
         while alone and lines.get(following, ("", False))[1]:
             text += " " + lines[following][0]

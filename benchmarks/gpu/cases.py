@@ -1,5 +1,5 @@
-"""Builds test cases for every op of the module `kernels.ops`. A test case has the random arguments of one call of the
-op, and the numbers of bytes and operations that this call takes."""
+"""Builds test cases for every op of the module `kernels.ops`. A test case consists of random arguments for one call of
+the op, the number of bytes that this call reads and writes, and the number of arithmetic operations in this call."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A test case: one call of an op, with the call's arguments and the numbers of bytes and operations that it takes.
+    """A test case: the arguments of one call of an op, the number of bytes that this call reads and writes, and the
+    number of arithmetic operations in this call.
 
     `args` are the arguments without the packed weights, which `arguments` inserts as the second argument. `pack` makes
     the packed weights from `weights`, quantised if `quantization` is set, for an implementation of the op.
@@ -82,8 +83,10 @@ class Case:
     moved: int | None = None
     written: int = 0
     operations: int = 0
-    tolerance: float = 1e-2  # a bfloat16 result is correct if its relative error is at most this fraction
-    # true if the op may overwrite its first argument with any values; this argument is then not checked
+    # largest allowed relative difference (a fraction) between a bfloat16 result and the float32 reference
+    tolerance: float = 1e-2
+    # true if the op is allowed to overwrite its first argument with arbitrary values; the first argument is then not
+    # checked
     scratch: bool = False
 
     def prepare(self, kernels: Kernels, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -94,8 +97,8 @@ class Case:
         return self.arguments(self.packed(kernels, dtype), dtype)
 
     def packed(self, kernels: Kernels, dtype: torch.dtype | None = None) -> Any:
-        """Returns a copy of the weights in the packed form that the kernel set `kernels` needs, or None if the op has
-        no weights."""
+        """Returns a copy of the case's weights in the packed form that the kernel set `kernels` needs, or None if the
+        op takes no weights."""
         if not self.weights:
             return None
         weights: tuple[Any, ...] = copy(self.weights, dtype)
@@ -104,8 +107,8 @@ class Case:
         return self.pack(getattr(kernels, self.op), kernels, weights)
 
     def arguments(self, packed: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """Returns a copy of the field `args`. The argument `packed` is inserted into it as the second item, unless
-        `packed` is None."""
+        """Returns a copy of the arguments in the field `args`. Unless `packed` is None, the packed weights `packed` are
+        inserted as the second argument."""
         args = tuple(copy(value, dtype) for value in self.args)
         return args if packed is None else (args[0], packed, *args[1:])
 
@@ -140,7 +143,8 @@ def copy(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 class Maker:
-    """Creates random tensors and test cases on one device. On the device `meta`, tensors have shapes but no data."""
+    """Creates random tensors and test cases on one device. On torch's device `meta`, the tensors have shapes but no
+    data."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -161,7 +165,8 @@ class Maker:
         return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def rows(self, rows: int) -> Iterator[Case]:
-        """Yields cases of the ops that compute each row separately: norm, activation and matrix products."""
+        """Yields cases of the ops that compute each row of the input separately: norm, activation and matrix
+        products."""
         m = self.shape
         x, weight, gate_up = self.random(rows, m.h), self.random(m.h), self.random(rows, 2 * m.f)
         yield Case(op="rms_norm", label=f"{rows} rows", args=(x, weight, 1e-6, self.random(rows, m.h)))
@@ -202,8 +207,8 @@ class Maker:
         return self.matrix(m.experts, 2 * m.f, m.h), self.matrix(m.experts, m.h, m.f)
 
     def expert_case(self, rows: int, weights: tuple[Tensor, Tensor], quantization: Quantization | None) -> Case:
-        """Returns a case of the op `run_experts` in which each token has random experts. The weights of experts that no
-        token has chosen are not counted as bytes read."""
+        """Returns a case of the op `run_experts` in which the experts of each token are chosen at random. The weights
+        of experts that no token has chosen are not counted as bytes read."""
         m, choice = self.shape, torch.Generator().manual_seed(rows)
         chosen = torch.rand(rows, m.experts, generator=choice).topk(TOP_K).indices.int()
         each = 6 * m.f * m.h if quantization is None else _expert_bytes(m, quantization)
@@ -243,8 +248,8 @@ class Maker:
             yield self._mamba_decode(label, weights, conv, ssm, ids)
 
     def _mamba_decode(self, label: str, scan: ScanWeights, conv: Tensor, ssm: Tensor, ids: Tensor) -> Case:
-        """Returns the case of the fused op that computes, in decode, the part of a Mamba layer between the projections
-        in_proj and out_proj."""
+        """Returns the case of the fused op `mamba_decode`. In a decode step, this op computes the part of a Mamba layer
+        that lies between the projections in_proj and out_proj."""
         m = self.shape
         x_proj, dt_proj = self.matrix(m.r + 2 * m.s, m.d), self.matrix(m.d, m.r)
         norms = tuple(1 + 0.1 * self.random(size) for size in (m.r, m.s, m.s))
@@ -266,7 +271,8 @@ class Maker:
                 )
             )
 
-        # The fused op rounds to bfloat16 several times, so its tolerance is larger than the tolerance of other ops.
+        # The fused op rounds intermediate results to bfloat16 several times, so this case allows a larger error than
+        # the cases of other ops.
         return Case(
             op="mamba_decode",
             label=label,
@@ -316,8 +322,8 @@ class Maker:
         yield Case(op="restore_states", label=label, args=(compressed, slots, *places), moved=half)
 
     def sampling(self, rows: int) -> Iterator[Case]:
-        """Yields cases of sampling, each with other sampling parameters. In the case `mixed`, each row has its own
-        parameters."""
+        """Yields one case of sampling for each of several sets of sampling parameters. In the case `mixed`, the
+        parameters differ from row to row."""
         ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, device=self.device)
         keys = self.ints(range(rows), torch.int64) * 0x2545F4914F6CDD1D
         plain = SampleInputs(ones, ones, zeros, zeros.int(), keys)
@@ -334,21 +340,22 @@ class Maker:
         kinds["mixed"] = SampleInputs(*(torch.stack(field).gather(0, turn[None])[0] for field in fields))
         for kind, inputs in kinds.items():
             logits = self.floats(rows, self.shape.v) * 3
-            # The op `sample` overwrites the logits with scores, so when a timed call is repeated, it samples from
-            # scores. At temperature 1, sampling from scores chooses the same tokens as sampling from logits.
+            # The op `sample` overwrites the logits with scores. When a timed call is repeated, the repeated call
+            # therefore samples from scores instead of logits. At temperature 1, sampling from scores chooses the same
+            # tokens as sampling from logits.
             yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:
-    """Runs a case with the kernel set `ours`, and in float32 with the kernel set `reference`. Returns the largest
-    relative error among the results of `ours`.
+    """Runs a case twice: with the kernel set `ours`, and in float32 with the kernel set `reference`. Returns the
+    largest relative error among the results of the kernel set `ours`.
 
     The error of a result, or of an argument that is written in place, is ||ours - reference|| / ||reference||. The
     error of a tensor of integers is the fraction of its elements that differ. If an error is NaN, NaN is returned.
     """
     args, wide_args = case.prepare(ours), case.prepare(reference, torch.float32)
     results = getattr(ours, case.op)(*args), getattr(reference, case.op)(*wide_args)
-    if case.weights:  # packed weights are not compared, because each implementation has its own layout
+    if case.weights:  # packed weights are not compared, because each implementation packs the weights in its own layout
         args, wide_args = args[:1] + args[2:], wide_args[:1] + wide_args[2:]
     if case.scratch:
         args, wide_args = args[1:], wide_args[1:]
@@ -364,7 +371,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def groups(maker: Maker) -> Iterator[Iterator[Case]]:
-    """Yields the cases in groups, so that the memory of a group can be freed before the next group is created."""
+    """Yields the test cases in groups. The memory of a group can be freed before the next group is created."""
     for rows in (1, 64, 256, 2048):
         yield maker.rows(rows)
         yield maker.experts(rows)

@@ -55,7 +55,8 @@ MODULES = {
     "sweep": "sweep",
     "tune": "tune",
 }
-# Model shapes and weight formats of each part of the GPU check, unless --shape and --formats choose others.
+# The model shapes and weight formats that each part of the GPU check uses if the options --shape and --formats are not
+# given.
 DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
     "3b": ("3b",),
     "mini": ("mini",),
@@ -66,17 +67,19 @@ DEFAULT_SHAPES: Mapping[str, Sequence[str]] = {
 }
 DEFAULT_FORMATS: Mapping[str, Sequence[str]] = {"3b": ("bf16",), "mini": ("int8", "bf16"), "http": ("bf16",)}
 MINUTES = 8.5
-GRACE_SECONDS = 25.0  # seconds that a process has between SIGTERM and its end; after them it gets SIGKILL
-# if fewer seconds than this are left, no process is started, since there would be no time to measure anything
+GRACE_SECONDS = 25.0  # seconds that a process may take to end after SIGTERM; a process that takes longer gets SIGKILL
+# if fewer seconds than this are left, no new process is started, because no measurement could be completed in this time
 LEAST_SECONDS = 15.0
-# a process is stopped if its start takes more seconds than this, or if one of its measurements does
+# Largest number of seconds that the start of a process, or one measurement in the process, may take. A process that
+# takes longer is stopped.
 CELL_SECONDS = 240.0
 POLL_SECONDS = 2.0
-# After a job, the check waits until the GPU's used memory is at most FREE_SLACK MiB larger than before the job. It
-# waits at most FREE_SECONDS seconds.
+# After a job, the check waits until the GPU's used memory is at most FREE_SLACK MiB larger than before the job. The
+# check waits at most FREE_SECONDS seconds.
 FREE_SECONDS, FREE_SLACK = 20.0, 256
-ERROR_TAIL = 1500  # number of characters that are kept of a process's stderr, from its end
-# name of the environment variable by which the check finds all processes that a job has started
+ERROR_TAIL = 1500  # number of characters that are kept from the end of a process's stderr output
+# Name of an environment variable that the check sets for each job. All processes that a job starts inherit the
+# variable, so the check can find these processes.
 MARK = "GPU_CHECK_PROCESS"
 
 
@@ -145,7 +148,8 @@ def make_jobs(part: str, arguments: argparse.Namespace, path: Path) -> list[Job]
     if not shapes:
         return [base]
     jobs = [msgspec.structs.replace(base, shape=shape, format=name) for shape in shapes for name in formats]
-    # In the part `3b`, a job with an empty kernel cache runs first. It measures the time until the first reply.
+    # In the part `3b`, the first job begins with an empty kernel cache. This job measures the seconds until the first
+    # reply.
     return [msgspec.structs.replace(jobs[0], cold=True), *jobs] if part == "3b" else jobs
 
 
@@ -155,14 +159,14 @@ def run_job(job: Job) -> None:
     def stop(number: int, frame: object) -> None:
         raise SystemExit(f"stopped by signal {number}")
 
-    # the exception SystemExit lets the job stop its own child processes before it ends
+    # SIGTERM raises the exception SystemExit, so that the job can stop its own child processes before the job ends
     signal.signal(signal.SIGTERM, stop)
     importlib.import_module(f"benchmarks.gpu.{MODULES[job.part]}").run(job, Record(Path(job.path)))
 
 
 def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None:
-    """Runs a job of the GPU check in a new process, and in further processes if this process dies, until the job ends
-    or the time `deadline` has passed.
+    """Runs a job of the GPU check in a new process. If this process dies before the job has ended, another process
+    continues the job. No process runs after the time `deadline`.
 
     A cell is one measurement. If the job's process dies in a cell, or is stopped because a cell takes too long, the
     cell is recorded as failed. A new process then continues with the next cell.
@@ -177,7 +181,7 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         if status == 0:
             return
         if status is None:
-            record.running = None  # a measurement that was interrupted because time ran out does not count as failed
+            record.running = None  # a measurement that was interrupted because time ran out is not recorded as failed
             record.write()
             if record.runs:
                 record.note(stopped=f"time was up after {len(record.rows)} cells")
@@ -186,7 +190,8 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
         print(f"== {name}: {said}", flush=True)
         if record.running is not None:
             record.finish(record.running, {"error": said})
-        # the process failed before its first measurement; a new process would fail there, too
+        # the process failed before its first measurement; a new process would fail at the same place, so none is
+        # started
         elif len(record.rows) == known:
             record.finish(job.key("start"), {"error": said})
             return
@@ -194,8 +199,8 @@ def supervise(job: Job, deadline: float, environment: Mapping[str, str]) -> None
 
 
 def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """Runs a job in a new process. Returns the process's exit status (None if time ran out) and the last characters of
-    its stderr output.
+    """Runs a job in a new process. Returns the process's exit status (None if time ran out) and the end of the
+    process's stderr output.
 
     When this returns, all processes that the job has started are killed. It waits until their GPU memory is free.
     """
@@ -218,8 +223,8 @@ def run_process(job: Job, deadline: float, environment: Mapping[str, str]) -> tu
 
 
 def watch(process: subprocess.Popen[Any], path: Path, deadline: float) -> tuple[int | None, str]:
-    """Waits for a process to end. Returns its exit status and, if it was stopped for being slow, a message that says
-    so.
+    """Waits for a process to end. Returns the process's exit status and a message. The message is empty unless the
+    process was stopped for being slow.
 
     The process is stopped when `deadline` has passed; the status is then None. The process writes to `path` after every
     cell (measurement). It is also stopped if it has not written to `path` for CELL_SECONDS seconds.
@@ -249,8 +254,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """Kills all processes that have the string `mark` in their environment, whatever their process group and session
-    are.
+    """Kills all processes that have the string `mark` in their environment, in all process groups and sessions.
 
     A server whose parent was killed would otherwise keep the GPU's memory.
     """
@@ -259,7 +263,7 @@ def kill_marked(mark: str) -> None:
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
         except OSError:
-            continue  # the process has ended, or this user is not allowed to read the process's environment
+            continue  # the process has ended, or the current user is not allowed to read the process's environment
 
 
 def gpu_memory_used() -> int | None:
@@ -283,15 +287,15 @@ def environment_of(folder: str, job: Job) -> dict[str, str]:
     elif "TRITON_CACHE_DIR" not in known and not os.access(Path.home(), os.W_OK):
         known["TRITON_CACHE_DIR"] = str(
             Path(tempfile.gettempdir()) / "triton-cache"
-        )  # a fixed folder for compiled kernels, so that later runs find these kernels there
+        )  # a fixed folder for compiled kernels, so that later runs of the check reuse the compiled kernels
     if job.part == "tune" and job.device == "cpu":
-        known["TRITON_INTERPRET"] = "1"  # on a CPU, Triton kernels can only be interpreted
+        known["TRITON_INTERPRET"] = "1"  # on a CPU, Triton interprets kernels instead of compiling them
     return known
 
 
 def start_of(path: Path, earlier: Path) -> None:
-    """Prepares the result file `path`: copies the file `earlier` of an earlier run there if `path` does not exist, and
-    removes measurements that failed."""
+    """Prepares the result file `path`. If `path` does not exist, the result file `earlier` of an earlier run is copied
+    to `path`. Failed measurements are removed from `path`, so that the check repeats these measurements."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() and earlier.is_file():
         path.write_bytes(earlier.read_bytes())

@@ -1,5 +1,5 @@
-"""Compiles the GPU kernels without a GPU, and lists each kernel's registers, spilled bytes, shared memory and matrix
-instruction.
+"""Compiles the GPU kernels without a GPU. Lists, for each kernel, the number of registers, the number of spilled bytes,
+the size of the shared memory, and the matrix instruction.
 
     python -m benchmarks.gpu.codegen [--name triton-codegen] [--targets 80,86,89,90,100,120]
 
@@ -68,15 +68,15 @@ RESULTS = Path(__file__).parents[1] / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
-# The number of columns of tensor memory (the matrix units' memory on Blackwell GPUs) that a kernel can use. If a kernel
-# needs more columns, Triton compiles nothing and reports no error.
+# The largest number of columns of tensor memory that a kernel can use. Tensor memory is the memory of the matrix units
+# on Blackwell GPUs. If a kernel needs more columns, Triton produces no compiled kernel and reports no error.
 TENSOR_COLUMNS = 512
 FP8_CAPABILITY = 89  # 10 * the lowest compute capability that supports 8-bit floating point numbers
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may use, by target (CUDA C++ Programming Guide, technical specifications)."""
-# The op that is a key of TWINS must give the same bits as the ops in the key's value, called one after another. It must
-# therefore add the terms of its sums in the same order as these ops do.
+# Each key of TWINS is an op. This op must give bitwise the same results as the ops in the key's value, called one after
+# another. The op in the key must therefore add the terms of its sums in the same order as the ops in the value.
 TWINS = {
     "selective_state_update": ("selective_scan",),
     "selective_scan, 64": ("selective_scan",),
@@ -111,7 +111,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The numbers of registers and bytes of memory that a compiled kernel uses, and the matrix instruction in its code.
+    """The resources of a compiled kernel: the number of registers, the numbers of bytes of memory, and the matrix
+    instruction in the kernel's code.
 
     `registers` and `spilled` (bytes) are per thread. `shared` (bytes), `warps` and `tensor_columns` are per program.
     """
@@ -129,8 +130,8 @@ class Resources:
 
 
 def record(op: str, call: Callable[[], object]) -> list[Launch]:
-    """Calls the function `call` with kernel launches disabled. Returns one `Launch` for each kernel that it would have
-    launched."""
+    """Calls the function `call` with kernel launches disabled. Returns an object `Launch` for each kernel launch that
+    the function `call` would have made."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -200,16 +201,16 @@ def reductions(ir: str) -> tuple[str, ...]:
     which determines the order of the additions."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
     operands = re.findall(r'"tt.reduce".*?axis = (\d+) .*?\) : \(tensor<([\dx]*)xf32, (#\w+)>\)', ir, re.DOTALL)
-    # Sums over axis 0 are left out, because only the scan kernel has such sums. It adds only zeros to a number there,
-    # so the order of the additions has no effect.
+    # Sums over axis 0 are left out. Only the scan kernel has such sums. Each of these sums adds only zeros to one
+    # number, so the order of the additions has no effect.
     return tuple(
         sorted({summation(int(axis), shape, layouts[layout]) for axis, shape, layout in operands if axis != "0"})
     )
 
 
 def summation(axis: int, shape: str, layout: str) -> str:
-    """Returns a text that says in which order a sum along the axis `axis` adds the elements of a tensor with the given
-    shape and layout.
+    """Returns a text that says in which order the elements of a tensor are added in a sum along the axis `axis`. The
+    tensor has the shape `shape` and the layout `layout`.
 
     In a blocked layout, the order depends only on the size and the layout of `axis` itself.
     """
@@ -223,7 +224,7 @@ def summation(axis: int, shape: str, layout: str) -> str:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    # the tensor is never written, so the operating system assigns no memory to it
+    # nothing writes to the tensor, so the operating system assigns no physical memory to the tensor
     return torch.empty(shape, dtype=dtype)
 
 
@@ -307,8 +308,8 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
-    """Returns an uninitialised weight [..., N, K]. It is quantised in the weight format `format`, or in bfloat16 if
-    `format` is ''."""
+    """Returns an uninitialised weight array [..., N, K]. The array is quantised in the weight format `format`, or has
+    the dtype bfloat16 if `format` is ''."""
     if not format:
         return empty(*shape)
     *rows, inputs = shape
@@ -318,8 +319,8 @@ def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
 
 
 def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the ops `linear` and `run_experts`. Their numbers of rows are chosen so that every tile size of
-    the kernels is used."""
+    """Yields calls of the ops `linear` and `run_experts`. The inputs' numbers of rows are chosen so that the kernels
+    use every tile size."""
     weight = matrix(format, 16384, 4096)
     experts = moe.Experts(matrix(format, 16, 2 * 14336, 4096), matrix(format, 16, 4096, 14336))
     name = f", {format}" if format else ""
@@ -330,8 +331,8 @@ def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the matrix product x_proj of the 3B model, whose kernel divides the inner dimension K into
-    sections.
+    """Yields calls of the matrix product x_proj of the 3B model. The kernel of this product divides the inner dimension
+    K into sections.
 
     With few rows the sections' sums are added through memory, with many rows by one program.
     """
@@ -351,8 +352,8 @@ def launches_on(target: int) -> list[Launch]:
 
 
 def rehearsed(known: list[Launch]) -> list[Launch]:
-    """Returns the kernel launches of whole models, except those that need the same compiled kernel as a launch in
-    `known`.
+    """Returns the kernel launches of whole models. A launch is left out if a launch in the list `known` uses the same
+    compiled kernel.
 
     The field `op` of each launch lists the values of its compile-time constants.
     """
@@ -369,7 +370,8 @@ def rehearsed(known: list[Launch]) -> list[Launch]:
 
 
 def identity(launch: Launch) -> str:
-    """Returns a key of a launch. Launches with equal keys use the same compiled kernel."""
+    """Returns a text that identifies the compiled kernel of a launch. Launches with equal texts use the same compiled
+    kernel."""
     return repr(replace(launch, op=""))
 
 

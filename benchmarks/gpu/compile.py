@@ -50,8 +50,8 @@ class Elsewhere:
 
 @contextmanager
 def compiling_only(capability: int) -> Generator[None]:
-    """While this context is active, kernel launches only compile the kernels, for a GPU of compute capability
-    `capability` / 10."""
+    """While this context is active, each kernel launch compiles the kernel for a GPU of compute capability `capability`
+    / 10, but does not run the kernel."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -65,14 +65,14 @@ def compiling_only(capability: int) -> Generator[None]:
         stack.enter_context(mock.patch.object(driver, "_active", Elsewhere(capability)))
         stack.enter_context(mock.patch("jamba_server.kernels.table.ensure_available"))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
-        # Tile sizes may depend on the compute capability, which the kernels cache. The cached value for this machine is
-        # removed, so that `capability` is used.
+        # The kernels choose tile sizes by the compute capability, and cache the compute capability of this machine. The
+        # cached compute capability is removed, so that the kernels use `capability`.
         known = getattr(jamba_server.kernels.triton.launch, "capability", None)
         for forget in (known.cache_clear,) if known is not None else ():
             forget()
             stack.callback(forget)
         # Quantisation usually splits a weight into pieces to save memory. Tensors on the device `meta` take no memory,
-        # so one piece is enough.
+        # so the weight is not split here.
         stack.enter_context(mock.patch.object(jamba_server.engine.quantization.quantize, "_CHUNK", 1 << 60))
         stack.enter_context(mock.patch.object(jamba_server.kernels.triton.quantized, "CHUNK", 1 << 60))
         yield
@@ -80,14 +80,14 @@ def compiling_only(capability: int) -> Generator[None]:
 
 @cache
 def shapes_alone(shape: str) -> tuple[Target, ...]:
-    """Returns all kernel calls to tune for a model shape. Their arguments are tensors on the device `meta`, which have
-    no data."""
+    """Returns all kernel calls to tune for a model shape. The arguments of the calls are tensors on torch's device
+    `meta`, so the arguments have no data."""
     return tuple(target for group in targets_of(shape, "meta").groups() for target in group)
 
 
 def compile_one(shape: str, capability: int, index: int, variant: Variant) -> str:
-    """Compiles the kernels of one tuned call with one variant, in a worker process. Returns an error message, or "" if
-    compilation succeeds."""
+    """Compiles the kernels of one tuned call with the changes of one variant. Runs in a worker process. Returns an
+    error message, or "" if compilation succeeds."""
     torch.set_num_threads(1)
     target = shapes_alone(shape)[index]
     try:
@@ -99,8 +99,8 @@ def compile_one(shape: str, capability: int, index: int, variant: Variant) -> st
 
 
 class Compiler:
-    """Compiles the kernels of all tuned calls in worker processes. Meanwhile, the main process times the calls whose
-    kernels are compiled.
+    """Compiles the kernels of all calls to tune, in worker processes. During the compilation, the main process times
+    the calls whose kernels are already compiled.
 
     If `capability` is None, kernels are interpreted, and nothing is compiled.
     """
@@ -121,8 +121,8 @@ class Compiler:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, indices: Iterable[int]) -> None:
-        """Starts to compile the kernels of the tuned calls whose positions in the list of all tuned calls are
-        `indices`, in the order of `indices`.
+        """Starts to compile the kernels of tuned calls, in the order of `indices`. Each index is the position of a call
+        in the list of all tuned calls.
 
         A variant that several tuned calls share is compiled once.
         """
@@ -142,8 +142,8 @@ class Compiler:
                 self._of_target.setdefault(index, []).append(self._by_key[key])
 
     def wait(self, index: int) -> None:
-        """Waits until compilation has ended, with or without success, for each kernel of the tuned call at position
-        `index` in the list of all tuned calls."""
+        """Waits until each kernel of one tuned call is compiled or has failed to compile. The argument `index` is the
+        position of the call in the list of all tuned calls."""
         for future in self._of_target.get(index, ()):
             if (error := future.exception()) is not None:
                 print(f"compiling ahead: {error}", file=sys.stderr, flush=True)

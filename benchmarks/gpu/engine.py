@@ -1,5 +1,5 @@
-"""Runs the parts `3b` and `mini` of the GPU check: measures tokens per second of decode and prefill, and compares them
-with the rates that the GPU's limits allow.
+"""Runs the parts `3b` and `mini` of the GPU check. Both parts measure tokens per second of decode and tokens per second
+of prefill. Both compare the measured rates with the rates that the GPU's memory bandwidth and matmul rate allow.
 
 The weights are dummies. The limits follow from the bandwidth and the matmul rate that `predict` measures.
 """
@@ -33,7 +33,8 @@ from jamba_server.llm import LLM
 
 FIRST_PROMPT = 128  # number of tokens in the first request's prompt
 DECODE_PROMPT = 4
-DECODE_SECONDS = 1.0  # the number of decode steps is chosen such that a timed run takes about this many seconds
+# intended number of seconds of a timed decode run; the number of decode steps is chosen accordingly
+DECODE_SECONDS = 1.0
 STEPS = (8, 128)  # smallest and largest number of decode steps in one timed run
 LONG_STEPS = 32
 PROFILED_STEPS, PROFILED_KERNELS = 8, 15
@@ -113,8 +114,8 @@ class Bench:
         return self.random.choices(range(3, self.config.vocab_size), k=length)
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        """Returns the number of seconds in which the engine replies to all of `prompts`. Each reply has exactly
-        `tokens` tokens."""
+        """Returns the number of seconds that the engine takes to reply to all prompts in `prompts`. Each reply has
+        exactly `tokens` tokens."""
         start = time.perf_counter()
         self.llm.generate([*prompts], SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
         return time.perf_counter() - start
@@ -159,7 +160,8 @@ class Bench:
         return self.row("prefill", length, length / first, length, self.prefill_work(length))
 
     def long(self, length: int) -> dict[str, Any]:
-        """Measures tokens per second of the prefill and of the decode of one request that fills the context window.
+        """Measures one request that fills the context window: the tokens per second of its prefill, and the tokens per
+        second of its decode.
 
         To time its decode, the same prompt is sent again, so that it comes from the prefix cache.
         """
@@ -221,7 +223,8 @@ def measure(job: Job, record: Record, config: JambaConfig, folder: str, ceilings
         record.note(engine=msgspec.to_builtins(loaded[0].llm.core.info))
         return {"load_seconds": loaded[0].load_seconds}
 
-    if "error" in record.rows.get(job.key("load"), {}):  # an earlier process could not load the model
+    # an earlier process of this job failed to load the model, so this process would fail, too
+    if "error" in record.rows.get(job.key("load"), {}):
         return
     record.rows.pop(job.key("load"), None)
     if record.cell(job.key("load"), load) is None:
@@ -247,7 +250,8 @@ def cells(job: Job, sizes: Sizes) -> dict[str, Callable[[Bench], dict[str, Any]]
 
 
 def too_large(config: JambaConfig, job: Job) -> str | None:
-    """Returns a message that the model's weights do not fit in this GPU's free memory, or None if they fit."""
+    """Returns a message if the model's weights do not fit in this GPU's free memory. Returns None if the weights
+    fit."""
     if job.device == "cpu":
         return None
     torch.cuda.empty_cache()
@@ -259,8 +263,8 @@ def too_large(config: JambaConfig, job: Job) -> str | None:
 
 
 def profile(bench: Bench, count: int) -> dict[str, Any]:
-    """Profiles a few decode steps of `count` sequences. Returns the kernels that take the largest shares of the time,
-    with the microseconds per launch."""
+    """Profiles a few decode steps of `count` sequences. Returns the kernels that take the largest fractions of the
+    profiled time, each with the number of microseconds per launch."""
     activity = torch.profiler.ProfilerActivity
     gpu = bench.llm.core.info.device != "cpu"
     prompts = [bench.prompt(DECODE_PROMPT) for _ in range(count)]

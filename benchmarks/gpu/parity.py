@@ -48,9 +48,12 @@ MODELS: Mapping[str, dict[str, Any]] = {
     | {"attn_layer_offset": 4, "mamba_dt_rank": 32},
 }
 LENGTHS, NEW_TOKENS = (1, 17, 64, 300), 16
-# largest difference allowed between a log-probability of this engine and of transformers, both in float32
+# largest allowed difference between this engine's log-probability and transformers' log-probability of the same token,
+# both computed in float32
 FLOAT32_LIMIT = 1e-3
-BFLOAT16_LIMIT = 2.0  # largest allowed ratio of this engine's error in bfloat16 to transformers' error in bfloat16
+# Largest allowed ratio of two root-mean-square errors of log-probabilities computed in bfloat16: this engine's error
+# divided by transformers' error.
+BFLOAT16_LIMIT = 2.0
 SETTINGS: Mapping[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 128,
@@ -89,8 +92,8 @@ def make_model(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
-    """Generates a greedy reply to one random prompt of each length in LENGTHS, with the log-probabilities of the tokens
-    of prompt and reply."""
+    """Generates greedy replies to random prompts, one prompt of each length in LENGTHS. The result includes the
+    log-probability of each token in the prompts and the replies."""
     llm = LLM(folder, device=job.device, dtype=dtype, **{**SETTINGS, **job.options})
     random = Random(0)
     prompts: list[list[int]] = [
@@ -103,16 +106,16 @@ def generate(job: Job, folder: str, dtype: str) -> list[Completion]:
 
 
 def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
-    """Returns transformers' log-probabilities of the whole vocabulary at each position of `tokens` except the first, as
-    float32 [len(tokens) - 1, V]."""
+    """Returns transformers' log-probability of every vocabulary entry at each position of `tokens` except the first
+    position. The result is a float32 array [len(tokens) - 1, V]."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
 def ours(completion: Completion, device: Any) -> torch.Tensor:
-    """Returns this engine's log-probability of each token of the prompt and the reply, except the prompt's first
-    token."""
+    """Returns the log-probability that this engine has computed for each token of the prompt and the reply, except the
+    prompt's first token."""
     prompt = [entry.logprob for entry in completion.prompt_logprobs[1:] if entry is not None]
     return torch.tensor([*prompt, *(entry.logprob for entry in completion.logprobs)], device=device)
 
@@ -137,8 +140,8 @@ def float32(job: Job, folder: str, model: Any) -> dict[str, Any]:
 
 
 def bfloat16(job: Job, folder: str, model: Any) -> dict[str, Any]:
-    """Returns two root-mean-square errors of log-probabilities in bfloat16: that of this engine, and that of
-    transformers.
+    """Returns two root-mean-square errors of log-probabilities computed in bfloat16: the error of this engine, and the
+    error of transformers.
 
     The errors are differences from the log-probabilities that transformers computes in float32.
     """

@@ -28,7 +28,7 @@ from jamba_server.engine.model_config import JambaConfig, load_model_config
 KERNELS = ("mamba_ssm", "causal_conv1d")
 STEPS = 8
 WARM_UP = 64  # number of tokens in the first prompt, which warms up the GPU and is not timed
-PATIENCE = 45.0  # a prompt length is left out if its prefill is estimated to take more seconds than this
+PATIENCE = 45.0  # a prompt is not timed if its prefill is estimated to take more seconds than this
 
 
 def run(job: Job, record: Record) -> None:
@@ -69,7 +69,7 @@ class Peer:
 
     def __init__(self, folder: Path, job: Job, config: JambaConfig, ceilings: Ceilings) -> None:
         self.config, self.policy, self.ceilings = config, Format.parse(job.format).policy, ceilings
-        self.rate: float | None = None  # prompt tokens per second, or None before the first timed prompt
+        self.rate: float | None = None  # prefill rate in tokens per second, or None before the first prompt is timed
         own = transformers.AutoConfig.from_pretrained(folder)
         with torch.device(job.device):
             self.model: Any = transformers.AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()

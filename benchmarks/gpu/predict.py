@@ -1,5 +1,5 @@
-"""Measures a GPU's memory bandwidth and matmul rate. From them, predicts the time of a decode step and of the prefill
-of a prompt."""
+"""Measures a GPU's memory bandwidth and matmul rate. Predicts, from this bandwidth and this rate, the time of a decode
+step and the time of a prompt's prefill."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Ceilings(msgspec.Struct, frozen=True):
 
 
 def median_seconds(work: Callable[[], object], device: str, milliseconds: int = 100) -> float:
-    """Returns the median time of a call of the function `work` in seconds. On a GPU, the L2 cache holds no arguments
-    when a call starts.
+    """Returns the median number of seconds that a call of the function `work` takes. On a GPU, the L2 cache is cleared
+    before each call.
 
     The time includes the time that Python takes to launch the kernels.
     """
@@ -58,7 +58,7 @@ def measure_ceilings(device: str) -> Ceilings:
     try:
         return _gpu_ceilings(device)
     finally:
-        # gives this process's unused GPU memory back, since a server in another process may need it
+        # returns this process's unused GPU memory to the GPU, because a server in another process may need this memory
         torch.cuda.empty_cache()
 
 
@@ -116,8 +116,8 @@ def prefill_work(config: JambaConfig, policy: QuantizationPolicy, *, tokens: int
     steps = -(-tokens // chunk)
     weights = step_bytes(config, DTYPE_BYTES, num_sequences=min(tokens, chunk), policy=policy)
     keys_read = sum(range(chunk, tokens, chunk)) + tokens
-    # In causal attention, about tokens**2 / 2 pairs of a query and a key are computed. Each pair takes 2 * width
-    # operations for the key and 2 * width operations for the value.
+    # In causal attention, about tokens**2 / 2 pairs of a query and a key are computed. For each pair, the dot product
+    # of the query and the key takes 2 * width operations. Adding the weighted value takes another 2 * width operations.
     width = len(config.attention_layers) * config.num_attention_heads * config.head_dim
     attention = 2 * width * tokens**2
     return Work(

@@ -19,8 +19,8 @@ from benchmarks.gpu.sweep import config_of
 from benchmarks.shapes import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
-# Assumed limits of each GPU, which are not measured. The field `bandwidth` is in bytes per second, for a large copy.
-# The field `matmul` is in operations per second, for the matrix products of prefill.
+# Assumed limits of each GPU, which are not measured. The field `bandwidth` is the rate of a large copy in bytes per
+# second. The field `matmul` is the rate of the matrix products of prefill in operations per second.
 GPUS = {"H100": Ceilings(bandwidth=3.0e12, matmul=650e12), "H200": Ceilings(bandwidth=4.3e12, matmul=650e12)}
 MODELS = (("3b", ("bf16",)), ("mini", ("int8", "bf16")))
 CONTEXT = 128  # number of tokens that each sequence has before the decode step

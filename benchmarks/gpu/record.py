@@ -1,4 +1,4 @@
-"""Defines the jobs of the GPU check and its result files, which are written after every measurement.
+"""Defines the jobs and the result files of the GPU check. A result file is written after every measurement.
 
 A cell is a single measurement with a key.
 """
@@ -20,7 +20,7 @@ import torch
 from benchmarks.http.serving import describe_commit, describe_gpu
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
-ERROR_TAIL = 1500  # number of characters that are kept of a traceback, from its end
+ERROR_TAIL = 1500  # number of characters that are kept from the end of a traceback
 PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d", "pytest")
 
 
@@ -42,7 +42,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def variant(self) -> str:
-        """The engine options of this job as text such as "block_size=32", or "" if it has none."""
+        """The engine options of this job as text such as "block_size=32", or "" if the job has no engine options."""
         return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items()))
 
     def key(self, *names: object) -> str:
@@ -52,8 +52,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record:
-    """The result file of one part of the GPU check. It has the result or the error of each measurement, by key, and the
-    conditions of each run."""
+    """The result file of one part of the GPU check. The file contains the result or the error message of each
+    measurement under the measurement's key. The file also contains the conditions of each run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +63,7 @@ class Record:
         self.running: str | None = known.get("running")
 
     def write(self) -> None:
-        """Replaces the result file atomically: if the process is killed while it writes, the old file is still
+        """Replaces the result file atomically. If the process is killed during the write, the old result file is still
         there."""
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"runs": self.runs, "rows": self.rows, "running": self.running}, indent=1) + "\n")
@@ -79,8 +79,8 @@ class Record:
         self.write()
 
     def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Calls the function `measure` unless the result file has a result for `key`. Returns the result, or None if
-        the measurement failed.
+        """Calls the function `measure` unless the result file already has a row for the key `key`. Returns the row, or
+        None if the measurement failed.
 
         A failure is recorded in the file, and this function returns, so that the next measurements can follow. If the
         failure has made the GPU unusable, this function raises an error.
@@ -123,8 +123,8 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def _said(describe: Callable[[], str | None]) -> str | None:
-    """Returns the result of the function `describe`, or None if the program that this function starts is missing or
-    fails."""
+    """Returns the result of the function `describe`, which starts another program. Returns None if this program is
+    missing or fails."""
     try:
         return describe()
     except (OSError, subprocess.SubprocessError):

@@ -1,5 +1,5 @@
-"""Measures how many seconds Triton takes to compile the kernels of whole models, with one thread and with one thread
-for each core.
+"""Measures how many seconds Triton takes to compile the kernels of whole models, once with a single thread and once
+with one thread per core.
 
     python -m benchmarks.gpu.rehearsal [--name triton-rehearsal] [--target 90]
 
@@ -46,7 +46,7 @@ MODELS: Final[Mapping[str, tuple[str, str, KvCacheDtype]]] = {
 
 
 class NoGpu:
-    """Replaces Triton's driver on a machine without a GPU. It tells Triton for which GPU to compile."""
+    """Replaces Triton's driver on a machine without a GPU, and tells Triton for which GPU to compile."""
 
     launcher_cls = staticmethod(lambda *_: None)
 

@@ -28,7 +28,8 @@ CEILINGS = (
 
 
 def read_parts(name: str, folders: list[Path]) -> Parts:
-    """Reads the result file of each part of the GPU check, from the first folder in `folders` that has it."""
+    """Reads the result file of each part of the GPU check. If several folders have a result file of the same part, the
+    file in the folder that comes first in `folders` is read."""
     found: Parts = {}
     for folder in folders:
         for path in sorted((folder / f"{name}-parts").glob("*.json")):
@@ -37,7 +38,8 @@ def read_parts(name: str, folders: list[Path]) -> Parts:
 
 
 def target(row: dict[str, Any]) -> float | None:
-    """Returns the fraction of the predicted rate that the engine is expected to reach, or None if no target is set."""
+    """Returns the fraction of the predicted rate that the engine is expected to reach in a measurement, or None if the
+    measurement has no target."""
     if row["kind"] == "decode":
         return {1: 0.8, 256: 0.7}.get(row["size"])
     return 0.5 if row["kind"] == "prefill" else None
@@ -141,7 +143,8 @@ def _passed(row: dict[str, Any]) -> str:
 
 
 def split(key: str, row: dict[str, Any], run: dict[str, Any]) -> tuple[str, str, str]:
-    """Returns a measurement's model, weight format with engine options, and name."""
+    """Returns three texts about a measurement: the model shape, the weight format with the engine options, and the kind
+    of the measurement with its size."""
     job = run["job"]
     options = " ".join(f"{name}={value}" for name, value in job.get("options", {}).items())
     return job["shape"], " ".join(filter(None, [job["format"], options])), f"{row['kind']}, {row['size']:,}"
@@ -231,8 +234,8 @@ def kernels(parts: Parts) -> list[str]:
 
 
 def tiles(parts: Parts, most: int | None) -> list[str]:
-    """Returns a table of the microseconds that other tile sizes would save in one step of the engine, largest savings
-    first.
+    """Returns a table of the microseconds that the fastest tile sizes would save in one step of the engine. The largest
+    savings come first.
 
     After the table comes a list of the variants (tile sizes) whose results are wrong.
     """
@@ -257,7 +260,8 @@ def tiles(parts: Parts, most: int | None) -> list[str]:
 
 
 def _measured(parts: Parts, part: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yields (key, result, conditions of the run) for each result of `part` that has a rate in tokens per second."""
+    """Yields (key, result, conditions of the run) for each result of the part `part` of the GPU check that has a rate
+    in tokens per second."""
     content = parts.get(part)
     for key, row in content["rows"].items() if content else ():
         if "tok_s" in row:

@@ -65,7 +65,7 @@ def run(job: Job, record: Record) -> None:
 
 
 def first_reply(url: str, ready: float, shape: str) -> dict[str, Any]:
-    """Measures the seconds from the first request to a new server until its reply, which has one token.
+    """Measures the seconds from the first request to a new server until the reply has arrived. The reply has one token.
 
     `until_ready` is the time in seconds from the start of the server's process until the server is ready. This time
     includes loading the weights.

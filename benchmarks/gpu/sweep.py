@@ -70,7 +70,8 @@ def run(job: Job, record: Record) -> None:
 
 
 def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings: Ceilings) -> dict[str, Any]:
-    """Compares the results of one implementation of an op with the reference. Times the implementation in microseconds.
+    """Compares the results of one implementation of an op with the results of the reference implementation. Also times
+    the implementation in microseconds.
 
     `us` is the time of a call from Python. `graph_us` is the time in a CUDA graph, where the L2 cache stays warm.
     `floor_us` is the shortest time that the device's limits allow. `torch_us` is the time of torch's matrix product.
@@ -97,8 +98,8 @@ def measure(case: Case, device: str, ours: Kernels, reference: Kernels, ceilings
 
 
 def in_graph(work: Callable[[], object]) -> dict[str, Any]:
-    """Times the function `work` in a CUDA graph. If this function waits for the GPU, no graph is possible, and the
-    reason is returned instead.
+    """Times the function `work` in a CUDA graph. If the function `work` waits for the GPU, `work` cannot be captured in
+    a graph. The reason is then returned instead of a time.
 
     Whether `work` waits is tested before a graph is captured, because a failed capture leaves torch's allocator
     unusable.

@@ -1,5 +1,5 @@
-"""Lists the kernel calls that the part `tune` of the GPU check times. Their arguments have the sizes that occur in
-decode steps and in the prefill of prompts.
+"""Lists the kernel calls that the part `tune` of the GPU check times. The arguments of these calls have the sizes that
+occur in decode steps and in the prefill of prompts.
 
 They are a model's matrix products, attention, scan and Mamba decode.
 """
@@ -52,8 +52,8 @@ TINY = Sizes(decode_rows=(2,), prefill_rows=(70,), contexts=((2, 40),), prompts=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A kernel call to tune: its arguments, how many times one step of the model makes this call, and the variants to
-    try."""
+    """A kernel call to tune. The fields contain the arguments of the call, the number of times that one step of the
+    model makes this call, and the variants to try."""
 
     case: Case
     label: str

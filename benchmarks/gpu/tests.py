@@ -16,14 +16,15 @@ from typing import Any
 from benchmarks.gpu.record import Job, Record
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 8  # number of pytest processes, which share the GPU
+WORKERS = 8  # number of pytest processes that run at the same time on the same GPU
 NO_TESTS = 5  # exit status of pytest if it finds no tests
 TEST_SECONDS = 120  # time limit of one test in seconds, if pytest-timeout is installed
 KERNELS = "tests/kernels"
 PRODUCTS = [f"{KERNELS}/test_{name}.py" for name in ("linear", "moe", "quantized")]
 RECURRENCE = [f"{KERNELS}/test_{name}.py" for name in ("conv", "scan", "scan_chunked", "recurrence", "mamba")]
 OTHERS = [KERNELS, "tests/engine/test_triton.py", *(f"--ignore={path}" for path in (*PRODUCTS, *RECURRENCE))]
-# The tests run in several sets, so that the results of completed sets are kept if time runs out.
+# The tests are divided into sets that run one after another, so that the results of completed sets are kept if time
+# runs out.
 SETS = {
     "cuda": {
         "triton, products": [*PRODUCTS, "-k", "triton"],
@@ -33,8 +34,8 @@ SETS = {
     },
     "cpu": {"a few": [f"{KERNELS}/test_norm.py"]},
 }
-# The project's own pytest configuration is not used, because it needs plugins that may be missing. It also turns
-# warnings into errors, and another version of torch may print other warnings.
+# The project's own pytest configuration is not used, because it needs plugins that may be missing. The project's
+# configuration also turns warnings into errors, but other versions of torch may print other warnings.
 CONFIGURATION = "[pytest]\naddopts = -q -rfE\nmarkers = cuda: needs an NVIDIA GPU\n"
 
 

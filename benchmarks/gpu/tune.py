@@ -1,5 +1,5 @@
-"""Runs the part `tune` of the GPU check: takes the kernels that use most of a step's time, and times them with other
-tile sizes.
+"""Runs the part `tune` of the GPU check: times the kernels that take most of a step's time, with tile sizes other than
+the default tile sizes.
 
 Each kernel is timed in a CUDA graph. The graph uses several copies of the arguments in turn, which together exceed the
 L2 cache, so the arguments come from memory as in a real step. The result of each variant is compared with the result of
@@ -32,17 +32,18 @@ from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.triton import interpreted
 
 # Timed calls use several copies of the arguments in turn, so that the L2 cache does not hold the arguments of the next
-# call. COLD_BYTES is the least total size of all copies in bytes, more than twice the size of the L2 cache.
+# call. COLD_BYTES is the least total size of all copies in bytes. This total size is more than twice the size of the L2
+# cache.
 COLD_BYTES = 160 << 20
 MOST_COPIES = 64
-# The number of calls in a CUDA graph is chosen such that one run of the graph takes about GRAPH_SECONDS. The number of
-# timed runs is chosen such that all runs together take about TIMED_SECONDS. Both choices assume a kernel that is as
-# fast as the GPU's limits allow.
+# The number of calls in a CUDA graph is chosen such that one run of the graph takes about GRAPH_SECONDS seconds. The
+# number of timed runs is chosen such that all runs together take about TIMED_SECONDS seconds. For both choices, the
+# kernel is assumed to be as fast as the GPU's limits allow.
 GRAPH_SECONDS, TIMED_SECONDS = 4e-4, 6e-3
 MOST_LAUNCHES = 128
 LEAST_RUNS, MOST_RUNS = 3, 15
-# largest relative difference (a fraction) allowed between the results of the unchanged kernel and of a variant that
-# adds in another order
+# largest allowed relative difference (a fraction) between the results of the unchanged kernel and the results of a
+# variant that adds the terms of sums in another order
 TOLERANCE = 1e-2
 QUANTIZED_CHUNK = 1 << 26  # number of elements of a weight that are quantised at once
 
@@ -107,8 +108,8 @@ def measure(target: Target, packed: list[Any], device: str, ceilings: Ceilings) 
 
 
 def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> dict[str, Any]:
-    """Chooses the fastest of all variants, and the fastest of the variants that give the same bits as the unchanged
-    kernel.
+    """Chooses the fastest of all variants, and the fastest of the variants whose results are bitwise equal to the
+    results of the unchanged kernel.
 
     `differ` has the variants whose results are wrong. These variants are not chosen.
     """
@@ -122,7 +123,7 @@ def best_of(target: Target, times: dict[str, Any], differ: dict[str, float]) -> 
 
 
 def difference(found: tuple[Any, ...], expected: tuple[Any, ...], *, same: bool) -> float:
-    """Returns the largest relative difference between a tensor in `found` and its counterpart in `expected`.
+    """Returns the largest relative difference between a tensor in `found` and the corresponding tensor in `expected`.
 
     If `same` is true, the difference is 0 only if all bits are equal.
     """
@@ -145,14 +146,14 @@ def quantized_at_once(device: str) -> Generator[None]:
 
 
 def copies(case: Case, device: str) -> int:
-    """Returns how many copies of the arguments are needed so that all copies together exceed a GPU's L2 cache. Returns
-    1 on a CPU."""
+    """Returns how many copies of the arguments to create. On a GPU, all copies together must exceed the L2 cache, but
+    at most MOST_COPIES copies are created. On a CPU, one copy is enough."""
     moved = case.moved or case.bytes_moved(())
     return 1 if device == "cpu" else min(MOST_COPIES, math.ceil(COLD_BYTES / moved))
 
 
 class Bench:
-    """Times calls of an op. The calls use several copies of the arguments in turn. The op may write to its
+    """Times calls of an op. The calls use several copies of the arguments in turn. The op is allowed to write to its
     arguments."""
 
     def __init__(self, case: Case, kernels: Kernels, packed: list[Any], device: str) -> None:
@@ -164,15 +165,15 @@ class Bench:
         self._calls = [case.arguments(one) for one in weights]
 
     def result(self) -> tuple[Any, ...]:
-        """Calls the op with new copies of the arguments. Returns the op's result, and these copies as the op has left
-        them."""
+        """Calls the op with new copies of the arguments. Returns the op's result, and the copies after the call,
+        because an op can write to its arguments."""
         args = self._case.arguments(self._packed)
         result = self._op(*args)
         return result, args if self._packed is None else (args[0], *args[2:])
 
     def seconds(self, floor: float) -> float:
-        """Returns the seconds that one call of the op takes. The method `result` must be called before, so that the
-        kernel is compiled.
+        """Returns the seconds that one call of the op takes. The method `result` must have been called first, because
+        that call compiles the kernel.
 
         `floor` is the shortest time in seconds that the device's limits allow. It sets how many calls a graph has.
         """

@@ -14,9 +14,10 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
-SHARED_BYTES = 227 << 10  # size in bytes of the shared memory that a thread block may use on an H100 or H200
-# The matmul kernels have special tile sizes for products with few rows. With weights that are not quantised, these are
-# products of at most FEW_ROWS rows. With quantised weights, these are products of at most FEWER_ROWS rows.
+SHARED_BYTES = 227 << 10  # largest size in bytes of the shared memory that a thread block can use on an H100 or H200
+# The matmul kernels have special tile sizes for products with few rows. If the weights are not quantised, the special
+# tile sizes are used for at most FEW_ROWS rows. If the weights are quantised, the special tile sizes are used for
+# at most FEWER_ROWS rows.
 FEW_ROWS, FEWER_ROWS = 64, 16
 PRODUCT_TILES = {"linear": "linear.tile_for", "run_experts": "moe.tile_for"}
 Fields = dict[str, int | None]
@@ -24,7 +25,7 @@ Fields = dict[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A variant of the Triton kernels. It replaces constants and functions in the kernels' modules.
+    """A variant of the Triton kernels: new values for constants and functions in the kernels' modules.
 
     The keys of `changes` are "module.name" in kernels.triton. For a dictionary, or a function that returns a dictionary
     or a named tuple, the value has the changed fields. For another function it is the new result, and for a constant
@@ -89,8 +90,8 @@ def grid(place: str, *, exact: bool = True, **choices: tuple[int | None, ...]) -
 
 
 def constants(exact: bool, **choices: tuple[int, ...]) -> Iterator[Variant]:
-    """Yields a variant for every value of every constant in `choices`. A key of the form `module__NAME` is the constant
-    NAME of the module `module`."""
+    """Yields variants that each set one constant to one of the constant's values in `choices`. A key of the form
+    `module__NAME` is the constant NAME of the module `module`."""
     for name, values in choices.items():
         yield from (Variant({name.replace("__", "."): value}, exact) for value in values)
 

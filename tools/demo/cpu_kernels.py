@@ -150,8 +150,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Mean cross entropy in nats over the rows. The logits are the product of x [rows, h] and the transpose of head
-    [vocab, h]. Rows whose target is below 0 are left out of the mean.
+    """Computes the mean cross entropy in nats over the rows of x [rows, h]. The logits are the product of x and the
+    transpose of the matrix head [vocab, h]. Rows whose target is below 0 are left out of the mean.
 
     The forward pass also computes the gradients, so that the logits of all rows need not be kept.
     """

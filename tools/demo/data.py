@@ -48,8 +48,8 @@ OPEN_REQUESTS = (
     "Write a story.",
     "Can you tell me a story?",
 )
-# These words often follow "a" or "the" in stories, but nobody would ask for a story about them, so requests do not use
-# them.
+# These words often follow "a" or "the" in stories, but nobody would ask for a story about one of these words. No
+# request is therefore made from one of these words.
 _DULL = re.compile(
     "time|day|lot|little|big|great|good|very|new|old|small|long|way|bit|while|few|other|same|next|first|last|one|"
     "end|thing|moment|part|piece|special|nice|happy|sad|kind|best|most|more|whole|red|blue|green|yellow|loud|"
@@ -61,8 +61,9 @@ _DULL = re.compile(
     "it|so|then|not|all|back|went|ran|took|got|felt|knew|heard|found|gave|made|sat|kept|off|over|very|about|after|"
     r"nearby|fell|woke|grew|flew|put|let|met|left|(?!bed|seed)\w+ed|\w{3,}est|\w+ly"
 )
-# Finds nouns. A noun is the last word of a phrase that begins with an article and ends before a punctuation mark or a
-# word that is no noun. Words that end with a single "s" are left out, because a plural does not go with "a".
+# This pattern finds nouns. A word counts as a noun if the word ends a phrase that begins with an article. The phrase
+# must end before a punctuation mark or a word that is no noun. Words that end with a single "s" are left out, because a
+# plural does not go with "a".
 _NOUN = re.compile(
     r"\b(?:a|an|the|The|A) (?:[a-z]+ )??([a-z]{2,}(?:[a-rt-z]|ss))"
     r"(?=[.,!?]| (?:and|was|is|in|on|at|to|that|who|had|named|called|with|said|saw|went|wanted|for|from|ran|looked|"
@@ -128,7 +129,7 @@ def request(story: str, random_: random.Random) -> str:
 
 
 def epoch(text: Text, seed: int) -> list[str]:
-    """Returns the documents of one epoch, shuffled. An epoch has each story once.
+    """Returns the documents of one epoch, shuffled. An epoch contains each training story once.
 
     The seed determines the requests, and the choice of small talk and picture books.
     """

@@ -88,7 +88,7 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.tensors()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors creates the file without read permission for other users
+    (out / "model.safetensors").chmod(0o644)  # safetensors creates files that other users are not allowed to read
     values = config(saved["shape"])
     write_json(out / "config.json", values)
     ids = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -103,7 +103,7 @@ def write_checkpoint(saved: Mapping[str, Any], tokenizer: Path, template: Path, 
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the token ids of a text that already contains <|startoftext|>, so the tokenizer must not add this
+    """Returns the token ids of a text. The text already contains <|startoftext|>, so the tokenizer does not add this
     token."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from cpu_kernels import Combine, Convolution, Dispatch, Loss, Norm, Scan, SwiGLU
 from torch import Tensor, nn
 
-BALANCE = 0.01  # factor of the auxiliary loss in the training loss; the auxiliary loss balances the load of the experts
+# The training loss includes the auxiliary loss multiplied by this factor. The auxiliary loss balances the load of the
+# experts.
+BALANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,15 +215,16 @@ class Jamba(nn.Module):
         self.head = zeros(shape.vocab_size, shape.hidden_size)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Returns the hidden states after the last norm, bfloat16 [batch, time, hidden], for ids [batch, time]."""
+        """Returns the hidden states after the model's final norm as a bfloat16 array [batch, time, hidden]. The token
+        ids are the array `ids` [batch, time]."""
         x = F.embedding(ids, self.embedding).bfloat16()
         for layer in self.layers:
             x = layer(x)
         return Norm.apply(x, self.norm)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean cross entropy in nats and the balance loss of the experts, which is 1 if all experts have
-        the same load.
+        """Returns two losses: the mean cross entropy in nats, and the balance loss of the experts. The balance loss is
+        1 if all experts have the same load.
 
         Targets [batch, time] below 0 are left out.
         """

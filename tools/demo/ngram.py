@@ -1,5 +1,5 @@
-"""Implements an n-gram model of tokens with interpolated Kneser-Ney smoothing. Its loss on held-out text is compared
-with the demonstration model's loss.
+"""Implements an n-gram model of tokens with interpolated Kneser-Ney smoothing. The loss of the n-gram model on held-out
+text is compared with the demonstration model's loss.
 
 The method is that of Kneser and Ney 1995 in the interpolated form of Chen and Goodman 1998 (section 3), with one
 discount for each length of n-gram.
@@ -34,15 +34,15 @@ class Level:
 
     @classmethod
     def of(cls, grams: Integers, counts: Integers) -> Level:
-        """Returns the `Level` with the n-grams `grams`, which must be sorted and distinct. The array `counts` has the
-        count of each n-gram."""
+        """Returns an object `Level` with the n-grams `grams`, which must be sorted and distinct. The array `counts` has
+        the count of each n-gram."""
         contexts, starts, kinds = np.unique(grams >> BITS, return_index=True, return_counts=True)
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = once / (once + 2 * twice) if once else 0.5
         return cls(grams, counts, contexts, np.add.reduceat(counts, starts), kinds, discount)
 
     def mix(self, grams: Integers, shorter: Floats) -> Floats:
-        """Returns, for each n-gram, the probability that its last token follows its other tokens.
+        """Returns, for each n-gram, the probability that the n-gram's last token follows the n-gram's earlier tokens.
 
         `shorter` has the probabilities of the same tokens after a context that is one token shorter.
         """
@@ -72,7 +72,8 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         grams = np.concatenate([self._grams(document) for document in documents])
         level = Level.of(*np.unique(grams, return_counts=True))
-        self.levels = [level]  # the levels are sorted by the length of their n-grams, longest first
+        # each level has the n-grams of one length; the levels are sorted by this length, longest n-grams first
+        self.levels = [level]
         for length in range(order - 1, 0, -1):
             # In Kneser-Ney smoothing, an n-gram shorter than `order` is not counted by its occurrences. Its count is
             # the number of different tokens that occur directly before it.

@@ -1,4 +1,5 @@
-"""Implements the optimizer: Muon for the matrices inside the layers, AdamW for all other parameters.
+"""Implements the optimizer of the demonstration model: Muon for the matrices inside the layers, AdamW for all other
+parameters.
 
 Muon (Jordan et al., 2024) updates a matrix by the orthogonal matrix that is nearest to its momentum. Five Newton-Schulz
 steps in bfloat16 approximate this orthogonal matrix.

@@ -1,8 +1,8 @@
 // These are the CPU kernels of the training script: Mamba's convolution and selective scan, RMSNorm, SwiGLU and cross
 // entropy, each with its gradient. Activations are bfloat16. Parameters, their gradients and the arithmetic are
-// float32. One vector holds 16 channels, so the recurrence needs no sum across lanes. The 16 entries of a state are in
-// 16 registers. All widths must be multiples of 16. cpu_kernels.py builds this file. It must not be compiled with
-// -ffast-math, because exp2v rounds to an integer by adding a large constant.
+// float32. One vector holds 16 channels, so the recurrence needs no sum across lanes. The 16 entries of a channel's
+// state are in 16 registers. All widths must be multiples of 16. cpu_kernels.py compiles this file. The compiler option
+// -ffast-math must not be used, because the function `exp2v` rounds to an integer by adding a large constant.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,7 +26,7 @@ inline v16 load(const float* p) { return *(const f16u*)p; }
 inline void store(float* p, v16 x) { *(f16u*)p = x; }
 inline void store(bf16* p, v16 x) {
     u16v u = (u16v)x;
-    u += 0x7fff + ((u >> 16) & 1);  // this rounds to the nearest bfloat16, ties to even
+    u += 0x7fff + ((u >> 16) & 1);  // rounds x to the nearest bfloat16, ties to even
     *(h16*)p = __builtin_convertvector(u >> 16, h16);
 }
 inline void add(float* p, v16 x) { store(p, load(p) + x); }
@@ -70,8 +70,8 @@ float widen(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4)
 }  // namespace
 
 // Computes Mamba's causal convolution: u [B,T,D] = silu(conv(first half of xz [B,T,2D])). The second half of xz is
-// copied to z [B,T,D]. The filter w [4,D] multiplies the current token by w[3], and earlier tokens by w[2], w[1] and
-// w[0].
+// copied to z [B,T,D]. In the filter w [4,D], w[3] is the factor of the current token. The factors of the three tokens
+// before are w[2], w[1] and w[0]; w[0] is the factor of the earliest token.
 extern "C" void conv_forward(const bf16* xz, const float* w, const float* bias, bf16* u, bf16* z, int64_t B, int64_t T, int64_t D) {
 #pragma omp parallel for
     for (int64_t b = 0; b < B; b++)

@@ -42,7 +42,9 @@ LENGTH, LONG, LONGEST = 512, 1024, 2048
 # The learning rate rises during the first WARM_UP steps. It falls during the last part of the training time; COOL_DOWN
 # is this part as a fraction of the training time.
 WARM_UP, COOL_DOWN = 30, 0.35
-WINDOW = 150  # approximate number of steps over which the weights are averaged; the average has a lower held-out loss
+# Approximate number of steps over which the weights are averaged. The averaged weights have a lower held-out loss than
+# the weights of a single step.
+WINDOW = 150
 EVALUATE_SECONDS, SAVE_SECONDS = 240, 150
 
 
@@ -61,7 +63,8 @@ class Stream:
         return torch.tensor([number for item in encoded for number in item.ids])
 
     def take(self, count: int) -> Tensor:
-        """Returns the next `count` + 1 tokens. The last of these tokens is only the target of the token before it."""
+        """Returns the next `count` + 1 tokens. The first `count` tokens are the model's input. The final token is only
+        a target."""
         if self.offset + count + 1 > len(self.ids):
             self.number, self.offset = self.number + 1, 0
             self.ids = self._encode()

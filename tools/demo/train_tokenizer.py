@@ -1,5 +1,5 @@
-"""Trains a small BPE tokenizer. Its file tokenizer.json has the same parts as the file of Jamba's tokenizer, but fewer
-vocabulary entries.
+"""Trains a small BPE tokenizer. The file tokenizer.json of this tokenizer has the same parts as the file of Jamba's
+tokenizer, but fewer vocabulary entries.
 
 The ids begin with the special tokens of Jamba 1.5 to 1.7 in their order. Then come 256 byte tokens, and then single
 characters and merges learned from the text. A space is written "▁" and belongs to the word after it. Each digit is a
