@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 COLUMNS = 120
+FONT_FACE = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # rich names fonts that lie on another host
 POLL_SECONDS = 0.2
 # Recording continues for this many seconds after the text of the option --until has appeared, so that output after this
 # text is recorded, too.
@@ -74,7 +75,8 @@ def main() -> None:
     shown = screen(record(arguments.command, arguments.until, arguments.timeout))
     console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"))  # noqa: SIM115 - the file is closed when the process ends
     console.print(Text.from_ansi("$ " + " ".join(arguments.command) + "\n" + shown))
-    arguments.out.write_text(console.export_svg(title="jamba-server"), encoding="utf-8")
+    svg = FONT_FACE.sub("", console.export_svg(title="jamba-server"))  # viewers use a monospaced font of their own
+    arguments.out.write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
