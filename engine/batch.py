@@ -113,9 +113,12 @@ class SampledTokens:
         self._rows = {seq: row for row, seq in enumerate(sequences)}
 
     def sources(self, chunks: Many[Chunk], rows: int) -> Array:
-        """Returns one index for each of the `rows` rows of a step, as an int64 array. The method `fill` looks up the
-        token id of each row at this index in one long list: the attribute `ids`, followed by the argument `token_ids`
-        of `fill`. The first rows of the step are the tokens of `chunks`. Each of these chunks has one token."""
+        """Returns where each of the `rows` rows of a step finds its token id, as an int64 array.
+
+        An index below len(ids) refers to the attribute `ids`, which has tokens that only the device knows. A larger
+        index refers to the token ids that the host knows. Chunk i of `chunks` has one token, which is row i. All other
+        rows take a token id that the host knows.
+        """
         sources = np.arange(len(self.ids), len(self.ids) + rows)
         for row, chunk in enumerate(chunks):
             if chunk.is_ahead:

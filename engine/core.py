@@ -50,7 +50,7 @@ class Inbox:
             self._changed.wait_for(lambda: self._submitted or self._aborted)
 
     def wake(self) -> None:
-        """Makes a blocked call of `wait` return."""
+        """Wakes a thread that is blocked in the method `wait`."""
         self.abort([""])  # no request has the id "", so this call aborts nothing and only wakes a thread in `wait`
 
 

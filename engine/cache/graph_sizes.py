@@ -62,7 +62,7 @@ class GraphSizes:
 
     @property
     def keys(self) -> list[GraphKey]:
-        """Returns the sizes of all graphs that the engine is allowed to capture."""
+        """Returns the sizes (rows and context) of all graphs that the engine is allowed to capture."""
         keys = (self.key(rows, context) for rows in self.rows for context in self.contexts)
         return [key for key in keys if key is not None]
 

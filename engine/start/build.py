@@ -154,9 +154,11 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
 
 
 def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
-    """Returns the dummy steps, whose memory is measured and whose kernels are compiled. The steps are at least as large
-    as the steps that `plan` allows. They are larger where the final plan might allow more or longer sequences, because
-    `plan` is based on an estimate of the memory."""
+    """Returns the dummy steps, which run once so that their memory is measured and their kernels are compiled.
+
+    The argument `plan` is preliminary, because it is based on an estimate of the memory. The plan that is made after the
+    measurement may allow more or longer sequences. The dummy steps are as large as the largest steps of both plans.
+    """
     trained = model_config.max_position_embeddings
     return DummySteps(
         max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -5,8 +5,8 @@
 // of token t. The struct `Order` has the list of all entries, sorted by expert. Entries of the same expert are sorted
 // by entry number.
 struct Order {
-    int32_t* tokens;  // tokens[i] is the token of the entry at position i of the sorted list.
-    int32_t* places;  // places[i] is the position of entry i in the sorted list.
+    int32_t* tokens;  // tokens[i] is the token of the entry at position i of the list that is sorted by expert.
+    int32_t* places;  // places[i] is the position of entry number i in the list that is sorted by expert.
     // starts[e] is the position of the first entry of expert e in the sorted list. starts[experts] is the number of
     // entries.
     int32_t* starts;

@@ -172,8 +172,8 @@ struct Steps {
     explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
         group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
     }
-    // Returns the offset of a step in its panel, in bytes. The step must be the first of its group, unless the weight
-    // has only one group.
+    // Returns the offset in bytes, within its panel, of a step along K. A panel also holds the scales of
+    // each quantisation group. So in a weight that has scales, the step must be the first one of its group.
     int64_t offset(int64_t step) const {
         return step * Reader<W>::BYTES + (Reader<W>::SCALED ? step / group * 4 * PANEL : 0);
     }
