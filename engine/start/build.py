@@ -156,7 +156,7 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
 def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
     """Returns the dummy steps, which run once so that their memory is measured and their kernels are compiled.
 
-    The argument `plan` is preliminary, because it is based on an estimate of the memory. The plan that is made after the
+    The argument `plan` is preliminary, because it is based on an estimate of the memory. The plan made after the
     measurement may allow more or longer sequences. The dummy steps are as large as the largest steps of both plans.
     """
     trained = model_config.max_position_embeddings
