@@ -1,4 +1,7 @@
-"""Defines the benchmarks' model shapes and weight formats, and computes or measures the limits of speed on a CPU."""
+"""Defines the benchmarks' model shapes and weight formats.
+
+It also computes or measures the upper bounds that memory bandwidth and the rate of matrix products set on a CPU.
+"""
 
 from __future__ import annotations
 

@@ -95,8 +95,11 @@ class StateStore(Protocol):
 
 
 class SlotStates:
-    """A store that keeps saved states in state slots, as running sequences do. Saving a state copies nothing; a prefix
-    hit copies the saved state to a new slot."""
+    """A store that keeps saved states in the same pool of slots as the states of running sequences.
+
+    Saving a state copies nothing, because the slot that holds the state is kept. A prefix hit copies the saved state to
+    a new slot, in which the new sequence runs.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.slots = BlockPool(num_slots)

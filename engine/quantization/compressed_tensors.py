@@ -43,8 +43,8 @@ def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -
     reader = _Reader(path)
     groups = reader.groups(config)
     ignored = reader.patterns("ignore", cast(dict[str, Any], config).get("ignore") or [])
-    # Maps each role to the names of up to two modules of this role: under the key True the first module that is fp8,
-    # under the key False the first module that is not fp8.
+    # Maps each role (the part of the model that a linear module belongs to, such as attention) to up to two names of
+    # modules: under the key True the first module that is fp8, under the key False the first module that is not fp8.
     found: dict[Role, dict[bool, str]] = {}
     for name, role in modules:
         quantized = not _named(name, ignored) and any(_named(name, targets, "Linear") for targets in groups)
