@@ -16,7 +16,15 @@ from typing import Protocol
 import msgspec
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.errors import ConfigError, EngineDead, EngineError, EngineFailed, EngineLoading, Overloaded
+from jamba_server.engine.errors import (
+    ConfigError,
+    EngineDead,
+    EngineError,
+    EngineFailed,
+    EngineLoading,
+    Overloaded,
+    RequestRejected,
+)
 from jamba_server.engine.process.child import ENGINE_COMMAND, Child
 from jamba_server.engine.types import (
     Abort,
@@ -173,7 +181,7 @@ class EngineClient:
     died.
 
     The child is killed if it has requests but sends no step result for `engine_timeout` seconds. New requests are
-    refused while `max_queue_requests` or more choices wait; 0 means no limit.
+    refused if more than `max_queue_requests` choices would wait with them; 0 means no limit.
     """
 
     def __init__(
@@ -244,10 +252,15 @@ class EngineClient:
             validate_kind(request.kind)
         if not self._health.alive:
             raise EngineDead(self._health.reason)
-        num_waiting = sum(not live.started for live in self._live.values())
-        if self._max_queue and num_waiting >= self._max_queue:
+        num_waiting, limit = sum(not live.started for live in self._live.values()), self._max_queue
+        if limit and len(requests) > limit:  # such a request could never be admitted, so 503 would mislead its client
+            raise RequestRejected(
+                f"The request asks for {len(requests)} choices; the limit (--max-queue-requests) is {limit}.", param="n"
+            )
+        if limit and num_waiting + len(requests) > limit:
             raise Overloaded(
-                f"{num_waiting} choices are waiting; the limit (--max-queue-requests) is {self._max_queue}.",
+                f"{num_waiting} choices are waiting and the request has {len(requests)}; the limit "
+                f"(--max-queue-requests) is {limit}.",
                 retry_after=1 + num_waiting // max(1, self.info.max_num_seqs),
             )
         stream = _Stream(self, [request.id for request in requests])

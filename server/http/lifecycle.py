@@ -35,8 +35,7 @@ class Lifecycle:
 class StartupQueue:
     """Lets requests wait while the engine loads for the first time, each for at most `seconds` seconds.
 
-    If the waiting requests have `max_waiting` or more choices in total, further requests are refused. A `max_waiting`
-    of 0 means no limit.
+    A request is refused if more than `max_waiting` choices would wait with it. A `max_waiting` of 0 means no limit.
     """
 
     def __init__(self, engine: Engine, *, seconds: float, max_waiting: int) -> None:
@@ -47,9 +46,9 @@ class StartupQueue:
         """Waits until the engine has loaded or has failed to load.
 
         The argument `num_choices` is the number of choices of the request that waits. Raises EngineLoading if the
-        wait exceeds the class's argument `seconds`, and Overloaded if the limit `max_waiting` is already reached.
+        wait exceeds the class's argument `seconds`, and Overloaded if the limit `max_waiting` would be exceeded.
         """
-        if self._max_waiting and self._num_waiting >= self._max_waiting:
+        if self._max_waiting and self._num_waiting + num_choices > self._max_waiting:
             raise Overloaded(
                 f"The engine is loading, and {self._num_waiting} choices are waiting for it; the limit "
                 f"(--max-queue-requests) is {self._max_waiting}.",

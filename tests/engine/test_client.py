@@ -201,6 +201,13 @@ async def test_a_full_queue_is_refused() -> None:
         with pytest.raises(Overloaded, match="limit"):
             async with engine.generate([request("c")]):
                 pass
+    async with engine.generate([request("d")]):
+        with pytest.raises(Overloaded, match=r"1 choices are waiting and the request has 2; the limit .* is 2"):
+            async with engine.generate([request("e"), request("f")]):
+                pass
+    with pytest.raises(RequestRejected, match=r"asks for 3 choices; the limit .* is 2"):  # it would never be admitted
+        async with engine.generate([request(name) for name in "ghi"]):
+            pass
     await engine.close()
 
 
