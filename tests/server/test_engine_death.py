@@ -16,24 +16,24 @@ from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
-NUM_TOKENS = 700  # all streams are open long before the first one ends
-SPLIT_FROM = 150  # and long before the stop string comes
-STOP_CHOICE = 8  # of the nine choices, the one with a stop string: the last, so that all are open while it runs
+NUM_TOKENS = 300
+SPLIT_FROM = 60  # the stop string ends here or later, when all streams have long been open
 CHAT = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
 
 
 class MortalEngine(EngineClient):
-    """Kills its child once, while all nine choices are open: when `kill_after` tokens of the one with a stop string
-    have arrived."""
+    """Kills its child once: when `kill_after` tokens of the choice with a stop string have arrived, which is submitted
+    last. The test sets `all_open` when it has been."""
 
     kill_after: int | None = None
+    all_open = False
 
     def _receive(self, message: FromEngine) -> None:
         super()._receive(message)
-        if self.kill_after is None or not isinstance(message, StepResult):
+        if self.kill_after is None or not self.all_open or not isinstance(message, StepResult):
             return
-        live = list(self._live.values())
-        if len(live) == 9 and len(live[STOP_CHOICE].generated) >= self.kill_after:
+        last = next(reversed(self._live.values()), None)
+        if last is not None and len(last.generated) >= self.kill_after:
             self.kill_after = None
             assert self.pid is not None
             os.kill(self.pid, signal.SIGKILL)
@@ -96,6 +96,7 @@ async def run(settings: dict[str, Any], kill_after: int | None, stop: str | None
                 opened = asyncio.Event()
                 tasks.append(asyncio.create_task(read(client, request, opened)))
                 await opened.wait()
+            engine.all_open = True
             replies = [await task for task in tasks]
         return replies, int(engine.pid != first)
     finally:
