@@ -2,7 +2,7 @@
 #
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             run all checks: style, types, imports and tests
-#   make test-triton                      run and compile the GPU kernels without a GPU (part of `make test`)
+#   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
 #   make clean                            remove .venv and the tools' caches
@@ -46,7 +46,6 @@ test: check
 	@echo "== pytest: tests"
 	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) -m pytest $(TESTS)
 	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
-	$(if $(TESTS),,@$(MAKE) --no-print-directory test-triton)
 
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
