@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from jamba_server.engine.types import Request, TokenLogprob, TokenUpdate
 from jamba_server.server.http.schemas.base import FinishReason
 from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.parts import Part, Text, join
 from jamba_server.server.text.stop import StopStrings
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -35,7 +36,8 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
-    """The part of a choice that is new since the choice's previous delta: text, log-probabilities and finish reason.
+    """What is new in a choice since the choice's previous delta: parts of the reply, log-probabilities and finish
+    reason. The field `parts` has the parts in the order in which the model wrote them.
 
     The field `index` is the number of the choice in the HTTP reply. The field `stop_reason` is the stop string, or the
     token id from the request's `stop_token_ids`, that ended the choice. The field `stop_reason` is None while the
@@ -43,10 +45,15 @@ class ChoiceDelta:
     """
 
     index: int
-    text: str = ""
+    parts: tuple[Part, ...] = ()
     scores: tuple[TokenScore, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        """The delta's ordinary text, without reasoning and tool calls."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +112,7 @@ class Choice:
             return None
         delta = ChoiceDelta(
             index=self.index,
-            text=self._text,
+            parts=(Text(self._text),) if self._text else (),
             scores=tuple(self._scores),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -174,7 +181,7 @@ def merge(deltas: list[ChoiceDelta]) -> ChoiceDelta:
     last = deltas[-1]
     return ChoiceDelta(
         index=last.index,
-        text="".join(delta.text for delta in deltas),
+        parts=join(part for delta in deltas for part in delta.parts),
         scores=tuple(score for delta in deltas for score in delta.scores),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar, cast
 
@@ -18,7 +18,6 @@ from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
-from jamba_server.server.http.schemas.chat import ChatMessage
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat
 from jamba_server.server.text.tokenizer import Tokenizer
@@ -106,16 +105,19 @@ class Services:
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    async def render(self, messages: list[ChatMessage], *, add_generation_prompt: bool = True) -> RenderedChat:
+    async def render(
+        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+    ) -> RenderedChat:
+        """Returns the prompt that the chat template makes from messages, which are dictionaries as templates read
+        them."""
         template = self.chat_template
         if template is None:
             raise RequestRejected(
                 "This model has no chat template. Use /v1/completions, or start the server with --chat-template.",
                 param="messages",
             )
-        turns = [message.to_template() for message in messages]
-        self.check_size("".join(str(turn.get("content") or "") for turn in turns), param="messages")
-        return await self.in_thread(lambda: template.render(turns, add_generation_prompt=add_generation_prompt))
+        self.check_size("".join(str(message.get("content") or "") for message in messages), param="messages")
+        return await self.in_thread(lambda: template.render(messages, add_generation_prompt=add_generation_prompt))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Calls the function `work` in a thread. In the event loop, a long call would block all other requests."""

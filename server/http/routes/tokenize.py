@@ -49,7 +49,9 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
 
 async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
     if body.messages is not None:
-        chat = await services.render(body.messages, add_generation_prompt=body.add_generation_prompt)
+        chat = await services.render(
+            [message.to_template() for message in body.messages], add_generation_prompt=body.add_generation_prompt
+        )
         return chat.prompt_ids
     assert body.prompt is not None, "the schema requires either messages or prompt"
     special = services.tokenizer.special_tokens.get(body.prompt)
