@@ -49,8 +49,8 @@ class JambaConfig:
 
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
     has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
-    `quantization_config`: `fp8_roles` are the roles of weights that are fp8 in the checkpoint, and `made_at_load` is a
-    method by which another server would quantise plain weights as it loads them.
+    `quantization_config`: `fp8_roles` names the parts of the model whose weights are fp8 in the checkpoint, and
+    `made_at_load` is a method by which another server would quantise plain weights as it loads them.
     """
 
     architecture: str

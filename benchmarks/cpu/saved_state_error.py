@@ -75,7 +75,8 @@ def load(dtype: str) -> LLM:
 
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
-    """Generates `count` texts of LENGTH tokens. When the model ends a story early, another story follows."""
+    """Returns `count` texts of LENGTH tokens, as token ids. The model generates each text. If the model ends a text
+    early, it generates another one, which is appended."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):

@@ -86,8 +86,9 @@ def shapes_alone(shape: str) -> tuple[Target, ...]:
 
 
 def compile_one(shape: str, capability: int, index: int, variant: Variant) -> str:
-    """Compiles the kernels of one tuned call with the changes of one variant. Runs in a worker process. Returns an
-    error message, or "" if compilation succeeds."""
+    """Compiles the Triton kernels that one kernel call launches, with the tile sizes and other settings of `variant`.
+    `index` is the number of the call in the result of `shapes_alone`. Runs in a worker process. Returns an error
+    message, or "" if the compilation succeeds."""
     torch.set_num_threads(1)
     target = shapes_alone(shape)[index]
     try:

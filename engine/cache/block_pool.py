@@ -1,4 +1,4 @@
-"""The class `BlockPool`: hands out the ids of cache units. A unit is a KV page, a state slot or a compressed saved
+"""The class `BlockPool`: hands out the ids of cache blocks. A block is a KV page, a state slot or a compressed saved
 state; each of these three kinds has a pool of its own."""
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from heapq import heapify, heappop, heappush
 
 
 class BlockPool:
-    """Hands out the ids of cache units, counts the references to each unit, and finds a unit by the key of its content.
+    """Hands out the ids of cache blocks, counts the references to each block, and finds a block by the key of its content.
 
-    A unit without references is free. A free unit that has a key keeps its content and key until its id is handed out
-    again; until then it is called cached. Free units without a key are handed out first. If no such unit exists, the
-    cached unit with the lowest eviction priority is evicted. The priority of a unit is set when the unit is released:
-    the cost of losing the unit's content (the argument `worth` of `publish`) plus the priority of the most recently
-    evicted unit (GreedyDual, Young 1994). Of units of equal cost, the least recently used one is therefore evicted
-    first. A unit of higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool
-    remembers the keys of the most recently evicted units, so that statistics can count the cache misses that are due to
+    A block without references is free. A free block that has a key keeps its content and key until its id is handed out
+    again; until then it is called cached. Free blocks without a key are handed out first. If no such block exists, the
+    cached block with the lowest eviction priority is evicted. The priority of a block is set when the block is released:
+    the cost of losing the block's content (the argument `worth` of `publish`) plus the priority of the most recently
+    evicted block (GreedyDual, Young 1994). Of blocks of equal cost, the least recently used one is therefore evicted
+    first. A block of higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool
+    remembers the keys of the most recently evicted blocks, so that statistics can count the cache misses that are due to
     an eviction.
     """
 
@@ -26,19 +26,19 @@ class BlockPool:
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
         self._worth: dict[int, float] = {}
-        # The ids of free units without a key. The id at the end of this list is handed out first.
+        # The ids of free blocks without a key. The id at the end of this list is handed out first.
         self._empty = list(range(size - 1, 0, -1))
-        # Maps the id of each cached unit to (eviction priority, release number). The unit with the lowest priority is
-        # evicted first. The release number is the value of the counter `_releases` when the unit was released; it
-        # orders units of equal priority.
+        # Maps the id of each cached block to (eviction priority, release number). The block with the lowest priority is
+        # evicted first. The release number is the value of the counter `_releases` when the block was released; it
+        # orders blocks of equal priority.
         self._ranks: dict[int, tuple[float, int]] = {}
-        # A heap of (priority, release number, id) for the cached units. An entry that differs from the unit's entry in
+        # A heap of (priority, release number, id) for the cached blocks. An entry that differs from the block's entry in
         # `_ranks` is out of date and is skipped.
         self._queue: list[tuple[float, int, int]] = []
-        self._clock = 0.0  # the eviction priority of the most recently evicted unit
+        self._clock = 0.0  # the eviction priority of the most recently evicted block
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
-        # (id, key) of each unit that the most recent call of `allocate` evicted.
+        # (id, key) of each block that the most recent call of `allocate` evicted.
         self.evicted: list[tuple[int, bytes]] = []
 
     @property
@@ -47,26 +47,26 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Returns the number of units without references. These units are counted whether they have a key or not."""
+        """Returns the number of blocks without references. These blocks are counted whether they have a key or not."""
         return len(self._empty) + len(self._ranks)
 
     @property
     def num_cached(self) -> int:
-        """Returns the number of units with a key. These units are counted whether they have references or not."""
+        """Returns the number of blocks with a key. These blocks are counted whether they have references or not."""
         return len(self._keys)
 
     def lookup(self, key: bytes) -> int | None:
         return self._ids.get(key)
 
     def was_evicted(self, key: bytes) -> bool:
-        """Returns whether the unit that had `key` was evicted recently. The pool remembers the keys of the most
-        recently evicted units. The number of remembered keys is at most four times the number of units in the pool."""
+        """Returns whether the block that had `key` was evicted recently. The pool remembers the keys of the most
+        recently evicted blocks. The number of remembered keys is at most four times the number of blocks in the pool."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
-        """Returns the ids of `n` free units and gives each of these units one reference. Returns None, and changes
-        nothing, if fewer than `n` units are free. If `evict` is false, only units without a key are handed out, so that
-        no unit is evicted."""
+        """Returns the ids of `n` free blocks and gives each of these blocks one reference. Returns None, and changes
+        nothing, if fewer than `n` blocks are free. If `evict` is false, only blocks without a key are handed out, so that
+        no block is evicted."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -76,7 +76,7 @@ class BlockPool:
         return ids
 
     def retain(self, ids: Iterable[int]) -> None:
-        """Adds one reference to each unit in `ids`. Each of these units must have a reference already, or be free and
+        """Adds one reference to each block in `ids`. Each of these blocks must have a reference already, or be free and
         still have its key."""
         for i in ids:
             if self.refs[i] == 0:
@@ -85,19 +85,19 @@ class BlockPool:
 
     def release(self, ids: Iterable[int]) -> None:
         for i in ids:
-            assert self.refs[i] > 0, f"unit {i} released twice"
+            assert self.refs[i] > 0, f"block {i} released twice"
             self.refs[i] -= 1
             if self.refs[i] == 0:
                 self._set_free(i)
 
     def publish(self, i: int, key: bytes, *, worth: float = 0.0) -> bool:
-        """Makes unit `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if the
-        unit has a key already or another unit has this key.
+        """Makes block `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if the
+        block has a key already or another block has this key.
 
-        The argument `worth` is the cost of losing the unit's content. All calls for one pool must give this cost in the
+        The argument `worth` is the cost of losing the block's content. All calls for one pool must give this cost in the
         same measure, for example as the number of tokens to compute again.
         """
-        assert self.refs[i] > 0, f"unit {i} has no reference"
+        assert self.refs[i] > 0, f"block {i} has no reference"
         if key in self._ids or i in self._keys:
             return False
         self._keys[i], self._ids[key], self._worth[i] = key, i, worth
@@ -105,7 +105,7 @@ class BlockPool:
         return True
 
     def reset(self, forgotten: Set[bytes]) -> None:
-        """Drops the references to all units and forgets the keys in the set `forgotten`. All other fields of the pool
+        """Drops the references to all blocks and forgets the keys in the set `forgotten`. All other fields of the pool
         are rebuilt from the map of ids to keys, because a failed step might have left these fields inconsistent."""
         self._keys = {i: key for i, key in self._keys.items() if key not in forgotten}
         self._ids = {key: i for i, key in self._keys.items()}
@@ -130,7 +130,7 @@ class BlockPool:
         heapify(self._queue)
 
     def _evict(self) -> int:
-        """Forgets the key of the cached unit with the lowest eviction priority and returns the id of that unit."""
+        """Forgets the key of the cached block with the lowest eviction priority and returns the id of that block."""
         while True:
             rank, released, i = heappop(self._queue)
             if self._ranks.get(i) == (rank, released):

@@ -54,7 +54,8 @@ def matrix(name: str, raw: Weight) -> dict[str, Destination]:
 
 
 def leave_unpacked() -> None:
-    """Does nothing. Units whose weights are used in the form in which they are loaded have this function as `pack`."""
+    """Does nothing. If the kernels use the weights of a `Unit` in the form in which they are loaded, this function is its
+    `pack`."""
 
 
 class Unit(NamedTuple):

@@ -98,8 +98,8 @@ class _Waiting:
 
     def mark_filled(self, name: str) -> None:
         """Records that the checkpoint tensor `name` has been copied to the weights that it fills. If all weights of the
-        unit are filled, the unit is packed. The caller must hold no reference to the unit's `data`, so that packing can
-        free it."""
+        group are filled now, they are packed. The caller must hold no reference to the tensor that the method `data`
+        returned, so that packing can free its memory."""
         self._missing.difference_update(self.parts[name])
         if not self._missing:
             assert self._unit is not None, "a unit may be packed only once"
@@ -183,7 +183,8 @@ def _shape(tensor: Tensor) -> str:
 
 def _decided_by(names: Collection[str], how: str) -> str:
     """Returns the end of an error text, which names the key of config.json that decides whether a model has one of the
-    tensors `names`. `how` is "with it" or "without it"."""
+    tensors `names`. The argument `how` completes the sentence "KEY in config.json makes a model ...": it is "with it" if
+    the file must have the tensor, and "without it" if the file must not have it."""
     keys = [key for end, key in _DECIDED_BY.items() if any(name.endswith(end) for name in names)]
     return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
 
