@@ -9,16 +9,17 @@ from heapq import heapify, heappop, heappush
 
 
 class BlockPool:
-    """Hands out the ids of cache blocks, counts the references to each block, and finds a block by the key of its content.
+    """Hands out the ids of cache blocks, counts the references to each block, and finds a block by the key of its
+    content.
 
     A block without references is free. A free block that has a key keeps its content and key until its id is handed out
     again; until then it is called cached. Free blocks without a key are handed out first. If no such block exists, the
-    cached block with the lowest eviction priority is evicted. The priority of a block is set when the block is released:
-    the cost of losing the block's content (the argument `worth` of `publish`) plus the priority of the most recently
-    evicted block (GreedyDual, Young 1994). Of blocks of equal cost, the least recently used one is therefore evicted
-    first. A block of higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it. The pool
-    remembers the keys of the most recently evicted blocks, so that statistics can count the cache misses that are due to
-    an eviction.
+    cached block with the lowest eviction priority is evicted. The priority of a block is set when the block is
+    released: the cost of losing the block's content (the argument `worth` of `publish`) plus the priority of the most
+    recently evicted block (GreedyDual, Young 1994). Of blocks of equal cost, the least recently used one is therefore
+    evicted first. A block of higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it.
+    The pool remembers the keys of the most recently evicted blocks, so that statistics can count the cache misses that
+    are due to an eviction.
     """
 
     def __init__(self, size: int) -> None:
@@ -32,8 +33,8 @@ class BlockPool:
         # evicted first. The release number is the value of the counter `_releases` when the block was released; it
         # orders blocks of equal priority.
         self._ranks: dict[int, tuple[float, int]] = {}
-        # A heap of (priority, release number, id) for the cached blocks. An entry that differs from the block's entry in
-        # `_ranks` is out of date and is skipped.
+        # A heap of (priority, release number, id) for the cached blocks. An entry that differs from the block's entry
+        # in `_ranks` is out of date and is skipped.
         self._queue: list[tuple[float, int, int]] = []
         self._clock = 0.0  # the eviction priority of the most recently evicted block
         self._releases = 0
@@ -60,13 +61,14 @@ class BlockPool:
 
     def was_evicted(self, key: bytes) -> bool:
         """Returns whether the block that had `key` was evicted recently. The pool remembers the keys of the most
-        recently evicted blocks. The number of remembered keys is at most four times the number of blocks in the pool."""
+        recently evicted blocks. The number of remembered keys is at most four times the number of blocks in the
+        pool."""
         return key in self._lost
 
     def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
         """Returns the ids of `n` free blocks and gives each of these blocks one reference. Returns None, and changes
-        nothing, if fewer than `n` blocks are free. If `evict` is false, only blocks without a key are handed out, so that
-        no block is evicted."""
+        nothing, if fewer than `n` blocks are free. If `evict` is false, only blocks without a key are handed out, so
+        that no block is evicted."""
         if n > (self.num_free if evict else len(self._empty)):
             return None
         self.evicted = []
@@ -91,11 +93,11 @@ class BlockPool:
                 self._set_free(i)
 
     def publish(self, i: int, key: bytes, *, worth: float = 0.0) -> bool:
-        """Makes block `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if the
-        block has a key already or another block has this key.
+        """Makes block `i`, which must have a reference, findable under `key`. Returns False, and changes nothing, if
+        the block has a key already or another block has this key.
 
-        The argument `worth` is the cost of losing the block's content. All calls for one pool must give this cost in the
-        same measure, for example as the number of tokens to compute again.
+        The argument `worth` is the cost of losing the block's content. All calls for one pool must give this cost in
+        the same measure, for example as the number of tokens to compute again.
         """
         assert self.refs[i] > 0, f"block {i} has no reference"
         if key in self._ids or i in self._keys:

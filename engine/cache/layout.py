@@ -72,8 +72,8 @@ class CacheLayout:
         return any(layer.saved != layer.slot for layer in self.layers)
 
     def stacked(self, unit: Unit, name: str) -> Kept:
-        """Returns the shape and dtype of the tensor that holds the tensors called `name` of all layers, for one page, one
-        slot or one saved state. Its first dimension is the number of layers that have a tensor of this name."""
+        """Returns the shape and dtype of the tensor that holds the tensors called `name` of all layers, for one page,
+        one slot or one saved state. Its first dimension is the number of layers that have a tensor of this name."""
         tensors: list[Kept] = [kept[name] for layer in self.layers if name in (kept := _kept(layer, unit))]
         assert len(set(tensors)) == 1, f"{name} of a {unit} has {len(set(tensors))} shapes"
         return Kept((len(tensors), *tensors[0].shape), tensors[0].dtype)

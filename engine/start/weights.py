@@ -183,8 +183,8 @@ def _shape(tensor: Tensor) -> str:
 
 def _decided_by(names: Collection[str], how: str) -> str:
     """Returns the end of an error text, which names the key of config.json that decides whether a model has one of the
-    tensors `names`. The argument `how` completes the sentence "KEY in config.json makes a model ...": it is "with it" if
-    the file must have the tensor, and "without it" if the file must not have it."""
+    tensors `names`. The argument `how` completes the sentence "KEY in config.json makes a model ...": it is "with it"
+    if the file must have the tensor, and "without it" if the file must not have it."""
     keys = [key for end, key in _DECIDED_BY.items() if any(name.endswith(end) for name in names)]
     return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
 
