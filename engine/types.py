@@ -25,6 +25,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     accepts the request draws a random one; the engine itself treats None as 0. `bad_words` are sequences of token ids:
     the last token of a sequence is forbidden when the reply so far ends with the tokens before it. If
     `allowed_token_ids` is not empty, all other tokens are forbidden, even end tokens.
+
+    `grammar` is a grammar in the form that llguidance's `LLMatcher` takes, or "" for none. The whole reply follows the
+    grammar, from its first generated token on, thoughts included. An end token may come only where the grammar may end.
+    While the grammar allows another token, `min_tokens` and `ignore_eos` forbid the end tokens; where the grammar
+    allows nothing but an end token, the reply ends all the same. Where the grammar allows one continuation of the text
+    only, the reply continues with the tokens of that text, whatever the penalties and the bias; with `bad_words` or
+    `allowed_token_ids`, every token is chosen by sampling instead.
+
+    `thinking_end` are the token ids of the mark that ends the model's thoughts. If the reply has
+    `thinking_token_budget` tokens and this mark has not appeared among them, the next tokens are those of the mark. The
+    budget has no effect at a position where the grammar does not allow the mark.
     """
 
     max_tokens: int = 16
@@ -44,6 +55,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    thinking_token_budget: int | None = None
+    thinking_end: tuple[int, ...] = ()
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

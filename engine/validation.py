@@ -18,6 +18,10 @@ MAX_LOGIT_BIAS_ENTRIES = 300  # maximum number of entries in logit_bias; OpenAI'
 MAX_STOP_TOKEN_IDS = 128
 MAX_BAD_WORDS = 128  # maximum number of forbidden token sequences; each bad word becomes one or two sequences
 MAX_ALLOWED_TOKEN_IDS = 4096  # maximum per request; limits the time for copying these ids to the device in each step
+MAX_GRAMMAR_CHARS = (
+    1 << 19
+)  # maximum length of a grammar; it bounds the time to read the grammar before its compilation
+MAX_THINKING_END = 32  # maximum number of tokens of the mark that ends the model's thoughts
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
@@ -48,6 +52,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "min_tokens": Range(0, INT64_MAX),
         "logprobs": Range(0, MAX_LOGPROBS),
         "prompt_logprobs": Range(0, MAX_LOGPROBS),
+        "thinking_token_budget": Range(0, INT64_MAX),
     }
 )
 
@@ -63,6 +68,8 @@ def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[in
     _check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size, limit=MAX_STOP_TOKEN_IDS)
     _check_token_ids("allowed_token_ids", params.allowed_token_ids, vocab_size, limit=MAX_ALLOWED_TOKEN_IDS)
     _check_bad_words(params, vocab_size)
+    _check_grammar(params.grammar)
+    _check_thinking(params, vocab_size)
     _check_choice_is_left(params, vocab_size, eos_token_ids)
 
 
@@ -120,6 +127,17 @@ def _check_bad_words(params: SamplingParams, vocab_size: int) -> None:
             _reject("bad_words", "has an empty word; a word needs at least one token")
         for token_id in word:
             _check_token_id("bad_words", token_id, vocab_size)
+
+
+def _check_grammar(grammar: str) -> None:
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        _reject("grammar", f"has {len(grammar)} characters; the limit is {MAX_GRAMMAR_CHARS}")
+
+
+def _check_thinking(params: SamplingParams, vocab_size: int) -> None:
+    if params.thinking_token_budget is not None and not params.thinking_end:
+        _reject("thinking_token_budget", "is set, but this model has no tokens that end its thoughts")
+    _check_token_ids("thinking_end", params.thinking_end, vocab_size, limit=MAX_THINKING_END)
 
 
 def _check_choice_is_left(params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jamba_server.engine.errors import ContextTooLong, RequestRejected
 from jamba_server.engine.types import SamplingParams
-from jamba_server.engine.validation import clamp_max_tokens, validate, validate_kind, validate_prompt
+from jamba_server.engine.validation import MAX_GRAMMAR_CHARS, clamp_max_tokens, validate, validate_kind, validate_prompt
 
 VOCAB = 100
 
@@ -40,6 +40,8 @@ ALLOWED: list[dict[str, object]] = [
     {"bad_words": ((0,), (99, 0)) * 64},
     {"seed": 2**63 - 1},
     {"seed": -(2**63)},
+    {"grammar": "x" * MAX_GRAMMAR_CHARS},
+    {"thinking_token_budget": 0, "thinking_end": (0, 99)},
 ]
 
 REFUSED: list[tuple[str, object]] = [
@@ -82,6 +84,11 @@ REFUSED: list[tuple[str, object]] = [
     ("bad_words", tuple((n,) for n in range(100))),
     ("seed", 2**63),
     ("seed", -(2**63) - 1),
+    ("grammar", "x" * (MAX_GRAMMAR_CHARS + 1)),
+    ("thinking_token_budget", 5),
+    ("thinking_token_budget", -1),
+    ("thinking_end", (100,)),
+    ("thinking_end", (1,) * 33),
 ]
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
