@@ -7,37 +7,86 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
+from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
+from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
 from jamba_server.engine.scheduler import Scheduler
 from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpdate
 
 
+class Submitted(NamedTuple):
+    """A new request, and its constraint if the request has a grammar."""
+
+    request: Request
+    constraint: Constraint | None = None
+
+
 class Inbox:
     """Holds new requests, and the ids of requests to abort, until the next step of the engine takes them. The inbox is
-    the only part of the engine that other threads may use."""
+    the only part of the engine that other threads may use.
 
-    def __init__(self) -> None:
+    A request with a grammar is held back until `compiler` has compiled the grammar. Without a compiler, such requests
+    must not be submitted.
+    """
+
+    def __init__(self, compiler: GrammarCompiler | None = None) -> None:
+        self._compiler = compiler
         self._changed = threading.Condition()
-        self._submitted: dict[str, Request] = {}
+        self._compiling: dict[str, Request] = {}
+        self._submitted: dict[str, Submitted] = {}
+        self._failed: list[TokenUpdate] = []
         self._aborted: list[str] = []
 
     def submit(self, requests: list[Request]) -> None:
         with self._changed:
-            self._submitted.update((request.id, request) for request in requests)
+            for request in requests:
+                if request.params.grammar:
+                    self._compiling[request.id] = request
+                else:
+                    self._submitted[request.id] = Submitted(request)
+            self._changed.notify()
+        for request in requests:
+            if request.params.grammar:
+                assert self._compiler is not None, "an inbox without a compiler got a grammar"
+                self._compiler.start(request, partial(self._compiled, request))
+
+    def _compiled(self, request: Request, result: Constraint | GrammarError) -> None:
+        """Takes the result of a compilation. Runs in the thread of the compiler."""
+        with self._changed:
+            if self._compiling.get(request.id) is not request:
+                return  # the request was aborted
+            del self._compiling[request.id]
+            if isinstance(result, GrammarError):
+                self._failed.append(TokenUpdate(request_id=request.id, finish_reason="error", error=str(result)))
+            else:
+                self._submitted[request.id] = Submitted(request, result)
             self._changed.notify()
 
     def abort(self, request_ids: list[str]) -> None:
         with self._changed:
             # An aborted request that is still in the inbox is removed from the inbox, so the scheduler never sees that
             # request.
-            self._aborted += [i for i in request_ids if self._submitted.pop(i, None) is None]
+            for request_id in request_ids:
+                held = self._submitted.pop(request_id, None) or self._compiling.pop(request_id, None)
+                if held is None:
+                    self._aborted.append(request_id)
             self._changed.notify()
 
-    def submitted(self) -> list[Request]:
+    def submitted(self) -> list[Submitted]:
+        """Returns the new requests, and removes them from the inbox."""
         with self._changed:
-            requests, self._submitted = list(self._submitted.values()), {}
-        return requests
+            submitted, self._submitted = list(self._submitted.values()), {}
+        return submitted
+
+    def failed(self) -> list[TokenUpdate]:
+        """Returns the updates that end the requests whose grammars could not be compiled, and removes them from the
+        inbox."""
+        with self._changed:
+            updates, self._failed = self._failed, []
+        return updates
 
     def aborted(self) -> list[str]:
         with self._changed:
@@ -45,9 +94,9 @@ class Inbox:
         return request_ids
 
     def wait(self) -> None:
-        """Blocks until a request or an abort arrives."""
+        """Blocks until there is a request to run, a request that failed, or an abort."""
         with self._changed:
-            self._changed.wait_for(lambda: self._submitted or self._aborted)
+            self._changed.wait_for(lambda: self._submitted or self._failed or self._aborted)
 
     def wake(self) -> None:
         """Wakes a thread that is blocked in the method `wait`."""
@@ -57,9 +106,15 @@ class Inbox:
 class EngineCore:
     """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes."""
 
-    def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        model_runner: ModelRunner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        compiler: GrammarCompiler | None = None,
+    ) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
-        self.inbox = Inbox()
+        self.inbox = Inbox(compiler)
         self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
         self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
 
@@ -81,7 +136,8 @@ class EngineCore:
             if last is not None and self.scheduler.must_wait():
                 updates += self._take(last)
                 last = None
-            self.scheduler.add(self.inbox.submitted(), now=time.monotonic())
+            updates += self.inbox.failed()
+            self._add(self.inbox.submitted())
             output = self.scheduler.schedule(now=time.monotonic())
             if output.chunks:
                 self._in_flight = self.model_runner.launch(output)
@@ -92,6 +148,10 @@ class EngineCore:
                 updates += self._take(self._in_flight)
                 self._in_flight = None
             return StepResult(updates, list(output.started), self.scheduler.stats)
+
+    def _add(self, submitted: list[Submitted]) -> None:
+        constraints = {new.request.id: new.constraint for new in submitted if new.constraint is not None}
+        self.scheduler.add([new.request for new in submitted], now=time.monotonic(), constraints=constraints)
 
     def _take(self, step: PendingStep) -> list[TokenUpdate]:
         """Waits for the results of a step, gives the results to the scheduler, and returns the updates for the step's

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # Operations that are never part of a decode graph. Graphs can therefore be used with every implementation of these
 # operations.
 UNCAPTURED_OPS = (
-    *("sample", "copy_slots", "compress_states", "restore_states"),
+    *("sample", "apply_bitmask", "copy_slots", "compress_states", "restore_states"),
     *("causal_conv1d", "selective_scan", "attention_prefill"),
 )
 # Operations whose reference implementation reads sizes from device memory and waits for the device to do so. Waiting

@@ -13,6 +13,7 @@ from jamba_server.engine.batch import SampledTokens, build_batch
 from jamba_server.engine.cache.manager import CacheCopies
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS
+from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
 from jamba_server.engine.graphs import DecodeGraphs
 from jamba_server.engine.models import Model
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
@@ -70,6 +71,8 @@ class PendingStep:
 class ModelRunner:
     """Runs the model with the cache storage, and turns the model's outputs into tokens and log-probabilities.
 
+    `masks` computes which tokens constrained sequences may get, while the model runs.
+
     `graphs` runs decode steps, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
     step, if asynchronous scheduling is enabled. `states` copies states to the places of the state store and back.
     """
@@ -80,11 +83,13 @@ class ModelRunner:
         storage: CacheStorage,
         sampler: Sampler,
         kernels: Kernels,
+        masks: MaskFiller,
         *,
         graphs: DecodeGraphs | None = None,
         sampled: SampledTokens | None = None,
     ) -> None:
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
+        self.masks = masks
         self.graphs, self.sampled, self.states = graphs, sampled, state_copies(storage, kernels)
         self.device = storage.kv.device
 
@@ -93,9 +98,11 @@ class ModelRunner:
         """Launches a step and does not wait for the step's results. Must be called before the method
         `Scheduler.advance`, which changes the sequences."""
         self._copy_units(output.copies)
-        sampling = [chunk for chunk in output.chunks if chunk.num_sampled]
-        hidden, chosen = self._forward(output.chunks)
-        tokens = self._sample(chosen, sampling) if sampling else None
+        rows = [row for chunk in output.chunks for row in _sampling_rows(chunk)]
+        constrained = [ConstrainedRow(n, row, seq.constraint) for n, (row, seq) in enumerate(rows) if seq.constraint]
+        with self.masks.filling(constrained) as masks:
+            hidden, chosen = self._forward(output.chunks)
+            tokens = self._sample(chosen, rows, masks) if rows else None
         return PendingStep(output, tokens, self._prompt_logprobs(output.chunks, hidden))
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
@@ -109,23 +116,12 @@ class ModelRunner:
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]
 
-    def _sample(self, hidden: Tensor, chunks: Many[Chunk]) -> PendingTokens:
-        rows: list[SamplingRow] = []
-        sequences: list[Sequence] = []
-        for chunk in chunks:
-            seq = chunk.sequence
-            # `pending` is the number of tokens that the host does not know yet and that precede the last token that the
-            # chunk samples.
-            pending = chunk.end - len(seq.tokens)
-            row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
-            if chunk.num_sampled > 1:
-                rows += [row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)]
-                sequences += [seq] * (chunk.num_sampled - 1)
-            rows.append(row)
-            sequences.append(seq)
-        tokens = self.sampler.launch(self.model.logits(hidden), rows)
+    def _sample(
+        self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None
+    ) -> PendingTokens:
+        tokens = self.sampler.launch(self.model.logits(hidden), [row for row, _ in rows], masks)
         if self.sampled is not None:
-            self.sampled.put(tokens.token_ids, sequences)
+            self.sampled.put(tokens.token_ids, [seq for _, seq in rows])
         return tokens
 
     def _copy_units(self, copies: CacheCopies) -> None:
@@ -161,3 +157,16 @@ class ModelRunner:
             logits = self.model.logits(hidden[start - 1 - chunk.start : end - 1 - chunk.start])
             slices.append(PendingLogprobs(logits, seq.tokens[start:end], [count] * (end - start)))
         return PendingPrompt(chunk.start == 0 and seq.num_prompt_logprobs == 0, tuple(slices))
+
+
+def _sampling_rows(chunk: Chunk) -> list[tuple[SamplingRow, Sequence]]:
+    """Returns one row of the sampler, with its sequence, for each token that the chunk samples."""
+    if not chunk.num_sampled:
+        return []
+    seq = chunk.sequence
+    # `pending` is the number of tokens that the host does not know yet and that precede the last token that the chunk
+    # samples.
+    pending = chunk.end - len(seq.tokens)
+    row = SamplingRow(seq.params, seq.tokens, seq.num_prompt, seq.request.index, pending)
+    earlier = [row._replace(num_pending=pending - i) for i in range(chunk.num_sampled - 1, 0, -1)]
+    return [(row, seq) for row in (*earlier, row)]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
 from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
+from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 
@@ -122,15 +124,19 @@ class Scheduler:
 
     # Adding and aborting requests -------------------------------------------------------------------------------
 
-    def add(self, requests: Iterable[Request], *, now: float) -> None:
+    def add(
+        self, requests: Iterable[Request], *, now: float, constraints: Mapping[str, Constraint] = MappingProxyType({})
+    ) -> None:
         """Puts requests into the queue, which is sorted by priority, and by arrival within a priority. `now` is the
-        time of the monotonic clock in seconds."""
+        time of the monotonic clock in seconds. `constraints` has the constraint of each request with a grammar, under
+        the id of the request."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
             assert 0 < len(request.prompt) + len(request.generated) <= self.max_model_len, "prompt was not validated"
             self._arrivals += 1
-            seq = Sequence.of(request, arrival=self._arrivals, now=now)
+            seq = Sequence.of(request, arrival=self._arrivals, now=now, constraint=constraints.get(request.id))
+            self._append_forced(seq)
             seq.work_before = self._work
             seq.num_uncached = len(seq.tokens) - self._match(seq).num_tokens
             self._by_id[request.id] = seq
@@ -174,12 +180,13 @@ class Scheduler:
 
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
         their urgency. A decoded token costs nothing of the budget, so a prompt as long as the budget takes one step.
+        Forced tokens after a decoded one are computed in the same step, and they do count.
         """
         budget = self.max_num_batched_tokens
         plan = _Plan(budget, budget - budget // RESERVED_PART)
-        for seq in [seq for seq in self.running if seq.num_remaining == 1]:
+        for seq in [seq for seq in self.running if seq.decodes]:
             if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
-                self._extend(seq, plan, 1)
+                self._extend(seq, plan, 1 + plan.budget)
         self._share_out(plan, now)
         self._work += budget - plan.budget
         chunks = [
@@ -194,7 +201,7 @@ class Scheduler:
     def _share_out(self, plan: _Plan, now: float) -> None:
         """Divides the step's budget of prompt tokens among prompts in progress and new prompts. The most urgent prompt
         gets tokens first."""
-        prompts = sorted((seq for seq in self.running if seq.num_remaining > 1), key=urgency)
+        prompts = sorted((seq for seq in self.running if seq.num_remaining and not seq.decodes), key=urgency)
         newcomer = self._next_waiting(plan)
         while plan.budget and (prompts or newcomer):
             if newcomer is None or (prompts and urgency(prompts[0]) < urgency(newcomer)):
@@ -230,8 +237,8 @@ class Scheduler:
         """Whether the tokens that the most recently launched step samples must be read before the next step can be
         scheduled.
 
-        That is so if penalties or bad words of a sequence depend on these tokens, or if a state is to be saved after
-        one of them, because the key of a saved state is computed from its tokens.
+        That is so if penalties, bad words or the grammar of a sequence depend on these tokens, or if a state is to be
+        saved after one of them, because the key of a saved state is computed from its tokens.
         """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
@@ -249,7 +256,7 @@ class Scheduler:
             plan.preempted = True
             if victim is seq:
                 return
-        plan.add(seq, end, cost=size if remaining > 1 else 0)
+        plan.add(seq, end, cost=size - seq.decodes)
 
     def _park(self, seq: Sequence, plan: _Plan) -> None:
         """Removes a running sequence from the planned step and puts it back into the queue."""
@@ -379,10 +386,10 @@ class Scheduler:
             reason: FinishReason | None = None
             if chunk.end == (length := len(seq.tokens)):
                 reason = self._take(seq, result.token_ids)
-                if (count := len(seq.tokens) - length) < len(
-                    result.token_ids
-                ):  # the step sampled tokens after the end of the sequence, which are dropped
-                    result = result._replace(token_ids=result.token_ids[:count], logprobs=result.logprobs[:count])
+                # the step may have sampled tokens after the end of the sequence, which are dropped
+                result = result._replace(logprobs=result.logprobs[: len(seq.tokens) - length])
+                if reason is None:
+                    self._append_forced(seq)
             if result.token_ids or result.prompt_logprobs or reason:
                 updates.append(self._report(seq, result, reason))
             if reason:
@@ -410,6 +417,11 @@ class Scheduler:
             # The request has max_tokens 0: it asks for no reply, only for the computation of the prompt.
             return "length"
         for token_id in token_ids:
+            if (constraint := seq.constraint) is not None:
+                if not constraint.error:
+                    constraint.take(token_id)
+                if constraint.error:
+                    return "error"
             seq.tokens.append(token_id)
             seq.num_pending -= 1
             if self._stops(seq, token_id):
@@ -418,24 +430,44 @@ class Scheduler:
                 return "length"
         return None
 
+    def _append_forced(self, seq: Sequence) -> None:
+        """Appends the tokens that the constraint of `seq` forces next. The next step computes them all, and no step
+        samples them. A token that ends the reply is not appended but sampled, so that every reply ends in a step. If
+        log-probabilities are wanted, a step must sample every token, so none is appended."""
+        seq.num_forced = 0
+        if (constraint := seq.constraint) is None or seq.params.logprobs is not None:
+            return
+        while constraint.forced and not self._is_full(seq, len(seq.tokens) + 1):
+            token_id = constraint.forced[0]
+            if token_id in seq.params.stop_token_ids or token_id in self.eos_token_ids:
+                return
+            seq.tokens.append(token_id)
+            constraint.take(token_id)
+            seq.num_forced += 1
+
     def _is_full(self, seq: Sequence, length: int) -> bool:
         """Whether a sequence of `length` tokens has reached max_tokens or the maximum context length."""
         return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _stops(self, seq: Sequence, token_id: int) -> bool:
+        if seq.constraint is not None and seq.constraint.is_over:
+            return True
         if seq.num_generated < seq.params.min_tokens:
             return False
         return token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos)
 
     def _report(self, seq: Sequence, result: ChunkResult, reason: FinishReason | None) -> TokenUpdate:
         first, seq.announced = not seq.announced, True
+        token_ids = seq.tokens[seq.num_reported :].tolist()
+        seq.num_reported = len(seq.tokens)
         return TokenUpdate(
             request_id=seq.request.id,
-            token_ids=[*result.token_ids],
+            token_ids=token_ids,
             logprobs=[*result.logprobs],
             prompt_logprobs=[*result.prompt_logprobs],
             finish_reason=reason,
-            stop_token_id=result.token_ids[-1] if reason == "stop" else None,
+            stop_token_id=token_ids[-1] if reason == "stop" else None,
+            error=seq.constraint.error if reason == "error" and seq.constraint is not None else None,
             vector=result.vector,
             num_cached=seq.num_cached if first else None,
             queue_seconds=seq.queue_seconds if first else None,

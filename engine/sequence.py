@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 
@@ -24,6 +25,10 @@ class Sequence:
     Launched positions of steps in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the
     sequence arrived, and `work_before` prompt tokens had been scheduled by then; both numbers decide how urgent the
     prompt is.
+
+    `constraint` is what the grammar or the budget of thinking tokens demands, or None. The last `num_forced` tokens
+    were not sampled: the constraint left no other choice. The first `num_reported` tokens are the prompt and the tokens
+    that an update has reported.
     """
 
     request: Request
@@ -43,10 +48,18 @@ class Sequence:
     announced: bool = False
     num_uncached: int = 0
     work_before: int = 0
+    constraint: Constraint | None = None
+    num_forced: int = 0
+    num_reported: int = 0
 
     @classmethod
-    def of(cls, request: Request, *, arrival: int, now: float) -> Sequence:
-        """Returns a new sequence, which waits to be scheduled. `now` is the time of the monotonic clock in seconds."""
+    def of(cls, request: Request, *, arrival: int, now: float, constraint: Constraint | None = None) -> Sequence:
+        """Returns a new sequence, which waits to be scheduled. `now` is the time of the monotonic clock in seconds. A
+        request with a grammar needs a `constraint`, which has taken the tokens that the request has generated."""
+        if constraint is None:
+            assert not request.params.grammar, "the grammar was not compiled"
+            if (constraint := Constraint.without_grammar(request.params)) is not None:
+                constraint.take_all(request.generated)
         tokens = array("q", request.prompt)
         tokens.extend(request.generated)
         return cls(
@@ -56,6 +69,8 @@ class Sequence:
             tokens=tokens,
             num_prompt=len(request.prompt),
             num_prompt_logprobs=request.num_prompt_logprobs,
+            constraint=constraint,
+            num_reported=len(tokens),
         )
 
     @property
@@ -83,10 +98,19 @@ class Sequence:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether penalties or bad words make the choice of the next token depend on the tokens before it."""
+        """Whether penalties, bad words, a grammar or a budget of thinking tokens make the choice of the next token
+        depend on the tokens before it."""
         p = self.params
+        if self.constraint is not None and self.constraint.waits(self.num_generated + self.num_pending):
+            return True
         penalises = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
         return penalises or any(len(word) > 1 for word in p.bad_words)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the sequence lacks only the computation of the token that was sampled last and of the forced tokens
+        after it."""
+        return 0 < self.num_remaining <= 1 + self.num_forced
 
     def samples_at(self, position: int) -> bool:
         """Whether a step that computes the tokens before `position` samples the token at `position`."""

@@ -368,6 +368,18 @@ class Sample(Protocol):
         ...
 
 
+class ApplyBitmask(Protocol):
+    def __call__(self, logits: Tensor, masks: Tensor, rows: Tensor) -> None:
+        """Sets the logits of forbidden tokens to minus infinity, in place: in row rows[i] of `logits`, those of the
+        tokens that mask i does not allow.
+
+        logits: float32 [N, V]; rows: int64 [M], distinct; masks: int32 [M, ceil(V / 32)]. Bit v % 32 of
+        masks[i, v // 32], counted from the least significant bit, is 1 if token v is allowed. Bits of tokens from V on
+        are ignored.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
     """Contains, for each op, the implementation that a model uses.
@@ -393,6 +405,7 @@ class Kernels:
     run_experts: RunExperts
     linear: Linear
     sample: Sample
+    apply_bitmask: ApplyBitmask
     mamba_decode: MambaDecode
     names: dict[str, str]
     batch_dependent_ops: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from typing import Any
 
 from jamba_server.kernels import external, torch_ops
 from jamba_server.kernels.cpu import attention as cpu_attention
+from jamba_server.kernels.cpu import bitmask as cpu_bitmask
 from jamba_server.kernels.cpu import conv as cpu_conv
 from jamba_server.kernels.cpu import linear as cpu_linear
 from jamba_server.kernels.cpu import mamba as cpu_mamba
@@ -24,7 +25,7 @@ from jamba_server.kernels.cpu import sample as cpu_sample
 from jamba_server.kernels.cpu import scan as cpu_scan
 from jamba_server.kernels.cpu import slots as cpu_slots
 from jamba_server.kernels.ops import Kernels, KernelUnavailable
-from jamba_server.kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
+from jamba_server.kernels.reference import attention, bitmask, conv, linear, mamba, moe, norm, sample, scan, slots
 from jamba_server.kernels.triton import ensure_available
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,9 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("sample", "triton", ("cuda",), _triton("sample", "sample")),
     Implementation("sample", "reference", ("cpu",), lambda: sample.sample),
     Implementation("sample", "reference", ("cuda",), lambda: sample.sample, batch_invariant=False),
+    Implementation("apply_bitmask", "cpu", ("cpu",), cpu_bitmask.ApplyBitmask),
+    Implementation("apply_bitmask", "triton", ("cuda",), _triton("bitmask", "apply_bitmask")),
+    Implementation("apply_bitmask", "reference", _BOTH, lambda: bitmask.apply_bitmask),
     Implementation("mamba_decode", "cpu", ("cpu",), cpu_mamba.MambaDecode, _MAMBA_PARTS),
     Implementation("mamba_decode", "triton", ("cuda",), _triton("mamba", "MambaDecode"), _MAMBA_PARTS),
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),

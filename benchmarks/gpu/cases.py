@@ -3,6 +3,7 @@ the op, the number of bytes that this call reads and writes, and the number of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -344,6 +345,10 @@ class Maker:
             # therefore samples from scores instead of logits. At temperature 1, sampling from scores chooses the same
             # tokens as sampling from logits.
             yield Case(op="sample", label=f"{kind}, {rows} rows", args=(logits, inputs), scratch=True)
+        generator, words = torch.Generator().manual_seed(0), -(-self.shape.v // 32)
+        masks = self.ints(torch.randint(-(2**31), 2**31, (rows, words), generator=generator))
+        args = (self.floats(rows, self.shape.v), masks, self.ints(range(rows), torch.int64))
+        yield Case(op="apply_bitmask", label=f"{rows} rows", args=args)
 
 
 def check(case: Case, ours: Kernels, reference: Kernels) -> float:
@@ -366,8 +371,11 @@ def check(case: Case, ours: Kernels, reference: Kernels) -> float:
 def _difference(a: Tensor, b: Tensor) -> float:
     if not a.is_floating_point():
         return (a != b).float().mean().item() if a.numel() else 0.0
-    wide, scale = b.double(), b.double().norm().item()
-    return (a.double() - wide).norm().item() / (scale or 1.0)
+    a, wide = a.double(), b.double()
+    infinite = wide.isinf()  # minus infinity is the logit of a forbidden token
+    if not torch.equal(a[infinite], wide[infinite]):
+        return math.inf
+    return (a - wide)[~infinite].norm().item() / (wide[~infinite].norm().item() or 1.0)
 
 
 def groups(maker: Maker) -> Iterator[Iterator[Case]]:

@@ -50,6 +50,7 @@ from jamba_server.kernels.ops import (
 )
 from jamba_server.kernels.triton import (
     attention,
+    bitmask,
     conv,
     linear,
     mamba,
@@ -304,7 +305,10 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "restore_states", lambda: slots.restore_states(compressed, state, pair, pair)
     ones = torch.ones(2)
     inputs = SampleInputs(ones, ones, ones * 0, ones.int() * 0, ones.long())
-    yield "sample", lambda: sample.sample(empty(2, 65536, dtype=torch.float32), inputs)
+    logits = empty(2, 65536, dtype=torch.float32)
+    yield "sample", lambda: sample.sample(logits, inputs)
+    masks = torch.empty(2, 2048, dtype=torch.int32)
+    yield "apply_bitmask", lambda: bitmask.apply_bitmask(logits, masks, torch.tensor([1, 0]))
 
 
 def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:

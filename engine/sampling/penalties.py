@@ -8,6 +8,7 @@ requests that ask for them. The time for one request is linear in the number of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import numpy as np
@@ -30,15 +31,22 @@ class Edit(NamedTuple):
     values: NDArray[np.float32]
 
 
-def adjust_logits(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: tuple[int, ...]) -> None:
+def adjust_logits(
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    eos_token_ids: tuple[int, ...],
+    masked: AbstractSet[int] = frozenset(),
+) -> None:
     """Changes `logits` (float32 [N, V]) in place. Row n is changed only if the request of `rows[n]` sets a bias, a
-    penalty or forbidden tokens."""
+    penalty or forbidden tokens. In the rows whose indices are in `masked` no tokens are forbidden here, because the
+    rows' masks already forbid them."""
     asking = [(n, row) for n, row in enumerate(rows) if _asks(row.params)]
     if not asking:
         return
     _add(logits, [_bias(n, row) for n, row in asking if row.params.logit_bias])
     _repeat(logits, [_repetition(n, row) for n, row in asking if row.params.repetition_penalty != 1])
     _add(logits, [_counts(n, row) for n, row in asking if _penalises_counts(row)])
+    asking = [(n, row) for n, row in asking if n not in masked]
     _keep_only(logits, [(n, row.params.allowed_token_ids) for n, row in asking if row.params.allowed_token_ids])
     _add(logits, [_ban(n, token_ids) for n, row in asking if (token_ids := _forbidden(row, eos_token_ids))])
 
@@ -71,20 +79,8 @@ def _counts(n: int, row: SamplingRow) -> Edit:
 
 
 def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
-    """Returns the tokens that must not come next. If the reply ends with all tokens of a bad word except the last, the
-    last token of this word is forbidden. Until the reply has `min_tokens` tokens, all end tokens and stop tokens are
-    forbidden. The end tokens are forbidden even with `ignore_eos`, because an end token in the text would make the
-    reply look finished."""
-    ends = {word[-1] for word in row.params.bad_words if _ends_with(row, word[:-1])}
-    if row.num_generated < row.params.min_tokens:
-        ends.update(eos_token_ids, row.params.stop_token_ids)
-    return ends
-
-
-def _ends_with(row: SamplingRow, beginning: tuple[int, ...]) -> bool:
-    """Returns whether the generated tokens end with `beginning`. Tokens of the prompt do not count, as in vLLM."""
-    size = len(beginning)
-    return size == 0 or (row.num_generated >= size and tuple(row.tokens[-size:]) == beginning)
+    """Returns the tokens that must not come next."""
+    return row.ends_of_bad_words() | row.early_ends(eos_token_ids)
 
 
 def _ban(n: int, token_ids: Iterable[int]) -> Edit:

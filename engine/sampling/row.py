@@ -31,3 +31,24 @@ class SamplingRow(NamedTuple):
     @property
     def num_generated(self) -> int:
         return self.position - self.num_prompt
+
+    def early_ends(self, eos_token_ids: tuple[int, ...]) -> set[int]:
+        """Returns the tokens that must not end the reply yet. Until the reply has `min_tokens` tokens, these are all
+        end tokens and stop tokens, even with `ignore_eos`, because an end token in the text would make the reply look
+        finished. Under a grammar, `ignore_eos` also puts off the end tokens."""
+        early = set[int]()
+        if self.num_generated < self.params.min_tokens:
+            early.update(eos_token_ids, self.params.stop_token_ids)
+        if self.params.ignore_eos and self.params.grammar:
+            early.update(eos_token_ids)
+        return early
+
+    def ends_of_bad_words(self) -> set[int]:
+        """Returns the last token of each bad word whose other tokens are the last tokens of the reply so far. These
+        tokens must not come next."""
+        return {word[-1] for word in self.params.bad_words if self._ends_with(word[:-1])}
+
+    def _ends_with(self, beginning: tuple[int, ...]) -> bool:
+        """Returns whether the generated tokens end with `beginning`. Tokens of the prompt do not count, as in vLLM."""
+        size = len(beginning)
+        return size == 0 or (self.num_generated >= size and tuple(self.tokens[-size:]) == beginning)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jamba_server.engine.grammar.masks import PendingMasks
 from jamba_server.engine.sampling.keys import row_key
 from jamba_server.engine.sampling.logprobs import gather, read
 from jamba_server.engine.sampling.penalties import adjust_logits
@@ -65,20 +66,32 @@ class Sampler:
         """Samples one token for each row and waits for the result. `logits`, float32 [N, V], are overwritten."""
         return self.launch(logits, rows).read()
 
-    def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
+    def launch(self, logits: Tensor, rows: Sequence[SamplingRow], masks: PendingMasks | None = None) -> PendingTokens:
         """Starts to sample one token for each row, as the method `sample` does, but does not wait for the device. The
-        result is read with `PendingTokens.read`."""
+        result is read with `PendingTokens.read`. `masks` has the allowed tokens of constrained rows. Log-probabilities
+        do not depend on the masks."""
         assert logits.shape == (len(rows), self.vocab_size), f"logits of {len(rows)} rows have shape {logits.shape}"
         assert logits.dtype == torch.float32, f"logits have dtype {logits.dtype}, not float32"
         requested = {n: row.params.logprobs for n, row in enumerate(rows) if row.params.logprobs is not None}
         if not requested:
-            adjust_logits(logits, rows, self.eos_token_ids)
+            self._adjust(logits, rows, masks)
             return PendingTokens(self.kernels.sample(logits, self._inputs(rows, logits.device)), None, requested)
         [chosen] = upload([np.array(list(requested), dtype=np.int64)], logits.device)
         raw = logits[chosen].log_softmax(dim=-1)
-        adjust_logits(logits, rows, self.eos_token_ids)
+        self._adjust(logits, rows, masks)
         token_ids = self.kernels.sample(logits, self._inputs(rows, logits.device))
         return PendingTokens(token_ids, gather(raw, token_ids[chosen], max(requested.values())), requested)
+
+    def _adjust(self, logits: Tensor, rows: Sequence[SamplingRow], masks: PendingMasks | None) -> None:
+        """Changes `logits` by all that the requests ask for, except the temperature and the filters of the op that
+        samples."""
+        if masks is None:
+            adjust_logits(logits, rows, self.eos_token_ids)
+            return
+        allowed = masks.read()
+        adjust_logits(logits, rows, self.eos_token_ids, frozenset(allowed.rows.tolist()))
+        where, bits = upload([allowed.rows, allowed.masks], logits.device)
+        self.kernels.apply_bitmask(logits, bits, where)
 
     def _inputs(self, rows: Sequence[SamplingRow], device: torch.device) -> SampleInputs:
         params = [row.params for row in rows]

@@ -21,6 +21,8 @@ from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import EngineCore
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.grammar.compiler import GrammarCompiler
+from jamba_server.engine.grammar.masks import MaskFiller
 from jamba_server.engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
 from jamba_server.engine.model_cache import wanted_layout
 from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
@@ -50,6 +52,7 @@ class Loaded:
 
     model: Model
     sampler: Sampler
+    masks: MaskFiller
     kernels: Kernels
     policy: QuantizationPolicy
     dtype: torch.dtype
@@ -97,11 +100,14 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     plan = planned(available_bytes=available_bytes(device, config))
     steps = dummy_steps(config, model_config, plan)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
+    # The compiler reads the tokenizer in its thread while the weights are loaded.
+    compiler = GrammarCompiler(Path(config.model), model_config.vocab_size, model_config.eos_token_ids)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-    loaded = Loaded(model, sampler, kernels, policy, dtype, layout, device, stored.warnings)
+    masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
+    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, stored.warnings)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -111,6 +117,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         make_runner(loaded, config, plan),
         make_scheduler(loaded, config, plan),
         make_info(loaded, config, plan, load_seconds=time.monotonic() - started),
+        compiler,
     )
 
 
@@ -171,7 +178,7 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
     """Runs the largest dummy steps and returns how much memory these steps needed."""
     storage = loaded.storage(1, 1)
-    runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels)
+    runner = ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks)
     return measure(lambda output: runner.launch(output).results(), steps, memory)
 
 
@@ -190,7 +197,9 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
         new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle()) if on_gpu else partial(NativeGraph, Arena())
         graphs = DecodeGraphs(loaded.model, storage, sizes=sizes, new_graph=new_graph)
     sampled = SampledTokens(plan.max_num_seqs, device) if runs_ahead else None
-    return ModelRunner(loaded.model, storage, loaded.sampler, loaded.kernels, graphs=graphs, sampled=sampled)
+    return ModelRunner(
+        loaded.model, storage, loaded.sampler, loaded.kernels, loaded.masks, graphs=graphs, sampled=sampled
+    )
 
 
 def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:

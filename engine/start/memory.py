@@ -18,7 +18,15 @@ from jamba_server.engine.types import MAX_LOGPROBS, Request, SamplingParams
 
 # With these parameters a request needs the most memory. Penalties are left out: the memory that penalties need grows
 # with the lengths of all contexts in the batch, and contexts of the greatest length do not all fit into memory at once.
-PARAMS = SamplingParams(max_tokens=1, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS)
+# The budget of thinking tokens is 0, so that a mask of allowed tokens is applied to every row.
+PARAMS = SamplingParams(
+    max_tokens=1,
+    top_p=0.9,
+    logprobs=MAX_LOGPROBS,
+    prompt_logprobs=MAX_LOGPROBS,
+    thinking_token_budget=0,
+    thinking_end=(0,),
+)
 
 
 class DeviceMemory(Protocol):

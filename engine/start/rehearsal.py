@@ -21,6 +21,7 @@ import torch
 
 from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.grammar.masks import MaskFiller
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.models import build_model
@@ -65,7 +66,8 @@ class Rehearsal:
         places = int(self.layout.compresses)
         storage = CacheStorage(self.layout, num_pages=1, num_slots=1, num_compressed=places, device=meta)
         sampler = Sampler(self.kernels, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
-        return ModelRunner(model, storage, sampler, self.kernels)
+        masks = MaskFiller(config.vocab_size, config.eos_token_ids, num_threads=1)
+        return ModelRunner(model, storage, sampler, self.kernels, masks)
 
     def launch(self, steps: DummySteps) -> None:
         """Launches steps of all sizes. The caller must first have replaced kernel launches by compilation."""

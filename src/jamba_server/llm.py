@@ -204,6 +204,8 @@ class LLM:
             task = bar.add_task("generating", total=len(replies))
             try:
                 while open_ or self.core.has_work:
+                    if not self.core.has_work:
+                        self.core.inbox.wait()  # the grammars of the new requests may still be compiled
                     for update in self.core.step().updates:
                         reply = open_.get(update.request_id)
                         if reply is not None and reply.take(update):

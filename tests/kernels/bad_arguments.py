@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu import attention, conv, linear, mamba, moe, norm, route, sample, scan, slots
+from jamba_server.kernels.cpu import attention, bitmask, conv, linear, mamba, moe, norm, route, sample, scan, slots
 from jamba_server.kernels.ops import CompressedStates, MambaWeights, Pages, SampleInputs, ScanInputs, ScanWeights
 from tests.kernels.cases import random, segments
 
@@ -101,6 +101,8 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     yield "linear.rows", product.rows, (packed, torch.tensor([0, 5]))
     yield "linear.rows of a plain weight", product.rows, (random(6, HIDDEN), torch.tensor([0, 5]))
     yield "sample", sample.Sample(), (wide, sampling)
+    masked = random(ROWS, 40), torch.zeros(2, 2, dtype=torch.int32), torch.tensor([2, 0])
+    yield "apply_bitmask", bitmask.ApplyBitmask(), masked
 
 
 def mamba_parts() -> tuple[type, ...]:

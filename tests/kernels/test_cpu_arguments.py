@@ -19,7 +19,14 @@ TAKEN = {  # rightly: copied into one piece before the call, or of any size or d
         *("run_experts.2", "run_experts.3", "run_experts.pack.0", "run_experts.pack.1", "linear.pack.0"),
     },
     "shape": {
-        *("route_experts.0", "sample.0", "linear.pack.0", "linear.rows.1", "linear.rows of a plain weight.1"),
+        *(
+            "route_experts.0",
+            "sample.0",
+            "apply_bitmask.0",
+            "linear.pack.0",
+            "linear.rows.1",
+            "linear.rows of a plain weight.1",
+        ),
     },
     "dtype": {"copy_slots.0.0", "copy_slots.0.1"},
     "device": set[str](),

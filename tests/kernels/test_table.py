@@ -11,7 +11,7 @@ import pytest
 
 from jamba_server.kernels import table
 from jamba_server.kernels.ops import Kernels
-from jamba_server.kernels.reference import attention, conv, linear, mamba, moe, norm, sample, scan, slots
+from jamba_server.kernels.reference import attention, bitmask, conv, linear, mamba, moe, norm, sample, scan, slots
 from jamba_server.kernels.table import Implementation, KernelError, KernelUnavailable, TableRow
 
 
@@ -36,6 +36,7 @@ def reference_kernels() -> Kernels:
         run_experts=moe.RunExperts(),
         linear=products,
         sample=sample.sample,
+        apply_bitmask=bitmask.apply_bitmask,
         mamba_decode=mamba.MambaDecode(conv.causal_conv1d_update, products, norm.rms_norm, update),
         names=dict.fromkeys(table.OPS, "reference"),
     )

@@ -225,7 +225,19 @@ def test_sample_at_the_ends(sample: Sample) -> None:
 def test_every_op_has_its_type() -> None:
     """Written out, so that the type checker compares every op with its protocol."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from jamba_server.kernels.triton import attention, conv, linear, mamba, moe, norm, route, sample, scan, slots
+    from jamba_server.kernels.triton import (
+        attention,
+        bitmask,
+        conv,
+        linear,
+        mamba,
+        moe,
+        norm,
+        route,
+        sample,
+        scan,
+        slots,
+    )
 
     ops = Kernels(
         rms_norm=norm.rms_norm,
@@ -244,6 +256,7 @@ def test_every_op_has_its_type() -> None:
         run_experts=moe.RunExperts(),
         linear=linear.Linear(),
         sample=sample.sample,
+        apply_bitmask=bitmask.apply_bitmask,
         mamba_decode=mamba.MambaDecode(
             conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update
         ),

@@ -1,0 +1,140 @@
+"""GrammarCompiler: compiles grammars in a thread of its own, so that no step of the engine waits for a compilation."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from queue import SimpleQueue
+
+from llguidance import LLMatcher, LLTokenizer
+
+from jamba_server.engine.grammar.constraint import Constraint
+from jamba_server.engine.grammar.limits import parser_limits, start_deep_thread
+from jamba_server.engine.types import Request
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+# The compiled grammars that are kept have at most this many characters in total. The compiled form of a large grammar
+# takes about 200 bytes for each character.
+MAX_CACHED_CHARS = 1 << 20
+_MAX_ERROR_CHARS = 500
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be compiled. The message is for the client."""
+
+
+Done = Callable[[Constraint | GrammarError], None]
+
+
+def load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """Returns the tokenizer of the checkpoint in `folder` in llguidance's form. Ids up to `vocab_size` that are not in
+    the tokenizer are never allowed. Raises GrammarError if the tokenizer cannot be used. The call keeps Python's
+    interpreter lock for about 0.4 s."""
+    try:
+        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+        return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except (OSError, ValueError) as error:
+        raise GrammarError(f"This model cannot follow grammars, because of its {TOKENIZER_FILE}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenizing:
+    """The arguments of `load_tokenizer`."""
+
+    folder: Path
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Cache:
+    """Compiled grammars, the most recently used last. No matcher in the cache has taken a token. Only the compiling
+    thread uses the cache."""
+
+    matchers: OrderedDict[bytes, tuple[LLMatcher, int]] = field(
+        default_factory=OrderedDict[bytes, tuple[LLMatcher, int]]
+    )
+    chars: int = 0
+
+    def get(self, key: bytes) -> LLMatcher | None:
+        if (entry := self.matchers.get(key)) is None:
+            return None
+        self.matchers.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: bytes, matcher: LLMatcher, chars: int) -> None:
+        self.matchers[key] = matcher, chars
+        self.chars += chars
+        while self.chars > MAX_CACHED_CHARS:
+            _, (_, removed) = self.matchers.popitem(last=False)
+            self.chars -= removed
+
+
+class GrammarCompiler:
+    """Makes the constraints of requests that have a grammar, one after the other in the order of `start`.
+
+    The thread loads the tokenizer first, which takes about 0.4 s. It ends when this object is collected.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._jobs: SimpleQueue[tuple[Request, Done] | None] = SimpleQueue()
+        start_deep_thread(_work, self._jobs, _Tokenizing(folder, vocab_size, eos_token_ids))
+        weakref.finalize(self, self._jobs.put, None)
+
+    def start(self, request: Request, done: Done) -> None:
+        """Compiles the grammar of `request` in the thread and calls `done` there with the constraint, which has taken
+        the tokens that the reply has already, or with the error."""
+        self._jobs.put((request, done))
+
+
+def _work(jobs: SimpleQueue[tuple[Request, Done] | None], tokenizing: _Tokenizing) -> None:
+    cache, problem = _Cache(), None
+    tokenizer: LLTokenizer | None = None
+    try:
+        tokenizer = load_tokenizer(tokenizing.folder, tokenizing.vocab_size, tokenizing.eos_token_ids)
+    except GrammarError as error:
+        problem = error
+    while (job := jobs.get()) is not None:
+        request, done = job
+        if tokenizer is None:
+            assert problem is not None
+            done(problem)
+            continue
+        try:
+            matcher = _compiled(tokenizer, request.params.grammar, cache).deep_copy()
+            constraint = Constraint(request.params, matcher, tokenizing.eos_token_ids)
+            constraint.take_all(request.generated)
+            done(GrammarError(constraint.error) if constraint.error else constraint)
+        except GrammarError as error:
+            done(error)
+        except Exception as error:  # an error of one grammar must not end the thread
+            logger.exception("a grammar could not be compiled")
+            done(GrammarError(f"The grammar could not be compiled: {error!r}"[:_MAX_ERROR_CHARS]))
+        del job, request, done  # a reference that the waiting thread holds would keep the engine alive
+
+
+def _compiled(tokenizer: LLTokenizer, grammar: str, cache: _Cache) -> LLMatcher:
+    """Returns a matcher that has taken no token. Raises GrammarError."""
+    key = sha256(grammar.encode()).digest()
+    if (matcher := cache.get(key)) is None:
+        matcher = compile_grammar(tokenizer, grammar)
+        cache.put(key, matcher, len(grammar))
+    return matcher
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    """Returns a new matcher. Must be called in a thread that `start_deep_thread` started. Raises GrammarError if the
+    grammar is wrong or exceeds the limits."""
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # llguidance completes the compilation of large expressions in its first mask
+    if matcher.is_error():
+        raise GrammarError(f"The grammar cannot be compiled: {matcher.get_error().strip()[:_MAX_ERROR_CHARS]}")
+    return matcher

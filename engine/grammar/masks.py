@@ -1,0 +1,138 @@
+"""The bitmasks of a step: which tokens may come next in each constrained sequence. The matchers compute the masks in
+other threads while the forward pass of the step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from llguidance import LLExecutor
+from numpy.typing import NDArray
+
+from jamba_server.engine.grammar.constraint import Constraint
+from jamba_server.engine.sampling.row import SamplingRow
+
+_BITS = 32  # tokens in one word of a mask
+_MOST_THREADS = 8
+
+
+class ConstrainedRow(NamedTuple):
+    """A row of the sampler whose sequence has a constraint. `number` is the index of the row."""
+
+    number: int
+    row: SamplingRow
+    constraint: Constraint
+
+
+class Masks(NamedTuple):
+    """The masks of M rows. `rows`, int64 [M], are the indices of the rows. In `masks`, int32 [M, ceil(V / 32)], bit
+    v % 32 of masks[i, v // 32] is 1 if token v may come next in row rows[i]."""
+
+    rows: NDArray[np.int64]
+    masks: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingMasks:
+    """Masks that other threads may still be computing."""
+
+    _masks: Masks
+    _filled: Future[None] | None
+
+    def read(self) -> Masks:
+        """Waits until the masks are computed."""
+        if self._filled is not None:
+            self._filled.result()
+        return self._masks
+
+
+class MaskFiller:
+    """Computes the masks of constrained rows. `num_threads` threads share the rows of a step."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], num_threads: int) -> None:
+        self._words, self._eos = -(-vocab_size // _BITS), eos_token_ids
+        self._executor = LLExecutor(max(1, min(num_threads, _MOST_THREADS)))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar masks")
+
+    @contextmanager
+    def filling(self, rows: Sequence[ConstrainedRow]) -> Generator[PendingMasks | None]:
+        """Computes the masks of `rows` in other threads while the `with` block runs, and waits for these threads at the
+        end of the block, however the block ends. Yields None if `rows` is empty."""
+        if not rows:
+            yield None
+            return
+        numbers = np.array([entry.number for entry in rows], dtype=np.int64)
+        masks = Masks(numbers, np.empty((len(rows), self._words), dtype=np.int32))
+        filled = None
+        if any(_matches(entry.constraint) for entry in rows):
+            filled = self._thread.submit(self._fill, rows, masks.masks)
+        else:
+            self._fill(rows, masks.masks)
+        try:
+            yield PendingMasks(masks, filled)
+        finally:
+            if filled is not None:
+                filled.exception()
+
+    def _fill(self, rows: Sequence[ConstrainedRow], masks: NDArray[np.int32]) -> None:
+        pairs = [(entry.constraint.matcher, i) for i, entry in enumerate(rows) if _matches(entry.constraint)]
+        if pairs:
+            self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, self._words * 4, len(masks))
+        for (_, row, constraint), mask in zip(rows, masks, strict=True):
+            if constraint.forced:
+                mask.fill(0)
+                _set(mask, constraint.forced[:1])
+            elif constraint.matcher is None or constraint.error:
+                mask.fill(-1)
+            elif constraint.matcher.is_error():
+                constraint.fail()
+                mask.fill(-1)
+            else:
+                self._restrict(mask, row, constraint)
+
+    def _restrict(self, mask: NDArray[np.int32], row: SamplingRow, constraint: Constraint) -> None:
+        """Removes from a mask the tokens that the other parameters of the request forbid. If these parameters forbid
+        every token that the grammar allows, the request ends with an error."""
+        early = row.early_ends(self._eos)
+        if early:
+            later = mask.copy()
+            _clear(later, early)
+            if later.any():  # else the grammar must end here
+                mask[:] = later
+        forbidden, allowed = row.ends_of_bad_words(), row.params.allowed_token_ids
+        if forbidden:
+            _clear(mask, forbidden)
+        if allowed:
+            only = np.zeros_like(mask)
+            _set(only, allowed)
+            mask &= only
+        if not mask.any():
+            constraint.error = (
+                "The grammar of this reply allows only tokens there that bad_words or allowed_token_ids forbid."
+            )
+            mask.fill(-1)
+
+
+def _matches(constraint: Constraint) -> bool:
+    """Returns whether the matcher of a constraint must compute a mask."""
+    return constraint.matcher is not None and not constraint.forced and not constraint.error
+
+
+def _set(mask: NDArray[np.int32], token_ids: Iterable[int]) -> None:
+    words, bits = _places(token_ids)
+    np.bitwise_or.at(mask.view(np.uint32), words, bits)
+
+
+def _clear(mask: NDArray[np.int32], token_ids: Iterable[int]) -> None:
+    words, bits = _places(token_ids)
+    np.bitwise_and.at(mask.view(np.uint32), words, ~bits)
+
+
+def _places(token_ids: Iterable[int]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Returns the word of a mask in which each token is, and the bit of the token in that word."""
+    ids = np.fromiter(token_ids, dtype=np.int64)
+    return ids // _BITS, np.left_shift(np.uint32(1), (ids % _BITS).astype(np.uint32))
