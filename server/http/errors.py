@@ -28,6 +28,7 @@ from jamba_server.engine.errors import (
     ModelNotFound,
     Overloaded,
     RequestRejected,
+    ResponseNotFound,
 )
 from jamba_server.server.http.findings import Finding, describe_finding, param_of
 
@@ -42,6 +43,7 @@ MAX_MESSAGE_CHARS = 1000  # longer messages are cut at the end; a message might 
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
+    (ResponseNotFound, 404, "invalid_request_error", "response_not_found"),
     (Overloaded, 503, "service_unavailable_error", "overloaded"),
     (EngineLoading, 503, "service_unavailable_error", "engine_loading"),
     (EngineDead, 503, "service_unavailable_error", "engine_dead"),
@@ -142,6 +144,15 @@ def tenant_of(scope: Scope) -> str:
     """
     state: dict[str, str] = scope["state"]
     return state.get("tenant", "")
+
+
+def owner_of(scope: Scope) -> str:
+    """Returns a name for the API key that the client sent, which stays the same if the order of --api-key changes.
+
+    Returns "" if the server requires no key.
+    """
+    state: dict[str, str] = scope["state"]
+    return state.get("owner", "")
 
 
 def _describe_http(exc: HTTPException) -> Problem:
