@@ -146,15 +146,6 @@ def tenant_of(scope: Scope) -> str:
     return state.get("tenant", "")
 
 
-def owner_of(scope: Scope) -> str:
-    """Returns a name for the API key that the client sent, which stays the same if the order of --api-key changes.
-
-    Returns "" if the server requires no key.
-    """
-    state: dict[str, str] = scope["state"]
-    return state.get("owner", "")
-
-
 def _describe_http(exc: HTTPException) -> Problem:
     status = exc.status_code
     server_error = status >= HTTPStatus.INTERNAL_SERVER_ERROR

@@ -8,7 +8,6 @@ passes first `RequestContext`, then `ApiKey`, then `JsonBody`. The class `Reques
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import logging
@@ -114,7 +113,6 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str], open_paths: frozenset[str]) -> None:
         self.app, self.keys, self.open_paths = app, [key.encode() for key in keys], open_paths
-        self.owners = [hashlib.sha256(key).hexdigest() for key in self.keys]  # stored data names its owner so
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._open(_route_path(scope)):
@@ -122,7 +120,6 @@ class ApiKey:
             return
         if (number := self._number_of_key(Headers(scope=scope))) is not None:
             scope["state"]["tenant"] = f"key-{number}"
-            scope["state"]["owner"] = self.owners[number]
             await self.app(scope, receive, send)
             return
         raise HTTPException(

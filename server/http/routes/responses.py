@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response as HttpResponse
 
 from jamba_server.engine.errors import RequestRejected
-from jamba_server.server.http.errors import owner_of
+from jamba_server.server.http.errors import tenant_of
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
@@ -39,7 +39,7 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
     await wait_for_start(request, services)
     model = services.model(body.model)
     names = FunctionNames.of(body.declared_tools)
-    store, owner = services.responses, owner_of(request.scope)
+    store, owner = services.responses, tenant_of(request.scope)
     if body.store and not store.enabled:
         raise RequestRejected(
             "store is true, but this server stores no responses (--max-stored-responses).", param="store"
@@ -69,7 +69,9 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
     )
     if body.stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
-    return json_response(await until_disconnect(request.receive, writer.collect()))
+    response = await until_disconnect(request.receive, writer.collect())
+    # Many log-probabilities take long to convert to JSON, so a thread converts them.
+    return HttpResponse(await services.in_thread(response.model_dump_json), media_type="application/json")
 
 
 @router.get("/v1/responses/{response_id}", response_model=Response, responses=ERRORS)
@@ -84,14 +86,14 @@ async def retrieve_response(
         raise RequestRejected(
             "stream is true, but the events of a stored response cannot be sent again.", param="stream"
         )
-    stored = await services.responses.get(response_id, owner_of(request.scope))
+    stored = await services.responses.get(response_id, tenant_of(request.scope))
     return HttpResponse(stored.response, media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}", response_model=DeletedResponse, responses=ERRORS)
 async def delete_response(response_id: str, request: Request, services: ServicesOf) -> HttpResponse:
     """Deletes a stored response. Responses that continue it can then not be continued any more."""
-    await services.responses.delete(response_id, owner_of(request.scope))
+    await services.responses.delete(response_id, tenant_of(request.scope))
     return json_response(DeletedResponse(id=response_id))
 
 
@@ -99,7 +101,7 @@ async def delete_response(response_id: str, request: Request, services: Services
 async def cancel_response(response_id: str, request: Request, services: ServicesOf) -> HttpResponse:
     """Answers with an error, because only a background response can be cancelled and this server makes none. A client
     cancels a response by closing the connection."""
-    await services.responses.get(response_id, owner_of(request.scope))
+    await services.responses.get(response_id, tenant_of(request.scope))
     raise RequestRejected(
         "Only a background response can be cancelled, and this one was not made in the background. A running response "
         "is cancelled by closing its connection.",
@@ -119,7 +121,7 @@ async def list_input_items(
     ] = "desc",
 ) -> HttpResponse:
     """Lists the items of the request that made a response, without the items of earlier responses."""
-    items = input_items(await services.responses.get(response_id, owner_of(request.scope)))
+    items = input_items(await services.responses.get(response_id, tenant_of(request.scope)))
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -198,7 +200,7 @@ def _save(services: Services, owner: str, items: list[Item]) -> Save:
             owner=owner,
             previous_id=response.previous_response_id,
             input=msgspec.json.encode(items),
-            response=response.model_dump_json().encode(),
+            response=(await services.in_thread(response.model_dump_json)).encode(),
         )
         ids = [item["id"] for item in items] + [item.id for item in response.output]
         return await services.responses.put(stored, ids)

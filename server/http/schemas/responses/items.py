@@ -219,7 +219,10 @@ class Reasoning(_InputItem):
     )
     content: Annotated[list[ReasoningText] | None, Field(description="The reasoning.")] = None
     encrypted_content: Annotated[
-        str | None, Field(description="The reasoning as this server has encoded it. Others' encodings have no effect.")
+        str | None,
+        Field(
+            description="The reasoning as this server has encoded it. What other servers have encrypted is not read."
+        ),
     ] = None
 
     @property

@@ -16,6 +16,7 @@ from jamba_server.server.http.schemas.base import (
     string_or_list,
     unsupported,
 )
+from jamba_server.server.http.schemas.peer_fields import PeerField
 from jamba_server.server.http.schemas.responses.items import AnyInputItem, InputItem, ItemId, Message
 from jamba_server.server.http.schemas.responses.tools import MAX_TOOLS, AnyTool, AnyToolChoice, Tool, ToolChoice
 
@@ -127,12 +128,12 @@ class ResponseRequest(GenerationBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "Tell me a story.", "max_output_tokens": 64}]})
     peers = peer_fields.RESPONSE
-    # These fields of the base class belong to other endpoints. They are refused, and the error names the field to send.
-    elsewhere: ClassVar[dict[str, str]] = {
-        "n": "",
-        "max_tokens": "max_output_tokens",
-        "max_completion_tokens": "max_output_tokens",
-        "response_format": "text.format",
+    # These fields of the base class belong to other endpoints, so they are refused.
+    elsewhere: ClassVar[dict[str, PeerField]] = {
+        "n": PeerField("/v1/chat/completions", (1,)),
+        "max_tokens": PeerField("/v1/chat/completions", instead="max_output_tokens"),
+        "max_completion_tokens": PeerField("/v1/chat/completions", instead="max_output_tokens"),
+        "response_format": PeerField("/v1/chat/completions", instead="text.format"),
     }
 
     input: Annotated[Input, Field(description="A text, or the items of the conversation, oldest first.")]
@@ -161,7 +162,7 @@ class ResponseRequest(GenerationBody):
     parallel_tool_calls: Annotated[bool | None, Field(description="Whether a reply may have several calls.")] = None
     include: Annotated[
         Annotated[list[str], Field(max_length=32, fail_fast=True)] | None,
-        Field(description=f"`{LOGPROBS}` and `{ENCRYPTED_REASONING}` add data to the reply. Others have no effect."),
+        Field(description=f"`{LOGPROBS}` and `{ENCRYPTED_REASONING}` add data to the reply. Other values add none."),
     ] = None
     top_logprobs: Annotated[
         TopLogprobs | None,
@@ -209,10 +210,10 @@ class ResponseRequest(GenerationBody):
     @classmethod
     def _refuse_fields_of_other_endpoints(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, instead in cls.elsewhere.items():
-                if data.get(name) is not None:
-                    hint = f"; send `{instead}` instead" if instead else ""
-                    raise invalid(f"is a field of /v1/chat/completions{hint}", field=name, kind="not_supported_yet")
+            for name, field in cls.elsewhere.items():
+                if not field.is_neutral(data.get(name)):
+                    hint = f"; send `{field.instead}` instead" if field.instead else ""
+                    raise invalid(f"is a field of {field.of}{hint}", field=name, kind="not_supported_yet")
         return data
 
     @model_validator(mode="after")
