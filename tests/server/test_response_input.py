@@ -225,6 +225,15 @@ async def test_the_prompt(bench: Bench, tokenizer: Tokenizer) -> None:
     assert sent.prompt.count(tokenizer.special_tokens["<|eom|>"]) == 4  # the one that the user wrote is text
 
 
+async def test_the_tokens_of_the_input_are_counted(bench: Bench) -> None:
+    async with bench.openai() as client:
+        response = await client.responses.create(model="jamba", input="Hi there", instructions="be kind")
+        counted = await client.responses.input_tokens.count(model="jamba", input="Hi there", instructions="be kind")
+    assert response.usage is not None
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", response.usage.input_tokens)
+    assert len(bench.engine.requests) == 1
+
+
 async def test_parameters_arrive(make_bench: MakeBench) -> None:
     bench = make_bench(enable_priority=True)
     fields = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Query, Request
@@ -11,11 +11,12 @@ from starlette.responses import Response as HttpResponse
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.errors import tenant_of
+from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.responses.items import Item, new_id
-from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, Response
+from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
 from jamba_server.server.http.schemas.responses.request import ENCRYPTED_REASONING, LOGPROBS, ResponseRequest
 from jamba_server.server.http.schemas.responses.tools import FunctionNames, FunctionTool, NamespaceTool
 from jamba_server.server.http.services import Services, ServicesOf
@@ -35,43 +36,36 @@ DEFAULT_PAGE = 20
 async def create_response(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
     """Returns the model's response to a text or to a conversation. With `stream`, it is sent as events."""
     services.lifecycle.admit()
-    settle_unknown_fields(body, request, services)
-    await wait_for_start(request, services)
-    model = services.model(body.model)
-    names = FunctionNames.of(body.declared_tools)
     store, owner = services.responses, tenant_of(request.scope)
     if body.store and not store.enabled:
-        raise RequestRejected(
-            "store is true, but this server stores no responses (--max-stored-responses).", param="store"
-        )
-    items = await read_input(body, store, owner)
-    history: list[Item] = []
-    if body.previous_response_id is not None:
-        limit = services.config.max_body_bytes
-        history = await store.conversation(body.previous_response_id, owner, max_bytes=limit)
-    task = chat_task(body, names, history + items)
-    spec, num_left_out = await plan_response(
-        task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
-    )
-    _warn(request, names, num_left_out)
+        why = "store is true, but this server stores no responses (--max-stored-responses)."
+        raise RequestRejected(why, param="store")
+    plan = await _plan(body, request, services, owner)
     stores = store.enabled and body.store is not False
     writer = ResponseWriter(
-        services.generation(spec),
+        services.generation(plan.spec),
         services.tokenizer,
-        _begun(spec.id, body, model, services, stores=stores),
+        _begun(plan, body, services, stores=stores),
         ResponseOptions(
-            names=names,
+            names=plan.names,
             with_logprobs=body.includes(LOGPROBS),
             with_encoded_reasoning=body.includes(ENCRYPTED_REASONING),
             caches=services.config.enable_prefix_caching,
         ),
-        _save(services, owner, items) if stores else None,
+        _save(services, owner, plan.items) if stores else None,
     )
     if body.stream:
         return EventStream(writer, keep_alive=services.config.sse_keep_alive)
     response = await until_disconnect(request.receive, writer.collect())
     # Many log-probabilities take long to convert to JSON, so a thread converts them.
     return HttpResponse(await services.in_thread(response.model_dump_json), media_type="application/json")
+
+
+@router.post("/v1/responses/input_tokens", response_model=InputTokens, responses=ERRORS)
+async def count_input_tokens(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
+    """Returns the number of tokens of the prompt that the same request to /v1/responses would have."""
+    plan = await _plan(body, request, services, tenant_of(request.scope))
+    return json_response(InputTokens(input_tokens=len(plan.spec.prompts[0].token_ids)))
 
 
 @router.get("/v1/responses/{response_id}", response_model=Response, responses=ERRORS)
@@ -134,6 +128,34 @@ async def list_input_items(
     return json_response(InputItemList(data=page, first_id=ends[0], last_id=ends[1], has_more=len(items) > limit))
 
 
+class _Plan(NamedTuple):
+    """What is known of a request before its generation: the model's name, the functions, the items of the input and the
+    data for the engine."""
+
+    model: str
+    names: FunctionNames
+    items: list[Item]
+    spec: GenerationSpec
+
+
+async def _plan(body: ResponseRequest, request: Request, services: Services, owner: str) -> _Plan:
+    settle_unknown_fields(body, request, services)
+    await wait_for_start(request, services)
+    model = services.model(body.model)
+    names = FunctionNames.of(body.declared_tools)
+    items = await read_input(body, services.responses, owner)
+    history: list[Item] = []
+    if body.previous_response_id is not None:
+        limit = services.config.max_body_bytes
+        history = await services.responses.conversation(body.previous_response_id, owner, max_bytes=limit)
+    task = chat_task(body, names, history + items)
+    spec, num_left_out = await plan_response(
+        task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
+    )
+    _warn(request, names, num_left_out)
+    return _Plan(model, names, items, spec)
+
+
 def _warn(request: Request, names: FunctionNames, num_left_out: int) -> None:
     """Adds the header X-Warning to the reply if something of the request does not reach the model."""
     warnings: list[str] = []
@@ -146,18 +168,18 @@ def _warn(request: Request, names: FunctionNames, num_left_out: int) -> None:
         add_reply_header(request, "X-Warning", "; ".join(warnings))
 
 
-def _begun(id_: str, body: ResponseRequest, model: str, services: Services, *, stores: bool) -> Response:
+def _begun(plan: _Plan, body: ResponseRequest, services: Services, *, stores: bool) -> Response:
     """Returns the response as it is before its first token."""
     defaults = services.defaults
     return Response(
-        id=id_,
+        id=plan.spec.id,
         created_at=int(time.time()),
         status="in_progress",
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         max_tool_calls=body.max_tool_calls,
         metadata=body.metadata or {},
-        model=model,
+        model=plan.model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
         prompt_cache_key=body.prompt_cache_key,

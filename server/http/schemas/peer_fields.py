@@ -226,7 +226,12 @@ COMPLETION: PeerFields = MappingProxyType(
 )
 
 # The fields of this server that have other names in requests to /v1/responses.
-_NAMES_IN_RESPONSES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+_NAMES_IN_RESPONSES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
 
 RESPONSE: PeerFields = MappingProxyType(
     {

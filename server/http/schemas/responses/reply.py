@@ -147,3 +147,8 @@ class InputItemList(Reply):
     first_id: str
     last_id: str
     has_more: bool
+
+
+class InputTokens(Reply):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
