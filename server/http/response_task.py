@@ -129,7 +129,7 @@ async def plan_response(
     conversation is too long even so.
     """
     try:
-        return await plan_chat(task, services, id_=id_, scope=scope), 0
+        return await _plan(task, services, id_, scope), 0
     except RequestRejected as error:
         if not truncate or error.code != "context_length_exceeded":
             raise
@@ -143,7 +143,7 @@ async def plan_response(
         middle = (low + high) // 2
         shorter = replace(task, messages=messages[:head] + messages[starts[middle] :])
         try:
-            found = await plan_chat(shorter, services, id_=id_, scope=scope), starts[middle] - head
+            found = await _plan(shorter, services, id_, scope), starts[middle] - head
             high = middle
         except RequestRejected as error:
             if error.code != "context_length_exceeded":
@@ -152,3 +152,13 @@ async def plan_response(
     if found is None:
         raise too_long
     return found
+
+
+async def _plan(task: ChatTask, services: Services, id_: str, scope: Scope) -> GenerationSpec:
+    """Calls `plan_chat`. An error about the messages names the field from which they come."""
+    try:
+        return await plan_chat(task, services, id_=id_, scope=scope)
+    except RequestRejected as error:
+        if error.param == "messages":
+            error.param = "input"
+        raise

@@ -271,7 +271,8 @@ async def test_truncation_leaves_out_the_oldest_messages(make_bench: MakeBench, 
         short = await http.post("/v1/responses", json={"input": "Hi", "truncation": "auto"})
         alone = [{"role": "user", "content": long + " " + long + " " + long}]
         too_long = await http.post("/v1/responses", json={"input": alone, "truncation": "auto"})
-    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
     assert reply.status_code == 200, reply.text
     sent = tokenizer.decode(bench.engine.requests[0].prompt, skip_special_tokens=True)
     assert sent.split()[:2] == ["be", "kind"]
