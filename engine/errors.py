@@ -9,6 +9,7 @@ JambaError
       - ContextTooLong     400 context_length_exceeded: prompt and reply do not fit into the context
       - NotSupportedYet    400: the field is known, but not implemented yet
     + ModelNotFound        404 model_not_found: the request names another model than the served one
+    + ResponseNotFound     404 response_not_found: no response of this id is stored for this API key
     + Overloaded           503 with Retry-After: the queue is full or the server is stopping
     + EngineFailed         500: the engine died each time that it ran this request
     + EngineDead           503: no engine process is running
@@ -86,6 +87,13 @@ class ModelNotFound(EngineError):
     def __init__(self, model: str, *, served: tuple[str, ...]) -> None:
         super().__init__(f"The model `{model}` does not exist; this server has: {', '.join(served)}.")
         self.model = model
+
+
+class ResponseNotFound(EngineError):
+    """A request for a response of /v1/responses that is not stored, or that another API key has made."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"No response with the id {response_id[:64]!r} is stored.")
 
 
 class Overloaded(EngineError):

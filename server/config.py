@@ -122,6 +122,16 @@ class ServerConfig:
         UnknownFields,
         Help("server", "Unknown request fields: ignore all that cannot change the answer, or reject every one"),
     ] = "ignore"
+    data_dir: Annotated[
+        str | None,
+        Help("server", "Folder for the stored responses of /v1/responses", "PATH", "none, they are kept in memory"),
+    ] = None
+    max_stored_responses: Annotated[
+        Number, Help("server", "Responses of /v1/responses that are kept for later requests; 0 keeps none")
+    ] = 10_000
+    max_stored_bytes: Annotated[
+        Number, Help("server", "Size of all stored responses; the ones not used for longest go first", "BYTES")
+    ] = 64 * 1024**2
     log_level: Annotated[LogLevel, Help("server", "Lowest severity of the lines in the log")] = "info"
 
     device: Annotated[Device, Help("model", "Device that runs the model; auto is the GPU if there is one")] = "auto"

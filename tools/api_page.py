@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
@@ -21,12 +21,15 @@ from jamba_server.server.http.schemas.base import NoEffect
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest, ChatMessage
 from jamba_server.server.http.schemas.completions import CompletionRequest
 from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
+from jamba_server.server.http.schemas.responses import items
+from jamba_server.server.http.schemas.responses.request import ResponseRequest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 SCHEMAS: dict[str, type[BaseModel]] = {
     "chat": ChatCompletionRequest,
     "message": ChatMessage,
     "completion": CompletionRequest,
+    "response": ResponseRequest,
     "tokenize": TokenizeRequest,
     "detokenize": DetokenizeRequest,
 }
@@ -34,33 +37,79 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
 
 
-def fate(name: str, field: FieldInfo) -> str:
+# The classes of the items of a request for a response. Each class has the type of its items as the field `type`.
+ITEMS: tuple[type[BaseModel], ...] = (
+    items.Message,
+    items.FunctionCall,
+    items.FunctionCallOutput,
+    items.CustomToolCall,
+    items.CustomToolCallOutput,
+    items.Reasoning,
+    items.ItemReference,
+)
+
+
+def fate(name: str, field: FieldInfo, schema: type[BaseModel]) -> str:
     """Returns how the server treats a field of a request. The result is "refused" for a field that the server knows but
     does not support, "ignored" for a field without an effect, and "honoured" for all other fields."""
+    if name in elsewhere(schema):
+        return "refused"
     for item in field.metadata:
         if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
             return "refused"
+    if schema is ResponseRequest:
+        return "ignored" if "no effect" in (field.description or "") else "honoured"
     return "ignored" if name in NoEffect.model_fields or name in WITHOUT_EFFECT else "honoured"
+
+
+def elsewhere(schema: type[BaseModel]) -> dict[str, peer_fields.PeerField]:
+    """Returns the fields of a schema that belong to other endpoints, although the schema inherits them."""
+    return schema.elsewhere if issubclass(schema, ResponseRequest) else {}
 
 
 def field_table(schema: type[BaseModel]) -> str:
     rows = sorted(
-        ((fate(name, field), name, field.description or "") for name, field in schema.model_fields.items()),
+        (
+            (fate(name, field, schema), name, _meaning(name, field, schema))
+            for name, field in schema.model_fields.items()
+        ),
         key=lambda row: ("honoured", "ignored", "refused").index(row[0]),
     )
     lines = [f"| `{name}` | {what} | {text} |" for what, name, text in rows]
     return "\n".join(["| field | support | meaning |", "| --- | --- | --- |", *lines])
 
 
+def _meaning(name: str, field: FieldInfo, schema: type[BaseModel]) -> str:
+    if (other := elsewhere(schema).get(name)) is not None:
+        return f"A field of {other.of}." + (f" Send `{other.instead}` instead." if other.instead else "")
+    return field.description or ""
+
+
+def item_table() -> str:
+    """Returns a table of the items of a request for a response, with the fields of each that have an effect."""
+    lines: list[str] = []
+    for schema in ITEMS:
+        fields = schema.model_fields.items()
+        names = [
+            f"`{name}`" for name, field in fields if name != "type" and "no effect" not in (field.description or "")
+        ]
+        kind = get_args(schema.model_fields["type"].annotation)[0]
+        lines.append(f"| `{kind if isinstance(kind, str) else get_args(kind)[0]}` | {', '.join(names)} |")
+    return "\n".join(["| type | fields |", "| --- | --- |", *lines])
+
+
 def peer_table() -> str:
     """Returns a table of the request fields that other servers accept and this server refuses. The table has one line
     for each other server."""
     by_server: dict[str, list[str]] = {}
-    tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers]
+    tables: list[peer_fields.PeerFields] = [ChatCompletionRequest.peers, CompletionRequest.peers, ResponseRequest.peers]
     for name, field in {name: field for table in tables for name, field in table.items()}.items():
         by_server.setdefault(field.of, []).append(f"`{name}`")
     lines = [f"| {server} | {', '.join(sorted(names))} |" for server, names in sorted(by_server.items())]
     return "\n".join(["| origin | fields |", "| --- | --- |", *lines])
+
+
+OTHER_TABLES = {"peers": peer_table, "items": item_table}
 
 
 def rendered(page: str) -> str:
@@ -68,7 +117,7 @@ def rendered(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        made: Any = peer_table() if name == "peers" else field_table(SCHEMAS[name])
+        made: Any = OTHER_TABLES[name]() if name in OTHER_TABLES else field_table(SCHEMAS[name])
         return f"<!-- table {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)

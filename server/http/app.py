@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,13 +23,22 @@ from jamba_server.server.http.logs import log_stats
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
-from jamba_server.server.http.routes import chat, completions, models, operations, pages, tokenize
+from jamba_server.server.http.routes import chat, completions, models, operations, pages, responses, tokenize
 from jamba_server.server.http.services import Services
+from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
 
-ROUTERS = (chat.router, completions.router, models.router, tokenize.router, operations.router, pages.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    models.router,
+    tokenize.router,
+    operations.router,
+    pages.router,
+)
 
 
 def create_app(
@@ -56,6 +66,11 @@ def create_app(
         demo=demo,
         version=package_version(),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
+        responses=ResponseStore(
+            Path(config.data_dir) if config.data_dir else None,
+            max_responses=config.max_stored_responses,
+            max_bytes=config.max_stored_bytes,
+        ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
@@ -114,6 +129,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     statistics.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await statistics
+    await services.responses.close()
 
 
 async def _handle(request: Request, exc: Exception) -> Response:

@@ -28,6 +28,7 @@ from jamba_server.engine.errors import (
     ModelNotFound,
     Overloaded,
     RequestRejected,
+    ResponseNotFound,
 )
 from jamba_server.server.http.findings import Finding, describe_finding, param_of
 
@@ -42,6 +43,7 @@ MAX_MESSAGE_CHARS = 1000  # longer messages are cut at the end; a message might 
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
+    (ResponseNotFound, 404, "invalid_request_error", "response_not_found"),
     (Overloaded, 503, "service_unavailable_error", "overloaded"),
     (EngineLoading, 503, "service_unavailable_error", "engine_loading"),
     (EngineDead, 503, "service_unavailable_error", "engine_dead"),

@@ -18,6 +18,7 @@ from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, RenderedText, RenderOptions
 from jamba_server.server.text.rendering.process import NUM_PROCESSES
@@ -45,6 +46,7 @@ class Services:
     version: str
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
+    responses: ResponseStore
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))

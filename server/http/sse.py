@@ -94,6 +94,7 @@ class EventStream(Response):
                     await self._send(send, *self.writer.begin())
                     async for delta in deltas:
                         await self._send(send, *self.writer.write(delta))
+                    await self.writer.complete()
                     await self._send(send, *self.writer.end())
         except Exception as exc:
             if not self._started:

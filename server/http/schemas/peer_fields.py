@@ -10,7 +10,7 @@ in the tables.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 
@@ -223,6 +223,32 @@ CHAT: PeerFields = MappingProxyType(
 
 COMPLETION: PeerFields = MappingProxyType(
     _GENERATION | {"messages": PeerField("/v1/chat/completions", ([],), instead="prompt")}
+)
+
+# The fields of this server that have other names in requests to /v1/responses.
+_NAMES_IN_RESPONSES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+
+RESPONSE: PeerFields = MappingProxyType(
+    {
+        name: replace(field, instead=_NAMES_IN_RESPONSES.get(field.instead, field.instead))
+        for name, field in _GENERATION.items()
+    }
+    | {
+        "messages": PeerField("/v1/chat/completions", ([],), instead="input"),
+        "logprobs": PeerField("/v1/chat/completions", (False,), instead="include"),
+        "reasoning_effort": PeerField("/v1/chat/completions", instead="reasoning.effort"),
+        "functions": PeerField("/v1/chat/completions", ([],), instead="tools"),
+        "function_call": PeerField("/v1/chat/completions", ("none", "auto"), instead="tool_choice"),
+        "documents": PeerField("/v1/chat/completions", ([],)),
+        "chat_template": PeerField("/v1/chat/completions", ("",)),
+        "chat_template_kwargs": PeerField("/v1/chat/completions", ({},)),
+        "suffix": PeerField("/v1/completions", ("",)),
+    }
 )
 
 MESSAGE: PeerFields = MappingProxyType(

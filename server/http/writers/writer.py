@@ -27,7 +27,8 @@ class Writer(ABC):
     ends the event.
 
     The function `sse.answer` runs the writer's `generation`. For a reply without `stream` it calls only the method
-    `reply`. For a stream it calls `begin`, then `write` for every delta, and then `end`, or `fail` after an error.
+    `reply`. For a stream it calls `begin`, then `write` for every delta, then `complete` and `end`, or `fail` after an
+    error.
     """
 
     generation: Generation
@@ -44,6 +45,9 @@ class Writer(ABC):
     @abstractmethod
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
         """Returns the events that have the text, log-probabilities and finish reason of `delta`."""
+
+    async def complete(self) -> None:  # noqa: B027 (most writers have nothing to do here)
+        """Does what must be done after the last delta of a successful generation and before the events of `end`."""
 
     @abstractmethod
     def end(self) -> Iterable[bytes]:

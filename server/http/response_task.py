@@ -1,0 +1,164 @@
+"""Translates a request for a response into the task of continuing a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from starlette.types import Scope
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
+from jamba_server.server.http.generation import GenerationSpec
+from jamba_server.server.http.schemas.responses.items import Item, ItemReference
+from jamba_server.server.http.schemas.responses.request import LOGPROBS, ResponseRequest
+from jamba_server.server.http.schemas.responses.tools import FunctionNames, allowed_names, joined_name
+from jamba_server.server.http.services import Services
+from jamba_server.server.http.store.responses import ResponseStore
+
+ChatMessage = dict[str, Any]
+
+
+async def read_input(body: ResponseRequest, store: ResponseStore, owner: str) -> list[Item]:
+    """Returns the items of the request's input. References are replaced by the stored items that they name.
+
+    Raises RequestRejected if such an item is not stored.
+    """
+    items: list[Item] = []
+    for position, given in enumerate(body.items):
+        if not isinstance(given, ItemReference):
+            items.append(given.to_item())
+        elif (item := await store.item(given.id, owner)) is not None:
+            items.append(item)
+        else:
+            raise RequestRejected(
+                f"No item with the id {given.id[:64]!r} is stored, so it cannot be referenced. Send the item itself.",
+                param=f"input.{position}.id",
+                code="item_not_found",
+            )
+    return items
+
+
+def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]) -> ChatTask:
+    """Returns the task of continuing the conversation that `items` are. Raises RequestRejected for a tool_choice that
+    the tools cannot satisfy."""
+    mode, allowed = allowed_names(body.choice, names)
+    return ChatTask(
+        messages=tuple(chat_messages(body.instructions, items)),
+        body=body,
+        logprobs=(body.top_logprobs or 0) if body.includes(LOGPROBS) else None,
+        tools=tuple(
+            Tool(
+                name=name,
+                description=tool.description or "",
+                parameters=tool.parameters or {},
+                strict=bool(tool.strict),
+            )
+            for name, (tool, _) in names.functions.items()
+        ),
+        tool_choice=mode,
+        allowed_tools=allowed,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+    )
+
+
+def chat_messages(instructions: str | None, items: Iterable[Item]) -> list[ChatMessage]:
+    """Returns the messages that chat templates read.
+
+    Reasoning, text and calls that follow each other are one message of the assistant, because the model wrote them in
+    one reply.
+    """
+    messages: list[ChatMessage] = [] if not instructions else [{"role": "system", "content": instructions}]
+    for item in items:
+        match item["type"]:
+            case "message" if item["role"] == "assistant":
+                turn = _assistant(messages, new=_has_text_only(messages))
+                turn["content"] += _text(item)
+            case "message":
+                role = "system" if item["role"] == "developer" else item["role"]
+                messages.append({"role": role, "content": _text(item)})
+            case "reasoning":
+                if text := "".join(part["text"] for part in item["content"]):
+                    turn = _assistant(messages, new=_has_text_or_calls(messages))
+                    turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+            case "function_call":
+                _add_call(messages, item, item["arguments"])
+            case "custom_tool_call":
+                _add_call(messages, item, json.dumps({"input": item["input"]}, ensure_ascii=False))
+            case _:
+                messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
+    return messages
+
+
+def _text(item: Item) -> str:
+    return "\n".join(part["text"] for part in item["content"])
+
+
+def _add_call(messages: list[ChatMessage], item: Item, arguments: str) -> None:
+    name = joined_name(item.get("namespace"), item["name"])
+    call = {"id": item["call_id"], "type": "function", "function": {"name": name, "arguments": arguments}}
+    _assistant(messages, new=False).setdefault("tool_calls", []).append(call)
+
+
+def _assistant(messages: list[ChatMessage], *, new: bool) -> ChatMessage:
+    """Returns the last message if it is the assistant's and `new` is false. Otherwise begins a message."""
+    if new or not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    return messages[-1]
+
+
+def _has_text_only(messages: Sequence[ChatMessage]) -> bool:
+    return bool(messages and messages[-1]["content"] and "tool_calls" not in messages[-1])
+
+
+def _has_text_or_calls(messages: Sequence[ChatMessage]) -> bool:
+    return bool(messages and (messages[-1]["content"] or "tool_calls" in messages[-1]))
+
+
+async def plan_response(
+    task: ChatTask, services: Services, *, truncate: bool, id_: str, scope: Scope
+) -> tuple[GenerationSpec, int]:
+    """Plans the task's generation. Also returns how many messages were left out.
+
+    If `truncate` is set and the conversation is too long for the context, the oldest messages are left out, but not the
+    system messages at the beginning. The rest begins with a message of the user, so that no result of a tool loses its
+    call. As few messages as possible are left out. Raises RequestRejected if the
+    conversation is too long even so.
+    """
+    try:
+        return await _plan(task, services, id_, scope), 0
+    except RequestRejected as error:
+        if not truncate or error.code != "context_length_exceeded":
+            raise
+        too_long = error
+    messages = task.messages
+    head = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user" and i > head]
+    found: tuple[GenerationSpec, int] | None = None
+    low, high = 0, len(starts)  # starts[:low] leave too much text, and starts[high:] leave little enough
+    while low < high:
+        middle = (low + high) // 2
+        shorter = replace(task, messages=messages[:head] + messages[starts[middle] :])
+        try:
+            found = await _plan(shorter, services, id_, scope), starts[middle] - head
+            high = middle
+        except RequestRejected as error:
+            if error.code != "context_length_exceeded":
+                raise
+            low = middle + 1
+    if found is None:
+        raise too_long
+    return found
+
+
+async def _plan(task: ChatTask, services: Services, id_: str, scope: Scope) -> GenerationSpec:
+    """Calls `plan_chat`. An error about the messages names the field from which they come."""
+    try:
+        return await plan_chat(task, services, id_=id_, scope=scope)
+    except RequestRejected as error:
+        if error.param == "messages":
+            error.param = "input"
+        raise

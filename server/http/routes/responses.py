@@ -1,0 +1,230 @@
+"""The routes of /v1/responses: create, retrieve, delete, cancel and list the input items."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response as HttpResponse
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.errors import tenant_of
+from jamba_server.server.http.generation import GenerationSpec
+from jamba_server.server.http.response_task import chat_task, plan_response, read_input
+from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.replies import ERRORS, json_response
+from jamba_server.server.http.schemas.responses.items import Item, new_id
+from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
+from jamba_server.server.http.schemas.responses.request import ENCRYPTED_REASONING, LOGPROBS, ResponseRequest
+from jamba_server.server.http.schemas.responses.tools import FunctionNames, FunctionTool, NamespaceTool
+from jamba_server.server.http.services import Services, ServicesOf
+from jamba_server.server.http.sse import EventStream, until_disconnect
+from jamba_server.server.http.store.database import StoredResponse
+from jamba_server.server.http.store.responses import input_items
+from jamba_server.server.http.unknown_fields import add_reply_header, settle_unknown_fields
+from jamba_server.server.http.writers.responses import ResponseOptions, ResponseWriter, Save
+
+router = APIRouter(tags=["responses"])
+
+MAX_PAGE = 100  # maximum number of input items in one page
+DEFAULT_PAGE = 20
+
+
+@router.post("/v1/responses", response_model=Response, responses=ERRORS)
+async def create_response(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
+    """Returns the model's response to a text or to a conversation. With `stream`, it is sent as events."""
+    services.lifecycle.admit()
+    store, owner = services.responses, tenant_of(request.scope)
+    if body.store and not store.enabled:
+        why = "store is true, but this server stores no responses (--max-stored-responses)."
+        raise RequestRejected(why, param="store")
+    plan = await _plan(body, request, services, owner)
+    stores = store.enabled and body.store is not False
+    writer = ResponseWriter(
+        services.generation(plan.spec),
+        services.tokenizer,
+        _begun(plan, body, services, stores=stores),
+        ResponseOptions(
+            names=plan.names,
+            with_logprobs=body.includes(LOGPROBS),
+            with_encoded_reasoning=body.includes(ENCRYPTED_REASONING),
+            caches=services.config.enable_prefix_caching,
+        ),
+        _save(services, owner, plan.items) if stores else None,
+    )
+    if body.stream:
+        return EventStream(writer, keep_alive=services.config.sse_keep_alive)
+    response = await until_disconnect(request.receive, writer.collect())
+    # Many log-probabilities take long to convert to JSON, so a thread converts them.
+    return HttpResponse(await services.in_thread(response.model_dump_json), media_type="application/json")
+
+
+@router.post("/v1/responses/input_tokens", response_model=InputTokens, responses=ERRORS)
+async def count_input_tokens(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
+    """Returns the number of tokens of the prompt that the same request to /v1/responses would have."""
+    plan = await _plan(body, request, services, tenant_of(request.scope))
+    return json_response(InputTokens(input_tokens=len(plan.spec.prompts[0].token_ids)))
+
+
+@router.get("/v1/responses/{response_id}", response_model=Response, responses=ERRORS)
+async def retrieve_response(
+    response_id: str,
+    request: Request,
+    services: ServicesOf,
+    stream: Annotated[bool, Query(description="Must be false: events are sent only while a response is made.")] = False,
+) -> HttpResponse:
+    """Returns a stored response."""
+    if stream:
+        raise RequestRejected(
+            "stream is true, but the events of a stored response cannot be sent again.", param="stream"
+        )
+    stored = await services.responses.get(response_id, tenant_of(request.scope))
+    return HttpResponse(stored.response, media_type="application/json")
+
+
+@router.delete("/v1/responses/{response_id}", response_model=DeletedResponse, responses=ERRORS)
+async def delete_response(response_id: str, request: Request, services: ServicesOf) -> HttpResponse:
+    """Deletes a stored response. Responses that continue it can then not be continued any more."""
+    await services.responses.delete(response_id, tenant_of(request.scope))
+    return json_response(DeletedResponse(id=response_id))
+
+
+@router.post("/v1/responses/{response_id}/cancel", response_model=Response, responses=ERRORS)
+async def cancel_response(response_id: str, request: Request, services: ServicesOf) -> HttpResponse:
+    """Answers with an error, because only a background response can be cancelled and this server makes none. A client
+    cancels a response by closing the connection."""
+    await services.responses.get(response_id, tenant_of(request.scope))
+    raise RequestRejected(
+        "Only a background response can be cancelled, and this one was not made in the background. A running response "
+        "is cancelled by closing its connection.",
+        param="response_id",
+    )
+
+
+@router.get("/v1/responses/{response_id}/input_items", response_model=InputItemList, responses=ERRORS)
+async def list_input_items(
+    response_id: str,
+    request: Request,
+    services: ServicesOf,
+    after: Annotated[str | None, Query(description="The id of the item after which the page begins.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="The number of items in the page.")] = DEFAULT_PAGE,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="Whether the oldest or the newest item comes first.")
+    ] = "desc",
+) -> HttpResponse:
+    """Lists the items of the request that made a response, without the items of earlier responses."""
+    items = input_items(await services.responses.get(response_id, tenant_of(request.scope)))
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise RequestRejected(f"The response has no input item with the id {after[:64]!r}.", param="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    ends = (page[0]["id"], page[-1]["id"]) if page else ("", "")
+    return json_response(InputItemList(data=page, first_id=ends[0], last_id=ends[1], has_more=len(items) > limit))
+
+
+class _Plan(NamedTuple):
+    """What is known of a request before its generation: the model's name, the functions, the items of the input and the
+    data for the engine."""
+
+    model: str
+    names: FunctionNames
+    items: list[Item]
+    spec: GenerationSpec
+
+
+async def _plan(body: ResponseRequest, request: Request, services: Services, owner: str) -> _Plan:
+    settle_unknown_fields(body, request, services)
+    await wait_for_start(request, services)
+    model = services.model(body.model)
+    names = FunctionNames.of(body.declared_tools)
+    items = await read_input(body, services.responses, owner)
+    history: list[Item] = []
+    if body.previous_response_id is not None:
+        limit = services.config.max_body_bytes
+        history = await services.responses.conversation(body.previous_response_id, owner, max_bytes=limit)
+    task = chat_task(body, names, history + items)
+    spec, num_left_out = await plan_response(
+        task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
+    )
+    _warn(request, names, num_left_out)
+    return _Plan(model, names, items, spec)
+
+
+def _warn(request: Request, names: FunctionNames, num_left_out: int) -> None:
+    """Adds the header X-Warning to the reply if something of the request does not reach the model."""
+    warnings: list[str] = []
+    if names.skipped:
+        kinds = ", ".join(kind if kind.isascii() and kind.isidentifier() else "?" for kind in names.skipped[:8])
+        warnings.append(f"the model does not see the tools of these types: {kinds}")
+    if num_left_out:
+        warnings.append(f"the oldest {num_left_out} messages were left out, because the conversation is too long")
+    if warnings:
+        add_reply_header(request, "X-Warning", "; ".join(warnings))
+
+
+def _begun(plan: _Plan, body: ResponseRequest, services: Services, *, stores: bool) -> Response:
+    """Returns the response as it is before its first token."""
+    defaults = services.defaults
+    return Response(
+        id=plan.spec.id,
+        created_at=int(time.time()),
+        status="in_progress",
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        max_tool_calls=body.max_tool_calls,
+        metadata=body.metadata or {},
+        model=plan.model,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        previous_response_id=body.previous_response_id,
+        prompt_cache_key=body.prompt_cache_key,
+        reasoning={"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        safety_identifier=body.safety_identifier,
+        store=stores,
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        text={"format": {"type": "text"}} | (_dump(body.text) if body.text else {}),
+        tool_choice=body.choice if isinstance(body.choice, str) else _dump(body.choice),
+        tools=_offered_tools(body),
+        top_logprobs=body.top_logprobs or 0,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        truncation=body.truncation or "disabled",
+        user=body.user,
+    )
+
+
+def _dump(part: Any) -> dict[str, Any]:
+    return part.model_dump(by_alias=True, exclude_unset=True, exclude_none=True)
+
+
+def _offered_tools(body: ResponseRequest) -> list[dict[str, Any]]:
+    """Returns the declarations of the tools that the model sees."""
+    tools: list[dict[str, Any]] = []
+    for tool in body.declared_tools:
+        if isinstance(tool, FunctionTool):
+            tools.append(_dump(tool))
+        elif isinstance(tool, NamespaceTool):
+            functions = [_dump(member) for member in tool.tools if isinstance(member, FunctionTool)]
+            tools.append(_dump(tool) | {"tools": functions})
+    return tools
+
+
+def _save(services: Services, owner: str, items: list[Item]) -> Save:
+    """Returns the function that stores a finished response together with the items of its request."""
+
+    async def save(response: Response) -> bool:
+        stored = StoredResponse(
+            id=response.id,
+            owner=owner,
+            previous_id=response.previous_response_id,
+            input=msgspec.json.encode(items),
+            response=(await services.in_thread(response.model_dump_json)).encode(),
+        )
+        ids = [item["id"] for item in items] + [item.id for item in response.output]
+        return await services.responses.put(stored, ids)
+
+    return save

@@ -1,0 +1,212 @@
+"""The tools of a request for a response, and the choice among them.
+
+The functions of a namespace are offered to the model under one name, such as `crm__find_customer`. `FunctionNames`
+knows which name stands for which function. A call in a reply has the namespace and the function's own name again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.schemas.base import RequestBody
+
+MAX_TOOLS = 512  # maximum number of tools in a request, and in one namespace
+MAX_NAME_CHARS = 128
+
+ToolName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+class FunctionTool(RequestBody):
+    """A function that the client runs when the model calls it."""
+
+    type: Literal["function"]
+    name: Annotated[ToolName, Field(description="The name of the function.")]
+    description: Annotated[str | None, Field(description="What the function does, for the model.")] = None
+    parameters: Annotated[dict[str, Any] | None, Field(description="The JSON schema of the function's arguments.")] = (
+        None
+    )
+    strict: Annotated[bool | None, Field(description="Whether the arguments must follow the schema.")] = None
+
+
+class SkippedTool(BaseModel):
+    """A tool that is not offered to the model, because this server cannot run it and the client cannot either, or
+    because its input is not JSON."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    type: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+
+    @property
+    def label(self) -> str:
+        return self.type
+
+
+def _tool_type(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"({kind})" if kind in ("function", "namespace") else "(other)"
+
+
+NamespacedTool = Annotated[
+    Annotated[FunctionTool, Tag("(function)")] | Annotated[SkippedTool, Tag("(other)")],
+    Discriminator(lambda value: "(other)" if _tool_type(value) == "(namespace)" else _tool_type(value)),
+]
+
+
+class NamespaceTool(RequestBody):
+    """Functions that belong together, such as those of one MCP server."""
+
+    type: Literal["namespace"]
+    name: Annotated[ToolName, Field(description="The name of the namespace.")]
+    description: Annotated[str | None, Field(description="What the namespace is for. It has no effect.")] = None
+    tools: Annotated[list[NamespacedTool], Field(max_length=MAX_TOOLS, fail_fast=True, description="The functions.")]
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("(function)")]
+    | Annotated[NamespaceTool, Tag("(namespace)")]
+    | Annotated[SkippedTool, Tag("(other)")],
+    Discriminator(_tool_type),
+]
+AnyTool = FunctionTool | NamespaceTool | SkippedTool
+
+
+class FunctionName(NamedTuple):
+    """The name of a function as the client knows it. `namespace` is None for a function outside all namespaces."""
+
+    namespace: str | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionNames:
+    """Pairs the names that the model reads with the functions of a request.
+
+    `functions` maps the name that the model reads to the function's declaration and to its name for the client. The
+    field `skipped` has the types of the tools that are not offered to the model.
+    """
+
+    functions: dict[str, tuple[FunctionTool, FunctionName]]
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tools: Sequence[AnyTool]) -> FunctionNames:
+        """Raises RequestRejected if two functions have the same name."""
+        functions: dict[str, tuple[FunctionTool, FunctionName]] = {}
+        skipped: list[str] = []
+        for position, tool in enumerate(tools):
+            members = tool.tools if isinstance(tool, NamespaceTool) else [tool]
+            namespace = tool.name if isinstance(tool, NamespaceTool) else None
+            for member in members:
+                if isinstance(member, FunctionTool):
+                    name = joined_name(namespace, member.name)
+                    if name in functions:
+                        raise RequestRejected(f"Two tools have the name {name!r}.", param=f"tools.{position}.name")
+                    functions[name] = member, FunctionName(namespace, member.name)
+                elif isinstance(member, SkippedTool):
+                    skipped.append(member.label)
+        return cls(functions, tuple(dict.fromkeys(skipped)))
+
+    def called(self, name: str) -> FunctionName:
+        """Returns the client's name of the function that the model has called `name`."""
+        return self.functions[name][1] if name in self.functions else FunctionName(None, name)
+
+    def matching(self, name: str) -> frozenset[str]:
+        """Returns the names for the model of all functions that the client calls `name`, in any namespace."""
+        return frozenset(key for key, (_, own) in self.functions.items() if name in (own.name, key))
+
+
+def joined_name(namespace: str | None, name: str) -> str:
+    """Returns the name under which the model reads a function of a namespace."""
+    return name if namespace is None else f"{namespace.removesuffix('__')}__{name}"
+
+
+class NamedFunction(RequestBody):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    name: ToolName
+
+
+class AllowedTools(RequestBody):
+    """The only tools that the model may call."""
+
+    type: Literal["allowed_tools"]
+    mode: Annotated[Literal["auto", "required"], Field(description="Whether the model must call one of them.")]
+    tools: Annotated[
+        list[dict[str, Any]], Field(min_length=1, max_length=MAX_TOOLS, description="The types and names of the tools.")
+    ]
+
+
+def _choice_type(value: Any) -> str:
+    if isinstance(value, str):
+        return "(mode)"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"({kind})"
+
+
+def _known_choice(value: Any) -> Any:
+    if isinstance(value, dict) and (kind := value.get("type")) not in ("function", "allowed_tools"):
+        why = f"has the type {str(kind)[:48]!r}; only 'function' and 'allowed_tools' are supported"
+        raise PydanticCustomError("tool_choice_type", "{why}", {"why": why})
+    if not isinstance(value, (str, dict, BaseModel)):
+        raise PydanticCustomError("tool_choice_type", "{why}", {"why": "must be a string or a JSON object"})
+    return value
+
+
+ToolChoice = Annotated[
+    Annotated[
+        Annotated[Literal["none", "auto", "required"], Tag("(mode)")]
+        | Annotated[NamedFunction, Tag("(function)")]
+        | Annotated[AllowedTools, Tag("(allowed_tools)")],
+        Discriminator(_choice_type),
+    ],
+    BeforeValidator(_known_choice),
+]
+AnyToolChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedTools
+
+
+class AllowedNames(NamedTuple):
+    """What a request's `tool_choice` means: whether the model may or must call a function, and which ones it may call.
+
+    `names` is None if it may call all of them.
+    """
+
+    mode: Literal["none", "auto", "required"]
+    names: frozenset[str] | None
+
+
+def allowed_names(choice: AnyToolChoice, names: FunctionNames) -> AllowedNames:
+    """Raises RequestRejected if the choice names a function that is not among the tools, or if it requires a call and
+    there is no function."""
+    match choice:
+        case NamedFunction():
+            mode, allowed = "required", names.matching(choice.name)
+            if not allowed:
+                raise RequestRejected(
+                    f"tool_choice names the function {choice.name!r}, which is not among the tools.",
+                    param="tool_choice",
+                )
+        case AllowedTools():
+            mode, allowed = choice.mode, frozenset[str]()
+            for tool in choice.tools:
+                if tool.get("type") == "function":
+                    if not (found := names.matching(str(tool.get("name")))):
+                        raise RequestRejected(
+                            f"tool_choice allows the function {str(tool.get('name'))[:MAX_NAME_CHARS]!r}, which is not "
+                            "among the tools.",
+                            param="tool_choice.tools",
+                        )
+                    allowed |= found
+        case _:
+            mode, allowed = choice, None
+    if mode == "required" and not (names.functions if allowed is None else allowed):
+        raise RequestRejected(
+            "tool_choice requires a call, but there is no function that the model could call.", param="tool_choice"
+        )
+    return AllowedNames(mode, allowed)

@@ -1,0 +1,201 @@
+"""The class `Database` keeps responses in SQLite, in a file or in memory. Its methods block, and only one thread may
+call them at a time."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from jamba_server.engine.errors import ConfigError
+
+VERSION = 1  # stored in the file as its `user_version`; a file of another version is not opened
+
+# `used` grows with every use of any response, so the response with the smallest value has not been used for the longest
+# time. `size` is the number of bytes of `input` and `response`, which are JSON.
+_SCHEMA = """
+CREATE TABLE responses (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    previous_id TEXT,
+    used INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    input BLOB NOT NULL,
+    response BLOB NOT NULL
+);
+CREATE INDEX responses_by_use ON responses (used, size);
+CREATE TABLE items (
+    id TEXT NOT NULL,
+    response_id TEXT NOT NULL REFERENCES responses (id) ON DELETE CASCADE,
+    PRIMARY KEY (id, response_id)
+) WITHOUT ROWID;
+CREATE INDEX items_by_response ON items (response_id);
+"""
+
+# The response ?1 of the owner ?2 and the responses that it continues. `depth` is 0 for ?1 itself.
+_CHAIN = """
+WITH RECURSIVE chain (id, previous_id, size, depth) AS (
+    SELECT id, previous_id, size, 0 FROM responses WHERE id = ?1 AND owner = ?2
+    UNION ALL
+    SELECT r.id, r.previous_id, r.size, depth + 1 FROM responses AS r JOIN chain ON r.id = chain.previous_id
+    WHERE r.owner = ?2
+)
+SELECT id, previous_id, size FROM chain ORDER BY depth DESC
+"""
+
+# Deletes the responses that have not been used for the longest time, so that at most ?1 responses of together at most
+# ?2 bytes are left.
+_EVICT = """
+DELETE FROM responses WHERE id IN (
+    SELECT id FROM (
+        SELECT id, row_number() OVER latest AS number, sum(size) OVER latest AS total
+        FROM responses WINDOW latest AS (ORDER BY used DESC)
+    ) WHERE number > ?1 OR total > ?2
+)
+"""
+
+_NEXT_USE = "(SELECT coalesce(max(used), 0) + 1 FROM responses)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredResponse:
+    """A response and the input items of its request, both as JSON.
+
+    `owner` names the API key that made the response. `previous_id` is the id of the response that this one continues,
+    or None.
+    """
+
+    id: str
+    owner: str
+    previous_id: str | None
+    input: bytes
+    response: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.input) + len(self.response)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One response of a conversation: its id, the id of the response before it, and its size in bytes."""
+
+    id: str
+    previous_id: str | None
+    size: int
+
+
+class Database:
+    """A table of responses with a limit on their number and on their bytes. Each method is one transaction."""
+
+    def __init__(self, path: Path | None, *, max_responses: int, max_bytes: int) -> None:
+        """Opens or creates the file `path`. If `path` is None, the responses are kept in memory.
+
+        Raises ConfigError if the file cannot be used.
+        """
+        self._max_responses, self._max_bytes = max_responses, max_bytes
+        try:
+            if path is not None:
+                # Only the server's user may read the file, because it contains conversations.
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"The database {path} cannot be opened: {error}.") from error
+        try:
+            self._prepare(path)
+        except sqlite3.Error as error:
+            self._connection.close()
+            raise ConfigError(f"The database {path} cannot be used: {error}.") from error
+        except ConfigError:
+            self._connection.close()
+            raise
+
+    def _prepare(self, path: Path | None) -> None:
+        run = self._connection.execute
+        run("PRAGMA foreign_keys = ON")
+        run("PRAGMA secure_delete = ON")  # a deleted conversation is overwritten, not only unlinked
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")  # with the write-ahead log, a crash of the process loses nothing
+        [[version]] = run("PRAGMA user_version").fetchall()
+        [[tables]] = run("SELECT count(*) FROM sqlite_schema").fetchall()
+        if tables and version != VERSION:
+            raise ConfigError(f"The database {path} has version {version} and not {VERSION}; move the file away.")
+        if not tables:
+            self._connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        self._evict()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def put(self, response: StoredResponse, item_ids: Iterable[str]) -> None:
+        """Stores a response and deletes the ones that have not been used for the longest time if there are too many.
+
+        `item_ids` are the ids of the response's input and output items. Raises sqlite3.Error if the response cannot be
+        stored, for example because the disk is full.
+        """
+        with self._connection, closing(self._connection.cursor()) as cursor:
+            cursor.execute("BEGIN IMMEDIATE")
+            cursor.execute(
+                f"INSERT INTO responses VALUES (?, ?, ?, {_NEXT_USE}, ?, ?, ?)",
+                (response.id, response.owner, response.previous_id, response.size, response.input, response.response),
+            )
+            cursor.executemany(
+                "INSERT OR IGNORE INTO items VALUES (?, ?)", [(item_id, response.id) for item_id in item_ids]
+            )
+            self._use(response.id, response.owner)
+            self._evict()
+
+    def get(self, id_: str, owner: str) -> StoredResponse | None:
+        rows = self._connection.execute(
+            "SELECT id, owner, previous_id, input, response FROM responses WHERE id = ? AND owner = ?", (id_, owner)
+        ).fetchall()
+        return _stored(rows[0]) if rows else None
+
+    def chain(self, id_: str, owner: str) -> list[Link]:
+        """Returns a response and the responses that it continues, the oldest first, and counts this as a use of them.
+
+        The result is empty if the response is not there. If a response in the chain is missing, the chain begins after
+        it.
+        """
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            return self._use(id_, owner)
+
+    def find_item(self, item_id: str, owner: str) -> StoredResponse | None:
+        """Returns a response that has an input or output item of this id, or None."""
+        rows = self._connection.execute(
+            "SELECT r.id, owner, previous_id, input, response FROM responses AS r JOIN items ON response_id = r.id "
+            "WHERE items.id = ? AND owner = ? LIMIT 1",
+            (item_id, owner),
+        ).fetchall()
+        return _stored(rows[0]) if rows else None
+
+    def delete(self, id_: str, owner: str) -> bool:
+        """Deletes a response. Returns whether it was there."""
+        return self._connection.execute("DELETE FROM responses WHERE id = ? AND owner = ?", (id_, owner)).rowcount > 0
+
+    def _use(self, id_: str, owner: str) -> list[Link]:
+        """Returns the chain of a response and sets `used` of its responses.
+
+        The oldest response of the chain gets the highest number. Otherwise it would be evicted first, and the later
+        ones could no longer be continued.
+        """
+        links = [Link(*row) for row in self._connection.execute(_CHAIN, (id_, owner)).fetchall()]
+        self._connection.executemany(
+            f"UPDATE responses SET used = {_NEXT_USE} WHERE id = ?", [(link.id,) for link in reversed(links)]
+        )
+        return links
+
+    def _evict(self) -> None:
+        [[number, size]] = self._connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM responses").fetchall()
+        if number > self._max_responses or size > self._max_bytes:
+            self._connection.execute(_EVICT, (self._max_responses, self._max_bytes))
+
+
+def _stored(row: tuple[str, str, str | None, bytes, bytes]) -> StoredResponse:
+    id_, owner, previous_id, input_, response = row
+    return StoredResponse(id=id_, owner=owner, previous_id=previous_id, input=input_, response=response)

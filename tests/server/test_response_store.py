@@ -1,0 +1,217 @@
+"""What the store of responses keeps, for whom, and what it forgets first."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from jamba_server.engine.errors import ConfigError, RequestRejected, ResponseNotFound
+from jamba_server.server.http.store.database import StoredResponse
+from jamba_server.server.http.store.responses import FILE_NAME, ResponseStore
+
+OWNER = "key"
+
+
+def stored(id_: str, previous: str | None = None, *, owner: str = OWNER, text: str = "Hi") -> StoredResponse:
+    return StoredResponse(
+        id=id_,
+        owner=owner,
+        previous_id=previous,
+        input=json.dumps([{"id": f"in_{id_}", "type": "message", "text": text}]).encode(),
+        response=json.dumps({"id": id_, "output": [{"id": f"out_{id_}", "type": "message"}]}).encode(),
+    )
+
+
+async def put(store: ResponseStore, *responses: StoredResponse) -> None:
+    for response in responses:
+        assert await store.put(response, [f"in_{response.id}", f"out_{response.id}"])
+
+
+async def kept(store: ResponseStore, *ids: str, owner: str = OWNER) -> list[str]:
+    found: list[str] = []
+    for id_ in ids:
+        try:
+            found.append((await store.get(id_, owner)).id)
+        except ResponseNotFound:
+            continue
+    return found
+
+
+def make(folder: Path | None = None, *, max_responses: int = 100, max_bytes: int = 100_000) -> ResponseStore:
+    return ResponseStore(folder, max_responses=max_responses, max_bytes=max_bytes)
+
+
+async def conversation(store: ResponseStore, id_: str, *, max_bytes: int = 100_000) -> list[str]:
+    return [item["id"] for item in await store.conversation(id_, OWNER, max_bytes=max_bytes)]
+
+
+async def test_a_conversation_is_the_items_of_its_responses() -> None:
+    store = make()
+    await put(store, stored("a"), stored("b", "a"), stored("c", "b"), stored("other", "a"))
+    assert await conversation(store, "c") == ["in_a", "out_a", "in_b", "out_b", "in_c", "out_c"]
+    assert await conversation(store, "other") == ["in_a", "out_a", "in_other", "out_other"]
+    await store.close()
+
+
+async def test_another_owner_finds_nothing() -> None:
+    store = make()
+    await put(store, stored("a"), stored("theirs", owner="them"))
+    for owner, mine in ((OWNER, "a"), ("them", "theirs"), ("", None)):
+        assert await kept(store, "a", "theirs", owner=owner) == ([mine] if mine else [])
+        assert (await store.item("in_a", owner) is not None) == (owner == OWNER)
+    with pytest.raises(ResponseNotFound):
+        await store.delete("a", "them")
+    with pytest.raises(RequestRejected, match="'theirs' is not stored"):
+        await conversation(store, "theirs")
+    # A response of another owner is not read even if a chain leads to it.
+    await put(store, stored("b", "theirs"))
+    with pytest.raises(RequestRejected, match="'theirs' is not stored"):
+        await conversation(store, "b")
+    assert await kept(store, "a") == ["a"]
+    await store.close()
+
+
+async def test_the_response_that_has_not_been_used_for_longest_goes_first() -> None:
+    store = make(max_responses=3)
+    await put(store, stored("a"), stored("b"), stored("c"))
+    await conversation(store, "a")
+    await put(store, stored("d"))
+    assert await kept(store, "a", "b", "c", "d") == ["a", "c", "d"]
+    await store.close()
+
+
+async def test_bytes_are_limited_too() -> None:
+    size = stored("a").size
+    store = make(max_bytes=3 * size)
+    await put(store, *(stored(name) for name in "abcde"))
+    assert await kept(store, *"abcde") == ["c", "d", "e"]
+    large = stored("f", text="x" * (3 * size))
+    assert not await store.put(large, [])
+    assert await kept(store, *"abcdef") == ["c", "d", "e"]
+    await store.close()
+
+
+async def test_a_conversation_loses_its_end_before_its_beginning() -> None:
+    store = make(max_responses=4)
+    await put(store, stored("a"), stored("b", "a"), stored("c", "b"))
+    await put(store, stored("x"), stored("y"))
+    assert await kept(store, *"abcxy") == ["a", "b", "x", "y"]
+    assert await conversation(store, "b") == ["in_a", "out_a", "in_b", "out_b"]
+    await store.close()
+
+
+async def test_a_deleted_response_cannot_be_continued() -> None:
+    store = make()
+    await put(store, stored("a"), stored("b", "a"))
+    await store.delete("a", OWNER)
+    assert await kept(store, "a", "b") == ["b"]
+    assert await store.item("in_a", OWNER) is None
+    with pytest.raises(RequestRejected, match="'a' is not stored") as caught:
+        await conversation(store, "b")
+    assert (caught.value.param, caught.value.code) == ("previous_response_id", "previous_response_not_found")
+    with pytest.raises(ResponseNotFound):
+        await store.delete("a", OWNER)
+    await store.close()
+
+
+async def test_a_conversation_that_is_too_large_is_not_read() -> None:
+    store = make()
+    await put(store, stored("a"), stored("b", "a"))
+    size = stored("a").size + stored("b").size
+    assert len(await conversation(store, "b", max_bytes=size)) == 4
+    with pytest.raises(RequestRejected, match=f"has {size} bytes; at most {size - 1}"):
+        await conversation(store, "b", max_bytes=size - 1)
+    await store.close()
+
+
+async def test_an_item_is_found_by_its_id() -> None:
+    store = make()
+    await put(store, stored("a"), stored("b", "a", text="Ho"))
+    assert await store.item("in_b", OWNER) == {"id": "in_b", "type": "message", "text": "Ho"}
+    assert await store.item("out_a", OWNER) == {"id": "out_a", "type": "message"}
+    assert await store.item("in_z", OWNER) is None
+    await store.close()
+
+
+async def test_a_restart_keeps_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    store = make(folder)
+    await put(store, stored("a"), stored("b", "a"))
+    await store.close()
+    assert stat.S_IMODE((folder / FILE_NAME).stat().st_mode) == 0o600
+    store = make(folder)
+    assert await conversation(store, "b") == ["in_a", "out_a", "in_b", "out_b"]
+    await store.close()
+    store = make(folder, max_responses=1)  # a smaller limit holds from the start
+    assert len(await kept(store, "a", "b")) == 1
+    await store.close()
+
+
+async def test_a_server_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    """The connection is not closed, as after SIGKILL: what a second one reads is what was committed."""
+    store = make(tmp_path)
+    await put(store, stored("a"))
+    second = make(tmp_path)
+    assert await kept(second, "a") == ["a"]
+    await second.close()
+    await store.close()
+
+
+async def test_a_deleted_text_is_no_longer_in_the_file(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    await put(store, stored("a", text="secret words"), stored("b"))
+    await store.delete("a", OWNER)
+    await store.close()
+    assert b"secret words" not in (tmp_path / FILE_NAME).read_bytes()
+
+
+async def test_many_tasks_share_the_store() -> None:
+    store = make()
+    await asyncio.gather(*(put(store, stored(str(number))) for number in range(50)))
+    assert len(await kept(store, *map(str, range(50)))) == 50
+    await store.close()
+
+
+@pytest.mark.parametrize("limits", [{"max_responses": 0}, {"max_bytes": 0}])
+async def test_a_limit_of_zero_keeps_nothing(tmp_path: Path, limits: dict[str, int]) -> None:
+    store = make(tmp_path, **limits)
+    assert not store.enabled
+    assert not await store.put(stored("a"), [])
+    assert await kept(store, "a") == []
+    assert os.listdir(tmp_path) == []
+    await store.close()
+
+
+async def test_a_write_that_fails_is_no_error_of_the_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = make(tmp_path)
+    with sqlite3.connect(tmp_path / FILE_NAME) as other:
+        other.execute("DROP TABLE items")
+    other.close()
+    assert not await store.put(stored("a"), ["in_a"])
+    assert "a is not stored: no such table: items" in caplog.text
+    assert await kept(store, "a") == []  # nothing of the failed write stays
+    await store.close()
+
+
+def test_a_file_that_is_no_database_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"something else, long enough to have a header " * 20)
+    with pytest.raises(ConfigError, match=r"responses\.sqlite cannot be used: file is not a database"):
+        make(tmp_path)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        make(blocked)
+
+
+def test_a_file_of_another_version_stops_the_start(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / FILE_NAME)
+    connection.executescript("CREATE TABLE t (x); PRAGMA user_version = 7;")
+    connection.close()
+    with pytest.raises(ConfigError, match="has version 7 and not 1"):
+        make(tmp_path)
