@@ -1,0 +1,34 @@
+"""The limits of grammars. The HTTP process checks each grammar under these limits, and the engine compiles it under the
+same ones, so that a grammar which was accepted does not fail in the engine.
+
+Nothing here imports llguidance, so that a process that only needs a number does not load the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# The arguments of `llguidance.LLParserLimits`. A unit of fuel is one step in the construction of a regular expression's
+# automaton; about 50,000 steps take a millisecond. An item is one entry of the Earley parser's table.
+PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
+    {
+        "max_items_in_row": 2000,
+        "initial_lexer_fuel": 1_000_000,
+        "step_lexer_fuel": 200_000,
+        "step_max_items": 50_000,
+        "max_lexer_states": 50_000,  # a state takes 1 to 2 kB, so a grammar takes at most about 100 MB
+        "max_grammar_size": 500_000,  # number of symbols in all rules
+    }
+)
+
+# The check of a grammar ends when it has used this much CPU time or memory. llguidance's limits above do not bound
+# every part of a compilation: a regular expression can keep it busy for 20 seconds and let it take 2 GB.
+COMPILE_CPU_SECONDS = 1.0
+COMPILE_MEMORY_BYTES = 1 << 30
+
+MAX_SCHEMA_DEPTH = 48  # nesting of schemas inside of schemas; llguidance reads at most 127 levels of JSON
+MAX_SCHEMA_NODES = 20_000  # number of JSON values in a schema, its annotations included
+MAX_REGEX_CHARS = 8192
+MAX_CHOICES = 4096
+MAX_CHOICE_CHARS = 4096
