@@ -1,8 +1,8 @@
 """A process that compiles grammars to find out whether llguidance takes them. Run it as a module.
 
 llguidance's limits do not bound every part of a compilation, and a grammar that is nested deeply ends the process with
-an overflow of its stack. Therefore the check has a process of its own, which dies in the place of the server. The kernel
-ends it when a check has used too much CPU time; CPU time does not depend on what else the machine does.
+an overflow of its stack. Therefore the check has a process of its own, which dies in the place of the server. The
+kernel ends it when a check has used too much CPU time; CPU time does not depend on what else the machine does.
 
 The process reads lines of JSON from its standard input: first a `Setup`, then one `Check` for each grammar. It answers
 each line with a `Verdict`.
@@ -81,7 +81,8 @@ def _answer(error: str) -> None:
 
 
 def _limit_memory() -> None:
-    """Limits the memory of the process to what it has now and COMPILE_MEMORY_BYTES more. Only Linux tells what it has."""
+    """Limits the memory of the process to what it has now and COMPILE_MEMORY_BYTES more. Without /proc, which only
+    Linux has, there is no such limit."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
         pages = int(statistics.read_text().split()[0])

@@ -247,7 +247,7 @@ def refusal(path: Path, *, param: str) -> RequestRejected:
     """Returns the error for a keyword that cannot be enforced. The last part of `path` is the keyword."""
     where = pointer(path)[:300]
     return RequestRejected(
-        f"The schema's keyword `{str(path[-1])[:64]}` at {where} cannot be enforced exactly. Write the schema without it.",
+        f"The schema's keyword `{str(path[-1])[:64]}` at {where} cannot be enforced exactly. Send a schema without it.",
         param=param,
         code="unsupported_schema",
     )
