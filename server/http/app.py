@@ -25,6 +25,7 @@ from jamba_server.server.http.openapi import App
 from jamba_server.server.http.routes import chat, completions, models, operations, pages, tokenize
 from jamba_server.server.http.services import Services
 from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.grammars.builder import grammar_builder
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
 
@@ -56,6 +57,7 @@ def create_app(
         demo=demo,
         version=package_version(),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
+        grammars=grammar_builder(tokenizer),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
@@ -114,6 +116,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     statistics.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await statistics
+    services.grammars.close()
 
 
 async def _handle(request: Request, exc: Exception) -> Response:

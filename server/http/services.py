@@ -20,11 +20,15 @@ from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat
+from jamba_server.server.text.grammars.builder import GrammarBuilder
+from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 TEXT_THREADS = 4  # number of threads for templates and tokenising; more would take CPU cores from the engine
+
+GRAMMAR_THREADS = 2
 
 
 def _draw_seed() -> int:
@@ -41,12 +45,15 @@ class Services:
     metrics: Metrics
     demo: bool
     version: str
+    grammars: GrammarBuilder
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
+    # These threads build grammars and wait for the process that compiles them, which takes one grammar at a time.
+    grammar_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(GRAMMAR_THREADS))
 
     def model(self, requested: str | None) -> str:
         """Returns the requested model name, or the server's first model name if the request names no model.
@@ -118,6 +125,24 @@ class Services:
             )
         self.check_size("".join(str(message.get("content") or "") for message in messages), param="messages")
         return await self.in_thread(lambda: template.render(messages, add_generation_prompt=add_generation_prompt))
+
+    async def grammar(
+        self,
+        format: OutputFormat | None = None,
+        tools: ToolGrammar | None = None,
+        reasoning: ReasoningGrammar | None = None,
+        *,
+        leading_space: bool = False,
+    ) -> str:
+        """Returns the grammar of a reply, or "" if every reply is allowed. See `GrammarBuilder.build`."""
+        if format is None and tools is None:
+            return ""
+        # The event loop does not wait for the thread if the request is cancelled. The thread ends within seconds.
+        return await anyio.to_thread.run_sync(
+            lambda: self.grammars.build(format, tools, reasoning, leading_space=leading_space),
+            limiter=self.grammar_threads,
+            abandon_on_cancel=True,
+        )
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Calls the function `work` in a thread. In the event loop, a long call would block all other requests."""

@@ -14,6 +14,7 @@ from jamba_server.server.text.grammars.json_schema import inline, prepare
 from jamba_server.server.text.grammars.reply import build_grammar
 from jamba_server.server.text.grammars.tool_schemas import prepare_arguments
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
+from jamba_server.server.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class GrammarBuilder:
                 break
             unchecked = loose
         raise self._error(outcome, format, tools)
+
+    def close(self) -> None:
+        """Ends the process that compiles grammars."""
+        self.check.close()
 
     def _outcome(self, grammar: str, format: OutputFormat | None) -> Outcome:
         if len(grammar) > MAX_GRAMMAR_CHARS:
@@ -114,6 +119,11 @@ class GrammarBuilder:
                 return False
 
         return explain(outcome.error, schema, param=param, fails=fails)
+
+
+def grammar_builder(tokenizer: Tokenizer) -> GrammarBuilder:
+    """Returns a builder of grammars for the model that has this tokenizer."""
+    return GrammarBuilder(CompileCheck(tokenizer.to_json, eos_token_id=tokenizer.eos_token_id or 0), tokenizer.tags)
 
 
 def _content(part: dict[str, Any]) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def verdict(grammar: str, tokenizer: llguidance.LLTokenizer) -> str:
     limits = llguidance.LLParserLimits(**PARSER_LIMITS, verbose_errors=False)  # pyright: ignore[reportArgumentType]
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
-        matcher.compute_ff_tokens()
-    if not matcher.is_error():
+        matcher.consume_tokens(matcher.compute_ff_tokens())  # text without an end is an error here
+    if not matcher.is_error() and not matcher.is_stopped():
         matcher.compute_bitmask()
     if matcher.is_error():
         return matcher.get_error() or "The grammar cannot be used."
