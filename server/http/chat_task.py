@@ -15,6 +15,7 @@ from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.services import Services
+from jamba_server.server.text.grammars.types import OutputFormat
 
 ToolMode = Literal["none", "auto", "required"]
 
@@ -47,6 +48,7 @@ class ChatTask:
     tool_choice: ToolMode = "auto"
     allowed_tools: frozenset[str] | None = None
     parallel_tool_calls: bool = True
+    output_format: OutputFormat | None = None
     reasoning_effort: str | None = None
     thinking_token_budget: int | None = None
     documents: tuple[Any, ...] = ()
@@ -72,6 +74,7 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
         seed=services.draw_seed(),
         logprobs=task.logprobs,
         bad_words=await services.bad_words(body.bad_words),
+        grammar=await services.grammar(task.output_format, leading_space=chat.strip_leading_space),
     )
     prompt = admit_prompt(
         chat.prompt_ids, params, services.engine, param="messages", save_positions=chat.save_positions

@@ -144,6 +144,8 @@ _SENTENCES: Mapping[str, Callable[[Finding], str]] = {
     "stop_type": _custom,
     "content_type": _custom,
     "prompt_type": _custom,
+    "schema_type": _custom,
+    "format_type": _custom,
     "token_id": _custom,
     "blank": _custom,
 }

@@ -45,5 +45,6 @@ def _task(body: ChatCompletionRequest) -> ChatTask:
         messages=tuple(message.to_template() for message in body.messages),
         body=body,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        output_format=body.output_format,
         add_generation_prompt=body.add_generation_prompt,
     )

@@ -51,6 +51,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
 async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
     bad_words = await services.bad_words(body.bad_words)
+    grammar = await services.grammar(body.output_format)
     text = TextOptions(
         stops=body.stops,
         include_stop=body.include_stop_str_in_output,
@@ -59,7 +60,7 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
     )
     return GenerationSpec(
         id=id_,
-        prompts=tuple([await _prompt(body, services, prompt, bad_words) for prompt in body.prompts]),
+        prompts=tuple([await _prompt(body, services, prompt, bad_words, grammar) for prompt in body.prompts]),
         n=body.n or 1,
         text=text,
         priority=priority,
@@ -70,7 +71,11 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
 
 
 async def _prompt(
-    body: CompletionRequest, services: Services, prompt: str | list[int], bad_words: tuple[tuple[int, ...], ...]
+    body: CompletionRequest,
+    services: Services,
+    prompt: str | list[int],
+    bad_words: tuple[tuple[int, ...], ...],
+    grammar: str,
 ) -> Prompt:
     if isinstance(prompt, str):
         services.check_size(prompt, param="prompt")
@@ -83,5 +88,6 @@ async def _prompt(
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         bad_words=bad_words,
+        grammar=grammar,
     )
     return admit_prompt(prompt, params, services.engine, param="prompt")

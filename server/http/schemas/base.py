@@ -104,21 +104,6 @@ def unsupported(*neutral: object) -> BeforeValidator:
     return BeforeValidator(refuse)
 
 
-def _only_text(value: object) -> object:
-    if isinstance(value, dict) and value.get("type") != "text":
-        raise not_yet(f"the type {str(value.get('type'))[:32]!r}, which")
-    return value
-
-
-class TextFormat(RequestBody):
-    """The response format of plain text, which is the only one that this server supports."""
-
-    type: Annotated[Literal["text"], Field(description='Always "text".')]
-
-
-ResponseFormat = Annotated[TextFormat | None, BeforeValidator(_only_text)]
-
-
 def string_or_list(value: object) -> str | None:
     """Returns the tag that tells pydantic whether to validate the value as a string or as a list.
 
@@ -299,12 +284,6 @@ class GenerationBody(NoEffect):
     ] = None
     max_completion_tokens: Annotated[
         TokenLimit | None, Field(description="OpenAI's newer name for `max_tokens`. Send only one of the two.")
-    ] = None
-    response_format: Annotated[
-        ResponseFormat, Field(description='Must be {"type": "text"}. Other formats are not supported yet.')
-    ] = None
-    structured_outputs: Annotated[
-        dict[str, Any] | None, unsupported({}), Field(description="vLLM's field for grammars. Not supported yet.")
     ] = None
 
     @model_validator(mode="before")

@@ -21,6 +21,7 @@ from jamba_server.server.http.schemas.base import (
     string_or_list,
     unsupported,
 )
+from jamba_server.server.http.schemas.formats import FormatFields
 
 
 def _only_text_part(value: Any) -> Any:
@@ -130,7 +131,7 @@ class ChatMessage(RequestBody):
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
-class ChatCompletionRequest(GenerationBody):
+class ChatCompletionRequest(FormatFields, GenerationBody):
     """A request for a chat completion, with OpenAI's fields and vLLM's extra ones.
 
     If the request sets no maximum number of tokens, the reply may fill the part of the context that the prompt leaves.

@@ -17,6 +17,7 @@ from jamba_server.server.http.schemas.base import (
     invalid,
     unsupported,
 )
+from jamba_server.server.http.schemas.formats import FormatFields
 
 MAX_PROMPTS = 1024
 MAX_REQUEST_CHOICES = 1024  # maximum number of choices in a request: number of prompts multiplied by `n`
@@ -51,7 +52,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(GenerationBody):
+class CompletionRequest(FormatFields, GenerationBody):
     """A request for a completion, with OpenAI's fields and vLLM's extra ones.
 
     If a request has `echo`, `logprobs` and a `max_tokens` of 0, the reply has only the prompt and the log-probabilities

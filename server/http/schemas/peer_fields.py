@@ -144,7 +144,7 @@ _LENGTHS = {
 _GRAMMARS = {
     name: PeerField(of, ("", {}, []), instead="structured_outputs")
     for of, names in {
-        "vLLM": ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
+        "vLLM": ("structural_tag",),
         "SGLang": ("regex", "ebnf"),
         "llama.cpp": ("grammar", "json_schema", "grammar_triggers"),
         "text-generation-webui": ("grammar_string",),
