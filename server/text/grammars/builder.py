@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
@@ -17,11 +17,18 @@ from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGramm
 from jamba_server.server.text.tokenizer import Tokenizer
 
 
+class Check(Protocol):
+    """Tells whether llguidance can compile a grammar."""
+
+    def outcome(self, grammar: str) -> Outcome: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class GrammarBuilder:
     """Builds grammars for one model. `token_ids` has the tags of its vocabulary, such as "<tool_call>"."""
 
-    check: CompileCheck
+    check: Check
     token_ids: Mapping[str, int]
 
     def build(

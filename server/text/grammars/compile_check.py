@@ -39,7 +39,8 @@ class Outcome:
 
 class CompileCheck:
     """Checks grammars in another process, one at a time. The process starts with the first check, and again after a
-    check that ended it. All methods may be called from any thread.
+    check that ended it. It ends with the object, or before with the method `close`. All methods may be called from any
+    thread.
 
     `tokenizer_json` returns the text of the model's tokenizer.json. It is called when a process starts.
     """
@@ -47,8 +48,8 @@ class CompileCheck:
     def __init__(self, tokenizer_json: Callable[[], str], *, eos_token_id: int) -> None:
         self._tokenizer_json = tokenizer_json
         self._eos_token_id = eos_token_id
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
 
     def outcome(self, grammar: str) -> Outcome:
@@ -68,6 +69,9 @@ class CompileCheck:
         """Ends the process, if there is one."""
         with self._lock:
             self._end()
+
+    def __del__(self) -> None:
+        self._end()
 
     def _ask(self, grammar: str) -> Outcome:
         if self._process is None:
