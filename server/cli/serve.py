@@ -34,14 +34,16 @@ def serve(config: ServerConfig, model: Model = None) -> None:
 
         from jamba_server.server.cli.checkpoint import find_checkpoint
         from jamba_server.server.cli.terminal import LoadProgress
+        from jamba_server.server.text.rendering.process import TemplateProcesses
 
         checkpoint = find_checkpoint(config)
         if not config.served_model_name:
             config = replace(config, served_model_name=(checkpoint.name,))
-        with LoadProgress(Console(stderr=True)) as progress:
+        # The process that renders templates starts while this process imports the server's modules.
+        with TemplateProcesses() as templates, LoadProgress(Console(stderr=True)) as progress:
             from jamba_server.server.cli.server import Server
 
-            Server(config, checkpoint, listener, progress).run()
+            Server(config, checkpoint, listener, progress, templates).run()
 
 
 def greet(config: ServerConfig) -> None:

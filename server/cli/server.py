@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.app import create_app
 from jamba_server.server.http.lifecycle import Lifecycle
 from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.rendering.renderer import Renderer
 from jamba_server.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 64 * 1024
 KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server closes idle connections later than that
 CANCEL_SECONDS = 2  # time in seconds in which request handlers must end after the engine has closed
+# Time in seconds in which the process must end after the running requests had time to finish. The engine takes at most
+# 5 s to end, and the request handlers CANCEL_SECONDS.
+EXIT_SECONDS = 15
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,14 +44,19 @@ class Server:
     """The HTTP server and the engine's client, which share one event loop."""
 
     def __init__(
-        self, config: ServerConfig, checkpoint: Checkpoint, listener: socket.socket, progress: LoadProgress
+        self,
+        config: ServerConfig,
+        checkpoint: Checkpoint,
+        listener: socket.socket,
+        progress: LoadProgress,
+        templates: Renderer,
     ) -> None:
         self._config, self._listener, self._progress = config, listener, progress
         folder = checkpoint.folder
         self._defaults = GenerationDefaults.of(folder)
         tokenizer = Tokenizer.from_folder(folder)
         override = None if config.chat_template is None else Path(config.chat_template)
-        template = ChatTemplate.from_folder(folder, tokenizer, override)
+        template = ChatTemplate.from_folder(folder, tokenizer, override, templates)
         self._has_template = template is not None
         self._client = EngineClient(
             config.engine(folder),
@@ -109,6 +119,10 @@ class Server:
         )
         self._lifecycle.drain()
         self._stop.set()
+        # This thread ends the process even if the event loop, or a thread that Python waits for, is stuck.
+        guard = threading.Timer(self._config.shutdown_timeout + EXIT_SECONDS, _exit)
+        guard.daemon = True
+        guard.start()
 
     async def _drain(self) -> None:
         """Waits until the running requests have ended, for at most --shutdown-timeout seconds. Meanwhile /ready answers
@@ -137,6 +151,11 @@ class Server:
             f"ready     listening on {url}/v1 as {', '.join(config.served_model_name)}; try: "
             f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
         )
+
+
+def _exit() -> None:
+    logger.warning("The server has not stopped in time: it ends at once.")
+    os._exit(0)
 
 
 class HttpServer(uvicorn.Server):

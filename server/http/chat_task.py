@@ -15,6 +15,7 @@ from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.services import Services
+from jamba_server.server.text.chat_template import RenderedChat
 from jamba_server.server.text.grammars.types import OutputFormat
 
 ToolMode = Literal["none", "auto", "required"]
@@ -28,6 +29,13 @@ class Tool:
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     strict: bool = False
+
+    def to_template(self) -> dict[str, object]:
+        """Returns the tool as chat templates read it, in the form in which OpenAI's clients send it."""
+        function: dict[str, object] = {"name": self.name}
+        if self.description:
+            function["description"] = self.description
+        return {"type": "function", "function": function | {"parameters": self.parameters}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +66,20 @@ class ChatTask:
     save_after: tuple[int, ...] = ()
 
 
+async def render_task(task: ChatTask, services: Services) -> RenderedChat:
+    """Returns the prompt that the chat template makes from a conversation. Raises RequestRejected."""
+    return await services.render(
+        task.messages,
+        tools=[tool.to_template() for tool in task.tools],
+        documents=task.documents,
+        kwargs=task.template_kwargs,
+        add_generation_prompt=task.add_generation_prompt,
+        continue_final_message=task.continue_final_message,
+        reasoning_effort=task.reasoning_effort,
+        save_after=task.save_after,
+    )
+
+
 async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scope) -> GenerationSpec:
     """Renders the conversation with the chat template and returns the data of its choices for the engine.
 
@@ -66,7 +88,7 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     body = task.body
     context = services.engine.info.max_model_len
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
-    chat = await services.render(task.messages, add_generation_prompt=task.add_generation_prompt)
+    chat = await render_task(task, services)
     params = sampling_params(
         body,
         services.defaults,

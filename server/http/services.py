@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, TypeVar, Unpack, cast
 
 import anyio
 import anyio.to_thread
@@ -19,14 +19,16 @@ from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.text.bad_words import bad_word_tokens
-from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat
+from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, RenderedText, RenderOptions
 from jamba_server.server.text.grammars.builder import GrammarBuilder
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
+from jamba_server.server.text.rendering.process import NUM_PROCESSES
+from jamba_server.server.text.template_messages import text_bytes
 from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # number of threads for templates and tokenising; more would take CPU cores from the engine
+TEXT_THREADS = 4  # number of threads for tokenising and the like; more would take CPU cores from the engine
 
 GRAMMAR_THREADS = 2
 
@@ -54,6 +56,8 @@ class Services:
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
     # These threads build grammars and wait for the process that compiles them, which takes one grammar at a time.
     grammar_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(GRAMMAR_THREADS))
+    # Each of these threads waits for a process that renders templates.
+    render_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(NUM_PROCESSES))
 
     def model(self, requested: str | None) -> str:
         """Returns the requested model name, or the server's first model name if the request names no model.
@@ -77,7 +81,11 @@ class Services:
         longest token of the vocabulary. Without this check, tokenising a text of several megabytes would take
         seconds. The argument `param` is the name of the request's field that has the text; the error names this field.
         """
-        size, limit = len(text.encode()), self.engine.info.max_model_len
+        self.check_bytes(len(text.encode()), param=param)
+
+    def check_bytes(self, size: int, *, param: str) -> None:
+        """As `check_size`, for texts that have `size` bytes together."""
+        limit = self.engine.info.max_model_len
         if size > limit * self.longest_token:
             raise RequestRejected(
                 f"This model's maximum context length is {limit} tokens; the prompt has {size} bytes, and no token has "
@@ -113,18 +121,33 @@ class Services:
         return await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def render(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        template: str | None = None,
+        **options: Unpack[RenderOptions],
     ) -> RenderedChat:
         """Returns the prompt that the chat template makes from messages, which are dictionaries as templates read
-        them."""
-        template = self.chat_template
-        if template is None:
+        them. `template` is a template that replaces the model's own.
+
+        Raises RequestRejected for what the template refuses, and for a text that is too long.
+        """
+        own = self.chat_template
+        if own is None:
             raise RequestRejected(
                 "This model has no chat template. Use /v1/completions, or start the server with --chat-template.",
                 param="messages",
             )
-        self.check_size("".join(str(message.get("content") or "") for message in messages), param="messages")
-        return await self.in_thread(lambda: template.render(messages, add_generation_prompt=add_generation_prompt))
+        self.check_bytes(text_bytes([*messages, options.get("tools"), options.get("documents")]), param="messages")
+
+        def work() -> tuple[ChatTemplate, RenderedText]:
+            used = own if template is None else own.with_source(template)
+            return used, used.render_text(messages, **options)
+
+        # The event loop does not wait for the thread if the request is cancelled. The thread ends within the time limit
+        # of a template.
+        used, text = await anyio.to_thread.run_sync(work, limiter=self.render_threads, abandon_on_cancel=True)
+        return await self.in_thread(lambda: used.encode(text))
 
     async def grammar(
         self,

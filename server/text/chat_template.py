@@ -3,37 +3,77 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import jinja2
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
 from jamba_server.engine.files import read_text
-from jamba_server.server.text.special_text import SpecialText, restore
-from jamba_server.server.text.template_environment import MAX_OUTPUT_CHARS, create_environment, undeclared_variables
+from jamba_server.server.text.message_places import (
+    Messages,
+    boundary_counts,
+    common_length,
+    mark,
+    next_turn,
+    place_of,
+)
+from jamba_server.server.text.rendering.renderer import MAX_ERROR_CHARS, Renderer, RendererStopped, Rendering
+from jamba_server.server.text.special_text import MARK, MAX_PLACES, SpecialText, place_mark, restore, take_places
+from jamba_server.server.text.template_messages import REASONING_FIELDS, Message, template_message
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
-Message = Mapping[str, object]
-
-# The exceptions that a template can raise if the messages have a form for which the template was not written.
-_RENDERING_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-_MAX_ERROR_CHARS = 500
 # Maximum number of characters of a template. The longest published templates have 30 thousand characters.
 _MAX_TEMPLATE_CHARS = 1 << 20
+MAX_SAVE_AFTER = 4  # maximum number of messages after which a request may ask for a saved state, as in Anthropic's API
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
+_THINK, _END_OF_THINK = "<think>", "</think>"
+_CUT = MAX_PLACES - 1  # number of the place at the end of a message that the reply continues
+
+ToolFormat = Literal["jamba", "hermes"]
+# The tags around the tool calls of each format.
+_TOOL_TAGS: Mapping[ToolFormat, tuple[str, str]] = {
+    "jamba": ("<tool_calls>", "</tool_calls>"),
+    "hermes": ("<tool_call>", "</tool_call>"),
+}
+
+
+class RenderOptions(TypedDict, total=False):
+    """How a conversation is rendered. Every option may be left out.
+
+    `tools` are objects of the form {"type": "function", "function": {...}}. `documents` are texts that the template
+    puts into the prompt. `kwargs` are further variables of the template (a client's chat_template_kwargs).
+    `add_generation_prompt` ends the prompt with the beginning of an assistant's message; its default is true. With
+    `continue_final_message` the prompt instead ends with the content of the last message, or with its reasoning if it
+    has no content, so the reply continues that text. The `reasoning_effort` "none" makes the model answer without
+    thinking first: the prompt ends behind the thoughts, which are empty. Other efforts reach the template if it has a
+    variable of that name. `save_after` are indices of at most MAX_SAVE_AFTER messages after which the model's state
+    should be saved.
+    """
+
+    tools: Sequence[Any]
+    documents: Sequence[Any]
+    kwargs: Mapping[str, object]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    reasoning_effort: str | None
+    save_after: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedText:
+    """The text that a chat template made, before it is encoded.
+
+    The text still contains the marks of SpecialText. `boundaries` are offsets in it, in characters. `opens_reasoning`
+    is as in RenderedChat.
+    """
+
+    marked: str
+    boundaries: list[int]
+    opens_reasoning: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,46 +83,49 @@ class RenderedChat:
     `save_positions` are offsets into `prompt_ids` at message boundaries. Later requests are likely to share the tokens
     before such an offset, so a saved state is useful there.
     `strip_leading_space` is true if the reply will begin with a space that belongs to the template.
+    `opens_reasoning` is true if the prompt has a <think> that it does not close, so the reply begins with thoughts.
     """
 
     text: str
     prompt_ids: list[int]
     save_positions: tuple[int, ...]
     strip_leading_space: bool
+    opens_reasoning: bool
 
 
 class ChatTemplate:
-    """A compiled chat template with its tokenizer. It is immutable, so several threads may share it.
+    """A chat template with its tokenizer. It is immutable, so several threads may share it.
 
     `variables` are the names that the template reads. The template would ignore any other name in `kwargs`, so `render`
-    refuses other names.
+    refuses other names. `tool_format` is the form in which the template writes tool calls, or None if it writes none.
     """
 
-    def __init__(self, template: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, template: str, tokenizer: Tokenizer, renderer: Renderer | None = None) -> None:
+        """Compiles the template. If `renderer` is None, the template is rendered in this process. Raises
+        CheckpointError if the template does not compile."""
         self.source = template
-        environment = create_environment()
+        self._renderer = renderer or _local_renderer()
         if len(template) > _MAX_TEMPLATE_CHARS:
             raise CheckpointError(
                 f"The chat template has {len(template):,} characters; at most {_MAX_TEMPLATE_CHARS:,} are expected."
             )
         try:
-            self._template = environment.from_string(template)
-            self.variables = undeclared_variables(environment, template)
-        except jinja2.TemplateSyntaxError as error:
-            raise CheckpointError(
-                f"The chat template does not compile: line {error.lineno}: {error.message}."
-            ) from error
-        # Jinja compiles a template to Python; Python's compiler raises these errors if the template is too complex
-        except (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError) as error:
-            reason = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or "it is too complex"
-            raise CheckpointError(f"The chat template does not compile: {reason}.") from error
+            compiled = self._renderer.compile(template)
+        except RendererStopped as stop:
+            raise CheckpointError(f"The chat template does not compile: it {stop}.") from stop
+        if compiled.error:
+            raise CheckpointError(f"The chat template does not compile: {compiled.error}.")
+        self.variables = compiled.variables
         self._tokenizer = tokenizer
         self._special_text = SpecialText(tokenizer.special_tokens)
         # The token ids that the tokenizer adds before every text: the token id of BOS, or none.
         self._bos = tokenizer.encode("")
+        self.tool_format = self._find_tool_format()
 
     @classmethod
-    def from_folder(cls, folder: Path, tokenizer: Tokenizer, override: Path | None = None) -> ChatTemplate | None:
+    def from_folder(
+        cls, folder: Path, tokenizer: Tokenizer, override: Path | None = None, renderer: Renderer | None = None
+    ) -> ChatTemplate | None:
         """Reads the chat template. The argument `override` wins over chat_template.jinja, and chat_template.jinja over
         tokenizer_config.json.
 
@@ -91,7 +134,7 @@ class ChatTemplate:
         """
         path = override or folder / "chat_template.jinja"
         if (text := read_text(path)) is not None:
-            return cls(text, tokenizer)
+            return cls(text, tokenizer, renderer)
         if override:
             raise ConfigError(f"The chat template {path} cannot be read: there is no such file.")
         template = read_tokenizer_config(folder).chat_template
@@ -103,41 +146,138 @@ class ChatTemplate:
                     'none named "default"; pass one as a file with --chat-template.'
                 )
             template = by_name["default"]
-        return cls(template, tokenizer) if template is not None else None
+        return cls(template, tokenizer, renderer) if template is not None else None
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        kwargs: Mapping[str, object] | None = None,
-    ) -> RenderedChat:
+    def with_source(self, template: str) -> ChatTemplate:
+        """Returns another template for the same tokenizer, which a request brings along. Raises RequestRejected if it
+        does not compile."""
+        try:
+            return ChatTemplate(template, self._tokenizer, self._renderer)
+        except CheckpointError as error:
+            raise RequestRejected(str(error), param="chat_template") from error
+
+    def _find_tool_format(self) -> ToolFormat | None:
+        """Returns the format whose tags the template writes. If it writes the tags of both, the one whose tags are
+        tokens of the vocabulary is preferred."""
+        written = [name for name, tags in _TOOL_TAGS.items() if tags[0] in self.source and "tools" in self.variables]
+        known = [name for name in written if all(self._tokenizer.has_token(tag) for tag in _TOOL_TAGS[name])]
+        return next(iter(known + written), None)
+
+    def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> RenderedChat:
         """Renders the messages of a conversation with the template and returns the prompt.
 
-        `kwargs` are further variables of the template (tools, documents, a client's chat_template_kwargs). Special
-        tokens in messages and kwargs become ordinary text. The prompt begins with exactly one BOS, also if both the
-        template and the post-processor add one. Raises RequestRejected with the template's own message.
+        Special tokens in messages and options become ordinary text. The prompt begins with exactly one BOS, also if
+        both the template and the post-processor add one. Raises RequestRejected with the template's own message.
         """
-        kwargs = kwargs or {}
-        self._check_names(kwargs)
+        return self.encode(self.render_text(messages, **options))
+
+    def render_text(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> RenderedText:
+        """Renders the messages without encoding the text. Raises RequestRejected with the template's own message."""
         try:
-            safe_messages = [self._message(message) for message in messages]
-            safe_kwargs = {name: self._special_text.protect(value) for name, value in kwargs.items()}
-            rendered = self._render(safe_messages, add_generation_prompt, safe_kwargs)
-        except _RENDERING_ERRORS as error:
-            reason = restore(str(error))[:_MAX_ERROR_CHARS]
-            raise RequestRejected(f"The chat template refuses these messages: {reason}", param="messages") from error
-        boundaries = self._boundaries(rendered, safe_messages, safe_kwargs)
-        prompt_ids, offsets = self._encode(rendered, boundaries)
-        if prompt_ids[: len(self._bos)] != self._bos:
-            prompt_ids = self._bos + prompt_ids
-            offsets = [offset + len(self._bos) for offset in offsets]
-        return RenderedChat(
-            text=restore(rendered),
-            prompt_ids=prompt_ids,
-            save_positions=tuple(sorted({offset for offset in offsets if 0 < offset < len(prompt_ids)})),
-            strip_leading_space=prompt_ids[-1:] == [self._tokenizer.special_tokens.get(_ASSISTANT)],
-        )
+            safe = cast(Messages, [self._special_text.protect(template_message(message)) for message in messages])
+            return self._render_text(safe, options)
+        except RendererStopped as stop:
+            raise RequestRejected(f"The chat template {stop}.", param="messages") from stop
+        except UnicodeEncodeError as error:
+            raise RequestRejected("The text holds half of a surrogate pair.", param="messages") from error
+        except RecursionError as error:
+            raise RequestRejected("The messages or the tools are nested too deeply.", param="messages") from error
+
+    def _render_text(self, messages: Messages, options: RenderOptions) -> RenderedText:
+        variables, closes_reasoning = self._variables(options)
+        final_text = None
+        if options.get("continue_final_message"):
+            variables["add_generation_prompt"] = False
+            messages, final_text = _with_cut(messages)
+        counts = boundary_counts(messages, _checked_indices(options.get("save_after", ()), len(messages)))
+        by_count = {count: place for count in counts if (place := place_of(count, messages)) is not None}
+        end = None if final_text is not None else place_of(len(messages), messages)
+        places = list(dict.fromkeys([*by_count.values(), *([end] if end else [])]))
+        marked = mark(messages, places)
+        plain, with_marks, later = self._run(variables, (messages, marked, next_turn(marked)))
+        if plain.error:
+            raise RequestRejected(f"The chat template refuses these messages: {plain.error}", param="messages")
+        text, _ = _finish(plain.text, final_text)
+        offsets = _offsets(with_marks, later, final_text, text)
+        found = {count: offsets[n] for count, place in by_count.items() if (n := places.index(place)) in offsets}
+        boundaries = [*found.values(), *self._prefix_lengths(text, messages, variables, set(counts) - found.keys())]
+        client_end = offsets.get(places.index(end), 0) if end else 0
+        opens_reasoning = self._opens_reasoning(text, client_end)
+        if opens_reasoning and closes_reasoning:
+            text += f"\n{_END_OF_THINK}\n\n" if not text.endswith(_THINK) else f"\n\n{_END_OF_THINK}\n\n"
+        return RenderedText(text, boundaries, opens_reasoning and not closes_reasoning)
+
+    def _run(self, variables: Mapping[str, object], conversations: Sequence[Messages]) -> list[Rendering]:
+        """Renders several conversations with the same variables."""
+        return self._renderer.render(self.source, [{**variables, "messages": turns} for turns in conversations])
+
+    def _prefix_lengths(
+        self, text: str, messages: Messages, variables: Mapping[str, object], counts: Iterable[int]
+    ) -> list[int]:
+        """Returns the boundaries after `counts` messages that no mark shows, as offsets in the prompt `text`.
+
+        To find a boundary, the messages before it are rendered alone. If the prompt begins with that text, the boundary
+        is at its end; otherwise it is left out.
+        """
+        if not counts:
+            return []
+        alone = {**variables, "add_generation_prompt": False}
+        prefixes = self._run(alone, [messages[:count] for count in counts])
+        return [len(found.text) for found in prefixes if not found.error and text.startswith(found.text)]
+
+    def _opens_reasoning(self, text: str, client_end: int) -> bool:
+        """Returns whether the template's own text behind the last message has a <think> without its end. The last
+        message ends at the offset `client_end`, or before the template's last special token if that comes later."""
+        tail = ""
+        for place, part in reversed(list(enumerate(self._special_text.split(text)))):
+            if place % 2 and part not in (_THINK, _END_OF_THINK):
+                break
+            tail = part + tail
+        tail = text[max(client_end, len(text) - len(tail)) :]
+        return tail.rfind(_THINK) > tail.rfind(_END_OF_THINK)
+
+    def _variables(self, options: RenderOptions) -> tuple[dict[str, object], bool]:
+        """Returns the variables of the template without the messages, and whether thoughts must be closed in the
+        prompt.
+
+        `tools` and `documents` are always defined because templates for the library transformers read them unchecked.
+        """
+        kwargs = dict(options.get("kwargs") or {})
+        for name in _API_FIELDS:
+            if value := options.get(name):
+                if kwargs.get(name):
+                    why = f"`{name}` is sent both in chat_template_kwargs and as a field; send one of them."
+                    raise RequestRejected(why, param="chat_template_kwargs")
+                kwargs[name] = value
+        closes_reasoning = self._set_reasoning(kwargs, options.get("reasoning_effort"))
+        self._check_names(kwargs)
+        variables = {
+            **self._tokenizer.named_tokens,
+            "tools": None,
+            "documents": None,
+            **{name: self._special_text.protect(value) for name, value in kwargs.items()},
+            "add_generation_prompt": options.get("add_generation_prompt", True),
+        }
+        return variables, closes_reasoning
+
+    def _set_reasoning(self, kwargs: dict[str, object], effort: str | None) -> bool:
+        """Translates the reasoning effort to variables of the template. Returns whether thoughts must be closed.
+
+        The variable `enable_thinking`, which many templates have, works with all templates that think.
+        """
+        enabled = kwargs.get("enable_thinking")
+        if effort == "none" and enabled is True:
+            why = 'reasoning_effort is "none", but chat_template_kwargs has enable_thinking: true; send one of them.'
+            raise RequestRejected(why, param="reasoning_effort")
+        closes = effort == "none" or enabled is False
+        if "enable_thinking" in self.variables:
+            if effort == "none":
+                kwargs["enable_thinking"] = False
+        elif enabled is False or (enabled is True and _THINK in self.source):
+            del kwargs["enable_thinking"]
+        if effort not in (None, "none") and "reasoning_effort" in self.variables:
+            kwargs.setdefault("reasoning_effort", effort)
+        return closes
 
     def _check_names(self, kwargs: Mapping[str, object]) -> None:
         for name in kwargs:
@@ -146,60 +286,22 @@ class ChatTemplate:
                 raise RequestRejected(f"`{name}` cannot be set by chat_template_kwargs.", param=param)
             if name not in self.variables:
                 raise RequestRejected(
-                    f"This model's chat template has no variable `{name[:_MAX_ERROR_CHARS]}`.", param=param
+                    f"This model's chat template has no variable `{name[:MAX_ERROR_CHARS]}`.", param=param
                 )
 
-    def _message(self, message: Message) -> dict[str, object]:
-        content = message.get("content")
-        protected = {key: self._special_text.protect(value) for key, value in message.items()}
-        return protected | ({"content": ""} if content is None else {})
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, kwargs: Mapping[str, object]) -> str:
-        """Returns the text that the template makes. It still contains the marks that `SpecialText.protect` inserted.
-
-        `tools` and `documents` are always defined because templates for the library transformers read them unchecked.
-        """
-        context = {
-            **self._tokenizer.named_tokens,
-            "tools": None,
-            "documents": None,
-            **kwargs,
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        pieces: list[str] = []
-        size = 0
-        for piece in self._template.generate(context):
-            size += len(piece)
-            if size > MAX_OUTPUT_CHARS:
-                raise jinja2.TemplateRuntimeError(f"the prompt is longer than {MAX_OUTPUT_CHARS} characters")
-            pieces.append(piece)
-        return "".join(pieces)
-
-    def _boundaries(self, rendered: str, messages: Sequence[Message], kwargs: Mapping[str, object]) -> list[int]:
-        """Returns at most two boundaries in `rendered`, as offsets in characters: the end of the system message and the
-        start of the last user message.
-
-        To find a boundary, the messages before it are rendered alone. If `rendered` begins with that text, the
-        boundary is at its end; otherwise the boundary is left out. Some templates put the documents before the last
-        user message; their boundary is found by rendering without the documents.
-        """
-        roles = [message.get("role") for message in messages]
-        counts = {int(roles[:1] == ["system"])}
-        if "user" in roles:
-            counts.add(len(roles) - 1 - roles[::-1].index("user"))
-        tools_only = {name: value for name, value in kwargs.items() if name == "tools"}
-        boundaries: list[int] = []
-        for count in counts:
-            for variables in (kwargs, tools_only) if kwargs != tools_only else (kwargs,):
-                try:
-                    prefix = self._render(messages[:count], False, variables)
-                except _RENDERING_ERRORS:  # a template can raise an error if the later messages are missing
-                    continue
-                if rendered.startswith(prefix):
-                    boundaries.append(len(prefix))
-                    break
-        return boundaries
+    def encode(self, rendered: RenderedText) -> RenderedChat:
+        """Returns the prompt with its token ids."""
+        prompt_ids, offsets = self._encode(rendered.marked, rendered.boundaries)
+        if prompt_ids[: len(self._bos)] != self._bos:
+            prompt_ids = self._bos + prompt_ids
+            offsets = [offset + len(self._bos) for offset in offsets]
+        return RenderedChat(
+            text=restore(rendered.marked),
+            prompt_ids=prompt_ids,
+            save_positions=tuple(sorted({offset for offset in offsets if 0 < offset < len(prompt_ids)})),
+            strip_leading_space=prompt_ids[-1:] == [self._tokenizer.special_tokens.get(_ASSISTANT)],
+            opens_reasoning=rendered.opens_reasoning,
+        )
 
     def _encode(self, rendered: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
         """Returns the token ids of `rendered`. Also returns, for each offset in `boundaries`, the number of tokens that
@@ -218,3 +320,75 @@ class ChatTemplate:
                 offsets += [len(ids) + bisect_right(ends, len(restore(head))) for head in inside]
                 ids += part_ids
         return ids, offsets
+
+
+def _local_renderer() -> Renderer:
+    from jamba_server.server.text.rendering.local import LocalRenderer  # imports Jinja, which the server does not need
+
+    return LocalRenderer()
+
+
+def _checked_indices(save_after: Sequence[int], num_messages: int) -> Sequence[int]:
+    if len(save_after) > MAX_SAVE_AFTER:
+        why = f"A state can be saved after at most {MAX_SAVE_AFTER} messages; this request names {len(save_after)}."
+        raise RequestRejected(why, param="messages")
+    assert all(0 <= index < num_messages for index in save_after), "the route takes the indices from the messages"
+    return save_after
+
+
+def _with_cut(messages: Messages) -> tuple[Messages, str]:
+    """Returns the messages with the mark _CUT at the end of the text that the reply continues, and that text. The text
+    is the last message's content, or its reasoning if it has no content.
+
+    A space follows the mark. If the space is missing in the prompt, the template strips white space there.
+    """
+    last = messages[-1]
+    if last.get("tool_calls"):
+        raise RequestRejected("The last message has tool calls, so it cannot be continued.", param="messages")
+    names = ["content"]
+    if last["content"] == "" and (names_of_reasoning := [name for name in REASONING_FIELDS if last.get(name)]):
+        names = names_of_reasoning
+    text = last[names[0]]
+    if not isinstance(text, str):
+        raise RequestRejected("The last message is no text, so it cannot be continued.", param="messages")
+    continued = last | {name: f"{text}{place_mark(_CUT)} " for name in names}
+    return [*messages[:-1], continued], text
+
+
+def _finish(rendered: str, final_text: str | None) -> tuple[str, dict[int, int]]:
+    """Removes the marks of places from a rendered prompt, and all that follows the last mark _CUT if the reply
+    continues `final_text`. Returns the prompt and the first offset of each place."""
+    text, places = take_places(rendered)
+    offsets = dict(reversed(places))
+    if final_text is None:
+        return text, offsets
+    cut = max((offset for number, offset in places if number == _CUT), default=None)
+    if cut is None or final_text.strip() not in text:
+        why = "The last message cannot be continued, because the chat template does not show its text unchanged."
+        raise RequestRejected(why, param="messages")
+    return (text[:cut] if text[cut : cut + 1] == " " else text[:cut].rstrip()), offsets
+
+
+def _offsets(marked: Rendering, later: Rendering, final_text: str | None, text: str) -> dict[int, int]:
+    """Returns the offset in the prompt `text` of each place. `marked` is the same prompt with marks, and `later` the
+    prompt of the conversation's next turn with marks. Places behind the first difference between these two are moved to
+    it. Spaces before a place are left out, because the tokenizer joins a space with the word behind it.
+
+    If the marks changed the prompt, for example because the template cuts long messages, there are no offsets.
+    """
+    if marked.error or (final_text is not None and place_mark(_CUT) not in marked.text):
+        return {}
+    unmarked, offsets = _finish(marked.text, final_text)
+    if unmarked != text:
+        return {}
+    limit = len(text)
+    if not later.error:
+        common = marked.text[: common_length(marked.text, later.text)].removesuffix(MARK)
+        limit = min(limit, len(take_places(common)[0]))
+    return {number: _before_spaces(text, min(offset, limit)) for number, offset in offsets.items()}
+
+
+def _before_spaces(text: str, offset: int) -> int:
+    while offset > 0 and text[offset - 1] == " ":
+        offset -= 1
+    return offset

@@ -4,6 +4,8 @@ A chat template renders its own text and the client's text into one string, in w
 Three steps keep the two apart. Before rendering, a mark is inserted into every special token inside the client's
 strings. After rendering, the text is split at the special tokens that contain no mark, which are the template's own.
 Last, the marks are removed.
+
+Further marks name places in messages. After rendering they show where in the prompt these places are.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from jamba_server.engine.errors import CheckpointError
 
 # The marks are noncharacters of Unicode, which ordinary text does not contain. If a client's string contains the
-# character MARK, that character is replaced by _OWN. Later the function `restore` turns _OWN back into MARK.
-MARKS = MARK, _SPLIT, _LITERAL = "\ufdd0", "\ufdd1", "\ufdd2"
+# character MARK, that character is replaced by _OWN. Later the function `restore` turns _OWN back into MARK. So every
+# other MARK in a rendered text was inserted by this server.
+MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+MARK, _SPLIT, _LITERAL, *_PLACES = MARKS
 _BREAK = MARK + _SPLIT
 _OWN = MARK + _LITERAL
-_MARKED = re.compile(f"{MARK}[{_SPLIT}{_LITERAL}]?")
+_MARKED = re.compile(f"{MARK}[{_SPLIT}-{MARKS[-1]}]?")
+_PLACE_MARKED = re.compile(f"{MARK}([{_PLACES[0]}-{_PLACES[-1]}])")
+MAX_PLACES = len(_PLACES)  # 29
 
 
 class SpecialText:
@@ -65,6 +71,27 @@ class SpecialText:
         The joined items equal `rendered`, including its marks.
         """
         return self._tokens.split(rendered) if self._tokens is not None else [rendered]
+
+
+def place_mark(number: int) -> str:
+    """Returns the mark of the place with a number below MAX_PLACES. It is inserted into a text that `protect` has
+    returned."""
+    return MARK + _PLACES[number]
+
+
+def take_places(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+    """Removes the marks of places. Returns the text without them. Also returns, for each mark in its order, the number
+    of its place and its offset in that text, in characters."""
+    pieces: list[str] = []
+    places: list[tuple[int, int]] = []
+    start = length = 0
+    for found in _PLACE_MARKED.finditer(rendered):
+        pieces.append(rendered[start : found.start()])
+        length += found.start() - start
+        places.append((_PLACES.index(found[1]), length))
+        start = found.end()
+    pieces.append(rendered[start:])
+    return "".join(pieces), places
 
 
 def restore(text: str) -> str:

@@ -115,34 +115,36 @@ def texts_up_to(chat_template: ChatTemplate, tokenizer: Tokenizer, *turns: str, 
 
 def test_end_of_system_and_start_of_last_user(jamba: ChatTemplate, tokenizer: Tokenizer) -> None:
     texts = texts_up_to(jamba, tokenizer, "system: S", "user: a", "assistant: b", "user: c")
-    beginning = "<|startoftext|><|bom|><|system|> S<|eom|>"
-    assert texts == [beginning, f"{beginning}<|bom|><|user|> a<|eom|><|bom|><|assistant|> b<|eom|>"]
+    beginning = "<|startoftext|><|bom|><|system|> S<|eom|><|bom|><|user|>"
+    assert texts == [beginning, f"{beginning} a<|eom|><|bom|><|assistant|> b<|eom|><|bom|><|user|>"]
 
 
 def test_both_boundaries_of_a_first_turn_are_one(jamba: ChatTemplate, tokenizer: Tokenizer) -> None:
-    assert texts_up_to(jamba, tokenizer, "user: a") == ["<|startoftext|><|bom|><|system|> <|eom|>"]
+    assert texts_up_to(jamba, tokenizer, "user: a") == ["<|startoftext|><|bom|><|system|> <|eom|><|bom|><|user|>"]
 
 
 def test_tools_belong_to_the_system_block(jamba: ChatTemplate, tokenizer: Tokenizer) -> None:
     (text,) = texts_up_to(jamba, tokenizer, "system: S", "user: a", tools=TOOLS)
     assert text.startswith("<|startoftext|><|bom|><|system|> S\n\n<tool_definitions>\n")
-    assert text.endswith("\n</tool_definitions><|eom|>")
+    assert text.endswith("\n</tool_definitions><|eom|><|bom|><|user|>")
 
 
 def test_the_last_user_message_starts_before_its_tool_results(jamba: ChatTemplate, tokenizer: Tokenizer) -> None:
     texts = texts_up_to(jamba, tokenizer, "system: S", "user: a", "assistant: b", "user: c", "assistant: d", "tool: e")
-    assert texts[-1].endswith("<|bom|><|assistant|> b<|eom|>")
+    assert texts[-1].endswith("<|bom|><|assistant|> b<|eom|><|bom|><|user|>")
 
 
 def test_documents_move_and_the_boundary_before_them_stays(jamba: ChatTemplate, tokenizer: Tokenizer) -> None:
     texts = texts_up_to(jamba, tokenizer, "user: a", "assistant: b", "user: c", documents=DOCUMENTS)
-    beginning = "<|startoftext|><|bom|><|system|> <|eom|>"
-    assert texts == [beginning, f"{beginning}<|bom|><|user|> a<|eom|><|bom|><|assistant|> b<|eom|>"]
+    beginning = "<|startoftext|><|bom|><|system|> <|eom|><|bom|><|user|>"
+    assert texts == [beginning, f"{beginning} a<|eom|><|bom|><|assistant|> b<|eom|><|bom|>"]
 
 
-def test_a_beginning_that_renders_otherwise_is_no_boundary(tokenizer: Tokenizer) -> None:
+def test_a_boundary_stands_before_what_the_next_turn_changes(tokenizer: Tokenizer) -> None:
     source = "{{ bos_token }}{{ messages | length }}{% for m in messages %}{{ m.content }}<|eom|>{% endfor %}"
-    assert texts_up_to(ChatTemplate(source, tokenizer), tokenizer, "system: S", "user: a", "user: b") == []
+    assert texts_up_to(ChatTemplate(source, tokenizer), tokenizer, "system: S", "user: a", "user: b") == [
+        "<|startoftext|>"
+    ]
 
 
 def test_a_template_that_refuses_beginnings_has_no_boundaries(tokenizer: Tokenizer) -> None:

@@ -2,13 +2,15 @@
 
 Templates come with checkpoints, so their authors are not trusted. A template gets plain data and pure functions. It can
 reach no file, no network and no name that begins with an underscore. Its output, `range` and products are bounded and
-powers are refused, so a careless template fails instead of filling the memory. These limits do not stop a malicious
-template: it can still fill the memory by padding a string, so checkpoints of doubtful origin should not be loaded.
+powers are refused, so a careless template fails instead of filling the memory. A malicious template can still loop for
+years, or fill the memory by padding a string. Therefore the server renders templates in a process of its own
+(`rendering/process.py`), which has limits of time and memory.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sized
 from datetime import datetime
 from typing import NoReturn, cast
@@ -18,9 +20,12 @@ from jinja2 import ext, meta, nodes, runtime, sandbox, utils
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 
-from jamba_server.server.text.special_text import MARKS
+from jamba_server.server.text.special_text import MARK
 
 MAX_OUTPUT_CHARS = 16 << 20
+# The escape in JSON of a mark of special_text.py: U+FDD0, which another noncharacter may follow. An even number of
+# backslashes before it are backslashes of the text itself.
+_ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd0(?:\\u(fdd[1-9a-f]|fde[0-9a-f]))?")
 
 
 def create_environment() -> jinja2.Environment:
@@ -103,10 +108,8 @@ def _tojson(
     """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        # `restore` finds a mark only as a character, so escapes of marks such as \ufdd0 are turned back into
-        # characters.
-        for mark in MARKS:
-            text = text.replace(f"\\u{ord(mark):04x}", mark)
+        # Marks are found only as characters, so their escapes are turned back into characters.
+        text = _ESCAPED_MARK.sub(lambda found: found[1] + MARK + (chr(int(found[2], 16)) if found[2] else ""), text)
     return text
 
 

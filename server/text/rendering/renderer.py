@@ -1,0 +1,45 @@
+"""The interface through which templates are compiled and rendered.
+
+The protocol `Renderer` has two implementations. `local.LocalRenderer` runs in the caller's process and has no limit of
+time. `process.TemplateProcesses` sends the work to child processes, which use a `LocalRenderer`. This module does not
+import Jinja, because the HTTP process does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+MAX_ERROR_CHARS = 500
+
+
+class Compiled(msgspec.Struct, frozen=True):
+    """The result of compiling a template: the names of the variables that it reads, or else the error in a sentence."""
+
+    variables: frozenset[str] = frozenset()
+    error: str = ""
+
+
+class Rendering(msgspec.Struct, frozen=True):
+    """The result of rendering a template: the text, or else the error in words that complete a sentence."""
+
+    text: str = ""
+    error: str = ""
+
+
+class RendererStopped(Exception):
+    """Nothing was rendered, because a limit was reached. The message says which, and completes the sentence "The chat
+    template"."""
+
+
+class Renderer(Protocol):
+    def compile(self, source: str) -> Compiled:
+        """Compiles a template. Raises RendererStopped if that takes too long or too much memory."""
+        ...
+
+    def render(self, source: str, contexts: Sequence[Mapping[str, object]]) -> list[Rendering]:
+        """Renders a template that compiles, once with each mapping of variables. Raises RendererStopped if that takes
+        too long or too much memory."""
+        ...
