@@ -332,6 +332,12 @@ class PromptTokensDetails(Reply):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Reply):
+    """`reasoning_tokens` is the number of generated tokens that belong to the model's thoughts, end tag included."""
+
+    reasoning_tokens: int
+
+
 class Usage(Reply):
     """The token counts of one HTTP request. A prompt counts once, however many choices (`n`) it has."""
 
@@ -339,6 +345,26 @@ class Usage(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class Timings(Reply):
+    """The times of a request, with the names that llama.cpp's server gives them.
+
+    `cache_n` prompt tokens were found in the prefix cache, and `prompt_n` were computed in `prompt_ms` milliseconds,
+    until the first token came. `predicted_n` tokens were generated in `predicted_ms` milliseconds, from the first token
+    on. `queue_ms` is the time in the engine's queue, which is not part of `prompt_ms`. The times of several choices are
+    those of the slowest, and the numbers of tokens are sums.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float
+    queue_ms: float
 
 
 class ErrorDetail(Reply):
@@ -353,5 +379,5 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 TopLogprobs = Annotated[int, within("logprobs")]
