@@ -45,9 +45,9 @@ class ChoiceDelta:
 
     The field `token_ids` has the generated tokens. If the request asks for log-probabilities, `scores` has those of the
     generated tokens, and `prompt_scores` those of the prompt's tokens. If the text repeats the prompt (`echo`), the
-    prompt's log-probabilities are also in `scores`. The field `index` is the number of the choice in the HTTP reply. The field `stop_reason` is the stop string, or the
-    token id from the request's `stop_token_ids`, that ended the choice. The field `stop_reason` is None while the
-    choice has not ended, and for choices that ended for another reason.
+    prompt's log-probabilities are also in `scores`. The field `index` is the number of the choice in the HTTP reply.
+    The field `stop_reason` is the stop string, or the token id from the request's `stop_token_ids`, that ended the
+    choice. It is None while the choice has not ended, and for choices that ended for another reason.
     """
 
     index: int

@@ -80,6 +80,14 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+# The declaration of a field that a reply lacks while the field's value is None.
+if_any: Any = Field(exclude_if=_is_none)
+
+
 def not_yet(feature: str = "") -> PydanticCustomError:
     """Returns pydantic's error for a field that this server does not support yet.
 
@@ -147,6 +155,7 @@ LogitBias = Annotated[
     BeforeValidator(_token_ids),
 ]
 BadWord = Annotated[str, Field(min_length=1, max_length=256), BeforeValidator(_not_blank)]
+TopLogprobs = Annotated[int, within("logprobs")]
 # Maximum number of tokens in a reply. The value -1 means no limit other than the context length, as in llama.cpp.
 TokenLimit = Annotated[int, within("max_tokens", low=-1)]
 
@@ -182,6 +191,14 @@ class NoEffect(RequestBody):
     )
     prompt_cache_key: Annotated[
         str | None, Field(description="A hint for routing between machines. It has no effect.")
+    ] = None
+    prompt_cache_options: Annotated[
+        dict[str, Any] | None,
+        Field(description="The parts of the prompt that are cached. It has no effect: every prefix is cached."),
+    ] = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory", "in-memory", "24h"] | None,
+        Field(description="How long prompts are cached. It has no effect: the size of the cache decides."),
     ] = None
     spaces_between_special_tokens: Annotated[
         bool | None, Field(description="vLLM's field for slow tokenizers. It has no effect.")
@@ -279,6 +296,18 @@ class GenerationBody(NoEffect):
         Field(description="Lower values run first. The server must run with --enable-priority."),
     ] = None
 
+    prompt_logprobs: Annotated[
+        TopLogprobs | None,
+        Field(
+            description="Return the log-probabilities of the prompt's tokens, and this number of most likely tokens "
+            "per position. Not allowed with `stream`."
+        ),
+    ] = None
+    return_token_ids: Annotated[bool, Field(description="Return the token ids of the prompt and of the reply.")] = False
+    timings_per_token: Annotated[
+        bool, Field(description="llama.cpp's field: the reply, or the last event of a stream, has the field `timings`.")
+    ] = False
+
     max_tokens: Annotated[
         TokenLimit | None, Field(description="Maximum tokens of the reply. -1 means the rest of the context.")
     ] = None
@@ -300,6 +329,8 @@ class GenerationBody(NoEffect):
     def _check_shared_pairs(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise invalid("is only allowed with `stream`: true", field="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("is not allowed with `stream`: true", field="prompt_logprobs")
         if len({self.max_tokens, self.max_completion_tokens} - {None}) == 2:
             why = f"is {self.max_tokens}, but `max_completion_tokens` is {self.max_completion_tokens}; send one of them"
             raise invalid(why, field="max_tokens")
@@ -380,4 +411,17 @@ class ErrorReply(Reply):
 
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
-TopLogprobs = Annotated[int, within("logprobs")]
+
+
+class PromptLogprob(Reply):
+    """The log-probability of a token at a position of the prompt.
+
+    `rank` is 1 for the most likely token. It is null for a token that is less likely than all tokens of the list.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]  # null for the first token, which the model does not predict
