@@ -26,6 +26,7 @@ from jamba_server.server.http.routes import chat, completions, models, operation
 from jamba_server.server.http.services import Services
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.grammars.builder import grammar_builder
+from jamba_server.server.text.reply_style import find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
 
@@ -58,6 +59,9 @@ def create_app(
         version=package_version(),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         grammars=grammar_builder(tokenizer),
+        reply_style=find_reply_style(
+            chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
+        ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS

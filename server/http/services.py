@@ -23,6 +23,7 @@ from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, R
 from jamba_server.server.text.grammars.builder import GrammarBuilder
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.rendering.process import NUM_PROCESSES
+from jamba_server.server.text.reply_style import ReplyStyle
 from jamba_server.server.text.template_messages import text_bytes
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ class Services:
     demo: bool
     version: str
     grammars: GrammarBuilder
+    reply_style: ReplyStyle
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

@@ -44,6 +44,9 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         with_logprobs=body.logprobs is not None,
         with_usage=body.reports_usage,
         with_usage_so_far=body.reports_usage_continuously,
+        with_timings=body.timings_per_token,
+        with_token_ids=body.return_token_ids,
+        with_prompt_logprobs=body.prompt_logprobs is not None,
     )
     return await answer(request, writer, services, stream=bool(body.stream))
 
@@ -86,7 +89,7 @@ async def _prompt(
         max_tokens=body.reply_limit(default=DEFAULT_MAX_TOKENS, context=services.engine.info.max_model_len),
         seed=services.draw_seed(),  # a seed for each prompt; with a common seed, equal prompts would get equal replies
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=body.logprobs if body.echo else body.prompt_logprobs,
         bad_words=bad_words,
         grammar=grammar,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Required
 
-from typing_extensions import Required, TypedDict  # pydantic cannot use those of typing before Python 3.12
+from typing_extensions import TypedDict  # pydantic cannot use typing.TypedDict before Python 3.12
 
 from jamba_server.server.http.schemas.base import FinishReason, PromptLogprobs, Reply, Timings, Usage, if_any
 
@@ -115,7 +115,7 @@ class ChunkChoice(Reply):
 class ChatCompletionChunk(Reply):
     """One event of a stream. It has `usage` only with `stream_options.include_usage`; then the last event has the token
     counts, and in all earlier events `usage` is null unless `continuous_usage_stats` is set. With `return_token_ids`,
-    the first event has `prompt_token_ids`, and every choice has `token_ids`."""
+    the first event has `prompt_token_ids`, and the events with new tokens have `token_ids`."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
