@@ -37,12 +37,11 @@ class Tool:
     strict: bool = False
 
     def to_template(self) -> dict[str, object]:
-        """Returns the tool in OpenAI's form, which chat templates read."""
+        """Returns the tool as chat templates read it, in the form in which OpenAI's clients send it."""
         function: dict[str, object] = {"name": self.name}
         if self.description:
             function["description"] = self.description
-        function["parameters"] = self.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": function}
+        return {"type": "function", "function": function | {"parameters": self.parameters}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +81,26 @@ class ChatTask:
         return tuple(tool for tool in self.tools if self.allowed_tools is None or tool.name in self.allowed_tools)
 
 
+async def render_task(task: ChatTask, services: Services) -> RenderedChat:
+    """Returns the prompt that the chat template makes from a conversation. Raises RequestRejected."""
+    if task.chat_template is not None and not services.config.allow_request_templates:
+        raise RequestRejected(
+            "chat_template is only allowed if the server was started with --allow-request-templates.",
+            param="chat_template",
+        )
+    return await services.render(
+        task.messages,
+        template=task.chat_template,
+        tools=[tool.to_template() for tool in task.tools],
+        documents=task.documents,
+        kwargs=task.template_kwargs,
+        add_generation_prompt=task.add_generation_prompt,
+        continue_final_message=task.continue_final_message,
+        reasoning_effort=task.reasoning_effort,
+        save_after=task.save_after,
+    )
+
+
 async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scope) -> GenerationSpec:
     """Renders the conversation with the chat template and returns the data of its choices for the engine.
 
@@ -90,8 +109,8 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     """
     body = task.body
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
-    _check_abilities(task, services)
-    chat = await _render(task, services, scope)
+    _check_abilities(task, services, scope)
+    chat = await render_task(task, services)
     params = await _sampling_params(task, chat, services, scope)
     prompt = admit_prompt(
         chat.prompt_ids, params, services.engine, param="messages", save_positions=chat.save_positions
@@ -116,42 +135,18 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     )
 
 
-def _check_abilities(task: ChatTask, services: Services) -> None:
-    """Raises RequestRejected for what this server or its model cannot do."""
-    if task.chat_template is not None and not services.config.allow_request_templates:
-        raise RequestRejected(
-            "chat_template is only allowed if the server was started with --allow-request-templates.",
-            param="chat_template",
-        )
+def _check_abilities(task: ChatTask, services: Services, scope: Scope) -> None:
+    """Raises RequestRejected for what this server or its model cannot do, and lists an effort that has no effect."""
+    template = services.chat_template
+    knows_efforts = template is not None and "reasoning_effort" in template.variables
+    if task.reasoning_effort not in (None, "none") and not knows_efforts:
+        ignore_field("reasoning_effort", scope, services)
     if task.tool_choice == "required" and task.tools and services.reply_style.tool_calls is None:
         raise RequestRejected(
             "tool_choice requires a tool call, but this server does not know how the model writes them. Start it with "
             "--tool-call-parser jamba or hermes.",
             param="tool_choice",
         )
-
-
-async def _render(task: ChatTask, services: Services, scope: Scope) -> RenderedChat:
-    template = services.chat_template
-    variables: frozenset[str] = template.variables if template is not None else frozenset()
-    kwargs = dict(task.template_kwargs)
-    effort = task.reasoning_effort
-    # Clients of other servers switch thoughts off with this variable. A template that lacks it has no other switch.
-    if "enable_thinking" in kwargs and "enable_thinking" not in variables and services.reply_style.reasoning:
-        effort = effort if kwargs.pop("enable_thinking") else "none"
-    if effort not in (None, "none") and "reasoning_effort" not in variables:
-        ignore_field("reasoning_effort", scope, services)
-    return await services.render(
-        task.messages,
-        template=task.chat_template,
-        tools=[tool.to_template() for tool in task.tools],
-        documents=task.documents,
-        kwargs=kwargs,
-        add_generation_prompt=task.add_generation_prompt,
-        continue_final_message=task.continue_final_message,
-        reasoning_effort=effort,
-        save_after=task.save_after,
-    )
 
 
 async def _sampling_params(task: ChatTask, chat: RenderedChat, services: Services, scope: Scope) -> SamplingParams:

@@ -137,7 +137,7 @@ class ChatMessage(RequestBody):
             "name": self.name,
             "tool_calls": [call.to_template() for call in self.tool_calls or ()] or None,
             "tool_call_id": self.tool_call_id,
-            "reasoning_content": reasoning if self.role == "assistant" else None,
+            "reasoning_content": reasoning,
         }
         return {
             "role": "system" if self.role == "developer" else self.role,
