@@ -51,7 +51,7 @@ class ChatTask:
     `messages` are dictionaries as chat templates read them, with the keys `role`, `content` (a string), and where they
     apply `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. `body` has the request's sampling parameters and
     its limits. `logprobs` is the number of most likely tokens to report at each position; None reports no
-    log-probabilities. If `allowed_tools` is not None, the model may call only the tools that it names. `save_after` has
+    log-probabilities. `prompt_logprobs` is the same number for the prompt. If `allowed_tools` is not None, the model may call only the tools that it names. `save_after` has
     indices of messages after which the model's state should be saved, because later requests will begin alike. The
     `reasoning_effort` "none" makes the model answer without thoughts.
     """
@@ -59,6 +59,7 @@ class ChatTask:
     messages: tuple[dict[str, object], ...]
     body: GenerationBody
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolMode = "auto"
     allowed_tools: frozenset[str] | None = None
@@ -157,8 +158,9 @@ async def _sampling_params(task: ChatTask, chat: RenderedChat, services: Service
         max_tokens=body.reply_limit(default=context, context=context),
         seed=services.draw_seed(),
         logprobs=task.logprobs,
-        prompt_logprobs=body.prompt_logprobs,
+        prompt_logprobs=task.prompt_logprobs,
         bad_words=await services.bad_words(body.bad_words) + _forbidden_tags(task, services),
+        grammar=await _grammar(task, chat, services),
     )
     budget, thinking_end = task.thinking_token_budget, ()
     if budget is not None and chat.opens_reasoning:
@@ -167,12 +169,7 @@ async def _sampling_params(task: ChatTask, chat: RenderedChat, services: Service
     elif budget is not None:
         ignore_field("thinking_token_budget", scope, services)
         budget = None
-    return msgspec.structs.replace(
-        params,
-        grammar=await _grammar(task, chat, services),
-        thinking_token_budget=budget,
-        thinking_end=thinking_end,
-    )
+    return msgspec.structs.replace(params, thinking_token_budget=budget, thinking_end=thinking_end)
 
 
 async def _grammar(task: ChatTask, chat: RenderedChat, services: Services) -> str:

@@ -54,6 +54,7 @@ def _task(body: ChatCompletionRequest) -> ChatTask:
         messages=tuple(message.to_template() for message in body.messages),
         body=body,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
         tools=tuple(_tool(function) for function in functions_in(body.tools)),
         tool_choice=mode,
         allowed_tools=allowed,

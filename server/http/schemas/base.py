@@ -296,18 +296,6 @@ class GenerationBody(NoEffect):
         Field(description="Lower values run first. The server must run with --enable-priority."),
     ] = None
 
-    prompt_logprobs: Annotated[
-        TopLogprobs | None,
-        Field(
-            description="Return the log-probabilities of the prompt's tokens, and this number of most likely tokens "
-            "per position. Not allowed with `stream`."
-        ),
-    ] = None
-    return_token_ids: Annotated[bool, Field(description="Return the token ids of the prompt and of the reply.")] = False
-    timings_per_token: Annotated[
-        bool, Field(description="llama.cpp's field: the reply, or the last event of a stream, has the field `timings`.")
-    ] = False
-
     max_tokens: Annotated[
         TokenLimit | None, Field(description="Maximum tokens of the reply. -1 means the rest of the context.")
     ] = None
@@ -329,8 +317,6 @@ class GenerationBody(NoEffect):
     def _check_shared_pairs(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise invalid("is only allowed with `stream`: true", field="stream_options")
-        if self.prompt_logprobs is not None and self.stream:
-            raise invalid("is not allowed with `stream`: true", field="prompt_logprobs")
         if len({self.max_tokens, self.max_completion_tokens} - {None}) == 2:
             why = f"is {self.max_tokens}, but `max_completion_tokens` is {self.max_completion_tokens}; send one of them"
             raise invalid(why, field="max_tokens")

@@ -10,13 +10,13 @@ from pydantic_core import PydanticCustomError
 from jamba_server.engine.validation import INT32_MAX
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
-    GenerationBody,
     RequestBody,
     TopLogprobs,
     invalid,
     string_or_list,
     unsupported,
 )
+from jamba_server.server.http.schemas.details import DetailedBody
 from jamba_server.server.http.schemas.formats import FormatFields
 from jamba_server.server.http.schemas.tools import MAX_TOOLS, EarlierCalls, ToolChoice, Tools, check_tools
 
@@ -151,7 +151,7 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 Document = Annotated[dict[str, Any], Field(min_length=1)]
 
 
-class ChatCompletionRequest(FormatFields, GenerationBody):
+class ChatCompletionRequest(FormatFields, DetailedBody):
     """A request for a chat completion, with OpenAI's fields and vLLM's extra ones.
 
     If the request sets no maximum number of tokens, the reply may fill the part of the context that the prompt leaves.

@@ -9,7 +9,6 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
     FinishReason,
-    GenerationBody,
     PromptLogprobs,
     Reply,
     Timings,
@@ -20,6 +19,7 @@ from jamba_server.server.http.schemas.base import (
     invalid,
     unsupported,
 )
+from jamba_server.server.http.schemas.details import DetailedBody
 from jamba_server.server.http.schemas.formats import FormatFields
 
 MAX_PROMPTS = 1024
@@ -55,7 +55,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(FormatFields, GenerationBody):
+class CompletionRequest(FormatFields, DetailedBody):
     """A request for a completion, with OpenAI's fields and vLLM's extra ones.
 
     If a request has `echo`, `logprobs` and a `max_tokens` of 0, the reply has only the prompt and the log-probabilities
