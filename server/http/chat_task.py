@@ -51,9 +51,10 @@ class ChatTask:
     `messages` are dictionaries as chat templates read them, with the keys `role`, `content` (a string), and where they
     apply `name`, `tool_calls`, `tool_call_id` and `reasoning_content`. `body` has the request's sampling parameters and
     its limits. `logprobs` is the number of most likely tokens to report at each position; None reports no
-    log-probabilities. `prompt_logprobs` is the same number for the prompt. If `allowed_tools` is not None, the model may call only the tools that it names. `save_after` has
-    indices of messages after which the model's state should be saved, because later requests will begin alike. The
-    `reasoning_effort` "none" makes the model answer without thoughts.
+    log-probabilities. `prompt_logprobs` is the same number for the prompt. If `allowed_tools` is not None, the model
+    may call only the tools that it names. The `reasoning_effort` "none" makes the model answer without thoughts.
+    `chat_template` is a template that replaces the model's own. `save_after` has indices of messages after which the
+    model's state should be saved, because later requests will begin alike.
     """
 
     messages: tuple[dict[str, object], ...]

@@ -10,6 +10,7 @@ import msgspec
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from jamba_server.engine.validation import INT32_MAX
 from jamba_server.server.http.schemas.base import RequestBody, invalid
 
 MAX_TOOLS = 128  # maximum number of tools in a request, as in OpenAI's API
@@ -184,7 +185,10 @@ class EarlierCall(RequestBody):
     ] = None
     type: Annotated[Literal["function"], Field(description='Always "function".')] = "function"
     function: Annotated[CalledFunction, Field(description="The function and its arguments.")]
-    index: Annotated[int | None, Field(description="The number of the call in a stream. It has no effect.")] = None
+    index: Annotated[
+        Annotated[int, Field(ge=0, le=INT32_MAX)] | None,
+        Field(description="The number of the call in a stream. It has no effect."),
+    ] = None
 
     def to_template(self) -> dict[str, object]:
         function = {"name": self.function.name, "arguments": self.function.arguments}
