@@ -48,6 +48,8 @@ Seconds = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 UnknownFields = Literal["ignore", "reject"]
+ToolCallParser = Literal["auto", "jamba", "hermes", "none"]
+ReasoningParser = Literal["auto", "none"]
 
 # Pairs of two names for one number format: the name in torch or other servers, and the value of --dtype.
 DTYPE_ALIASES = (
@@ -83,6 +85,16 @@ class ServerConfig:
     chat_template: Annotated[
         str | None, Help("model", "Jinja file with the chat template to use", "PATH", "the model's")
     ] = None
+    allow_request_templates: Annotated[
+        bool, Help("model", "Allow requests to replace the chat template (`chat_template`)")
+    ] = False
+    tool_call_parser: Annotated[
+        ToolCallParser,
+        Help("model", "Form of the model's tool calls; auto finds it in the template and the vocabulary"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParser, Help("model", "Whether thoughts are separated from the content; auto asks the chat template")
+    ] = "auto"
     max_queue_requests: Annotated[
         Number, Help("server", "Replies that may wait for a free place before requests get 503; 0 is no limit")
     ] = 1024

@@ -34,7 +34,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "detokenize": DetokenizeRequest,
 }
 
-WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
+WITHOUT_EFFECT = ("annotations", "prediction", "include_obfuscation")
 
 
 # The classes of the items of a request for a response. Each class has the type of its items as the field `type`.

@@ -66,6 +66,8 @@ class Server:
         )
         app = create_app(config, self._client, tokenizer, template, self._defaults, demo=checkpoint.demo)
         self._lifecycle: Lifecycle = app.state.lifecycle
+        if template is not None:
+            logger.info("replies   the server %s", app.state.services.reply_style.describe())
         self._http = HttpServer(http_config(config, app))
         self._stop = asyncio.Event()
 

@@ -27,6 +27,8 @@ from jamba_server.server.http.routes import chat, completions, models, operation
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.grammars.builder import grammar_builder
+from jamba_server.server.text.reply_style import find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
 
@@ -70,6 +72,10 @@ def create_app(
             Path(config.data_dir) if config.data_dir else None,
             max_responses=config.max_stored_responses,
             max_bytes=config.max_stored_bytes,
+        ),
+        grammars=grammar_builder(tokenizer),
+        reply_style=find_reply_style(
+            chat_template, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
         ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
@@ -130,6 +136,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     with contextlib.suppress(asyncio.CancelledError):
         await statistics
     await services.responses.close()
+    services.grammars.close()
 
 
 async def _handle(request: Request, exc: Exception) -> Response:

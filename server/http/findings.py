@@ -139,11 +139,17 @@ _SENTENCES: Mapping[str, Callable[[Finding], str]] = {
     "too_long": _too_long,
     "string_too_short": _string_too_short,
     "string_too_long": _string_too_long,
+    "string_pattern_mismatch": lambda finding: (
+        f"is {short_json(finding['input'])}; it must match {finding['ctx']['pattern']}"
+    ),
     "literal_error": lambda finding: f"is {short_json(finding['input'])}; it must be {finding['ctx']['expected']}",
     # This server's own validators raise errors of the following kinds. The message of such an error is the predicate.
     "stop_type": _custom,
     "content_type": _custom,
     "prompt_type": _custom,
+    "schema_type": _custom,
+    "format_type": _custom,
+    "tool_choice_type": _custom,
     "token_id": _custom,
     "blank": _custom,
 }

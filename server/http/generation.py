@@ -13,7 +13,8 @@ from jamba_server.engine.process.client import Engine, UpdateStream
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
 from jamba_server.server.http.metrics import Metrics
-from jamba_server.server.http.schemas.base import PromptTokensDetails, Usage
+from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
+from jamba_server.server.http.schemas.base import FinishReason as ReplyFinishReason
 from jamba_server.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,30 @@ class Generation:
             completion_tokens=generated,
             total_tokens=prompt_tokens + generated,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(t.num_cached or 0 for t in first_choices)),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=sum(choice.num_reasoning_tokens for choice in self._choices.values())
+            ),
+        )
+
+    @property
+    def timings(self) -> Timings:
+        """The times of the request up to now."""
+        timelines = self._timelines.values()
+        queue = max((t.queue_seconds or 0.0 for t in timelines), default=0.0)
+        first = max((t.first_token for t in timelines if t.first_token), default=self._arrived + queue)
+        last = max((t.last_token for t in timelines if t.last_token), default=first)
+        prompt_seconds, predicted_seconds = max(first - self._arrived - queue, 0.0), last - first
+        usage = self.usage
+        num_computed = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
+        return Timings(
+            cache_n=usage.prompt_tokens_details.cached_tokens,
+            prompt_n=num_computed,
+            prompt_ms=1000 * prompt_seconds,
+            prompt_per_second=num_computed / prompt_seconds if prompt_seconds else 0.0,
+            predicted_n=usage.completion_tokens,
+            predicted_ms=1000 * predicted_seconds,
+            predicted_per_second=usage.completion_tokens / predicted_seconds if predicted_seconds else 0.0,
+            queue_ms=1000 * queue,
         )
 
     @asynccontextmanager
@@ -159,7 +184,7 @@ class Generation:
             delta = choice.take(update)
             if choice.finish_reason:
                 num_open -= 1
-                self._metrics.finished(choice.finish_reason, self._clock() - self._arrived)
+                self._metrics.finished(_engine_reason(choice.finish_reason), self._clock() - self._arrived)
                 # The engine does not know stop strings. If a stop string ended the choice, the engine must abort it.
                 if update.finish_reason is None:
                     updates.abort(update.request_id)
@@ -189,7 +214,7 @@ class Generation:
         timeline.last_token = now
 
     def _close(self, end: FinishReason) -> None:
-        ends = [choice.finish_reason or end for choice in self._choices.values()]
+        ends: list[str] = [choice.finish_reason or end for choice in self._choices.values()]
         for choice in self._choices.values():
             if choice.finish_reason is None:
                 self._metrics.finished(end, self._clock() - self._arrived)
@@ -206,6 +231,11 @@ class Generation:
             self._clock() - self._arrived,
             ",".join(sorted(set(ends))),
         )
+
+
+def _engine_reason(reason: ReplyFinishReason) -> FinishReason:
+    """Returns the finish reason under which the metrics count a choice."""
+    return "stop" if reason == "tool_calls" else reason
 
 
 def _seconds(value: float | None) -> str:

@@ -21,13 +21,18 @@ from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, RenderedText, RenderOptions
+from jamba_server.server.text.grammars.builder import GrammarBuilder
+from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.rendering.process import NUM_PROCESSES
+from jamba_server.server.text.reply_style import ReplyStyle
 from jamba_server.server.text.template_messages import text_bytes
 from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 TEXT_THREADS = 4  # number of threads for tokenising and the like; more would take CPU cores from the engine
+
+GRAMMAR_THREADS = 2
 
 
 def _draw_seed() -> int:
@@ -44,6 +49,8 @@ class Services:
     metrics: Metrics
     demo: bool
     version: str
+    grammars: GrammarBuilder
+    reply_style: ReplyStyle
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     responses: ResponseStore
@@ -51,6 +58,8 @@ class Services:
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
+    # These threads build grammars and wait for the process that compiles them, which takes one grammar at a time.
+    grammar_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(GRAMMAR_THREADS))
     # Each of these threads waits for a process that renders templates.
     render_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(NUM_PROCESSES))
 
@@ -143,6 +152,24 @@ class Services:
         # of a template.
         used, text = await anyio.to_thread.run_sync(work, limiter=self.render_threads, abandon_on_cancel=True)
         return await self.in_thread(lambda: used.encode(text))
+
+    async def grammar(
+        self,
+        format: OutputFormat | None = None,
+        tools: ToolGrammar | None = None,
+        reasoning: ReasoningGrammar | None = None,
+        *,
+        leading_space: bool = False,
+    ) -> str:
+        """Returns the grammar of a reply, or "" if every reply is allowed. See `GrammarBuilder.build`."""
+        if format is None and tools is None:
+            return ""
+        # The event loop does not wait for the thread if the request is cancelled. The thread ends within seconds.
+        return await anyio.to_thread.run_sync(
+            lambda: self.grammars.build(format, tools, reasoning, leading_space=leading_space),
+            limiter=self.grammar_threads,
+            abandon_on_cancel=True,
+        )
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Calls the function `work` in a thread. In the event loop, a long call would block all other requests."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel
 from starlette.requests import Request
+from starlette.types import Scope
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.schemas.unknown import unknown_fields
@@ -40,13 +41,25 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
             code="unknown_parameter",
         )
     services.metrics.count_ignored_fields(names)
-    add_reply_header(request, "X-Ignored-Fields", _listed(names))
+    add_reply_header(request.scope, "X-Ignored-Fields", _listed(names))
 
 
-def add_reply_header(request: Request, name: str, value: str) -> None:
+def ignore_field(name: str, scope: Scope, services: Services) -> None:
+    """Counts a field that has no effect with this model, and lists its name in the reply's header X-Ignored-Fields."""
+    services.metrics.count_ignored_fields([name])
+    add_reply_header(scope, "X-Ignored-Fields", name)
+
+
+def warn(text: str, scope: Scope) -> None:
+    """Adds a sentence to the reply's header X-Warning."""
+    add_reply_header(scope, "X-Warning", _NOT_ASCII.sub("?", text[:MAX_HEADER_CHARS]), separator="; ")
+
+
+def add_reply_header(scope: Scope, name: str, value: str, *, separator: str = ", ") -> None:
     """Adds a header to the reply, even if the reply is an error or a stream. The class `middleware.RequestContext`
-    sends the added headers."""
-    request.scope["state"].setdefault("reply_headers", {})[name] = value
+    sends the added headers. If the reply has the header already, the value is added to it."""
+    headers: dict[str, str] = scope["state"].setdefault("reply_headers", {})
+    headers[name] = f"{headers[name]}{separator}{value}" if name in headers else value
 
 
 def warn_of_bos(request: Request, services: Services) -> None:
@@ -55,10 +68,9 @@ def warn_of_bos(request: Request, services: Services) -> None:
     The header says that the text was read as the token, and that no second begin-of-text token was added.
     """
     bos = _NOT_ASCII.sub("?", services.tokenizer.named_tokens["bos_token"][:MAX_NAME_CHARS])
-    add_reply_header(
-        request,
-        "X-Warning",
+    warn(
         f"the prompt begins with the text of {bos}, which was read as that token; no second one was added",
+        request.scope,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -40,16 +41,15 @@ Part = Text | Reasoning | ToolCall
 def join(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Returns the parts of a reply, with neighbours of the same kind merged into one part. Neighbouring pieces of one
     tool call become one piece."""
-    joined: list[Part] = []
-    for part in parts:
-        last = joined[-1] if joined else None
-        match last, part:
-            case (Text(before), Text(text)):
-                joined[-1] = Text(before + text)
-            case (Reasoning(before), Reasoning(text)):
-                joined[-1] = Reasoning(before + text)
-            case (ToolCall(), ToolCall()) if last.index == part.index:
-                joined[-1] = replace(last, arguments=last.arguments + part.arguments)
-            case _:
-                joined.append(part)
-    return tuple(joined)
+    return tuple(_join_run(list(run)) for _, run in itertools.groupby(parts, key=_kind))
+
+
+def _kind(part: Part) -> tuple[type[Part], int]:
+    return type(part), part.index if isinstance(part, ToolCall) else 0
+
+
+def _join_run(run: Sequence[Part]) -> Part:
+    first = run[0]
+    if isinstance(first, ToolCall):
+        return replace(first, arguments="".join(part.arguments for part in run if isinstance(part, ToolCall)))
+    return replace(first, text="".join(part.text for part in run if not isinstance(part, ToolCall)))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from jamba_server.server.text.parts import Part, Text
+
 
 class StopStrings:
-    """Finds the first stop string in a text and ends the text there.
+    """The content filter that finds the first stop string in a reply and ends the reply there.
+
+    It reads all that the model writes. A stop string therefore also ends a reply inside thoughts and tool calls, as in
+    vLLM. The attribute `matched` is the stop string, or None if no stop string has been found.
 
     If several stop strings end at the same character, the longest one counts, because it begins first. The result does
     not depend on how the text is divided into pieces. Each stop string is matched by a Knuth-Morris-Pratt automaton, so
@@ -19,33 +24,35 @@ class StopStrings:
         # _matched[i] is the length in characters of the longest prefix of stops[i] with which the text ends.
         self._matched = [0] * len(stops)
         self._held = ""
-        self._stop: str | None = None
+        self.matched: str | None = None
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Appends `text`. Returns the text that can be sent to the client now, and the stop string, or None if no stop
-        string has been found.
+    def push(self, part: Part) -> list[Part]:
+        """Appends a piece of text and returns the text that is certain to belong to the reply.
 
         The longest end of the text that could be the beginning of a stop string is held back. After a stop string has
         been found, every further call returns no text.
         """
-        if self._stop is not None:
-            return "", self._stop
+        assert isinstance(part, Text), "stop strings are searched before the text is divided into parts"
+        text = self._push(part.text) if self.matched is None else ""
+        return [Text(text)] if text else []
+
+    def _push(self, text: str) -> str:
         pending = self._held + text
         for position, char in enumerate(text, start=len(self._held) + 1):
             self._advance(char)
             complete = [stop for stop, count in zip(self._stops, self._matched, strict=True) if count == len(stop)]
             if complete:
-                self._stop = max(complete, key=len)
+                self.matched = max(complete, key=len)
                 self._held = ""
-                return pending[: position if self._include else position - len(self._stop)], self._stop
+                return pending[: position if self._include else position - len(self.matched)]
         emitted = len(pending) - max(self._matched, default=0)
         self._held = pending[emitted:]
-        return pending[:emitted], None
+        return pending[:emitted]
 
-    def flush(self) -> str:
-        """Returns the text that `push` has held back. Called when the text has ended without a stop string."""
+    def flush(self) -> list[Part]:
+        """Returns the text that `push` has held back. Called at the end of the reply."""
         held, self._held = self._held, ""
-        return held
+        return [Text(held)] if held else []
 
     def _advance(self, char: str) -> None:
         for index, stop in enumerate(self._stops):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ _MAX_BYTES: Final = 128 << 20  # limit of the size of tokenizer.json in bytes; a
 # The highest token id allowed. The tokenizer keeps a table with an entry for every number up to the highest token id,
 # so a very high id would fill the memory.
 _MAX_ID: Final = (1 << 24) - 1
+_TAG: Final = re.compile(r"</?[A-Za-z_]+>")
 
 
 class _EncodeBatch(Protocol):
@@ -93,6 +95,16 @@ class Tokenizer:
         for spelling, token_id in vocabulary.items():
             table[token_id] = to_bytes(spelling)
         return tuple(table)
+
+    @property
+    def tags(self) -> Mapping[str, int]:
+        """The token ids of the vocabulary's tags, such as "<tool_call>". Control tokens such as "<|eom|>" are none."""
+        added = self._raw.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if _TAG.fullmatch(token.content)}
+
+    def to_json(self) -> str:
+        """Returns the text of a tokenizer.json for this tokenizer."""
+        return self._raw.to_str()
 
     @property
     def vocab_size(self) -> int:

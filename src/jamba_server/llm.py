@@ -244,6 +244,7 @@ class _Reply:
         # reply.
         elif delta := choice.take(msgspec.structs.replace(update, prompt_logprobs=[])):
             completion.text += delta.text
+            assert delta.finish_reason != "tool_calls", "tool calls are ordinary text here"
             completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
             # Tokens that the step generated after a stop string are dropped.
             del completion.token_ids[choice.num_tokens :], completion.logprobs[choice.num_tokens :]

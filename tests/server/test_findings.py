@@ -79,7 +79,17 @@ def test_messages_with_everything_that_does_not_fit() -> None:
         ({"n": "three"}, 'n is "three"; it must be a whole number'),
         ({"stop": ["a", ""]}, "stop.1 is empty; it needs at least one character"),
         ({"seed": 2**63}, f"seed is {2**63}; it must be at most {2**63 - 1}"),
-        ({"tools": [{}]}, "tools is not supported yet"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function is required"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            'tools.0.function.name is "a b"; it must match ^[a-zA-Z0-9_-]{1,64}$',
+        ),
+        (
+            {"tool_choice": 1},
+            'tool_choice must be "none", "auto", "required" or an object that names functions',
+        ),
+        ({"tool_choice": "any"}, "tool_choice is \"any\"; it must be 'none', 'auto' or 'required'"),
+        ({"tool_choice": "required"}, "tool_choice requires a call, but `tools` has no functions"),
         ({"response_format": {"type": "x"}}, "response_format has the type 'x', which is not supported yet"),
         ({"stream": "yes" * 5000}, f'stream is "{("yes" * 5000)[:MAX_VALUE_CHARS]}…"; it must be true or false'),
         (

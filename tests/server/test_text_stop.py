@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from jamba_server.server.text.parts import Part, Text
 from jamba_server.server.text.stop import StopStrings
 
 
@@ -14,13 +15,16 @@ def feed(stops: tuple[str, ...], pieces: list[str], *, include: bool = False) ->
     matcher = StopStrings(stops, include=include)
     emitted = ""
     for piece in pieces:
-        text, stop = matcher.push(piece)
-        emitted += text
-        if stop is not None:
-            assert matcher.push("more") == ("", stop)
-            assert matcher.flush() == ""
-            return emitted, stop
-    return emitted + matcher.flush(), None
+        emitted += text_of(matcher.push(Text(piece)))
+        if matcher.matched is not None:
+            assert matcher.push(Text("more")) == []
+            assert matcher.flush() == []
+            return emitted, matcher.matched
+    return emitted + text_of(matcher.flush()), None
+
+
+def text_of(parts: list[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Text))
 
 
 def expected(stops: tuple[str, ...], text: str, *, include: bool) -> tuple[str, str | None]:
@@ -79,9 +83,7 @@ def test_all_short_texts_over_two_letters() -> None:
 
 def test_only_what_could_begin_a_stop_string_is_held_back() -> None:
     matcher = StopStrings(("END", "<|"), include=False)
-    assert matcher.push("The E") == ("The ", None)
-    assert matcher.push("N") == ("", None)
-    assert matcher.push("EN") == ("EN", None)
-    assert matcher.push("<x") == ("EN<x", None)
-    assert matcher.push("<") == ("", None)
-    assert matcher.flush() == "<"
+    pieces = ["The E", "N", "EN", "<x", "<"]
+    assert [text_of(matcher.push(Text(piece))) for piece in pieces] == ["The ", "", "EN", "EN<x", ""]
+    assert text_of(matcher.flush()) == "<"
+    assert matcher.matched is None

@@ -57,7 +57,7 @@ TAKEN: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"prompt": "Hi", "max_tokens": 4, "max_completion_tokens": 4}, None),
     (COMPLETIONS, {"prompt": "Hi", "max_tokens": -1}, None),
     (CHAT, chat(max_tokens=-1), None),
-    (CHAT, turn(reasoning_content="b"), "messages.reasoning_content"),
+    (CHAT, turn(thinking_blocks=[]), "messages.thinking_blocks"),
     (CHAT, chat(verbosity="low"), "verbosity"),
     (CHAT, chat(chat_template_kwargs={}, add_generation_prompt=True, continue_final_message=False), None),
     (CHAT, chat(parallel_tool_calls=False, tools=[], tool_choice="auto"), None),

@@ -7,14 +7,17 @@ import uuid
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
-from jamba_server.server.http.chat_task import ChatTask, plan_chat
+from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
-from jamba_server.server.http.schemas.chat import ChatCompletion, ChatCompletionRequest
+from jamba_server.server.http.schemas.chat import ChatCompletionRequest
+from jamba_server.server.http.schemas.chat_replies import ChatCompletion
+from jamba_server.server.http.schemas.tools import FunctionDefinition, OtherTool, functions_in, mode_and_allowed
 from jamba_server.server.http.services import ServicesOf
 from jamba_server.server.http.sse import answer
-from jamba_server.server.http.unknown_fields import settle_unknown_fields
+from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
 from jamba_server.server.http.writers.chat import ChatWriter
 
 router = APIRouter(tags=["generation"])
@@ -27,6 +30,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
+    _warn_of_other_tools(body, request.scope)
     spec = await plan_chat(_task(body), services, id_=f"chatcmpl-{uuid.uuid4().hex}", scope=request.scope)
     writer = ChatWriter(
         generation=services.generation(spec),
@@ -36,14 +40,47 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
         with_logprobs=bool(body.logprobs),
         with_usage=body.reports_usage,
         with_usage_so_far=body.reports_usage_continuously,
+        with_timings=body.timings_per_token,
+        with_token_ids=body.return_token_ids,
+        with_prompt_logprobs=body.prompt_logprobs is not None,
+        with_reasoning=body.include_reasoning,
     )
     return await answer(request, writer, services, stream=bool(body.stream))
 
 
 def _task(body: ChatCompletionRequest) -> ChatTask:
+    mode, allowed = mode_and_allowed(body.tool_choice)
     return ChatTask(
         messages=tuple(message.to_template() for message in body.messages),
         body=body,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        add_generation_prompt=body.add_generation_prompt,
+        prompt_logprobs=body.prompt_logprobs,
+        tools=tuple(_tool(function) for function in functions_in(body.tools)),
+        tool_choice=mode,
+        allowed_tools=allowed,
+        parallel_tool_calls=body.parallel_tool_calls,
+        output_format=body.output_format,
+        reasoning_effort=body.reasoning_effort,
+        thinking_token_budget=body.thinking_token_budget,
+        documents=tuple(body.documents or ()),
+        chat_template=body.chat_template or None,
+        template_kwargs=body.chat_template_kwargs or {},
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
     )
+
+
+def _tool(function: FunctionDefinition) -> Tool:
+    return Tool(
+        name=function.name,
+        description=function.description or "",
+        parameters=function.parameters or {},
+        strict=bool(function.strict),
+    )
+
+
+def _warn_of_other_tools(body: ChatCompletionRequest, scope: Scope) -> None:
+    """Lists the types of the tools that are left out in the header X-Warning."""
+    types = dict.fromkeys(tool.type for tool in body.tools or () if isinstance(tool, OtherTool))
+    if types:
+        warn(f"tools of other types than function were left out: {', '.join(types)}", scope)

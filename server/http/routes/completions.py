@@ -44,6 +44,9 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         with_logprobs=body.logprobs is not None,
         with_usage=body.reports_usage,
         with_usage_so_far=body.reports_usage_continuously,
+        with_timings=body.timings_per_token,
+        with_token_ids=body.return_token_ids,
+        with_prompt_logprobs=body.prompt_logprobs is not None,
     )
     return await answer(request, writer, services, stream=bool(body.stream))
 
@@ -51,6 +54,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
 async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
     bad_words = await services.bad_words(body.bad_words)
+    grammar = await services.grammar(body.output_format)
     text = TextOptions(
         stops=body.stops,
         include_stop=body.include_stop_str_in_output,
@@ -59,7 +63,7 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
     )
     return GenerationSpec(
         id=id_,
-        prompts=tuple([await _prompt(body, services, prompt, bad_words) for prompt in body.prompts]),
+        prompts=tuple([await _prompt(body, services, prompt, bad_words, grammar) for prompt in body.prompts]),
         n=body.n or 1,
         text=text,
         priority=priority,
@@ -70,7 +74,11 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
 
 
 async def _prompt(
-    body: CompletionRequest, services: Services, prompt: str | list[int], bad_words: tuple[tuple[int, ...], ...]
+    body: CompletionRequest,
+    services: Services,
+    prompt: str | list[int],
+    bad_words: tuple[tuple[int, ...], ...],
+    grammar: str,
 ) -> Prompt:
     if isinstance(prompt, str):
         services.check_size(prompt, param="prompt")
@@ -81,7 +89,8 @@ async def _prompt(
         max_tokens=body.reply_limit(default=DEFAULT_MAX_TOKENS, context=services.engine.info.max_model_len),
         seed=services.draw_seed(),  # a seed for each prompt; with a common seed, equal prompts would get equal replies
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=body.logprobs if body.echo else body.prompt_logprobs,
         bad_words=bad_words,
+        grammar=grammar,
     )
     return admit_prompt(prompt, params, services.engine, param="prompt")

@@ -80,6 +80,14 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+# The declaration of a field that a reply lacks while the field's value is None.
+if_any: Any = Field(exclude_if=_is_none)
+
+
 def not_yet(feature: str = "") -> PydanticCustomError:
     """Returns pydantic's error for a field that this server does not support yet.
 
@@ -102,21 +110,6 @@ def unsupported(*neutral: object) -> BeforeValidator:
         return value
 
     return BeforeValidator(refuse)
-
-
-def _only_text(value: object) -> object:
-    if isinstance(value, dict) and value.get("type") != "text":
-        raise not_yet(f"the type {str(value.get('type'))[:32]!r}, which")
-    return value
-
-
-class TextFormat(RequestBody):
-    """The response format of plain text, which is the only one that this server supports."""
-
-    type: Annotated[Literal["text"], Field(description='Always "text".')]
-
-
-ResponseFormat = Annotated[TextFormat | None, BeforeValidator(_only_text)]
 
 
 def string_or_list(value: object) -> str | None:
@@ -162,6 +155,7 @@ LogitBias = Annotated[
     BeforeValidator(_token_ids),
 ]
 BadWord = Annotated[str, Field(min_length=1, max_length=256), BeforeValidator(_not_blank)]
+TopLogprobs = Annotated[int, within("logprobs")]
 # Maximum number of tokens in a reply. The value -1 means no limit other than the context length, as in llama.cpp.
 TokenLimit = Annotated[int, within("max_tokens", low=-1)]
 
@@ -197,6 +191,14 @@ class NoEffect(RequestBody):
     )
     prompt_cache_key: Annotated[
         str | None, Field(description="A hint for routing between machines. It has no effect.")
+    ] = None
+    prompt_cache_options: Annotated[
+        dict[str, Any] | None,
+        Field(description="The parts of the prompt that are cached. It has no effect: every prefix is cached."),
+    ] = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory", "in-memory", "24h"] | None,
+        Field(description="How long prompts are cached. It has no effect: the size of the cache decides."),
     ] = None
     spaces_between_special_tokens: Annotated[
         bool | None, Field(description="vLLM's field for slow tokenizers. It has no effect.")
@@ -300,12 +302,6 @@ class GenerationBody(NoEffect):
     max_completion_tokens: Annotated[
         TokenLimit | None, Field(description="OpenAI's newer name for `max_tokens`. Send only one of the two.")
     ] = None
-    response_format: Annotated[
-        ResponseFormat, Field(description='Must be {"type": "text"}. Other formats are not supported yet.')
-    ] = None
-    structured_outputs: Annotated[
-        dict[str, Any] | None, unsupported({}), Field(description="vLLM's field for grammars. Not supported yet.")
-    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -353,6 +349,12 @@ class PromptTokensDetails(Reply):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Reply):
+    """`reasoning_tokens` is the number of generated tokens that belong to the model's thoughts, end tag included."""
+
+    reasoning_tokens: int
+
+
 class Usage(Reply):
     """The token counts of one HTTP request. A prompt counts once, however many choices (`n`) it has."""
 
@@ -360,6 +362,26 @@ class Usage(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class Timings(Reply):
+    """The times of a request, with the names that llama.cpp's server gives them.
+
+    `cache_n` prompt tokens were found in the prefix cache, and `prompt_n` were computed in `prompt_ms` milliseconds,
+    until the first token came. `predicted_n` tokens were generated in `predicted_ms` milliseconds, from the first token
+    on. `queue_ms` is the time in the engine's queue, which is not part of `prompt_ms`. The times of several choices are
+    those of the slowest, and the numbers of tokens are sums.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float
+    queue_ms: float
 
 
 class ErrorDetail(Reply):
@@ -374,5 +396,18 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
-FinishReason = Literal["stop", "length", "abort"]
-TopLogprobs = Annotated[int, within("logprobs")]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+
+
+class PromptLogprob(Reply):
+    """The log-probability of a token at a position of the prompt.
+
+    `rank` is 1 for the most likely token. It is null for a token that is less likely than all tokens of the list.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]  # null for the first token, which the model does not predict

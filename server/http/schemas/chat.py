@@ -1,4 +1,4 @@
-"""The request and the replies of /v1/chat/completions."""
+"""The request of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict  # pydantic cannot use typing.TypedDict before Python 3.12
 
+from jamba_server.engine.validation import INT32_MAX
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
-    FinishReason,
-    GenerationBody,
-    Reply,
     RequestBody,
     TopLogprobs,
-    Usage,
     invalid,
-    not_yet,
     string_or_list,
     unsupported,
 )
+from jamba_server.server.http.schemas.details import DetailedBody
+from jamba_server.server.http.schemas.formats import FormatFields
+from jamba_server.server.http.schemas.tools import MAX_TOOLS, EarlierCalls, ToolChoice, Tools, check_tools
+
+MAX_DOCUMENTS = 256
+MAX_TEMPLATE_VARIABLES = 64
+MAX_TEMPLATE_CHARS = 1 << 20
 
 
 def _only_text_part(value: Any) -> Any:
@@ -50,8 +52,9 @@ Content = Annotated[
 
 
 def _role(value: Any) -> Any:
-    if value in ("tool", "function"):
-        raise not_yet(f"the value {value!r}, which")
+    if value == "function":
+        why = "is 'function', which belongs to OpenAI's older `functions`; send `tools` and the role 'tool' instead"
+        raise PydanticCustomError("not_supported_yet", "{why}", {"why": why})
     return value
 
 
@@ -61,9 +64,12 @@ class ChatMessage(RequestBody):
     peers = peer_fields.MESSAGE
 
     role: Annotated[
-        Literal["system", "developer", "user", "assistant"],
+        Literal["system", "developer", "user", "assistant", "tool"],
         BeforeValidator(_role),
-        Field(description="The author of the message. `developer` is another name for `system`."),
+        Field(
+            description="The author of the message. `developer` is another name for `system`. A message of `tool` is "
+            "the result of a tool call."
+        ),
     ]
     content: Annotated[
         Content | None,
@@ -75,9 +81,18 @@ class ChatMessage(RequestBody):
     ] = None
 
     tool_call_id: Annotated[
+        Annotated[str, Field(max_length=256)] | None,
+        Field(description="The id of the tool call that this message answers. Only for the role `tool`."),
+    ] = None
+    tool_calls: Annotated[
+        EarlierCalls | None, Field(description="The tool calls of an earlier reply. Only for the role `assistant`.")
+    ] = None
+    reasoning: Annotated[
         str | None,
-        unsupported(""),
-        Field(description="The id of the tool call that this message answers. Not supported yet."),
+        Field(description="The thoughts of an earlier reply. The chat template decides whether they are repeated."),
+    ] = None
+    reasoning_content: Annotated[
+        str | None, Field(description="Another name for `reasoning`. If both are sent, this one counts.")
     ] = None
     # Messages in OpenAI's replies have the following fields. Clients send them back with the conversation.
     annotations: Annotated[
@@ -92,11 +107,6 @@ class ChatMessage(RequestBody):
     audio: Annotated[
         dict[str, Any] | None, unsupported(), Field(description="An earlier spoken reply. Not supported.")
     ] = None
-    tool_calls: Annotated[
-        list[Any] | None,
-        unsupported([]),
-        Field(description="The tool calls of an earlier reply. Not supported yet."),
-    ] = None
     function_call: Annotated[
         dict[str, Any] | None,
         unsupported({}),
@@ -107,6 +117,10 @@ class ChatMessage(RequestBody):
     def _check_content(self) -> Self:
         if "content" not in self.model_fields_set and self.role != "assistant":
             raise invalid("is required", field="content")
+        if self.tool_calls and self.role != "assistant":
+            raise invalid("is only allowed in messages of the role 'assistant'", field="tool_calls")
+        if self.tool_call_id and self.role != "tool":
+            raise invalid("is only allowed in messages of the role 'tool'", field="tool_call_id")
         return self
 
     @property
@@ -117,20 +131,27 @@ class ChatMessage(RequestBody):
         return self.content or ""
 
     def to_template(self) -> dict[str, object]:
-        """Returns the message as a dictionary with the keys `role`, `content` and `name`, which chat templates read."""
-        message: dict[str, object] = {
+        """Returns the message as a dictionary with the keys that chat templates read."""
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        optional = {
+            "name": self.name,
+            "tool_calls": [call.to_template() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": reasoning,
+        }
+        return {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.text,
+            **{key: value for key, value in optional.items() if value is not None},
         }
-        if self.name is not None:
-            message["name"] = self.name
-        return message
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Document = Annotated[dict[str, Any], Field(min_length=1)]
 
 
-class ChatCompletionRequest(GenerationBody):
+class ChatCompletionRequest(FormatFields, DetailedBody):
     """A request for a chat completion, with OpenAI's fields and vLLM's extra ones.
 
     If the request sets no maximum number of tokens, the reply may fill the part of the context that the prompt leaves.
@@ -157,21 +178,25 @@ class ChatCompletionRequest(GenerationBody):
         bool, Field(description="End the prompt with the beginning of an assistant's message.")
     ] = True
     continue_final_message: Annotated[
-        bool | None, unsupported(False), Field(description="Continue the last message. Not supported yet.")
-    ] = None
+        bool,
+        Field(description="End the prompt inside the last message, so that the reply continues this message."),
+    ] = False
 
     tools: Annotated[
-        list[Any] | None, unsupported([]), Field(description="Functions that the model may call. Not supported yet.")
+        Tools | None,
+        Field(
+            description=f"Functions that the model may call, at most {MAX_TOOLS}. Tools of other types are left out, "
+            "and the header X-Warning says so."
+        ),
     ] = None
     tool_choice: Annotated[
-        str | dict[str, Any] | None,
-        unsupported("none", "auto"),
-        Field(description='The tool to call. Must be "none" or "auto", because tools are not supported yet.'),
+        ToolChoice | None,
+        Field(
+            description='Whether the reply calls functions: "none", "auto" (default), "required", one named function, '
+            "or a part of the functions (`allowed_tools`)."
+        ),
     ] = None
-    parallel_tool_calls: Annotated[
-        bool | None,
-        Field(description="Whether a reply may have several tool calls. It has no effect: tools are not supported."),
-    ] = None
+    parallel_tool_calls: Annotated[bool, Field(description="Whether a reply may have several tool calls.")] = True
     functions: Annotated[
         list[Any] | None, unsupported([]), Field(description="OpenAI's older name for `tools`. Not supported.")
     ] = None
@@ -181,7 +206,16 @@ class ChatCompletionRequest(GenerationBody):
         Field(description='OpenAI\'s older name for `tool_choice`. Must be "none" or "auto".'),
     ] = None
     reasoning_effort: Annotated[
-        str | None, unsupported("none"), Field(description='The length of reasoning. Only "none" is supported.')
+        ReasoningEffort | None,
+        Field(
+            description='"none" makes a reasoning model answer without thoughts. Other efforts reach the chat template '
+            "if it has a variable of that name; otherwise they are ignored, and the header X-Ignored-Fields says so."
+        ),
+    ] = None
+    include_reasoning: Annotated[bool, Field(description="Whether the reply has the model's thoughts.")] = True
+    thinking_token_budget: Annotated[
+        Annotated[int, Field(ge=0, le=INT32_MAX)] | None,
+        Field(description="Maximum number of tokens of the model's thoughts. Then the end of the thoughts is forced."),
     ] = None
     modalities: Annotated[
         list[Literal["text"]] | None,
@@ -191,8 +225,7 @@ class ChatCompletionRequest(GenerationBody):
     audio: Annotated[dict[str, Any] | None, unsupported(), Field(description="A spoken reply. Not supported.")] = None
     prediction: Annotated[
         dict[str, Any] | None,
-        unsupported(),
-        Field(description="Text that the reply is expected to contain. Not supported yet."),
+        Field(description="Text that the reply is expected to contain. It has no effect yet."),
     ] = None
     moderation: Annotated[
         dict[str, Any] | None, unsupported(), Field(description="A moderation of prompt and reply. Not supported.")
@@ -200,104 +233,32 @@ class ChatCompletionRequest(GenerationBody):
     web_search_options: Annotated[
         dict[str, Any] | None, unsupported(), Field(description="Options of a web search. Not supported.")
     ] = None
-    prompt_cache_options: Annotated[
-        dict[str, Any] | None,
-        unsupported({}),
-        Field(description="The parts of the prompt that are cached. Not supported yet."),
-    ] = None
-    prompt_cache_retention: Annotated[
-        str | None,
-        unsupported("in_memory", "in-memory"),
-        Field(description='Where the prompt is cached. Only "in_memory" is supported.'),
-    ] = None
     documents: Annotated[
-        list[Any] | None,
-        unsupported([]),
-        Field(description="Documents that the chat template puts into the prompt. Not supported yet."),
+        Annotated[list[Document], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None,
+        Field(
+            description="Documents that the chat template puts into the prompt: objects with `text`, `title` and more."
+        ),
     ] = None
     chat_template: Annotated[
-        str | None,
-        unsupported(""),
-        Field(description="A chat template that replaces the model's. Not supported yet."),
+        Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None,
+        Field(
+            description="A chat template that replaces the model's. The server must run with --allow-request-templates."
+        ),
     ] = None
     chat_template_kwargs: Annotated[
-        dict[str, Any] | None,
-        unsupported({}),
-        Field(description="Variables of the chat template. Not supported yet."),
+        Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None,
+        Field(description="Variables of the chat template. A variable that the template does not read is refused."),
     ] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise invalid("is only allowed with `logprobs`: true", field="top_logprobs")
+        asks_for_turn = self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set
+        if self.continue_final_message and asks_for_turn:
+            raise invalid("is not allowed together with `add_generation_prompt`: true", field="continue_final_message")
+        check_tools(self.tools, self.tool_choice)
         for field in ("max_tokens", "max_completion_tokens"):
             if getattr(self, field) == 0:
                 raise invalid("is 0; it must be at least 1, or -1 for the rest of the context", field=field)
         return self
-
-
-class TopLogprob(Reply):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Reply):
-    content: list[TokenLogprob]
-
-
-class ReplyMessage(Reply):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Reply):
-    """One choice of a reply. `stop_reason` is the stop string, or the id in `stop_token_ids`, that ended the choice."""
-
-    index: int
-    message: ReplyMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-    stop_reason: str | int | None
-
-
-class ChatCompletion(Reply):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(TypedDict, total=False):
-    """The part of a message that one event adds. The first delta of a choice has `role`. The last delta comes with the
-    finish reason and is empty. All deltas between them have `content`."""
-
-    role: Literal["assistant"]
-    content: str
-
-
-class ChunkChoice(Reply):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-
-class ChatCompletionChunk(Reply):
-    """One event of a stream. It has `usage` only with `stream_options.include_usage`; then the last event has the token
-    counts, and in all earlier events `usage` is null unless `continuous_usage_stats` is set."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None

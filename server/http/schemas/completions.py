@@ -9,14 +9,18 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
     FinishReason,
-    GenerationBody,
+    PromptLogprobs,
     Reply,
+    Timings,
     TokenId,
     TopLogprobs,
     Usage,
+    if_any,
     invalid,
     unsupported,
 )
+from jamba_server.server.http.schemas.details import DetailedBody
+from jamba_server.server.http.schemas.formats import FormatFields
 
 MAX_PROMPTS = 1024
 MAX_REQUEST_CHOICES = 1024  # maximum number of choices in a request: number of prompts multiplied by `n`
@@ -51,7 +55,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(GenerationBody):
+class CompletionRequest(FormatFields, DetailedBody):
     """A request for a completion, with OpenAI's fields and vLLM's extra ones.
 
     If a request has `echo`, `logprobs` and a `max_tokens` of 0, the reply has only the prompt and the log-probabilities
@@ -93,6 +97,9 @@ class CompletionRequest(GenerationBody):
         if self.best_of is not None and self.best_of != n:
             why = f"is {self.best_of}; choosing among more replies than `n`, which is {n}, is not supported"
             raise invalid(why, field="best_of")
+        if self.echo and self.prompt_logprobs is not None and self.prompt_logprobs != self.logprobs:
+            why = "is only allowed with `echo` if `logprobs` has the same value"
+            raise invalid(why, field="prompt_logprobs")
         if (num_choices := n * len(self.prompts)) > MAX_REQUEST_CHOICES:
             why = f"is {n}, so that all prompts have {num_choices} choices; at most {MAX_REQUEST_CHOICES} are allowed"
             raise invalid(why, field="n")
@@ -121,13 +128,20 @@ class CompletionLogprobs(Reply):
 
 
 class CompletionChoice(Reply):
-    """One choice of a reply. `stop_reason` is the stop string, or the id in `stop_token_ids`, that ended the choice."""
+    """One choice of a reply. `stop_reason` is the stop string, or the id in `stop_token_ids`, that ended the choice.
+
+    The last three fields are sent only if the request asks for them. In a stream, the first event of a choice has
+    `prompt_token_ids`.
+    """
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    token_ids: Annotated[list[int] | None, if_any] = None
+    prompt_token_ids: Annotated[list[int] | None, if_any] = None
+    prompt_logprobs: Annotated[PromptLogprobs | None, if_any] = None
 
 
 class Completion(Reply):
@@ -139,3 +153,4 @@ class Completion(Reply):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    timings: Annotated[Timings | None, if_any] = None

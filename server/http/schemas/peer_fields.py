@@ -144,7 +144,7 @@ _LENGTHS = {
 _GRAMMARS = {
     name: PeerField(of, ("", {}, []), instead="structured_outputs")
     for of, names in {
-        "vLLM": ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
+        "vLLM": ("structural_tag",),
         "SGLang": ("regex", "ebnf"),
         "llama.cpp": ("grammar", "json_schema", "grammar_triggers"),
         "text-generation-webui": ("grammar_string",),
@@ -184,10 +184,10 @@ _PROMPTS = {
     "sampling_params": PeerField("SGLang", ({},)),
     "session_params": PeerField("SGLang", ({},)),
     "kv_transfer_params": PeerField("vLLM", ({},)),
-    "think": PeerField("Ollama", (False,)),
-    "thinking": PeerField("Anthropic", ({"type": "disabled"}, False)),
-    "reasoning": PeerField("OpenRouter", ({}, {"enabled": False}, {"effort": "none"}, False)),
-    "enable_thinking": PeerField("Qwen", (False,)),
+    "think": PeerField("Ollama", instead="reasoning_effort"),
+    "thinking": PeerField("Anthropic", instead="reasoning_effort"),
+    "reasoning": PeerField("OpenRouter", ({},), instead="reasoning_effort"),
+    "enable_thinking": PeerField("Qwen", instead="reasoning_effort"),
     "enable_search": PeerField("Qwen", (False,)),
 }
 
@@ -195,7 +195,6 @@ _PROMPTS = {
 _REPLIES = {
     "echo": PeerField("vLLM", (False,)),
     "return_full_text": PeerField("TGI", (False,), instead="echo"),
-    "prompt_logprobs": PeerField("vLLM"),
     "logprob_token_ids": PeerField("vLLM", ([],)),
     "return_logprob": PeerField("SGLang", (False,), instead="logprobs"),
     "top_logprobs_num": PeerField("SGLang", (0,), instead="top_logprobs"),
@@ -204,7 +203,6 @@ _REPLIES = {
     "n_probs": PeerField("llama.cpp", (0,), instead="logprobs"),
     "post_sampling_probs": PeerField("llama.cpp", (False,)),
     "return_tokens": PeerField("llama.cpp", (False,)),
-    "return_token_ids": PeerField("vLLM", (False,)),
     "return_tokens_as_token_ids": PeerField("vLLM", (False,)),
     "return_prompt_text": PeerField("vLLM", (False,)),
     "return_hidden_states": PeerField("SGLang", (False,)),

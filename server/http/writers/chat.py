@@ -7,24 +7,31 @@ from dataclasses import dataclass
 
 from jamba_server.server.http.choice import ChoiceDelta, TokenScore
 from jamba_server.server.http.schemas.base import Usage
-from jamba_server.server.http.schemas.chat import (
+from jamba_server.server.http.schemas.chat_replies import (
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatLogprobs,
     ChunkChoice,
     Delta,
+    FunctionDelta,
+    FunctionReply,
     ReplyMessage,
     TokenLogprob,
+    ToolCallDelta,
+    ToolCallReply,
     TopLogprob,
 )
-from jamba_server.server.http.writers.writer import ChunkWriter
+from jamba_server.server.http.writers.writer import ChunkWriter, event
+from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatWriter(ChunkWriter[ChunkChoice]):
     """Builds one `chat.completion` object for a whole reply, and one `chat.completion.chunk` object for each event of a
-    stream."""
+    stream. If `with_reasoning` is false, the model's thoughts are left out."""
+
+    with_reasoning: bool = True
 
     def reply(self, choices: list[ChoiceDelta]) -> ChatCompletion:
         return ChatCompletion(
@@ -34,14 +41,18 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=ReplyMessage(content=choice.text),
+                    message=self._message(choice),
                     logprobs=self._logprobs(choice.scores),
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
+                    token_ids=self._token_ids(choice),
                 )
                 for choice in choices
             ],
             usage=self.generation.usage,
+            prompt_logprobs=self._prompt_logprobs(choices[0].prompt_scores),
+            prompt_token_ids=self._prompt_token_ids(0),
+            timings=self._timings,
         )
 
     def begin(self) -> Iterable[bytes]:
@@ -50,23 +61,61 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
         These events tell the client that the engine has accepted the request.
         """
         for index in range(self.generation.num_choices):
-            yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
+            first = ChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+            chunk = self._chunk([first], self.generation.usage if self.with_usage_so_far else None)
+            prompt_token_ids = self._prompt_token_ids(0) if index == 0 else None
+            yield event(chunk.model_copy(update={"prompt_token_ids": prompt_token_ids}), exclude=self._excluded)
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
-        """Yields an event with the delta's text and log-probabilities, and an event with the delta's finish reason.
+        """Yields the events of a delta: one or two for each part, and one with the finish reason.
 
-        The first event is left out if the delta has no text and no log-probabilities. The second event is left out if
-        the delta has no finish reason.
+        The first of them has the delta's log-probabilities and token ids. If there are such, but no parts, it has empty
+        content.
         """
-        if delta.text or delta.scores:
-            content = Delta(content=delta.text)
-            yield self._event(ChunkChoice(index=delta.index, delta=content, logprobs=self._logprobs(delta.scores)))
+        messages = [message for part in delta.parts for message in self._deltas(part)]
+        if not messages and (delta.scores or (self.with_token_ids and delta.token_ids)):
+            messages = [Delta(content="")]
+        logprobs, token_ids = self._logprobs(delta.scores), self._token_ids(delta)
+        for message in messages:
+            yield self._event(ChunkChoice(index=delta.index, delta=message, logprobs=logprobs, token_ids=token_ids))
+            logprobs = token_ids = None
         if delta.finish_reason:
             yield self._event(
                 ChunkChoice(
                     index=delta.index, delta=Delta(), finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
                 )
             )
+
+    def _message(self, choice: ChoiceDelta) -> ReplyMessage:
+        calls = [
+            ToolCallReply(id=part.id, function=FunctionReply(name=part.name, arguments=part.arguments))
+            for part in choice.parts
+            if isinstance(part, ToolCall)
+        ]
+        message = ReplyMessage(role="assistant", content=choice.text or (None if calls else ""), refusal=None)
+        thoughts = "".join(part.text for part in choice.parts if isinstance(part, Reasoning))
+        if thoughts and self.with_reasoning:
+            message["reasoning"] = message["reasoning_content"] = thoughts
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def _deltas(self, part: Part) -> Iterable[Delta]:
+        """Yields the deltas of one part. The first delta of a tool call has its id and its name, and no arguments, as
+        OpenAI's API sends it."""
+        match part:
+            case Text(text):
+                yield Delta(content=text)
+            case Reasoning(text):
+                if self.with_reasoning:
+                    yield Delta(reasoning=text, reasoning_content=text)
+            case ToolCall(index, id_, name, arguments):
+                if id_:
+                    function = FunctionDelta(name=name, arguments="")
+                    yield Delta(tool_calls=[ToolCallDelta(index=index, id=id_, type="function", function=function)])
+                if arguments:
+                    function = FunctionDelta(arguments=arguments)
+                    yield Delta(tool_calls=[ToolCallDelta(index=index, function=function)])
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
         id_ = self.generation.spec.id

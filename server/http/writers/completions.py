@@ -17,7 +17,14 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
     stream."""
 
     def reply(self, choices: list[ChoiceDelta]) -> Completion:
-        return self._chunk([self._choice(choice) for choice in choices], self.generation.usage)
+        chunk = self._chunk([self._choice(choice, whole=True) for choice in choices], self.generation.usage)
+        return chunk.model_copy(update={"timings": self._timings})
+
+    def begin(self) -> Iterable[bytes]:
+        """Yields, with `return_token_ids`, one event for each choice, which has the token ids of its prompt."""
+        if self.with_token_ids:
+            for index in range(self.generation.num_choices):
+                yield self._event(self._choice(ChoiceDelta(index=index), whole=True))
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
         yield self._event(self._choice(delta))
@@ -26,13 +33,18 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
         id_ = self.generation.spec.id
         return Completion(id=id_, created=self.created, model=self.model, choices=choices, usage=usage)
 
-    def _choice(self, delta: ChoiceDelta) -> CompletionChoice:
+    def _choice(self, delta: ChoiceDelta, *, whole: bool = False) -> CompletionChoice:
+        """Returns the JSON object of a delta. With `whole` it also has what a reply says once about each choice: the
+        token ids and the log-probabilities of the prompt."""
         return CompletionChoice(
             index=delta.index,
             text=delta.text,
             logprobs=self._logprobs(delta.scores) if self.with_logprobs else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
+            token_ids=self._token_ids(delta),
+            prompt_token_ids=self._prompt_token_ids(delta.index // self.generation.spec.n) if whole else None,
+            prompt_logprobs=self._prompt_logprobs(delta.prompt_scores) if whole else None,
         )
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> CompletionLogprobs:

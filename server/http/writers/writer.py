@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from jamba_server.server.http.choice import ChoiceDelta
+from jamba_server.server.http.choice import ChoiceDelta, TokenScore
 from jamba_server.server.http.generation import Generation
-from jamba_server.server.http.schemas.base import Usage
+from jamba_server.server.http.schemas.base import PromptLogprob, PromptLogprobs, Timings, Usage
 from jamba_server.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -63,7 +63,9 @@ class ChunkWriter(Writer, Generic[C]):
     """The code that the writers for chats and completions share. Each event is a JSON object with the field `choices`.
 
     If `with_usage` is set, the stream has one more event at its end, whose field `usage` has the token counts. If
-    `with_usage_so_far` is also set, every event has the token counts up to that event.
+    `with_usage_so_far` is also set, every event has the token counts up to that event. If `with_timings` is set, the
+    reply or the last event has the times of the request. The options `with_token_ids` and `with_prompt_logprobs` add
+    the token ids, and the log-probabilities of the prompt.
     """
 
     generation: Generation
@@ -73,13 +75,17 @@ class ChunkWriter(Writer, Generic[C]):
     with_logprobs: bool
     with_usage: bool
     with_usage_so_far: bool
+    with_timings: bool = False
+    with_token_ids: bool = False
+    with_prompt_logprobs: bool = False
 
     def begin(self) -> Iterable[bytes]:
         return ()
 
     def end(self) -> Iterable[bytes]:
-        if self.with_usage:
-            yield event(self._chunk([], self.generation.usage))
+        if self.with_usage or self.with_timings:
+            chunk = self._chunk([], self.generation.usage if self.with_usage else None)
+            yield event(chunk.model_copy(update={"timings": self._timings}), exclude=self._excluded)
         yield DONE
 
     def fail(self, error: bytes) -> Iterable[bytes]:
@@ -87,7 +93,36 @@ class ChunkWriter(Writer, Generic[C]):
 
     def _event(self, choice: C) -> bytes:
         chunk = self._chunk([choice], self.generation.usage if self.with_usage_so_far else None)
-        return event(chunk, exclude=None if self.with_usage else {"usage"})
+        return event(chunk, exclude=self._excluded)
+
+    @property
+    def _excluded(self) -> set[str] | None:
+        return None if self.with_usage else {"usage"}
+
+    @property
+    def _timings(self) -> Timings | None:
+        return self.generation.timings if self.with_timings else None
+
+    def _token_ids(self, delta: ChoiceDelta) -> list[int] | None:
+        return list(delta.token_ids) if self.with_token_ids else None
+
+    def _prompt_token_ids(self, number: int) -> list[int] | None:
+        return self.generation.spec.prompts[number].token_ids if self.with_token_ids else None
+
+    def _prompt_logprobs(self, scores: Iterable[TokenScore]) -> PromptLogprobs | None:
+        return [self._prompt_logprob(score) for score in scores] if self.with_prompt_logprobs else None
+
+    def _prompt_logprob(self, score: TokenScore) -> dict[int, PromptLogprob] | None:
+        """Returns the log-probabilities at a position of the prompt: those of the most likely tokens and that of the
+        token in the prompt."""
+        if score.logprob is None:
+            return None
+        ranked = [(id_, logprob, rank) for rank, (id_, logprob) in enumerate(score.top, start=1)]
+        result: dict[int, PromptLogprob] = {}
+        for id_, logprob, rank in (*ranked, (score.token_id, score.logprob, None)):
+            text = self.tokenizer.token_text(id_)
+            result.setdefault(id_, PromptLogprob(logprob=logprob, rank=rank, decoded_token=text))
+        return result
 
     @abstractmethod
     def _chunk(self, choices: list[C], usage: Usage | None) -> BaseModel: ...

@@ -65,17 +65,3 @@ class ReasoningGrammar:
     start: str = "<think>"
     end: str = "</think>"
     separator: str = "\n\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """All requirements on one reply.
-
-    If `leading_space` is true, the content begins with one space, which the server removes from the text: the chat
-    template of Jamba 1.5 to 1.7 puts a space before each reply in the history.
-    """
-
-    format: OutputFormat | None = None
-    tools: ToolGrammar | None = None
-    reasoning: ReasoningGrammar | None = None
-    leading_space: bool = False

@@ -1,0 +1,198 @@
+"""The functions that a chat request declares, its choice among them, and the calls in a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from jamba_server.engine.validation import INT32_MAX
+from jamba_server.server.http.schemas.base import RequestBody, invalid
+
+MAX_TOOLS = 128  # maximum number of tools in a request, as in OpenAI's API
+MAX_TOOL_CALLS = 1024  # maximum number of tool calls in one message of a conversation
+MAX_NAME_CHARS = 64
+
+FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARS}}}$")]
+ToolMode = Literal["none", "auto", "required"]
+
+
+class FunctionDefinition(RequestBody):
+    """A function that the model may call."""
+
+    name: Annotated[FunctionName, Field(description="The function's name: letters, digits, _ and -, at most 64.")]
+    description: Annotated[str | None, Field(description="What the function does, for the model to read.")] = None
+    parameters: Annotated[
+        dict[str, Any] | None,
+        Field(description="The JSON schema of the arguments, which are an object. Default: any object."),
+    ] = None
+    strict: Annotated[
+        bool | None, Field(description="Refuse the request if the schema of the arguments cannot be enforced exactly.")
+    ] = None
+
+
+class FunctionTool(RequestBody):
+    """A tool of the type "function"."""
+
+    type: Annotated[Literal["function"], Field(description='Always "function".')]
+    function: Annotated[FunctionDefinition, Field(description="The function.")]
+
+
+class OtherTool(RequestBody):
+    """A tool of a type that this server does not have. It is left out, and the header X-Warning says so."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Annotated[str, Field(max_length=256, description="Another type, such as `custom`.")]
+
+
+def _tool_kind(value: object) -> str | None:
+    """Returns the tag that tells pydantic how to validate a tool. A tool without a type is validated as a function."""
+    if not isinstance(value, dict):
+        return "(function)"
+    return "(function)" if value.get("type", "function") == "function" else "(other)"
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("(function)")] | Annotated[OtherTool, Tag("(other)")], Discriminator(_tool_kind)
+]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class FunctionReference(RequestBody):
+    """The name of one of the request's functions."""
+
+    name: Annotated[str, Field(description="The name of a function in `tools`.")]
+
+
+class NamedTool(RequestBody):
+    """A reference to one of the request's functions."""
+
+    type: Annotated[Literal["function"], Field(description='Always "function".')]
+    function: Annotated[FunctionReference, Field(description="The function.")]
+
+
+class AllowedTools(RequestBody):
+    """A part of the request's functions."""
+
+    mode: Annotated[
+        Literal["auto", "required"], Field(description="Whether the model may call or must call one of the functions.")
+    ]
+    tools: Annotated[
+        list[NamedTool],
+        Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True, description="The functions that may be called."),
+    ]
+
+
+class AllowedToolsChoice(RequestBody):
+    """A choice of tools that allows only a part of the request's functions."""
+
+    type: Annotated[Literal["allowed_tools"], Field(description='Always "allowed_tools".')]
+    allowed_tools: Annotated[AllowedTools, Field(description="The functions that may be called.")]
+
+
+def _choice_kind(value: object) -> str | None:
+    """Returns the tag that tells pydantic how to validate a choice of tools."""
+    if isinstance(value, dict):
+        return "(allowed)" if value.get("type") == "allowed_tools" else "(named)"
+    return "(mode)" if isinstance(value, str) else None
+
+
+ToolChoice = Annotated[
+    Annotated[ToolMode, Tag("(mode)")]
+    | Annotated[NamedTool, Tag("(named)")]
+    | Annotated[AllowedToolsChoice, Tag("(allowed)")],
+    Discriminator(
+        _choice_kind,
+        custom_error_type="tool_choice_type",
+        custom_error_message='must be "none", "auto", "required" or an object that names functions',
+    ),
+]
+
+
+def functions_in(tools: Sequence[FunctionTool | OtherTool] | None) -> list[FunctionDefinition]:
+    return [tool.function for tool in tools or () if isinstance(tool, FunctionTool)]
+
+
+def mode_and_allowed(
+    choice: ToolMode | NamedTool | AllowedToolsChoice | None,
+) -> tuple[ToolMode, frozenset[str] | None]:
+    """Returns the mode of a choice of tools and the names of the functions that may be called. The value None in place
+    of the names allows all functions of the request."""
+    match choice:
+        case None:
+            return "auto", None
+        case NamedTool():
+            return "required", frozenset({choice.function.name})
+        case AllowedToolsChoice(allowed_tools=allowed):
+            return allowed.mode, frozenset(tool.function.name for tool in allowed.tools)
+        case mode:
+            return mode, None
+
+
+def check_tools(
+    tools: Sequence[FunctionTool | OtherTool] | None, choice: ToolMode | NamedTool | AllowedToolsChoice | None
+) -> None:
+    """Raises pydantic's error if two functions have the same name, or if the choice names an unknown function."""
+    names = [function.name for function in functions_in(tools)]
+    if len(names) != len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise invalid(f"has the function {twice!r} twice", field="tools")
+    mode, allowed = mode_and_allowed(choice)
+    if mode == "required" and not names:
+        raise invalid("requires a call, but `tools` has no functions", field="tool_choice")
+    if unknown := sorted((allowed or frozenset()) - set(names)):
+        raise invalid(
+            f"names the function {unknown[0][:MAX_NAME_CHARS]!r}, which is not in `tools`", field="tool_choice"
+        )
+
+
+# Tool calls in a conversation -----------------------------------------------------------------------------------------
+
+
+def _arguments(value: object) -> object:
+    """Checks that the arguments of an earlier call are a JSON object. Clients send them as text or as the object."""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return value
+    try:
+        msgspec.json.decode(value or "{}", type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
+        why = "is not the JSON text of an object, which the arguments of a tool call must be"
+        raise PydanticCustomError("arguments", "{why}", {"why": why}) from error
+    return value or "{}"
+
+
+class CalledFunction(RequestBody):
+    """The function of an earlier call, with its arguments."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256, description="The function's name.")]
+    arguments: Annotated[
+        str, BeforeValidator(_arguments), Field(description="The arguments: the JSON text of an object.")
+    ] = "{}"
+
+
+class EarlierCall(RequestBody):
+    """A tool call of an earlier reply."""
+
+    id: Annotated[
+        Annotated[str, Field(max_length=256)] | None, Field(description="The id of the call, which its result repeats.")
+    ] = None
+    type: Annotated[Literal["function"], Field(description='Always "function".')] = "function"
+    function: Annotated[CalledFunction, Field(description="The function and its arguments.")]
+    index: Annotated[
+        Annotated[int, Field(ge=0, le=INT32_MAX)] | None,
+        Field(description="The number of the call in a stream. It has no effect."),
+    ] = None
+
+    def to_template(self) -> dict[str, object]:
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id or "", "type": "function", "function": function}
+
+
+EarlierCalls = Annotated[list[EarlierCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]

@@ -1,0 +1,145 @@
+"""The class `GrammarBuilder` builds the grammar of a reply and checks that the engine can compile it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
+from jamba_server.server.text.grammars.compile_check import CompileCheck, Outcome
+from jamba_server.server.text.grammars.explain import explain
+from jamba_server.server.text.grammars.json_schema import inline, prepare
+from jamba_server.server.text.grammars.reply import build_grammar
+from jamba_server.server.text.grammars.tool_schemas import prepare_arguments
+from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
+from jamba_server.server.text.tokenizer import Tokenizer
+
+
+class Check(Protocol):
+    """Tells whether llguidance can compile a grammar."""
+
+    def outcome(self, grammar: str) -> Outcome: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarBuilder:
+    """Builds grammars for one model. `token_ids` has the tags of its vocabulary, such as "<tool_call>"."""
+
+    check: Check
+    token_ids: Mapping[str, int]
+
+    def build(
+        self,
+        format: OutputFormat | None = None,
+        tools: ToolGrammar | None = None,
+        reasoning: ReasoningGrammar | None = None,
+        *,
+        leading_space: bool = False,
+    ) -> str:
+        """Returns the grammar of a reply in the form that the engine takes, or "" if every reply is allowed.
+
+        If llguidance refuses the schema of a function that is not strict, this function takes any JSON object as its
+        arguments. It blocks while another process compiles the grammar, for up to a second or two.
+
+        Raises RequestRejected for a format or a strict function that cannot be enforced, and for a grammar whose
+        compilation takes too long.
+        """
+        unchecked: frozenset[str] = frozenset()
+        for _ in range(2):
+            grammar = build_grammar(
+                format, tools, reasoning, token_ids=self.token_ids, leading_space=leading_space, unchecked=unchecked
+            )
+            if not grammar:
+                return ""
+            outcome = self._outcome(grammar, format)
+            if not outcome.error:
+                return grammar
+            loose = self._refused_functions(tools) if tools is not None and not outcome.too_complex else frozenset()
+            if not loose - unchecked:
+                break
+            unchecked = loose
+        raise self._error(outcome, format, tools)
+
+    def close(self) -> None:
+        """Ends the process that compiles grammars."""
+        self.check.close()
+
+    def _outcome(self, grammar: str, format: OutputFormat | None) -> Outcome:
+        if len(grammar) > MAX_GRAMMAR_CHARS:
+            raise RequestRejected(
+                f"The grammar of the reply has {len(grammar)} characters; the limit is {MAX_GRAMMAR_CHARS}.",
+                param="tools" if format is None else format.param,
+            )
+        return self.check.outcome(grammar)
+
+    def _refused_functions(self, tools: ToolGrammar) -> frozenset[str]:
+        """Returns the names of the functions that are not strict and whose schema llguidance refuses."""
+        return frozenset(
+            function.name
+            for number, function in enumerate(tools.functions)
+            if not function.strict and self._function_outcome(tools, number).error
+        )
+
+    def _function_outcome(self, tools: ToolGrammar, number: int) -> Outcome:
+        """Returns the outcome of a grammar for calls of one function only."""
+        alone = replace(tools, functions=(tools.functions[number],), mode="required", parallel=False)
+        return self.check.outcome(build_grammar(None, alone, token_ids=self.token_ids))
+
+    def _error(self, outcome: Outcome, format: OutputFormat | None, tools: ToolGrammar | None) -> RequestRejected:
+        """Returns the error for a grammar that cannot be used, and names the part of the request that is the reason."""
+        if format is not None:
+            alone = self.check.outcome(build_grammar(format, None, token_ids=self.token_ids))
+            if alone.error:
+                return self._format_error(alone, format)
+        for number, function in enumerate(tools.functions if tools is not None else ()):
+            assert tools is not None
+            alone = self._function_outcome(tools, number)
+            if alone.error:
+                param = f"tools[{number}].function.parameters"
+                return self._schema_error(alone, dict(function.parameters), param, _arguments)
+        return RequestRejected(
+            f"The grammar of the whole reply is refused: {_first_line(outcome.error)}.",
+            param="tools" if format is None else format.param,
+        )
+
+    def _format_error(self, outcome: Outcome, format: OutputFormat) -> RequestRejected:
+        if format.kind == "json_schema":
+            return self._schema_error(outcome, format.value, format.param, _content)
+        names = {"regex": "regular expression", "choice": "list of choices", "lark": "grammar", "json_object": "format"}
+        return RequestRejected(
+            f"The {names[format.kind]} is refused: {_first_line(outcome.error)}.", param=format.param
+        )
+
+    def _schema_error(
+        self, outcome: Outcome, schema: Any, param: str, prepared: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> RequestRejected:
+        if outcome.too_complex:
+            return RequestRejected(f"The schema is too complex: {outcome.error}.", param=param)
+
+        def fails(part: dict[str, Any]) -> bool:
+            try:
+                return bool(self.check.outcome(f"start: {inline(prepared(part))}\n").error)
+            except RequestRejected:  # the part refers to other parts of the schema
+                return False
+
+        return explain(outcome.error, schema, param=param, fails=fails)
+
+
+def grammar_builder(tokenizer: Tokenizer) -> GrammarBuilder:
+    """Returns a builder of grammars for the model that has this tokenizer."""
+    return GrammarBuilder(CompileCheck(tokenizer.to_json, eos_token_id=tokenizer.eos_token_id or 0), tokenizer.tags)
+
+
+def _content(part: dict[str, Any]) -> dict[str, Any]:
+    return prepare(part, param="", lenient=True)
+
+
+def _arguments(part: dict[str, Any]) -> dict[str, Any]:
+    return prepare_arguments(part, strict=False, param="")
+
+
+def _first_line(error: str) -> str:
+    return error.splitlines()[0][:300].rstrip(". ")

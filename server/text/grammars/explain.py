@@ -1,0 +1,77 @@
+"""Turns llguidance's messages about a JSON schema into errors that name the keyword and its path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, cast
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.text.grammars.json_schema import Path, pointer, refusal
+
+# Pieces of llguidance's messages, each with the keywords that such a message can be about.
+_SIGNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("oneOf constraints", ("oneOf",)),
+    ("not disjoint", ("patternProperties",)),
+    ("circular references", ("$ref",)),
+    ("Pointer '", ("$ref",)),
+    ("Resource '", ("$ref", "$schema")),
+    ("Unknown specification", ("$schema",)),
+    ("multipleOf", ("multipleOf",)),
+    ("Properties", ("minProperties", "maxProperties")),
+    ("float range", ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    ("int range", ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    ("regex", ("pattern", "patternProperties", "minimum", "maximum")),
+    ("Regex", ("pattern", "patternProperties")),
+)
+_MAX_TRIALS = 16
+
+
+def explain(message: str, schema: Any, *, param: str, fails: Callable[[dict[str, Any]], bool]) -> RequestRejected:
+    """Returns the error for a schema that llguidance refuses with `message`.
+
+    `fails` says whether llguidance also refuses a part of the schema. It is called at most 16 times.
+    """
+    summary = message.splitlines()[0].removeprefix("at 1(8): ").removeprefix("failed to compile JSON schema: ")
+    if "Unsatisfiable" in message or "NoExtension" in message:
+        path = _locate(schema, None, fails)
+        return RequestRejected(f"The schema at {pointer(path)[:300]} allows no value.", param=param)
+    for sign, names in _SIGNS:
+        if sign in message and (paths := [path for path, _ in _places(schema, names)]):
+            if len(paths) == 1:
+                return refusal(paths[0], param=param)
+            return refusal(_locate(schema, names, fails), param=param)
+    return RequestRejected(f"The schema cannot be enforced: {summary[:300]}.", param=param, code="unsupported_schema")
+
+
+def _locate(schema: Any, names: tuple[str, ...] | None, fails: Callable[[dict[str, Any]], bool]) -> Path:
+    """Returns the path of the keyword for which llguidance refuses the schema: that of the deepest part which is
+    refused by itself. With `names` None, returns the path of this part."""
+    shared = {key: schema[key] for key in ("$defs", "definitions", "$schema") if key in schema}
+    places = list(_places(schema, names))
+    places.sort(key=lambda place: -len(place[0]))
+    for path, part in places[:_MAX_TRIALS]:
+        if fails({**shared, **part}):
+            return path
+    return places[-1][0] if places else ()
+
+
+def _places(
+    node: Any, names: tuple[str, ...] | None, path: Path = (), *, is_schema: bool = True
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields the path of each keyword in `names` with the schema that has it, or all schemas if `names` is None."""
+    if isinstance(node, list):
+        for index, part in enumerate(cast("list[Any]", node)):
+            yield from _places(part, names, (*path, index))
+    if not isinstance(node, dict):
+        return
+    parts = cast("dict[str, Any]", node)
+    if is_schema:
+        if names is None:
+            yield path, parts
+        for name in names or ():
+            if name in parts:
+                yield (*path, name), parts
+    for key, part in parts.items():
+        if not (is_schema and key in ("enum", "const", "required", "default", "examples")):
+            maps = is_schema and key in ("properties", "patternProperties", "$defs", "definitions")
+            yield from _places(part, names, (*path, key), is_schema=not maps)

@@ -1,0 +1,289 @@
+"""Prepares a client's JSON schema for llguidance.
+
+llguidance follows a schema exactly or refuses it, with a few exceptions. The function `prepare` refuses these
+exceptions and the keywords that llguidance does not have, with an error that names the keyword and its path. It leaves
+out annotations, and writes patterns and formats as llguidance's regular expressions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn, cast
+from urllib.parse import unquote
+
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.engine.grammar.limits import MAX_REGEX_CHARS, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES
+from jamba_server.server.text.grammars import keywords
+from jamba_server.server.text.grammars.regexes import from_ecma
+from jamba_server.server.text.grammars.string_formats import BUILT_IN, MAX_LENGTHS, PATTERNS, UNCONSTRAINED
+
+Path = tuple[str | int, ...]
+
+_MAX_EXACT = 2**53  # the largest number up to which a float64 holds every integer; llguidance computes in float64
+_MIN_EXACT = 1e-6  # JSON writes smaller numbers with an exponent, which llguidance does not have in a range
+
+
+def prepare(schema: Any, *, param: str, lenient: bool = False) -> dict[str, Any]:
+    """Returns a schema for llguidance that allows the same values as `schema`.
+
+    Raises RequestRejected for what cannot be enforced exactly. The argument `param` is the name of the request's field
+    that has the schema. If `lenient` is true, keywords and formats that cannot be enforced are left out instead.
+    """
+    check_size(schema, param=param)
+    walk = _Walk(param, lenient=lenient)
+    prepared = walk.schema(schema, ())
+    walk.check_references()
+    if isinstance(prepared, bool):
+        if not prepared:
+            raise RequestRejected("The schema is false, which allows no value.", param=param)
+        return {}
+    return prepared
+
+
+def check_size(value: Any, *, param: str) -> None:
+    """Raises RequestRejected for a schema that is nested too deeply or has too many values. It uses no recursion."""
+    level: list[Any] = [value]
+    nodes = depth = 0
+    while level:
+        nodes += len(level)
+        depth += 1
+        if nodes > MAX_SCHEMA_NODES:
+            raise RequestRejected(f"The schema has more than {MAX_SCHEMA_NODES} JSON values.", param=param)
+        if depth > 2 * MAX_SCHEMA_DEPTH:  # a property is two levels of JSON: "properties" and the property's name
+            raise RequestRejected(
+                f"The schema is nested more than {2 * MAX_SCHEMA_DEPTH} levels deep, starting at "
+                f"{pointer(_deepest(value))[:200]}.",
+                param=param,
+            )
+        level = [child for node in level for child in _children(node)]
+
+
+def pointer(path: Iterable[str | int]) -> str:
+    """Returns a JSON pointer in the form of a URL's fragment, such as "#/properties/age/minimum"."""
+    return "#" + "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return cast("dict[str, Any]", node).values()
+    return cast("list[Any]", node) if isinstance(node, list) else ()
+
+
+def _deepest(value: Any) -> Path:
+    """Returns the beginning of a path that leads into a deeply nested value."""
+    path: list[str | int] = []
+    level = [((), value)]
+    while level and len(path) < 8:
+        level = [((*path, key), child) for path, node in level for key, child in _items(node)][:1000]
+        path = list(level[0][0]) if level else path
+    return tuple(path)
+
+
+def _items(node: Any) -> Iterator[tuple[str | int, Any]]:
+    if isinstance(node, dict):
+        yield from cast("dict[str, Any]", node).items()
+    elif isinstance(node, list):
+        yield from enumerate(cast("list[Any]", node))
+
+
+class _Walk:
+    """One walk through a schema. It remembers where schemas stand, so that references can be checked at the end."""
+
+    def __init__(self, param: str, *, lenient: bool) -> None:
+        self._param = param
+        self._lenient = lenient
+        self._schemas: set[str] = set()  # JSON pointers of all schemas
+        self._references: list[tuple[str, Path]] = []
+        self._has_ids = False
+
+    def schema(self, node: Any, path: Path) -> dict[str, Any] | bool:
+        self._schemas.add(pointer(path))
+        if isinstance(node, bool):
+            return node
+        if not isinstance(node, dict):
+            self._reject(path, f"is {_shown(node)}; a schema is an object, true or false")
+        schema = cast("dict[str, Any]", node)
+        prepared: dict[str, Any] = {}
+        for keyword, value in schema.items():
+            self._keyword(keyword, value, schema, (*path, keyword), prepared)
+        if (part := self._format(schema, (*path, "format"))) is not None:
+            prepared["allOf"] = [*prepared.get("allOf", ()), part]
+        if self._counts_equal_names(schema):
+            if not self._lenient:
+                self._refuse((*path, "minProperties"))
+            del prepared["minProperties"]
+        return prepared
+
+    def _keyword(self, keyword: str, value: Any, schema: keywords.Schema, path: Path, prepared: dict[str, Any]) -> None:
+        """Adds what a keyword of `schema` requires to the dictionary `prepared`."""
+        if (neutral := keywords.REFUSED.get(keyword)) is not None:
+            if not (neutral(value, schema) or self._lenient):
+                self._refuse(path)
+        elif keyword in keywords.SCHEMA_LISTS and isinstance(value, list):
+            items = cast("list[Any]", value)
+            prepared[keyword] = [self.schema(item, (*path, index)) for index, item in enumerate(items)]
+        elif keyword == "additionalItems" and not isinstance(schema.get("items"), list):
+            return  # without a list of items before them there are no additional ones
+        elif keyword in keywords.ONE_SCHEMA:
+            prepared[keyword] = self.schema(value, path)
+        elif keyword in keywords.SCHEMA_MAPS:
+            prepared[keyword] = self._map(keyword, value, path)
+        elif keyword in keywords.COUNTS:
+            prepared[keyword] = self._count(value, path)
+        elif keyword in keywords.NUMBERS:
+            prepared[keyword] = value if isinstance(value, bool) else self._number(value, path)
+        elif keyword == "pattern":
+            prepared[keyword] = self._pattern(value, path)
+        elif keyword == "type":
+            prepared[keyword] = self._type(value, path)
+        elif keyword in ("enum", "const"):
+            prepared[keyword] = self._constant(value, path)
+        elif keyword == "$ref":
+            prepared[keyword] = self._reference(value, path)
+        elif keyword == "required":
+            prepared[keyword] = self._names(value, path)
+        elif keyword in keywords.IDENTIFIERS:
+            self._has_ids |= keyword != "$schema"
+            prepared[keyword] = value
+
+    def _map(self, keyword: str, value: Any, path: Path) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self._reject(path, f"is {_shown(value)}; it must be an object")
+        schemas = cast("dict[str, Any]", value)
+        rewritten = self._pattern if keyword == "patternProperties" else lambda name, _: name
+        return {rewritten(name, (*path, name)): self.schema(part, (*path, name)) for name, part in schemas.items()}
+
+    def _count(self, value: Any, path: Path) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+            self._reject(path, f"is {_shown(value)}; it must be a whole number that is not negative")
+        if value > _MAX_EXACT:
+            self._reject(path, f"is {_shown(value)}; the limit is {_MAX_EXACT}")
+        return int(value)
+
+    def _number(self, value: Any, path: Path) -> int | float:
+        if not isinstance(value, int | float):
+            self._reject(path, f"is {_shown(value)}; it must be a number")
+        if value == 0:
+            return 0  # -0.0 is the number 0
+        if not _MIN_EXACT <= abs(value) <= _MAX_EXACT:
+            self._reject(path, f"is {_shown(value)}; only 0 and sizes from {_MIN_EXACT} to 2**53 are enforced exactly")
+        return int(value) if value == int(value) else value
+
+    def _pattern(self, value: Any, path: Path) -> str:
+        if not isinstance(value, str):
+            self._reject(path, f"is {_shown(value)}; it must be a regular expression")
+        if len(value) > MAX_REGEX_CHARS:
+            self._reject(path, f"has {len(value)} characters; the limit is {MAX_REGEX_CHARS}")
+        return from_ecma(value)
+
+    def _format(self, schema: keywords.Schema, path: Path) -> dict[str, Any] | None:
+        """Returns a schema of the strings that the format of `schema` allows, or None if it allows every string."""
+        name, types = schema.get("format"), schema.get("type", "string")
+        if name is None or (types != "string" and not (isinstance(types, list) and "string" in types)):
+            return None  # a format restricts strings only
+        if not isinstance(name, str):
+            self._reject(path, f"is {_shown(name)}; it must be a string")
+        if name in BUILT_IN:
+            return {"format": name}
+        if name in PATTERNS:
+            length = {"maxLength": MAX_LENGTHS[name]} if name in MAX_LENGTHS else {}
+            return {"pattern": f"^(?:{PATTERNS[name]})$", **length}
+        if name not in UNCONSTRAINED and not self._lenient:
+            known = ", ".join(sorted(BUILT_IN | PATTERNS.keys()))
+            self._reject(path, f"is {_shown(name)}, which cannot be enforced; the formats are {known}")
+        return None
+
+    def _type(self, value: Any, path: Path) -> str | list[str]:
+        names: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
+        for name in names:
+            if name not in keywords.TYPES:
+                self._reject(path, f"is {_shown(name)}; the types are {', '.join(sorted(keywords.TYPES))}")
+        return value
+
+    def _constant(self, value: Any, path: Path) -> Any:
+        """Returns a value of `const` or `enum`, in which every number is one that llguidance writes exactly."""
+        if isinstance(value, dict):
+            return {key: self._constant(part, path) for key, part in cast("dict[str, Any]", value).items()}
+        if isinstance(value, list):
+            return [self._constant(part, path) for part in cast("list[Any]", value)]
+        return value if value is None or isinstance(value, str | bool) else self._number(value, path)
+
+    def _reference(self, value: Any, path: Path) -> str:
+        if not isinstance(value, str):
+            self._reject(path, f"is {_shown(value)}; it must be a string")
+        self._references.append((value, path))
+        return value
+
+    def _names(self, value: Any, path: Path) -> list[str]:
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in cast("list[Any]", value)):
+            self._reject(path, f"is {_shown(value)}; it must be a list of names")
+        return cast("list[str]", value)
+
+    @staticmethod
+    def _counts_equal_names(schema: keywords.Schema) -> bool:
+        """Whether the schema has a minimum number of properties that its required names do not ensure. llguidance would
+        count two properties with the same name twice."""
+        return "minProperties" in schema and schema["minProperties"] > max(1, len(schema.get("required", ())))
+
+    def check_references(self) -> None:
+        """Raises RequestRejected for a reference to something that is not a schema of this document."""
+        if self._has_ids:
+            return  # llguidance resolves the references, relative to the ids
+        for reference, path in self._references:
+            if not reference.startswith("#"):
+                self._reject(path, f"is {_shown(reference)}; this server does not fetch schemas from elsewhere")
+            if reference.startswith("#/") and unquote(reference) not in self._schemas:
+                self._reject(path, f"is {_shown(reference)}, where the document has no schema")
+
+    def _refuse(self, path: Path) -> NoReturn:
+        raise refusal(path, param=self._param)
+
+    def _reject(self, path: Path, why: str) -> NoReturn:
+        raise RequestRejected(f"The schema's {pointer(path)[:300]} {why}.", param=self._param)
+
+
+def refusal(path: Path, *, param: str) -> RequestRejected:
+    """Returns the error for a keyword that cannot be enforced. The last part of `path` is the keyword."""
+    where = pointer(path)[:300]
+    return RequestRejected(
+        f"The schema's keyword `{str(path[-1])[:64]}` at {where} cannot be enforced exactly. Send a schema without it.",
+        param=param,
+        code="unsupported_schema",
+    )
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as JSON, cut to a length that an error may have."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def inline(schema: Mapping[str, Any], *, spaced: bool = False) -> str:
+    """Returns a prepared schema as llguidance's inline form `%json {...}`.
+
+    The JSON that it allows has no optional white space. If `spaced` is true, it has one space after each comma and
+    colon, as Python's `json.dumps` writes it. The escapes \\uXXXX, which JSON needs for control characters, are not
+    allowed where the schema has both named and other properties: with such an escape, a named property could be written
+    as an unnamed one, whose value is not checked.
+    """
+    escapes = 'nrbtf\\"' if any(_mixes_names(node) for node in _schemas(schema)) else 'nrbtf\\"u'
+    options: dict[str, Any] = {"whitespace_flexible": False, "json_allowed_escapes": escapes}
+    if spaced:
+        options |= {"item_separator": ", ", "key_separator": ": "}
+    return "%json " + json.dumps({"x-guidance": options, **schema}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _schemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Yields all objects in a prepared schema, which are its schemas and the maps of schemas."""
+    if isinstance(value, dict):
+        yield cast("dict[str, Any]", value)
+    for child in _children(value):
+        yield from _schemas(child)
+
+
+def _mixes_names(schema: Mapping[str, Any]) -> bool:
+    named = schema.get("properties") or schema.get("patternProperties") or schema.get("required")
+    return bool(named) and schema.get("additionalProperties") is not False

@@ -1,0 +1,76 @@
+"""Regular expressions for the values of JSON Schema's keyword `format`.
+
+Where llguidance knows a format but takes texts that are none, such as February 30, its expression is replaced here.
+Some expressions are narrower than the specification: they leave out texts that a model has no reason to write, and
+that no regular expression of a sensible size describes. They are leap seconds at offsets other than zero, and the
+Punycode labels of host names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+
+def _ipv6() -> str:
+    """Returns the expression of RFC 3986 for an IPv6 address: at most one "::" stands for the groups left out."""
+    last = f"(?:{_GROUP}:{_GROUP}|{_IPV4})"  # the last 32 bits
+    forms = [f"(?:{_GROUP}:){{6}}{last}"]
+    for after in range(5, -1, -1):  # the number of groups between "::" and the last 32 bits
+        before = 5 - after
+        head = f"(?:(?:{_GROUP}:){{0,{before - 1}}}{_GROUP})?" if before else ""
+        forms.append(f"{head}::(?:{_GROUP}:){{{after}}}{last}")
+    forms.append(f"(?:(?:{_GROUP}:){{0,5}}{_GROUP})?::{_GROUP}")
+    forms.append(f"(?:(?:{_GROUP}:){{0,6}}{_GROUP})?::")
+    return "(?:" + "|".join(forms) + ")"
+
+
+_BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
+_GROUP = "[0-9A-Fa-f]{1,4}"
+_IPV6: Final = _ipv6()
+
+_LEAP_YEAR = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_DATE = (
+    r"(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    rf"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+)
+_HOURS_MINUTES = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = (
+    rf"(?:{_HOURS_MINUTES}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_HOURS_MINUTES})"
+    r"|23:59:60(?:\.[0-9]+)?(?:[Zz]|[+-]00:00))"
+)
+
+# A label of at most 63 characters, without "-" at an end, and without "--" as third and fourth character. Two such
+# hyphens mark a Punycode label, whose validity no regular expression can tell.
+_END, _INNER = "[0-9A-Za-z]", "[0-9A-Za-z-]"
+_HOST_LABEL = f"{_END}(?:{_END}|{_INNER}{{1,2}}{_END}|{_INNER}(?:{_END}{_INNER}|-{_END}){_INNER}{{0,58}}{_END})?"
+_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_QUOTED = r'"(?:[\x20\x21\x23-\x5B\x5D-\x7E]|\\[\x20-\x7E])*"'
+_DOMAIN = rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*"
+_EMAIL = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOMAIN}|\[{_IPV4}\]|\[IPv6:{_IPV6}\])"
+
+_POINTER = r"(?:/(?:[^~/]|~[01])*)*"
+
+# The formats whose expressions are llguidance's own.
+BUILT_IN: Final = frozenset({"duration", "ipv4", "uuid", "uri"})
+
+PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "date": _DATE,
+        "time": _TIME,
+        "date-time": f"{_DATE}[Tt]{_TIME}",
+        "email": _EMAIL,
+        "hostname": _DOMAIN,
+        "ipv6": _IPV6,
+        "json-pointer": _POINTER,
+        "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
+    }
+)
+
+# The maximum number of characters of a text in a format, where its expression does not say so.
+MAX_LENGTHS: Final[Mapping[str, int]] = MappingProxyType({"hostname": 253})
+
+# Formats of OpenAPI that say how a program stores the value and allow every string.
+UNCONSTRAINED: Final = frozenset({"password", "binary", "float", "double", "decimal"})

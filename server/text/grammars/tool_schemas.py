@@ -1,0 +1,112 @@
+"""Prepares the schemas of functions' arguments. Their authors often write types of a programming language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, cast
+
+from jamba_server.server.text.grammars.json_schema import check_size, prepare
+from jamba_server.server.text.grammars.keywords import TYPES
+
+# Names of types that are not JSON Schema's, in lower case. The value None stands for any value.
+_TYPES: Final[Mapping[str, str | None]] = MappingProxyType(
+    {
+        "dict": "object",
+        "map": "object",
+        "hashmap": "object",
+        "struct": "object",
+        "list": "array",
+        "tuple": "array",
+        "set": "array",
+        "arraylist": "array",
+        "float": "number",
+        "double": "number",
+        "decimal": "number",
+        "int": "integer",
+        "long": "integer",
+        "short": "integer",
+        "byte": "integer",
+        "bigint": "integer",
+        "str": "string",
+        "char": "string",
+        "text": "string",
+        "bool": "boolean",
+        "none": "null",
+        "any": None,
+    }
+)
+_COMBINING: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties", "if"})
+
+
+def prepare_arguments(parameters: Mapping[str, Any], *, strict: bool, param: str) -> dict[str, Any]:
+    """Returns the schema of a call's arguments for llguidance.
+
+    Types of programming languages become JSON Schema's. A call has no arguments that the schema does not declare: an
+    object that lists properties and says nothing about others has no others. If `strict` is false, keywords that
+    cannot be enforced are left out.
+
+    Raises RequestRejected for a schema that is not valid, and, if `strict` is true, for keywords that cannot be
+    enforced.
+    """
+    check_size(parameters, param=param)
+    mapped = _mapped(dict(parameters))
+    if not isinstance(mapped, dict):
+        return {"type": "object"}
+    mapped.setdefault("type", "object")
+    return prepare(_closed(mapped), param=param, lenient=not strict)
+
+
+def any_arguments() -> dict[str, Any]:
+    """Returns a schema of all JSON objects."""
+    return {"type": "object"}
+
+
+def _mapped(schema: Any) -> Any:
+    """Returns a schema in which all types have the names of JSON Schema."""
+    if not isinstance(schema, dict):
+        return schema
+    mapped: dict[str, Any] = {}
+    for keyword, value in cast("dict[str, Any]", schema).items():
+        if keyword == "type":
+            types = _type(value)
+            if types is not None:
+                mapped["type"] = types
+        elif keyword in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, dict):
+            mapped[keyword] = {name: _mapped(part) for name, part in cast("dict[str, Any]", value).items()}
+        elif keyword in ("allOf", "anyOf", "oneOf", "prefixItems", "items") and isinstance(value, list):
+            mapped[keyword] = [_mapped(part) for part in cast("list[Any]", value)]
+        elif keyword in ("items", "additionalProperties", "additionalItems", "not"):
+            mapped[keyword] = _mapped(value)
+        else:
+            mapped[keyword] = value
+    return mapped
+
+
+def _type(value: Any) -> Any:
+    """Returns a type with the name of JSON Schema, or None for a type that allows every value."""
+    if isinstance(value, list):
+        types = [_type(name) for name in cast("list[Any]", value)]
+        return None if None in types else list(dict.fromkeys(types))
+    if not isinstance(value, str) or value in TYPES:
+        return value
+    name = value.lower()
+    return name if name in TYPES else _TYPES.get(name, value)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schema with `additionalProperties` false in each object that lists properties, as far as no other
+    keyword says which properties there are."""
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and properties:
+        parts = cast("dict[str, Any]", properties)
+        schema = {**schema, "properties": {name: _closed_part(part) for name, part in parts.items()}}
+        if not _COMBINING & schema.keys():
+            schema["additionalProperties"] = False
+    if isinstance(schema.get("items"), dict):
+        schema = {**schema, "items": _closed(schema["items"])}
+    return schema
+
+
+def _closed_part(part: Any) -> Any:
+    return _closed(cast("dict[str, Any]", part)) if isinstance(part, dict) else part
