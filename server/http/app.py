@@ -28,7 +28,15 @@ from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
 
-ROUTERS = (chat.router, completions.router, messages.router, models.router, tokenize.router, operations.router, pages.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    messages.router,
+    models.router,
+    tokenize.router,
+    operations.router,
+    pages.router,
+)
 
 
 def create_app(

@@ -15,6 +15,7 @@ from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.services import Services
+from jamba_server.server.text.grammars.types import OutputFormat
 
 ToolMode = Literal["none", "auto", "required"]
 
@@ -47,6 +48,7 @@ class ChatTask:
     tool_choice: ToolMode = "auto"
     allowed_tools: frozenset[str] | None = None
     parallel_tool_calls: bool = True
+    output_format: OutputFormat | None = None
     reasoning_effort: str | None = None
     thinking_token_budget: int | None = None
     documents: tuple[Any, ...] = ()

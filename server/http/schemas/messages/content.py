@@ -78,7 +78,9 @@ def _check_type(*known: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if isinstance(value, dict) and (kind := value.get("type")) not in known:
             shown = repr(str(kind)[:MAX_TYPE_CHARS]) if kind is not None else "(none)"
-            why = f"has the type {shown}, but the model reads only text; the type must be {' or '.join(map(repr, known))}"
+            why = (
+                f"has the type {shown}, but the model reads only text; the type must be {' or '.join(map(repr, known))}"
+            )
             raise PydanticCustomError("block_type", "{why}", {"why": why})
         return value
 

@@ -34,8 +34,6 @@ class ReplyToolUse(Reply):
 ReplyBlock = ReplyText | ReplyThinking | ReplyToolUse
 
 
-
-
 class MessageUsage(Reply):
     """The token counts of a request. The sum of the first three numbers is the number of tokens in the prompt.
 
@@ -64,6 +62,10 @@ class MessageReply(Reply):
 
 class TokensCount(Reply):
     input_tokens: int
+
+
+class Hello(Reply):
+    message: Literal["hello"] = "hello"
 
 
 class MessageErrorDetail(Reply):
@@ -141,6 +143,4 @@ class MessageStop(Reply):
     type: Literal["message_stop"] = "message_stop"
 
 
-Event = (
-    MessageStart | Ping | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDelta | MessageStop
-)
+Event = MessageStart | Ping | ContentBlockStart | ContentBlockDelta | ContentBlockStop | MessageDelta | MessageStop

@@ -88,7 +88,8 @@ class Conversation(RequestBody):
         Field(description="Whether the model reasons first, and with how many tokens. Default: it does not."),
     ] = None
     output_config: Annotated[
-        OutputConfig | None, Field(description="The JSON schema of the reply (`format`), and the `effort` of reasoning.")
+        OutputConfig | None,
+        Field(description="The JSON schema of the reply (`format`) and the `effort` of reasoning."),
     ] = None
     output_format: Annotated[
         JsonFormat | None, Field(description="The older name of `output_config.format`. Send only one of the two.")

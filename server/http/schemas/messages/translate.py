@@ -36,12 +36,12 @@ class Translated:
     """A conversation in the form that chat templates read.
 
     The field `save_after` has the indices of the messages that have a `cache_control` mark, in ascending order. The
-    field `ignored` has the paths of the blocks that the model cannot read.
+    field `left_out` names the kinds of blocks that the model does not read.
     """
 
     messages: tuple[TemplateMessage, ...]
     save_after: tuple[int, ...]
-    ignored: tuple[str, ...]
+    left_out: frozenset[str]
 
 
 def translate(body: Conversation) -> Translated:
@@ -55,17 +55,17 @@ def translate(body: Conversation) -> Translated:
         # The definitions of the tools are a part of the first system message.
         if any(item.cache_control for item in (*_system_blocks(body), *(body.tools or ()))):
             marked.add(0)
-    ignored: set[str] = set()
     for message in body.messages:
         for turn, is_marked in _turns(message):
             messages.append(turn)
             if is_marked:
                 marked.add(len(messages) - 1)
-        if any(isinstance(block, RedactedThinkingBlock) for block in message.blocks):
-            ignored.add("messages.content.redacted_thinking")
     if body.cache_control is not None:
         marked.add(len(messages) - 1)
-    return Translated(tuple(messages), tuple(sorted(marked)), tuple(sorted(ignored)))
+    blocks = (block for message in body.messages for block in message.blocks)
+    redacted = any(isinstance(block, RedactedThinkingBlock) for block in blocks)
+    left_out = frozenset({"blocks of redacted thinking"} if redacted else ())
+    return Translated(tuple(messages), tuple(sorted(marked)), left_out)
 
 
 def _system_blocks(body: Conversation) -> Sequence[TextBlock]:
