@@ -20,6 +20,8 @@ from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import NoEffect
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest, ChatMessage
 from jamba_server.server.http.schemas.completions import CompletionRequest
+from jamba_server.server.http.schemas.messages.request import MessagesRequest
+from jamba_server.server.http.schemas.messages.tools import ToolDefinition
 from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
@@ -29,9 +31,18 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "completion": CompletionRequest,
     "tokenize": TokenizeRequest,
     "detokenize": DetokenizeRequest,
+    "messages": MessagesRequest,
+    "messages_tool": ToolDefinition,
 }
 
-WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
+WITHOUT_EFFECT = (
+    "annotations",
+    "parallel_tool_calls",
+    "include_obfuscation",
+    "speed",
+    "inference_geo",
+    "diagnostics",
+)
 
 
 def fate(name: str, field: FieldInfo) -> str:
