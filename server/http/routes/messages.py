@@ -109,7 +109,7 @@ def _output_format(body: Conversation) -> OutputFormat | None:
     if (schema := body.json_schema) is None:
         return None
     param = "output_format" if body.output_format else "output_config.format"
-    return OutputFormat("json_schema", schema, param)
+    return OutputFormat(kind="json_schema", value=schema, param=param)
 
 
 def _effort(body: Conversation) -> str | None:
