@@ -36,13 +36,15 @@ Use the tools that are available to you to read, search and change files, and to
  - Working directory: /home/user/project
  - Platform: linux
 """
-_REMINDER = "<system-reminder>\nThe user has a file CLAUDE.md: write tests first, keep functions short.\n</system-reminder>"
+_REMINDER = (
+    "<system-reminder>\nThe user has a file CLAUDE.md: write tests first, keep functions short.\n</system-reminder>"
+)
 
 
-def _tool(name: str, description: str, **properties: str) -> dict[str, Any]:
+def _tool(name: str, purpose: str, **properties: str) -> dict[str, Any]:
     return {
         "name": name,
-        "description": description,
+        "description": purpose,
         "input_schema": {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             "type": "object",

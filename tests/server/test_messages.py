@@ -18,7 +18,6 @@ async def test_the_official_client_gets_a_message(bench: Bench) -> None:
     [block] = reply.content
     assert block.type == "text" and block.text == HELLO.removeprefix(" ")
     assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None)
-    assert reply._request_id
 
 
 async def test_a_stream_has_anthropics_events_in_order(bench: Bench) -> None:

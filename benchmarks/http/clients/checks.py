@@ -4,8 +4,6 @@ A script runs in an environment that has the library but not this project. It ge
 environment variable URL, and prints one line of JSON for each check.
 """
 
-# pyright: basic, reportMissingImports=false
-
 import json
 import os
 import traceback

@@ -1,7 +1,5 @@
 """Aider: a question about a file, with and without streaming."""
 
-# pyright: basic, reportMissingImports=false
-
 import subprocess
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Anthropic's own client."""
 
-# pyright: basic, reportMissingImports=false
-
 import json
 
 from anthropic import Anthropic

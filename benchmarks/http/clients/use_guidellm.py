@@ -1,7 +1,5 @@
 """guidellm: a short benchmark of streamed chats."""
 
-# pyright: basic, reportMissingImports=false
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """instructor, which always asks for an object: by a tool call, by a schema, and while the object is streamed."""
 
-# pyright: basic, reportMissingImports=false
-
 from typing import Literal
 
 import instructor

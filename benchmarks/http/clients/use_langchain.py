@@ -1,7 +1,5 @@
 """LangChain with its class for OpenAI's API."""
 
-# pyright: basic, reportMissingImports=false
-
 from checks import MAX_TOKENS, MODEL, QUESTION, SCHEMA, URL, check, check_arguments
 from langchain_openai import ChatOpenAI
 

@@ -1,7 +1,5 @@
 """LiteLLM, once for OpenAI's API and once for Anthropic's."""
 
-# pyright: basic, reportMissingImports=false
-
 import json
 import sys
 

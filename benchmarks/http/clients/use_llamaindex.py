@@ -1,7 +1,5 @@
 """LlamaIndex with its class for servers that speak OpenAI's API."""
 
-# pyright: basic, reportMissingImports=false
-
 from typing import Literal
 
 from checks import MAX_TOKENS, MODEL, QUESTION, URL, check, check_arguments

@@ -1,7 +1,5 @@
 """lm-eval with a task of two questions in a local file: generated replies, and log-probabilities of given answers."""
 
-# pyright: basic, reportMissingImports=false
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """OpenAI's own client."""
 
-# pyright: basic, reportMissingImports=false
-
 import json
 
 from checks import MAX_TOKENS, MODEL, QUESTION, SCHEMA, URL, check, check_arguments

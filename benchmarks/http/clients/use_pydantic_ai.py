@@ -1,7 +1,5 @@
 """pydantic-ai."""
 
-# pyright: basic, reportMissingImports=false
-
 import asyncio
 from typing import Literal
 
