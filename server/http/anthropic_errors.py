@@ -35,7 +35,11 @@ def anthropic_status(status: int, code: str | None) -> int:
     return OVERLOADED if code == "overloaded" else status
 
 
-def anthropic_body(status: int, message: str, request_id: str) -> bytes:
+def anthropic_body(status: int, message: str, request_id: str, *, param: str | None) -> bytes:
+    """Returns the body of an error reply. The form has no place for the field's name `param`, so a message that lacks
+    the name gets it."""
+    if param is not None and param not in message:
+        message = f"{param}: {message}"
     general = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     error = {"type": _TYPES.get(status, general), "message": message}
     return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})

@@ -90,7 +90,7 @@ class Problem:
         """Returns the body of the reply, in the form of the API to which the request's path belongs."""
         request_id = request_id_of(scope)
         if speaks_anthropic(scope):
-            return anthropic_body(self.status_for(scope), self.short_message, request_id)
+            return anthropic_body(self.status_for(scope), self.short_message, request_id, param=self.param)
         error = {
             "message": self.short_message,
             "type": self.type,

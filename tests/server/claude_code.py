@@ -62,6 +62,20 @@ TOOLS = [
     _tool("Write", "Writes a file.", file_path="The absolute path of the file", content="The text to write"),
     _tool("Grep", "Searches files.", pattern="The regular expression", path="The folder to search"),
 ]
+TASK_UPDATE = {
+    "name": "TaskUpdate",
+    "description": "Changes the status of a task in the list of tasks.",
+    "input_schema": {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {
+            "taskId": {"type": "string", "enum": ["1", "2", "3"]},
+            "status": {"type": "string", "enum": ["pending", "in_progress", "completed"]},
+        },
+        "required": ["taskId", "status"],
+        "additionalProperties": False,
+    },
+}
 RESULTS = [
     "total 12\n-rw-r--r-- 1 user user 120 main.py\n-rw-r--r-- 1 user user 80 test_main.py",
     "     1\tdef add(a, b):\n     2\t    return a - b",
@@ -75,14 +89,14 @@ def body(messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     billing = f"x-anthropic-billing-header: cc_version=2.1.177.{digest[:3]}; cc_entrypoint=cli; cch={digest};"
     return {
         "model": "jamba-demo",
-        "max_tokens": 24,
+        "max_tokens": 64,
         "system": [
             {"type": "text", "text": billing},
             {"type": "text", "text": _IDENTITY, "cache_control": _EPHEMERAL},
             {"type": "text", "text": _RULES, "cache_control": _EPHEMERAL},
         ],
         "messages": _marked(messages),
-        "tools": TOOLS,
+        "tools": [*TOOLS, TASK_UPDATE],
         "metadata": {"user_id": json.dumps({"device_id": "d", "account_uuid": "", "session_id": "s"})},
         "thinking": {"type": "adaptive"},
         "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},

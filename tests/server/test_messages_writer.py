@@ -12,12 +12,12 @@ from pydantic_core import from_json
 from jamba_server.engine.types import SamplingParams
 from jamba_server.server.http.choice import ChoiceDelta, TextOptions
 from jamba_server.server.http.generation import Generation, GenerationSpec, Prompt
-from jamba_server.server.http.schemas.base import PromptTokensDetails, Usage
+from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Usage
 from jamba_server.server.http.writers.messages import MessagesWriter
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
 from tests.server.anthropic_api import checked_events, checked_message
 
-NUM_PROMPT, NUM_CACHED, NUM_GENERATED = 100, 40, 7
+NUM_PROMPT, NUM_CACHED, NUM_GENERATED, NUM_REASONING = 100, 40, 7, 3
 
 
 @dataclass
@@ -38,6 +38,7 @@ def writer(
         completion_tokens=NUM_GENERATED,
         total_tokens=NUM_PROMPT + NUM_GENERATED,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=NUM_CACHED),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=NUM_REASONING),
     )
     return MessagesWriter(
         generation=cast(Generation, Finished(spec, usage)),
@@ -189,6 +190,7 @@ def test_the_three_counts_of_the_prompt_add_up(num_marked: int, created: int) ->
         "cache_creation_input_tokens": created,
         "cache_read_input_tokens": NUM_CACHED,
         "output_tokens": NUM_GENERATED,
+        "output_tokens_details": {"thinking_tokens": NUM_REASONING},
     }
     events = streamed(writer(num_marked=num_marked), [delta])
     assert events[0]["message"]["usage"] == events[-2]["usage"] == usage

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jamba_server.server.http.chat_task import ChatTask, Tool, ToolMode, plan_chat
+from jamba_server.server.http.chat_task import ChatTask, Tool, ToolMode, plan_chat, render_task
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import json_response
 from jamba_server.server.http.schemas.base import GenerationBody
@@ -19,14 +18,13 @@ from jamba_server.server.http.schemas.messages.tools import ToolDefinition
 from jamba_server.server.http.schemas.messages.translate import Translated, translate
 from jamba_server.server.http.services import ServicesOf
 from jamba_server.server.http.sse import answer
-from jamba_server.server.http.unknown_fields import MAX_HEADER_CHARS, add_reply_header, settle_unknown_fields
+from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
 from jamba_server.server.http.writers.messages import MessagesWriter
 from jamba_server.server.text.grammars.types import OutputFormat
 
 router = APIRouter(tags=["generation"])
 
 _TOOL_MODES: dict[str, ToolMode] = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
-_NOT_IN_A_HEADER = re.compile(r"[^ -~]")
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessageErrorReply}, "5XX": {"model": MessageErrorReply}}
 
 
@@ -67,8 +65,8 @@ async def count_tokens(body: CountTokensRequest, request: Request, services: Ser
     conversation = translate(body)
     _warn_of_left_out(body, conversation, request)
     task = _task(body, conversation, GenerationBody(max_tokens=0))
-    spec = await plan_chat(task, services, id_="", scope=request.scope)
-    return json_response(TokensCount(input_tokens=len(spec.prompts[0].token_ids)))
+    chat = await render_task(task, services, request.scope)
+    return json_response(TokensCount(input_tokens=len(chat.prompt_ids)))
 
 
 @router.get("/api/hello", response_model=Hello)
@@ -121,5 +119,4 @@ def _warn_of_left_out(body: Conversation, conversation: Translated, request: Req
     types = {tool.type for tool in body.tools or () if tool.type is not None and not tool.is_custom}
     left_out = [*sorted(conversation.left_out), *(f"tools of the type {type_}" for type_ in sorted(types))]
     if left_out:
-        text = f"the model does not read {', '.join(left_out)}"
-        add_reply_header(request, "X-Warning", _NOT_IN_A_HEADER.sub("?", text)[:MAX_HEADER_CHARS])
+        warn(f"the model does not read {', '.join(left_out)}", request.scope)

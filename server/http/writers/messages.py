@@ -24,6 +24,7 @@ from jamba_server.server.http.schemas.messages.reply import (
     MessageStart,
     MessageStop,
     MessageUsage,
+    OutputTokensDetails,
     Ping,
     ReplyBlock,
     ReplyText,
@@ -137,6 +138,7 @@ class MessagesWriter(Writer):
             cache_creation_input_tokens=num_created,
             cache_read_input_tokens=num_read,
             output_tokens=usage.completion_tokens,
+            output_tokens_details=OutputTokensDetails(thinking_tokens=usage.completion_tokens_details.reasoning_tokens),
         )
 
 

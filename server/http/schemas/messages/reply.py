@@ -34,6 +34,12 @@ class ReplyToolUse(Reply):
 ReplyBlock = ReplyText | ReplyThinking | ReplyToolUse
 
 
+class OutputTokensDetails(Reply):
+    """`thinking_tokens` is the number of generated tokens that belong to the model's reasoning."""
+
+    thinking_tokens: int
+
+
 class MessageUsage(Reply):
     """The token counts of a request. The sum of the first three numbers is the number of tokens in the prompt.
 
@@ -45,6 +51,7 @@ class MessageUsage(Reply):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: OutputTokensDetails
 
 
 class MessageReply(Reply):
