@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 URL = os.environ["URL"]  # without a slash at its end
 MODEL = "jamba-demo"
-MAX_TOKENS = 48
+MAX_TOKENS = 128
 QUESTION = "Tell me a story about a dog."
 
 # The JSON schema of the arguments of a tool, and of a reply in JSON. Each value has few forms, so that a small model
