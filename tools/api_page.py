@@ -20,6 +20,8 @@ from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import NoEffect
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest, ChatMessage
 from jamba_server.server.http.schemas.completions import CompletionRequest
+from jamba_server.server.http.schemas.messages.request import MessagesRequest
+from jamba_server.server.http.schemas.messages.tools import ToolDefinition
 from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
 from jamba_server.server.http.schemas.responses import items
 from jamba_server.server.http.schemas.responses.request import ResponseRequest
@@ -32,9 +34,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "response": ResponseRequest,
     "tokenize": TokenizeRequest,
     "detokenize": DetokenizeRequest,
+    "messages": MessagesRequest,
+    "messages_tool": ToolDefinition,
 }
 
-WITHOUT_EFFECT = ("annotations", "prediction", "include_obfuscation")
+WITHOUT_EFFECT = ("annotations", "prediction", "include_obfuscation", "speed", "inference_geo", "diagnostics")
 
 
 # The classes of the items of a request for a response. Each class has the type of its items as the field `type`.

@@ -17,13 +17,22 @@ from starlette.responses import Response
 from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
-from jamba_server.server.http.errors import error_response, request_id_of
+from jamba_server.server.http.errors import error_response
 from jamba_server.server.http.lifecycle import StartupQueue
 from jamba_server.server.http.logs import log_stats
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
-from jamba_server.server.http.routes import chat, completions, models, operations, pages, responses, tokenize
+from jamba_server.server.http.routes import (
+    chat,
+    completions,
+    messages,
+    models,
+    operations,
+    pages,
+    responses,
+    tokenize,
+)
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.chat_template import ChatTemplate
@@ -36,6 +45,7 @@ ROUTERS = (
     chat.router,
     completions.router,
     responses.router,
+    messages.router,
     models.router,
     tokenize.router,
     operations.router,
@@ -142,7 +152,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
 async def _handle(request: Request, exc: Exception) -> Response:
     if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
         exc = _no_such_route(request, exc)
-    return error_response(exc, request_id_of(request.scope))
+    return error_response(exc, request.scope)
 
 
 def _no_such_route(request: Request, exc: HTTPException) -> HTTPException:

@@ -1,9 +1,9 @@
 """Turns exceptions into error replies. The table `_TABLE` lists the HTTP status, error type and error code for each
 class of exceptions.
 
-Every error has OpenAI's form, `{"error": {"message", "type", "param", "code", "request_id"}}`. If no part of the reply
-has been sent yet, the error is the body of the reply. If a stream has begun, the error is the last JSON event of the
-stream.
+Every error has OpenAI's form, `{"error": {"message", "type", "param", "code", "request_id"}}`, except on the paths of
+Anthropic's API (see anthropic_errors.py). If no part of the reply has been sent yet, the error is the body of the
+reply. If a stream has begun, the error is the last JSON event of the stream.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from jamba_server.engine.errors import (
     RequestRejected,
     ResponseNotFound,
 )
+from jamba_server.server.http.anthropic_errors import anthropic_body, anthropic_status, speaks_anthropic
 from jamba_server.server.http.findings import Finding, describe_finding, param_of
 
 logger = logging.getLogger(__name__)
@@ -78,12 +79,22 @@ class Problem:
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def body(self, request_id: str) -> bytes:
-        message = self.message
-        if len(message) > MAX_MESSAGE_CHARS:
-            message = message[: MAX_MESSAGE_CHARS - 1] + "…"
+    @property
+    def short_message(self) -> str:
+        long = len(self.message) > MAX_MESSAGE_CHARS
+        return self.message[: MAX_MESSAGE_CHARS - 1] + "…" if long else self.message
+
+    def status_for(self, scope: Scope) -> int:
+        """Returns the HTTP status of the reply to the request with this ASGI scope."""
+        return anthropic_status(self.status, self.code) if speaks_anthropic(scope) else self.status
+
+    def body_for(self, scope: Scope) -> bytes:
+        """Returns the body of the reply, in the form of the API to which the request's path belongs."""
+        request_id = request_id_of(scope)
+        if speaks_anthropic(scope):
+            return anthropic_body(self.status_for(scope), self.short_message, request_id, param=self.param)
         error = {
-            "message": message,
+            "message": self.short_message,
             "type": self.type,
             "param": self.param,
             "code": self.code,
@@ -121,11 +132,11 @@ def describe(exc: Exception) -> Problem:
     )
 
 
-def error_response(exc: Exception, request_id: str) -> Response:
+def error_response(exc: Exception, scope: Scope) -> Response:
     problem = describe(exc)
     return Response(
-        problem.body(request_id),
-        status_code=problem.status,
+        problem.body_for(scope),
+        status_code=problem.status_for(scope),
         headers=problem.headers,
         media_type="application/json",
     )

@@ -26,6 +26,7 @@ from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.anthropic_errors import speaks_anthropic
 from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, error_response
 from jamba_server.server.http.metrics import Metrics
 
@@ -52,7 +53,7 @@ ASSETS_PATH = "/docs/assets"
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
 # These paths need no API key. A browser that opens a page cannot send a key, a health probe often has no key, and the
 # replies on these paths have no secrets.
-OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
+OPEN_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json", "/api/hello"}
 
 
 class RequestContext:
@@ -81,6 +82,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if speaks_anthropic(scope):
+                    headers["request-id"] = request_id  # the name that Anthropic's clients read
                 headers.update(scope["state"].get("reply_headers", {}))
             await send(message)
 
@@ -89,7 +92,7 @@ class RequestContext:
         except Exception as exc:
             if status:
                 raise
-            await error_response(exc, request_id)(scope, receive, send_with_id)
+            await error_response(exc, scope)(scope, receive, send_with_id)
         finally:
             status = status or CLIENT_CLOSED_REQUEST
             self.metrics.count_http_request(getattr(inner.get("route"), "path", "other"), status)

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jamba_server.server.http.errors import describe, request_id_of
+from jamba_server.server.http.errors import describe
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.writers.writer import Writer
 
@@ -100,7 +100,7 @@ class EventStream(Response):
             if not self._started:
                 raise
             problem = describe(exc)  # the function `describe` also logs unexpected exceptions
-            await self._send(send, *self.writer.fail(problem.body(request_id_of(scope))))
+            await self._send(send, *self.writer.fail(problem.body_for(scope)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, *events: bytes) -> None:

@@ -1,0 +1,36 @@
+"""instructor, which always asks for an object: by a tool call, by a schema, and while the object is streamed."""
+
+from typing import Literal
+
+import instructor
+from checks import MAX_TOKENS, MODEL, QUESTION, URL, check, check_arguments
+from openai import OpenAI
+from pydantic import BaseModel
+
+
+class Lamp(BaseModel):
+    """Switches a lamp."""
+
+    room: Literal["kitchen", "hall"]
+    on: bool
+
+
+def create(mode, method="create"):
+    client = instructor.from_openai(OpenAI(base_url=f"{URL}/v1", api_key="none"), mode=mode)
+    return getattr(client.chat.completions, method)(
+        model=MODEL,
+        response_model=Lamp,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=MAX_TOKENS,
+        max_retries=0,
+    )
+
+
+def stream():
+    *_, last = create(instructor.Mode.TOOLS, "create_partial")
+    check_arguments(last.model_dump())
+
+
+check("stream", stream)
+check("tool call", lambda: check_arguments(create(instructor.Mode.TOOLS).model_dump()))
+check("schema", lambda: check_arguments(create(instructor.Mode.JSON_SCHEMA).model_dump()))

@@ -1,0 +1,220 @@
+"""The class `MessagesWriter` builds the replies of /v1/messages."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from pydantic_core import from_json
+
+from jamba_server.server.http.choice import ChoiceDelta
+from jamba_server.server.http.generation import Generation
+from jamba_server.server.http.schemas.messages.reply import (
+    BlockDelta,
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    Event,
+    InputJsonDelta,
+    MessageDelta,
+    MessageReply,
+    MessageStart,
+    MessageStop,
+    MessageUsage,
+    OutputTokensDetails,
+    Ping,
+    ReplyBlock,
+    ReplyText,
+    ReplyThinking,
+    ReplyToolUse,
+    SignatureDelta,
+    StopDelta,
+    StopReason,
+    TextDelta,
+    ThinkingDelta,
+)
+from jamba_server.server.http.writers.writer import Writer
+from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
+
+
+@dataclass(slots=True, kw_only=True)
+class MessagesWriter(Writer):
+    """Builds one `message` object for a whole reply, and Anthropic's events for a stream.
+
+    `max_tokens` is the limit that the request asked for. `num_marked` is the number of prompt tokens before the last
+    `cache_control` mark. Without `shows_thinking`, blocks of reasoning have an empty text.
+    """
+
+    generation: Generation
+    model: str
+    max_tokens: int
+    num_marked: int
+    shows_thinking: bool
+    _blocks: _BlockEvents = field(init=False)
+    _started: bool = field(init=False, default=False)
+    _stop: StopDelta | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._blocks = _BlockEvents(shows_thinking=self.shows_thinking)
+
+    def reply(self, choices: list[ChoiceDelta]) -> MessageReply:
+        [choice] = choices
+        stop = self._stop_of(choice)
+        content = [self._block(part) for part in join(choice.parts) if not _is_empty(part)]
+        return self._message(content, stop.stop_reason, stop.stop_sequence)
+
+    def begin(self) -> Iterable[bytes]:
+        """Yields nothing. The event `message_start` has the number of cached tokens, which is known with the first
+        token of the reply."""
+        return ()
+
+    def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
+        yield from self._start()
+        for part in delta.parts:
+            if not _is_empty(part):
+                yield from map(event, self._blocks.add(part))
+        if delta.finish_reason:
+            self._stop = self._stop_of(delta)
+
+    def end(self) -> Iterable[bytes]:
+        assert self._stop is not None, "the last delta of a choice has its finish reason"
+        yield from map(event, self._blocks.close())
+        yield event(MessageDelta(delta=self._stop, usage=self._usage()))
+        yield event(MessageStop())
+
+    def fail(self, error: bytes) -> Iterable[bytes]:
+        return (b"event: error\ndata: " + error + b"\n\n",)
+
+    def _start(self) -> Iterator[bytes]:
+        if not self._started:
+            self._started = True
+            yield event(MessageStart(message=self._message([], None, None)))
+            yield event(Ping())
+
+    def _message(
+        self, content: list[ReplyBlock], stop_reason: StopReason | None, stop_sequence: str | None
+    ) -> MessageReply:
+        return MessageReply(
+            id=self.generation.spec.id,
+            model=self.model,
+            content=content,
+            stop_reason=stop_reason,
+            stop_sequence=stop_sequence,
+            usage=self._usage(),
+        )
+
+    def _block(self, part: Part) -> ReplyBlock:
+        match part:
+            case Text(text):
+                return ReplyText(text=text)
+            case Reasoning(text):
+                return ReplyThinking(thinking=text if self.shows_thinking else "", signature=signature(text))
+            case ToolCall():
+                return ReplyToolUse(id=part.id, name=part.name, input=arguments_of(part.arguments))
+
+    def _stop_of(self, choice: ChoiceDelta) -> StopDelta:
+        match choice.finish_reason:
+            case "tool_calls":
+                return StopDelta(stop_reason="tool_use", stop_sequence=None)
+            case "length":
+                [prompt] = self.generation.spec.prompts
+                is_full = prompt.params.max_tokens < self.max_tokens
+                reason = "model_context_window_exceeded" if is_full else "max_tokens"
+                return StopDelta(stop_reason=reason, stop_sequence=None)
+            case _ if isinstance(choice.stop_reason, str):
+                return StopDelta(stop_reason="stop_sequence", stop_sequence=choice.stop_reason)
+            case _:
+                return StopDelta(stop_reason="end_turn", stop_sequence=None)
+
+    def _usage(self) -> MessageUsage:
+        usage = self.generation.usage
+        num_read = usage.prompt_tokens_details.cached_tokens
+        num_created = max(0, self.num_marked - num_read)
+        return MessageUsage(
+            input_tokens=usage.prompt_tokens - num_read - num_created,
+            cache_creation_input_tokens=num_created,
+            cache_read_input_tokens=num_read,
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=OutputTokensDetails(thinking_tokens=usage.completion_tokens_details.reasoning_tokens),
+        )
+
+
+class _BlockEvents:
+    """Turns the parts of a reply into the events of its content blocks. Blocks follow each other, so at most one block
+    is open."""
+
+    def __init__(self, *, shows_thinking: bool) -> None:
+        self._shows_thinking = shows_thinking
+        self._index = -1  # number of the open block, or of the last one
+        self._open: Text | Reasoning | ToolCall | None = None  # the part that opened the block
+        self._hash = hashlib.sha256()  # of the open block's reasoning
+
+    def add(self, part: Part) -> Iterator[Event]:
+        if not self._continues(part):
+            yield from self.close()
+            yield self._start(part)
+        if (delta := self._delta(part)) is not None:
+            yield ContentBlockDelta(index=self._index, delta=delta)
+
+    def close(self) -> Iterator[Event]:
+        """Yields the events that end the open block, if there is one."""
+        if self._open is None:
+            return
+        if isinstance(self._open, Reasoning):
+            delta = SignatureDelta(signature=_base64(self._hash.digest()))
+            yield ContentBlockDelta(index=self._index, delta=delta)
+        yield ContentBlockStop(index=self._index)
+        self._open = None
+
+    def _continues(self, part: Part) -> bool:
+        if isinstance(part, ToolCall):
+            return isinstance(self._open, ToolCall) and self._open.index == part.index
+        return type(part) is type(self._open)
+
+    def _start(self, part: Part) -> Event:
+        self._index, self._open = self._index + 1, part
+        match part:
+            case Text():
+                block = ReplyText(text="")
+            case Reasoning():
+                self._hash = hashlib.sha256()
+                block = ReplyThinking(thinking="", signature="")
+            case ToolCall():
+                block = ReplyToolUse(id=part.id, name=part.name, input={})
+        return ContentBlockStart(index=self._index, content_block=block)
+
+    def _delta(self, part: Part) -> BlockDelta | None:
+        match part:
+            case Text(text):
+                return TextDelta(text=text)
+            case Reasoning(text):
+                self._hash.update(text.encode())
+                return ThinkingDelta(thinking=text) if self._shows_thinking else None
+            case ToolCall():
+                return InputJsonDelta(partial_json=part.arguments)
+
+
+def signature(reasoning: str) -> str:
+    """Returns the signature of a block of reasoning. Clients send it back and take it for opaque."""
+    return _base64(hashlib.sha256(reasoning.encode()).digest())
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """Returns the arguments of a tool call. If the limit of tokens has cut the JSON text, the values that are complete
+    are returned, as Anthropic's client does with the events of a stream."""
+    return cast("dict[str, Any]", from_json(text or "{}", allow_partial=True))
+
+
+def event(payload: Event) -> bytes:
+    return f"event: {payload.type}\ndata: {payload.model_dump_json()}\n\n".encode()
+
+
+def _is_empty(part: Part) -> bool:
+    return not isinstance(part, ToolCall) and not part.text
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()
