@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
 from jamba_server.engine.scheduler import Scheduler
-from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpdate
+from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepResult, TokenUpdate
 
 
 class Inbox:
@@ -55,10 +55,12 @@ class Inbox:
 
 
 class EngineCore:
-    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes."""
+    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes. `announce` is
+    called before new requests are added to the queue, and before a step in which requests run for the first time."""
 
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
+        self.announce: Callable[[Adding | Starting], None] = lambda message: None
         self.inbox = Inbox()
         self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
         self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
@@ -81,8 +83,12 @@ class EngineCore:
             if last is not None and self.scheduler.must_wait():
                 updates += self._take(last)
                 last = None
-            self.scheduler.add(self.inbox.submitted(), now=time.monotonic())
+            if submitted := self.inbox.submitted():
+                self.announce(Adding([request.id for request in submitted]))
+                self.scheduler.add(submitted, now=time.monotonic())
             output = self.scheduler.schedule(now=time.monotonic())
+            if output.started:
+                self.announce(Starting(list(output.started)))
             if output.chunks:
                 self._in_flight = self.model_runner.launch(output)
                 self.scheduler.advance(output)
@@ -91,7 +97,7 @@ class EngineCore:
             elif self._in_flight is not None and self.model_runner.sampled is None:
                 updates += self._take(self._in_flight)
                 self._in_flight = None
-            return StepResult(updates, list(output.started), self.scheduler.stats)
+            return StepResult(updates, self.scheduler.stats)
 
     def _take(self, step: PendingStep) -> list[TokenUpdate]:
         """Waits for the results of a step, gives the results to the scheduler, and returns the updates for the step's
