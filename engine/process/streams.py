@@ -32,10 +32,11 @@ class LiveRequest:
     """A request that was submitted and has not ended.
 
     `sent` says whether the request was sent to the present engine process, `adding` whether that process is putting the
-    request into its queue, and `running` whether it has begun to compute the request. `num_updates` counts the updates from the present engine process. `started` says whether any
-    engine process has ever begun to compute the request. `deaths` counts successive deaths of engine processes that may
-    have been caused by this request; the module `suspects` changes it. `interrupted` says that an engine process died
-    while it had the request, and that the request has not been sent to another engine process since.
+    request into its queue, and `running` whether it has begun to compute the request. `num_updates` counts the updates
+    from the present engine process. `started` says whether any engine process has ever begun to compute the request.
+    `deaths` counts successive deaths of engine processes that may have been caused by this request; the module
+    `suspects` changes it. `interrupted` says that an engine process died while it had the request, and that the request
+    has not been sent to another engine process since.
     """
 
     def __init__(self, request: Request, stream: Stream) -> None:

@@ -51,7 +51,7 @@ INFO = EngineInfo(
     weight_bytes=0,
     kv_bytes=0,
     state_bytes=0,
-    kernels={},
+    kernels={"linear": "scripted"},
     load_seconds=0.0,
 )
 
