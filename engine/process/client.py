@@ -151,7 +151,8 @@ class EngineClient:
         self._on_progress = on_progress
         self._max_queue = max_queue_requests
         self._live: dict[str, LiveRequest] = {}  # all requests that have not ended, in the order of their arrival
-        self._sent: dict[str, LiveRequest] = {}  # the requests that the present child has, by their ids there
+        self._unsent: dict[str, LiveRequest] = {}  # those of them that the present child does not have, except paused
+        self._sent: dict[str, LiveRequest] = {}  # those that the present child has, by their ids there
         self._info: EngineInfo | None = None
         self._health = _loading(Progress("starting the engine", 0.0))
         self._stats, self._base = EngineStats(), EngineStats()
@@ -242,7 +243,7 @@ class EngineClient:
         stream = Stream([request.id for request in requests], forget=self._forget, resume=self._resume)
         for request in requests:
             assert request.id not in self._live, f"request id {request.id} is taken"
-            self._live[request.id] = LiveRequest(request, stream)
+            self._live[request.id] = self._unsent[request.id] = LiveRequest(request, stream)
         try:
             self._dispatch()
             yield stream
@@ -258,11 +259,12 @@ class EngineClient:
         if not self._health.ready or child is None:
             return
         self._fail_too_long()
-        if batch := self._suspects.select(self._live.values()):
+        if batch := self._suspects.select(self._unsent.values(), idle=not self._sent):
             child.send(Submit([live.for_engine() for live in batch]))
             for live in batch:
                 self._num_replayed += live.interrupted
                 live.sent, live.interrupted = True, False
+                del self._unsent[live.request.id]
                 self._sent[live.engine_id] = live
 
     def _fail_too_long(self) -> None:
@@ -271,9 +273,9 @@ class EngineClient:
         A restarted engine that finds less memory than the one before may have a shorter maximum context.
         """
         limit = self.info.max_model_len
-        for live in list(self._live.values()):
+        for live in list(self._unsent.values()):
             length = len(live.request.prompt) + len(live.generated)
-            if not live.sent and length > limit:
+            if length > limit:
                 message = (
                     f"The engine was restarted with a context of {limit} tokens; this request has {length} tokens."
                 )
@@ -302,9 +304,10 @@ class EngineClient:
 
     def _resume(self, stream: Stream) -> None:
         stream.paused = False
-        for request_id in stream.open:
+        for request_id in sorted(stream.open):
             if (live := self._live.get(request_id)) is not None:
                 live.paused = False
+                self._unsent[request_id] = live
         self._dispatch()
 
     def _abort(self, requests: list[LiveRequest]) -> None:
@@ -312,6 +315,7 @@ class EngineClient:
         sent = [live.engine_id for live in requests if live.sent]
         for live in requests:
             self._sent.pop(live.engine_id, None)
+            self._unsent.pop(live.request.id, None)
             live.leave_engine()
         if sent and self._supervisor.child:
             self._supervisor.child.send(Abort(sent))
@@ -342,11 +346,9 @@ class EngineClient:
                 self._load_error = reason
             case Adding(request_ids):
                 self._adding = self._known(request_ids)
-                for live in self._adding:
-                    live.adding = True
             case Starting(request_ids):
                 for live in self._known(request_ids):
-                    live.started = live.running = True
+                    live.started, live.running, live.queued = True, True, False
             case StepResult():
                 self._book(message)
 
@@ -408,8 +410,8 @@ class EngineClient:
         if result.stats.num_steps_total:
             self._progressed = True
             self._policy.progressed()
-        for live in self._adding:  # the requests now wait in the child's queue, which cannot make the child die
-            live.adding = False
+        for live in self._adding:
+            live.queued = not live.running
         self._adding = []
         # A stream whose backlog was too large before this step has not been read during a whole step.
         slow = {live.stream for live in self._known([u.request_id for u in result.updates]) if live.stream.is_full}
@@ -437,12 +439,14 @@ class EngineClient:
         for live in self._live.values():
             live.interrupted |= live.sent
             live.leave_engine()
+        self._unsent = {live.request.id: live for live in self._live.values() if not live.paused}
         progress, self._progressed = self._progressed, False
         return self._policy.after_death(progress=progress, found=culprit is not None, searching=searching)
 
     def _fail(self, live: LiveRequest, error: EngineError) -> None:
         del self._live[live.request.id]
         self._sent.pop(live.engine_id, None)
+        self._unsent.pop(live.request.id, None)
         live.leave_engine()
         live.stream.put(error)
 

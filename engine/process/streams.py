@@ -31,8 +31,8 @@ _ALTERNATIVE_BYTES = 120  # one of the most likely tokens beside the chosen toke
 class LiveRequest:
     """A request that was submitted and has not ended.
 
-    `sent` says whether the request was sent to the present engine process, `adding` whether that process is putting the
-    request into its queue, and `running` whether it has begun to compute the request. `num_updates` counts the updates
+    `sent` says whether the request was sent to the present engine process, `running` whether that process has begun to
+    compute the request, and `queued` whether the request waits in the process's queue. `num_updates` counts the updates
     from the present engine process. `started` says whether any engine process has ever begun to compute the request.
     `deaths` counts successive deaths of engine processes that may have been caused by this request; the module
     `suspects` changes it. `interrupted` says that an engine process died while it had the request, and that the request
@@ -41,7 +41,7 @@ class LiveRequest:
 
     def __init__(self, request: Request, stream: Stream) -> None:
         self.request, self.stream = request, stream
-        self.sent = self.adding = self.running = self.started = self.paused = self.interrupted = False
+        self.sent = self.running = self.queued = self.started = self.paused = self.interrupted = False
         self.num_updates = self.deaths = 0
         self.generated: list[int] = []
         self._num_prompt_logprobs = self._num_pauses = 0
@@ -55,8 +55,9 @@ class LiveRequest:
 
     @property
     def is_handled(self) -> bool:
-        """Whether the request may be the cause if the present engine process dies."""
-        return self.adding or self.running
+        """Whether the request may be the cause if the present engine process dies. A request that only waits in the
+        queue cannot be the cause."""
+        return self.sent and not self.queued
 
     def for_engine(self) -> Request:
         """Returns the request in the form that is sent to an engine process. The result includes the reply tokens that
@@ -91,7 +92,7 @@ class LiveRequest:
 
     def leave_engine(self) -> None:
         """Records that no engine process has the request."""
-        self.sent = self.adding = self.running = False
+        self.sent = self.running = self.queued = False
         self.num_updates = 0
 
 

@@ -36,20 +36,20 @@ class Suspects:
         """Whether a trial is under way, so that a death would tell more about its requests."""
         return bool(self._trial)
 
-    def select(self, live: Collection[LiveRequest]) -> list[LiveRequest]:
-        """Returns the requests among `live` that must be sent to the engine process now.
+    def select(self, unsent: Collection[LiveRequest], *, idle: bool) -> list[LiveRequest]:
+        """Returns the requests among `unsent` that must be sent to the engine process now. `idle` says that the process
+        has no request yet.
 
         A trial of several requests runs beside all requests that are no suspects. If the first trial of an engine
         process has only one request, this request runs alone until its trial ends. If the engine then dies, no other
         request can be the cause.
         """
-        unsent = [r for r in live if not r.sent and not r.paused]
         others = [r for r in unsent if not _is_suspect(r)]
         if self._update_trial():
             return [] if self._alone else others
         suspects = [r for r in unsent if _is_suspect(r)]
         self._trial, self._num_steps = suspects[: (len(suspects) + 1) // 2], 0
-        self._alone = len(self._trial) == 1 and not any(r.sent for r in live)
+        self._alone = len(self._trial) == 1 and idle
         return self._trial if self._alone else [*self._trial, *others]
 
     def stepped(self) -> bool:
