@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
 from jamba_server.engine.scheduler import Scheduler
-from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpdate
+from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepResult, TokenUpdate
 
 
 class Submitted(NamedTuple):
@@ -104,7 +104,8 @@ class Inbox:
 
 
 class EngineCore:
-    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes."""
+    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes. `announce` is
+    called before new requests are added to the queue, and before a step in which requests run for the first time."""
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class EngineCore:
         compiler: GrammarCompiler | None = None,
     ) -> None:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
+        self.announce: Callable[[Adding | Starting], None] = lambda message: None
         self.inbox = Inbox(compiler)
         self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
         self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
@@ -137,8 +139,11 @@ class EngineCore:
                 updates += self._take(last)
                 last = None
             updates += self.inbox.failed()
-            self._add(self.inbox.submitted())
+            if submitted := self.inbox.submitted():
+                self._add(submitted)
             output = self.scheduler.schedule(now=time.monotonic())
+            if output.started:
+                self.announce(Starting(list(output.started)))
             if output.chunks:
                 self._in_flight = self.model_runner.launch(output)
                 self.scheduler.advance(output)
@@ -147,9 +152,10 @@ class EngineCore:
             elif self._in_flight is not None and self.model_runner.sampled is None:
                 updates += self._take(self._in_flight)
                 self._in_flight = None
-            return StepResult(updates, list(output.started), self.scheduler.stats)
+            return StepResult(updates, self.scheduler.stats)
 
     def _add(self, submitted: list[Submitted]) -> None:
+        self.announce(Adding([new.request.id for new in submitted]))
         constraints = {new.request.id: new.constraint for new in submitted if new.constraint is not None}
         self.scheduler.add([new.request for new in submitted], now=time.monotonic(), constraints=constraints)
 

@@ -9,6 +9,7 @@ a prompt's advantage over later arrivals grows with the number of prompt tokens 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 from jamba_server.engine.sequence import Sequence
 
@@ -45,6 +46,11 @@ class Shares:
         for seq in running:
             self._by_tenant.setdefault(seq.request.tenant, []).append(seq)
             self._by_parent.setdefault((seq.request.tenant, seq.parent), []).append(seq)
+        self._displaced: dict[str, Sequence | None] = {}
+
+    def num_running(self, seq: Sequence) -> int:
+        """Returns how many sequences of the same client request are running."""
+        return len(self._by_parent.get((seq.request.tenant, seq.parent), ()))
 
     @property
     def one_holds_several(self) -> bool:
@@ -57,8 +63,7 @@ class Shares:
         the client request with the fewest running sequences come first."""
         priority, rank, arrival = urgency(seq)
         tenant = seq.request.tenant
-        of_tenant, of_parent = self._by_tenant.get(tenant, ()), self._by_parent.get((tenant, seq.parent), ())
-        return priority, len(of_tenant), len(of_parent), rank, arrival
+        return priority, len(self._by_tenant.get(tenant, ())), self.num_running(seq), rank, arrival
 
     def holder_for(self, seq: Sequence) -> Sequence | None:
         """Returns the running sequence that must stop to make room for the waiting sequence `seq`, or None if `seq` has
@@ -69,15 +74,30 @@ class Shares:
         the most among those of the same tenant. Only a tenant or request with several running sequences loses one, so
         two sequences never displace each other in turn. A sequence with a more urgent priority is never displaced.
         """
-        tenant = seq.request.tenant
+        if self.num_running(seq):
+            return None
+        youngest = self._displaced_by(seq.request.tenant)
+        return youngest if youngest is not None and youngest.order[0] >= seq.order[0] else None
+
+    def may_displace(self, tenant: str) -> bool:
+        """Returns whether `holder_for` can return a running sequence for any sequence of a tenant."""
+        return self._displaced_by(tenant) is not None
+
+    def _displaced_by(self, tenant: str) -> Sequence | None:
+        """Returns the sequence that a new client request of a tenant displaces, without regard to priorities."""
         if tenant not in self._by_tenant:
-            holders = list(self._by_tenant.values())
-        elif (tenant, seq.parent) not in self._by_parent:
+            return self._youngest_of_largest_tenant
+        if tenant not in self._displaced:
             holders = [choices for (owner, _), choices in self._by_parent.items() if owner == tenant]
-        else:
-            return None
-        most = max(holders, key=len, default=())
-        if len(most) < 2:
-            return None
-        youngest = max(most, key=lambda s: s.order)
-        return youngest if youngest.order[0] >= seq.order[0] else None
+            self._displaced[tenant] = _youngest_of_largest(holders)
+        return self._displaced[tenant]
+
+    @cached_property
+    def _youngest_of_largest_tenant(self) -> Sequence | None:
+        return _youngest_of_largest(self._by_tenant.values())
+
+
+def _youngest_of_largest(holders: Iterable[list[Sequence]]) -> Sequence | None:
+    """Returns the youngest sequence in the longest list, or None if no list has several sequences."""
+    most = max(holders, key=len, default=[])
+    return max(most, key=lambda s: s.order) if len(most) > 1 else None

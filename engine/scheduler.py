@@ -20,6 +20,7 @@ from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Share
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
+from jamba_server.engine.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,8 @@ class Scheduler:
         self.cache = cache
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
-        self.waiting: list[Sequence] = []  # both lists, `waiting` and `running`, are sorted by Sequence.order
-        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue(max_short=max_num_batched_tokens)
+        self.running: list[Sequence] = []  # sorted by Sequence.order
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
@@ -141,7 +142,7 @@ class Scheduler:
             seq.num_uncached = len(seq.tokens) - self._match(seq).num_tokens
             self._by_id[request.id] = seq
             self._tenants[request.tenant] += 1
-            insort(self.waiting, seq, key=lambda s: s.order)
+            self.waiting.add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Removes waiting and running requests. Ids of requests that have ended already are ignored."""
@@ -267,7 +268,7 @@ class Scheduler:
         self.running.remove(seq)
         self.cache.free(seq)  # saves the state, too; `seq` resumes from this state if the pages of `seq` stay cached
         seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
-        insort(self.waiting, seq, key=lambda s: s.order)
+        self.waiting.add(seq)
         self._counters["preemptions"] += 1
 
     def _next_waiting(self, plan: _Plan) -> Sequence | None:
@@ -283,14 +284,13 @@ class Scheduler:
         if full and not shares.one_holds_several and len(self._tenants) < 2:
             return None  # the usual case under load, in which this early return saves time
         no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
-        candidates = (
-            seq
-            for seq in self.waiting
-            if not (no_more_long and self._is_long(seq))
-            and not (full and shares.holder_for(seq) is None)
-            and not self._awaits_sibling(seq)
+        in_progress = self._groups_in_progress()
+        return self.waiting.next(
+            shares,
+            full=full,
+            with_long=not no_more_long,
+            may_start=lambda seq: not self._awaits_sibling(seq, in_progress),
         )
-        return min(candidates, key=shares.turn, default=None)
 
     def _admit(self, seq: Sequence, plan: _Plan, limit: int, now: float) -> bool:
         """Admits `seq` with a first chunk of up to `limit` tokens, or returns False and leaves `seq` in the queue.
@@ -324,14 +324,16 @@ class Scheduler:
         for log-probabilities of the prompt, because the logits of every position must then be computed."""
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
-    def _awaits_sibling(self, seq: Sequence) -> bool:
+    def _groups_in_progress(self) -> set[str]:
+        """Returns the groups of which a running sequence has not yet computed all full pages of the prompt."""
+        size = self.cache.block_size
+        return {seq.request.group for seq in self.running if seq.num_computed < (seq.num_prompt - 1) // size * size}
+
+    def _awaits_sibling(self, seq: Sequence, in_progress: set[str]) -> bool:
         """Whether `seq` should wait, because another reply to the same prompt is computing the prompt. After this
         computation, `seq` can take the pages of the prompt from the cache."""
-        group, size = seq.request.group, self.cache.block_size
-        if not group or not self.cache.enabled or seq.params.prompt_logprobs is not None:
-            return False
-        end = (seq.num_prompt - 1) // size * size
-        return any(s.request.group == group and s.num_computed < end for s in self.running)
+        group = seq.request.group
+        return bool(group) and group in in_progress and self.cache.enabled and seq.params.prompt_logprobs is None
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
         """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if too few
@@ -403,11 +405,13 @@ class Scheduler:
         They end without an update. Requests that have not begun stay in the queue.
         """
         self.running = []
-        self.waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
-        self._by_id = {seq.request.id: seq for seq in self.waiting}
-        self._tenants = Counter(seq.request.tenant for seq in self.waiting)
-        for seq in self.waiting:
+        waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
+        self.waiting = WaitingQueue(max_short=self.max_num_batched_tokens)
+        self._by_id = {seq.request.id: seq for seq in waiting}
+        self._tenants = Counter(seq.request.tenant for seq in waiting)
+        for seq in waiting:
             seq.vacate()  # the failed step may have admitted the sequence already
+            self.waiting.add(seq)
         self.cache.discard()
 
     def _take(self, seq: Sequence, token_ids: tuple[int, ...]) -> FinishReason | None:

@@ -217,12 +217,28 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Working(msgspec.Struct, frozen=True, tag=True):
+    """Tells, during a long phase of the engine's start, that the engine process has used processor time."""
+
+
+class Adding(msgspec.Struct, frozen=True, tag=True):
+    """Has the ids of requests that the engine is about to put into its queue. Together with `Starting`, this message
+    tells which requests the engine was handling if it dies before it sends the next `StepResult`."""
+
+    request_ids: list[str]
+
+
+class Starting(msgspec.Struct, frozen=True, tag=True):
+    """Has the ids of requests that run for the first time in the step that the engine is about to run."""
+
+    request_ids: list[str]
+
+
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """The results of one step. `started` are the ids of requests that ran for the first time in this step."""
+    """The results of one step."""
 
     updates: list[TokenUpdate]
-    started: list[str]
     stats: EngineStats
 
 
-FromEngine = Progress | LogLine | Ready | Failed | StepResult
+FromEngine = Progress | Working | LogLine | Ready | Failed | Adding | Starting | StepResult

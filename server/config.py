@@ -104,9 +104,18 @@ class ServerConfig:
     shutdown_timeout: Annotated[
         float, Meta(ge=0), Help("server", "Seconds that running requests have to finish after SIGTERM", "SECONDS")
     ] = 30.0
+    send_timeout: Annotated[
+        Seconds, Help("server", "Seconds after which a client that does not read its reply is cut off", "SECONDS")
+    ] = 60.0
+    exit_on_dead: Annotated[
+        bool, Help("server", "End with status 1 when the engine cannot be restarted, instead of answering 503")
+    ] = True
     engine_timeout: Annotated[
         Seconds, Help("expert", "Seconds without a finished step after which the engine is restarted", "SECONDS")
     ] = 120.0
+    load_timeout: Annotated[
+        Seconds, Help("expert", "Seconds without progress after which an engine that loads is restarted", "SECONDS")
+    ] = 600.0
     allowed_origins: Annotated[
         tuple[str, ...],
         Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jamba_server.engine.process.client import SupervisionStats
 from jamba_server.engine.types import EngineStats
 from jamba_server.server.config import load_config
 from jamba_server.server.http.metrics import Metrics
@@ -41,7 +42,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 def exported_names() -> set[str]:
     """The names under which queries find the server's metrics."""
-    metrics = Metrics(SimpleNamespace(stats=EngineStats()), model_name="m")  # pyright: ignore[reportArgumentType]
+    metrics = Metrics(SimpleNamespace(stats=EngineStats(), supervision=SupervisionStats()), model_name="m")  # pyright: ignore[reportArgumentType]
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 

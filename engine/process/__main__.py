@@ -1,12 +1,13 @@
 """The engine process: `python -m jamba_server.engine.process FD`, where FD is the file descriptor of its socket.
 
-`client.EngineClient` starts this process with one end of a socket pair. The process receives its EngineConfig, sends
+`supervisor.Supervisor` starts this process with one end of a socket pair. The process receives its EngineConfig, sends
 some Progress messages and then Ready or Failed. It runs until it is told to stop or its parent is gone. It sends its
 log records over the socket, too, so that there is one log with one format.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -21,13 +22,17 @@ import msgspec
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.process.heartbeat import beating
+from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import pack, receive
-from jamba_server.engine.types import Abort, Failed, LogLine, Progress, Ready, Submit, ToEngine
+from jamba_server.engine.types import Abort, Failed, LogLine, Progress, Ready, Submit, ToEngine, Working
 
 if TYPE_CHECKING:
     from jamba_server.engine.core import Inbox
 
 Send = Callable[[msgspec.Struct], None]
+
+PR_SET_PDEATHSIG = 1  # the number of this operation of Linux's system call `prctl`
 
 
 def sender(connection: socket.socket) -> Send:
@@ -90,7 +95,8 @@ def run(connection: socket.socket, send: Send) -> int:
     if (config := receive(connection, EngineConfig)) is None:
         return 1
     try:
-        core = build_engine(config, lambda phase, fraction: send(Progress(phase, fraction)))
+        with beating(lambda: send(Working())):
+            core = build_engine(config, lambda phase, fraction: send(Progress(phase, fraction)))
     except (ConfigError, KernelError) as error:
         send(Failed(str(error)))
         return 1
@@ -101,6 +107,7 @@ def run(connection: socket.socket, send: Send) -> int:
     gc.freeze()
     stop = threading.Event()
     threading.Thread(target=read, args=(connection, core.inbox, stop), daemon=True).start()
+    core.announce = send
     send(Ready(core.info))
     while not stop.is_set():
         if not core.has_work:
@@ -109,7 +116,16 @@ def run(connection: socket.socket, send: Send) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """Makes Linux kill this process when its parent ends, even if this process hangs or was stopped by a signal.
+    Elsewhere this process notices the end of the socket's stream."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    open_missing_streams()
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these signals, too, and tells this process to end
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:

@@ -17,7 +17,8 @@ import msgspec
 
 import jamba_server
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.process.wire import HEADER_BYTES, pack
+from jamba_server.engine.process.standard_streams import open_missing_streams
+from jamba_server.engine.process.wire import HEADER_BYTES, body_bytes, pack
 from jamba_server.engine.types import Shutdown
 
 ENGINE_COMMAND = (
@@ -31,20 +32,20 @@ CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was to
 
 class Child:
     """One engine process and the parent's end of the socket to this process. When the socket reports the end of the
-    stream, the process has ended."""
+    stream, the process has ended. `num_messages` counts the messages that have arrived."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
-        self._clock = asyncio.get_running_loop().time
-        self._last_message = self._clock()
+        self.num_messages = 0
 
     @classmethod
     async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:
         """Starts the command line `command` as a new process and sends the configuration `config` to this process. The
         number of the socket's file descriptor is appended to the command line as the last argument. Raises OSError if
         the process cannot be started."""
+        open_missing_streams()  # the numbers 0 to 2 must be taken, because the child has its standard streams there
         ours, theirs = socket.socketpair()
         # The child must import the same jamba_server as this process.
         root = str(Path(jamba_server.__file__).parent.parent)
@@ -55,7 +56,11 @@ class Child:
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *command, str(theirs.fileno()), pass_fds=[theirs.fileno()], env=environment
+                    *command,
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
                 )
             except OSError:
                 ours.close()
@@ -69,30 +74,21 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def silent_seconds(self) -> float:
-        """Returns the seconds since the last message of the child, or since the last call of `touch` if that was
-        later."""
-        return self._clock() - self._last_message
-
     def send(self, message: msgspec.Struct) -> None:
         """Queues a message to the child. If the child dies before it reads the message, the message is lost."""
         if not self._writer.is_closing():
             self._writer.write(pack(message))
 
     async def receive(self, kind: Any) -> Any:
-        """Waits for the next message and returns it, decoded as `kind`. Returns None when the child has ended."""
+        """Waits for the next message and returns it, decoded as `kind`. Returns None when the child has ended. Raises
+        ValueError for bytes that are no message."""
         try:
             header = await self._reader.readexactly(HEADER_BYTES)
-            body = await self._reader.readexactly(int.from_bytes(header, "little"))
+            body = await self._reader.readexactly(body_bytes(header))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
-        self._last_message = self._clock()
+        self.num_messages += 1
         return msgspec.msgpack.decode(body, type=kind)
-
-    def touch(self) -> None:
-        """Makes the property `silent_seconds` count from now. Must be called when a child without work gets work."""
-        self._last_message = self._clock()
 
     def shut_down(self) -> None:
         """Tells the child to end after its current step, and kills it if it still runs after CLOSE_SECONDS."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -26,8 +26,13 @@ from jamba_server.engine.errors import (
     RequestRejected,
 )
 from jamba_server.engine.process.child import ENGINE_COMMAND, Child
+from jamba_server.engine.process.restarts import RESTART_REASONS, Death, RestartPolicy, RestartReason
+from jamba_server.engine.process.streams import LiveRequest, Stream
+from jamba_server.engine.process.supervisor import Supervisor
+from jamba_server.engine.process.suspects import Suspects
 from jamba_server.engine.types import (
     Abort,
+    Adding,
     EngineInfo,
     EngineStats,
     Failed,
@@ -36,18 +41,15 @@ from jamba_server.engine.types import (
     Progress,
     Ready,
     Request,
+    Starting,
     StepResult,
     Submit,
     TokenUpdate,
+    Working,
 )
 from jamba_server.engine.validation import validate_kind
 
 logger = logging.getLogger(__name__)
-
-MAX_DEATHS = 3  # after this number of engine deaths within DEATH_WINDOW_SECONDS the engine is not restarted
-DEATH_WINDOW_SECONDS = 60.0
-# If a request was running when this number of successive engine processes died, the engine runs that request alone.
-SUSPECT_DEATHS = 2
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +63,18 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     reason: str = ""
     loading: Progress | None = None
+
+
+class SupervisionStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervision of the engine has done since the server started. `restarts` has the number of restarts for
+    each reason. `replayed_requests` counts requests that were sent again to a restarted engine. `pauses` counts streams
+    that were paused because their readers were slow, and `backlog_bytes` is the estimated size of all updates that
+    readers have not taken yet."""
+
+    restarts: dict[RestartReason, int] = msgspec.field(default_factory=lambda: dict.fromkeys(RESTART_REASONS, 0))
+    replayed_requests: int = 0
+    pauses: int = 0
+    backlog_bytes: int = 0
 
 
 class UpdateStream(Protocol):
@@ -94,6 +108,9 @@ class Engine(Protocol):
         ...
 
     @property
+    def supervision(self) -> SupervisionStats: ...
+
+    @property
     def health(self) -> Health: ...
 
     async def first_start(self) -> None:
@@ -112,76 +129,13 @@ class Engine(Protocol):
         ...
 
 
-class _Live:
-    """A request that has been submitted and has not ended. The attribute `deaths` counts successive engine processes
-    that died while they ran this request."""
-
-    def __init__(self, request: Request, stream: _Stream) -> None:
-        self.request, self.stream = request, stream
-        self.sent = self.started = self.announced = False
-        self.deaths = 0
-        self.generated: list[int] = []
-        self.num_prompt_logprobs = 0
-
-    def replay(self) -> Request:
-        """Returns the request in the form that is sent to an engine process. The result includes the reply tokens that
-        the client has received already. So a restarted engine continues the reply after these tokens."""
-        return msgspec.structs.replace(
-            self.request, generated=self.generated, num_prompt_logprobs=self.num_prompt_logprobs
-        )
-
-    def take(self, update: TokenUpdate) -> TokenUpdate:
-        """Records the tokens of an update and returns the update for the stream.
-
-        The number of cached tokens and the queue time are delivered only once per request. A new engine reports them
-        again, so that they are removed from later updates.
-        """
-        self.generated += update.token_ids
-        self.num_prompt_logprobs += len(update.prompt_logprobs)
-        if self.announced:
-            return msgspec.structs.replace(update, num_cached=None, queue_seconds=None)
-        self.announced = True
-        return update
-
-
-class _Stream:
-    """The `UpdateStream` of one call of `EngineClient.generate`."""
-
-    def __init__(self, client: EngineClient, request_ids: list[str]) -> None:
-        self._client = client
-        self.open = set(request_ids)
-        self.queue: asyncio.Queue[TokenUpdate | EngineError] = asyncio.Queue()
-
-    def __aiter__(self) -> _Stream:
-        return self
-
-    async def __anext__(self) -> TokenUpdate:
-        while self.open or not self.queue.empty():
-            item = await self.queue.get()
-            if isinstance(item, EngineError):
-                raise item
-            if item.request_id in self.open:
-                if item.finish_reason:
-                    self.open.discard(item.request_id)
-                return item
-        raise StopAsyncIteration
-
-    def abort(self, request_id: str) -> None:
-        if request_id in self.open:
-            self.open.discard(request_id)
-            self._client.forget([request_id])
-
-    def close(self) -> None:
-        request_ids, self.open = sorted(self.open), set()
-        self._client.forget(request_ids)
-
-
 class EngineClient:
     """Runs the engine as a child process. Kills a child process that hangs, and starts a new child process when one has
     died.
 
-    The child is killed if it has requests but sends no step result for `engine_timeout` seconds. New requests are
-    refused if more than `max_queue_requests` choices would wait with them; 0 means no limit.
+    The child is killed if it has requests but sends no step result for `engine_timeout` seconds, or if it makes no
+    progress for `load_timeout` seconds while it loads. New requests are refused if more than `max_queue_requests`
+    choices would wait with them; 0 means no limit.
     """
 
     def __init__(
@@ -189,21 +143,31 @@ class EngineClient:
         config: EngineConfig,
         *,
         engine_timeout: float = 120.0,
+        load_timeout: float = 600.0,
         max_queue_requests: int = 0,
         on_progress: Callable[[str, float], None] = lambda phase, fraction: None,
         command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
-        self._command = command
-        self._config, self._timeout, self._on_progress = config, engine_timeout, on_progress
+        self._on_progress = on_progress
         self._max_queue = max_queue_requests
-        self._live: dict[str, _Live] = {}  # all requests that have not ended, in the order of their arrival
-        self._child: Child | None = None
+        self._live: dict[str, LiveRequest] = {}  # all requests that have not ended, in the order of their arrival
+        self._unsent: dict[str, LiveRequest] = {}  # those of them that the present child does not have, except paused
+        self._sent: dict[str, LiveRequest] = {}  # those that the present child has, by their ids there
         self._info: EngineInfo | None = None
         self._health = _loading(Progress("starting the engine", 0.0))
         self._stats, self._base = EngineStats(), EngineStats()
-        self._deaths: deque[float] = deque()
+        self._adding: list[LiveRequest] = []  # the requests that the present child is putting into its queue
+        self._progressed = False  # whether the present child has finished a step
+        self._load_error = ""  # why the present child cannot load
+        self._restarts = dict.fromkeys(RESTART_REASONS, 0)
+        self._num_replayed = self._num_pauses = 0
+        self._suspects, self._policy = Suspects(), RestartPolicy()
         self._started = asyncio.Event()  # set when the engine is ready for the first time or has failed to start
-        self._supervisor: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()  # set when the engine has ended and will not be restarted
+        self._supervisor = Supervisor(
+            self, partial(Child.spawn, config, command), engine_timeout=engine_timeout, load_timeout=load_timeout
+        )
+        self._supervision: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -216,38 +180,51 @@ class EngineClient:
         return self._stats
 
     @property
+    def supervision(self) -> SupervisionStats:
+        streams = {live.stream for live in self._live.values()}
+        return SupervisionStats(
+            restarts=dict(self._restarts),
+            replayed_requests=self._num_replayed,
+            pauses=self._num_pauses,
+            backlog_bytes=sum(stream.backlog for stream in streams),
+        )
+
+    @property
     def health(self) -> Health:
         return self._health
 
     async def first_start(self) -> None:
         await self._started.wait()
 
+    async def ended(self) -> str:
+        """Waits until the engine has ended and will not be restarted. Returns the reason."""
+        await self._ended.wait()
+        return self._health.reason
+
     @property
     def pid(self) -> int | None:
         """The process id of the current child process."""
-        return self._child.pid if self._child else None
+        return self._supervisor.child.pid if self._supervisor.child else None
 
     async def start(self) -> EngineInfo:
         """Starts the engine and waits until it is ready. If the engine fails to start, raises ConfigError with the
         reason."""
-        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        self._supervision = asyncio.create_task(self._supervisor.run(), name="engine supervisor")
         await self._started.wait()
         if self._info is None:
-            await self._supervisor
+            await self._supervision
             raise ConfigError(self._health.reason)
         return self._info
 
     async def close(self) -> None:
         """Ends the engine. Requests that have not ended fail with EngineDead."""
-        self._give_up("the server is shutting down")
-        if self._supervisor is None:
-            return
-        if self._child:
-            self._child.shut_down()
-        await self._supervisor
+        self._supervisor.stop()
+        self.give_up("the server is shutting down")
+        if self._supervision is not None:
+            await self._supervision
 
     @asynccontextmanager
-    async def generate(self, requests: list[Request]) -> AsyncGenerator[_Stream]:
+    async def generate(self, requests: list[Request]) -> AsyncGenerator[Stream]:
         for request in requests:
             validate_kind(request.kind)
         if not self._health.alive:
@@ -263,48 +240,32 @@ class EngineClient:
                 f"(--max-queue-requests) is {limit}.",
                 retry_after=1 + num_waiting // max(1, self.info.max_num_seqs),
             )
-        stream = _Stream(self, [request.id for request in requests])
+        stream = Stream([request.id for request in requests], forget=self._forget, resume=self._resume)
         for request in requests:
             assert request.id not in self._live, f"request id {request.id} is taken"
-            self._live[request.id] = _Live(request, stream)
+            self._live[request.id] = self._unsent[request.id] = LiveRequest(request, stream)
         try:
             self._dispatch()
             yield stream
         finally:
             stream.close()
 
-    def forget(self, request_ids: list[str]) -> None:
-        """Aborts requests whose updates nobody reads any more. Ids of requests that have ended already are ignored."""
-        gone = [live for i in request_ids if (live := self._live.pop(i, None)) is not None]
-        if self._child and (sent := [live.request.id for live in gone if live.sent]):
-            self._child.send(Abort(sent))
-        self._dispatch()
-
     # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends to the child process all requests that have not been sent to this child process yet. If some requests
-        are suspected of killing the engine, only one of these suspects is sent.
-
-        A suspect is a request that ran during SUSPECT_DEATHS successive deaths. If the engine dies while a suspect runs
-        alone, that request is the cause.
-        """
-        if not self._health.ready or self._child is None:
+        """Sends to the child process the requests that it does not have yet. Requests of a paused stream wait, and
+        requests that may make the engine die are sent a few at a time (module `suspects`)."""
+        child = self._supervisor.child
+        if not self._health.ready or child is None:
             return
         self._fail_too_long()
-        suspects = [live for live in self._live.values() if live.deaths >= SUSPECT_DEATHS]
-        if not suspects:
-            batch = [live for live in self._live.values() if not live.sent]
-        elif any(live.sent for live in self._live.values()):
-            batch = []
-        else:
-            batch = suspects[:1]
-        if batch:
-            if not any(live.sent for live in self._live.values()):
-                self._child.touch()
-            self._child.send(Submit([live.replay() for live in batch]))
+        if batch := self._suspects.select(self._unsent.values(), idle=not self._sent):
+            child.send(Submit([live.for_engine() for live in batch]))
             for live in batch:
-                live.sent = True
+                self._num_replayed += live.interrupted
+                live.sent, live.interrupted = True, False
+                del self._unsent[live.request.id]
+                self._sent[live.engine_id] = live
 
     def _fail_too_long(self) -> None:
         """Fails the requests with more tokens than the maximum context length of a restarted engine.
@@ -312,58 +273,126 @@ class EngineClient:
         A restarted engine that finds less memory than the one before may have a shorter maximum context.
         """
         limit = self.info.max_model_len
-        for live in list(self._live.values()):
+        for live in list(self._unsent.values()):
             length = len(live.request.prompt) + len(live.generated)
-            if not live.sent and length > limit:
+            if length > limit:
                 message = (
                     f"The engine was restarted with a context of {limit} tokens; this request has {length} tokens."
                 )
                 self._fail(live, EngineFailed(message))
 
-    # Supervising the child process ------------------------------------------------------------------------------
+    def _forget(self, request_ids: list[str]) -> None:
+        """Aborts requests whose updates nobody reads any more. Ids of requests that have ended already are ignored."""
+        self._abort([live for i in request_ids if (live := self._live.pop(i, None)) is not None])
+        if self._suspects.on_trial:
+            self._dispatch()
 
-    async def _supervise(self) -> None:
-        while self._health.alive:
-            try:
-                self._child = await Child.spawn(self._config, self._command)
-            except OSError as error:
-                self._give_up(f"the engine process cannot be started: {error}")
-                return
-            if not self._health.alive:
-                self._child.shut_down()  # `close` was called while the child was starting
-            watchdog = asyncio.create_task(self._watch(self._child), name="engine watchdog")
-            try:
-                while (message := await self._child.receive(FromEngine)) is not None:
-                    self._receive(message)
-            finally:
-                watchdog.cancel()
-            self._after_death(await self._child.close())
+    def _pause(self, stream: Stream) -> None:
+        """Aborts the requests of a stream in the engine until the stream's reader has taken most of the backlog.
 
-    async def _watch(self, child: Child) -> None:
-        """Kills the child if it has requests but sends no step result for `engine_timeout` seconds."""
-        while True:
-            await asyncio.sleep(min(1.0, self._timeout / 4))
-            if any(live.sent for live in self._live.values()) and child.silent_seconds > self._timeout:
-                logger.error(
-                    "the engine is killed: it sent no step result for %.0f s (--engine-timeout)", self._timeout
-                )
-                child.kill()
-                return
+        The engine keeps the pages and the state of an aborted request in its prefix cache for as long as there is room.
+        """
+        logger.debug("a stream is paused: its reader has not taken %d bytes", stream.backlog)
+        self._num_pauses += 1
+        stream.paused = True
+        paused = [live for i in sorted(stream.open) if (live := self._live.get(i)) is not None]
+        self._abort(paused)
+        for live in paused:
+            live.pause()
+        if self._suspects.on_trial:
+            self._dispatch()
 
-    def _receive(self, message: FromEngine) -> None:
+    def _resume(self, stream: Stream) -> None:
+        stream.paused = False
+        for request_id in sorted(stream.open):
+            if (live := self._live.get(request_id)) is not None:
+                live.paused = False
+                self._unsent[request_id] = live
+        self._dispatch()
+
+    def _abort(self, requests: list[LiveRequest]) -> None:
+        """Takes requests away from the child process."""
+        sent = [live.engine_id for live in requests if live.sent]
+        for live in requests:
+            self._sent.pop(live.engine_id, None)
+            self._unsent.pop(live.request.id, None)
+            live.leave_engine()
+        if sent and self._supervisor.child:
+            self._supervisor.child.send(Abort(sent))
+
+    # The interface for the supervisor (class `supervisor.Owner`) ------------------------------------------------
+
+    @property
+    def is_loading(self) -> bool:
+        return not self._health.ready
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._sent)
+
+    def receive(self, message: FromEngine) -> None:
         match message:
             case Progress(phase, fraction):
                 if self._health.loading:
                     self._health = _loading(message)
                 self._on_progress(phase, fraction)
+            case Working():
+                pass  # its arrival alone shows the watchdog that the child works
             case LogLine(level, name, text):
                 logging.getLogger(name).log(level, "%s", text)
             case Ready(info):
                 self._ready(info)
             case Failed(reason):
-                self._give_up(reason)
+                self._load_error = reason
+            case Adding(request_ids):
+                self._adding = self._known(request_ids)
+            case Starting(request_ids):
+                for live in self._known(request_ids):
+                    live.started, live.running, live.queued = True, True, False
             case StepResult():
                 self._book(message)
+
+    def after_failed_spawn(self, error: OSError) -> float | None:
+        reason = f"the engine process cannot be started: {error}"
+        if self._info is None:
+            self.give_up(reason)
+        if not self._health.alive:
+            return None
+        self._restarts["spawn"] += 1
+        delay = self._policy.after_failed_spawn()
+        logger.error("%s; the next attempt is in %g s", reason, delay)
+        self._health = Health(alive=True, ready=False, reason=reason)
+        return delay
+
+    def after_death(self, death: Death) -> float | None:
+        reason = f"{death.text} while loading" if death.loading else death.text
+        if self._load_error:
+            reason, self._load_error = self._load_error, ""
+        if self._info is None:
+            self.give_up(reason)
+        if not self._health.alive:
+            return None
+        self._base = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0)
+        self._stats = self._base
+        delay = self._delay_after_death()
+        if delay is None:
+            self.give_up(f"{reason}, the third time in a row without a finished step")
+            return None
+        self._restarts[death.reason] += 1
+        logger.error("%s; it is restarted in %g s and continues %d requests", reason, delay, len(self._live))
+        self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
+        return delay
+
+    def give_up(self, reason: str) -> None:
+        if not self._health.alive:
+            return
+        self._health = Health(alive=False, ready=False, reason=reason)
+        self._started.set()
+        self._ended.set()
+        for live in list(self._live.values()):
+            self._fail(live, EngineDead(reason))
+
+    # Messages and the end of the child process ------------------------------------------------------------------
 
     def _ready(self, info: EngineInfo) -> None:
         if not self._health.alive:
@@ -372,79 +401,54 @@ class EngineClient:
         self._started.set()
         self._dispatch()
 
+    def _known(self, request_ids: list[str]) -> list[LiveRequest]:
+        """Returns the requests with these ids of the child process, without those that were aborted meanwhile."""
+        return [live for request_id in request_ids if (live := self._sent.get(request_id)) is not None]
+
     def _book(self, result: StepResult) -> None:
         self._stats = _continue(self._base, result.stats)
-        for request_id in result.started:
-            if live := self._live.get(request_id):
-                live.started = True
-        finished = False
+        if result.stats.num_steps_total:
+            self._progressed = True
+            self._policy.progressed()
+        for live in self._adding:
+            live.queued = not live.running
+        self._adding = []
+        # A stream whose backlog was too large before this step has not been read during a whole step.
+        slow = {live.stream for live in self._known([u.request_id for u in result.updates]) if live.stream.is_full}
         for update in result.updates:
-            if (live := self._live.get(update.request_id)) is None:
+            if (live := self._sent.get(update.request_id)) is None:
                 continue  # the request was aborted while the step ran
-            live.stream.queue.put_nowait(live.take(update))
+            live.stream.put(live.take(update))
             if update.finish_reason:
-                finished = True
-                del self._live[update.request_id]
-        if finished:
+                del self._live[live.request.id], self._sent[update.request_id]
+                live.leave_engine()
+        for stream in slow:
+            self._pause(stream)
+        if self._suspects.stepped():
             self._dispatch()
 
-    def _after_death(self, status: int) -> None:
-        """Decides, after the child has ended, whether the engine is restarted and which requests fail.
-
-        `status` is the exit status of the child, or the negative number of the signal that ended it.
-        """
-        if not self._health.alive:
-            return
-        reason = f"the engine process ended with {_describe(status)}"
-        if self._info is None:
-            self._give_up(f"{reason} while loading")
-            return
-        self._base = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0)
-        self._stats = self._base
-        was_running = [live for live in self._live.values() if live.sent]
-        culprit = was_running[0] if len(was_running) == 1 and was_running[0].deaths >= SUSPECT_DEATHS else None
-        if culprit is not None:
-            self._deaths.clear()  # the culprit caused these deaths, so the deaths do not count towards MAX_DEATHS
-            self._fail(
-                culprit,
-                EngineFailed(
-                    "The engine ended three times while it ran this request; the last time it ran nothing else."
-                ),
-            )
+    def _delay_after_death(self) -> float | None:
+        """Takes all requests from the dead child process. Fails the request that caused the death, if it is known.
+        Returns after how many seconds the next child process is started, or None for never."""
+        searching = self._suspects.on_trial
+        if culprit := self._suspects.blame(self._live.values()):
+            message = f"The engine ended {culprit.deaths} times in a row because of this request."
+            self._fail(culprit, EngineFailed(message))
+        self._sent.clear()
+        self._adding = []
         for live in self._live.values():
-            live.deaths = live.deaths + 1 if live.sent else 0
-            live.sent = False
-        if culprit is None and self._count_death() >= MAX_DEATHS:
-            when = f"within {DEATH_WINDOW_SECONDS:.0f} s" if self._health.ready else "in a row, now while loading"
-            self._give_up(f"{reason}, the third time {when}")
-            return
-        logger.error("%s; it is restarted and continues %d requests", reason, len(self._live))
-        self._health = Health(alive=True, ready=False, reason=f"{reason} and is restarting")
+            live.interrupted |= live.sent
+            live.leave_engine()
+        self._unsent = {live.request.id: live for live in self._live.values() if not live.paused}
+        progress, self._progressed = self._progressed, False
+        return self._policy.after_death(progress=progress, found=culprit is not None, searching=searching)
 
-    def _count_death(self) -> int:
-        """Records that the engine process has just died. Returns the number of deaths during the most recent
-        DEATH_WINDOW_SECONDS.
-
-        Until the engine is ready again, earlier deaths stay counted however old they are. Otherwise an engine that dies
-        after each long load would be restarted for ever.
-        """
-        now = asyncio.get_running_loop().time()
-        self._deaths.append(now)
-        while self._health.ready and now - self._deaths[0] > DEATH_WINDOW_SECONDS:
-            self._deaths.popleft()
-        return len(self._deaths)
-
-    def _fail(self, live: _Live, error: EngineError) -> None:
+    def _fail(self, live: LiveRequest, error: EngineError) -> None:
         del self._live[live.request.id]
-        live.stream.queue.put_nowait(error)
-
-    def _give_up(self, reason: str) -> None:
-        if not self._health.alive:
-            return
-        self._health = Health(alive=False, ready=False, reason=reason)
-        self._started.set()
-        for live in list(self._live.values()):
-            self._fail(live, EngineDead(reason))
+        self._sent.pop(live.engine_id, None)
+        self._unsent.pop(live.request.id, None)
+        live.leave_engine()
+        live.stream.put(error)
 
 
 def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
@@ -456,7 +460,3 @@ def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
 
 def _loading(progress: Progress) -> Health:
     return Health(alive=True, ready=False, reason="the engine is loading", loading=progress)
-
-
-def _describe(status: int) -> str:
-    return f"signal {-status}" if status < 0 else f"status {status}"

@@ -1,5 +1,5 @@
-"""The frames on the socket between the HTTP process and the engine process. A frame is the length of a message in
-bytes, as a little-endian integer of four bytes, followed by the message in msgpack."""
+"""The frames on the socket between the HTTP process and the engine process. A frame is MAGIC, the length of a message
+in bytes as a little-endian integer of four bytes, and the message in msgpack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-HEADER_BYTES = 4
+MAGIC = b"JMB1"  # bytes that were written to the socket by mistake are noticed at once, because they lack MAGIC
+HEADER_BYTES = len(MAGIC) + 4
 MAX_FRAME_BYTES = 1 << 30
 
 
@@ -17,15 +18,25 @@ def pack(message: msgspec.Struct) -> bytes:
     body = msgspec.msgpack.encode(message)
     if len(body) >= MAX_FRAME_BYTES:
         raise ValueError(f"a message has {len(body)} bytes; it must have less than {MAX_FRAME_BYTES}")
-    return len(body).to_bytes(HEADER_BYTES, "little") + body
+    return MAGIC + len(body).to_bytes(HEADER_BYTES - len(MAGIC), "little") + body
+
+
+def body_bytes(header: bytes) -> int:
+    """Returns the length of the message that follows a header. Raises ValueError if no frame begins with these
+    bytes."""
+    length = int.from_bytes(header[len(MAGIC) :], "little")
+    if not header.startswith(MAGIC) or length >= MAX_FRAME_BYTES:
+        raise ValueError(f"the bytes {header!r} are not the header of a frame")
+    return length
 
 
 def receive(connection: socket.socket, kind: Any) -> Any:
-    """Waits for the next message and returns it, decoded as `kind`. Returns None at the end of the stream."""
+    """Waits for the next message and returns it, decoded as `kind`. Returns None at the end of the stream. Raises
+    ValueError for bytes that are no message."""
     header = _exactly(connection, HEADER_BYTES)
     if header is None:
         return None
-    body = _exactly(connection, int.from_bytes(header, "little"))
+    body = _exactly(connection, body_bytes(header))
     return None if body is None else msgspec.msgpack.decode(body, type=kind)
 
 

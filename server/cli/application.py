@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from jamba_server.engine.errors import JambaError
+from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
@@ -120,6 +121,7 @@ def options(
 
 def run() -> None:
     """Runs the command that sys.argv names. Exits with status 1 and one sentence for each JambaError."""
+    open_missing_streams()
     try:
         app()
     except JambaError as error:

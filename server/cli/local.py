@@ -70,6 +70,7 @@ class LocalModel:
             client = EngineClient(
                 replace(config, max_num_seqs=1).engine(folder),
                 engine_timeout=config.engine_timeout,
+                load_timeout=config.load_timeout,
                 on_progress=progress.update,
             )
             try:

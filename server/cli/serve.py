@@ -29,6 +29,7 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     greet(config)
     # Done before the model loads, so an error is reported at once if the port is in use.
     listener = bind(config.host, config.port)
+    limit_unread(listener, config.send_timeout)
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
@@ -73,6 +74,13 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"--port {port} of --host {host} cannot be used: {error.strerror}.") from error
     return listener
+
+
+def limit_unread(listener: socket.socket, seconds: float) -> None:
+    """Makes the system close a connection of `listener` when its client has read nothing for `seconds` seconds although
+    bytes wait for it. Does nothing on systems without this socket option."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(1000 * seconds), 2**31 - 1))
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.errors import ConfigError, EngineDead
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.types import EngineInfo
 from jamba_server.server.cli.checkpoint import Checkpoint
@@ -61,6 +61,7 @@ class Server:
         self._client = EngineClient(
             config.engine(folder),
             engine_timeout=config.engine_timeout,
+            load_timeout=config.load_timeout,
             max_queue_requests=config.max_queue_requests,
             on_progress=progress.update,
         )
@@ -72,7 +73,8 @@ class Server:
         self._stop = asyncio.Event()
 
     def run(self) -> None:
-        """Serves requests until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start."""
+        """Serves requests until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start, and EngineDead if it
+        cannot be restarted and the option exit_on_dead is set."""
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
 
@@ -84,8 +86,12 @@ class Server:
         stop = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             if await self._start(http, stop):
-                await asyncio.wait((http, stop), return_when=asyncio.FIRST_COMPLETED)
+                dead = asyncio.create_task(self._until_dead(), name="engine death")
+                await asyncio.wait((http, stop, dead), return_when=asyncio.FIRST_COMPLETED)
                 await self._drain()
+                if dead.done() and not stop.done():
+                    dead.result()
+                dead.cancel()
         finally:
             stop.cancel()
             await self._client.close()
@@ -125,6 +131,15 @@ class Server:
         guard = threading.Timer(self._config.shutdown_timeout + EXIT_SECONDS, _exit)
         guard.daemon = True
         guard.start()
+
+    async def _until_dead(self) -> None:
+        """Waits until the engine cannot be restarted, and then raises EngineDead. Waits for ever without the option
+        exit_on_dead."""
+        reason = await self._client.ended()
+        if not self._config.exit_on_dead:
+            await asyncio.Event().wait()
+        self._lifecycle.drain()
+        raise EngineDead(f"the engine is gone for good: {reason}")
 
     async def _drain(self) -> None:
         """Waits until the running requests have ended, for at most --shutdown-timeout seconds. Meanwhile /ready answers

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.errors import EngineDead, EngineFailed
 from jamba_server.engine.process.client import Engine, UpdateStream
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
-from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.metrics import AbortReason, Metrics
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
 from jamba_server.server.http.schemas.base import FinishReason as ReplyFinishReason
 from jamba_server.server.text.tokenizer import Tokenizer
@@ -20,6 +20,20 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+
+
+class SendTimeout(Exception):
+    """A client that has not read its reply for --send-timeout seconds. The generation is aborted."""
+
+
+# The reason of an abort for each exception, as a label of the metric `aborted_requests`
+_ABORT_REASONS: tuple[tuple[type[BaseException], AbortReason], ...] = (
+    (SendTimeout, "send_timeout"),
+    (EngineFailed, "engine_failed"),
+    (EngineDead, "engine_dead"),
+    (Exception, "error"),
+    (BaseException, "disconnect"),  # the exception that cancels a task
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +170,15 @@ class Generation:
         still running are aborted.
         """
         async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
-            end: FinishReason = "abort"  # finish reason of each choice that has not ended before the end of the block
+            reason: AbortReason = "disconnect"
             try:
                 async with aclosing(self._deltas(updates)) as deltas:
                     yield deltas
-            except Exception:
-                end = "error"
+            except BaseException as exc:
+                reason = next(reason for kind, reason in _ABORT_REASONS if isinstance(exc, kind))
                 raise
             finally:
-                self._close(end)
+                self._close(reason)
 
     async def collect(self) -> list[ChoiceDelta]:
         """Runs the request to its end. Returns one delta with the whole text of each choice, ordered by the index."""
@@ -213,11 +227,14 @@ class Generation:
             self._metrics.next_token((now - timeline.last_token) / len(update.token_ids))
         timeline.last_token = now
 
-    def _close(self, end: FinishReason) -> None:
+    def _close(self, reason: AbortReason) -> None:
+        """The argument `reason` says why the choices that have not ended are aborted."""
+        end: FinishReason = "abort" if reason in ("disconnect", "send_timeout") else "error"
         ends: list[str] = [choice.finish_reason or end for choice in self._choices.values()]
         for choice in self._choices.values():
             if choice.finish_reason is None:
                 self._metrics.finished(end, self._clock() - self._arrived)
+                self._metrics.aborted(reason)
         usage, timelines = self.usage, self._timelines.values()
         logger.info(
             "request_id=%s id=%s prompt=%d cached=%d generated=%d queue=%s ttft=%s e2e=%.3f s finish=%s",

@@ -10,6 +10,7 @@ process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -35,6 +36,8 @@ _LATENCY_BUCKETS = (
 # Maximum number of different field names that are used as labels of the metric `ignored_fields`. Clients choose these
 # names, and without a limit they could fill the memory of Prometheus.
 MAX_FIELD_LABELS = 50
+
+AbortReason = Literal["disconnect", "send_timeout", "engine_failed", "engine_dead", "error"]
 
 STATE_SLOTS_HELP = (
     "Number of state slots held by running sequences. Saved states are in the other slots, or in a pool of their own "
@@ -110,6 +113,13 @@ class Metrics:
         self._success = self._counter(
             "request_success", "Number of choices that ended, by finish reason, errors included.", "finished_reason"
         )
+        self._aborted = self._counter(
+            "aborted_requests",
+            "Number of choices that were ended early: their client disconnected (disconnect) or did not read "
+            "(send_timeout), the engine died because of them (engine_failed) or for good (engine_dead), or the server "
+            "had an unexpected error (error).",
+            "reason",
+        )
         self._http = self._counter("http_requests", "Number of HTTP requests, by route and status.", "path", "status")
         self._ignored = self._counter(
             "ignored_fields",
@@ -121,6 +131,8 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             # Prometheus needs two values of a series to compute a rate, so each series starts with the value 0.
             self._success.labels(model_name, reason)
+        for reason in get_args(AbortReason):
+            self._aborted.labels(model_name, reason)
 
     def queued(self, seconds: float) -> None:
         self._queue_time.labels(self.model_name).observe(seconds)
@@ -135,6 +147,9 @@ class Metrics:
         self._success.labels(self.model_name, reason).inc()
         if reason in ("stop", "length"):  # failed and aborted choices end early and would lower the measured latency
             self._e2e_latency.labels(self.model_name).observe(seconds)
+
+    def aborted(self, reason: AbortReason) -> None:
+        self._aborted.labels(self.model_name, reason).inc()
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()
@@ -182,6 +197,30 @@ class _EngineCollector(Collector):
         for reason, read in _MISSED:
             missed.add_metric([*labels, reason], read(stats))
         yield missed
+        yield from self._supervision(labels)
+
+    def _supervision(self, labels: list[str]) -> Iterable[Metric]:
+        done = self._engine.supervision
+        restarts = CounterMetricFamily(
+            "jamba_engine_restarts",
+            "Number of restarts of the engine process, by the reason of its end.",
+            labels=["model_name", "reason"],
+        )
+        for reason, number in done.restarts.items():
+            restarts.add_metric([*labels, reason], number)
+        yield restarts
+        replayed, pauses = done.replayed_requests, done.pauses
+        yield _counter_family(
+            "replayed_requests", "Number of choices sent again to a restarted engine.", labels, replayed
+        )
+        yield _counter_family("stream_pauses", "Number of pauses of a stream whose client read slowly.", labels, pauses)
+        backlog = GaugeMetricFamily(
+            "jamba_stream_backlog_bytes",
+            "Estimated size of the tokens that wait for slow clients, in bytes.",
+            labels=["model_name"],
+        )
+        backlog.add_metric(labels, done.backlog_bytes)
+        yield backlog
 
 
 def _counter_family(name: str, text: str, labels: list[str], value: float) -> CounterMetricFamily:

@@ -6,17 +6,21 @@ If the client disconnects, the generation is aborted.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from jamba_server.server.http.errors import describe
+from jamba_server.server.http.generation import SendTimeout
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.writers.writer import Writer
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -30,7 +34,8 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
     before this function returns.
     """
     if stream:
-        return EventStream(writer, keep_alive=services.config.sse_keep_alive)
+        config = services.config
+        return EventStream(writer, keep_alive=config.sse_keep_alive, send_timeout=config.send_timeout)
     choices = await until_disconnect(request.receive, writer.generation.collect())
     # Many log-probabilities take long to convert to JSON, so a thread converts them.
     if any(choice.scores for choice in choices):
@@ -67,20 +72,37 @@ class EventStream(Response):
     The reply begins when the engine has accepted the request. An exception before the beginning becomes an ordinary
     error reply, and a later exception becomes an event of the stream. When the client disconnects, the generation is
     aborted at once, even if its choices still wait in the engine's queue.
+
+    While the client does not read, `send` does not return. No delta is taken from the engine then, so that the engine
+    pauses the choices. After `send_timeout` seconds the generation is aborted and the connection is closed.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, writer: Writer, *, keep_alive: float) -> None:
+    def __init__(self, writer: Writer, *, keep_alive: float, send_timeout: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.writer = writer
-        self.keep_alive = keep_alive
+        self.keep_alive, self.send_timeout = keep_alive, send_timeout
         self._started, self._last_sent = False, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise SendTimeout from None
+
         try:
-            await until_disconnect(receive, self._stream(scope, send))
+            await until_disconnect(receive, self._stream(scope, send_in_time))
+        except SendTimeout:
+            # The reply stays incomplete, so the HTTP server closes the connection.
+            logger.warning(
+                "request_id=%s the client has not read for %g s (--send-timeout)",
+                request_id_of(scope),
+                self.send_timeout,
+            )
         except ClientDisconnect:
             if not self._started:
                 raise
@@ -97,7 +119,7 @@ class EventStream(Response):
                     await self.writer.complete()
                     await self._send(send, *self.writer.end())
         except Exception as exc:
-            if not self._started:
+            if not self._started or isinstance(exc, SendTimeout):
                 raise
             problem = describe(exc)  # the function `describe` also logs unexpected exceptions
             await self._send(send, *self.writer.fail(problem.body_for(scope)))

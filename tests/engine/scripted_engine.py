@@ -1,9 +1,11 @@
 """An engine process without a model: each step gives one token, and the token at position i is 1000 + i.
 
 The first token of the prompt chooses a failure. With 666 the process ends at the second step that runs the request,
-every time. With 667 it does so once: it first creates the file named by $SCRIPTED_ENGINE_MARK, and if that file exists
-it does not fail. With 555 it hangs.
-The model "loads once" cannot be loaded when that file exists, and creates it.
+every time, with 668 at the first, and with 669 before the request is in the queue. With 667 it ends once at the second
+step: it first creates the file named by $SCRIPTED_ENGINE_MARK, and if that file exists it does not fail. With 555 it
+hangs, and with 556 it sends five bytes that are no message and goes on.
+The file is also how a model fails: "loads once" cannot be loaded when the file exists, and creates it; "hangs later"
+hangs then instead.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.process.wire import pack, receive
 from jamba_server.engine.types import (
     Abort,
+    Adding,
     EngineInfo,
     EngineStats,
     Failed,
     Progress,
     Ready,
     Request,
+    Starting,
     StepResult,
     Submit,
     ToEngine,
@@ -47,20 +51,35 @@ INFO = EngineInfo(
     weight_bytes=0,
     kv_bytes=0,
     state_bytes=0,
-    kernels={},
+    kernels={"linear": "scripted"},
     load_seconds=0.0,
 )
 
 
-def misbehave(request: Request, age: int) -> None:
+def misbehave(connection: socket.socket, request: Request, age: int) -> None:
     mark = os.environ.get("SCRIPTED_ENGINE_MARK")
-    if request.prompt[0] == 555:
+    kind = request.prompt[0]
+    if kind == 555:
         select.select([], [], [])
-    if request.prompt[0] == 666 and age > 1:
+    if kind == 556 and age == 1:
+        connection.sendall(b"oops!")
+    if kind == 668 or (kind == 666 and age > 1):
         os._exit(9)
-    if request.prompt[0] == 667 and age > 1 and mark and not Path(mark).exists():
+    if kind == 667 and age > 1 and mark and not Path(mark).exists():
         Path(mark).touch()
         os._exit(9)
+
+
+def load(model: str) -> None:
+    if model not in ("loads once", "hangs later"):
+        return
+    mark = Path(os.environ["SCRIPTED_ENGINE_MARK"])
+    if not mark.exists():
+        mark.touch()
+    elif model == "loads once":
+        os._exit(9)
+    else:
+        select.select([], [], [])
 
 
 def main() -> None:
@@ -69,11 +88,7 @@ def main() -> None:
     if config.model == "broken":
         connection.sendall(pack(Failed("the model is broken")))
         return
-    if config.model == "loads once":
-        mark = Path(os.environ["SCRIPTED_ENGINE_MARK"])
-        if mark.exists():
-            os._exit(9)
-        mark.touch()
+    load(config.model)
     connection.sendall(pack(Progress("loading weights", 0.5)))
     connection.sendall(pack(Ready(INFO)))
     live: dict[str, Request] = {}
@@ -85,6 +100,9 @@ def main() -> None:
         if not live or select.select([connection], [], [], 0.001)[0]:
             match receive(connection, ToEngine):
                 case Submit(requests):
+                    connection.sendall(pack(Adding([request.id for request in requests])))
+                    if any(request.prompt[0] == 669 for request in requests):
+                        os._exit(9)
                     for request in requests:
                         live[request.id], tokens[request.id] = request, len(request.generated)
                         ages[request.id] = 0
@@ -94,11 +112,13 @@ def main() -> None:
                         live.pop(request_id, None)
                 case _:
                     return
-        steps += 1
+        steps += bool(live)
+        if started:
+            connection.sendall(pack(Starting(started)))
         updates: list[TokenUpdate] = []
         for request in list(live.values()):
             ages[request.id] += 1
-            misbehave(request, ages[request.id])
+            misbehave(connection, request, ages[request.id])
             position = len(request.prompt) + tokens[request.id]
             tokens[request.id] += 1
             done = tokens[request.id] >= request.params.max_tokens
@@ -113,7 +133,7 @@ def main() -> None:
             if done:
                 del live[request.id]
         stats = EngineStats(num_running=len(live), num_steps_total=steps)
-        connection.sendall(pack(StepResult(updates, started, stats)))
+        connection.sendall(pack(StepResult(updates, stats)))
         started = []
 
 

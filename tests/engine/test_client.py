@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +17,8 @@ import pytest
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded, RequestRejected
 from jamba_server.engine.process.client import EngineClient, Health
+from jamba_server.engine.process.streams import BACKLOG_BYTES, LiveRequest
+from jamba_server.engine.process.supervisor import Watchdog
 from jamba_server.engine.types import Progress, Request, SamplingParams, TokenUpdate
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
@@ -24,10 +28,21 @@ def request(name: str, *, prompt: int = 1, tokens: int = 5) -> Request:
     return Request(id=name, prompt=[prompt], params=SamplingParams(max_tokens=tokens))
 
 
-def client(*, timeout: float = 60.0, max_queue: int = 0, model: str = "any") -> EngineClient:
+def client(
+    *, timeout: float = 60.0, load_timeout: float = 60.0, max_queue: int = 0, model: str = "any"
+) -> EngineClient:
     return EngineClient(
-        EngineConfig(model=model), engine_timeout=timeout, max_queue_requests=max_queue, command=COMMAND
+        EngineConfig(model=model),
+        engine_timeout=timeout,
+        load_timeout=load_timeout,
+        max_queue_requests=max_queue,
+        command=COMMAND,
     )
+
+
+@pytest.fixture(autouse=True)
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jamba_server.engine.process.restarts.BACKOFF_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -36,6 +51,22 @@ async def running() -> AsyncIterator[EngineClient]:
     await engine.start()
     yield engine
     await engine.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what happens in the background; the limit only ends a test that fails."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def kill(engine: EngineClient) -> None:
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+
+
+def restarts(engine: EngineClient) -> dict[str, int]:
+    return {reason: number for reason, number in engine.supervision.restarts.items() if number}
 
 
 async def collect(engine: EngineClient, requests: list[Request]) -> dict[str, list[int]]:
@@ -101,23 +132,37 @@ async def test_a_killed_engine_is_replaced_and_every_token_comes_once(running: E
     assert cached == [3], "what comes once a request comes once"
     assert running.pid != first
     assert running.stats.num_steps_total > 200 - 20, "counters go on"
+    assert restarts(running) == {"signal": 1}
+    assert running.supervision.replayed_requests == 1
+
+
+async def test_deaths_after_progress_never_end_it_and_hold_no_stream_up(running: EngineClient) -> None:
+    tokens: dict[str, list[int]] = {f"r{i}": [] for i in range(4)}
+    async with running.generate([request(name, tokens=300) for name in tokens]) as updates:
+        async for update in updates:
+            tokens[update.request_id] += update.token_ids
+            if update.request_id == "r0" and len(tokens["r0"]) % 50 == 25:
+                kill(running)
+    assert tokens == {name: expected(300) for name in tokens}
+    assert restarts(running) == {"signal": 6}
+    assert running.supervision.replayed_requests == 4 * 6
 
 
 async def test_a_request_that_kills_every_engine_fails_and_the_others_live(running: EngineClient) -> None:
-    good = asyncio.create_task(collect(running, [request("good", tokens=2000)]))
-    with pytest.raises(EngineFailed, match="three times"):
-        await collect(running, [request("bad", prompt=666)])
-    assert await good == {"good": expected(2000)}
+    good = asyncio.create_task(collect(running, [request("good", tokens=900)]))
+    with pytest.raises(EngineFailed, match="3 times in a row because of this request"):
+        await collect(running, [request("bad", prompt=666, tokens=99)])
+    assert await good == {"good": expected(900)}
     assert running.health.ready
 
 
 async def test_deaths_that_a_failed_request_explains_do_not_count_against_the_engine(running: EngineClient) -> None:
-    good = asyncio.create_task(collect(running, [request("good", tokens=2000)]))
-    bad = [asyncio.create_task(collect(running, [request(f"bad {i}", prompt=666)])) for i in range(2)]
+    good = asyncio.create_task(collect(running, [request("good", tokens=900)]))
+    bad = [asyncio.create_task(collect(running, [request(f"bad {i}", prompt=666, tokens=99)])) for i in range(2)]
     for task in bad:
         with pytest.raises(EngineFailed):
             await task
-    assert await good == {"good": expected(2000)}
+    assert await good == {"good": expected(900)}
 
 
 async def test_a_request_that_cannot_be_sent_leaves_nothing_behind(running: EngineClient) -> None:
@@ -141,33 +186,119 @@ async def test_an_innocent_request_survives_two_deaths(tmp_path: Path, monkeypat
     await engine.close()
 
 
-async def test_three_deaths_end_it_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jamba_server.engine.process.client.DEATH_WINDOW_SECONDS", 3600.0)
+@pytest.mark.parametrize("prompt", [668, 669])  # at its first step; before it is in the queue
+async def test_a_request_that_kills_an_idle_engine_fails_and_the_engine_stays(
+    running: EngineClient, prompt: int
+) -> None:
+    with pytest.raises(EngineFailed, match="3 times in a row"):
+        await collect(running, [request("bad", prompt=prompt)])
+    assert await collect(running, [request("good")]) == {"good": expected(5)}
+
+
+async def test_bytes_that_are_no_message_are_a_death(running: EngineClient) -> None:
+    good = asyncio.create_task(collect(running, [request("good", tokens=900)]))
+    with pytest.raises(EngineFailed):
+        await collect(running, [request("garbage", prompt=556)])
+    assert await good == {"good": expected(900)}
+    assert restarts(running).keys() == {"message"}
+
+
+async def test_a_message_that_cannot_be_handled_is_a_death(
+    running: EngineClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_once(live: LiveRequest, update: TokenUpdate) -> TokenUpdate:
+        monkeypatch.undo()
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(LiveRequest, "take", fail_once)
+    assert await collect(running, [request("a")]) == {"a": expected(5)}
+    assert restarts(running) == {"message": 1}
+    assert "a defect" in caplog.text
+
+
+def removable_command(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A program that is there until a test removes it, and a command that runs the scripted engine with it."""
+    program = folder / "program"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    program.chmod(0o755)
+    return program, (str(program), *COMMAND[1:])
+
+
+async def test_a_failed_spawn_is_tried_again_until_it_succeeds(tmp_path: Path) -> None:
+    program, command = removable_command(tmp_path)
+    engine = EngineClient(EngineConfig(model="any"), command=command)
+    await engine.start()
+    program.rename(tmp_path / "elsewhere")
+    reply = asyncio.create_task(collect(engine, [request("a", tokens=500)]))
+    await until(lambda: engine.stats.num_steps_total > 10)
+    kill(engine)
+    await until(lambda: engine.supervision.restarts["spawn"] > 10)
+    assert engine.health.alive
+    assert "cannot be started" in engine.health.reason
+    (tmp_path / "elsewhere").rename(program)
+    assert await reply == {"a": expected(500)}
+    await engine.close()
+
+
+async def test_closing_does_not_wait_for_the_next_start(running: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jamba_server.engine.process.restarts.BACKOFF_SECONDS", 3600.0)
+    monkeypatch.setattr("jamba_server.engine.process.restarts.MAX_BACKOFF_SECONDS", 3600.0)
+    kill(running)
+    await until(lambda: running.supervision.restarts["signal"] == 1)
+    async with asyncio.timeout(30):
+        await running.close()
+
+
+async def test_three_deaths_without_a_step_end_it_and_say_so() -> None:
     engine = client()
     await engine.start()
+    ended = asyncio.create_task(engine.ended())
     killed: set[int] = set()
     while engine.health.alive:
         if engine.health.ready and engine.pid is not None and engine.pid not in killed:
             killed.add(engine.pid)
-            os.kill(engine.pid, signal.SIGKILL)
+            kill(engine)
         await asyncio.sleep(0.01)
     assert len(killed) == 3
-    assert engine.health.reason == "the engine process ended with signal 9, the third time within 3600 s"
+    reason = "the engine process ended with signal 9, the third time in a row without a finished step"
+    assert engine.health.reason == await ended == reason
     with pytest.raises(EngineDead, match="third time"):
         await collect(engine, [request("late")])
     await engine.close()
 
 
-async def test_an_engine_that_cannot_load_again_is_given_up_however_slowly_it_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_engine_that_cannot_load_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRIPTED_ENGINE_MARK", str(tmp_path / "mark"))
-    monkeypatch.setattr("jamba_server.engine.process.client.DEATH_WINDOW_SECONDS", 0.0)
     engine = client(model="loads once")
     await engine.start()
     async with asyncio.timeout(30):
-        with pytest.raises(EngineDead, match="the third time in a row, now while loading"):
-            await collect(engine, [request("bad", prompt=666)])
+        with pytest.raises(EngineDead, match="status 9 while loading, the third time in a row"):
+            await collect(engine, [request("bad", prompt=666, tokens=99)])
+    await engine.close()
+
+
+async def test_an_engine_that_hangs_while_it_loads_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    monkeypatch.setenv("SCRIPTED_ENGINE_MARK", str(mark))
+    engine = client(model="hangs later", load_timeout=0.1)
+    with pytest.raises(ConfigError, match=r"made no progress for 0.1 s \(--load-timeout\) and was killed"):
+        await engine.start()
+
+
+async def test_an_engine_that_hangs_while_it_loads_again_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    monkeypatch.setenv("SCRIPTED_ENGINE_MARK", str(mark))
+    engine = client(model="hangs later", load_timeout=2.0)
+    await engine.start()
+    reply = asyncio.create_task(collect(engine, [request("a", tokens=500)]))
+    await until(lambda: engine.stats.num_steps_total > 10)
+    kill(engine)
+    await until(lambda: engine.supervision.restarts["load_timeout"] > 0)
+    mark.unlink()
+    assert await reply == {"a": expected(500)}
     await engine.close()
 
 
@@ -182,9 +313,78 @@ async def test_an_engine_that_cannot_be_started_is_one_sentence(tmp_path: Path) 
 async def test_an_engine_that_hangs_is_killed() -> None:
     engine = client(timeout=0.3)
     await engine.start()
-    with pytest.raises((EngineDead, EngineFailed)):
+    with pytest.raises(EngineFailed):
         await collect(engine, [request("hang", prompt=555)])
+    assert restarts(engine) == {"step_timeout": 3}
     await engine.close()
+
+
+class Still:
+    """An engine process that says nothing."""
+
+    num_messages, killed = 0, False
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+async def test_time_in_which_this_process_stood_still_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = client(timeout=100.0)
+    sleeps = 0
+
+    async def sleep(seconds: float) -> None:  # an hour passes in each, as after SIGSTOP or a suspended machine
+        nonlocal sleeps
+        sleeps += 1
+
+    monkeypatch.setattr("jamba_server.engine.process.supervisor.asyncio.sleep", sleep)
+    child: Any = Still()
+    owner: Any = SimpleNamespace(is_loading=False, is_busy=True)
+    watchdog = Watchdog(owner, engine_timeout=100.0, load_timeout=1000.0)
+    assert await watchdog.watch(child) == ("step_timeout", "reported no step for 100 s (--engine-timeout)")
+    assert child.killed
+    assert sleeps > 100, "the seconds are those of its own sleep"
+    assert engine.health.alive
+
+
+# Readers that do not read ---------------------------------------------------------------------------------------
+
+
+async def test_a_stream_that_nobody_reads_is_paused_and_goes_on_where_it_was(running: EngineClient) -> None:
+    tokens: list[int] = []
+    async with running.generate([request("a", tokens=1500)]) as updates:
+        await until(lambda: running.supervision.pauses == 1 and running.stats.num_running == 0)
+        steps, backlog = running.stats.num_steps_total, running.supervision.backlog_bytes
+        assert await collect(running, [request("b", tokens=50)]) == {"b": expected(50)}, "others go on"
+        assert running.stats.num_steps_total <= steps + 50 + 1, "and it does not"
+        assert running.supervision.backlog_bytes == backlog < 2 * BACKLOG_BYTES
+        async for update in updates:
+            assert update.request_id == "a"
+            tokens += update.token_ids
+    assert tokens == expected(1500)
+    assert running.supervision.backlog_bytes == 0
+
+
+async def test_a_paused_request_survives_the_death_of_the_engine(running: EngineClient) -> None:
+    requests = [request(name, tokens=900) for name in "ab"]
+    tokens: dict[str, list[int]] = {r.id: [] for r in requests}
+    async with running.generate(requests) as updates:
+        await until(lambda: running.supervision.pauses == 1)
+        kill(running)
+        await until(lambda: running.supervision.restarts["signal"] == 1 and running.health.ready)
+        assert await collect(running, [request("c", tokens=50)]) == {"c": expected(50)}
+        assert running.stats.num_running == 0
+        async for update in updates:
+            tokens[update.request_id] += update.token_ids
+    assert tokens == {"a": expected(900), "b": expected(900)}
+
+
+async def test_a_paused_request_can_be_left(running: EngineClient) -> None:
+    async with running.generate([request("a", tokens=1500), request("b", tokens=1500)]) as updates:
+        await until(lambda: running.supervision.pauses == 1)
+        updates.abort("b")
+    assert await collect(running, [request("c", tokens=2)]) == {"c": expected(2)}
+    assert running.stats.num_running == 0
+    assert running.supervision.backlog_bytes == 0
 
 
 async def test_before_it_is_ready_it_says_so() -> None:

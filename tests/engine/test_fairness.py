@@ -106,7 +106,7 @@ def test_one_that_holds_all_slots_gives_one_back(field: str) -> None:
     assert len(scheduler.running) == 4
     scheduler.add([request("one", 8, 3)], now=0.0)
     assert step(simulator) == {"one"}
-    assert scheduler.waiting[0].request.id == "many3", "the youngest of the four was parked"
+    assert next(iter(scheduler.waiting)).request.id == "many3", "the youngest of the four was parked"
     while scheduler.has_work:
         step(simulator)
     assert all(len(tokens) == 8 + 29 for seq, tokens in simulator.texts.items() if seq.request.id != "one")

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 
 from jamba_server.engine.errors import EngineDead, EngineError, EngineLoading
-from jamba_server.engine.process.client import Health
+from jamba_server.engine.process.client import Health, SupervisionStats
 from jamba_server.engine.types import (
     EngineInfo,
     EngineStats,
@@ -145,6 +145,7 @@ class FakeEngine:
         self.refusal: EngineError | None = None
         self.health = Health(alive=True, ready=True)
         self.stats = EngineStats()
+        self.supervision = SupervisionStats()
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.num_updates = 0

@@ -28,8 +28,8 @@ class MortalEngine(EngineClient):
     kill_after: int | None = None
     all_open = False
 
-    def _receive(self, message: FromEngine) -> None:
-        super()._receive(message)
+    def receive(self, message: FromEngine) -> None:
+        super().receive(message)
         if self.kill_after is None or not self.all_open or not isinstance(message, StepResult):
             return
         last = next(reversed(self._live.values()), None)

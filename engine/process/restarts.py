@@ -1,0 +1,68 @@
+"""Decides whether and when the engine process is started again after it has died."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RestartReason = Literal["exit", "signal", "step_timeout", "load_timeout", "message", "spawn"]
+# The reasons for which the engine is started again: its process ended by itself; a signal ended the process; the
+# process was killed because it reported no step, or because it made no progress while loading; it sent a message that
+# could not be read; the operating system could not start the process.
+RESTART_REASONS: tuple[RestartReason, ...] = ("exit", "signal", "step_timeout", "load_timeout", "message", "spawn")
+
+MAX_FAILURES = 3
+BACKOFF_SECONDS = 1.0  # the first delay; every further delay is twice as long as the one before
+MAX_BACKOFF_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The end of an engine process. `text` describes it as the beginning of a sentence. `loading` says whether the
+    process had not become ready yet."""
+
+    reason: RestartReason
+    text: str
+    loading: bool
+
+
+class RestartPolicy:
+    """Counts deaths without progress. After MAX_FAILURES of them in a row the engine is not started again.
+
+    A death counts if the process died while loading, or if it had not finished a step since it was ready. A death does
+    not count during the search for the request that causes the deaths (module `suspects`), because that search ends
+    after a few deaths. When the search has found a request, the deaths before it no longer count. But if MAX_FAILURES
+    requests in a row are found without a finished step between them, the engine itself is at fault.
+    """
+
+    def __init__(self) -> None:
+        self._num_failures = self._num_culprits = self._num_failed_spawns = 0
+
+    def progressed(self) -> None:
+        """Must be called when the engine has finished a step."""
+        self._num_failures = self._num_culprits = self._num_failed_spawns = 0
+
+    def after_failed_spawn(self) -> float:
+        """Returns after how many seconds the engine process is started again. There is no limit to the number of such
+        attempts, because the reason is usually a temporary lack of memory or file descriptors."""
+        self._num_failed_spawns += 1
+        return _backoff(self._num_failed_spawns)
+
+    def after_death(self, *, progress: bool, found: bool, searching: bool) -> float | None:
+        """Returns after how many seconds the engine process is started again, or None if it is not started again.
+
+        `progress` says whether the process had finished a step. `found` says whether a request is known to have caused
+        the death, and `searching` whether the death has reduced the number of requests that may be the cause.
+        """
+        self._num_failed_spawns = 0
+        if found:
+            self._num_failures, self._num_culprits = 0, self._num_culprits + 1
+            return None if self._num_culprits >= MAX_FAILURES and not progress else 0.0
+        if progress or searching:
+            return 0.0
+        self._num_failures += 1
+        return None if self._num_failures >= MAX_FAILURES else _backoff(self._num_failures)
+
+
+def _backoff(attempt: int) -> float:
+    return min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(attempt - 1, 30))

@@ -1,0 +1,76 @@
+"""The queue of the sequences that wait for a slot."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+
+from jamba_server.engine.fairness import Shares, urgency
+from jamba_server.engine.sequence import Sequence
+
+
+class WaitingQueue:
+    """The waiting sequences. A prompt of more than `max_short` tokens is long.
+
+    There is one list for the long prompts of each tenant and one for the others, each with the most urgent sequence
+    first. So the next sequence is usually found at the beginning of a list, however many sequences wait. The urgency
+    and the length of a sequence do not change while it waits.
+    """
+
+    def __init__(self, max_short: int) -> None:
+        self._max_short = max_short
+        self._lists: dict[tuple[str, bool], list[Sequence]] = {}  # by tenant and whether the prompts are long
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Yields all sequences, sorted by `Sequence.order`."""
+        return iter(sorted((seq for queue in self._lists.values() for seq in queue), key=lambda s: s.order))
+
+    def add(self, seq: Sequence) -> None:
+        insort(self._lists.setdefault(self._key(seq), []), seq, key=urgency)
+        self._length += 1
+
+    def remove(self, seq: Sequence) -> None:
+        key = self._key(seq)
+        self._lists[key].remove(seq)
+        self._length -= 1
+        if not self._lists[key]:
+            del self._lists[key]
+
+    def next(
+        self, shares: Shares, *, full: bool, with_long: bool, may_start: Callable[[Sequence], bool]
+    ) -> Sequence | None:
+        """Returns the sequence with the smallest `Shares.turn` among those that can start: `may_start` returns true for
+        them, they are not long unless `with_long` is set, and if all slots are taken (`full`), they may displace a
+        running sequence."""
+        firsts = [
+            self._first(queue, shares, full, may_start)
+            for (tenant, is_long), queue in self._lists.items()
+            if (with_long or not is_long) and (not full or shares.may_displace(tenant))
+        ]
+        return min((seq for seq in firsts if seq is not None), key=shares.turn, default=None)
+
+    def _first(
+        self, queue: list[Sequence], shares: Shares, full: bool, may_start: Callable[[Sequence], bool]
+    ) -> Sequence | None:
+        """Returns the sequence in one list with the smallest `Shares.turn` among those that can start.
+
+        The list is sorted by priority and urgency. Between these two, `turn` has the number of running sequences of the
+        same client request. So a later sequence comes first only if it has the same priority and a smaller number.
+        """
+        first, fewest = None, 0
+        for seq in queue:
+            if first is not None and (fewest == 0 or seq.order[0] > first.order[0]):
+                break
+            number = shares.num_running(seq)
+            if number if full else first is not None and number >= fewest:
+                continue
+            if may_start(seq) and not (full and shares.holder_for(seq) is None):
+                first, fewest = seq, number
+        return first
+
+    def _key(self, seq: Sequence) -> tuple[str, bool]:
+        return seq.request.tenant, seq.num_uncached > self._max_short

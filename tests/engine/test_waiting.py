@@ -1,0 +1,83 @@
+"""The queue finds the same sequence as a search through all of it, and finds it at once."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from jamba_server.engine.fairness import Shares, tokens_left
+from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.types import Request, SamplingParams
+from jamba_server.engine.waiting import WaitingQueue
+
+MAX_SHORT = 50
+
+
+def sequence(random: Random, number: int, *, running: bool) -> Sequence:
+    request = Request(
+        id=str(number),
+        prompt=[0] * random.randint(1, 100),
+        params=SamplingParams(),
+        tenant=random.choice("ABC"),
+        parent=random.choice("pqrstu"),
+        priority=random.choice((0, 0, 1)),
+    )
+    seq = Sequence.of(request, arrival=number, now=0.0)
+    seq.work_before, seq.num_uncached = random.randint(0, 1000), len(request.prompt)
+    seq.state_id = int(running)
+    return seq
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_it_finds_what_a_search_through_all_finds(seed: int) -> None:
+    random = Random(seed)
+    running = [sequence(random, i, running=True) for i in range(random.randint(0, 12))]
+    waiting = [sequence(random, 100 + i, running=False) for i in range(random.randint(0, 60))]
+    queue = WaitingQueue(MAX_SHORT)
+    for seq in waiting:
+        queue.add(seq)
+    for seq in random.sample(waiting, len(waiting) // 3):
+        queue.remove(seq)
+        waiting.remove(seq)
+    assert list(queue) == sorted(waiting, key=lambda s: s.order)
+    assert len(queue) == len(waiting)
+    shares = Shares(running)
+    full, with_long, blocked = random.random() < 0.5, random.random() < 0.5, random.choice(["", "p", "pq"])
+    expected = min(
+        (
+            seq
+            for seq in waiting
+            if (with_long or tokens_left(seq) <= MAX_SHORT)
+            and not (full and shares.holder_for(seq) is None)
+            and seq.parent not in blocked
+        ),
+        key=shares.turn,
+        default=None,
+    )
+    found = queue.next(shares, full=full, with_long=with_long, may_start=lambda seq: seq.parent not in blocked)
+    assert found is expected
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("num_long", [0, 2000])
+def test_a_long_queue_is_not_searched(full: bool, num_long: int) -> None:
+    queue = WaitingQueue(MAX_SHORT)
+    for i in range(2000):
+        prompt = [0] * (100 if i < num_long else 10)
+        request = Request(id=str(i), prompt=prompt, params=SamplingParams(), tenant=f"key {i % 2}")
+        seq = Sequence.of(request, arrival=i, now=0.0)
+        seq.num_uncached = len(prompt)
+        queue.add(seq)
+    running = [
+        Sequence.of(Request(id=f"r{i}", prompt=[0], params=SamplingParams(), tenant=f"key {i % 2}"), arrival=i, now=0.0)
+        for i in range(64)
+    ]
+    asked: list[Sequence] = []
+
+    def may_start(seq: Sequence) -> bool:
+        asked.append(seq)
+        return True
+
+    queue.next(Shares(running), full=full, with_long=False, may_start=may_start)
+    assert len(asked) <= 2
