@@ -71,12 +71,17 @@ class Server:
             logger.info("replies   the server %s", app.state.services.reply_style.describe())
         self._http = HttpServer(http_config(config, app))
         self._stop = asyncio.Event()
+        self._guard: threading.Timer | None = None  # ends the process if the shutdown takes too long
 
     def run(self) -> None:
         """Serves requests until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start, and EngineDead if it
         cannot be restarted and the option exit_on_dead is set."""
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._run())
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._run())
+        finally:
+            if self._guard is not None:
+                self._guard.cancel()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -128,9 +133,9 @@ class Server:
         self._lifecycle.drain()
         self._stop.set()
         # This thread ends the process even if the event loop, or a thread that Python waits for, is stuck.
-        guard = threading.Timer(self._config.shutdown_timeout + EXIT_SECONDS, _exit)
-        guard.daemon = True
-        guard.start()
+        self._guard = threading.Timer(self._config.shutdown_timeout + EXIT_SECONDS, _exit)
+        self._guard.daemon = True
+        self._guard.start()
 
     async def _until_dead(self) -> None:
         """Waits until the engine cannot be restarted, and then raises EngineDead. Waits for ever without the option

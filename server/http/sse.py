@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from jamba_server.server.http.errors import describe
+from jamba_server.server.http.errors import describe, request_id_of
 from jamba_server.server.http.generation import SendTimeout
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.writers.writer import Writer

@@ -22,6 +22,7 @@ from jamba_server.server.cli.serve import bind, limit_unread
 from jamba_server.server.cli.server import Server
 from jamba_server.server.cli.terminal import LoadProgress
 from jamba_server.server.config import ServerConfig
+from jamba_server.server.text.rendering.local import LocalRenderer
 from tests.engine.test_client import COMMAND
 
 HANG = {"prompt": [555], "max_tokens": 5, "stream": True}  # the scripted engine hangs in the first step of it
@@ -62,7 +63,7 @@ def serve(config: ServerConfig, client: Callable[[httpx.Client], None]) -> None:
     visitor.start()
     try:
         with listener, LoadProgress(Console(stderr=True)) as progress:
-            Server(config, find_checkpoint(config), listener, progress).run()
+            Server(config, find_checkpoint(config), listener, progress, LocalRenderer()).run()
     finally:
         visitor.join()
         assert failures == []

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from jamba_server.server.http.choice import ChoiceDelta, TokenScore
 from jamba_server.server.http.generation import Generation
-from jamba_server.server.http.schemas.base import FinishReason, PromptTokensDetails, Usage
+from jamba_server.server.http.schemas.base import CompletionTokensDetails, FinishReason, PromptTokensDetails, Usage
 from jamba_server.server.http.schemas.responses.items import decode_reasoning
 from jamba_server.server.http.schemas.responses.reply import Response
 from jamba_server.server.http.schemas.responses.tools import FunctionNames, FunctionTool, NamespaceTool
@@ -21,7 +21,11 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 USAGE = Usage(
-    prompt_tokens=7, completion_tokens=5, total_tokens=12, prompt_tokens_details=PromptTokensDetails(cached_tokens=4)
+    prompt_tokens=7,
+    completion_tokens=5,
+    total_tokens=12,
+    prompt_tokens_details=PromptTokensDetails(cached_tokens=4),
+    completion_tokens_details=CompletionTokensDetails(reasoning_tokens=2),
 )
 BEGUN = Response(
     id="resp_1", created_at=1, status="in_progress", instructions=None, max_output_tokens=None, max_tool_calls=None,
