@@ -8,8 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 
@@ -60,6 +62,37 @@ def test_the_lines_of_a_start() -> None:
     warnings = [line for line in log if " WARNING " in line]
     assert len(warnings) == 1
     assert "max_model_len 1000000 is reduced to 4096" in warnings[0]
+
+
+def test_sigterm_ends_a_server_whose_template_loops(tmp_path: Path) -> None:
+    """The request is cut off after the time for running requests, and no process is left."""
+    template = tmp_path / "loop.jinja"
+    template.write_text("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
+    flags = ("--chat-template", str(template), "--shutdown-timeout", "0.1")
+    with server(*flags) as (process, address), httpx.Client(base_url=address, timeout=60) as http:
+        children = children_of(process.pid)
+        sent = threading.Event()
+
+        def body() -> Iterator[bytes]:
+            yield json.dumps({"messages": [{"role": "user", "content": "Hi"}]}).encode()
+            sent.set()
+
+        def ask() -> None:
+            with suppress(httpx.HTTPError):
+                http.post("/v1/chat/completions", content=body(), headers={"Content-Type": "application/json"})
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert sent.wait(60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        thread.join(60)
+        assert len(children) == 2, "the engine and the process that renders templates"
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_sigterm_lets_running_requests_finish() -> None:
