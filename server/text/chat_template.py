@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
 from jamba_server.engine.files import read_text
@@ -32,13 +33,6 @@ _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _CUT = MAX_PLACES - 1  # number of the place at the end of a message that the reply continues
-
-ToolFormat = Literal["jamba", "hermes"]
-# The tags around the tool calls of each format.
-_TOOL_TAGS: Mapping[ToolFormat, tuple[str, str]] = {
-    "jamba": ("<tool_calls>", "</tool_calls>"),
-    "hermes": ("<tool_call>", "</tool_call>"),
-}
 
 
 class RenderOptions(TypedDict, total=False):
@@ -97,7 +91,7 @@ class ChatTemplate:
     """A chat template with its tokenizer. It is immutable, so several threads may share it.
 
     `variables` are the names that the template reads. The template would ignore any other name in `kwargs`, so `render`
-    refuses other names. `tool_format` is the form in which the template writes tool calls, or None if it writes none.
+    refuses other names.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer, renderer: Renderer | None = None) -> None:
@@ -120,7 +114,6 @@ class ChatTemplate:
         self._special_text = SpecialText(tokenizer.special_tokens)
         # The token ids that the tokenizer adds before every text: the token id of BOS, or none.
         self._bos = tokenizer.encode("")
-        self.tool_format = self._find_tool_format()
 
     @classmethod
     def from_folder(
@@ -155,13 +148,6 @@ class ChatTemplate:
             return ChatTemplate(template, self._tokenizer, self._renderer)
         except CheckpointError as error:
             raise RequestRejected(str(error), param="chat_template") from error
-
-    def _find_tool_format(self) -> ToolFormat | None:
-        """Returns the format whose tags the template writes. If it writes the tags of both, the one whose tags are
-        tokens of the vocabulary is preferred."""
-        written = [name for name, tags in _TOOL_TAGS.items() if tags[0] in self.source and "tools" in self.variables]
-        known = [name for name in written if all(self._tokenizer.has_token(tag) for tag in _TOOL_TAGS[name])]
-        return next(iter(known + written), None)
 
     def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> RenderedChat:
         """Renders the messages of a conversation with the template and returns the prompt.
@@ -212,7 +198,7 @@ class ChatTemplate:
         return self._renderer.render(self.source, [{**variables, "messages": turns} for turns in conversations])
 
     def _prefix_lengths(
-        self, text: str, messages: Messages, variables: Mapping[str, object], counts: Iterable[int]
+        self, text: str, messages: Messages, variables: Mapping[str, object], counts: AbstractSet[int]
     ) -> list[int]:
         """Returns the boundaries after `counts` messages that no mark shows, as offsets in the prompt `text`.
 

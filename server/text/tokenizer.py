@@ -174,9 +174,5 @@ class Tokenizer:
         character become U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def has_token(self, text: str) -> bool:
-        """Returns whether `text` is one token of the vocabulary."""
-        return self._raw.token_to_id(text) is not None
-
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids

@@ -98,11 +98,13 @@ def make_bench(tokenizer: Tokenizer, engine: FakeEngine) -> MakeBench:
         defaults: GenerationDefaults | None = None,
         demo: bool = False,
         template: str | None = TEMPLATE,
+        chat_template: ChatTemplate | None = None,
         engine: FakeEngine = engine,
         **settings: Any,
     ) -> Bench:
         config = ServerConfig(**({"served_model_name": NAMES} | settings))
-        chat_template = ChatTemplate(template, tokenizer) if template else None
+        if template and chat_template is None:
+            chat_template = ChatTemplate(template, tokenizer)
         app = create_app(config, engine, tokenizer, chat_template, defaults or GenerationDefaults(), demo=demo)
         return Bench(app, engine)
 

@@ -8,8 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 
@@ -60,6 +63,40 @@ def test_the_lines_of_a_start() -> None:
     warnings = [line for line in log if " WARNING " in line]
     assert len(warnings) == 1
     assert "max_model_len 1000000 is reduced to 4096" in warnings[0]
+
+
+def test_sigterm_ends_a_server_whose_template_loops(tmp_path: Path) -> None:
+    """The request is cut off after the time for running requests, and no process is left."""
+    template = tmp_path / "loop.jinja"
+    template.write_text("{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3)
+    flags = ("--chat-template", str(template), "--shutdown-timeout", "0.1")
+    with server(*flags) as (process, address), httpx.Client(base_url=address, timeout=60) as http:
+        children = children_of(process.pid)
+        [renderer] = [child for child in children if "rendering" in Path(f"/proc/{child}/cmdline").read_text()]
+
+        def ask() -> None:
+            with suppress(httpx.HTTPError):
+                http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+
+        thread = threading.Thread(target=ask)
+        before = cpu_ticks(renderer)
+        thread.start()
+        while cpu_ticks(renderer) < before + 10:  # the template loops
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        thread.join(60)
+        assert len(children) == 2, "the engine and the process that renders templates"
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def cpu_ticks(pid: int) -> int:
+    """The time that a process has spent in its own code, in hundredths of a second."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_sigterm_lets_running_requests_finish() -> None:

@@ -66,6 +66,12 @@ class TemplateProcesses:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the processes that run."""
+        with self._lock:
+            return sorted(process.pid for process in self._running)
+
     def compile(self, source: str) -> Compiled:
         compiled = self._run(Work(source)).compiled
         return compiled or Compiled(error="the process that renders templates gave a wrong reply")
@@ -83,10 +89,13 @@ class TemplateProcesses:
             running = list(self._running)
         for process in running:
             process.kill()
-        for _ in range(self._free.qsize()):
-            with contextlib.suppress(queue.Empty):
+        num_free = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
                 self._discard(self._free.get_nowait())
-                self._free.put(None)
+                num_free += 1
+        for _ in range(num_free):
+            self._free.put(None)
 
     def _run(self, work: Work) -> Done:
         """Gives a piece of work to a free process and returns the process's reply. Waits if no process is free.
@@ -101,7 +110,8 @@ class TemplateProcesses:
                 try:
                     return process.run(frame, self._seconds)
                 except _Ended as end:
-                    logger.warning("A process that renders chat templates %s. A new one takes its place.", end)
+                    if not self._closed:
+                        logger.warning("A process that renders chat templates %s. A new one takes its place.", end)
                     self._discard(process)
                     process = None
                     if is_last:
@@ -173,6 +183,10 @@ class _Process:
             except OSError:
                 self._connection.close()
                 raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def run(self, frame: bytes, seconds: float) -> Done:
         """Sends a frame and returns the reply. Raises TimeoutError if that takes more than `seconds` seconds, and
