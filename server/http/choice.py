@@ -214,9 +214,11 @@ class Choice:
         self._parts += [part for part in parts if isinstance(part, ToolCall) or part.text]
 
     def _end(self, reason: FinishReason | None) -> None:
-        """Ends the choice. A reply that ended by itself after a tool call has the finish reason "tool_calls"."""
+        """Ends the choice. A reply that ended by itself and has complete tool calls has the finish reason
+        "tool_calls"."""
         self._deliver(self._filters.flush())
-        has_calls = self._tool_calls is not None and self._tool_calls.num_calls > 0
+        calls = self._tool_calls
+        has_calls = calls is not None and calls.num_calls > 0 and not calls.is_cut_off
         self.finish_reason = "tool_calls" if reason == "stop" and has_calls else reason
 
     def _decode(self, token_id: int) -> str:

@@ -109,6 +109,9 @@ class ToolCallFilter:
         self._options, self._new_id = options, new_id
         self._start, self._end = options.tags
         self.num_calls = 0
+        self.is_cut_off = (
+            False  # whether the last call is incomplete, which is possible if arguments are delivered early
+        )
         self._place: _Place = "text"
         self._parts: list[Part] = []  # what the current call of `push` or `flush` will return
         self._partial = ""  # the end of the text, which may be the beginning of a tag
@@ -286,7 +289,8 @@ class ToolCallFilter:
         """Delivers what is held back of the current block as text. The text from the offset `at` on is read as ordinary
         text."""
         if self._place == "call" and self._call.begun:
-            self.num_calls += 1  # the call stays incomplete, as far as it was delivered
+            self.num_calls += 1
+            self.is_cut_off = True
         else:
             self._say("".join((*self._block.held, *(self._call.pieces if self._place == "call" else ()))))
         self._place = "text"

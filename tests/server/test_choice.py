@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import MIN_LOGPROB, Choice, ChoiceDelta, TextOptions, merge
+from jamba_server.server.text.parts import Reasoning, Text, ToolCall
 from jamba_server.server.text.tokenizer import Tokenizer
+from jamba_server.server.text.tool_calls import ToolCallOptions
 from tests.server.conftest import Ids
 from tests.server.fake_engine import EOS, score
 
@@ -46,7 +50,7 @@ def run(choice: Choice, updates: list[TokenUpdate]) -> ChoiceDelta:
     deltas: list[ChoiceDelta] = []
     for update in updates:
         if (delta := choice.take(update)) is not None:
-            assert delta.text or delta.finish_reason
+            assert delta.parts or delta.finish_reason
             deltas.append(delta)
         if choice.finish_reason:
             break
@@ -108,6 +112,65 @@ def test_what_could_have_begun_a_stop_string_is_flushed_at_the_end(tokenizer: To
     choice = make(tokenizer, TextOptions(stops=("STOP",)), prompt=[1])
     delta = run(choice, [TokenUpdate(request_id="r", token_ids=ids("abST"), finish_reason="length")])
     assert (delta.text, delta.finish_reason, delta.stop_reason) == ("abST", "length", None)
+
+
+CALLS = ToolCallOptions(style="jamba", names=frozenset({"f"}))
+CALL = ' a <tool_calls>[{"name": "f", "arguments": {"x": "€"}}]</tool_calls> STOP b'
+
+
+def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tags are special tokens."""
+    pieces = re.split("(</?tool_calls>)", text)
+    special = tokenizer.special_tokens
+    return [
+        token
+        for piece in pieces
+        for token in ([special[piece]] if piece in special else tokenizer.encode(piece, add_special_tokens=False))
+    ]
+
+
+@pytest.mark.parametrize("stops", [(), ("STOP",)])
+@pytest.mark.parametrize("early", [False, True])
+def test_the_cut_does_not_matter_to_thoughts_and_calls(
+    tokenizer: Tokenizer, stops: tuple[str, ...], early: bool
+) -> None:
+    draw = random.Random(4)
+    tokens = [*tokens_of(tokenizer, f"\nth€ STO\n</think>\n{CALL}"), EOS]
+    options = TextOptions(stops=stops, thinking=True, tool_calls=replace(CALLS, early=early))
+
+    def result(borders: list[int]) -> tuple[ChoiceDelta, int, int]:
+        choice = make(tokenizer, options, prompt=[1])
+        delta = run(choice, cut([1], tokens, borders, echo=False))
+        parts = tuple(replace(part, id="") if isinstance(part, ToolCall) else part for part in delta.parts)
+        return replace(delta, parts=parts), choice.num_tokens, choice.num_reasoning_tokens
+
+    expected = result(list(range(1, len(tokens))))
+    delta, num_tokens, num_reasoning_tokens = expected
+    rest = Text(" " if stops else " STOP b")
+    assert delta.parts[:3] == (Reasoning("th€ STO"), Text(" a "), ToolCall(0, "", "f", '{"x": "€"}'))
+    assert delta.parts[3:] == (() if stops else (rest,))
+    assert delta.finish_reason == "tool_calls"
+    assert (list(delta.token_ids), len(delta.scores)) == (tokens[:num_tokens], num_tokens)
+    thoughts = tokens_of(tokenizer, "\nth€ STO\n</think>")
+    assert num_reasoning_tokens == len(thoughts)
+    for _ in range(50):
+        borders = sorted(draw.sample(range(1, len(tokens)), draw.randrange(len(tokens))))
+        assert result(borders) == expected
+
+
+def test_special_tokens_that_the_filters_need_are_not_skipped(tokenizer: Tokenizer) -> None:
+    tokens = tokens_of(tokenizer, " <tool_calls>a</tool_calls>")
+    update = TokenUpdate(request_id="r", token_ids=[*tokens, EOS], finish_reason="length")
+    assert run(make(tokenizer, TextOptions(tool_calls=CALLS), prompt=[1]), [update]).text == (
+        " <tool_calls>a</tool_calls>"  # it is no call, so it stays as it is
+    )
+    assert run(make(tokenizer, TextOptions(), prompt=[1]), [update]).text == " a"
+
+
+def test_calls_do_not_hide_that_a_reply_was_cut_off(tokenizer: Tokenizer) -> None:
+    update = TokenUpdate(request_id="r", token_ids=tokens_of(tokenizer, CALL), finish_reason="length")
+    delta = run(make(tokenizer, TextOptions(tool_calls=CALLS), prompt=[1]), [update])
+    assert (delta.finish_reason, len(delta.parts)) == ("length", 3)
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "a"), (True, "ab")])

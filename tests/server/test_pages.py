@@ -121,7 +121,7 @@ async def test_every_field_of_a_request_is_described(bench: Bench) -> None:
                 found |= todo
                 text = json.dumps([schemas[each]["properties"] for each in todo])
                 todo = set(re.findall(r"#/components/schemas/(\w+)", text)) - found
-    assert len(found) == 8
+    assert {"ChatCompletionRequest", "FunctionDefinition", "EarlierCall", "TokenizeRequest"} <= found
     for name in found:
         for field, schema in schemas[name]["properties"].items():
             assert schema.get("description", "").endswith((".", "]", "}")), (name, field)

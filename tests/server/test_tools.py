@@ -271,6 +271,13 @@ async def test_a_reply_that_is_cut_off(hermes: Model) -> None:
     assert message["content"].startswith("<tool_call>\n{")
 
 
+async def test_a_stop_string_inside_of_a_call(hermes: Model) -> None:
+    hermes.say(f"</think>{HERMES_CALL}")
+    message = await hermes.message(tools=TOOLS, tool_choice="required", stop="ris")
+    assert without_ids(message)["tool_calls"] == [call("get_weather", '{"city": "Pa')]
+    assert (message["content"], message["finish_reason"]) == (None, "stop")
+
+
 async def test_tool_choice_none(hermes: Model) -> None:
     hermes.say(f"</think>{HERMES_CALL}")
     message = await hermes.message(tools=TOOLS, tool_choice="none", bad_words=["a"])
