@@ -14,7 +14,7 @@ from jamba_server.server.http.errors import tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
 from jamba_server.server.http.routes.admission import wait_for_start
-from jamba_server.server.http.routes.replies import ERRORS, json_response
+from jamba_server.server.http.routes.replies import ERRORS, STREAM, json_response
 from jamba_server.server.http.schemas.responses.items import Item, new_id
 from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
 from jamba_server.server.http.schemas.responses.request import ENCRYPTED_REASONING, LOGPROBS, ResponseRequest
@@ -32,7 +32,7 @@ MAX_PAGE = 100  # maximum number of input items in one page
 DEFAULT_PAGE = 20
 
 
-@router.post("/v1/responses", response_model=Response, responses=ERRORS)
+@router.post("/v1/responses", response_model=Response, responses=STREAM | ERRORS)
 async def create_response(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
     """Returns the model's response to a text or to a conversation. With `stream`, it is sent as events."""
     services.lifecycle.admit()
