@@ -238,3 +238,10 @@ async def test_skipped_tools_and_unknown_fields_are_named(bench: Bench) -> None:
     assert reply.headers["x-ignored-fields"] == "client_metadata, input.mood"
     assert reply.headers["x-warning"] == "the model does not see the tools of these types: custom, web_search, ?"
     assert reply.json()["tools"] == tools[:2]
+
+
+async def test_reasoning_that_cannot_be_read_is_named(bench: Bench) -> None:
+    reasoning = {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAA=="}
+    async with bench.http() as http:
+        reply = await http.post("/v1/responses", json={"input": [reasoning, {"role": "user", "content": "a"}]})
+    assert reply.headers["x-warning"] == "the model does not see reasoning that another server has encrypted"

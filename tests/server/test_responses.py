@@ -166,3 +166,10 @@ async def test_an_engine_that_fails_in_the_middle_of_a_stream(bench: Bench, ids:
         assert (await http.get(f"/v1/responses/{last['response']['id']}")).status_code == 404
         whole_reply = await http.post("/v1/responses", json={"input": "Hi"})
     assert whole_reply.status_code == 500
+
+
+async def test_the_openapi_document_has_the_stream(bench: Bench) -> None:
+    async with bench.http() as http:
+        document = (await http.get("/openapi.json")).json()
+    replies = document["paths"]["/v1/responses"]["post"]["responses"]
+    assert replies["200"]["content"].keys() == {"application/json", "text/event-stream"}

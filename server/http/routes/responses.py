@@ -14,8 +14,8 @@ from jamba_server.server.http.errors import tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
 from jamba_server.server.http.routes.admission import wait_for_start
-from jamba_server.server.http.routes.replies import ERRORS, json_response
-from jamba_server.server.http.schemas.responses.items import Item, new_id
+from jamba_server.server.http.routes.replies import ERRORS, STREAM, json_response
+from jamba_server.server.http.schemas.responses.items import Item, Reasoning, new_id
 from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
 from jamba_server.server.http.schemas.responses.request import ENCRYPTED_REASONING, LOGPROBS, ResponseRequest
 from jamba_server.server.http.schemas.responses.tools import FunctionNames, FunctionTool, NamespaceTool
@@ -32,7 +32,7 @@ MAX_PAGE = 100  # maximum number of input items in one page
 DEFAULT_PAGE = 20
 
 
-@router.post("/v1/responses", response_model=Response, responses=ERRORS)
+@router.post("/v1/responses", response_model=Response, responses=STREAM | ERRORS)
 async def create_response(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
     """Returns the model's response to a text or to a conversation. With `stream`, it is sent as events."""
     services.lifecycle.admit()
@@ -152,16 +152,18 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
     spec, num_left_out = await plan_response(
         task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
     )
-    _warn(request, names, num_left_out)
+    _warn(request, body, names, num_left_out)
     return _Plan(model, names, items, spec)
 
 
-def _warn(request: Request, names: FunctionNames, num_left_out: int) -> None:
+def _warn(request: Request, body: ResponseRequest, names: FunctionNames, num_left_out: int) -> None:
     """Adds the header X-Warning to the reply if something of the request does not reach the model."""
     warnings: list[str] = []
     if names.skipped:
         kinds = ", ".join(kind if kind.isascii() and kind.isidentifier() else "?" for kind in names.skipped[:8])
         warnings.append(f"the model does not see the tools of these types: {kinds}")
+    if any(isinstance(item, Reasoning) and item.encrypted_content and item.text is None for item in body.items):
+        warnings.append("the model does not see reasoning that another server has encrypted")
     if num_left_out:
         warnings.append(f"the oldest {num_left_out} messages were left out, because the conversation is too long")
     if warnings:

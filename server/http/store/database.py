@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class Database:
             self._connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"The database {path} cannot be opened: {error}.") from error
+        weakref.finalize(self, self._connection.close)  # from Python 3.13 on, an open connection would be a warning
         try:
             self._prepare(path)
         except sqlite3.Error as error:
