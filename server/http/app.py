@@ -85,7 +85,7 @@ def create_app(
         ),
         grammars=grammar_builder(tokenizer),
         reply_style=find_reply_style(
-            chat_template, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
+            chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
         ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )

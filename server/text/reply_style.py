@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jamba_server.server.config import ReasoningParser, ToolCallParser
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.reasoning import THINK_TAGS
+from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.text.tool_calls import TOOL_TAGS, ToolStyle
 
 
@@ -27,17 +28,26 @@ class ReplyStyle:
 
 def find_reply_style(
     template: ChatTemplate | None,
+    tokenizer: Tokenizer,
     *,
     tool_calls: ToolCallParser = "auto",
     reasoning: ReasoningParser = "auto",
 ) -> ReplyStyle:
     """Returns the style of a model. With "auto" it is found in the model's chat template and its vocabulary.
 
-    A template that declares tools tells the model how to write calls, or writes the calls of a conversation. A template
-    of a reasoning model writes the tags of thoughts.
+    A template that declares tools tells the model how to write calls, or writes the calls of a conversation. If it has
+    the tags of both styles, the style whose tags are tokens of the vocabulary is taken.
     """
     if template is None:
         return ReplyStyle()
-    style = template.tool_format if tool_calls == "auto" else tool_calls
+    style = _find_tool_style(template, tokenizer) if tool_calls == "auto" else tool_calls
     has_thoughts = reasoning == "auto" and all(tag in template.source for tag in THINK_TAGS)
     return ReplyStyle(None if style == "none" else style, has_thoughts)
+
+
+def _find_tool_style(template: ChatTemplate, tokenizer: Tokenizer) -> ToolStyle | None:
+    if "tools" not in template.variables:
+        return None
+    written = [style for style, tags in TOOL_TAGS.items() if tags.start in template.source]
+    in_vocabulary = [style for style in written if all(tag in tokenizer.tags for tag in TOOL_TAGS[style])]
+    return next(iter(in_vocabulary or written), None)

@@ -16,10 +16,10 @@ from typing import Final, Literal
 import msgspec
 
 from jamba_server.server.text.filters import Tags, partial_tag
-from jamba_server.server.text.grammars.types import ToolStyle
 from jamba_server.server.text.json_scanner import JsonScanner
 from jamba_server.server.text.parts import Part, Text, ToolCall
 
+ToolStyle = Literal["jamba", "hermes"]
 TOOL_TAGS: Final[dict[ToolStyle, Tags]] = {
     "jamba": Tags("<tool_calls>", "</tool_calls>"),
     "hermes": Tags("<tool_call>", "</tool_call>"),

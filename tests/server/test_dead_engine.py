@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +29,13 @@ HANG = {"prompt": [555], "max_tokens": 5, "stream": True}  # the scripted engine
 
 
 @pytest.fixture(autouse=True)
-def scripted_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def scripted_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An engine that is given up at its first death without a finished step."""
     monkeypatch.setattr("jamba_server.server.cli.server.EngineClient", partial(EngineClient, command=COMMAND))
     monkeypatch.setattr("jamba_server.engine.process.restarts.MAX_FAILURES", 1)
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: None)  # a visitor that fails must not end the tests
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def kill_engine() -> None:

@@ -8,9 +8,8 @@ import random
 
 import pytest
 
-from jamba_server.server.text.grammars.types import ToolStyle
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
-from jamba_server.server.text.tool_calls import ToolCallFilter, ToolCallOptions
+from jamba_server.server.text.tool_calls import ToolCallFilter, ToolCallOptions, ToolStyle
 
 NAMES = frozenset({"f", "get_current_weather", "get_weather", "g"})
 DALLAS = '{"city": "Dallas", "state": "TX", "unit": "fahrenheit"}'

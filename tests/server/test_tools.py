@@ -598,8 +598,8 @@ def test_the_style_is_found_in_template_and_vocabulary(
 ) -> None:
     write_tokenizer(tmp_path, family)
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert find_reply_style(ChatTemplate(template, tokenizer)) == style
-    assert find_reply_style(None) == ReplyStyle()
+    assert find_reply_style(ChatTemplate(template, tokenizer), tokenizer) == style
+    assert find_reply_style(None, tokenizer) == ReplyStyle()
 
 
 async def test_parsers_can_be_chosen(tmp_path: Path) -> None:
