@@ -31,7 +31,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "detokenize": DetokenizeRequest,
 }
 
-WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation")
+WITHOUT_EFFECT = ("annotations", "parallel_tool_calls", "include_obfuscation", "guided_decoding_backend")
 
 
 def fate(name: str, field: FieldInfo) -> str:

@@ -164,7 +164,11 @@ def test_types_of_programming_languages_are_json_schemas() -> None:
 
 
 def test_what_cannot_be_enforced_is_refused_if_strict_and_left_out_otherwise() -> None:
-    parameters = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 5}}}, "required": ["a"]}
+    parameters: dict[str, Any] = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "not": {"const": 5}}},
+        "required": ["a"],
+    }
     before, after = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
     follower = matcher(grammar_of(Function(name="f", parameters=parameters)))
     assert accepts(follower, before + '{"a": 5}' + after)

@@ -80,7 +80,10 @@ def test_messages_with_everything_that_does_not_fit() -> None:
         ({"stop": ["a", ""]}, "stop.1 is empty; it needs at least one character"),
         ({"seed": 2**63}, f"seed is {2**63}; it must be at most {2**63 - 1}"),
         ({"tools": [{}]}, "tools is not supported yet"),
-        ({"response_format": {"type": "x"}}, "response_format has the type 'x', which is not supported yet"),
+        (
+            {"response_format": {"type": "x"}},
+            "response_format must be an object whose type is 'text', 'json_object' or 'json_schema'",
+        ),
         ({"stream": "yes" * 5000}, f'stream is "{("yes" * 5000)[:MAX_VALUE_CHARS]}…"; it must be true or false'),
         (
             {"max_tokens": 5, "max_completion_tokens": 6},

@@ -198,8 +198,6 @@ NOT_YET = {
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "continue_final_message": True,
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "reasoning_effort": "low",
     "modalities": ["text", "audio"],
     "audio": {},
