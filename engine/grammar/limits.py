@@ -18,7 +18,9 @@ PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
         "step_lexer_fuel": 200_000,
         "step_max_items": 50_000,
         "max_lexer_states": 50_000,  # a state takes 1 to 2 kB, so a grammar takes at most about 100 MB
-        "max_grammar_size": 500_000,  # number of symbols in all rules
+        # The number of symbols in all rules. A grammar with this many symbols is compiled in about one second, and the
+        # mask of its first token takes tens of milliseconds. llguidance's own limit is 500,000.
+        "max_grammar_size": 150_000,
     }
 )
 

@@ -134,11 +134,11 @@ def grammar_builder(tokenizer: Tokenizer) -> GrammarBuilder:
 
 
 def _content(part: dict[str, Any]) -> dict[str, Any]:
-    return prepare(part, param="", lenient=True)
+    return prepare(part, param="")
 
 
 def _arguments(part: dict[str, Any]) -> dict[str, Any]:
-    return prepare_arguments(part, strict=False, param="")
+    return prepare_arguments(part, strict=True, param="")
 
 
 def _first_line(error: str) -> str:
