@@ -164,10 +164,10 @@ class _Walk:
         return {rewritten(name, (*path, name)): self.schema(part, (*path, name)) for name, part in schemas.items()}
 
     def _count(self, value: Any, path: Path) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
-            self._reject(path, f"is {_shown(value)}; it must be a whole number that is not negative")
-        if value > _MAX_EXACT:
-            self._reject(path, f"is {_shown(value)}; the limit is {_MAX_EXACT}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_EXACT:
+            self._reject(path, f"is {_shown(value)}; it must be a whole number from 0 to 2**53")
+        if value != int(value):
+            self._reject(path, f"is {_shown(value)}; it must be a whole number")
         return int(value)
 
     def _number(self, value: Any, path: Path) -> int | float:
@@ -208,7 +208,7 @@ class _Walk:
     def _type(self, value: Any, path: Path) -> str | list[str]:
         names: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
         for name in names:
-            if name not in keywords.TYPES:
+            if not isinstance(name, str) or name not in keywords.TYPES:
                 self._reject(path, f"is {_shown(name)}; the types are {', '.join(sorted(keywords.TYPES))}")
         return value
 
