@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jamba_server.server.config import OPTIONS
-from tools import api_page, options_page
+from tools import api_page, options_page, schema_suite
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
@@ -68,6 +68,10 @@ def test_tables_of_figures_in_the_readme_name_their_run() -> None:
 
 def test_the_api_page_has_every_field_of_the_schemas() -> None:
     assert api_page.rendered(api_page.PAGE.read_text(encoding="utf-8")) == api_page.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_of_structured_outputs_has_what_is_accepted() -> None:
+    assert schema_suite.rendered() == schema_suite.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_options_page_has_every_option_in_its_group() -> None:

@@ -38,7 +38,15 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "messages_tool": ToolDefinition,
 }
 
-WITHOUT_EFFECT = ("annotations", "prediction", "include_obfuscation", "speed", "inference_geo", "diagnostics")
+WITHOUT_EFFECT = (
+    "annotations",
+    "prediction",
+    "include_obfuscation",
+    "speed",
+    "inference_geo",
+    "diagnostics",
+    "guided_decoding_backend",
+)
 
 
 # The classes of the items of a request for a response. Each class has the type of its items as the field `type`.

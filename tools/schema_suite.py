@@ -77,8 +77,9 @@ Thoughts of a model that reasons come before the content and are free.
   calls of this form.
 - Names of types such as `dict`, `float` or `tuple` are read as JSON Schema's. An object that lists properties has no
   others, unless the schema says otherwise.
-- A function with `strict` true is followed exactly or refused. Otherwise keywords that cannot be enforced are left out,
-  and where a schema cannot be enforced at all, the arguments are any JSON object.
+- A function without a schema, or with an empty list of properties, has no arguments.
+- A function with `strict` true is followed exactly or refused. Otherwise keywords that are malformed or cannot be
+  enforced are left out, and where a schema cannot be enforced at all, the arguments are any JSON object.
 """
 
 

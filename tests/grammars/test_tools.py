@@ -160,11 +160,54 @@ def test_types_of_programming_languages_are_json_schemas() -> None:
     assert accepts(follower, before + right + after)
     for old, new in (("1.5", '"1"'), ("[1, 2]", '["a"]'), ("null,", "1,"), ("true", "1"), ('"g"', '"k"')):
         assert not accepts(follower, before + right.replace(old, new) + after)
-    assert accepts(matcher(grammar_of(Function(name="f"))), before + '{"any": [1]}' + after)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "any_allowed"),
+    [
+        ({}, False),
+        ({"type": "object", "properties": {}}, False),
+        ({"type": "object"}, True),
+        ({"type": "string"}, True),
+    ],
+)
+def test_a_function_without_properties(parameters: dict[str, Any], any_allowed: bool) -> None:
+    follower = matcher(grammar_of(Function(name="time", parameters=parameters)))
+    assert accepts(follower, block("hermes", NOW))
+    assert accepts(follower, block("hermes", NOW.replace("{}", '{"a": [1]}'))) == any_allowed
+    assert not accepts(follower, block("hermes", NOW.replace("{}", '"a"')))
+
+
+SLOPPY: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "file", "required": True},
+        "b": {"type": "string", "pattern": "^(?!x)\\w+\\b", "format": "iri", "minLength": "1"},
+        "c": 5,
+        "d": {"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 1e-9}]},
+        "e": {"type": "integer", "maximum": 2**64, "enum": [1, 2**60]},
+    },
+    "required": ["e"],
+    "minProperties": 3,
+}
+
+
+def test_a_sloppy_schema_is_followed_where_it_can_be() -> None:
+    follower = matcher(grammar_of(Function(name="time", parameters=SLOPPY)))
+    for arguments in ('{"a": [1], "b": "xé y", "c": null, "d": 1.5, "e": 7}', '{"e": 1}'):
+        assert accepts(follower, block("hermes", NOW.replace("{}", arguments)))
+    for arguments in ('{"d": 1}', '{"b": 1, "e": 1}', '{"d": "1", "e": 1}', '{"e": "1"}', '{"e": 1, "f": 1}'):
+        assert not accepts(follower, block("hermes", NOW.replace("{}", arguments)))
+    with pytest.raises(RequestRejected):
+        grammar_of(Function(name="time", parameters=SLOPPY, strict=True))
 
 
 def test_what_cannot_be_enforced_is_refused_if_strict_and_left_out_otherwise() -> None:
-    parameters = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 5}}}, "required": ["a"]}
+    parameters: dict[str, Any] = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "not": {"const": 5}}},
+        "required": ["a"],
+    }
     before, after = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
     follower = matcher(grammar_of(Function(name="f", parameters=parameters)))
     assert accepts(follower, before + '{"a": 5}' + after)
@@ -173,12 +216,12 @@ def test_what_cannot_be_enforced_is_refused_if_strict_and_left_out_otherwise() -
         grammar_of(TIME, Function(name="f", parameters=parameters, strict=True))
     assert caught.value.param == "tools[1].function.parameters"
 
-    parameters["properties"]["a"] = {"pattern": "(?=b)"}  # llguidance refuses this one
+    parameters["properties"]["a"] = {"patternProperties": {"a": {}, "b": {}}}  # llguidance refuses this one
     follower = matcher(grammar_of(WEATHER, Function(name="f", parameters=parameters)))
     assert accepts(follower, before + '{"b": 5}' + after)
     assert not accepts(follower, before + "5" + after)
     assert not accepts(follower, block("hermes", PARIS.replace("city", "town")))  # the other function is followed
-    with pytest.raises(RequestRejected, match="`pattern` at #/properties/a/pattern") as caught:
+    with pytest.raises(RequestRejected, match="`patternProperties` at #/properties/a/pattern") as caught:
         grammar_of(TIME, Function(name="f", parameters=parameters, strict=True))
     assert caught.value.param == "tools[1].function.parameters"
 

@@ -90,7 +90,10 @@ def test_messages_with_everything_that_does_not_fit() -> None:
         ),
         ({"tool_choice": "any"}, "tool_choice is \"any\"; it must be 'none', 'auto' or 'required'"),
         ({"tool_choice": "required"}, "tool_choice requires a call, but `tools` has no functions"),
-        ({"response_format": {"type": "x"}}, "response_format has the type 'x', which is not supported yet"),
+        (
+            {"response_format": {"type": "x"}},
+            "response_format must be an object whose type is 'text', 'json_object' or 'json_schema'",
+        ),
         ({"stream": "yes" * 5000}, f'stream is "{("yes" * 5000)[:MAX_VALUE_CHARS]}…"; it must be true or false'),
         (
             {"max_tokens": 5, "max_completion_tokens": 6},

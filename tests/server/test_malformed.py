@@ -195,8 +195,6 @@ async def test_of_many_faults_a_few_are_told(bench: Bench) -> None:
 NOT_YET = {
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "modalities": ["text", "audio"],
     "audio": {},
     "web_search_options": {},

@@ -196,7 +196,7 @@ async def test_what_would_change_the_answer_is_refused_by_name(bench: Bench, pat
 
 @pytest.mark.parametrize(
     "name",
-    ["typical_p", "top_a", "min_k", "mirostat", "mirostat_tau", "xtc_probability", "dry_multiplier", "guided_json"],
+    ["typical_p", "top_a", "min_k", "mirostat", "mirostat_tau", "xtc_probability", "dry_multiplier", "structural_tag"],
 )
 def test_the_table_has_what_is_best_known(name: str) -> None:
     assert name in peer_fields.CHAT

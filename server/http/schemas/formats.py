@@ -201,6 +201,8 @@ def _forms(**fields: tuple[str, Any]) -> Iterator[OutputFormat]:
             value = _parsed(value, param)
         elif kind == "choice":
             value = tuple(cast("list[str]", value))
+        elif kind == "json_object":
+            value = None
         yield OutputFormat(kind=cast("Any", kind), value=value, param=param)
 
 
@@ -208,4 +210,4 @@ def _parsed(text: str, param: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise invalid("is a string that is not valid JSON", field=param) from None
+        raise invalid("is a string that is not JSON", field=param) from None

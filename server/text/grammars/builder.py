@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
@@ -15,6 +16,8 @@ from jamba_server.server.text.grammars.reply import build_grammar
 from jamba_server.server.text.grammars.tool_schemas import prepare_arguments
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.tokenizer import Tokenizer
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Check(Protocol):
@@ -68,11 +71,14 @@ class GrammarBuilder:
         self.check.close()
 
     def _outcome(self, grammar: str, format: OutputFormat | None) -> Outcome:
+        param = "tools" if format is None else format.param
         if len(grammar) > MAX_GRAMMAR_CHARS:
             raise RequestRejected(
                 f"The grammar of the reply has {len(grammar)} characters; the limit is {MAX_GRAMMAR_CHARS}.",
-                param="tools" if format is None else format.param,
+                param=param,
             )
+        if _SURROGATE.search(grammar):
+            raise RequestRejected("It holds half of a surrogate pair, which is not valid Unicode.", param=param)
         return self.check.outcome(grammar)
 
     def _refused_functions(self, tools: ToolGrammar) -> frozenset[str]:
@@ -134,11 +140,11 @@ def grammar_builder(tokenizer: Tokenizer) -> GrammarBuilder:
 
 
 def _content(part: dict[str, Any]) -> dict[str, Any]:
-    return prepare(part, param="", lenient=True)
+    return prepare(part, param="")
 
 
 def _arguments(part: dict[str, Any]) -> dict[str, Any]:
-    return prepare_arguments(part, strict=False, param="")
+    return prepare_arguments(part, strict=True, param="")
 
 
 def _first_line(error: str) -> str:

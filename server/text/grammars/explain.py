@@ -23,13 +23,13 @@ _SIGNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("regex", ("pattern", "patternProperties", "minimum", "maximum")),
     ("Regex", ("pattern", "patternProperties")),
 )
-_MAX_TRIALS = 16
+_MAX_TRIALS = 8
 
 
 def explain(message: str, schema: Any, *, param: str, fails: Callable[[dict[str, Any]], bool]) -> RequestRejected:
     """Returns the error for a schema that llguidance refuses with `message`.
 
-    `fails` says whether llguidance also refuses a part of the schema. It is called at most 16 times.
+    `fails` says whether llguidance also refuses a part of the schema. It is called at most 8 times.
     """
     summary = message.splitlines()[0].removeprefix("at 1(8): ").removeprefix("failed to compile JSON schema: ")
     if "Unsatisfiable" in message or "NoExtension" in message:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any, NoReturn, cast
 from urllib.parse import unquote
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.grammar.limits import MAX_REGEX_CHARS, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES
 from jamba_server.server.text.grammars import keywords
-from jamba_server.server.text.grammars.regexes import from_ecma
+from jamba_server.server.text.grammars.regexes import from_ecma, looks_around
 from jamba_server.server.text.grammars.string_formats import BUILT_IN, MAX_LENGTHS, PATTERNS, UNCONSTRAINED
 
 Path = tuple[str | int, ...]
@@ -28,12 +29,14 @@ def prepare(schema: Any, *, param: str, lenient: bool = False) -> dict[str, Any]
     """Returns a schema for llguidance that allows the same values as `schema`.
 
     Raises RequestRejected for what cannot be enforced exactly. The argument `param` is the name of the request's field
-    that has the schema. If `lenient` is true, keywords and formats that cannot be enforced are left out instead.
+    that has the schema. If `lenient` is true, keywords that are malformed or cannot be enforced are left out instead,
+    and `oneOf` becomes `anyOf`, so the result may allow more values.
     """
     check_size(schema, param=param)
     walk = _Walk(param, lenient=lenient)
     prepared = walk.schema(schema, ())
-    walk.check_references()
+    if not lenient:
+        walk.check_references()
     if isinstance(prepared, bool):
         if not prepared:
             raise RequestRejected("The schema is false, which allows no value.", param=param)
@@ -93,6 +96,7 @@ class _Walk:
     def __init__(self, param: str, *, lenient: bool) -> None:
         self._param = param
         self._lenient = lenient
+        self._tolerance = suppress(RequestRejected) if lenient else nullcontext()
         self._schemas: set[str] = set()  # JSON pointers of all schemas
         self._references: list[tuple[str, Path]] = []
         self._has_ids = False
@@ -102,14 +106,18 @@ class _Walk:
         if isinstance(node, bool):
             return node
         if not isinstance(node, dict):
+            if self._lenient:
+                return True
             self._reject(path, f"is {_shown(node)}; a schema is an object, true or false")
         schema = cast("dict[str, Any]", node)
         prepared: dict[str, Any] = {}
         for keyword, value in schema.items():
-            self._keyword(keyword, value, schema, (*path, keyword), prepared)
-        if (part := self._format(schema, (*path, "format"))) is not None:
-            prepared["allOf"] = [*prepared.get("allOf", ()), part]
-        if self._counts_equal_names(schema):
+            with self._tolerance:
+                self._keyword(keyword, value, schema, (*path, keyword), prepared)
+        with self._tolerance:
+            if (part := self._format(schema, (*path, "format"))) is not None:
+                prepared["allOf"] = [*prepared.get("allOf", ()), part]
+        if _counts_equal_names(prepared):
             if not self._lenient:
                 self._refuse((*path, "minProperties"))
             del prepared["minProperties"]
@@ -118,11 +126,12 @@ class _Walk:
     def _keyword(self, keyword: str, value: Any, schema: keywords.Schema, path: Path, prepared: dict[str, Any]) -> None:
         """Adds what a keyword of `schema` requires to the dictionary `prepared`."""
         if (neutral := keywords.REFUSED.get(keyword)) is not None:
-            if not (neutral(value, schema) or self._lenient):
+            if not neutral(value, schema):
                 self._refuse(path)
         elif keyword in keywords.SCHEMA_LISTS and isinstance(value, list):
             items = cast("list[Any]", value)
-            prepared[keyword] = [self.schema(item, (*path, index)) for index, item in enumerate(items)]
+            name = "anyOf" if self._lenient and keyword == "oneOf" and "anyOf" not in schema else keyword
+            prepared[name] = [self.schema(item, (*path, index)) for index, item in enumerate(items)]
         elif keyword == "additionalItems" and not isinstance(schema.get("items"), list):
             return  # without a list of items before them there are no additional ones
         elif keyword in keywords.ONE_SCHEMA:
@@ -155,10 +164,10 @@ class _Walk:
         return {rewritten(name, (*path, name)): self.schema(part, (*path, name)) for name, part in schemas.items()}
 
     def _count(self, value: Any, path: Path) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
-            self._reject(path, f"is {_shown(value)}; it must be a whole number that is not negative")
-        if value > _MAX_EXACT:
-            self._reject(path, f"is {_shown(value)}; the limit is {_MAX_EXACT}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_EXACT:
+            self._reject(path, f"is {_shown(value)}; it must be a whole number from 0 to 2**53")
+        if value != int(value):
+            self._reject(path, f"is {_shown(value)}; it must be a whole number")
         return int(value)
 
     def _number(self, value: Any, path: Path) -> int | float:
@@ -175,6 +184,8 @@ class _Walk:
             self._reject(path, f"is {_shown(value)}; it must be a regular expression")
         if len(value) > MAX_REGEX_CHARS:
             self._reject(path, f"has {len(value)} characters; the limit is {MAX_REGEX_CHARS}")
+        if self._lenient and looks_around(value):
+            self._refuse(path)
         return from_ecma(value)
 
     def _format(self, schema: keywords.Schema, path: Path) -> dict[str, Any] | None:
@@ -189,7 +200,7 @@ class _Walk:
         if name in PATTERNS:
             length = {"maxLength": MAX_LENGTHS[name]} if name in MAX_LENGTHS else {}
             return {"pattern": f"^(?:{PATTERNS[name]})$", **length}
-        if name not in UNCONSTRAINED and not self._lenient:
+        if name not in UNCONSTRAINED:
             known = ", ".join(sorted(BUILT_IN | PATTERNS.keys()))
             self._reject(path, f"is {_shown(name)}, which cannot be enforced; the formats are {known}")
         return None
@@ -197,7 +208,7 @@ class _Walk:
     def _type(self, value: Any, path: Path) -> str | list[str]:
         names: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
         for name in names:
-            if name not in keywords.TYPES:
+            if not isinstance(name, str) or name not in keywords.TYPES:
                 self._reject(path, f"is {_shown(name)}; the types are {', '.join(sorted(keywords.TYPES))}")
         return value
 
@@ -220,12 +231,6 @@ class _Walk:
             self._reject(path, f"is {_shown(value)}; it must be a list of names")
         return cast("list[str]", value)
 
-    @staticmethod
-    def _counts_equal_names(schema: keywords.Schema) -> bool:
-        """Whether the schema has a minimum number of properties that its required names do not ensure. llguidance would
-        count two properties with the same name twice."""
-        return "minProperties" in schema and schema["minProperties"] > max(1, len(schema.get("required", ())))
-
     def check_references(self) -> None:
         """Raises RequestRejected for a reference to something that is not a schema of this document."""
         if self._has_ids:
@@ -241,6 +246,12 @@ class _Walk:
 
     def _reject(self, path: Path, why: str) -> NoReturn:
         raise RequestRejected(f"The schema's {pointer(path)[:300]} {why}.", param=self._param)
+
+
+def _counts_equal_names(prepared: Mapping[str, Any]) -> bool:
+    """Whether a schema has a minimum number of properties that its required names do not ensure. llguidance would count
+    two properties with the same name twice."""
+    return prepared.get("minProperties", 0) > max(1, len(set(prepared.get("required", ()))))
 
 
 def refusal(path: Path, *, param: str) -> RequestRejected:

@@ -12,6 +12,7 @@ import re
 _SPACE = r"\t\n\x0B\f\r \u{A0}\u{1680}\u{2000}-\u{200A}\u{2028}\u{2029}\u{202F}\u{205F}\u{3000}\u{FEFF}"
 _ANY = r"[^\n\r\u{2028}\u{2029}]"  # what a dot matches in ECMA-262; in Rust it matches everything but "\n"
 _CONTROL = re.compile(r"c([A-Za-z])")
+_LOOKS_AROUND = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[bBk1-9])")
 _CLASSES = {
     "s": (f"[{_SPACE}]", _SPACE),
     "S": (f"[^{_SPACE}]", f"[^{_SPACE}]"),
@@ -28,6 +29,11 @@ def from_ecma(pattern: str) -> str:
     Syntax that Rust does not have, such as a look-ahead, is left as it is; llguidance refuses it.
     """
     return "".join(_tokens(pattern, dot=_ANY))
+
+
+def looks_around(pattern: str) -> bool:
+    """Whether a pattern has a look-around, a word boundary or a back-reference, which llguidance refuses."""
+    return _LOOKS_AROUND.search(pattern) is not None
 
 
 def for_full_match(pattern: str) -> str:

@@ -72,5 +72,7 @@ PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
 # The maximum number of characters of a text in a format, where its expression does not say so.
 MAX_LENGTHS: Final[Mapping[str, int]] = MappingProxyType({"hostname": 253})
 
-# Formats of OpenAPI that say how a program stores the value and allow every string.
-UNCONSTRAINED: Final = frozenset({"password", "binary", "float", "double", "decimal"})
+# Formats of OpenAPI and pydantic that say how a program uses the value and allow every string.
+UNCONSTRAINED: Final = frozenset(
+    {"password", "binary", "float", "double", "decimal", "path", "file-path", "directory-path"}
+)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, cast
 
+from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.text.grammars.json_schema import check_size, prepare
 from jamba_server.server.text.grammars.keywords import TYPES
 
@@ -43,18 +44,23 @@ def prepare_arguments(parameters: Mapping[str, Any], *, strict: bool, param: str
     """Returns the schema of a call's arguments for llguidance.
 
     Types of programming languages become JSON Schema's. A call has no arguments that the schema does not declare: an
-    object that lists properties and says nothing about others has no others. If `strict` is false, keywords that
-    cannot be enforced are left out.
+    object that lists properties and says nothing about others has no others. Without a schema there are no arguments,
+    as in OpenAI's API. If `strict` is false, keywords that are malformed or cannot be enforced are left out.
 
-    Raises RequestRejected for a schema that is not valid, and, if `strict` is true, for keywords that cannot be
-    enforced.
+    Raises RequestRejected for a schema that is too large, and, if `strict` is true, for one that is not valid or cannot
+    be enforced.
     """
     check_size(parameters, param=param)
-    mapped = _mapped(dict(parameters))
-    if not isinstance(mapped, dict):
-        return {"type": "object"}
-    mapped.setdefault("type", "object")
-    return prepare(_closed(mapped), param=param, lenient=not strict)
+    schema = _mapped(parameters) if parameters else {"properties": {}}
+    types = schema.get("type", "object")
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        if strict:
+            raise RequestRejected("The schema of a function's arguments must allow an object.", param=param)
+        return any_arguments()
+    schema["type"] = "object"
+    if schema.get("properties") == {} and not _COMBINING & schema.keys():
+        schema["additionalProperties"] = False
+    return prepare(_closed(schema), param=param, lenient=not strict)
 
 
 def any_arguments() -> dict[str, Any]:
@@ -62,25 +68,27 @@ def any_arguments() -> dict[str, Any]:
     return {"type": "object"}
 
 
-def _mapped(schema: Any) -> Any:
+def _mapped(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a schema in which all types have the names of JSON Schema."""
-    if not isinstance(schema, dict):
-        return schema
     mapped: dict[str, Any] = {}
-    for keyword, value in cast("dict[str, Any]", schema).items():
+    for keyword, value in schema.items():
         if keyword == "type":
             types = _type(value)
             if types is not None:
                 mapped["type"] = types
         elif keyword in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, dict):
-            mapped[keyword] = {name: _mapped(part) for name, part in cast("dict[str, Any]", value).items()}
+            mapped[keyword] = {name: _mapped_part(part) for name, part in cast("dict[str, Any]", value).items()}
         elif keyword in ("allOf", "anyOf", "oneOf", "prefixItems", "items") and isinstance(value, list):
-            mapped[keyword] = [_mapped(part) for part in cast("list[Any]", value)]
+            mapped[keyword] = [_mapped_part(part) for part in cast("list[Any]", value)]
         elif keyword in ("items", "additionalProperties", "additionalItems", "not"):
-            mapped[keyword] = _mapped(value)
+            mapped[keyword] = _mapped_part(value)
         else:
             mapped[keyword] = value
     return mapped
+
+
+def _mapped_part(part: Any) -> Any:
+    return _mapped(cast("dict[str, Any]", part)) if isinstance(part, dict) else part
 
 
 def _type(value: Any) -> Any:
