@@ -116,7 +116,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     statistics.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await statistics
-    services.grammars.close()
+    await asyncio.to_thread(services.grammars.close)  # a check may have to end first
 
 
 async def _handle(request: Request, exc: Exception) -> Response:
