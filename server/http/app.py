@@ -146,7 +146,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     with contextlib.suppress(asyncio.CancelledError):
         await statistics
     await services.responses.close()
-    services.grammars.close()
+    await asyncio.to_thread(services.grammars.close)  # a check may have to end first
 
 
 async def _handle(request: Request, exc: Exception) -> Response:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,6 +145,27 @@ def test_answers_are_remembered_and_outlive_the_process() -> None:
         assert len(texts) == 2
     finally:
         check.close()
+
+
+def test_a_process_that_was_ended_from_outside_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    check = CompileCheck(build_tokenizer("reasoning").to_str, eos_token_id=IM_END)
+    try:
+        assert check.outcome('start: "a"') == Outcome()
+        started[0].kill()
+        started[0].wait()
+        assert check.outcome('start: "b"') == Outcome()
+        assert len(started) == 2
+    finally:
+        check.close()
+    assert [process.poll() for process in started] == [-signal.SIGKILL, -signal.SIGKILL]
 
 
 def test_a_tokenizer_that_llguidance_cannot_read_is_told() -> None:

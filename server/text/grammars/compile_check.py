@@ -37,6 +37,11 @@ class Outcome:
     too_complex: bool = False
 
 
+# The answer after a check whose process was killed, by the operating system for want of memory or by this process for
+# want of an answer. Another check of the grammar may end otherwise, so this answer is not remembered.
+_INTERRUPTED = Outcome("its check was interrupted; send the request again", too_complex=True)
+
+
 class CompileCheck:
     """Checks grammars in another process, one at a time. The process starts with the first check, and again after a
     check that ended it. It ends with the object, or before with the method `close`. All methods may be called from any
@@ -60,6 +65,8 @@ class CompileCheck:
                 self._outcomes.move_to_end(key)
                 return self._outcomes[key]
             outcome = self._ask(grammar)
+            if outcome == _INTERRUPTED:
+                return outcome
             self._outcomes[key] = outcome
             if len(self._outcomes) > _MAX_REMEMBERED:
                 self._outcomes.popitem(last=False)
@@ -74,6 +81,8 @@ class CompileCheck:
         self._end()
 
     def _ask(self, grammar: str) -> Outcome:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # something has ended the process since the last check
         if self._process is None:
             self._process = self._start()
             error = self._exchange(Setup(self._tokenizer_json(), self._eos_token_id))
@@ -84,6 +93,8 @@ class CompileCheck:
         if error is not None:
             return Outcome(error)
         signalled = self._end()
+        if signalled == signal.SIGKILL:
+            return _INTERRUPTED
         if signalled == signal.SIGPROF:
             return Outcome(f"it takes more than {COMPILE_CPU_SECONDS:g} s of CPU time to compile", too_complex=True)
         limit = COMPILE_MEMORY_BYTES >> 20
@@ -110,8 +121,9 @@ class CompileCheck:
             process.stdin.flush()
         except BrokenPipeError:
             return None
-        readable, _, _ = select.select([process.stdout], [], [], _PATIENCE_SECONDS)
-        line = process.stdout.readline() if readable else b""
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        line = process.stdout.readline() if poll.poll(_PATIENCE_SECONDS * 1000) else b""
         return msgspec.json.decode(line, type=Verdict).error if line.endswith(b"\n") else None
 
     def _end(self) -> int | None:
