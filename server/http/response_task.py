@@ -61,6 +61,7 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
         tool_choice=mode,
         allowed_tools=allowed,
         parallel_tool_calls=body.parallel_tool_calls is not False,
+        output_format=body.output_format,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
 

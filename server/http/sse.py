@@ -36,7 +36,7 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
     if stream:
         config = services.config
         return EventStream(writer, keep_alive=config.sse_keep_alive, send_timeout=config.send_timeout)
-    choices = await until_disconnect(request.receive, writer.generation.collect())
+    choices = await until_disconnect(request.receive, writer.collect())
     # Many log-probabilities take long to convert to JSON, so a thread converts them.
     if any(choice.scores for choice in choices):
         body = await services.in_thread(lambda: writer.reply(choices).model_dump_json())

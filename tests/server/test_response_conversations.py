@@ -11,7 +11,7 @@ import pytest
 
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.asgi import Exchange
-from tests.server.conftest import Bench, Ids, MakeBench
+from tests.server.conftest import TEMPLATE, Bench, Ids, MakeBench
 from tests.server.fake_engine import says
 
 TURN = "<|bom|><|user|> {}<|eom|><|bom|><|assistant|> hello the world<|eom|>"
@@ -223,7 +223,8 @@ async def test_a_client_that_leaves_ends_the_generation(bench: Bench, ids: Ids) 
         await bench.engine.left.wait()
 
 
-async def test_skipped_tools_and_unknown_fields_are_named(bench: Bench) -> None:
+async def test_skipped_tools_and_unknown_fields_are_named(make_bench: MakeBench) -> None:
+    bench = make_bench(template=TEMPLATE + "{% if tools %}{% endif %}")
     tools = [
         {"type": "function", "name": "f", "parameters": {"type": "object"}},
         {"type": "namespace", "name": "crm", "description": "d", "tools": [{"type": "function", "name": "find"}]},
@@ -236,7 +237,7 @@ async def test_skipped_tools_and_unknown_fields_are_named(bench: Bench) -> None:
         reply = await http.post("/v1/responses", json=body)
     assert reply.status_code == 200, reply.text
     assert reply.headers["x-ignored-fields"] == "client_metadata, input.mood"
-    assert reply.headers["x-warning"] == "the model does not see the tools of these types: custom, web_search, ?"
+    assert reply.headers["x-warning"] == "the model does not see the tools of these types: custom, web_search, ?evil"
     assert reply.json()["tools"] == tools[:2]
 
 

@@ -172,6 +172,7 @@ def test_a_failure_keeps_what_was_written(tokenizer: Tokenizer) -> None:
         ("message", "incomplete"),
     ]
     assert response["usage"]["output_tokens"] == USAGE.completion_tokens
+    assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
 
 
 def test_only_the_tokens_of_the_text_have_logprobs(tokenizer: Tokenizer) -> None:

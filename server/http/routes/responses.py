@@ -20,10 +20,10 @@ from jamba_server.server.http.schemas.responses.reply import DeletedResponse, In
 from jamba_server.server.http.schemas.responses.request import ENCRYPTED_REASONING, LOGPROBS, ResponseRequest
 from jamba_server.server.http.schemas.responses.tools import FunctionNames, FunctionTool, NamespaceTool
 from jamba_server.server.http.services import Services, ServicesOf
-from jamba_server.server.http.sse import EventStream, until_disconnect
+from jamba_server.server.http.sse import answer
 from jamba_server.server.http.store.database import StoredResponse
 from jamba_server.server.http.store.responses import input_items
-from jamba_server.server.http.unknown_fields import add_reply_header, settle_unknown_fields
+from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
 from jamba_server.server.http.writers.responses import ResponseOptions, ResponseWriter, Save
 
 router = APIRouter(tags=["responses"])
@@ -54,11 +54,7 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
         ),
         _save(services, owner, plan.items) if stores else None,
     )
-    if body.stream:
-        return EventStream(writer, keep_alive=services.config.sse_keep_alive)
-    response = await until_disconnect(request.receive, writer.collect())
-    # Many log-probabilities take long to convert to JSON, so a thread converts them.
-    return HttpResponse(await services.in_thread(response.model_dump_json), media_type="application/json")
+    return await answer(request, writer, services, stream=bool(body.stream))
 
 
 @router.post("/v1/responses/input_tokens", response_model=InputTokens, responses=ERRORS)
@@ -158,16 +154,13 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
 
 def _warn(request: Request, body: ResponseRequest, names: FunctionNames, num_left_out: int) -> None:
     """Adds the header X-Warning to the reply if something of the request does not reach the model."""
-    warnings: list[str] = []
+    scope = request.scope
     if names.skipped:
-        kinds = ", ".join(kind if kind.isascii() and kind.isidentifier() else "?" for kind in names.skipped[:8])
-        warnings.append(f"the model does not see the tools of these types: {kinds}")
+        warn(f"the model does not see the tools of these types: {', '.join(names.skipped)}", scope)
     if any(isinstance(item, Reasoning) and item.encrypted_content and item.text is None for item in body.items):
-        warnings.append("the model does not see reasoning that another server has encrypted")
+        warn("the model does not see reasoning that another server has encrypted", scope)
     if num_left_out:
-        warnings.append(f"the oldest {num_left_out} messages were left out, because the conversation is too long")
-    if warnings:
-        add_reply_header(request, "X-Warning", "; ".join(warnings))
+        warn(f"the oldest {num_left_out} messages were left out, because the conversation is too long", scope)
 
 
 def _begun(plan: _Plan, body: ResponseRequest, services: Services, *, stores: bool) -> Response:

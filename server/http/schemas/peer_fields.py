@@ -245,6 +245,10 @@ RESPONSE: PeerFields = MappingProxyType(
         "documents": PeerField("/v1/chat/completions", ([],)),
         "chat_template": PeerField("/v1/chat/completions", ("",)),
         "chat_template_kwargs": PeerField("/v1/chat/completions", ({},)),
+        "prompt_logprobs": PeerField("/v1/chat/completions"),
+        "return_token_ids": PeerField("/v1/chat/completions", (False,)),
+        "timings_per_token": PeerField("/v1/chat/completions", (False,)),
+        "include_reasoning": PeerField("/v1/chat/completions", (True,)),
         "suffix": PeerField("/v1/completions", ("",)),
     }
 )

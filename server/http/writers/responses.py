@@ -72,17 +72,19 @@ class ResponseWriter(Writer):
         self._blank = ""  # white space with which a message might begin; a message of white space alone is left out
         self._scores: list[TokenScore] = []  # the log-probabilities of the next piece of text
 
-    async def collect(self) -> Response:
-        """Runs the generation to its end and returns the finished response."""
+    async def collect(self) -> list[ChoiceDelta]:
+        """Runs the generation to its end and makes the finished response. Returns the deltas of the reply."""
+        collected: list[ChoiceDelta] = []
         async with self.generation.run() as deltas:
             async for delta in deltas:
+                collected.append(delta)
                 for _ in self.write(delta):
                     pass
         await self.complete()
-        return self.response
+        return collected
 
     def reply(self, choices: list[ChoiceDelta]) -> Response:
-        """Returns the finished response. The method `collect` has already read the choices."""
+        """Returns the finished response, which `collect` has made."""
         return self.response
 
     def begin(self) -> Iterable[bytes]:
@@ -195,7 +197,9 @@ class ResponseWriter(Writer):
                 cache_write_tokens=usage.prompt_tokens - cached if self._options.caches else 0,
             ),
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+            output_tokens_details=OutputTokensDetails(
+                reasoning_tokens=usage.completion_tokens_details.reasoning_tokens
+            ),
             total_tokens=usage.total_tokens,
         )
 

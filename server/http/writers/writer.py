@@ -26,12 +26,16 @@ class Writer(ABC):
     """Builds the reply to one request. Its methods return each server-sent event as bytes, with the empty line that
     ends the event.
 
-    The function `sse.answer` runs the writer's `generation`. For a reply without `stream` it calls only the method
+    The function `sse.answer` runs the writer's `generation`. For a reply without `stream` it calls `collect` and
     `reply`. For a stream it calls `begin`, then `write` for every delta, then `complete` and `end`, or `fail` after an
     error.
     """
 
     generation: Generation
+
+    async def collect(self) -> list[ChoiceDelta]:
+        """Runs the generation to its end and returns the list that `reply` takes."""
+        return await self.generation.collect()
 
     @abstractmethod
     def reply(self, choices: list[ChoiceDelta]) -> BaseModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -16,9 +17,11 @@ from jamba_server.server.http.schemas.base import (
     string_or_list,
     unsupported,
 )
+from jamba_server.server.http.schemas.formats import FormatFields, JsonObjectFormat, TextFormat
 from jamba_server.server.http.schemas.peer_fields import PeerField
 from jamba_server.server.http.schemas.responses.items import AnyInputItem, InputItem, ItemId, Message
 from jamba_server.server.http.schemas.responses.tools import MAX_TOOLS, AnyTool, AnyToolChoice, Tool, ToolChoice
+from jamba_server.server.text.grammars.types import OutputFormat
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
@@ -36,18 +39,6 @@ MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 
 
-class TextFormat(RequestBody):
-    """Ordinary text."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(RequestBody):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
 class JsonSchemaFormat(RequestBody):
     """JSON that follows a schema."""
 
@@ -55,7 +46,7 @@ class JsonSchemaFormat(RequestBody):
 
     type: Literal["json_schema"]
     name: Annotated[str, Field(min_length=1, max_length=64, description="A name of the schema. It has no effect.")]
-    schema_: Annotated[dict[str, Any], Field(alias="schema", description="The JSON schema.")]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema", description="The JSON schema.")]
     description: Annotated[str | None, Field(description="What the reply is for. It has no effect.")] = None
     strict: Annotated[bool | None, Field(description="Whether every keyword of the schema must be enforced.")] = None
 
@@ -123,7 +114,7 @@ Metadata = Annotated[
 ]
 
 
-class ResponseRequest(GenerationBody):
+class ResponseRequest(FormatFields, GenerationBody):
     """A request for a response, with OpenAI's fields and vLLM's extra ones."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "Tell me a story.", "max_output_tokens": 64}]})
@@ -181,13 +172,6 @@ class ResponseRequest(GenerationBody):
         Annotated[int, Field(ge=1)] | None,
         Field(description="A limit on calls of built-in tools. It has no effect: this server has no such tools."),
     ] = None
-    prompt_cache_options: Annotated[
-        dict[str, Any] | None, Field(description="Hints for OpenAI's cache. They have no effect.")
-    ] = None
-    prompt_cache_retention: Annotated[str | None, Field(description="A hint for OpenAI's cache. It has no effect.")] = (
-        None
-    )
-
     background: Annotated[
         bool | None, unsupported(False), Field(description="Generate the response after the reply. Not supported.")
     ] = None
@@ -227,6 +211,16 @@ class ResponseRequest(GenerationBody):
 
     def includes(self, name: str) -> bool:
         return name in (self.include or ())
+
+    def _forms(self) -> Iterator[OutputFormat]:
+        match self.text.format if self.text else None:
+            case JsonObjectFormat():
+                yield OutputFormat(kind="json_object", param="text.format")
+            case JsonSchemaFormat(json_schema=schema):
+                yield OutputFormat(kind="json_schema", value=schema, param="text.format.schema")
+            case _:
+                pass
+        yield from super()._forms()
 
     @property
     def items(self) -> list[AnyInputItem]:
