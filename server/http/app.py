@@ -30,6 +30,7 @@ from jamba_server.server.http.routes import (
     models,
     operations,
     pages,
+    render,
     responses,
     tokenize,
 )
@@ -43,6 +44,7 @@ from jamba_server.server.version import package_version
 
 ROUTERS = (
     chat.router,
+    render.router,
     completions.router,
     responses.router,
     messages.router,

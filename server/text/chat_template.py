@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
 from jamba_server.engine.files import read_text
+from jamba_server.server.text.grammars.types import ToolStyle
 from jamba_server.server.text.message_places import (
     Messages,
     boundary_counts,
@@ -24,6 +25,7 @@ from jamba_server.server.text.special_text import MARK, MAX_PLACES, SpecialText,
 from jamba_server.server.text.template_messages import REASONING_FIELDS, Message, template_message
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
+from jamba_server.server.text.tool_calls import TOOL_TAGS
 
 # Maximum number of characters of a template. The longest published templates have 30 thousand characters.
 _MAX_TEMPLATE_CHARS = 1 << 20
@@ -148,6 +150,18 @@ class ChatTemplate:
             return ChatTemplate(template, self._tokenizer, self._renderer)
         except CheckpointError as error:
             raise RequestRejected(str(error), param="chat_template") from error
+
+    @property
+    def tool_format(self) -> ToolStyle | None:
+        """The style in which the template writes tool calls, or None if it declares no tools.
+
+        If the template has the tags of both styles, the style whose tags are tokens of the vocabulary is taken.
+        """
+        if "tools" not in self.variables:
+            return None
+        written = [style for style, tags in TOOL_TAGS.items() if tags.start in self.source]
+        in_vocabulary = [style for style in written if all(tag in self._tokenizer.tags for tag in TOOL_TAGS[style])]
+        return next(iter(in_vocabulary or written), None)
 
     def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> RenderedChat:
         """Renders the messages of a conversation with the template and returns the prompt.

@@ -146,9 +146,9 @@ def with_text_arguments(messages: Chat) -> Chat:
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_the_prompt_is_that_of_transformers(families: Families, family: Family, name: str) -> None:
     both, (messages, options) = families[family], CASES[name]
-    expected = both.oracle.apply_chat_template(
-        messages, tokenize=False, **({"add_generation_prompt": "continue_final_message" not in options} | options)
-    )
+    arguments: dict[str, Any] = {"add_generation_prompt": "continue_final_message" not in options, **options}
+    expected = both.oracle.apply_chat_template(messages, tokenize=False, **arguments)
+    assert isinstance(expected, str)
     own = dict(options)
     ours = {key: own.pop(key) for key in ("tools", "documents", "add_generation_prompt") if key in own}
     ours["continue_final_message"] = bool(own.pop("continue_final_message", False))

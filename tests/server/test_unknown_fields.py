@@ -24,6 +24,7 @@ from tests.server.conftest import Bench, MakeBench, chat
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: chat(),
+    f"{CHAT}/render": chat(),
     COMPLETIONS: {"prompt": "Hi"},
     TOKENIZE: {"prompt": "Hi"},
     DETOKENIZE: {"tokens": [5]},
@@ -65,7 +66,7 @@ TAKEN: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, chat(use_beam_search=False, request_id="r"), "use_beam_search, request_id"),
     (CHAT, chat(stream=True, stream_options={"chunk_size": 3}), "stream_options.chunk_size"),
     (CHAT, chat(response_format={"type": "text", "strict": True}), "response_format.strict"),
-    (TOKENIZE, {"prompt": "Hi", "opts": 1, "tools": []}, "opts, tools"),
+    (TOKENIZE, {"prompt": "Hi", "opts": 1, "tools": []}, "opts"),
     (DETOKENIZE, {"tokens": [5], "opts": 1}, "opts"),
 ]
 

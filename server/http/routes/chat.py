@@ -14,7 +14,7 @@ from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.chat_replies import ChatCompletion
-from jamba_server.server.http.schemas.tools import FunctionDefinition, OtherTool, functions_in, mode_and_allowed
+from jamba_server.server.http.schemas.tools import OtherTool, Tools, functions_in, mode_and_allowed
 from jamba_server.server.http.services import ServicesOf
 from jamba_server.server.http.sse import answer
 from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
@@ -30,8 +30,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
-    _warn_of_other_tools(body, request.scope)
-    spec = await plan_chat(_task(body), services, id_=f"chatcmpl-{uuid.uuid4().hex}", scope=request.scope)
+    warn_of_other_tools(body.tools, request.scope)
+    spec = await plan_chat(chat_task(body), services, id_=f"chatcmpl-{uuid.uuid4().hex}", scope=request.scope)
     writer = ChatWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
@@ -48,14 +48,15 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     return await answer(request, writer, services, stream=bool(body.stream))
 
 
-def _task(body: ChatCompletionRequest) -> ChatTask:
+def chat_task(body: ChatCompletionRequest) -> ChatTask:
+    """Returns the conversation of a request for a chat completion."""
     mode, allowed = mode_and_allowed(body.tool_choice)
     return ChatTask(
         messages=tuple(message.to_template() for message in body.messages),
         body=body,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        tools=tuple(_tool(function) for function in functions_in(body.tools)),
+        tools=declared_tools(body.tools),
         tool_choice=mode,
         allowed_tools=allowed,
         parallel_tool_calls=body.parallel_tool_calls,
@@ -70,17 +71,21 @@ def _task(body: ChatCompletionRequest) -> ChatTask:
     )
 
 
-def _tool(function: FunctionDefinition) -> Tool:
-    return Tool(
-        name=function.name,
-        description=function.description or "",
-        parameters=function.parameters or {},
-        strict=bool(function.strict),
+def declared_tools(tools: Tools | None) -> tuple[Tool, ...]:
+    """Returns the functions among a request's tools."""
+    return tuple(
+        Tool(
+            name=function.name,
+            description=function.description or "",
+            parameters=function.parameters or {},
+            strict=bool(function.strict),
+        )
+        for function in functions_in(tools)
     )
 
 
-def _warn_of_other_tools(body: ChatCompletionRequest, scope: Scope) -> None:
+def warn_of_other_tools(tools: Tools | None, scope: Scope) -> None:
     """Lists the types of the tools that are left out in the header X-Warning."""
-    types = dict.fromkeys(tool.type for tool in body.tools or () if isinstance(tool, OtherTool))
+    types = dict.fromkeys(tool.type for tool in tools or () if isinstance(tool, OtherTool))
     if types:
         warn(f"tools of other types than function were left out: {', '.join(types)}", scope)

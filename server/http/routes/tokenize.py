@@ -8,8 +8,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.chat_task import ChatTask, render_task
 from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.chat import declared_tools, warn_of_other_tools
 from jamba_server.server.http.routes.replies import ERRORS, json_response
+from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.schemas.models import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -34,6 +37,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
         warn_of_bos(request, services)
     await wait_for_start(request, services)
     services.model(body.model)
+    warn_of_other_tools(body.tools, request.scope)
     tokens = await _tokens(body, services)
     if body.return_token_strs:
         _check_number(len(tokens), services, param="return_token_strs")
@@ -49,10 +53,18 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
 
 async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
     if body.messages is not None:
-        chat = await services.render(
-            [message.to_template() for message in body.messages], add_generation_prompt=body.add_generation_prompt
+        task = ChatTask(
+            messages=tuple(message.to_template() for message in body.messages),
+            body=GenerationBody(),
+            tools=declared_tools(body.tools),
+            reasoning_effort=body.reasoning_effort,
+            documents=tuple(body.documents or ()),
+            chat_template=body.chat_template or None,
+            template_kwargs=body.chat_template_kwargs or {},
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
         )
-        return chat.prompt_ids
+        return (await render_task(task, services)).prompt_ids
     assert body.prompt is not None, "the schema requires either messages or prompt"
     special = services.tokenizer.special_tokens.get(body.prompt)
     if special is not None and body.add_special_tokens is False:

@@ -18,11 +18,8 @@ from jamba_server.server.http.schemas.base import (
 )
 from jamba_server.server.http.schemas.details import DetailedBody
 from jamba_server.server.http.schemas.formats import FormatFields
-from jamba_server.server.http.schemas.tools import MAX_TOOLS, EarlierCalls, ToolChoice, Tools, check_tools
-
-MAX_DOCUMENTS = 256
-MAX_TEMPLATE_VARIABLES = 64
-MAX_TEMPLATE_CHARS = 1 << 20
+from jamba_server.server.http.schemas.template_fields import TemplateFields
+from jamba_server.server.http.schemas.tools import EarlierCalls, ToolChoice, check_tools
 
 
 def _only_text_part(value: Any) -> Any:
@@ -147,11 +144,9 @@ class ChatMessage(RequestBody):
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Document = Annotated[dict[str, Any], Field(min_length=1)]
 
 
-class ChatCompletionRequest(FormatFields, DetailedBody):
+class ChatCompletionRequest(TemplateFields, FormatFields, DetailedBody):
     """A request for a chat completion, with OpenAI's fields and vLLM's extra ones.
 
     If the request sets no maximum number of tokens, the reply may fill the part of the context that the prompt leaves.
@@ -174,21 +169,6 @@ class ChatCompletionRequest(FormatFields, DetailedBody):
     add_special_tokens: Annotated[
         Literal[False], Field(description="Must be false, because the chat template writes the special tokens.")
     ] = False
-    add_generation_prompt: Annotated[
-        bool, Field(description="End the prompt with the beginning of an assistant's message.")
-    ] = True
-    continue_final_message: Annotated[
-        bool,
-        Field(description="End the prompt inside the last message, so that the reply continues this message."),
-    ] = False
-
-    tools: Annotated[
-        Tools | None,
-        Field(
-            description=f"Functions that the model may call, at most {MAX_TOOLS}. Tools of other types are left out, "
-            "and the header X-Warning says so."
-        ),
-    ] = None
     tool_choice: Annotated[
         ToolChoice | None,
         Field(
@@ -204,13 +184,6 @@ class ChatCompletionRequest(FormatFields, DetailedBody):
         str | dict[str, Any] | None,
         unsupported("none", "auto"),
         Field(description='OpenAI\'s older name for `tool_choice`. Must be "none" or "auto".'),
-    ] = None
-    reasoning_effort: Annotated[
-        ReasoningEffort | None,
-        Field(
-            description='"none" makes a reasoning model answer without thoughts. Other efforts reach the chat template '
-            "if it has a variable of that name; otherwise they are ignored, and the header X-Ignored-Fields says so."
-        ),
     ] = None
     include_reasoning: Annotated[bool, Field(description="Whether the reply has the model's thoughts.")] = True
     thinking_token_budget: Annotated[
@@ -233,30 +206,11 @@ class ChatCompletionRequest(FormatFields, DetailedBody):
     web_search_options: Annotated[
         dict[str, Any] | None, unsupported(), Field(description="Options of a web search. Not supported.")
     ] = None
-    documents: Annotated[
-        Annotated[list[Document], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None,
-        Field(
-            description="Documents that the chat template puts into the prompt: objects with `text`, `title` and more."
-        ),
-    ] = None
-    chat_template: Annotated[
-        Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None,
-        Field(
-            description="A chat template that replaces the model's. The server must run with --allow-request-templates."
-        ),
-    ] = None
-    chat_template_kwargs: Annotated[
-        Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None,
-        Field(description="Variables of the chat template. A variable that the template does not read is refused."),
-    ] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise invalid("is only allowed with `logprobs`: true", field="top_logprobs")
-        asks_for_turn = self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set
-        if self.continue_final_message and asks_for_turn:
-            raise invalid("is not allowed together with `add_generation_prompt`: true", field="continue_final_message")
         check_tools(self.tools, self.tool_choice)
         for field in ("max_tokens", "max_completion_tokens"):
             if getattr(self, field) == 0:

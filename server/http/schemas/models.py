@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import Reply, RequestBody, TokenId, invalid
 from jamba_server.server.http.schemas.chat import Messages
+from jamba_server.server.http.schemas.template_fields import TemplateFields
 
 
 class ModelCard(Reply):
@@ -30,11 +31,11 @@ class ModelList(Reply):
 ModelName = Annotated[str, Field(max_length=512)]
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(TemplateFields):
     """A request for the token ids of either `prompt` or `messages`.
 
     The field `add_special_tokens` affects only `prompt`, because the chat template writes the special tokens of
-    `messages`.
+    `messages`. The fields of the chat template are only allowed with `messages`.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time"}]})
@@ -46,9 +47,6 @@ class TokenizeRequest(RequestBody):
     add_special_tokens: Annotated[
         bool | None, Field(description="Put the begin-of-text token before `prompt`. Default: true.")
     ] = None
-    add_generation_prompt: Annotated[
-        bool, Field(description="End the conversation with the beginning of an assistant's message.")
-    ] = True
     return_token_strs: Annotated[bool | None, Field(description="Return also the text of each token.")] = None
 
     @model_validator(mode="after")
@@ -59,8 +57,9 @@ class TokenizeRequest(RequestBody):
             raise invalid("is not allowed together with `messages`; send one of them", field="prompt")
         if self.messages is not None and self.add_special_tokens:
             raise invalid("must be false: the chat template writes the special tokens", field="add_special_tokens")
-        if self.prompt is not None and not self.add_generation_prompt:
-            raise invalid("is only allowed with `messages`", field="add_generation_prompt")
+        for name, field in TemplateFields.model_fields.items():
+            if self.prompt is not None and getattr(self, name) not in (field.default, [], {}, ""):
+                raise invalid("is only allowed with `messages`", field=name)
         return self
 
 
@@ -69,6 +68,21 @@ class TokenizeReply(Reply):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class RenderReply(Reply):
+    """The prompt of a conversation, as text and as token ids.
+
+    `save_positions` are the numbers of tokens after which the model's state is saved, besides those at regular
+    distances. `opens_reasoning` says that the reply begins with thoughts, because the prompt opens their tag.
+    """
+
+    prompt: str
+    token_ids: list[int]
+    count: int
+    max_model_len: int
+    save_positions: list[int]
+    opens_reasoning: bool
 
 
 class TokenizerInfoReply(Reply):

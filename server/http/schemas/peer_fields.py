@@ -265,11 +265,6 @@ TOKENIZE: PeerFields = MappingProxyType(
         "add_special": PeerField("llama.cpp", instead="add_special_tokens"),
         "parse_special": PeerField("llama.cpp", (False,)),
         "with_pieces": PeerField("llama.cpp", (False,), instead="return_token_strs"),
-        "continue_final_message": PeerField("vLLM", (False,)),
-        "chat_template": PeerField("vLLM", ("",)),
-        "chat_template_kwargs": PeerField("vLLM", ({},)),
-        "tools": PeerField("vLLM", ([],)),
-        "documents": PeerField("vLLM", ([],)),
     }
 )
 
