@@ -160,7 +160,7 @@ async def test_an_unexpected_error_tells_nothing(
     def broken(messages: object, **options: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(bench.app.state.services.chat_template, "render", broken)
+    monkeypatch.setattr(bench.app.state.services.chat_template, "render_text", broken)
     async with bench.http() as http:
         response = await http.post(CHAT, json=chat())
     error = response.json()["error"]

@@ -1,163 +1,35 @@
-"""Tools, thoughts and templates in /v1/chat/completions, streamed and not, mostly through the official client."""
+"""Tools in /v1/chat/completions, streamed and not, mostly through the official client."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-import msgspec
 import pytest
 from openai import AsyncOpenAI
 
-from jamba_server.engine.types import EngineInfo
-from jamba_server.server.config import GenerationDefaults, ServerConfig
-from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.reply_style import ReplyStyle, find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
-from tests.server.conftest import TEMPLATE, Bench
-from tests.server.fake_engine import EOS, INFO, FakeEngine, says
-from tests.synthetic_tokenizer import Family, write_tokenizer
-
-CHAT = "/v1/chat/completions"
-REASONING_TEMPLATE = (Path(__file__).parent.parent / "templates" / "reasoning.jinja").read_text(encoding="utf-8")
-# A template in the manner of Jamba 1.7: tools and documents in the system message, calls between special tokens.
-JAMBA_TEMPLATE = (
-    "<|bom|><|system|> {% if tools %}<tool_definitions>{{ tools | tojson }}</tool_definitions>{% endif %}"
-    "{% for document in documents or [] %}{{ document.text }}{% endfor %}{{ style }}<|eom|>"
-    "{% for message in messages %}<|bom|><|{{ message.role }}|> {{ message.content }}"
-    "{% if message.tool_calls %}<tool_calls>[{% for call in message.tool_calls %}{{ call.function | tojson }}"
-    "{% endfor %}]</tool_calls>{% endif %}<|eom|>{% endfor %}"
-    "{% if add_generation_prompt %}<|bom|><|assistant|>{% endif %}"
+from tests.server.conftest import TEMPLATE
+from tests.server.fake_engine import EOS, says
+from tests.server.served_model import (
+    CLOCK,
+    HERMES_CALL,
+    JAMBA_CALL,
+    JAMBA_TEMPLATE,
+    PARIS,
+    REASONING_TEMPLATE,
+    TOOLS,
+    Model,
+    call,
+    events,
+    serve,
+    without_ids,
 )
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
-TOOLS = [WEATHER, CLOCK]
-QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
-PARIS = '{"city": "Paris"}'
-HERMES_CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
-JAMBA_CALL = f' <tool_calls>[\n    {{"name": "get_weather", "arguments": {PARIS}}}\n]</tool_calls>'
-
-
-class LongEngine(FakeEngine):
-    """A fake engine with room for the prompts of templates with tools."""
-
-    @property
-    def info(self) -> EngineInfo:
-        return msgspec.structs.replace(INFO, max_model_len=8192)
-
-
-@dataclass
-class Model:
-    """A served model, and the tokens of its replies."""
-
-    bench: Bench
-    tokenizer: Tokenizer
-
-    def tokens(self, text: str) -> list[int]:
-        """The tags of the text are special tokens if the vocabulary has them as such."""
-        special = self.tokenizer.special_tokens
-        pieces = re.split("(</?tool_calls>)", text)
-        nested = [
-            [special[piece]] if piece in special else self.tokenizer.encode(piece, add_special_tokens=False)
-            for piece in pieces
-        ]
-        return [token for tokens in nested for token in tokens]
-
-    def say(self, *replies: str) -> None:
-        self.bench.engine.script = says(*map(self.tokens, replies))
-        self.bench.engine.requests.clear()
-
-    @property
-    def prompt(self) -> str:
-        return self.tokenizer.decode(self.bench.engine.requests[-1].prompt, skip_special_tokens=False)
-
-    @property
-    def params(self) -> Any:
-        return self.bench.engine.requests[-1].params
-
-    async def post(self, **fields: Any) -> httpx.Response:
-        async with self.bench.http() as http:
-            return await http.post(CHAT, json={"messages": QUESTION, **fields})
-
-    async def message(self, **fields: Any) -> dict[str, Any]:
-        """The message of a reply. The streamed reply must have the same message and the same end."""
-        reply = await self.post(**fields)
-        assert reply.status_code == 200, reply.text
-        [choice] = reply.json()["choices"]
-        streamed = await self.post(**fields, stream=True)
-        message, finish_reason = collect(events(streamed))
-        assert without_ids(message) == without_ids({key: v for key, v in choice["message"].items() if key != "refusal"})
-        assert finish_reason == choice["finish_reason"]
-        return choice["message"] | {"finish_reason": finish_reason}
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]", response.text
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def collect(chunks: list[dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-    """Puts a message together from the events of a stream, as OpenAI's guide does."""
-    message: dict[str, Any] = {"role": None, "content": ""}
-    calls: list[dict[str, Any]] = []
-    finish_reason = None
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            delta = choice["delta"]
-            message["role"] = delta.get("role") or message["role"]
-            for name in ("content", "reasoning", "reasoning_content"):
-                if name in delta:
-                    message[name] = message.get(name, "") + delta[name]
-            for piece in delta.get("tool_calls", []):
-                if piece["index"] == len(calls):
-                    assert piece["function"]["arguments"] == ""
-                    calls.append(json.loads(json.dumps({key: piece[key] for key in ("id", "type", "function")})))
-                else:
-                    assert piece.keys() == {"index", "function"}
-                    assert piece["index"] == len(calls) - 1
-                    calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
-            finish_reason = choice["finish_reason"] or finish_reason
-    if calls:
-        message |= {"tool_calls": calls, "content": message["content"] or None}
-    return message, finish_reason
-
-
-def without_ids(message: dict[str, Any]) -> dict[str, Any]:
-    return message | {"tool_calls": [call | {"id": ""} for call in message.get("tool_calls", [])]}
-
-
-def call(name: str, arguments: str) -> dict[str, Any]:
-    return {"id": "", "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-@asynccontextmanager
-async def serve(
-    folder: Path, family: Family, template: str, defaults: GenerationDefaults | None = None, **settings: Any
-) -> AsyncGenerator[Model]:
-    write_tokenizer(folder, family)
-    tokenizer = Tokenizer.from_folder(folder)
-    engine = LongEngine(says([EOS]))
-    config = ServerConfig(served_model_name=("jamba",), **settings)
-    app = create_app(
-        config, engine, tokenizer, ChatTemplate(template, tokenizer), defaults or GenerationDefaults(), demo=False
-    )
-    async with app.router.lifespan_context(app):
-        yield Model(Bench(app, engine), tokenizer)
+from tests.synthetic_tokenizer import Family, write_tokenizer
 
 
 @pytest.fixture
@@ -396,184 +268,6 @@ async def test_what_is_wrong_is_named(hermes: Model, fields: dict[str, Any], par
     error = response.json()["error"]
     assert (error["param"], len(response.content) < 1000) == (param, True)
     assert hermes.bench.engine.requests == []
-
-
-# The conversation -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments", [PARIS, {"city": "Paris"}])
-async def test_calls_and_results_in_the_history(hermes: Model, arguments: Any) -> None:
-    hermes.say("</think>a")
-    past = {"role": "assistant", "content": None, "reasoning": "need it", "tool_calls": [
-        {"id": "call_1", "type": "function", "index": 0, "function": {"name": "get_weather", "arguments": arguments}},
-    ]}  # fmt: skip
-    result = {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "18C"}]}
-    response = await hermes.post(messages=[*QUESTION, past, result], tools=TOOLS)
-    assert response.status_code == 200, response.text
-    assert f"<think>\nneed it\n</think>\n\n{HERMES_CALL}<|im_end|>\n" in hermes.prompt
-    assert hermes.prompt.endswith("<tool_response>\n18C\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n")
-
-
-@pytest.mark.parametrize(
-    ("message", "param"),
-    [
-        ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages.0.tool_calls"),
-        ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0.tool_call_id"),
-        ({"role": "tool"}, "messages.0.content"),
-        ({"role": "assistant", "tool_calls": [call("f", "[]")]}, "messages.0.tool_calls.0.function.arguments"),
-        ({"role": "assistant", "tool_calls": [call("f", '{"a')]}, "messages.0.tool_calls.0.function.arguments"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls.0.function"),
-        ({"role": "assistant", "tool_calls": [call("f", "{}") | {"type": "custom"}]}, "messages.0.tool_calls.0.type"),
-        ({"role": "assistant", "tool_calls": [call("", "{}")]}, "messages.0.tool_calls.0.function.name"),
-    ],
-)
-async def test_what_is_wrong_in_the_history_is_named(hermes: Model, message: dict[str, Any], param: str) -> None:
-    async with hermes.bench.http() as http:
-        body = json.dumps({"messages": [message]})
-        response = await http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
-
-
-async def test_documents_and_variables_of_the_template(jamba: Model) -> None:
-    jamba.say(" a")
-    fields = {"documents": [{"title": "T", "text": "All cats are grey."}], "chat_template_kwargs": {"style": "S"}}
-    assert (await jamba.post(**fields)).status_code == 200
-    assert "<|system|> All cats are grey.S<|eom|>" in jamba.prompt
-    assert (await jamba.post(chat_template_kwargs={"style": 1}, documents=[])).status_code == 200
-
-
-async def test_the_last_message_is_continued(jamba: Model) -> None:
-    jamba.say(" are grey.")
-    messages = [*QUESTION, {"role": "assistant", "content": "All cats"}]
-    reply = await jamba.post(messages=messages, continue_final_message=True, add_generation_prompt=False)
-    assert reply.json()["choices"][0]["message"]["content"] == " are grey."
-    assert jamba.prompt.endswith("<|assistant|> All cats")
-
-
-async def test_a_template_of_the_request(tmp_path: Path) -> None:
-    async with serve(tmp_path, "jamba-1.5", JAMBA_TEMPLATE, allow_request_templates=True) as model:
-        model.say("a")
-        assert (await model.post(chat_template="<|bom|>{{ messages[0].content }}!")).status_code == 200
-        assert model.prompt == "<|startoftext|><|bom|>Hi!"
-        error = (await model.post(chat_template="{% if %}")).json()["error"]
-        assert error["param"] == "chat_template"
-
-
-# Thoughts -------------------------------------------------------------------------------------------------------------
-
-
-async def test_thoughts_count(hermes: Model) -> None:
-    hermes.say("ab\n</think>\n\nc")
-    reply = (await hermes.post()).json()
-    assert reply["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}  # the end tag is the fourth
-    assert reply["usage"]["completion_tokens"] == 8
-    last = events(await hermes.post(stream=True, stream_options={"include_usage": True}))[-1]
-    assert last["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
-
-
-async def test_thoughts_are_left_out_on_request(hermes: Model) -> None:
-    hermes.say("ab\n</think>\n\nc")
-    message = await hermes.message(include_reasoning=False)
-    assert (message["content"], "reasoning" in message, "reasoning_content" in message) == ("c", False, False)
-
-
-async def test_thoughts_without_an_end(hermes: Model) -> None:
-    hermes.say("ab")
-    message = await hermes.message()
-    assert (message["content"], message["reasoning"], message["finish_reason"]) == ("", "ab", "stop")
-
-
-async def test_a_stop_string_ends_thoughts_too(hermes: Model) -> None:
-    hermes.say("ab STOP c</think>d")
-    message = await hermes.message(stop="STOP")
-    assert (message["content"], message["reasoning"], message["finish_reason"]) == ("", "ab ", "stop")
-
-
-@pytest.mark.parametrize("fields", [{"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}])
-async def test_thoughts_are_switched_off(hermes: Model, fields: dict[str, Any]) -> None:
-    hermes.say("\n\nHello")
-    message = await hermes.message(**fields)
-    assert (message["content"], "reasoning" in message) == ("\n\nHello", False)
-    assert hermes.prompt.endswith("<think>\n\n</think>\n\n")
-
-
-async def test_an_effort_that_the_template_does_not_know_is_ignored_visibly(hermes: Model, jamba: Model) -> None:
-    hermes.say("</think>a")
-    response = await hermes.post(reasoning_effort="low", unheard_of=1)
-    assert (response.status_code, response.headers["x-ignored-fields"]) == (200, "unheard_of, reasoning_effort")
-    assert hermes.prompt.endswith("<think>\n")
-    jamba.say(" a")
-    response = await jamba.post(reasoning_effort="none")
-    assert (response.status_code, "x-ignored-fields" in response.headers) == (200, False)
-    response = await jamba.post(reasoning_effort="high", thinking_token_budget=5)
-    assert (response.status_code, response.headers["x-ignored-fields"]) == (
-        200,
-        "reasoning_effort, thinking_token_budget",
-    )
-
-
-async def test_a_budget_of_thoughts(hermes: Model) -> None:
-    hermes.say("</think>a")
-    assert (await hermes.post(thinking_token_budget=9)).status_code == 200
-    end = hermes.tokenizer.tags["</think>"]
-    assert (hermes.params.thinking_token_budget, hermes.params.thinking_end) == (9, (end,))
-    assert (await hermes.post(thinking_token_budget=9, reasoning_effort="none")).status_code == 200
-    assert (hermes.params.thinking_token_budget, hermes.params.thinking_end) == (None, ())
-
-
-# What a reply says beside the message ---------------------------------------------------------------------------------
-
-
-async def test_log_probabilities_of_the_prompt(hermes: Model) -> None:
-    hermes.say("</think>a")
-    reply = (await hermes.post(prompt_logprobs=2)).json()
-    prompt = hermes.bench.engine.requests[-1].prompt
-    first, second, *_ = reply["prompt_logprobs"]
-    assert (first, len(reply["prompt_logprobs"])) == (None, len(prompt))
-    text = hermes.tokenizer.token_text
-    assert second["1800"] == {"logprob": -1 / 8, "rank": 1, "decoded_token": text(1800)}
-    assert second["1801"]["rank"] == 2
-    assert second[str(prompt[1])]["decoded_token"] == text(prompt[1])
-    async with hermes.bench.http() as http:
-        body = {"prompt": [5, 6, 7], "prompt_logprobs": 0, "max_tokens": 1}
-        [choice] = (await http.post("/v1/completions", json=body)).json()["choices"]
-    assert [None if entry is None else list(entry) for entry in choice["prompt_logprobs"]] == [None, ["6"], ["7"]]
-    assert choice["logprobs"] is None
-
-
-async def test_token_ids(hermes: Model) -> None:
-    hermes.say("</think>a")
-    reply = (await hermes.post(return_token_ids=True)).json()
-    prompt = hermes.bench.engine.requests[-1].prompt
-    assert (reply["prompt_token_ids"], reply["choices"][0]["token_ids"]) == (prompt, [*hermes.tokens("</think>a"), EOS])
-    first, *others = events(await hermes.post(return_token_ids=True, stream=True, n=2))
-    assert first["prompt_token_ids"] == prompt
-    assert not any("prompt_token_ids" in event for event in others)
-    async with hermes.bench.http() as http:
-        body = {"prompt": [[5, 6], [7]], "return_token_ids": True, "n": 2, "max_tokens": 2}
-        choices = (await http.post("/v1/completions", json=body)).json()["choices"]
-        streamed = events(await http.post("/v1/completions", json=body | {"stream": True}))
-    assert [choice["prompt_token_ids"] for choice in choices] == [[5, 6], [5, 6], [7], [7]]
-    assert {tuple(choice["token_ids"]) for choice in choices} == {tuple(hermes.tokens("</think>a")[:2])}
-    for choice in choices:
-        mine = [c for event in streamed for c in event["choices"] if c["index"] == choice["index"]]
-        assert [token for c in mine for token in c["token_ids"]] == choice["token_ids"]
-        assert [c["prompt_token_ids"] for c in mine if "prompt_token_ids" in c] == [choice["prompt_token_ids"]]
-
-
-async def test_timings(hermes: Model) -> None:
-    hermes.say("</think>a")
-    reply = (await hermes.post(timings_per_token=True)).json()
-    timings, usage = reply["timings"], reply["usage"]
-    assert timings["cache_n"] == usage["prompt_tokens_details"]["cached_tokens"]
-    assert timings["cache_n"] + timings["prompt_n"] == usage["prompt_tokens"]
-    assert (timings["predicted_n"], timings["queue_ms"]) == (usage["completion_tokens"], 250.0)
-    streamed = events(await hermes.post(timings_per_token=True, stream=True))
-    assert ["timings" in event for event in streamed] == [False] * (len(streamed) - 1) + [True]
-    assert "usage" not in streamed[-1]
-    async with hermes.bench.http() as http:
-        assert (await http.post("/v1/completions", json={"prompt": [5], "timings_per_token": True})).json()["timings"]
-    assert "timings" not in (await hermes.post()).json()
 
 
 # The style of a model -------------------------------------------------------------------------------------------------
