@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from llguidance import LLMatcher, LLTokenizer
 
 from jamba_server.engine.grammar.constraint import Constraint
-from jamba_server.engine.grammar.limits import parser_limits, start_deep_thread
+from jamba_server.engine.grammar.limits import GrammarError, check_size, parser_limits, start_deep_thread
 from jamba_server.engine.types import Request
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,6 @@ TOKENIZER_FILE = "tokenizer.json"
 # takes about 200 bytes for each character.
 MAX_CACHED_CHARS = 1 << 20
 _MAX_ERROR_CHARS = 500
-
-
-class GrammarError(Exception):
-    """A grammar that cannot be compiled. The message is for the client."""
 
 
 Done = Callable[[Constraint | GrammarError], None]
@@ -132,6 +128,7 @@ def _compiled(tokenizer: LLTokenizer, grammar: str, cache: _Cache) -> LLMatcher:
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """Returns a new matcher. Must be called in a thread that `start_deep_thread` started. Raises GrammarError if the
     grammar is wrong or exceeds the limits."""
+    check_size(grammar)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
     if not matcher.is_error():
         matcher.compute_bitmask()  # llguidance completes the compilation of large expressions in its first mask

@@ -3,6 +3,7 @@ that is accepted once is accepted by every process on every machine."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,11 +19,37 @@ STACK_BYTES: Final = 1 << 29
 # second, and the mask of its first token takes tens of milliseconds.
 MAX_GRAMMAR_SYMBOLS: Final = 150_000
 
+# Maximum number of lines of a Lark grammar. Each rule has a line of its own. llguidance's time to report an error in
+# rules that refer to each other grows with the square of their number; for 1,000 rules it is about 10 seconds.
+MAX_LARK_LINES: Final = 1000
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be compiled. The message is for the client."""
+
 
 def parser_limits() -> LLParserLimits:
     """Returns the limits with which every grammar is compiled and run. The limits that are not named here are
     llguidance's own. Error messages do not repeat the grammar."""
     return LLParserLimits(max_grammar_size=MAX_GRAMMAR_SYMBOLS, verbose_errors=False)
+
+
+def check_size(grammar: str) -> None:
+    """Raises GrammarError if a grammar in llguidance's form has too many rules. Must be called before the grammar is
+    compiled or checked by llguidance."""
+    if (lines := sum(text.count("\n") for text in _lark_texts(grammar))) >= MAX_LARK_LINES:
+        raise GrammarError(f"The grammar has {lines + 1} lines; the limit is {MAX_LARK_LINES}.")
+
+
+def _lark_texts(grammar: str) -> list[str]:
+    """Returns the Lark grammars in `grammar`, which is one itself, or a JSON object with a list of grammars."""
+    if not grammar.lstrip().startswith("{"):
+        return [grammar]
+    try:
+        parts: Any = json.loads(grammar)["grammars"]
+        return [part.get("lark_grammar") or "" for part in parts]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise GrammarError("The grammar is not in llguidance's JSON form.") from error
 
 
 _starting = threading.Lock()
