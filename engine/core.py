@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from jamba_server.engine.grammar.compiler import GrammarCompiler
+from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
-from jamba_server.engine.grammar.limits import GrammarError
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
 from jamba_server.engine.scheduler import Scheduler
 from jamba_server.engine.types import EngineInfo, Request, StepResult, TokenUpdate

@@ -11,10 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from jamba_server.engine.grammar.constraint import Constraint
-from jamba_server.engine.grammar.limits import GrammarError, check_size, parser_limits, start_deep_thread
+from jamba_server.engine.grammar.deep_thread import start_deep_thread
+from jamba_server.engine.grammar.limits import PARSER_LIMITS
 from jamba_server.engine.types import Request
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,10 @@ TOKENIZER_FILE = "tokenizer.json"
 # takes about 200 bytes for each character.
 MAX_CACHED_CHARS = 1 << 20
 _MAX_ERROR_CHARS = 500
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be compiled. The message is for the client."""
 
 
 Done = Callable[[Constraint | GrammarError], None]
@@ -127,9 +132,9 @@ def _compiled(tokenizer: LLTokenizer, grammar: str, cache: _Cache) -> LLMatcher:
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """Returns a new matcher. Must be called in a thread that `start_deep_thread` started. Raises GrammarError if the
-    grammar is wrong or exceeds the limits."""
-    check_size(grammar)
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+    grammar is wrong or exceeds the limits. Error messages do not repeat the grammar."""
+    limits = LLParserLimits(**PARSER_LIMITS, verbose_errors=False)  # pyright: ignore[reportArgumentType]
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()  # llguidance completes the compilation of large expressions in its first mask
     if matcher.is_error():

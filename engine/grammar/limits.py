@@ -1,68 +1,36 @@
-"""Limits on the work that a grammar may cause. All limits count steps and sizes, and none reads a clock, so a grammar
-that is accepted once is accepted by every process on every machine."""
+"""The limits of grammars. The HTTP process checks each grammar under these limits, and the engine compiles it under the
+same ones, so that a grammar which was accepted does not fail in the engine.
+
+Nothing here imports llguidance, so that a process that only needs a number does not load the library.
+"""
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from llguidance import LLParserLimits
+# The arguments of `llguidance.LLParserLimits`. A unit of fuel is one step in the construction of a regular expression's
+# automaton; about 50,000 steps take a millisecond. An item is one entry of the Earley parser's table.
+PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
+    {
+        "max_items_in_row": 2000,
+        "initial_lexer_fuel": 1_000_000,
+        "step_lexer_fuel": 200_000,
+        "step_max_items": 50_000,
+        "max_lexer_states": 50_000,  # a state takes 1 to 2 kB, so a grammar takes at most about 100 MB
+        # The number of symbols in all rules. A grammar with this many symbols is compiled in about one second, and the
+        # mask of its first token takes tens of milliseconds. llguidance's own limit is 500,000.
+        "max_grammar_size": 150_000,
+    }
+)
 
-# Number of bytes of the stack of a thread that compiles grammars. llguidance follows a chain of rules by recursion, and
-# a stack that overflows ends the process. The longest chain that fits into a grammar of `validation.MAX_GRAMMAR_CHARS`
-# characters needs less than half of this size. Memory is used only as far as the recursion goes.
-STACK_BYTES: Final = 1 << 29
+# The check of a grammar ends when it has used this much CPU time or memory. llguidance's limits above do not bound
+# every part of a compilation: a regular expression can keep it busy for 20 seconds and let it take 2 GB.
+COMPILE_CPU_SECONDS = 1.0
+COMPILE_MEMORY_BYTES = 1 << 30
 
-# Replaces llguidance's own limit of 500,000. A grammar with this many symbols in its rules is compiled in about one
-# second, and the mask of its first token takes tens of milliseconds.
-MAX_GRAMMAR_SYMBOLS: Final = 150_000
-
-# Maximum number of lines of a Lark grammar. Each rule has a line of its own. llguidance's time to report an error in
-# rules that refer to each other grows with the square of their number; for 1,000 rules it is about 10 seconds.
-MAX_LARK_LINES: Final = 1000
-
-
-class GrammarError(Exception):
-    """A grammar that cannot be compiled. The message is for the client."""
-
-
-def parser_limits() -> LLParserLimits:
-    """Returns the limits with which every grammar is compiled and run. The limits that are not named here are
-    llguidance's own. Error messages do not repeat the grammar."""
-    return LLParserLimits(max_grammar_size=MAX_GRAMMAR_SYMBOLS, verbose_errors=False)
-
-
-def check_size(grammar: str) -> None:
-    """Raises GrammarError if a grammar in llguidance's form has too many rules. Must be called before the grammar is
-    compiled or checked by llguidance."""
-    if (lines := sum(text.count("\n") for text in _lark_texts(grammar))) >= MAX_LARK_LINES:
-        raise GrammarError(f"The grammar has {lines + 1} lines; the limit is {MAX_LARK_LINES}.")
-
-
-def _lark_texts(grammar: str) -> list[str]:
-    """Returns the Lark grammars in `grammar`, which is one itself, or a JSON object with a list of grammars."""
-    if not grammar.lstrip().startswith("{"):
-        return [grammar]
-    try:
-        parts: Any = json.loads(grammar)["grammars"]
-        return [part.get("lark_grammar") or "" for part in parts]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise GrammarError("The grammar is not in llguidance's JSON form.") from error
-
-
-_starting = threading.Lock()
-
-
-def start_deep_thread(run: Callable[..., Any], *arguments: Any) -> threading.Thread:
-    """Starts `run(*arguments)` in a daemon thread with a stack of STACK_BYTES bytes and returns the thread. Grammars
-    must be compiled and checked in such a thread."""
-    thread = threading.Thread(target=run, args=arguments, daemon=True)
-    with _starting:  # the size of the stack is a setting of the whole process, which the next new thread takes
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(before)
-    return thread
+MAX_SCHEMA_DEPTH = 48  # nesting of schemas inside of schemas; llguidance reads at most 127 levels of JSON
+MAX_SCHEMA_NODES = 20_000  # number of JSON values in a schema, its annotations included
+MAX_REGEX_CHARS = 8192
+MAX_CHOICES = 4096
+MAX_CHOICE_CHARS = 4096
