@@ -99,7 +99,11 @@ class ModelRunner:
         `Scheduler.advance`, which changes the sequences."""
         self._copy_units(output.copies)
         rows = [row for chunk in output.chunks for row in _sampling_rows(chunk)]
-        constrained = [ConstrainedRow(n, row, seq.constraint) for n, (row, seq) in enumerate(rows) if seq.constraint]
+        constrained = [
+            ConstrainedRow(n, row, seq.constraint)
+            for n, (row, seq) in enumerate(rows)
+            if seq.constraint is not None and seq.constraint.restricts
+        ]
         with self.masks.filling(constrained) as masks:
             hidden, chosen = self._forward(output.chunks)
             tokens = self._sample(chosen, rows, masks) if rows else None

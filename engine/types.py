@@ -30,8 +30,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar, from its first generated token on, thoughts included. An end token may come only where the grammar may end.
     While the grammar allows another token, `min_tokens` and `ignore_eos` forbid the end tokens; where the grammar
     allows nothing but an end token, the reply ends all the same. Where the grammar allows one continuation of the text
-    only, the reply continues with the tokens of that text, whatever the penalties and the bias; with `bad_words` or
-    `allowed_token_ids`, every token is chosen by sampling instead.
+    only, the reply continues with the tokens that the tokenizer makes of that text, whatever the penalties and the bias
+    are. If `bad_words` or `allowed_token_ids` forbid every token that the grammar allows, the request ends with an
+    error.
 
     `thinking_end` are the token ids of the mark that ends the model's thoughts. If the reply has
     `thinking_token_budget` tokens and this mark has not appeared among them, the next tokens are those of the mark. The

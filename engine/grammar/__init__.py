@@ -1,2 +1,0 @@
-"""Constrained decoding: replies that follow a grammar, and thoughts that end after a number of tokens. This package
-does not import torch."""

@@ -132,7 +132,7 @@ def _compiled(tokenizer: LLTokenizer, grammar: str, cache: _Cache) -> LLMatcher:
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """Returns a new matcher. Must be called in a thread that `start_deep_thread` started. Raises GrammarError if the
-    grammar is wrong or exceeds the limits."""
+    grammar is wrong or exceeds the limits. Error messages do not repeat the grammar."""
     limits = LLParserLimits(**PARSER_LIMITS, verbose_errors=False)  # pyright: ignore[reportArgumentType]
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():

@@ -32,8 +32,8 @@ class Constraint:
         self._budget = params.thinking_token_budget
         self._count = 0  # number of tokens of the reply
         self._matched = 0  # number of tokens at the end of the reply that are the first tokens of `thinking_end`
-        # `bad_words` and `allowed_token_ids` may forbid the tokens of a forced text, but not those of another sequence
-        # of tokens with the same text.
+        # `bad_words` and `allowed_token_ids` may forbid a token of a forced text. Then the mask of this token is empty,
+        # which ends the request with an error.
         self._follows_text = matcher is not None and not (params.bad_words or params.allowed_token_ids)
         self.forced = self._next_forced()
 
@@ -41,6 +41,11 @@ class Constraint:
     def without_grammar(cls, params: SamplingParams) -> Constraint | None:
         """Returns the constraint of a request that has no grammar, or None if nothing constrains the request."""
         return None if params.thinking_token_budget is None else cls(params, None, ())
+
+    @property
+    def restricts(self) -> bool:
+        """Whether some tokens must not come next."""
+        return bool(self.forced) or self.matcher is not None
 
     def take(self, token_id: int) -> None:
         """Records the next token of the reply."""

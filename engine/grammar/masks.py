@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor
+from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 
 from jamba_server.engine.grammar.constraint import Constraint
@@ -68,7 +68,7 @@ class MaskFiller:
         numbers = np.array([entry.number for entry in rows], dtype=np.int64)
         masks = Masks(numbers, np.empty((len(rows), self._words), dtype=np.int32))
         filled = None
-        if any(_matches(entry.constraint) for entry in rows):
+        if any(_matcher(entry.constraint) is not None for entry in rows):
             filled = self._thread.submit(self._fill, rows, masks.masks)
         else:
             self._fill(rows, masks.masks)
@@ -79,13 +79,13 @@ class MaskFiller:
                 filled.exception()
 
     def _fill(self, rows: Sequence[ConstrainedRow], masks: NDArray[np.int32]) -> None:
-        pairs = [(entry.constraint.matcher, i) for i, entry in enumerate(rows) if _matches(entry.constraint)]
+        matchers = [_matcher(entry.constraint) for entry in rows]
+        pairs = [(matcher, i) for i, matcher in enumerate(matchers) if matcher is not None]
         if pairs:
             self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, self._words * 4, len(masks))
         for (_, row, constraint), mask in zip(rows, masks, strict=True):
             if constraint.forced:
-                mask.fill(0)
-                _set(mask, constraint.forced[:1])
+                mask[:] = _only(constraint.forced[:1], len(mask))
             elif constraint.matcher is None or constraint.error:
                 mask.fill(-1)
             elif constraint.matcher.is_error():
@@ -95,41 +95,44 @@ class MaskFiller:
                 self._restrict(mask, row, constraint)
 
     def _restrict(self, mask: NDArray[np.int32], row: SamplingRow, constraint: Constraint) -> None:
-        """Removes from a mask the tokens that the other parameters of the request forbid. If these parameters forbid
-        every token that the grammar allows, the request ends with an error."""
-        early = row.early_ends(self._eos)
-        if early:
-            later = mask.copy()
-            _clear(later, early)
-            if later.any():  # else the grammar must end here
-                mask[:] = later
-        forbidden, allowed = row.ends_of_bad_words(), row.params.allowed_token_ids
-        if forbidden:
-            _clear(mask, forbidden)
+        """Removes from a mask the tokens that the other parameters of the request forbid. Where the grammar allows
+        nothing but end tokens, nothing is removed. If the parameters forbid every token that the grammar allows, the
+        request ends with an error."""
+        early, bad, allowed = row.early_ends(self._eos), row.ends_of_bad_words(), row.params.allowed_token_ids
+        if not (early or bad or allowed):
+            return
+        if not _without(mask, self._eos).any():
+            return  # the grammar must end here
+        if (later := _without(mask, early)).any():
+            mask[:] = later
+        mask[:] = _without(mask, bad)
         if allowed:
-            only = np.zeros_like(mask)
-            _set(only, allowed)
-            mask &= only
+            mask &= _only(allowed, len(mask))
         if not mask.any():
             constraint.error = (
-                "The grammar of this reply allows only tokens there that bad_words or allowed_token_ids forbid."
+                "bad_words or allowed_token_ids forbid every token that the grammar allows at this place of the reply."
             )
             mask.fill(-1)
 
 
-def _matches(constraint: Constraint) -> bool:
-    """Returns whether the matcher of a constraint must compute a mask."""
-    return constraint.matcher is not None and not constraint.forced and not constraint.error
+def _matcher(constraint: Constraint) -> LLMatcher | None:
+    """Returns the matcher that must compute a mask, or None if the next token is forced or every token is allowed."""
+    return None if constraint.forced or constraint.error else constraint.matcher
 
 
-def _set(mask: NDArray[np.int32], token_ids: Iterable[int]) -> None:
+def _only(token_ids: Iterable[int], words: int) -> NDArray[np.int32]:
+    """Returns a mask of `words` words that allows the tokens `token_ids` only."""
+    mask = np.zeros(words, dtype=np.uint32)
+    np.bitwise_or.at(mask, *_places(token_ids))
+    return mask.view(np.int32)
+
+
+def _without(mask: NDArray[np.int32], token_ids: Iterable[int]) -> NDArray[np.int32]:
+    """Returns a copy of `mask` that does not allow the tokens `token_ids`."""
     words, bits = _places(token_ids)
-    np.bitwise_or.at(mask.view(np.uint32), words, bits)
-
-
-def _clear(mask: NDArray[np.int32], token_ids: Iterable[int]) -> None:
-    words, bits = _places(token_ids)
-    np.bitwise_and.at(mask.view(np.uint32), words, ~bits)
+    copy = mask.copy().view(np.uint32)
+    np.bitwise_and.at(copy, words, ~bits)
+    return copy.view(np.int32)
 
 
 def _places(token_ids: Iterable[int]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:

@@ -122,10 +122,7 @@ class Simulator:
         return updates
 
     def check_output(self, output: SchedulerOutput) -> None:
-        sizes = [c.end - c.start for c in output.chunks]
-        assert sum(size for size in sizes if size > 1) <= self.scheduler.max_num_batched_tokens, (
-            "single tokens are free"
-        )
+        assert sum(self.cost(chunk) for chunk in output.chunks) <= self.scheduler.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         decodes = [c.is_decode for c in output.chunks]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
@@ -147,6 +144,12 @@ class Simulator:
         elif in_slots:
             assert not {s for s, _ in copies.states} & set(written), "a saved state that is copied is overwritten"
             assert not copies.saves
+
+    @staticmethod
+    def cost(chunk: Chunk) -> int:
+        """What a chunk takes of the budget: a decoded token is free, forced tokens after it are not."""
+        size = chunk.end - chunk.start
+        return size - 1 if size <= 1 + chunk.sequence.num_forced else size
 
     def copy(self, copies: CacheCopies) -> None:
         for source, destination in copies.pages:
@@ -208,7 +211,10 @@ class Simulator:
             assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"
         assert state == expected, "state corrupted"
         self.texts[seq] = tokens
-        return ChunkResult((choose(chunk),) if chunk.num_sampled else ())
+        if not chunk.num_sampled:
+            return ChunkResult()
+        forced = seq.constraint.forced if seq.constraint is not None and not chunk.is_ahead else ()
+        return ChunkResult((forced[0] if forced else choose(chunk),))
 
     def pools(self) -> list[BlockPool]:
         """All that units can leak from."""
@@ -252,6 +258,9 @@ def make_scheduler(
     )
 
 
+THINKING_END = (6, 7, 8, 7, 9)  # tokens of no prompt
+
+
 def random_request(random: Random, number: int, stems: list[list[int]], max_len: int) -> Request:
     stem = random.choice(stems)
     prompt = stem[: random.randint(1, max_len - 3)] + [random.randrange(5) for _ in range(random.randint(0, 3))]
@@ -264,6 +273,9 @@ def random_request(random: Random, number: int, stems: list[list[int]], max_len:
             prompt_logprobs=0 if random.random() < 0.1 else None,
             presence_penalty=1.0 if random.random() < 0.03 else 0.0,
             seed=number,
+            thinking_token_budget=random.randint(0, 9) if random.random() < 0.2 else None,
+            thinking_end=THINKING_END[: random.randint(1, 5)],
+            logprobs=0 if random.random() < 0.2 else None,
         ),
         group=f"g{number // 3}" if random.random() < 0.2 else "",
         priority=random.choice((0, 0, 0, 1)),

@@ -49,7 +49,8 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
     requests = [random_request(random, i, stems, max_len) for i in range(NUM_REQUESTS)]
     fresh, left = list(requests), {r.id: r for r in requests}
     generated: dict[str, int] = Counter()
-    aborted = stopped = 0
+    replies = {request.id: list[int]() for request in requests}
+    aborted = stopped = forced = 0
     while left or simulator.under_way:
         assert simulator.time < 20_000, "livelock"
         if fresh and (random.random() < 0.5 or not scheduler.has_work):
@@ -62,14 +63,19 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
                 aborted += left.pop(victim.id, None) is not None
         for update in simulator.step(lambda _: EOS if random.random() < 0.03 else random.randrange(5)):
             generated[update.request_id] += len(update.token_ids)
+            replies[update.request_id] += update.token_ids
             if update.finish_reason:
                 request = left.pop(update.request_id)
                 allowed = min(request.params.max_tokens, max_len - len(request.prompt))
                 if update.finish_reason == "stop":
                     stopped += 1
-                    assert update.token_ids == [EOS]
+                    assert update.token_ids[-1] == EOS
                     allowed = min(allowed, generated[request.id])
                 assert generated[request.id] == allowed, "a reply has the wrong length"
+                budget, end = request.params.thinking_token_budget, request.params.thinking_end
+                if budget is not None and len(replies[request.id]) >= budget + len(end):
+                    assert tuple(replies[request.id][budget : budget + len(end)]) == end
+                    forced += len(end)
     assert not scheduler.has_work
     stats = scheduler.stats
     assert stats.kv_blocks_used == 0
@@ -85,6 +91,7 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         tail_hits=simulator.num_tail_hits,
         aborted=aborted,
         stopped=stopped,
+        forced=forced,
         ahead=simulator.num_ahead,
     )
 
@@ -109,6 +116,7 @@ def test_random_work(kind: str, first: int, ahead: bool) -> None:
         "tail_hits",
         "aborted",
         "stopped",
+        "forced",
     ):
         assert total[event] > 0, f"the fuzz never saw {event}"
 
