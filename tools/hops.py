@@ -183,7 +183,7 @@ class EngineTrace:
             self._results = self._stacks.of(frame)
 
     def send(self, connection: object, data: bytes) -> None:
-        if MARK not in data or self._path.exists():
+        if MARK not in data or b"token_ids" not in data or self._path.exists():
             return
         modules = {call.module for call in self._kernel}
         # The tokens' way back begins in the model runner. Calls of functions that only copy tensors inside the model
@@ -227,7 +227,7 @@ class ServerTrace:
             self.down = since_route(self.stacks.here())
 
     def read(self, data: bytes) -> None:
-        if MARK in data:
+        if MARK in data and b"token_ids" in data:
             self._received = self.stacks.here()
 
     def put(self, queue: object, item: object) -> None:

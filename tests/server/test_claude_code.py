@@ -45,7 +45,7 @@ async def _probe(address: str) -> None:
 async def _talk(client: AsyncAnthropic) -> None:
     messages = [claude_code.first_message("The tests of this project fail. Find out why and repair it.")]
     for turn in range(NUM_TURNS):
-        # The small model would never call a tool by itself. The arguments of this one are so short that it completes them.
+        # The small model would not call a tool by itself. It completes this call, because its arguments are short.
         choice = {"type": "tool", "name": "TaskUpdate", "disable_parallel_tool_use": True}
         body: Any = claude_code.body(messages, **({"tool_choice": choice} if turn % 2 == 0 else {}))
         async with client.beta.messages.stream(**body, betas=claude_code.BETAS) as stream:

@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 
-from jamba_server.engine.types import Request
-from tests.server.conftest import Ids, MakeBench
-from tests.server.fake_engine import FakeEngine, says
+from tests.server.fake_engine import says
+from tests.server.served_model import JAMBA_CALL, JAMBA_TEMPLATE, PARIS, serve
 
 FOLDER = Path(__file__).parent / "javascript"
 SECONDS = 60.0  # only a test that fails waits for so long
-ARGUMENTS = {"city": "Paris"}
-CALL = f'<tool_calls>[{{"name": "get_weather", "arguments": {json.dumps(ARGUMENTS)}}}]</tool_calls>'
 ANSWER = " The sky is blue."
 
 
@@ -35,20 +32,19 @@ async def run_node(script: str, *arguments: str) -> Any:
     return json.loads(out)
 
 
-async def test_a_tool_call_and_the_reply_to_its_result(make_bench: MakeBench, ids: Ids) -> None:
-    replies = iter((CALL, ANSWER))
-
-    def script(request: Request) -> Any:
-        return says(ids(next(replies)))(request)
-
-    bench = make_bench(engine=FakeEngine(script), tool_call_parser="jamba")
-    async with bench.served() as address:
-        first, second = await run_node("stream_tool_call.mjs", f"{address}/v1")
+async def test_a_tool_call_and_the_reply_to_its_result(tmp_path: Path) -> None:
+    async with serve(tmp_path, "jamba-1.5", JAMBA_TEMPLATE) as model:
+        replies = iter((JAMBA_CALL, ANSWER))
+        model.bench.engine.script = lambda request: says(model.tokens(next(replies)))(request)
+        async with model.bench.served() as address:
+            first, second = await run_node("stream_tool_call.mjs", f"{address}/v1")
     choice = first["completion"]["choices"][0]
     [call] = choice["message"]["tool_calls"]
-    assert (choice["finish_reason"], call["function"]["name"]) == ("tool_calls", "get_weather")
-    assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+    assert (choice["finish_reason"], call["function"]) == (
+        "tool_calls",
+        call["function"] | {"name": "get_weather", "arguments": PARIS},
+    )
     streamed = [piece for delta in first["deltas"] for piece in delta.get("tool_calls") or []]
-    assert "".join(piece["function"].get("arguments") or "" for piece in streamed) == call["function"]["arguments"]
-    assert second["completion"]["choices"][0]["message"]["content"] == ANSWER.strip()
+    assert "".join(piece["function"].get("arguments") or "" for piece in streamed) == PARIS
     assert call["id"] in json.dumps(first["deltas"])
+    assert second["completion"]["choices"][0]["message"]["content"] == ANSWER.strip()

@@ -70,7 +70,7 @@ class RefusalPart(RequestBody):
     """The text with which another server's model has refused an answer."""
 
     type: Literal["refusal"]
-    refusal: str
+    refusal: Annotated[str, Field(description="The text, which the model reads as text of the reply.")]
 
     @property
     def text(self) -> str:
@@ -203,7 +203,7 @@ class CustomToolCallOutput(_CallOutput):
         return self._to_output("ctco", "custom_tool_call_output")
 
 
-class ReasoningText(RequestBody):
+class ReasoningPart(RequestBody):
     """A text of a reasoning item. OpenAI's models send summaries instead of the whole reasoning."""
 
     type: Literal["reasoning_text", "summary_text", "text"]
@@ -214,10 +214,10 @@ class Reasoning(_InputItem):
     """The reasoning of an earlier reply. The model reads `content`, or else the `encrypted_content` of this server."""
 
     type: Literal["reasoning"]
-    summary: Annotated[list[ReasoningText], Field(description="A summary of the reasoning. It has no effect.")] = Field(
-        default_factory=list[ReasoningText]
+    summary: Annotated[list[ReasoningPart], Field(description="A summary of the reasoning. It has no effect.")] = Field(
+        default_factory=list[ReasoningPart]
     )
-    content: Annotated[list[ReasoningText] | None, Field(description="The reasoning.")] = None
+    content: Annotated[list[ReasoningPart] | None, Field(description="The reasoning.")] = None
     encrypted_content: Annotated[
         str | None,
         Field(
