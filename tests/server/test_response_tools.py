@@ -155,21 +155,16 @@ async def test_a_schema_that_cannot_be_enforced_is_named(jamba: Model) -> None:
 async def test_reasoning_in_a_loop_of_calls(reasoner: Model, kept: str) -> None:
     """Codex sends only `encrypted_content` back. The reasoning is in the next prompt all the same."""
     reasoner.say(f"I must\nask.\n</think>\n\n{HERMES_CALL}")
+    fields: Any = {"model": "jamba", "tools": [FUNCTION], "store": False, "include": ["reasoning.encrypted_content"]}
     async with reasoner.bench.openai() as client:
-        response = await client.responses.create(
-            model="jamba",
-            input="a",
-            tools=[FUNCTION],
-            store=False,
-            include=["reasoning.encrypted_content"],  # pyright: ignore
-        )
+        response = await client.responses.create(input="a", **fields)
         reasoning, call = (item.to_dict() for item in response.output)
         assert reasoning["content"] == [{"type": "reasoning_text", "text": "I must\nask."}]
         assert response.usage is not None
         assert 0 < response.usage.output_tokens_details.reasoning_tokens < response.usage.output_tokens
         sent_back = {"type": "reasoning", "summary": [], kept: reasoning[kept]}
         items: Any = [{"role": "user", "content": "a"}, sent_back, call, output_of(str(call["call_id"]), "18C")]
-        await client.responses.create(model="jamba", input=items, tools=[FUNCTION], store=False)  # pyright: ignore
+        await client.responses.create(input=items, **fields)
     assert f"<think>\nI must\nask.\n</think>\n\n{HERMES_CALL}<|im_end|>\n" in reasoner.prompt
 
 
@@ -179,3 +174,17 @@ async def test_the_effort_none_closes_the_thoughts(reasoner: Model) -> None:
         response = await client.responses.create(model="jamba", input="a", reasoning={"effort": "none"})
     assert [item.type for item in response.output] == ["message"]
     assert reasoner.prompt.rstrip().endswith("</think>")
+
+
+async def test_one_form_of_the_text_may_be_asked_for(jamba: Model) -> None:
+    jamba.say("yes")
+    regex = {"structured_outputs": {"regex": "yes|no"}}
+    async with jamba.bench.http() as http:
+        reply = await http.post("/v1/responses", json={"input": "a", **regex})
+        both = await http.post(
+            "/v1/responses", json={"input": "a", "text": {"format": {"type": "json_object"}}, **regex}
+        )
+    assert reply.status_code == 200, reply.text
+    assert "yes|no" in jamba.params.grammar
+    assert both.json()["error"]["param"] == "text.format"
+    assert "send one form only" in both.json()["error"]["message"]
