@@ -191,6 +191,7 @@ class ChatTemplate:
             messages, final_text = _with_cut(messages)
         counts = boundary_counts(messages, _checked_indices(options.get("save_after", ()), len(messages)))
         by_count = {count: place for count in counts if (place := place_of(count, messages)) is not None}
+        # The end of the client's text is marked as well, for _opens_reasoning.
         end = None if final_text is not None else place_of(len(messages), messages)
         places = list(dict.fromkeys([*by_count.values(), *([end] if end else [])]))
         marked = mark(messages, places)
@@ -204,7 +205,8 @@ class ChatTemplate:
         client_end = offsets.get(places.index(end), 0) if end else 0
         opens_reasoning = self._opens_reasoning(text, client_end)
         if opens_reasoning and closes_reasoning:
-            text += f"\n{_END_OF_THINK}\n\n" if not text.endswith(_THINK) else f"\n\n{_END_OF_THINK}\n\n"
+            # Templates write thoughts as "<think>\n...\n</think>\n\n".
+            text += "\n" * (1 + text.endswith(_THINK)) + _END_OF_THINK + "\n\n"
         return RenderedText(text, boundaries, opens_reasoning and not closes_reasoning)
 
     def _run(self, variables: Mapping[str, object], conversations: Sequence[Messages]) -> list[Rendering]:
