@@ -30,7 +30,7 @@ Mark = Annotated[
 
 class TextBlock(RequestBody):
     type: Literal["text"]
-    text: str
+    text: Annotated[str, Field(description="The text.")]
     cache_control: Mark = None
 
 
@@ -38,7 +38,7 @@ class ToolReferenceBlock(RequestBody):
     """The name of a tool that a search for tools has found. The model reads the name as text."""
 
     type: Literal["tool_reference"]
-    tool_name: str
+    tool_name: Annotated[str, Field(description="The name of the tool.")]
     cache_control: Mark = None
 
     @property
@@ -50,24 +50,28 @@ class ThinkingBlock(RequestBody):
     """The model's reasoning in an earlier reply. The signature is not checked."""
 
     type: Literal["thinking"]
-    thinking: str
-    signature: str | None = None
+    thinking: Annotated[str, Field(description="The reasoning.")]
+    signature: Annotated[str | None, Field(description="It is not checked.")] = None
 
 
 class RedactedThinkingBlock(RequestBody):
     """Reasoning that only Anthropic's servers can decrypt. The model does not read it."""
 
     type: Literal["redacted_thinking"]
-    data: str
+    data: Annotated[str, Field(description="The encrypted reasoning, which has no effect.")]
 
 
 class ToolUseBlock(RequestBody):
     """A tool call of an earlier reply."""
 
     type: Literal["tool_use"]
-    id: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
-    name: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
-    input: dict[str, Any]
+    id: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)], Field(description="The id of the call.")
+    ]
+    name: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)], Field(description="The name of the tool.")
+    ]
+    input: Annotated[dict[str, Any], Field(description="The arguments of the call.")]
     cache_control: Mark = None
 
 
@@ -117,9 +121,11 @@ class ToolResultBlock(RequestBody):
     """What a tool has returned for a tool call of an earlier reply."""
 
     type: Literal["tool_result"]
-    tool_use_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
-    content: ResultContent | None = None
-    is_error: bool | None = None
+    tool_use_id: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)], Field(description="The id of the call.")
+    ]
+    content: Annotated[ResultContent | None, Field(description="The result: a text, or a list of text blocks.")] = None
+    is_error: Annotated[bool | None, Field(description="Whether the call has failed.")] = None
     cache_control: Mark = None
 
 

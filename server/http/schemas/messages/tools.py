@@ -44,9 +44,11 @@ class ToolDefinition(RequestBody):
 class ToolChoice(RequestBody):
     """Says whether the model must call a tool. "any" means at least one call, "tool" a call of the named tool."""
 
-    type: Literal["auto", "any", "tool", "none"]
-    name: Name | None = None
-    disable_parallel_tool_use: bool | None = None
+    type: Annotated[
+        Literal["auto", "any", "tool", "none"], Field(description="Whether the model may or must call a tool.")
+    ]
+    name: Annotated[Name | None, Field(description="The tool that the model must call.")] = None
+    disable_parallel_tool_use: Annotated[bool | None, Field(description="Allow at most one call.")] = None
 
     @model_validator(mode="after")
     def _check_name(self) -> Self:
@@ -58,9 +60,17 @@ class ToolChoice(RequestBody):
 class Thinking(RequestBody):
     """Says whether a model that can reason does so before its reply."""
 
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    type: Annotated[
+        Literal["enabled", "disabled", "adaptive", "between_tools"],
+        Field(description="Whether the model reasons before its reply."),
+    ]
+    budget_tokens: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="Maximum tokens of the reasoning. The type `enabled` needs it."),
+    ] = None
+    display: Annotated[
+        Literal["summarized", "omitted"] | None, Field(description="Whether the reply shows the reasoning.")
+    ] = None
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -78,7 +88,7 @@ class JsonFormat(RequestBody):
 
     type: Literal["json_schema"]
     # The attribute has another name than the field, because pydantic's classes have a method `schema`.
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema", description="The JSON schema.")]
 
 
 class OutputConfig(RequestBody):

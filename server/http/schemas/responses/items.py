@@ -206,8 +206,8 @@ class CustomToolCallOutput(_CallOutput):
 class ReasoningPart(RequestBody):
     """A text of a reasoning item. OpenAI's models send summaries instead of the whole reasoning."""
 
-    type: Literal["reasoning_text", "summary_text", "text"]
-    text: str
+    type: Annotated[Literal["reasoning_text", "summary_text", "text"], Field(description="The kind of the text.")]
+    text: Annotated[str, Field(description="The text.")]
 
 
 class Reasoning(_InputItem):

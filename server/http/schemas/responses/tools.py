@@ -40,7 +40,9 @@ class SkippedTool(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    type: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+    type: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)], Field(description="The type of the tool.")
+    ]
 
     @property
     def label(self) -> str:
@@ -130,7 +132,7 @@ class NamedFunction(RequestBody):
     """The function that the model must call."""
 
     type: Literal["function"]
-    name: ToolName
+    name: Annotated[ToolName, Field(description="The name of the function.")]
 
 
 class AllowedTools(RequestBody):
