@@ -117,6 +117,13 @@ async def test_a_kind_that_no_engine_serves_is_refused(running: EngineClient) ->
     assert await collect(running, [request("a", tokens=2)]), "it left nothing behind"
 
 
+async def test_the_engine_has_standard_streams_of_its_own(running: EngineClient) -> None:
+    if not (files := Path(f"/proc/{running.pid}/fd")).exists():
+        pytest.skip("this system does not show the files of a process")
+    assert (files / "0").readlink() == Path(os.devnull)
+    assert (files / "1").exists() and (files / "2").exists()
+
+
 async def test_a_killed_engine_is_replaced_and_every_token_comes_once(running: EngineClient) -> None:
     first = running.pid
     tokens: list[int] = []

@@ -1,0 +1,323 @@
+"""Sends signals to each process of a server in each phase of its life, and writes a table of what happens.
+
+    python -m benchmarks.http.signals --name signals [--only idle]
+
+The signals are SIGTERM, SIGINT, SIGKILL and SIGSTOP. The processes are the HTTP process and the engine process. The
+phases are: the engine loads, the server is idle, streams run, and the server drains after a first SIGTERM. Each of the
+32 cases has a server of its own with the demonstration checkpoint and short timeouts. After each case, no process of
+the server may be left. The results are benchmarks/results/NAME.md and NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal
+
+import httpx
+import msgspec
+
+from benchmarks.http.serving import LOG_TAIL, RESULTS, describe_commit
+from benchmarks.http.shapes import descendants
+from jamba_server.server.cli.bench.conditions import describe_machine, utc_now
+
+Phase = Literal["loading", "idle", "load", "drain"]
+PHASES: tuple[Phase, ...] = ("loading", "idle", "load", "drain")
+PROCESSES = ("http", "engine")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
+
+ENGINE_TIMEOUT, LOAD_TIMEOUT, SHUTDOWN_TIMEOUT = 3, 6, 30  # options of the server, in seconds
+STOPPED_SECONDS = 8.0  # how long a stopped HTTP process stays stopped; longer than the two timeouts of the engine
+START_SECONDS = 120.0  # time limit for the start of a server
+END_SECONDS = 90.0  # time limit for the end of a server
+ORPHAN_SECONDS = 5.0  # time limit for the end of the engine process after the end of the HTTP process
+SLACK_SECONDS = 8.0  # what a busy machine may add to a time
+STREAMS = 4
+STREAM = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "temperature": 0, "stream": True}
+IGNORED = 1 << (signal.SIGTERM - 1)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a case should do, what it did, and how long that took in seconds."""
+
+    phase: Phase
+    process: str
+    signal: str
+    expected: str
+    seen: str = ""
+    seconds: float = 0.0
+    limit: float = 0.0
+    orphans: list[int] = field(default_factory=list[int])
+
+    @property
+    def met(self) -> bool:
+        return self.seen == self.expected and self.seconds <= self.limit and not self.orphans
+
+
+class Server:
+    """A server with the demonstration checkpoint, and streams that are read in threads."""
+
+    def __init__(self, log: IO[str]) -> None:
+        options = {
+            "port": 0,
+            "engine-timeout": ENGINE_TIMEOUT,
+            "load-timeout": LOAD_TIMEOUT,
+            "shutdown-timeout": SHUTDOWN_TIMEOUT,
+        }
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        self._log = log
+        self.http = subprocess.Popen(
+            [sys.executable, "-m", "jamba_server", "serve", *flags], stdout=log, stderr=log, start_new_session=True
+        )
+        self.engines: set[int] = set()
+        self.ends: list[str] = []  # the last line of each stream that has ended, or its error
+        self._readers: list[threading.Thread] = []
+
+    @property
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def engine(self) -> int | None:
+        """Returns the id of the present engine process."""
+        with suppress(OSError):
+            for pid in descendants(self.http.pid):
+                if "jamba_server.engine.process" in Path(f"/proc/{pid}/cmdline").read_text():
+                    self.engines.add(pid)
+                    return pid
+        return None
+
+    def until(self, condition: Callable[[], object], seconds: float) -> bool:
+        """Waits until a condition is true, for at most `seconds` seconds. Returns whether it became true."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.engine()
+            if condition():
+                return True
+            time.sleep(0.01)
+        return False
+
+    @property
+    def address(self) -> str | None:
+        found = re.search(r"ready +listening on (http://\S+)/v1 ", self.log)
+        return found[1] if found else None
+
+    def is_ready(self) -> bool:
+        try:
+            return self.address is not None and httpx.get(f"{self.address}/ready", timeout=1).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def open_streams(self) -> None:
+        """Opens STREAMS streams and waits until each has had an event."""
+        begun = [threading.Event() for _ in range(STREAMS)]
+        self._readers = [threading.Thread(target=self._read, args=(event,), daemon=True) for event in begun]
+        for reader in self._readers:
+            reader.start()
+        for event in begun:
+            event.wait(START_SECONDS)
+
+    def _read(self, begun: threading.Event) -> None:
+        last, error = "nothing", ""
+        try:
+            with httpx.stream("POST", f"{self.address}/v1/completions", json=STREAM, timeout=END_SECONDS) as reply:
+                for line in reply.iter_lines():
+                    last = line or last
+                    error = error or (line if '"error":' in line else "")
+                    begun.set()
+        except httpx.HTTPError as failure:
+            error = type(failure).__name__
+        begun.set()
+        self.ends.append(error or last)
+
+    def streams_are_whole(self) -> bool:
+        for reader in self._readers:
+            reader.join(END_SECONDS)
+        return self.ends == ["data: [DONE]"] * STREAMS
+
+    def ended(self, seconds: float) -> str:
+        """Waits for the end of the HTTP process, and returns its exit status in words."""
+        if not self.until(lambda: self.http.poll() is not None, seconds):
+            return "does not end"
+        return f"ends with {self.http.returncode}"
+
+    def orphans(self) -> list[int]:
+        """Waits for the end of all engine processes, and returns those that are left."""
+        self.until(lambda: not any(map(runs, self.engines)), ORPHAN_SECONDS)
+        return [pid for pid in self.engines if runs(pid)]
+
+    def kill(self) -> None:
+        self.http.kill()
+        self.http.wait()
+        for pid in self.engines:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    """Returns whether a process exists and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def ignores_sigterm(pid: int) -> bool:
+    """Returns whether a process ignores SIGTERM. An engine process does so when it has begun to load."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) & IGNORED)
+
+
+def enter(server: Server, phase: Phase) -> int:
+    """Waits until a server is in a phase. Returns the id of the engine process."""
+    if not server.until(lambda: (pid := server.engine()) is not None and ignores_sigterm(pid), START_SECONDS):
+        sys.exit(f"{server.log[-LOG_TAIL:]}\nThe server has not started its engine.")
+    if phase != "loading" and not server.until(server.is_ready, START_SECONDS):
+        sys.exit(f"{server.log[-LOG_TAIL:]}\nThe server is not ready.")
+    if phase in ("load", "drain"):
+        server.open_streams()
+    if phase == "drain":
+        server.http.send_signal(signal.SIGTERM)
+        server.until(lambda: "takes no new requests" in server.log, START_SECONDS)
+    engine = server.engine()
+    assert engine is not None
+    return engine
+
+
+def expectation(phase: Phase, process: str, number: signal.Signals) -> tuple[str, float]:
+    """Returns what should happen in words, and the time limit in seconds."""
+    streams = "streams whole, " if phase in ("load", "drain") else ""
+    finish = SHUTDOWN_TIMEOUT if streams else 0
+    match process, number:
+        case "http", signal.SIGKILL:
+            return "ends with -9", SLACK_SECONDS
+        case "http", signal.SIGSTOP:
+            limit = STOPPED_SECONDS + finish + SLACK_SECONDS
+            return f"goes on after SIGCONT, same engine, {streams}ends with 0", limit
+        case "http", _ if phase == "drain":
+            return f"ends with {128 + number}", SLACK_SECONDS
+        case "http", _:
+            return f"{streams}ends with 0", finish + SLACK_SECONDS
+        case _, signal.SIGKILL | signal.SIGSTOP if phase == "loading":
+            return "ends with 1", (LOAD_TIMEOUT if number == signal.SIGSTOP else 0) + SLACK_SECONDS
+        case _, signal.SIGKILL | signal.SIGSTOP:
+            hang = ENGINE_TIMEOUT if number == signal.SIGSTOP else 0
+            return f"new engine, {streams}ends with 0", hang + finish + 2 * SLACK_SECONDS
+        case _:
+            return f"same engine, {streams}ends with 0", finish + 2 * SLACK_SECONDS
+
+
+def observe(server: Server, phase: Phase, process: str, number: signal.Signals, engine: int) -> Iterator[str]:
+    """Sends a signal and yields what happens, in the words of `expectation`."""
+    os.kill(server.http.pid if process == "http" else engine, number)
+    if process == "http" and number == signal.SIGSTOP:
+        server.until(lambda: False, STOPPED_SECONDS)
+        server.http.send_signal(signal.SIGCONT)
+        yield "goes on after SIGCONT" if phase == "drain" or server.until(server.is_ready, START_SECONDS) else "hangs"
+        yield "same engine" if server.engine() == engine else "another engine"
+    elif process == "engine" and not (phase == "loading" and number in (signal.SIGKILL, signal.SIGSTOP)):
+        yield from observe_engine(server, phase, number, engine)
+    goes_on = process == "engine" or number == signal.SIGSTOP
+    if goes_on and phase != "drain" and server.http.poll() is None and server.address is not None:
+        server.http.send_signal(signal.SIGTERM)
+    killed = process == "http" and (number == signal.SIGKILL or phase == "drain") and number != signal.SIGSTOP
+    if phase in ("load", "drain") and not killed:
+        yield "streams whole" if server.streams_are_whole() else f"streams broken ({server.ends})"
+    yield server.ended(END_SECONDS)
+
+
+def observe_engine(server: Server, phase: Phase, number: signal.Signals, engine: int) -> Iterator[str]:
+    """Yields whether the engine process is another one after a signal to it."""
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        server.until(lambda: phase == "drain" or server.is_ready(), START_SECONDS)
+        yield "same engine" if server.engine() == engine else "another engine"
+        return
+    if phase == "idle" and number == signal.SIGSTOP:  # an idle engine that hangs is noticed when it has work
+        server.open_streams()
+    replaced = server.until(lambda: server.engine() not in (None, engine), START_SECONDS)
+    if phase == "idle":
+        server.until(server.is_ready, START_SECONDS)
+    yield "new engine" if replaced else "no new engine"
+
+
+def run(phase: Phase, process: str, number: signal.Signals) -> Outcome:
+    expected, limit = expectation(phase, process, number)
+    outcome = Outcome(phase, process, number.name, expected, limit=limit)
+    with tempfile.TemporaryFile("a+") as log:
+        server = Server(log)
+        try:
+            engine = enter(server, phase)
+            start = time.monotonic()
+            outcome.seen = ", ".join(observe(server, phase, process, number, engine))
+            outcome.seconds = round(time.monotonic() - start, 2)
+            outcome.orphans = server.orphans()
+        finally:
+            server.kill()
+    return outcome
+
+
+def page(name: str, outcomes: list[Outcome], conditions: dict[str, object], machine: str) -> str:
+    lines = [
+        f"# {name}",
+        "",
+        f"`python -m benchmarks.http.signals --name {name}`, {conditions['date']}, commit {conditions['commit']}; "
+        f"{machine}.",
+        f"`jamba serve --engine-timeout {ENGINE_TIMEOUT} --load-timeout {LOAD_TIMEOUT} --shutdown-timeout "
+        f"{SHUTDOWN_TIMEOUT}` with the demonstration checkpoint, {STREAMS} streams of {STREAM['max_tokens']} tokens in "
+        "the phases load and drain.",
+        "Where the signal itself does not end the server, SIGTERM is sent to the HTTP process afterwards. A stopped "
+        f"HTTP process gets SIGCONT after {STOPPED_SECONDS:g} s. The seconds count from the signal to the end of the "
+        "server.",
+        "",
+        "| phase | process | signal | what should happen | what happened | s | at most | orphans | |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for o in outcomes:
+        seen = "the same" if o.seen == o.expected else o.seen
+        cells = (o.phase, o.process, o.signal, o.expected, seen, o.seconds, f"{o.limit:g}", len(o.orphans))
+        lines.append(f"| {' | '.join(map(str, cells))} | {'met' if o.met else '**not met**'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="name of the result files, without extension")
+    parser.add_argument("--only", default=",".join(PHASES), help="phases to measure, separated by commas")
+    flags = parser.parse_args()
+    outcomes: list[Outcome] = []
+    for phase in (phase for phase in PHASES if phase in flags.only.split(",")):
+        for process in PROCESSES:
+            for number in SIGNALS:
+                outcomes.append(run(phase, process, number))
+                sys.stderr.write(f"{outcomes[-1]}\n")
+    found = describe_machine()
+    machine = f"{found.cpu}, {found.cores} cores, {found.memory_gib} GiB"
+    conditions: dict[str, object] = {"date": utc_now(), "commit": describe_commit()}
+    RESULTS.mkdir(exist_ok=True)
+    text = page(flags.name, outcomes, conditions, machine)
+    report = conditions | {"machine": machine, "outcomes": [msgspec.to_builtins(outcome) for outcome in outcomes]}
+    (RESULTS / f"{flags.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"{flags.name}.md").write_text(text)
+    sys.stdout.write(text)
+    if not all(outcome.met for outcome in outcomes):
+        sys.exit("A case did not do what it should: see the table.")
+
+
+if __name__ == "__main__":
+    main()
