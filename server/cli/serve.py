@@ -29,7 +29,9 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     greet(config)
     # Done before the model loads, so an error is reported at once if the port is in use.
     listener = bind(config.host, config.port)
-    limit_unread(listener, config.send_timeout)
+    # The server itself ends a stream earlier, and counts it. But it cannot close the connection while bytes wait in the
+    # system's buffers.
+    limit_unread(listener, 2 * config.send_timeout)
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
 
