@@ -107,6 +107,11 @@ def called(frame: FrameType) -> Call | None:
     return Call(module.removeprefix(PACKAGE), frame.f_code.co_qualname) if module.startswith(PACKAGE) else None
 
 
+def is_tensor(method: object) -> bool:
+    """Returns whether a built-in method is bound to one of torch's tensors."""
+    return type(getattr(method, "__self__", None)).__name__ == "Tensor"
+
+
 def is_foreign(frame: FrameType | None) -> bool:
     """Returns whether the code of a frame is part of neither this project nor Python's standard library."""
     name = "" if frame is None or called(frame) else frame.f_code.co_filename
@@ -179,7 +184,7 @@ class EngineTrace:
             call = called(frame)
             if call is not None and call.module.startswith("kernels"):
                 self._kernel = self._stacks.of(frame)
-        elif event == "c_call" and getattr(argument, "__name__", "") == "tolist":
+        elif event == "c_call" and getattr(argument, "__name__", "") == "tolist" and is_tensor(argument):
             self._results = self._stacks.of(frame)
 
     def send(self, connection: object, data: bytes) -> None:

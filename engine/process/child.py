@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ class Child:
             return None
         self.num_messages += 1
         return msgspec.msgpack.decode(body, type=kind)
+
+    async def deliver(self, kind: Any, handle: Callable[[Any], None]) -> None:
+        """Calls `handle` with each message of the child, decoded as `kind`, until the child has ended."""
+        while (message := await self.receive(kind)) is not None:
+            handle(message)
 
     def shut_down(self) -> None:
         """Tells the child to end after its current step, and kills it if it still runs after CLOSE_SECONDS."""

@@ -137,8 +137,7 @@ class Supervisor:
         watchdog = asyncio.create_task(self._watchdog.watch(child), name="engine watchdog")
         killed: tuple[RestartReason, str] | None = None
         try:
-            while (message := await child.receive(FromEngine)) is not None:
-                self._owner.receive(message)
+            await child.deliver(FromEngine, self._owner.receive)
         except Exception as error:
             logger.exception("a message of the engine process cannot be handled; the process is killed")
             child.kill()

@@ -40,7 +40,6 @@ from jamba_server.server.http.routes import (
     responses,
     tokenize,
 )
-from jamba_server.server.http.security_headers import SecurityHeaders
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.chat_template import ChatTemplate
@@ -131,7 +130,7 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
     browser hides replies without CORS headers from the web page that sent the request.
     """
     config, edge = services.config, services.edge
-    chain = [Middleware(SecurityHeaders, tls=config.ssl_certfile is not None)]
+    chain: list[Middleware] = []
     if config.allowed_origins:
         chain.append(
             Middleware(
@@ -142,7 +141,8 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
                 expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", *RATE_HEADERS],
             )
         )
-    chain.append(Middleware(RequestContext, metrics=services.metrics, root_path=config.root_path))
+    tls = config.ssl_certfile is not None
+    chain.append(Middleware(RequestContext, metrics=services.metrics, root_path=config.root_path, tls=tls))
     if config.needs_key:
         chain += [Middleware(ApiKey, keys=edge.keys, open_paths=open_paths), Middleware(KeyLimits, keys=edge.keys)]
     if config.max_queue_requests:

@@ -31,6 +31,7 @@ from jamba_server.server.http.limits.bodies import BodyMemory, BodyShare
 from jamba_server.server.http.limits.keys import Keys
 from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.security_headers import add_security_headers
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,12 @@ class RequestContext:
     """Gives each request an id, counts and logs the request, and turns exceptions into error replies.
 
     The argument `root_path` is the path prefix under which a proxy publishes the server. It does not matter whether the
-    proxy removes this prefix from the paths of requests.
+    proxy removes this prefix from the paths of requests. The argument `tls` says whether the server is reached over
+    TLS.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, root_path: str) -> None:
-        self.app, self.metrics, self.root_path = app, metrics, root_path
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, root_path: str, tls: bool) -> None:
+        self.app, self.metrics, self.root_path, self.tls = app, metrics, root_path, tls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,6 +90,7 @@ class RequestContext:
                 if speaks_anthropic(scope):
                     headers["request-id"] = request_id  # the name that Anthropic's clients read
                 headers.update(scope["state"].get("reply_headers", {}))
+                add_security_headers(headers, tls=self.tls)
             await send(message)
 
         try:
