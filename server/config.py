@@ -47,6 +47,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 UnknownFields = Literal["ignore", "reject"]
 ToolCallParser = Literal["auto", "jamba", "hermes", "none"]
 ReasoningParser = Literal["auto", "none"]
@@ -82,6 +83,15 @@ class ServerConfig:
         tuple[str, ...],
         Help("server", "Key that every request must carry; may be repeated", "KEY", "none, no key needed", secret=True),
     ] = ()
+    api_key_file: Annotated[
+        str | None,
+        Help(
+            "server",
+            "File with one key per line, plain or as JSON with a name and limits; read again when it changes",
+            "PATH",
+            "none, no key needed",
+        ),
+    ] = None
     chat_template: Annotated[
         str | None, Help("model", "Jinja file with the chat template to use", "PATH", "the model's")
     ] = None
@@ -98,6 +108,10 @@ class ServerConfig:
     max_queue_requests: Annotated[
         Number, Help("server", "Replies that may wait for a free place before requests get 503; 0 is no limit")
     ] = 1024
+    max_queue_tokens: Annotated[
+        Number,
+        Help("server", "Prompt tokens without a first reply token before requests get 503; 0 is no limit", "TOKENS"),
+    ] = 4 * 1024**2
     startup_wait: Annotated[
         float, Meta(ge=0), Help("server", "Seconds that a request waits while the model is still loading", "SECONDS")
     ] = 30.0
@@ -116,6 +130,19 @@ class ServerConfig:
     load_timeout: Annotated[
         Seconds, Help("expert", "Seconds without progress after which an engine that loads is restarted", "SECONDS")
     ] = 600.0
+    max_connections: Annotated[
+        Count | None,
+        Help("server", "Connections that are open at the same time", default="what the limit of open files allows"),
+    ] = None
+    header_timeout: Annotated[
+        Seconds, Help("server", "Seconds in which a client must send the headers of a request", "SECONDS")
+    ] = 20.0
+    body_timeout: Annotated[
+        Seconds, Help("server", "Seconds in which a client must send the body of a request", "SECONDS")
+    ] = 120.0
+    keep_alive_timeout: Annotated[
+        Count, Help("server", "Seconds after which a connection without a request is closed", "SECONDS")
+    ] = 75  # nginx reuses a connection within 60 s, so this server closes idle connections later than that
     allowed_origins: Annotated[
         tuple[str, ...],
         Help("server", "Origin of web pages that may call the server, or *; may be repeated", "ORIGIN"),
@@ -139,6 +166,9 @@ class ServerConfig:
     max_body_bytes: Annotated[Count, Help("server", "Longest request body that is read, in bytes", "BYTES")] = (
         4 * 1024**2
     )
+    body_memory_bytes: Annotated[
+        Count, Help("server", "Bytes of the bodies of all requests together, before requests get 503", "BYTES")
+    ] = 128 * 1024**2
     unknown_fields: Annotated[
         UnknownFields,
         Help("server", "Unknown request fields: ignore all that cannot change the answer, or reject every one"),
@@ -154,6 +184,9 @@ class ServerConfig:
         Number, Help("server", "Size of all stored responses; the ones not used for longest go first", "BYTES")
     ] = 64 * 1024**2
     log_level: Annotated[LogLevel, Help("server", "Lowest severity of the lines in the log")] = "info"
+    log_format: Annotated[LogFormat, Help("server", "Form of the log: lines of text, or one JSON object per line")] = (
+        "text"
+    )
 
     device: Annotated[Device, Help("model", "Device that runs the model; auto is the GPU if there is one")] = "auto"
     dtype: Annotated[
@@ -257,6 +290,11 @@ class ServerConfig:
         settings["model"] = str(model)
         return EngineConfig(**settings)
 
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests must carry an API key."""
+        return bool(self.api_key or self.api_key_file)
+
     def non_defaults(self) -> dict[str, object]:
         """Returns the options whose values differ from their defaults, by name. Secrets are masked."""
         values = ((option, getattr(self, option.name)) for option in OPTIONS.values())
@@ -270,9 +308,14 @@ class ServerConfig:
             raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both of them or neither.")
+        if self.body_memory_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"body_memory_bytes is {self.body_memory_bytes}; it must be at least max_body_bytes, which is "
+                f"{self.max_body_bytes}."
+            )
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with a slash and not end with one.")
-        for name in ("chat_template", "ssl_keyfile", "ssl_certfile"):
+        for name in ("chat_template", "ssl_keyfile", "ssl_certfile", "api_key_file"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ConfigError(f"{name} is {path!r}; there is no such file.")
@@ -344,12 +387,19 @@ def cast_settings(settings: Mapping[Any, object], source: str) -> dict[str, Any]
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Reads the JAMBA_* variables. An empty variable counts as not set, since compose files create empty variables."""
+    """Reads the JAMBA_* variables. An empty variable counts as not set, since compose files create empty variables.
+
+    An empty variable for a secret is an error: whoever sets it expects a server that asks for a key.
+    """
     variables = {option.variable: option for option in OPTIONS.values()}
     values: dict[str, Any] = {}
     injected: list[str] = []
     for name, text in sorted(environ.items()):
-        if not name.startswith(ENV_PREFIX) or name == CONFIG_VARIABLE or not text:
+        if not name.startswith(ENV_PREFIX) or name == CONFIG_VARIABLE:
+            continue
+        if not text:
+            if (empty := variables.get(name)) is not None and empty.help.secret:
+                raise ConfigError(f"The variable {name} is empty; give it a value, or unset it.")
             continue
         if _INJECTED_VALUE.match(text) or _INJECTED_NAME.search(name):
             injected.append(name)

@@ -135,7 +135,9 @@ class Option:
             value = [item for item in map(str.strip, value.split(",")) if item]
         if isinstance(value, list) and self.kind is dict:
             return _pairs(cast("list[object]", value))
-        if isinstance(value, list) and "" in value:
+        if isinstance(value, list) and self.help.secret:  # a secret from a file often ends with a line feed
+            value = [item.strip() if isinstance(item, str) else item for item in cast("list[object]", value)]
+        if isinstance(value, list) and ("" in value or (self.help.secret and not value)):
             raise ValueError(value)
         return value
 

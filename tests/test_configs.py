@@ -17,7 +17,9 @@ import yaml
 
 from jamba_server.engine.process.client import SupervisionStats
 from jamba_server.engine.types import EngineStats
-from jamba_server.server.config import load_config
+from jamba_server.server.config import ServerConfig, load_config
+from jamba_server.server.http.limits.edge import Edge
+from jamba_server.server.http.limits.metrics import EdgeCollector
 from jamba_server.server.http.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 def exported_names() -> set[str]:
     """The names under which queries find the server's metrics."""
     metrics = Metrics(SimpleNamespace(stats=EngineStats(), supervision=SupervisionStats()), model_name="m")  # pyright: ignore[reportArgumentType]
+    metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig())))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 

@@ -67,8 +67,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 @contextmanager
-def running_server(serve_arguments: list[str], start_timeout: float) -> Generator[tuple[str, IO[str]]]:
-    """Starts a server, and yields its URL and log when the server is ready. Stops the server when the context ends."""
+def running_server(
+    serve_arguments: list[str], start_timeout: float, prefix: Sequence[str] = ()
+) -> Generator[tuple[str, IO[str]]]:
+    """Starts a server, and yields its URL and log when the server is ready. Stops the server when the context ends.
+
+    `prefix` is the beginning of the command line: a program that runs the rest of the command line.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -77,7 +82,7 @@ def running_server(serve_arguments: list[str], start_timeout: float) -> Generato
     with tempfile.TemporaryFile("a+") as log:
         arguments = ["-m", "jamba_server", "serve", *serve_arguments, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*prefix, sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             wait_until_ready(process, url, log, start_timeout)

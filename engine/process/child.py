@@ -27,6 +27,8 @@ ENGINE_COMMAND = (
     "-m",
     "jamba_server.engine.process",
 )  # the option -P keeps Python from importing modules of the current folder
+# Environment variables that the engine does not get, because it has no use for them
+SECRETS = frozenset({"JAMBA_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was told to end is killed
 
 
@@ -52,7 +54,8 @@ class Child:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         # With the policy PASSIVE torch's idle threads sleep. Otherwise torch's idle threads would occupy cores that the
         # threads of this project's CPU kernels need.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
+        inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **inherited, "PYTHONPATH": path}
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(

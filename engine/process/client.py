@@ -234,11 +234,14 @@ class EngineClient:
             raise RequestRejected(
                 f"The request asks for {len(requests)} choices; the limit (--max-queue-requests) is {limit}.", param="n"
             )
-        if limit and num_waiting + len(requests) > limit:
+        # Choices for which a place is free do not wait, although none has started at the beginning of a burst.
+        num_places = self._info.max_num_seqs if self._info else 0
+        num_free = max(0, num_places - (len(self._live) - num_waiting))
+        if limit and num_waiting + len(requests) > limit + num_free:
             raise Overloaded(
-                f"{num_waiting} choices are waiting and the request has {len(requests)}; the limit "
-                f"(--max-queue-requests) is {limit}.",
-                retry_after=1 + num_waiting // max(1, self.info.max_num_seqs),
+                f"{num_waiting} choices are waiting and the request has {len(requests)}; {num_free} places are free, "
+                f"and the limit (--max-queue-requests) is {limit}.",
+                retry_after=1 + num_waiting // max(1, num_places),
             )
         stream = Stream([request.id for request in requests], forget=self._forget, resume=self._resume)
         for request in requests:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 @with_options(ALL)
 def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
-    configure_logging(config.log_level.upper())
+    configure_logging(config.log_level.upper(), config.log_format)
     greet(config)
     # Done before the model loads, so an error is reported at once if the port is in use.
     listener = bind(config.host, config.port)
@@ -53,7 +53,7 @@ def greet(config: ServerConfig) -> None:
     """Logs the version, the model and the options that differ from their defaults."""
     logger.info("jamba-server %s: %s", package_version(), config.model or DESCRIPTION)
     logger.info("options   %s", json.dumps(config.non_defaults(), ensure_ascii=False))
-    if not config.api_key and not is_loopback(config.host):
+    if not config.needs_key and not is_loopback(config.host):
         logger.warning(
             "listening on %s without --api-key: everyone who reaches this address may use the server", config.host
         )

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from jamba_server.engine.errors import ConfigError, EngineDead
+from jamba_server.engine.errors import EngineDead
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.types import EngineInfo
 from jamba_server.server.cli.checkpoint import Checkpoint
+from jamba_server.server.cli.reload import Reloader, Watched
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.app import create_app
+from jamba_server.server.http.connections.acceptor import REFUSALS
+from jamba_server.server.http.connections.descriptors import connections_that_fit, raise_soft_limit
+from jamba_server.server.http.connections.server import HttpServer
+from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.http.lifecycle import Lifecycle
+from jamba_server.server.http.limits.key_file import read_keys
+from jamba_server.server.http.limits.keys import Keys
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.rendering.renderer import Renderer
 from jamba_server.server.text.tokenizer import Tokenizer
@@ -32,7 +38,6 @@ from jamba_server.server.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
-KEEP_ALIVE_SECONDS = 75  # nginx reuses a connection within 60 s, so this server closes idle connections later than that
 CANCEL_SECONDS = 2  # time in seconds in which request handlers must end after the engine has closed
 # Time in seconds in which the process must end after the running requests had time to finish. The engine takes at most
 # 5 s to end, and the request handlers CANCEL_SECONDS.
@@ -51,6 +56,8 @@ class Server:
         progress: LoadProgress,
         templates: Renderer,
     ) -> None:
+        max_connections = limit_connections(config)
+        config = fit_queue(config, max_connections)
         self._config, self._listener, self._progress = config, listener, progress
         folder = checkpoint.folder
         self._defaults = GenerationDefaults.of(folder)
@@ -69,7 +76,15 @@ class Server:
         self._lifecycle: Lifecycle = app.state.lifecycle
         if template is not None:
             logger.info("replies   the server %s", app.state.services.reply_style.describe())
-        self._http = HttpServer(http_config(config, app))
+        self._http = HttpServer(
+            http_config(config, app),
+            listener,
+            max_connections=max_connections,
+            header_timeout=config.header_timeout,
+            counts=app.state.services.edge.connections,
+            tls=tls_context(config),
+        )
+        self._reloader = Reloader(watched_files(config, app.state.services.edge.keys, self._http))
         self._stop = asyncio.Event()
         self._guard: threading.Timer | None = None  # ends the process if the shutdown takes too long
 
@@ -87,7 +102,10 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
-        http = asyncio.create_task(self._http.serve(sockets=[self._listener]), name="http")
+        if self._reloader.active:
+            loop.add_signal_handler(signal.SIGHUP, self._reloader.read_all)
+        reloader = asyncio.create_task(self._reloader.watch(), name="reloader")
+        http = asyncio.create_task(self._http.serve(), name="http")
         stop = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             if await self._start(http, stop):
@@ -99,6 +117,7 @@ class Server:
                 dead.cancel()
         finally:
             stop.cancel()
+            reloader.cancel()
             await self._client.close()
             self._http.should_exit = True
             await http
@@ -168,7 +187,7 @@ class Server:
         url = f"http{'s' if config.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
         chat, completion = {"messages": [{"role": "user", "content": "Hello!"}]}, {"prompt": "Hello"}
         path, body = ("chat/completions", chat) if self._has_template else ("completions", completion)
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if config.needs_key else ""
         return (
             f"ready     listening on {url}/v1 as {', '.join(config.served_model_name)}; try: "
             f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
@@ -180,18 +199,8 @@ def _exit() -> None:
     os._exit(0)
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn's server without signal handlers. With uvicorn's handlers, a signal would close the sockets at once, and
-    /ready could not answer 503."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """Installs no signal handler, because the class `Server` of this module installs its own."""
-        yield
-
-
 def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
-    """Returns uvicorn's configuration. Raises ConfigError for a key or certificate that cannot be used."""
+    """Returns uvicorn's configuration. TLS is not part of it, because `HttpServer` accepts the connections."""
     result = uvicorn.Config(
         app,
         http="h11",  # h11 is the only HTTP parser of uvicorn that limits the size of a request's headers
@@ -202,13 +211,52 @@ def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
         log_level="warning",  # `jamba serve` logs the start and the stop itself
         access_log=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=config.keep_alive_timeout,
         timeout_graceful_shutdown=CANCEL_SECONDS,
-        ssl_keyfile=config.ssl_keyfile,
-        ssl_certfile=config.ssl_certfile,
     )
-    try:
-        result.load()
-    except OSError as error:  # ssl.SSLError is a subclass of OSError
-        raise ConfigError(f"ssl_keyfile and ssl_certfile cannot be used: {error}.") from error
+    result.load()
     return result
+
+
+def limit_connections(config: ServerConfig) -> int:
+    """Raises the limit of open files and returns how many connections are served at the same time."""
+    fitting = connections_that_fit(raise_soft_limit(), refusals=REFUSALS)
+    if config.max_connections is None:
+        return fitting
+    if config.max_connections > fitting:
+        logger.warning(
+            "max_connections %d is reduced to %d, because of the limit of open files (ulimit -n)",
+            config.max_connections, fitting,
+        )  # fmt: skip
+    return min(config.max_connections, fitting)
+
+
+def fit_queue(config: ServerConfig, max_connections: int) -> ServerConfig:
+    """Returns the options with a queue that `max_connections` connections can fill beside the running replies."""
+    room = max(1, max_connections - config.max_num_seqs)
+    if config.max_queue_requests <= room:
+        return config
+    logger.warning(
+        "max_queue_requests %d is reduced to %d, because at most %d connections are served (max_connections)",
+        config.max_queue_requests, room, max_connections,
+    )  # fmt: skip
+    return replace(config, max_queue_requests=room)
+
+
+def watched_files(config: ServerConfig, keys: Keys, http: HttpServer) -> list[Watched]:
+    """Returns the files that are read again when they change."""
+    watched: list[Watched] = []
+    if (path := config.api_key_file) is not None:
+
+        def read_key_file() -> None:
+            keys.replace(read_keys(config.api_key, path))
+
+        watched.append(Watched(name="the API keys", paths=(path,), read=read_key_file))
+    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+
+        def read_certificate() -> None:
+            http.tls = tls_context(config)
+
+        paths = (config.ssl_certfile, config.ssl_keyfile)
+        watched.append(Watched(name="the TLS certificate", paths=paths, read=read_certificate))
+    return watched

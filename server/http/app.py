@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -19,7 +20,12 @@ from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.errors import error_response
 from jamba_server.server.http.lifecycle import StartupQueue
+from jamba_server.server.http.limits.edge import Edge
+from jamba_server.server.http.limits.key_limits import RATE_HEADERS, KeyLimits
+from jamba_server.server.http.limits.metrics import EdgeCollector
+from jamba_server.server.http.limits.queue_gate import QueueGate
 from jamba_server.server.http.logs import log_stats
+from jamba_server.server.http.loop_lag import measure_lag
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
@@ -34,6 +40,7 @@ from jamba_server.server.http.routes import (
     responses,
     tokenize,
 )
+from jamba_server.server.http.security_headers import SecurityHeaders
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.chat_template import ChatTemplate
@@ -79,6 +86,7 @@ def create_app(
         metrics=Metrics(engine, model_name=config.served_model_name[0]),
         demo=demo,
         version=package_version(),
+        edge=Edge.of(config),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=ResponseStore(
             Path(config.data_dir) if config.data_dir else None,
@@ -91,13 +99,14 @@ def create_app(
         ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
+    services.metrics.registry.register(EdgeCollector(services.metrics.model_name, services.edge))
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
     app = App(
-        open_paths=open_paths if config.api_key else None,
+        open_paths=open_paths if config.needs_key else None,
         title="jamba-server",
         description="Jamba models behind OpenAI's API.",
         version=services.version,
-        middleware=_middleware(config, services.metrics, open_paths),
+        middleware=_middleware(services, open_paths),
         lifespan=_lifespan,
         docs_url=None,  # routes/pages.py serves /docs, because FastAPI's own page loads scripts from the internet
         redoc_url=None,
@@ -115,13 +124,14 @@ def create_app(
     return app
 
 
-def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
+def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middleware]:
     """Returns the middleware, from the outermost to the innermost.
 
-    The CORS middleware is outermost, so that error replies have CORS headers too. A browser hides replies without CORS
-    headers from the web page that sent the request.
+    The CORS middleware comes before those that may refuse a request, so that error replies have CORS headers too. A
+    browser hides replies without CORS headers from the web page that sent the request.
     """
-    chain: list[Middleware] = []
+    config, edge = services.config, services.edge
+    chain = [Middleware(SecurityHeaders, tls=config.ssl_certfile is not None)]
     if config.allowed_origins:
         chain.append(
             Middleware(
@@ -129,24 +139,33 @@ def _middleware(config: ServerConfig, metrics: Metrics, open_paths: frozenset[st
                 allow_origins=list(config.allowed_origins),
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning"],
+                expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", *RATE_HEADERS],
             )
         )
-    chain.append(Middleware(RequestContext, metrics=metrics, root_path=config.root_path))
-    if config.api_key:
-        chain.append(Middleware(ApiKey, keys=config.api_key, open_paths=open_paths))
-    chain.append(Middleware(JsonBody, max_bytes=config.max_body_bytes))
-    return chain
+    chain.append(Middleware(RequestContext, metrics=services.metrics, root_path=config.root_path))
+    if config.needs_key:
+        chain += [Middleware(ApiKey, keys=edge.keys, open_paths=open_paths), Middleware(KeyLimits, keys=edge.keys)]
+    if config.max_queue_requests:
+        most = config.max_queue_requests + config.max_num_seqs
+        chain.append(Middleware(QueueGate, waiting=edge.waiting, limit=most))
+    body = Middleware(JsonBody, max_bytes=config.max_body_bytes, memory=edge.bodies, whole_timeout=config.body_timeout)
+    return [*chain, body]
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
-    statistics = asyncio.create_task(log_stats(services.metrics, services.engine), name="statistics")
+    # anyio imports a part of itself when it is first used. This import would fail if a flood of first requests
+    # had taken all file descriptors.
+    await anyio.to_thread.run_sync(lambda: None)
+    tasks = [
+        asyncio.create_task(log_stats(services.metrics, services.engine), name="statistics"),
+        asyncio.create_task(measure_lag(services.metrics.loop_lag), name="event loop lag"),
+    ]
     yield
-    statistics.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await statistics
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await services.responses.close()
     await asyncio.to_thread(services.grammars.close)  # a check may have to end first
 

@@ -13,6 +13,7 @@ from starlette.types import Scope
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.types import SamplingParams
 from jamba_server.server.http.choice import TextOptions
+from jamba_server.server.http.deadlines import time_limit_of
 from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
@@ -133,6 +134,7 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
         priority=priority,
         cache_salt=body.cache_salt or "",
         tenant=tenant_of(scope),
+        time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),
     )
 

@@ -23,6 +23,7 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import (
     EngineDead,
+    EngineError,
     EngineFailed,
     EngineLoading,
     ModelNotFound,
@@ -35,22 +36,40 @@ from jamba_server.server.http.findings import Finding, describe_finding, param_o
 
 logger = logging.getLogger(__name__)
 
+
+class RateLimited(EngineError):
+    """A request beyond the limits of its API key. `kind` is what is limited: "requests" or "tokens"."""
+
+    def __init__(self, message: str, *, kind: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.type, self.retry_after = kind, retry_after
+
+
+class DeadlineExceeded(EngineError):
+    """A request whose reply was not complete within the time that the client gave."""
+
+
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
 MAX_MESSAGE_CHARS = 1000  # longer messages are cut at the end; a message might quote a long value of the request
 
 # Each row has a class of exceptions, and the HTTP status, error type and error code of their replies. If an exception
-# has an attribute `code` that is not empty, the attribute replaces the error code of the row.
+# has an attribute `code` or `type` that is not empty, the attribute replaces the error code or type of the row.
 _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (ResponseNotFound, 404, "invalid_request_error", "response_not_found"),
     (Overloaded, 503, "service_unavailable_error", "overloaded"),
+    (RateLimited, 429, "requests", "rate_limit_exceeded"),
+    (DeadlineExceeded, 504, "timeout_error", "deadline_exceeded"),
     (EngineLoading, 503, "service_unavailable_error", "engine_loading"),
     (EngineDead, 503, "service_unavailable_error", "engine_dead"),
     (EngineFailed, 500, "server_error", "engine_failed"),
     (ClientDisconnect, CLIENT_CLOSED_REQUEST, "invalid_request_error", "client_disconnected"),
 )
+
+# Errors whose reply has the header Retry-After
+RETRIED = Overloaded | EngineLoading | RateLimited
 
 _STATUS_CODES = {
     401: "invalid_api_key",
@@ -118,10 +137,10 @@ def describe(exc: Exception) -> Problem:
             return Problem(
                 status=status,
                 message=str(exc),
-                type=type_,
+                type=getattr(exc, "type", None) or type_,
                 param="model" if isinstance(exc, ModelNotFound) else getattr(exc, "param", None),
                 code=getattr(exc, "code", None) or code,
-                headers={"Retry-After": str(exc.retry_after)} if isinstance(exc, Overloaded | EngineLoading) else {},
+                headers={"Retry-After": str(exc.retry_after)} if isinstance(exc, RETRIED) else {},
             )
     logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
     return Problem(
@@ -149,7 +168,7 @@ def request_id_of(scope: Scope) -> str:
 
 
 def tenant_of(scope: Scope) -> str:
-    """Returns a name for the API key that the client sent: "key-" and the position of the key in --api-key.
+    """Returns a name for the API key that the client sent: the key's name in --api-key-file, or a part of its hash.
 
     Returns "" if the server requires no key, or if the request's path requires no key.
     """

@@ -12,6 +12,10 @@ from jamba_server.engine.errors import EngineDead, EngineFailed
 from jamba_server.engine.process.client import Engine, UpdateStream
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
+from jamba_server.server.http.deadlines import TimeLimit, enforced
+from jamba_server.server.http.errors import DeadlineExceeded
+from jamba_server.server.http.limits.waiting import Admission
+from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import AbortReason, Metrics
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
 from jamba_server.server.http.schemas.base import FinishReason as ReplyFinishReason
@@ -29,6 +33,7 @@ class SendTimeout(Exception):
 # The reason of an abort for each exception, as a label of the metric `aborted_requests`
 _ABORT_REASONS: tuple[tuple[type[BaseException], AbortReason], ...] = (
     (SendTimeout, "send_timeout"),
+    (DeadlineExceeded, "deadline"),
     (EngineFailed, "engine_failed"),
     (EngineDead, "engine_dead"),
     (Exception, "error"),
@@ -65,6 +70,7 @@ class GenerationSpec:
     cache_salt: str = ""
     tenant: str = ""
     http_request_id: str = ""
+    time_limit: TimeLimit | None = None
 
     def requests(self) -> list[Request]:
         return [
@@ -108,11 +114,12 @@ class Generation:
         engine: Engine,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        admission: Admission,
         *,
         clock: Clock = time.monotonic,
     ) -> None:
         self.spec = spec
-        self._engine, self._metrics, self._clock = engine, metrics, clock
+        self._engine, self._metrics, self._admission, self._clock = engine, metrics, admission, clock
         self._arrived = clock()
         self._choices = {
             request.id: Choice(request, i, tokenizer, spec.text) for i, request in enumerate(spec.requests())
@@ -166,19 +173,22 @@ class Generation:
         """Yields an iterator over the deltas of all choices, in the order in which the deltas arrive.
 
         At the beginning of the `async with` block the choices are submitted to the engine, which raises Overloaded or
-        EngineDead if it cannot accept them. At the end of the block, also after an exception, all choices that are
-        still running are aborted.
+        EngineDead if it cannot accept them. The limits on waiting tokens and of the client's API key raise Overloaded,
+        RateLimited or RequestRejected. Iterating raises DeadlineExceeded when the request's time is over. At the end of
+        the block, also after an exception, all choices that are still running are aborted.
         """
-        async with self._engine.generate([choice.request for choice in self._choices.values()]) as updates:
-            reason: AbortReason = "disconnect"
-            try:
-                async with aclosing(self._deltas(updates)) as deltas:
-                    yield deltas
-            except BaseException as exc:
-                reason = next(reason for kind, reason in _ABORT_REASONS if isinstance(exc, kind))
-                raise
-            finally:
-                self._close(reason)
+        requests = [choice.request for choice in self._choices.values()]
+        with self._admission:
+            async with self._engine.generate(requests) as updates:
+                reason: AbortReason = "disconnect"
+                try:
+                    async with enforced(self.spec.time_limit), aclosing(self._deltas(updates)) as deltas:
+                        yield deltas
+                except BaseException as exc:
+                    reason = next(reason for kind, reason in _ABORT_REASONS if isinstance(exc, kind))
+                    raise
+                finally:
+                    self._close(reason)
 
     async def collect(self) -> list[ChoiceDelta]:
         """Runs the request to its end. Returns one delta with the whole text of each choice, ordered by the index."""
@@ -209,6 +219,7 @@ class Generation:
     # The following methods update the metrics and write the request's line to the log --------------------------------
 
     def _observe(self, choice: Choice, update: TokenUpdate) -> None:
+        self._admission.count(update)
         timeline, now = self._timelines[update.request_id], self._clock()
         if update.num_cached is not None:
             timeline.num_cached = update.num_cached
@@ -247,6 +258,14 @@ class Generation:
             _seconds(min((t.first_token - self._arrived for t in timelines if t.first_token), default=None)),
             self._clock() - self._arrived,
             ",".join(sorted(set(ends))),
+            extra=fields(
+                request_id=self.spec.http_request_id,
+                tenant=self.spec.tenant,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.prompt_tokens_details.cached_tokens,
+                completion_tokens=usage.completion_tokens,
+                seconds=round(self._clock() - self._arrived, 3),
+            ),
         )
 
 

@@ -33,11 +33,13 @@ _LATENCY_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 2400,
 )  # fmt: skip
 
+_LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
 # Maximum number of different field names that are used as labels of the metric `ignored_fields`. Clients choose these
 # names, and without a limit they could fill the memory of Prometheus.
 MAX_FIELD_LABELS = 50
 
-AbortReason = Literal["disconnect", "send_timeout", "engine_failed", "engine_dead", "error"]
+AbortReason = Literal["disconnect", "send_timeout", "deadline", "engine_failed", "engine_dead", "error"]
 
 STATE_SLOTS_HELP = (
     "Number of state slots held by running sequences. Saved states are in the other slots, or in a pool of their own "
@@ -110,6 +112,11 @@ class Metrics:
             "Time from a choice's arrival at the engine to its first step, in seconds.",
             _LATENCY_BUCKETS,
         )
+        self._loop_lag = self._histogram(
+            "event_loop_lag_seconds",
+            "Time by which the HTTP process's event loop woke a timer up too late, in seconds, four times a second.",
+            _LAG_BUCKETS,
+        )
         self._success = self._counter(
             "request_success", "Number of choices that ended, by finish reason, errors included.", "finished_reason"
         )
@@ -126,6 +133,7 @@ class Metrics:
             "Number of requests with a field that the API does not have and that was ignored, by field.",
             "field",
         )
+        self._loop_lag.labels(model_name)
         self._field_labels: set[str] = set()
         self._ignored.labels(model_name, "other")
         for reason in ("stop", "length", "abort", "error"):
@@ -150,6 +158,9 @@ class Metrics:
 
     def aborted(self, reason: AbortReason) -> None:
         self._aborted.labels(self.model_name, reason).inc()
+
+    def loop_lag(self, seconds: float) -> None:
+        self._loop_lag.labels(self.model_name).observe(seconds)
 
     def count_http_request(self, path: str, status: int) -> None:
         self._http.labels(self.model_name, path, str(status)).inc()

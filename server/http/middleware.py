@@ -1,20 +1,18 @@
 """The middleware that every request passes before the function of its route is called.
 
 The classes are plain ASGI middleware, so that the events of a stream are sent at once and not buffered. A request
-passes first `RequestContext`, then `ApiKey`, then `JsonBody`. The class `RequestContext` also turns the exceptions that
-`ApiKey` and `JsonBody` raise into error replies.
+passes first `RequestContext`, then `ApiKey`, then `limits.KeyLimits`, then `JsonBody`. The class `RequestContext` also
+turns the exceptions that the others raise into error replies.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
 from urllib.parse import quote
 
 import anyio
@@ -27,7 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.anthropic_errors import speaks_anthropic
-from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, error_response
+from jamba_server.server.http.deadlines import set_arrival
+from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, error_response, tenant_of
+from jamba_server.server.http.limits.bodies import BodyMemory, BodyShare
+from jamba_server.server.http.limits.keys import Keys
+from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class RequestContext:
         request_id = clean_request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         scope["root_path"] = self.root_path or scope.get("root_path", "")
+        set_arrival(scope, asyncio.get_running_loop().time())
         inner = _canonical(scope)  # the function `_canonical` reads scope["root_path"]
         started, status = time.monotonic(), 0
 
@@ -101,11 +104,12 @@ class RequestContext:
                 logging.INFO if status >= 400 and scope["path"] not in PROBE_PATHS else logging.DEBUG,
                 "request_id=%s %s %s: %d in %.3f s",
                 request_id, scope["method"], _printable(scope["path"]), status, time.monotonic() - started,
+                extra=fields(request_id=request_id, status=status, tenant=tenant_of(scope)),
             )  # fmt: skip
 
 
 class ApiKey:
-    """Refuses requests that have none of the API keys in the argument `keys`.
+    """Refuses requests that have none of the valid API keys.
 
     The paths in the argument `open_paths`, and the paths of the files that the page /docs loads, need no key.
 
@@ -114,15 +118,15 @@ class ApiKey:
     key of a gateway.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Iterable[str], open_paths: frozenset[str]) -> None:
-        self.app, self.keys, self.open_paths = app, [key.encode() for key in keys], open_paths
+    def __init__(self, app: ASGIApp, *, keys: Keys, open_paths: frozenset[str]) -> None:
+        self.app, self.keys, self.open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._open(_route_path(scope)):
             await self.app(scope, receive, send)
             return
-        if (number := self._number_of_key(Headers(scope=scope))) is not None:
-            scope["state"]["tenant"] = f"key-{number}"
+        if (owner := self._owner(Headers(scope=scope))) is not None:
+            scope["state"]["tenant"] = owner
             await self.app(scope, receive, send)
             return
         raise HTTPException(
@@ -134,14 +138,11 @@ class ApiKey:
     def _open(self, path: str) -> bool:
         return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
 
-    def _number_of_key(self, headers: Headers) -> int | None:
-        """Returns the position in `keys` of the valid key in the request's headers, or None if there is no valid
-        key."""
+    def _owner(self, headers: Headers) -> str | None:
+        """Returns the owner of the valid key in the request's headers, or None if there is no valid key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         sent = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
-        # Every key is compared, so that the time does not reveal which key matched.
-        matches = [hmac.compare_digest(key, known) for key in map(_latin_1, sent) for known in self.keys]
-        return matches.index(True) % len(self.keys) if any(matches) else None
+        return self.keys.owner_of([_latin_1(key) for key in sent])
 
 
 class JsonBody:
@@ -150,16 +151,33 @@ class JsonBody:
     A body is refused if it is too large, nested too deeply, not in UTF-8 or not of the media type JSON.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, body_timeout: float = 30.0) -> None:
-        """The argument `max_bytes` is the maximum size of a body, in bytes. The argument `body_timeout` is the maximum
-        number of seconds between two parts of a body. If more seconds pass, the client gets status 408."""
-        self.app, self.max_bytes, self.body_timeout = app, max_bytes, body_timeout
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int,
+        memory: BodyMemory,
+        whole_timeout: float = 120.0,
+        body_timeout: float = 30.0,
+    ) -> None:
+        """The argument `max_bytes` is the maximum size of a body, in bytes. The bodies of all requests together are
+        counted in `memory`.
+
+        A whole body must arrive within `whole_timeout` seconds, and the next part of a body within `body_timeout`
+        seconds. If more seconds pass, the client gets status 408.
+        """
+        self.app, self.max_bytes, self.memory = app, max_bytes, memory
+        self.whole_timeout, self.body_timeout = whole_timeout, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH") or not _has_route(scope):
             await self.app(scope, receive, send)
             return
-        body = await self._read(Headers(scope=scope), receive)
+        with BodyShare(self.memory) as share:
+            await self._serve(scope, receive, send, share)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> None:
+        body = await self._read(Headers(scope=scope), receive, share)
         if len(body) > CHECKED_AT_ONCE_BYTES:
             await anyio.to_thread.run_sync(check_json, body)
         else:
@@ -175,18 +193,27 @@ class JsonBody:
 
         await self.app(scope, replay, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+    async def _read(self, headers: Headers, receive: Receive, share: BodyShare) -> bytes:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise HTTPException(415, f"Content-Type is {media_type[:64]!r}; it must be application/json.")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_bytes:
             raise self._too_large()
+        try:
+            async with asyncio.timeout(self.whole_timeout):
+                return await self._read_parts(receive, share)
+        except TimeoutError:
+            raise HTTPException(408, f"The body is not complete after {self.whole_timeout:g} s.") from None
+
+    async def _read_parts(self, receive: Receive, share: BodyShare) -> bytes:
         chunks: list[bytes] = []
-        size, more = 0, True
+        more = True
         while more:
             try:
-                message = await asyncio.wait_for(receive(), self.body_timeout)
+                # asyncio.wait_for is not used here: in Python 3.11 it may lose the end of the outer time limit.
+                async with asyncio.timeout(self.body_timeout):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(
                     408, f"No more of the body arrived for {self.body_timeout:g} s, and it is not complete."
@@ -196,9 +223,9 @@ class JsonBody:
             chunk: bytes = message.get("body", b"")
             more = message.get("more_body", False)
             chunks.append(chunk)
-            size += len(chunk)
-            if size > self.max_bytes:
+            if share.size + len(chunk) > self.max_bytes:
                 raise self._too_large()
+            share.grow(len(chunk))
         return b"".join(chunks)
 
     def _too_large(self) -> HTTPException:

@@ -17,6 +17,8 @@ from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
+from jamba_server.server.http.limits.edge import Edge
+from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.text.bad_words import bad_word_tokens
@@ -54,6 +56,7 @@ class Services:
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     responses: ResponseStore
+    edge: Edge
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
@@ -76,7 +79,8 @@ class Services:
         return requested
 
     def generation(self, spec: GenerationSpec) -> Generation:
-        return Generation(spec, self.engine, self.tokenizer, self.metrics)
+        admission = Admission(spec.requests(), self.edge.waiting, self.edge.keys.account(spec.tenant))
+        return Generation(spec, self.engine, self.tokenizer, self.metrics, admission)
 
     def check_size(self, text: str, *, param: str) -> None:
         """Raises RequestRejected if a text has too many bytes for the context length.

@@ -14,8 +14,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.core import Inbox
 from jamba_server.engine.process.__main__ import read
+from jamba_server.engine.process.child import Child
 from jamba_server.engine.process.heartbeat import MIN_PROCESSOR_SECONDS, Heartbeat, beating
 from jamba_server.engine.process.wire import HEADER_BYTES, MAX_FRAME_BYTES, body_bytes, pack, receive
 from jamba_server.engine.types import Abort, Failed, FromEngine, ToEngine
@@ -157,3 +159,13 @@ def test_missing_standard_streams_are_dev_null(closed: str, tmp_path: Path) -> N
     assert found["read"] == ""
     names = {"<&-": 0, ">&-": 1, "2>&-": 2}
     assert all(found["links"][names[one]] == os.devnull for one in closed.split())
+
+
+async def test_the_engine_does_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("JAMBA_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HARMLESS"):
+        monkeypatch.setenv(name, "value of a variable")
+    file = tmp_path / "environment"
+    program = f"import json, os; json.dump(dict(os.environ), open({str(file)!r}, 'w'))"
+    child = await Child.spawn(EngineConfig(model="any"), (sys.executable, "-c", program))
+    assert await child.close() == 0
+    assert [name for name, value in json.loads(file.read_text()).items() if "value of" in value] == ["HARMLESS"]

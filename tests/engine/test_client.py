@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -402,16 +403,20 @@ async def test_before_it_is_ready_it_says_so() -> None:
 
 
 async def test_a_full_queue_is_refused() -> None:
+    """The engine has eight places, so two choices wait when there are ten."""
     engine = client(max_queue=2)
     await engine.start()
-    async with engine.generate([request("a"), request("b")]):
-        with pytest.raises(Overloaded, match="limit"):
-            async with engine.generate([request("c")]):
-                pass
-    async with engine.generate([request("d")]):
-        with pytest.raises(Overloaded, match=r"1 choices are waiting and the request has 2; the limit .* is 2"):
-            async with engine.generate([request("e"), request("f")]):
-                pass
+    async with AsyncExitStack() as stack:
+        for number in range(4):  # a burst: none of them has started
+            await stack.enter_async_context(engine.generate([request(f"a{number}"), request(f"b{number}")]))
+        async with engine.generate([request("a"), request("b")]):
+            with pytest.raises(Overloaded, match=r"10 choices are waiting and the request has 1; 8 places are free"):
+                async with engine.generate([request("c")]):
+                    pass
+        async with engine.generate([request("d")]):
+            with pytest.raises(Overloaded, match=r"9 choices are waiting and the request has 2; .*the limit .* is 2"):
+                async with engine.generate([request("e"), request("f")]):
+                    pass
     with pytest.raises(RequestRejected, match=r"asks for 3 choices; the limit .* is 2"):  # it would never be admitted
         async with engine.generate([request(name) for name in "ghi"]):
             pass

@@ -26,9 +26,9 @@ from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
 from jamba_server.server.cli.serve import bind, is_loopback
-from jamba_server.server.cli.server import http_config
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
+from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.options import PANELS
 from tests.geometries import write_geometry
 from tests.server.fake_engine import INFO
@@ -470,4 +470,4 @@ def test_a_certificate_that_is_none(tmp_path: Path) -> None:
     file.write_text("no certificate")
     config = ServerConfig(ssl_keyfile=str(file), ssl_certfile=str(file))
     with pytest.raises(ConfigError, match="ssl_keyfile and ssl_certfile cannot be used"):
-        http_config(config, app=None)  # pyright: ignore[reportArgumentType]
+        tls_context(config)

@@ -54,7 +54,7 @@ def test_a_variable_may_name_the_file_and_a_flag_goes_before_it(tmp_path: Path) 
 
 
 def test_an_empty_variable_is_not_set() -> None:
-    config = load_config({}, {"JAMBA_API_KEY": "", "JAMBA_PORT": ""})
+    config = load_config({}, {"JAMBA_HOST": "", "JAMBA_PORT": ""})
     assert config == ServerConfig()
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
+from pathlib import Path
 
 import pytest
 
+from jamba_server.engine.errors import ConfigError
+from jamba_server.server.config import load_config
 from tests.server.conftest import Bench, MakeBench, chat
 
 CHAT = "/v1/chat/completions"
@@ -101,9 +106,37 @@ async def test_open_paths_behind_a_prefix(make_bench: MakeBench) -> None:
 
 
 async def test_requests_with_different_keys_belong_to_different_tenants(guarded: Bench) -> None:
-    """Tenants take turns in the scheduler. The engine sees the number of a key and never the key."""
+    """Tenants take turns in the scheduler. The engine sees a part of a key's hash and never the key."""
     async with guarded.http() as http:
         for key in ("second key", "first key"):
             assert (await http.post(CHAT, json=chat(), headers={"x-api-key": key})).status_code == 200
-    assert [request.tenant for request in guarded.engine.requests] == ["key-1", "key-0"]
+    hashes = [hashlib.sha256(key).hexdigest() for key in (b"second key", b"first key")]
+    assert [request.tenant for request in guarded.engine.requests] == [f"key-{each[:12]}" for each in hashes]
     assert len({request.parent for request in guarded.engine.requests}) == 2
+
+
+# Keys as options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["", " ", "\n", ",", ["good", " "], [""]])
+def test_a_blank_key_is_no_key(value: object, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--api-key is"):
+        load_config({"api_key": value}, {})
+    file = tmp_path / "jamba.yaml"
+    file.write_text(json.dumps({"api_key": value}))
+    with pytest.raises(ConfigError, match="api_key is"):
+        load_config({}, {}, file)
+
+
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+def test_an_empty_variable_starts_no_open_server(value: str) -> None:
+    with pytest.raises(ConfigError, match="JAMBA_API_KEY is"):
+        load_config({}, {"JAMBA_API_KEY": value})
+
+
+def test_a_line_feed_is_no_part_of_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "jamba.yaml"
+    file.write_text('api_key: "yaml\\n"')
+    assert load_config({}, {}, file).api_key == ("yaml",)
+    assert load_config({}, {"JAMBA_API_KEY": "one, two\n"}).api_key == ("one", "two")
+    assert load_config({"api_key": ["flag\r\n"]}, {}).api_key == ("flag",)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from jamba_server.server.http.limits.bodies import BodyMemory
 from jamba_server.server.http.middleware import (
     MAX_JSON_CONTAINERS,
     MAX_JSON_DEPTH,
@@ -292,7 +293,7 @@ async def test_a_body_that_stops_in_the_middle() -> None:
         "app": Starlette(routes=[Route("/a", lambda request: Response(), methods=["POST"])]),
     }
     with pytest.raises(HTTPException, match=r"arrived for 0\.001 s") as caught:
-        await JsonBody(app, max_bytes=10, body_timeout=0.001)(scope, receive, send)
+        await JsonBody(app, max_bytes=10, memory=BodyMemory(10), body_timeout=0.001)(scope, receive, send)
     assert caught.value.status_code == 408
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from fastapi import Request
 
+from jamba_server.server.http.deadlines import enforced, time_limit_of
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.sse import until_disconnect
 
@@ -12,8 +13,9 @@ from jamba_server.server.http.sse import until_disconnect
 async def wait_for_start(request: Request, services: Services, *, num_choices: int = 1) -> None:
     """Waits while the engine loads for the first time. The request's body must already have been read.
 
-    Raises EngineLoading if the wait exceeds --startup-wait, Overloaded if too many choices wait already, and
-    ClientDisconnect if the client disconnects.
+    Raises EngineLoading if the wait exceeds --startup-wait, DeadlineExceeded if it exceeds the request's own time,
+    Overloaded if too many choices wait already, and ClientDisconnect if the client disconnects.
     """
     if services.engine.health.loading is not None:
-        await until_disconnect(request.receive, services.startup.wait(num_choices))
+        async with enforced(time_limit_of(request.scope)):
+            await until_disconnect(request.receive, services.startup.wait(num_choices))

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
+from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.routes.admission import wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
@@ -27,6 +28,7 @@ router = APIRouter(tags=["generation"])
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Returns the next message of a conversation. With `stream`, it is sent as `chat.completion.chunk` events."""
     services.lifecycle.admit()
+    set_timeout(request.scope, body.timeout)
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from jamba_server.server.http.choice import TextOptions
+from jamba_server.server.http.deadlines import set_timeout, time_limit_of
 from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
 from jamba_server.server.http.routes.admission import wait_for_start
@@ -30,6 +31,7 @@ DEFAULT_MAX_TOKENS = 16  # default of a completion's `max_tokens`, as in OpenAI'
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Returns the continuations of one or several prompts. With `stream`, they are sent as `text_completion` events."""
     services.lifecycle.admit()
+    set_timeout(request.scope, body.timeout)
     settle_unknown_fields(body, request, services)
     if any(isinstance(prompt, str) and services.begins_with_bos(prompt) for prompt in body.prompts):
         warn_of_bos(request, services)
@@ -69,6 +71,7 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
         priority=priority,
         cache_salt=body.cache_salt or "",
         tenant=tenant_of(scope),
+        time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),
     )
 

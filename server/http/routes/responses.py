@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response as HttpResponse
 
 from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.errors import tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
@@ -36,6 +37,7 @@ DEFAULT_PAGE = 20
 async def create_response(body: ResponseRequest, request: Request, services: ServicesOf) -> HttpResponse:
     """Returns the model's response to a text or to a conversation. With `stream`, it is sent as events."""
     services.lifecycle.admit()
+    set_timeout(request.scope, body.timeout)
     store, owner = services.responses, tenant_of(request.scope)
     if body.store and not store.enabled:
         why = "store is true, but this server stores no responses (--max-stored-responses)."

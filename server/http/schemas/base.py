@@ -22,6 +22,7 @@ MAX_CHOICES = 128  # maximum value of `n`, the number of choices for one prompt
 MAX_STOPS = 64  # maximum number of stop strings in a request; more strings make the search of a reply slower
 MAX_BAD_WORDS = 64
 MAX_CACHE_SALT_CHARS = 128
+MAX_TIMEOUT_SECONDS = 7 * 24 * 3600
 
 
 def within(field: str, *, low: float | None = None) -> Any:
@@ -294,6 +295,11 @@ class GenerationBody(NoEffect):
     priority: Annotated[
         Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None,
         Field(description="Lower values run first. The server must run with --enable-priority."),
+    ] = None
+
+    timeout: Annotated[
+        Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None,
+        Field(description="Seconds after which the request is aborted. The header X-Request-Timeout does the same."),
     ] = None
 
     max_tokens: Annotated[

@@ -1,0 +1,136 @@
+"""Sends requests that schemathesis derives from the server's own OpenAPI document, valid ones and broken ones.
+
+    python -m benchmarks.http.fuzz [--cases 10000] [--seed 0] [--minutes 30] [-- flags of `jamba serve`]
+
+Starts `jamba serve` with the demonstration checkpoint. No reply may have a status of 500 or above; each reply must have
+a status, a media type and a body that the document describes; a request that breaks the document must be refused; and
+no process of the server may end. Prints the number of replies by status and each kind of failure once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.failures import FailureGroup
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from benchmarks.http.processes import processes
+from benchmarks.http.serving import running_server
+
+CHECKS: Any = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+CASES_WITHOUT_BODY = 2  # cases of an operation whose requests have no body: there is nothing to vary
+SERVER_FLAGS = ["--threads", "1", "--max-model-len", "512"]
+START_TIMEOUT = 300.0
+
+
+@dataclass
+class Findings:
+    """The number of replies by status, and the failures: the text of each kind, and how often it came."""
+
+    statuses: Counter[int] = field(default_factory=Counter[int])
+    failures: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def num_cases(self) -> int:
+        return self.statuses.total()
+
+
+def fuzz(schema: Any, *, cases: int, random_seed: int, until: float = float("inf")) -> Findings:
+    """Sends about `cases` requests, half of them broken, to the operations of a schema that schemathesis has loaded.
+
+    Stops early when `time.monotonic()` exceeds `until`.
+    """
+    operations = [result.ok() for result in schema.get_all_operations()]
+    with_body = [operation for operation in operations if operation.body]
+    findings = Findings()
+    rest = cases - CASES_WITHOUT_BODY * (len(operations) - len(with_body))
+    for operation in operations:
+        if operation not in with_body:
+            _run(operation, GenerationMode.POSITIVE, CASES_WITHOUT_BODY, random_seed, _checker(findings, until))
+            continue
+        for mode in GenerationMode:
+            number = max(1, rest // (2 * len(with_body)))
+            _run(operation, mode, number, random_seed, _checker(findings, until))
+    return findings
+
+
+def _checker(findings: Findings, until: float) -> Callable[[Any], None]:
+    def check(case: Any) -> None:
+        if time.monotonic() > until:
+            return
+        response = case.call()
+        findings.statuses[response.status_code] += 1
+        try:
+            case.validate_response(response, checks=CHECKS)
+        except FailureGroup as group:
+            for failure in group.exceptions:
+                findings.failures[f"{case.operation.label}: {failure}"] += 1
+
+    return check
+
+
+def _run(operation: Any, mode: GenerationMode, number: int, random_seed: int, check: Callable[[Any], None]) -> None:
+    @seed(random_seed)
+    @settings(
+        max_examples=number,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def run(case: Any) -> None:
+        check(case)
+
+    # Hypothesis raises this error if no request can break the operation's description.
+    with contextlib.suppress(Unsatisfiable):
+        run()
+
+
+def main() -> None:
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2000, help="requests to send")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests")
+    parser.add_argument("--minutes", type=float, default=60.0, help="minutes after which the program ends")
+    flags = parser.parse_args(sys.argv[1:split])
+    with running_server([*SERVER_FLAGS, *sys.argv[split + 1 :]], START_TIMEOUT) as (url, _):
+        before, start = processes(), time.monotonic()
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        findings = fuzz(schema, cases=flags.cases, random_seed=flags.seed, until=start + 60 * flags.minutes)
+        lost = processes() != before
+        seconds = time.monotonic() - start
+    print(
+        f"{findings.num_cases} cases in {seconds:.0f} s; replies by status: {dict(sorted(findings.statuses.items()))}"
+    )
+    for text, number in findings.failures.most_common():
+        print(f"\n{number} x {text}")
+    if findings.failures or lost:
+        sys.exit(f"{len(findings.failures)} kinds of failures{'; a process has ended' if lost else ''}.")
+
+
+if __name__ == "__main__":
+    main()

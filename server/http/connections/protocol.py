@@ -1,0 +1,143 @@
+"""The class `Connection` is uvicorn's HTTP connection with deadlines for what the client sends."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from jamba_server.engine.errors import Overloaded
+from jamba_server.server.http.errors import Problem, error_response
+
+# Time in seconds in which a client may still send a body after it has got the reply. If the connection were closed at
+# once, the client's system would discard the reply.
+LINGER_SECONDS = 5.0
+REFUSAL_SECONDS = 2.0  # time in seconds in which a client must send a request that will be refused
+REFUSED_BODY_BYTES = 256 * 1024  # a refused request's body is read up to this size, so that the client gets the reply
+RETRY_AFTER_SECONDS = 1
+CLOSE = (b"connection", b"close")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a connection is to be served.
+
+    The client must send the headers of each request within `header_seconds`. If `refused` is true, the connection's
+    only request gets status 503. The function `crowded` says whether so many connections are open that this one is to
+    be closed after its reply. The function `lost` is called when the connection has ended.
+    """
+
+    header_seconds: float
+    refused: bool
+    crowded: Callable[[], bool]
+    lost: Callable[[], None]
+
+
+class Connection(H11Protocol):
+    """One connection of a client.
+
+    At most one deadline is set at a time: for the headers of the next request, or for the rest of a body that nobody
+    reads. The body of a request that is being answered has its deadline in the class `JsonBody`.
+    """
+
+    def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], manner: Manner) -> None:
+        super().__init__(config=config, server_state=server_state, app_state=app_state)
+        self._manner = manner
+        self._served: ASGIApp = self.app  # pyright: ignore[reportAttributeAccessIssue]  # uvicorn's type of the same
+        self.app = refuse if manner.refused else self._run  # pyright: ignore[reportAttributeAccessIssue]
+        self._deadline: asyncio.TimerHandle | None = None
+        self._lingers = False  # whether the deadline is for the rest of a body that nobody reads
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._set_deadline(REFUSAL_SECONDS if self._manner.refused else self._manner.header_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        self._manner.lost()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.is_closing():
+            self._clear_deadline()
+        elif self.conn.their_state is h11.IDLE:  # the headers of a request have not all come
+            if self._deadline is None or self._lingers:
+                self._set_deadline(self._manner.header_seconds)
+        elif not self.cycle.response_complete:
+            self._clear_deadline()
+
+    def on_response_complete(self) -> None:
+        self._clear_deadline()
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._set_deadline(self._manner.header_seconds)
+        elif self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete:
+            self._set_deadline(LINGER_SECONDS, lingers=True)
+
+    def _set_deadline(self, seconds: float, *, lingers: bool = False) -> None:
+        self._clear_deadline()
+        self._lingers = lingers
+        self._deadline = self.loop.call_later(seconds, self._expire)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        """Closes the connection. A client that has sent a part of its headers gets status 408 before."""
+        self._deadline = None
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            message = f"The headers of the request are not complete after {self._manner.header_seconds:g} s."
+            problem = Problem(status=408, message=message, code="request_timeout")
+            self.transport.write(_raw_reply(problem, b"Request Timeout"))
+        self.transport.close()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Calls the application. If the server is crowded, the reply tells the client that the connection is closed."""
+
+        async def send_or_close(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._manner.crowded():
+                message = {**message, "headers": [*message.get("headers", ()), CLOSE]}
+            await send(message)
+
+        await self._served(scope, receive, send_or_close)
+
+
+def _raw_reply(problem: Problem, reason: bytes) -> bytes:
+    body = problem.body_for({"path": "", "state": {"request_id": ""}})
+    head = b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+    return head % (problem.status, reason, len(body)) + body
+
+
+async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """An ASGI application that answers every request with status 503 and closes the connection."""
+    size, more = 0, True
+    while more and size <= REFUSED_BODY_BYTES:
+        try:
+            async with asyncio.timeout(REFUSAL_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            break
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
+    message = "The server has as many connections as it can serve (--max-connections)."
+    reply = error_response(Overloaded(message, retry_after=RETRY_AFTER_SECONDS), scope)
+    reply.headers["connection"] = "close"
+    await reply(scope, receive, send)

@@ -1,0 +1,70 @@
+"""The class `HttpServer` is uvicorn's server with this package's connections."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable, Generator
+
+import uvicorn
+
+from jamba_server.server.http.connections.acceptor import Acceptor
+from jamba_server.server.http.connections.counts import ConnectionCounts
+from jamba_server.server.http.connections.protocol import Connection, Manner
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, which accepts at most `max_connections` connections and sets deadlines for them.
+
+    It has no signal handlers. With uvicorn's handlers, a signal would close the sockets at once, and /ready could not
+    answer 503.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        *,
+        max_connections: int,
+        header_timeout: float,
+        counts: ConnectionCounts,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls` is the TLS context, or None for plain HTTP. A client must send its headers in `header_timeout`
+        seconds."""
+        super().__init__(config)
+        self._listener, self._max_connections, self._header_timeout = listener, max_connections, header_timeout
+        self._counts = counts
+        self.tls = tls  # the context of connections that are accepted from now on
+        self.acceptor: Acceptor | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Installs no signal handler, because the class `cli.server.Server` installs its own."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])  # the argument keeps uvicorn from opening a socket of its own
+        if self.started:
+            self.acceptor = Acceptor(
+                self._listener,
+                self._connect,
+                limit=self._max_connections,
+                tls=lambda: self.tls,
+                counts=self._counts,
+            )
+            self.acceptor.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.acceptor is not None:
+            self.acceptor.close()
+        await super().shutdown(sockets=[])
+
+    def _connect(self, refused: bool, lost: Callable[[], None]) -> Connection:
+        assert self.acceptor is not None
+        acceptor = self.acceptor
+        manner = Manner(
+            header_seconds=self._header_timeout, refused=refused, crowded=lambda: acceptor.crowded, lost=lost
+        )
+        return Connection(self.config, self.server_state, self.lifespan.state, manner)

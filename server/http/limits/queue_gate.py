@@ -1,0 +1,36 @@
+"""The middleware `QueueGate` refuses requests while the queue is full, before they cost anything."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jamba_server.engine.errors import Overloaded
+from jamba_server.server.http.limits.waiting import WaitingTokens
+
+# The endpoints whose requests need a place in the queue
+PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+
+
+class QueueGate:
+    """Refuses requests for replies while so many choices have no token that one more would be refused anyway.
+
+    The engine's client checks its queue exactly, but only after the body of the request has been read, validated and
+    tokenised. In a flood, this work would delay the requests that have been admitted. A `limit` of 0 does not apply.
+    """
+
+    def __init__(self, app: ASGIApp, *, waiting: WaitingTokens, limit: int) -> None:
+        self.app, self.waiting, self.limit = app, waiting, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.limit and scope["type"] == "http" and self.waiting.num_choices >= self.limit and _needs_place(scope):
+            raise Overloaded(
+                f"{self.waiting.num_choices} choices run without a token or wait; the limit, which follows from "
+                f"--max-queue-requests and --max-num-seqs, is {self.limit}.",
+                retry_after=self.waiting.retry_after,
+            )
+        await self.app(scope, receive, send)
+
+
+def _needs_place(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.removeprefix(scope.get("root_path", "")) in PATHS
