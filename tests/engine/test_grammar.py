@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +15,9 @@ import msgspec
 import pytest
 from llguidance import LLMatcher
 
+from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.scheduler import SchedulerOutput
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 from jamba_server.llm import LLM, Completion
@@ -178,6 +182,25 @@ def test_an_engine_that_is_restarted_goes_on(folder: Path, alone: list[Any], par
         got, entries, reason = gathered(updates)
         assert (got, reason) == (tokens[int(request_id) :], "stop")
         assert entries == (logprobs[int(request_id) :] if params is SCORED else [])
+
+
+async def test_an_engine_process_that_is_killed(
+    folder: Path, alone: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jamba_server.engine.process.restarts.BACKOFF_SECONDS", 0.0)
+    engine = EngineClient(EngineConfig(model=str(folder), load_format="dummy", max_model_len=256, threads=1))
+    await engine.start()
+    first, got = engine.pid, {"0": list[TokenUpdate](), "1": list[TokenUpdate]()}
+    requests = [Request(id=str(n), prompt=SUBJECT, params=params) for n, params in enumerate((SCORED, PLAIN))]
+    async with engine.generate(requests) as updates:
+        async for update in updates:
+            got[update.request_id].append(update)
+            if len(got["0"]) == 8 and engine.pid == first:
+                assert first is not None
+                os.kill(first, signal.SIGKILL)
+    assert engine.pid != first
+    await engine.close()
+    assert [gathered(updates) for updates in got.values()] == alone
 
 
 def test_steps_ahead_give_the_same(folder: Path) -> None:

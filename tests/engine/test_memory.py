@@ -102,7 +102,16 @@ def test_the_largest_steps_run_upon_one_page_and_one_state(tmp_path: Path) -> No
     llm = LLM(tmp_path, max_num_seqs=5, max_num_batched_tokens=70, max_model_len=50)
     runner, config = llm.core.model_runner, EngineConfig(model="x", max_num_seqs=5, max_model_len=50)
     layout = cache_layout(runner.model.config, block_size=16, dtype="float32")
-    loaded = Loaded(runner.model, runner.sampler, runner.kernels, UNQUANTIZED, torch.float32, layout, runner.device)
+    loaded = Loaded(
+        runner.model,
+        runner.sampler,
+        runner.masks,
+        runner.kernels,
+        UNQUANTIZED,
+        torch.float32,
+        layout,
+        runner.device,
+    )
     plan = plan_on_gpu(config, loaded.model.config, 10 * GIB)
     measured = measure_steps(loaded, dummy_steps(config, loaded.model.config, plan), FakeMemory())
     assert measured == Measured(plan.max_num_batched_tokens, 5, 0)

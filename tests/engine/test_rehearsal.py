@@ -143,7 +143,8 @@ def test_nothing_is_compiled_after_the_weights_are_loaded(
     def prompt(length: int) -> list[int]:
         return random.choices(range(3, 60), k=length)
 
-    for params in (GREEDY, SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logprobs=2, prompt_logprobs=1)):
+    masked = SamplingParams(thinking_token_budget=1, thinking_end=(4,))
+    for params in (GREEDY, masked, SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logprobs=2, prompt_logprobs=1)):
         for count in (*range(1, 20), 31, 64, 65, 70):
             prompts = [prompt(random.choice((1, 2, 17, 40))) for _ in range(count)]
             llm.generate([*prompts], msgspec.structs.replace(params, max_tokens=3))
