@@ -129,8 +129,8 @@ class Scheduler:
         self, requests: Iterable[Request], *, now: float, constraints: Mapping[str, Constraint] = MappingProxyType({})
     ) -> None:
         """Puts requests into the queue, which is sorted by priority, and by arrival within a priority. `now` is the
-        time of the monotonic clock in seconds. `constraints` has the constraint of each request with a grammar, under
-        the id of the request."""
+        time of the monotonic clock in seconds. `constraints` maps the id of each request with a grammar to its compiled
+        constraint."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
@@ -180,8 +180,9 @@ class Scheduler:
         requests wait in the queue.
 
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
-        their urgency. A decoded token costs nothing of the budget, so a prompt as long as the budget takes one step.
-        Forced tokens after a decoded one are computed in the same step, and they do count.
+        their urgency. A decoded token does not count against the step's token budget, so a prompt as long as the budget
+        takes one step. If a grammar forces further tokens after a decoded token, they are computed in the same step and
+        do count.
         """
         budget = self.max_num_batched_tokens
         plan = _Plan(budget, budget - budget // RESERVED_PART)
@@ -238,8 +239,9 @@ class Scheduler:
         """Whether the tokens that the most recently launched step samples must be read before the next step can be
         scheduled.
 
-        That is so if penalties, bad words or the grammar of a sequence depend on these tokens, or if a state is to be
-        saved after one of them, because the key of a saved state is computed from its tokens.
+        They must be read first if penalties, bad words or the grammar of a sequence depend on these tokens. They must
+        also be read if a state is to be saved after one of them, because the key of a saved state is computed from the
+        tokens before it.
         """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
@@ -325,7 +327,8 @@ class Scheduler:
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _groups_in_progress(self) -> set[str]:
-        """Returns the groups of which a running sequence has not yet computed all full pages of the prompt."""
+        """Returns the ids of the groups in which a running sequence has not yet computed all full pages of its prompt.
+        A group consists of the choices of one prompt."""
         size = self.cache.block_size
         return {seq.request.group for seq in self.running if seq.num_computed < (seq.num_prompt - 1) // size * size}
 
@@ -435,9 +438,10 @@ class Scheduler:
         return None
 
     def _append_forced(self, seq: Sequence) -> None:
-        """Appends the tokens that the constraint of `seq` forces next. The next step computes them all, and no step
-        samples them. A token that ends the reply is not appended but sampled, so that every reply ends in a step. If
-        log-probabilities are wanted, a step must sample every token, so none is appended."""
+        """Appends to `seq` the tokens that its grammar forces next. The next step computes all of them together and
+        samples none of them. A token that ends the reply is not appended but sampled, so that every reply ends with a
+        sampled token. If the request asks for log-probabilities, no token is appended, because every token must then be
+        sampled."""
         seq.num_forced = 0
         if (constraint := seq.constraint) is None or seq.params.logprobs is not None:
             return
