@@ -1,6 +1,7 @@
 """Records a span for each HTTP request and sends the spans to a collector.
 
-OpenTelemetry is in the optional dependencies `otel`, so this module is imported only with `--otlp-traces-endpoint`.
+OpenTelemetry is installed only with the optional dependencies `otel`, so this module is imported only if the option
+`--otlp-traces-endpoint` is given.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ NAME_VARIABLE = "OTEL_SERVICE_NAME"
 
 
 def tracer_provider(endpoint: str, version: str) -> TracerProvider:
-    """Returns a provider whose spans are sent to `endpoint`, in the background and in bounded batches.
+    """Returns a provider of OpenTelemetry tracers. Its spans are sent to `endpoint` in the background, in batches of
+    bounded size.
 
     The variables of OpenTelemetry's specification, such as OTEL_SERVICE_NAME and OTEL_TRACES_SAMPLER, are honoured.
     """
@@ -33,9 +35,10 @@ def tracer_provider(endpoint: str, version: str) -> TracerProvider:
 
 
 def provider_with(processor: SpanProcessor, version: str) -> TracerProvider:
-    """Returns a provider that hands its spans to `processor`."""
+    """Returns a provider of OpenTelemetry tracers that passes its spans to `processor`."""
     attributes = {"service.version": version}
-    if NAME_VARIABLE not in os.environ:  # attributes that are given here win over variables
+    # An attribute that is given here would take precedence over the environment variable.
+    if NAME_VARIABLE not in os.environ:
         attributes["service.name"] = SERVICE_NAME
     provider = TracerProvider(resource=Resource.create(attributes))
     provider.add_span_processor(processor)
@@ -43,7 +46,8 @@ def provider_with(processor: SpanProcessor, version: str) -> TracerProvider:
 
 
 class Tracing:
-    """Records one span for each request except those on `ignored` paths. The middleware `RequestContext` comes next.
+    """Middleware that records one span for each request, except for requests to the paths in `ignored`. It encloses the
+    middleware `RequestContext`.
 
     The client's header `traceparent` makes the span a part of the client's trace. The names of attributes are those of
     OpenTelemetry's conventions for HTTP servers.

@@ -45,7 +45,7 @@ class MessagesWriter(Writer):
     """Builds one `message` object for a whole reply, and Anthropic's events for a stream.
 
     `max_tokens` is the limit that the request asked for. `num_marked` is the number of prompt tokens before the last
-    `cache_control` mark. Without `shows_thinking`, blocks of reasoning have an empty text.
+    `cache_control` mark of the request. If `shows_thinking` is false, content blocks with reasoning have an empty text.
     """
 
     generation: Generation
@@ -67,8 +67,8 @@ class MessagesWriter(Writer):
         return self._message(content, stop.stop_reason, stop.stop_sequence)
 
     def begin(self) -> Iterable[bytes]:
-        """Yields nothing. The event `message_start` has the number of cached tokens, which is known with the first
-        token of the reply."""
+        """Yields nothing. The first event, `message_start`, is sent later, because it has the number of cached tokens,
+        which is known only when the first token of the reply arrives."""
         return ()
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
@@ -143,14 +143,14 @@ class MessagesWriter(Writer):
 
 
 class _BlockEvents:
-    """Turns the parts of a reply into the events of its content blocks. Blocks follow each other, so at most one block
-    is open."""
+    """Turns the parts of a reply into the events of its content blocks. A block ends before the next block starts, so
+    at most one block is open at a time."""
 
     def __init__(self, *, shows_thinking: bool) -> None:
         self._shows_thinking = shows_thinking
-        self._index = -1  # number of the open block, or of the last one
+        self._index = -1  # number of the open block, or of the last block if none is open; -1 before the first block
         self._open: Text | Reasoning | ToolCall | None = None  # the part that opened the block
-        self._hash = hashlib.sha256()  # of the open block's reasoning
+        self._hash = hashlib.sha256()  # hash of the reasoning in the open block so far
 
     def add(self, part: Part) -> Iterator[Event]:
         if not self._continues(part):
@@ -198,13 +198,15 @@ class _BlockEvents:
 
 
 def signature(reasoning: str) -> str:
-    """Returns the signature of a block of reasoning. Clients send it back and take it for opaque."""
+    """Returns the signature of a content block with reasoning. Clients treat the signature as opaque and send it back
+    in later requests."""
     return _base64(hashlib.sha256(reasoning.encode()).digest())
 
 
 def arguments_of(text: str) -> dict[str, Any]:
-    """Returns the arguments of a tool call. If the limit of tokens has cut the JSON text, the values that are complete
-    are returned, as Anthropic's client does with the events of a stream."""
+    """Returns the arguments of a tool call from their JSON text. If the reply was cut at its token limit, so that the
+    JSON text is incomplete, the values that are complete are returned. Anthropic's client treats an incomplete stream
+    in the same way."""
     return cast("dict[str, Any]", from_json(text or "{}", allow_partial=True))
 
 
