@@ -43,8 +43,8 @@ async def read_input(body: ResponseRequest, store: ResponseStore, owner: str) ->
 
 
 def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]) -> ChatTask:
-    """Returns a task in which the model continues the conversation of which `items` are the input items. Raises
-    RequestRejected for a tool_choice that the tools cannot satisfy."""
+    """Returns the task that the model continues a conversation, which is given by its input items. Raises
+    RequestRejected if the field `tool_choice` asks for a tool that the request does not have."""
     mode, allowed = allowed_names(body.choice, names)
     return ChatTask(
         messages=tuple(chat_messages(body.instructions, items)),

@@ -156,8 +156,8 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
 
 
 def _warn(request: Request, body: ResponseRequest, names: FunctionNames, num_left_out: int) -> None:
-    """If tools or messages of the request do not reach the model, adds the header X-Warning, which names them, to the
-    reply."""
+    """If tools, messages or reasoning of the request do not reach the model, adds the header X-Warning, which says so,
+    to the reply."""
     scope = request.scope
     if names.skipped:
         warn(f"the model does not see the tools of these types: {', '.join(names.skipped)}", scope)
