@@ -76,7 +76,7 @@ def load(dtype: str) -> LLM:
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
     """Returns `count` texts of LENGTH tokens, as token ids. The model generates each text. If the model ends a text
-    early, it generates another one, which is appended."""
+    early, the model generates another text, which is appended."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):

@@ -272,8 +272,8 @@ class ChatTemplate:
         """Translates the reasoning effort to variables of the template. Returns whether reasoning that the prompt
         begins must be ended in the prompt.
 
-        The variable `enable_thinking`, which many templates read, is supported even for templates that begin the
-        reasoning but do not read it.
+        Clients may set the variable `enable_thinking` for every template that begins the reasoning, even if the
+        template does not read this variable.
         """
         enabled = kwargs.get("enable_thinking")
         if effort == "none" and enabled is True:

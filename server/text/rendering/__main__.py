@@ -48,7 +48,7 @@ def serve(connection: socket.socket, seconds: float) -> None:
 
 
 def main() -> None:
-    # ignored: Ctrl-C also sends the signal to the parent process, which then closes the socket.
+    # This process ignores SIGINT (Ctrl-C) and SIGTERM. The parent process gets them, too, and then closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     limit_resources()
