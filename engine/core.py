@@ -120,7 +120,8 @@ class EngineCore:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.announce: Callable[[Adding | Starting], None] = lambda message: None
         self.inbox = Inbox(compiler)
-        self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
+        # The step that was launched and whose results have not been read yet, or None.
+        self._in_flight: PendingStep | None = None
         self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
 
     @property

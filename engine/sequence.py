@@ -113,7 +113,7 @@ class Sequence:
         return 0 < self.num_remaining <= 1 + self.num_forced
 
     def samples_at(self, position: int) -> bool:
-        """Whether a step that computes the tokens before `position` samples the token at `position`."""
+        """Returns whether a step that computes the tokens before `position` samples the token at `position`."""
         return position == len(self.tokens) + self.num_pending and self.request.params.max_tokens > 0
 
     @property

@@ -110,7 +110,8 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """Compares the log-probabilities of each token in two runs, and groups the differences by distance.
+    """Compares the log-probabilities of each token in two runs. Groups the differences by the token's distance from the
+    position at which a saved state was restored.
 
     The distance is the number of tokens since the first restore of a state. Each entry of `pairs` is (distance, first
     log-probability, second log-probability).

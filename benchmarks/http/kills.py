@@ -148,7 +148,7 @@ def engine_pid() -> int | None:
             if "jamba_server.engine.process" in Path(f"/proc/{pid}/cmdline").read_text():
                 return pid
         except OSError:
-            continue  # The process has ended since `descendants` listed its id.
+            continue  # The process has ended since `descendants` listed its id, so it is skipped.
     return None
 
 
@@ -190,7 +190,7 @@ class Killer:
                 self._open.append((time.monotonic(), is_early))
                 next_kill = time.monotonic() + self._draw.uniform(*self._gap)
                 while is_ready and (await self._http.get("/ready")).status_code == 200:
-                    pass  # The server has not noticed the death yet.
+                    pass  # The server has not noticed the death of the engine yet, so the loop asks again.
 
     def _event_since(self, moment: float) -> bool:
         """Returns whether an event of some stream has arrived after the time `moment`."""

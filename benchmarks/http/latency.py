@@ -103,7 +103,8 @@ def short_summary(results: list[Result]) -> dict[str, Any]:
 
 async def measure(flags: argparse.Namespace, url: str) -> dict[str, Any]:
     prompts = Prompts()
-    await asyncio.gather(*(post(url, prompts.body(SHORT_LEN, SHORT_TOKENS)) for _ in range(4)))  # warms the server up
+    # These requests only warm the server up and are not measured.
+    await asyncio.gather(*(post(url, prompts.body(SHORT_LEN, SHORT_TOKENS)) for _ in range(4)))
     found: dict[str, Any] = {"short alone": short_summary(await alone(url, prompts, flags.seconds))}
     print("short alone", found["short alone"], file=sys.stderr)
     steps = gauges(url).get("jamba_num_steps_total", 0.0)

@@ -75,7 +75,8 @@ def summary(results: list[Result]) -> dict[str, Any]:
 
 def measure(flags: argparse.Namespace, url: str) -> dict[str, Any]:
     pids = processes()
-    asyncio.run(flood(url, flags.running, flags.output_len, 0))  # warms the server up
+    # These requests only warm the server up and are not measured.
+    asyncio.run(flood(url, flags.running, flags.output_len, 0))
     time.sleep(1)
     runs: dict[str, dict[str, Any]] = {}
     baseline = flags.running + flags.queue

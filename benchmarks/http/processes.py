@@ -28,7 +28,7 @@ def processes() -> dict[str, int]:
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         except OSError:
-            continue  # The process has ended since `descendants` listed its id.
+            continue  # The process has ended since `descendants` listed its id, so it is skipped.
         if "serve" in arguments:
             found["http"] = pid
         elif "-m" in arguments:

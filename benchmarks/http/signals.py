@@ -38,7 +38,8 @@ PHASES: tuple[Phase, ...] = ("loading", "idle", "load", "drain")
 PROCESSES = ("http", "engine")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
 
-ENGINE_TIMEOUT, LOAD_TIMEOUT, SHUTDOWN_TIMEOUT = 3, 6, 30  # options of the server, in seconds
+# Values of the server's options --engine-timeout, --load-timeout and --shutdown-timeout, in seconds.
+ENGINE_TIMEOUT, LOAD_TIMEOUT, SHUTDOWN_TIMEOUT = 3, 6, 30
 # Seconds for which the HTTP process is stopped by SIGSTOP; longer than the two timeouts of the engine.
 STOPPED_SECONDS = 8.0
 START_SECONDS = 120.0  # time limit for the start of a server, in seconds
@@ -190,7 +191,7 @@ def ignores_sigterm(pid: int) -> bool:
 
 
 def enter(server: Server, phase: Phase) -> int:
-    """Waits until a server is in a phase. Returns the id of the engine process."""
+    """Waits until a server has reached the given phase of its life. Returns the id of the engine process."""
     if not server.until(lambda: (pid := server.engine()) is not None and ignores_sigterm(pid), START_SECONDS):
         sys.exit(f"{server.log[-LOG_TAIL:]}\nThe server has not started its engine.")
     if phase != "loading" and not server.until(server.is_ready, START_SECONDS):

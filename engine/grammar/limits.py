@@ -32,8 +32,8 @@ PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
 COMPILE_CPU_SECONDS = 1.0
 COMPILE_MEMORY_BYTES = 1 << 30
 
-MAX_SCHEMA_DEPTH = 48  # nesting of schemas inside of schemas; llguidance reads at most 127 levels of JSON
-MAX_SCHEMA_NODES = 20_000  # number of JSON values in a schema, its annotations included
+MAX_SCHEMA_DEPTH = 48  # maximum nesting of JSON schemas inside each other; llguidance reads at most 127 levels of JSON
+MAX_SCHEMA_NODES = 20_000  # maximum number of JSON values in a schema, including its annotations
 MAX_REGEX_CHARS = 8192
 MAX_CHOICES = 4096
 MAX_CHOICE_CHARS = 4096

@@ -165,8 +165,9 @@ class EngineClient:
         self._restarts = dict.fromkeys(RESTART_REASONS, 0)
         self._num_replayed = self._num_pauses = 0
         self._suspects, self._policy = Suspects(), RestartPolicy()
-        self._started = asyncio.Event()  # set when the engine is ready for the first time or has failed to start
-        self._ended = asyncio.Event()  # set when the engine has ended and will not be restarted
+        # This event is set when the engine is ready for the first time or has failed to start.
+        self._started = asyncio.Event()
+        self._ended = asyncio.Event()  # this event is set when the engine has ended and will not be restarted
         self._supervisor = Supervisor(
             self, partial(Child.spawn, config, command), engine_timeout=engine_timeout, load_timeout=load_timeout
         )
@@ -233,7 +234,9 @@ class EngineClient:
         if not self._health.alive:
             raise EngineDead(self._health.reason)
         num_waiting, limit = sum(not live.started for live in self._live.values()), self._max_queue
-        if limit and len(requests) > limit:  # such a request could never be admitted, so 503 would mislead its client
+        # A request with more choices than the queue may have could never be admitted. The status 503, which means that
+        # the client may try again, would mislead the client.
+        if limit and len(requests) > limit:
             raise RequestRejected(
                 f"The request asks for {len(requests)} choices; the limit (--max-queue-requests) is {limit}.", param="n"
             )

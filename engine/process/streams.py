@@ -26,9 +26,9 @@ RESUME_PART = 4
 
 # The following numbers are estimated sizes of objects in memory, in bytes.
 _UPDATE_BYTES = 400
-_NUMBER_BYTES = 40  # a number in a list
+_NUMBER_BYTES = 40  # one integer or float in a list
 _LOGPROB_BYTES = 150
-_ALTERNATIVE_BYTES = 120  # one of the most likely tokens beside the chosen token
+_ALTERNATIVE_BYTES = 120  # one entry of the list of the most likely tokens, for log-probabilities
 
 
 class LiveRequest:

@@ -22,12 +22,12 @@ class Owner(Protocol):
 
     @property
     def is_loading(self) -> bool:
-        """Whether the present engine process has not become ready yet."""
+        """Returns whether the present engine process has not become ready yet."""
         ...
 
     @property
     def is_busy(self) -> bool:
-        """Whether the present engine process has requests, so that it must report steps."""
+        """Returns whether the present engine process has requests, so that it must report steps."""
         ...
 
     def receive(self, message: FromEngine) -> None:
@@ -87,13 +87,13 @@ class Supervisor:
     def __init__(
         self, owner: Owner, spawn: Callable[[], Awaitable[Child]], *, engine_timeout: float, load_timeout: float
     ) -> None:
-        self.child: Child | None = None  # the present engine process
+        self.child: Child | None = None  # the engine process that is running now, or None
         self._owner, self._spawn = owner, spawn
         self._watchdog = Watchdog(owner, engine_timeout=engine_timeout, load_timeout=load_timeout)
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Runs until `stop` is called or the owner wants no further engine process."""
+        """Keeps an engine process running until `stop` is called or the owner wants no further engine process."""
         try:
             await self._run()
         except Exception as error:

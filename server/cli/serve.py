@@ -27,7 +27,7 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper(), config.log_format)
     greet(config)
-    # Done before the model loads, so an error is reported at once if the port is in use.
+    # The socket is bound before the model loads, so that an error is reported at once if the port is in use.
     listener = bind(config.host, config.port)
     # If a client does not read, the HTTP code ends its stream after `send_timeout` seconds. But bytes may still wait in
     # the kernel's buffers, and the connection stays open until they are sent. This option makes the kernel drop such a

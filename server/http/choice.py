@@ -115,7 +115,7 @@ class Choice:
         self._tool_calls = None if options.tool_calls is None else ToolCallFilter(options.tool_calls)
         self._filters = Chain([filter_ for filter_ in (self._reasoning, self._tool_calls) if filter_ is not None])
         self._to_echo = request.prompt if options.echo else []
-        self._num_taken = 0  # number of the prompt's tokens that `_take_prompt` has passed
+        self._num_taken = 0  # number of the prompt's tokens that the method `_take_prompt` has processed
         # The following attributes have the data of the next delta. The parts do not include text that the filters still
         # hold back.
         self._parts: list[Part] = []

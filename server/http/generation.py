@@ -42,7 +42,8 @@ _ABORT_REASONS: tuple[tuple[type[BaseException], AbortReason], ...] = (
     (EngineFailed, "engine_failed"),
     (EngineDead, "engine_dead"),
     (Exception, "error"),
-    (BaseException, "disconnect"),  # the exception that cancels a task
+    # asyncio.CancelledError, which cancels the request's task when the client disconnects.
+    (BaseException, "disconnect"),
 )
 
 

@@ -117,7 +117,7 @@ class ToolCallFilter:
             False  # whether the last call is incomplete, which is possible if arguments are returned piece by piece
         )
         self._place: _Place = "text"
-        self._parts: list[Part] = []  # what the current call of `push` or `flush` will return
+        self._parts: list[Part] = []  # the parts of the reply that the current call of `push` or `flush` will return
         # The last characters of the text, which are held back because they may be the beginning of a tag.
         self._partial = ""
         # White space that is held back: it is left out unless other text follows before the next call.

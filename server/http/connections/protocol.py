@@ -43,7 +43,7 @@ class Manner:
 
 
 class Connection(H11Protocol):
-    """One connection of a client.
+    """The asyncio protocol of one HTTP/1.1 connection of a client. It adds deadlines to uvicorn's implementation.
 
     At most one deadline is set at a time: for the headers of the next request, or for the rest of a body after the
     reply was already sent. For a body that the application still reads, the class `JsonBody` sets a deadline.

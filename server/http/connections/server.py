@@ -47,7 +47,8 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # the argument keeps uvicorn from opening a socket of its own
+        # The empty list keeps uvicorn from opening a socket, because the class `Acceptor` accepts the connections.
+        await super().startup(sockets=[])
         if self.started:
             self.acceptor = Acceptor(
                 self._listener,

@@ -339,7 +339,7 @@ class GenerationBody(NoEffect):
 
     @property
     def reports_usage(self) -> bool:
-        """Whether a stream ends with an event that has the token counts."""
+        """Returns whether a stream ends with an event that has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property

@@ -149,7 +149,8 @@ class _BlockEvents:
     def __init__(self, *, shows_thinking: bool) -> None:
         self._shows_thinking = shows_thinking
         self._index = -1  # number of the open block, or of the last block if none is open; -1 before the first block
-        self._open: Text | Reasoning | ToolCall | None = None  # the part that opened the block
+        # The part of the reply with which the open content block began, or None if no block is open.
+        self._open: Text | Reasoning | ToolCall | None = None
         self._hash = hashlib.sha256()  # hash of the reasoning in the open block so far
 
     def add(self, part: Part) -> Iterator[Event]:

@@ -110,7 +110,8 @@ class CompileCheck:
             COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # A Rust panic would write its message to stderr; the exit status of the process tells enough.
+            # If llguidance, which is written in Rust, crashes, it writes a message to stderr. The message is dropped,
+            # because the exit status of the process tells enough.
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
             # In a session of its own the process gets no SIGINT from Ctrl-C; the server ends the process.

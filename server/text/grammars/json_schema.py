@@ -102,7 +102,8 @@ class _Walk:
         self._param = param
         self._lenient = lenient
         self._tolerance = suppress(RequestRejected) if lenient else nullcontext()
-        self._schemas: set[str] = set()  # JSON pointers of all schemas
+        # The JSON pointers of all schemas in the document, to which references may point.
+        self._schemas: set[str] = set()
         self._references: list[tuple[str, Path]] = []
         self._has_ids = False
 
@@ -179,7 +180,7 @@ class _Walk:
         if not isinstance(value, int | float):
             self._reject(path, f"is {_shown(value)}; it must be a number")
         if value == 0:
-            return 0  # -0.0 is the number 0
+            return 0  # this also turns -0.0 into 0, which is the same number
         if not _MIN_EXACT <= abs(value) <= _MAX_EXACT:
             self._reject(path, f"is {_shown(value)}; only 0 and sizes from {_MIN_EXACT} to 2**53 are enforced exactly")
         return int(value) if value == int(value) else value

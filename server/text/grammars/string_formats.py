@@ -18,7 +18,7 @@ def _ipv6() -> str:
     groups that are zero."""
     last = f"(?:{_GROUP}:{_GROUP}|{_IPV4})"  # matches the last 32 bits of the address
     forms = [f"(?:{_GROUP}:){{6}}{last}"]
-    for after in range(5, -1, -1):  # the number of groups between "::" and the last 32 bits
+    for after in range(5, -1, -1):  # the number of 16-bit groups between "::" and the last 32 bits of the address
         before = 5 - after
         head = f"(?:(?:{_GROUP}:){{0,{before - 1}}}{_GROUP})?" if before else ""
         forms.append(f"{head}::(?:{_GROUP}:){{{after}}}{last}")
