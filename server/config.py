@@ -188,6 +188,11 @@ class ServerConfig:
         "text"
     )
 
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Help("server", "URL of an OpenTelemetry collector that gets a span per request; needs the extra otel", "URL"),
+    ] = None
+
     device: Annotated[Device, Help("model", "Device that runs the model; auto is the GPU if there is one")] = "auto"
     dtype: Annotated[
         Dtype,

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -98,7 +98,7 @@ def _run(operation: Any, mode: GenerationMode, number: int, random_seed: int, ch
         max_examples=number,
         database=None,
         deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=cast("list[HealthCheck]", list(HealthCheck)),
         phases=[Phase.generate],
     )
     @given(case=operation.as_strategy(generation_mode=mode))

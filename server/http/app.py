@@ -27,7 +27,7 @@ from jamba_server.server.http.limits.queue_gate import QueueGate
 from jamba_server.server.http.logs import log_stats
 from jamba_server.server.http.loop_lag import measure_lag
 from jamba_server.server.http.metrics import Metrics
-from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, ApiKey, JsonBody, RequestContext
+from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, PROBE_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
 from jamba_server.server.http.routes import (
     chat,
@@ -42,6 +42,7 @@ from jamba_server.server.http.routes import (
 )
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
+from jamba_server.server.http.tracing.setup import open_tracing
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.grammars.builder import grammar_builder
 from jamba_server.server.text.reply_style import find_reply_style
@@ -86,6 +87,7 @@ def create_app(
         demo=demo,
         version=package_version(),
         edge=Edge.of(config),
+        tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=ResponseStore(
             Path(config.data_dir) if config.data_dir else None,
@@ -141,6 +143,9 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
                 expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", *RATE_HEADERS],
             )
         )
+    if services.tracing is not None:
+        ignored = PROBE_PATHS | {"/metrics"}
+        chain.append(services.tracing.middleware(ignored | {f"{config.root_path}{path}" for path in ignored}))
     tls = config.ssl_certfile is not None
     chain.append(Middleware(RequestContext, metrics=services.metrics, root_path=config.root_path, tls=tls))
     if config.needs_key:
@@ -168,6 +173,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     await asyncio.gather(*tasks, return_exceptions=True)
     await services.responses.close()
     await asyncio.to_thread(services.grammars.close)  # a check may have to end first
+    if services.tracing is not None:
+        await asyncio.to_thread(services.tracing.close)
 
 
 async def _handle(request: Request, exc: Exception) -> Response:

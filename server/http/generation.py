@@ -19,9 +19,13 @@ from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import AbortReason, Metrics
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
 from jamba_server.server.http.schemas.base import FinishReason as ReplyFinishReason
+from jamba_server.server.http.tracing.annotations import Value, annotate
 from jamba_server.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# Attributes of a request's span, in seconds. vLLM's spans have the same names.
+QUEUE, FIRST_TOKEN = "gen_ai.latency.time_in_queue", "gen_ai.latency.time_to_first_token"
 
 Clock = Callable[[], float]
 
@@ -240,13 +244,16 @@ class Generation:
 
     def _close(self, reason: AbortReason) -> None:
         """The argument `reason` says why the choices that have not ended are aborted."""
-        end: FinishReason = "abort" if reason in ("disconnect", "send_timeout") else "error"
+        end: FinishReason = "abort" if reason in ("disconnect", "send_timeout", "deadline") else "error"
         ends: list[str] = [choice.finish_reason or end for choice in self._choices.values()]
         for choice in self._choices.values():
             if choice.finish_reason is None:
                 self._metrics.finished(end, self._clock() - self._arrived)
                 self._metrics.aborted(reason)
         usage, timelines = self.usage, self._timelines.values()
+        queue = max((t.queue_seconds for t in timelines if t.queue_seconds is not None), default=None)
+        first = min((t.first_token - self._arrived for t in timelines if t.first_token), default=None)
+        annotate(self._attributes(usage, ends) | {QUEUE: queue, FIRST_TOKEN: first})
         logger.info(
             "request_id=%s id=%s prompt=%d cached=%d generated=%d queue=%s ttft=%s e2e=%.3f s finish=%s",
             self.spec.http_request_id,
@@ -254,8 +261,8 @@ class Generation:
             usage.prompt_tokens,
             usage.prompt_tokens_details.cached_tokens,
             usage.completion_tokens,
-            _seconds(max((t.queue_seconds for t in timelines if t.queue_seconds is not None), default=None)),
-            _seconds(min((t.first_token - self._arrived for t in timelines if t.first_token), default=None)),
+            _seconds(queue),
+            _seconds(first),
             self._clock() - self._arrived,
             ",".join(sorted(set(ends))),
             extra=fields(
@@ -267,6 +274,23 @@ class Generation:
                 seconds=round(self._clock() - self._arrived, 3),
             ),
         )
+
+    def _attributes(self, usage: Usage, ends: list[str]) -> dict[str, Value | None]:
+        """Returns attributes for the request's span, named as in OpenTelemetry's conventions for generative AI."""
+        params = self.spec.prompts[0].params
+        return {
+            "gen_ai.operation.name": "text_completion" if self.spec.id.startswith("cmpl-") else "chat",
+            "gen_ai.request.model": self._metrics.model_name,
+            "gen_ai.request.max_tokens": params.max_tokens,
+            "gen_ai.request.temperature": params.temperature,
+            "gen_ai.request.top_p": params.top_p,
+            "gen_ai.request.choice.count": self.spec.n,
+            "gen_ai.response.id": self.spec.id,
+            "gen_ai.response.finish_reasons": ends,
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": usage.prompt_tokens_details.cached_tokens,
+        }
 
 
 def _engine_reason(reason: ReplyFinishReason) -> FinishReason:

@@ -101,7 +101,9 @@ class RequestContext:
             await error_response(exc, scope)(scope, receive, send_with_id)
         finally:
             status = status or CLIENT_CLOSED_REQUEST
-            self.metrics.count_http_request(getattr(inner.get("route"), "path", "other"), status)
+            route: str = getattr(inner.get("route"), "path", "other")
+            scope["state"]["route"] = route
+            self.metrics.count_http_request(route, status)
             logger.log(
                 # Failed health probes are logged only at DEBUG, because orchestrators repeat them every few seconds.
                 logging.INFO if status >= 400 and scope["path"] not in PROBE_PATHS else logging.DEBUG,

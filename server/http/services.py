@@ -21,6 +21,7 @@ from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.store.responses import ResponseStore
+from jamba_server.server.http.tracing.setup import Tracing
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, RenderedText, RenderOptions
 from jamba_server.server.text.grammars.builder import GrammarBuilder
@@ -57,6 +58,7 @@ class Services:
     startup: StartupQueue
     responses: ResponseStore
     edge: Edge
+    tracing: Tracing | None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))

@@ -22,10 +22,10 @@ async def edge_server(bench: Bench, **settings: Any) -> AsyncGenerator[tuple[Htt
     """The server and its port. `settings` are arguments of `HttpServer`."""
     services = bench.app.state.services
     config: ServerConfig = services.config
-    defaults = {"max_connections": 100, "header_timeout": config.header_timeout}
+    defaults: dict[str, Any] = {"max_connections": 100, "header_timeout": config.header_timeout}
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        counts = services.edge.connections
-        server = HttpServer(http_config(config, bench.app), listener, **{"counts": counts, **defaults, **settings})
+        defaults["counts"] = services.edge.connections
+        server = HttpServer(http_config(config, bench.app), listener, **(defaults | settings))
         task = asyncio.create_task(server.serve())
         try:
             while not server.started:
