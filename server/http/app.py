@@ -117,12 +117,16 @@ def create_app(
     )
     app.state.services = services
     app.state.lifecycle = services.lifecycle
+    _add_routes(app)
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
     for router in ROUTERS:
         app.include_router(router)
     app.mount(ASSETS_PATH, pages.swagger_assets())
     for kind in (EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
-    return app
 
 
 def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middleware]:
