@@ -13,6 +13,7 @@ from jamba_server.engine.types import SamplingParams
 from jamba_server.server.http.choice import ChoiceDelta, TextOptions
 from jamba_server.server.http.generation import Generation, GenerationSpec, Prompt
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Usage
+from jamba_server.server.http.schemas.messages.reply import ReplyThinking
 from jamba_server.server.http.writers.messages import MessagesWriter
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
 from tests.server.anthropic_api import checked_events, checked_message
@@ -155,7 +156,7 @@ def test_omitted_reasoning_still_has_a_signature() -> None:
         writer(shows=shows).reply([ChoiceDelta(index=0, parts=(Reasoning("Hm."),), finish_reason="stop")]).content[0]
         for shows in (True, False)
     )
-    assert shown.type == hidden.type == "thinking"
+    assert isinstance(shown, ReplyThinking) and isinstance(hidden, ReplyThinking)
     assert (shown.thinking, hidden.thinking) == ("Hm.", "")
     assert shown.signature == hidden.signature
 
