@@ -43,8 +43,9 @@ class OutputTokensDetails(Reply):
 class MessageUsage(Reply):
     """The token counts of a request. The sum of the first three numbers is the number of tokens in the prompt.
 
-    `cache_read_input_tokens` were found in the prefix cache. `cache_creation_input_tokens` were computed and lie before
-    the last mark `cache_control` of the request, so that a later request finds them. `input_tokens` are the others.
+    `cache_read_input_tokens` were found in the prefix cache. `cache_creation_input_tokens` were computed, and the state
+    after them was saved for later requests; they are 0 if the request has no mark `cache_control`. `input_tokens` are
+    the others.
     """
 
     input_tokens: int
