@@ -44,6 +44,7 @@ START_SECONDS = 120.0  # time limit for the start of a server
 END_SECONDS = 90.0  # time limit for the end of a server
 ORPHAN_SECONDS = 5.0  # time limit for the end of the engine process after the end of the HTTP process
 SLACK_SECONDS = 8.0  # what a busy machine may add to a time
+LOG_BYTES = 1 << 20  # how much of the server's log is read
 STREAMS = 4
 STREAM = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "temperature": 0, "stream": True}
 IGNORED = 1 << (signal.SIGTERM - 1)
@@ -88,8 +89,8 @@ class Server:
 
     @property
     def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        # `pread` does not move the position in the file, which several threads and the server share.
+        return os.pread(self._log.fileno(), LOG_BYTES, 0).decode(errors="replace")
 
     def engine(self) -> int | None:
         """Returns the id of the present engine process."""
