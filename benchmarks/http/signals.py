@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import IO, Literal
 
@@ -273,11 +274,11 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PHASES), help="phases to measure, separated by commas")
     flags = parser.parse_args()
     outcomes: list[Outcome] = []
-    for phase in (phase for phase in PHASES if phase in flags.only.split(",")):
-        for process in PROCESSES:
-            for number in SIGNALS:
-                outcomes.append(run(phase, process, number))
-                sys.stderr.write(f"{outcomes[-1]}\n")
+    names: list[str] = flags.only.split(",")
+    phases = [phase for phase in PHASES if str(phase) in names]
+    for phase, process, number in product(phases, PROCESSES, SIGNALS):
+        outcomes.append(run(phase, process, number))
+        sys.stderr.write(f"{outcomes[-1]}\n")
     title = (
         "What each signal to each process does in each phase. Where the signal itself does not end the server, SIGTERM "
         f"is sent to the HTTP process afterwards. A stopped HTTP process gets SIGCONT after {STOPPED_SECONDS:g} s. The "
