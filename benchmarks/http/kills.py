@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import signal
@@ -27,15 +26,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 
-from benchmarks.http.serving import LOG_TAIL, RESULTS, announcement, describe_commit, running_server
-from benchmarks.http.shapes import descendants
-from jamba_server.server.cli.bench.conditions import describe_machine, utc_now
+from benchmarks.http.processes import processes
+from benchmarks.http.record import Verdict, conditions, table, write_results
+from benchmarks.http.serving import LOG_TAIL, announcement, running_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "Once upon a time there was a dog who had a red ball. One day the ball rolled into a river. "
@@ -142,16 +140,6 @@ async def stream(http: httpx.AsyncClient, path: str, body: dict[str, Any], reply
     reply.end = time.monotonic()
 
 
-def engine_pid() -> int | None:
-    for pid in descendants("self"):
-        try:
-            if "jamba_server.engine.process" in Path(f"/proc/{pid}/cmdline").read_text():
-                return pid
-        except OSError:
-            continue  # The process has ended since `descendants` listed its id, so it is skipped.
-    return None
-
-
 class Killer:
     """Kills the engine process `number` times. The time between two kills is random, in the range `gap`, in seconds.
 
@@ -184,7 +172,7 @@ class Killer:
                 self._open, self._ready_since = [], now
             due = now >= next_kill and len(self.kills) + len(self._open) < self._number
             is_early = not is_ready or not self._event_since(self._ready_since)
-            if due and not (is_early and was_early) and (pid := engine_pid()) is not None:
+            if due and not (is_early and was_early) and (pid := processes().get("engine.process")) is not None:
                 os.kill(pid, signal.SIGKILL)
                 was_early = is_early
                 self._open.append((time.monotonic(), is_early))
@@ -265,40 +253,31 @@ def metrics_of(text: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines if float(value)}
 
 
-def page(name: str, found: dict[str, Any], conditions: dict[str, Any], met: dict[str, bool]) -> str:
-    machine = "{cpu}, {cores} cores, {memory_gib} GiB".format(**conditions["machine"])
-    rows = [
-        (row, *found[key].values())
-        for row, key in (
-            ("restart: kill to /ready, s", "restart_seconds"),
-            ("silence of a stream at a kill, s", "silence_seconds"),
-            ("silence beyond the kill's restart, s", "silence_beyond_restart_seconds"),
-        )
+def body_of(found: dict[str, Any]) -> str:
+    """Returns the Markdown of the measurements."""
+    rows = (
+        ("restart: kill to /ready", "restart_seconds"),
+        ("silence of a stream at a kill", "silence_seconds"),
+        ("silence beyond the kill's restart", "silence_beyond_restart_seconds"),
+    )
+    seconds = table(("seconds", "p50", "p99", "max"), [(row, *found[key].values()) for row, key in rows])
+    metrics = "\n".join(f"{metric} {value:g}" for metric, value in found["metrics"].items())
+    return f"{seconds}\n```\n{metrics}\n```\n"
+
+
+def verdicts_of(found: dict[str, Any], num_kills: int) -> list[Verdict]:
+    beyond = found["silence_beyond_restart_seconds"]["p99"]
+    early = f"{found['kills']}, {found['early_kills']} of them before the engine had sent an event"
+    return [
+        Verdict(f"{num_kills} kills", early, found["kills"] == num_kills),
+        Verdict("no broken stream", f"{found['num_broken']} of {found['streams']}", found["num_broken"] == 0),
+        Verdict(
+            "each reply equal to the undisturbed one, so no token lost or doubled",
+            f"{found['num_different']} different, {found['tokens']} tokens",
+            found["num_different"] == 0,
+        ),
+        Verdict("p99 of the silence within the restart time + 1 s", f"{beyond} s beyond the restart", beyond <= 1),
     ]
-    lines = [
-        f"# {name}",
-        "",
-        f"`python -m benchmarks.http.kills {' '.join(conditions['arguments'])}`, {conditions['date']}, "
-        f"commit {conditions['commit']}.",
-        f"{machine}; clients and server share the machine.",
-        "",
-        f"{found['kills']} kills ({found['early_kills']} of them before the engine had sent an event) under "
-        f"{conditions['streams']} streams at a time: {found['streams']} streams with {found['tokens']} tokens, "
-        f"{found['num_broken']} broken, "
-        f"{found['num_different']} with another text, log-probability or number of tokens.",
-        "",
-        "| | p50 | p99 | max |",
-        "| --- | ---: | ---: | ---: |",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-        "",
-        *(f"- {'met' if ok else '**not met**'}: {requirement}" for requirement, ok in met.items()),
-        "",
-        "```",
-        *conditions["server"],
-        *(f"{metric} {value:g}" for metric, value in found["metrics"].items()),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -321,29 +300,9 @@ def main() -> None:
             log.seek(0)
             sys.exit(f"{log.read()[-LOG_TAIL:]}\nThe server is gone ({error!r}); the end of its log is above.")
         server = announcement(log)
-    met = {
-        f"{flags.kills} kills": found["kills"] == flags.kills,
-        "no broken stream": found["num_broken"] == 0,
-        "every reply is equal to the undisturbed one, so no token is lost or doubled": found["num_different"] == 0,
-        "the p99 of the silence is within the restart time + 1 s": found["silence_beyond_restart_seconds"]["p99"] <= 1,
-    }
-    conditions = {
-        "date": utc_now(),
-        "commit": describe_commit(),
-        "machine": msgspec.to_builtins(describe_machine()),
-        "arguments": arguments,
-        "streams": flags.streams,
-        "server": server,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{flags.name}.json").write_text(
-        json.dumps({"conditions": conditions, "met": met, **found}, indent=1) + "\n"
-    )
-    text = page(flags.name, found, conditions, met)
-    (RESULTS / f"{flags.name}.md").write_text(text)
-    sys.stdout.write(text)
-    if not all(met.values()):
-        sys.exit("A requirement is not met: see the page above.")
+    title = f"The engine killed again and again under {flags.streams} mixed streams."
+    verdicts = verdicts_of(found, flags.kills)
+    write_results(flags.name, title, conditions(server, arguments), found, body_of(found), verdicts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the server may be left. The results are benchmarks/results/NAME.md and NAME.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -23,15 +22,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import IO, Literal
 
 import httpx
 import msgspec
 
-from benchmarks.http.serving import LOG_TAIL, RESULTS, describe_commit
+from benchmarks.http.record import Verdict, conditions, write_results
+from benchmarks.http.serving import LOG_TAIL
 from benchmarks.http.shapes import descendants
-from jamba_server.server.cli.bench.conditions import describe_machine, utc_now
 
 Phase = Literal["loading", "idle", "load", "drain"]
 PHASES: tuple[Phase, ...] = ("loading", "idle", "load", "drain")
@@ -40,6 +40,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
 
 # Values of the server's options --engine-timeout, --load-timeout and --shutdown-timeout, in seconds.
 ENGINE_TIMEOUT, LOAD_TIMEOUT, SHUTDOWN_TIMEOUT = 3, 6, 30
+TIMEOUTS = {"engine-timeout": ENGINE_TIMEOUT, "load-timeout": LOAD_TIMEOUT, "shutdown-timeout": SHUTDOWN_TIMEOUT}
+FLAGS = ["serve", "--port", "0", *(word for name, value in TIMEOUTS.items() for word in (f"--{name}", str(value)))]
 # Seconds for which the HTTP process is stopped by SIGSTOP; longer than the two timeouts of the engine.
 STOPPED_SECONDS = 8.0
 START_SECONDS = 120.0  # time limit for the start of a server, in seconds
@@ -74,16 +76,9 @@ class Server:
     """A server with the demonstration checkpoint, and streams that are read in threads."""
 
     def __init__(self, log: IO[str]) -> None:
-        options = {
-            "port": 0,
-            "engine-timeout": ENGINE_TIMEOUT,
-            "load-timeout": LOAD_TIMEOUT,
-            "shutdown-timeout": SHUTDOWN_TIMEOUT,
-        }
-        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         self._log = log
         self.http = subprocess.Popen(
-            [sys.executable, "-m", "jamba_server", "serve", *flags], stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "jamba_server", *FLAGS], stdout=log, stderr=log, start_new_session=True
         )
         self.engines: set[int] = set()
         self.ends: list[str] = []  # for each stream that has ended, its last line or its error
@@ -279,51 +274,33 @@ def run(phase: Phase, process: str, number: signal.Signals) -> Outcome:
     return outcome
 
 
-def page(name: str, outcomes: list[Outcome], conditions: dict[str, object], machine: str) -> str:
-    lines = [
-        f"# {name}",
-        "",
-        f"`python -m benchmarks.http.signals --name {name}`, {conditions['date']}, commit {conditions['commit']}; "
-        f"{machine}.",
-        f"`jamba serve --engine-timeout {ENGINE_TIMEOUT} --load-timeout {LOAD_TIMEOUT} --shutdown-timeout "
-        f"{SHUTDOWN_TIMEOUT}` with the demonstration checkpoint, {STREAMS} streams of {STREAM['max_tokens']} tokens in "
-        "the phases load and drain.",
-        "Where the signal itself does not end the server, SIGTERM is sent to the HTTP process afterwards. A stopped "
-        f"HTTP process gets SIGCONT after {STOPPED_SECONDS:g} s. The seconds count from the signal to the end of the "
-        "server.",
-        "",
-        "| phase | process | signal | what should happen | what happened | s | at most | orphans | |",
-        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |",
-    ]
-    for o in outcomes:
-        seen = "the same" if o.seen == o.expected else o.seen
-        cells = (o.phase, o.process, o.signal, o.expected, seen, o.seconds, f"{o.limit:g}", len(o.orphans))
-        lines.append(f"| {' | '.join(map(str, cells))} | {'met' if o.met else '**not met**'} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="name of the result files, without extension")
     parser.add_argument("--only", default=",".join(PHASES), help="phases to measure, separated by commas")
     flags = parser.parse_args()
     outcomes: list[Outcome] = []
-    for phase in (phase for phase in PHASES if phase in flags.only.split(",")):
-        for process in PROCESSES:
-            for number in SIGNALS:
-                outcomes.append(run(phase, process, number))
-                sys.stderr.write(f"{outcomes[-1]}\n")
-    found = describe_machine()
-    machine = f"{found.cpu}, {found.cores} cores, {found.memory_gib} GiB"
-    conditions: dict[str, object] = {"date": utc_now(), "commit": describe_commit()}
-    RESULTS.mkdir(exist_ok=True)
-    text = page(flags.name, outcomes, conditions, machine)
-    report = conditions | {"machine": machine, "outcomes": [msgspec.to_builtins(outcome) for outcome in outcomes]}
-    (RESULTS / f"{flags.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / f"{flags.name}.md").write_text(text)
-    sys.stdout.write(text)
-    if not all(outcome.met for outcome in outcomes):
-        sys.exit("A case did not do what it should: see the table.")
+    names: list[str] = flags.only.split(",")
+    phases = [phase for phase in PHASES if str(phase) in names]
+    for phase, process, number in product(phases, PROCESSES, SIGNALS):
+        outcomes.append(run(phase, process, number))
+        sys.stderr.write(f"{outcomes[-1]}\n")
+    title = (
+        "What each signal to each process does in each phase. Where the signal itself does not end the server, SIGTERM "
+        f"is sent to the HTTP process afterwards. A stopped HTTP process gets SIGCONT after {STOPPED_SECONDS:g} s. The "
+        "seconds count from the signal to the end of the server. In the phases load and drain, "
+        f"{STREAMS} streams of {STREAM['max_tokens']} tokens run. No case may leave a process behind."
+    )
+    verdicts = [
+        Verdict(
+            f"{o.phase}: {o.signal} to {o.process}: {o.expected}, within {o.limit:g} s",
+            f"{'the same' if o.seen == o.expected else o.seen}, {o.seconds} s, {len(o.orphans)} orphans",
+            o.met,
+        )
+        for o in outcomes
+    ]
+    content = {"outcomes": [msgspec.to_builtins(outcome) for outcome in outcomes]}
+    write_results(flags.name, title, conditions([" ".join(FLAGS)], sys.argv[1:]), content, "", verdicts)
 
 
 if __name__ == "__main__":

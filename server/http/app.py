@@ -89,11 +89,7 @@ def create_app(
         edge=Edge.of(config),
         tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
-        responses=ResponseStore(
-            Path(config.data_dir) if config.data_dir else None,
-            max_responses=config.max_stored_responses,
-            max_bytes=config.max_stored_bytes,
-        ),
+        responses=_response_store(config),
         grammars=grammar_builder(tokenizer),
         reply_style=find_reply_style(
             chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
@@ -117,12 +113,21 @@ def create_app(
     )
     app.state.services = services
     app.state.lifecycle = services.lifecycle
+    _add_routes(app)
+    return app
+
+
+def _response_store(config: ServerConfig) -> ResponseStore:
+    folder = Path(config.data_dir) if config.data_dir else None
+    return ResponseStore(folder, max_responses=config.max_stored_responses, max_bytes=config.max_stored_bytes)
+
+
+def _add_routes(app: FastAPI) -> None:
     for router in ROUTERS:
         app.include_router(router)
     app.mount(ASSETS_PATH, pages.swagger_assets())
     for kind in (EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
-    return app
 
 
 def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middleware]:

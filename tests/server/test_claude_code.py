@@ -40,6 +40,10 @@ async def _probe(address: str) -> None:
         reply = await http.post("/v1/messages?beta=true", json=quota)
         assert reply.status_code == 200
         assert reply.json()["usage"]["output_tokens"] <= 1
+        warm_up = {**quota, "max_tokens": 0, "system": "You name conversations. Answer with at most five words."}
+        replies = [(await http.post("/v1/messages", json=warm_up)).json() for _ in range(2)]
+        assert [(reply["content"], reply["stop_reason"]) for reply in replies] == [([], "max_tokens")] * 2
+        assert replies[1]["usage"]["cache_read_input_tokens"] > 0
 
 
 async def _talk(client: AsyncAnthropic) -> None:

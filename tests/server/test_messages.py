@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 from anthropic.types import Message, TextBlock, ThinkingBlock, ToolUseBlock
+from anthropic.types.shared import ErrorResponse
 
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
-from tests.server.anthropic_api import anthropic_client, checked_count, checked_events, checked_message, message
+from tests.server.anthropic_api import (
+    anthropic_client,
+    checked,
+    checked_count,
+    checked_events,
+    checked_message,
+    message,
+)
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench
 from tests.server.fake_engine import MAX_MODEL_LEN, NUM_CACHED, FakeEngine, says
 from tests.synthetic_tokenizer import write_tokenizer
@@ -314,12 +322,15 @@ async def test_fields_that_have_no_effect_are_named(tools_bench: Bench) -> None:
         "context_management": {"edits": []},
         "tools": [{**WEATHER, "eager_input_streaming": True, "defer_loading": True}],
         "betas": ["x"],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "output_config": {"effort": "max"},
     }
     async with tools_bench.http(headers={"anthropic-version": "2023-06-01", "anthropic-beta": "x"}) as http:
         reply = await http.post("/v1/messages?beta=true", json=message(**fields))
     assert reply.status_code == 200
     ignored = reply.headers["x-ignored-fields"].split(", ")
-    assert set(ignored) >= {"context_management", "tools.eager_input_streaming", "tools.defer_loading", "betas"}
+    unknown = {"context_management", "tools.eager_input_streaming", "tools.defer_loading", "betas"}
+    assert set(ignored) == unknown | {"thinking", "output_config.effort"}
 
 
 async def test_probes_need_no_key(make_bench: MakeBench) -> None:
@@ -336,3 +347,29 @@ async def test_both_headers_of_anthropics_clients_have_the_key(make_bench: MakeB
             reply = await http.post("/v1/messages/count_tokens", json={"messages": USER}, headers=headers)
             assert checked_count(reply.json()) > 0
             assert json.loads(reply.content).keys() == {"input_tokens"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        [],
+        [{"type": "text", "text": ""}],
+        [{"type": "thinking", "thinking": "Hm."}],
+        [{"type": "redacted_thinking", "data": "x"}],
+        [{"type": "tool_use", "id": "t", "name": "weather", "input": {}}],
+    ],
+)
+async def test_odd_last_messages_are_answered_or_refused(
+    bench: Bench, tools_bench: Bench, reasoning_bench: Bench, content: Any
+) -> None:
+    for model in (bench, tools_bench, reasoning_bench):
+        async with model.http() as http:
+            for role in ("user", "assistant"):
+                last = {"role": role, "content": content}
+                reply = await http.post("/v1/messages", json=message(messages=[*USER, last]))
+                if reply.status_code == 200:
+                    checked_message(reply.json())
+                else:
+                    assert reply.status_code == 400
+                    checked(ErrorResponse, reply.json())

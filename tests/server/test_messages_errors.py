@@ -61,6 +61,8 @@ def error_of(reply: httpx.Response, type_: str) -> str:
         ({"messages": [{"role": "user", "content": [7]}]}, "messages.0.content.0 is 7; it must be a JSON object"),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0 has the type (none)"),
         ({"tools": [{"name": "f"}]}, "tools.0.input_schema is required"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, 'tools.0.name is "a b"'),
+        ({"tools": [TOOL, TOOL]}, "tools has the tool 'f' twice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice has the type 'any', but `tools` has no custom tool"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}},

@@ -30,7 +30,7 @@ class Finished:
 
 
 def writer(
-    *, max_tokens: int = 50, clamped: int | None = None, num_marked: int = 0, shows: bool = True
+    *, max_tokens: int = 50, clamped: int | None = None, num_saved: int = 0, shows: bool = True
 ) -> MessagesWriter:
     params = SamplingParams(max_tokens=max_tokens if clamped is None else clamped)
     spec = GenerationSpec(id="msg_1", prompts=(Prompt([5] * NUM_PROMPT, params),), n=1, text=TextOptions())
@@ -45,7 +45,7 @@ def writer(
         generation=cast(Generation, Finished(spec, usage)),
         model="jamba",
         max_tokens=max_tokens,
-        num_marked=num_marked,
+        num_saved=num_saved,
         shows_thinking=shows,
     )
 
@@ -182,10 +182,10 @@ def test_stop_reasons(
     assert (event["delta"]["stop_reason"], event["delta"]["stop_sequence"]) == expected
 
 
-@pytest.mark.parametrize(("num_marked", "created"), [(0, 0), (30, 0), (40, 0), (41, 1), (100, 60)])
-def test_the_three_counts_of_the_prompt_add_up(num_marked: int, created: int) -> None:
+@pytest.mark.parametrize(("num_saved", "created"), [(0, 0), (30, 0), (40, 0), (41, 1), (100, 60)])
+def test_the_three_counts_of_the_prompt_add_up(num_saved: int, created: int) -> None:
     delta = ChoiceDelta(index=0, parts=(Text("x"),), finish_reason="stop")
-    usage = writer(num_marked=num_marked).reply([delta]).usage.model_dump()
+    usage = writer(num_saved=num_saved).reply([delta]).usage.model_dump()
     assert usage == {
         "input_tokens": NUM_PROMPT - NUM_CACHED - created,
         "cache_creation_input_tokens": created,
@@ -193,7 +193,7 @@ def test_the_three_counts_of_the_prompt_add_up(num_marked: int, created: int) ->
         "output_tokens": NUM_GENERATED,
         "output_tokens_details": {"thinking_tokens": NUM_REASONING},
     }
-    events = streamed(writer(num_marked=num_marked), [delta])
+    events = streamed(writer(num_saved=num_saved), [delta])
     assert events[0]["message"]["usage"] == events[-2]["usage"] == usage
 
 

@@ -20,7 +20,8 @@ def stream():
 
 
 def call():
-    reply = client.messages.create(**request, tools=[tool], tool_choice={"type": "any"})
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    reply = client.messages.create(**request, tools=[tool], tool_choice=choice)
     assert reply.stop_reason == "tool_use"
     check_arguments(reply.content[-1].input)
 

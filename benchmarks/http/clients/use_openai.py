@@ -23,7 +23,7 @@ def stream():
 
 
 def call():
-    reply = create(tools=[tool], tool_choice="required").choices[0]
+    reply = create(tools=[tool], tool_choice="required", parallel_tool_calls=False).choices[0]
     assert reply.finish_reason == "tool_calls" and reply.message.tool_calls
     check_arguments(json.loads(reply.message.tool_calls[0].function.arguments))
 

@@ -16,9 +16,9 @@ from jamba_server.server.http.schemas.messages.reply import Hello, MessageErrorR
 from jamba_server.server.http.schemas.messages.request import Conversation, CountTokensRequest, MessagesRequest
 from jamba_server.server.http.schemas.messages.tools import ToolDefinition
 from jamba_server.server.http.schemas.messages.translate import Translated, translate
-from jamba_server.server.http.services import ServicesOf
+from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import answer
-from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
+from jamba_server.server.http.unknown_fields import ignore_field, settle_unknown_fields, warn
 from jamba_server.server.http.writers.messages import MessagesWriter
 from jamba_server.server.text.grammars.types import OutputFormat
 
@@ -44,13 +44,13 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
         top_p=body.top_p,
         top_k=body.top_k,
     )
-    task = _task(body, conversation, sampling)
+    task = _task(body, conversation, sampling, request, services)
     spec = await plan_chat(task, services, id_=f"msg_{uuid.uuid4().hex}", scope=request.scope)
     writer = MessagesWriter(
         generation=services.generation(spec),
         model=model,
         max_tokens=body.max_tokens,
-        num_marked=max(spec.prompts[0].save_positions, default=0) if conversation.save_after else 0,
+        num_saved=max(spec.prompts[0].save_positions, default=0) if conversation.save_after else 0,
         shows_thinking=body.thinking is None or body.thinking.display != "omitted",
     )
     return await answer(request, writer, services, stream=bool(body.stream))
@@ -64,7 +64,7 @@ async def count_tokens(body: CountTokensRequest, request: Request, services: Ser
     services.model(body.model)
     conversation = translate(body)
     _warn_of_left_out(body, conversation, request)
-    task = _task(body, conversation, GenerationBody(max_tokens=0))
+    task = _task(body, conversation, GenerationBody(max_tokens=0), request, services)
     chat = await render_task(task, services)
     return json_response(TokensCount(input_tokens=len(chat.prompt_ids)))
 
@@ -75,23 +75,45 @@ async def hello() -> Response:
     return json_response(Hello())
 
 
-def _task(body: Conversation, conversation: Translated, sampling: GenerationBody) -> ChatTask:
-    choice, thinking = body.tool_choice, body.thinking
+def _task(
+    body: Conversation, conversation: Translated, sampling: GenerationBody, request: Request, services: Services
+) -> ChatTask:
+    choice = body.tool_choice
     continues = body.messages[-1].role == "assistant"
+    effort, budget = _thinking(body, request, services)
     return ChatTask(
         messages=conversation.messages,
         body=sampling,
         tools=tuple(_tool(tool) for tool in body.tools or () if tool.is_custom),
         tool_choice=_TOOL_MODES[choice.type] if choice else "auto",
-        allowed_tools=frozenset({choice.name}) if choice and choice.name is not None else None,
+        allowed_tools=frozenset({choice.name}) if choice and choice.type == "tool" and choice.name else None,
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         output_format=_output_format(body),
-        reasoning_effort=_effort(body) if thinking and thinking.is_on else "none",
-        thinking_token_budget=thinking.budget_tokens if thinking and thinking.is_on else None,
+        reasoning_effort=effort,
+        thinking_token_budget=budget,
         add_generation_prompt=not continues,
         continue_final_message=continues,
         save_after=conversation.save_after,
     )
+
+
+def _thinking(body: Conversation, request: Request, services: Services) -> tuple[str | None, int | None]:
+    """Returns the effort of reasoning and the maximum number of its tokens. The effort "none" means no reasoning.
+
+    Fields that have no effect with this model are listed in the reply's header X-Ignored-Fields.
+    """
+    thinking, template = body.thinking, services.chat_template
+    is_on = thinking is not None and thinking.is_on
+    effort = body.output_config.effort if body.output_config else None
+    if effort and not (is_on and template is not None and "reasoning_effort" in template.variables):
+        ignore_field("output_config.effort", request.scope, services)
+        effort = None
+    if thinking is None or not is_on:
+        return "none", None
+    if not services.reply_style.reasoning:
+        ignore_field("thinking", request.scope, services)
+        return effort, None
+    return effort, thinking.budget_tokens
 
 
 def _tool(tool: ToolDefinition) -> Tool:
@@ -108,10 +130,6 @@ def _output_format(body: Conversation) -> OutputFormat | None:
         return None
     param = "output_format" if body.output_format else "output_config.format"
     return OutputFormat(kind="json_schema", value=schema, param=param)
-
-
-def _effort(body: Conversation) -> str | None:
-    return body.output_config.effort if body.output_config else None
 
 
 def _warn_of_left_out(body: Conversation, conversation: Translated, request: Request) -> None:

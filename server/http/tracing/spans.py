@@ -22,6 +22,8 @@ from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, request_id_of
 from jamba_server.server.http.tracing.annotations import CURRENT_SPAN
 
 SERVICE_NAME = "jamba-server"
+# Time in seconds in which a batch must be sent, with all repetitions. The end of the server waits for the last batch.
+EXPORT_SECONDS = 3.0
 NAME_VARIABLE = "OTEL_SERVICE_NAME"
 
 
@@ -31,7 +33,7 @@ def tracer_provider(endpoint: str, version: str) -> TracerProvider:
 
     The variables of OpenTelemetry's specification, such as OTEL_SERVICE_NAME and OTEL_TRACES_SAMPLER, are honoured.
     """
-    return provider_with(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)), version)
+    return provider_with(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)), version)
 
 
 def provider_with(processor: SpanProcessor, version: str) -> TracerProvider:

@@ -44,14 +44,15 @@ from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
 class MessagesWriter(Writer):
     """Builds one `message` object for a whole reply, and Anthropic's events for a stream.
 
-    `max_tokens` is the limit that the request asked for. `num_marked` is the number of prompt tokens before the last
-    `cache_control` mark of the request. If `shows_thinking` is false, content blocks with reasoning have an empty text.
+    `max_tokens` is the limit that the request asked for. `num_saved` is the number of prompt tokens before the last
+    message boundary at which the engine saves its state, or 0 if the request has no `cache_control` mark. If
+    `shows_thinking` is false, content blocks with reasoning have an empty text.
     """
 
     generation: Generation
     model: str
     max_tokens: int
-    num_marked: int
+    num_saved: int
     shows_thinking: bool
     _blocks: _BlockEvents = field(init=False)
     _started: bool = field(init=False, default=False)
@@ -132,7 +133,7 @@ class MessagesWriter(Writer):
     def _usage(self) -> MessageUsage:
         usage = self.generation.usage
         num_read = usage.prompt_tokens_details.cached_tokens
-        num_created = max(0, self.num_marked - num_read)
+        num_created = max(0, self.num_saved - num_read)
         return MessageUsage(
             input_tokens=usage.prompt_tokens - num_read - num_created,
             cache_creation_input_tokens=num_created,

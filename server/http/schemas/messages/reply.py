@@ -43,9 +43,9 @@ class OutputTokensDetails(Reply):
 class MessageUsage(Reply):
     """The token counts of a request. The sum of the first three numbers is the number of tokens in the prompt.
 
-    `cache_read_input_tokens` counts the prompt tokens that were found in the prefix cache.
-    `cache_creation_input_tokens` counts those that were computed and stand before the last `cache_control` mark of the
-    request, so that a later request finds them in the cache. `input_tokens` counts the other prompt tokens.
+    `cache_read_input_tokens` counts the prompt tokens that were found in the prefix cache. `input_tokens` counts the
+    other prompt tokens, except those in `cache_creation_input_tokens`. These were computed, and the state after them was
+    saved for later requests; the number is 0 if the request has no `cache_control` mark.
     """
 
     input_tokens: int

@@ -101,8 +101,12 @@ class Conversation(RequestBody):
     speed: Annotated[str | None, Field(description="It has no effect: this server has one speed.")] = None
 
     @model_validator(mode="after")
-    def _check_choice(self) -> Self:
+    def _check_tools(self) -> Self:
         choice, tools = self.tool_choice, self.tools or []
+        all_names = [tool.name for tool in tools]
+        if len(all_names) != len(set(all_names)):
+            twice = next(name for name in all_names if all_names.count(name) > 1)
+            raise invalid(f"has the tool {twice!r} twice", field="tools")
         if choice is not None and choice.type in ("any", "tool"):
             names = {tool.name for tool in tools if tool.is_custom}
             if not names:

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from jamba_server.server.http.schemas.base import RequestBody, invalid
 from jamba_server.server.http.schemas.messages.content import Mark
 
-MAX_NAME_CHARS = 128
-MAX_TOOLS = 512
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+MAX_NAME_CHARS = 128  # maximum number of characters in a tool's name, as in Anthropic's API
+MAX_TOOLS = 512  # agents declare the tools of all servers to which they are connected
+Name = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARS}}}$")]
 
 
 class ToolDefinition(RequestBody):
