@@ -98,7 +98,8 @@ def _task(
 
 
 def _thinking(body: Conversation, request: Request, services: Services) -> tuple[str | None, int | None]:
-    """Returns the effort of reasoning and the maximum number of its tokens. The effort "none" means no reasoning.
+    """Returns the reasoning effort that a request asks for, and the maximum number of reasoning tokens. The effort
+    "none" means no reasoning.
 
     Fields that have no effect with this model are listed in the reply's header X-Ignored-Fields.
     """

@@ -22,7 +22,8 @@ from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, request_id_of
 from jamba_server.server.http.tracing.annotations import CURRENT_SPAN
 
 SERVICE_NAME = "jamba-server"
-# Time in seconds in which a batch must be sent, with all repetitions. The end of the server waits for the last batch.
+# Time limit in seconds for sending a batch of spans, including all retries. The shutdown of the server waits for the
+# last batch.
 EXPORT_SECONDS = 3.0
 NAME_VARIABLE = "OTEL_SERVICE_NAME"
 

@@ -10,7 +10,8 @@ from jamba_server.server.http.schemas.base import RequestBody, invalid
 from jamba_server.server.http.schemas.messages.content import Mark
 
 MAX_NAME_CHARS = 128  # maximum number of characters in a tool's name, as in Anthropic's API
-MAX_TOOLS = 512  # agents declare the tools of all servers to which they are connected
+# Maximum number of tools in a request; it is large, because agents declare all tools of all MCP servers that they use.
+MAX_TOOLS = 512
 Name = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARS}}}$")]
 
 
