@@ -275,7 +275,7 @@ def main() -> None:
     flags = parser.parse_args()
     outcomes: list[Outcome] = []
     names: list[str] = flags.only.split(",")
-    phases = [phase for phase in PHASES if names.count(phase)]
+    phases: list[Phase] = [phase for phase in PHASES if phase in names]
     for phase, process, number in product(phases, PROCESSES, SIGNALS):
         outcomes.append(run(phase, process, number))
         sys.stderr.write(f"{outcomes[-1]}\n")
