@@ -18,7 +18,8 @@ from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, Ste
 
 
 class Submitted(NamedTuple):
-    """A new request, and its constraint if the request has a grammar."""
+    """A new request together with its `Constraint` object, which says which tokens the reply may have. The constraint
+    is None if the request has no grammar."""
 
     request: Request
     constraint: Constraint | None = None
@@ -54,10 +55,11 @@ class Inbox:
                 self._compiler.start(request, partial(self._compiled, request))
 
     def _compiled(self, request: Request, result: Constraint | GrammarError) -> None:
-        """Takes the result of a compilation. Runs in the thread of the compiler."""
+        """Stores the result of compiling a request's grammar, so that the next step can start the request. The
+        compiler's thread calls this method."""
         with self._changed:
             if self._compiling.get(request.id) is not request:
-                return  # the request was aborted
+                return  # the request was aborted while its grammar was being compiled
             del self._compiling[request.id]
             if isinstance(result, GrammarError):
                 self._failed.append(TokenUpdate(request_id=request.id, finish_reason="error", error=str(result)))
@@ -104,8 +106,9 @@ class Inbox:
 
 
 class EngineCore:
-    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes. `announce` is
-    called before new requests are added to the queue, and before a step in which requests run for the first time."""
+    """The engine: it runs steps with a scheduler and a model runner, which `engine.start.build` makes. The function
+    `announce` is called before new requests are added to the queue, and before a step in which requests run for the
+    first time. It tells the parent process which requests may be the cause if this process dies."""
 
     def __init__(
         self,
@@ -117,7 +120,8 @@ class EngineCore:
         self.model_runner, self.scheduler, self.info = model_runner, scheduler, info
         self.announce: Callable[[Adding | Starting], None] = lambda message: None
         self.inbox = Inbox(compiler)
-        self._in_flight: PendingStep | None = None  # a launched step whose results have not been read
+        # The step that was launched and whose results have not been read yet, or None.
+        self._in_flight: PendingStep | None = None
         self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
 
     @property

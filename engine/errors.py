@@ -90,7 +90,7 @@ class ModelNotFound(EngineError):
 
 
 class ResponseNotFound(EngineError):
-    """A request for a response of /v1/responses that is not stored, or that another API key has made."""
+    """A request that names a stored response of /v1/responses which does not exist or was made with another API key."""
 
     def __init__(self, response_id: str) -> None:
         super().__init__(f"No response with the id {response_id[:64]!r} is stored.")

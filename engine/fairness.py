@@ -80,11 +80,13 @@ class Shares:
         return youngest if youngest is not None and youngest.order[0] >= seq.order[0] else None
 
     def may_displace(self, tenant: str) -> bool:
-        """Returns whether `holder_for` can return a running sequence for any sequence of a tenant."""
+        """Returns whether some waiting sequence of a tenant could take the slot of a running sequence. If the result is
+        false, `holder_for` returns None for all of them."""
         return self._displaced_by(tenant) is not None
 
     def _displaced_by(self, tenant: str) -> Sequence | None:
-        """Returns the sequence that a new client request of a tenant displaces, without regard to priorities."""
+        """Returns the running sequence that must stop to make room for a new client request of a tenant, or None if no
+        sequence must stop. The priorities of the two are not compared here."""
         if tenant not in self._by_tenant:
             return self._youngest_of_largest_tenant
         if tenant not in self._displaced:
@@ -98,6 +100,7 @@ class Shares:
 
 
 def _youngest_of_largest(holders: Iterable[list[Sequence]]) -> Sequence | None:
-    """Returns the youngest sequence in the longest list, or None if no list has several sequences."""
+    """Returns the sequence that arrived last among those in the longest list, or None if no list has several
+    sequences."""
     most = max(holders, key=len, default=[])
     return max(most, key=lambda s: s.order) if len(most) > 1 else None

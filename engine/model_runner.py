@@ -71,10 +71,12 @@ class PendingStep:
 class ModelRunner:
     """Runs the model with the cache storage, and turns the model's outputs into tokens and log-probabilities.
 
-    `masks` computes which tokens constrained sequences may get, while the model runs.
+    `masks` computes, while the model runs, which tokens may come next in sequences that have a grammar or another
+    constraint.
 
-    `graphs` runs decode steps, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
-    step, if asynchronous scheduling is enabled. `states` copies states to the places of the state store and back.
+    `graphs` runs decode steps as CUDA graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device
+    for the next step, if asynchronous scheduling is enabled. `states` copies Mamba states between the slots of running
+    sequences and the saved states.
     """
 
     def __init__(

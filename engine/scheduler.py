@@ -39,14 +39,14 @@ class Chunk:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether only the device knows the chunk's last token, because the host has not read the results of the step
-        that sampled this token."""
+        """Returns whether only the device knows the chunk's last token, because the host has not read the results of
+        the step that sampled this token."""
         return self.end > len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
-        """Whether the decode kernels can run the chunk: it has one token, which is not the first of its sequence, and
-        it saves no state."""
+        """Returns whether the decode kernels can run the chunk: it has one token, which is not the first of its
+        sequence, and it saves no state."""
         return self.end - self.start == 1 and self.start > 0 and not self.saves
 
 
@@ -116,7 +116,8 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
         self.waiting = WaitingQueue(max_short=max_num_batched_tokens)
-        self.running: list[Sequence] = []  # sorted by Sequence.order
+        # The running sequences, sorted by priority and then by arrival (`Sequence.order`).
+        self.running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
@@ -129,8 +130,8 @@ class Scheduler:
         self, requests: Iterable[Request], *, now: float, constraints: Mapping[str, Constraint] = MappingProxyType({})
     ) -> None:
         """Puts requests into the queue, which is sorted by priority, and by arrival within a priority. `now` is the
-        time of the monotonic clock in seconds. `constraints` has the constraint of each request with a grammar, under
-        the id of the request."""
+        time of the monotonic clock in seconds. `constraints` maps the id of each request with a grammar to its compiled
+        constraint."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
             assert request.kind == "generate", "the kind of the request was not validated"
@@ -180,8 +181,9 @@ class Scheduler:
         requests wait in the queue.
 
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
-        their urgency. A decoded token costs nothing of the budget, so a prompt as long as the budget takes one step.
-        Forced tokens after a decoded one are computed in the same step, and they do count.
+        their urgency. A decoded token does not count against the step's token budget, so a prompt as long as the budget
+        takes one step. If a grammar forces further tokens after a decoded token, they are computed in the same step and
+        do count.
         """
         budget = self.max_num_batched_tokens
         plan = _Plan(budget, budget - budget // RESERVED_PART)
@@ -214,7 +216,9 @@ class Scheduler:
                 others = bool(prompts) or len(self.waiting) > 1
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
                 newcomer = self._next_waiting(plan) if admitted else None
-        for seq in plan.shortened:  # these prompts now get the tokens that no other prompt has taken
+        # Some prompts got less than they need, to leave a part of the token budget to others. They now get what no
+        # other prompt has used.
+        for seq in plan.shortened:
             if plan.budget and seq.state_id and seq in plan.chunks:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
@@ -235,11 +239,12 @@ class Scheduler:
         return tokens_left(seq) > self.max_num_batched_tokens
 
     def must_wait(self) -> bool:
-        """Whether the tokens that the most recently launched step samples must be read before the next step can be
-        scheduled.
+        """Returns whether the tokens that the most recently launched step samples must be read before the next step can
+        be scheduled.
 
-        That is so if penalties, bad words or the grammar of a sequence depend on these tokens, or if a state is to be
-        saved after one of them, because the key of a saved state is computed from its tokens.
+        They must be read first if penalties, bad words or the grammar of a sequence depend on these tokens. They must
+        also be read if a state is to be saved after one of them, because the key of a saved state is computed from the
+        tokens before it.
         """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
@@ -248,7 +253,7 @@ class Scheduler:
         sequence is preempted."""
         remaining = seq.num_remaining
         if not remaining or not limit or (seq.num_pending and self._is_full(seq, len(seq.tokens) + seq.num_pending)):
-            return  # nothing to plan; in the last case, a launched step samples the final token of the sequence
+            return  # no tokens can be planned, or a launched step already samples the final token of the sequence
         size = min(remaining, limit)
         end = seq.num_computed + size
         while not self.cache.grow(seq, end):
@@ -307,7 +312,8 @@ class Scheduler:
             if (holder := Shares(self.running).holder_for(seq)) is None:
                 return False
             self._park(holder, plan)
-            hit = self._match(seq)  # `_park` has changed the contents of the cache
+            # `_park` has changed the contents of the cache, so the cached prefix is searched again.
+            hit = self._match(seq)
             if (end := self._occupy(seq, hit, limit)) is None:
                 return False
         self.waiting.remove(seq)
@@ -325,13 +331,14 @@ class Scheduler:
         return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
 
     def _groups_in_progress(self) -> set[str]:
-        """Returns the groups of which a running sequence has not yet computed all full pages of the prompt."""
+        """Returns the ids of the groups in which a running sequence has not yet computed all full pages of its prompt.
+        A group consists of the choices of one prompt."""
         size = self.cache.block_size
         return {seq.request.group for seq in self.running if seq.num_computed < (seq.num_prompt - 1) // size * size}
 
     def _awaits_sibling(self, seq: Sequence, in_progress: set[str]) -> bool:
-        """Whether `seq` should wait, because another reply to the same prompt is computing the prompt. After this
-        computation, `seq` can take the pages of the prompt from the cache."""
+        """Returns whether `seq` should wait, because another reply to the same prompt is computing the prompt. After
+        this computation, `seq` can take the pages of the prompt from the cache."""
         group = seq.request.group
         return bool(group) and group in in_progress and self.cache.enabled and seq.params.prompt_logprobs is None
 
@@ -435,9 +442,10 @@ class Scheduler:
         return None
 
     def _append_forced(self, seq: Sequence) -> None:
-        """Appends the tokens that the constraint of `seq` forces next. The next step computes them all, and no step
-        samples them. A token that ends the reply is not appended but sampled, so that every reply ends in a step. If
-        log-probabilities are wanted, a step must sample every token, so none is appended."""
+        """Appends to `seq` the tokens that its grammar forces next. The next step computes all of them together and
+        samples none of them. A token that ends the reply is not appended but sampled, so that every reply ends with a
+        sampled token. If the request asks for log-probabilities, no token is appended, because every token must then be
+        sampled."""
         seq.num_forced = 0
         if (constraint := seq.constraint) is None or seq.params.logprobs is not None:
             return
@@ -450,7 +458,7 @@ class Scheduler:
             seq.num_forced += 1
 
     def _is_full(self, seq: Sequence, length: int) -> bool:
-        """Whether a sequence of `length` tokens has reached max_tokens or the maximum context length."""
+        """Returns whether a sequence of `length` tokens has reached max_tokens or the maximum context length."""
         return length - seq.num_prompt >= seq.params.max_tokens or length >= self.max_model_len
 
     def _stops(self, seq: Sequence, token_id: int) -> bool:

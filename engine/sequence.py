@@ -21,14 +21,13 @@ class Sequence:
     from a prefix that other sequences have computed (0: no such position is known). `tokens` and `block_ids` are arrays
     because each step copies them to tensors, which for a long context is 100 times faster than from a list.
 
-    `num_pending` further tokens have been or will be sampled by steps in flight, and only the device knows them.
-    Launched positions of steps in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the
-    sequence arrived, and `work_before` prompt tokens had been scheduled by then; both numbers decide how urgent the
-    prompt is.
+    Steps in flight sample `num_pending` further tokens, whose values are known only on the device. The results of steps
+    in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the sequence arrived, and
+    `work_before` prompt tokens had been scheduled by then; both numbers decide how urgent the prompt is.
 
-    `constraint` is what the grammar or the budget of thinking tokens demands, or None. The last `num_forced` tokens
-    were not sampled: the constraint left no other choice. The first `num_reported` tokens are the prompt and the tokens
-    that an update has reported.
+    `constraint` applies the grammar or the limit on reasoning tokens, or is None if the request has neither. The last
+    `num_forced` tokens were not sampled, because the constraint allowed only these tokens. The first `num_reported`
+    tokens are the prompt and those reply tokens that updates have already reported to the HTTP process.
     """
 
     request: Request
@@ -55,7 +54,8 @@ class Sequence:
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float, constraint: Constraint | None = None) -> Sequence:
         """Returns a new sequence, which waits to be scheduled. `now` is the time of the monotonic clock in seconds. A
-        request with a grammar needs a `constraint`, which has taken the tokens that the request has generated."""
+        request with a grammar needs a `constraint` that has been advanced over the tokens which the request has already
+        generated."""
         if constraint is None:
             assert not request.params.grammar, "the grammar was not compiled"
             if (constraint := Constraint.without_grammar(request.params)) is not None:
@@ -98,8 +98,8 @@ class Sequence:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether penalties, bad words, a grammar or a budget of thinking tokens make the choice of the next token
-        depend on the tokens before it."""
+        """Returns whether the choice of the next token depends on the values of earlier reply tokens, because of
+        penalties, bad words, a grammar or a limit on reasoning tokens."""
         p = self.params
         if self.constraint is not None and self.constraint.waits(self.num_generated + self.num_pending):
             return True
@@ -108,12 +108,12 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether the sequence lacks only the computation of the token that was sampled last and of the forced tokens
-        after it."""
+        """Returns whether the sequence is in its decode phase: the only tokens that must still be computed are the
+        token that was sampled last and tokens that a grammar has forced after it."""
         return 0 < self.num_remaining <= 1 + self.num_forced
 
     def samples_at(self, position: int) -> bool:
-        """Whether a step that computes the tokens before `position` samples the token at `position`."""
+        """Returns whether a step that computes the tokens before `position` samples the token at `position`."""
         return position == len(self.tokens) + self.num_pending and self.request.params.max_tokens > 0
 
     @property

@@ -26,17 +26,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     the last token of a sequence is forbidden when the reply so far ends with the tokens before it. If
     `allowed_token_ids` is not empty, all other tokens are forbidden, even end tokens.
 
-    `grammar` is a grammar in the form that llguidance's `LLMatcher` takes, or "" for none. The whole reply follows the
-    grammar, from its first generated token on, thoughts included. An end token may come only where the grammar may end.
-    While the grammar allows another token, `min_tokens` and `ignore_eos` forbid the end tokens; where the grammar
-    allows nothing but an end token, the reply ends all the same. Where the grammar allows one continuation of the text
-    only, the reply continues with the tokens that the tokenizer makes of that text, whatever the penalties and the bias
+    `grammar` is a grammar in the form that llguidance's `LLMatcher` takes, or "" for none. The whole reply, reasoning
+    included, follows the grammar from its first generated token on. An end token may come only where the grammar may
+    end. While the grammar allows another token, `min_tokens` and `ignore_eos` forbid the end tokens; where the grammar
+    allows nothing but an end token, the reply ends all the same. Where the grammar allows only one continuation of the
+    text, the reply continues with the tokens that the tokenizer makes of that text, whatever the penalties and the bias
     are. If `bad_words` or `allowed_token_ids` forbid every token that the grammar allows, the request ends with an
     error.
 
-    `thinking_end` are the token ids of the mark that ends the model's thoughts. If the reply has
-    `thinking_token_budget` tokens and this mark has not appeared among them, the next tokens are those of the mark. The
-    budget has no effect at a position where the grammar does not allow the mark.
+    `thinking_end` has the token ids of the tag that ends the model's reasoning, such as `</think>`. If the reply has
+    `thinking_token_budget` tokens and this tag has not appeared among them, the tokens of the tag are forced next. The
+    limit has no effect at a position where the grammar does not allow the tag.
     """
 
     max_tokens: int = 16
@@ -219,24 +219,27 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Working(msgspec.Struct, frozen=True, tag=True):
-    """Tells, during a long phase of the engine's start, that the engine process has used processor time."""
+    """This message tells, during a long phase of the engine's start, that the engine process has used processor time
+    and so does not hang."""
 
 
 class Adding(msgspec.Struct, frozen=True, tag=True):
-    """Has the ids of requests that the engine is about to put into its queue. Together with `Starting`, this message
-    tells which requests the engine was handling if it dies before it sends the next `StepResult`."""
+    """This message of the engine has the ids of requests that the engine is about to put into its queue. If the engine
+    dies before it sends the next `StepResult`, the messages `Adding` and `Starting` tell which requests it was
+    handling."""
 
     request_ids: list[str]
 
 
 class Starting(msgspec.Struct, frozen=True, tag=True):
-    """Has the ids of requests that run for the first time in the step that the engine is about to run."""
+    """This message of the engine has the ids of requests that run for the first time in the step that the engine is
+    about to run."""
 
     request_ids: list[str]
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """The results of one step."""
+    """This message of the engine has the results of one step: the new tokens of the requests, and statistics."""
 
     updates: list[TokenUpdate]
     stats: EngineStats

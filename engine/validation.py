@@ -18,8 +18,8 @@ MAX_LOGIT_BIAS_ENTRIES = 300  # maximum number of entries in logit_bias; OpenAI'
 MAX_STOP_TOKEN_IDS = 128
 MAX_BAD_WORDS = 128  # maximum number of forbidden token sequences; each bad word becomes one or two sequences
 MAX_ALLOWED_TOKEN_IDS = 4096  # maximum per request; limits the time for copying these ids to the device in each step
-MAX_GRAMMAR_CHARS = 1 << 19  # maximum length of a grammar; it bounds the time to read the grammar
-MAX_THINKING_END = 32  # maximum number of tokens of the mark that ends the model's thoughts
+MAX_GRAMMAR_CHARS = 1 << 19  # maximum number of characters of a grammar, which bounds the time to read it
+MAX_THINKING_END = 32  # maximum number of tokens of the tag that ends the model's reasoning
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 

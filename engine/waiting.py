@@ -1,4 +1,5 @@
-"""The queue of the sequences that wait for a slot."""
+"""The class `WaitingQueue` holds the sequences that wait for a free state slot, and finds the sequence that starts
+next."""
 
 from __future__ import annotations
 
@@ -10,23 +11,25 @@ from jamba_server.engine.sequence import Sequence
 
 
 class WaitingQueue:
-    """The waiting sequences. A prompt of more than `max_short` tokens is long.
+    """The queue of waiting sequences. A prompt counts as long if more than `max_short` of its tokens were not in the
+    cache when it arrived.
 
-    There is one list for the long prompts of each tenant and one for the others, each with the most urgent sequence
-    first. So the next sequence is usually found at the beginning of a list, however many sequences wait. The urgency
-    and the length of a sequence do not change while it waits.
+    For each tenant (API key) there is one list of its long prompts and one list of its other prompts. In each list the
+    most urgent sequence comes first. So the next sequence is usually found at the beginning of a list, however many
+    sequences wait. The urgency and the length of a sequence do not change while it waits.
     """
 
     def __init__(self, max_short: int) -> None:
         self._max_short = max_short
-        self._lists: dict[tuple[str, bool], list[Sequence]] = {}  # by tenant and whether the prompts are long
+        # the key of each list is its tenant and whether its prompts are long
+        self._lists: dict[tuple[str, bool], list[Sequence]] = {}
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
-        """Yields all sequences, sorted by `Sequence.order`."""
+        """Yields all waiting sequences, sorted by `Sequence.order`: by priority, and by arrival within a priority."""
         return iter(sorted((seq for queue in self._lists.values() for seq in queue), key=lambda s: s.order))
 
     def add(self, seq: Sequence) -> None:
@@ -43,9 +46,10 @@ class WaitingQueue:
     def next(
         self, shares: Shares, *, full: bool, with_long: bool, may_start: Callable[[Sequence], bool]
     ) -> Sequence | None:
-        """Returns the sequence with the smallest `Shares.turn` among those that can start: `may_start` returns true for
-        them, they are not long unless `with_long` is set, and if all slots are taken (`full`), they may displace a
-        running sequence."""
+        """Returns the sequence that should start next: the one with the smallest key `Shares.turn` among those that can
+        start, or None if no sequence can start. A sequence can start if `may_start` returns true for it. A long prompt
+        can start only if `with_long` is true. If all slots are taken (`full`), a sequence can start only if a running
+        sequence must stop for it."""
         firsts = [
             self._first(queue, shares, full, may_start)
             for (tenant, is_long), queue in self._lists.items()
@@ -56,10 +60,12 @@ class WaitingQueue:
     def _first(
         self, queue: list[Sequence], shares: Shares, full: bool, may_start: Callable[[Sequence], bool]
     ) -> Sequence | None:
-        """Returns the sequence in one list with the smallest `Shares.turn` among those that can start.
+        """Returns the sequence of the list `queue` that should start next: the one with the smallest key `Shares.turn`
+        among those that can start.
 
-        The list is sorted by priority and urgency. Between these two, `turn` has the number of running sequences of the
-        same client request. So a later sequence comes first only if it has the same priority and a smaller number.
+        The list is sorted by priority and then by urgency. The key `turn` sorts by priority, then by the number of
+        running sequences of the same client request, and then by urgency. So a sequence further back in the list is
+        chosen only if it has the same priority and a smaller number of running sequences.
         """
         first, fewest = None, 0
         for seq in queue:

@@ -297,7 +297,7 @@ class ServerConfig:
 
     @property
     def needs_key(self) -> bool:
-        """Whether requests must carry an API key."""
+        """Returns whether requests must carry an API key."""
         return bool(self.api_key or self.api_key_file)
 
     def non_defaults(self) -> dict[str, object]:

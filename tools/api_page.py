@@ -49,7 +49,8 @@ WITHOUT_EFFECT = (
 )
 
 
-# The classes of the items of a request for a response. Each class has the type of its items as the field `type`.
+# The classes of the items in the field `input` of a request to /v1/responses. The field `type` of each class has the
+# type of the items.
 ITEMS: tuple[type[BaseModel], ...] = (
     items.Message,
     items.FunctionCall,
@@ -75,7 +76,8 @@ def fate(name: str, field: FieldInfo, schema: type[BaseModel]) -> str:
 
 
 def elsewhere(schema: type[BaseModel]) -> dict[str, peer_fields.PeerField]:
-    """Returns the fields of a schema that belong to other endpoints, although the schema inherits them."""
+    """Returns the fields that a request schema inherits from its base class although they belong to other endpoints, so
+    that the server refuses them here."""
     return schema.elsewhere if issubclass(schema, ResponseRequest) else {}
 
 
@@ -98,7 +100,8 @@ def _meaning(name: str, field: FieldInfo, schema: type[BaseModel]) -> str:
 
 
 def item_table() -> str:
-    """Returns a table of the items of a request for a response, with the fields of each that have an effect."""
+    """Returns a Markdown table of the item types in a request to /v1/responses. For each type the table lists the
+    fields that have an effect."""
     lines: list[str] = []
     for schema in ITEMS:
         fields = schema.model_fields.items()

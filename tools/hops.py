@@ -309,7 +309,8 @@ async def request(app: Any, trace: ServerTrace) -> None:
 
 
 def walk(start: Stack, end: Stack) -> Stack:
-    """Returns the calls on the way from the innermost call of `start` to the innermost call of `end`.
+    """Returns the calls that lead from one recorded stack of calls to another, from the innermost call of `start` to
+    the innermost call of `end`.
 
     The way leads outwards to the last call that both stacks share, and from there inwards.
     """

@@ -33,7 +33,7 @@ from jamba_server.server.text.grammars.types import OutputFormat, ToolGrammar
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "structured-outputs.md"
 SUITE = ROOT / "tests" / "data" / "json-schema" / "test-suite.jsonl.xz"
-# Tags of tool calls and thoughts that the tokenizer below has as tokens.
+# The tags of tool calls and of reasoning that the class `ByteTokenizer` has as single tokens, with their token ids.
 TAGS = {
     tag: 257 + number
     for number, tag in enumerate(
@@ -84,7 +84,8 @@ Thoughts of a model that reasons come before the content and are free.
 
 
 class ByteTokenizer:
-    """A vocabulary of all bytes, an end token and the tags. Its attributes are those that llguidance reads."""
+    """A tokenizer whose vocabulary has all bytes, an end token and the tags of tool calls. It has the attributes that
+    llguidance requires of a tokenizer."""
 
     eos_token_id = EOS
     bos_token_id = None
@@ -102,7 +103,8 @@ def byte_tokenizer() -> llguidance.LLTokenizer:
 
 
 class CheckHere:
-    """Compiles grammars in this process, for schemas that are known to be harmless."""
+    """Checks whether llguidance can compile a grammar. It compiles in this process and not in a child process, which is
+    acceptable because the schemas of a test suite are known to be harmless."""
 
     def outcome(self, grammar: str) -> Outcome:
         return Outcome(verdict(grammar, byte_tokenizer()))
@@ -117,7 +119,7 @@ def builder() -> GrammarBuilder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Function:
-    """A function of a tool."""
+    """A function that a model may call, as a request would declare it."""
 
     name: str
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -125,7 +127,8 @@ class Function:
 
 
 def groups(draft: str = "draft2020-12") -> Iterator[dict[str, Any]]:
-    """Yields the groups of the suite: a schema and instances that are valid or not."""
+    """Yields the test groups of the JSON-Schema-Test-Suite. Each group has a schema, and values that are valid or
+    invalid under this schema."""
     with lzma.open(SUITE, "rt", encoding="utf-8") as lines:
         for line in lines:
             group = json.loads(line)

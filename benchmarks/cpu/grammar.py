@@ -1,13 +1,15 @@
-"""Measures what constrained decoding costs on this CPU: in a step of the engine, and beside xgrammar.
+"""Measures how much time constrained decoding takes on this CPU, within a step of the engine, and compares llguidance,
+the library that the engine uses, with xgrammar.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cpu.grammar --name grammar --tokenizer tokenizer.json \
         --functions bfcl.jsonl [--shape 3b] [--peer-python PYTHON]
 
-The schemas are those of the functions in files of the Berkeley Function Calling Leaderboard, one JSON object a line.
-The first table has a decode step with 16 sequences of a model with random weights: free sequences, and sequences whose
-reply is an array of arguments of a function. Runs of both kinds alternate. The second table compiles each schema and
-follows the tokens of one valid instance of it, in one thread, with llguidance and with xgrammar. xgrammar runs in the
-interpreter PYTHON of another environment, where it is installed. The program writes benchmarks/results/NAME.md.
+The schemas are those of the functions in files of the Berkeley Function Calling Leaderboard, which have one JSON object
+per line. The first table has the times of a decode step with 16 sequences of a model with random weights. In one kind
+of run the sequences are unconstrained; in the other kind each reply must be an array of arguments of a function. Runs
+of both kinds alternate. The second table has the times to compile each schema and to process the tokens of one valid
+instance of it, in one thread, with llguidance and with xgrammar. The program xgrammar runs in the Python interpreter
+PYTHON of another environment, in which it is installed. The results are written to benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -38,21 +40,21 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 SEQUENCES, ROUNDS, STEPS, WARM_UP = 16, 4, 40, 12
 VOCAB, EOS = 65536, (2, 519)
-# The names of types in the functions of the leaderboard, and their names in JSON Schema.
+# Maps type names that the leaderboard's functions use to those of JSON Schema. None means that every value is allowed.
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 PEER = Path(__file__).parent / "grammar_peer.py"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The schema of a function's arguments, and the compact JSON text of arguments that are valid."""
+    """The JSON schema of a function's arguments, and valid arguments as compact JSON text."""
 
     schema: dict[str, Any]
     text: str
 
 
 def json_schema(value: Any) -> Any:
-    """Returns a schema of the leaderboard in the words of JSON Schema, without descriptions and default values."""
+    """Translates a schema of the leaderboard to JSON Schema. Descriptions and default values are left out."""
     if not isinstance(value, dict):
         return value
     kept: dict[str, Any] = {}
@@ -70,8 +72,8 @@ def json_schema(value: Any) -> Any:
 
 
 def examples(files: Sequence[Path], tokenizer: LLTokenizer) -> Iterator[Example]:
-    """Yields the function of each line of the files with the arguments that the leaderboard expects, as far as these
-    arguments follow the schema."""
+    """Yields an example for each line of the files: the function's schema, and the arguments that the leaderboard
+    expects. Lines whose arguments do not follow the schema are skipped."""
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
@@ -93,7 +95,7 @@ def grammar_of(schema: Any) -> str:
 
 
 class Clock:
-    """Sums, for each watched function, the time that its calls take in one step, in seconds."""
+    """Sums, for each function that is timed, the time of its calls in one step of the engine, in seconds."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
@@ -111,8 +113,8 @@ class Clock:
 
 
 def decode_steps(llm: LLM, clock: Clock, prefix: str, params: Sequence[SamplingParams]) -> list[dict[str, float]]:
-    """Runs one sequence for each of `params`. Returns the times of those of STEPS steps in which each sequence computes
-    exactly one token."""
+    """Runs one sequence for each item of `params` for STEPS steps. Returns the times of the steps in which every
+    sequence computed exactly one token."""
     requests = [Request(id=f"{prefix}-{i}", prompt=[5 + i, 7, 11, 13], params=p) for i, p in enumerate(params)]
     llm.core.inbox.submit(requests)
     while len(llm.core.scheduler.running) < len(params):
@@ -140,7 +142,7 @@ def decode_steps(llm: LLM, clock: Clock, prefix: str, params: Sequence[SamplingP
 
 
 def measure_steps(folder: Path, schemas: Sequence[Any]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Returns the times of the steps of free sequences, and of constrained ones."""
+    """Returns the times of the steps of unconstrained sequences, and those of constrained sequences."""
     llm = LLM(folder, load_format="dummy", max_model_len=1024, max_num_seqs=SEQUENCES)
     clock = Clock()
     runner = llm.core.model_runner
@@ -167,7 +169,8 @@ def median_us(steps: Sequence[dict[str, float]], label: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Times in microseconds: to compile a schema, and to compute the mask of a token and take the token."""
+    """Times in microseconds: the time to compile a schema, and the time per token to compute the mask of allowed tokens
+    and to process the token."""
 
     compile: list[float]
     token: list[float]
@@ -195,7 +198,7 @@ def follow_with_llguidance(tokenizer: LLTokenizer, work: Sequence[tuple[Any, lis
 
 
 def follow_with_xgrammar(python: str, tokenizer: Path, work: Sequence[tuple[Any, list[int]]]) -> tuple[str, Times]:
-    """Returns the version of xgrammar and its times."""
+    """Measures xgrammar in another Python interpreter. Returns the version of xgrammar and its times."""
     given = {"tokenizer": str(tokenizer), "vocab_size": VOCAB, "eos": EOS, "work": work}
     done = subprocess.run([python, str(PEER)], input=json.dumps(given), capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,14 @@
-"""Compiles schemas with xgrammar and follows tokens, for `benchmarks.cpu.grammar`.
+"""Measures xgrammar for the program `benchmarks.cpu.grammar`: compiles JSON schemas and processes the tokens of valid
+instances.
 
-The program needs xgrammar and nothing of this project. It reads a JSON object from its standard input: the path of the
-tokenizer.json, the size of the vocabulary, the ids of the end tokens, and a list of (schema, token ids). It prints one
-line of JSON with the version of xgrammar and times in microseconds.
+The program imports xgrammar and no module of this project. It reads a JSON object from its standard input: the path of
+the tokenizer.json, the size of the vocabulary, the ids of the end tokens, and a list of (schema, token ids). It prints
+one line of JSON with the version of xgrammar and times in microseconds.
 """
 
-# xgrammar is not installed where the types are checked.
-# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+# Pyright, a type checker, reports errors here because xgrammar is not installed where the types are checked. The
+# settings below turn these reports off. pyright: reportMissingImports=false, reportUnknownVariableType=false,
+# reportUnknownMemberType=false
 
 from __future__ import annotations
 

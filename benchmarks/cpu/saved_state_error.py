@@ -76,7 +76,7 @@ def load(dtype: str) -> LLM:
 
 def some_texts(llm: LLM, count: int) -> list[list[int]]:
     """Returns `count` texts of LENGTH tokens, as token ids. The model generates each text. If the model ends a text
-    early, it generates another one, which is appended."""
+    early, the model generates another text, which is appended."""
     first, ends = 1, llm.core.info.eos_token_ids
     texts: list[list[int]] = []
     for number in range(count):
@@ -110,7 +110,8 @@ Deltas = dict[tuple[int, int], list[tuple[float, bool]]]
 
 
 def compare(pairs: Iterable[tuple[int, TokenLogprob, TokenLogprob]]) -> Deltas:
-    """Compares the log-probabilities of each token in two runs, and groups the differences by distance.
+    """Compares the log-probabilities of each token in two runs. Groups the differences by the token's distance from the
+    position at which a saved state was restored.
 
     The distance is the number of tokens since the first restore of a state. Each entry of `pairs` is (distance, first
     log-probability, second log-probability).

@@ -1,4 +1,4 @@
-"""HTTP clients for the programs that load a server: each request has a connection of its own.
+"""HTTP clients for the load tests in this folder. Each request opens its own connection.
 
 The clients use asyncio's streams and no HTTP library, so that two thousand of them need little CPU time beside the
 server, and so that a client can behave badly, for example by closing its connection in the middle of a reply.
@@ -16,13 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 COMPLETIONS = "/v1/completions"
-# The number of bytes that one line of a reply may have. An event of a stream is one line.
+# The maximum number of bytes in one line of a reply. Each event of a stream is one line.
 LINE_LIMIT = 1024 * 1024
 
 
 @dataclass(slots=True)
 class Result:
-    """What one request got. `status` 0 means that the connection broke before a status came.
+    """The result of one request. `status` is the HTTP status, or 0 if the connection broke before a status came.
 
     `first` is the number of seconds from the start of the request to the first event with a token, or None if there was
     no such event. `total` is the number of seconds to the end of the reply. `error` names the exception that ended the
@@ -38,7 +38,8 @@ class Result:
 
 
 def head(url: str, path: str, length: int) -> bytes:
-    """Returns the head of a POST request whose body has `length` bytes and after which the connection is closed."""
+    """Returns the request line and the headers of a POST request whose body has `length` bytes. The headers ask the
+    server to close the connection after the reply."""
     host = urlsplit(url).netloc
     lines = (f"POST {path} HTTP/1.1", f"Host: {host}", "Content-Type: application/json", f"Content-Length: {length}")
     return "\r\n".join((*lines, "Connection: close", "", "")).encode()
@@ -46,7 +47,8 @@ def head(url: str, path: str, length: int) -> bytes:
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Yields a connection to the server, which is closed at the end, also in the middle of a reply."""
+    """Async context manager: opens a connection to the server, and closes it at the end of the block, even in the
+    middle of a reply."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -58,7 +60,8 @@ async def connected(url: str) -> AsyncGenerator[tuple[asyncio.StreamReader, asyn
 
 
 async def post(url: str, body: dict[str, Any], path: str = COMPLETIONS) -> Result:
-    """Sends one request, reads the whole reply, and returns what came. Raises no exception of the network."""
+    """Sends one request, reads the whole reply, and returns the result. A network error is not raised but recorded in
+    the result."""
     result, start = Result(), time.monotonic()
     try:
         async with connected(url) as (reader, writer):
@@ -88,7 +91,8 @@ async def read_head(reader: asyncio.StreamReader, result: Result) -> None:
 
 
 async def lines_of(reader: asyncio.StreamReader) -> AsyncGenerator[bytes]:
-    """Yields the lines of a reply's body, with the sizes of its chunks between them."""
+    """Yields the lines of a reply's body. In a reply with chunked transfer encoding, the lines with the sizes of the
+    chunks are yielded, too."""
     while line := await reader.readline():
         yield line
 
@@ -98,6 +102,7 @@ def is_event_with_token(line: bytes) -> bool:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Returns the value below which the given share of `values` lies, by nearest rank. `values` is not empty."""
+    """Returns a percentile of `values`, which must not be empty, by the nearest-rank method. A `share` of 0.95 gives
+    the 95th percentile."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

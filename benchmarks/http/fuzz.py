@@ -1,10 +1,12 @@
-"""Sends requests that schemathesis derives from the server's own OpenAPI document, valid ones and broken ones.
+"""Sends valid and invalid requests to a server. The library schemathesis derives the requests from the server's OpenAPI
+document.
 
     python -m benchmarks.http.fuzz [--cases 10000] [--seed 0] [--minutes 30] [-- flags of `jamba serve`]
 
-Starts `jamba serve` with the demonstration checkpoint. No reply may have a status of 500 or above; each reply must have
-a status, a media type and a body that the document describes; a request that breaks the document must be refused; and
-no process of the server may end. Prints the number of replies by status and each kind of failure once.
+The program starts `jamba serve` with the demonstration checkpoint. The requirements are: no reply has a status of 500
+or above; each reply has a status, a media type and a body that the document describes; a request that violates the
+document is refused; and no process of the server ends. The program prints the number of replies for each status, and
+each kind of failure once.
 """
 
 from __future__ import annotations
@@ -41,14 +43,15 @@ CHECKS: Any = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-CASES_WITHOUT_BODY = 2  # cases of an operation whose requests have no body: there is nothing to vary
+CASES_WITHOUT_BODY = 2  # number of test requests to an endpoint without a request body, because there is little to vary
 SERVER_FLAGS = ["--threads", "1", "--max-model-len", "512"]
 START_TIMEOUT = 300.0
 
 
 @dataclass
 class Findings:
-    """The number of replies by status, and the failures: the text of each kind, and how often it came."""
+    """The number of replies for each status, and the failures: the text of each kind of failure, and how often it
+    occurred."""
 
     statuses: Counter[int] = field(default_factory=Counter[int])
     failures: Counter[str] = field(default_factory=Counter[str])
@@ -59,7 +62,8 @@ class Findings:
 
 
 def fuzz(schema: Any, *, cases: int, random_seed: int, until: float = float("inf")) -> Findings:
-    """Sends about `cases` requests, half of them broken, to the operations of a schema that schemathesis has loaded.
+    """Sends about `cases` requests, half of them invalid, to the endpoints of an OpenAPI document that schemathesis has
+    loaded.
 
     Stops early when `time.monotonic()` exceeds `until`.
     """
@@ -105,7 +109,8 @@ def _run(operation: Any, mode: GenerationMode, number: int, random_seed: int, ch
     def run(case: Any) -> None:
         check(case)
 
-    # Hypothesis raises this error if no request can break the operation's description.
+    # Hypothesis, a library for property-based tests, raises this error if every possible request is valid for the
+    # endpoint, so that no invalid request can be made.
     with contextlib.suppress(Unsatisfiable):
         run()
 

@@ -1,4 +1,5 @@
-"""Kills the engine of a server again and again under mixed streams, and compares every reply with an undisturbed one.
+"""Kills the engine process of a server again and again while streams of different kinds run. Compares every reply with
+the reply to the same request without a kill.
 
     python -m benchmarks.http.kills --name engine-kills [--kills 100] [--gap 2,20] [-- MODEL --dtype float32]
 
@@ -8,9 +9,9 @@ the engine process gets SIGKILL at random intervals. An engine may be killed whi
 a step, but not twice in a row, because the server ends on purpose after three such deaths in a row.
 
 The restart time of a kill is the time until /ready answers 200 again. The silence of a stream at a kill is the longest
-time without an event that overlaps the restart time. It includes the time in which the restarted engine computes the
-tokens of all streams again. The results are benchmarks/results/NAME.json and NAME.md. The program
-ends after --max-seconds at the latest, and with status 1 if a requirement is not met.
+time without an event of the stream that overlaps the restart time. The silence includes the time in which the restarted
+engine computes the tokens of all streams again. The results are written to benchmarks/results/NAME.json and NAME.md.
+The program ends after --max-seconds seconds at the latest. Its exit status is 1 if a requirement is not met.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def mixed_requests(number: int, longest: int) -> list[tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A kill of the engine at a time. `ready` is the time at which /ready answered 200 again, and `early` says that the
-    killed engine had sent no event, because it was loading or had just become ready."""
+    """A kill of the engine process at the time `at`. `ready` is the time at which /ready answered 200 again. `early`
+    says whether the engine was killed before it had sent an event, because it was loading or had just become ready."""
 
     at: float
     ready: float
@@ -84,7 +85,7 @@ class Kill:
 @dataclass(slots=True)
 class Reply:
     """One streamed reply. `choices` has the text, the log-probabilities and the finish reason of each choice,
-    `arrivals` the times of the events, and `broken` says what went wrong."""
+    `arrivals` has the times at which its events arrived, and `broken` says what went wrong."""
 
     start: float
     choices: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
@@ -140,9 +141,9 @@ async def stream(http: httpx.AsyncClient, path: str, body: dict[str, Any], reply
 
 
 class Killer:
-    """Kills the engine `number` times, with random times between two kills in the range `gap`, in seconds.
+    """Kills the engine process `number` times. The time between two kills is random, in the range `gap`, in seconds.
 
-    `replies` are the replies of each client, the last one of which may be unfinished.
+    `replies` has the list of replies of each client. The last reply of each client may be unfinished.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Killer:
     ) -> None:
         self._http, self._replies, self._number, self._gap, self._deadline = http, replies, number, gap, deadline
         self._draw = random.Random(11)
-        self._open: list[tuple[float, bool]] = []  # kills after which the engine has not been ready yet
+        self._open: list[tuple[float, bool]] = []  # the kills since which the engine has not become ready again
         self._ready_since = 0.0
         self.kills: list[Kill] = []
 
@@ -177,10 +178,10 @@ class Killer:
                 self._open.append((time.monotonic(), is_early))
                 next_kill = time.monotonic() + self._draw.uniform(*self._gap)
                 while is_ready and (await self._http.get("/ready")).status_code == 200:
-                    pass  # The server has not noticed the death yet.
+                    pass  # The server has not noticed the death of the engine yet, so the loop asks again.
 
     def _event_since(self, moment: float) -> bool:
-        """Returns whether an event of a stream has arrived after a moment."""
+        """Returns whether an event of some stream has arrived after the time `moment`."""
         current = [several[-1] for several in self._replies if several]
         return any(reply.arrivals and reply.arrivals[-1] > moment for reply in current)
 
@@ -245,7 +246,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def metrics_of(text: str) -> dict[str, float]:
-    """Returns the values of the metrics of restarts and replays, by their reasons."""
+    """Returns the values of the server's metrics for restarts of the engine and for requests that were sent to it
+    again."""
     names = ("jamba_engine_restarts_total", "jamba_replayed_requests_total", "jamba_aborted_requests_total")
     lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith(names)]
     return {name: float(value) for name, _, value in lines if float(value)}

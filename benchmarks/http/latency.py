@@ -1,11 +1,13 @@
-"""Measures how long short requests wait for their first token beside long prompts and beside a request with n = 128.
+"""Measures how long short requests wait for their first token while long prompts, or a request with n = 128, run at the
+same time.
 
     python -m benchmarks.http.latency --name latency [--shape small] [--seconds 60] [--long 30000]
 
-A short request is sent each second. Its time to first token is measured alone, beside one and beside four prompts of
-`--long` tokens, and beside one request with 128 choices. The long prompt is also measured alone. The requirements are:
-the 95th percentile of the short requests is at most three times that alone plus one step, and the long prompt beside
-short requests takes at most a tenth longer. Writes benchmarks/results/NAME.json and NAME.md.
+A short request is sent each second. Its time to first token is measured without other load, with one and with four
+prompts of `--long` tokens, and with one request of 128 choices. The time of a long prompt is also measured without
+other load. There are two requirements. With other load, the 95th percentile of the short requests' times is at most
+three times as long as without it, plus one step of the engine. A long prompt takes at most a tenth longer while short
+requests run. The results are written to benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from benchmarks.http.serving import announcement, running_server
 START_TIMEOUT = 600.0
 SHORT_LEN, SHORT_TOKENS = 8, 8
 CHOICES, CHOICE_TOKENS = 128, 64
-FACTOR = 3.0  # how many times as long as alone the 95th percentile of short requests may take
-LOSS = 0.1  # share of its speed that a long prompt may lose beside short requests
+FACTOR = 3.0  # the 95th percentile of the short requests' times may be this many times as long as without other load
+LOSS = 0.1  # part of its speed that a long prompt may lose while short requests run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Prompts:
-    """Random prompts, each of which is different, so that none is found in the prefix cache."""
+    """Makes random prompts. Each prompt is different, so that none is found in the prefix cache."""
 
     def __init__(self) -> None:
         self._draw = random.Random(0)
@@ -53,7 +55,7 @@ class Prompts:
 
 
 async def short_requests(url: str, prompts: Prompts, until: asyncio.Event, results: list[Result]) -> None:
-    """Sends a short request each second until the event is set, and waits for the replies."""
+    """Sends a short request each second until the event `until` is set, and then waits for the replies."""
     loop, tasks = asyncio.get_running_loop(), list[asyncio.Task[Result]]()
     start = loop.time()
     while not until.is_set():
@@ -66,7 +68,8 @@ async def short_requests(url: str, prompts: Prompts, until: asyncio.Event, resul
 
 
 async def beside(url: str, prompts: Prompts, others: list[dict[str, Any]], limit: float) -> dict[str, Any]:
-    """Sends the requests `others` at once, and a short request each second until they have ended."""
+    """Sends the requests `others` at the same time, and a short request each second until all of `others` have
+    ended."""
     until, shorts = asyncio.Event(), list[Result]()
     sender = asyncio.create_task(short_requests(url, prompts, until, shorts))
     try:
@@ -100,7 +103,8 @@ def short_summary(results: list[Result]) -> dict[str, Any]:
 
 async def measure(flags: argparse.Namespace, url: str) -> dict[str, Any]:
     prompts = Prompts()
-    await asyncio.gather(*(post(url, prompts.body(SHORT_LEN, SHORT_TOKENS)) for _ in range(4)))  # warms the server up
+    # These requests only warm the server up and are not measured.
+    await asyncio.gather(*(post(url, prompts.body(SHORT_LEN, SHORT_TOKENS)) for _ in range(4)))
     found: dict[str, Any] = {"short alone": short_summary(await alone(url, prompts, flags.seconds))}
     print("short alone", found["short alone"], file=sys.stderr)
     steps = gauges(url).get("jamba_num_steps_total", 0.0)
@@ -108,7 +112,8 @@ async def measure(flags: argparse.Namespace, url: str) -> dict[str, Any]:
     long_alone = await asyncio.wait_for(post(url, prompts.body(flags.long, 1)), flags.limit)
     found["long alone"] = {"seconds": long_alone.total, "status": long_alone.status}
     steps = gauges(url).get("jamba_num_steps_total", 0.0) - steps
-    # A metric of the engine's steps may be missing; the default chunk of a CPU is then assumed.
+    # If the server has no metric for the number of the engine's steps, the number is estimated: a step on a CPU
+    # computes 128 prompt tokens by default.
     found["step"] = (time.monotonic() - start) / (steps or flags.long / 128)
     print("long alone", found["long alone"], file=sys.stderr)
     loads = {

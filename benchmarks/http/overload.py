@@ -2,10 +2,11 @@
 
     python -m benchmarks.http.overload --name overload [--requests 2000] [--queue 50] [--descriptors 1024]
 
-The server may run `--running` replies and let `--queue` wait. The program first sends exactly as many requests as may
-run and wait, then `--requests` at once, twice. The requirements are: every request gets status 200, or 503 with the
-header Retry-After; the 99th percentile of the time of the admitted ones is at most twice that of the first run; and
-the second flood leaves no more memory than the first one. Writes benchmarks/results/NAME.json and NAME.md.
+The server may run `--running` requests at the same time, and `--queue` requests may wait. The program first sends
+exactly as many requests as may run and wait. Then it sends `--requests` requests at once, and does that twice. The
+requirements are: every request gets status 200, or 503 with the header Retry-After; the 99th percentile of the times of
+the admitted requests is at most twice that of the first run; and the server uses no more memory after the second flood
+than after the first. The results are written to benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.http.record import Verdict, conditions, model_of, table, write_r
 from benchmarks.http.serving import announcement, running_server
 
 START_TIMEOUT = 300.0
-SETTLE_SECONDS = 10.0  # time after a flood in which connections close and memory is given back
+SETTLE_SECONDS = 10.0  # seconds to wait after a flood, in which connections are closed and memory is freed
 MEMORY_SLACK = 1.02
 WAIT_FACTOR = 2.0
 
@@ -54,7 +55,8 @@ async def flood(url: str, number: int, output_len: int, seed: int) -> list[Resul
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
-    """Returns the number of replies by outcome, and the 99th percentile of the seconds of the admitted requests."""
+    """Returns how often each outcome (status or error) occurred, and percentiles of the times of the admitted and of
+    the refused requests, in seconds."""
     outcomes = Counter(
         f"no reply ({result.error})" if not result.status
         else "503 with Retry-After" if result.status == 503 and int(result.headers.get("retry-after", "0")) > 0
@@ -73,7 +75,8 @@ def summary(results: list[Result]) -> dict[str, Any]:
 
 def measure(flags: argparse.Namespace, url: str) -> dict[str, Any]:
     pids = processes()
-    asyncio.run(flood(url, flags.running, flags.output_len, 0))  # warms the server up
+    # These requests only warm the server up and are not measured.
+    asyncio.run(flood(url, flags.running, flags.output_len, 0))
     time.sleep(1)
     runs: dict[str, dict[str, Any]] = {}
     baseline = flags.running + flags.queue
@@ -139,7 +142,8 @@ def to_markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     flags = parse_arguments()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each request of this program needs a descriptor
+    # This program needs a file descriptor for the connection of each request.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     limits = ["--max-num-seqs", str(flags.running), "--max-queue-requests", str(flags.queue)]
     prefix = (*LIMITED, str(flags.descriptors))
     with model_of(flags.shape) as model:

@@ -1,4 +1,5 @@
-"""What the kernel knows of a server's processes: resident memory and open file descriptors."""
+"""Reads from the operating system the resident memory and the open file descriptors of a server's processes, and some
+metrics from the server."""
 
 from __future__ import annotations
 
@@ -10,21 +11,24 @@ import httpx
 from benchmarks.http.shapes import descendants
 from benchmarks.shapes import resident_bytes
 
-# The command that runs the server under a limit of open files: it is put before the server's own command.
+# The beginning of a command line that runs the server under a limit on open files. The limit and the server's own
+# command follow.
 LIMITED = ("sh", "-c", 'ulimit -Sn "$0" && ulimit -Hn "$0" && exec "$@"')
 
 
 def processes() -> dict[str, int]:
-    """Returns the ids of the processes that this program has started, by a name from their command lines.
+    """Finds the processes of the server that this program has started. Returns their process ids, under names that are
+    derived from their command lines.
 
-    The HTTP process is called `http`. A process that the server has started is called after its Python module.
+    The server's main process, which handles HTTP, has the name `http`. Each child process of the server has the name of
+    its Python module.
     """
     found: dict[str, int] = {}
     for pid in descendants("self"):
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         except OSError:
-            continue  # The process ended after `descendants` had listed its id.
+            continue  # The process has ended since `descendants` listed its id, so it is skipped.
         if "serve" in arguments:
             found["http"] = pid
         elif "-m" in arguments:
@@ -35,12 +39,12 @@ def processes() -> dict[str, int]:
 
 
 def memory_of(pids: Mapping[str, int]) -> dict[str, int]:
-    """Returns the resident memory of each process in bytes, without the processes that have ended."""
+    """Returns the resident memory of each process in bytes. Processes that have ended are left out."""
     memory: dict[str, int] = {}
     for name, pid in pids.items():
         try:
             memory[name] = resident_bytes(pid)
-        except (OSError, IndexError):  # an ended process has no line VmRSS
+        except (OSError, IndexError):  # the process has ended: it has no file, or the file has no line VmRSS
             continue
     return memory
 
@@ -51,7 +55,7 @@ def descriptors_of(pids: Mapping[str, int]) -> dict[str, int]:
 
 
 def gauges(url: str) -> dict[str, float]:
-    """Returns the values of the server's metrics that have no label except the model's name."""
+    """Requests the server's metrics. Returns the values of those metrics that have no label except the model's name."""
     values: dict[str, float] = {}
     for line in httpx.get(f"{url}/metrics", timeout=30).text.splitlines():
         name, _, rest = line.partition("{")

@@ -1,4 +1,5 @@
-"""Writes the results of a program that loads a server: a JSON file, and a Markdown page with a table and verdicts."""
+"""Writes the results of a load test: a JSON file, and a Markdown page with a table and a list of the requirements that
+were met or not."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class Verdict:
 
 @contextmanager
 def model_of(shape: str) -> Generator[list[str]]:
-    """Yields the arguments of `jamba serve` for a model of this shape with dummy weights. The shape `demo` is the
-    demonstration checkpoint."""
+    """Context manager: yields the arguments with which `jamba serve` serves a model of the size `shape` with random
+    weights. The shape `demo` stands for the demonstration checkpoint."""
     if shape == "demo":
         yield []
         return
@@ -42,7 +43,8 @@ def model_of(shape: str) -> Generator[list[str]]:
 
 
 def conditions(server: list[str], arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the conditions of a measurement. `server` are the lines that the server logged at its start."""
+    """Returns the conditions of a measurement, such as the machine and the versions of libraries. `server` has the
+    lines that the server logged at its start."""
     return {
         "date": utc_now(),
         "commit": describe_commit(),

@@ -72,7 +72,8 @@ def running_server(
 ) -> Generator[tuple[str, IO[str]]]:
     """Starts a server, and yields its URL and log when the server is ready. Stops the server when the context ends.
 
-    `prefix` is the beginning of the command line: a program that runs the rest of the command line.
+    `prefix` is put before the server's command line. It is a program that runs the command which follows, for example
+    under a limit.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Sends signals to each process of a server in each phase of its life, and writes a table of what happens.
+"""Sends signals to each process of a server in each phase of the server's life, and writes a table of what happens.
 
     python -m benchmarks.http.signals --name signals [--only idle]
 
@@ -38,15 +38,17 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 PROCESSES = ("http", "engine")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
 
-ENGINE_TIMEOUT, LOAD_TIMEOUT, SHUTDOWN_TIMEOUT = 3, 6, 30  # options of the server, in seconds
+# Values of the server's options --engine-timeout, --load-timeout and --shutdown-timeout, in seconds.
+ENGINE_TIMEOUT, LOAD_TIMEOUT, SHUTDOWN_TIMEOUT = 3, 6, 30
 TIMEOUTS = {"engine-timeout": ENGINE_TIMEOUT, "load-timeout": LOAD_TIMEOUT, "shutdown-timeout": SHUTDOWN_TIMEOUT}
 FLAGS = ["serve", "--port", "0", *(word for name, value in TIMEOUTS.items() for word in (f"--{name}", str(value)))]
-STOPPED_SECONDS = 8.0  # how long a stopped HTTP process stays stopped; longer than the two timeouts of the engine
-START_SECONDS = 120.0  # time limit for the start of a server
-END_SECONDS = 90.0  # time limit for the end of a server
+# Seconds for which the HTTP process is stopped by SIGSTOP; longer than the two timeouts of the engine.
+STOPPED_SECONDS = 8.0
+START_SECONDS = 120.0  # time limit for the start of a server, in seconds
+END_SECONDS = 90.0  # time limit for the end of a server, in seconds
 ORPHAN_SECONDS = 5.0  # time limit for the end of the engine process after the end of the HTTP process
-SLACK_SECONDS = 8.0  # what a busy machine may add to a time
-LOG_BYTES = 1 << 20  # how much of the server's log is read
+SLACK_SECONDS = 8.0  # seconds that are added to every time limit, because the machine may be busy
+LOG_BYTES = 1 << 20  # maximum number of bytes of the server's log that are read
 STREAMS = 4
 STREAM = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "temperature": 0, "stream": True}
 IGNORED = 1 << (signal.SIGTERM - 1)
@@ -54,7 +56,7 @@ IGNORED = 1 << (signal.SIGTERM - 1)
 
 @dataclass(slots=True)
 class Outcome:
-    """What a case should do, what it did, and how long that took in seconds."""
+    """The result of one test case: what should happen, what happened, and how many seconds that took."""
 
     phase: Phase
     process: str
@@ -79,12 +81,12 @@ class Server:
             [sys.executable, "-m", "jamba_server", *FLAGS], stdout=log, stderr=log, start_new_session=True
         )
         self.engines: set[int] = set()
-        self.ends: list[str] = []  # the last line of each stream that has ended, or its error
+        self.ends: list[str] = []  # for each stream that has ended, its last line or its error
         self._readers: list[threading.Thread] = []
 
     @property
     def log(self) -> str:
-        # `pread` does not move the position in the file, which several threads and the server share.
+        # `pread` does not change the position in the file, which several threads and the server process share.
         return os.pread(self._log.fileno(), LOG_BYTES, 0).decode(errors="replace")
 
     def engine(self) -> int | None:
@@ -97,7 +99,8 @@ class Server:
         return None
 
     def until(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Waits until a condition is true, for at most `seconds` seconds. Returns whether it became true."""
+        """Waits until the function `condition` returns true, for at most `seconds` seconds. Returns whether that
+        happened."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.engine()
@@ -151,7 +154,8 @@ class Server:
         return f"ends with {self.http.returncode}"
 
     def orphans(self) -> list[int]:
-        """Waits for the end of all engine processes, and returns those that are left."""
+        """Waits until all engine processes have ended, but for a limited time. Returns the ids of those that are still
+        running."""
         self.until(lambda: not any(map(runs, self.engines)), ORPHAN_SECONDS)
         return [pid for pid in self.engines if runs(pid)]
 
@@ -164,7 +168,7 @@ class Server:
 
 
 def runs(pid: int) -> bool:
-    """Returns whether a process exists and has not ended."""
+    """Returns whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -172,7 +176,8 @@ def runs(pid: int) -> bool:
 
 
 def ignores_sigterm(pid: int) -> bool:
-    """Returns whether a process ignores SIGTERM. An engine process does so when it has begun to load."""
+    """Returns whether a process ignores SIGTERM. An engine process ignores this signal from the moment at which it
+    begins to load the model."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -181,7 +186,7 @@ def ignores_sigterm(pid: int) -> bool:
 
 
 def enter(server: Server, phase: Phase) -> int:
-    """Waits until a server is in a phase. Returns the id of the engine process."""
+    """Waits until a server has reached the given phase of its life. Returns the id of the engine process."""
     if not server.until(lambda: (pid := server.engine()) is not None and ignores_sigterm(pid), START_SECONDS):
         sys.exit(f"{server.log[-LOG_TAIL:]}\nThe server has not started its engine.")
     if phase != "loading" and not server.until(server.is_ready, START_SECONDS):
@@ -197,7 +202,7 @@ def enter(server: Server, phase: Phase) -> int:
 
 
 def expectation(phase: Phase, process: str, number: signal.Signals) -> tuple[str, float]:
-    """Returns what should happen in words, and the time limit in seconds."""
+    """Returns a description of what should happen after a signal, and the time limit for it in seconds."""
     streams = "streams whole, " if phase in ("load", "drain") else ""
     finish = SHUTDOWN_TIMEOUT if streams else 0
     match process, number:
@@ -220,7 +225,7 @@ def expectation(phase: Phase, process: str, number: signal.Signals) -> tuple[str
 
 
 def observe(server: Server, phase: Phase, process: str, number: signal.Signals, engine: int) -> Iterator[str]:
-    """Sends a signal and yields what happens, in the words of `expectation`."""
+    """Sends a signal and yields descriptions of what happens, in the same words as the function `expectation`."""
     os.kill(server.http.pid if process == "http" else engine, number)
     if process == "http" and number == signal.SIGSTOP:
         server.until(lambda: False, STOPPED_SECONDS)
@@ -239,12 +244,13 @@ def observe(server: Server, phase: Phase, process: str, number: signal.Signals, 
 
 
 def observe_engine(server: Server, phase: Phase, number: signal.Signals, engine: int) -> Iterator[str]:
-    """Yields whether the engine process is another one after a signal to it."""
+    """Yields descriptions of what happens after a signal to the engine process: whether it was replaced by a new
+    process."""
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         server.until(lambda: phase == "drain" or server.is_ready(), START_SECONDS)
         yield "same engine" if server.engine() == engine else "another engine"
         return
-    if phase == "idle" and number == signal.SIGSTOP:  # an idle engine that hangs is noticed when it has work
+    if phase == "idle" and number == signal.SIGSTOP:  # that an idle engine hangs is noticed only when it gets work
         server.open_streams()
     replaced = server.until(lambda: server.engine() not in (None, engine), START_SECONDS)
     if phase == "idle":

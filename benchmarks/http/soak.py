@@ -1,12 +1,13 @@
-"""Runs a server for a number of minutes under clients of all kinds and watches the memory of each process.
+"""Runs a server for a number of minutes with well-behaved and badly behaved clients, and measures the memory of each
+process.
 
     python -m benchmarks.http.soak --name soak [--minutes 60] [--shape small]
 
-The clients are those of visitors.py. The program ends by itself. The requirements are: for each process, the largest
-resident memory of the last tenth of the time is at most 1.02 times that of an early tenth (for 60 minutes: minutes 55
-to 60 beside minutes 5 to 10); afterwards no request runs or waits, all state slots and KV pages are free, and no
-process has more open descriptors than before; no process has ended; no reply had a status of 500 or above except 503.
-Writes benchmarks/results/NAME.json and NAME.md.
+The module visitors.py has the clients. There are four requirements. First, for each process, the largest resident
+memory near the end is at most 1.02 times as large as near the beginning (for 60 minutes: minutes 55 to 60 compared with
+minutes 5 to 10). Second, after the test no request runs or waits, all state slots and KV pages are free, and no process
+has more open descriptors than before. Third, no process has ended. Fourth, no reply has a status of 500 or above,
+except 503. The results are written to benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from benchmarks.http.serving import announcement, running_server
 from benchmarks.http.visitors import PAUSES, VISITORS, Place
 
 START_TIMEOUT = 600.0
-SAMPLE_SECONDS = 5.0  # time between two measurements of memory
-IDLE_SECONDS = 120.0  # time within which all requests must have ended after the clients have left
+SAMPLE_SECONDS = 5.0  # time between two measurements of memory, in seconds
+IDLE_SECONDS = 120.0  # seconds within which all requests must have ended after the clients were stopped
 MEMORY_SLACK = 1.02
 MIB = 2**20
 IDLE_GAUGES = ("jamba_num_requests_running", "jamba_num_requests_waiting", "jamba_kv_cache_usage_perc")
@@ -48,7 +49,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 async def keep_visiting(kind: str, place: Place, draw: random.Random, ends: Counter[str]) -> None:
-    """Makes one visit after the other and counts how they ended, until the task is cancelled."""
+    """Runs one client of the given kind again and again until the task is cancelled, and counts how its requests
+    ended."""
     visit = VISITORS[kind][1]
     while True:
         try:
@@ -59,7 +61,8 @@ async def keep_visiting(kind: str, place: Place, draw: random.Random, ends: Coun
 
 
 async def load(flags: argparse.Namespace, url: str, pids: dict[str, int]) -> dict[str, Any]:
-    """Runs all clients for `--minutes` minutes. Returns the samples of memory and how the visits ended."""
+    """Runs all clients for `--minutes` minutes. Returns the measurements of memory, and how the clients' requests
+    ended."""
     place, seeds = Place(url, flags.longest), random.Random(flags.seed)
     ends: dict[str, Counter[str]] = defaultdict(Counter)
     clients = [
@@ -93,13 +96,14 @@ def wait_until_idle(url: str) -> dict[str, float]:
 def measure(flags: argparse.Namespace, url: str) -> dict[str, Any]:
     pids = processes()
     place = Place(url, flags.longest)
-    for _, visit in (VISITORS["reads all"], VISITORS["long prompt"]):  # opens what the processes keep open
+    # Makes the processes open the files that they keep open, so that these count in both measurements.
+    for _, visit in (VISITORS["reads all"], VISITORS["long prompt"]):
         asyncio.run(asyncio.wait_for(_visits(visit, place), START_TIMEOUT))
     wait_until_idle(url)
     before = descriptors_of(pids)
     found = asyncio.run(load(flags, url, pids))
     found |= {"gauges": wait_until_idle(url)}
-    time.sleep(2)  # sockets of the last clients close
+    time.sleep(2)  # in this time the sockets of the last clients are closed
     return found | {"before": before, "after": descriptors_of(pids), "alive": processes() == pids, "pids": pids}
 
 

@@ -1,4 +1,5 @@
-"""Tries client libraries on a server with the demonstration model, each in an environment of its own.
+"""Tries client libraries on a server with the demonstration model. Each library is installed in a virtual environment
+of its own.
 
     python -m benchmarks.http.try_clients [--only NAME ...]
 
@@ -35,8 +36,8 @@ COLUMNS = ("chat", "stream", "tool call", "schema")
 class Client:
     """A library to try. `packages` are installed, and the table names the version of the first of them.
 
-    With `shares_torch`, the environment also sees the packages of the environment that runs this program. The library
-    needs torch, whose packages for GPUs take several gigabytes.
+    If `shares_torch` is true, the environment can also import the packages of the environment that runs this program.
+    This is used for libraries that need torch, because installing torch with its GPU packages takes several gigabytes.
     """
 
     title: str
@@ -63,7 +64,7 @@ CLIENTS = (
 
 
 class Line(TypedDict):
-    """What a script prints for one check. `error` is empty if the check passed."""
+    """The line of JSON that a script prints for one check. `error` is empty if the check passed."""
 
     check: str
     error: str
@@ -71,7 +72,8 @@ class Line(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one library. `checks` maps the name of each check to its error, or to "" if it passed."""
+    """The result for one library. `checks` maps the name of each check to its error text, or to "" if the check
+    passed."""
 
     client: Client
     version: str
@@ -110,7 +112,8 @@ def try_client(client: Client, url: str) -> Result:
 
 
 def _environment(url: str, home: Path) -> dict[str, str]:
-    """Returns the variables for a script. Libraries keep their files in the temporary folder and report to nobody."""
+    """Returns the environment variables for a script. They make the libraries keep their files in the temporary folder
+    and send no usage reports."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     return {
         **kept,

@@ -1,7 +1,8 @@
-"""The clients of the soak test: well-behaved ones, and ones that vanish, never read, read slowly or send rubbish.
+"""The clients of the soak test. Some behave well. Others disconnect early, do not read, read or send slowly, or send
+invalid requests.
 
-A visitor is a coroutine function that makes one visit: it sends one request in its own manner. `VISITORS` maps the name
-of each kind to how many clients of this kind run at the same time, and to the function.
+Each kind of client is a coroutine function that sends one request in a particular manner. `VISITORS` maps the name of
+each kind to the number of clients of this kind that run at the same time, and to the function.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from urllib.parse import urlsplit
 
 from benchmarks.http.clients import COMPLETIONS, Result, connected, head, lines_of, post, read_head, send
 
-FIRST_TOKEN, VOCABULARY = 3, 1000  # prompts are of token ids in this range, which every shape has
+FIRST_TOKEN, VOCABULARY = 3, 1000  # prompts consist of token ids in this range, which every model's vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a visit goes. `longest` is the largest number of tokens in a prompt."""
+    """Says where clients send their requests (`url`). `longest` is the largest number of tokens in a prompt."""
 
     url: str
     longest: int
@@ -44,7 +45,8 @@ def outcome(result: Result) -> str:
 
 
 async def reads_all(place: Place, draw: random.Random) -> str:
-    """Reads the whole reply to a short prompt, as a stream or as one JSON object, sometimes with several choices."""
+    """Sends a short prompt and reads the whole reply, which is a stream or one JSON object and sometimes has several
+    choices."""
     fields = {"stream": draw.random() < 0.7, "n": draw.choice((1, 1, 1, 4))}
     return outcome(await post(place.url, body(draw, length=draw.randint(4, 200), tokens=draw.randint(1, 64), **fields)))
 
@@ -55,7 +57,8 @@ async def sends_a_long_prompt(place: Place, draw: random.Random) -> str:
 
 
 async def vanishes(place: Place, draw: random.Random) -> str:
-    """Closes its connection at a random moment: after the request, or after some events of the reply."""
+    """Sends a request and closes the connection too early: right after the request, or after some events of the
+    reply."""
     result = Result()
     async with connected(place.url) as (reader, writer):
         await send(writer, place.url, body(draw, length=draw.randint(4, 400), tokens=200, n=draw.choice((1, 2))))
@@ -72,7 +75,7 @@ async def vanishes(place: Place, draw: random.Random) -> str:
 
 
 async def never_reads(place: Place, draw: random.Random) -> str:
-    """Asks for a long stream and reads none of it for some seconds."""
+    """Asks for a long stream and does not read it for some seconds."""
     parts = urlsplit(place.url)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -96,7 +99,7 @@ async def reads_slowly(place: Place, draw: random.Random) -> str:
 
 
 async def sends_slowly(place: Place, draw: random.Random) -> str:
-    """Sends its body in small pieces, and sometimes stops in the middle of its headers or of its body."""
+    """Sends a request's body in small pieces, and sometimes stops in the middle of the headers or of the body."""
     content = json.dumps(body(draw, length=200, tokens=4)).encode()
     whole = head(place.url, COMPLETIONS, len(content)) + content
     end = len(whole) if draw.random() < 0.5 else draw.randrange(len(whole))
@@ -114,7 +117,7 @@ async def sends_slowly(place: Place, draw: random.Random) -> str:
 
 
 async def sends_rubbish(place: Place, draw: random.Random) -> str:
-    """Sends a body that the server must refuse."""
+    """Sends a request with an invalid body, which the server must refuse."""
     bad = (
         {"prompt": "a", "max_tokens": -5},
         {"prompt": [2**40]},
@@ -134,4 +137,5 @@ VISITORS: Mapping[str, tuple[int, Visit]] = {
     "sends slowly": (2, sends_slowly),
     "rubbish": (1, sends_rubbish),
 }
-PAUSES: Mapping[str, float] = {"rubbish": 0.5, "long prompt": 5.0, "sends slowly": 0.2}  # longest, in seconds
+# Longest pause between two requests of a client, by its kind, in seconds.
+PAUSES: Mapping[str, float] = {"rubbish": 0.5, "long prompt": 5.0, "sends slowly": 0.2}

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "int8"]  # the names of dtypes in torch
+# The dtypes that cache tensors may have, under the names that torch gives them.
+CacheDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "int8"]
 Unit = Literal["page", "slot", "saved"]
 DTYPE_BYTES: Final[Mapping[CacheDtype, int]] = {
     "bfloat16": 2,

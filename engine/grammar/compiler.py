@@ -1,4 +1,5 @@
-"""GrammarCompiler: compiles grammars in a thread of its own, so that no step of the engine waits for a compilation."""
+"""The class `GrammarCompiler` compiles the grammars that replies must follow. It uses a separate thread, so that no
+step of the engine waits for a compilation."""
 
 from __future__ import annotations
 
@@ -21,23 +22,23 @@ from jamba_server.engine.types import Request
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
-# The compiled grammars that are kept have at most this many characters in total. The compiled form of a large grammar
-# takes about 200 bytes for each character.
+# The cache of compiled grammars holds grammars of at most this many characters in total. The compiled form of a large
+# grammar takes about 200 bytes of memory for each character.
 MAX_CACHED_CHARS = 1 << 20
 _MAX_ERROR_CHARS = 500
 
 
 class GrammarError(Exception):
-    """A grammar that cannot be compiled. The message is for the client."""
+    """The exception for a grammar that cannot be compiled. Its message is sent to the client."""
 
 
 Done = Callable[[Constraint | GrammarError], None]
 
 
 def load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """Returns the tokenizer of the checkpoint in `folder` in llguidance's form. Ids up to `vocab_size` that are not in
-    the tokenizer are never allowed. Raises GrammarError if the tokenizer cannot be used. The call keeps Python's
-    interpreter lock for about 0.4 s."""
+    """Returns the tokenizer of the checkpoint in `folder` as an object of llguidance, the library that follows
+    grammars. Token ids below `vocab_size` that the tokenizer lacks are never allowed in a reply. Raises GrammarError if
+    the tokenizer cannot be used. The call holds Python's global interpreter lock for about 0.4 s."""
     try:
         text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
         return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
@@ -56,8 +57,9 @@ class _Tokenizing:
 
 @dataclass(slots=True)
 class _Cache:
-    """Compiled grammars, the most recently used last. No matcher in the cache has taken a token. Only the compiling
-    thread uses the cache."""
+    """A cache of compiled grammars, sorted by the time of their last use, the most recent one last. Each entry is a
+    matcher in its initial state; requests get copies of it. The cache has no lock, because only the compiler's thread
+    uses it."""
 
     matchers: OrderedDict[bytes, tuple[LLMatcher, int]] = field(
         default_factory=OrderedDict[bytes, tuple[LLMatcher, int]]
@@ -79,9 +81,11 @@ class _Cache:
 
 
 class GrammarCompiler:
-    """Makes the constraints of requests that have a grammar, one after the other in the order of `start`.
+    """Compiles the grammars of requests, one after the other in the order of the calls of `start`, and makes a
+    `Constraint` from each of them.
 
-    The thread loads the tokenizer first, which takes about 0.4 s. It ends when this object is collected.
+    A thread does this work. It first loads the tokenizer, which takes about 0.4 s. The thread ends when this object is
+    garbage-collected.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -90,8 +94,8 @@ class GrammarCompiler:
         weakref.finalize(self, self._jobs.put, None)
 
     def start(self, request: Request, done: Done) -> None:
-        """Compiles the grammar of `request` in the thread and calls `done` there with the constraint, which has taken
-        the tokens that the reply has already, or with the error."""
+        """Compiles the grammar of `request` in the compiler's thread. That thread then calls `done`, either with the
+        error or with a constraint that has been advanced over the tokens which the reply already has."""
         self._jobs.put((request, done))
 
 
@@ -115,14 +119,17 @@ def _work(jobs: SimpleQueue[tuple[Request, Done] | None], tokenizing: _Tokenizin
             done(GrammarError(constraint.error) if constraint.error else constraint)
         except GrammarError as error:
             done(error)
-        except Exception as error:  # an error of one grammar must not end the thread
+        # An unexpected error in one grammar must not end the thread, which serves all later requests.
+        except Exception as error:
             logger.exception("a grammar could not be compiled")
             done(GrammarError(f"The grammar could not be compiled: {error!r}"[:_MAX_ERROR_CHARS]))
-        del job, request, done  # a reference that the waiting thread holds would keep the engine alive
+        # While the thread waits for work, a reference here would keep the engine from being garbage-collected.
+        del job, request, done
 
 
 def _compiled(tokenizer: LLTokenizer, grammar: str, cache: _Cache) -> LLMatcher:
-    """Returns a matcher that has taken no token. Raises GrammarError."""
+    """Returns the compiled grammar, from the cache if it is there, as a matcher in its initial state. Raises
+    GrammarError if the grammar cannot be compiled."""
     key = sha256(grammar.encode()).digest()
     if (matcher := cache.get(key)) is None:
         matcher = compile_grammar(tokenizer, grammar)
@@ -131,8 +138,9 @@ def _compiled(tokenizer: LLTokenizer, grammar: str, cache: _Cache) -> LLMatcher:
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """Returns a new matcher. Must be called in a thread that `start_deep_thread` started. Raises GrammarError if the
-    grammar is wrong or exceeds the limits. Error messages do not repeat the grammar."""
+    """Compiles a grammar and returns llguidance's matcher for it, in its initial state. Must be called in a thread that
+    `start_deep_thread` started, because the compilation needs a large stack. Raises GrammarError if the grammar is
+    wrong or exceeds the limits. Error messages do not repeat the grammar."""
     limits = LLParserLimits(**PARSER_LIMITS, verbose_errors=False)  # pyright: ignore[reportArgumentType]
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():

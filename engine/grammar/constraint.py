@@ -1,7 +1,9 @@
-"""Constraint: what may follow in the reply of one sequence, after the tokens that the reply has.
+"""The class `Constraint` says which tokens may come next in the reply of one sequence, given the tokens that the reply
+already has.
 
-Everything here depends on the tokens of the reply only. So a reply is the same in any batch, after a preemption, and
-in a restarted engine, which gives the tokens of the reply to a new constraint one by one.
+A constraint depends only on the parameters of the request and on the tokens of the reply. Therefore a reply is the same
+in any batch and after a preemption. It is also the same in a restarted engine, which makes a new constraint and passes
+the tokens of the reply to it one by one.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ _MAX_ERROR_CHARS = 500
 
 
 class Constraint:
-    """The grammar and the budget of thinking tokens of one sequence.
+    """Applies to one sequence its grammar, and the limit on the number of its reasoning tokens
+    (`thinking_token_budget`).
 
-    `forced` are the tokens that must come next, in this order; it is empty if there is a choice. After the tokens of
-    `forced`, the constraint finds the next ones. They are found at once and not token by token, because the text that a
-    grammar forces has more than one sequence of tokens, and llguidance finds the one that the tokenizer would make of
-    the text. `is_over` says that the reply has the end token that ends the grammar. `error` is the message of the error
-    that ends the request, or "".
+    `forced` has the tokens that must come next, in this order. It is empty if several tokens are allowed. All forced
+    tokens are determined together and not one by one: the same text can be written with different tokens, and
+    llguidance chooses those that the tokenizer would make from the whole text. `is_over` is true after the end token
+    with which the grammar ends. `error` is the message of the error that ends the request, or "" if there is no error.
     """
 
     def __init__(self, params: SamplingParams, matcher: LLMatcher | None, eos_token_ids: Iterable[int]) -> None:
@@ -30,10 +32,12 @@ class Constraint:
         self._eos = frozenset(eos_token_ids)
         self._end = params.thinking_end
         self._budget = params.thinking_token_budget
-        self._count = 0  # number of tokens of the reply
-        self._matched = 0  # number of tokens at the end of the reply that are the first tokens of `thinking_end`
-        # `bad_words` and `allowed_token_ids` may forbid a token of a forced text. Then the mask of this token is empty,
-        # which ends the request with an error.
+        self._count = 0  # number of tokens that the reply has so far
+        # Number of tokens at the end of the reply that are equal to the first tokens of `thinking_end`.
+        self._matched = 0
+        # Forced tokens are computed only without `bad_words` and `allowed_token_ids`, because these parameters may
+        # forbid a token of the forced text. With these parameters every token is sampled under a mask. A mask that
+        # allows no token ends the request with an error.
         self._follows_text = matcher is not None and not (params.bad_words or params.allowed_token_ids)
         self.forced = self._next_forced()
 
@@ -44,7 +48,7 @@ class Constraint:
 
     @property
     def restricts(self) -> bool:
-        """Whether some tokens must not come next."""
+        """Returns whether some tokens are forbidden at the next position of the reply."""
         return bool(self.forced) or self.matcher is not None
 
     def take(self, token_id: int) -> None:
@@ -64,8 +68,9 @@ class Constraint:
             self.take(token_id)
 
     def waits(self, num_generated: int) -> bool:
-        """Returns whether the token after `num_generated` tokens of the reply depends on all tokens before it. The
-        reply may have more tokens than this object was told."""
+        """Returns whether the choice of the next token needs the values of all earlier tokens of the reply.
+        `num_generated` is the number of these earlier tokens, including those that have been sampled but not yet passed
+        to `take`."""
         return self.matcher is not None or (self._budget is not None and num_generated >= self._budget)
 
     def fail(self) -> None:
@@ -75,8 +80,9 @@ class Constraint:
         self.error, self.forced = f"The grammar of this reply failed: {problem[:_MAX_ERROR_CHARS]}", ()
 
     def _find_end_of_thoughts(self, token_id: int) -> None:
-        """Looks for the mark `thinking_end` in the reply, which gets the token `token_id`. Once the mark has appeared,
-        the budget has no effect."""
+        """Updates the search for the token sequence `thinking_end`, which ends the model's reasoning, after the token
+        `token_id` was added to the reply. Once this sequence is complete, the limit on reasoning tokens has no
+        effect."""
         if self._budget is None:
             return
         tail = (*self._end[: self._matched], token_id)

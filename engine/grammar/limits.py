@@ -1,7 +1,8 @@
-"""The limits of grammars. The HTTP process checks each grammar under these limits, and the engine compiles it under the
-same ones, so that a grammar which was accepted does not fail in the engine.
+"""The limits on the size and the compilation of grammars. The HTTP process checks each grammar under these limits, and
+the engine compiles the grammar under the same limits. So a grammar that the HTTP process has accepted does not fail in
+the engine.
 
-Nothing here imports llguidance, so that a process that only needs a number does not load the library.
+This module does not import llguidance, so that a process which only needs these numbers does not load that library.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
         "initial_lexer_fuel": 1_000_000,
         "step_lexer_fuel": 200_000,
         "step_max_items": 50_000,
-        "max_lexer_states": 50_000,  # a state takes 1 to 2 kB, so a grammar takes at most about 100 MB
+        # A state takes 1 to 2 kB of memory, so the states of a grammar take at most about 100 MB.
+        "max_lexer_states": 50_000,
         # The number of symbols in all rules. A grammar with this many symbols is compiled in about one second, and the
         # mask of its first token takes tens of milliseconds. llguidance's own limit is 500,000.
         "max_grammar_size": 150_000,
     }
 )
 
-# The check of a grammar ends when it has used this much CPU time or memory. llguidance's limits above do not bound
-# every part of a compilation: a regular expression can keep it busy for 20 seconds and let it take 2 GB.
+# The HTTP process checks a grammar by compiling it in a child process. The check is stopped when it has used this much
+# CPU time or memory. The limits of llguidance above do not bound every part of a compilation: without these two limits,
+# a single regular expression can take 20 seconds and 2 GB.
 COMPILE_CPU_SECONDS = 1.0
 COMPILE_MEMORY_BYTES = 1 << 30
 
-MAX_SCHEMA_DEPTH = 48  # nesting of schemas inside of schemas; llguidance reads at most 127 levels of JSON
-MAX_SCHEMA_NODES = 20_000  # number of JSON values in a schema, its annotations included
+MAX_SCHEMA_DEPTH = 48  # maximum nesting of JSON schemas inside each other; llguidance reads at most 127 levels of JSON
+MAX_SCHEMA_NODES = 20_000  # maximum number of JSON values in a schema, including its annotations
 MAX_REGEX_CHARS = 8192
 MAX_CHOICES = 4096
 MAX_CHOICE_CHARS = 4096

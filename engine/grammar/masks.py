@@ -1,5 +1,5 @@
-"""The bitmasks of a step: which tokens may come next in each constrained sequence. The matchers compute the masks in
-other threads while the forward pass of the step runs."""
+"""Computes bitmasks, which say for each sequence with a grammar which tokens may come next. Other threads compute the
+masks of a step while the forward pass of the step runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.sampling.row import SamplingRow
 
-_BITS = 32  # tokens in one word of a mask
+_BITS = 32  # number of tokens for which one int32 of a mask has a bit
 _MOST_THREADS = 8
 
 
 class ConstrainedRow(NamedTuple):
-    """A row of the sampler whose sequence has a constraint. `number` is the index of the row."""
+    """A row of the sampler whose sequence has a constraint, such as a grammar. `number` is the index of the row in the
+    step's logits."""
 
     number: int
     row: SamplingRow
@@ -44,14 +45,15 @@ class PendingMasks:
     _filled: Future[None] | None
 
     def read(self) -> Masks:
-        """Waits until the masks are computed."""
+        """Waits until the masks are computed, and returns them."""
         if self._filled is not None:
             self._filled.result()
         return self._masks
 
 
 class MaskFiller:
-    """Computes the masks of constrained rows. `num_threads` threads share the rows of a step."""
+    """Computes the masks of the rows whose sequences have a constraint. The rows of a step are divided among
+    `num_threads` threads."""
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], num_threads: int) -> None:
         self._words, self._eos = -(-vocab_size // _BITS), eos_token_ids
@@ -95,14 +97,14 @@ class MaskFiller:
                 self._restrict(mask, row, constraint)
 
     def _restrict(self, mask: NDArray[np.int32], row: SamplingRow, constraint: Constraint) -> None:
-        """Removes from a mask the tokens that the other parameters of the request forbid. Where the grammar allows
-        nothing but end tokens, nothing is removed. If the parameters forbid every token that the grammar allows, the
-        request ends with an error."""
+        """Removes from a grammar's mask the tokens that `bad_words`, `allowed_token_ids`, `min_tokens` or `ignore_eos`
+        forbid. Where the grammar allows only end tokens, nothing is removed. If every token that the grammar allows is
+        forbidden by `bad_words` or `allowed_token_ids`, the request ends with an error."""
         early, bad, allowed = row.early_ends(self._eos), row.ends_of_bad_words(), row.params.allowed_token_ids
         if not (early or bad or allowed):
             return
         if not _without(mask, self._eos).any():
-            return  # the grammar must end here
+            return  # the grammar allows only end tokens here, so the reply must end
         if (later := _without(mask, early)).any():
             mask[:] = later
         mask[:] = _without(mask, bad)
@@ -121,7 +123,7 @@ def _matcher(constraint: Constraint) -> LLMatcher | None:
 
 
 def _only(token_ids: Iterable[int], words: int) -> NDArray[np.int32]:
-    """Returns a mask of `words` words that allows the tokens `token_ids` only."""
+    """Returns a mask of `words` 32-bit words that allows only the tokens `token_ids`."""
     mask = np.zeros(words, dtype=np.uint32)
     np.bitwise_or.at(mask, *_places(token_ids))
     return mask.view(np.int32)
@@ -136,6 +138,7 @@ def _without(mask: NDArray[np.int32], token_ids: Iterable[int]) -> NDArray[np.in
 
 
 def _places(token_ids: Iterable[int]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Returns the word of a mask in which each token is, and the bit of the token in that word."""
+    """Returns two arrays for tokens: the index of the mask's 32-bit word that has the token's bit, and a number in
+    which only this bit is 1."""
     ids = np.fromiter(token_ids, dtype=np.int64)
     return ids // _BITS, np.left_shift(np.uint32(1), (ids % _BITS).astype(np.uint32))

@@ -54,8 +54,8 @@ def matrix(name: str, raw: Weight) -> dict[str, Destination]:
 
 
 def leave_unpacked() -> None:
-    """Does nothing. If the kernels use the weights of a `Unit` in the form in which they are loaded, this function is
-    its `pack`."""
+    """Does nothing. This function takes the place of a packing function for weights that the kernels use in the form in
+    which they are loaded."""
 
 
 class Unit(NamedTuple):

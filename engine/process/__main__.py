@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 Send = Callable[[msgspec.Struct], None]
 
-PR_SET_PDEATHSIG = 1  # the number of this operation of Linux's system call `prctl`
+# This number stands for an operation of Linux's system call `prctl`, which makes the kernel send a signal to this
+# process when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 def sender(connection: socket.socket) -> Send:
@@ -126,7 +128,9 @@ def end_with_parent() -> None:
 def main() -> None:
     open_missing_streams()
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these signals, too, and tells this process to end
+    # This process ignores SIGINT and SIGTERM. The parent process gets these signals, too, and tells this process to
+    # end.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         send = sender(connection)

@@ -28,14 +28,14 @@ ENGINE_COMMAND = (
     "-m",
     "jamba_server.engine.process",
 )  # the option -P keeps Python from importing modules of the current folder
-# Environment variables that the engine does not get, because it has no use for them
+# These environment variables hold secrets. The engine process does not get them, because it does not need them.
 SECRETS = frozenset({"JAMBA_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was told to end is killed
 
 
 class Child:
-    """One engine process and the parent's end of the socket to this process. When the socket reports the end of the
-    stream, the process has ended. `num_messages` counts the messages that have arrived."""
+    """One engine process, and the parent's end of the socket to this process. When the socket reports the end of the
+    stream, the process has ended. `num_messages` counts the messages that have arrived from the process."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -48,7 +48,8 @@ class Child:
         """Starts the command line `command` as a new process and sends the configuration `config` to this process. The
         number of the socket's file descriptor is appended to the command line as the last argument. Raises OSError if
         the process cannot be started."""
-        open_missing_streams()  # the numbers 0 to 2 must be taken, because the child has its standard streams there
+        # Descriptors 0 to 2 must be open, so that the new socket gets another number than the child's standard streams.
+        open_missing_streams()
         ours, theirs = socket.socketpair()
         # The child must import the same jamba_server as this process.
         root = str(Path(jamba_server.__file__).parent.parent)
@@ -84,8 +85,8 @@ class Child:
             self._writer.write(pack(message))
 
     async def receive(self, kind: Any) -> Any:
-        """Waits for the next message and returns it, decoded as `kind`. Returns None when the child has ended. Raises
-        ValueError for bytes that are no message."""
+        """Waits for the next message of the child process and returns the message, decoded as an object of the type
+        `kind`. Returns None when the child has ended. Raises ValueError for bytes that are not a valid message."""
         try:
             header = await self._reader.readexactly(HEADER_BYTES)
             body = await self._reader.readexactly(body_bytes(header))
@@ -95,7 +96,8 @@ class Child:
         return msgspec.msgpack.decode(body, type=kind)
 
     async def deliver(self, kind: Any, handle: Callable[[Any], None]) -> None:
-        """Calls `handle` with each message of the child, decoded as `kind`, until the child has ended."""
+        """Calls `handle` with each message of the child process, decoded as an object of the type `kind`, until the
+        child has ended."""
         while (message := await self.receive(kind)) is not None:
             handle(message)
 

@@ -66,10 +66,10 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SupervisionStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervision of the engine has done since the server started. `restarts` has the number of restarts for
-    each reason. `replayed_requests` counts requests that were sent again to a restarted engine. `pauses` counts streams
-    that were paused because their readers were slow, and `backlog_bytes` is the estimated size of all updates that
-    readers have not taken yet."""
+    """Statistics about restarts of the engine and slow readers since the server started. `restarts` has the number of
+    restarts for each reason. `replayed_requests` counts requests that were sent again to a restarted engine. `pauses`
+    counts how often a stream was paused because its reader was slow. `backlog_bytes` is the estimated size of all token
+    updates that readers have not taken yet."""
 
     restarts: dict[RestartReason, int] = msgspec.field(default_factory=lambda: dict.fromkeys(RESTART_REASONS, 0))
     replayed_requests: int = 0
@@ -133,9 +133,9 @@ class EngineClient:
     """Runs the engine as a child process. Kills a child process that hangs, and starts a new child process when one has
     died.
 
-    The child is killed if it has requests but sends no step result for `engine_timeout` seconds, or if it makes no
-    progress for `load_timeout` seconds while it loads. New requests are refused if more than `max_queue_requests`
-    choices would wait with them; 0 means no limit.
+    The child is killed if it has requests but sends no message for `engine_timeout` seconds, or if it reports no
+    progress for `load_timeout` seconds while it loads. A new request is refused if more than `max_queue_requests`
+    choices would then wait to be run; 0 means no limit.
     """
 
     def __init__(
@@ -151,19 +151,23 @@ class EngineClient:
         self._on_progress = on_progress
         self._max_queue = max_queue_requests
         self._live: dict[str, LiveRequest] = {}  # all requests that have not ended, in the order of their arrival
-        self._unsent: dict[str, LiveRequest] = {}  # those of them that the present child does not have, except paused
-        self._sent: dict[str, LiveRequest] = {}  # those that the present child has, by their ids there
+        # The live requests that must still be sent to the present child; those of paused streams are left out.
+        self._unsent: dict[str, LiveRequest] = {}
+        # The live requests that were sent to the present child, by the ids that they have in the child.
+        self._sent: dict[str, LiveRequest] = {}
         self._info: EngineInfo | None = None
         self._health = _loading(Progress("starting the engine", 0.0))
         self._stats, self._base = EngineStats(), EngineStats()
-        self._adding: list[LiveRequest] = []  # the requests that the present child is putting into its queue
+        # The requests that the present child has announced that it is putting into its queue.
+        self._adding: list[LiveRequest] = []
         self._progressed = False  # whether the present child has finished a step
-        self._load_error = ""  # why the present child cannot load
+        self._load_error = ""  # the reason why the present child cannot load the model
         self._restarts = dict.fromkeys(RESTART_REASONS, 0)
         self._num_replayed = self._num_pauses = 0
         self._suspects, self._policy = Suspects(), RestartPolicy()
-        self._started = asyncio.Event()  # set when the engine is ready for the first time or has failed to start
-        self._ended = asyncio.Event()  # set when the engine has ended and will not be restarted
+        # This event is set when the engine is ready for the first time or has failed to start.
+        self._started = asyncio.Event()
+        self._ended = asyncio.Event()  # this event is set when the engine has ended and will not be restarted
         self._supervisor = Supervisor(
             self, partial(Child.spawn, config, command), engine_timeout=engine_timeout, load_timeout=load_timeout
         )
@@ -230,11 +234,14 @@ class EngineClient:
         if not self._health.alive:
             raise EngineDead(self._health.reason)
         num_waiting, limit = sum(not live.started for live in self._live.values()), self._max_queue
-        if limit and len(requests) > limit:  # such a request could never be admitted, so 503 would mislead its client
+        # A request with more choices than the queue may have could never be admitted. The status 503, which means that
+        # the client may try again, would mislead the client.
+        if limit and len(requests) > limit:
             raise RequestRejected(
                 f"The request asks for {len(requests)} choices; the limit (--max-queue-requests) is {limit}.", param="n"
             )
-        # Choices for which a place is free do not wait, although none has started at the beginning of a burst.
+        # The engine runs up to `max_num_seqs` sequences at the same time. Choices for which such a place is free do not
+        # count as waiting, even if they have not started yet, for example at the beginning of a burst of requests.
         num_places = self._info.max_num_seqs if self._info else 0
         num_free = max(0, num_places - (len(self._live) - num_waiting))
         if limit and num_waiting + len(requests) > limit + num_free:
@@ -256,8 +263,9 @@ class EngineClient:
     # Sending requests to the child process ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Sends to the child process the requests that it does not have yet. Requests of a paused stream wait, and
-        requests that may make the engine die are sent a few at a time (module `suspects`)."""
+        """Sends to the child process the requests that the child does not have yet. The requests of a paused stream are
+        not sent. Requests that are suspected of crashing the engine are sent a few at a time (see the module
+        `suspects`)."""
         child = self._supervisor.child
         if not self._health.ready or child is None:
             return
@@ -285,13 +293,14 @@ class EngineClient:
                 self._fail(live, EngineFailed(message))
 
     def _forget(self, request_ids: list[str]) -> None:
-        """Aborts requests whose updates nobody reads any more. Ids of requests that have ended already are ignored."""
+        """Aborts requests whose updates nobody will read. Ids of requests that have already ended are ignored."""
         self._abort([live for i in request_ids if (live := self._live.pop(i, None)) is not None])
         if self._suspects.on_trial:
             self._dispatch()
 
     def _pause(self, stream: Stream) -> None:
-        """Aborts the requests of a stream in the engine until the stream's reader has taken most of the backlog.
+        """Pauses a stream: aborts its requests in the engine. They are sent to the engine again when the stream's
+        reader has taken most of the updates that wait for it.
 
         The engine keeps the pages and the state of an aborted request in its prefix cache for as long as there is room.
         """
@@ -314,7 +323,7 @@ class EngineClient:
         self._dispatch()
 
     def _abort(self, requests: list[LiveRequest]) -> None:
-        """Takes requests away from the child process."""
+        """Aborts requests in the child process and removes them from the lists of sent and unsent requests."""
         sent = [live.engine_id for live in requests if live.sent]
         for live in requests:
             self._sent.pop(live.engine_id, None)
@@ -340,7 +349,8 @@ class EngineClient:
                     self._health = _loading(message)
                 self._on_progress(phase, fraction)
             case Working():
-                pass  # its arrival alone shows the watchdog that the child works
+                # Nothing needs to be done: the arrival of the message already shows the watchdog that the child works.
+                pass
             case LogLine(level, name, text):
                 logging.getLogger(name).log(level, "%s", text)
             case Ready(info):
@@ -405,7 +415,8 @@ class EngineClient:
         self._dispatch()
 
     def _known(self, request_ids: list[str]) -> list[LiveRequest]:
-        """Returns the requests with these ids of the child process, without those that were aborted meanwhile."""
+        """Returns the requests to which a message of the child process refers by these ids. Requests that were aborted
+        meanwhile are left out."""
         return [live for request_id in request_ids if (live := self._sent.get(request_id)) is not None]
 
     def _book(self, result: StepResult) -> None:
@@ -416,7 +427,8 @@ class EngineClient:
         for live in self._adding:
             live.queued = not live.running
         self._adding = []
-        # A stream whose backlog was too large before this step has not been read during a whole step.
+        # If the updates that wait in a stream were too many even before this step's updates, the stream's reader has
+        # not kept up during a whole step. Such a stream is paused.
         slow = {live.stream for live in self._known([u.request_id for u in result.updates]) if live.stream.is_full}
         for update in result.updates:
             if (live := self._sent.get(update.request_id)) is None:
@@ -431,8 +443,9 @@ class EngineClient:
             self._dispatch()
 
     def _delay_after_death(self) -> float | None:
-        """Takes all requests from the dead child process. Fails the request that caused the death, if it is known.
-        Returns after how many seconds the next child process is started, or None for never."""
+        """Prepares all requests for being sent to a new child process, because the present child has died. If the
+        request that caused the death is known, that request fails. Returns the number of seconds until the next child
+        is started, or None if no child is started any more."""
         searching = self._suspects.on_trial
         if culprit := self._suspects.blame(self._live.values()):
             message = f"The engine ended {culprit.deaths} times in a row because of this request."

@@ -1,8 +1,8 @@
-"""Tells the parent process that an engine process which loads a model still works.
+"""Tells the parent process that an engine process is still making progress while it loads a model.
 
-Some phases of the start take minutes without any report, for example the compilation of kernels. A thread reports in
-these phases that the process works. It takes used processor time as the evidence, so that a process which waits for
-ever for a lock or a file makes no such report.
+Some phases of the start take minutes without a progress report, for example the compilation of kernels. In these phases
+a thread reports that the process works, but only if the process has used processor time since the last report. So a
+process that hangs, for example because it waits for a lock, makes no such report.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 BEAT_SECONDS = 5.0
-# The processor time in seconds that must have been used since the last report. The thread itself uses much less.
+# A report is made if the process has used at least this much processor time, in seconds, since the last report. The
+# thread that makes the reports uses much less.
 MIN_PROCESSOR_SECONDS = 0.05
 
 
@@ -23,7 +24,7 @@ def processor_seconds() -> float:
 
 
 class Heartbeat:
-    """Calls `beat` if the process has used processor time since the last call."""
+    """Calls the function `beat` if the process has used processor time since the last such call."""
 
     def __init__(self, beat: Callable[[], None], used: Callable[[], float] = processor_seconds) -> None:
         self._beat, self._used = beat, used
@@ -38,7 +39,8 @@ class Heartbeat:
 
 @contextmanager
 def beating(beat: Callable[[], None]) -> Generator[None]:
-    """Checks every BEAT_SECONDS, in a thread, whether `beat` must be called, until the `with` block ends."""
+    """Context manager: while the `with` block runs, a thread checks every BEAT_SECONDS seconds whether the process has
+    used processor time, and calls `beat` if so."""
     heartbeat, ended = Heartbeat(beat), threading.Event()
 
     def run() -> None:
@@ -46,7 +48,7 @@ def beating(beat: Callable[[], None]) -> Generator[None]:
             try:
                 heartbeat.check()
             except OSError:
-                return  # the parent process is gone, which the main thread notices, too
+                return  # the parent process has ended; the main thread notices that, too, and ends this process
 
     thread = threading.Thread(target=run, name="heartbeat", daemon=True)
     thread.start()

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 RestartReason = Literal["exit", "signal", "step_timeout", "load_timeout", "message", "spawn"]
-# The reasons for which the engine is started again: its process ended by itself; a signal ended the process; the
-# process was killed because it reported no step, or because it made no progress while loading; it sent a message that
-# could not be read; the operating system could not start the process.
+# The reasons for which the engine is started again, in this order: its process ended by itself; a signal ended the
+# process; the process was killed because it reported no step; it was killed because it made no progress while loading;
+# it sent a message that could not be read; the operating system could not start the process.
 RESTART_REASONS: tuple[RestartReason, ...] = ("exit", "signal", "step_timeout", "load_timeout", "message", "spawn")
 
 MAX_FAILURES = 3
-BACKOFF_SECONDS = 1.0  # the first delay; every further delay is twice as long as the one before
+# The delay before the first restart, in seconds; every further delay is twice as long as the previous delay.
+BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
 
 
@@ -27,12 +28,14 @@ class Death:
 
 
 class RestartPolicy:
-    """Counts deaths without progress. After MAX_FAILURES of them in a row the engine is not started again.
+    """Counts deaths of the engine process without progress between them. After MAX_FAILURES such deaths in a row the
+    engine is not started again.
 
-    A death counts if the process died while loading, or if it had not finished a step since it was ready. A death does
-    not count during the search for the request that causes the deaths (module `suspects`), because that search ends
-    after a few deaths. When the search has found a request, the deaths before it no longer count. But if MAX_FAILURES
-    requests in a row are found without a finished step between them, the engine itself is at fault.
+    A death counts if the process died while it was loading, or before it had finished a step. While the module
+    `suspects` searches for a request that makes the engine die, deaths do not count, because that search ends after a
+    few deaths. When the search has found the request, earlier deaths no longer count. But if the search finds
+    MAX_FAILURES requests in a row and no step was finished between them, the engine itself is at fault and is not
+    started again.
     """
 
     def __init__(self) -> None:

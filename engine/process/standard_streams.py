@@ -1,7 +1,8 @@
-"""Opens the file /dev/null for standard streams that are missing.
+"""Opens the file /dev/null in place of standard streams that are closed.
 
-A process that was started without stdin, stdout or stderr would give the numbers 0, 1 and 2 to the next files and
-sockets that it opens. Other code then writes messages to these sockets, and child processes inherit them.
+If a process is started without stdin, stdout or stderr, the next files and sockets that it opens get the descriptors 0,
+1 and 2. Code that writes to stdout or stderr would then write into these sockets, and child processes would inherit
+them as their standard streams.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ _NAMES = ("stdin", "stdout", "stderr")
 
 
 def open_missing_streams() -> None:
-    """Opens /dev/null for each of the file descriptors 0, 1 and 2 that is closed. The corresponding file object in the
-    module `sys` is replaced, too. Must be called before the process opens other files."""
+    """Opens /dev/null for each of the file descriptors 0, 1 and 2 that is closed. The corresponding file object in
+    Python's module `sys` is replaced, too. Must be called before the process opens other files."""
     for descriptor, name in enumerate(_NAMES):
         try:
             os.fstat(descriptor)

@@ -1,7 +1,8 @@
-"""The requests that were submitted to the engine and have not ended, and the streams of their updates.
+"""The classes for requests that were submitted to the engine and have not ended, and for the streams that carry their
+updates (new tokens) to the HTTP handlers.
 
-The backlog of a stream are the updates that the engine has sent and the reader of the stream has not taken. If the
-reader is slow, the requests of the stream are paused before the backlog fills the memory.
+The backlog of a stream consists of the updates that the engine has sent and the reader of the stream has not taken yet.
+If the reader is slow, the requests of the stream are paused before the backlog fills the memory.
 """
 
 from __future__ import annotations
@@ -14,29 +15,31 @@ import msgspec
 from jamba_server.engine.errors import EngineError
 from jamba_server.engine.types import Request, TokenLogprob, TokenUpdate
 
-# The requests of a stream are paused if an update arrives while the backlog has more bytes than this.
+# The requests of a stream are paused if an update arrives while the updates that wait for the reader have more bytes
+# than this number.
 BACKLOG_BYTES = 256 * 1024
-# This number of bytes is added to BACKLOG_BYTES for each request of the stream, because a step brings one update for
-# each of them.
+# The limit BACKLOG_BYTES is raised by this number of bytes for each request of the stream, because each step of the
+# engine brings one update for each request.
 BACKLOG_BYTES_PER_REQUEST = 16 * 1024
-RESUME_PART = 4  # paused requests go on when the backlog has less than 1/RESUME_PART of its limit
+# Paused requests are run again when the waiting updates have fewer bytes than 1/RESUME_PART of the limit.
+RESUME_PART = 4
 
-# Estimated sizes of objects in memory, in bytes.
+# The following numbers are estimated sizes of objects in memory, in bytes.
 _UPDATE_BYTES = 400
-_NUMBER_BYTES = 40  # a number in a list
+_NUMBER_BYTES = 40  # one integer or float in a list
 _LOGPROB_BYTES = 150
-_ALTERNATIVE_BYTES = 120  # one of the most likely tokens beside the chosen token
+_ALTERNATIVE_BYTES = 120  # one entry of the list of the most likely tokens, for log-probabilities
 
 
 class LiveRequest:
     """A request that was submitted and has not ended.
 
-    `sent` says whether the request was sent to the present engine process, `running` whether that process has begun to
-    compute the request, and `queued` whether the request waits in the process's queue. `num_updates` counts the updates
-    from the present engine process. `started` says whether any engine process has ever begun to compute the request.
-    `deaths` counts successive deaths of engine processes that may have been caused by this request; the module
-    `suspects` changes it. `interrupted` says that an engine process died while it had the request, and that the request
-    has not been sent to another engine process since.
+    `sent` says whether the request was sent to the present engine process. `running` says whether that process has
+    begun to compute the request, and `queued` whether the request waits in the queue of that process. `num_updates`
+    counts the updates from the present engine process. `started` says whether any engine process has ever begun to
+    compute the request. `deaths` counts successive deaths of engine processes that this request may have caused; the
+    module `suspects` updates this number. `interrupted` says that an engine process died while it had the request, and
+    that the request has not been sent to another engine process since then.
     """
 
     def __init__(self, request: Request, stream: Stream) -> None:
@@ -55,8 +58,8 @@ class LiveRequest:
 
     @property
     def is_handled(self) -> bool:
-        """Whether the request may be the cause if the present engine process dies. A request that only waits in the
-        queue cannot be the cause."""
+        """Returns whether the request could be the cause if the present engine process dies now. A request that only
+        waits in the engine's queue cannot be the cause."""
         return self.sent and not self.queued
 
     def for_engine(self) -> Request:
@@ -85,22 +88,24 @@ class LiveRequest:
         return msgspec.structs.replace(update, request_id=self.request.id)
 
     def pause(self) -> None:
-        """Records that the request is aborted in the engine, and that it must not be sent again before `resume`."""
+        """Records that the request is aborted in the engine, and that it must not be sent to the engine again until its
+        stream is resumed."""
         self.leave_engine()
         self.paused = True
         self._num_pauses += 1
 
     def leave_engine(self) -> None:
-        """Records that no engine process has the request."""
+        """Records that the request is no longer in any engine process."""
         self.sent = self.running = self.queued = False
         self.num_updates = 0
 
 
 class Stream:
-    """The `UpdateStream` of one call of `EngineClient.generate`.
+    """The stream of updates (new tokens) that one call of `EngineClient.generate` returns. It implements the interface
+    `UpdateStream`.
 
-    `forget` is called with the ids of requests whose updates nobody reads any more, and `resume` when the backlog of a
-    paused stream has become short.
+    The function `forget` is called with the ids of requests whose updates nobody will read. The function `resume` is
+    called when the reader of a paused stream has taken most of the updates that waited.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class Stream:
         return self.backlog > self.limit
 
     def put(self, item: TokenUpdate | EngineError) -> None:
-        """Adds an update, or the error that ends the stream."""
+        """Adds an update to the stream, or an error that ends the stream."""
         if isinstance(item, TokenUpdate):
             self.backlog += size_of(item)
         self._queue.put_nowait(item)
@@ -166,7 +171,7 @@ def size_of(update: TokenUpdate) -> int:
 
 
 def _size_of_logprobs(entries: list[TokenLogprob] | list[TokenLogprob | None]) -> int:
-    """Returns an estimate of the size of log-probabilities in bytes. All entries have as many alternatives as the last
-    one."""
+    """Returns an estimate of the size of log-probabilities in memory, in bytes. The estimate assumes that all entries
+    have as many alternative tokens as the last entry."""
     last = entries[-1] if entries else None
     return len(entries) * (_LOGPROB_BYTES + _ALTERNATIVE_BYTES * len(last.top if last else ()))

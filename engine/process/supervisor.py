@@ -14,20 +14,20 @@ from jamba_server.engine.types import FromEngine
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 1.0  # longest time between two looks of the watchdog at the engine process
+WATCH_SECONDS = 1.0  # longest time between two checks of the engine process, in seconds
 
 
 class Owner(Protocol):
-    """The object for which a supervisor works."""
+    """The interface of the object that receives the engine's messages from a supervisor and decides about restarts."""
 
     @property
     def is_loading(self) -> bool:
-        """Whether the present engine process has not become ready yet."""
+        """Returns whether the present engine process has not become ready yet."""
         ...
 
     @property
     def is_busy(self) -> bool:
-        """Whether the present engine process has requests, so that it must report steps."""
+        """Returns whether the present engine process has requests, so that it must report steps."""
         ...
 
     def receive(self, message: FromEngine) -> None:
@@ -40,28 +40,30 @@ class Owner(Protocol):
         ...
 
     def after_failed_spawn(self, error: OSError) -> float | None:
-        """Handles a process that could not be started. Returns the same as `after_death`."""
+        """Handles the failure to start an engine process. Returns the number of seconds until the next attempt, or None
+        if there must be no further attempt."""
         ...
 
     def give_up(self, reason: str) -> None:
-        """Handles the end of the supervision by an unexpected error."""
+        """Handles an unexpected error in the supervisor. After this call no engine process is started any more."""
         ...
 
 
 class Watchdog:
     """Kills an engine process that hangs.
 
-    A process that loads is killed if it sends no message for `load_timeout` seconds, and a process that has requests if
-    it sends none for `engine_timeout` seconds. The seconds are counted in intervals of the watchdog's own sleep. So if
-    this whole process stands still for a while, for example because the machine was suspended, a healthy engine is not
-    killed afterwards.
+    While an engine process loads, it is killed if it sends no message for `load_timeout` seconds. While it has
+    requests, it is killed if it sends no message for `engine_timeout` seconds. The watchdog does not compare clock
+    times but adds up the lengths of its own sleeps. So if this process stands still for a while, for example because
+    the machine was suspended, a healthy engine is not killed afterwards.
     """
 
     def __init__(self, owner: Owner, *, engine_timeout: float, load_timeout: float) -> None:
         self._owner, self._engine_timeout, self._load_timeout = owner, engine_timeout, load_timeout
 
     async def watch(self, child: Child) -> tuple[RestartReason, str]:
-        """Returns, after the child was killed, the reason in short and in words. Does not return before."""
+        """Waits until the child hangs, and kills it. Then returns the reason as a short name and as a sentence. Does
+        not return while the child is healthy."""
         interval = min(WATCH_SECONDS, self._engine_timeout / 4, self._load_timeout / 4)
         silent, num_messages = 0.0, -1
         while True:
@@ -79,18 +81,19 @@ class Watchdog:
 
 
 class Supervisor:
-    """Runs one engine process after the other. `spawn` starts a process and raises OSError if that is not possible."""
+    """Runs an engine process, and starts the next one whenever a process has ended. The function `spawn` starts a
+    process. It raises OSError if the operating system cannot start one."""
 
     def __init__(
         self, owner: Owner, spawn: Callable[[], Awaitable[Child]], *, engine_timeout: float, load_timeout: float
     ) -> None:
-        self.child: Child | None = None  # the present engine process
+        self.child: Child | None = None  # the engine process that is running now, or None
         self._owner, self._spawn = owner, spawn
         self._watchdog = Watchdog(owner, engine_timeout=engine_timeout, load_timeout=load_timeout)
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Runs until `stop` is called or the owner wants no further engine process."""
+        """Keeps an engine process running until `stop` is called or the owner wants no further engine process."""
         try:
             await self._run()
         except Exception as error:
@@ -123,7 +126,8 @@ class Supervisor:
             delay = self._owner.after_death(await self._until_death(self.child))
 
     async def _stopped_within(self, seconds: float) -> bool:
-        """Waits for `seconds` seconds. Returns true, earlier than that, if `stop` is called."""
+        """Waits for `seconds` seconds and returns false. If `stop` is called before or during this time, returns true
+        at once."""
         try:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
@@ -132,8 +136,8 @@ class Supervisor:
         return True
 
     async def _until_death(self, child: Child) -> Death:
-        """Hands the messages of the child to the owner until the child has ended. A message that cannot be handled is
-        a fault of the child, which is killed."""
+        """Passes the messages of the child process to the owner until the child has ended. If a message cannot be read
+        or handled, the child is regarded as faulty and killed."""
         watchdog = asyncio.create_task(self._watchdog.watch(child), name="engine watchdog")
         killed: tuple[RestartReason, str] | None = None
         try:

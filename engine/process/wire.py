@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
-MAGIC = b"JMB1"  # bytes that were written to the socket by mistake are noticed at once, because they lack MAGIC
+# Every frame begins with these bytes, so that other bytes, which some code wrote to the socket by mistake, are noticed
+# at once.
+MAGIC = b"JMB1"
 HEADER_BYTES = len(MAGIC) + 4
 MAX_FRAME_BYTES = 1 << 30
 
@@ -22,8 +24,8 @@ def pack(message: msgspec.Struct) -> bytes:
 
 
 def body_bytes(header: bytes) -> int:
-    """Returns the length of the message that follows a header. Raises ValueError if no frame begins with these
-    bytes."""
+    """Returns the length in bytes of the message that follows the header of a frame. Raises ValueError if `header` is
+    not the beginning of a frame."""
     length = int.from_bytes(header[len(MAGIC) :], "little")
     if not header.startswith(MAGIC) or length >= MAX_FRAME_BYTES:
         raise ValueError(f"the bytes {header!r} are not the header of a frame")
@@ -31,8 +33,8 @@ def body_bytes(header: bytes) -> int:
 
 
 def receive(connection: socket.socket, kind: Any) -> Any:
-    """Waits for the next message and returns it, decoded as `kind`. Returns None at the end of the stream. Raises
-    ValueError for bytes that are no message."""
+    """Waits for the next message on the socket and returns the message, decoded as an object of the type `kind`.
+    Returns None at the end of the stream. Raises ValueError for bytes that are not a valid message."""
     header = _exactly(connection, HEADER_BYTES)
     if header is None:
         return None

@@ -38,8 +38,8 @@ def adjust_logits(
     masked: AbstractSet[int] = frozenset(),
 ) -> None:
     """Changes `logits` (float32 [N, V]) in place. Row n is changed only if the request of `rows[n]` sets a bias, a
-    penalty or forbidden tokens. In the rows whose indices are in `masked` no tokens are forbidden here, because the
-    rows' masks already forbid them."""
+    penalty or forbidden tokens. In the rows whose indices are in `masked` this function forbids no tokens, because the
+    masks of these rows already forbid them."""
     asking = [(n, row) for n, row in enumerate(rows) if _asks(row.params)]
     if not asking:
         return
@@ -79,7 +79,7 @@ def _counts(n: int, row: SamplingRow) -> Edit:
 
 
 def _forbidden(row: SamplingRow, eos_token_ids: tuple[int, ...]) -> set[int]:
-    """Returns the tokens that must not come next."""
+    """Returns the ids of the tokens that the request's parameters forbid as the next token."""
     return row.ends_of_bad_words() | row.early_ends(eos_token_ids)
 
 

@@ -33,9 +33,10 @@ class SamplingRow(NamedTuple):
         return self.position - self.num_prompt
 
     def early_ends(self, eos_token_ids: tuple[int, ...]) -> set[int]:
-        """Returns the tokens that must not end the reply yet. Until the reply has `min_tokens` tokens, these are all
-        end tokens and stop tokens, even with `ignore_eos`, because an end token in the text would make the reply look
-        finished. Under a grammar, `ignore_eos` also puts off the end tokens."""
+        """Returns the end tokens and stop tokens that are forbidden as the next token. Until the reply has `min_tokens`
+        tokens, all of them are forbidden. That also holds with `ignore_eos`, because an end token in the text would
+        make the reply look finished. If the request has a grammar, `ignore_eos` forbids the end tokens at every
+        position."""
         early = set[int]()
         if self.num_generated < self.params.min_tokens:
             early.update(eos_token_ids, self.params.stop_token_ids)
@@ -44,8 +45,8 @@ class SamplingRow(NamedTuple):
         return early
 
     def ends_of_bad_words(self) -> set[int]:
-        """Returns the last token of each bad word whose other tokens are the last tokens of the reply so far. These
-        tokens must not come next."""
+        """Returns the tokens that would complete one of the request's `bad_words`: the last token of each bad word
+        whose other tokens are at the end of the reply."""
         return {word[-1] for word in self.params.bad_words if self._ends_with(word[:-1])}
 
     def _ends_with(self, beginning: tuple[int, ...]) -> bool:

@@ -83,8 +83,8 @@ class Sampler:
         return PendingTokens(token_ids, gather(raw, token_ids[chosen], max(requested.values())), requested)
 
     def _adjust(self, logits: Tensor, rows: Sequence[SamplingRow], masks: PendingMasks | None) -> None:
-        """Changes `logits` by all that the requests ask for, except the temperature and the filters of the op that
-        samples."""
+        """Applies to `logits` the masks, penalties, biases and forbidden tokens of the requests. The temperature and
+        filters such as top-p are not applied here; the kernel that samples applies them."""
         if masks is None:
             adjust_logits(logits, rows, self.eos_token_ids)
             return

@@ -100,7 +100,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     plan = planned(available_bytes=available_bytes(device, config))
     steps = dummy_steps(config, model_config, plan)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
-    # The compiler reads the tokenizer in its thread while the weights are loaded.
+    # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
     compiler = GrammarCompiler(Path(config.model), model_config.vocab_size, model_config.eos_token_ids)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)

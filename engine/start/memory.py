@@ -18,7 +18,7 @@ from jamba_server.engine.types import MAX_LOGPROBS, Request, SamplingParams
 
 # With these parameters a request needs the most memory. Penalties are left out: the memory that penalties need grows
 # with the lengths of all contexts in the batch, and contexts of the greatest length do not all fit into memory at once.
-# The budget of thinking tokens is 0, so that a mask of allowed tokens is applied to every row.
+# The limit on reasoning tokens is 0, so that a mask of allowed tokens is applied to every row.
 PARAMS = SamplingParams(
     max_tokens=1,
     top_p=0.9,

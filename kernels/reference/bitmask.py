@@ -1,4 +1,4 @@
-"""This op forbids tokens: it sets their logits to minus infinity."""
+"""This kernel applies masks of allowed tokens: it sets the logits of all other tokens to minus infinity."""
 
 from __future__ import annotations
 

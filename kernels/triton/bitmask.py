@@ -1,4 +1,4 @@
-"""This kernel forbids tokens: it sets their logits to minus infinity."""
+"""This kernel applies masks of allowed tokens: it sets the logits of all other tokens to minus infinity."""
 
 # Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
 # that would report false errors there.
@@ -12,7 +12,7 @@ from torch import Tensor
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import cdiv, jit
 
-BLOCK = 4096  # The number of logits that a program reads the bits of.
+BLOCK = 4096  # The number of logits that one program of the Triton grid handles.
 
 
 def apply_bitmask(logits: Tensor, masks: Tensor, rows: Tensor) -> None:
@@ -35,7 +35,8 @@ def mask_kernel(
     mask_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Forbids tokens in one block of one row. The grid is (number of masks, blocks of a row)."""
+    """Sets the logits of forbidden tokens to minus infinity in one block of one row. The grid is (number of masks,
+    blocks of a row)."""
     n, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + n)
     words = tl.load(masks + n * mask_stride + i // 32, mask=i < size, other=-1)

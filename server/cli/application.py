@@ -55,7 +55,7 @@ class Command(TyperCommand):
                     name, help = record
                     sections["Arguments"].append(
                         (name.partition(" ")[0], help)
-                    )  # typer writes a Python type after an argument's name; the type is cut off
+                    )  # the library typer writes a Python type after an argument's name; this code removes the type
                 else:
                     sections[f"{panel.capitalize()} options" if panel else "Options"].append(record)
         for title, records in sections.items():

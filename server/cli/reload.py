@@ -1,4 +1,5 @@
-"""Reads files again while the server runs: API keys, and the certificate with its key."""
+"""Reads files again when they change while the server runs: the API keys, and the TLS certificate with its private
+key."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 5.0
 
-# What is compared to see whether a file has changed: device, inode, size in bytes, and time of the last change in ns.
+# A file has changed if one of these numbers has changed: its device, its inode, its size in bytes, or the time of its
+# last change in ns. None stands for a file that cannot be read.
 _Mark = tuple[int, int, int, int] | None
 
 
 @dataclass(kw_only=True)
 class Watched:
-    """Files that are read together. `read` reads and uses them; it raises ConfigError if they cannot be used."""
+    """Files that are read together, such as a certificate and its private key. The function `read` reads the files and
+    applies what they say. It raises ConfigError if the files cannot be used."""
 
     name: str
     paths: Sequence[str]
@@ -35,14 +38,15 @@ class Watched:
 
 
 class Reloader:
-    """Reads watched files again when they change. If a file cannot be used, what was read before stays in use."""
+    """Reads watched files again when they change. If a file cannot be used, the contents that were read before stay in
+    use."""
 
     def __init__(self, watched: Sequence[Watched]) -> None:
         self._watched = watched
 
     @property
     def active(self) -> bool:
-        """Whether there is a file to watch."""
+        """Returns whether there is a file to watch."""
         return bool(self._watched)
 
     def check(self) -> None:

@@ -27,10 +27,11 @@ def serve(config: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     configure_logging(config.log_level.upper(), config.log_format)
     greet(config)
-    # Done before the model loads, so an error is reported at once if the port is in use.
+    # The socket is bound before the model loads, so that an error is reported at once if the port is in use.
     listener = bind(config.host, config.port)
-    # The server itself ends a stream earlier, and counts it. But it cannot close the connection while bytes wait in the
-    # system's buffers.
+    # If a client does not read, the HTTP code ends its stream after `send_timeout` seconds. But bytes may still wait in
+    # the kernel's buffers, and the connection stays open until they are sent. This option makes the kernel drop such a
+    # connection.
     limit_unread(listener, 2 * config.send_timeout)
     with listener, written_down(url_of(listener, tls=config.ssl_certfile is not None), config.address_file):
         from rich.console import Console
@@ -79,8 +80,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def limit_unread(listener: socket.socket, seconds: float) -> None:
-    """Makes the system close a connection of `listener` when its client has read nothing for `seconds` seconds although
-    bytes wait for it. Does nothing on systems without this socket option."""
+    """Makes the operating system close a connection of `listener` if bytes wait to be sent and the client has read
+    nothing for `seconds` seconds. Does nothing on systems without the socket option TCP_USER_TIMEOUT."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(1000 * seconds), 2**31 - 1))
 

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
 CANCEL_SECONDS = 2  # time in seconds in which request handlers must end after the engine has closed
-# Time in seconds in which the process must end after the running requests had time to finish. The engine takes at most
-# 5 s to end, and the request handlers CANCEL_SECONDS.
+# At shutdown, running requests first get some time to finish. After that time the process must end within this number
+# of seconds. The engine takes at most 5 s to end, and the request handlers take at most CANCEL_SECONDS.
 EXIT_SECONDS = 15
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -86,7 +86,7 @@ class Server:
         )
         self._reloader = Reloader(watched_files(config, app.state.services.edge.keys, self._http))
         self._stop = asyncio.Event()
-        self._guard: threading.Timer | None = None  # ends the process if the shutdown takes too long
+        self._guard: threading.Timer | None = None  # a timer that ends the process if the shutdown takes too long
 
     def run(self) -> None:
         """Serves requests until SIGINT or SIGTERM. Raises ConfigError if the engine cannot start, and EngineDead if it
@@ -151,7 +151,8 @@ class Server:
         )
         self._lifecycle.drain()
         self._stop.set()
-        # This thread ends the process even if the event loop, or a thread that Python waits for, is stuck.
+        # The timer runs in a thread of its own. So it ends the process even if the event loop hangs, or a thread for
+        # which Python waits at exit.
         self._guard = threading.Timer(self._config.shutdown_timeout + EXIT_SECONDS, _exit)
         self._guard.daemon = True
         self._guard.start()
@@ -200,7 +201,8 @@ def _exit() -> None:
 
 
 def http_config(config: ServerConfig, app: FastAPI) -> uvicorn.Config:
-    """Returns uvicorn's configuration. TLS is not part of it, because `HttpServer` accepts the connections."""
+    """Returns uvicorn's configuration. TLS is not part of the configuration, because the class `HttpServer` sets up TLS
+    when it accepts connections."""
     result = uvicorn.Config(
         app,
         http="h11",  # h11 is the only HTTP parser of uvicorn that limits the size of a request's headers
@@ -232,7 +234,8 @@ def limit_connections(config: ServerConfig) -> int:
 
 
 def fit_queue(config: ServerConfig, max_connections: int) -> ServerConfig:
-    """Returns the options with a queue that `max_connections` connections can fill beside the running replies."""
+    """Returns the configuration with `max_queue_requests` reduced, if necessary, so that all running and waiting
+    requests fit into `max_connections` connections."""
     room = max(1, max_connections - config.max_num_seqs)
     if config.max_queue_requests <= room:
         return config

@@ -9,7 +9,7 @@ import msgspec
 from starlette.types import Scope
 
 PATH = "/v1/messages"
-OVERLOADED = 529  # Anthropic's status for a server that has too many requests
+OVERLOADED = 529  # the HTTP status with which Anthropic's API says that the server has too many requests
 
 _TYPES = {
     400: "invalid_request_error",
@@ -32,13 +32,14 @@ def speaks_anthropic(scope: Scope) -> bool:
 
 
 def anthropic_status(status: int, code: str | None) -> int:
-    """Returns the HTTP status of an error, whose status and error code in OpenAI's API are the arguments."""
+    """Returns the HTTP status that an error has in Anthropic's API. The arguments are the status and the error code of
+    the same error in OpenAI's API."""
     return OVERLOADED if code == "overloaded" else status
 
 
 def anthropic_body(status: int, message: str, request_id: str, *, param: str | None) -> bytes:
-    """Returns the body of an error reply. The form has no place for the field's name `param`, so a message that lacks
-    the name gets it."""
+    """Returns the body of an error reply in the form of Anthropic's API. This form has no member for the name of the
+    wrong request field (`param`), so the name is added to the message if the message lacks it."""
     if param is not None and param not in message:
         message = f"{param}: {message}"
     general = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"

@@ -133,8 +133,8 @@ def _add_routes(app: FastAPI) -> None:
 def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middleware]:
     """Returns the middleware, from the outermost to the innermost.
 
-    The CORS middleware comes before those that may refuse a request, so that error replies have CORS headers too. A
-    browser hides replies without CORS headers from the web page that sent the request.
+    The CORS middleware encloses all middleware that may refuse a request, so that error replies have CORS headers, too.
+    A browser hides replies without CORS headers from the web page that sent the request.
     """
     config, edge = services.config, services.edge
     chain: list[Middleware] = []
@@ -165,8 +165,8 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
-    # anyio imports a part of itself when it is first used. This import would fail if a flood of first requests
-    # had taken all file descriptors.
+    # The library anyio imports some of its modules when it is first used, so it is used once here. Later the import
+    # could fail, because a flood of requests may have taken all file descriptors.
     await anyio.to_thread.run_sync(lambda: None)
     tasks = [
         asyncio.create_task(log_stats(services.metrics, services.engine), name="statistics"),
@@ -177,7 +177,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await services.responses.close()
-    await asyncio.to_thread(services.grammars.close)  # a check may have to end first
+    # Runs in a thread, because `close` may have to wait until the check of a grammar has ended.
+    await asyncio.to_thread(services.grammars.close)
     if services.tracing is not None:
         await asyncio.to_thread(services.tracing.close)
 

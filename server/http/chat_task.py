@@ -1,5 +1,6 @@
-"""The class `ChatTask` is a conversation to continue, independent of the API through which it came. The function
-`plan_chat` turns it into the data that the engine needs."""
+"""The class `ChatTask` describes a conversation that the model shall continue. It is independent of the API (chat
+completions, Responses or Messages) through which the request came. The function `plan_chat` turns a task into the data
+that the engine needs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Tool:
     strict: bool = False
 
     def to_template(self) -> dict[str, object]:
-        """Returns the tool as chat templates read it, in the form in which OpenAI's clients send it."""
+        """Returns the tool as a dictionary for chat templates, which expect the form of OpenAI's API."""
         function: dict[str, object] = {"name": self.name}
         if self.description:
             function["description"] = self.description
@@ -78,7 +79,7 @@ class ChatTask:
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
-        """The functions that the reply may call."""
+        """Returns the functions that the reply may call. There are none if the request forbids calls."""
         if self.tool_choice == "none":
             return ()
         return tuple(tool for tool in self.tools if self.allowed_tools is None or tool.name in self.allowed_tools)
@@ -140,7 +141,9 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
 
 
 def _check_abilities(task: ChatTask, services: Services, scope: Scope) -> None:
-    """Raises RequestRejected for what this server or its model cannot do, and lists an effort that has no effect."""
+    """Raises RequestRejected if the request needs something that this server or its model cannot do. If the field
+    `reasoning_effort` has no effect with this model, the function lists the field in the reply's header
+    X-Ignored-Fields."""
     template = services.chat_template
     knows_efforts = template is not None and "reasoning_effort" in template.variables
     if task.reasoning_effort not in (None, "none") and not knows_efforts:
@@ -195,7 +198,8 @@ async def _grammar(task: ChatTask, chat: RenderedChat, services: Services) -> st
 def _forbidden_tags(task: ChatTask, services: Services) -> tuple[tuple[int, ...], ...]:
     """Returns the start tag of tool calls if the request declares tools and forbids their use (`tool_choice` "none").
 
-    The tools stay in the prompt, so that the prompt has the same prefix as those of the other turns.
+    The tools stay in the prompt. So the prompt begins with the same tokens as the earlier prompts of the conversation,
+    and these tokens are found in the prefix cache.
     """
     style = services.reply_style.tool_calls
     if task.tool_choice != "none" or not task.tools or style is None:

@@ -60,7 +60,7 @@ class ChoiceDelta:
 
     @property
     def text(self) -> str:
-        """The delta's ordinary text, without reasoning and tool calls."""
+        """Returns the delta's ordinary text, without reasoning and tool calls."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
@@ -68,8 +68,9 @@ class ChoiceDelta:
 class TextOptions:
     """The options of a request that decide how the tokens of its choices become the parts of a reply.
 
-    If `thinking` is None, the thoughts are not separated from the content. If it is true, the prompt ends inside the
-    thoughts. If `tool_calls` is None, tool calls are ordinary text.
+    If `thinking` is None, the model's reasoning is not separated from the content. If `thinking` is true, the prompt
+    already has the start tag of the reasoning, so the reply begins with reasoning. If `tool_calls` is None, tool calls
+    are treated as ordinary text.
     """
 
     stops: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class TextOptions:
     tool_calls: ToolCallOptions | None = None
 
     def tags(self) -> Iterator[str]:
-        """Yields the tags that the content filters look for."""
+        """Yields the tags of reasoning and tool calls, such as `<think>`, that the content filters look for."""
         if self.thinking is not None:
             yield from THINK_TAGS
         if self.tool_calls is not None:
@@ -114,8 +115,9 @@ class Choice:
         self._tool_calls = None if options.tool_calls is None else ToolCallFilter(options.tool_calls)
         self._filters = Chain([filter_ for filter_ in (self._reasoning, self._tool_calls) if filter_ is not None])
         self._to_echo = request.prompt if options.echo else []
-        self._num_taken = 0  # number of the prompt's tokens that `_take_prompt` has passed
-        # The data of the next delta follows. The parts lack the text that the filters hold back.
+        self._num_taken = 0  # number of the prompt's tokens that the method `_take_prompt` has processed
+        # The following attributes have the data of the next delta. The parts do not include text that the filters still
+        # hold back.
         self._parts: list[Part] = []
         self._token_ids: list[int] = []
         self._scores: list[TokenScore] = []
@@ -167,7 +169,8 @@ class Choice:
                 self._prompt_scores.append(score)
                 if self._to_echo:
                     self._scores.append(score)
-            if self._to_echo and (position or token_id != self._bos_token_id):  # the text lacks the begin-of-text token
+            # The begin-of-text token at the start is not part of the text.
+            if self._to_echo and (position or token_id != self._bos_token_id):
                 self._deliver([Text(self._decode(token_id))])
         self._num_taken = end
 
@@ -199,7 +202,7 @@ class Choice:
             self.stop_reason = update.stop_token_id
 
     def _emit(self, text: str) -> None:
-        """Passes generated text through all filters. A stop string in it ends the choice."""
+        """Passes generated text through all filters. If the text has a stop string, the choice ends there."""
         self._filter(self._stops.push(Text(text)))
         if self._stops.matched is not None:
             self._end("stop")

@@ -1,4 +1,4 @@
-"""Deadlines of requests: a client may say how many seconds it waits for a reply.
+"""Time limits of requests: a client may say how many seconds it will wait for the complete reply.
 
 The client sends the seconds in the header `X-Request-Timeout`, which every endpoint reads, or in the field `timeout` of
 a body. When the time is over, the request is aborted, and the client gets status 504 or, in a stream, an error event.
@@ -23,20 +23,21 @@ HEADER = "X-Request-Timeout"
 
 
 def set_arrival(scope: Scope, now: float) -> None:
-    """Notes the time at which a request came, in seconds of the event loop's clock."""
+    """Stores in the ASGI scope the time at which a request arrived, in seconds of the event loop's clock."""
     scope["state"]["arrived"] = now
 
 
 def set_timeout(scope: Scope, seconds: float | None) -> None:
-    """Notes the value of the request's field `timeout`. It takes precedence over the header."""
+    """Stores in the ASGI scope the value of the request's field `timeout`, which takes precedence over the header
+    X-Request-Timeout."""
     if seconds is not None:
         scope["state"]["timeout"] = seconds
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLimit:
-    """The time of one request is over at `end`, in seconds of the event loop's clock, which is `seconds` after the
-    request came."""
+    """The time limit of one request. The limit is `seconds` seconds long and counts from the arrival of the request.
+    `end` is the time at which it expires, in seconds of the event loop's clock."""
 
     end: float
     seconds: float
@@ -53,7 +54,8 @@ def time_limit_of(scope: Scope) -> TimeLimit | None:
 
 @asynccontextmanager
 async def enforced(limit: TimeLimit | None) -> AsyncGenerator[None]:
-    """Cancels the `async with` block when the time is over, and raises DeadlineExceeded. None is no limit."""
+    """Async context manager: cancels the `async with` block when the time limit expires, and raises DeadlineExceeded.
+    If `limit` is None, there is no limit."""
     timeout = asyncio.timeout_at(limit.end if limit else None)
     try:
         async with timeout:

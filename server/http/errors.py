@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 class RateLimited(EngineError):
-    """A request beyond the limits of its API key. `kind` is what is limited: "requests" or "tokens"."""
+    """A request was refused because of the rate limits of its API key. `kind` says which limit was exceeded: "requests"
+    or "tokens"."""
 
     def __init__(self, message: str, *, kind: str, retry_after: int) -> None:
         super().__init__(message)
@@ -68,7 +69,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (ClientDisconnect, CLIENT_CLOSED_REQUEST, "invalid_request_error", "client_disconnected"),
 )
 
-# Errors whose reply has the header Retry-After
+# The replies to these errors have the header Retry-After.
 RETRIED = Overloaded | EngineLoading | RateLimited
 
 _STATUS_CODES = {

@@ -24,24 +24,26 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Attributes of a request's span, in seconds. vLLM's spans have the same names.
+# The names of two attributes of a request's OpenTelemetry span. The values are in seconds. vLLM uses the same names.
 QUEUE, FIRST_TOKEN = "gen_ai.latency.time_in_queue", "gen_ai.latency.time_to_first_token"
 
 Clock = Callable[[], float]
 
 
 class SendTimeout(Exception):
-    """A client that has not read its reply for --send-timeout seconds. The generation is aborted."""
+    """The client has read nothing of its reply for --send-timeout seconds, so the generation is aborted."""
 
 
-# The reason of an abort for each exception, as a label of the metric `aborted_requests`
+# Maps the exception that ended a request to the reason that the metric `aborted_requests` has as a label. The first row
+# that fits the exception counts.
 _ABORT_REASONS: tuple[tuple[type[BaseException], AbortReason], ...] = (
     (SendTimeout, "send_timeout"),
     (DeadlineExceeded, "deadline"),
     (EngineFailed, "engine_failed"),
     (EngineDead, "engine_dead"),
     (Exception, "error"),
-    (BaseException, "disconnect"),  # the exception that cancels a task
+    # asyncio.CancelledError, which cancels the request's task when the client disconnects.
+    (BaseException, "disconnect"),
 )
 
 
@@ -153,7 +155,7 @@ class Generation:
 
     @property
     def timings(self) -> Timings:
-        """The times of the request up to now."""
+        """Returns how long the phases of the request have taken up to now."""
         timelines = self._timelines.values()
         queue = max((t.queue_seconds or 0.0 for t in timelines), default=0.0)
         first = max((t.first_token for t in timelines if t.first_token), default=self._arrived + queue)
@@ -177,9 +179,10 @@ class Generation:
         """Yields an iterator over the deltas of all choices, in the order in which the deltas arrive.
 
         At the beginning of the `async with` block the choices are submitted to the engine, which raises Overloaded or
-        EngineDead if it cannot accept them. The limits on waiting tokens and of the client's API key raise Overloaded,
-        RateLimited or RequestRejected. Iterating raises DeadlineExceeded when the request's time is over. At the end of
-        the block, also after an exception, all choices that are still running are aborted.
+        EngineDead if it cannot accept them. Before that, the limit on waiting prompt tokens and the limits of the
+        client's API key are checked, which raises Overloaded, RateLimited or RequestRejected. Iterating raises
+        DeadlineExceeded when the request's time limit expires. At the end of the block, also after an exception, all
+        choices that are still running are aborted.
         """
         requests = [choice.request for choice in self._choices.values()]
         with self._admission:
@@ -243,7 +246,8 @@ class Generation:
         timeline.last_token = now
 
     def _close(self, reason: AbortReason) -> None:
-        """The argument `reason` says why the choices that have not ended are aborted."""
+        """Counts the request's end in the metrics, in the span and in the log. `reason` says why the choices that have
+        not ended are aborted."""
         end: FinishReason = "abort" if reason in ("disconnect", "send_timeout", "deadline") else "error"
         ends: list[str] = [choice.finish_reason or end for choice in self._choices.values()]
         for choice in self._choices.values():
@@ -294,7 +298,8 @@ class Generation:
 
 
 def _engine_reason(reason: ReplyFinishReason) -> FinishReason:
-    """Returns the finish reason under which the metrics count a choice."""
+    """Returns the finish reason under which the metrics count a choice. The metrics have no finish reason for tool
+    calls and count "stop" instead."""
     return "stop" if reason == "tool_calls" else reason
 
 

@@ -1,12 +1,14 @@
-"""Gives log records fields of their own, which the log shows separately with `--log-format json`."""
+"""Attaches fields, such as a request's id, to log records. With `--log-format json` the log shows them as separate JSON
+members."""
 
 from __future__ import annotations
 
 from typing import Any
 
-ATTRIBUTE = "fields"  # name of the attribute of a log record that has the fields
+ATTRIBUTE = "fields"  # name of the attribute under which a log record holds the fields
 
 
 def fields(**values: object) -> dict[str, Any]:
-    """Returns the argument `extra` of a logging call. Fields whose value is None or an empty text are left out."""
+    """Returns a value for the argument `extra` of a logging call. Fields whose value is None or an empty text are left
+    out."""
     return {ATTRIBUTE: {name: value for name, value in values.items() if value not in (None, "")}}

@@ -1,4 +1,4 @@
-"""Measures how late the event loop is: a loop that is blocked delays every request and every stream."""
+"""Measures how late the event loop runs its tasks. Code that blocks the loop delays every request and every stream."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class RequestContext:
     """Gives each request an id, counts and logs the request, and turns exceptions into error replies.
 
     The argument `root_path` is the path prefix under which a proxy publishes the server. It does not matter whether the
-    proxy removes this prefix from the paths of requests. The argument `tls` says whether the server is reached over
+    proxy removes this prefix from the paths of requests. The argument `tls` says whether clients reach the server over
     TLS.
     """
 
@@ -88,7 +88,8 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 if speaks_anthropic(scope):
-                    headers["request-id"] = request_id  # the name that Anthropic's clients read
+                    # Anthropic's clients read the request id from a header of this name.
+                    headers["request-id"] = request_id
                 headers.update(scope["state"].get("reply_headers", {}))
                 add_security_headers(headers, tls=self.tls)
             await send(message)
@@ -216,7 +217,8 @@ class JsonBody:
         more = True
         while more:
             try:
-                # asyncio.wait_for is not used here: in Python 3.11 it may lose the end of the outer time limit.
+                # This code does not use asyncio.wait_for, because in Python 3.11 that function may swallow the
+                # cancellation by which the outer time limit ends this task.
                 async with asyncio.timeout(self.body_timeout):
                     message = await receive()
             except TimeoutError:

@@ -1,4 +1,4 @@
-"""Translates a request for a response into the task of continuing a chat."""
+"""Translates a request to /v1/responses into a `ChatTask`, which does not depend on the API."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ ChatMessage = dict[str, Any]
 
 
 async def read_input(body: ResponseRequest, store: ResponseStore, owner: str) -> list[Item]:
-    """Returns the items of the request's input. References are replaced by the stored items that they name.
+    """Returns the items of the field `input`. Items of the type `item_reference` are replaced by the stored items that
+    they name.
 
-    Raises RequestRejected if such an item is not stored.
+    Raises RequestRejected if an item that is referred to is not stored.
     """
     items: list[Item] = []
     for position, given in enumerate(body.items):
@@ -42,8 +43,8 @@ async def read_input(body: ResponseRequest, store: ResponseStore, owner: str) ->
 
 
 def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]) -> ChatTask:
-    """Returns the task of continuing the conversation that `items` are. Raises RequestRejected for a tool_choice that
-    the tools cannot satisfy."""
+    """Returns the task that the model continues a conversation, which is given by its input items. Raises
+    RequestRejected if the field `tool_choice` asks for a tool that the request does not have."""
     mode, allowed = allowed_names(body.choice, names)
     return ChatTask(
         messages=tuple(chat_messages(body.instructions, items)),
@@ -67,10 +68,10 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
 
 
 def chat_messages(instructions: str | None, items: Iterable[Item]) -> list[ChatMessage]:
-    """Returns the messages that chat templates read.
+    """Turns the input items of a request into the list of messages that chat templates read.
 
-    Reasoning, text and calls that follow each other are one message of the assistant, because the model wrote them in
-    one reply.
+    Items with reasoning, text and tool calls that follow each other become one message of the assistant, because the
+    model wrote them in one reply.
     """
     messages: list[ChatMessage] = [] if not instructions else [{"role": "system", "content": instructions}]
     for item in items:
@@ -105,7 +106,8 @@ def _add_call(messages: list[ChatMessage], item: Item, arguments: str) -> None:
 
 
 def _assistant(messages: list[ChatMessage], *, new: bool) -> ChatMessage:
-    """Returns the last message if it is the assistant's and `new` is false. Otherwise begins a message."""
+    """Returns the assistant's message to which the next item belongs. That is the last message if it is the assistant's
+    and `new` is false; otherwise a new message is appended."""
     if new or not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
@@ -122,7 +124,7 @@ def _has_text_or_calls(messages: Sequence[ChatMessage]) -> bool:
 async def plan_response(
     task: ChatTask, services: Services, *, truncate: bool, id_: str, scope: Scope
 ) -> tuple[GenerationSpec, int]:
-    """Plans the task's generation. Also returns how many messages were left out.
+    """Returns the data that the engine needs for a task, and how many messages of the conversation were left out.
 
     If `truncate` is set and the conversation is too long for the context, the oldest messages are left out, but not the
     system messages at the beginning. The rest begins with a message of the user, so that no result of a tool loses its
@@ -139,7 +141,9 @@ async def plan_response(
     head = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     starts = [i for i, message in enumerate(messages) if message["role"] == "user" and i > head]
     found: tuple[GenerationSpec, int] | None = None
-    low, high = 0, len(starts)  # starts[:low] leave too much text, and starts[high:] leave little enough
+    # Binary search: cutting at an index below `low` leaves too many tokens, and cutting at `high` or above leaves few
+    # enough.
+    low, high = 0, len(starts)
     while low < high:
         middle = (low + high) // 2
         shorter = replace(task, messages=messages[:head] + messages[starts[middle] :])
@@ -156,7 +160,8 @@ async def plan_response(
 
 
 async def _plan(task: ChatTask, services: Services, id_: str, scope: Scope) -> GenerationSpec:
-    """Calls `plan_chat`. An error about the messages names the field from which they come."""
+    """Calls `plan_chat`. If its error names the field `messages`, the error gets the name `input` instead, which is the
+    field that the client has sent."""
     try:
         return await plan_chat(task, services, id_=id_, scope=scope)
     except RequestRejected as error:

@@ -1,13 +1,15 @@
-"""The function `add_security_headers` adds headers that tell browsers what not to do with a reply."""
+"""The function `add_security_headers` adds the usual security headers to a reply, which restrict what browsers do with
+the reply."""
 
 from __future__ import annotations
 
 from starlette.datastructures import MutableHeaders
 
-# Browsers must not guess another media type, show a reply inside another page, or tell other sites this address.
+# With these headers, browsers do not guess another media type, do not show a reply inside the page of another site, and
+# do not tell other sites the address of this page.
 HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
-# A page may load scripts, styles and data only from this server. Swagger UI needs inline scripts and styles, and images
-# in `data:` URLs. A reply that is not a page may load nothing.
+# HTML pages of this server may load scripts, styles and data only from this server. Swagger UI, the page /docs, needs
+# inline scripts and styles, and images in `data:` URLs. Replies that are not HTML pages may load nothing.
 PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"

@@ -33,7 +33,8 @@ from jamba_server.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-TEXT_THREADS = 4  # number of threads for tokenising and the like; more would take CPU cores from the engine
+# Number of threads that tokenise and do similar work; more threads would take CPU cores from the engine.
+TEXT_THREADS = 4
 
 GRAMMAR_THREADS = 2
 
@@ -63,9 +64,10 @@ class Services:
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
-    # These threads build grammars and wait for the process that compiles them, which takes one grammar at a time.
+    # Limits the number of threads that build grammars. These threads wait for the process that checks grammars, which
+    # takes one grammar at a time.
     grammar_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(GRAMMAR_THREADS))
-    # Each of these threads waits for a process that renders templates.
+    # Limits the number of threads that wait for the processes which render chat templates.
     render_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(NUM_PROCESSES))
 
     def model(self, requested: str | None) -> str:
@@ -94,7 +96,7 @@ class Services:
         self.check_bytes(len(text.encode()), param=param)
 
     def check_bytes(self, size: int, *, param: str) -> None:
-        """As `check_size`, for texts that have `size` bytes together."""
+        """Makes the same check as `check_size`, for texts that have `size` bytes together."""
         limit = self.engine.info.max_model_len
         if size > limit * self.longest_token:
             raise RequestRejected(
@@ -167,7 +169,8 @@ class Services:
         *,
         leading_space: bool = False,
     ) -> str:
-        """Returns the grammar of a reply, or "" if every reply is allowed. See `GrammarBuilder.build`."""
+        """Returns the grammar that a reply must follow, or "" if every reply is allowed. The method
+        `GrammarBuilder.build` describes the arguments."""
         if format is None and tools is None:
             return ""
         # The event loop does not wait for the thread if the request is cancelled. The thread ends within seconds.

@@ -73,8 +73,9 @@ class EventStream(Response):
     error reply, and a later exception becomes an event of the stream. When the client disconnects, the generation is
     aborted at once, even if its choices still wait in the engine's queue.
 
-    While the client does not read, `send` does not return. No delta is taken from the engine then, so that the engine
-    pauses the choices. After `send_timeout` seconds the generation is aborted and the connection is closed.
+    While the client does not read, `send` does not return, and no delta is taken from the engine's stream. Once too
+    many updates wait in that stream, its requests are paused. After `send_timeout` seconds the generation is aborted
+    and the connection is closed.
     """
 
     media_type = "text/event-stream"
@@ -97,7 +98,7 @@ class EventStream(Response):
         try:
             await until_disconnect(receive, self._stream(scope, send_in_time))
         except SendTimeout:
-            # The reply stays incomplete, so the HTTP server closes the connection.
+            # The reply is not completed. The HTTP server therefore closes the connection.
             logger.warning(
                 "request_id=%s the client has not read for %g s (--send-timeout)",
                 request_id_of(scope),

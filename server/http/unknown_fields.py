@@ -45,7 +45,8 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
 
 
 def ignore_field(name: str, scope: Scope, services: Services) -> None:
-    """Counts a field that has no effect with this model, and lists its name in the reply's header X-Ignored-Fields."""
+    """Counts, in the metrics, a request field that has no effect with this model, and lists its name in the reply's
+    header X-Ignored-Fields."""
     services.metrics.count_ignored_fields([name])
     add_reply_header(scope, "X-Ignored-Fields", name)
 

@@ -34,7 +34,8 @@ _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
 _THINK, _END_OF_THINK = "<think>", "</think>"
-_CUT = MAX_PLACES - 1  # number of the place at the end of a message that the reply continues
+# Number of the mark that is put at the end of the last message if the reply must continue that message.
+_CUT = MAX_PLACES - 1
 
 
 class RenderOptions(TypedDict, total=False):
@@ -45,9 +46,9 @@ class RenderOptions(TypedDict, total=False):
     `add_generation_prompt` ends the prompt with the beginning of an assistant's message; its default is true. With
     `continue_final_message` the prompt instead ends with the content of the last message, or with its reasoning if it
     has no content, so the reply continues that text. The `reasoning_effort` "none" makes the model answer without
-    thinking first: the prompt ends behind the thoughts, which are empty. Other efforts reach the template if it has a
-    variable of that name. `save_after` are indices of at most MAX_SAVE_AFTER messages after which the model's state
-    should be saved.
+    reasoning first: the prompt ends with empty reasoning, whose end tag is already there. Other efforts are passed to
+    the template if it has a variable `reasoning_effort`. `save_after` are indices of at most MAX_SAVE_AFTER messages
+    after which the model's state should be saved.
     """
 
     tools: Sequence[Any]
@@ -63,8 +64,9 @@ class RenderOptions(TypedDict, total=False):
 class RenderedText:
     """The text that a chat template made, before it is encoded.
 
-    The text still contains the marks of SpecialText. `boundaries` are offsets in it, in characters. `opens_reasoning`
-    is as in RenderedChat.
+    The text still contains the marks that the class `SpecialText` has inserted into the client's text. `boundaries` are
+    the offsets of message boundaries in the text, in characters. `opens_reasoning` has the same meaning as in
+    `RenderedChat`.
     """
 
     marked: str
@@ -76,10 +78,10 @@ class RenderedText:
 class RenderedChat:
     """The prompt that a chat template makes from messages, as text and as token ids.
 
-    `save_positions` are offsets into `prompt_ids` at message boundaries. Later requests are likely to share the tokens
-    before such an offset, so a saved state is useful there.
-    `strip_leading_space` is true if the reply will begin with a space that belongs to the template.
-    `opens_reasoning` is true if the prompt has a <think> that it does not close, so the reply begins with thoughts.
+    `save_positions` are offsets into `prompt_ids` at message boundaries. Later requests are likely to begin with the
+    same tokens up to such an offset, so a saved state is useful there. `strip_leading_space` is true if the reply will
+    begin with a space that belongs to the template. `opens_reasoning` is true if the prompt has a tag <think> without
+    its end tag, so that the reply begins with reasoning.
     """
 
     text: str
@@ -144,8 +146,8 @@ class ChatTemplate:
         return cls(template, tokenizer, renderer) if template is not None else None
 
     def with_source(self, template: str) -> ChatTemplate:
-        """Returns another template for the same tokenizer, which a request brings along. Raises RequestRejected if it
-        does not compile."""
+        """Returns a `ChatTemplate` with the same tokenizer and another template text, which a request has sent. Raises
+        RequestRejected if that template does not compile."""
         try:
             return ChatTemplate(template, self._tokenizer, self._renderer)
         except CheckpointError as error:
@@ -153,9 +155,10 @@ class ChatTemplate:
 
     @property
     def tool_format(self) -> ToolStyle | None:
-        """The style in which the template writes tool calls, or None if it declares no tools.
+        """Returns the style in which the template writes tool calls, or None if the template does not show tools to the
+        model.
 
-        If the template has the tags of both styles, the style whose tags are tokens of the vocabulary is taken.
+        If the template has the tags of both styles, the style whose tags are single tokens of the vocabulary is chosen.
         """
         if "tools" not in self.variables:
             return None
@@ -191,7 +194,7 @@ class ChatTemplate:
             messages, final_text = _with_cut(messages)
         counts = boundary_counts(messages, _checked_indices(options.get("save_after", ()), len(messages)))
         by_count = {count: place for count in counts if (place := place_of(count, messages)) is not None}
-        # The end of the client's text is marked as well, for _opens_reasoning.
+        # The end of the client's text is marked as well, because the method `_opens_reasoning` needs its offset.
         end = None if final_text is not None else place_of(len(messages), messages)
         places = list(dict.fromkeys([*by_count.values(), *([end] if end else [])]))
         marked = mark(messages, places)
@@ -205,18 +208,19 @@ class ChatTemplate:
         client_end = offsets.get(places.index(end), 0) if end else 0
         opens_reasoning = self._opens_reasoning(text, client_end)
         if opens_reasoning and closes_reasoning:
-            # Templates write thoughts as "<think>\n...\n</think>\n\n".
+            # Chat templates write reasoning as "<think>\n...\n</think>\n\n". The added text has the same line feeds.
             text += "\n" * (1 + text.endswith(_THINK)) + _END_OF_THINK + "\n\n"
         return RenderedText(text, boundaries, opens_reasoning and not closes_reasoning)
 
     def _run(self, variables: Mapping[str, object], conversations: Sequence[Messages]) -> list[Rendering]:
-        """Renders several conversations with the same variables."""
+        """Renders several conversations with the chat template. All of them get the same variables."""
         return self._renderer.render(self.source, [{**variables, "messages": turns} for turns in conversations])
 
     def _prefix_lengths(
         self, text: str, messages: Messages, variables: Mapping[str, object], counts: AbstractSet[int]
     ) -> list[int]:
-        """Returns the boundaries after `counts` messages that no mark shows, as offsets in the prompt `text`.
+        """Finds message boundaries where no mark could be inserted. A boundary is given by the number of messages
+        before it, in `counts`. Returns the boundaries as offsets in the prompt `text`.
 
         To find a boundary, the messages before it are rendered alone. If the prompt begins with that text, the boundary
         is at its end; otherwise it is left out.
@@ -228,8 +232,9 @@ class ChatTemplate:
         return [len(found.text) for found in prefixes if not found.error and text.startswith(found.text)]
 
     def _opens_reasoning(self, text: str, client_end: int) -> bool:
-        """Returns whether the template's own text behind the last message has a <think> without its end. The last
-        message ends at the offset `client_end`, or before the template's last special token if that comes later."""
+        """Returns whether the text that the template has added after the last message has a tag <think> without its end
+        tag. The last message ends at the offset `client_end`, or before the template's last special token if that comes
+        later."""
         tail = ""
         for place, part in reversed(list(enumerate(self._special_text.split(text)))):
             if place % 2 and part not in (_THINK, _END_OF_THINK):
@@ -239,10 +244,11 @@ class ChatTemplate:
         return tail.rfind(_THINK) > tail.rfind(_END_OF_THINK)
 
     def _variables(self, options: RenderOptions) -> tuple[dict[str, object], bool]:
-        """Returns the variables of the template without the messages, and whether thoughts must be closed in the
-        prompt.
+        """Returns the variables of the template except the messages. Also returns whether reasoning that the prompt
+        begins must be ended in the prompt.
 
-        `tools` and `documents` are always defined because templates for the library transformers read them unchecked.
+        `tools` and `documents` are always defined, because templates for the library transformers read them without
+        checking that they are defined.
         """
         kwargs = dict(options.get("kwargs") or {})
         for name in _API_FIELDS:
@@ -263,9 +269,11 @@ class ChatTemplate:
         return variables, closes_reasoning
 
     def _set_reasoning(self, kwargs: dict[str, object], effort: str | None) -> bool:
-        """Translates the reasoning effort to variables of the template. Returns whether thoughts must be closed.
+        """Translates the reasoning effort to variables of the template. Returns whether reasoning that the prompt
+        begins must be ended in the prompt.
 
-        The variable `enable_thinking`, which many templates have, works with all templates that think.
+        Clients may set the variable `enable_thinking` for every template that begins the reasoning, even if the
+        template does not read this variable.
         """
         enabled = kwargs.get("enable_thinking")
         if effort == "none" and enabled is True:
@@ -292,7 +300,7 @@ class ChatTemplate:
                 )
 
     def encode(self, rendered: RenderedText) -> RenderedChat:
-        """Returns the prompt with its token ids."""
+        """Converts a rendered prompt to token ids."""
         prompt_ids, offsets = self._encode(rendered.marked, rendered.boundaries)
         if prompt_ids[: len(self._bos)] != self._bos:
             prompt_ids = self._bos + prompt_ids
@@ -325,7 +333,8 @@ class ChatTemplate:
 
 
 def _local_renderer() -> Renderer:
-    from jamba_server.server.text.rendering.local import LocalRenderer  # imports Jinja, which the server does not need
+    # This import loads Jinja, which the HTTP process does not need.
+    from jamba_server.server.text.rendering.local import LocalRenderer
 
     return LocalRenderer()
 
@@ -339,10 +348,12 @@ def _checked_indices(save_after: Sequence[int], num_messages: int) -> Sequence[i
 
 
 def _with_cut(messages: Messages) -> tuple[Messages, str]:
-    """Returns the messages with the mark _CUT at the end of the text that the reply continues, and that text. The text
-    is the last message's content, or its reasoning if it has no content.
+    """Prepares messages for a reply that continues the last message. Returns the messages with the mark _CUT at the end
+    of the text that the reply continues, and that text. The text is the last message's content, or its reasoning if it
+    has no content.
 
-    A space follows the mark. If the space is missing in the prompt, the template strips white space there.
+    A space is added after the mark. If the space is missing in the rendered prompt, the template strips white space at
+    the end of messages.
     """
     last = messages[-1]
     if last.get("tool_calls"):
@@ -358,8 +369,9 @@ def _with_cut(messages: Messages) -> tuple[Messages, str]:
 
 
 def _finish(rendered: str, final_text: str | None) -> tuple[str, dict[int, int]]:
-    """Removes the marks of places from a rendered prompt, and all that follows the last mark _CUT if the reply
-    continues `final_text`. Returns the prompt and the first offset of each place."""
+    """Removes the marks from a rendered prompt. If the reply continues `final_text`, everything after the last mark
+    _CUT is removed, too. Returns the prompt, and for the number of each mark the first offset at which the mark
+    stood."""
     text, places = take_places(rendered)
     offsets = dict(reversed(places))
     if final_text is None:
@@ -372,11 +384,13 @@ def _finish(rendered: str, final_text: str | None) -> tuple[str, dict[int, int]]
 
 
 def _offsets(marked: Rendering, later: Rendering, final_text: str | None, text: str) -> dict[int, int]:
-    """Returns the offset in the prompt `text` of each place. `marked` is the same prompt with marks, and `later` the
-    prompt of the conversation's next turn with marks. Places behind the first difference between these two are moved to
-    it. Spaces before a place are left out, because the tokenizer joins a space with the word behind it.
+    """Returns the offset of each message boundary in the prompt `text`, under the number of its mark. `marked` is the
+    same prompt with the marks, and `later` is the marked prompt of the conversation's next turn. Boundaries after the
+    first difference between these two prompts are moved to that difference, because later requests share only the text
+    before it. A boundary is also moved before any spaces, because the tokenizer joins a space with the following word.
 
-    If the marks changed the prompt, for example because the template cuts long messages, there are no offsets.
+    If the marks have changed the rest of the prompt, for example because the template cuts long messages, the result is
+    empty.
     """
     if marked.error or (final_text is not None and place_mark(_CUT) not in marked.text):
         return {}

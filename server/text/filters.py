@@ -1,7 +1,8 @@
-"""Content filters: small objects that turn the text of a reply into its parts while the text arrives in pieces.
+"""Content filters: objects that divide the text of a reply into parts (text, reasoning, tool calls) while the text
+arrives in pieces.
 
-A reply runs through a chain of filters: stop strings, then thoughts, then tool calls. The parts that a chain delivers
-in total do not depend on how the text was divided into pieces.
+A reply passes through a chain of filters: for stop strings, then for reasoning, then for tool calls. The joined parts
+that a chain returns do not depend on how the text was divided into pieces.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from jamba_server.server.text.parts import Part
 
 
 class Tags(NamedTuple):
-    """The texts between which a model writes something other than ordinary content, such as `<think>` and
-    `</think>`."""
+    """A start tag and an end tag, such as `<think>` and `</think>`. Between them the model writes something other than
+    ordinary content."""
 
     start: str
     end: str
@@ -23,8 +24,9 @@ class Tags(NamedTuple):
 class Filter(Protocol):
     """Turns a stream of parts into another stream of parts.
 
-    `push` takes the next part and returns the parts that are certain now. `flush` is called once, at the end of the
-    reply, and returns what `push` has held back.
+    The method `push` takes the next part and returns the parts that can no longer change. It holds back text that may
+    be the beginning of a tag. The method `flush` is called once, at the end of the reply, and returns the text that was
+    held back.
     """
 
     def push(self, part: Part) -> Iterable[Part]: ...
@@ -48,7 +50,7 @@ class Chain:
         return parts
 
     def _through(self, first: int, parts: Iterable[Part]) -> list[Part]:
-        """Passes the parts through the filters from number `first` on."""
+        """Passes the parts through the filters of the chain, beginning with the filter number `first`."""
         for stage in self._filters[first:]:
             parts = [result for part in parts for result in stage.push(part)]
         return list(parts)

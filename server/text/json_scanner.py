@@ -1,42 +1,44 @@
-"""Finds the end of a JSON object in a text that arrives in pieces."""
+"""Finds the end of a JSON object or array in a text that arrives in pieces."""
 
 from __future__ import annotations
 
 import re
 
-MAX_DEPTH = 128  # maximum nesting of objects and arrays; a deeper value counts as broken
+MAX_DEPTH = 128  # maximum nesting of objects and arrays; a more deeply nested value counts as invalid JSON
 
 _CLOSERS = {"{": "}", "[": "]"}
-# Within a string: the end of the string, an escape, or a control character, which JSON does not allow there.
+# Matches the characters that matter inside a JSON string: the closing quote, a backslash, and control characters, which
+# JSON does not allow there.
 _IN_STRING = re.compile(r'["\\\x00-\x1f]')
-# Outside of strings: a quote, a bracket, or a character of no number and of none of the words true, false and null.
+# Matches the characters that matter outside of JSON strings: quotes, brackets, and all characters that do not occur in
+# numbers, white space or the words true, false and null.
 _OUTSIDE = re.compile(r"[^ \t\r\n:,0-9+\-.Eaeflnrstu]")
 
 
 class JsonScanner:
     """Follows the strings and brackets of one JSON object or array.
 
-    It finds where the value ends, and it finds most errors as soon as they appear. Whoever uses the value has to
-    decode it, which finds the other errors. The time is linear in the length of the text. The attribute `broken` says
-    whether the text cannot be the beginning of a value.
+    The scanner finds where the value ends, and it finds most errors as soon as they appear. Other errors are found only
+    when the complete value is decoded. The time is linear in the length of the text. The attribute `broken` is true if
+    the text so far cannot be the beginning of valid JSON.
     """
 
     def __init__(self) -> None:
         self.broken = False
-        self._closers: list[str] = []  # the closing brackets that are due, the innermost one last
+        self._closers: list[str] = []  # the closing brackets that must still come, the innermost bracket last
         self._in_string = False
         self._escaped = False  # whether the last character was a backslash that escapes the next one
 
     @property
     def depth(self) -> int:
-        """Number of objects and arrays that are open. It is 0 after the end of the value."""
+        """Returns the number of objects and arrays that are open. The number is 0 after the end of the value."""
         return len(self._closers)
 
     def step(self, text: str, start: int) -> int:
-        """Reads `text` from the offset `start` up to the next bracket that is not in a string, this bracket included,
-        or up to its end if there is no such bracket. Returns the offset behind what was read.
+        """Reads `text` from the offset `start` up to and including the next bracket that is not in a string, or to the
+        end of `text` if there is no such bracket. Returns the offset after the last character that was read.
 
-        If a character makes the value broken, the reading stops before that character.
+        If a character is not valid JSON, the reading stops before that character.
         """
         at = start
         while at < len(text):
@@ -59,7 +61,8 @@ class JsonScanner:
         return at
 
     def _take_bracket(self, char: str) -> bool:
-        """Opens or closes an object or array. Returns whether the character is a bracket that may stand here."""
+        """Records the beginning or end of an object or array. Returns false if the character is not a bracket that is
+        allowed here."""
         if char in _CLOSERS:
             self._closers.append(_CLOSERS[char])
             return len(self._closers) <= MAX_DEPTH

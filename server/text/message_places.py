@@ -1,12 +1,14 @@
-"""Finds the boundaries of messages in a prompt, whatever the chat template.
+"""Finds the offsets in a prompt at which messages begin or end. This works with any chat template.
 
-Marks (`special_text.place_mark`) are inserted into the contents of a few messages, and the marked conversation is
-rendered beside the plain one. If the two prompts are equal except for the marks, the marks show the boundaries.
+Marks, which are characters that ordinary text does not contain (`special_text.place_mark`), are inserted into the
+contents of a few messages. The conversation is rendered both with and without marks. If the two prompts are equal
+except for the marks, the positions of the marks are the boundaries.
 
-A boundary is useful only if a later request has the same prompt before it. Some templates change earlier messages when
-the conversation goes on: Jamba Reasoning's puts an instruction in front of the last user message, and Jamba 1.5's puts
-documents there. So the conversation is also rendered as it will be after one more reply and one more question, and
-boundaries behind the first difference are moved to it.
+The boundaries say where the model's state is worth saving. That is useful only if a later request has the same prompt
+up to the boundary. Some templates change earlier messages when the conversation goes on: the template of Jamba
+Reasoning puts an instruction in front of the last user message, and the template of Jamba 1.5 puts documents there. So
+the conversation is also rendered with one more reply and one more question, and boundaries after the first difference
+are moved to that difference.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A place in a conversation. It is at the first character of the content of message `index` that is no white space,
-    or, with `at_end`, behind the last such character."""
+    """A position in a conversation at which a mark is inserted. It is before the first character of the content of
+    message `index` that is not white space, or, if `at_end` is true, after the last such character."""
 
     index: int
     at_end: bool = False
 
 
 def boundary_counts(messages: Sequence[Mapping[str, object]], save_after: Sequence[int]) -> list[int]:
-    """Returns, for each boundary, the number of messages before it: those before the first message that is no system
-    message, those before the last user message, and those up to each message in `save_after`."""
+    """Chooses the message boundaries after which the model's state should be saved: after the system message, before
+    the last user message, and after each message in `save_after`. Returns the number of messages before each
+    boundary."""
     roles = [message.get("role") for message in messages]
     counts = {int(roles[:1] == ["system"]), *(index + 1 for index in save_after)}
     if "user" in roles:
@@ -40,10 +43,12 @@ def boundary_counts(messages: Sequence[Mapping[str, object]], save_after: Sequen
 
 
 def place_of(count: int, messages: Sequence[Mapping[str, object]]) -> Place | None:
-    """Returns the place that stands for the boundary after the first `count` messages, or None if there is none.
+    """Returns the position at which a mark is inserted in order to find the boundary after the first `count` messages,
+    or None if no mark can be inserted there.
 
-    Usually it is the beginning of the next message's content. Templates examine how an assistant's content begins, and
-    some contents are empty; then the place is the end of the previous message's content, if that may be marked.
+    Usually this is the beginning of the next message's content. If the next message is the assistant's, whose beginning
+    some templates examine, or has no text, the end of the previous message's content is used instead, if that message
+    has text and no tool calls.
     """
     if count < len(messages) and messages[count].get("role") != "assistant" and _has_text(messages[count]):
         return Place(count)
@@ -58,8 +63,8 @@ def _has_text(message: Mapping[str, object]) -> bool:
 
 
 def mark(messages: Messages, places: Sequence[Place]) -> Messages:
-    """Returns a copy of the messages with the mark of `places[i]` at that place, for each i. White space at both ends
-    of a content stays outside, because templates strip it."""
+    """Returns a copy of the messages with marks inserted: the mark number i at the position `places[i]`. White space at
+    the beginning and end of a content stays outside of the marks, because templates strip it."""
     assert len(places) <= MAX_PLACES, "each place needs a mark of its own"
     marked = list(messages)
     for number, place in enumerate(places):
@@ -70,13 +75,13 @@ def mark(messages: Messages, places: Sequence[Place]) -> Messages:
 
 
 def next_turn(messages: Messages) -> Messages:
-    """Returns the conversation as a client is likely to send it the next time: with a reply and another question."""
+    """Returns the conversation as a client is likely to send it next: with a reply and another question added."""
     reply = [] if messages[-1].get("role") == "assistant" else [{"role": "assistant", "content": "x"}]
     return [*messages, *reply, {"role": "user", "content": "x"}]
 
 
 def common_length(a: str, b: str) -> int:
-    """Returns the number of characters that two texts have in common at their beginnings."""
+    """Returns the length of the longest common prefix of two texts, in characters."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

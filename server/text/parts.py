@@ -39,8 +39,8 @@ Part = Text | Reasoning | ToolCall
 
 
 def join(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Returns the parts of a reply, with neighbours of the same kind merged into one part. Neighbouring pieces of one
-    tool call become one piece."""
+    """Returns the parts of a reply, with consecutive parts of the same kind merged into one part. Consecutive pieces of
+    one tool call become one piece."""
     return tuple(_join_run(list(run)) for _, run in itertools.groupby(parts, key=_kind))
 
 

@@ -1,4 +1,5 @@
-"""Separates a model's thoughts, which stand between `<think>` and `</think>`, from the content of its reply."""
+"""Separates a model's reasoning ("thoughts"), which the model writes between `<think>` and `</think>`, from the content
+of its reply."""
 
 from __future__ import annotations
 
@@ -10,35 +11,37 @@ from jamba_server.server.text.parts import Part, Reasoning, Text
 
 THINK_TAGS: Final = Tags("<think>", "</think>")
 
-# Where the text so far ends: before it is known whether there are thoughts, inside the thoughts, in the line feeds
-# after the thoughts, or in the content.
+# Says where in the reply the text so far ends. "start": it is not yet known whether the reply begins with reasoning.
+# "thoughts": inside the reasoning. "gap": in the line feeds after the reasoning. "content": in the content.
 _Place = Literal["start", "thoughts", "gap", "content"]
 
 
-_MAX_LEADING_SPACE: Final = 32  # a start tag after more white space than this number of characters is content
+# If more than this number of white-space characters come before a start tag, the tag is treated as content.
+_MAX_LEADING_SPACE: Final = 32
 
 
 class ReasoningFilter:
     """Turns the text between the tags into `Reasoning` parts and removes the tags.
 
-    Some chat templates end the prompt with the start tag; then `thinking` is true and the reply begins with thoughts.
-    Otherwise thoughts are looked for only at the beginning of the reply, after white space at most. A start tag further
-    on is content, because a reply may speak about the tag.
+    Some chat templates end the prompt with the start tag; then the argument `thinking` is true, and the reply begins
+    with reasoning. Otherwise a start tag is recognised only at the beginning of the reply, where white space may
+    precede it. A later start tag is treated as content, because a reply may mention the tag.
 
-    Line feeds beside the tags are layout that chat templates add again when they render the reply in a later prompt.
-    They are removed: those at both ends of the thoughts and those at the start of the content after thoughts.
+    Line feeds at the beginning and end of the reasoning, and at the beginning of the content after it, are removed.
+    Chat templates add them again when they render the reply in a later prompt.
     """
 
     def __init__(self, *, thinking: bool, tags: Tags = THINK_TAGS) -> None:
         self._tags = tags
         self._place: _Place = "thoughts" if thinking else "start"
-        self._held = ""  # the end of the text, which may be the beginning of a tag
-        self._line_feeds = 0  # number of line feeds at the end of the thoughts so far, which are held back
-        self._begun = False  # whether the thoughts have a character that is not a line feed
+        # The last characters of the text, which are held back because they may be the beginning of a tag.
+        self._held = ""
+        self._line_feeds = 0  # number of line feeds at the end of the reasoning so far; they are held back
+        self._begun = False  # whether the reasoning so far has a character that is not a line feed
 
     @property
     def thinking(self) -> bool:
-        """Whether the text so far ends inside the thoughts."""
+        """Returns whether the text so far ends inside the reasoning."""
         return self._place == "thoughts"
 
     def push(self, part: Part) -> Iterator[Part]:
@@ -64,8 +67,9 @@ class ReasoningFilter:
             yield Reasoning(rest)
 
     def _find_start(self, text: str) -> str:
-        """Looks for the start tag at the beginning of the reply. Returns the text that follows the decision, or holds
-        all of the text back if nothing is decided yet."""
+        """Looks for the start tag at the beginning of the reply. If the text does not yet show whether the tag is
+        there, holds the text back and returns "". Otherwise returns the text after the tag, or the whole text if there
+        is no tag."""
         begin = text.lstrip()
         few_spaces = len(text) - len(begin) <= _MAX_LEADING_SPACE
         if few_spaces and begin.startswith(self._tags.start):
@@ -78,7 +82,7 @@ class ReasoningFilter:
         return text
 
     def _find_end(self, text: str) -> tuple[str, str]:
-        """Returns the thoughts that are certain now and the text behind the end tag."""
+        """Looks for the end tag. Returns the reasoning text that can be sent now, and the text after the end tag."""
         thoughts, end_tag, rest = text.partition(self._tags.end)
         if end_tag:
             self._place = "gap"

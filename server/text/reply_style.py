@@ -1,4 +1,4 @@
-"""How a model writes what is not ordinary text: its tool calls and its thoughts."""
+"""Finds out how a model writes tool calls and whether it writes reasoning."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jamba_server.server.text.tool_calls import TOOL_TAGS, ToolStyle
 
 @dataclass(frozen=True, slots=True)
 class ReplyStyle:
-    """The style of a model's tool calls, or None if they are not read, and whether its thoughts are separated from the
-    content."""
+    """Says how the server reads a model's replies: `tool_calls` is the style of its tool calls, or None if they are
+    treated as text. `reasoning` says whether its reasoning is separated from the content."""
 
     tool_calls: ToolStyle | None = None
     reasoning: bool = False
 
     def describe(self) -> str:
-        """Returns a line for the log."""
+        """Returns a description of the style for the log."""
         calls = f"tool calls between {' and '.join(TOOL_TAGS[self.tool_calls])}" if self.tool_calls else "no tool calls"
         thoughts = f"thoughts between {' and '.join(THINK_TAGS)}" if self.reasoning else "no thoughts"
         return f"reads {calls}, and {thoughts}"
@@ -33,10 +33,12 @@ def find_reply_style(
     tool_calls: ToolCallParser = "auto",
     reasoning: ReasoningParser = "auto",
 ) -> ReplyStyle:
-    """Returns the style of a model. With "auto" it is found in the model's chat template and its vocabulary.
+    """Returns the style of a model's replies. If an option is "auto", its value is derived from the model's chat
+    template and vocabulary.
 
-    A template that declares tools tells the model how to write calls, or writes the calls of a conversation. If it has
-    the tags of both styles, the style whose tags are tokens of the vocabulary is taken.
+    A template that supports tools contains the tags of tool calls, because it tells the model how to write calls or
+    renders earlier calls. If the template has the tags of both styles, the style whose tags are single tokens of the
+    vocabulary is chosen.
     """
     if template is None:
         return ReplyStyle()

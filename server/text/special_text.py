@@ -5,7 +5,8 @@ Three steps keep the two apart. Before rendering, a mark is inserted into every 
 strings. After rendering, the text is split at the special tokens that contain no mark, which are the template's own.
 Last, the marks are removed.
 
-Further marks name places in messages. After rendering they show where in the prompt these places are.
+Further marks can be inserted at chosen positions in messages. After rendering, they show where in the prompt these
+positions are.
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ class SpecialText:
 
 
 def place_mark(number: int) -> str:
-    """Returns the mark of the place with a number below MAX_PLACES. It is inserted into a text that `protect` has
-    returned."""
+    """Returns the mark with a number below MAX_PLACES. The mark can be inserted into a text that `protect` has
+    returned, to find its position in the rendered prompt."""
     return MARK + _PLACES[number]
 
 
 def take_places(rendered: str) -> tuple[str, list[tuple[int, int]]]:
-    """Removes the marks of places. Returns the text without them. Also returns, for each mark in its order, the number
-    of its place and its offset in that text, in characters."""
+    """Removes from a rendered prompt the marks that `place_mark` has made, and returns the text without them. Also
+    returns, for each mark in the order of the text, its number and its offset in the returned text, in characters."""
     pieces: list[str] = []
     places: list[tuple[int, int]] = []
     start = length = 0

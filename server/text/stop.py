@@ -50,7 +50,7 @@ class StopStrings:
         return pending[:emitted]
 
     def flush(self) -> list[Part]:
-        """Returns the text that `push` has held back. Called at the end of the reply."""
+        """Returns the text that `push` has held back. This method must be called at the end of the reply."""
         held, self._held = self._held, ""
         return [Text(held)] if held else []
 

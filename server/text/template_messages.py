@@ -1,4 +1,4 @@
-"""Brings messages into the form for which chat templates are written, as transformers and vLLM do."""
+"""Converts messages to the form that chat templates expect, in the same way as transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, NoReturn, cast
 
 Message = Mapping[str, object]
 
-# The names that APIs and templates have for an assistant's thoughts. A message with one of them gets the first two,
-# since templates read either.
+# The keys under which APIs and templates hold an assistant's reasoning. If a message has one of these keys, the first
+# two keys are both set, because some templates read the first and others the second.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 def template_message(message: Message) -> dict[str, object]:
-    """Returns a message as templates read it.
+    """Returns a message in the form that chat templates expect.
 
-    Templates expect a content that is no null, a tool call's arguments as an object, and thoughts under the name
-    `reasoning_content` or, more rarely, `thinking`.
+    Templates expect that the content is not null, that the arguments of a tool call are an object, and that reasoning
+    has the key `reasoning_content` or, more rarely, `thinking`.
     """
     result = dict(message)
     if result.get("content") is None:
@@ -31,8 +31,8 @@ def template_message(message: Message) -> dict[str, object]:
 
 
 def _template_call(call: object) -> object:
-    """Returns a tool call whose arguments are an object. Arguments that are not the JSON text of an object stay a
-    text."""
+    """Returns a tool call whose arguments are decoded to an object. If the arguments are not the JSON text of an
+    object, they stay a text."""
     if not isinstance(call, Mapping):
         return call
     fields = cast("Mapping[str, object]", call)
@@ -60,8 +60,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def text_bytes(value: object) -> int:
-    """Returns the number of bytes of all texts in a JSON value, without the names of fields and without thoughts, which
-    most templates leave out."""
+    """Returns the number of bytes of all texts in a JSON value. The names of fields do not count. Reasoning does not
+    count either, because most templates leave it out of the prompt."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode())
     if isinstance(value, Mapping):

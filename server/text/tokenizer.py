@@ -98,7 +98,8 @@ class Tokenizer:
 
     @property
     def tags(self) -> Mapping[str, int]:
-        """The token ids of the vocabulary's tags, such as "<tool_call>". Control tokens such as "<|eom|>" are none."""
+        """Returns the vocabulary's tags, such as "<tool_call>", with their token ids. Control tokens such as "<|eom|>"
+        do not count as tags."""
         added = self._raw.get_added_tokens_decoder()
         return {token.content: token_id for token_id, token in added.items() if _TAG.fullmatch(token.content)}
 

@@ -25,13 +25,15 @@ TOOL_TAGS: Final[dict[ToolStyle, Tags]] = {
     "hermes": Tags("<tool_call>", "</tool_call>"),
 }
 
-_CALL_DEPTH = 1  # nesting of brackets inside the object of a call and outside of its arguments
+# Number of open brackets at a position that is inside the JSON object of a call but outside of its arguments.
+_CALL_DEPTH = 1
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BETWEEN_CALLS = re.compile(r"[ \t\r\n,]*")
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*\{')
 
-# Where the text so far ends: in ordinary text, behind a start tag, between the calls of an array, inside the object of
-# a call, or behind the last call of a block, where the end tag is due.
+# Says where in the reply the text so far ends. "text": in ordinary text. "block": after a start tag. "array": between
+# the calls of an array. "call": inside the JSON object of a call. "end": after the last call of a block, where the end
+# tag is expected.
 _Place = Literal["text", "block", "array", "call", "end"]
 
 
@@ -42,10 +44,11 @@ class _Call(msgspec.Struct):
 
 @dataclass(slots=True)
 class _Block:
-    """The text between a start tag and an end tag.
+    """The block that is being read: the text between a start tag and an end tag of tool calls.
 
-    `held` is the text of the block that was not delivered yet. It is delivered as text if the next call is broken.
-    `has_calls` and `has_text` say whether calls of the block, or other text of it, were delivered.
+    `held` is the text of the block that was not returned yet. It is returned as ordinary text if the next call is not
+    valid. `has_calls` says whether a call of the block was returned, and `has_text` whether other text of the block was
+    returned.
     """
 
     held: list[str]
@@ -56,10 +59,11 @@ class _Block:
 
 @dataclass(slots=True)
 class _Pending:
-    """A call whose object is not complete.
+    """The tool call that is being read, whose JSON object is not complete yet.
 
-    `pieces` is the text of the object so far, without arguments that were delivered early. `begun` says whether the
-    name was delivered early, and `in_arguments` whether the text ends inside arguments that are delivered early.
+    `pieces` has the text of the object so far, without arguments that were already returned. `begun` says whether the
+    call's name was returned before the call was complete. `in_arguments` says whether the text ends inside arguments
+    that are returned piece by piece.
     """
 
     scanner: JsonScanner = field(default_factory=JsonScanner)
@@ -75,11 +79,11 @@ def new_call_id() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCallOptions:
-    """How the tool calls of a reply are read.
+    """Options for reading the tool calls of a reply.
 
     `names` are the functions that may be called, and `max_calls` is the maximum number of calls. If `early` is true, a
-    grammar guarantees that every call is valid, so the arguments of a call are delivered while the model writes them.
-    Otherwise a call is delivered when it is complete.
+    grammar guarantees that every call is valid, so the arguments of a call are returned while the model writes them.
+    Otherwise a call is returned when it is complete.
     """
 
     style: ToolStyle
@@ -93,16 +97,16 @@ class ToolCallOptions:
 
 
 class ToolCallFilter:
-    """Turns the calls in a text into `ToolCall` parts.
+    """A content filter that turns the tool calls in a reply's text into `ToolCall` parts.
 
     A call is accepted if it is valid JSON, names a function that may be called and has an object as its arguments. The
-    arguments may also be a string that holds the JSON text of an object. The arguments are delivered as the model
-    wrote them. All other text is delivered as text, so nothing that the model wrote is lost: broken calls with their
-    tags, calls of unknown functions, and what stands before, between and after calls. Only white space that stands
-    alone between calls, or between a call and an end of the reply, is left out.
+    arguments may also be a string that holds the JSON text of an object. The arguments are returned as the model wrote
+    them. Everything else is returned as ordinary text, so nothing that the model wrote is lost: invalid calls with
+    their tags, calls of unknown functions, and the text before, between and after calls. Only white space that stands
+    alone between calls, or between a call and the beginning or end of the reply, is left out.
 
-    A block may have one object or an array of objects, whatever the style. A missing end tag does not matter. The time
-    is linear in the length of the text.
+    In both styles, a block may have one object or an array of objects. Calls are also accepted if the end tag is
+    missing. The time is linear in the length of the text.
     """
 
     def __init__(self, options: ToolCallOptions, *, new_id: Callable[[], str] = new_call_id) -> None:
@@ -110,13 +114,16 @@ class ToolCallFilter:
         self._start, self._end = options.tags
         self.num_calls = 0
         self.is_cut_off = (
-            False  # whether the last call is incomplete, which is possible if arguments are delivered early
+            False  # whether the last call is incomplete, which is possible if arguments are returned piece by piece
         )
         self._place: _Place = "text"
-        self._parts: list[Part] = []  # what the current call of `push` or `flush` will return
-        self._partial = ""  # the end of the text, which may be the beginning of a tag
-        self._space: list[str] = []  # white space that was not delivered, because no other text has come since a call
-        self._only_space = True  # whether there was only white space since the last call or the start of the reply
+        self._parts: list[Part] = []  # the parts of the reply that the current call of `push` or `flush` will return
+        # The last characters of the text, which are held back because they may be the beginning of a tag.
+        self._partial = ""
+        # White space that is held back: it is left out unless other text follows before the next call.
+        self._space: list[str] = []
+        # Whether all text since the last call, or since the start of the reply, was white space.
+        self._only_space = True
         self._block = _Block([])
         self._call = _Pending()
 
@@ -130,7 +137,8 @@ class ToolCallFilter:
         return self._take_parts()
 
     def flush(self) -> list[Part]:
-        """Returns the text that was held back, because it could have become a call."""
+        """Must be called at the end of the reply. Returns the text that was held back because it could have become a
+        call."""
         between_calls = self._place in ("array", "end") and self._block.has_calls and not self._block.has_text
         if self._place != "text" and not between_calls:
             self._give_up()
@@ -190,7 +198,7 @@ class ToolCallFilter:
             case "":
                 return at
             case "]":
-                self._block.has_text |= not self._block.has_calls  # an array without calls is delivered as text
+                self._block.has_text |= not self._block.has_calls  # an array without calls is returned as ordinary text
                 self._block.held = [*self._block.held, "]"] if self._block.has_text else []
                 self._place = "end"
                 return at + 1
@@ -240,7 +248,8 @@ class ToolCallFilter:
         return match.end()
 
     def _begin_early(self) -> None:
-        """Delivers the name of the current call if its text so far ends where the object of its arguments begins."""
+        """Returns the name of the current call to the caller of `push`, if the text so far ends where the call's
+        arguments begin."""
         self._call.head_checked = True
         head = _HEAD.fullmatch("".join(self._call.pieces))
         if head is not None and self._may_call(head[1]):
@@ -248,7 +257,8 @@ class ToolCallFilter:
             self._deliver(ToolCall(self.num_calls, self._new_id(), head[1], "{"))
 
     def _end_call(self) -> None:
-        """Delivers the current call, whose object is complete, as a call or as text."""
+        """Handles the end of the current call's JSON object. The call is returned as a tool call if it is valid, and
+        otherwise as text."""
         if self._call.begun:
             self.num_calls += 1
         elif (call := self._decode_call()) is not None:
@@ -260,7 +270,8 @@ class ToolCallFilter:
         self._place = "array" if self._block.in_array else "end"
 
     def _decode_call(self) -> ToolCall | None:
-        """Returns the current call, or None if it is not accepted."""
+        """Decodes the current call. Returns None if the call is not valid or names a function that may not be
+        called."""
         try:
             call = msgspec.json.decode("".join(self._call.pieces), type=_Call)
             arguments = bytes(call.arguments).decode()
@@ -280,14 +291,15 @@ class ToolCallFilter:
         return name in self._options.names and (limit is None or self.num_calls < limit)
 
     def _deliver(self, call: ToolCall) -> None:
-        """Delivers a call or its beginning. The tag and the white space before it are not delivered."""
+        """Adds a call, or its beginning, to the parts that are returned. The tag and the white space before the call
+        are dropped."""
         self._parts.append(call)
         self._block.held, self._block.has_calls = [], True
         self._space, self._only_space = [], True
 
     def _give_up(self, at: int = 0) -> int:
-        """Delivers what is held back of the current block as text. The text from the offset `at` on is read as ordinary
-        text."""
+        """Stops reading the current block, because it is not valid. The text of the block that was held back becomes
+        ordinary text. Returns `at`, the offset from which the text is read on as ordinary text."""
         if self._place == "call" and self._call.begun:
             self.num_calls += 1
             self.is_cut_off = True
@@ -297,7 +309,8 @@ class ToolCallFilter:
         return at
 
     def _say(self, text: str) -> None:
-        """Delivers ordinary text. White space waits for the next other text."""
+        """Adds ordinary text to the parts that are returned. White space after a call is held back until other text
+        follows."""
         if not text:
             return
         if self._only_space and text.isspace():

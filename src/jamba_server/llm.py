@@ -205,7 +205,8 @@ class LLM:
             try:
                 while open_ or self.core.has_work:
                     if not self.core.has_work:
-                        self.core.inbox.wait()  # the grammars of the new requests may still be compiled
+                        # the engine has no work while the grammars of new requests are still being compiled
+                        self.core.inbox.wait()
                     for update in self.core.step().updates:
                         reply = open_.get(update.request_id)
                         if reply is not None and reply.take(update):

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share. Each script tries one client library on a running server.
+"""Code that all scripts of this folder use. Each script tries one client library on a running server.
 
 A script runs in an environment that has the library but not this project. It gets the address of the server in the
 environment variable URL, and prints one line of JSON for each check.
@@ -9,13 +9,13 @@ import os
 import traceback
 from collections.abc import Callable
 
-URL = os.environ["URL"]  # without a slash at its end
+URL = os.environ["URL"]  # the server's base URL, without a slash at its end
 MODEL = "jamba-demo"
 MAX_TOKENS = 128
 QUESTION = "Tell me a story about a dog."
 
-# The JSON schema of the arguments of a tool, and of a reply in JSON. Each value has few forms, so that a small model
-# completes it.
+# The JSON schema that is used both for the arguments of a tool and for replies in JSON. It allows only a few short
+# values, so that even a very small model completes the JSON.
 SCHEMA = {
     "type": "object",
     "properties": {"room": {"type": "string", "enum": ["kitchen", "hall"]}, "on": {"type": "boolean"}},
@@ -25,7 +25,7 @@ SCHEMA = {
 
 
 def check(name: str, work: Callable[[], object]) -> None:
-    """Calls `work` and prints whether it raised an exception."""
+    """Calls the function `work`, and prints one line of JSON that says whether it raised an exception."""
     try:
         work()
         error = ""

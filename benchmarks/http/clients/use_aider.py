@@ -1,4 +1,4 @@
-"""Aider: a question about a file, with and without streaming."""
+"""Tries Aider, a coding assistant: asks a question about a file, with and without streaming."""
 
 import json
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from checks import MODEL, QUESTION, URL, check
 
-# Aider reads the limits of a model and the fields of its requests from files.
+# Aider reads from files what limits a model has and which extra fields its requests have. These dictionaries are the
+# contents of the files.
 LIMITS = {f"openai/{MODEL}": {"max_input_tokens": 3500, "max_output_tokens": 500, "litellm_provider": "openai"}}
 SETTINGS = f"""
 - name: openai/{MODEL}

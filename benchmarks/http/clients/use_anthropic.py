@@ -1,4 +1,4 @@
-"""Anthropic's own client."""
+"""Tries Anthropic's own Python client."""
 
 import json
 

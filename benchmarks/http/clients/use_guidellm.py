@@ -1,4 +1,4 @@
-"""guidellm: a short benchmark of streamed chats."""
+"""Tries guidellm, a load generator: runs a short benchmark of streamed chats."""
 
 import json
 import os

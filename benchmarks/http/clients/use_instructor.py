@@ -1,4 +1,5 @@
-"""instructor, which always asks for an object: by a tool call, by a schema, and while the object is streamed."""
+"""Tries the library instructor, which makes a model return a Python object: by a tool call, by a JSON schema, and as a
+stream."""
 
 from typing import Literal
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 class Lamp(BaseModel):
     """Switches a lamp."""
 
-    model_config = ConfigDict(extra="forbid")  # otherwise the schema allows any number of other fields
+    model_config = ConfigDict(extra="forbid")  # without this setting the schema would allow any other fields
 
     room: Literal["kitchen", "hall"]
     on: bool

@@ -1,4 +1,4 @@
-"""LangChain with its class for OpenAI's API."""
+"""Tries LangChain with its class for OpenAI's API."""
 
 from checks import MAX_TOKENS, MODEL, QUESTION, SCHEMA, URL, check, check_arguments
 from langchain_openai import ChatOpenAI

@@ -1,4 +1,4 @@
-"""LiteLLM, once for OpenAI's API and once for Anthropic's."""
+"""Tries LiteLLM, both with OpenAI's API and with Anthropic's."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""LlamaIndex with its class for servers that speak OpenAI's API."""
+"""Tries LlamaIndex with its class for servers that have OpenAI's API."""
 
 from typing import Literal
 

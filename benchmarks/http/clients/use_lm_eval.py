@@ -1,4 +1,5 @@
-"""lm-eval with a task of two questions in a local file: generated replies, and log-probabilities of given answers."""
+"""Tries lm-eval, an evaluation harness, with a task of two questions in a local file. One part needs generated replies,
+and the other part needs the log-probabilities of given answers."""
 
 import json
 import tempfile

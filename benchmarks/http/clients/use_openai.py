@@ -1,4 +1,4 @@
-"""OpenAI's own client."""
+"""Tries OpenAI's own Python client."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""pydantic-ai."""
+"""Tries the agent library pydantic-ai."""
 
 import asyncio
 from typing import Literal

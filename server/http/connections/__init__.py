@@ -1,1 +1,2 @@
-"""TCP connections: how many are open, how long each may take, and what happens when file descriptors run short."""
+"""Accepts TCP connections, limits their number to what the limit of file descriptors allows, and sets deadlines for
+what clients send."""

@@ -13,24 +13,28 @@ from jamba_server.server.http.connections.protocol import Connection
 
 logger = logging.getLogger(__name__)
 
-ACCEPTED_AT_ONCE = 64  # after this number of accepted connections the event loop does other work first
+# After accepting this number of connections, the event loop does its other work before it accepts more.
+ACCEPTED_AT_ONCE = 64
 BACKLOG = 2048  # number of connections that the kernel keeps until they are accepted; the kernel may allow fewer
-REFUSALS = 32  # number of connections beyond the limit that are open at the same time to get the reply 503
-CROWDED_SHARE = 0.75  # with this share of all connections open, a connection is closed after its reply
+# Number of connections beyond the limit that may be open at the same time; they only get a reply with status 503.
+REFUSALS = 32
+# If more than this share of the allowed connections is open, a connection is closed after its reply.
+CROWDED_SHARE = 0.75
 HANDSHAKE_SECONDS = 20.0
-RETRY_SECONDS = 0.1  # after an error of the system, such as a full table of files, accepting stops for this time
+# After an error of the operating system, such as too many open files, no connection is accepted for this time.
+RETRY_SECONDS = 0.1
 
-# Makes the protocol of a new connection. The arguments are whether the connection is refused, and a function to call
-# when the connection has ended.
+# The type of a function that makes the asyncio protocol object of a new connection. Its arguments are whether the
+# connection is refused, and a function to call when the connection has ended.
 Connect = Callable[[bool, Callable[[], None]], Connection]
 
 
 class Acceptor:
     """Accepts the connections of one listening socket in the running event loop.
 
-    At most `limit` connections are served at the same time. Up to REFUSALS others are accepted and get status 503. Yet
-    others wait in the kernel's queue until a connection ends; asyncio's own server would accept them until no
-    descriptor is left, and the kernel would reset the rest.
+    At most `limit` connections are served at the same time. Up to REFUSALS further connections are accepted and get
+    status 503. All others wait in the kernel's queue until a connection ends. The server of asyncio would instead
+    accept connections until the process has no file descriptor left.
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class Acceptor:
 
     @property
     def crowded(self) -> bool:
-        """Whether connections are to be closed after their replies, to make room for others."""
+        """Returns whether so many connections are open that each connection is closed after its reply, to make room for
+        others."""
         return self._counts.num_open > CROWDED_SHARE * self._limit
 
     def start(self) -> None:
@@ -99,7 +104,7 @@ class Acceptor:
         task.add_done_callback(self._tasks.discard)
 
     async def _attach(self, connection: socket.socket, refused: bool) -> None:
-        """Makes an asyncio transport of an accepted socket, after the TLS handshake if there is one."""
+        """Makes the asyncio transport and protocol of an accepted socket. With TLS, the handshake comes first."""
         ended = False
 
         def end() -> None:
@@ -113,7 +118,8 @@ class Acceptor:
         try:
             connection.setblocking(False)
             if connection.family in (socket.AF_INET, socket.AF_INET6):
-                # Without this option the kernel would delay an event of a stream until the client confirms the last.
+                # Without this option, the kernel would delay a small event of a stream until the client has
+                # acknowledged the packet before it.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
                 lambda: self._connect(refused, end),
@@ -121,7 +127,8 @@ class Acceptor:
                 ssl=context,
                 ssl_handshake_timeout=None if context is None else HANDSHAKE_SECONDS,
             )
-        except OSError as error:  # includes ssl.SSLError: the handshake failed, or the client has gone
+        # The TLS handshake failed (ssl.SSLError is a subclass of OSError), or the client has disconnected.
+        except OSError as error:
             logger.debug("a connection ended before its first request: %s", error)
             connection.close()
             end()

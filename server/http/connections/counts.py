@@ -1,4 +1,4 @@
-"""How many connections are open, for the metrics."""
+"""Counts the open connections and the refused connections, for the metrics and for the limit on connections."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class ConnectionCounts:
-    """`num_open` connections are open now, those included that are being refused. `num_refused` have been refused since
-    the start of the server."""
+    """`num_open` is the number of connections that are open now. It includes those that are being refused.
+    `num_refused` is the number of connections that have been refused since the start of the server."""
 
     num_open: int = 0
     num_refused: int = 0

@@ -1,14 +1,14 @@
-"""How many connections the limit of open file descriptors allows."""
+"""Computes how many connections the process can have under its limit of open file descriptors."""
 
 from __future__ import annotations
 
 import os
 import resource
 
-# A higher limit than this one is not used, because some systems set no limit at all.
+# The soft limit of open files is not raised above this number, because some systems set no hard limit at all.
 LARGEST_LIMIT = 2**20
-# Number of descriptors that stay free for everything but connections: the engine process and its successor, files that
-# are read again, and the log.
+# This number of descriptors is reserved for everything except connections: the sockets of the engine process and of the
+# process that replaces it, files that are read again, and the log.
 RESERVED = 64
 
 

@@ -17,22 +17,23 @@ from uvicorn.server import ServerState
 from jamba_server.engine.errors import Overloaded
 from jamba_server.server.http.errors import Problem, error_response
 
-# Time in seconds in which a client may still send a body after it has got the reply. If the connection were closed at
-# once, the client's system would discard the reply.
+# If a reply is sent before the request's body was read, the client may go on sending the body for this time in seconds.
+# If the server closed the connection at once, the client's operating system would discard the reply.
 LINGER_SECONDS = 5.0
 REFUSAL_SECONDS = 2.0  # time in seconds in which a client must send a request that will be refused
-REFUSED_BODY_BYTES = 256 * 1024  # a refused request's body is read up to this size, so that the client gets the reply
+# The body of a refused request is read up to this number of bytes, so that the client receives the reply.
+REFUSED_BODY_BYTES = 256 * 1024
 RETRY_AFTER_SECONDS = 1
 CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manner:
-    """How a connection is to be served.
+    """Says how one connection is to be served.
 
     The client must send the headers of each request within `header_seconds`. If `refused` is true, the connection's
-    only request gets status 503. The function `crowded` says whether so many connections are open that this one is to
-    be closed after its reply. The function `lost` is called when the connection has ended.
+    only request gets status 503. The function `crowded` says whether so many connections are open that each connection
+    is closed after its reply. The function `lost` is called when the connection has ended.
     """
 
     header_seconds: float
@@ -42,10 +43,10 @@ class Manner:
 
 
 class Connection(H11Protocol):
-    """One connection of a client.
+    """The asyncio protocol of one HTTP/1.1 connection of a client. It adds deadlines to uvicorn's implementation.
 
-    At most one deadline is set at a time: for the headers of the next request, or for the rest of a body that nobody
-    reads. The body of a request that is being answered has its deadline in the class `JsonBody`.
+    At most one deadline is set at a time: for the headers of the next request, or for the rest of a body after the
+    reply was already sent. For a body that the application still reads, the class `JsonBody` sets a deadline.
     """
 
     def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], manner: Manner) -> None:
@@ -54,7 +55,7 @@ class Connection(H11Protocol):
         self._served: ASGIApp = self.app  # pyright: ignore[reportAttributeAccessIssue]  # uvicorn's type of the same
         self.app = refuse if manner.refused else self._run  # pyright: ignore[reportAttributeAccessIssue]
         self._deadline: asyncio.TimerHandle | None = None
-        self._lingers = False  # whether the deadline is for the rest of a body that nobody reads
+        self._lingers = False  # whether the deadline is for the rest of a request's body whose reply was already sent
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -69,7 +70,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.transport.is_closing():
             self._clear_deadline()
-        elif self.conn.their_state is h11.IDLE:  # the headers of a request have not all come
+        elif self.conn.their_state is h11.IDLE:  # the headers of a request are not complete yet
             if self._deadline is None or self._lingers:
                 self._set_deadline(self._manner.header_seconds)
         elif not self.cycle.response_complete:
@@ -96,7 +97,8 @@ class Connection(H11Protocol):
             self._deadline = None
 
     def _expire(self) -> None:
-        """Closes the connection. A client that has sent a part of its headers gets status 408 before."""
+        """Closes the connection, because a deadline has passed. A client that has sent only a part of its headers first
+        gets a reply with status 408."""
         self._deadline = None
         if self.transport.is_closing():
             return
@@ -107,7 +109,8 @@ class Connection(H11Protocol):
         self.transport.close()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Calls the application. If the server is crowded, the reply tells the client that the connection is closed."""
+        """Calls the application for one request. If too many connections are open, the header `connection: close` is
+        added to the reply."""
 
         async def send_or_close(message: Message) -> None:
             if message["type"] == "http.response.start" and self._manner.crowded():

@@ -1,4 +1,4 @@
-"""The class `HttpServer` is uvicorn's server with this package's connections."""
+"""The class `HttpServer` is uvicorn's server, except that this package accepts the connections and limits them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from jamba_server.server.http.connections.protocol import Connection, Manner
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server, which accepts at most `max_connections` connections and sets deadlines for them.
+    """A version of uvicorn's server that serves at most `max_connections` connections at a time and sets deadlines for
+    what their clients send.
 
-    It has no signal handlers. With uvicorn's handlers, a signal would close the sockets at once, and /ready could not
-    answer 503.
+    The class installs no signal handlers. With uvicorn's handlers, SIGTERM would close the listening sockets at once,
+    and /ready could not answer 503 while running requests finish.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class HttpServer(uvicorn.Server):
         super().__init__(config)
         self._listener, self._max_connections, self._header_timeout = listener, max_connections, header_timeout
         self._counts = counts
-        self.tls = tls  # the context of connections that are accepted from now on
+        # The TLS context for connections that are accepted from now on; it is replaced when the certificate changes.
+        self.tls = tls
         self.acceptor: Acceptor | None = None
 
     @contextlib.contextmanager
@@ -45,7 +47,8 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # the argument keeps uvicorn from opening a socket of its own
+        # The empty list keeps uvicorn from opening a socket, because the class `Acceptor` accepts the connections.
+        await super().startup(sockets=[])
         if self.started:
             self.acceptor = Acceptor(
                 self._listener,

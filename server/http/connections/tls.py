@@ -19,6 +19,6 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         # With an empty password, an encrypted key is an error. Without a password, OpenSSL would ask on the terminal.
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
-    except OSError as error:  # ssl.SSLError is a subclass of OSError
+    except OSError as error:  # this clause also catches ssl.SSLError, which is a subclass of OSError
         raise ConfigError(f"ssl_keyfile and ssl_certfile cannot be used: {error}.") from error
     return context

@@ -1,1 +1,2 @@
-"""Limits on what clients may send: the keys and their rates, the tokens that may wait, and the memory for bodies."""
+"""Limits what clients may send: the API keys and their rates, the number of prompt tokens that may wait, and the memory
+for request bodies."""

@@ -11,11 +11,13 @@ from jamba_server.server.http.errors import RateLimited
 from jamba_server.server.http.limits.bucket import Bucket, Clock
 from jamba_server.server.http.limits.key_file import Key
 
-BUSY_RETRY_SECONDS = 1  # Retry-After of a request beyond the number of requests that may run at the same time
+# The value of the header Retry-After if a key already has as many running requests as it may have.
+BUSY_RETRY_SECONDS = 1
 
 
 class Account:
-    """The use of one API key. The argument `key` has the limits; a limit of None does not apply."""
+    """Counts the requests and tokens of one API key. The argument `key` has the limits; a limit of None does not
+    apply."""
 
     def __init__(self, key: Key, clock: Clock) -> None:
         self.key = key
@@ -25,7 +27,8 @@ class Account:
         self._tokens = None if key.tokens_per_minute is None else Bucket(key.tokens_per_minute, clock)
 
     def change(self, key: Key) -> None:
-        """Replaces the limits. What was used counts on, unless the limit on it has changed."""
+        """Replaces the limits of the key. Earlier requests and tokens still count, except for a limit whose value has
+        changed: its count begins anew."""
         if key.requests_per_minute != self.key.requests_per_minute:
             self._requests = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, self._clock)
         if key.tokens_per_minute != self.key.tokens_per_minute:
@@ -34,7 +37,8 @@ class Account:
 
     @contextmanager
     def request(self) -> Generator[None]:
-        """Counts one request, which runs until the end of the `with` block. Raises RateLimited beyond a limit."""
+        """Context manager: counts one request, which runs until the end of the `with` block. Raises RateLimited if the
+        request exceeds a limit of the key."""
         limit = self.key.max_concurrent
         if limit is not None and self._num_running >= limit:
             raise RateLimited(
@@ -61,7 +65,8 @@ class Account:
     def take_prompt(self, num_tokens: int) -> None:
         """Counts the tokens of a request's prompts, if the key may use that many now.
 
-        Raises RateLimited if it may not use them yet, and RequestRejected if it never may.
+        Raises RateLimited if the key has too few tokens left at present, and RequestRejected if the prompts have more
+        tokens than the key may ever use in one minute.
         """
         if self._tokens is None:
             return
@@ -75,12 +80,14 @@ class Account:
         self._tokens.spend(num_tokens)
 
     def take_reply(self, num_tokens: int) -> None:
-        """Counts tokens that have been generated. They may exceed the limit; later requests then wait for it."""
+        """Counts tokens that have been generated. They may exceed the key's limit, because a running reply is not cut
+        off; later requests are then refused for some time."""
         if self._tokens is not None:
             self._tokens.spend(num_tokens)
 
     def headers(self) -> dict[str, str]:
-        """Returns the headers in which OpenAI's clients look for the limits and for what is left of them."""
+        """Returns the headers with the key's limits and with what is left of them, under the names that OpenAI's API
+        uses."""
         found: dict[str, str] = {}
         for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None:

@@ -11,7 +11,7 @@ RETRY_AFTER_SECONDS = 1
 
 
 class BodyMemory:
-    """Counts the bytes of the bodies of all requests under way, at most `limit`."""
+    """Counts the bytes of the bodies of all running requests, which may be at most `limit` together."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -32,7 +32,8 @@ class BodyMemory:
 
 
 class BodyShare:
-    """The part of a `BodyMemory` that one request's body takes, until the end of the `with` block."""
+    """Counts the bytes of one request's body in a `BodyMemory`. At the end of the `with` block the bytes are subtracted
+    again."""
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory, self.size = memory, 0
@@ -46,6 +47,7 @@ class BodyShare:
         self._memory.give(self.size)
 
     def grow(self, size: int) -> None:
-        """Counts `size` more bytes of the body. Raises Overloaded."""
+        """Counts `size` more bytes of the body. Raises Overloaded if the bodies of all requests then exceed the
+        limit."""
         self._memory.take(size)
         self.size += size

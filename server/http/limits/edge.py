@@ -1,4 +1,4 @@
-"""The class `Edge` has all that bounds what clients may make the server hold."""
+"""The class `Edge` holds the objects that limit what clients can demand of the HTTP process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jamba_server.server.http.limits.waiting import WaitingTokens
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Edge:
-    """The API keys with their limits, and the counts of prompt tokens, bodies and connections."""
+    """Holds the API keys with their limits, and the counters of waiting prompt tokens, bytes of request bodies, and
+    connections."""
 
     keys: Keys
     waiting: WaitingTokens
@@ -24,7 +25,8 @@ class Edge:
 
     @classmethod
     def of(cls, config: ServerConfig) -> Self:
-        """Raises ConfigError if the file of the API keys cannot be used."""
+        """Returns the limits that a configuration asks for. Raises ConfigError if the file of the API keys cannot be
+        used."""
         return cls(
             keys=Keys(read_keys(config.api_key, config.api_key_file)),
             waiting=WaitingTokens(config.max_queue_tokens),

@@ -1,4 +1,4 @@
-"""API keys and their limits: how they are written in the file of --api-key-file.
+"""Reads API keys and their limits from the file that the option --api-key-file names.
 
 Each line of the file is a key, or a JSON object with the fields of the class `Key`. Blank lines and lines that begin
 with `#` have no meaning:
@@ -21,13 +21,14 @@ from msgspec import Meta
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.files import read_text
 
-HASH_CHARS = 12  # length of the part of a key's hash that names a key without a name
+HASH_CHARS = 12  # a key without a name is called after this number of characters of its hash
 Positive = Annotated[int, Meta(ge=1)]
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An API key. `name` stands for the key in the log and owns what is made with the key; two lines with one name are
-    two keys of one owner. A limit of None does not apply. `max_concurrent` limits the requests that run at once."""
+    """An API key. `name` is the name of the key's owner. The log shows this name instead of the key, and responses that
+    are stored with the key belong to this owner. Two lines with the same name are two keys of one owner. A limit of
+    None does not apply. `max_concurrent` limits the requests that run at the same time."""
 
     key: Annotated[str, Meta(min_length=1)]
     name: str = ""
@@ -37,8 +38,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def owner(self) -> str:
-        """The name of the key's owner. For a key without a name it is made from a hash of the key, so that it stays the
-        same after a restart and does not tell the key."""
+        """Returns the name of the key's owner. For a key without a name, it is made from a hash of the key, so that it
+        is the same after a restart and does not reveal the key."""
         return self.name or f"key-{hashlib.sha256(self.key.encode()).hexdigest()[:HASH_CHARS]}"
 
 

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jamba_server.server.http.errors import tenant_of
 from jamba_server.server.http.limits.keys import Keys
 
-# The headers that replies to a key with limits may have
+# The names of the headers that tell a client the limits of its API key and what is left of them.
 RATE_HEADERS = tuple(
     f"x-ratelimit-{part}-{kind}" for kind in ("requests", "tokens") for part in ("limit", "remaining", "reset")
 )
@@ -16,9 +16,10 @@ COUNTED_METHODS = ("POST", "PUT", "PATCH", "DELETE")
 
 
 class KeyLimits:
-    """Counts requests that do work. Requests that only read, such as a list of models, are free.
+    """Counts requests with methods such as POST against the limits of their API key. GET requests, such as the list of
+    models, do not count.
 
-    Replies to all requests of a key with limits tell what is left, in the headers of OpenAI's API.
+    All replies to a key with limits say how much of the limits is left, in headers with the names of OpenAI's API.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
@@ -42,6 +43,6 @@ class KeyLimits:
             with account.request():
                 await self.app(scope, receive, send_with_limits)
         finally:
-            # An exception of this or of an inner middleware becomes a reply in the middleware RequestContext, which
-            # adds these headers to it.
+            # If an exception is raised here or further inside, the middleware RequestContext turns it into an error
+            # reply and adds these headers to the reply.
             scope["state"].setdefault("reply_headers", {}).update(account.headers())

@@ -1,4 +1,5 @@
-"""The class `Keys` knows the API keys that are valid now, and the account of each."""
+"""The class `Keys` holds the API keys that are valid now, and for each owner of keys an account that counts its
+requests and tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ class Keys:
 
     def __init__(self, keys: Iterable[Key], clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._accounts: dict[str, Account] = {}  # by owner
+        self._accounts: dict[str, Account] = {}  # maps the name of each owner to its account
         self._known: list[tuple[bytes, str]] = []  # pairs of a key and its owner
         self.replace(keys)
 
@@ -40,11 +41,11 @@ class Keys:
     def owner_of(self, sent: Sequence[bytes]) -> str | None:
         """Returns the owner of the first valid key in `sent`, or None if there is no valid key.
 
-        Every key is compared, so that the time does not reveal which key matched.
+        Every key is compared in constant time, so that the duration does not reveal which key matched.
         """
         matches = [hmac.compare_digest(key, known) for key in sent for known, _ in self._known]
         return self._known[matches.index(True) % len(self._known)][1] if any(matches) else None
 
     def account(self, owner: str) -> Account | None:
-        """Returns the account of an owner, or None if the owner has no valid key (any more)."""
+        """Returns the account of an owner of keys, or None if the owner has no valid key now."""
         return self._accounts.get(owner)

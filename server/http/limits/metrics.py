@@ -1,4 +1,4 @@
-"""The metrics of what the HTTP process holds for its clients: connections, bodies and prompts that wait."""
+"""The metrics of the HTTP process's limits: connections, bytes of request bodies, and prompt tokens that wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from jamba_server.server.http.limits.edge import Edge
 
 @dataclass(frozen=True, eq=False)  # eq=False keeps objects hashable, which the registry needs
 class EdgeCollector(Collector):
-    """Reads the current numbers each time Prometheus requests the metrics."""
+    """Reads the current numbers of connections, body bytes and waiting prompt tokens each time Prometheus requests the
+    metrics."""
 
     model_name: str
     edge: Edge

@@ -1,4 +1,4 @@
-"""The middleware `QueueGate` refuses requests while the queue is full, before they cost anything."""
+"""The middleware `QueueGate` refuses requests while the queue is full, before their bodies are read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jamba_server.engine.errors import Overloaded
 from jamba_server.server.http.limits.waiting import WaitingTokens
 
-# The endpoints whose requests need a place in the queue
+# The paths of the endpoints whose requests wait in the engine's queue.
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 
 
 class QueueGate:
-    """Refuses requests for replies while so many choices have no token that one more would be refused anyway.
+    """Refuses requests to the generating endpoints while `limit` or more choices wait for their first token. The
+    engine's client would refuse one more choice anyway.
 
-    The engine's client checks its queue exactly, but only after the body of the request has been read, validated and
-    tokenised. In a flood, this work would delay the requests that have been admitted. A `limit` of 0 does not apply.
+    The engine's client checks the length of its queue exactly, but only after the body of the request has been read,
+    validated and tokenised. In a flood of requests, this work would delay the requests that have been admitted. If
+    `limit` is 0, there is no limit.
     """
 
     def __init__(self, app: ASGIApp, *, waiting: WaitingTokens, limit: int) -> None:

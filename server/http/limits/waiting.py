@@ -10,7 +10,8 @@ from jamba_server.engine.errors import Overloaded, RequestRejected
 from jamba_server.engine.types import Request, TokenUpdate
 from jamba_server.server.http.limits.account import Account
 
-# Tokens per second that a refused client is told to wait for. The engine's rate is not known here; a CPU is this slow.
+# The prefill rate, in tokens per second, from which the header Retry-After of a refused request is computed. The
+# engine's real rate is not known here; this is about the rate of a CPU.
 ASSUMED_RATE = 1000
 LONGEST_RETRY_SECONDS = 60
 
@@ -18,7 +19,7 @@ LONGEST_RETRY_SECONDS = 60
 class WaitingTokens:
     """Counts the choices that have no token yet, and the tokens of their prompts.
 
-    At most `limit` tokens may wait; a limit of 0 does not apply.
+    At most `limit` prompt tokens may wait. If `limit` is 0, there is no limit.
     """
 
     def __init__(self, limit: int) -> None:
@@ -27,14 +28,15 @@ class WaitingTokens:
 
     @property
     def retry_after(self) -> int:
-        """The number of seconds that a refused client is told to wait."""
+        """Returns the number of seconds that a refused client is told to wait (the header Retry-After)."""
         return min(LONGEST_RETRY_SECONDS, 1 + self.total // ASSUMED_RATE)
 
     def enter(self, num_tokens: int, num_choices: int) -> None:
         """Counts the tokens of one request's prompts, and its choices.
 
-        Raises Overloaded if they exceed the limit together with those of other requests, and RequestRejected if they
-        exceed it alone, because then the client could never succeed.
+        Raises Overloaded if these tokens and the tokens that already wait exceed the limit together. Raises
+        RequestRejected if the tokens of this request alone exceed the limit, because the client could then never
+        succeed.
         """
         limit = self._limit
         if limit and num_tokens > limit:
@@ -56,15 +58,17 @@ class WaitingTokens:
 
 
 class Admission:
-    """Admits the engine requests of one HTTP request, and counts their tokens until the end of the `with` block.
+    """Context manager: checks the limits for one HTTP request, and counts its prompt tokens as waiting until each of
+    its choices has its first token or the `with` block ends.
 
-    The choices of one prompt share its computation, so the prompt counts once. Entering the block raises Overloaded,
-    RateLimited or RequestRejected. `account` is that of the client's API key, or None if the server requires no key.
+    A prompt with several choices is computed once, so it also counts once. Entering the block raises Overloaded,
+    RateLimited or RequestRejected if a limit is exceeded. `account` is the account of the client's API key, or None if
+    the server requires no key.
     """
 
     def __init__(self, requests: Iterable[Request], waiting: WaitingTokens, account: Account | None) -> None:
         self._waiting, self._account = waiting, account
-        # The number of prompt tokens that count for each choice, by the id of the engine's request
+        # Maps the id of each choice's engine request to the number of prompt tokens that count for the choice.
         self._lengths: Mapping[str, int] = {r.id: 0 if r.index else len(r.prompt) for r in requests}
         self._without_token: dict[str, int] = {}
 
@@ -87,7 +91,8 @@ class Admission:
         self._without_token.clear()
 
     def count(self, update: TokenUpdate) -> None:
-        """Counts the tokens of one update of the engine."""
+        """Counts the new tokens that one update of the engine brings. With the first token of a choice, its prompt no
+        longer counts as waiting."""
         if not update.token_ids and update.finish_reason is None:
             return
         if (num_tokens := self._without_token.pop(update.request_id, None)) is not None:

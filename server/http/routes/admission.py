@@ -11,9 +11,10 @@ from jamba_server.server.http.sse import until_disconnect
 
 
 async def wait_for_start(request: Request, services: Services, *, num_choices: int = 1) -> None:
-    """Waits while the engine loads for the first time. The request's body must already have been read.
+    """Waits until the engine has loaded the model, if it loads for the first time. The request's body must already have
+    been read.
 
-    Raises EngineLoading if the wait exceeds --startup-wait, DeadlineExceeded if it exceeds the request's own time,
+    Raises EngineLoading if the wait exceeds --startup-wait, DeadlineExceeded if it exceeds the request's time limit,
     Overloaded if too many choices wait already, and ClientDisconnect if the client disconnects.
     """
     if services.engine.health.loading is not None:

@@ -51,7 +51,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 
 
 def chat_task(body: ChatCompletionRequest) -> ChatTask:
-    """Returns the conversation of a request for a chat completion."""
+    """Translates a request for a chat completion into a `ChatTask`, which does not depend on the API."""
     mode, allowed = mode_and_allowed(body.tool_choice)
     return ChatTask(
         messages=tuple(message.to_template() for message in body.messages),
@@ -74,7 +74,7 @@ def chat_task(body: ChatCompletionRequest) -> ChatTask:
 
 
 def declared_tools(tools: Tools | None) -> tuple[Tool, ...]:
-    """Returns the functions among a request's tools."""
+    """Returns those tools of a request that have the type "function"."""
     return tuple(
         Tool(
             name=function.name,
@@ -87,7 +87,8 @@ def declared_tools(tools: Tools | None) -> tuple[Tool, ...]:
 
 
 def warn_of_other_tools(tools: Tools | None, scope: Scope) -> None:
-    """Lists the types of the tools that are left out in the header X-Warning."""
+    """If the request has tools of types that this server does not support, adds the header X-Warning, which lists these
+    types, to the reply."""
     types = dict.fromkeys(tool.type for tool in tools or () if isinstance(tool, OtherTool))
     if types:
         warn(f"tools of other types than function were left out: {', '.join(types)}", scope)

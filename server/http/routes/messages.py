@@ -58,7 +58,7 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
 
 @router.post("/v1/messages/count_tokens", response_model=TokensCount, responses=_ERRORS)
 async def count_tokens(body: CountTokensRequest, request: Request, services: ServicesOf) -> Response:
-    """Returns the number of tokens that the model would read for a conversation."""
+    """Returns the number of prompt tokens that a conversation would have."""
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services)
     services.model(body.model)
@@ -98,7 +98,8 @@ def _task(
 
 
 def _thinking(body: Conversation, request: Request, services: Services) -> tuple[str | None, int | None]:
-    """Returns the effort of reasoning and the maximum number of its tokens. The effort "none" means no reasoning.
+    """Returns the reasoning effort that a request asks for, and the maximum number of reasoning tokens. The effort
+    "none" means no reasoning.
 
     Fields that have no effect with this model are listed in the reply's header X-Ignored-Fields.
     """
@@ -133,7 +134,8 @@ def _output_format(body: Conversation) -> OutputFormat | None:
 
 
 def _warn_of_left_out(body: Conversation, conversation: Translated, request: Request) -> None:
-    """Adds the header X-Warning to the reply if the prompt lacks something that the request has."""
+    """If parts of the request do not reach the model, such as images or unsupported tools, adds the header X-Warning to
+    the reply."""
     types = {tool.type for tool in body.tools or () if tool.type is not None and not tool.is_custom}
     left_out = [*sorted(conversation.left_out), *(f"tools of the type {type_}" for type_ in sorted(types))]
     if left_out:

@@ -13,7 +13,7 @@ from jamba_server.server.http.schemas.base import ErrorReply
 # The error replies that the OpenAPI document lists for a route. The module http/errors.py builds the error replies
 # that are sent.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
-# What the OpenAPI document says about routes whose reply is a stream of events if the request has `stream`.
+# An addition to the OpenAPI document, for routes that reply with server-sent events if the request has `stream`.
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 

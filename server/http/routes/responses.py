@@ -84,7 +84,7 @@ async def retrieve_response(
 
 @router.delete("/v1/responses/{response_id}", response_model=DeletedResponse, responses=ERRORS)
 async def delete_response(response_id: str, request: Request, services: ServicesOf) -> HttpResponse:
-    """Deletes a stored response. Responses that continue it can then not be continued any more."""
+    """Deletes a stored response. Later responses of the same conversation can then no longer be continued."""
     await services.responses.delete(response_id, tenant_of(request.scope))
     return json_response(DeletedResponse(id=response_id))
 
@@ -112,7 +112,8 @@ async def list_input_items(
         Literal["asc", "desc"], Query(description="Whether the oldest or the newest item comes first.")
     ] = "desc",
 ) -> HttpResponse:
-    """Lists the items of the request that made a response, without the items of earlier responses."""
+    """Lists the input items of the request that made a response. The items of earlier responses in the conversation are
+    not included."""
     items = input_items(await services.responses.get(response_id, tenant_of(request.scope)))
     if order == "desc":
         items.reverse()
@@ -127,8 +128,8 @@ async def list_input_items(
 
 
 class _Plan(NamedTuple):
-    """What is known of a request before its generation: the model's name, the functions, the items of the input and the
-    data for the engine."""
+    """The data of a request before its generation begins: the model's name, the functions, the input items and the data
+    for the engine."""
 
     model: str
     names: FunctionNames
@@ -155,7 +156,8 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
 
 
 def _warn(request: Request, body: ResponseRequest, names: FunctionNames, num_left_out: int) -> None:
-    """Adds the header X-Warning to the reply if something of the request does not reach the model."""
+    """If tools, messages or reasoning of the request do not reach the model, adds the header X-Warning, which says so,
+    to the reply."""
     scope = request.scope
     if names.skipped:
         warn(f"the model does not see the tools of these types: {', '.join(names.skipped)}", scope)
@@ -166,7 +168,8 @@ def _warn(request: Request, body: ResponseRequest, names: FunctionNames, num_lef
 
 
 def _begun(plan: _Plan, body: ResponseRequest, services: Services, *, stores: bool) -> Response:
-    """Returns the response as it is before its first token."""
+    """Returns the response object as it is before the first token: its status is "in_progress" and its output is
+    empty."""
     defaults = services.defaults
     return Response(
         id=plan.spec.id,
@@ -199,7 +202,7 @@ def _dump(part: Any) -> dict[str, Any]:
 
 
 def _offered_tools(body: ResponseRequest) -> list[dict[str, Any]]:
-    """Returns the declarations of the tools that the model sees."""
+    """Returns the declarations of those tools that are shown to the model."""
     tools: list[dict[str, Any]] = []
     for tool in body.declared_tools:
         if isinstance(tool, FunctionTool):
@@ -211,7 +214,7 @@ def _offered_tools(body: ResponseRequest) -> list[dict[str, Any]]:
 
 
 def _save(services: Services, owner: str, items: list[Item]) -> Save:
-    """Returns the function that stores a finished response together with the items of its request."""
+    """Returns a function that stores a finished response together with the input items of its request."""
 
     async def save(response: Response) -> bool:
         stored = StoredResponse(

@@ -85,7 +85,7 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-# The declaration of a field that a reply lacks while the field's value is None.
+# A pydantic field declaration: the JSON of a reply leaves the field out if its value is None.
 if_any: Any = Field(exclude_if=_is_none)
 
 
@@ -339,7 +339,7 @@ class GenerationBody(NoEffect):
 
     @property
     def reports_usage(self) -> bool:
-        """Whether a stream ends with an event that has the token counts."""
+        """Returns whether a stream ends with an event that has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
@@ -356,7 +356,8 @@ class PromptTokensDetails(Reply):
 
 
 class CompletionTokensDetails(Reply):
-    """`reasoning_tokens` is the number of generated tokens that belong to the model's thoughts, end tag included."""
+    """`reasoning_tokens` is the number of generated tokens that belong to the model's reasoning, including its end
+    tag."""
 
     reasoning_tokens: int
 
@@ -372,7 +373,7 @@ class Usage(Reply):
 
 
 class Timings(Reply):
-    """The times of a request, with the names that llama.cpp's server gives them.
+    """How long the phases of a request took. The fields have the names that llama.cpp's server uses.
 
     `cache_n` prompt tokens were found in the prefix cache, and `prompt_n` were computed in `prompt_ms` milliseconds,
     until the first token came. `predicted_n` tokens were generated in `predicted_ms` milliseconds, from the first token
@@ -408,7 +409,8 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 class PromptLogprob(Reply):
     """The log-probability of a token at a position of the prompt.
 
-    `rank` is 1 for the most likely token. It is null for a token that is less likely than all tokens of the list.
+    `rank` is 1 for the most likely token. `rank` is null if the token is not among the most likely tokens that the
+    request asked for.
     """
 
     logprob: float
@@ -416,4 +418,5 @@ class PromptLogprob(Reply):
     decoded_token: str
 
 
-PromptLogprobs = list[dict[int, PromptLogprob] | None]  # null for the first token, which the model does not predict
+# The first entry is null, because the model does not predict the first token.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]

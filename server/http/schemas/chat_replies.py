@@ -1,4 +1,4 @@
-"""The replies of /v1/chat/completions: one object, or the events of a stream."""
+"""The replies of /v1/chat/completions: a single JSON object, or the events of a stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(Reply):
-    """The log-probabilities of all tokens that were generated, those of thoughts, tags and tool calls included."""
+    """The log-probabilities of all generated tokens, including those of reasoning, tags and tool calls."""
 
     content: list[TokenLogprob]
 
@@ -39,8 +39,8 @@ class ToolCallReply(Reply):
 
 
 class ReplyMessage(TypedDict, total=False):
-    """The message of a choice. `content` is null if the message has tool calls and no text. `reasoning`, and the same
-    text as `reasoning_content`, are the model's thoughts, if there are any."""
+    """The message of a choice. `content` is null if the message has tool calls and no text. If the model has written
+    reasoning, the fields `reasoning` and `reasoning_content` both have this text."""
 
     role: Required[Literal["assistant"]]
     content: Required[str | None]
@@ -94,7 +94,7 @@ class ToolCallDelta(TypedDict, total=False):
 
 class Delta(TypedDict, total=False):
     """The part of a message that one event adds. The first delta of a choice has `role`. The last delta comes with the
-    finish reason and is empty. Each delta between them has content, thoughts or a tool call."""
+    finish reason and is empty. Each delta between these two has content, reasoning or a part of a tool call."""
 
     role: Literal["assistant"]
     content: str

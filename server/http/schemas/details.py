@@ -10,7 +10,8 @@ from jamba_server.server.http.schemas.base import GenerationBody, TopLogprobs, i
 
 
 class DetailedBody(GenerationBody):
-    """The fields that chat completions and completions have in common. Other APIs lack the fields of this class."""
+    """The request fields that /v1/chat/completions and /v1/completions have in common and that the Responses and
+    Messages APIs do not have."""
 
     prompt_logprobs: Annotated[
         TopLogprobs | None,

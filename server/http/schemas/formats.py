@@ -15,7 +15,8 @@ from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
 from jamba_server.server.http.schemas.base import RequestBody, invalid, unsupported
 from jamba_server.server.text.grammars.types import OutputFormat
 
-_OTHER_FORM = re.compile(r"^\s*<?[\w-]+>?\s*::=", re.MULTILINE)  # a rule in the form of GBNF or EBNF
+# Matches a grammar rule in the notation of GBNF or EBNF, which this server does not read.
+_OTHER_FORM = re.compile(r"^\s*<?[\w-]+>?\s*::=", re.MULTILINE)
 
 
 def _string_or_object(value: object) -> str | None:
@@ -80,7 +81,7 @@ class JsonSchemaFormat(RequestBody):
 
 
 def _format_tag(value: object) -> str | None:
-    """Returns the tag that tells pydantic which response format to validate."""
+    """Returns the tag by which pydantic chooses the class that validates a response format."""
     return f"({cast('dict[str, Any]', value).get('type')})" if isinstance(value, dict) else None
 
 
@@ -97,7 +98,8 @@ ResponseFormat = Annotated[
 
 
 class StructuredOutputs(RequestBody):
-    """vLLM's description of the form of a reply. Exactly one of the forms may be given."""
+    """The field `structured_outputs` of vLLM's API, which says what form a reply must have. Exactly one form must be
+    given."""
 
     json_schema: Annotated[JsonSchema | None, Field(alias="json", description=_SCHEMA)] = None
     regex: Annotated[Regex | None, Field(description=_REGEX)] = None
@@ -133,7 +135,8 @@ class StructuredOutputs(RequestBody):
 
 
 class FormatFields(RequestBody):
-    """The fields of a request that ask for a reply of a certain form. At most one form may be given."""
+    """The request fields that ask for a reply of a certain form, such as JSON or a regular expression. At most one form
+    may be given."""
 
     response_format: Annotated[
         ResponseFormat | None,
@@ -169,7 +172,7 @@ class FormatFields(RequestBody):
 
     @property
     def output_format(self) -> OutputFormat | None:
-        """The form that the reply's content must have, or None if it is any text."""
+        """Returns the form that the reply's content must have, or None if any text is allowed."""
         return next(self._forms(), None)
 
     def _forms(self) -> Iterator[OutputFormat]:
@@ -192,8 +195,8 @@ class FormatFields(RequestBody):
 
 
 def _forms(**fields: tuple[str, Any]) -> Iterator[OutputFormat]:
-    """Yields a format for each field that has a value. The keys are the kinds of formats; a field is its name and its
-    value."""
+    """Yields an `OutputFormat` for each argument that has a value. The name of an argument is the kind of the format.
+    Its value is a pair: the name of the request's field, and the field's value."""
     for kind, (param, value) in fields.items():
         if value is None:
             continue

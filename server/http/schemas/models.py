@@ -73,8 +73,9 @@ class TokenizeReply(Reply):
 class RenderReply(Reply):
     """The prompt of a conversation, as text and as token ids.
 
-    `save_positions` are the numbers of tokens after which the model's state is saved, besides those at regular
-    distances. `opens_reasoning` says that the reply begins with thoughts, because the prompt opens their tag.
+    `save_positions` are the numbers of prompt tokens after which the model's state is saved, in addition to states that
+    are saved at regular distances. `opens_reasoning` says whether the reply begins with reasoning, because the prompt
+    ends with the start tag of the reasoning.
     """
 
     prompt: str

@@ -223,7 +223,7 @@ COMPLETION: PeerFields = MappingProxyType(
     _GENERATION | {"messages": PeerField("/v1/chat/completions", ([],), instead="prompt")}
 )
 
-# The fields of this server that have other names in requests to /v1/responses.
+# Fields of this server's other endpoints that have different names in requests to /v1/responses.
 _NAMES_IN_RESPONSES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",

@@ -1,4 +1,5 @@
-"""The request fields that reach the chat template: tools, documents, variables, and how the prompt ends."""
+"""The request fields that affect how the chat template makes the prompt, such as tools, documents and variables of the
+template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The functions that a chat request declares, its choice among them, and the calls in a conversation."""
+"""The tools of a chat completion request: the declared functions, the field `tool_choice`, and the tool calls of
+earlier messages."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class FunctionTool(RequestBody):
 
 
 class OtherTool(RequestBody):
-    """A tool of a type that this server does not have. It is left out, and the header X-Warning says so."""
+    """A tool of a type that this server does not support. The prompt leaves the tool out, and the reply's header
+    X-Warning says so."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -51,7 +53,8 @@ class OtherTool(RequestBody):
 
 
 def _tool_kind(value: object) -> str | None:
-    """Returns the tag that tells pydantic how to validate a tool. A tool without a type is validated as a function."""
+    """Returns the tag by which pydantic chooses the class that validates a tool. A tool without a type is validated as
+    a function."""
     if not isinstance(value, dict):
         return "(function)"
     return "(function)" if value.get("type", "function") == "function" else "(other)"
@@ -70,14 +73,14 @@ class FunctionReference(RequestBody):
 
 
 class NamedTool(RequestBody):
-    """A reference to one of the request's functions."""
+    """The value of `tool_choice` that names the function which the model must call."""
 
     type: Annotated[Literal["function"], Field(description='Always "function".')]
     function: Annotated[FunctionReference, Field(description="The function.")]
 
 
 class AllowedTools(RequestBody):
-    """A part of the request's functions."""
+    """A list of functions that the model may call, and whether it may or must call one of them."""
 
     mode: Annotated[
         Literal["auto", "required"], Field(description="Whether the model may call or must call one of the functions.")
@@ -89,14 +92,14 @@ class AllowedTools(RequestBody):
 
 
 class AllowedToolsChoice(RequestBody):
-    """A choice of tools that allows only a part of the request's functions."""
+    """The value of `tool_choice` that allows only some of the request's functions."""
 
     type: Annotated[Literal["allowed_tools"], Field(description='Always "allowed_tools".')]
     allowed_tools: Annotated[AllowedTools, Field(description="The functions that may be called.")]
 
 
 def _choice_kind(value: object) -> str | None:
-    """Returns the tag that tells pydantic how to validate a choice of tools."""
+    """Returns the tag by which pydantic chooses the class that validates the field `tool_choice`."""
     if isinstance(value, dict):
         return "(allowed)" if value.get("type") == "allowed_tools" else "(named)"
     return "(mode)" if isinstance(value, str) else None
@@ -121,8 +124,8 @@ def functions_in(tools: Sequence[FunctionTool | OtherTool] | None) -> list[Funct
 def mode_and_allowed(
     choice: ToolMode | NamedTool | AllowedToolsChoice | None,
 ) -> tuple[ToolMode, frozenset[str] | None]:
-    """Returns the mode of a choice of tools and the names of the functions that may be called. The value None in place
-    of the names allows all functions of the request."""
+    """Returns the mode of the field `tool_choice` and the names of the functions that may be called. If None takes the
+    place of the names, all functions of the request may be called."""
     match choice:
         case None:
             return "auto", None
@@ -137,7 +140,8 @@ def mode_and_allowed(
 def check_tools(
     tools: Sequence[FunctionTool | OtherTool] | None, choice: ToolMode | NamedTool | AllowedToolsChoice | None
 ) -> None:
-    """Raises pydantic's error if two functions have the same name, or if the choice names an unknown function."""
+    """Raises a validation error of pydantic if two functions have the same name, or if `tool_choice` names an unknown
+    function."""
     names = [function.name for function in functions_in(tools)]
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
@@ -155,7 +159,8 @@ def check_tools(
 
 
 def _arguments(value: object) -> object:
-    """Checks that the arguments of an earlier call are a JSON object. Clients send them as text or as the object."""
+    """Checks that the arguments of an earlier tool call are a JSON object. Some clients send the arguments as JSON
+    text, others as an object."""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
@@ -169,7 +174,7 @@ def _arguments(value: object) -> object:
 
 
 class CalledFunction(RequestBody):
-    """The function of an earlier call, with its arguments."""
+    """The name and the arguments of a function that an earlier reply has called."""
 
     name: Annotated[str, Field(min_length=1, max_length=256, description="The function's name.")]
     arguments: Annotated[

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from jamba_server.engine.errors import ConfigError
 
-VERSION = 1  # stored in the file as its `user_version`; a file of another version is not opened
+VERSION = 1  # version of the tables, which the file has as its `user_version`; a file of another version is not opened
 
-# `used` grows with every use of any response, so the response with the smallest value has not been used for the longest
-# time. `size` is the number of bytes of `input` and `response`, which are JSON.
+# Whenever a response is used, its column `used` gets a number that is larger than all others, so the response with the
+# smallest number is the least recently used. `size` is the number of bytes of `input` and `response`, which are JSON.
 _SCHEMA = """
 CREATE TABLE responses (
     id TEXT PRIMARY KEY,
@@ -36,7 +36,8 @@ CREATE TABLE items (
 CREATE INDEX items_by_response ON items (response_id);
 """
 
-# The response ?1 of the owner ?2 and the responses that it continues. `depth` is 0 for ?1 itself.
+# Selects the response with the id ?1 of the owner ?2, and all earlier responses of its conversation. `depth` is 0 for
+# the response ?1 itself and grows by 1 with each earlier response.
 _CHAIN = """
 WITH RECURSIVE chain (id, previous_id, size, depth) AS (
     SELECT id, previous_id, size, 0 FROM responses WHERE id = ?1 AND owner = ?2
@@ -47,8 +48,8 @@ WITH RECURSIVE chain (id, previous_id, size, depth) AS (
 SELECT id, previous_id, size FROM chain ORDER BY depth DESC
 """
 
-# Deletes the responses that have not been used for the longest time, so that at most ?1 responses of together at most
-# ?2 bytes are left.
+# Deletes the least recently used responses, so that at most ?1 responses are left and they have at most ?2 bytes
+# together.
 _EVICT = """
 DELETE FROM responses WHERE id IN (
     SELECT id FROM (
@@ -65,8 +66,8 @@ _NEXT_USE = "(SELECT coalesce(max(used), 0) + 1 FROM responses)"
 class StoredResponse:
     """A response and the input items of its request, both as JSON.
 
-    `owner` names the API key that made the response. `previous_id` is the id of the response that this one continues,
-    or None.
+    `owner` is the name of the API key's owner who made the response. `previous_id` is the id of the previous response
+    in the conversation, or None.
     """
 
     id: str
@@ -90,7 +91,7 @@ class Link:
 
 
 class Database:
-    """A table of responses with a limit on their number and on their bytes. Each method is one transaction."""
+    """Stores responses in SQLite, with a limit on their number and on their bytes. Each method is one transaction."""
 
     def __init__(self, path: Path | None, *, max_responses: int, max_bytes: int) -> None:
         """Opens or creates the file `path`. If `path` is None, the responses are kept in memory.
@@ -106,7 +107,8 @@ class Database:
             self._connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"The database {path} cannot be opened: {error}.") from error
-        weakref.finalize(self, self._connection.close)  # from Python 3.13 on, an open connection would be a warning
+        # From Python 3.13 on, Python warns of a connection that was not closed.
+        weakref.finalize(self, self._connection.close)
         try:
             self._prepare(path)
         except sqlite3.Error as error:
@@ -119,9 +121,9 @@ class Database:
     def _prepare(self, path: Path | None) -> None:
         run = self._connection.execute
         run("PRAGMA foreign_keys = ON")
-        run("PRAGMA secure_delete = ON")  # a deleted conversation is overwritten, not only unlinked
+        run("PRAGMA secure_delete = ON")  # SQLite overwrites deleted conversations in the file with zeros
         run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = NORMAL")  # with the write-ahead log, a crash of the process loses nothing
+        run("PRAGMA synchronous = NORMAL")  # with the write-ahead log, nothing is lost if the process crashes
         [[version]] = run("PRAGMA user_version").fetchall()
         [[tables]] = run("SELECT count(*) FROM sqlite_schema").fetchall()
         if tables and version != VERSION:
@@ -134,7 +136,7 @@ class Database:
         self._connection.close()
 
     def put(self, response: StoredResponse, item_ids: Iterable[str]) -> None:
-        """Stores a response and deletes the ones that have not been used for the longest time if there are too many.
+        """Stores a response. If there are then too many responses, deletes the least recently used ones.
 
         `item_ids` are the ids of the response's input and output items. Raises sqlite3.Error if the response cannot be
         stored, for example because the disk is full.
@@ -158,17 +160,18 @@ class Database:
         return _stored(rows[0]) if rows else None
 
     def chain(self, id_: str, owner: str) -> list[Link]:
-        """Returns a response and the responses that it continues, the oldest first, and counts this as a use of them.
+        """Returns a response and all earlier responses of its conversation, the oldest first. Marks these responses as
+        recently used.
 
-        The result is empty if the response is not there. If a response in the chain is missing, the chain begins after
-        it.
+        The result is empty if the response is not stored. If an earlier response of the conversation is missing, the
+        result begins after it.
         """
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             return self._use(id_, owner)
 
     def find_item(self, item_id: str, owner: str) -> StoredResponse | None:
-        """Returns a response that has an input or output item of this id, or None."""
+        """Returns a response that has an input or output item with this id, or None if there is no such response."""
         rows = self._connection.execute(
             "SELECT r.id, owner, previous_id, input, response FROM responses AS r JOIN items ON response_id = r.id "
             "WHERE items.id = ? AND owner = ? LIMIT 1",
@@ -177,14 +180,15 @@ class Database:
         return _stored(rows[0]) if rows else None
 
     def delete(self, id_: str, owner: str) -> bool:
-        """Deletes a response. Returns whether it was there."""
+        """Deletes a response. Returns whether the response was stored."""
         return self._connection.execute("DELETE FROM responses WHERE id = ? AND owner = ?", (id_, owner)).rowcount > 0
 
     def _use(self, id_: str, owner: str) -> list[Link]:
-        """Returns the chain of a response and sets `used` of its responses.
+        """Returns a response and all earlier responses of its conversation, and marks them as recently used (in the
+        column `used`).
 
-        The oldest response of the chain gets the highest number. Otherwise it would be evicted first, and the later
-        ones could no longer be continued.
+        The oldest response gets the highest number in this column. Otherwise it would be evicted before the later ones,
+        which cannot be continued without it.
         """
         links = [Link(*row) for row in self._connection.execute(_CHAIN, (id_, owner)).fetchall()]
         self._connection.executemany(

@@ -24,10 +24,10 @@ FILE_NAME = "responses.sqlite"
 
 
 class ResponseStore:
-    """Keeps responses until there are too many; then the ones that have not been used for the longest time go.
+    """Keeps responses until there are too many. Then the least recently used responses are deleted.
 
-    Every method takes the owner of the responses, which names an API key. The responses of other owners are not found.
-    A thread runs the database's methods one after the other.
+    Every method takes the name of an owner of API keys, and finds only the responses of this owner. A thread runs the
+    methods of the database one after the other.
     """
 
     def __init__(self, folder: Path | None, *, max_responses: int, max_bytes: int) -> None:
@@ -65,13 +65,13 @@ class ResponseStore:
         return True
 
     async def get(self, id_: str, owner: str) -> StoredResponse:
-        """Raises ResponseNotFound."""
+        """Returns a stored response. Raises ResponseNotFound if the owner has no response with this id."""
         if (stored := await self._run(lambda: self._database.get(id_, owner))) is None:
             raise ResponseNotFound(id_)
         return stored
 
     async def delete(self, id_: str, owner: str) -> None:
-        """Raises ResponseNotFound."""
+        """Deletes a stored response. Raises ResponseNotFound if the owner has no response with this id."""
         if not await self._run(lambda: self._database.delete(id_, owner)):
             raise ResponseNotFound(id_)
 

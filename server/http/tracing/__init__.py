@@ -1,1 +1,1 @@
-"""Spans of OpenTelemetry for requests, with `--otlp-traces-endpoint`."""
+"""Records spans of OpenTelemetry for requests, if the option `--otlp-traces-endpoint` is given."""

@@ -1,4 +1,5 @@
-"""Adds attributes to the span of the current request, without an import of OpenTelemetry."""
+"""Adds attributes to the OpenTelemetry span of the current request. This module does not import OpenTelemetry, which is
+optional."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ Value = str | bool | int | float | Sequence[str]
 
 
 class Span(Protocol):
-    """The part of OpenTelemetry's span that this server uses."""
+    """The methods of OpenTelemetry's class `Span` that this server uses."""
 
     def set_attribute(self, key: str, value: Value) -> None: ...
 
 
-# The span of the request that the current task answers. It is None if the server records no spans.
+# The OpenTelemetry span of the request that the current asyncio task answers, or None if the server records no spans.
 CURRENT_SPAN: ContextVar[Span | None] = ContextVar("current_span", default=None)
 
 

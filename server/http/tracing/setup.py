@@ -1,4 +1,4 @@
-"""Switches the recording of spans on, if the operator wants it."""
+"""Starts the recording of OpenTelemetry spans, if the operator has given an endpoint to which spans are sent."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from jamba_server.engine.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """`middleware` returns the middleware that records spans, except for requests on the given paths. `close` sends the
-    last spans; it may take some seconds."""
+    """The two functions that the application needs in order to record spans. `middleware` returns the middleware that
+    records spans, except for requests to the given paths. `close` sends the last spans, which may take some seconds."""
 
     middleware: Callable[[frozenset[str]], Middleware]
     close: Callable[[], None]
 
 
 def open_tracing(endpoint: str | None, version: str) -> Tracing | None:
-    """Returns what records spans and sends them to the URL `endpoint`, or None if there is no such URL.
+    """Prepares the recording of spans, which are sent to the URL `endpoint`. Returns None if `endpoint` is None.
 
     Raises ConfigError if the packages of OpenTelemetry are not installed.
     """
     if endpoint is None:
         return None
     try:
-        # These packages take long to import, and they are optional.
+        # The packages of OpenTelemetry are imported only here, because they are optional and their import takes long.
         from jamba_server.server.http.tracing import spans
     except ImportError as error:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Records a span for each HTTP request and sends the spans to a collector.
 
-OpenTelemetry is in the optional dependencies `otel`, so this module is imported only with `--otlp-traces-endpoint`.
+OpenTelemetry is installed only with the optional dependencies `otel`, so this module is imported only if the option
+`--otlp-traces-endpoint` is given.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from jamba_server.server.http.errors import CLIENT_CLOSED_REQUEST, request_id_of
 from jamba_server.server.http.tracing.annotations import CURRENT_SPAN
 
 SERVICE_NAME = "jamba-server"
-# Time in seconds in which a batch must be sent, with all repetitions. The end of the server waits for the last batch.
+# Time limit in seconds for sending a batch of spans, including all retries. The shutdown of the server waits for the
+# last batch.
 EXPORT_SECONDS = 3.0
 NAME_VARIABLE = "OTEL_SERVICE_NAME"
 
 
 def tracer_provider(endpoint: str, version: str) -> TracerProvider:
-    """Returns a provider whose spans are sent to `endpoint`, in the background and in bounded batches.
+    """Returns a provider of OpenTelemetry tracers. Its spans are sent to `endpoint` in the background, in batches of
+    bounded size.
 
     The variables of OpenTelemetry's specification, such as OTEL_SERVICE_NAME and OTEL_TRACES_SAMPLER, are honoured.
     """
@@ -35,9 +38,10 @@ def tracer_provider(endpoint: str, version: str) -> TracerProvider:
 
 
 def provider_with(processor: SpanProcessor, version: str) -> TracerProvider:
-    """Returns a provider that hands its spans to `processor`."""
+    """Returns a provider of OpenTelemetry tracers that passes its spans to `processor`."""
     attributes = {"service.version": version}
-    if NAME_VARIABLE not in os.environ:  # attributes that are given here win over variables
+    # An attribute that is given here would take precedence over the environment variable.
+    if NAME_VARIABLE not in os.environ:
         attributes["service.name"] = SERVICE_NAME
     provider = TracerProvider(resource=Resource.create(attributes))
     provider.add_span_processor(processor)
@@ -45,7 +49,8 @@ def provider_with(processor: SpanProcessor, version: str) -> TracerProvider:
 
 
 class Tracing:
-    """Records one span for each request except those on `ignored` paths. The middleware `RequestContext` comes next.
+    """Middleware that records one span for each request, except for requests to the paths in `ignored`. It encloses the
+    middleware `RequestContext`.
 
     The client's header `traceparent` makes the span a part of the client's trace. The names of attributes are those of
     OpenTelemetry's conventions for HTTP servers.

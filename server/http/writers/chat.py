@@ -69,8 +69,8 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
         """Yields the events of a delta: one or two for each part, and one with the finish reason.
 
-        The first of them has the delta's log-probabilities and token ids. If there are such, but no parts, it has empty
-        content.
+        The first of these events has the delta's log-probabilities and token ids. If the delta has them but no parts,
+        an event with empty content is sent.
         """
         messages = [message for part in delta.parts for message in self._deltas(part)]
         if not messages and (delta.scores or (self.with_token_ids and delta.token_ids)):

@@ -34,8 +34,8 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
         return Completion(id=id_, created=self.created, model=self.model, choices=choices, usage=usage)
 
     def _choice(self, delta: ChoiceDelta, *, whole: bool = False) -> CompletionChoice:
-        """Returns the JSON object of a delta. With `whole` it also has what a reply says once about each choice: the
-        token ids and the log-probabilities of the prompt."""
+        """Returns the JSON object of a choice for one delta. If `whole` is true, the object also has the token ids and
+        the log-probabilities of the prompt, which a reply has only once for each choice."""
         return CompletionChoice(
             index=delta.index,
             text=delta.text,

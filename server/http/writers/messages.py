@@ -45,8 +45,8 @@ class MessagesWriter(Writer):
     """Builds one `message` object for a whole reply, and Anthropic's events for a stream.
 
     `max_tokens` is the limit that the request asked for. `num_saved` is the number of prompt tokens before the last
-    boundary of messages at which the engine saves its state, or 0 if the request has no `cache_control` mark. Without
-    `shows_thinking`, blocks of reasoning have an empty text.
+    message boundary at which the engine saves its state, or 0 if the request has no `cache_control` mark. If
+    `shows_thinking` is false, content blocks with reasoning have an empty text.
     """
 
     generation: Generation
@@ -68,8 +68,8 @@ class MessagesWriter(Writer):
         return self._message(content, stop.stop_reason, stop.stop_sequence)
 
     def begin(self) -> Iterable[bytes]:
-        """Yields nothing. The event `message_start` has the number of cached tokens, which is known with the first
-        token of the reply."""
+        """Yields nothing. The first event, `message_start`, is sent later, because it has the number of cached tokens,
+        which is known only when the first token of the reply arrives."""
         return ()
 
     def write(self, delta: ChoiceDelta) -> Iterable[bytes]:
@@ -144,14 +144,15 @@ class MessagesWriter(Writer):
 
 
 class _BlockEvents:
-    """Turns the parts of a reply into the events of its content blocks. Blocks follow each other, so at most one block
-    is open."""
+    """Turns the parts of a reply into the events of its content blocks. A block ends before the next block starts, so
+    at most one block is open at a time."""
 
     def __init__(self, *, shows_thinking: bool) -> None:
         self._shows_thinking = shows_thinking
-        self._index = -1  # number of the open block, or of the last one
-        self._open: Text | Reasoning | ToolCall | None = None  # the part that opened the block
-        self._hash = hashlib.sha256()  # of the open block's reasoning
+        self._index = -1  # number of the open block, or of the last block if none is open; -1 before the first block
+        # The part of the reply with which the open content block began, or None if no block is open.
+        self._open: Text | Reasoning | ToolCall | None = None
+        self._hash = hashlib.sha256()  # hash of the reasoning in the open block so far
 
     def add(self, part: Part) -> Iterator[Event]:
         if not self._continues(part):
@@ -199,13 +200,15 @@ class _BlockEvents:
 
 
 def signature(reasoning: str) -> str:
-    """Returns the signature of a block of reasoning. Clients send it back and take it for opaque."""
+    """Returns the signature of a content block with reasoning. Clients treat the signature as opaque and send it back
+    in later requests."""
     return _base64(hashlib.sha256(reasoning.encode()).digest())
 
 
 def arguments_of(text: str) -> dict[str, Any]:
-    """Returns the arguments of a tool call. If the limit of tokens has cut the JSON text, the values that are complete
-    are returned, as Anthropic's client does with the events of a stream."""
+    """Returns the arguments of a tool call from their JSON text. If the reply was cut at its token limit, so that the
+    JSON text is incomplete, the values that are complete are returned. Anthropic's client treats an incomplete stream
+    in the same way."""
     return cast("dict[str, Any]", from_json(text or "{}", allow_partial=True))
 
 

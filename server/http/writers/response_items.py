@@ -1,4 +1,5 @@
-"""The output items of a response while they grow. Each class turns the parts of one item into the events of a stream.
+"""The output items of a response of /v1/responses while the model is still writing them. Each class turns the parts of
+one item into the events of a stream.
 
 The order of the events is OpenAI's: the item is added, then its content, then come the pieces of its text, and at the
 end the text, the content and the item are done.
@@ -25,7 +26,7 @@ from jamba_server.server.http.schemas.responses.tools import FunctionName
 
 
 class Event(NamedTuple):
-    """An event of a stream, without its sequence number: its type and its other fields."""
+    """An event of a stream: its type and its other fields. The sequence number is added later."""
 
     type: str
     fields: dict[str, Any]
@@ -65,7 +66,7 @@ class GrowingItem(ABC):
 
 
 class GrowingMessage(GrowingItem):
-    """The ordinary text of a reply."""
+    """The output item with the ordinary text of a reply."""
 
     def __init__(self, index: int) -> None:
         super().__init__("msg", index)
@@ -94,7 +95,8 @@ class GrowingMessage(GrowingItem):
 
 
 class GrowingReasoning(GrowingItem):
-    """The model's reasoning. If `encoded` is set, the finished item also has the reasoning in `encrypted_content`."""
+    """The output item with the model's reasoning. If `encoded` is true, the finished item also has the reasoning in the
+    field `encrypted_content`."""
 
     def __init__(self, index: int, *, encoded: bool) -> None:
         super().__init__("rs", index)
@@ -123,7 +125,7 @@ class GrowingReasoning(GrowingItem):
 
 
 class GrowingCall(GrowingItem):
-    """A call of a function. `number` is the number of the call among the calls of the reply."""
+    """The output item with a call of a function. `number` is the number of the call among the calls of the reply."""
 
     def __init__(self, index: int, *, number: int, call_id: str, name: FunctionName) -> None:
         super().__init__("fc", index)

@@ -40,7 +40,8 @@ Save = Callable[[Response], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseOptions:
-    """What a request says about its response. `caches` says whether the engine keeps prompts in the prefix cache."""
+    """Options that affect how a response is written. `caches` says whether the engine keeps prompts in the prefix
+    cache."""
 
     names: FunctionNames
     with_logprobs: bool
@@ -51,9 +52,9 @@ class ResponseOptions:
 class ResponseWriter(Writer):
     """Turns the deltas of a reply into a response, and into the events of a stream.
 
-    A reply without `stream` goes through the same steps, and its events are dropped. The argument `response` is the
-    response as it is before the first token. The argument `save` stores the finished response and returns whether it is
-    stored; None stores nothing.
+    A reply without `stream` is built in the same way, but its events are dropped. The argument `response` is the
+    response object before the first token. The function `save` stores the finished response and returns whether that
+    succeeded. If `save` is None, the response is not stored.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class ResponseWriter(Writer):
         self.generation, self.response = generation, response
         self._tokenizer, self._options, self._save = tokenizer, options, save
         self._num_events = 0
-        self._output: list[OutputItem] = []  # the finished items
+        self._output: list[OutputItem] = []  # the output items that are complete
         self._growing: GrowingItem | None = None
-        self._blank = ""  # white space with which a message might begin; a message of white space alone is left out
-        self._scores: list[TokenScore] = []  # the log-probabilities of the next piece of text
+        # White space at the beginning of a message, which is held back because a message of only white space is left
+        # out.
+        self._blank = ""
+        self._scores: list[TokenScore] = []  # the log-probabilities that will be sent with the next piece of text
 
     async def collect(self) -> list[ChoiceDelta]:
         """Runs the generation to its end and makes the finished response. Returns the deltas of the reply."""
@@ -84,7 +87,7 @@ class ResponseWriter(Writer):
         return collected
 
     def reply(self, choices: list[ChoiceDelta]) -> Response:
-        """Returns the finished response, which `collect` has made."""
+        """Returns the finished response, which the method `collect` has built."""
         return self.response
 
     def begin(self) -> Iterable[bytes]:
@@ -150,7 +153,7 @@ class ResponseWriter(Writer):
         return len(self._output) + (self._growing is not None)
 
     def _begin(self, item: GrowingItem) -> Iterator[Event]:
-        """Ends the item that was growing, and begins another one."""
+        """Ends the current output item, if there is one, and begins the next item. Yields the events for both."""
         yield from self._end("completed")
         self._growing = item
         yield from item.begin()
@@ -163,10 +166,10 @@ class ResponseWriter(Writer):
             yield from item.end(status)
 
     def _finish(self, reason: str) -> Iterator[Event]:
-        """Ends the last item and makes the finished response.
+        """Ends the last output item, builds the finished response, and yields the events for that.
 
-        A reply without any item gets a message. The log-probability of the token that ended the reply belongs to the
-        message if the reply ends with one.
+        If the reply has no item, it gets a message. If the last item is a message, it also gets the log-probability of
+        the token that ended the reply.
         """
         complete = reason not in ("length", "abort")
         if self._growing is None and not self._output:
@@ -222,7 +225,7 @@ class ResponseWriter(Writer):
         )
 
     def _encode(self, event: Event) -> bytes:
-        """Returns an event with the next sequence number, as it is sent."""
+        """Returns the bytes of an event as they are sent. The event gets the next sequence number."""
         number, self._num_events = self._num_events, self._num_events + 1
         body = to_json({"type": event.type, "sequence_number": number, **event.fields})
         return b"event: " + event.type.encode() + b"\ndata: " + body + b"\n\n"

@@ -26,9 +26,9 @@ class Writer(ABC):
     """Builds the reply to one request. Its methods return each server-sent event as bytes, with the empty line that
     ends the event.
 
-    The function `sse.answer` runs the writer's `generation`. For a reply without `stream` it calls `collect` and
-    `reply`. For a stream it calls `begin`, then `write` for every delta, then `complete` and `end`, or `fail` after an
-    error.
+    The function `sse.answer` runs the writer's `generation`. For a reply without `stream`, the function calls `collect`
+    and `reply`. For a stream, it calls `begin`, then `write` for every delta, and then `complete` and `end`. After an
+    error it calls `fail` instead.
     """
 
     generation: Generation
@@ -64,12 +64,13 @@ class Writer(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkWriter(Writer, Generic[C]):
-    """The code that the writers for chats and completions share. Each event is a JSON object with the field `choices`.
+    """The base class of the writers for /v1/chat/completions and /v1/completions. Each event is a JSON object with the
+    field `choices`.
 
     If `with_usage` is set, the stream has one more event at its end, whose field `usage` has the token counts. If
     `with_usage_so_far` is also set, every event has the token counts up to that event. If `with_timings` is set, the
-    reply or the last event has the times of the request. The options `with_token_ids` and `with_prompt_logprobs` add
-    the token ids, and the log-probabilities of the prompt.
+    reply or the last event has the times of the request. The option `with_token_ids` adds the token ids, and
+    `with_prompt_logprobs` adds the log-probabilities of the prompt.
     """
 
     generation: Generation

@@ -1,4 +1,5 @@
-"""The class `GrammarBuilder` builds the grammar of a reply and checks that the engine can compile it."""
+"""The class `GrammarBuilder` builds the grammar that a reply must follow, and checks that the engine can compile the
+grammar."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Check(Protocol):
-    """Tells whether llguidance can compile a grammar."""
+    """The interface of an object that finds out whether llguidance, the library that follows grammars, can compile a
+    grammar."""
 
     def outcome(self, grammar: str) -> Outcome: ...
     def close(self) -> None: ...
@@ -29,7 +31,8 @@ class Check(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GrammarBuilder:
-    """Builds grammars for one model. `token_ids` has the tags of its vocabulary, such as "<tool_call>"."""
+    """Builds grammars for the replies of one model. `token_ids` maps those tags that are single tokens of its
+    vocabulary, such as "<tool_call>", to their ids."""
 
     check: Check
     token_ids: Mapping[str, int]
@@ -44,8 +47,9 @@ class GrammarBuilder:
     ) -> str:
         """Returns the grammar of a reply in the form that the engine takes, or "" if every reply is allowed.
 
-        If llguidance refuses the schema of a function that is not strict, this function takes any JSON object as its
-        arguments. It blocks while another process compiles the grammar, for up to a second or two.
+        If llguidance refuses the argument schema of a tool function that is not strict, the grammar allows any JSON
+        object as the arguments of this function. The method blocks while another process compiles the grammar, for up
+        to a second or two.
 
         Raises RequestRejected for a format or a strict function that cannot be enforced, and for a grammar whose
         compilation takes too long.
@@ -82,7 +86,7 @@ class GrammarBuilder:
         return self.check.outcome(grammar)
 
     def _refused_functions(self, tools: ToolGrammar) -> frozenset[str]:
-        """Returns the names of the functions that are not strict and whose schema llguidance refuses."""
+        """Returns the names of the tool functions that are not strict and whose argument schemas llguidance refuses."""
         return frozenset(
             function.name
             for number, function in enumerate(tools.functions)
@@ -90,12 +94,14 @@ class GrammarBuilder:
         )
 
     def _function_outcome(self, tools: ToolGrammar, number: int) -> Outcome:
-        """Returns the outcome of a grammar for calls of one function only."""
+        """Checks a grammar that allows only calls of the tool function with the index `number`. Returns the result of
+        the check."""
         alone = replace(tools, functions=(tools.functions[number],), mode="required", parallel=False)
         return self.check.outcome(build_grammar(None, alone, token_ids=self.token_ids))
 
     def _error(self, outcome: Outcome, format: OutputFormat | None, tools: ToolGrammar | None) -> RequestRejected:
-        """Returns the error for a grammar that cannot be used, and names the part of the request that is the reason."""
+        """Returns the error for a request whose grammar cannot be used. The error names the part of the request that is
+        the reason."""
         if format is not None:
             alone = self.check.outcome(build_grammar(format, None, token_ids=self.token_ids))
             if alone.error:
@@ -128,7 +134,8 @@ class GrammarBuilder:
         def fails(part: dict[str, Any]) -> bool:
             try:
                 return bool(self.check.outcome(f"start: {inline(prepared(part))}\n").error)
-            except RequestRejected:  # the part refers to other parts of the schema
+            # This part of the schema cannot be checked alone, because it refers to other parts of the schema.
+            except RequestRejected:
                 return False
 
         return explain(outcome.error, schema, param=param, fails=fails)

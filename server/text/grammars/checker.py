@@ -1,11 +1,12 @@
-"""A process that compiles grammars to find out whether llguidance takes them. Run it as a module.
+"""A process that compiles grammars to find out whether llguidance accepts them. The module `compile_check` starts it.
 
-llguidance's limits do not bound every part of a compilation, and a grammar that is nested deeply ends the process with
-an overflow of its stack. Therefore the check has a process of its own, which dies in the place of the server. The
-kernel ends it when a check has used too much CPU time; CPU time does not depend on what else the machine does.
+The limits of llguidance do not bound every part of a compilation, and compiling a deeply nested grammar can end the
+process with a stack overflow. Therefore grammars are checked in this separate process, whose death does not harm the
+server. The kernel kills the process when a check has used too much CPU time. CPU time is measured rather than elapsed
+time, because it does not depend on the load of the machine.
 
-The process reads lines of JSON from its standard input: first a `Setup`, then one `Check` for each grammar. It answers
-each line with a `Verdict`.
+The process reads lines of JSON from its standard input: first a `Setup`, then one `Check` for each grammar. For each
+line it writes a `Verdict` to its standard output.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import msgspec
 
 from jamba_server.engine.grammar.limits import COMPILE_CPU_SECONDS, COMPILE_MEMORY_BYTES, PARSER_LIMITS
 
-# The stack of the thread that compiles, in bytes. It is smaller than the stack of the engine's thread, so a grammar
-# that fits here fits there.
+# The size in bytes of the stack of the thread that compiles grammars. It is smaller than the stack of the engine's
+# compiling thread, so a grammar that does not overflow this stack does not overflow that one.
 _STACK_BYTES = 4 << 20
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """The text of the model's tokenizer.json, and the id of its end token."""
+    """The first message to the process: the text of the model's tokenizer.json, and the id of its end token."""
 
     tokenizer: str
     eos_token_id: int
@@ -38,17 +39,18 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """`error` is llguidance's message, or "" if the grammar can be used."""
+    """The process's answer to a message. `error` is llguidance's error message, or "" if the grammar can be used."""
 
     error: str
 
 
 def verdict(grammar: str, tokenizer: llguidance.LLTokenizer) -> str:
-    """Compiles a grammar and takes the first step with it. Returns llguidance's error, or ""."""
+    """Compiles a grammar and computes which tokens may come first, as some errors appear only then. Returns
+    llguidance's error message, or "" if the grammar can be used."""
     limits = llguidance.LLParserLimits(**PARSER_LIMITS, verbose_errors=False)  # pyright: ignore[reportArgumentType]
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
-        matcher.consume_tokens(matcher.compute_ff_tokens())  # text without an end is an error here
+        matcher.consume_tokens(matcher.compute_ff_tokens())  # this call finds grammars that force an endless text
     if not matcher.is_error() and not matcher.is_stopped():
         matcher.compute_bitmask()
     if matcher.is_error():
@@ -69,7 +71,8 @@ def _serve() -> None:
     _limit_memory()
     while line := sys.stdin.buffer.readline():
         check = msgspec.json.decode(line, type=Check)
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_SECONDS)  # its signal, SIGPROF, ends the process
+        # The timer measures CPU time; when it expires, the signal SIGPROF ends the process.
+        signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_SECONDS)
         error = verdict(check.grammar, tokenizer)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _answer(error)
@@ -81,8 +84,8 @@ def _answer(error: str) -> None:
 
 
 def _limit_memory() -> None:
-    """Limits the memory of the process to what it has now and COMPILE_MEMORY_BYTES more. Without /proc, which only
-    Linux has, there is no such limit."""
+    """Limits the address space of the process to its present size plus COMPILE_MEMORY_BYTES. The present size is read
+    from /proc, so on systems other than Linux there is no such limit."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
         pages = int(statistics.read_text().split()[0])
@@ -91,7 +94,8 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an overflow of the stack is expected and leaves no core file
+    # Some grammars overflow the stack; such an expected death must not leave a core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     thread = threading.Thread(target=_serve)
     thread.start()

@@ -1,4 +1,4 @@
-"""Asks the process of the module `checker` whether a grammar can be used, and remembers the answers."""
+"""Asks a child process (the module `checker`) whether a grammar can be compiled, and caches the answers."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ from jamba_server.engine.grammar.limits import COMPILE_CPU_SECONDS, COMPILE_MEMO
 from jamba_server.server.text.grammars.checker import Check, Setup, Verdict
 
 COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.text.grammars.checker")
-# The CPU time of a check is limited by its process itself. After this many seconds without an answer the process is
-# ended, because the machine has stopped it or swaps its memory.
+# The checking process limits its own CPU time. If it has not answered after this number of seconds of elapsed time, it
+# is killed: it was probably stopped by a signal, or the machine is swapping.
 _PATIENCE_SECONDS = 120.0
-_MAX_REMEMBERED = 4096  # number of grammars whose answers are kept; an answer has a few hundred bytes
+_MAX_REMEMBERED = 4096  # number of grammars whose answers are cached; an answer takes a few hundred bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answer about one grammar: `error` is "" if it can be used. If `too_complex` is true, the check was ended,
-    because it took too much time or memory."""
+    """The result of checking one grammar. `error` is "" if the grammar can be used. If `too_complex` is true, the check
+    was stopped because it took too much time or memory."""
 
     error: str = ""
     too_complex: bool = False
 
 
-# The answer after a check whose process was killed, by the operating system for want of memory or by this process for
-# want of an answer. Another check of the grammar may end otherwise, so this answer is not remembered.
+# The result of a check whose process was killed, either by the operating system because memory was short, or by this
+# process because no answer came. Another check of the same grammar may have another result, so this result is not
+# cached.
 _INTERRUPTED = Outcome("its check was interrupted; send the request again", too_complex=True)
 
 
 class CompileCheck:
-    """Checks grammars in another process, one at a time. The process starts with the first check, and again after a
-    check that ended it. It ends with the object, or before with the method `close`. All methods may be called from any
-    thread.
+    """Checks grammars in a child process, one at a time. The process starts with the first check. If a check ends the
+    process, a new process starts with the next check. The process ends when `close` is called or this object is
+    garbage-collected. All methods may be called from any thread.
 
-    `tokenizer_json` returns the text of the model's tokenizer.json. It is called when a process starts.
+    The function `tokenizer_json` returns the text of the model's tokenizer.json. It is called whenever a process
+    starts.
     """
 
     def __init__(self, tokenizer_json: Callable[[], str], *, eos_token_id: int) -> None:
@@ -58,7 +60,8 @@ class CompileCheck:
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
 
     def outcome(self, grammar: str) -> Outcome:
-        """Returns whether llguidance can compile the grammar within the limits. It blocks until the answer is there."""
+        """Returns whether llguidance can compile the grammar within the limits. The method blocks until the child
+        process has answered."""
         key = hashlib.sha256(grammar.encode(errors="surrogatepass")).digest()
         with self._lock:
             if key in self._outcomes:
@@ -73,7 +76,7 @@ class CompileCheck:
             return outcome
 
     def close(self) -> None:
-        """Ends the process, if there is one."""
+        """Ends the child process, if it is running."""
         with self._lock:
             self._end()
 
@@ -82,7 +85,7 @@ class CompileCheck:
 
     def _ask(self, grammar: str) -> Outcome:
         if self._process is not None and self._process.poll() is not None:
-            self._end()  # something has ended the process since the last check
+            self._end()  # the child process has died since the last check
         if self._process is None:
             self._process = self._start()
             error = self._exchange(Setup(self._tokenizer_json(), self._eos_token_id))
@@ -107,13 +110,17 @@ class CompileCheck:
             COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # Rust writes there why the process ends; its exit status tells enough
+            # If llguidance, which is written in Rust, crashes, it writes a message to stderr. The message is dropped,
+            # because the exit status of the process tells enough.
+            stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C reaches only the server, which then ends this process
+            # In a session of its own the process gets no SIGINT from Ctrl-C; the server ends the process.
+            start_new_session=True,
         )
 
     def _exchange(self, message: Setup | Check) -> str | None:
-        """Sends a message to the process and returns the error in its answer, or None if the process has ended."""
+        """Sends a message to the child process. Returns the error text of its answer ("" for no error), or None if the
+        process has ended or has not answered in time."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
@@ -127,13 +134,14 @@ class CompileCheck:
         return msgspec.json.decode(line, type=Verdict).error if line.endswith(b"\n") else None
 
     def _end(self) -> int | None:
-        """Ends the process. Returns the number of the signal that ended it."""
+        """Ends the child process. Returns the number of the signal that ended it, or None if there was no process."""
         process, self._process = self._process, None
         if process is None:
             return None
         process.kill()  # this has no effect on a process that has ended already
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # a part of a message may not have been sent
+        # Closing the pipe would otherwise raise an error if a part of a message was not sent.
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         process.stdout.close()
         return -process.wait()

@@ -1,4 +1,5 @@
-"""The rules of a grammar for the content of a reply that has a certain form."""
+"""Builds the grammar rules for the content of a reply that must have a certain form, such as JSON or a regular
+expression."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _ANY_OBJECT = {"type": "object"}
 
 
 def content_rules(format: OutputFormat) -> tuple[list[str], list[dict[str, str]]]:
-    """Returns the rules for the symbol `content`, and the grammars that these rules refer to by name.
+    """Returns the rules that define the grammar symbol `content`, and further grammars to which these rules refer by
+    name.
 
     Raises RequestRejected for a JSON schema that cannot be enforced exactly.
     """

@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.text.grammars.json_schema import Path, pointer, refusal
 
-# Pieces of llguidance's messages, each with the keywords that such a message can be about.
+# Maps texts that occur in llguidance's error messages to the JSON Schema keywords that such a message can be about.
 _SIGNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("oneOf constraints", ("oneOf",)),
     ("not disjoint", ("patternProperties",)),
@@ -29,7 +29,8 @@ _MAX_TRIALS = 8
 def explain(message: str, schema: Any, *, param: str, fails: Callable[[dict[str, Any]], bool]) -> RequestRejected:
     """Returns the error for a schema that llguidance refuses with `message`.
 
-    `fails` says whether llguidance also refuses a part of the schema. It is called at most 8 times.
+    The function `fails` compiles a part of the schema and says whether llguidance also refuses this part. It is called
+    at most 8 times, because each call takes time.
     """
     summary = message.splitlines()[0].removeprefix("at 1(8): ").removeprefix("failed to compile JSON schema: ")
     if "Unsatisfiable" in message or "NoExtension" in message:
@@ -44,8 +45,9 @@ def explain(message: str, schema: Any, *, param: str, fails: Callable[[dict[str,
 
 
 def _locate(schema: Any, names: tuple[str, ...] | None, fails: Callable[[dict[str, Any]], bool]) -> Path:
-    """Returns the path of the keyword for which llguidance refuses the schema: that of the deepest part which is
-    refused by itself. With `names` None, returns the path of this part."""
+    """Returns the path of the keyword for which llguidance refuses the schema. The function looks for the most deeply
+    nested part of the schema that has one of the keywords `names` and is refused by itself. If `names` is None, every
+    part of the schema is considered, and the result is the path of the part."""
     shared = {key: schema[key] for key in ("$defs", "definitions", "$schema") if key in schema}
     places = list(_places(schema, names))
     places.sort(key=lambda place: -len(place[0]))
@@ -58,7 +60,8 @@ def _locate(schema: Any, names: tuple[str, ...] | None, fails: Callable[[dict[st
 def _places(
     node: Any, names: tuple[str, ...] | None, path: Path = (), *, is_schema: bool = True
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the path of each keyword in `names` with the schema that has it, or all schemas if `names` is None."""
+    """Yields the path of each keyword in `names`, together with the part of the schema that has the keyword. If `names`
+    is None, yields all parts that are schemas, with their paths."""
     if isinstance(node, list):
         for index, part in enumerate(cast("list[Any]", node)):
             yield from _places(part, names, (*path, index))

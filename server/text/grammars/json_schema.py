@@ -1,8 +1,9 @@
-"""Prepares a client's JSON schema for llguidance.
+"""Prepares a client's JSON schema for llguidance, the library that makes replies follow a schema.
 
-llguidance follows a schema exactly or refuses it, with a few exceptions. The function `prepare` refuses these
-exceptions and the keywords that llguidance does not have, with an error that names the keyword and its path. It leaves
-out annotations, and writes patterns and formats as llguidance's regular expressions.
+With a few exceptions, llguidance either follows a schema exactly or refuses the schema. The function `prepare` refuses
+schemas that llguidance would not follow exactly, and keywords that llguidance does not know, with an error that names
+the keyword and its path. It removes annotations, and translates patterns and formats to the regular expressions of
+llguidance.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from jamba_server.server.text.grammars.string_formats import BUILT_IN, MAX_LENGT
 
 Path = tuple[str | int, ...]
 
-_MAX_EXACT = 2**53  # the largest number up to which a float64 holds every integer; llguidance computes in float64
-_MIN_EXACT = 1e-6  # JSON writes smaller numbers with an exponent, which llguidance does not have in a range
+# The largest number up to which a float64 can represent every integer; llguidance computes in float64.
+_MAX_EXACT = 2**53
+# Smaller numbers are written with an exponent in JSON, and llguidance allows no exponents for numbers in a range.
+_MIN_EXACT = 1e-6
 
 
 def prepare(schema: Any, *, param: str, lenient: bool = False) -> dict[str, Any]:
@@ -53,7 +56,8 @@ def check_size(value: Any, *, param: str) -> None:
         depth += 1
         if nodes > MAX_SCHEMA_NODES:
             raise RequestRejected(f"The schema has more than {MAX_SCHEMA_NODES} JSON values.", param=param)
-        if depth > 2 * MAX_SCHEMA_DEPTH:  # a property is two levels of JSON: "properties" and the property's name
+        # A schema inside a property is two levels of JSON deeper: "properties" and the property's name.
+        if depth > 2 * MAX_SCHEMA_DEPTH:
             raise RequestRejected(
                 f"The schema is nested more than {2 * MAX_SCHEMA_DEPTH} levels deep, starting at "
                 f"{pointer(_deepest(value))[:200]}.",
@@ -74,7 +78,7 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 def _deepest(value: Any) -> Path:
-    """Returns the beginning of a path that leads into a deeply nested value."""
+    """Returns the beginning of the path to a deeply nested value, for an error message."""
     path: list[str | int] = []
     level = [((), value)]
     while level and len(path) < 8:
@@ -91,13 +95,15 @@ def _items(node: Any) -> Iterator[tuple[str | int, Any]]:
 
 
 class _Walk:
-    """One walk through a schema. It remembers where schemas stand, so that references can be checked at the end."""
+    """Walks once through a schema and prepares it. The object records the paths of all schemas inside the document, so
+    that references to them can be checked at the end."""
 
     def __init__(self, param: str, *, lenient: bool) -> None:
         self._param = param
         self._lenient = lenient
         self._tolerance = suppress(RequestRejected) if lenient else nullcontext()
-        self._schemas: set[str] = set()  # JSON pointers of all schemas
+        # The JSON pointers of all schemas in the document, to which references may point.
+        self._schemas: set[str] = set()
         self._references: list[tuple[str, Path]] = []
         self._has_ids = False
 
@@ -124,7 +130,7 @@ class _Walk:
         return prepared
 
     def _keyword(self, keyword: str, value: Any, schema: keywords.Schema, path: Path, prepared: dict[str, Any]) -> None:
-        """Adds what a keyword of `schema` requires to the dictionary `prepared`."""
+        """Translates one keyword of `schema` and adds the result to the dictionary `prepared`."""
         if (neutral := keywords.REFUSED.get(keyword)) is not None:
             if not neutral(value, schema):
                 self._refuse(path)
@@ -133,7 +139,7 @@ class _Walk:
             name = "anyOf" if self._lenient and keyword == "oneOf" and "anyOf" not in schema else keyword
             prepared[name] = [self.schema(item, (*path, index)) for index, item in enumerate(items)]
         elif keyword == "additionalItems" and not isinstance(schema.get("items"), list):
-            return  # without a list of items before them there are no additional ones
+            return  # `additionalItems` has no effect unless `items` is a list
         elif keyword in keywords.ONE_SCHEMA:
             prepared[keyword] = self.schema(value, path)
         elif keyword in keywords.SCHEMA_MAPS:
@@ -174,7 +180,7 @@ class _Walk:
         if not isinstance(value, int | float):
             self._reject(path, f"is {_shown(value)}; it must be a number")
         if value == 0:
-            return 0  # -0.0 is the number 0
+            return 0  # this also turns -0.0 into 0, which is the same number
         if not _MIN_EXACT <= abs(value) <= _MAX_EXACT:
             self._reject(path, f"is {_shown(value)}; only 0 and sizes from {_MIN_EXACT} to 2**53 are enforced exactly")
         return int(value) if value == int(value) else value
@@ -192,7 +198,7 @@ class _Walk:
         """Returns a schema of the strings that the format of `schema` allows, or None if it allows every string."""
         name, types = schema.get("format"), schema.get("type", "string")
         if name is None or (types != "string" and not (isinstance(types, list) and "string" in types)):
-            return None  # a format restricts strings only
+            return None  # the keyword `format` restricts only strings
         if not isinstance(name, str):
             self._reject(path, f"is {_shown(name)}; it must be a string")
         if name in BUILT_IN:
@@ -213,7 +219,8 @@ class _Walk:
         return value
 
     def _constant(self, value: Any, path: Path) -> Any:
-        """Returns a value of `const` or `enum`, in which every number is one that llguidance writes exactly."""
+        """Checks a value of the keyword `const` or `enum` and returns it. Raises RequestRejected for a number that
+        llguidance would not write exactly."""
         if isinstance(value, dict):
             return {key: self._constant(part, path) for key, part in cast("dict[str, Any]", value).items()}
         if isinstance(value, list):
@@ -232,9 +239,9 @@ class _Walk:
         return cast("list[str]", value)
 
     def check_references(self) -> None:
-        """Raises RequestRejected for a reference to something that is not a schema of this document."""
+        """Raises RequestRejected if a reference (`$ref`) points to something that is not a schema in this document."""
         if self._has_ids:
-            return  # llguidance resolves the references, relative to the ids
+            return  # references are relative to the values of `$id`, and llguidance resolves and checks them
         for reference, path in self._references:
             if not reference.startswith("#"):
                 self._reject(path, f"is {_shown(reference)}; this server does not fetch schemas from elsewhere")
@@ -249,8 +256,8 @@ class _Walk:
 
 
 def _counts_equal_names(prepared: Mapping[str, Any]) -> bool:
-    """Whether a schema has a minimum number of properties that its required names do not ensure. llguidance would count
-    two properties with the same name twice."""
+    """Returns whether `minProperties` demands more properties than `required` guarantees. Such a schema cannot be
+    enforced, because llguidance would count two properties with the same name as two."""
     return prepared.get("minProperties", 0) > max(1, len(set(prepared.get("required", ()))))
 
 
@@ -265,7 +272,7 @@ def refusal(path: Path, *, param: str) -> RequestRejected:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value as JSON, cut to a length that an error may have."""
+    """Returns a value as JSON for an error message. A long text is cut."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False)
@@ -273,12 +280,13 @@ def _shown(value: Any) -> str:
 
 
 def inline(schema: Mapping[str, Any], *, spaced: bool = False) -> str:
-    """Returns a prepared schema as llguidance's inline form `%json {...}`.
+    """Returns a prepared schema in the form `%json {...}`, in which a grammar of llguidance can include a schema.
 
-    The JSON that it allows has no optional white space. If `spaced` is true, it has one space after each comma and
-    colon, as Python's `json.dumps` writes it. The escapes \\uXXXX, which JSON needs for control characters, are not
-    allowed where the schema has both named and other properties: with such an escape, a named property could be written
-    as an unnamed one, whose value is not checked.
+    The JSON that this grammar allows has no optional white space. If `spaced` is true, there is one space after each
+    comma and colon, as Python's `json.dumps` writes JSON. The escapes \\uXXXX, which JSON needs for control characters,
+    are not allowed where the schema allows both named and other properties. With such an escape, a model could write
+    the name of a named property in another way, so that the grammar would take it for another property and not check
+    its value.
     """
     escapes = 'nrbtf\\"' if any(_mixes_names(node) for node in _schemas(schema)) else 'nrbtf\\"u'
     options: dict[str, Any] = {"whitespace_flexible": False, "json_allowed_escapes": escapes}
@@ -288,7 +296,7 @@ def inline(schema: Mapping[str, Any], *, spaced: bool = False) -> str:
 
 
 def _schemas(value: Any) -> Iterator[dict[str, Any]]:
-    """Yields all objects in a prepared schema, which are its schemas and the maps of schemas."""
+    """Yields all JSON objects in a prepared schema: the schemas inside it, and maps from names to schemas."""
     if isinstance(value, dict):
         yield cast("dict[str, Any]", value)
     for child in _children(value):

@@ -10,10 +10,11 @@ Schema = Mapping[str, Any]
 
 TYPES: Final = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 
-# Keywords that name or locate schemas. They are kept as they are.
+# Keywords that give a schema a name or an address. The server passes them on to llguidance unchanged.
 IDENTIFIERS: Final = frozenset({"$schema", "$id", "$anchor", "id"})
 
-# Keywords whose values are schemas, lists of schemas, and maps from names to schemas.
+# The keywords whose value is a schema, those whose value is a list of schemas, and those whose value is a map from
+# names to schemas.
 ONE_SCHEMA: Final = frozenset({"additionalProperties", "additionalItems", "items"})
 SCHEMA_LISTS: Final = frozenset({"prefixItems", "allOf", "anyOf", "oneOf", "items"})
 SCHEMA_MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -32,7 +33,8 @@ ENFORCED: Final = (
 
 
 def _without(*others: str) -> Callable[[Any, Schema], bool]:
-    """Returns a test for keywords that have no effect unless one of the keywords `others` stands beside them."""
+    """Returns a function for keywords that have no effect unless the schema also has one of the keywords `others`. The
+    function returns true if the schema has none of these."""
     return lambda value, schema: not any(other in schema for other in others)
 
 
@@ -53,7 +55,8 @@ def _allows_all_names(value: Any, schema: Schema) -> bool:
 
 
 def _allows_none(value: Any, schema: Schema) -> bool:
-    """Whether an array needs no item that fits the schema of `contains`, and may have any number of such items."""
+    """Returns whether the keyword `contains` has no effect, because an array needs no item that fits its schema and may
+    have any number of such items."""
     return schema.get("minContains") == 0 and "maxContains" not in schema
 
 
@@ -61,8 +64,8 @@ def _never(value: Any, schema: Schema) -> bool:
     return False
 
 
-# The keywords that are refused, each with a test of its value and of the schema around it: where the test holds, the
-# keyword is left out, because it does not restrict anything there.
+# The keywords that are refused. Each has a function that gets the keyword's value and the schema around it. If the
+# function returns true, the keyword restricts nothing there, so it is left out and not refused.
 REFUSED: Final[Mapping[str, Callable[[Any, Schema], bool]]] = MappingProxyType(
     {
         "not": _never,

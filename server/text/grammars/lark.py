@@ -1,4 +1,4 @@
-"""Writes the small parts of grammars in llguidance's form of Lark."""
+"""Writes small parts of grammars in llguidance's variant of the notation of Lark, a parser library."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from dataclasses import dataclass
 
 
 def literal(text: str) -> str:
-    """Returns a string of a grammar that matches exactly `text`. Lark's escapes are those of JSON."""
+    """Returns a string literal for a grammar, which matches exactly `text`. In Lark's notation, string literals have
+    the escapes of JSON."""
     return json.dumps(text)
 
 
 def regex(pattern: str) -> str:
-    """Returns a regular expression of a grammar. The argument has the syntax of Rust's crate `regex-syntax`."""
+    """Returns a regular expression in the notation of a grammar, between slashes. The argument has the syntax of Rust's
+    crate `regex-syntax`."""
     escaped = pattern.replace("/", "\\/").replace("\n", "\\n").replace("\r", "\\r")
     return f"/{escaped or '(?:)'}/"
 
 
 def quoted(text: str) -> str:
-    """Returns a regular expression that matches exactly `text`."""
+    """Returns a regular expression in Rust's syntax that matches exactly `text`."""
     return re.sub(r"[^0-9A-Za-z_ ]", lambda match: f"\\x{{{ord(match[0]):X}}}", text)
 
 
 def text_without(*tags: str) -> str:
-    """Returns a terminal for all texts that have none of the given tags in them."""
+    """Returns a terminal symbol of a grammar that matches every text which contains none of the given tags."""
     terminal = "/(?s:.*)/"
     for tag in tags:
         terminal += f" & ~{regex(f'(?s:.*){quoted(tag)}(?s:.*)')}"
@@ -34,10 +36,11 @@ def text_without(*tags: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """A tag that a model writes, such as "<tool_call>". `token_id` is the id of the token that stands for the tag, or
-    None if the model writes the tag with ordinary tokens.
+    """A tag that a model writes, such as "<tool_call>". `token_id` is the id of the tag's token, or None if the
+    vocabulary has no such token and the model writes the tag with several ordinary tokens.
 
-    A token of a tag is never a part of ordinary text in a grammar: text stands for ordinary tokens only.
+    In a grammar of llguidance, ordinary text never matches the token of a tag, so the tag must be named by its token
+    id.
     """
 
     text: str

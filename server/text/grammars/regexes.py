@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 
-# ECMA-262's white space and line terminators. Rust's \s has U+0085 and lacks U+FEFF.
+# The characters that `\s` matches in ECMA-262: white space and line terminators. In Rust, `\s` also matches U+0085 and
+# does not match U+FEFF.
 _SPACE = r"\t\n\x0B\f\r \u{A0}\u{1680}\u{2000}-\u{200A}\u{2028}\u{2029}\u{202F}\u{205F}\u{3000}\u{FEFF}"
-_ANY = r"[^\n\r\u{2028}\u{2029}]"  # what a dot matches in ECMA-262; in Rust it matches everything but "\n"
+# The characters that a dot matches in ECMA-262; in Rust a dot matches everything except "\n".
+_ANY = r"[^\n\r\u{2028}\u{2029}]"
 _CONTROL = re.compile(r"c([A-Za-z])")
 _LOOKS_AROUND = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[bBk1-9])")
 _CLASSES = {
@@ -24,7 +26,8 @@ _CLASSES = {
 
 
 def from_ecma(pattern: str) -> str:
-    """Returns a Rust regular expression that finds the same texts as the ECMA-262 pattern `pattern`.
+    """Translates `pattern`, a regular expression of ECMA-262 (JavaScript), to a Rust regular expression that finds the
+    same texts.
 
     Syntax that Rust does not have, such as a look-ahead, is left as it is; llguidance refuses it.
     """
@@ -32,15 +35,15 @@ def from_ecma(pattern: str) -> str:
 
 
 def looks_around(pattern: str) -> bool:
-    """Whether a pattern has a look-around, a word boundary or a back-reference, which llguidance refuses."""
+    """Returns whether a pattern has a look-around, a word boundary or a back-reference, which llguidance refuses."""
     return _LOOKS_AROUND.search(pattern) is not None
 
 
 def for_full_match(pattern: str) -> str:
-    """Returns a Rust regular expression that matches the texts that `pattern` matches from their beginning to their
-    end.
+    """Returns a Rust regular expression for the texts that `pattern` matches as a whole, from the first character to
+    the last.
 
-    Anchors at the ends of an alternative are left out, because they are redundant in a match of the whole text and
+    The anchors ^ and $ at the ends of an alternative are removed. They are redundant if the whole text must match, and
     llguidance refuses them.
     """
     tokens = _tokens(pattern, dot=".")
@@ -59,7 +62,7 @@ def for_full_match(pattern: str) -> str:
 def _tokens(pattern: str, *, dot: str) -> list[str]:
     """Splits the pattern into its characters, escapes and quantifiers, each translated to Rust's syntax.
 
-    A "?" that makes a quantifier lazy is left out: it changes which text is found first, not which texts match.
+    A "?" that makes a quantifier lazy is removed. It only changes which match is found first, not which texts match.
     """
     tokens: list[str] = []
     position, in_class = 0, False
@@ -91,8 +94,8 @@ def _tokens(pattern: str, *, dot: str) -> list[str]:
 
 
 def _group(pattern: str, position: int, character: str) -> tuple[int, list[str]]:
-    """Returns the position after an ordinary character or the beginning of a group, and the tokens there. The "?" of
-    "(?:" is a part of the group's beginning and no quantifier."""
+    """Reads an ordinary character or the beginning of a group, such as "(?:", in which the "?" is not a quantifier.
+    Returns the position after what was read, and its tokens."""
     if character == "(" and pattern.startswith("?", position):
         return position + 1, ["(", "?"]
     return position, [character]

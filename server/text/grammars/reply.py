@@ -1,4 +1,5 @@
-"""Builds one grammar, in llguidance's form of Lark, for a whole reply: thoughts, tool calls and content."""
+"""Builds one grammar for a whole reply: reasoning, tool calls and content. The grammar has llguidance's variant of the
+notation of Lark."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from jamba_server.server.text.grammars.types import Function, OutputFormat, Reas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Style:
-    """How a model writes calls: the tags around a block, the text after the opening tag, between two calls of a block,
-    and before the closing tag. If `array` is false, a block has one call, and `between` stands between two blocks."""
+    """Says how a model writes tool calls. `start` and `end` are the tags around a block of calls. `opening` is the text
+    after the start tag, `between` the text between two calls, and `closing` the text before the end tag. If `array` is
+    false, a block has only one call, and `between` is the text between two blocks."""
 
     start: str
     end: str
@@ -26,7 +28,7 @@ class _Style:
     array: bool
 
 
-# The white space is that of the models' chat templates, in which the models have seen past calls.
+# The white space is the same as in the models' chat templates, because the models were trained with calls in this form.
 _STYLES: Mapping[ToolStyle, _Style] = {
     "jamba": _Style(
         start="<tool_calls>", end="</tool_calls>", opening="[\n    ", between=",\n    ", closing="\n]", array=True
@@ -47,12 +49,12 @@ def build_grammar(
     """Returns a grammar for a whole reply, from its first generated token on, or "" if every reply is allowed.
 
     The mapping `token_ids` has the token ids of tags that are single tokens of the model's vocabulary, such as
-    "<tool_call>". A tag that is not in it is generated as ordinary text. If `leading_space` is true, the content begins
-    with one space, which the server removes from the text: the chat template of Jamba 1.5 to 1.7 puts a space before
-    each reply in the history. The functions named in `unchecked` take any JSON object as arguments.
+    "<tool_call>". Tags that are not in this mapping are generated as ordinary text. If `leading_space` is true, the
+    content begins with one space, which the server removes from the text: the chat template of Jamba 1.5 to 1.7 puts a
+    space before each reply in the history. The functions named in `unchecked` take any JSON object as arguments.
 
-    With tools in the mode "auto" and a format, the reply is either a block of calls or content in this format. With
-    tools in the mode "required", the format has no effect, because the reply has no content.
+    If there are tools in the mode "auto" and also a format, the reply is either a block of tool calls or content in
+    this format. With tools in the mode "required", the format has no effect, because the reply then has no content.
 
     Raises RequestRejected, which names the keyword and its path, for a schema that cannot be enforced exactly.
     """
@@ -66,12 +68,13 @@ def build_grammar(
 
 @dataclass(slots=True)
 class _Grammar:
-    """The rules of one grammar, in the order in which they are written."""
+    """Collects the rules of one grammar, in the order in which they are written."""
 
     token_ids: Mapping[str, int]
     unchecked: frozenset[str]
     rules: list[str] = field(default_factory=list[str])
-    nested: list[dict[str, str]] = field(default_factory=list[dict[str, str]])  # further grammars, by their names
+    # Further grammars, to which rules refer by name.
+    nested: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
     def build(
         self,
@@ -93,7 +96,8 @@ class _Grammar:
         return json.dumps({"grammars": [{"lark_grammar": text}, *self.nested]})
 
     def _body(self, format: OutputFormat | None, tools: ToolGrammar | None) -> str:
-        """Adds the rules of a reply without free text, and returns the symbol for it."""
+        """Adds the rules for a reply that consists only of tool calls or of content in a required form. Returns the
+        symbol of such a reply."""
         if tools is None or (tools.mode == "auto" and format is not None):
             assert format is not None
             rules, nested = content_rules(format)
@@ -108,14 +112,15 @@ class _Grammar:
         return "body"
 
     def _thoughts(self, body: str, reasoning: ReasoningGrammar, *, separated: bool) -> str:
-        """Adds the rules of the thoughts before the body, and returns the rule of the whole reply.
+        """Adds the rules for the reasoning at the beginning of a reply, and returns the rule of the whole reply. `body`
+        is the symbol for what follows the reasoning.
 
-        If `separated` is true, the body follows the reasoning's separator. If it is false, the body is free text, which
-        has the separator itself.
+        If `separated` is true, the rule puts the separator, such as two line feeds, between the reasoning and the body.
+        If it is false, the body is free text, which includes the separator.
         """
         start, end = (Tag.of(text, self.token_ids) for text in (reasoning.start, reasoning.end))
         if not separated and not reasoning.opened and start.token_id is None:
-            return body  # the thoughts are a part of the free text
+            return body  # the rule for free text also allows the reasoning
         if end.token_id is not None:
             self.rules.append(f"THOUGHTS: {text_without(end.text)}")
             self.rules.append(f"thoughts: {self._text_and_tags('THOUGHTS', without={start.text, end.text})}")
@@ -128,11 +133,13 @@ class _Grammar:
         if not reasoning.opened:
             return f"({start.symbol} {closed} {after})? {body}"
         if not separated and end.token_id is not None:
-            return f"thoughts | {closed} {body}"  # a reply that needs no content may end within the thoughts
+            # The reply may also end within the reasoning, because no content is required.
+            return f"thoughts | {closed} {body}"
         return f"{closed} {after}{body}"
 
     def _blocks(self, tools: ToolGrammar) -> str:
-        """Adds the rules of all blocks of calls of a reply, without text between them, and returns the symbol."""
+        """Adds the rules for all blocks of tool calls of a reply that has no text between the blocks. Returns the
+        symbol of these blocks."""
         style = _STYLES[tools.style]
         block = self._block(tools)
         if style.array or not tools.parallel:
@@ -141,7 +148,7 @@ class _Grammar:
         return "blocks"
 
     def _text_and_calls(self, tools: ToolGrammar, reasoning: ReasoningGrammar | None) -> str:
-        """Adds the rules of free text with calls in it, and returns the symbol."""
+        """Adds the rules for free text that may contain tool calls, and returns the symbol of such text."""
         style = _STYLES[tools.style]
         tag = Tag.of(style.start, self.token_ids)
         self.rules.append(f"TEXT: {text_without(style.start)}")
@@ -157,13 +164,14 @@ class _Grammar:
         return "reply"
 
     def _text_and_tags(self, terminal: str, *, without: set[str]) -> str:
-        """Returns the right side of a rule for text that may have tags of the vocabulary in it, such as <citations>."""
+        """Returns the right side of a rule for text that may contain tags which are single tokens, such as
+        <citations>."""
         others = sorted(token_id for text, token_id in self.token_ids.items() if text not in without)
         return f"{terminal} (<[{','.join(map(str, others))}]> {terminal})*" if others else terminal
 
     def _block(self, tools: ToolGrammar, *, opened: bool = False) -> str:
-        """Adds the rules of one block of calls, and returns the symbol. If `opened` is true, the block's opening tag
-        is a part of what stands before it."""
+        """Adds the rules for one block of tool calls, and returns the symbol of the block. If `opened` is true, the
+        symbol does not include the block's start tag, because the rule for the preceding text includes the tag."""
         style = _STYLES[tools.style]
         names = [self._call(number, function) for number, function in enumerate(tools.functions)]
         self.rules.append(f"call: {' | '.join(names)}")
@@ -174,7 +182,7 @@ class _Grammar:
         return "block"
 
     def _call(self, number: int, function: Function) -> str:
-        """Adds the rules of a call of one function, and returns the symbol."""
+        """Adds the rules for a call of one function, and returns the symbol of the call."""
         if function.name in self.unchecked:
             schema = any_arguments()
         else:

@@ -1,9 +1,9 @@
 """Regular expressions for the values of JSON Schema's keyword `format`.
 
-Where llguidance knows a format but takes texts that are none, such as February 30, its expression is replaced here.
-Some expressions are narrower than the specification: they leave out texts that a model has no reason to write, and
-that no regular expression of a sensible size describes. They are leap seconds at offsets other than zero, and the
-Punycode labels of host names.
+For some formats, llguidance has an expression of its own that allows invalid texts, such as February 30 as a date. This
+module has stricter expressions for these formats. Some of the expressions here are narrower than the specification:
+they do not allow leap seconds at time offsets other than zero, and Punycode labels in host names. A model has no reason
+to write such texts, and regular expressions for them would be very large.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Final
 
 
 def _ipv6() -> str:
-    """Returns the expression of RFC 3986 for an IPv6 address: at most one "::" stands for the groups left out."""
-    last = f"(?:{_GROUP}:{_GROUP}|{_IPV4})"  # the last 32 bits
+    """Returns a regular expression for an IPv6 address, following RFC 3986. At most one "::" may take the place of
+    groups that are zero."""
+    last = f"(?:{_GROUP}:{_GROUP}|{_IPV4})"  # matches the last 32 bits of the address
     forms = [f"(?:{_GROUP}:){{6}}{last}"]
-    for after in range(5, -1, -1):  # the number of groups between "::" and the last 32 bits
+    for after in range(5, -1, -1):  # the number of 16-bit groups between "::" and the last 32 bits of the address
         before = 5 - after
         head = f"(?:(?:{_GROUP}:){{0,{before - 1}}}{_GROUP})?" if before else ""
         forms.append(f"{head}::(?:{_GROUP}:){{{after}}}{last}")
@@ -42,8 +43,8 @@ _TIME = (
     r"|23:59:60(?:\.[0-9]+)?(?:[Zz]|[+-]00:00))"
 )
 
-# A label of at most 63 characters, without "-" at an end, and without "--" as third and fourth character. Two such
-# hyphens mark a Punycode label, whose validity no regular expression can tell.
+# A label of a host name has at most 63 characters and no "-" at its beginning or end. Labels with "--" as third and
+# fourth character are not allowed: they are Punycode, whose validity a regular expression cannot check.
 _END, _INNER = "[0-9A-Za-z]", "[0-9A-Za-z-]"
 _HOST_LABEL = f"{_END}(?:{_END}|{_INNER}{{1,2}}{_END}|{_INNER}(?:{_END}{_INNER}|-{_END}){_INNER}{{0,58}}{_END})?"
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
@@ -53,7 +54,7 @@ _EMAIL = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOMAIN}|\[{_IPV4}\]|\[IPv6:
 
 _POINTER = r"(?:/(?:[^~/]|~[01])*)*"
 
-# The formats whose expressions are llguidance's own.
+# The formats for which llguidance's own expressions are used.
 BUILT_IN: Final = frozenset({"duration", "ipv4", "uuid", "uri"})
 
 PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
@@ -69,10 +70,11 @@ PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-# The maximum number of characters of a text in a format, where its expression does not say so.
+# The maximum number of characters of a text in a format, for formats whose regular expression does not limit the
+# length.
 MAX_LENGTHS: Final[Mapping[str, int]] = MappingProxyType({"hostname": 253})
 
-# Formats of OpenAPI and pydantic that say how a program uses the value and allow every string.
+# Formats of OpenAPI and pydantic that only say how a program uses the string. They allow every string.
 UNCONSTRAINED: Final = frozenset(
     {"password", "binary", "float", "double", "decimal", "path", "file-path", "directory-path"}
 )

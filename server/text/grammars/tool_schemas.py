@@ -1,4 +1,5 @@
-"""Prepares the schemas of functions' arguments. Their authors often write types of a programming language."""
+"""Prepares the JSON schemas of the arguments of tool functions. Authors of such schemas often write type names of a
+programming language, such as "dict"."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.text.grammars.json_schema import check_size, prepare
 from jamba_server.server.text.grammars.keywords import TYPES
 
-# Names of types that are not JSON Schema's, in lower case. The value None stands for any value.
+# Maps type names that JSON Schema does not have, in lower case, to those of JSON Schema. None means that every value is
+# allowed.
 _TYPES: Final[Mapping[str, str | None]] = MappingProxyType(
     {
         "dict": "object",
@@ -43,9 +45,10 @@ _COMBINING: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "patternProper
 def prepare_arguments(parameters: Mapping[str, Any], *, strict: bool, param: str) -> dict[str, Any]:
     """Returns the schema of a call's arguments for llguidance.
 
-    Types of programming languages become JSON Schema's. A call has no arguments that the schema does not declare: an
-    object that lists properties and says nothing about others has no others. Without a schema there are no arguments,
-    as in OpenAI's API. If `strict` is false, keywords that are malformed or cannot be enforced are left out.
+    Type names of programming languages are replaced by those of JSON Schema. Arguments that the schema does not declare
+    are forbidden: if an object of the schema lists properties and does not mention others, the result allows no others.
+    If there is no schema, the call has no arguments, as in OpenAI's API. If `strict` is false, keywords that are
+    malformed or cannot be enforced are left out.
 
     Raises RequestRejected for a schema that is too large, and, if `strict` is true, for one that is not valid or cannot
     be enforced.
@@ -64,12 +67,12 @@ def prepare_arguments(parameters: Mapping[str, Any], *, strict: bool, param: str
 
 
 def any_arguments() -> dict[str, Any]:
-    """Returns a schema of all JSON objects."""
+    """Returns a schema that allows every JSON object."""
     return {"type": "object"}
 
 
 def _mapped(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a schema in which all types have the names of JSON Schema."""
+    """Returns a copy of a schema in which type names of programming languages are replaced by those of JSON Schema."""
     mapped: dict[str, Any] = {}
     for keyword, value in schema.items():
         if keyword == "type":
@@ -92,7 +95,7 @@ def _mapped_part(part: Any) -> Any:
 
 
 def _type(value: Any) -> Any:
-    """Returns a type with the name of JSON Schema, or None for a type that allows every value."""
+    """Returns the name that JSON Schema has for a type, or None if the type allows every value."""
     if isinstance(value, list):
         types = [_type(name) for name in cast("list[Any]", value)]
         return None if None in types else list(dict.fromkeys(types))
@@ -103,8 +106,8 @@ def _type(value: Any) -> Any:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema with `additionalProperties` false in each object that lists properties, as far as no other
-    keyword says which properties there are."""
+    """Returns a copy of a schema in which objects that list their properties allow no others (`additionalProperties` is
+    false). Objects for which other keywords say which properties they may have are not changed."""
     properties = schema.get("properties")
     if isinstance(properties, dict) and properties:
         parts = cast("dict[str, Any]", properties)

@@ -1,4 +1,5 @@
-"""What a reply must look like: the inputs from which `reply.build_grammar` makes one grammar for the whole reply."""
+"""The classes that say what form a reply must have. The function `reply.build_grammar` makes one grammar for a whole
+reply from them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class OutputFormat:
 
 
 class Function(Protocol):
-    """A function that the model may call. `parameters` is the JSON schema of its arguments; {} allows any object."""
+    """A function that the model may call. `parameters` is the JSON schema of the function's arguments; {} allows any
+    object."""
 
     @property
     def name(self) -> str: ...

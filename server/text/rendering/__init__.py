@@ -1,1 +1,1 @@
-"""Renders chat templates: Jinja's sandbox, and a process of its own that has limits of time and memory."""
+"""Renders chat templates in Jinja's sandbox. The server does this in child processes with limits on time and memory."""

@@ -1,8 +1,10 @@
-"""A process that renders templates: `python -m jamba_server.server.text.rendering FD SECONDS`. FD is the file
-descriptor of its socket, and SECONDS the time after which it ends itself if one piece of work is not done.
+"""A process that renders chat templates: `python -m jamba_server.server.text.rendering FD SECONDS`. FD is the file
+descriptor of the process's socket. SECONDS is the time after which the process ends itself if one rendering is not
+finished.
 
-`process.TemplateProcesses` starts it. It serves one message after the other until its parent closes the socket. It has
-no files, no secrets and little memory, because templates are written by strangers.
+The class `process.TemplateProcesses` starts this process. The process answers one message after the other until its
+parent closes the socket. It holds no secrets and may use little memory, because the authors of templates are not
+trusted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import sys
 from jamba_server.server.text.rendering.local import LocalRenderer
 from jamba_server.server.text.rendering.wire import Done, Ready, Work, pack, receive
 
-# Python with Jinja takes 0.1 GB of address space. The longest prompt allowed, in three renderings, takes 0.4 GB.
+# The maximum address space of the process. Python with Jinja takes 0.1 GB. Rendering the longest allowed prompt three
+# times takes 0.4 GB.
 MAX_MEMORY_BYTES = 1 << 30
 
 
@@ -29,8 +32,9 @@ def limit_resources() -> None:
 
 
 def serve(connection: socket.socket, seconds: float) -> None:
-    """Answers messages until the end of the stream. If a message takes more than `seconds` seconds, the signal SIGALRM
-    ends this process. The parent ends it sooner, unless the parent has died."""
+    """Answers messages from the socket until the end of the stream. If a message takes more than `seconds` seconds, the
+    signal SIGALRM ends this process. Usually the parent process kills it sooner; SIGALRM is needed in case the parent
+    has died."""
     renderer = LocalRenderer()
     connection.sendall(pack(Ready()))
     while (work := receive(connection, Work)) is not None:
@@ -44,7 +48,8 @@ def serve(connection: socket.socket, seconds: float) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these signals, too, and closes the socket
+    # This process ignores SIGINT (Ctrl-C) and SIGTERM. The parent process gets them, too, and then closes the socket.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     limit_resources()
     with socket.socket(fileno=int(sys.argv[1])) as connection, contextlib.suppress(ConnectionError):

@@ -23,8 +23,8 @@ from jinja2.parser import Parser
 from jamba_server.server.text.special_text import MARK
 
 MAX_OUTPUT_CHARS = 16 << 20
-# The escape in JSON of a mark of special_text.py: U+FDD0, which another noncharacter may follow. An even number of
-# backslashes before it are backslashes of the text itself.
+# Matches the JSON escape of a mark of special_text.py. A mark is the character U+FDD0, which another noncharacter of
+# Unicode may follow. If an even number of backslashes precedes the escape, these backslashes are part of the text.
 _ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd0(?:\\u(fdd[1-9a-f]|fde[0-9a-f]))?")
 
 
@@ -108,7 +108,8 @@ def _tojson(
     """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        # Marks are found only as characters, so their escapes are turned back into characters.
+        # Later code finds the marks of special_text.py only as characters, so their JSON escapes are turned back into
+        # characters.
         text = _ESCAPED_MARK.sub(lambda found: found[1] + MARK + (chr(int(found[2], 16)) if found[2] else ""), text)
     return text
 

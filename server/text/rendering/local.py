@@ -12,7 +12,7 @@ from jamba_server.server.text.rendering.environment import MAX_OUTPUT_CHARS, cre
 from jamba_server.server.text.rendering.renderer import MAX_ERROR_CHARS, Compiled, Rendering
 from jamba_server.server.text.special_text import restore
 
-# The exceptions that a template can raise if the messages have a form for which the template was not written.
+# The exceptions that a template can raise when it is rendered with messages in a form that it does not expect.
 _RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -25,7 +25,8 @@ _RENDERING_ERRORS = (
 )
 # Jinja compiles a template to Python; Python's compiler raises these errors if the template is too complex.
 _COMPILER_ERRORS = (MemoryError, OverflowError, RecursionError, SyntaxError, ValueError)
-# Number of compiled templates that are kept. More than one is used only if requests bring their own.
+# The number of compiled templates that are cached. There is more than one template only if requests send templates of
+# their own.
 _KEPT_TEMPLATES = 8
 
 
@@ -67,13 +68,13 @@ def _bounded(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _describe(error: BaseException) -> str:
-    """Returns the message of an exception, and the template's line that raised it. The message of an exception that the
-    template raised on purpose, by `raise_exception`, has no line."""
+    """Returns the message of an exception and the line of the template that raised it. If the template itself raised
+    the exception by calling `raise_exception`, the line is left out."""
     message = restore(str(error)[: 2 * MAX_ERROR_CHARS])[:MAX_ERROR_CHARS]
     if type(error) is jinja2.TemplateError:
         return message
     if isinstance(error, MemoryError):
         message = "it needs too much memory"
-    # Jinja names the file of a template that was read from a string "<template>".
+    # In tracebacks, a template that was compiled from a string has the file name "<template>".
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return f"{message} (line {lines[-1]} of the template)" if lines else message

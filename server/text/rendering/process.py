@@ -1,7 +1,7 @@
 """Renders templates in child processes, so that no template can block this process or fill its memory.
 
-A process is replaced if one piece of work takes too long, or if the process dies. Work for other requests goes on
-meanwhile in the other process.
+There are several processes. If a rendering takes too long or its process dies, the process is replaced. The other
+processes serve other requests meanwhile.
 """
 
 from __future__ import annotations
@@ -30,28 +30,30 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NUM_PROCESSES: Final = 2  # a prompt takes about a millisecond, so two processes serve some hundred prompts a second
-RENDER_SECONDS: Final = 5.0  # time in seconds for one piece of work
+RENDER_SECONDS: Final = 5.0  # time limit for compiling or rendering one template, in seconds
 START_SECONDS: Final = 60.0  # time in seconds in which a new process must have imported its modules
-# Time in seconds after which a process whose parent has died ends itself, beyond the time for its work.
+# If a process has exceeded its time limit by this number of seconds, it ends itself. That happens only if its parent
+# has died; otherwise the parent has killed the process before.
 _ORPHAN_SECONDS: Final = 1.0
-# The environment variables that a process gets. It needs no other, and some others are secrets.
+# The only environment variables that a rendering process gets. It needs no others, and some of the others hold secrets.
 _ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "TZDIR")
 
 
 class TemplateProcesses:
-    """A `Renderer` with several child processes. Several threads may use it; each call takes a process for itself.
+    """A `Renderer` that renders in several child processes. Several threads may use it at the same time; each call uses
+    one process alone.
 
-    The first process starts at once, and the others with the first work that they get.
+    The first process starts at once. Each of the others starts when it is first needed.
     """
 
     def __init__(self, *, num_processes: int = NUM_PROCESSES, seconds: float = RENDER_SECONDS) -> None:
-        """Raises ConfigError if a process cannot be started."""
+        """Starts the first process. Raises ConfigError if that fails."""
         self._seconds = seconds
         self._lock = threading.Lock()
         self._closed = False
         self._running: set[_Process] = set()
-        # A free process is used again before another one is started: the queue gives back what was put last. None
-        # stands for a process that is not started yet.
+        # The free processes. None stands for a process that is not started yet. The queue returns the item that was put
+        # last, so a process that was used before is used again before another process is started.
         self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(num_processes - 1):
             self._free.put(None)
@@ -68,7 +70,7 @@ class TemplateProcesses:
 
     @property
     def pids(self) -> list[int]:
-        """The numbers of the processes that run."""
+        """Returns the process ids of the running processes."""
         with self._lock:
             return sorted(process.pid for process in self._running)
 
@@ -83,7 +85,7 @@ class TemplateProcesses:
         return renderings
 
     def close(self) -> None:
-        """Ends all processes. Calls in other threads then raise Overloaded, as do later calls."""
+        """Ends all processes. Calls that other threads are making then raise Overloaded, and so do later calls."""
         with self._lock:
             self._closed = True
             running = list(self._running)
@@ -98,9 +100,10 @@ class TemplateProcesses:
             self._free.put(None)
 
     def _run(self, work: Work) -> Done:
-        """Gives a piece of work to a free process and returns the process's reply. Waits if no process is free.
+        """Sends a message with work to a free process and returns the process's reply. Waits if no process is free.
 
-        A process that dies may have been killed by someone else, so the work gets a second try.
+        If the process dies, the work is tried once more in a new process, because the template need not be the cause of
+        the death.
         """
         frame = pack(work)
         process = self._free.get()
@@ -126,7 +129,7 @@ class TemplateProcesses:
             self._give_back(process)
 
     def _give_back(self, process: _Process | None) -> None:
-        """Makes a process available to other threads. If it is None, a new one is started first."""
+        """Makes a process available to other threads. If `process` is None, a new process is started first."""
         if process is None:
             with contextlib.suppress(Overloaded):
                 process = self._start()
@@ -135,7 +138,7 @@ class TemplateProcesses:
             self.close()
 
     def _start(self) -> _Process:
-        """Starts a process. Raises Overloaded if that is impossible now."""
+        """Starts a process. Raises Overloaded if that is not possible at the moment."""
         with self._lock:
             if self._closed:
                 raise Overloaded("The server is shutting down; send the request again.")
@@ -155,15 +158,16 @@ class TemplateProcesses:
 
 
 class _Ended(Exception):
-    """The child process has ended, or its reply cannot be read. The message completes the sentence "The process"."""
+    """The child process has ended, or its reply cannot be read. The exception's message completes a sentence that
+    begins with "The process"."""
 
 
 class _Process:
     """One child process, and the parent's end of the socket to it."""
 
     def __init__(self, seconds: float) -> None:
-        """Starts the process, which ends itself if one piece of work takes it more than `seconds` seconds. Raises
-        OSError."""
+        """Starts the process. The process ends itself if one message takes it more than `seconds` seconds. Raises
+        OSError if the process cannot be started."""
         root = str(Path(jamba_server.__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"PYTHONPATH": path}
@@ -222,7 +226,7 @@ class _Process:
         return _Ended(f"ended with signal {-status}" if status < 0 else f"ended with status {status}")
 
     def kill(self) -> None:
-        """Ends the process. A thread that waits for its reply sees the end of the stream."""
+        """Kills the process. If a thread waits for the process's reply, it sees the end of the stream."""
         self._process.kill()
         self._process.wait()
 

@@ -16,22 +16,23 @@ MAX_ERROR_CHARS = 500
 
 
 class Compiled(msgspec.Struct, frozen=True):
-    """The result of compiling a template: the names of the variables that it reads, or else the error in a sentence."""
+    """The result of compiling a template: either the names of the variables that the template reads, or an error, which
+    is a whole sentence."""
 
     variables: frozenset[str] = frozenset()
     error: str = ""
 
 
 class Rendering(msgspec.Struct, frozen=True):
-    """The result of rendering a template: the text, or else the error in words that complete a sentence."""
+    """The result of rendering a template: either the text, or an error, which is a part of a sentence."""
 
     text: str = ""
     error: str = ""
 
 
 class RendererStopped(Exception):
-    """Nothing was rendered, because a limit was reached. The message says which, and completes the sentence "The chat
-    template"."""
+    """A template was not rendered, because it exceeded a limit or its process died. The message completes a sentence
+    that begins with "The chat template"."""
 
 
 class Renderer(Protocol):
@@ -40,6 +41,6 @@ class Renderer(Protocol):
         ...
 
     def render(self, source: str, contexts: Sequence[Mapping[str, object]]) -> list[Rendering]:
-        """Renders a template that compiles, once with each mapping of variables. Raises RendererStopped if that takes
-        too long or too much memory."""
+        """Renders a template once for each mapping in `contexts`, which has the template's variables. The template must
+        compile. Raises RendererStopped if the rendering takes too long or too much memory."""
         ...

@@ -1,7 +1,8 @@
 """The frames on the socket to a process that renders templates. A frame is the length of a message in bytes, as a
 little-endian integer of four bytes, followed by the message in JSON.
 
-JSON has integers of any size, which schemas of tools may contain. msgpack, which the engine's process uses, has not.
+JSON is used because tool schemas may contain integers of any size. The format msgpack, which the engine process uses,
+has only integers of up to 64 bits.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from jamba_server.server.text.rendering.renderer import Compiled, Rendering
 T = TypeVar("T")
 
 _HEADER_BYTES = 4
-_MAX_FRAME_BYTES = 1 << 28  # three prompts of the maximum length, in characters of four bytes, have 200 MB
+_MAX_FRAME_BYTES = 1 << 28  # three prompts of the maximum length have 200 MB if each character takes four bytes
 
 
 class Work(msgspec.Struct, frozen=True):
-    """A message to the process. Without `contexts` the template `source` is compiled; otherwise it is rendered once
-    with each of these mappings of variables."""
+    """A message to the rendering process. If `contexts` is empty, the template `source` is only compiled. Otherwise the
+    template is rendered once for each mapping of variables in `contexts`."""
 
     source: str
     contexts: list[dict[str, Any]] | None = None
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The first message from the process: it has imported its modules."""
+    """The first message from the rendering process, which says that the process has imported its modules."""
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The reply of the process to a message `Work`: either `compiled` or `renderings` is given."""
+    """The reply of the rendering process to a message `Work`. Either `compiled` or `renderings` has a value."""
 
     compiled: Compiled | None = None
     renderings: list[Rendering] | None = None

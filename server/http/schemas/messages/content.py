@@ -10,11 +10,11 @@ from pydantic_core import PydanticCustomError
 from jamba_server.server.http.schemas.base import RequestBody, invalid, string_or_list
 
 MAX_ID_CHARS = 256
-MAX_TYPE_CHARS = 32  # number of characters of an unknown type that an error repeats
+MAX_TYPE_CHARS = 32  # an error message repeats at most this number of characters of an unknown block type
 
 
 class CacheControl(RequestBody):
-    """A mark that says where later requests will begin to differ from this request."""
+    """A cache mark (`cache_control`): the client expects that later requests have the same prompt up to this mark."""
 
     type: Annotated[Literal["ephemeral"], Field(description='Always "ephemeral".')]
     ttl: Annotated[
@@ -55,7 +55,7 @@ class ThinkingBlock(RequestBody):
 
 
 class RedactedThinkingBlock(RequestBody):
-    """Reasoning that only Anthropic's servers can decrypt. The model does not read it."""
+    """Reasoning that only Anthropic's servers can decrypt, so the prompt leaves it out."""
 
     type: Literal["redacted_thinking"]
     data: Annotated[str, Field(description="The encrypted reasoning, which has no effect.")]
@@ -92,7 +92,7 @@ def _check_type(*known: str) -> BeforeValidator:
 
 
 def _tag(value: Any) -> str:
-    """Returns the tag that tells pydantic which class of blocks the value is validated as."""
+    """Returns the tag by which pydantic chooses the class that validates a content block."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"({kind})" if isinstance(kind, str) else "(text)"
 
@@ -142,7 +142,7 @@ Content = Annotated[
     Annotated[str, Tag("(string)")] | Annotated[list[Block], Field(fail_fast=True), Tag("(list)")], _AS_TEXT_OR_BLOCKS
 ]
 
-# The types of blocks that messages of each role may have.
+# Maps each role to the types of content blocks that its messages may have.
 _BLOCKS_OF = {
     "user": ("text", "tool_result"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
@@ -169,7 +169,7 @@ class InputMessage(RequestBody):
 
     @property
     def blocks(self) -> list[Block]:
-        """The content as a list of blocks."""
+        """Returns the content as a list of blocks. A string becomes one block of text."""
         if isinstance(self.content, str):
             return [TextBlock(type="text", text=self.content)]
         return self.content

@@ -15,7 +15,7 @@ class ReplyText(Reply):
 
 
 class ReplyThinking(Reply):
-    """The model's reasoning. The signature is the SHA-256 hash of the reasoning, in base64."""
+    """A content block with the model's reasoning. The signature is the SHA-256 hash of the reasoning, in base64."""
 
     type: Literal["thinking"] = "thinking"
     thinking: str
@@ -23,7 +23,7 @@ class ReplyThinking(Reply):
 
 
 class ReplyToolUse(Reply):
-    """A tool call. `input` has the arguments."""
+    """A content block with a tool call. `input` has the arguments."""
 
     type: Literal["tool_use"] = "tool_use"
     id: str
@@ -43,9 +43,9 @@ class OutputTokensDetails(Reply):
 class MessageUsage(Reply):
     """The token counts of a request. The sum of the first three numbers is the number of tokens in the prompt.
 
-    `cache_read_input_tokens` were found in the prefix cache. `cache_creation_input_tokens` were computed, and the state
-    after them was saved for later requests; they are 0 if the request has no mark `cache_control`. `input_tokens` are
-    the others.
+    `cache_read_input_tokens` counts the prompt tokens that were found in the prefix cache. `input_tokens` counts the
+    other prompt tokens, except those in `cache_creation_input_tokens`. These were computed, and the state after them was
+    saved for later requests; the number is 0 if the request has no `cache_control` mark.
     """
 
     input_tokens: int

@@ -20,7 +20,7 @@ from jamba_server.server.http.schemas.messages.tools import (
 )
 from jamba_server.server.http.schemas.peer_fields import PeerField, PeerFields
 
-# Fields that /v1/messages does not have and that would change the answer.
+# Fields of other APIs that would change the reply. Requests to /v1/messages that have them are refused.
 _PEERS: PeerFields = MappingProxyType(
     {
         **peer_fields.CHAT,
@@ -62,7 +62,8 @@ _PEERS: PeerFields = MappingProxyType(
 
 
 class Conversation(RequestBody):
-    """The fields that say what the model reads. Both endpoints have them."""
+    """The request fields from which the prompt is made. The endpoints /v1/messages and /v1/messages/count_tokens both
+    have them."""
 
     peers = _PEERS
 
@@ -119,13 +120,13 @@ class Conversation(RequestBody):
 
     @property
     def json_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the reply must match, or None if the reply may be any text."""
+        """Returns the JSON schema that the reply must match, or None if the reply may be any text."""
         format_ = self.output_format or (self.output_config and self.output_config.format)
         return format_.json_schema if format_ else None
 
 
 class CountTokensRequest(Conversation):
-    """A request for the number of tokens that the model would read."""
+    """A request for the number of prompt tokens that a conversation would have."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Tell me a story."}]}]}

@@ -10,13 +10,14 @@ from jamba_server.server.http.schemas.base import RequestBody, invalid
 from jamba_server.server.http.schemas.messages.content import Mark
 
 MAX_NAME_CHARS = 128  # maximum number of characters in a tool's name, as in Anthropic's API
-MAX_TOOLS = 512  # agents declare the tools of all servers to which they are connected
+# Maximum number of tools in a request; it is large, because agents declare all tools of all MCP servers that they use.
+MAX_TOOLS = 512
 Name = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARS}}}$")]
 
 
 class ToolDefinition(RequestBody):
-    """A function that the model may call. Anthropic's own tools, which have another `type` than "custom", are left out
-    of the prompt."""
+    """A function that the model may call. Tools that Anthropic defines have another `type` than "custom"; they are left
+    out of the prompt."""
 
     type: Annotated[
         Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None,
@@ -42,7 +43,8 @@ class ToolDefinition(RequestBody):
 
 
 class ToolChoice(RequestBody):
-    """Says whether the model must call a tool. "any" means at least one call, "tool" a call of the named tool."""
+    """Says whether the model must call a tool. The type "any" requires at least one call, and "tool" requires a call of
+    the named tool."""
 
     type: Annotated[
         Literal["auto", "any", "tool", "none"], Field(description="Whether the model may or must call a tool.")
@@ -84,10 +86,10 @@ class Thinking(RequestBody):
 
 
 class JsonFormat(RequestBody):
-    """The form of a reply that is JSON and matches a schema."""
+    """The option that makes the reply JSON which matches a schema."""
 
     type: Literal["json_schema"]
-    # The attribute has another name than the field, because pydantic's classes have a method `schema`.
+    # The attribute is not called `schema` like the JSON field, because pydantic's classes have a method of that name.
     json_schema: Annotated[dict[str, Any], Field(alias="schema", description="The JSON schema.")]
 
 

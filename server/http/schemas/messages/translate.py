@@ -1,7 +1,7 @@
 """Turns the conversation of a request for /v1/messages into the messages that chat templates read.
 
-Chat templates know one message for each tool result, a string as the content of every message, and tool calls beside
-the content. Anthropic's messages have all of that as blocks in the content.
+Chat templates expect one message for each tool result, a string as the content of every message, and tool calls in a
+separate key. In Anthropic's messages, tool results, texts and tool calls are all blocks in the content.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from jamba_server.server.http.schemas.messages.request import Conversation
 TemplateMessage = dict[str, object]
 
 MAX_MARKS = 4  # maximum number of cache_control marks in a request; Anthropic's API has the same limit
-# Claude Code begins the first system block with this line, in which a hash changes with every request. The line is not
-# for the model, and as the first line of the prompt it would keep every later token from being found in the cache.
+# Claude Code, a client, begins the first system block with this line. The line has a hash that changes with every
+# request. It is removed because it is not meant for the model, and because no request would find its prompt in the
+# prefix cache if the first line always differed.
 _BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n*", re.IGNORECASE)
 
 
@@ -52,7 +53,8 @@ def translate(body: Conversation) -> Translated:
     system = _system_texts(body)
     if system:
         messages.append({"role": "system", "content": "\n".join(block.text for block in system)})
-        # The definitions of the tools are a part of the first system message.
+        # Chat templates put the definitions of the tools into the system message, so a cache mark of a tool applies to
+        # that message.
         if any(item.cache_control for item in (*_system_blocks(body), *(body.tools or ()))):
             marked.add(0)
     for message in body.messages:
@@ -75,8 +77,8 @@ def _system_blocks(body: Conversation) -> Sequence[TextBlock]:
 
 
 def _system_texts(body: Conversation) -> list[TextBlock]:
-    """Returns the blocks of the system message. The billing line at the start of the first block is removed, and the
-    block too if it has nothing else."""
+    """Returns the text blocks of the system message. A billing line of the client at the start of the first block is
+    removed. If the block has nothing else, the whole block is removed."""
     blocks = list(_system_blocks(body))
     if blocks and (line := _BILLING_LINE.match(blocks[0].text)):
         rest = blocks[0].text[line.end() :]
@@ -85,7 +87,8 @@ def _system_texts(body: Conversation) -> list[TextBlock]:
 
 
 def _turns(message: InputMessage) -> Iterable[tuple[TemplateMessage, bool]]:
-    """Yields the messages that one message of the request becomes. The second item says whether the message has a mark.
+    """Yields the messages for the chat template that one message of the request becomes. The second item of each pair
+    says whether the message has a `cache_control` mark.
 
     An assistant's message stays one message. A user's message becomes one message for each tool result, and one for
     each group of texts between them.
@@ -114,7 +117,8 @@ def _text_turn(role: str, texts: Sequence[TextBlock]) -> tuple[TemplateMessage, 
 
 
 def _tool_turn(block: ToolResultBlock) -> TemplateMessage:
-    """Returns the message of a tool result. Templates have no place for `is_error`, so the text says it."""
+    """Returns the message for the chat template with the result of a tool call. Templates do not read a field
+    `is_error`, so an error is mentioned in the text."""
     content = block.content or ""
     text = content if isinstance(content, str) else "\n".join(part.text for part in content)
     return {
@@ -125,8 +129,8 @@ def _tool_turn(block: ToolResultBlock) -> TemplateMessage:
 
 
 def _assistant_turn(blocks: Sequence[Block]) -> TemplateMessage:
-    """Returns the message of an earlier reply. The texts of its blocks are pieces of one text, so nothing is put
-    between them."""
+    """Returns the message for the chat template with an earlier reply of the model. The texts of its blocks are joined
+    without a separator, because they are pieces of one text."""
     turn: TemplateMessage = {
         "role": "assistant",
         "content": "".join(block.text for block in blocks if isinstance(block, TextBlock)),
@@ -139,7 +143,8 @@ def _assistant_turn(blocks: Sequence[Block]) -> TemplateMessage:
 
 
 def _call(block: ToolUseBlock) -> TemplateMessage:
-    # The spaces are those of the chat templates, which the model was trained with.
+    # The default separators of json.dumps put a space after each comma and colon. The chat templates do the same, so
+    # the model was trained with such JSON.
     arguments = json.dumps(block.input, ensure_ascii=False)
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
 

@@ -1,4 +1,5 @@
-"""The requests and replies of /v1/responses.
+"""The pydantic classes for the requests and replies of /v1/responses.
 
-items.py has the items of a request's `input`, tools.py its tools, request.py the request and reply.py the response.
+The module items.py has the items of a request's `input`, tools.py the tools of a request, request.py the request
+itself, and reply.py the response.
 """

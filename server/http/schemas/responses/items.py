@@ -1,7 +1,7 @@
-"""The items of the field `input` of a request for a response.
+"""The items of the field `input` in requests to /v1/responses.
 
-Each class has a method `to_item`, which returns the item in the form in which it is stored and listed. An item without
-an id gets one.
+Each class has a method `to_item`, which returns the item in the form in which it is stored and listed. If the client's
+item has no id, it gets one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jamba_server.server.http.schemas.base import RequestBody, string_or_list
 Item = dict[str, Any]
 
 MAX_ID_CHARS = 256
-# The field `encrypted_content` of our reasoning items begins with this text. The rest is the reasoning in base64. It is
-# not encrypted, because the client sees the reasoning anyway.
+# In the reasoning items of this server, the field `encrypted_content` begins with this text, and the rest is the
+# reasoning in base64. The reasoning is not encrypted, because the client sees it anyway.
 _ENCODED_REASONING = "jamba-reasoning:"
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
@@ -31,7 +31,8 @@ def new_id(prefix: str) -> str:
 
 
 def encode_reasoning(text: str) -> str:
-    """Returns the value of `encrypted_content` from which `decode_reasoning` reads the reasoning again."""
+    """Returns the reasoning in the form of the field `encrypted_content`. The function `decode_reasoning` is the
+    inverse."""
     return _ENCODED_REASONING + base64.b64encode(text.encode()).decode()
 
 
@@ -67,7 +68,7 @@ class TextPart(RequestBody):
 
 
 class RefusalPart(RequestBody):
-    """The text with which another server's model has refused an answer."""
+    """A text part in which a model of another server has refused to answer."""
 
     type: Literal["refusal"]
     refusal: Annotated[str, Field(description="The text, which the model reads as text of the reply.")]
@@ -211,7 +212,8 @@ class ReasoningPart(RequestBody):
 
 
 class Reasoning(_InputItem):
-    """The reasoning of an earlier reply. The model reads `content`, or else the `encrypted_content` of this server."""
+    """The reasoning of an earlier reply. The prompt gets the text in `content`. If there is none, the prompt gets the
+    reasoning from `encrypted_content`, if this server has made that value."""
 
     type: Literal["reasoning"]
     summary: Annotated[list[ReasoningPart], Field(description="A summary of the reasoning. It has no effect.")] = Field(
@@ -227,7 +229,8 @@ class Reasoning(_InputItem):
 
     @property
     def text(self) -> str | None:
-        """The reasoning, or None if the item has only a summary or what another server has encrypted."""
+        """Returns the reasoning, or None if the item has only a summary or a reasoning that another server has
+        encrypted."""
         if self.content:
             return "".join(part.text for part in self.content)
         return None if self.encrypted_content is None else decode_reasoning(self.encrypted_content)
@@ -239,7 +242,7 @@ class Reasoning(_InputItem):
 
 
 class ItemReference(RequestBody):
-    """Names an item of a stored response, which takes the place of the reference."""
+    """A reference to an item of a stored response. The server replaces the reference by that item."""
 
     type: Annotated[Literal["item_reference"] | None, Field(description='Always "item_reference".')] = None
     id: Annotated[ItemId, Field(description="The id of the item.")]
@@ -257,7 +260,8 @@ ITEM_TYPES = (
 
 
 def _item_type(value: Any) -> str:
-    """Returns the tag of the item's class. An item without a type is a message, or a reference if it has no role."""
+    """Returns the tag by which pydantic chooses the class that validates an input item. An item without a type is a
+    message if it has a role, and otherwise a reference."""
     if isinstance(value, dict):
         return f"({value.get('type') or ('message' if 'role' in value or 'id' not in value else 'item_reference')})"
     return f"({getattr(value, 'type', None) or 'item_reference'})"

@@ -43,8 +43,8 @@ class ReasoningText(Reply):
 
 
 class OutputReasoning(Reply):
-    """The model's reasoning. `encrypted_content` is set only if the request asks for it; it has the same reasoning, so
-    that clients which send nothing else back keep it."""
+    """The model's reasoning. `encrypted_content` is set only if the request asks for it. It has the same reasoning, for
+    clients that send back only this field in their next request."""
 
     id: str
     type: Literal["reasoning"] = "reasoning"
@@ -96,7 +96,7 @@ class IncompleteDetails(Reply):
 
 
 class Response(Reply):
-    """A response. Fields of the request that change the reply have the value that was used.
+    """A response. It repeats the fields of the request that change the reply, with the values that were used.
 
     `tools` leaves out the tools that were not offered to the model. `store` says whether the response is stored.
     """

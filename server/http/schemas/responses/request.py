@@ -25,7 +25,8 @@ from jamba_server.server.text.grammars.types import OutputFormat
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
-# What else a client may ask to be included. It concerns tools that this server does not have, so it has no effect.
+# Further values that the field `include` may have. They concern tools that this server does not have, so they have no
+# effect.
 _OTHER_INCLUDES = (
     "file_search_call.results",
     "web_search_call.results",
@@ -40,7 +41,7 @@ MAX_METADATA_VALUE_CHARS = 512
 
 
 class JsonSchemaFormat(RequestBody):
-    """JSON that follows a schema."""
+    """The text format of JSON that follows a schema."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -76,7 +77,7 @@ Format = Annotated[
 
 
 class TextOptions(RequestBody):
-    """What the text of the reply looks like."""
+    """The options for the form of the reply's text."""
 
     format: Annotated[Format | None, Field(description="text, json_object or json_schema. Default: text.")] = None
     verbosity: Annotated[
@@ -85,7 +86,7 @@ class TextOptions(RequestBody):
 
 
 class ReasoningOptions(RequestBody):
-    """How much the model reasons."""
+    """The options for the model's reasoning."""
 
     effort: Annotated[
         Annotated[str, Field(max_length=32)] | None,
@@ -119,7 +120,7 @@ class ResponseRequest(FormatFields, GenerationBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "Tell me a story.", "max_output_tokens": 64}]})
     peers = peer_fields.RESPONSE
-    # These fields of the base class belong to other endpoints, so they are refused.
+    # This class inherits the following fields, but they belong to other endpoints, so they are refused here.
     elsewhere: ClassVar[dict[str, PeerField]] = {
         "n": PeerField("/v1/chat/completions", (1,)),
         "max_tokens": PeerField("/v1/chat/completions", instead="max_output_tokens"),
@@ -224,7 +225,7 @@ class ResponseRequest(FormatFields, GenerationBody):
 
     @property
     def items(self) -> list[AnyInputItem]:
-        """The items of the input. A text is one message of the user."""
+        """Returns the items of the field `input`. If the field is a text, the text becomes one message of the user."""
         return [Message(role="user", content=self.input)] if isinstance(self.input, str) else list(self.input)
 
     @property

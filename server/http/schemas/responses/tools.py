@@ -1,7 +1,8 @@
-"""The tools of a request for a response, and the choice among them.
+"""The tools in requests to /v1/responses, and the field `tool_choice`.
 
-The functions of a namespace are offered to the model under one name, such as `crm__find_customer`. `FunctionNames`
-knows which name stands for which function. A call in a reply has the namespace and the function's own name again.
+A function of a namespace is shown to the model under a joined name, such as `crm__find_customer`. The class
+`FunctionNames` maps each joined name to the function. A call in a reply has the namespace and the name of the function
+in separate fields.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class FunctionTool(RequestBody):
 
 
 class SkippedTool(BaseModel):
-    """A tool that is not offered to the model, because this server cannot run it and the client cannot either, or
-    because its input is not JSON."""
+    """A tool that is not shown to the model, because neither this server nor the client can run the tool, or because
+    its input is not JSON."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -87,10 +88,10 @@ class FunctionName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FunctionNames:
-    """Pairs the names that the model reads with the functions of a request.
+    """Maps the names under which the model sees functions to the functions of a request.
 
-    `functions` maps the name that the model reads to the function's declaration and to its name for the client. The
-    field `skipped` has the types of the tools that are not offered to the model.
+    `functions` maps the name that the model sees to the function's declaration and to the name that the client uses.
+    The field `skipped` has the types of the tools that are not shown to the model.
     """
 
     functions: dict[str, tuple[FunctionTool, FunctionName]]
@@ -98,7 +99,7 @@ class FunctionNames:
 
     @classmethod
     def of(cls, tools: Sequence[AnyTool]) -> FunctionNames:
-        """Raises RequestRejected if two functions have the same name."""
+        """Returns the names of a request's functions. Raises RequestRejected if two functions have the same name."""
         functions: dict[str, tuple[FunctionTool, FunctionName]] = {}
         skipped: list[str] = []
         for position, tool in enumerate(tools):
@@ -115,28 +116,28 @@ class FunctionNames:
         return cls(functions, tuple(dict.fromkeys(skipped)))
 
     def called(self, name: str) -> FunctionName:
-        """Returns the client's name of the function that the model has called `name`."""
+        """Returns the name that the client uses for the function which the model has called under the name `name`."""
         return self.functions[name][1] if name in self.functions else FunctionName(None, name)
 
     def matching(self, name: str) -> frozenset[str]:
-        """Returns the names for the model of all functions that the client calls `name`, in any namespace."""
+        """Returns the names that the model sees of all functions with the client's name `name`, in any namespace."""
         return frozenset(key for key, (_, own) in self.functions.items() if name in (own.name, key))
 
 
 def joined_name(namespace: str | None, name: str) -> str:
-    """Returns the name under which the model reads a function of a namespace."""
+    """Returns the name under which a function of a namespace is shown to the model."""
     return name if namespace is None else f"{namespace.removesuffix('__')}__{name}"
 
 
 class NamedFunction(RequestBody):
-    """The function that the model must call."""
+    """The value of `tool_choice` that names the function which the model must call."""
 
     type: Literal["function"]
     name: Annotated[ToolName, Field(description="The name of the function.")]
 
 
 class AllowedTools(RequestBody):
-    """The only tools that the model may call."""
+    """The value of `tool_choice` that lists the only tools which the model may call."""
 
     type: Literal["allowed_tools"]
     mode: Annotated[Literal["auto", "required"], Field(description="Whether the model must call one of them.")]
@@ -174,9 +175,10 @@ AnyToolChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedToo
 
 
 class AllowedNames(NamedTuple):
-    """What a request's `tool_choice` means: whether the model may or must call a function, and which ones it may call.
+    """The meaning of a request's `tool_choice`: whether the model may or must call a function, and which functions it
+    may call.
 
-    `names` is None if it may call all of them.
+    `names` is None if the model may call all functions of the request.
     """
 
     mode: Literal["none", "auto", "required"]
@@ -184,8 +186,8 @@ class AllowedNames(NamedTuple):
 
 
 def allowed_names(choice: AnyToolChoice, names: FunctionNames) -> AllowedNames:
-    """Raises RequestRejected if the choice names a function that is not among the tools, or if it requires a call and
-    there is no function."""
+    """Returns the meaning of the field `tool_choice`. Raises RequestRejected if the field names a function that is not
+    among the tools, or if the field requires a call and there is no function."""
     match choice:
         case NamedFunction():
             mode, allowed = "required", names.matching(choice.name)
