@@ -25,7 +25,8 @@ class OutputFormat:
 
 
 class Function(Protocol):
-    """A function that the model may call. `parameters` is the JSON schema of its arguments; {} allows any object."""
+    """A function that the model may call. `parameters` is the JSON schema of its arguments; {} allows any object.
+    `param` is the name of the request's field that has this schema; errors name this field."""
 
     @property
     def name(self) -> str: ...
@@ -33,6 +34,8 @@ class Function(Protocol):
     def parameters(self) -> Mapping[str, Any]: ...
     @property
     def strict(self) -> bool: ...
+    @property
+    def param(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
