@@ -125,6 +125,7 @@ class Function:
     name: str
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     strict: bool = False
+    param: str = "tools"
 
 
 def groups(draft: str = "draft2020-12") -> Iterator[dict[str, Any]]:

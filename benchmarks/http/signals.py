@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args
 
 import httpx
 import msgspec
@@ -34,7 +34,7 @@ from benchmarks.http.serving import LOG_TAIL
 from benchmarks.http.shapes import descendants
 
 Phase = Literal["loading", "idle", "load", "drain"]
-PHASES: tuple[Phase, ...] = ("loading", "idle", "load", "drain")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 PROCESSES = ("http", "engine")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
 
@@ -281,7 +281,7 @@ def main() -> None:
     flags = parser.parse_args()
     outcomes: list[Outcome] = []
     names: list[str] = flags.only.split(",")
-    phases = [phase for phase in PHASES if str(phase) in names]
+    phases: list[Phase] = [phase for phase in PHASES if phase in names]
     for phase, process, number in product(phases, PROCESSES, SIGNALS):
         outcomes.append(run(phase, process, number))
         sys.stderr.write(f"{outcomes[-1]}\n")

@@ -31,12 +31,14 @@ ToolMode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function that the model may call. `parameters` is the JSON schema of the function's arguments."""
+    """A function that the model may call. `parameters` is the JSON schema of the function's arguments. `param` is the
+    name of the request's field that has this schema."""
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     strict: bool = False
+    param: str = "tools"
 
     def to_template(self) -> dict[str, object]:
         """Returns the tool as a dictionary for chat templates, which expect the form of OpenAI's API."""

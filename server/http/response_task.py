@@ -53,11 +53,12 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
         tools=tuple(
             Tool(
                 name=name,
-                description=tool.description or "",
-                parameters=tool.parameters or {},
-                strict=bool(tool.strict),
+                description=function.tool.description or "",
+                parameters=function.tool.parameters or {},
+                strict=bool(function.tool.strict),
+                param=function.param,
             )
-            for name, (tool, _) in names.functions.items()
+            for name, function in names.functions.items()
         ),
         tool_choice=mode,
         allowed_tools=allowed,

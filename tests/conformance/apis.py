@@ -8,7 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
@@ -40,7 +40,7 @@ class Api(ABC):
     """
 
     path: str
-    example: Body
+    example: ClassVar[Body]
     count_path: str
     counted: str
 
@@ -87,7 +87,7 @@ def _text(events: Iterable[Any]) -> list[str]:
 
 class ChatApi(OpenAIApi):
     path = "/v1/chat/completions"
-    example: Body = {"model": "jamba", "messages": [{"role": "user", "content": "Hi"}]}
+    example: ClassVar[Body] = {"model": "jamba", "messages": [{"role": "user", "content": "Hi"}]}
     count_path, counted = "/v1/chat/completions/render", "count"
 
     async def call(self, body: Body) -> Answer:
@@ -152,7 +152,7 @@ def _add_delta(choice: Json, event: Json) -> None:
 
 class CompletionApi(OpenAIApi):
     path = "/v1/completions"
-    example: Body = {"model": "jamba", "prompt": "Hi"}
+    example: ClassVar[Body] = {"model": "jamba", "prompt": "Hi"}
     count_path, counted = "", ""
 
     async def call(self, body: Body) -> Answer:
@@ -201,7 +201,7 @@ def _one_completion(events: list[Json]) -> Json:
 
 class ResponseApi(OpenAIApi):
     path = "/v1/responses"
-    example: Body = {"model": "jamba", "input": "Hi"}
+    example: ClassVar[Body] = {"model": "jamba", "input": "Hi"}
     count_path, counted = "/v1/responses/input_tokens", "input_tokens"
 
     async def call(self, body: Body) -> Answer:
@@ -246,7 +246,7 @@ def _anthropic_transport(app: FastAPI) -> Any:
 
 class MessageApi(Api):
     path = "/v1/messages"
-    example: Body = {"model": "jamba", "max_tokens": 64, "messages": [{"role": "user", "content": "Hi"}]}
+    example: ClassVar[Body] = {"model": "jamba", "max_tokens": 64, "messages": [{"role": "user", "content": "Hi"}]}
     count_path, counted = "/v1/messages/count_tokens", "input_tokens"
 
     def __init__(self, app: FastAPI) -> None:

@@ -56,12 +56,11 @@ def _tool(**changes: Any) -> dict[str, Any]:
 
 
 def _saved(field: str, base: dict[str, Any], body: dict[str, Any]) -> Row:
-    """A row of a mark, which adds a position at which the state is saved, or changes the positions."""
+    """A row of a mark. The tokens before it count as written to the cache."""
     return Row(
         field=field,
         base=base,
         body=body,
-        engine={"0.save_positions": DIFFERS},
         reply={"usage.cache_creation_input_tokens": some},
     )
 
@@ -199,7 +198,7 @@ ROWS = [
         body={"thinking": {**ON, "display": "omitted"}},
         says=(THOUGHTS,),
         model="reasoning",
-        reply={"content.0.thinking": "", "content.1.text": "hello"},
+        reply={"content.0.thinking": ""},
     ),
     Row(
         field="output_config.effort",
@@ -214,7 +213,7 @@ _LONG_CALL = {**USE, "input": {"a": LONG}}
 _MARK_ROWS = [
     _saved("cache_control.type", {"messages": [_LONG_HISTORY]}, MARK),
     _saved("system.cache_control.type", {"system": [_text(LONG)]}, {"system": [_text(LONG, **MARK)]}),
-    _saved("tools.cache_control.type", _tool(description=LONG), _tool(description=LONG, **MARK)),
+    _saved("tools.cache_control.type", {"system": "a", **_tool(description=LONG)}, _tool(description=LONG, **MARK)),
     _saved("messages.content.cache_control.type", _user(_text(LONG)), _user(_text(LONG, **MARK))),
     _saved("messages.content.cache_control.type", _assistant(_LONG_CALL), _assistant({**_LONG_CALL, **MARK})),
     _saved("messages.content.cache_control.type", _results(content=LONG), _results(content=LONG, **MARK)),
@@ -256,6 +255,6 @@ REFUSED = [
     Refused(
         "tools.strict",
         _tool(strict=True, input_schema={"type": "object", "not": {}}),
-        "tools.0",
+        "tools.0.input_schema",
     ),
 ]

@@ -165,6 +165,12 @@ ROWS = [
         body={"tools": [{"type": "web_search"}]},
         headers={"x-warning": contains("web_search")},
     ),
+    Row(
+        field="tools.description",
+        base={"tools": [NAMESPACE]},
+        body={"tools": [{**NAMESPACE, "description": "Customers."}]},
+        reply={"tools.0.description": "Customers."},
+    ),
     Row(field="tools.tools.name", base=_member(), body=_member(name="get"), prompt='"name": "crm__get"'),
     Row(field="tools.tools.description", base=_member(), body=_member(description="Finds"), prompt="Finds"),
     Row(field="tools.tools.parameters", base=_member(), body=_member(parameters=SCHEMA), prompt='"integer"'),
@@ -244,6 +250,11 @@ _JSON_SCHEMA = {"type": "json_schema", "name": "a", "schema": SCHEMA}
 INERT = [
     *shared_rows.INERT,
     *shared_rows.INERT_FORMS,
+    # These are fields of the other endpoints. The last event of a response always has the token counts.
+    *(
+        Inert(f"stream_options.{name}", {"stream_options": {name: True}}, {"stream_options": {}}, unstreamed=False)
+        for name in ("include_usage", "continuous_usage_stats")
+    ),
     Inert("max_tool_calls", {"max_tool_calls": 3}),
     *(
         Inert(
@@ -275,10 +286,6 @@ INERT = [
     Inert(
         "input.summary", _input({**_REASONING, "summary": [{"type": "summary_text", "text": "a"}]}), _input(_REASONING)
     ),
-    *(
-        Inert(f"tools.{name}", {"tools": [{**NAMESPACE, **fields}]}, {"tools": [NAMESPACE]})
-        for name, fields in {"description": {"description": "Customers."}}.items()
-    ),
 ]
 REFUSED = [
     *shared_rows.REFUSED,
@@ -292,7 +299,6 @@ REFUSED = [
     Refused("prompt", {"prompt": {"id": "pmpt_1"}}),
     Refused("context_management", {"context_management": [{"type": "compaction"}]}),
     Refused("moderation", {"moderation": {"model": "a"}}),
-    Refused("previous_response_id", {"previous_response_id": "resp_none"}),
     Refused(
         "input.content.type",
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]},
@@ -316,11 +322,11 @@ REFUSED = [
             param,
         )
         for path, tools, param in (
-            ("strict", {**CLOCK, "strict": True, "parameters": {"not": {}}}, "tools.0"),
+            ("strict", {**CLOCK, "strict": True, "parameters": {"not": {}}}, "tools.0.parameters"),
             (
                 "tools.strict",
                 {**NAMESPACE, "tools": [{**CLOCK, "strict": True, "parameters": {"not": {}}}]},
-                "tools.0",
+                "tools.0.tools.0.parameters",
             ),
         )
     ),

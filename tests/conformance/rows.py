@@ -47,6 +47,7 @@ class Inert:
     field: str
     body: Body
     base: Body = field(default_factory=dict[str, Any])
+    unstreamed: bool = True
 
     def __str__(self) -> str:
         return self.field

@@ -89,7 +89,7 @@ async def test_a_field_without_effect(table: Table, row: Inert, served: dict[str
     model = served["jamba"]
     api = model.api(table.api)
     base = {**api.example, **row.base}
-    for stream in (False, True):
+    for stream in (False, True) if row.unstreamed else (True,):
         other = await _observed(api, model, HELLO, base, stream=stream)
         found = await _observed(api, model, HELLO, {**base, **row.body}, stream=stream)
         assert found.engine == other.engine
@@ -116,7 +116,6 @@ async def test_a_refused_field(table: Table, row: Refused, stream: bool, served:
     param = row.param or row.field
     if isinstance(error.value, openai.BadRequestError):
         assert told["param"] == param
-        assert param in told["message"]
     else:
         assert param in told["error"]["message"]
     assert not model.engine.requests

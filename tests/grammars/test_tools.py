@@ -213,8 +213,8 @@ def test_what_cannot_be_enforced_is_refused_if_strict_and_left_out_otherwise() -
     assert accepts(follower, before + '{"a": 5}' + after)
     assert not accepts(follower, before + '{"a": "5"}' + after)
     with pytest.raises(RequestRejected, match="`not` at #/properties/a/not") as caught:
-        grammar_of(TIME, Function(name="f", parameters=parameters, strict=True))
-    assert caught.value.param == "tools[1].function.parameters"
+        grammar_of(TIME, Function(name="f", parameters=parameters, strict=True, param="tools.1.function.parameters"))
+    assert caught.value.param == "tools.1.function.parameters"
 
     parameters["properties"]["a"] = {"patternProperties": {"a": {}, "b": {}}}  # llguidance refuses this one
     follower = matcher(grammar_of(WEATHER, Function(name="f", parameters=parameters)))
@@ -222,8 +222,8 @@ def test_what_cannot_be_enforced_is_refused_if_strict_and_left_out_otherwise() -
     assert not accepts(follower, before + "5" + after)
     assert not accepts(follower, block("hermes", PARIS.replace("city", "town")))  # the other function is followed
     with pytest.raises(RequestRejected, match="`patternProperties` at #/properties/a/pattern") as caught:
-        grammar_of(TIME, Function(name="f", parameters=parameters, strict=True))
-    assert caught.value.param == "tools[1].function.parameters"
+        grammar_of(TIME, Function(name="f", parameters=parameters, strict=True, param="tools.1.function.parameters"))
+    assert caught.value.param == "tools.1.function.parameters"
 
 
 @pytest.mark.parametrize("name", ['qu"ote', "back\\slash", "mü.nz-1_é", "a/b", "new\nline"])

@@ -82,7 +82,7 @@ def test_messages_with_everything_that_does_not_fit() -> None:
         ({"tools": [{"type": "function"}]}, "tools.0.function is required"),
         (
             {"tools": [{"type": "function", "function": {"name": "a b"}}]},
-            'tools.0.function.name is "a b"; it must match ^[a-zA-Z0-9_-]{1,64}$',
+            'tools.0.function.name is "a b"; it must match ^[a-zA-Z0-9_.:/-]{1,128}$',
         ),
         (
             {"tool_choice": 1},

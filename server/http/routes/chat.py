@@ -12,10 +12,10 @@ from starlette.types import Scope
 from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.routes.admission import wait_for_start
-from jamba_server.server.http.routes.replies import ERRORS
+from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.chat_replies import ChatCompletion
-from jamba_server.server.http.schemas.tools import OtherTool, Tools, functions_in, mode_and_allowed
+from jamba_server.server.http.schemas.tools import FunctionTool, OtherTool, Tools, mode_and_allowed
 from jamba_server.server.http.services import ServicesOf
 from jamba_server.server.http.sse import answer
 from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
@@ -24,7 +24,7 @@ from jamba_server.server.http.writers.chat import ChatWriter
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM | ERRORS)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Returns the next message of a conversation. With `stream`, it is sent as `chat.completion.chunk` events."""
     services.lifecycle.admit()
@@ -77,12 +77,14 @@ def declared_tools(tools: Tools | None) -> tuple[Tool, ...]:
     """Returns those tools of a request that have the type "function"."""
     return tuple(
         Tool(
-            name=function.name,
-            description=function.description or "",
-            parameters=function.parameters or {},
-            strict=bool(function.strict),
+            name=tool.function.name,
+            description=tool.function.description or "",
+            parameters=tool.function.parameters or {},
+            strict=bool(tool.function.strict),
+            param=f"tools.{position}.function.parameters",
         )
-        for function in functions_in(tools)
+        for position, tool in enumerate(tools or ())
+        if isinstance(tool, FunctionTool)
     )
 
 

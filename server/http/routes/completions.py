@@ -14,7 +14,7 @@ from jamba_server.server.http.deadlines import set_timeout, time_limit_of
 from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
 from jamba_server.server.http.routes.admission import wait_for_start
-from jamba_server.server.http.routes.replies import ERRORS
+from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
 from jamba_server.server.http.services import Services, ServicesOf
@@ -27,7 +27,7 @@ router = APIRouter(tags=["generation"])
 DEFAULT_MAX_TOKENS = 16  # default of a completion's `max_tokens`, as in OpenAI's API
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ERRORS)
+@router.post("/v1/completions", response_model=Completion, responses=STREAM | ERRORS)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesOf) -> Response:
     """Returns the continuations of one or several prompts. With `stream`, they are sent as `text_completion` events."""
     services.lifecycle.admit()

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, ToolMode, plan_chat, render_task
 from jamba_server.server.http.routes.admission import wait_for_start
-from jamba_server.server.http.routes.replies import json_response
+from jamba_server.server.http.routes.replies import STREAM, json_response
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.schemas.messages.reply import Hello, MessageErrorReply, MessageReply, TokensCount
 from jamba_server.server.http.schemas.messages.request import Conversation, CountTokensRequest, MessagesRequest
@@ -28,7 +28,7 @@ _TOOL_MODES: dict[str, ToolMode] = {"auto": "auto", "any": "required", "tool": "
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessageErrorReply}, "5XX": {"model": MessageErrorReply}}
 
 
-@router.post("/v1/messages", response_model=MessageReply, responses=_ERRORS)
+@router.post("/v1/messages", response_model=MessageReply, responses=STREAM | _ERRORS)
 async def create_message(body: MessagesRequest, request: Request, services: ServicesOf) -> Response:
     """Returns the next message of a conversation. With `stream`, it is sent as Anthropic's events."""
     services.lifecycle.admit()
@@ -84,7 +84,7 @@ def _task(
     return ChatTask(
         messages=conversation.messages,
         body=sampling,
-        tools=tuple(_tool(tool) for tool in body.tools or () if tool.is_custom),
+        tools=tuple(_tool(tool, position) for position, tool in enumerate(body.tools or ()) if tool.is_custom),
         tool_choice=_TOOL_MODES[choice.type] if choice else "auto",
         allowed_tools=frozenset({choice.name}) if choice and choice.type == "tool" and choice.name else None,
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
@@ -117,12 +117,13 @@ def _thinking(body: Conversation, request: Request, services: Services) -> tuple
     return effort, thinking.budget_tokens
 
 
-def _tool(tool: ToolDefinition) -> Tool:
+def _tool(tool: ToolDefinition, position: int) -> Tool:
     return Tool(
         name=tool.name,
         description=tool.description or "",
         parameters=tool.input_schema or {},
         strict=bool(tool.strict),
+        param=f"tools.{position}.input_schema",
     )
 
 

@@ -16,16 +16,21 @@ from jamba_server.server.http.schemas.base import RequestBody, invalid
 
 MAX_TOOLS = 128  # maximum number of tools in a request, as in OpenAI's API
 MAX_TOOL_CALLS = 1024  # maximum number of tool calls in one message of a conversation
-MAX_NAME_CHARS = 64
+MAX_NAME_CHARS = 128
 
-FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARS}}}$")]
+# Beyond the characters that OpenAI allows, names have dots, as those of vLLM and of many data sets, and colons and
+# slashes, as those of MCP servers.
+FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_.:/-]{{1,{MAX_NAME_CHARS}}}$")]
 ToolMode = Literal["none", "auto", "required"]
 
 
 class FunctionDefinition(RequestBody):
     """A function that the model may call."""
 
-    name: Annotated[FunctionName, Field(description="The function's name: letters, digits, _ and -, at most 64.")]
+    name: Annotated[
+        FunctionName,
+        Field(description="The function's name: letters, digits and the characters _ - . : /, at most 128."),
+    ]
     description: Annotated[str | None, Field(description="What the function does, for the model to read.")] = None
     parameters: Annotated[
         dict[str, Any] | None,

@@ -110,8 +110,7 @@ class GrammarBuilder:
             assert tools is not None
             alone = self._function_outcome(tools, number)
             if alone.error:
-                param = f"tools[{number}].function.parameters"
-                return self._schema_error(alone, dict(function.parameters), param, _arguments)
+                return self._schema_error(alone, dict(function.parameters), function.param, _arguments)
         return RequestRejected(
             f"The grammar of the whole reply is refused: {_first_line(outcome.error)}.",
             param="tools" if format is None else format.param,

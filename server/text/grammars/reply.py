@@ -186,8 +186,7 @@ class _Grammar:
         if function.name in self.unchecked:
             schema = any_arguments()
         else:
-            param = f"tools[{number}].function.parameters"
-            schema = prepare_arguments(function.parameters, strict=function.strict, param=param)
+            schema = prepare_arguments(function.parameters, strict=function.strict, param=function.param)
         before = f'{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": '
         self.rules.append(f"call{number}: {literal(before)} arguments{number} {literal('}')}")
         self.rules.append(f"arguments{number}: {inline(schema, spaced=True)}")

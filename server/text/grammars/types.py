@@ -27,7 +27,7 @@ class OutputFormat:
 
 class Function(Protocol):
     """A function that the model may call. `parameters` is the JSON schema of the function's arguments; {} allows any
-    object."""
+    object. `param` is the name of the request's field that has this schema; errors name this field."""
 
     @property
     def name(self) -> str: ...
@@ -35,6 +35,8 @@ class Function(Protocol):
     def parameters(self) -> Mapping[str, Any]: ...
     @property
     def strict(self) -> bool: ...
+    @property
+    def param(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,6 +79,14 @@ Tool = Annotated[
 AnyTool = FunctionTool | NamespaceTool | SkippedTool
 
 
+class DeclaredFunction(NamedTuple):
+    """A function of a request. `param` is the name of the request's field that has the schema of the arguments."""
+
+    tool: FunctionTool
+    called: FunctionName
+    param: str
+
+
 class FunctionName(NamedTuple):
     """The name of a function as the client knows it. `namespace` is None for a function outside all namespaces."""
 
@@ -94,34 +102,36 @@ class FunctionNames:
     The field `skipped` has the types of the tools that are not shown to the model.
     """
 
-    functions: dict[str, tuple[FunctionTool, FunctionName]]
+    functions: dict[str, DeclaredFunction]
     skipped: tuple[str, ...]
 
     @classmethod
     def of(cls, tools: Sequence[AnyTool]) -> FunctionNames:
         """Returns the names of a request's functions. Raises RequestRejected if two functions have the same name."""
-        functions: dict[str, tuple[FunctionTool, FunctionName]] = {}
+        functions: dict[str, DeclaredFunction] = {}
         skipped: list[str] = []
         for position, tool in enumerate(tools):
             members = tool.tools if isinstance(tool, NamespaceTool) else [tool]
             namespace = tool.name if isinstance(tool, NamespaceTool) else None
-            for member in members:
+            for number, member in enumerate(members):
+                path = f"tools.{position}.tools.{number}" if namespace is not None else f"tools.{position}"
                 if isinstance(member, FunctionTool):
                     name = joined_name(namespace, member.name)
                     if name in functions:
-                        raise RequestRejected(f"Two tools have the name {name!r}.", param=f"tools.{position}.name")
-                    functions[name] = member, FunctionName(namespace, member.name)
+                        raise RequestRejected(f"Two tools have the name {name!r}.", param=f"{path}.name")
+                    called = FunctionName(namespace, member.name)
+                    functions[name] = DeclaredFunction(member, called, f"{path}.parameters")
                 elif isinstance(member, SkippedTool):
                     skipped.append(member.label)
         return cls(functions, tuple(dict.fromkeys(skipped)))
 
     def called(self, name: str) -> FunctionName:
         """Returns the name that the client uses for the function which the model has called under the name `name`."""
-        return self.functions[name][1] if name in self.functions else FunctionName(None, name)
+        return self.functions[name].called if name in self.functions else FunctionName(None, name)
 
     def matching(self, name: str) -> frozenset[str]:
         """Returns the names that the model sees of all functions with the client's name `name`, in any namespace."""
-        return frozenset(key for key, (_, own) in self.functions.items() if name in (own.name, key))
+        return frozenset(key for key, function in self.functions.items() if name in (function.called.name, key))
 
 
 def joined_name(namespace: str | None, name: str) -> str:
