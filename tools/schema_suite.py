@@ -67,8 +67,10 @@ The reasoning that some models write before the content is not restricted.
 - The keyword `format` is enforced for strings. Two kinds of valid strings are never generated: leap seconds at time
   offsets other than zero, and host names with Punycode labels.
 - If an object in the schema has both named properties and others, no control characters are generated in strings.
-- Numbers in a schema must be 0, or between 1e-6 and 2**53 in absolute value. References must point into the same schema.
-- Each schema is checked in a separate process for at most one second of CPU time. A schema that takes longer is an error.
+- Numbers in a schema must be 0, or between 1e-6 and 2**53 in absolute value. References must point into the same
+  schema.
+- Each schema is checked in a separate process for at most one second of CPU time. A schema that takes longer is an
+  error.
 
 ## Tools
 

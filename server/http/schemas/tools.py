@@ -18,8 +18,8 @@ MAX_TOOLS = 128  # maximum number of tools in a request, as in OpenAI's API
 MAX_TOOL_CALLS = 1024  # maximum number of tool calls in one message of a conversation
 MAX_NAME_CHARS = 128
 
-# Beyond the characters that OpenAI allows, names have dots, as those of vLLM and of many data sets, and colons and
-# slashes, as those of MCP servers.
+# The names of functions may have the characters that OpenAI allows. Dots are also allowed, as in vLLM and in many data
+# sets, and so are colons and slashes, which MCP servers use.
 FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_.:/-]{{1,{MAX_NAME_CHARS}}}$")]
 ToolMode = Literal["none", "auto", "required"]
 
