@@ -263,9 +263,8 @@ def report(
     lines += [
         "",
         f"The engine's own thread spends {added:,.0f} us more on a constrained step: the rows of waiting and applying, "
-        "and of taking the tokens. "
-        "Whole steps say less: the two kinds of sequences have different tokens and so different experts, and other programs "
-        "may use the machine. "
+        "and of taking the tokens. Whole steps say less: the two kinds of sequences have different tokens and so "
+        "different experts, and other programs may use the machine. "
         f"The load average was {os.getloadavg()[0]:.1f} at the end.",
         "",
         f"{schemas} schemas, one instance of each ({len(next(iter(peers.values())).token):,} tokens), one thread, in "
