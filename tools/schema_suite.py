@@ -45,7 +45,8 @@ INTRODUCTION = """# Structured outputs
 
 <!-- `python -m tools.schema_suite` writes this page. -->
 
-A reply can be made to follow a grammar. llguidance computes before each token which tokens the grammar allows.
+The fields below make the content of a reply follow a grammar. Before each token, the library llguidance computes which
+tokens the grammar allows.
 
 | form of the content | OpenAI's field | vLLM's field | vLLM's older field |
 | --- | --- | --- | --- |
@@ -55,31 +56,31 @@ A reply can be made to follow a grammar. llguidance computes before each token w
 | one of several strings | | `structured_outputs.choice` | `guided_choice` |
 | a grammar in Lark's form | | `structured_outputs.grammar` | `guided_grammar` |
 
-Thoughts of a model that reasons come before the content and are free.
+The reasoning that some models write before the content is not restricted.
 
 ## How exactly a schema is followed
 
-- What the server accepts it enforces exactly, whether `strict` is true or not. A keyword that cannot be enforced is an
-  error with status 400, which names the keyword and its path.
-- JSON has no optional white space. Properties come in the order of the schema. Then come those that it only requires,
-  then all others.
-- A format of strings is enforced. Leap seconds at other offsets than zero and Punycode labels of host names are not
-  generated.
-- Control characters are not generated in a schema that has named and unnamed properties in one object.
-- Numbers in a schema are 0, or from 1e-6 to 2**53 in size. References lead to places in the same schema.
-- A check takes at most one second of CPU time in a process of its own. A schema that takes more is an error.
+- A schema that the server accepts is enforced exactly, whether `strict` is true or not. A keyword that cannot be
+  enforced is an error with status 400, which names the keyword and its path.
+- JSON has no optional white space. Properties come in the order in which the schema defines them. Properties that
+  the schema only requires, and then all others, follow.
+- The keyword `format` is enforced for strings. Two kinds of valid strings are never generated: leap seconds at time
+  offsets other than zero, and host names with Punycode labels.
+- If an object in the schema has both named properties and others, no control characters are generated in strings.
+- Numbers in a schema must be 0, or between 1e-6 and 2**53 in absolute value. References must point into the same schema.
+- Each schema is checked in a separate process for at most one second of CPU time. A schema that takes longer is an error.
 
 ## Tools
 
-- With `tool_choice` "required" or a function's name, the reply consists of calls. With "auto", what follows the opening
-  tag of a call is a valid call.
-- Calls have the white space of the model's chat template, with a space after each comma and colon: the models have seen
-  calls of this form.
-- Names of types such as `dict`, `float` or `tuple` are read as JSON Schema's. An object that lists properties has no
-  others, unless the schema says otherwise.
+- With `tool_choice` "required" or a function's name, the reply consists only of calls. With "auto", the reply may be
+  text, but whenever it has the opening tag of a call, a valid call follows.
+- Calls have the white space of the model's chat template, with a space after each comma and colon, because the models
+  were trained with calls in this form.
+- Type names such as `dict`, `float` or `tuple` are translated to those of JSON Schema. If an object lists properties,
+  no other properties are allowed, unless the schema says otherwise.
 - A function without a schema, or with an empty list of properties, has no arguments.
-- A function with `strict` true is followed exactly or refused. Otherwise keywords that are malformed or cannot be
-  enforced are left out, and where a schema cannot be enforced at all, the arguments are any JSON object.
+- The schema of a function with `strict` true is followed exactly or refused. For other functions, keywords that are
+  malformed or cannot be enforced are left out. If a schema cannot be enforced at all, any JSON object is allowed.
 """
 
 
@@ -181,7 +182,7 @@ def rendered() -> str:
         "",
         f"Of the {len(fates)} schemas of the JSON-Schema-Test-Suite (draft 2020-12 with its optional parts), "
         f"{accepted} are accepted ({100 * accepted / len(fates):.0f} %).",
-        "For each of them, the tests check that the grammar takes every valid instance and no invalid one.",
+        "For each of them, the tests check that the grammar accepts every valid instance and no invalid one.",
         f"The formats are {formats}.",
         "",
         "| refused because of | schemas of the suite |",
