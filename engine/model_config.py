@@ -1,5 +1,4 @@
-"""JambaConfig: the sizes and options of a model, read from a Hugging Face checkpoint folder. This module does not
-import torch."""
+"""JambaConfig: the sizes and options of a model, read from a checkpoint. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
+from jamba_server.engine.checkpoint import Checkpoint, Folder, open_checkpoint, read_object
 from jamba_server.engine.errors import CheckpointError, shown
-from jamba_server.engine.files import read_object
 from jamba_server.engine.foreign import refuse_foreign
 from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
@@ -236,20 +235,23 @@ def _scan_parameters(config: JambaConfig) -> int:
 
 
 def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
-    """Reads `config.json` of a checkpoint folder, and `generation_config.json` if it exists.
+    """Reads `config.json` of the checkpoint at `folder`, and `generation_config.json` if it exists. The checkpoint is a
+    folder, or a file from which these documents can be made.
 
     Absent keys have the defaults of transformers' JambaConfig. `own_head` means that the weights have a head which
     differs from the embedding, so that `tie_word_embeddings` is ignored. Raises CheckpointError, with file, key and
     value, for a value that is missing, out of range or not implemented, and for other kinds of models.
     """
-    refuse_foreign(folder)
-    file = _ConfigFile.read(folder / "config.json")
+    checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, Folder):
+        refuse_foreign(folder)
+    file = _ConfigFile.read(checkpoint, "config.json")
     architecture = _architecture(file)
     for key, value in _IMPLEMENTED.items():
         if file.values.get(key, value) != value:
             raise file.refusal(key, f"this server implements only {json.dumps(value)}")
     methods.refuse_foreign(file.path, file.values)
-    config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, folder / "generation_config.json"))
+    config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, checkpoint))
     _check_schedules(file, config)
     if own_head:
         config = replace(config, tie_word_embeddings=False)
@@ -269,8 +271,9 @@ class _ConfigFile:
         self.path, self.values = path, values
 
     @classmethod
-    def read(cls, path: Path) -> _ConfigFile:
-        if (values := read_object(path)) is None:
+    def read(cls, checkpoint: Checkpoint, name: str) -> _ConfigFile:
+        path = checkpoint.where(name)
+        if (values := read_object(checkpoint, name)) is None:
             raise CheckpointError(f"{path} does not exist; every Hugging Face checkpoint folder has this file.")
         return cls(path, values)
 
@@ -376,12 +379,12 @@ def _vocab_size(file: _ConfigFile) -> int:
     return file.integer("vocab_size", maximum=_MAX_VOCABULARY)
 
 
-def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
+def _eos_token_ids(file: _ConfigFile, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Returns the end tokens that generation_config.json names. If generation_config.json names no end tokens, returns
     those of config.json. The method `generate` of the transformers library chooses end tokens in the same way."""
-    vocab_size = _vocab_size(file)
-    if (values := read_object(generation_path)) is not None:
-        generation = _ConfigFile(generation_path, values)
+    vocab_size, name = _vocab_size(file), "generation_config.json"
+    if (values := read_object(checkpoint, name)) is not None:
+        generation = _ConfigFile(checkpoint.where(name), values)
         if ids := generation.token_ids("eos_token_id", None, vocab_size=vocab_size):
             return ids
     return file.token_ids("eos_token_id", 2, vocab_size=vocab_size)

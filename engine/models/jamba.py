@@ -68,7 +68,7 @@ class Jamba(ABC):
     own output head."""
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
-        self.config = config
+        self.config, self.dtype = config, backend.dtype
         self._backend = backend
         self._embed_tokens = Embedding(self._backend, config.vocab_size, config.hidden_size)
         self._layers = [DecoderLayer(self._backend, config, i) for i in range(config.num_hidden_layers)]

@@ -11,8 +11,11 @@ from typing import Any, BinaryIO, Final, cast
 
 from safetensors import SafetensorError, safe_open
 
+from jamba_server.engine.checkpoint import open_checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.files import read_object
+from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
+from jamba_server.engine.gguf.settings import conversions
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -61,8 +64,10 @@ class StoredModel:
 
 
 def read_model(folder: Path) -> StoredModel:
-    """Reads the configuration and the headers of the weight files in `folder`. Raises CheckpointError if a file is
-    missing, incomplete or not in the expected format."""
+    """Reads the configuration and the headers of the weight files of the checkpoint at `folder`. Raises CheckpointError
+    if a file is missing, incomplete or not in the expected format."""
+    if isinstance(checkpoint := open_checkpoint(folder), GgufCheckpoint):
+        return StoredModel(load_model_config(folder), conversions(checkpoint.file))
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
     config = load_model_config(folder)
@@ -123,7 +128,9 @@ def weight_files(folder: Path) -> list[Path]:
 def _remedy(found: list[str]) -> str:
     if any(name.endswith(".safetensors") for name in found):
         return f"{INDEX_FILE} must say which of them make up the model; finish the download"
-    if any(name.endswith((".gguf", ".onnx")) for name in found):
+    if any(name.endswith(".gguf") for name in found):
+        return "give the path of the GGUF file instead of the folder"
+    if any(name.endswith(".onnx") for name in found):
         return "serve the original checkpoint in safetensors format instead"
     return "convert them to safetensors (transformers: from_pretrained, then save_pretrained)"
 

@@ -1,4 +1,5 @@
-"""Finds the model to load: a folder, a hub id that is downloaded, or the demonstration model of this package."""
+"""Finds the model to load: a folder, a GGUF file, a hub id that is downloaded, or the demonstration model of this
+package."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ _NAME_SHOWN = 200  # maximum number of characters that an error message quotes f
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The local folder and the name of a model. Clients of the API use this name unless --served-model-name gives
-    another name. `demo` is true if the model is the demonstration model."""
+    """The place and the name of a model. The field `folder` is the path of a local folder or GGUF file. Clients of the
+    API use the name unless --served-model-name gives another name. `demo` is true if the model is the demonstration
+    model."""
 
     folder: Path
     name: str
@@ -43,8 +45,8 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         # Raises errors in config.json at once, before the slow loading of tokenizer and engine.
         load_model_config(folder)
         if config.revision is not None:
-            raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a folder.")
-        return Checkpoint(folder, folder.resolve().name)
+            raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a local path.")
+        return Checkpoint(folder, folder.stem if folder.is_file() else folder.resolve().name)
     if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
         raise CheckpointError(f"There is no folder {config.model}, and a hub id has the form ORGANISATION/NAME.")
     patterns = [

@@ -314,7 +314,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "gguf": (
         only("model.gguf"),
-        "model.gguf cannot be loaded: serve the original checkpoint in safetensors format instead.",
+        "model.gguf cannot be loaded: give the path of the GGUF file instead of the folder.",
     ),
     "truncated": (overwrite(lambda data: data[:-1]), "model.safetensors is not a complete safetensors file ("),
     "empty": (overwrite(lambda _: b""), "model.safetensors is not a complete safetensors file (0 bytes; "),
