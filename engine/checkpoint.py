@@ -6,13 +6,14 @@ tokenizer.json and so on. A format other than the folder is added to `_FORMATS` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from jamba_server.engine.files import MAX_BYTES, parse_object, parse_text, read_bytes
 from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
 from jamba_server.engine.gguf.reader import is_gguf
+from jamba_server.engine.quantization.blocks import StoredMatrix
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 MAX_TOKENIZER_BYTES: Final = 128 << 20  # limit of the size of a tokenizer.json; one with 256 thousand tokens has 33 MB
@@ -36,6 +37,11 @@ class Checkpoint(Protocol):
         """Returns the path that an error about the document `name` gives."""
         ...
 
+    def stored(self) -> Mapping[str, StoredMatrix]:
+        """Returns what is stored of the matrices that are stored in blocks of integers, by the names that their weights
+        have in a folder."""
+        ...
+
 
 class Folder:
     """A folder in Hugging Face format. It may lack any file."""
@@ -51,6 +57,9 @@ class Folder:
 
     def where(self, name: str) -> Path:
         return self.path / name
+
+    def stored(self) -> Mapping[str, StoredMatrix]:
+        return {}
 
 
 _FORMATS: Final[tuple[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]], ...]] = ((is_gguf, GgufCheckpoint),)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from jamba_server.engine.checkpoint import Checkpoint, Folder, open_checkpoint, read_object
 from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.foreign import refuse_foreign
-from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
+from jamba_server.engine.quantization import Role, methods
+from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
 # The supported values of the key `architectures` in config.json. The package `engine.models` maps each value to a model
@@ -49,7 +50,8 @@ class JambaConfig:
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
     has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
     `quantization_config`: `fp8_roles` names the parts of the model whose weights are fp8 in the checkpoint, and
-    `made_at_load` is a method by which another server would quantise plain weights as it loads them.
+    `made_at_load` is a method by which another server would quantise plain weights as it loads them. `stored` maps the
+    names of weights that the checkpoint stores in blocks of integers to what is stored.
     """
 
     architecture: str
@@ -82,6 +84,7 @@ class JambaConfig:
     num_labels: int
     fp8_roles: frozenset[Role] = frozenset()
     made_at_load: str | None = None
+    stored: Mapping[str, StoredMatrix] = field(default_factory=dict[str, StoredMatrix], hash=False, repr=False)
 
     @property
     def d_inner(self) -> int:
@@ -124,80 +127,12 @@ class JambaConfig:
         h, d, s, r = self.hidden_size, self.d_inner, self.mamba_d_state, self.mamba_dt_rank
         projections = 3 * d * h + d * (r + 2 * s) + d * r + self.mamba_proj_bias * (2 * d + h)
         convolution = d * (self.mamba_d_conv + self.mamba_conv_bias)
-        return projections + convolution + d * _scan_parameters(self) + r + 2 * s
+        return projections + convolution + d * scan_parameters(self) + r + 2 * s
 
     def _head_parameters(self) -> int:
         if self.is_classifier:
             return self.num_labels * self.hidden_size
         return 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-
-
-def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32. If `policy` quantises a
-    weight, the size of the weight includes its scales. Elements of weights that are neither quantised nor in float32
-    take `dtype_bytes` bytes each. A quantised output head takes memory of its own even if it is tied to the embedding,
-    which is never quantised.
-    """
-    scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
-    total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
-    for matrix in matrices(config):
-        size = matrix.count * policy.num_bytes(matrix.role, matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
-        if matrix.role == "head" and config.tie_word_embeddings:
-            total += size if policy.quantization_of("head") is not None else 0
-        else:
-            total += size - matrix.count * matrix.rows * matrix.inputs * dtype_bytes
-    return total
-
-
-def step_bytes(
-    config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
-) -> int:
-    """Estimates how many bytes of weights are read by a decode step with one token for each of `num_sequences`
-    sequences. The step reads all weights except the embedding and the experts that no token chooses. The estimate
-    assumes that all experts are equally likely."""
-    total = weight_bytes(config, dtype_bytes, policy=policy)
-    if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
-        total -= config.vocab_size * config.hidden_size * dtype_bytes
-    missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
-    for matrix in matrices(config):
-        if matrix.role == "experts":
-            size = policy.num_bytes("experts", matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
-            total -= round(matrix.count * missed * size)
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A group of weight matrices with the same shape, [rows, inputs]. The field `role` names the part of the model that
-    uses the matrices, for example "attention" or "experts". A quantisation policy chooses the format of the matrices by
-    this name. The field `count` is the number of matrices in the group."""
-
-    role: Role
-    rows: int
-    inputs: int
-    count: int
-
-
-def matrices(config: JambaConfig) -> Iterator[Matrix]:
-    """Yields the groups of weight matrices that a quantisation policy may quantise. The output head is included even if
-    the output head and the embedding share one weight."""
-    h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention, mamba = len(config.attention_layers), len(config.mamba_layers)
-    moe = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-    yield Matrix("attention", q + 2 * kv, h, attention)
-    yield Matrix("attention", h, q, attention)
-    yield Matrix("mamba", 2 * d, h, mamba)
-    yield Matrix("mamba", h, d, mamba)
-    feed_forward: tuple[tuple[Role, int], ...] = (
-        ("mlp", config.num_hidden_layers - moe),
-        ("experts", moe * config.num_experts),
-    )
-    for role, count in feed_forward:
-        yield Matrix(role, 2 * f, h, count)
-        yield Matrix(role, h, f, count)
-    if not config.is_classifier:
-        yield Matrix("head", config.vocab_size, h, 1)
 
 
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
@@ -228,7 +163,7 @@ def _projections(prefix: str, names: tuple[str, ...], role: Role) -> Iterator[tu
         yield f"{prefix}{name}_proj", role
 
 
-def _scan_parameters(config: JambaConfig) -> int:
+def scan_parameters(config: JambaConfig) -> int:
     """Returns how many parameters of one channel of a Mamba layer are always in float32: those of A_log, D and the dt
     bias."""
     return config.mamba_d_state + 2
@@ -253,6 +188,7 @@ def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
     methods.refuse_foreign(file.path, file.values)
     config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, checkpoint))
     _check_schedules(file, config)
+    config = replace(config, stored=checkpoint.stored())
     if own_head:
         config = replace(config, tie_word_embeddings=False)
     quantization = file.values.get("quantization_config")

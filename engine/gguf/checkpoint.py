@@ -11,8 +11,10 @@ import msgspec
 
 from jamba_server.engine.gguf.reader import GgufFile, read_gguf
 from jamba_server.engine.gguf.settings import read_settings
+from jamba_server.engine.gguf.stored import stored_matrices
 from jamba_server.engine.gguf.tokenizer import tokenizer_config_json, tokenizer_json
 from jamba_server.engine.gguf.vocabulary import Vocabulary
+from jamba_server.engine.quantization.blocks import StoredMatrix
 
 CONFIG: Final = "config.json"
 
@@ -42,6 +44,10 @@ class GgufCheckpoint:
     def where(self, name: str) -> Path:
         """Returns the path that an error about the document `name` gives."""
         return self.path
+
+    def stored(self) -> Mapping[str, StoredMatrix]:
+        """Returns what is stored of the quantised matrices, by the names that their weights have in a folder."""
+        return stored_matrices(self.file)
 
 
 def _config(file: GgufFile, vocabulary: Vocabulary) -> bytes:

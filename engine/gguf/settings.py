@@ -165,18 +165,3 @@ def _is_tied(file: GgufFile) -> bool:
         return False
     starts = range(0, len(head.data), _SLICE)
     return all(np.array_equal(head.data[i : i + _SLICE], embedding.data[i : i + _SLICE]) for i in starts)
-
-
-def conversions(file: GgufFile) -> tuple[str, ...]:
-    """Returns a text that says which quantised tensors are converted to plain numbers when the file is loaded, and how
-    much memory they take then; no text if there are none."""
-    tensors = [tensor for tensor in file.tensors.values() if tensor.kind.unpack is not None]
-    if not tensors:
-        return ()
-    kinds = ", ".join(sorted({tensor.kind.name for tensor in tensors}))
-    stored = sum(tensor.data.nbytes for tensor in tensors)
-    numbers = sum(tensor.data.nbytes // tensor.kind.num_bytes * tensor.kind.inputs for tensor in tensors)
-    return (
-        f"{file.path.name}: tensors of the types {kinds} are converted to plain numbers: in 16 bits they take "
-        f"{2 * numbers / 2**30:.2f} GiB of memory, and {stored / 2**30:.2f} GiB in the file",
-    )

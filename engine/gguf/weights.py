@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError, shown
-from jamba_server.engine.gguf.blocks import BlockType, Bytes, dequantize
+from jamba_server.engine.gguf.blocks import BlockType, Bytes, dequantize, unpack
 from jamba_server.engine.gguf.names import translated
 from jamba_server.engine.gguf.reader import GgufFile, GgufTensor
 
 # The number of numbers that are converted at a time. Their intermediate results take about 20 MiB.
-_CHUNK = 1 << 20
+_CHUNK: Final = 1 << 20
+NO_GROUPS: Final[Mapping[str, int]] = {}
 
 
 class Read(NamedTuple):
@@ -27,21 +28,50 @@ class Read(NamedTuple):
     num_bytes: int
 
 
-def read_tensors(file: GgufFile, dtype: torch.dtype) -> Iterator[Read]:
+def read_tensors(file: GgufFile, dtype: torch.dtype, groups: Mapping[str, int] = NO_GROUPS) -> Iterator[Read]:
     """Yields the tensors of a file. A matrix is converted to `dtype`, all other tensors to float32. The tensors of
-    experts are yielded one by one, so that no more than one matrix takes memory at a time. Raises CheckpointError for
-    a tensor that Jamba does not have."""
+    experts are yielded one by one, so that no more than one matrix takes memory at a time.
+
+    A matrix whose name is in `groups` is yielded as it is stored: its integers, int8 [N, K], and under the same name
+    with "_scale" at the end its scales, float32 [N, K / group], where the group has the number of inputs that `groups`
+    says. Raises CheckpointError for a tensor that Jamba does not have.
+    """
     for tensor in file.tensors.values():
         if (name := translated(tensor.name)) is None:
             raise CheckpointError(f"{tensor.path}: tensor {shown(tensor.name)} has no place in a Jamba model.")
         if "{}" not in name:
-            converted = _converted(tensor, tensor.data, tensor.shape, dtype)
-            yield Read(name, _reshaped(name, converted), tensor.path, len(tensor.data))
+            yield from _read(name, tensor, tensor.data, tensor.shape, dtype, groups.get(name))
             continue
         experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
         for number, data in enumerate(tensor.data.reshape(experts, -1)):
-            converted = _converted(tensor, data, tensor.shape[1:], dtype)
-            yield Read(name.format(number), converted, tensor.path, len(data))
+            own = name.format(number)
+            yield from _read(own, tensor, data, tensor.shape[1:], dtype, groups.get(own))
+
+
+def _read(
+    name: str, tensor: GgufTensor, data: Bytes, shape: tuple[int, ...], dtype: torch.dtype, group: int | None
+) -> Iterator[Read]:
+    if group is None:
+        yield Read(name, _reshaped(name, _converted(tensor, data, shape, dtype)), tensor.path, len(data))
+        return
+    values, scales = _stored(tensor.kind, data, shape, group)
+    yield Read(name, values, tensor.path, len(data))
+    yield Read(f"{name}_scale", scales, tensor.path, 0)
+
+
+def _stored(kind: BlockType, data: Bytes, shape: tuple[int, ...], group: int) -> tuple[Tensor, Tensor]:
+    """Returns the integers and the scales in `data`. A group of the file becomes several groups of `group` inputs with
+    the same scale."""
+    values, count = torch.empty(shape, dtype=torch.int8), kind.group // group
+    scales = torch.empty(*shape[:-1], shape[-1] // group)
+    flat_values, flat_scales = values.view(-1), scales.view(-1)
+    for start in range(0, len(flat_values), _CHUNK):
+        part = flat_values[start : start + _CHUNK]
+        found = unpack(kind, _blocks(kind, data, start, len(part)))
+        part.copy_(torch.from_numpy(found.values.reshape(-1)))
+        repeated = torch.from_numpy(found.scales.reshape(-1)).repeat_interleave(count)
+        flat_scales[start // group :][: len(repeated)].copy_(repeated)
+    return values, scales
 
 
 def _converted(tensor: GgufTensor, data: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ configuration contradicts the files. Works without torch, so that the command `j
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from jamba_server.engine.checkpoint import open_checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.files import read_object
 from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
-from jamba_server.engine.gguf.settings import conversions
 from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.start.machine import format_bytes
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -66,8 +68,8 @@ class StoredModel:
 def read_model(folder: Path) -> StoredModel:
     """Reads the configuration and the headers of the weight files of the checkpoint at `folder`. Raises CheckpointError
     if a file is missing, incomplete or not in the expected format."""
-    if isinstance(checkpoint := open_checkpoint(folder), GgufCheckpoint):
-        return StoredModel(load_model_config(folder), conversions(checkpoint.file))
+    if isinstance(open_checkpoint(folder), GgufCheckpoint):
+        return StoredModel(load_model_config(folder))
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
     config = load_model_config(folder)
@@ -97,6 +99,22 @@ def read_plan(folder: Path) -> StoredModel:
             f"config.json has tie_word_embeddings true, but {INDEX_FILE} names {HEAD}: it is counted as a separate "
             "head; loading leaves it out if it equals the embedding",
         ),
+    )
+
+
+def conversions(config: JambaConfig, policy: QuantizationPolicy, dtype: str) -> tuple[str, ...]:
+    """Returns a text that says which matrices are stored in blocks of integers but converted to `dtype` when they are
+    loaded, and how much memory they take then. Returns no text if there are none."""
+    if policy.quantization is not None:
+        return ()
+    entries = [entry for name, entry in config.stored.items() if name not in policy.blocks]
+    if not entries:
+        return ()
+    kinds = ", ".join(f"{count} of type {kind}" for kind, count in sorted(Counter(e.kind for e in entries).items()))
+    size = sum(entry.numbers for entry in entries) * (4 if dtype == "float32" else 2)
+    return (
+        f"{len(entries)} of {len(config.stored)} quantised matrices are converted to {dtype} ({kinds}): they take "
+        f"{format_bytes(size)} of memory, and {format_bytes(sum(entry.num_bytes for entry in entries))} in the file",
     )
 
 

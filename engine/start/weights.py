@@ -55,9 +55,13 @@ def load_weights(
     function `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read. Raises
     CheckpointError if files are missing or truncated, or if their tensors do not match the model's configuration.
     """
-    checkpoint = open_checkpoint(folder)
-    source = _gguf(checkpoint, model) if isinstance(checkpoint, GgufCheckpoint) else _safetensors(folder, model)
-    loader, done, shown = _Loader(model.tensor_map(), checkpoint, source.aliases), 0, -1
+    checkpoint, tensor_map = open_checkpoint(folder), model.tensor_map()
+    if isinstance(checkpoint, GgufCheckpoint):
+        source = _gguf(checkpoint, model.dtype, tensor_map)
+    else:
+        source = _safetensors(folder, model)
+    loader, done, shown = _Loader(tensor_map, checkpoint, source.aliases), 0, -1
+    del tensor_map  # it has references to the raw weights, which must be freed one by one
     for name, tensor, path, num_bytes in source.tensors:
         loader.put(name, tensor, path)
         done += num_bytes
@@ -77,9 +81,12 @@ class _Source(NamedTuple):
     aliases: Mapping[str, str] = {}
 
 
-def _gguf(checkpoint: GgufCheckpoint, model: Model) -> _Source:
+def _gguf(checkpoint: GgufCheckpoint, dtype: torch.dtype, tensor_map: TensorMap) -> _Source:
+    shapes = {name: data.shape for name, (data, _) in tensor_map.destinations.items()}
+    # A weight whose scales the model asks for stays in its blocks. Its groups have so many inputs.
+    groups = {name: shapes[name][-1] // shapes[f"{name}_scale"][-1] for name in shapes if f"{name}_scale" in shapes}
     tensors = checkpoint.file.tensors.values()
-    return _Source(read_tensors(checkpoint.file, model.dtype), sum(tensor.data.nbytes for tensor in tensors))
+    return _Source(read_tensors(checkpoint.file, dtype, groups), sum(tensor.data.nbytes for tensor in tensors))
 
 
 def _safetensors(folder: Path, model: Model) -> _Source:
@@ -165,7 +172,7 @@ class _Loader:
                 f"{path}: tensor {name} has shape {_shape(tensor)}; {self._config} makes it "
                 f"{_shape(destination)}{_transposed(name, tensor, destination)}."
             )
-        if destination.dtype == torch.float8_e4m3fn:
+        if destination.dtype in (torch.float8_e4m3fn, torch.int8):
             if tensor.dtype != destination.dtype:
                 raise CheckpointError(
                     f"{path}: tensor {name} has dtype {tensor.dtype}; by quantization_config of "

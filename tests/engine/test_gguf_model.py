@@ -63,7 +63,20 @@ def kind_in(kinds: str) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    "kinds", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K+Q6_K", "Q3_K+Q5_K", "Q2_K", "IQ4_XS+IQ4_NL"]
+    "kinds",
+    [
+        "F16",
+        "BF16",
+        "Q8_0",
+        "Q4_0",
+        "Q5_1",
+        "Q4_K+Q6_K",
+        "Q3_K+Q5_K",
+        "Q2_K",
+        "Q4_0+Q6_K",
+        "Q8_0+Q3_K",
+        "IQ4_XS+IQ4_NL",
+    ],
 )
 def test_every_type(kinds: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, **WIDE)
