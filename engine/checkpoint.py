@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from jamba_server.engine.files import MAX_BYTES, parse_object, parse_text, read_bytes
-from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
-from jamba_server.engine.gguf.reader import is_gguf
+from jamba_server.engine.gguf.recognition import is_gguf
 from jamba_server.engine.quantization.blocks import StoredMatrix
 
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -62,7 +61,14 @@ class Folder:
         return {}
 
 
-_FORMATS: Final[tuple[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]], ...]] = ((is_gguf, GgufCheckpoint),)
+def _open_gguf(path: Path) -> Checkpoint:
+    # This module imports numpy, which would delay the first line that a command prints.
+    from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(path)
+
+
+_FORMATS: Final[tuple[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]], ...]] = ((is_gguf, _open_gguf),)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.gguf.blocks import OTHER_TYPES, TYPES, BlockType
+from jamba_server.engine.gguf.recognition import MAGIC
 
-MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 # These limits are far above what published files have, and low enough that a hostile file does no harm.
 _MAX_HEADER: Final = 128 << 20  # bytes of metadata and of the list of tensors
@@ -87,17 +87,6 @@ class GgufFile:
     path: Path
     metadata: dict[str, Value]
     tensors: dict[str, GgufTensor]
-
-
-def is_gguf(path: Path) -> bool:
-    """Returns whether `path` is a regular file that begins like a GGUF file or has the name of one."""
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return path.suffix.lower() == ".gguf" or file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -12,10 +12,9 @@ from typing import Any, BinaryIO, Final, cast
 
 from safetensors import SafetensorError, safe_open
 
-from jamba_server.engine.checkpoint import open_checkpoint
+from jamba_server.engine.checkpoint import Folder, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.files import read_object
-from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.machine import format_bytes
@@ -68,7 +67,7 @@ class StoredModel:
 def read_model(folder: Path) -> StoredModel:
     """Reads the configuration and the headers of the weight files of the checkpoint at `folder`. Raises CheckpointError
     if a file is missing, incomplete or not in the expected format."""
-    if isinstance(open_checkpoint(folder), GgufCheckpoint):
+    if not isinstance(open_checkpoint(folder), Folder):
         return StoredModel(load_model_config(folder))
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}

@@ -12,7 +12,8 @@ import pytest
 from gguf import GGUFWriter
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.gguf.reader import StringArray, is_gguf, read_gguf
+from jamba_server.engine.gguf.reader import StringArray, read_gguf
+from jamba_server.engine.gguf.recognition import is_gguf
 
 HUGE = 2**60
 Entry = tuple[str, int, bytes]
