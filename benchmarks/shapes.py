@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from jamba_server.engine.config import Quantization
-from jamba_server.engine.model_config import JambaConfig, step_bytes
+from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
+from jamba_server.engine.weight_sizes import step_bytes
 from jamba_server.server.cli.bench import conditions
 
 BASE: dict[str, Any] = {

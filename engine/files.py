@@ -47,19 +47,27 @@ def _open(path: str, flags: int) -> int:
 def read_text(path: Path, *, limit: int = MAX_BYTES) -> str | None:
     """Returns the text of a UTF-8 file, or None if the file does not exist. Raises CheckpointError if the file cannot
     be read."""
-    if (data := read_bytes(path, limit=limit)) is None:
-        return None
+    data = read_bytes(path, limit=limit)
+    return None if data is None else parse_text(path, data)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file, or None if the file does not exist. Raises CheckpointError if the file cannot
+    be read or holds no JSON object."""
+    data = read_bytes(path)
+    return None if data is None else parse_object(path, data)
+
+
+def parse_text(path: Path, data: bytes) -> str:
+    """Returns `data` decoded from UTF-8. Raises CheckpointError, which names `path`, if this is not possible."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read as UTF-8: {error}.") from error
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file, or None if the file does not exist. Raises CheckpointError if the file cannot
-    be read or holds no JSON object."""
-    if (data := read_bytes(path)) is None:
-        return None
+def parse_object(path: Path, data: bytes) -> dict[str, Any]:
+    """Returns the JSON object that `data` holds. Raises CheckpointError, which names `path`, if it holds none."""
     try:
         value: object = json.loads(data)
     except ValueError as error:  # bytes that are not UTF-8 raise UnicodeDecodeError, a subclass of ValueError

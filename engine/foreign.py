@@ -13,14 +13,15 @@ from jamba_server.engine.files import read_object
 from jamba_server.engine.quantization.methods import METHOD_FILES, refuse_file
 
 _WANTED: Final = "a checkpoint folder in Hugging Face format (config.json, tokenizer.json, *.safetensors)"
-_GGUF: Final = f"a GGUF file, which llama.cpp reads and this server does not; give {_WANTED}"
+_GGUF: Final = "a GGUF file; give the path of the file instead of the folder"
+_GGML: Final = f"a file of an old version of llama.cpp, which this server does not read; give {_WANTED}"
 _EXPORT: Final = f"an export for another runtime, which this server does not read; give {_WANTED}"
 _PICKLE: Final = "not a safetensors file; load it with transformers and write a folder with save_pretrained"
 _ARCHIVE: Final = "an archive; unpack it and give the folder"
 # Maps the suffix of a file to the part of the error text that says what the file is and what to do.
 _SUFFIXES: Final[Mapping[str, str]] = {
     ".gguf": _GGUF,
-    ".ggml": _GGUF,
+    ".ggml": _GGML,
     ".onnx": _EXPORT,
     ".tflite": _EXPORT,
     ".mlpackage": _EXPORT,

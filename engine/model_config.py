@@ -1,18 +1,18 @@
-"""JambaConfig: the sizes and options of a model, read from a Hugging Face checkpoint folder. This module does not
-import torch."""
+"""JambaConfig: the sizes and options of a model, read from a checkpoint. This module does not import torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
+from jamba_server.engine.checkpoint import Checkpoint, Folder, open_checkpoint, read_object
 from jamba_server.engine.errors import CheckpointError, shown
-from jamba_server.engine.files import read_object
 from jamba_server.engine.foreign import refuse_foreign
-from jamba_server.engine.quantization import UNQUANTIZED, QuantizationPolicy, Role, methods
+from jamba_server.engine.quantization import Role, methods
+from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
 # The supported values of the key `architectures` in config.json. The package `engine.models` maps each value to a model
@@ -50,7 +50,8 @@ class JambaConfig:
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
     has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
     `quantization_config`: `fp8_roles` names the parts of the model whose weights are fp8 in the checkpoint, and
-    `made_at_load` is a method by which another server would quantise plain weights as it loads them.
+    `made_at_load` is a method by which another server would quantise plain weights as it loads them. `stored` maps the
+    names of weights that the checkpoint stores in blocks of integers to what is stored.
     """
 
     architecture: str
@@ -83,6 +84,7 @@ class JambaConfig:
     num_labels: int
     fp8_roles: frozenset[Role] = frozenset()
     made_at_load: str | None = None
+    stored: Mapping[str, StoredMatrix] = field(default_factory=dict[str, StoredMatrix], hash=False, repr=False)
 
     @property
     def d_inner(self) -> int:
@@ -125,80 +127,12 @@ class JambaConfig:
         h, d, s, r = self.hidden_size, self.d_inner, self.mamba_d_state, self.mamba_dt_rank
         projections = 3 * d * h + d * (r + 2 * s) + d * r + self.mamba_proj_bias * (2 * d + h)
         convolution = d * (self.mamba_d_conv + self.mamba_conv_bias)
-        return projections + convolution + d * _scan_parameters(self) + r + 2 * s
+        return projections + convolution + d * scan_parameters(self) + r + 2 * s
 
     def _head_parameters(self) -> int:
         if self.is_classifier:
             return self.num_labels * self.hidden_size
         return 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-
-
-def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
-    """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32. If `policy` quantises a
-    weight, the size of the weight includes its scales. Elements of weights that are neither quantised nor in float32
-    take `dtype_bytes` bytes each. A quantised output head takes memory of its own even if it is tied to the embedding,
-    which is never quantised.
-    """
-    scan = len(config.mamba_layers) * config.d_inner * _scan_parameters(config)
-    total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
-    for matrix in matrices(config):
-        size = matrix.count * policy.num_bytes(matrix.role, matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
-        if matrix.role == "head" and config.tie_word_embeddings:
-            total += size if policy.quantization_of("head") is not None else 0
-        else:
-            total += size - matrix.count * matrix.rows * matrix.inputs * dtype_bytes
-    return total
-
-
-def step_bytes(
-    config: JambaConfig, dtype_bytes: int, *, num_sequences: int = 1, policy: QuantizationPolicy = UNQUANTIZED
-) -> int:
-    """Estimates how many bytes of weights are read by a decode step with one token for each of `num_sequences`
-    sequences. The step reads all weights except the embedding and the experts that no token chooses. The estimate
-    assumes that all experts are equally likely."""
-    total = weight_bytes(config, dtype_bytes, policy=policy)
-    if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
-        total -= config.vocab_size * config.hidden_size * dtype_bytes
-    missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
-    for matrix in matrices(config):
-        if matrix.role == "experts":
-            size = policy.num_bytes("experts", matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
-            total -= round(matrix.count * missed * size)
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A group of weight matrices with the same shape, [rows, inputs]. The field `role` names the part of the model that
-    uses the matrices, for example "attention" or "experts". A quantisation policy chooses the format of the matrices by
-    this name. The field `count` is the number of matrices in the group."""
-
-    role: Role
-    rows: int
-    inputs: int
-    count: int
-
-
-def matrices(config: JambaConfig) -> Iterator[Matrix]:
-    """Yields the groups of weight matrices that a quantisation policy may quantise. The output head is included even if
-    the output head and the embedding share one weight."""
-    h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention, mamba = len(config.attention_layers), len(config.mamba_layers)
-    moe = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-    yield Matrix("attention", q + 2 * kv, h, attention)
-    yield Matrix("attention", h, q, attention)
-    yield Matrix("mamba", 2 * d, h, mamba)
-    yield Matrix("mamba", h, d, mamba)
-    feed_forward: tuple[tuple[Role, int], ...] = (
-        ("mlp", config.num_hidden_layers - moe),
-        ("experts", moe * config.num_experts),
-    )
-    for role, count in feed_forward:
-        yield Matrix(role, 2 * f, h, count)
-        yield Matrix(role, h, f, count)
-    if not config.is_classifier:
-        yield Matrix("head", config.vocab_size, h, 1)
 
 
 def linear_modules(config: JambaConfig) -> Iterator[tuple[str, Role]]:
@@ -229,28 +163,32 @@ def _projections(prefix: str, names: tuple[str, ...], role: Role) -> Iterator[tu
         yield f"{prefix}{name}_proj", role
 
 
-def _scan_parameters(config: JambaConfig) -> int:
+def scan_parameters(config: JambaConfig) -> int:
     """Returns how many parameters of one channel of a Mamba layer are always in float32: those of A_log, D and the dt
     bias."""
     return config.mamba_d_state + 2
 
 
 def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
-    """Reads `config.json` of a checkpoint folder, and `generation_config.json` if it exists.
+    """Reads `config.json` of the checkpoint at `folder`, and `generation_config.json` if it exists. The checkpoint is a
+    folder, or a file from which these documents can be made.
 
     Absent keys have the defaults of transformers' JambaConfig. `own_head` means that the weights have a head which
     differs from the embedding, so that `tie_word_embeddings` is ignored. Raises CheckpointError, with file, key and
     value, for a value that is missing, out of range or not implemented, and for other kinds of models.
     """
-    refuse_foreign(folder)
-    file = _ConfigFile.read(folder / "config.json")
+    checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, Folder):
+        refuse_foreign(folder)
+    file = _ConfigFile.read(checkpoint, "config.json")
     architecture = _architecture(file)
     for key, value in _IMPLEMENTED.items():
         if file.values.get(key, value) != value:
             raise file.refusal(key, f"this server implements only {json.dumps(value)}")
     methods.refuse_foreign(file.path, file.values)
-    config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, folder / "generation_config.json"))
+    config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, checkpoint))
     _check_schedules(file, config)
+    config = replace(config, stored=checkpoint.stored())
     if own_head:
         config = replace(config, tie_word_embeddings=False)
     quantization = file.values.get("quantization_config")
@@ -269,8 +207,9 @@ class _ConfigFile:
         self.path, self.values = path, values
 
     @classmethod
-    def read(cls, path: Path) -> _ConfigFile:
-        if (values := read_object(path)) is None:
+    def read(cls, checkpoint: Checkpoint, name: str) -> _ConfigFile:
+        path = checkpoint.where(name)
+        if (values := read_object(checkpoint, name)) is None:
             raise CheckpointError(f"{path} does not exist; every Hugging Face checkpoint folder has this file.")
         return cls(path, values)
 
@@ -376,12 +315,12 @@ def _vocab_size(file: _ConfigFile) -> int:
     return file.integer("vocab_size", maximum=_MAX_VOCABULARY)
 
 
-def _eos_token_ids(file: _ConfigFile, generation_path: Path) -> tuple[int, ...]:
+def _eos_token_ids(file: _ConfigFile, checkpoint: Checkpoint) -> tuple[int, ...]:
     """Returns the end tokens that generation_config.json names. If generation_config.json names no end tokens, returns
     those of config.json. The method `generate` of the transformers library chooses end tokens in the same way."""
-    vocab_size = _vocab_size(file)
-    if (values := read_object(generation_path)) is not None:
-        generation = _ConfigFile(generation_path, values)
+    vocab_size, name = _vocab_size(file), "generation_config.json"
+    if (values := read_object(checkpoint, name)) is not None:
+        generation = _ConfigFile(checkpoint.where(name), values)
         if ids := generation.token_ids("eos_token_id", None, vocab_size=vocab_size):
             return ids
     return file.token_ids("eos_token_id", 2, vocab_size=vocab_size)

@@ -480,6 +480,7 @@ class Scheduler:
             finish_reason=reason,
             stop_token_id=token_ids[-1] if reason == "stop" else None,
             error=seq.constraint.error if reason == "error" and seq.constraint is not None else None,
+            contradictory=reason == "error" and seq.constraint is not None and seq.constraint.contradictory,
             vector=result.vector,
             num_cached=seq.num_cached if first else None,
             queue_seconds=seq.queue_seconds if first else None,

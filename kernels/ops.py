@@ -291,8 +291,8 @@ class QuantizedWeight(NamedTuple):
     Each group of neighbouring elements of a row shares one scale.
 
     A group has `group_size` elements; a row's last group may be shorter. `bits` is 8 or 4. values: [..., N, K]. The
-    format int8 (8 bits) has values of dtype int8 from -127 to 127. The format int4 (4 bits) has values of dtype int8
-    from -7 to 7, one value per byte. The format fp8 (8 bits) has finite values of dtype float8_e4m3fn. scales: float32
+    format int8 (8 bits) has values of dtype int8. The format int4 (4 bits) has values of dtype int8
+    from -8 to 7, one value per byte. The format fp8 (8 bits) has finite values of dtype float8_e4m3fn. scales: float32
     [..., N, ceil(K / group_size)]. A product is the sum over groups, in ascending order, of scale * (float32 sum of
     value * x).
     """

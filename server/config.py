@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
+from jamba_server.engine.checkpoint import open_checkpoint, read_object
 from jamba_server.engine.config import (
     Device,
     Dtype,
@@ -29,7 +30,7 @@ from jamba_server.engine.config import (
     StateCacheDtype,
 )
 from jamba_server.engine.errors import CheckpointError, ConfigError
-from jamba_server.engine.files import read_object, read_text
+from jamba_server.engine.files import read_text
 from jamba_server.engine.validation import RANGES
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
@@ -459,8 +460,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, folder: Path) -> GenerationDefaults:
         """Reads the sampling defaults of the model in `folder`. Raises CheckpointError with the file, the key and the
         allowed range."""
-        path = folder / "generation_config.json"
-        values = {k: v for k, v in (read_object(path) or {}).items() if v is not None}
+        checkpoint, name = open_checkpoint(folder), "generation_config.json"
+        path = checkpoint.where(name)
+        values = {k: v for k, v in (read_object(checkpoint, name) or {}).items() if v is not None}
         if values.get("top_k") == -1:  # some models write -1 for "all tokens"; this server writes 0 instead
             del values["top_k"]
         try:

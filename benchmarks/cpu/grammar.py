@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -42,6 +43,7 @@ SEQUENCES, ROUNDS, STEPS, WARM_UP = 16, 4, 40, 12
 VOCAB, EOS = 65536, (2, 519)
 # Maps type names that the leaderboard's functions use to those of JSON Schema. None means that every value is allowed.
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
+APPLYING, TAKING = "waiting for the masks, and applying them", "scheduler: taking the tokens"
 PEER = Path(__file__).parent / "grammar_peer.py"
 
 
@@ -147,9 +149,9 @@ def measure_steps(folder: Path, schemas: Sequence[Any]) -> tuple[list[dict[str, 
     clock = Clock()
     runner = llm.core.model_runner
     clock.watch(runner.masks, "_fill", "masks, beside the forward pass")
-    clock.watch(runner.sampler, "_adjust", "waiting for the masks, and applying them")
+    clock.watch(runner.sampler, "_adjust", APPLYING)
     clock.watch(runner.sampler, "launch", "the sampler, with the masks")
-    clock.watch(llm.core.scheduler, "update", "scheduler: taking the tokens")
+    clock.watch(llm.core.scheduler, "update", TAKING)
     free = [SamplingParams(max_tokens=200, seed=i, ignore_eos=True) for i in range(SEQUENCES)]
     arrays = [{"type": "array", "items": schemas[i % len(schemas)], "minItems": 60} for i in range(SEQUENCES)]
     bound = [SamplingParams(max_tokens=900, seed=i, grammar=grammar_of(arrays[i])) for i in range(SEQUENCES)]
@@ -257,7 +259,13 @@ def report(
     for label in sorted({label for step in bound for label in step}):
         before, after = median_us(free, label), median_us(bound, label)
         lines.append(f"| {label} | {before:,.0f} | {after:,.0f} | {after - before:,.0f} |")
+    added = sum(median_us(bound, label) - median_us(free, label) for label in (APPLYING, TAKING))
     lines += [
+        "",
+        f"The engine's own thread spends {added:,.0f} us more on a constrained step: the rows of waiting and applying, "
+        "and of taking the tokens. Whole steps say less: the two kinds of sequences have different tokens and so "
+        "different experts, and other programs may use the machine. "
+        f"The load average was {os.getloadavg()[0]:.1f} at the end.",
         "",
         f"{schemas} schemas, one instance of each ({len(next(iter(peers.values())).token):,} tokens), one thread, in "
         "microseconds. The time to compile includes the first mask. Nothing is cached between schemas.",

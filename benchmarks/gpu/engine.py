@@ -25,10 +25,11 @@ import torch
 from benchmarks.gpu.predict import DTYPE_BYTES, Ceilings, Work, decode_work, measure_ceilings, prefill_work
 from benchmarks.gpu.record import Job, Record
 from benchmarks.shapes import Format, write_config
-from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.start import build
 from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.llm import LLM
 
 FIRST_PROMPT = 128  # number of tokens in the first request's prompt

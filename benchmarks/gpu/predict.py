@@ -13,8 +13,9 @@ import torch
 from benchmarks import shapes
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.model_cache import cache_layout
-from jamba_server.engine.model_config import JambaConfig, step_bytes
+from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.weight_sizes import step_bytes
 
 DTYPE_BYTES = 2  # size of a bfloat16 number in bytes
 # To measure the memory bandwidth, COPIED float32 values (2 GiB) are copied. To measure the matmul rate, two square

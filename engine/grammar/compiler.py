@@ -14,6 +14,8 @@ from queue import SimpleQueue
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from jamba_server.engine.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, open_checkpoint, read_text
+from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.grammar.deep_thread import start_deep_thread
 from jamba_server.engine.grammar.limits import PARSER_LIMITS
@@ -21,7 +23,6 @@ from jamba_server.engine.types import Request
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILE = "tokenizer.json"
 # The cache of compiled grammars holds grammars of at most this many characters in total. The compiled form of a large
 # grammar takes about 200 bytes of memory for each character.
 MAX_CACHED_CHARS = 1 << 20
@@ -40,9 +41,11 @@ def load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
     grammars. Token ids below `vocab_size` that the tokenizer lacks are never allowed in a reply. Raises GrammarError if
     the tokenizer cannot be used. The call holds Python's global interpreter lock for about 0.4 s."""
     try:
-        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+        text = read_text(open_checkpoint(folder), TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES)
+        if text is None:
+            raise GrammarError(f"This model cannot follow grammars, because it has no {TOKENIZER_FILE}.")
         return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-    except (OSError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:
         raise GrammarError(f"This model cannot follow grammars, because of its {TOKENIZER_FILE}: {error}") from error
 
 

@@ -114,6 +114,7 @@ class MaskFiller:
             constraint.error = (
                 "bad_words or allowed_token_ids forbid every token that the grammar allows at this place of the reply."
             )
+            constraint.contradictory = True
             mask.fill(-1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jamba_server.engine.layers.parameter import Backend, Destination, Unit, matrix, part
 from jamba_server.engine.quantization import Role
+from jamba_server.kernels.ops import Weight
 
 
 class Linear:
@@ -37,8 +38,12 @@ class Linear:
         self._parts, self.is_shared = dict(parts), shared is not None
         rows = sum(parts.values())
         # After the method `pack` has run, the weight is an object in the layout that the kernel needs.
-        self._weight: Any = backend.raw(role, rows, in_features) if shared is None else shared
+        self._weight: Any = self._raw(rows, in_features) if shared is None else shared
         self._bias = backend.empty(rows) if bias else None
+
+    def _raw(self, rows: int, in_features: int) -> Weight:
+        formats = self._backend.formats([f"{name}.weight" for name in self._parts])
+        return self._backend.raw(self._role, rows, in_features, stored=formats[0] if formats else None)
 
     @property
     def is_quantized(self) -> bool:

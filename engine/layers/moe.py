@@ -9,6 +9,7 @@ from torch import Tensor
 from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Destination, Fused, Unit, Units, matrix, part
 from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.quantization.blocks import expert_names
 
 
 class Moe:
@@ -24,7 +25,8 @@ class Moe:
         self._router = Linear(backend, h, {"router": e}, role="other")
         # The raw weights of the gate and up projections, and of the down projection. The method `_pack` converts these
         # raw weights to the kernel's layout and stores the result in the field `_experts`.
-        self._raw = [backend.raw("experts", e, 2 * f, h), backend.raw("experts", e, h, f)]
+        first, second = backend.formats(*expert_names("experts.", e)) or (None, None)
+        self._raw = [backend.raw("experts", e, 2 * f, h, stored=first), backend.raw("experts", e, h, f, stored=second)]
         self._experts: Any = None
 
     def __call__(self, x: Tensor) -> Tensor:

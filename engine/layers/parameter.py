@@ -3,14 +3,15 @@ fills."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jamba_server.engine.quantization import QuantizationPolicy, Role
+from jamba_server.engine.quantization import Format, QuantizationPolicy, Role
+from jamba_server.engine.quantization.blocks import shared_formats
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 
@@ -91,17 +92,34 @@ class TensorMap:
 @dataclass(frozen=True, slots=True)
 class Backend:
     """The kernels that compute a model, the model's dtype and device, and the policy that says which of the model's
-    weights are quantised."""
+    weights are quantised. `prefix` is the part that the names of all weights of a layer begin with."""
 
     kernels: Kernels
     dtype: torch.dtype
     device: torch.device
     policy: QuantizationPolicy
+    prefix: str = ""
 
-    def raw(self, role: Role, *shape: int) -> Weight:
-        """Returns uninitialised memory for a matrix in the form that it has on disk. The memory is on the host if the
-        matrix is quantised on disk or will be quantised, so that the device holds only the quantised matrix."""
+    def under(self, prefix: str) -> Backend:
+        """Returns the same backend for the part of the model whose weights have names that begin with `prefix`."""
+        return replace(self, prefix=prefix)
+
+    def formats(self, *products: Sequence[str]) -> tuple[Format, ...] | None:
+        """Returns the formats of matrix products that one kernel computes together, if their weights stay in the blocks
+        in which they are stored; otherwise None. Each product has the weights of the given names, without `prefix`."""
+        names = [[f"{self.prefix}{name}" for name in product] for product in products]
+        return shared_formats(self.policy.blocks, names)
+
+    def raw(self, role: Role, *shape: int, stored: Format | None = None) -> Weight:
+        """Returns uninitialised memory for a matrix in the form that it has on disk, which is `stored` if it is not
+        None. The memory is on the host if the matrix is quantised on disk or will be quantised, so that the device
+        holds only the quantised matrix."""
         host = self.device if self.device.type == "meta" else torch.device("cpu")
+        if stored is not None:
+            size = stored.group_size or shape[-1]
+            values = torch.empty(shape, dtype=torch.int8, device=host)
+            scales = torch.empty(*shape[:-1], -(-shape[-1] // size), device=host)
+            return QuantizedWeight(values, scales, group_size=size, bits=stored.bits)
         if role in self.policy.stored:
             values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=host)
             return QuantizedWeight(values, torch.empty(*shape[:-1], 1, device=host), group_size=shape[-1], bits=8)

@@ -21,6 +21,7 @@ class Model(Protocol):
     """The methods that the engine needs of a model. A model must not run before its weights are filled."""
 
     config: JambaConfig
+    dtype: torch.dtype
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None: ...
 

@@ -35,8 +35,10 @@ class DecoderLayer:
         self._name = f"model.layers.{index}."
         self._input_norm, self._pre_ff_norm = RmsNorm(backend, h, eps), RmsNorm(backend, h, eps)
         self.is_attention = config.is_attention(index)
-        self._mixer = (Attention if self.is_attention else Mamba)(backend, config)
-        self._feed_forward = (Moe if config.is_moe(index) else Mlp)(backend, config)
+        self._mixer_name = f"{self._name}{'self_attn' if self.is_attention else 'mamba'}."
+        self._mixer = (Attention if self.is_attention else Mamba)(backend.under(self._mixer_name), config)
+        self._feed_forward_name = f"{self._name}feed_forward."
+        self._feed_forward = (Moe if config.is_moe(index) else Mlp)(backend.under(self._feed_forward_name), config)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, caches: tuple[Tensor, Tensor]
@@ -53,9 +55,9 @@ class DecoderLayer:
 
     def units(self) -> Units:
         yield self._input_norm.unit(f"{self._name}input_layernorm")
-        yield from self._mixer.units(f"{self._name}{'self_attn' if self.is_attention else 'mamba'}.")
+        yield from self._mixer.units(self._mixer_name)
         yield self._pre_ff_norm.unit(f"{self._name}pre_ff_layernorm")
-        yield from self._feed_forward.units(f"{self._name}feed_forward.")
+        yield from self._feed_forward.units(self._feed_forward_name)
 
     def ignored(self) -> frozenset[str]:
         """Returns the names of tensors that some converted checkpoints contain but the model does not use: the
@@ -68,7 +70,7 @@ class Jamba(ABC):
     own output head."""
 
     def __init__(self, config: JambaConfig, backend: Backend) -> None:
-        self.config = config
+        self.config, self.dtype = config, backend.dtype
         self._backend = backend
         self._embed_tokens = Embedding(self._backend, config.vocab_size, config.hidden_size)
         self._layers = [DecoderLayer(self._backend, config, i) for i in range(config.num_hidden_layers)]

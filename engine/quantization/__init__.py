@@ -7,7 +7,7 @@ This module works without torch, so that the command `jamba plan` does not need 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from jamba_server.engine.config import EngineConfig, Quantization
@@ -22,9 +22,9 @@ model's outputs strongly."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """A format of quantised weights. Each quantised number has `bits` bits and lies between -limit and limit. In each
-    output row, every `group_size` consecutive inputs share one float32 scale; if `group_size` is None, the whole row
-    shares one scale."""
+    """A format of quantised weights. Each quantised number has `bits` bits. The numbers that this server makes lie
+    between -limit and limit; a number of a file may also be one less. In each output row, every `group_size`
+    consecutive inputs share one float32 scale; if `group_size` is None, the whole row shares one scale."""
 
     bits: int
     limit: int
@@ -42,6 +42,8 @@ FORMATS: Final[Mapping[Quantization, Format]] = {
     "fp8": Format(bits=8, limit=448, group_size=None),
 }
 
+NO_BLOCKS: Final[Mapping[str, Format]] = {}
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizationPolicy:
@@ -54,19 +56,28 @@ class QuantizationPolicy:
 
     If the checkpoint has fp8 weights already, `stored` names the parts of the model that have fp8 weights, and the
     weights of all other parts stay unquantised.
+
+    If the checkpoint has matrices in blocks of integers, `blocks` maps the names of their weights to the formats in
+    which they stay. All other weights are then unquantised.
     """
 
     quantization: Quantization | None = None
     mamba: bool = False
     stored: frozenset[Role] = frozenset()
+    blocks: Mapping[str, Format] = field(default_factory=dict[str, Format], hash=False)
 
     @classmethod
     def of(
-        cls, engine: EngineConfig, stored: frozenset[Role] = frozenset(), made_at_load: str | None = None
+        cls,
+        engine: EngineConfig,
+        stored: frozenset[Role] = frozenset(),
+        made_at_load: str | None = None,
+        blocks: Mapping[str, Format] = NO_BLOCKS,
     ) -> QuantizationPolicy:
         """Returns the policy for the options in `engine`. `stored` names the parts of the model whose weights are fp8
         in the checkpoint. `made_at_load` is the quantisation method that config.json names if other servers apply this
-        method while they load the weights, else None.
+        method while they load the weights, else None. `blocks` has the formats of weights that are stored in blocks. If
+        a format is requested, such weights are converted to it.
 
         Raises ConfigError in three cases: `quantize_mamba` is set without a format, a format is requested although the
         checkpoint has `stored` weights, or no format is requested although config.json names a `made_at_load` method.
@@ -85,7 +96,8 @@ class QuantizationPolicy:
                     "(quantization_config in its config.json); leave the option out."
                 )
             return cls("fp8", "mamba" in stored, stored)
-        return cls(engine.quantization, engine.quantize_mamba)
+        kept = blocks if engine.quantization is None else NO_BLOCKS
+        return cls(engine.quantization, engine.quantize_mamba, blocks=kept)
 
     def quantization_of(self, role: Role) -> Quantization | None:
         if self.stored:

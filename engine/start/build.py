@@ -25,13 +25,13 @@ from jamba_server.engine.grammar.compiler import GrammarCompiler
 from jamba_server.engine.grammar.masks import MaskFiller
 from jamba_server.engine.graphs import CudaGraph, DecodeGraphs, why_no_graphs
 from jamba_server.engine.model_cache import wanted_layout
-from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.model_runner import ModelRunner
 from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Scheduler
-from jamba_server.engine.start.contents import StoredModel, read_model
+from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
@@ -39,6 +39,7 @@ from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_si
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
+from jamba_server.engine.weight_sizes import kept_blocks, weight_bytes
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
@@ -80,7 +81,9 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     if model_config.is_classifier:
         raise ConfigError(f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet.")
     dtype = choose_dtype(config, model_config)
-    policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load)
+    blocks = {} if config.load_format == "dummy" else kept_blocks(model_config, device.type)
+    policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load, blocks)
+    warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
     # is set to use at the time of loading.
@@ -107,7 +110,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         load(model, config, on_progress)
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
-    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, stored.warnings)
+    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))

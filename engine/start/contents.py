@@ -4,6 +4,7 @@ configuration contradicts the files. Works without torch, so that the command `j
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any, BinaryIO, Final, cast
 
 from safetensors import SafetensorError, safe_open
 
+from jamba_server.engine.checkpoint import Folder, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.files import read_object
 from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.start.machine import format_bytes
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -61,8 +65,10 @@ class StoredModel:
 
 
 def read_model(folder: Path) -> StoredModel:
-    """Reads the configuration and the headers of the weight files in `folder`. Raises CheckpointError if a file is
-    missing, incomplete or not in the expected format."""
+    """Reads the configuration and the headers of the weight files of the checkpoint at `folder`. Raises CheckpointError
+    if a file is missing, incomplete or not in the expected format."""
+    if not isinstance(open_checkpoint(folder), Folder):
+        return StoredModel(load_model_config(folder))
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
     config = load_model_config(folder)
@@ -95,6 +101,22 @@ def read_plan(folder: Path) -> StoredModel:
     )
 
 
+def conversions(config: JambaConfig, policy: QuantizationPolicy, dtype: str) -> tuple[str, ...]:
+    """Returns a text that says which matrices are stored in blocks of integers but converted to `dtype` when they are
+    loaded, and how much memory they take then. Returns no text if there are none."""
+    if policy.quantization is not None:
+        return ()
+    entries = [entry for name, entry in config.stored.items() if name not in policy.blocks]
+    if not entries:
+        return ()
+    kinds = ", ".join(f"{count} of type {kind}" for kind, count in sorted(Counter(e.kind for e in entries).items()))
+    size = sum(entry.numbers for entry in entries) * (4 if dtype == "float32" else 2)
+    return (
+        f"{len(entries)} of {len(config.stored)} quantised matrices are converted to {dtype} ({kinds}): they take "
+        f"{format_bytes(size)} of memory, and {format_bytes(sum(entry.num_bytes for entry in entries))} in the file",
+    )
+
+
 def _unread_files(folder: Path) -> list[str]:
     if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
         return [f"the folder has both {SINGLE_FILE}, which is loaded, and {INDEX_FILE}, which is ignored"]
@@ -123,7 +145,9 @@ def weight_files(folder: Path) -> list[Path]:
 def _remedy(found: list[str]) -> str:
     if any(name.endswith(".safetensors") for name in found):
         return f"{INDEX_FILE} must say which of them make up the model; finish the download"
-    if any(name.endswith((".gguf", ".onnx")) for name in found):
+    if any(name.endswith(".gguf") for name in found):
+        return "give the path of the GGUF file instead of the folder"
+    if any(name.endswith(".onnx") for name in found):
         return "serve the original checkpoint in safetensors format instead"
     return "convert them to safetensors (transformers: from_pretrained, then save_pretrained)"
 

@@ -1,4 +1,4 @@
-"""Fills a model with the weights of a checkpoint folder (safetensors files), or with random numbers."""
+"""Fills a model with the weights of a checkpoint (safetensors files or a GGUF file), or with random numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import struct
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from jamba_server.engine.checkpoint import Checkpoint, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
+from jamba_server.engine.gguf.weights import Read, read_tensors
 from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
@@ -39,8 +42,8 @@ _DT_RANGE: Final = (0.001, 0.1)  # Mamba's training begins with time steps in th
 def load_weights(
     model: Model, folder: Path, progress: Callable[[str, float], None], *, phase: str = "loading weights"
 ) -> None:
-    """Fills `model` from the files in `folder`, tensor by tensor, and converts each tensor to the model's dtype. The
-    files are memory-mapped.
+    """Fills `model` from the checkpoint at `folder`, tensor by tensor, and converts each tensor to the model's dtype.
+    The files are memory-mapped.
 
     Weights that one kernel uses together (one matrix product, the experts of one layer) are quantised and packed as
     soon as all of these weights are read. The raw weights are then freed, so the model is never in memory twice.
@@ -52,20 +55,46 @@ def load_weights(
     function `progress` is called about a hundred times with `phase` and the fraction of the bytes that are read. Raises
     CheckpointError if files are missing or truncated, or if their tensors do not match the model's configuration.
     """
+    checkpoint, tensor_map = open_checkpoint(folder), model.tensor_map()
+    if isinstance(checkpoint, GgufCheckpoint):
+        source = _gguf(checkpoint, model.dtype, tensor_map)
+    else:
+        source = _safetensors(folder, model)
+    loader, done, shown = _Loader(tensor_map, checkpoint, source.aliases), 0, -1
+    del tensor_map  # it has references to the raw weights, which must be freed one by one
+    for name, tensor, path, num_bytes in source.tensors:
+        loader.put(name, tensor, path)
+        done += num_bytes
+        if (percent := 100 * done // source.num_bytes) > shown:
+            shown = percent
+            progress(phase, done / source.num_bytes)
+    loader.check_complete()
+    progress(phase, 1.0)
+
+
+class _Source(NamedTuple):
+    """The tensors of a checkpoint, which take `num_bytes` bytes in its files. `aliases` maps the name of a tensor to
+    the name under which the tensor is loaded."""
+
+    tensors: Iterator[Read]
+    num_bytes: int
+    aliases: Mapping[str, str] = {}
+
+
+def _gguf(checkpoint: GgufCheckpoint, dtype: torch.dtype, tensor_map: TensorMap) -> _Source:
+    shapes = {name: data.shape for name, (data, _) in tensor_map.destinations.items()}
+    # A weight whose scales the model asks for stays in its blocks. Its groups have so many inputs.
+    groups = {name: shapes[name][-1] // shapes[f"{name}_scale"][-1] for name in shapes if f"{name}_scale" in shapes}
+    tensors = checkpoint.file.tensors.values()
+    return _Source(read_tensors(checkpoint.file, dtype, groups), sum(tensor.data.nbytes for tensor in tensors))
+
+
+def _safetensors(folder: Path, model: Model) -> _Source:
     paths = weight_files(folder)
     tied = model.config.tie_word_embeddings and not model.config.is_classifier
     aliases = {} if not tied or any(EMBEDDING in header(path) for path in paths) else {HEAD: EMBEDDING}
-    loader = _Loader(model.tensor_map(), folder, aliases)
-    total, done, shown = sum(path.stat().st_size for path in paths), 0, -1
-    for path in paths:
-        for name, tensor in _read(path):
-            loader.put(name, tensor, path)
-            done += tensor.nbytes
-            if (percent := 100 * done // total) > shown:
-                shown = percent
-                progress(phase, done / total)
-    loader.check_complete()
-    progress(phase, 1.0)
+    tensors = (Read(name, tensor, path, tensor.nbytes) for path in paths for name, tensor in _read(path))
+    return _Source(tensors, sum(path.stat().st_size for path in paths), aliases)
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -111,9 +140,10 @@ class _Loader:
     """Copies tensors from the files into the model's weights and records which weights are filled. `aliases` maps the
     name of a tensor in the files to another name, under which the tensor is loaded."""
 
-    def __init__(self, tensor_map: TensorMap, folder: Path, aliases: Mapping[str, str]) -> None:
+    def __init__(self, tensor_map: TensorMap, checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
-        self._ignored, self._folder = tensor_map.ignored, folder
+        self._ignored, self._folder = tensor_map.ignored, checkpoint.path
+        self._config = checkpoint.where("config.json")
         self._names = list(tensor_map.destinations)
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
         self._filled_by: dict[str, str] = {}  # maps the name of a weight to the name of the tensor that filled it
@@ -127,8 +157,9 @@ class _Loader:
             self._copy(name, tensor, unit.data(name), path)
             unit.mark_filled(name)
         elif name not in self._ignored:
-            where, why = self._folder / "config.json", _decided_by([name], "without it")
-            raise CheckpointError(f"{path}: tensor {name} {_shape(tensor)} has no place in the model of {where}{why}.")
+            why = _decided_by([name], "without it")
+            what = f"{name} {_shape(tensor)}"
+            raise CheckpointError(f"{path}: tensor {what} has no place in the model of {self._config}{why}.")
 
     def check_complete(self) -> None:
         if missing := [name for name in self._names if name not in self._filled_by]:
@@ -138,14 +169,14 @@ class _Loader:
     def _copy(self, name: str, tensor: Tensor, destination: Tensor, path: Path) -> None:
         if tensor.shape != destination.shape:
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {_shape(tensor)}; {self._folder / 'config.json'} makes it "
+                f"{path}: tensor {name} has shape {_shape(tensor)}; {self._config} makes it "
                 f"{_shape(destination)}{_transposed(name, tensor, destination)}."
             )
-        if destination.dtype == torch.float8_e4m3fn:
+        if destination.dtype in (torch.float8_e4m3fn, torch.int8):
             if tensor.dtype != destination.dtype:
                 raise CheckpointError(
                     f"{path}: tensor {name} has dtype {tensor.dtype}; by quantization_config of "
-                    f"{self._folder / 'config.json'} it is {destination.dtype}."
+                    f"{self._config} it is {destination.dtype}."
                 )
         # Integers and 8-bit floats are quantised weights, which are meaningless without their scales.
         elif not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:

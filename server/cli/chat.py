@@ -7,7 +7,7 @@ import asyncio
 import functools
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.sampling_flags import with_sampling
 from jamba_server.server.cli.settings import LOCAL, with_options
 from jamba_server.server.config import ServerConfig
+from jamba_server.server.text.parts import Reasoning
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
@@ -39,6 +40,7 @@ _ADDRESS = re.compile(
 )  # matches a server's address without http://, such as localhost:8000 or [::1]:8000/v1
 
 Messages = list[dict[str, str]]
+Piece = str | Reasoning  # a piece of a reply: text, or the model's thoughts
 Target = Annotated[
     str,
     typer.Argument(
@@ -54,7 +56,7 @@ class ChatError(JambaError):
 class Partner(Protocol):
     """Writes the assistant's messages of a chat: a server, or a model that the command has loaded."""
 
-    def reply(self, messages: Messages) -> AsyncGenerator[str]:
+    def reply(self, messages: Messages) -> AsyncGenerator[Piece]:
         """Yields the assistant's next message in pieces, each as soon as it is generated. Raises JambaError."""
         ...
 
@@ -65,12 +67,13 @@ class LocalPartner:
     def __init__(self, model: LocalModel, sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
 
-    def reply(self, messages: Messages) -> AsyncGenerator[str]:
+    def reply(self, messages: Messages) -> AsyncGenerator[Piece]:
         return self._model.chat(messages, self._sampling)
 
 
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning: str | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -106,7 +109,7 @@ class RemotePartner:
             f"No server answers at {self._http.base_url} ({error!r}). Start one with `jamba serve`, or name a model."
         )
 
-    async def reply(self, messages: Messages) -> AsyncGenerator[str]:
+    async def reply(self, messages: Messages) -> AsyncGenerator[Piece]:
         body = {"messages": messages, "stream": True, **self._sampling.given}
         decoder = EventDecoder()
         try:
@@ -116,31 +119,43 @@ class RemotePartner:
                     raise ChatError(f"{response.url} answers {response.status_code}: {error_message(response)}")
                 async for chunk in response.aiter_bytes():
                     for data in decoder.feed(chunk):
-                        yield _text(data)
+                        for piece in _pieces(data):
+                            yield piece
         except httpx.HTTPError as error:
             raise self._no_answer(error) from error
 
 
-def _text(data: bytes) -> str:
-    """Returns the text that an event of a stream adds to the reply. Raises ChatError for an error event."""
+def _pieces(data: bytes) -> Iterator[Piece]:
+    """Yields what an event of a stream adds to the reply. Raises ChatError for an error event."""
     if data == b"[DONE]":
-        return ""
+        return
     event = msgspec.json.decode(data, type=_Event)
     if event.error is not None:
         raise ChatError(event.error.message)
-    return "".join(choice.delta.content or "" for choice in event.choices)
+    for choice in event.choices:
+        if choice.delta.reasoning:
+            yield Reasoning(choice.delta.reasoning)
+        if choice.delta.content:
+            yield choice.delta.content
 
 
 class Conversation:
     """The messages of the user and the assistant in one chat. The argument `write` is a function that shows text to the
-    user.
+    user, and `write_thoughts` one that shows the model's thoughts, which do not become part of the messages.
 
     If `interactive` is true, an error is shown to the user and the chat goes on. Otherwise the error is raised.
     """
 
     def __init__(
-        self, partner: Partner, write: Callable[[str], None], system: str | None = None, *, interactive: bool = True
+        self,
+        partner: Partner,
+        write: Callable[[str], None],
+        system: str | None = None,
+        *,
+        interactive: bool = True,
+        write_thoughts: Callable[[str], None] | None = None,
     ) -> None:
+        self._write_thoughts = write_thoughts or write
         self._partner, self._write, self._system, self._interactive = partner, write, system, interactive
         self._turns: Messages = []
 
@@ -173,11 +188,17 @@ class Conversation:
     async def _answer(self, line: str) -> None:
         """Adds the user's message and the reply to the conversation. If the reply is interrupted, the text received
         before the interruption is kept. After an error neither the user's message nor the reply is kept."""
-        before, pieces = self._turns, list[str]()
+        before, pieces, has_thoughts = self._turns, list[str](), False
         self._turns = [*before, {"role": "user", "content": line}]
         try:
             async with aclosing(self._partner.reply(self.messages)) as reply:
                 async for piece in reply:
+                    if isinstance(piece, Reasoning):
+                        has_thoughts = True
+                        self._write_thoughts(piece.text)
+                        continue
+                    if has_thoughts and not pieces:
+                        self._write("\n\n")
                     pieces.append(piece)
                     self._write(piece)
         except JambaError as error:
@@ -216,13 +237,18 @@ def chat(
             opened = _load(config, folder, sampling) if folder else _connect(config, url or "", sampling)
             partner = runner.run(stack.enter_async_context(opened))
             write = functools.partial(print, end="", flush=True)
-            conversation = Conversation(partner, write, system, interactive=interactive)
+            dim = _write_dimmed if sys.stdout.isatty() else None
+            conversation = Conversation(partner, write, system, interactive=interactive, write_thoughts=dim)
             if interactive:
                 Console(stderr=True).print(HELP, style="dim", markup=False, highlight=False)
             with line_editing(history_file()) if interactive else nullcontext():
                 _converse(runner, conversation, "> " if interactive else "")
         finally:
             runner.run(stack.aclose())
+
+
+def _write_dimmed(text: str) -> None:
+    print(f"\x1b[2m{text}\x1b[22m", end="", flush=True)
 
 
 def server_url(target: str) -> str | None:

@@ -1,4 +1,5 @@
-"""Finds the model to load: a folder, a hub id that is downloaded, or the demonstration model of this package."""
+"""Finds the model to load: a folder, a GGUF file, a hub id that is downloaded, or the demonstration model of this
+package."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from jamba_server.engine.foreign import names_a_file
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.start.contents import INDEX_FILE
 from jamba_server.server.cli.download import download
+from jamba_server.server.cli.gguf_choice import split_name
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 
@@ -22,8 +24,9 @@ _NAME_SHOWN = 200  # maximum number of characters that an error message quotes f
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The local folder and the name of a model. Clients of the API use this name unless --served-model-name gives
-    another name. `demo` is true if the model is the demonstration model."""
+    """The place and the name of a model. The field `folder` is the path of a local folder or GGUF file. Clients of the
+    API use the name unless --served-model-name gives another name. `demo` is true if the model is the demonstration
+    model."""
 
     folder: Path
     name: str
@@ -32,7 +35,8 @@ class Checkpoint:
 
 def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Checkpoint:
     """Returns the model that `config` names. If the model is a hub id, missing files are downloaded. With `config_only`
-    only the configuration files are downloaded, otherwise all files that a server needs.
+    only the configuration files are downloaded, otherwise all files that a server needs. Of a hub id with GGUF files,
+    such as `org/name-GGUF:Q4_K_M`, the file with the named quantisation is downloaded.
 
     Raises CheckpointError with one sentence that says what to do.
     """
@@ -43,10 +47,15 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         # Raises errors in config.json at once, before the slow loading of tokenizer and engine.
         load_model_config(folder)
         if config.revision is not None:
-            raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a folder.")
-        return Checkpoint(folder, folder.resolve().name)
+            raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a local path.")
+        return Checkpoint(folder, folder.stem if folder.is_file() else folder.resolve().name)
+    hub_id, quantization = split_name(config.model)
     if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
         raise CheckpointError(f"There is no folder {config.model}, and a hub id has the form ORGANISATION/NAME.")
+    if quantization is not None:
+        file = download(hub_id, config.revision, [], quantization)
+        load_model_config(file)
+        return Checkpoint(file, config.model)
     patterns = [
         *CONFIG_FILES,
         INDEX_FILE,

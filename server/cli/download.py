@@ -32,11 +32,13 @@ COMMAND = (sys.executable, "-P", "-m", "jamba_server.server.cli.hub")
 
 class Download(msgspec.Struct, frozen=True):
     """The order to the download process: download the files of the hub id `name` at `revision`. Only files whose names
-    match one of `patterns` are downloaded."""
+    match one of `patterns` are downloaded. If `quantization` is not None, a GGUF file is downloaded instead: the one
+    with this quantisation, or the usual one if `quantization` is ""."""
 
     name: str
     revision: str | None
     patterns: list[str]
+    quantization: str | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True):
@@ -53,9 +55,12 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Message of the download process: the download is complete. All files are in the folder `folder`."""
+    """Message of the download process: the download is complete. All files are in the folder `folder`. If a GGUF file
+    was wanted, `file` is its name, and `found` lists the quantisations of which it is one."""
 
     folder: str
+    file: str = ""
+    found: list[str] = msgspec.field(default_factory=list[str])
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -68,14 +73,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 FromHub = Plan | Progress | Done | Failed
 
 
-def download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def download(name: str, revision: str | None, patterns: list[str], quantization: str | None = None) -> Path:
     """Downloads the files of the hub id `name` that match `patterns` and are not in the local cache. Returns their
-    folder. Raises CheckpointError with one sentence that says what to do."""
+    folder. If `quantization` is not None, downloads the GGUF file with this quantisation instead and returns its path.
+    Raises CheckpointError with one sentence that says what to do."""
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
         tempfile.TemporaryFile() as stderr,
-        hub_process(Download(name, revision, patterns), stderr) as messages,
+        hub_process(Download(name, revision, patterns, quantization), stderr) as messages,
         Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         for line in messages:
@@ -88,8 +94,10 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
                 case Progress(num_bytes):
                     for task in bar.task_ids:  # `bar` has no task if no file is missing
                         bar.update(task, completed=max(num_bytes, bar.tasks[task].completed))
-                case Done(folder):
-                    return Path(folder)
+                case Done(folder, file, found):
+                    if len(found) > 1 and not quantization:
+                        logger.info("%s has the quantisations %s; %s is taken", name, ", ".join(found), file)
+                    return Path(folder) / file
                 case Failed(reason):
                     raise CheckpointError(reason)
         stderr.seek(0)

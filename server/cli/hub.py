@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm
 
 from jamba_server.server.cli.download import Done, Download, Failed, FromHub, Plan, Progress
+from jamba_server.server.cli.gguf_choice import NoSuchFile, choose
 
 # Matches the end of the name of a partly downloaded file. A later download cannot continue such a file, since the
 # file's name contains a random number.
@@ -73,6 +74,27 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
+def fetch_gguf(wanted: Download, quantization: str) -> Done:
+    """Downloads the GGUF file with the given quantisation, or all its pieces, if they are not in the local cache.
+    Raises NoSuchFile if there is none."""
+    listed = snapshot_files(wanted.name, wanted.revision)
+    chosen, found = choose(listed, quantization)
+    folder = fetch(msgspec.structs.replace(wanted, patterns=chosen))
+    return Done(str(folder), chosen[0], found)
+
+
+def snapshot_files(name: str, revision: str | None) -> list[str]:
+    """Returns the names of the GGUF files of a model: those on the hub, or those in the local cache if the hub does not
+    answer."""
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.gguf"], "ignore_patterns": ["*/*"]}
+    try:
+        return [file.filename for file in snapshot_download(name, dry_run=True, **options)]
+    except DryRunError as error:
+        answered = isinstance(error.__cause__, HfHubHTTPError)
+        folder = Path(str(snapshot_download(name, local_files_only=not answered, **options)))
+        return [path.name for path in folder.glob("*.gguf")]
+
+
 def fetch(wanted: Download) -> Path:
     """Downloads the files that `wanted` names, if they are not in the local cache. Returns the folder that holds the
     files."""
@@ -99,6 +121,8 @@ def describe(error: Exception, wanted: Download) -> str:
     shown = name if wanted.revision is None else f"{name} at revision {wanted.revision}"
     text = " ".join(str(error).split())
     match error:
+        case NoSuchFile():
+            return f"{shown} cannot be used: {text}."
         case HFValidationError():
             return f"{name!r} is neither a folder nor a hub id: {text}"
         case GatedRepoError():
@@ -133,7 +157,8 @@ def main() -> None:
     wanted = msgspec.json.decode(sys.stdin.buffer.readline(), type=Download)
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        tell(Done(str(fetch(wanted))))
+        quantization = wanted.quantization
+        tell(Done(str(fetch(wanted))) if quantization is None else fetch_gguf(wanted, quantization))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many errors for malformed answers
         tell(Failed(describe(error, wanted)))
     os._exit(0)  # sys.exit would wait for the threads of the hub's client to end

@@ -21,6 +21,9 @@ from jamba_server.server.http.generation import Prompt
 from jamba_server.server.http.sampling import admit_prompt
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall
+from jamba_server.server.text.reasoning import ReasoningFilter
+from jamba_server.server.text.reply_style import find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -111,8 +114,9 @@ class LocalModel:
                 yield detokenizer.push(update.token_ids[:-1] if stop else update.token_ids)
         yield detokenizer.finish()
 
-    async def chat(self, messages: list[dict[str, str]], sampling: Sampling) -> AsyncGenerator[str]:
-        """Yields the assistant's next message in pieces as the engine generates them. Raises ConfigError if the model
+    async def chat(self, messages: list[dict[str, str]], sampling: Sampling) -> AsyncGenerator[str | Reasoning]:
+        """Yields the assistant's next message in pieces as the engine generates them. The model's thoughts are pieces
+        of the class `Reasoning`. Raises ConfigError if the model
         has no chat template, and every error that `stream` raises."""
         if self.template is None:
             raise ConfigError("This model has no chat template: give one with --chat-template, or use `jamba run`.")
@@ -124,8 +128,16 @@ class LocalModel:
             strip_leading_space=chat.strip_leading_space,
         )
         async with aclosing(stream) as pieces:
+            if not find_reply_style(self.template, self.tokenizer).reasoning:
+                async for piece in pieces:
+                    yield piece
+                return
+            thoughts = ReasoningFilter(thinking=chat.opens_reasoning)
             async for piece in pieces:
-                yield piece
+                for part in thoughts.push(Text(piece)):
+                    yield _piece(part)
+            for part in thoughts.flush():
+                yield _piece(part)
 
     def _request(self, prompt: Prompt) -> Request:
         self._num_requests += 1
@@ -135,3 +147,8 @@ class LocalModel:
             params=prompt.params,
             save_positions=prompt.save_positions,
         )
+
+
+def _piece(part: Part) -> str | Reasoning:
+    assert not isinstance(part, ToolCall), "only the filter of tool calls makes such parts"
+    return part if isinstance(part, Reasoning) else part.text

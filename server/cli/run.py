@@ -20,6 +20,7 @@ from jamba_server.server.cli.log import configure_logging
 from jamba_server.server.cli.sampling_flags import with_sampling
 from jamba_server.server.cli.settings import LOCAL, Model, with_options
 from jamba_server.server.config import ServerConfig
+from jamba_server.server.text.parts import Reasoning
 
 
 @with_options(LOCAL)
@@ -38,7 +39,8 @@ def run(
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without the model's chat template")
     ] = False,
 ) -> None:
-    """Print the reply to one prompt, from --prompt or standard input, without a server."""
+    """Print the reply to one prompt, from --prompt or standard input, without a server. Thoughts go to standard
+    error."""
     configure_logging("WARNING")
     if model is not None:
         check_names_a_model(model)
@@ -64,12 +66,14 @@ async def _run(config: ServerConfig, folder: Path, sampling: Sampling, prompt: s
         contextlib.aclosing(reply(model, sampling, prompt, raw=raw)) as pieces,
     ):
         async for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            if isinstance(piece, Reasoning):
+                print(piece.text, end="", file=sys.stderr, flush=True)
+            else:
+                print(piece, end="", flush=True)
     sys.stdout.write("\n")
 
 
-def reply(model: LocalModel, sampling: Sampling, prompt: str, *, raw: bool) -> AsyncGenerator[str]:
+def reply(model: LocalModel, sampling: Sampling, prompt: str, *, raw: bool) -> AsyncGenerator[str | Reasoning]:
     """Returns the pieces of the model's reply to a chat whose only message is `prompt`. If `raw` is true or the model
     has no chat template, `prompt` is no message, and the pieces of the text that continues it are returned."""
     if raw or model.template is None:

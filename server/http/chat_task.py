@@ -87,8 +87,15 @@ class ChatTask:
         return tuple(tool for tool in self.tools if self.allowed_tools is None or tool.name in self.allowed_tools)
 
 
-async def render_task(task: ChatTask, services: Services) -> RenderedChat:
-    """Returns the prompt that the chat template makes from a conversation. Raises RequestRejected."""
+async def render_task(task: ChatTask, services: Services, scope: Scope) -> RenderedChat:
+    """Returns the prompt that the chat template makes from a conversation. Raises RequestRejected.
+
+    If the template does not read the `reasoning_effort`, the reply's header X-Ignored-Fields lists it.
+    """
+    template = services.chat_template
+    knows_efforts = template is not None and "reasoning_effort" in template.variables
+    if task.reasoning_effort not in (None, "none") and not knows_efforts:
+        ignore_field("reasoning_effort", scope, services)
     if task.chat_template is not None and not services.config.allow_request_templates:
         raise RequestRejected(
             "chat_template is only allowed if the server was started with --allow-request-templates.",
@@ -115,8 +122,8 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     """
     body = task.body
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
-    _check_abilities(task, services, scope)
-    chat = await render_task(task, services)
+    _check_abilities(task, services)
+    chat = await render_task(task, services, scope)
     params = await _sampling_params(task, chat, services, scope)
     prompt = admit_prompt(
         chat.prompt_ids, params, services.engine, param="messages", save_positions=chat.save_positions
@@ -142,14 +149,8 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     )
 
 
-def _check_abilities(task: ChatTask, services: Services, scope: Scope) -> None:
-    """Raises RequestRejected if the request needs something that this server or its model cannot do. If the field
-    `reasoning_effort` has no effect with this model, the function lists the field in the reply's header
-    X-Ignored-Fields."""
-    template = services.chat_template
-    knows_efforts = template is not None and "reasoning_effort" in template.variables
-    if task.reasoning_effort not in (None, "none") and not knows_efforts:
-        ignore_field("reasoning_effort", scope, services)
+def _check_abilities(task: ChatTask, services: Services) -> None:
+    """Raises RequestRejected if the request needs something that this server or its model cannot do."""
     if task.tool_choice == "required" and task.tools and services.reply_style.tool_calls is None:
         raise RequestRejected(
             "tool_choice requires a tool call, but this server does not know how the model writes them. Start it with "

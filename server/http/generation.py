@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from jamba_server.engine.errors import EngineDead, EngineFailed
+from jamba_server.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
 from jamba_server.engine.process.client import Engine, UpdateStream
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
@@ -209,7 +209,7 @@ class Generation:
         num_open = len(self._choices)
         async for update in updates:
             if update.finish_reason == "error":
-                raise EngineFailed(update.error or "The engine failed to run this request.")
+                raise _failure(update, self._choices[update.request_id].request.params)
             choice = self._choices[update.request_id]
             self._observe(choice, update)
             delta = choice.take(update)
@@ -295,6 +295,14 @@ class Generation:
             "gen_ai.usage.output_tokens": usage.completion_tokens,
             "gen_ai.usage.cache_read.input_tokens": usage.prompt_tokens_details.cached_tokens,
         }
+
+
+def _failure(update: TokenUpdate, params: SamplingParams) -> EngineError:
+    """Returns the exception for an update with the finish reason "error"."""
+    message = update.error or "The engine failed to run this request."
+    if update.contradictory:
+        return RequestRejected(message, param="allowed_token_ids" if params.allowed_token_ids else "bad_words")
+    return EngineFailed(message)
 
 
 def _engine_reason(reason: ReplyFinishReason) -> FinishReason:

@@ -46,8 +46,11 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
     """Returns the task that the model continues a conversation, which is given by its input items. Raises
     RequestRejected if the field `tool_choice` asks for a tool that the request does not have."""
     mode, allowed = allowed_names(body.choice, names)
+    messages = chat_messages(body.instructions, items)
+    if not messages:
+        raise RequestRejected("input has no text that the model could read.", param="input")
     return ChatTask(
-        messages=tuple(chat_messages(body.instructions, items)),
+        messages=tuple(messages),
         body=body,
         logprobs=(body.top_logprobs or 0) if body.includes(LOGPROBS) else None,
         tools=tuple(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
+from jamba_server.engine import checkpoint
 from jamba_server.engine.errors import CheckpointError, ConfigError, RequestRejected
 from jamba_server.engine.files import read_text
 from jamba_server.server.text.grammars.types import ToolStyle
@@ -129,11 +130,12 @@ class ChatTemplate:
         Returns None if the checkpoint has no template. Raises ConfigError if a file cannot be read and CheckpointError
         if the template does not compile.
         """
-        path = override or folder / "chat_template.jinja"
-        if (text := read_text(path)) is not None:
+        if override is not None:
+            if (text := read_text(override)) is None:
+                raise ConfigError(f"The chat template {override} cannot be read: there is no such file.")
             return cls(text, tokenizer, renderer)
-        if override:
-            raise ConfigError(f"The chat template {path} cannot be read: there is no such file.")
+        if (text := checkpoint.read_text(checkpoint.open_checkpoint(folder), "chat_template.jinja")) is not None:
+            return cls(text, tokenizer, renderer)
         template = read_tokenizer_config(folder).chat_template
         if isinstance(template, list):
             by_name = {named.name: named.template for named in template}

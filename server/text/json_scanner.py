@@ -20,14 +20,20 @@ class JsonScanner:
 
     The scanner finds where the value ends, and it finds most errors as soon as they appear. Other errors are found only
     when the complete value is decoded. The time is linear in the length of the text. The attribute `broken` is true if
-    the text so far cannot be the beginning of valid JSON.
+    the text so far cannot be the beginning of valid JSON, or if it is nested more deeply than MAX_DEPTH. The method
+    `lift_limit` removes this limit.
     """
 
     def __init__(self) -> None:
         self.broken = False
+        self._max_depth: int | None = MAX_DEPTH
         self._closers: list[str] = []  # the closing brackets that must still come, the innermost bracket last
         self._in_string = False
         self._escaped = False  # whether the last character was a backslash that escapes the next one
+
+    def lift_limit(self) -> None:
+        """Removes the limit on the nesting. The caller knows from another source that the value is valid JSON."""
+        self._max_depth = None
 
     @property
     def depth(self) -> int:
@@ -65,5 +71,5 @@ class JsonScanner:
         allowed here."""
         if char in _CLOSERS:
             self._closers.append(_CLOSERS[char])
-            return len(self._closers) <= MAX_DEPTH
+            return self._max_depth is None or len(self._closers) <= self._max_depth
         return bool(self._closers) and self._closers.pop() == char

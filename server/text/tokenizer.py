@@ -11,12 +11,11 @@ from typing import Final, Protocol
 import msgspec
 import tokenizers
 
+from jamba_server.engine.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, open_checkpoint, read_text
 from jamba_server.engine.errors import CheckpointError, RequestRejected
-from jamba_server.engine.files import read_text
 from jamba_server.server.text.token_bytes import Decoder, bytes_reader
 from jamba_server.server.text.tokenizer_config import read_tokenizer_config
 
-_MAX_BYTES: Final = 128 << 20  # limit of the size of tokenizer.json in bytes; a file with 256 thousand tokens has 33 MB
 # The highest token id allowed. The tokenizer keeps a table with an entry for every number up to the highest token id,
 # so a very high id would fill the memory.
 _MAX_ID: Final = (1 << 24) - 1
@@ -56,8 +55,9 @@ class Tokenizer:
 
         Raises CheckpointError if a file is missing or cannot be read.
         """
-        path = folder / "tokenizer.json"
-        if (text := read_text(path, limit=_MAX_BYTES)) is None:
+        checkpoint = open_checkpoint(folder)
+        path = checkpoint.where(TOKENIZER_FILE)
+        if (text := read_text(checkpoint, TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES)) is None:
             raise CheckpointError(f"{folder} has no tokenizer.json, which this server needs to read and write text.")
         try:
             decoder = msgspec.json.decode(text, type=_TokenizerFile).decoder

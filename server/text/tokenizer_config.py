@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
+from jamba_server.engine.checkpoint import open_checkpoint
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.files import read_bytes
+from jamba_server.engine.files import MAX_BYTES
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -52,8 +53,9 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     If the folder has no such file, the result names no token and has no chat template. Raises CheckpointError if
     the file cannot be read.
     """
-    path = folder / "tokenizer_config.json"
-    if (data := read_bytes(path)) is None:
+    checkpoint, name = open_checkpoint(folder), "tokenizer_config.json"
+    path = checkpoint.where(name)
+    if (data := checkpoint.document(name, MAX_BYTES)) is None:
         return TokenizerConfig()
     try:
         return msgspec.json.decode(data, type=TokenizerConfig)

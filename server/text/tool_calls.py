@@ -254,6 +254,7 @@ class ToolCallFilter:
         head = _HEAD.fullmatch("".join(self._call.pieces))
         if head is not None and self._may_call(head[1]):
             self._call.begun = self._call.in_arguments = True
+            self._call.scanner.lift_limit()  # the grammar guarantees that the arguments are valid
             self._deliver(ToolCall(self.num_calls, self._new_id(), head[1], "{"))
 
     def _end_call(self) -> None:

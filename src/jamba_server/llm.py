@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jamba_server.engine.checkpoint import TOKENIZER_FILE, open_checkpoint
 from jamba_server.engine.errors import ConfigError, EngineFailed, RequestRejected
 from jamba_server.engine.start.build import build_engine
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenLogprob, TokenUpdate
@@ -78,7 +79,7 @@ class LLM:
         self._folder = folder = find_checkpoint(config).folder
         self._defaults = GenerationDefaults.of(folder)
         self._tokenizer = self._template = None
-        if config.chat_template or (folder / "tokenizer.json").is_file():
+        if config.chat_template or open_checkpoint(folder).has(TOKENIZER_FILE):
             self._tokenizer = Tokenizer.from_folder(folder)
             override = None if config.chat_template is None else Path(config.chat_template)
             self._template = ChatTemplate.from_folder(folder, self._tokenizer, override)

@@ -248,6 +248,7 @@ INERT = [
 ]
 _IMAGE = {"type": "image", "source": {"type": "url", "url": "a"}}
 REFUSED = [
+    Refused("tools.name", {"tools": [CLOCK, CLOCK]}, "tools"),
     Refused("messages.content.type", _user(_IMAGE), "messages.0.content.0"),
     Refused("system.type", {"system": [{"type": "image", "text": "a"}]}, "system.0"),
     Refused("output_config.format.type", {"output_config": {"format": {**FORMAT, "type": "regex"}}}),

@@ -290,6 +290,7 @@ INERT = [
 REFUSED = [
     *shared_rows.REFUSED,
     *shared_rows.REFUSED_STREAM,
+    Refused("input", {"input": [_REASONING]}),
     Refused("n", {"n": 2}),
     Refused("max_tokens", {"max_tokens": 2}),
     Refused("max_completion_tokens", {"max_completion_tokens": 2}),

@@ -29,13 +29,15 @@ def _covered(table: Table) -> set[str]:
 
 COVERED = {table.api.path: _covered(table) for table in TABLES}
 # No part of these fields is accepted.
-REFUSED = {table.api.path: {row.field for row in table.refused} - {"stream_options"} for table in TABLES}
+REFUSED = {
+    table.api.path: {row.field for row in table.refused} - {"stream_options", "input", "tools"} for table in TABLES
+}
 REFUSED |= {twin: REFUSED[path] for twin, path in _TWINS.items()}
 COVERED |= {twin: COVERED[path] for twin, path in _TWINS.items()}
 COVERED["/v1/messages/count_tokens"] = COVERED["/v1/messages"] - message_rows.ONLY_GENERATION - _EVERYWHERE
 COVERED["/tokenize"] = {row.field for row in other_rows.TOKENIZE} | {row.field for row in chat_rows.REFUSED_MESSAGES}
 COVERED["/tokenize"] |= {row.field for row in chat_rows.INERT_MESSAGES}
-COVERED["/tokenize"] |= {"model"}
+COVERED["/tokenize"] |= {"model", "tools.function.strict"}  # the latter has no effect without a reply
 COVERED["/detokenize"] = {"model", "tokens"}
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError, ConfigError
-from jamba_server.engine.model_config import load_model_config, weight_bytes
+from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import build_model
 from jamba_server.engine.quantization import QuantizationPolicy, Role
 from jamba_server.engine.start.weights import dummy_weights
 from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.kernels.table import select
 from jamba_server.llm import LLM

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.model_config import load_model_config, weight_bytes
+from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, StoredTensor, header, read_model, read_plan
 from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.llm import LLM
 from tests.engine.test_weights import INDEX_FILE, MODEL_FILE, Tensors, rewrite, set_tensor, shard, write_checkpoint
 from tests.geometries import write_geometry

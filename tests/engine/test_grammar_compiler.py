@@ -123,7 +123,7 @@ def test_the_longest_chain_of_references_does_not_overflow_the_stack(folder: Pat
 def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     llm = load(tmp_path)
-    with pytest.raises(EngineFailed, match=r"cannot follow grammars, because of its tokenizer\.json: .*No such file"):
+    with pytest.raises(EngineFailed, match=r"cannot follow grammars, because it has no tokenizer\.json\."):
         llm.generate([[5]], PLAIN)
     assert len(llm.generate([[5]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
 

@@ -10,12 +10,13 @@ import torch
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import cache_layout
-from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.quantization import UNQUANTIZED
 from jamba_server.engine.scheduler import SchedulerOutput
 from jamba_server.engine.start.build import Loaded, dummy_steps, measure_steps
 from jamba_server.engine.start.memory import DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, plan_memory, usable_bytes
+from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.llm import LLM
 from tests.geometries import write_geometry
 from tests.tiny import TINY_CONFIGS, save_tiny

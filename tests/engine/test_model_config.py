@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.model_config import JambaConfig, load_model_config
+from jamba_server.engine.weight_sizes import weight_bytes
 
 MINI: dict[str, Any] = {
     "architectures": ["JambaForCausalLM"],

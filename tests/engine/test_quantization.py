@@ -15,12 +15,13 @@ from torch import Tensor
 
 from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.model_config import load_model_config, step_bytes, weight_bytes
+from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.quantization import FORMATS, UNQUANTIZED, QuantizationPolicy, Role
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.weight_sizes import step_bytes, weight_bytes
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
 from jamba_server.kernels.table import select
 from jamba_server.llm import LLM

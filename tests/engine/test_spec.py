@@ -13,9 +13,10 @@ from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import cache_layout, wanted_layout
-from jamba_server.engine.model_config import JambaConfig, load_model_config, weight_bytes
+from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.start.machine import available_cpus, available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import MemoryPlan, plan_memory
+from jamba_server.engine.weight_sizes import weight_bytes
 from tests.geometries import GEOMETRIES, write_geometry
 
 MIB, GIB = 1024**2, 1024**3

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.layers.parameter import Destination
-from jamba_server.engine.model_config import load_model_config, weight_bytes
+from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.start.weights import dummy_weights, fill_uniform, load_weights
+from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.kernels.ops import Weight
 from jamba_server.kernels.reference.mamba import MambaDecode
 from jamba_server.kernels.table import select
@@ -314,7 +315,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "gguf": (
         only("model.gguf"),
-        "model.gguf cannot be loaded: serve the original checkpoint in safetensors format instead.",
+        "model.gguf cannot be loaded: give the path of the GGUF file instead of the folder.",
     ),
     "truncated": (overwrite(lambda data: data[:-1]), "model.safetensors is not a complete safetensors file ("),
     "empty": (overwrite(lambda _: b""), "model.safetensors is not a complete safetensors file (0 bytes; "),

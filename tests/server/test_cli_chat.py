@@ -27,11 +27,15 @@ from jamba_server.server.cli.chat import (
 from jamba_server.server.cli.history import line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.run import reply
-from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
+from jamba_server.server.text.parts import Reasoning
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, TEMPLATE, Bench, Ids, MakeBench
 from tests.server.fake_engine import FakeEngine, says, updates_of
+from tests.server.served_model import REASONING_TEMPLATE
+from tests.synthetic_tokenizer import write_tokenizer
 
 HI: Messages = [{"role": "user", "content": "Hi"}]
 
@@ -62,7 +66,8 @@ def converse(conversation: Conversation, *lines: str) -> list[bool]:
 def text_of(partner: LocalPartner | RemotePartner, messages: Messages) -> str:
     async def run() -> str:
         async with aclosing(partner.reply(messages)) as pieces:
-            return "".join([piece async for piece in pieces])
+            shown = [piece if isinstance(piece, str) else f"({piece.text})" async for piece in pieces]
+            return "".join(shown)
 
     return asyncio.run(run())
 
@@ -135,6 +140,20 @@ def test_an_interrupted_reply_stays_as_far_as_it_came() -> None:
     assert conversation.messages == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "o"}]
 
 
+def test_thoughts_are_shown_but_are_no_part_of_the_messages() -> None:
+    class Thinker:
+        async def reply(self, messages: Messages) -> AsyncGenerator[str | Reasoning]:
+            for piece in (Reasoning("so"), Reasoning(" many"), "eye", "s"):
+                yield piece
+
+    shown: list[str] = []
+    thoughts: list[str] = []
+    conversation = Conversation(Thinker(), shown.append, write_thoughts=thoughts.append)
+    converse(conversation, "one")
+    assert (thoughts, shown) == (["so", " many"], ["\n\n", "eye", "s", "\n"])
+    assert conversation.messages[-1] == {"role": "assistant", "content": "eyes"}
+
+
 # A server -----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +211,24 @@ def test_no_server_there() -> None:
     partner = RemotePartner(httpx.AsyncClient(base_url="http://127.0.0.1:1"), Sampling(max_tokens=9))
     with pytest.raises(ChatError, match=r"No server answers at http://127\.0\.0\.1:1 .* `jamba serve`"):
         text_of(partner, HI)
+
+
+def reasoner(folder: Path) -> tuple[Tokenizer, FakeEngine]:
+    """A tokenizer of a reasoning model, and an engine that thinks first."""
+    write_tokenizer(folder, "reasoning")
+    tokenizer = Tokenizer.from_folder(folder)
+    text = "so many\n</think>\n\neyes"
+    return tokenizer, FakeEngine(says(tokenizer.encode(text, add_special_tokens=False)))
+
+
+def test_thoughts_of_a_server_and_of_a_loaded_model(tmp_path: Path) -> None:
+    tokenizer, engine = reasoner(tmp_path)
+    model = local(engine, tokenizer, REASONING_TEMPLATE)
+    assert text_of(LocalPartner(model, Sampling(max_tokens=50)), HI).replace(")(", "") == "(so many)eyes"
+    config = ServerConfig(served_model_name=("jamba",))
+    app = create_app(config, engine, tokenizer, model.template, GenerationDefaults(), demo=False)
+    partner = RemotePartner(Bench(app, engine).http(), Sampling(max_tokens=50))
+    assert text_of(partner, HI).replace(")(", "") == "(so many)eyes"
 
 
 # A model in the terminal --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.server.cli import download as module
 from jamba_server.server.cli.download import download
+from jamba_server.server.cli.gguf_choice import NoSuchFile, choose, split_name
 from tests.server.fake_hub import COMMIT, REPOSITORY, Hub, serve_hub
 
 WEIGHTS = bytes(range(256)) * 4096
@@ -145,3 +146,54 @@ def test_a_process_that_ends_early_is_reported(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", "raise SystemExit('out of order')"))
     with pytest.raises(CheckpointError, match="downloads org/name has ended without a result: out of order"):
         download(REPOSITORY, None, PATTERNS)
+
+
+GGUF_FILES = {
+    "name-Q4_K_M.gguf": b"four",
+    "name-Q8_0-00001-of-00002.gguf": b"eight",
+    "name-Q8_0-00002-of-00002.gguf": b"more",
+    "README.md": b"",
+}
+
+
+def test_the_quantisation_picks_the_gguf_file(serve: ServeHub, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with serve(Hub(GGUF_FILES)):
+        usual = download(REPOSITORY, None, [], "")
+        eight = download(REPOSITORY, None, [], "q8_0")
+        with pytest.raises(CheckpointError) as refusal:
+            download(REPOSITORY, None, [], "Q2_K")
+    assert (usual.name, usual.read_bytes()) == ("name-Q4_K_M.gguf", b"four")
+    assert eight.name == "name-Q8_0-00001-of-00002.gguf"
+    assert eight.with_name("name-Q8_0-00002-of-00002.gguf").read_bytes() == b"more"
+    assert str(refusal.value) == (
+        "org/name cannot be used: it has no quantisation Q2_K; name one of Q4_K_M, Q8_0 after a colon."
+    )
+    assert "org/name has the quantisations Q4_K_M, Q8_0; name-Q4_K_M.gguf is taken" in caplog.messages
+    assert download(REPOSITORY, None, [], "Q8_0") == eight, "without the hub, the file in the cache serves"
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "chosen"),
+    [
+        (["a.Q4_K_M.gguf", "a.Q6_K.gguf"], "Q6_K", ["a.Q6_K.gguf"]),
+        (["a-bf16.gguf"], "", ["a-bf16.gguf"]),
+        (["a-IQ4_XS.gguf", "a-Q4_K_M.gguf"], "iq4_xs", ["a-IQ4_XS.gguf"]),
+        (["model.gguf"], "", ["model.gguf"]),
+    ],
+)
+def test_choices(files: list[str], wanted: str, chosen: list[str]) -> None:
+    assert choose(files, wanted)[0] == chosen
+
+
+def test_no_choice() -> None:
+    with pytest.raises(NoSuchFile, match="it has no GGUF files"):
+        choose([], "")
+    with pytest.raises(NoSuchFile, match="it has no Q4_K_M, which is taken by default; name one of F16, Q8_0 after a"):
+        choose(["a-Q8_0.gguf", "a-F16.gguf"], "")
+
+
+def test_names_of_gguf_models() -> None:
+    assert split_name("org/name") == ("org/name", None)
+    assert split_name("org/name-GGUF") == ("org/name-GGUF", "")
+    assert split_name("org/name-GGUF:Q4_0") == ("org/name-GGUF", "Q4_0")

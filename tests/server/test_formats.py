@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from jamba_server.engine.grammar.limits import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_REGEX_CHARS
-from jamba_server.engine.types import Request
+from jamba_server.engine.types import Request, TokenUpdate
 from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.completions import CompletionRequest
@@ -189,3 +189,25 @@ async def test_the_content_has_its_form(make_bench: MakeBench, tokenizer: Tokeni
     assert all(len(text) == 4 and text[0] == "a" and set(text[1:]) <= {"b", "c"} for text in texts[number : 2 * number])
     assert all(text[0] == "x" and set(text[1:]) == {"y"} for text in texts[2 * number : 3 * number])
     assert all(isinstance(json.loads(text)["a"], int) for text in texts[3 * number :])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param"), [({"allowed_token_ids": [5]}, "allowed_token_ids"), ({"bad_words": ["a"]}, "bad_words")]
+)
+async def test_parameters_that_contradict_the_grammar_are_the_clients_error(
+    bench: Bench, fields: dict[str, Any], param: str, stream: bool
+) -> None:
+    def script(request: Request) -> Iterable[Event]:
+        yield TokenUpdate(request_id=request.id, finish_reason="error", error="They forbid it.", contradictory=True)
+
+    bench.engine.script = script
+    async with bench.http() as http:
+        reply = await http.post(CHAT, json=chat(guided_choice=["a"], stream=stream, **fields))
+    if stream:
+        [event] = [line.removeprefix("data: ") for line in reply.text.splitlines() if '"error"' in line]
+        error = json.loads(event)["error"]
+    else:
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+    assert (error["type"], error["param"], error["message"]) == ("invalid_request_error", param, "They forbid it.")

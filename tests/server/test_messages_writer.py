@@ -14,7 +14,7 @@ from jamba_server.server.http.choice import ChoiceDelta, TextOptions
 from jamba_server.server.http.generation import Generation, GenerationSpec, Prompt
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Usage
 from jamba_server.server.http.schemas.messages.reply import ReplyThinking
-from jamba_server.server.http.writers.messages import MessagesWriter
+from jamba_server.server.http.writers.messages import MessagesWriter, arguments_of
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
 from tests.server.anthropic_api import checked_events, checked_message
 
@@ -200,3 +200,9 @@ def test_the_three_counts_of_the_prompt_add_up(num_saved: int, created: int) -> 
 def test_an_error_is_one_event() -> None:
     [event] = writer().fail(b'{"type":"error","error":{"type":"api_error","message":"No."},"request_id":"r"}')
     assert checked_events(event)[0]["error"]["message"] == "No."
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 300 + "1" + "}" * 300, '{"a": ' + "9" * 5000 + "}"])
+def test_arguments_that_python_cannot_read_are_not_lost(text: str) -> None:
+    assert arguments_of(text) == {"unreadable": text}
+    assert arguments_of('{"a": 1, "b": "x') == {"a": 1}

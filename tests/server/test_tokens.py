@@ -96,3 +96,18 @@ async def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenised(
             error = (await http.post(path, json=body)).json()["error"]
             assert error["code"] == "context_length_exceeded"
             assert error["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"reasoning_effort": "high"}),
+        ("/v1/chat/completions/render", {"reasoning_effort": "high"}),
+        ("/v1/chat/completions", {"reasoning_effort": "high"}),
+    ],
+)
+async def test_an_effort_that_the_template_does_not_read_is_listed(bench: Bench, path: str, body: Any) -> None:
+    async with bench.http() as http:
+        reply = await http.post(path, json=chat(**body))
+    assert reply.status_code == 200
+    assert reply.headers["X-Ignored-Fields"] == "reasoning_effort"

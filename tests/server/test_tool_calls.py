@@ -247,3 +247,11 @@ def test_long_texts(unit: str) -> None:
     """A reader whose time is quadratic would take minutes for these texts."""
     text = "<tool_call>" + unit * (100_000 // len(unit))
     assert run("hermes", [text]) == run("hermes", list(text))
+
+
+def test_arguments_that_a_grammar_allows_may_nest_without_limit() -> None:
+    deep = '{"x": ' * 300 + "1" + "}" * 300
+    text = f'<tool_calls>[{{"name": "f", "arguments": {deep}}}]</tool_calls>'
+    assert run("jamba", [text], early=True) == (call(0, "f", deep),)
+    assert run("jamba", list(text), early=True) == (call(0, "f", deep),)
+    assert run("jamba", [text]) == (Text(text),)  # without a grammar nothing protects the clients' readers

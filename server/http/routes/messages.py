@@ -65,7 +65,7 @@ async def count_tokens(body: CountTokensRequest, request: Request, services: Ser
     conversation = translate(body)
     _warn_of_left_out(body, conversation, request)
     task = _task(body, conversation, GenerationBody(max_tokens=0), request, services)
-    chat = await render_task(task, services)
+    chat = await render_task(task, services, request.scope)
     return json_response(TokensCount(input_tokens=len(chat.prompt_ids)))
 
 

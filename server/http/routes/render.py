@@ -24,7 +24,7 @@ async def render_chat_completion(body: ChatCompletionRequest, request: Request, 
     await wait_for_start(request, services)
     services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
-    chat = await render_task(chat_task(body), services)
+    chat = await render_task(chat_task(body), services, request.scope)
     reply = RenderReply(
         prompt=chat.text,
         token_ids=chat.prompt_ids,

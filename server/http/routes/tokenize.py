@@ -6,6 +6,7 @@ from typing import Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.chat_task import ChatTask, render_task
@@ -38,7 +39,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
     await wait_for_start(request, services)
     services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
-    tokens = await _tokens(body, services)
+    tokens = await _tokens(body, services, request.scope)
     if body.return_token_strs:
         _check_number(len(tokens), services, param="return_token_strs")
 
@@ -51,7 +52,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
     return await services.in_thread(reply)
 
 
-async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
+async def _tokens(body: TokenizeRequest, services: Services, scope: Scope) -> list[int]:
     if body.messages is not None:
         task = ChatTask(
             messages=tuple(message.to_template() for message in body.messages),
@@ -64,7 +65,7 @@ async def _tokens(body: TokenizeRequest, services: Services) -> list[int]:
             add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
             continue_final_message=body.continue_final_message,
         )
-        return (await render_task(task, services)).prompt_ids
+        return (await render_task(task, services, scope)).prompt_ids
     assert body.prompt is not None, "the schema requires either messages or prompt"
     special = services.tokenizer.special_tokens.get(body.prompt)
     if special is not None and body.add_special_tokens is False:

@@ -59,7 +59,8 @@ DELETE FROM responses WHERE id IN (
 )
 """
 
-_NEXT_USE = "(SELECT coalesce(max(used), 0) + 1 FROM responses)"
+_INSERT = "INSERT INTO responses VALUES (?, ?, ?, (SELECT coalesce(max(used), 0) + 1 FROM responses), ?, ?, ?)"
+_MARK_USED = "UPDATE responses SET used = (SELECT coalesce(max(used), 0) + 1 FROM responses) WHERE id = ?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,7 @@ class Database:
         with self._connection, closing(self._connection.cursor()) as cursor:
             cursor.execute("BEGIN IMMEDIATE")
             cursor.execute(
-                f"INSERT INTO responses VALUES (?, ?, ?, {_NEXT_USE}, ?, ?, ?)",
+                _INSERT,
                 (response.id, response.owner, response.previous_id, response.size, response.input, response.response),
             )
             cursor.executemany(
@@ -191,9 +192,7 @@ class Database:
         which cannot be continued without it.
         """
         links = [Link(*row) for row in self._connection.execute(_CHAIN, (id_, owner)).fetchall()]
-        self._connection.executemany(
-            f"UPDATE responses SET used = {_NEXT_USE} WHERE id = ?", [(link.id,) for link in reversed(links)]
-        )
+        self._connection.executemany(_MARK_USED, [(link.id,) for link in reversed(links)])
         return links
 
     def _evict(self) -> None:

@@ -208,8 +208,12 @@ def signature(reasoning: str) -> str:
 def arguments_of(text: str) -> dict[str, Any]:
     """Returns the arguments of a tool call from their JSON text. If the reply was cut at its token limit, so that the
     JSON text is incomplete, the values that are complete are returned. Anthropic's client treats an incomplete stream
-    in the same way."""
-    return cast("dict[str, Any]", from_json(text or "{}", allow_partial=True))
+    in the same way. JSON text that cannot be read, because it is nested too deeply or has a number with thousands of
+    digits, is returned as the argument `unreadable`."""
+    try:
+        return cast("dict[str, Any]", from_json(text or "{}", allow_partial=True))
+    except ValueError:
+        return {"unreadable": text}
 
 
 def event(payload: Event) -> bytes:

@@ -1,0 +1,169 @@
+"""Changes bytes of a small GGUF file at random and loads the result: `python -m tools.fuzz_gguf --mutations 2000`.
+
+Each mutated file must load, or end in one CheckpointError or ConfigError. Nothing else may happen: no other exception,
+no crash, no error text of more than 1 kB, and no more than 1 GB of memory. Nine in ten mutations are in the header. The
+mutations run in child processes, so that a crash is seen, and a limit of their address space bounds the memory.
+
+Without --file a tiny model is written with random weights. The same --seed gives the same mutations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+MEMORY: Final = 1 << 30  # bytes that a child may take beyond what it has after its imports
+PER_CHILD: Final = 250  # mutations
+SECONDS: Final = 300.0  # time limit for the mutations of one child
+# Numbers that programs often handle wrongly.
+NUMBERS: Final = (
+    0,
+    1,
+    2**7,
+    2**8 - 1,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**60,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
+
+
+def mutated(data: bytes, header: int, generator: random.Random) -> bytes:
+    """Returns `data` with one to four changes. `header` is the size of the header in bytes."""
+    result = bytearray(data)
+    for _ in range(generator.choice((1, 1, 1, 2, 4))):
+        end = header if generator.random() < 0.9 else len(result)
+        place = generator.randrange(max(1, min(end, len(result) - 8)))
+        match generator.randrange(7):
+            case 0:
+                result[place] ^= 1 << generator.randrange(8)
+            case 1:
+                result[place] = generator.randrange(256)
+            case 2:
+                result[place : place + 8] = struct.pack("<Q", generator.choice(NUMBERS))
+            case 3:
+                result[place : place + 4] = struct.pack("<I", generator.choice(NUMBERS) % 2**32)
+            case 4:
+                del result[place : place + generator.randrange(1, 64)]
+            case 5:
+                result[place:place] = generator.randbytes(generator.randrange(1, 64))
+            case _:
+                del result[generator.randrange(1, len(result)) :]
+        if len(result) < 16:
+            break
+    return bytes(result)
+
+
+def try_file(path: Path) -> str:
+    """Loads all that a server loads of the file. Returns "loaded", or "refused" if an error names what is wrong."""
+    # These imports take seconds and are needed in child processes only.
+    from jamba_server.engine.errors import CheckpointError, ConfigError
+    from jamba_server.llm import LLM
+    from jamba_server.server.text.chat_template import ChatTemplate
+    from jamba_server.server.text.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_folder(path)
+        ChatTemplate.from_folder(path, tokenizer)
+        LLM(path, max_num_seqs=1, max_model_len=64, threads=1, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+    except (CheckpointError, ConfigError) as error:
+        return "refused" if len(str(error)) < 1024 else "refused with a long error"
+    return "loaded"
+
+
+def child(source: Path, header: int, first: int, count: int) -> None:
+    """Tries the mutations with the seeds `first` to `first + count - 1`. Prints the seed before each one, so that the
+    parent knows which one has ended the process, and then the result."""
+    import jamba_server.llm  # noqa: F401 - the memory is measured after the imports
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    data = source.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        for seed in range(first, first + count):
+            print(seed, end=" ", flush=True)
+            path.write_bytes(mutated(data, header, random.Random(seed)))
+            print(try_file(path), flush=True)
+
+
+def header_size(path: Path) -> int:
+    """Returns the offset of the first tensor's bytes."""
+    from jamba_server.engine.gguf.reader import read_gguf
+
+    tensors = read_gguf(path).tensors.values()
+    return path.stat().st_size - sum(tensor.data.nbytes for tensor in tensors)
+
+
+def run(source: Path, first: int, total: int) -> int:
+    """Runs all mutations. Returns the number of failures, each of which is printed with its seed."""
+    header, results, failures, started = (
+        header_size(source),
+        dict.fromkeys(("loaded", "refused"), 0),
+        0,
+        time.monotonic(),
+    )
+    seed, end = first, first + total
+    while seed < end:
+        count = min(PER_CHILD, end - seed)
+        command = [sys.executable, "-m", "tools.fuzz_gguf", "--child", str(source), str(header), str(seed), str(count)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            output, status, errors = done.stdout, done.returncode, done.stderr
+        except subprocess.TimeoutExpired as late:
+            output, status, errors = (late.stdout or b"").decode(), -1, "it has not ended in time"
+        for line in output.splitlines():
+            number, _, result = line.partition(" ")
+            seed = int(number) + 1
+            if result in results:
+                results[result] += 1
+            elif result:
+                failures += 1
+                print(f"seed {number}: {result}", flush=True)
+        if status:
+            failures += 1
+            print(f"seed {seed - 1} failed with status {status}: {errors.strip().splitlines()[-1:]}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{results['loaded']} loaded, {results['refused']} refused, {failures} failed, {seconds:.0f} s")
+    return failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, help="the file to mutate  [default: a tiny model]")
+    parser.add_argument("--mutations", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first mutation")
+    parser.add_argument("--child", nargs=4, metavar=("FILE", "HEADER", "FIRST", "COUNT"), help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child is not None:
+        source, header, first, count = flags.child
+        child(Path(source), int(header), int(first), int(count))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = flags.file or tiny(Path(folder))
+        sys.exit(run(source, flags.seed, flags.mutations) > 0)
+
+
+def tiny(folder: Path) -> Path:
+    """Writes a tiny model with a vocabulary and a template."""
+    from tests.engine.test_gguf_vocabulary import LEARNT, vocabulary, write
+
+    return write(folder, vocabulary(LEARNT))
+
+
+if __name__ == "__main__":
+    main()
