@@ -122,7 +122,8 @@ class EngineCore:
         self.inbox = Inbox(compiler)
         # The step that was launched and whose results have not been read yet, or None.
         self._in_flight: PendingStep | None = None
-        self._is_whole = True  # False from the start of a step until that step is finished or completely discarded
+        # This flag is false from the start of a step until that step is finished or completely discarded.
+        self._is_whole = True
 
     @property
     def has_work(self) -> bool:

@@ -54,10 +54,10 @@ Stack = tuple[Call, ...]  # the first call of a stack is the outermost call, and
 
 
 class Ways(NamedTuple):
-    """The calls on two ways: the way of the request down to the kernels, and the way of the generated tokens back to
-    the client.
+    """The function calls on two paths: the path of the request down to the kernels, and the path of the generated
+    tokens back to the client.
 
-    A way has several parts, which a queue or a socket separates.
+    Each path has several parts, which are separated by a queue or a socket.
     """
 
     down: tuple[Stack, ...]

@@ -22,7 +22,8 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One requirement, what was measured, and whether the measurement meets the requirement."""
+    """The verdict on one requirement of a benchmark: the requirement, what was measured, and whether the measurement
+    meets the requirement."""
 
     required: str
     measured: str

@@ -73,7 +73,7 @@ class Outcome:
 
 
 class Server:
-    """A server with the demonstration checkpoint, and streams that are read in threads."""
+    """A running server with the demonstration checkpoint, and the streams that threads of this program read from it."""
 
     def __init__(self, log: IO[str]) -> None:
         self._log = log

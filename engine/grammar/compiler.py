@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Tokenizing:
-    """The arguments of `load_tokenizer`."""
+    """The arguments with which the compiler's thread calls `load_tokenizer`."""
 
     folder: Path
     vocab_size: int

@@ -76,7 +76,7 @@ class Constraint:
         return self.matcher is not None or (self._budget is not None and num_generated >= self._budget)
 
     def fail(self) -> None:
-        """Ends the request with the error that the matcher reports."""
+        """Ends the request with the error that llguidance's matcher for the grammar reports."""
         assert self.matcher is not None
         problem = self.matcher.get_error().strip() or "the grammar does not allow the token"
         self.error, self.forced = f"The grammar of this reply failed: {problem[:_MAX_ERROR_CHARS]}", ()
