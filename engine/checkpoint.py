@@ -1,7 +1,8 @@
-"""Opens a checkpoint: a folder in Hugging Face format, or a file that holds the same in another format.
+"""Opens a checkpoint, which is either a folder in Hugging Face format or a file in another format, such as GGUF.
 
-The rest of the server asks a checkpoint for documents, which are the small files of a folder: config.json,
-tokenizer.json and so on. A format other than the folder is added to `_FORMATS` with the class that translates it.
+The rest of the server reads a checkpoint as if it were a folder: it asks for documents, which are the small files of
+such a folder (config.json, tokenizer.json and so on). For any other format, a class makes these documents from the
+file. The list `_FORMATS` names these classes.
 """
 
 from __future__ import annotations
@@ -15,35 +16,36 @@ from jamba_server.engine.gguf.recognition import is_gguf
 from jamba_server.engine.quantization.blocks import StoredMatrix
 
 TOKENIZER_FILE: Final = "tokenizer.json"
-MAX_TOKENIZER_BYTES: Final = 128 << 20  # limit of the size of a tokenizer.json; one with 256 thousand tokens has 33 MB
+# Maximum size of a tokenizer.json in bytes; the file of a tokenizer with 256 thousand tokens has 33 MB.
+MAX_TOKENIZER_BYTES: Final = 128 << 20
 
 
 class Checkpoint(Protocol):
-    """A model on disk."""
+    """The interface of a model on disk, whatever the format of its files."""
 
     path: Path
 
     def document(self, name: str, limit: int) -> bytes | None:
-        """Returns the content of the small file `name`, or None if there is no such file. Raises CheckpointError if the
-        file cannot be read or has more than `limit` bytes."""
+        """Returns the content of the document `name`, such as "config.json", or None if the checkpoint has no such
+        document. Raises CheckpointError if the document cannot be read or has more than `limit` bytes."""
         ...
 
     def has(self, name: str) -> bool:
-        """Returns whether there is a document `name`."""
+        """Returns whether the checkpoint has a document `name`, such as "config.json"."""
         ...
 
     def where(self, name: str) -> Path:
-        """Returns the path that an error about the document `name` gives."""
+        """Returns the path that error messages about the document `name` mention."""
         ...
 
     def stored(self) -> Mapping[str, StoredMatrix]:
-        """Returns what is stored of the matrices that are stored in blocks of integers, by the names that their weights
-        have in a folder."""
+        """Describes the weight matrices that the file stores as quantised integers with scales. The keys are the names
+        that these weights have in a checkpoint of Hugging Face's format."""
         ...
 
 
 class Folder:
-    """A folder in Hugging Face format. It may lack any file."""
+    """A checkpoint that is a folder in Hugging Face format. Any of its files may be missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,7 +64,8 @@ class Folder:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    # This module imports numpy, which would delay the first line that a command prints.
+    # The import is made only here, because the imported module loads numpy, which would delay the first line that a
+    # command prints.
     from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
 
     return GgufCheckpoint(path)
@@ -72,7 +75,7 @@ _FORMATS: Final[tuple[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Returns the checkpoint at `path`. Nothing is read of it but the few bytes that tell its format."""
+    """Returns the checkpoint at `path`. Only the few bytes that show the file's format are read."""
     return next((make(path) for recognises, make in _FORMATS if recognises(path)), Folder(path))
 
 

@@ -1,4 +1,5 @@
-"""Says how many bytes the weights of a model take, and which of them stay as the checkpoint stores them.
+"""Computes how many bytes the weights of a model take, and which weights are kept in the format in which the checkpoint
+stores them.
 
 This module works without torch, so that the command `jamba plan` does not need torch.
 """
@@ -94,9 +95,9 @@ def matrices(config: JambaConfig) -> Iterator[Matrix]:
 
 
 def fused_products(config: JambaConfig) -> Iterator[list[tuple[Matrix, list[str]]]]:
-    """Yields the matrix products that one kernel computes together, each with the names of the weights that lie side by
-    side in its matrix. The two products of a layer of experts come together; their matrices have one count, the number
-    of experts. A head that is tied to the embedding is left out."""
+    """Yields lists of matrix products that one kernel computes together. Each product has the names of the weights that
+    are joined in its matrix. The two products of a layer of experts form one list; the count of their matrices is the
+    number of experts. An output head that is tied to the embedding is left out."""
     h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
@@ -123,8 +124,9 @@ def fused_products(config: JambaConfig) -> Iterator[list[tuple[Matrix, list[str]
 
 
 def kept_blocks(config: JambaConfig, device: str) -> Mapping[str, Format]:
-    """Returns the formats of the weights that stay as they are stored when the model runs on `device`, by their names.
-    Only the CPU kernels read such weights. A weight stays only if all weights of its fused product can stay."""
+    """Returns the names and formats of the weights that are kept in the format of the checkpoint when the model runs on
+    `device`. Only the CPU kernels can read such weights. A weight is kept only if all weights of its fused product can
+    be kept."""
     blocks = {name: entry.format for name, entry in config.stored.items() if entry.format is not None}
     if device != "cpu" or not blocks:
         return {}

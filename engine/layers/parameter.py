@@ -101,19 +101,21 @@ class Backend:
     prefix: str = ""
 
     def under(self, prefix: str) -> Backend:
-        """Returns the same backend for the part of the model whose weights have names that begin with `prefix`."""
+        """Returns a copy of this backend for the part of the model whose weights have names that begin with
+        `prefix`."""
         return replace(self, prefix=prefix)
 
     def formats(self, *products: Sequence[str]) -> tuple[Format, ...] | None:
-        """Returns the formats of matrix products that one kernel computes together, if their weights stay in the blocks
-        in which they are stored; otherwise None. Each product has the weights of the given names, without `prefix`."""
+        """Returns the formats of matrix products that one kernel computes together, if their weights are kept in the
+        quantised blocks of the checkpoint. Otherwise returns None. `products` lists the names of each product's
+        weights, without `prefix`."""
         names = [[f"{self.prefix}{name}" for name in product] for product in products]
         return shared_formats(self.policy.blocks, names)
 
     def raw(self, role: Role, *shape: int, stored: Format | None = None) -> Weight:
-        """Returns uninitialised memory for a matrix in the form that it has on disk, which is `stored` if it is not
-        None. The memory is on the host if the matrix is quantised on disk or will be quantised, so that the device
-        holds only the quantised matrix."""
+        """Returns uninitialised memory for a matrix as the checkpoint stores it. If `stored` is not None, that is the
+        format of the stored matrix. The memory is on the host if the matrix is quantised on disk or will be quantised,
+        so that the device holds only the quantised matrix."""
         host = self.device if self.device.type == "meta" else torch.device("cpu")
         if stored is not None:
             size = stored.group_size or shape[-1]

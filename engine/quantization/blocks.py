@@ -1,4 +1,5 @@
-"""Weights that a checkpoint stores in blocks: small integers, of which a few neighbouring inputs share a scale."""
+"""Describes weights that a checkpoint stores in quantised blocks: small integers, where the integers of some
+consecutive inputs share a scale."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from jamba_server.engine.quantization import Format
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A quantised matrix in a file. `kind` is the name that the file format gives to its type. `format` is the format
-    in which the kernels can multiply by exactly the stored numbers, or None if there is none; the matrix is then
-    converted to plain numbers. The matrix has `numbers` numbers and takes `num_bytes` bytes in the file."""
+    """A quantised matrix in a file. `kind` is the name of its type in the file format, such as "Q4_K". `format` is the
+    kernels' format that represents the stored numbers exactly, or None if there is no such format. In that case the
+    matrix is converted to floating-point numbers. The matrix has `numbers` numbers and takes `num_bytes` bytes in the
+    file."""
 
     kind: str
     format: Format | None
@@ -22,7 +24,8 @@ class StoredMatrix:
 
 def shared_formats(blocks: Mapping[str, Format], products: Sequence[Sequence[str]]) -> tuple[Format, ...] | None:
     """Returns a format for each of several matrix products that one kernel computes together, such as both products of
-    a layer of experts. Each product has the weights of the given names side by side, whose formats are in `blocks`.
+    a layer of experts. `products` lists the names of the weights in each product, and `blocks` maps each name to the
+    format in which the weight is stored.
 
     One kernel needs the same number of bits for all weights, and one product needs groups of the same size. Numbers of
     4 bits become numbers of 8 bits, and a large group becomes several groups with the same scale; nothing is rounded.

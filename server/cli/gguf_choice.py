@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-# The quantisation that is taken if none is named. llama.cpp and Ollama take the same one.
+# The quantisation that is chosen if the user names none. llama.cpp and Ollama have the same default.
 DEFAULT: Final = "Q4_K_M"
-_SHOWN: Final = 40  # an error lists at most this many quantisations
+_SHOWN: Final = 40  # an error message lists at most this number of quantisations
 _NAME: Final = re.compile(
     r"[-._](?P<tag>I?Q\d[A-Z0-9_]*|B?F16|F32|TQ\d_\d|MXFP4[A-Z_]*)(?P<piece>-\d{5}-of-\d{5})?\.gguf", re.IGNORECASE
 )
@@ -29,8 +29,9 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def choose(files: Iterable[str], wanted: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the file, or of all pieces, with the quantisation `wanted`, and the names of all
-    quantisations. If `wanted` is "", DEFAULT is taken, or the only one. Raises NoSuchFile."""
+    """Returns the names of the file with the quantisation `wanted` (of all its pieces, if the file is split), and the
+    names of all quantisations. If `wanted` is "", the quantisation DEFAULT is chosen, or the only one that exists.
+    Raises NoSuchFile if there is no such file."""
     found: dict[str, list[str]] = {}
     for file in sorted(files):
         found.setdefault(_quantization(file), []).append(file)
@@ -47,7 +48,7 @@ def choose(files: Iterable[str], wanted: str) -> tuple[list[str], list[str]]:
 
 
 def _quantization(file: str) -> str:
-    """Returns the quantisation in the name of a file. A file whose name has none is known by its name."""
+    """Returns the quantisation that the name of a file contains. If the name contains none, returns the name itself."""
     if match := _NAME.search(file):
         return match["tag"].upper()
     return _PIECE.sub("", file.removesuffix(".gguf"))
