@@ -104,9 +104,9 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     ask for them. `prompt_logprobs` continue where the last update ended; the entry of the first prompt token is None. A
     request's first update has `num_cached`, the number of prompt tokens read from the prefix cache, and
     `queue_seconds`. An update with `finish_reason` is the last one of its request. `stop_token_id` is the token that
-    ended the reply, and also the last of `token_ids`. `error` is the message for the reason "error". `contradictory` says
-    that the error is the request's own, because its parameters contradict each other. `vector` has a classifier's
-    scores, or an embedding.
+    ended the reply, and also the last of `token_ids`. `error` is the message for the reason "error". `contradictory` is
+    true if the reason of the error is that the parameters of the request contradict each other. `vector` has a
+    classifier's scores, or an embedding.
     """
 
     request_id: str

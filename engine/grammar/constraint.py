@@ -25,8 +25,8 @@ class Constraint:
     tokens are determined together and not one by one: the same text can be written with different tokens, and
     llguidance chooses those that the tokenizer would make from the whole text. `is_over` is true after the end token
     with which the grammar ends. `error` is the message of the error that ends the request, or "" if there is no error.
-    `contradictory` is true if the reason of the error is that other parameters of the request forbid all tokens that the
-    grammar allows.
+    `contradictory` is true if the reason of the error is that other parameters of the request forbid all tokens that
+    the grammar allows.
     """
 
     def __init__(self, params: SamplingParams, matcher: LLMatcher | None, eos_token_ids: Iterable[int]) -> None:

@@ -44,8 +44,8 @@ class MessageUsage(Reply):
     """The token counts of a request. The sum of the first three numbers is the number of tokens in the prompt.
 
     `cache_read_input_tokens` counts the prompt tokens that were found in the prefix cache. `input_tokens` counts the
-    other prompt tokens, except those in `cache_creation_input_tokens`. These were computed, and the state after them was
-    saved for later requests; the number is 0 if the request has no `cache_control` mark.
+    other prompt tokens, except those in `cache_creation_input_tokens`. These were computed, and the state after them
+    was saved for later requests; the number is 0 if the request has no `cache_control` mark.
     """
 
     input_tokens: int
