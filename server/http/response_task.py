@@ -46,11 +46,8 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
     """Returns the task that the model continues a conversation, which is given by its input items. Raises
     RequestRejected if the field `tool_choice` asks for a tool that the request does not have."""
     mode, allowed = allowed_names(body.choice, names)
-    messages = chat_messages(body.instructions, items)
-    if not messages:
-        raise RequestRejected("input has no text that the model could read.", param="input")
     return ChatTask(
-        messages=tuple(messages),
+        messages=tuple(chat_messages(body.instructions, items)),
         body=body,
         logprobs=(body.top_logprobs or 0) if body.includes(LOGPROBS) else None,
         tools=tuple(
@@ -133,8 +130,10 @@ async def plan_response(
     If `truncate` is set and the conversation is too long for the context, the oldest messages are left out, but not the
     system messages at the beginning. The rest begins with a message of the user, so that no result of a tool loses its
     call. As few messages as possible are left out. Raises RequestRejected if the
-    conversation is too long even so.
+    conversation is too long even so, or if it is empty.
     """
+    if not task.messages:
+        raise RequestRejected("input has no text that the model could read.", param="input")
     try:
         return await _plan(task, services, id_, scope), 0
     except RequestRejected as error:

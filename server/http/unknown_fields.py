@@ -53,7 +53,7 @@ def ignore_field(name: str, scope: Scope, services: Services) -> None:
 
 def warn(text: str, scope: Scope) -> None:
     """Adds a sentence to the reply's header X-Warning."""
-    add_reply_header(scope, "X-Warning", _NOT_ASCII.sub("?", text[:MAX_HEADER_CHARS]), separator="; ")
+    add_reply_header(scope, "X-Warning", _NOT_ASCII.sub("?", text[:MAX_HEADER_CHARS]).strip(), separator="; ")
 
 
 def add_reply_header(scope: Scope, name: str, value: str, *, separator: str = ", ") -> None:
@@ -77,7 +77,7 @@ def warn_of_bos(request: Request, services: Services) -> None:
 
 def _printable(path: str) -> str:
     """Returns the start of a field's path, with "?" for each character that is unsafe in a header or a label."""
-    return _NOT_IN_A_NAME.sub("?", path[:MAX_NAME_CHARS])
+    return _NOT_IN_A_NAME.sub("?", path[:MAX_NAME_CHARS]) or "?"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,7 +14,12 @@ from tests.conformance.tables import TABLES, Table
 
 # Fields that the tests of this folder cover without a row.
 _EVERYWHERE = {"stream"}
-_ELSEWHERE = {"/v1/responses": {"previous_response_id": "test_others.py"}}
+_DEADLINE = {"timeout": "tests/server/test_waiting.py"}
+_ELSEWHERE = {
+    "/v1/chat/completions": _DEADLINE,
+    "/v1/completions": _DEADLINE,
+    "/v1/responses": _DEADLINE | {"previous_response_id": "test_others.py"},
+}
 # Endpoints that take the same requests as others. test_rows.py sends them the same requests.
 _TWINS = {
     "/v1/chat/completions/render": "/v1/chat/completions",

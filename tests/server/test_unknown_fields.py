@@ -265,3 +265,22 @@ async def test_a_body_of_endless_fields_is_not_even_read(bench: Bench) -> None:
     colons = json.dumps(":" * 2 * MAX_JSON_NAMES)  # in a text they are no fields
     response = await post(bench, TOKENIZE, {"prompt": "a", "opts": colons})
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "header", "value"),
+    [
+        ({"": 1}, "X-Ignored-Fields", "?"),
+        ({"a": 1, "": 2}, "X-Ignored-Fields", "a, ?"),
+        (
+            {"tools": [{"type": "spaces  "}]},
+            "X-Warning",
+            "tools of other types than function were left out: spaces",
+        ),
+    ],
+)
+async def test_no_header_ends_with_white_space(bench: Bench, fields: dict[str, Any], header: str, value: str) -> None:
+    """HTTP does not allow it, and the server's HTTP library closes the connection in place of a reply."""
+    async with bench.served() as address, httpx.AsyncClient(base_url=address) as http:
+        reply = await http.post(CHAT, json=chat(**fields))
+    assert (reply.status_code, reply.headers[header]) == (200, value)
