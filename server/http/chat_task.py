@@ -215,9 +215,12 @@ def _tool_call_options(task: ChatTask, services: Services, *, has_grammar: bool)
     style, functions = services.reply_style.tool_calls, task.callable_tools
     if not functions or style is None:
         return None
+    # A call that the grammar of calls has made is valid from its beginning. Content in JSON has no text that looks like
+    # the beginning of a call, because its quotes are escaped. Content in other forms may have such text.
+    is_json = task.output_format is None or task.output_format.kind in ("json_object", "json_schema")
     return ToolCallOptions(
         style=style,
         names=frozenset(function.name for function in functions),
         max_calls=None if task.parallel_tool_calls else 1,
-        early=has_grammar,
+        early=has_grammar and is_json,
     )

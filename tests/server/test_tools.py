@@ -270,6 +270,14 @@ async def test_what_is_wrong_is_named(hermes: Model, fields: dict[str, Any], par
     assert hermes.bench.engine.requests == []
 
 
+async def test_content_of_a_form_may_look_like_the_beginning_of_a_call(jamba: Model) -> None:
+    text = '<tool_calls>[{"name": "clock", "arguments": {oh'
+    jamba.say(" x")
+    jamba.bench.engine.script = says(jamba.tokenizer.encode(f" {text}", add_special_tokens=False))
+    message = await jamba.message(tools=TOOLS, guided_choice=[text, "b"])
+    assert (message["content"], message["finish_reason"], "tool_calls" in message) == (text, "stop", False)
+
+
 # The style of a model -------------------------------------------------------------------------------------------------
 
 BOTH_STYLES = "{{ tools }}<tool_calls><tool_call>"

@@ -209,7 +209,7 @@ def _offered_tools(body: ResponseRequest) -> list[dict[str, Any]]:
             tools.append(_dump(tool))
         elif isinstance(tool, NamespaceTool):
             functions = [_dump(member) for member in tool.tools if isinstance(member, FunctionTool)]
-            tools.append(_dump(tool) | {"tools": functions})
+            tools.append(_dump(tool) | {"description": tool.description or "", "tools": functions})
     return tools
 
 
