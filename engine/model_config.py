@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from jamba_server.engine.checkpoint import Checkpoint, Folder, open_checkpoint, read_object
+from jamba_server.engine.config import Quantization
 from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.foreign import refuse_foreign
-from jamba_server.engine.quantization import Role, methods
+from jamba_server.engine.quantization import Role, converted, methods
 from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.quantization.compressed_tensors import fp8_roles
 
@@ -49,7 +50,8 @@ class JambaConfig:
 
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
     has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
-    `quantization_config`: `fp8_roles` names the parts of the model whose weights are fp8 in the checkpoint, and
+    `quantization_config`: `quantized_roles` names the parts of the model whose weights have the format
+    `stored_format` in the checkpoint, and
     `made_at_load` is a method by which another server would quantise plain weights as it loads them. `stored` maps the
     names of weights that the checkpoint stores in blocks of integers to what is stored.
     """
@@ -82,7 +84,8 @@ class JambaConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     num_labels: int
-    fp8_roles: frozenset[Role] = frozenset()
+    quantized_roles: frozenset[Role] = frozenset()
+    stored_format: Quantization = "fp8"
     made_at_load: str | None = None
     stored: Mapping[str, StoredMatrix] = field(default_factory=dict[str, StoredMatrix], hash=False, repr=False)
 
@@ -196,7 +199,9 @@ def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
         return config
     if (method := methods.made_at_load(quantization)) is not None:
         return replace(config, made_at_load=method)
-    return replace(config, fp8_roles=fp8_roles(file.path, quantization, linear_modules(config)))
+    if (own := converted.read(file.path, quantization)) is not None:
+        return replace(config, stored_format=own.quantization, quantized_roles=own.roles)
+    return replace(config, quantized_roles=fp8_roles(file.path, quantization, linear_modules(config)))
 
 
 class _ConfigFile:

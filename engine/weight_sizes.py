@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.model_config import JambaConfig, scan_parameters
 from jamba_server.engine.quantization import UNQUANTIZED, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.blocks import expert_names, shared_formats
@@ -133,3 +134,11 @@ def kept_blocks(config: JambaConfig, device: str) -> Mapping[str, Format]:
     groups = [[names for _, names in products] for products in fused_products(config)]
     kept = [names for group in groups if shared_formats(blocks, group) is not None for names in group]
     return {name: blocks[name] for names in kept for name in names}
+
+
+def policy_of(engine: EngineConfig, config: JambaConfig, device: str) -> QuantizationPolicy:
+    """Returns the policy for a model on `device`, with the options in `engine`. Raises ConfigError for options that do
+    not fit to the checkpoint."""
+    blocks = {} if engine.load_format == "dummy" else kept_blocks(config, device)
+    roles, at_load = config.quantized_roles, config.made_at_load
+    return QuantizationPolicy.of(engine, roles, at_load, blocks, config.stored_format)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from jamba_server.engine.errors import CheckpointError, shown
+
 EMBEDDING: Final = "token_embd.weight"
 HEAD: Final = "output.weight"
 _GLOBAL: Final[Mapping[str, str]] = {
@@ -45,6 +47,8 @@ _EXPERTS: Final[Mapping[str, str]] = {
     "ffn_up_exps.weight": "feed_forward.experts.{}.up_proj.weight",
     "ffn_down_exps.weight": "feed_forward.experts.{}.down_proj.weight",
 }
+_HF_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_HF_EXPERT: Final = re.compile(r"feed_forward\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _OF_LAYER: Final = re.compile(r"blk\.(\d{1,5})\.(.+)")
 
 
@@ -61,3 +65,18 @@ def translated(name: str) -> str | None:
         return None
     rest = _LAYER.get(match[2]) or _EXPERTS.get(match[2])
     return None if rest is None else f"model.layers.{int(match[1])}.{rest}"
+
+
+def stored_name(name: str) -> tuple[str, int | None]:
+    """Returns the name that a tensor with the given Hugging Face name has in a GGUF file. The second result is the
+    number of the expert to which the tensor belongs, or None."""
+    for own, hugging_face in _GLOBAL.items():
+        if hugging_face == name:
+            return own, None
+    match = _HF_LAYER.fullmatch(name)
+    if match is not None and (expert := _HF_EXPERT.fullmatch(match[2])) is not None:
+        return in_layer(int(match[1]), f"ffn_{expert[2]}_exps.weight"), int(expert[1])
+    known = {hugging_face: own for own, hugging_face in _LAYER.items()}
+    if match is None or match[2] not in known:
+        raise CheckpointError(f"Tensor {shown(name)} has no place in a GGUF file of a Jamba model.")
+    return in_layer(int(match[1]), known[match[2]]), None

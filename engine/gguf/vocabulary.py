@@ -13,7 +13,7 @@ from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.gguf.reader import GgufFile, StringArray, value_shown
 
 # The types of pieces. A control piece is never made of ordinary text, and a byte piece stands for one byte.
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 _PREFIX: Final = "tokenizer.ggml."
 _KIND: Final = "llama"  # the name that llama.cpp gives to vocabularies of SentencePiece
 # Where a vocabulary has these pieces, they end a reply. Files name one of them as the end token, while the

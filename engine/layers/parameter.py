@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from jamba_server.engine.quantization import Format, QuantizationPolicy, Role
+from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.blocks import shared_formats
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
@@ -118,15 +118,21 @@ class Backend:
         so that the device holds only the quantised matrix."""
         host = self.device if self.device.type == "meta" else torch.device("cpu")
         if stored is not None:
-            size = stored.group_size or shape[-1]
-            values = torch.empty(shape, dtype=torch.int8, device=host)
-            scales = torch.empty(*shape[:-1], -(-shape[-1] // size), device=host)
-            return QuantizedWeight(values, scales, group_size=size, bits=stored.bits)
+            return self._quantized(stored, shape)
         if role in self.policy.stored:
-            values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=host)
-            return QuantizedWeight(values, torch.empty(*shape[:-1], 1, device=host), group_size=shape[-1], bits=8)
+            quantization = self.policy.quantization_of(role)
+            assert quantization is not None, "stored weights have a format"
+            return self._quantized(FORMATS[quantization], shape, fp8=quantization == "fp8")
         on_host = self.policy.quantization_of(role) is not None
         return torch.empty(shape, dtype=self.dtype, device=host if on_host else self.device)
+
+    def _quantized(self, form: Format, shape: Sequence[int], *, fp8: bool = False) -> QuantizedWeight:
+        """Returns uninitialised memory on the host for a weight that is quantised on disk."""
+        host = self.device if self.device.type == "meta" else torch.device("cpu")
+        size = form.group_size or shape[-1]
+        values = torch.empty(*shape, dtype=torch.float8_e4m3fn if fp8 else torch.int8, device=host)
+        scales = torch.empty(*shape[:-1], -(-shape[-1] // size), device=host)
+        return QuantizedWeight(values, scales, group_size=size, bits=form.bits)
 
     def quantize(self, role: Role, weight: Weight) -> Weight:
         """Takes a raw weight that has been filled, and returns the weight on the device in the form that kernels take.

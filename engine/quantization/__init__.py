@@ -54,7 +54,7 @@ class QuantizationPolicy:
     Jamba skips these projections as well: they are a small part of a large model, and their rounding errors accumulate
     in the recurrent state.
 
-    If the checkpoint has fp8 weights already, `stored` names the parts of the model that have fp8 weights, and the
+    If the checkpoint has quantised weights already, `stored` names the parts of the model that have them, and the
     weights of all other parts stay unquantised.
 
     If the checkpoint has matrices in blocks of integers, `blocks` maps the names of their weights to the formats in
@@ -73,11 +73,12 @@ class QuantizationPolicy:
         stored: frozenset[Role] = frozenset(),
         made_at_load: str | None = None,
         blocks: Mapping[str, Format] = NO_BLOCKS,
+        stored_format: Quantization = "fp8",
     ) -> QuantizationPolicy:
-        """Returns the policy for the options in `engine`. `stored` names the parts of the model whose weights are fp8
-        in the checkpoint. `made_at_load` is the quantisation method that config.json names if other servers apply this
-        method while they load the weights, else None. `blocks` has the formats of weights that are stored in blocks. If
-        a format is requested, such weights are converted to it.
+        """Returns the policy for the options in `engine`. `stored` names the parts of the model whose weights have the
+        format `stored_format` in the checkpoint. `made_at_load` is the quantisation method that config.json names if
+        other servers apply this method while they load the weights, else None. `blocks` has the formats of weights that
+        are stored in blocks. If a format is requested, such weights are converted to it.
 
         Raises ConfigError in three cases: `quantize_mamba` is set without a format, a format is requested although the
         checkpoint has `stored` weights, or no format is requested although config.json names a `made_at_load` method.
@@ -92,10 +93,10 @@ class QuantizationPolicy:
         if stored:
             if engine.quantization is not None:
                 raise ConfigError(
-                    f"quantization is {engine.quantization!r}, but the checkpoint's weights are fp8 already "
-                    "(quantization_config in its config.json); leave the option out."
+                    f"quantization is {engine.quantization!r}, but the checkpoint's weights are {stored_format} "
+                    "already (quantization_config in its config.json); leave the option out."
                 )
-            return cls("fp8", "mamba" in stored, stored)
+            return cls(stored_format, "mamba" in stored, stored)
         kept = blocks if engine.quantization is None else NO_BLOCKS
         return cls(engine.quantization, engine.quantize_mamba, blocks=kept)
 

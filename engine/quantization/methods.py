@@ -12,6 +12,7 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.errors import CheckpointError, shown
 
 COMPRESSED_TENSORS: Final = "compressed-tensors"
+OWN: Final = "jamba-server"  # the method of folders that `jamba convert` writes
 # With these methods, vLLM quantises the weights when it loads a checkpoint. The weights in the files are therefore not
 # quantised.
 MADE_AT_LOAD: Final[frozenset[str]] = frozenset({"experts_int8"})
@@ -89,7 +90,7 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
     # Old checkpoints of bitsandbytes have no `quant_method`.
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
-    if isinstance(method, str) and method not in (COMPRESSED_TENSORS, *MADE_AT_LOAD):
+    if isinstance(method, str) and method not in (COMPRESSED_TENSORS, OWN, *MADE_AT_LOAD):
         raise CheckpointError(
             f"{path}: quantization_config.quant_method is {shown(method)}{_label(method)}; this server reads "
             f"{shown(COMPRESSED_TENSORS)} only. {advice(_nearest(method, settings))}"

@@ -39,7 +39,7 @@ from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_si
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
-from jamba_server.engine.weight_sizes import kept_blocks, weight_bytes
+from jamba_server.engine.weight_sizes import policy_of, weight_bytes
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
@@ -81,8 +81,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     if model_config.is_classifier:
         raise ConfigError(f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet.")
     dtype = choose_dtype(config, model_config)
-    blocks = {} if config.load_format == "dummy" else kept_blocks(model_config, device.type)
-    policy = QuantizationPolicy.of(config, model_config.fp8_roles, model_config.made_at_load, blocks)
+    policy = policy_of(config, model_config, device.type)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch

@@ -17,8 +17,9 @@ from torch import Tensor
 from jamba_server.engine.checkpoint import Checkpoint, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
-from jamba_server.engine.gguf.weights import Read, read_tensors
+from jamba_server.engine.gguf.weights import NO_GROUPS, Read, read_tensors
 from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
+from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.models import Model
 from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
 
@@ -56,10 +57,7 @@ def load_weights(
     CheckpointError if files are missing or truncated, or if their tensors do not match the model's configuration.
     """
     checkpoint, tensor_map = open_checkpoint(folder), model.tensor_map()
-    if isinstance(checkpoint, GgufCheckpoint):
-        source = _gguf(checkpoint, model.dtype, tensor_map)
-    else:
-        source = _safetensors(folder, model)
+    source = open_weights(checkpoint, model.config, model.dtype, _groups(tensor_map))
     loader, done, shown = _Loader(tensor_map, checkpoint, source.aliases), 0, -1
     del tensor_map  # it has references to the raw weights, which must be freed one by one
     for name, tensor, path, num_bytes in source.tensors:
@@ -72,7 +70,7 @@ def load_weights(
     progress(phase, 1.0)
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """The tensors of a checkpoint, which take `num_bytes` bytes in its files. `aliases` maps the name of a tensor to
     the name under which the tensor is loaded."""
 
@@ -81,20 +79,37 @@ class _Source(NamedTuple):
     aliases: Mapping[str, str] = {}
 
 
-def _gguf(checkpoint: GgufCheckpoint, dtype: torch.dtype, tensor_map: TensorMap) -> _Source:
+def _groups(tensor_map: TensorMap) -> dict[str, int]:
+    """Returns the weights that stay in the blocks in which they are stored: those whose scales the model asks for. Maps
+    their names to the number of inputs that share a scale."""
     shapes = {name: data.shape for name, (data, _) in tensor_map.destinations.items()}
-    # A weight whose scales the model asks for stays in its blocks. Its groups have so many inputs.
-    groups = {name: shapes[name][-1] // shapes[f"{name}_scale"][-1] for name in shapes if f"{name}_scale" in shapes}
-    tensors = checkpoint.file.tensors.values()
-    return _Source(read_tensors(checkpoint.file, dtype, groups), sum(tensor.data.nbytes for tensor in tensors))
+    return {name: shapes[name][-1] // shapes[scale][-1] for name in shapes if (scale := f"{name}_scale") in shapes}
 
 
-def _safetensors(folder: Path, model: Model) -> _Source:
-    paths = weight_files(folder)
-    tied = model.config.tie_word_embeddings and not model.config.is_classifier
+def open_weights(
+    checkpoint: Checkpoint, config: JambaConfig, dtype: torch.dtype, groups: Mapping[str, int] = NO_GROUPS
+) -> Source:
+    """Returns the tensors of a checkpoint under the names of a Hugging Face folder. If the checkpoint is not a folder,
+    its matrices are converted to `dtype`, but the weights in `groups` stay in blocks with groups of the given size."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        size = sum(tensor.data.nbytes for tensor in checkpoint.file.tensors.values())
+        return Source(read_tensors(checkpoint.file, dtype, groups), size)
+    paths = weight_files(checkpoint.path)
+    tied = config.tie_word_embeddings and not config.is_classifier
     aliases = {} if not tied or any(EMBEDDING in header(path) for path in paths) else {HEAD: EMBEDDING}
-    tensors = (Read(name, tensor, path, tensor.nbytes) for path in paths for name, tensor in _read(path))
-    return _Source(tensors, sum(path.stat().st_size for path in paths), aliases)
+    tensors = (Read(*_unpacked(name, tensor), path, tensor.nbytes) for path in paths for name, tensor in _read(path))
+    return Source(tensors, sum(path.stat().st_size for path in paths), aliases)
+
+
+def _unpacked(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Returns a tensor with two numbers of four bits in each byte as one number in each byte, under the name of the
+    weight. Returns every other tensor as it is."""
+    if tensor.dtype != torch.uint8 or not name.endswith(".weight_packed"):
+        return name, tensor
+    signed = tensor.view(torch.int8)
+    # Both shifts copy the sign bit of the number.
+    low, high = signed << 4 >> 4, signed >> 4
+    return name.removesuffix("_packed"), torch.stack([low, high], dim=-1).flatten(-2)
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:

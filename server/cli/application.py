@@ -27,6 +27,7 @@ MODULES: Final[Mapping[str, str]] = {
     "plan": "jamba_server.server.cli.plan",
     "bench": "jamba_server.server.cli.bench.command",
     "doctor": "jamba_server.server.cli.doctor",
+    "convert": "jamba_server.server.cli.convert",
 }
 
 

@@ -18,7 +18,7 @@ from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
 from jamba_server.engine.start.contents import read_plan
 from jamba_server.engine.start.machine import available_cpus
-from jamba_server.engine.weight_sizes import kept_blocks, step_bytes
+from jamba_server.engine.weight_sizes import policy_of, step_bytes
 from jamba_server.server.cli.bench.conditions import read_bandwidth
 from jamba_server.server.cli.bench.report import Level, Report
 from jamba_server.server.cli.bench.runner import ClosedLoop
@@ -99,7 +99,7 @@ class Served:
         speed = None if bandwidth is None else parse_bandwidth(bandwidth)
         engine = EngineConfig(model=str(folder), quantization=kind, quantize_mamba=quantize_mamba)
         model = read_plan(folder).config
-        policy = QuantizationPolicy.of(engine, model.fp8_roles, model.made_at_load, kept_blocks(model, "cpu"))
+        policy = policy_of(engine, model, "cpu")
         return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:

@@ -19,7 +19,6 @@ from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.config import Device, EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_cache import wanted_layout
-from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.contents import StoredModel, conversions, read_plan
 from jamba_server.engine.start.machine import available_memory, format_bytes
 from jamba_server.engine.start.memory_plan import (
@@ -29,7 +28,7 @@ from jamba_server.engine.start.memory_plan import (
     plan_memory,
     usable_bytes,
 )
-from jamba_server.engine.weight_sizes import kept_blocks, weight_bytes
+from jamba_server.engine.weight_sizes import policy_of, weight_bytes
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.decode_limit import (
     DTYPE_BYTES,
@@ -175,7 +174,7 @@ def make_report(
     model = stored.config
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    policy = QuantizationPolicy.of(engine, model.fp8_roles, model.made_at_load, kept_blocks(model, device))
+    policy = policy_of(engine, model, device)
     weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
     layout = wanted_layout(model, engine)
     spec = CacheSpec.of(layout)

@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def policy_of(folder: Path) -> QuantizationPolicy:
-    return QuantizationPolicy("fp8", stored=load_model_config(folder).fp8_roles)
+    return QuantizationPolicy("fp8", stored=load_model_config(folder).quantized_roles)
 
 
 def shape_and_bits(values: Tensor) -> tuple[torch.Size, bytes]:
@@ -148,7 +148,7 @@ def test_random_weights_take_its_place(ignore: list[str], tmp_path: Path) -> Non
     found = logits(model)
     assert found.isfinite().all()
     assert found.std() > 0.1
-    assert ("mamba" in config.fp8_roles) == ("re:.*mamba.*" not in ignore)
+    assert ("mamba" in config.quantized_roles) == ("re:.*mamba.*" not in ignore)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +161,13 @@ def test_random_weights_take_its_place(ignore: list[str], tmp_path: Path) -> Non
 )
 def test_roles(ignore: list[str], changes: dict[str, Any], roles: set[Role], tmp_path: Path) -> None:
     write_config(tmp_path, QUANTIZATION | {"ignore": ignore}, **changes)
-    assert load_model_config(tmp_path).fp8_roles == roles
+    assert load_model_config(tmp_path).quantized_roles == roles
 
 
 def test_targets_may_be_names(tmp_path: Path) -> None:
     group = GROUP | {"targets": ["re:.*experts.*"]}
     write_config(tmp_path, QUANTIZATION | {"config_groups": {"experts": group}, "ignore": []})
-    assert load_model_config(tmp_path).fp8_roles == {"experts"}
+    assert load_model_config(tmp_path).quantized_roles == {"experts"}
 
 
 def weights(**changes: Any) -> dict[str, Any]:

@@ -140,8 +140,10 @@ def test_quantised_weights_are_named_with_what_to_do(changes: dict[str, Any], wo
 def test_a_method_that_quantises_plain_weights_is_taken_by_its_name_here(tmp_path: Path) -> None:
     config = load_model_config(write_config(tmp_path, quantized(quant_method="experts_int8")))
     with pytest.raises(ConfigError, match=r"asks for experts_int8, which .*; add --quantization int8 to do the same"):
-        QuantizationPolicy.of(EngineConfig(model=""), config.fp8_roles, config.made_at_load)
-    policy = QuantizationPolicy.of(EngineConfig(model="", quantization="int8"), config.fp8_roles, config.made_at_load)
+        QuantizationPolicy.of(EngineConfig(model=""), config.quantized_roles, config.made_at_load)
+    policy = QuantizationPolicy.of(
+        EngineConfig(model="", quantization="int8"), config.quantized_roles, config.made_at_load
+    )
     assert policy == QuantizationPolicy("int8")
     with pytest.raises(ConfigError, match=r"it must be one of int8, int4, fp8\. The nearest value is int8\."):
         load_config({"quantization": "experts_int8"}, {})
