@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -88,8 +89,7 @@ def try_file(path: Path) -> str:
 def child(source: Path, header: int, first: int, count: int) -> None:
     """Tries the mutations with the seeds `first` to `first + count - 1`. Prints the seed before each one, so that the
     parent knows which one has ended the process, and then the result."""
-    import jamba_server.llm  # noqa: F401 - the memory is measured after the imports
-
+    import_module("jamba_server.llm")  # the memory is measured after the imports
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     data = source.read_bytes()

@@ -20,7 +20,7 @@ from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
 
 # Rows of whole blocks of 256 numbers.
-WIDE = {
+WIDE: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 256,
     "num_attention_heads": 2,
