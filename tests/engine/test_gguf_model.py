@@ -21,7 +21,12 @@ from tests.tiny import TINY_CONFIGS, save_tiny
 PROMPTS = [[5], [7, 9, 11, 30, 12], list(range(3, 40))]
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
 # Rows of whole blocks of 256 numbers.
-WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def load(path: Path, **settings: Any) -> LLM:
