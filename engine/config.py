@@ -24,8 +24,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine chooses a smaller one and adds a warning. If an option that is not a size cannot be satisfied, the engine
     does not start.
 
-    `model` is a local folder. For a size that is None the engine chooses the value. `kernels` maps an operation of
-    `kernels.ops` (or "mamba", "attention", "moe" or "all" for a family) to an implementation in `kernels.table`.
+    `model` is a local folder or a GGUF file. Grammars use the tokenizer in the folder `tokenizer`, or the model's own
+    tokenizer if `tokenizer` is None. For a size that is None the engine chooses the value. `kernels` maps an operation
+    of `kernels.ops` (or "mamba", "attention", "moe" or "all" for a family) to an implementation in `kernels.table`.
 
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
     a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
@@ -39,6 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
+    tokenizer: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     quantization: Quantization | None = None

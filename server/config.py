@@ -70,10 +70,14 @@ class ServerConfig:
 
     model: Annotated[
         str | None,
-        Help("model", "Folder or hub id of the model to load", "MODEL", "a small demonstration model"),
+        Help("model", "Folder, GGUF file or hub id of the model to load", "MODEL", "a small demonstration model"),
     ] = None
     revision: Annotated[
         str | None, Help("model", "Branch, tag or commit of a hub id", "REVISION", "the main branch")
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Help("model", "Folder with the tokenizer.json and tokenizer_config.json to use", "FOLDER", "the model's"),
     ] = None
     served_model_name: Annotated[
         tuple[str, ...], Help("server", "Name of the model in the API; may be repeated", "NAME", "MODEL")
@@ -291,7 +295,7 @@ class ServerConfig:
     ] = field(default_factory=dict[str, str])
 
     def engine(self, model: Path) -> EngineConfig:
-        """Returns the options that the engine needs. `model` is the folder that holds the model."""
+        """Returns the options that the engine needs. `model` is the folder or the GGUF file that holds the model."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in EngineConfig.__struct_fields__}
         settings["model"] = str(model)
         return EngineConfig(**settings)

@@ -103,7 +103,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     steps = dummy_steps(config, model_config, plan)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
-    compiler = GrammarCompiler(Path(config.model), model_config.vocab_size, model_config.eos_token_ids)
+    tokenizer = Path(config.tokenizer or config.model)
+    compiler = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)

@@ -1,12 +1,15 @@
-"""Implements `jamba doctor`, which shows versions, devices and the kernels that a server on this machine would run."""
+"""Implements `jamba doctor`, which shows versions, devices and the kernels that a server on this machine would run, or
+what a checkpoint is."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import typer
@@ -16,10 +19,19 @@ from rich.markup import escape
 from rich.table import Table
 
 import jamba_server
+from jamba_server.engine.checkpoint import TOKENIZER_FILE, open_checkpoint
+from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import JambaError
+from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.start.contents import conversions, read_model
 from jamba_server.engine.start.machine import available_cpus, available_memory, format_bytes
+from jamba_server.engine.weight_sizes import policy_of, weight_bytes
+from jamba_server.server.cli.checkpoint import find_checkpoint
+from jamba_server.server.cli.decode_limit import DTYPE_BYTES
+from jamba_server.server.config import ServerConfig
 from jamba_server.server.version import package_version
 
+DOCUMENTS = ("generation_config.json", TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja")
 DISTRIBUTIONS = ("fastapi", "uvicorn", "tokenizers", "safetensors", "huggingface_hub", "llguidance")
 # Time limit in seconds for the process that lists the kernels. The process's first start after an installation is slow,
 # since Python compiles torch's files.
@@ -64,9 +76,19 @@ class Machine(msgspec.Struct, frozen=True):
     kernels: dict[str, list[KernelRow]]
 
 
-def doctor() -> None:
-    """Show versions, devices and the kernels that run here. The exit status is 1 if an operation has no kernel."""
+def doctor(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="Folder, GGUF file or hub id to describe  [default: this machine]", show_default=False),
+    ] = None,
+) -> None:
+    """Show versions, devices and the kernels that run here, or what a checkpoint is and how its weights are stored. The
+    exit status is 1 if an operation has no kernel."""
     console = Console()
+    if checkpoint is not None:
+        for name, value in describe_checkpoint(checkpoint):
+            console.print(f"{name:<16} {value}", markup=False, highlight=False, soft_wrap=True)
+        return
     machine = ask_kernels()
     for name, value in facts(machine):
         console.print(f"{name:<16} {value}", markup=False, highlight=False, soft_wrap=True)
@@ -75,6 +97,42 @@ def doctor() -> None:
     if missing := [f"{op} on {device}" for device, rows in machine.kernels.items() for op in without_kernel(rows)]:
         console.print(f"There is no kernel that runs here for {', '.join(missing)}.", markup=False)
         raise typer.Exit(1)
+
+
+def describe_checkpoint(name: str) -> list[tuple[str, str]]:
+    """Returns the lines to print on a checkpoint, each a pair (name, value). Raises CheckpointError if this server
+    cannot run the checkpoint."""
+    folder = find_checkpoint(ServerConfig(model=name)).folder
+    stored = read_model(folder)
+    config = stored.config
+    policy = policy_of(EngineConfig(model=str(folder), quantization=config.made_at_load and "int8"), config, "cpu")
+    kept = Counter(entry.kind for name, entry in config.stored.items() if name in policy.blocks)
+    documents = [document for document in DOCUMENTS if open_checkpoint(folder).has(document)]
+    texts = [*stored.warnings, *conversions(config, policy, config.dtype)]
+    return [
+        ("checkpoint", f"{folder}, a {'GGUF file' if folder.is_file() else 'folder in Hugging Face format'}"),
+        ("model", f"{config.architecture}, {config.num_parameters():,} parameters, {config.dtype}"),
+        ("quantised", _quantized(config)),
+        *(
+            [("as stored", ", ".join(f"{count} of type {kind}" for kind, count in sorted(kept.items())))]
+            if kept
+            else []
+        ),
+        (
+            "weights",
+            f"{format_bytes(weight_bytes(config, DTYPE_BYTES[config.dtype], policy=policy))} of memory on a CPU",
+        ),
+        ("documents", ", ".join(documents)),
+        *(("note", text) for text in texts),
+    ]
+
+
+def _quantized(config: JambaConfig) -> str:
+    """Returns in words which weights are quantised in the files, and how."""
+    if config.quantized_roles:
+        return f"{', '.join(sorted(config.quantized_roles))} in {config.stored_format}"
+    kinds = Counter(entry.kind for entry in config.stored.values())
+    return ", ".join(f"{count} matrices of type {kind}" for kind, count in sorted(kinds.items())) or "nothing"
 
 
 def ask_kernels() -> Machine:

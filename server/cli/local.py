@@ -65,7 +65,7 @@ class LocalModel:
     @asynccontextmanager
     async def open(cls, config: ServerConfig, folder: Path, console: Console) -> AsyncGenerator[LocalModel]:
         """Loads the model in `folder` for one sequence at a time, with the options of `config`. Raises ConfigError."""
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
         override = None if config.chat_template is None else Path(config.chat_template)
         template = ChatTemplate.from_folder(folder, tokenizer, override)
         defaults = GenerationDefaults.of(folder)

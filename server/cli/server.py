@@ -61,7 +61,7 @@ class Server:
         self._config, self._listener, self._progress = config, listener, progress
         folder = checkpoint.folder
         self._defaults = GenerationDefaults.of(folder)
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
         override = None if config.chat_template is None else Path(config.chat_template)
         template = ChatTemplate.from_folder(folder, tokenizer, override, templates)
         self._has_template = template is not None

@@ -76,11 +76,12 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         config = model_config(model, settings)
-        self._folder = folder = find_checkpoint(config).folder
+        folder = find_checkpoint(config).folder
         self._defaults = GenerationDefaults.of(folder)
         self._tokenizer = self._template = None
-        if config.chat_template or open_checkpoint(folder).has(TOKENIZER_FILE):
-            self._tokenizer = Tokenizer.from_folder(folder)
+        self._tokenizer_folder = Path(config.tokenizer or folder)
+        if config.chat_template or config.tokenizer or open_checkpoint(folder).has(TOKENIZER_FILE):
+            self._tokenizer = Tokenizer.from_folder(self._tokenizer_folder)
             override = None if config.chat_template is None else Path(config.chat_template)
             self._template = ChatTemplate.from_folder(folder, self._tokenizer, override)
         self.core = build_engine(config.engine(folder))
@@ -140,7 +141,7 @@ class LLM:
 
     def _text(self) -> Tokenizer:
         """Returns the tokenizer. Raises CheckpointError if the checkpoint has none."""
-        return self._tokenizer or Tokenizer.from_folder(self._folder)
+        return self._tokenizer or Tokenizer.from_folder(self._tokenizer_folder)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         return self._text().encode(prompt) if isinstance(prompt, str) else prompt

@@ -16,6 +16,8 @@ from jamba_server.engine.gguf.merges import find_merges
 from jamba_server.engine.gguf.reader import read_gguf
 from jamba_server.engine.gguf.vocabulary import Vocabulary
 from jamba_server.engine.model_config import load_model_config
+from jamba_server.llm import LLM
+from jamba_server.server.demo import demo_folder
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.gguf_file import write_gguf
@@ -156,6 +158,14 @@ def test_a_wrong_vocabulary_is_refused(kind: str, tmp_path: Path) -> None:
 def test_an_unknown_order_is_refused(learnt: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words):
         Tokenizer.from_folder(write(tmp_path, vocabulary(learnt)))
+
+
+def test_a_tokenizer_of_another_folder(path: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path, vocab_size=4100)
+    plain = write_gguf(tmp_path / "model.gguf", tmp_path)
+    llm = LLM(plain, tokenizer=str(demo_folder()), threads=1, max_num_seqs=1)
+    [reply] = llm.generate("Once upon a time", max_tokens=2)
+    assert reply.prompt == Tokenizer.from_folder(demo_folder()).encode("Once upon a time")
 
 
 def test_a_file_without_a_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:

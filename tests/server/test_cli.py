@@ -28,10 +28,13 @@ from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kern
 from jamba_server.server.cli.serve import bind, is_loopback
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
+from jamba_server.server.demo import demo_folder
 from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.options import PANELS
 from tests.geometries import write_geometry
+from tests.gguf_file import write_gguf
 from tests.server.fake_engine import INFO
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +58,7 @@ def invoke(*arguments: str) -> str:
 
 def test_help_names_every_command_and_flag() -> None:
     text = invoke("--help")
-    assert all(f"  {command} " in text for command in ("serve", "run", "chat", "plan", "bench", "doctor"))
+    assert all(f"  {command} " in text for command in ("serve", "run", "chat", "plan", "bench", "doctor", "convert"))
     assert "..." not in text.replace("[ARGS]...", ""), "a description is cut"
     text = invoke("serve", "-h")
     assert "--api-key KEY" in text
@@ -406,6 +409,19 @@ def test_doctor_shows_versions_and_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert "avx2 (also compiled: portable, avx512)" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("linear ")]
     assert row == ["linear", "reference", "slow", "cpu:", "no", "compiler"]
+
+
+def test_doctor_describes_a_checkpoint(tmp_path: Path) -> None:
+    text = invoke("doctor", str(demo_folder()))
+    assert "JambaForCausalLM, 8,771,472 parameters, bfloat16" in text
+    assert "quantised        nothing" in text
+    save_tiny(tmp_path, hidden_size=64, mamba_dt_rank=32, intermediate_size=64)
+    lines = invoke("doctor", str(write_gguf(tmp_path / "tiny.gguf", tmp_path, lambda _: "Q4_1"))).splitlines()
+    facts = {line[:16].strip(): line[17:] for line in lines}
+    assert facts["checkpoint"] == f"{tmp_path / 'tiny.gguf'}, a GGUF file"
+    assert facts["quantised"].endswith(" matrices of type Q4_1")
+    assert "are converted to bfloat16" in facts["note"]
+    assert "as stored" not in facts
 
 
 def test_doctor_fails_where_an_op_has_no_kernel(
