@@ -126,6 +126,8 @@ def run(source: Path, first: int, total: int) -> int:
             output, status, errors = done.stdout, done.returncode, done.stderr
         except subprocess.TimeoutExpired as late:
             output, status, errors = (late.stdout or b"").decode(), -1, "it has not ended in time"
+        if not output:
+            raise SystemExit(f"A child has ended before its first mutation: {errors}")
         for line in output.splitlines():
             number, _, result = line.partition(" ")
             seed = int(number) + 1
