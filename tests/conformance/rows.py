@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Body = Mapping[str, Any]
@@ -26,13 +27,13 @@ class Row:
 
     field: str
     body: Body
-    base: Body = field(default_factory=dict[str, Any])
+    base: Body = dataclasses.field(default_factory=dict[str, Any])
     says: tuple[str, ...] = HELLO
     model: Literal["jamba", "reasoning"] = "jamba"
-    engine: Expected = field(default_factory=dict[str, Any])
-    reply: Expected = field(default_factory=dict[str, Any])
+    engine: Expected = dataclasses.field(default_factory=dict[str, Any])
+    reply: Expected = dataclasses.field(default_factory=dict[str, Any])
     prompt: str = ""
-    headers: Expected = field(default_factory=dict[str, Any])
+    headers: Expected = dataclasses.field(default_factory=dict[str, Any])
     streamed: bool = True
     unstreamed: bool = True
 
@@ -46,7 +47,7 @@ class Inert:
 
     field: str
     body: Body
-    base: Body = field(default_factory=dict[str, Any])
+    base: Body = dataclasses.field(default_factory=dict[str, Any])
     unstreamed: bool = True
 
     def __str__(self) -> str:

@@ -37,8 +37,8 @@ COVERED = {table.api.path: _covered(table) for table in TABLES}
 REFUSED = {
     table.api.path: {row.field for row in table.refused} - {"stream_options", "input", "tools"} for table in TABLES
 }
-REFUSED |= {twin: REFUSED[path] for twin, path in _TWINS.items()}
-COVERED |= {twin: COVERED[path] for twin, path in _TWINS.items()}
+REFUSED.update({twin: REFUSED[path] for twin, path in _TWINS.items()})
+COVERED.update({twin: COVERED[path] for twin, path in _TWINS.items()})
 COVERED["/v1/messages/count_tokens"] = COVERED["/v1/messages"] - message_rows.ONLY_GENERATION - _EVERYWHERE
 COVERED["/tokenize"] = {row.field for row in other_rows.TOKENIZE} | {row.field for row in chat_rows.REFUSED_MESSAGES}
 COVERED["/tokenize"] |= {row.field for row in chat_rows.INERT_MESSAGES}

@@ -47,7 +47,8 @@ def test_encoded_numbers_are_those_of_the_package(kind: str) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with experts, whose head is its own, with the vocabulary of the demonstration model."""
     folder = tmp_path_factory.mktemp("source") / "tiny"
-    save_tiny(folder, **WIDE | {"vocab_size": 4100, "eos_token_id": [2, 4]})
+    settings: dict[str, Any] = WIDE | {"vocab_size": 4100, "eos_token_id": [2, 4]}
+    save_tiny(folder, **settings)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(demo_folder() / name, folder / name)
     return folder
@@ -94,7 +95,8 @@ def test_the_package_reads_the_file(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_answers_bit_for_bit_as_weights_quantised_at_load(form: str, tied: bool, tmp_path: Path) -> None:
-    save_tiny(folder := tmp_path / "source", **WIDE | {"tie_word_embeddings": tied, "dtype": "bfloat16"})
+    settings: dict[str, Any] = WIDE | {"tie_word_embeddings": tied, "dtype": "bfloat16"}
+    save_tiny(folder := tmp_path / "source", **settings)
     convert(folder, target := tmp_path / "target", form)
     converted, at_load = load(target), load(folder, quantization=form)
     assert converted.core.info.quantization == form
