@@ -18,6 +18,7 @@ import msgspec
 
 import jamba_server
 from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.process.deaths import oom_kills
 from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import HEADER_BYTES, body_bytes, pack
 from jamba_server.engine.types import Shutdown
@@ -35,13 +36,15 @@ CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was to
 
 class Child:
     """One engine process, and the parent's end of the socket to this process. When the socket reports the end of the
-    stream, the process has ended. `num_messages` counts the messages that have arrived from the process."""
+    stream, the process has ended. `num_messages` counts the messages that have arrived from the process.
+    `oom_kills_before` is the result of `deaths.oom_kills` from the start of the process."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
         self.num_messages = 0
+        self.oom_kills_before = oom_kills()
 
     @classmethod
     async def spawn(cls, config: EngineConfig, command: tuple[str, ...]) -> Child:

@@ -26,7 +26,8 @@ from jamba_server.engine.errors import (
     RequestRejected,
 )
 from jamba_server.engine.process.child import ENGINE_COMMAND, Child
-from jamba_server.engine.process.restarts import RESTART_REASONS, Death, RestartPolicy, RestartReason
+from jamba_server.engine.process.deaths import RESTART_REASONS, Death, RestartReason
+from jamba_server.engine.process.restarts import RestartPolicy
 from jamba_server.engine.process.streams import LiveRequest, Stream
 from jamba_server.engine.process.supervisor import Supervisor
 from jamba_server.engine.process.suspects import Suspects
@@ -387,7 +388,7 @@ class EngineClient:
             return None
         self._base = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0)
         self._stats = self._base
-        delay = self._delay_after_death()
+        delay = self._delay_after_death(death)
         if delay is None:
             self.give_up(f"{reason}, the third time in a row without a finished step")
             return None
@@ -442,14 +443,13 @@ class EngineClient:
         if self._suspects.stepped():
             self._dispatch()
 
-    def _delay_after_death(self) -> float | None:
+    def _delay_after_death(self, death: Death) -> float | None:
         """Prepares all requests for being sent to a new child process, because the present child has died. If the
         request that caused the death is known, that request fails. Returns the number of seconds until the next child
         is started, or None if no child is started any more."""
-        searching = self._suspects.on_trial
-        if culprit := self._suspects.blame(self._live.values()):
-            message = f"The engine ended {culprit.deaths} times in a row because of this request."
-            self._fail(culprit, EngineFailed(message))
+        searching = self._suspects.on_trial and not death.from_outside
+        if culprit := self._suspects.blame(self._live.values(), from_outside=death.from_outside):
+            self._fail(culprit, EngineFailed("The engine died each time that it ran this request."))
         self._sent.clear()
         self._adding = []
         for live in self._live.values():

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-RestartReason = Literal["exit", "signal", "step_timeout", "load_timeout", "message", "spawn"]
-# The reasons for which the engine is started again, in this order: its process ended by itself; a signal ended the
-# process; the process was killed because it reported no step; it was killed because it made no progress while loading;
-# it sent a message that could not be read; the operating system could not start the process.
-RESTART_REASONS: tuple[RestartReason, ...] = ("exit", "signal", "step_timeout", "load_timeout", "message", "spawn")
-
 MAX_FAILURES = 3
 # The delay before the first restart, in seconds; every further delay is twice as long as the previous delay.
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """The end of an engine process. `text` describes it as the beginning of a sentence. `loading` says whether the
-    process had not become ready yet."""
-
-    reason: RestartReason
-    text: str
-    loading: bool
 
 
 class RestartPolicy:

@@ -37,15 +37,16 @@ class LiveRequest:
     `sent` says whether the request was sent to the present engine process. `running` says whether that process has
     begun to compute the request, and `queued` whether the request waits in the queue of that process. `num_updates`
     counts the updates from the present engine process. `started` says whether any engine process has ever begun to
-    compute the request. `deaths` counts successive deaths of engine processes that this request may have caused; the
-    module `suspects` updates this number. `interrupted` says that an engine process died while it had the request, and
-    that the request has not been sent to another engine process since then.
+    compute the request. `deaths` counts successive deaths of engine processes that this request may have caused, and
+    `kills` counts successive kills of engine processes by other processes; the module `suspects` updates both numbers.
+    `interrupted` says that an engine process died while it had the request, and that the request has not been sent to
+    another engine process since then.
     """
 
     def __init__(self, request: Request, stream: Stream) -> None:
         self.request, self.stream = request, stream
         self.sent = self.running = self.queued = self.started = self.paused = self.interrupted = False
-        self.num_updates = self.deaths = 0
+        self.num_updates = self.deaths = self.kills = 0
         self.generated: list[int] = []
         self._num_prompt_logprobs = self._num_pauses = 0
         self._announced = False

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from jamba_server.engine.process.child import Child
-from jamba_server.engine.process.restarts import Death, RestartReason
+from jamba_server.engine.process.deaths import Death, RestartReason, death_by_status
 from jamba_server.engine.types import FromEngine
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,4 @@ class Supervisor:
         if killed is not None:
             reason, did = killed
             return Death(reason, f"the engine process {did} and was killed", self._owner.is_loading)
-        ended = f"signal {-status}" if status < 0 else f"status {status}"
-        text = f"the engine process ended with {ended}"
-        return Death("signal" if status < 0 else "exit", text, self._owner.is_loading)
+        return death_by_status(status, loading=self._owner.is_loading, oom_kills_before=child.oom_kills_before)

@@ -6,8 +6,8 @@ engine process does not get all suspects at once: it gets one half of them, whic
 process survives, the other suspects follow. If the process dies, the cause is in the trial, and the next trial is one
 half of it. A request fails if the engine died while this request was the only possible cause.
 
-A death that no request causes, such as a kill by the operating system, makes requests suspects only if it is repeated
-before they have made progress. The trials then end after a few steps, and no request fails.
+A kill by another process says nothing about the requests. But such kills are counted too, because a program that
+guards the memory of the machine may kill the engine each time that it runs a certain request.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Collection
 from jamba_server.engine.process.streams import LiveRequest
 
 SUSPECT_DEATHS = 2
+KILLS_PER_DEATH = 10  # this number of kills by other processes, without progress between them, counts as one death
 CLEAR_UPDATES = 8  # a request is no longer a suspect after this number of updates from the present engine process
 # If a few suspected requests run as a test (a trial), the trial ends after this number of steps, even if its requests
 # have not got CLEAR_UPDATES updates. The limit keeps a long prompt from delaying other requests.
@@ -62,42 +63,55 @@ class Suspects:
         self._num_steps += 1
         return not self._update_trial()
 
-    def blame(self, live: Collection[LiveRequest]) -> LiveRequest | None:
-        """Must be called when the engine process has died. `live` has all requests that have not ended. Returns the
-        request that caused the death, or None if the cause is not known."""
+    def blame(self, live: Collection[LiveRequest], *, from_outside: bool) -> LiveRequest | None:
+        """Must be called when the engine process has died. `live` has all requests that have not ended, and
+        `from_outside` says whether another process killed the engine. Returns the request that caused the death, or
+        None if the cause is not known."""
+        trial, self._trial = [r for r in self._trial if not _is_clear(r)], []
         handled = [r for r in live if r.is_handled]
         for request in handled:
             if _is_clear(request):
-                request.deaths = 0
+                _clear(request)
         unproven = [r for r in handled if not _is_clear(r)]
-        culprit = unproven[0] if len(unproven) == 1 and _is_suspect(unproven[0]) else None
-        trial = [r for r in self._trial if r in unproven]
-        for request in trial or handled:
-            request.deaths += 1
-        # If the engine was handling no request when it died, the death tells nothing about any request.
-        for request in live if handled else ():
-            if not request.is_handled:
-                request.deaths = 0  # the engine died although it was not handling this request
-        self._trial = []
-        return culprit
+        if from_outside:
+            for request in unproven:
+                request.kills += 1
+        else:
+            for request in [r for r in trial if r.is_handled] or handled:
+                request.deaths += 1
+            # If the engine was handling no request when it died, the death tells nothing about any request.
+            for request in live if handled else ():
+                if not request.is_handled:
+                    _clear(request)  # the engine died although it was not handling this request
+        if len(unproven) != 1 or _num_deaths(unproven[0]) <= SUSPECT_DEATHS:
+            return None
+        return None if from_outside and unproven[0].kills % KILLS_PER_DEATH else unproven[0]
 
     def _update_trial(self) -> bool:
         """Removes from the present trial all requests that are no longer suspected. Returns whether the trial still has
         a request."""
         for request in self._trial:
             if _is_clear(request):
-                request.deaths = 0
+                _clear(request)
         if self._num_steps >= TRIAL_STEPS:
             self._trial = []
         self._trial = [r for r in self._trial if r.sent and _is_suspect(r)]
         return bool(self._trial)
 
 
+def _num_deaths(request: LiveRequest) -> int:
+    return request.deaths + request.kills // KILLS_PER_DEATH
+
+
 def _is_suspect(request: LiveRequest) -> bool:
-    return request.deaths >= SUSPECT_DEATHS
+    return _num_deaths(request) >= SUSPECT_DEATHS
 
 
 def _is_clear(request: LiveRequest) -> bool:
     """Returns whether the request has got enough updates from the present engine process to be no longer suspected of
     making it die."""
     return request.num_updates >= CLEAR_UPDATES
+
+
+def _clear(request: LiveRequest) -> None:
+    request.deaths = request.kills = 0

@@ -3,7 +3,7 @@
 The first token of the prompt chooses a failure. With 666 the process ends at the second step that runs the request,
 every time, with 668 at the first, and with 669 before the request is in the queue. With 667 it ends once at the second
 step: it first creates the file named by $SCRIPTED_ENGINE_MARK, and if that file exists it does not fail. With 555 it
-hangs, and with 556 it sends five bytes that are no message and goes on.
+hangs, with 556 it sends five bytes that are no message and goes on, and with 557 no step gives a token.
 The file is also how a model fails: "loads once" cannot be loaded when the file exists, and creates it; "hangs later"
 hangs then instead.
 """
@@ -119,6 +119,8 @@ def main() -> None:
         for request in list(live.values()):
             ages[request.id] += 1
             misbehave(connection, request, ages[request.id])
+            if request.prompt[0] == 557:
+                continue
             position = len(request.prompt) + tokens[request.id]
             tokens[request.id] += 1
             done = tokens[request.id] >= request.params.max_tokens

@@ -158,10 +158,25 @@ async def test_deaths_after_progress_never_end_it_and_hold_no_stream_up(running:
 
 async def test_a_request_that_kills_every_engine_fails_and_the_others_live(running: EngineClient) -> None:
     good = asyncio.create_task(collect(running, [request("good", tokens=900)]))
-    with pytest.raises(EngineFailed, match="3 times in a row because of this request"):
+    with pytest.raises(EngineFailed, match="each time that it ran this request"):
         await collect(running, [request("bad", prompt=666, tokens=99)])
     assert await good == {"good": expected(900)}
     assert running.health.ready
+
+
+async def test_kills_without_progress_between_them_fail_no_request(running: EngineClient) -> None:
+    """A request that waits for its first token while the engine is killed again and again, but not three times in a row
+    without a finished step."""
+    waiting = asyncio.create_task(collect(running, [request("waits", prompt=557, tokens=2000)]))
+    for number in range(1, 7):
+        steps = running.stats.num_steps_total
+        await until(lambda: running.health.ready and running.stats.num_steps_total > steps)  # noqa: B023
+        kill(running)
+        await until(lambda: running.supervision.restarts["signal"] == number)  # noqa: B023
+    waiting.cancel()
+    assert running.health.alive
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_deaths_that_a_failed_request_explains_do_not_count_against_the_engine(running: EngineClient) -> None:
@@ -198,7 +213,7 @@ async def test_an_innocent_request_survives_two_deaths(tmp_path: Path, monkeypat
 async def test_a_request_that_kills_an_idle_engine_fails_and_the_engine_stays(
     running: EngineClient, prompt: int
 ) -> None:
-    with pytest.raises(EngineFailed, match="3 times in a row"):
+    with pytest.raises(EngineFailed, match="each time"):
         await collect(running, [request("bad", prompt=prompt)])
     assert await collect(running, [request("good")]) == {"good": expected(5)}
 

@@ -1,7 +1,12 @@
-"""When the engine is started again, and when not."""
+"""When the engine is started again, and when not, and what is known of its death."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from jamba_server.engine.process.deaths import CRASHES, death_by_status, oom_kills
 from jamba_server.engine.process.restarts import MAX_BACKOFF_SECONDS, MAX_FAILURES, RestartPolicy
 
 
@@ -47,3 +52,30 @@ def test_failed_spawns_are_tried_for_ever_with_growing_delays() -> None:
     assert set(delays[5:]) == {MAX_BACKOFF_SECONDS}
     assert die(policy) == 1.0, "they do not count as deaths"
     assert policy.after_failed_spawn() == 1.0
+
+
+def test_a_crash_and_an_exit_are_the_engine_s_own() -> None:
+    for number in CRASHES:
+        death = death_by_status(-number, loading=False, oom_kills_before=0)
+        assert (death.reason, death.from_outside) == ("signal", False)
+    death = death_by_status(3, loading=True, oom_kills_before=0)
+    assert (death.reason, death.text, death.loading) == ("exit", "the engine process ended with status 3", True)
+    assert not death.from_outside
+
+
+def test_memory_that_was_short_is_told_from_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vmstat = tmp_path / "vmstat"
+    monkeypatch.setattr("jamba_server.engine.process.deaths.VMSTAT", vmstat)
+    assert oom_kills() is None
+    death = death_by_status(-9, loading=False, oom_kills_before=oom_kills())
+    assert (death.reason, death.from_outside) == ("signal", False), "it may have been memory"
+    vmstat.write_text("nr_free_pages 5\noom_kill 7\n")
+    before = oom_kills()
+    assert before == 7
+    death = death_by_status(-9, loading=False, oom_kills_before=before)
+    assert (death.reason, death.from_outside) == ("signal", True)
+    vmstat.write_text("nr_free_pages 5\noom_kill 8\n")
+    death = death_by_status(-9, loading=False, oom_kills_before=before)
+    assert (death.reason, death.from_outside) == ("out_of_memory", False)
+    assert "too little memory" in death.text
+    assert death_by_status(-15, loading=False, oom_kills_before=before).from_outside

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from jamba_server.engine.process.streams import LiveRequest, Stream
-from jamba_server.engine.process.suspects import CLEAR_UPDATES, TRIAL_STEPS, Suspects
+from jamba_server.engine.process.suspects import CLEAR_UPDATES, KILLS_PER_DEATH, TRIAL_STEPS, Suspects
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
 
 MAX_STEPS = 100_000
@@ -22,7 +22,8 @@ def live(name: str) -> LiveRequest:
 
 class World:
     """`killers` die at their own step of that number in an engine process; `prefill` is how many steps a request takes
-    before its first token; `kill` says whether the process is killed from outside before a step."""
+    before its first token; `kill` says whether the process is killed from outside before a step. With `guarded`, it is
+    not the killers that make the process die: another process kills it because of them."""
 
     def __init__(
         self,
@@ -32,7 +33,9 @@ class World:
         killers: dict[str, int] | None = None,
         prefill: dict[str, int] | None = None,
         kill: Callable[[int], bool] = lambda step: False,
+        guarded: bool = False,
     ) -> None:
+        self.guarded = guarded
         self.suspects = Suspects()
         self.open = {name: live(name) for name in names}
         self.left = dict.fromkeys(names, tokens) | dict.fromkeys(killers or {}, MAX_STEPS)
@@ -48,8 +51,10 @@ class World:
             self.steps += 1
             assert self.steps < MAX_STEPS, "some request is neither finished nor failed"
             self.dispatch()
-            if self.kill(self.steps) or any(self.dies(name) for name in self.ages):
-                self.die()
+            if self.kill(self.steps):
+                self.die(from_outside=True)
+            elif any(self.dies(name) for name in self.ages):
+                self.die(from_outside=self.guarded)
             else:
                 self.step()
 
@@ -63,9 +68,9 @@ class World:
     def dies(self, name: str) -> bool:
         return self.killers.get(name) == self.ages[name]
 
-    def die(self) -> None:
+    def die(self, *, from_outside: bool = False) -> None:
         self.deaths += 1
-        if culprit := self.suspects.blame(self.open.values()):
+        if culprit := self.suspects.blame(self.open.values(), from_outside=from_outside):
             self.failed.append(culprit.request.id)
             del self.open[culprit.request.id]
         self.ages = {}
@@ -127,11 +132,40 @@ def test_kills_from_outside_fail_nobody_and_hold_nobody_up() -> None:
     assert world.longest_silence == 1, "each engine process had all requests from its first step on"
 
 
-def test_two_kills_in_quick_succession_hold_requests_up_for_a_few_steps() -> None:
-    world = World(NAMES, tokens=400, kill=lambda step: step in (50, 53))
+def test_kills_in_quick_succession_fail_nobody_and_hold_nobody_up() -> None:
+    prefill = dict.fromkeys(NAMES, 4)
+    world = World(NAMES, tokens=400, prefill=prefill, kill=lambda step: 50 <= step < 86 and step % 3 == 0)
+    world.run()
+    assert (world.failed, world.deaths) == ([], 12)
+    assert world.longest_silence <= 36 + 4 + 1, "the kills themselves, and the prompts after the last of them"
+
+
+def test_two_crashes_in_quick_succession_hold_requests_up_for_a_few_steps() -> None:
+    world = World(NAMES, tokens=400)
+    for _ in range(2):
+        world.dispatch()
+        world.die()
     world.run()
     assert world.failed == []
     assert world.longest_silence <= 6 * (CLEAR_UPDATES + 1), "half of the suspects at a time"
+
+
+@pytest.mark.parametrize("names", [["bad"], ["good", "bad"]])
+def test_a_request_for_which_another_process_kills_the_engine_is_found(names: list[str]) -> None:
+    world = World(names, killers={"bad": 1}, guarded=True)
+    world.run()
+    assert world.failed == ["bad"]
+    assert world.deaths <= 3 * KILLS_PER_DEATH
+
+
+def test_a_kill_from_outside_never_fails_a_suspect() -> None:
+    suspects, request = Suspects(), live("a")
+    request.deaths = 3
+    assert suspects.select([request], idle=True) == [request]
+    request.sent = True
+    assert suspects.blame([request], from_outside=True) is None
+    request.sent = True
+    assert suspects.blame([request], from_outside=False) is request
 
 
 def test_a_request_that_comes_during_a_trial_does_not_wait_for_it() -> None:
@@ -167,7 +201,7 @@ def test_a_death_before_anything_ran_blames_nobody() -> None:
     request.deaths = 2
     assert suspects.select([request], idle=True) == [request]
     request.sent = request.queued = True
-    assert suspects.blame([request]) is None
+    assert suspects.blame([request], from_outside=False) is None
     assert request.deaths == 2
 
 
