@@ -61,7 +61,8 @@ class Api(ABC):
 class OpenAIApi(Api):
     def __init__(self, app: FastAPI) -> None:
         super().__init__(app)
-        self.client = AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=self.http, max_retries=0)
+        http: Any = self.http  # the client's types name a fork of httpx, but the client takes both
+        self.client = AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http, max_retries=0)
 
 
 def _without(value: Any, names: set[str]) -> Any:

@@ -9,7 +9,7 @@ from tests.conformance.shared_rows import SCHEMA
 
 TEXT = "content.0.text"
 USER = {"role": "user", "content": "Hi"}
-MARK = {"cache_control": {"type": "ephemeral"}}
+MARK: dict[str, Any] = {"cache_control": {"type": "ephemeral"}}
 WEATHER = {"name": "get_weather", "input_schema": SCHEMA}
 CLOCK = {"name": "clock", "input_schema": {"type": "object"}}
 USE = {"type": "tool_use", "id": "toolu_1", "name": "clock", "input": {}}
@@ -223,8 +223,8 @@ _MARK_ROWS = [
         _results(content=[_text(LONG, **MARK)]),
     ),
 ]
-ROWS += _MARK_ROWS
-_TTL = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+ROWS.extend(_MARK_ROWS)
+_TTL: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 INERT = [
     Inert("speed", {"speed": "fast"}),
     Inert("metadata", {"metadata": {"user_id": "somebody"}}),
