@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import xgrammar
+import xgrammar  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
