@@ -84,7 +84,7 @@ class _Metadata:
         value = self._file.metadata.get(f"{ARCHITECTURE}.{key}")
         if not isinstance(value, float):
             raise self.refusal(key, "a number is expected", value)
-        # The file has the float32 number that is nearest to a short decimal number; other files have that decimal.
+        # A GGUF file has this number in float32. Its decimal form with seven digits is the number in config.json.
         return float(f"{value:.7g}")
 
     def attention_layers(self) -> list[int]:
