@@ -14,7 +14,7 @@ from jamba_server.engine.errors import CheckpointError, shown
 from jamba_server.engine.gguf.vocabulary import BYTE, CONTROL, Vocabulary
 
 SPACE: Final = "\u2581"  # stands for a space in the pieces
-_MAX_PIECE: Final = 256  # characters; finding the splits of a piece takes time that grows with the square of its length
+_MAX_PIECE: Final = 128  # characters; finding the splits of a piece takes time that grows with the square of its length
 Merge = tuple[str, str]
 
 

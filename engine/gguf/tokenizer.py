@@ -10,6 +10,8 @@ import msgspec
 from jamba_server.engine.gguf.merges import SPACE, Merge, find_merges
 from jamba_server.engine.gguf.vocabulary import BYTE, CONTROL, USER_DEFINED, Vocabulary
 
+# The template is searched for each piece that no merge makes, so this many characters are read at most.
+_MAX_SEARCH: Final = 1 << 32
 _CONTROL_NAME: Final = re.compile(r"<\|[^<>|\s]+\|>")
 
 
@@ -63,6 +65,10 @@ def _added_tokens(vocabulary: Vocabulary, merges: list[Merge]) -> list[dict[str,
     template writes although no merge makes them. Published files mark only a few of the latter."""
     made = {left + right for left, right in merges}
     template = vocabulary.template or ""
+    searches = len(vocabulary.pieces) - len(made)
+    if len(template) * searches > _MAX_SEARCH:
+        rule = f"searching it for {searches:,} pieces that no merge makes would take too long"
+        raise vocabulary.refusal("tokenizer.chat_template", rule)
     named = {vocabulary.bos, vocabulary.unknown, vocabulary.pad, *vocabulary.named_stops}
     tokens: list[dict[str, Any]] = []
     for id, piece in enumerate(vocabulary.pieces):

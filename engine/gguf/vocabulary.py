@@ -22,6 +22,7 @@ _STOPS: Final = (b"<|endoftext|>", b"<|im_end|>", b"<|eom|>")
 
 _NO_PIECES: Final = StringArray(b"", np.empty(0, np.int64))
 _MAX_ID: Final = 1 << 24
+_MAX_TEMPLATE: Final = 1 << 20  # characters
 
 
 @dataclass(frozen=True)
@@ -139,4 +140,8 @@ class Vocabulary:
         key = "tokenizer.chat_template"
         if not isinstance(value := self.file.metadata.get(key), str | None):
             raise self.refusal(key, "a string is expected")
+        if value is not None and len(value) > _MAX_TEMPLATE:
+            raise CheckpointError(
+                f"{self.file.path}: {key} has {len(value):,} characters; at most {_MAX_TEMPLATE:,} are expected."
+            )
         return value

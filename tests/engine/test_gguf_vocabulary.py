@@ -136,6 +136,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "not finite": ({"ggml.scores": [float("nan")] * (len(LEARNT) + 265)}, "finite numbers are expected"),
     "end token": ({"ggml.add_eos_token": True}, "add_eos_token is true; this server adds no end token"),
     "flag": ({"ggml.add_bos_token": 1}, "add_bos_token is 1; true or false is expected"),
+    "long template": ({"chat_template": "x" * 10_000_000}, "has 10,000,000 characters; at most 1,048,576"),
     "template": ({"chat_template": 1}, r"tokenizer\.chat_template is 1; a string is expected"),
 }
 
@@ -152,7 +153,7 @@ def test_a_wrong_vocabulary_is_refused(kind: str, tmp_path: Path) -> None:
     [
         ([*LEARNT, "qqzz"], r'the piece "qqzz" \(id \d+\) is not made of earlier ones, .* with --tokenizer\.'),
         ([*LEARNT, "in"], 'the piece "in" is there twice'),
-        ([*LEARNT, "q" * 257], "a piece has 257 characters; at most 256"),
+        ([*LEARNT, "q" * 129], "a piece has 129 characters; at most 128"),
     ],
 )
 def test_an_unknown_order_is_refused(learnt: list[str], words: str, tmp_path: Path) -> None:
