@@ -31,7 +31,9 @@ def _q4_0(blocks: Floats) -> Bytes:
     extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     scales = extremes / np.float32(-8)
     values = np.trunc(blocks * _inverse(scales) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    return np.concatenate([scales.astype(np.float16).view(np.uint8), values[:, :16] | values[:, 16:] << 4], axis=1)
+    return np.concatenate(
+        [scales.astype(np.float16).view(np.uint8), values[:, :16] | values[:, 16:] << np.uint8(4)], axis=1
+    )
 
 
 def _bf16(numbers: Floats) -> Bytes:

@@ -16,7 +16,7 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.convert.tensors import DTYPES, read_plain
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.model_config import JambaConfig, linear_modules
-from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.quantization import QuantizationPolicy, Role
 from jamba_server.engine.quantization.converted import FORMATS_WRITTEN, settings
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.start.contents import INDEX_FILE, read_model
@@ -51,7 +51,7 @@ def _quantized(
     tensors: Iterator[tuple[str, Tensor]], config: JambaConfig, quantization: Quantization
 ) -> Iterator[tuple[str, Tensor]]:
     policy, dtype = QuantizationPolicy(quantization), DTYPES[config.dtype]
-    roles = {f"{name}.weight": role for name, role in linear_modules(config)}
+    roles: dict[str, Role] = {f"{name}.weight": role for name, role in linear_modules(config)}
     for name, tensor in tensors:
         role = roles.get(name)
         if role is None or policy.quantization_of(role) is None:

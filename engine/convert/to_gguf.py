@@ -51,10 +51,10 @@ def _encode(name: str, tensor: Tensor, kind: str) -> Encoded:
         numbers = numbers.squeeze(1)
     elif name.endswith(".ssm_a"):
         numbers = -numbers.exp()
-    shape = tuple(numbers.shape)
+    shape: tuple[int, ...] = tuple(numbers.shape)
     # As llama.cpp's converter does: vectors, the convolution, A and the router stay in float32.
     is_plain = len(shape) < 2 or name.endswith((".ssm_conv1d.weight", ".ssm_a", ".ffn_gate_inp.weight"))
     # The errors of four bits in the embedding and the head would be too large.
     wanted = "Q8_0" if kind == "Q4_0" and name in ("token_embd.weight", "output.weight") else kind
-    own = "F32" if is_plain else type_for(wanted, shape[-1])
+    own = "F32" if is_plain else type_for(wanted, numbers.shape[-1])
     return Encoded(name, own, shape, encode(own, numbers.numpy()))
