@@ -182,7 +182,7 @@ class NoEffect(RequestBody):
 
     user: Annotated[str | None, Field(description="The client's name for its user. It has no effect.")] = None
     metadata: Annotated[dict[str, str] | None, Field(description="The client's own notes. They have no effect.")] = None
-    store: Annotated[bool | None, Field(description="It has no effect: this server stores nothing.")] = None
+    store: Annotated[bool | None, Field(description="It has no effect: only /v1/responses stores replies.")] = None
     service_tier: Annotated[
         Literal["auto", "default", "flex", "scale", "priority", "fast"] | None,
         Field(description="It has no effect: this server has one tier."),
