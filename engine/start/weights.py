@@ -102,8 +102,8 @@ def open_weights(
 
 
 def _unpacked(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Returns the name of a weight and its tensor. If the tensor in the file packs two 4-bit numbers into each byte, they
-    are unpacked: the result has one number in each byte. Every other tensor is returned unchanged."""
+    """Returns the name of a weight and its tensor. If the tensor in the file packs two 4-bit numbers into each byte,
+    they are unpacked: the result has one number in each byte. Every other tensor is returned unchanged."""
     if tensor.dtype != torch.uint8 or not name.endswith(".weight_packed"):
         return name, tensor
     signed = tensor.view(torch.int8)
