@@ -257,11 +257,11 @@ def dummy_weights(model: Model, seed: int) -> None:
     # weights are still drawn on the GPU, because a GPU draws billions of numbers much faster than a CPU.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     while units:
-        pack = _fill_unit(units.popleft(), seed, device)
+        pack = fill_unit(units.popleft(), seed, device)
         pack()
 
 
-def _fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]:
+def fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]:
     """Fills the tensors of `unit` and returns its `pack` function. The caller must drop its own reference to the unit
     before it calls `pack`, so that the raw weights can be freed."""
     for name, (data, fill) in unit.destinations.items():
