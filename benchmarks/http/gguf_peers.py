@@ -2,11 +2,11 @@
 
     python -m benchmarks.http.gguf_peers --name gguf-peers --llama-server PATH --llama-quantize PATH --files FOLDER
 
-For each shape, a checkpoint with random weights is converted to an F16 file. llama.cpp's quantiser converts this file to
-the other types. The files are kept in the folder FOLDER, so that a second run finds them there. Time depends on shapes
-and not on the values of weights. Every client sends prompts of 128 random token ids and asks for 64 tokens, greedily. For
-each file, this server and llama.cpp's take turns for --rounds rounds, and the median of a server's rounds counts,
-because the machine's speed may change during the run. Writes benchmarks/results/NAME.json and NAME.md.
+For each shape, a checkpoint with random weights is converted to an F16 file. llama.cpp's quantiser converts this file
+to the other types. The files are kept in the folder FOLDER, so that a second run finds them there. Time depends on
+shapes and not on the values of weights. Every client sends prompts of 128 random token ids and asks for 64 tokens,
+greedily. For each file, this server and llama.cpp's take turns for --rounds rounds, and the median of a server's rounds
+counts, because the machine's speed may change during the run. Writes benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
