@@ -61,7 +61,7 @@ class Packer:
         rows, inputs = weight.shape[-2:]
         matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
         size = self._packed_bytes(rows, inputs, DTYPES[weight.dtype])
-        panels = self._memory(size * len(matrices))
+        panels = self.memory(size * len(matrices))
         for i, matrix in enumerate(matrices):
             whole = matrix.contiguous()
             self._pack(whole.data_ptr(), panels.data_ptr() + i * size, rows, inputs, DTYPES[weight.dtype])
@@ -74,13 +74,13 @@ class Packer:
         numbers = (rows, inputs, bits, weight.group_size)
         values, scales = weight.values.reshape(-1, rows, inputs), weight.scales.reshape(-1, *weight.scales.shape[-2:])
         size = self._packed_quantized_bytes(*numbers)
-        panels = self._memory(size * len(values))
+        panels = self.memory(size * len(values))
         for i, (matrix, own) in enumerate(zip(values, scales, strict=True)):
             whole, factors = matrix.contiguous(), own.contiguous()
             self._pack_quantized(whole.data_ptr(), factors.data_ptr(), panels.data_ptr() + i * size, *numbers)
         return PackedWeight(panels, rows, inputs, None, bits, weight.group_size, len(values))
 
-    def _memory(self, size: int) -> Tensor:
+    def memory(self, size: int) -> Tensor:
         """Returns a uint8 tensor of `size` bytes. A tensor of at least 2 MiB is stored in huge pages of 2 MiB each."""
         if size < _HUGE_PAGE:
             return torch.empty(size, dtype=torch.uint8)

@@ -7,7 +7,8 @@ the order of the experts' ids.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,19 +64,32 @@ class RunExperts:
         return Experts(_each(gate_up), _each(down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """Runs each expert once, on all tokens that chose this expert."""
-        tokens, top_k = ids.shape
-        chosen = ids.flatten()  # chosen[t * K + i] is entry i of token t's top-k list
-        by_expert = chosen.argsort(stable=True)
-        outputs = x.new_empty(tokens * top_k, x.shape[1])
-        counts = chosen.bincount(minlength=len(experts.down)).tolist()
-        for expert, entries in enumerate(by_expert.split(counts)):
-            if len(entries):
-                hidden = silu_and_mul(product(x[entries // top_k], experts.gate_up[expert]))
-                outputs[entries] = product(hidden, experts.down[expert])
-        # As in transformers, the routing weights are rounded to x's dtype, and so is each expert's weighted output.
-        weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
-        total = weighted[:, 0].float()
-        for rank in range(1, top_k):
-            total = total + weighted[:, rank].float()
-        return total.to(x.dtype)
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
+        return run_each(x, experts.gate_up, experts.down, weights, ids, product)
+
+
+def run_each(
+    x: Tensor,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    weights: Tensor,
+    ids: Tensor,
+    multiply: Callable[[Tensor, Any], Tensor],
+) -> Tensor:
+    """Runs each expert once, on all tokens that chose this expert. `multiply(x, weight)` computes x times the transpose
+    of the weight of one expert."""
+    tokens, top_k = ids.shape
+    chosen = ids.flatten()  # chosen[t * K + i] is entry i of token t's top-k list
+    by_expert = chosen.argsort(stable=True)
+    outputs = x.new_empty(tokens * top_k, x.shape[1])
+    counts = chosen.bincount(minlength=len(down)).tolist()
+    for expert, entries in enumerate(by_expert.split(counts)):
+        if len(entries):
+            hidden = silu_and_mul(multiply(x[entries // top_k], gate_up[expert]))
+            outputs[entries] = multiply(hidden, down[expert])
+    # As in transformers, the routing weights are rounded to x's dtype, and so is each expert's weighted output.
+    weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
+    total = weighted[:, 0].float()
+    for rank in range(1, top_k):
+        total = total + weighted[:, rank].float()
+    return total.to(x.dtype)
