@@ -13,6 +13,9 @@ from jamba_server.kernels.ops import QuantizedWeight, Weight
 BLOCK: Final = 32
 """The number of neighbouring inputs of a row of x that share one scale."""
 
+ALL_BITS: Final = frozenset({4, 8})
+"""The numbers of bits of the weights that can be multiplied by 8-bit activations."""
+
 SUPER: Final = 256
 """The number of inputs that share a half precision number in factors of two levels."""
 
@@ -48,15 +51,15 @@ class Numbers:
         return replace(self, **{name: None if part is None else part[index] for name, part in parts})
 
 
-def takes_int8(weight: Weight) -> TypeGuard[QuantizedWeight]:
-    """Returns whether a weight can be multiplied by 8-bit activations.
+def takes_int8(weight: Weight, bits: frozenset[int] = ALL_BITS) -> TypeGuard[QuantizedWeight]:
+    """Returns whether a weight can be multiplied by 8-bit activations, and its number of bits is one of `bits`.
 
     Its numbers must be whole numbers of 4 or 8 bits, and a group must have 16 inputs, a multiple of 32, or a whole row.
     """
     if not isinstance(weight, QuantizedWeight) or weight.values.dtype not in (torch.int8, torch.uint8):
         return False
     size = weight.group_size
-    return weight.bits in (4, 8) and (size == BLOCK // 2 or size % BLOCK == 0 or size >= weight.values.shape[-1])
+    return weight.bits in bits and (size == BLOCK // 2 or size % BLOCK == 0 or size >= weight.values.shape[-1])
 
 
 def numbers_of(weight: QuantizedWeight) -> Numbers:

@@ -17,10 +17,10 @@ from jamba_server.kernels import ops
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import Packer as PanelPacker
+from jamba_server.kernels.int8_activations import ALL_BITS, Numbers, numbers_of, takes_int8
 from jamba_server.kernels.ops import QuantizedWeight, Weight
-from jamba_server.kernels.int8_activations import Numbers, numbers_of, takes_int8
 
-UNITS = ("portable", "avx2", "avx_vnni", "avx512_vnni")
+UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
 
 _FACTORS = {torch.float32: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # as in the C++ enum `Factor`
@@ -124,15 +124,16 @@ def _flat(part: Tensor | None, rows: int) -> Tensor | None:
 
 class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
-    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights."""
+    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
+    whose number of bits is not in `bits` are other weights too."""
 
-    def __init__(self, other: ops.Linear) -> None:
-        self._other, self._pack = other, Packer()
+    def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits, self._pack = other, bits, Packer()
         self._run = library().function("a8_linear", POINTER, INT, POINTER, POINTER, POINTER, INT, INT)
 
     def pack(self, weight: Weight) -> Any:
         """Returns the weight in the layout of the implementation that computes products with it."""
-        return self._pack(weight) if takes_int8(weight) else self._other.pack(weight)
+        return self._pack(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
@@ -172,8 +173,8 @@ class RunExperts:
     """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
     implementation `other` if not. One call reads each expert's weights only once, for all tokens."""
 
-    def __init__(self, other: ops.RunExperts) -> None:
-        self._other, self._pack = other, Packer()
+    def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits, self._pack = other, bits, Packer()
         self._run = library().function("a8_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
     def pack(self, gate_up: Weight, down: Weight) -> Any:
@@ -181,7 +182,7 @@ class RunExperts:
 
         Raises ValueError if the shapes of gate_up and down do not match.
         """
-        if not takes_int8(gate_up) or not takes_int8(down):
+        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
             return self._other.pack(gate_up, down)
         first, second = self._pack(gate_up), self._pack(down)
         if (first.rows, first.inputs) != (2 * second.inputs, second.rows) or first.matrices != second.matrices:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels import ops
-from jamba_server.kernels.int8_activations import BLOCK, Numbers, numbers_of, takes_int8
+from jamba_server.kernels.int8_activations import ALL_BITS, BLOCK, Numbers, numbers_of, takes_int8
 from jamba_server.kernels.ops import Weight
 from jamba_server.kernels.reference.moe import run_each
 
@@ -98,14 +98,15 @@ def a8_product(x: Tensor, weight: Numbers, bias: Tensor | None = None) -> Tensor
 
 class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
-    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights."""
+    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
+    whose number of bits is not in `bits` are other weights too."""
 
-    def __init__(self, other: ops.Linear) -> None:
-        self._other = other
+    def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits = other, bits
 
     def pack(self, weight: Weight) -> Any:
         """Returns the parts of the weight, or what `other.pack` returns."""
-        return numbers_of(weight) if takes_int8(weight) else self._other.pack(weight)
+        return numbers_of(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
 
     def rows(self, weight: Any, ids: Tensor) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
@@ -127,16 +128,14 @@ class RunExperts:
     """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
     implementation `other` if not."""
 
-    def __init__(self, other: ops.RunExperts) -> None:
-        self._other = other
+    def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits = other, bits
 
     def pack(self, gate_up: Weight, down: Weight) -> Any:
         """Returns the parts of each expert's weights, or what `other.pack` returns."""
-        if not takes_int8(gate_up) or not takes_int8(down):
+        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
             return self._other.pack(gate_up, down)
-        each = [
-            tuple(numbers_of(weight).matrix(i) for i in range(len(weight.values))) for weight in (gate_up, down)
-        ]
+        each = [tuple(numbers_of(weight).matrix(i) for i in range(len(weight.values))) for weight in (gate_up, down)]
         return Experts(*each)
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:

@@ -45,15 +45,15 @@ using namespace portable;
 
 namespace {
 
-// The instruction sets for which products with 8-bit activations are compiled. The level `avx512` without VNNI runs the
-// code for AVX2.
-enum class Units : int64_t { portable, avx2, avx_vnni, avx512_vnni };
+// The instruction sets of products with 8-bit activations. There is no code for AVX-512 without VNNI (`avx512`), so that
+// the code for AVX2 runs there.
+enum class Units : int64_t { portable, avx2, avx_vnni, avx512, avx512_vnni };
 
 Units units() {
 #if JAMBA_X86
     static const bool has_512 = __builtin_cpu_supports("avx512vnni"), has_256 = __builtin_cpu_supports("avxvnni");
-    if (level() >= Level::avx512 && has_512) return Units::avx512_vnni;
-    if (level() >= Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
+    if (level() >= Level::avx512) return has_512 ? Units::avx512_vnni : Units::avx512;
+    if (level() == Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
 #endif
     return Units::portable;
 }
@@ -65,6 +65,7 @@ Units units() {
     switch (units()) {                                                  \
         case Units::avx512_vnni: return vnni_512::f(argument);          \
         case Units::avx_vnni: return vnni_256::f(argument);             \
+        case Units::avx512:                                             \
         case Units::avx2: return a8_avx2::f(argument);                  \
         case Units::portable: return a8_portable::f(argument);          \
     }

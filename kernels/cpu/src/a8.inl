@@ -65,26 +65,30 @@ INLINE float quantize_block(const float* x, int32_t* out, int64_t rows, int64_t 
         // Adding 1.5 * 2^23 rounds the quotient to a whole number, and the sum's lowest bits are this number.
         for (int i = 0; i < A8_BLOCK; i++) q[i] = int32_t(to_bits(x[i] / divided + 0x1.8p23f) - 0x4b400000);
     }
-    int32_t pairs[2][2] = {};  // pairs[h][j]: sum of q over inputs 2 j and 2 j + 1 of all words of half h
-    for (int i = 0; i < A8_BLOCK; i++) pairs[i / 16][i / 2 % 2] += q[i];
+    // lanes[h][j]: sum of q over input j of all words of half h
+    int32_t lanes[2][4] = {};
     for (int w = 0; w < A8_WORDS; w++) {
-        const int32_t* const four = q + 4 * w;
-        if constexpr (Dot::STRIDED == 2) {
+        for (int j = 0; j < 4; j++) lanes[w / (A8_WORDS / 2)][j] += q[4 * w + j];
+    }
+    if constexpr (Dot::STRIDED == 2) {
+        for (int w = 0; w < A8_WORDS; w++) {
+            const int32_t* const four = q + 4 * w;
             out[2 * w * rows] = (four[0] & 0xffff) | int32_t(uint32_t(four[2]) << 16);
             out[(2 * w + 1) * rows] = (four[1] & 0xffff) | int32_t(uint32_t(four[3]) << 16);
-        } else {
-            out[w * rows] = (four[0] & 255) | (four[1] & 255) << 8 | (four[2] & 255) << 16 |
-                            int32_t(uint32_t(four[3]) << 24);
         }
+    } else {
+        int8_t bytes[A8_BLOCK];
+        for (int i = 0; i < A8_BLOCK; i++) bytes[i] = int8_t(q[i]);
+        for (int w = 0; w < A8_WORDS; w++) std::memcpy(out + w * rows, bytes + 4 * w, 4);
     }
     out += A8_WORDS * Dot::STRIDED * rows;
     for (int h = 0; h < halves; h++) {
-        const int32_t first = pairs[h][0] + (halves == 1 ? pairs[1][0] : 0);
-        const int32_t second = pairs[h][1] + (halves == 1 ? pairs[1][1] : 0);
+        int32_t first = lanes[h][0] + lanes[h][1], second = lanes[h][2] + lanes[h][3];
+        if (halves == 1) first += lanes[1][0] + lanes[1][1], second += lanes[1][2] + lanes[1][3];
         out[h * rows] = Dot::PAIRED ? (-bias * first & 0xffff) | int32_t(uint32_t(-bias * second) << 16)
                                     : -bias * (first + second);
     }
-    for (int h = 0; h < 2; h++) sums[h] = pairs[h][0] + pairs[h][1];
+    for (int h = 0; h < 2; h++) sums[h] = lanes[h][0] + lanes[h][1] + lanes[h][2] + lanes[h][3];
     const float scale = !is_finite ? from_bits(0x7fc00000) : is_zero ? 0 : divided;
     std::memcpy(out + halves * rows, &scale, 4);
     return scale;
@@ -159,14 +163,17 @@ INLINE void multiply_words(const uint8_t* p, const uint8_t* table, const int32_t
     }
 #pragma GCC unroll 8
     for (int word = 0; word < A8_WORDS / HALVES; word += R::WORDS, p += 4 * PANEL) {
+        Bytes words[NV][R::WORDS];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) {
-            Bytes words[R::WORDS];
-            R::read(p + 4 * WIDTH * v, table, words);
+        for (int v = 0; v < NV; v++) R::read(p + 4 * WIDTH * v, table, words[v]);
 #pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) {
+        for (int m = 0; m < MR; m++) {
 #pragma GCC unroll 2
-                for (int i = 0; i < R::WORDS; i++) dots[m][v].add(words[i], x + (word + i) * Dot::STRIDED * MR + m, MR);
+            for (int i = 0; i < R::WORDS; i++) {
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) {
+                    dots[m][v].add(words[v][i], x + (word + i) * Dot::STRIDED * MR + m, MR);
+                }
             }
         }
     }
@@ -311,7 +318,7 @@ struct A8Part {
 // A span is a range of blocks whose weights of one panel fit into the L1 or L2 cache.
 constexpr int64_t A8_SPAN_BYTES = 1 << 15;
 // The distance in bytes from the weights in use to the weights that are prefetched if only one tile uses them.
-constexpr int64_t A8_AHEAD = 4096;
+constexpr int64_t A8_AHEAD = 8192;
 
 // Computes one panel of a part. Every tile computes one span before any tile starts the next span, and prefetches a
 // part of the next span. So the weights come from memory once.

@@ -8,6 +8,11 @@
 // the inputs 0 and 2 of the word with 16 bits each, and the second holds the inputs 1 and 3. If PAIRED is true, the
 // start value is two integers of 16 bits: the first belongs to the inputs 0 and 1 of all words, the second to the
 // inputs 2 and 3.
+//
+// KEEP_ORDER keeps the compiler from moving the computation of a variable. Otherwise gcc moves all multiplications ahead
+// of the additions and runs out of registers.
+#undef KEEP_ORDER
+#define KEEP_ORDER(variable) asm("" : "+v"(variable))
 #if defined(A8_DOT_512)
 using Bytes = __m512i;
 using Whole = __m512i;
@@ -31,6 +36,7 @@ struct Large {
     INLINE void start(const int32_t* x) { sum = _mm512_set1_epi32(*x); }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
         sum = _mm512_dpbusd_epi32(sum, numbers, _mm512_set1_epi32(*x));
+        KEEP_ORDER(sum);
     }
     INLINE Whole total() const { return sum; }
 };
@@ -59,6 +65,7 @@ struct Large {
     INLINE void start(const int32_t* x) { sum = _mm256_set1_epi32(*x); }
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
         sum = A8_DOT_256(sum, numbers, _mm256_set1_epi32(*x));
+        KEEP_ORDER(sum);
     }
     INLINE Whole total() const { return sum; }
 };
@@ -72,8 +79,7 @@ struct Small {
     INLINE void add(Bytes numbers, const int32_t* x, int64_t) {
         // A sum of 16 bits has at most 16 products of at most 15 * 127, so that it does not overflow.
         pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(numbers, _mm256_set1_epi32(*x)));
-        // gcc would otherwise move all multiplications ahead of the additions and run out of registers.
-        asm("" : "+x"(pairs));
+        KEEP_ORDER(pairs);
     }
     INLINE Whole total() const { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 };
@@ -85,9 +91,9 @@ struct Large {
     INLINE void add(Bytes numbers, const int32_t* x, int64_t stride) {
         const __m256i even = _mm256_and_si256(numbers, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(numbers, 8);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_set1_epi32(x[0])));
-        asm("" : "+x"(sum));
+        KEEP_ORDER(sum);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_set1_epi32(x[stride])));
-        asm("" : "+x"(sum));
+        KEEP_ORDER(sum);
     }
     INLINE Whole total() const { return sum; }
 };
