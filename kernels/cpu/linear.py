@@ -97,7 +97,7 @@ def _check_dense(weight: Tensor) -> None:
 
 def _check(weight: QuantizedWeight) -> None:
     """Raises ValueError unless the library supports the bits, dtypes, shapes and group size of a quantised weight."""
-    values, scales, size, bits = weight
+    values, scales, size, bits = weight[:4]
     _check_dense(values)
     require(scales.is_cpu, "scales", scales, "be in the CPU's memory")
     if bits not in (4, 8):
@@ -122,7 +122,7 @@ class Linear:
         self._gather = library().function("gather_rows", POINTER, INT, POINTER, POINTER, *[INT] * 3)
         self._run = library().function("linear", POINTER, INT, POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT)
 
-    def rows(self, weight: PackedWeight | Tensor, ids: Tensor) -> Tensor:
+    def rows(self, weight: PackedWeight | Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         if packed := isinstance(weight, PackedWeight):
             memory, inputs = weight.panels, weight.inputs

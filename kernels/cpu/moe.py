@@ -10,7 +10,7 @@ from torch import Tensor
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import PackedWeight, Packer
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight
 
 
 class SiluAndMul:
@@ -51,7 +51,7 @@ class RunExperts:
             "run_experts", *(POINTER, INT, POINTER, POINTER, INT, INT, INT), *(POINTER,) * 3, *(INT,) * 6
         )
 
-    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Packs the weights of the experts.
 
         Raises ValueError if gate_up and down have different dtypes, different numbers of bits per element, or shapes

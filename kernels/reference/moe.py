@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.kernels.reference.exact import ordered_sum, silu
 from jamba_server.kernels.reference.linear import contiguous, product
 
@@ -40,17 +40,16 @@ class Experts(NamedTuple):
     In gate_up, the F rows of the gate come before the F rows of the up projection.
     """
 
-    gate_up: tuple[Weight, ...]
-    down: tuple[Weight, ...]
+    gate_up: tuple[Tensor | QuantizedWeight, ...]
+    down: tuple[Tensor | QuantizedWeight, ...]
 
 
-def _each(weight: Weight) -> tuple[Weight, ...]:
+def _each(weight: Tensor | QuantizedWeight) -> tuple[Tensor | QuantizedWeight, ...]:
     """Splits a weight [E, N, K] into E matrices [N, K]."""
     whole = contiguous(weight)
     if isinstance(whole, Tensor):
         return whole.unbind()
-    pairs = zip(whole.values.unbind(), whole.scales.unbind(), strict=True)
-    return tuple(whole._replace(values=values, scales=scales) for values, scales in pairs)
+    return tuple(whole.each(lambda tensor, e=e: tensor[e]) for e in range(len(whole.values)))
 
 
 class RunExperts:
@@ -59,7 +58,7 @@ class RunExperts:
     The results are not batch-invariant, because torch's matrix products are not batch-invariant.
     """
 
-    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Returns the weights as one contiguous matrix for each expert."""
         return Experts(_each(gate_up), _each(down))
 
