@@ -1,5 +1,5 @@
-"""int4: quantises weights symmetrically with one scale for each group of 128 inputs of an output row. Weights of large
-magnitude are clipped if that reduces the squared error of the group.
+"""int4 and int4-g32: quantise weights symmetrically with one scale for each group of 128 or 32 inputs of an output row.
+Weights of large magnitude are clipped if that reduces the squared error of the group.
 
 Few weights of a group are near the largest magnitude of the group, so a smaller scale reduces the errors of most
 weights more than it increases the errors of the clipped weights. Clipping reduces the root mean square error of the

@@ -18,6 +18,7 @@ QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]
 QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int8": int8.quantize,
     "int4": int4.quantize,
+    "int4-g32": int4.quantize,
     "fp8": fp8.quantize,
 }
 # The number of float32 numbers that are quantised at a time. On a CPU these numbers take 1 MiB, which fits into the

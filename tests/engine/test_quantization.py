@@ -30,7 +30,7 @@ from tests.engine.test_weights import Tensors, fuse, logits, rewrite, shard, ten
 from tests.geometries import write_geometry
 
 CPU = torch.device("cpu")
-NAMES: tuple[Quantization, ...] = ("int8", "int4", "fp8")
+NAMES: tuple[Quantization, ...] = ("int8", "int4", "int4-g32", "fp8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRODUCTS = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", "in", "out")} | {"lm_head"}
 REFERENCE = {"linear": "reference", "run_experts": "reference"}
@@ -171,7 +171,7 @@ def test_the_policy_leaves_mixers_and_small_matrices_alone() -> None:
 
 def test_quantize_mamba_needs_a_format() -> None:
     assert QuantizationPolicy.of(EngineConfig(model="m", quantization="int4")) == QuantizationPolicy("int4")
-    with pytest.raises(ConfigError, match="quantize_mamba needs quantization, one of int8, int4, fp8"):
+    with pytest.raises(ConfigError, match="quantize_mamba needs quantization, one of int8, int4, int4-g32, fp8"):
         QuantizationPolicy.of(EngineConfig(model="m", quantize_mamba=True))
 
 

@@ -1,0 +1,218 @@
+"""Products of quantised weights with activations of 8 bits, in compiled code. `src/a8.h` says what is computed.
+
+All instruction sets compute the same bits, which are those of `kernels.reference.a8`, and the results are
+batch-invariant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jamba_server.kernels import ops
+from jamba_server.kernels.cpu.arguments import units, whole
+from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
+from jamba_server.kernels.cpu.linear import Packer as PanelPacker
+from jamba_server.kernels.int8_activations import ALL_BITS, Numbers, numbers_of, takes_int8
+from jamba_server.kernels.ops import QuantizedWeight, Weight
+
+UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+"""The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
+
+_FACTORS = {torch.float32: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # as in the C++ enum `Factor`
+
+
+def machine_units() -> str:
+    """Returns the instruction set that the products with 8-bit activations use on this machine.
+
+    Raises KernelUnavailable if there is no compiled library.
+    """
+    return UNITS[library().function("a8_units", result=INT)()]
+
+
+class _Format(ctypes.Structure):
+    """Contains the address and the format of a packed weight, with the layout of the C++ struct `A8Weights`."""
+
+    _fields_ = (
+        ("panels", POINTER),
+        ("n", INT),
+        ("k", INT),
+        ("bits", INT),
+        ("group_size", INT),
+        ("scales", INT),
+        ("offsets", INT),
+        ("has_zeros", INT),
+        ("bias", INT),
+        ("has_table", INT),
+        ("table", ctypes.c_uint8 * 16),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedA8:
+    """Contains one or more weights [N, K], packed for products with 8-bit activations. `src/a8.h` has the layout.
+
+    `address` is the address of `form`, which describes the weights. `matrices` is the number of weights [N, K] that
+    `panels` contains, one after the other.
+    """
+
+    panels: Tensor
+    form: _Format
+    address: int
+    rows: int
+    inputs: int
+    matrices: int
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError unless the rows of x have the length that this weight requires."""
+        units("x", x, x.dtype, (x.shape[0], self.inputs))
+
+
+class Packer:
+    """Packs weights for products with 8-bit activations."""
+
+    def __init__(self) -> None:
+        native, source = library(), [POINTER] * 6
+        self._memory = PanelPacker().memory
+        self._bytes = native.function("a8_packed_bytes", POINTER, result=INT)
+        self._pack = native.function("a8_pack", POINTER, *source, POINTER)
+
+    def __call__(self, weight: QuantizedWeight) -> PackedA8:
+        """Packs a weight [N, K], or E weights [E, N, K]. The panels of the E weights are stored one after the other."""
+        numbers = numbers_of(weight)
+        rows, inputs = weight.values.shape[-2:]
+        form = _format(numbers, rows, inputs)
+        address = ctypes.addressof(form)
+        parts = [_flat(part, rows) for part in numbers.tensors]
+        assert parts[0] is not None, "a weight has values"
+        matrices, size = len(parts[0]), self._bytes(address)
+        panels = self._memory(size * matrices)
+        for i in range(matrices):
+            own = [None if part is None else part[i].contiguous() for part in parts]
+            pointers = [None if part is None else part.data_ptr() for part in own]
+            self._pack(address, *pointers, panels.data_ptr() + i * size)
+        form.panels = panels.data_ptr()
+        return PackedA8(panels, form, address, rows, inputs, matrices)
+
+
+def _format(numbers: Numbers, rows: int, inputs: int) -> _Format:
+    """Returns the description of a weight that is not packed yet. The struct keeps its address."""
+    offsets, table = numbers.offsets, numbers.table
+    biased = [] if table is None else [number + numbers.bias for number in table]
+    return _Format(
+        n=rows,
+        k=inputs,
+        bits=numbers.bits,
+        group_size=min(numbers.group_size, inputs),
+        scales=_FACTORS[numbers.scales.dtype],
+        offsets=0 if offsets is None else _FACTORS[offsets.dtype],
+        has_zeros=numbers.zeros is not None,
+        bias=numbers.bias,
+        has_table=table is not None,
+        table=(ctypes.c_uint8 * 16)(*biased),
+    )
+
+
+def _flat(part: Tensor | None, rows: int) -> Tensor | None:
+    """Returns a tensor [E, N, ...] of a weight as [number of matrices, N, ...]."""
+    return None if part is None else part.reshape(-1, rows, part.shape[-1])
+
+
+class Linear:
+    """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
+    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
+    whose number of bits is not in `bits` are other weights too."""
+
+    def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits, self._pack = other, bits, Packer()
+        self._run = library().function("a8_linear", POINTER, INT, POINTER, POINTER, POINTER, INT, INT)
+
+    def pack(self, weight: Weight) -> Any:
+        """Returns the weight in the layout of the implementation that computes products with it."""
+        return self._pack(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
+
+    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
+        return self._other.rows(weight, ids)
+
+    def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """See the protocol `kernels.ops.Linear` for the arguments and the result."""
+        if not isinstance(weight, PackedA8):
+            return self._other(x, weight, bias)
+        weight.check(x)
+        if bias is not None:
+            whole("bias", bias, x.dtype, (weight.rows,))
+        y = x.new_empty(x.shape[0], weight.rows)
+        self._run(
+            x.data_ptr(),
+            x.stride(0),
+            weight.address,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.shape[0],
+            DTYPES[x.dtype],
+        )
+        return y
+
+
+class Experts(NamedTuple):
+    """Contains the packed weights of E experts: gate_up [E, 2F, H] and down [E, H, F].
+
+    In gate_up, the F rows of each expert's gate come before the F rows of its up projection.
+    """
+
+    gate_up: PackedA8
+    down: PackedA8
+
+
+class RunExperts:
+    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
+    implementation `other` if not. One call reads each expert's weights only once, for all tokens."""
+
+    def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits, self._pack = other, bits, Packer()
+        self._run = library().function("a8_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
+
+    def pack(self, gate_up: Weight, down: Weight) -> Any:
+        """Returns the experts' weights in the layout of the implementation that runs the experts.
+
+        Raises ValueError if the shapes of gate_up and down do not match.
+        """
+        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
+            return self._other.pack(gate_up, down)
+        first, second = self._pack(gate_up), self._pack(down)
+        if (first.rows, first.inputs) != (2 * second.inputs, second.rows) or first.matrices != second.matrices:
+            raise ValueError(
+                f"gate_up must be [E, 2F, H] and down [E, H, F]; they are {[first.matrices, first.rows, first.inputs]} "
+                f"and {[second.matrices, second.rows, second.inputs]}"
+            )
+        return Experts(first, second)
+
+    def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
+        if not isinstance(experts, Experts):
+            return self._other(x, experts, weights, ids)
+        experts.gate_up.check(x)
+        weights, ids = weights.contiguous(), ids.contiguous()
+        tokens, top_k = shape = x.shape[0], ids.shape[-1]
+        whole("weights", weights, torch.float32, shape)
+        whole("ids", ids, torch.int32, shape)
+        y = x.new_empty(tokens, experts.down.rows)
+        self._run(
+            x.data_ptr(),
+            x.stride(0),
+            experts.gate_up.address,
+            experts.down.address,
+            weights.data_ptr(),
+            ids.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            top_k,
+            experts.down.matrices,
+            DTYPES[x.dtype],
+        )
+        return y
