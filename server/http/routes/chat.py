@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.deadlines import set_timeout
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.chat_replies import ChatCompletion
@@ -33,7 +33,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
-    spec = await plan_chat(chat_task(body), services, id_=f"chatcmpl-{uuid.uuid4().hex}", scope=request.scope)
+    id_ = f"chatcmpl-{uuid.uuid4().hex}"
+    spec = await prepared(request, plan_chat(chat_task(body), services, id_=id_, scope=request.scope))
     writer = ChatWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
