@@ -26,7 +26,7 @@ import llguidance
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.text.grammars.builder import GrammarBuilder
 from jamba_server.server.text.grammars.checker import verdict
-from jamba_server.server.text.grammars.compile_check import Outcome
+from jamba_server.server.text.grammars.compile_check import Allowance, Outcome
 from jamba_server.server.text.grammars.string_formats import BUILT_IN, PATTERNS
 from jamba_server.server.text.grammars.types import OutputFormat, ToolGrammar
 
@@ -109,7 +109,7 @@ class CheckHere:
     """Checks whether llguidance can compile a grammar. It compiles in this process and not in a child process, which is
     acceptable because the schemas of a test suite are known to be harmless."""
 
-    def outcome(self, grammar: str) -> Outcome:
+    def outcome(self, grammar: str, allowance: Allowance | None = None) -> Outcome:
         return Outcome(verdict(grammar, byte_tokenizer()))
 
     def close(self) -> None:
