@@ -20,11 +20,15 @@ from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.services import Services
-from jamba_server.server.http.unknown_fields import ignore_field, warn
+from jamba_server.server.http.unknown_fields import ignore_field, listed, warn
 from jamba_server.server.text.chat_template import RenderedChat
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.reasoning import THINK_TAGS
 from jamba_server.server.text.tool_calls import TOOL_TAGS, ToolCallOptions
+
+# The header X-Warning names parts of schemas that are not enforced in at most this number of characters.
+MAX_LEFT_OUT_CHARS = 400
+MAX_PATH_CHARS = 120  # number of characters of a part's path that are shown
 
 ToolMode = Literal["none", "auto", "required"]
 
@@ -200,8 +204,10 @@ async def _grammar(task: ChatTask, chat: RenderedChat, services: Services, scope
     grammar = await services.grammar(
         scope, task.output_format, tools, reasoning, leading_space=chat.strip_leading_space
     )
-    for name, paths in grammar.left_out.items():
-        warn(f"the schema of the function {name} is not enforced at {', '.join(paths)}", scope)
+    places = [f"{name} {path[:MAX_PATH_CHARS]}" for name, paths in grammar.left_out.items() for path in paths]
+    if places:
+        text = listed(places, MAX_LEFT_OUT_CHARS)
+        warn(f"the grammar does not enforce these parts of the schemas of functions: {text}", scope)
     return grammar.text
 
 

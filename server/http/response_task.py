@@ -14,7 +14,7 @@ from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.schemas.responses.items import Item, ItemReference
 from jamba_server.server.http.schemas.responses.request import LOGPROBS, ResponseRequest
-from jamba_server.server.http.schemas.responses.tools import FunctionNames, allowed_names, joined_name
+from jamba_server.server.http.schemas.responses.tools import FunctionNames, NamedFunction, allowed_names, joined_name
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
 
@@ -62,7 +62,8 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
         ),
         tool_choice=mode,
         allowed_tools=allowed,
-        parallel_tool_calls=body.parallel_tool_calls is not False,
+        # As in OpenAI's API, a named function is called exactly once.
+        parallel_tool_calls=body.parallel_tool_calls is not False and not isinstance(body.choice, NamedFunction),
         output_format=body.output_format,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )

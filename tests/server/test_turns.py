@@ -84,7 +84,8 @@ async def test_a_cancelled_request_is_dropped() -> None:
     await settle()
     waiting.cancel()
     running.cancel()  # its thread still runs, so its turn lasts
-    assert await asyncio.gather(waiting, running, return_exceptions=True)
+    ended = await asyncio.gather(waiting, running, return_exceptions=True)
+    assert [type(error) for error in ended] == [asyncio.CancelledError] * 2
     last = asyncio.create_task(turns.run("b", noting(order, "last")))
     await settle()
     assert order == []

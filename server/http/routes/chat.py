@@ -15,7 +15,7 @@ from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.chat_replies import ChatCompletion
-from jamba_server.server.http.schemas.tools import FunctionTool, OtherTool, Tools, mode_and_allowed
+from jamba_server.server.http.schemas.tools import FunctionTool, NamedTool, OtherTool, Tools, mode_and_allowed
 from jamba_server.server.http.services import ServicesOf
 from jamba_server.server.http.sse import answer
 from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
@@ -62,7 +62,8 @@ def chat_task(body: ChatCompletionRequest) -> ChatTask:
         tools=declared_tools(body.tools),
         tool_choice=mode,
         allowed_tools=allowed,
-        parallel_tool_calls=body.parallel_tool_calls,
+        # As in OpenAI's API, a named function is called exactly once.
+        parallel_tool_calls=body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool),
         output_format=body.output_format,
         reasoning_effort=body.reasoning_effort,
         thinking_token_budget=body.thinking_token_budget,
