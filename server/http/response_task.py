@@ -21,17 +21,20 @@ from jamba_server.server.http.store.responses import ResponseStore
 ChatMessage = dict[str, Any]
 
 
-async def read_input(body: ResponseRequest, store: ResponseStore, owner: str) -> list[Item]:
+async def read_input(body: ResponseRequest, store: ResponseStore, owner: str, *, max_bytes: int) -> list[Item]:
     """Returns the items of the field `input`. Items of the type `item_reference` are replaced by the stored items that
     they name.
 
-    Raises RequestRejected if an item that is referred to is not stored.
+    Raises RequestRejected if an item that is referred to is not stored, or if these items have more than `max_bytes`
+    bytes together.
     """
+    references = [given.id for given in body.items if isinstance(given, ItemReference)]
+    stored = await store.items(references, owner, max_bytes=max_bytes) if references else {}
     items: list[Item] = []
     for position, given in enumerate(body.items):
         if not isinstance(given, ItemReference):
             items.append(given.to_item())
-        elif (item := await store.item(given.id, owner)) is not None:
+        elif (item := stored.get(given.id)) is not None:
             items.append(item)
         else:
             raise RequestRejected(

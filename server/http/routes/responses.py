@@ -142,10 +142,10 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
     await wait_for_start(request, services)
     model = services.model(body.model)
     names = FunctionNames.of(body.declared_tools)
-    items = await read_input(body, services.responses, owner)
+    limit = services.config.max_body_bytes
+    items = await read_input(body, services.responses, owner, max_bytes=limit)
     history: list[Item] = []
     if body.previous_response_id is not None:
-        limit = services.config.max_body_bytes
         history = await services.responses.conversation(body.previous_response_id, owner, max_bytes=limit)
     task = chat_task(body, names, history + items)
     planning = plan_response(
