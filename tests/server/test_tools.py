@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,14 @@ from tests.server.served_model import (
     Model,
     call,
     events,
+    hermes,
+    jamba,
     serve,
     without_ids,
 )
 from tests.synthetic_tokenizer import Family, write_tokenizer
 
-
-@pytest.fixture
-async def hermes(tmp_path: Path) -> AsyncGenerator[Model]:
-    async with serve(tmp_path, "reasoning", REASONING_TEMPLATE) as model:
-        yield model
-
-
-@pytest.fixture
-async def jamba(tmp_path: Path) -> AsyncGenerator[Model]:
-    async with serve(tmp_path, "jamba-1.5", JAMBA_TEMPLATE) as model:
-        yield model
+__all__ = ["hermes", "jamba"]
 
 
 # Tool calls -----------------------------------------------------------------------------------------------------------
