@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from jamba_server.engine.fairness import Shares, urgency
 from jamba_server.engine.sequence import Sequence
 
-Urgency = tuple[int, int, int]  # a result of `fairness.urgency`; no two sequences have the same
+Urgency = tuple[int, int, int]  # this is a result of `fairness.urgency`; no two sequences have the same
 
 
 class WaitingQueue:
@@ -29,8 +29,8 @@ class WaitingQueue:
         self._max_short = max_short
         # the key of each list is its tenant and whether its prompts are long
         self._lists: dict[tuple[str, bool], _Requests] = {}
-        # The urgency of each sequence when it was added, and the key of its list. While a sequence is being started,
-        # its urgency changes before the sequence is removed.
+        # For each sequence, this dict has its urgency when it was added and the key of its list. While a sequence is
+        # being started, its urgency changes before it is removed from the queue.
         self._entries: dict[Sequence, tuple[Urgency, tuple[str, bool]]] = {}
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # grammar takes about 200 bytes of memory for each character.
 MAX_CACHED_CHARS = 1 << 20
 SLOW_SECONDS = 0.1  # a grammar is known to take long if its compilation has taken more CPU time than this
-_MAX_TOOK_LONG = 4096
+_MAX_TOOK_LONG = 4096  # at most this number of grammars are known to take long
 _MAX_ERROR_CHARS = 500
 
 
@@ -130,7 +130,7 @@ class _Work:
     def __init__(self, tokenizing: _Tokenizing) -> None:
         self._cache, self._eos_token_ids = _Cache(), tokenizing.eos_token_ids
         self._quick, self._slow = RoundRobin[_Job](), RoundRobin[_Job]()
-        # The keys of the last grammars that took more than SLOW_SECONDS to compile, the most recent one last.
+        # These are the keys of the last grammars that took more than SLOW_SECONDS to compile, the latest one last.
         self._took_long: OrderedDict[bytes, None] = OrderedDict()
         self._tokenizer: LLTokenizer | GrammarError
         try:

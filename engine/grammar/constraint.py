@@ -37,8 +37,8 @@ class Constraint:
         self._eos = frozenset(eos_token_ids)
         self._end = params.thinking_end
         self._budget = params.thinking_token_budget
-        self._count = 0  # number of tokens that the reply has so far
-        # Number of tokens at the end of the reply that are equal to the first tokens of `thinking_end`.
+        self._count = 0  # counts the tokens that the reply has so far
+        # The last tokens of the reply, as many as this number says, are equal to the first tokens of `thinking_end`.
         self._matched = 0
         # Forced tokens are computed only without `bad_words` and `allowed_token_ids`, because these parameters may
         # forbid a token of the forced text. With these parameters every token is sampled under a mask. A mask that

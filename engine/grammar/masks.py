@@ -19,7 +19,7 @@ from jamba_server.engine.sampling.row import SamplingRow
 
 logger = logging.getLogger(__name__)
 
-_BITS = 32  # number of tokens for which one int32 of a mask has a bit
+_BITS = 32  # one int32 of a mask has a bit for each of this number of tokens
 _MOST_THREADS = 8
 
 

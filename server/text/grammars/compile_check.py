@@ -14,7 +14,8 @@ from jamba_server.engine.grammar.limits import COMPILE_CPU_SECONDS, COMPILE_MEMO
 from jamba_server.server.text.grammars.checker import Check, Setup
 from jamba_server.server.text.grammars.checker_process import CheckerProcess
 
-_MAX_REMEMBERED = 4096  # number of grammars whose answers are cached; an answer takes a few hundred bytes, at most 4 kB
+# The answers about this number of grammars are cached. An answer usually takes a few hundred bytes, and at most 5 kB.
+_MAX_REMEMBERED = 4096
 # All checks for one request together may take this number of seconds of CPU time. A request may need several checks,
 # for example one for each of its tool functions, to find out which of them is refused.
 REQUEST_CPU_SECONDS = 2 * COMPILE_CPU_SECONDS
