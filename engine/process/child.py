@@ -74,7 +74,12 @@ class Child:
             except OSError:
                 ours.close()
                 raise
-        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except OSError:
+            process.kill()
+            ours.close()
+            raise
         child = cls(process, reader, writer)
         child.send(config)
         return child
