@@ -294,7 +294,7 @@ template <class T>
 void write_results(const A8Product<T>& p, int64_t panel, int64_t first, int64_t size, const float* sums) {
     const int64_t left = p.weights->n - panel * PANEL, columns = left < PANEL ? left : PANEL;
     for (int64_t m = 0; m < size; m++, sums += PANEL) {
-        T* const y = p.y + (first + m) * p.weights->n + panel * PANEL;
+        T* const y = p.y + (first + m) * p.y_stride + panel * PANEL;
         for (int64_t i = 0; i < columns; i += WIDTH) {
             const int64_t n = columns - i < WIDTH ? columns - i : WIDTH;
             Vec result = load(sums + i);
