@@ -1,6 +1,6 @@
-// This file computes what the scales, offsets and zeros of a quantised weight add to a product. `gemm.h` defines where a
-// panel has them. A sum over a group of inputs is multiplied by the group's scale. An offset is multiplied by the sum of x
-// over the group, and a zero by the negative of this sum.
+// This file computes what the scales, offsets and zeros of a quantised weight add to a product. `gemm.h` defines where
+// a panel has them. A sum over a group of inputs is multiplied by the group's scale. An offset is multiplied by the sum
+// of x over the group, and a zero by the negative of this sum.
 
 // The struct `GroupPlace` says where a tile finds the factors of a group: the addresses of the panels of the tile's
 // strips, the number of the first strip, the number of the group, and the offset of the group's factors in a panel.
@@ -34,9 +34,9 @@ inline void read_shifts(const Weights& w, const char* numbers, const char* super
     }
 }
 
-// Computes totals += scale * c for the columns of NS strips, where c has the unscaled sums over one group. With SHIFT,
-// what an offset or a zero adds is computed too: scales[s] and shifts[s] have the factors of strip s, and x has the sum of
-// each of the MR rows of x over the group.
+// Computes totals += scale * c for the columns of NS strips, where c has the unscaled sums over one group. If SHIFT is
+// not `none`, what the offsets or the zeros add is computed too. scales[s] and shifts[s] have the factors of strip s: a
+// shift is an offset or the negative of a zero. x has the sum of each of the MR rows of x over the group.
 template <Shift SHIFT, int MR, int NS>
 INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[NS], const float (&shifts)[NS][STRIP],
                        const float* x, Vec (&totals)[MR][2 * NS]) {
@@ -68,7 +68,7 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupP
     for (int s = 0; s < NS; s++) {
         const char *const panel = place.panels[s], *const numbers = panel + place.offset;
         const int64_t column = (place.strip + s) % STRIPS * STRIP;
-        const char* const second = w.two_levels() ? panel + w.super_offset(place.group) : nullptr;
+        const char* const second = panel + w.super_offset(place.group);
         read_factors(w.scale, numbers, second, column, factors[s]);
         scales[s] = factors[s];
         if (w.shift != Shift::none) read_shifts(w, numbers + PANEL * w.scale_item(), second, column, shifts[s]);
