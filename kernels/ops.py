@@ -304,9 +304,9 @@ class QuantizedWeight(NamedTuple):
       entry of the table of 16 numbers that the value selects.
     * float8_e4m3fn: the number is the value, which is finite. `bits` is 8, and there are no zeros, offsets or tables.
 
-    `scales` [..., N, G] is float32 or float16. If `super_scales` is given, `scales` is int8 or uint8, and the scale of a
-    group is super_scales * scales, where super_scales, float16 [..., N, ceil(K / 256)], has one number for 256 elements
-    of a row. `group_size` then divides 256. Such a product of two numbers is exact in float32.
+    `scales` [..., N, G] is float32 or float16. If `super_scales` is given, `scales` is int8 or uint8, and the scale of
+    a group is super_scales * scales, where super_scales, float16 [..., N, ceil(K / 256)], has one number for 256
+    elements of a row. `group_size` then divides 256. Such a product of two numbers is exact in float32.
 
     `offsets` is None, which means 0, or has the shape and dtype of `scales`. If `super_offsets` is given, the offset of
     a group is super_offsets * offsets, as with `super_scales`.

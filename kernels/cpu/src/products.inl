@@ -1,4 +1,5 @@
 #include "formats.inl"
+#include "factors.inl"
 #include "gemm.inl"
 #include "silu.inl"
 #include "entries.inl"
