@@ -68,8 +68,10 @@ def chunk_of(format: str) -> int:
 
 
 def format_of(weight: QuantizedWeight) -> str:
-    """Returns the text that describes how a weight is stored. Raises ValueError if there is no kernel for its format, or if the shapes or the
-    dtypes of its tensors do not fit each other."""
+    """Returns the text that describes how a weight is stored.
+
+    Raises ValueError if there is no kernel for its format, or if the shapes or dtypes of its tensors do not fit.
+    """
     values, size, inputs = weight.values, weight.group_size, weight.values.shape[-1]
     kind = KINDS.get((values.dtype, weight.bits))
     if kind is None:

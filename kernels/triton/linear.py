@@ -79,7 +79,7 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor)
     if is_narrow(outputs, weight.inputs):
         narrow_linear(x, weight, bias, out)
         return
-    tile = tile_for(rows, x.element_size(), quantized=bool(weight.format))
+    tile = tile_for(rows, x.element_size(), weight.format)
     linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
         x,
         *weight.tensors,

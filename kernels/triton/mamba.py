@@ -102,7 +102,7 @@ def _update(
     require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
     dt_proj = read(weights.dt_proj)
     quantized = bool(dt_proj.format)
-    tile = tile_for(1, u.element_size(), quantized=quantized)
+    tile = tile_for(1, u.element_size(), dt_proj.format)
     rank, block = len(weights.dt_norm), block_channels(states, quantized=quantized)
     shared = program_rows(rows, channels, states, quantized=quantized)
     rank_block, state_block = next_power_of_2(rank), next_power_of_2(states)

@@ -73,7 +73,7 @@ class RunExperts:
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
         require(x.shape[1] == first.inputs == hidden, "x", x, "have as many inputs as both weights of the experts")
-        tiles = [tile_for(tokens * top_k, x.element_size(), quantized=bool(w.format)) for w in (first, second)]
+        tiles = [tile_for(tokens * top_k, x.element_size(), w.format) for w in (first, second)]
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1)}
         grid = (_num_tiles(tokens * top_k, count, tiles[0]), cdiv(intermediate, tiles[0].columns // 2))

@@ -39,13 +39,13 @@ def is_narrow(outputs: int, inputs: int) -> bool:
     return 8 * outputs <= inputs
 
 
-def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
+def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
     """Returns the tile for a product with `rows` rows of x.
 
     The tile for a weight that is not quantised has at least 64 rows.
     """
-    if quantized:
-        return product_tile(rows, item_bytes, quantized=True)
+    if format:
+        return product_tile(rows, item_bytes, format)
     inner = 128 // item_bytes
     # On GPUs of compute capability 12.0, the compiler spills registers of this smaller tile without `max_registers`.
     if rows < MANY_ROWS:
@@ -62,7 +62,7 @@ def narrow_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         bias_or_any, sizes = sums if bias is None else bias, (out.numel(), outputs, len(sums), out.stride(0))
         sum_kernel[grid](sums, bias_or_any, out, *sizes, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
         return
-    tile = tile_for(rows, x.element_size(), quantized=bool(weight.format))
+    tile = tile_for(rows, x.element_size(), weight.format)
     bias_or_any, sizes = weight.words if bias is None else bias, (rows, outputs, weight.inputs)
     narrow_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
         *(x, *weight.tensors, bias_or_any, out, *sizes, x.stride(0), out.stride(0)),
@@ -77,7 +77,7 @@ def section_sums(x: Tensor, weight: PackedWeight) -> Tensor:
     fits = weight.inputs == inputs and x.stride(1) == 1 and (bool(weight.format) or x.dtype == weight.words.dtype)
     require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
     sums = torch.empty(cdiv(inputs, SECTION), rows, outputs, device=x.device)
-    tile = tile_for(min(rows, MANY_ROWS - 1), x.element_size(), quantized=bool(weight.format))
+    tile = tile_for(min(rows, MANY_ROWS - 1), x.element_size(), weight.format)
     section_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns), len(sums))](
         *(x, *weight.tensors, sums, rows, outputs, inputs, x.stride(0)), **_options(weight, tile)
     )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from jamba_server.kernels.triton.formats import chunk_of, group_of, has, part_of
+from jamba_server.kernels.triton.formats import chunk_of, group_of, has, kind_of, part_of
 from jamba_server.kernels.triton.launch import EXACT, dot, jit
 from jamba_server.kernels.triton.quantized import SUPER, factors, numbers
 
@@ -56,31 +56,37 @@ class Tile(NamedTuple):
         }
 
 
-def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
-    """Returns the tile for a product with `rows` rows of x, whose elements have `item_bytes` bytes."""
-    if quantized:
-        return _quantized_tile(rows, item_bytes)
+def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
+    """Returns the tile for a product with `rows` rows of x, whose elements have `item_bytes` bytes.
+
+    `format` is the weight's format, or "" if the weight is not quantised.
+    """
+    if format:
+        return _quantized_tile(rows, item_bytes, format)
     inner = 128 // item_bytes
     if rows <= FEW_ROWS:
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=6)
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
 
 
-def _quantized_tile(rows: int, item_bytes: int) -> Tile:
+def _quantized_tile(rows: int, item_bytes: int, format: str) -> Tile:
     """Returns the tile for a product with a quantised weight.
 
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
     """
-    inner, max_registers = 128, 255
+    inner, max_registers = chunk_of(format), 255
     # Each float32 element needs three registers, one for each of its three TF32 products, so the tile is small. With
     # int4 weights, more than 3 pipeline stages do not fit into 99 KiB of shared memory.
     if item_bytes == 4:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
     if rows <= FEWER_ROWS:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=6, max_registers=max_registers)
+    # The sums of several groups, and what is computed for each of them, need more registers.
+    heavy = has(format, "offsets") or has(format, "zeros") or kind_of(format) == "table"
+    most = FEW_ROWS // 2 if heavy and 0 < group_of(format) < inner else FEW_ROWS
     if rows <= FEW_ROWS:
-        return Tile(FEW_ROWS, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
-    return Tile(FEW_ROWS, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
+        return Tile(most, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
+    return Tile(most, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
 
 
 @jit

@@ -127,7 +127,9 @@ def numbers(
     if kind == "table":
         shifted = words >> (4 * part)
         index = tl.join(shifted & 15, (shifted >> 16) & 15)
-        found = tl.load(table + tl.reshape(index, (words.shape[0], 2 * words.shape[1])))
+        # A load of each number by its index would take much shared memory, because it would be prefetched.
+        entries = tl.load(table + tl.arange(0, 16))[None, :] + tl.zeros((words.shape[0], 1), tl.float32)
+        found = tl.gather(entries, tl.reshape(index, (words.shape[0], 2 * words.shape[1])), 1)
         x = rounded(found, DTYPE)
     else:
         if bits_of(FORMAT) == 4:
