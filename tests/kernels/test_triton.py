@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch import Tensor
 
 import jamba_server.kernels.triton
 from jamba_server.kernels import table
@@ -18,7 +19,6 @@ from jamba_server.kernels.ops import (
     QuantizedWeight,
     RunExperts,
     Sample,
-    Weight,
 )
 from jamba_server.kernels.ops import SampleInputs as Inputs
 from jamba_server.kernels.reference.sample import sample as reference_sample
@@ -77,7 +77,7 @@ def test_rows_of_decode_go_in_groups(
     assert_same(attention_decode(q, pages, SCALE), together)
 
 
-def some_weight(*shape: int, format: str, dtype: torch.dtype, seed: int) -> Weight:
+def some_weight(*shape: int, format: str, dtype: torch.dtype, seed: int) -> Tensor | QuantizedWeight:
     """Random, and quantised unless `format` is empty."""
     if not format:
         return random(*shape, dtype=dtype, seed=seed)
