@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels import ops
+from jamba_server.kernels.arguments import require
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import Packer as PanelPacker
-from jamba_server.kernels.int8_activations import ALL_BITS, Numbers, numbers_of, takes_int8
-from jamba_server.kernels.ops import QuantizedWeight, Weight
+from jamba_server.kernels.int8_activations import ALL_BITS, takes_int8
+from jamba_server.kernels.ops import SUPER_GROUP, QuantizedWeight, StackedWeight, Weight
 
 UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
@@ -72,6 +73,12 @@ class PackedA8:
         units("x", x, x.dtype, (x.shape[0], self.inputs))
 
 
+class StackedA8(NamedTuple):
+    """Contains packed weights that multiply the same input. Their outputs are stored one after the other."""
+
+    parts: tuple[PackedA8, ...]
+
+
 class Packer:
     """Packs weights for products with 8-bit activations."""
 
@@ -83,13 +90,13 @@ class Packer:
 
     def __call__(self, weight: QuantizedWeight) -> PackedA8:
         """Packs a weight [N, K], or E weights [E, N, K]. The panels of the E weights are stored one after the other."""
-        numbers = numbers_of(weight)
         rows, inputs = weight.values.shape[-2:]
-        form = _format(numbers, rows, inputs)
+        _check(weight)
+        form = _format(weight)
         address = ctypes.addressof(form)
-        parts = [_flat(part, rows) for part in numbers.tensors]
-        assert parts[0] is not None, "a weight has values"
-        matrices, size = len(parts[0]), self._bytes(address)
+        tensors = (weight.values, weight.scales, weight.super_scales)
+        parts = [_flat(part) for part in (*tensors, weight.offsets, weight.super_offsets, weight.zeros)]
+        matrices, size = weight.values.numel() // (rows * inputs), self._bytes(address)
         panels = self._memory(size * matrices)
         for i in range(matrices):
             own = [None if part is None else part[i].contiguous() for part in parts]
@@ -99,27 +106,50 @@ class Packer:
         return PackedA8(panels, form, address, rows, inputs, matrices)
 
 
-def _format(numbers: Numbers, rows: int, inputs: int) -> _Format:
+def _format(weight: QuantizedWeight) -> _Format:
     """Returns the description of a weight that is not packed yet. The struct keeps its address."""
-    offsets, table = numbers.offsets, numbers.table
-    biased = [] if table is None else [number + numbers.bias for number in table]
+    rows, inputs = weight.values.shape[-2:]
+    is_signed = weight.values.dtype == torch.int8
+    bias = 128 if weight.table is not None or (is_signed and weight.bits == 8) else 8 if is_signed else 0
     return _Format(
         n=rows,
         k=inputs,
-        bits=numbers.bits,
-        group_size=min(numbers.group_size, inputs),
-        scales=_FACTORS[numbers.scales.dtype],
-        offsets=0 if offsets is None else _FACTORS[offsets.dtype],
-        has_zeros=numbers.zeros is not None,
-        bias=numbers.bias,
-        has_table=table is not None,
-        table=(ctypes.c_uint8 * 16)(*biased),
+        bits=weight.bits,
+        group_size=min(weight.group_size, inputs),
+        scales=_FACTORS[weight.scales.dtype],
+        offsets=0 if weight.offsets is None else _FACTORS[weight.offsets.dtype],
+        has_zeros=weight.zeros is not None,
+        bias=bias,
+        has_table=weight.table is not None,
+        table=(ctypes.c_uint8 * 16)(*(int(number) + bias for number in weight.table or ())),
     )
 
 
-def _flat(part: Tensor | None, rows: int) -> Tensor | None:
-    """Returns a tensor [E, N, ...] of a weight as [number of matrices, N, ...]."""
-    return None if part is None else part.reshape(-1, rows, part.shape[-1])
+def _check(weight: QuantizedWeight) -> None:
+    """Raises ValueError unless the tensors of a weight are in the CPU's memory and have the shapes and dtypes that
+    `kernels.ops.QuantizedWeight` allows."""
+    *lead, inputs = weight.values.shape
+    groups, supers = -(-inputs // weight.group_size), -(-inputs // SUPER_GROUP)
+    scales = (torch.int8, torch.uint8) if weight.super_scales is not None else (torch.float32, torch.float16)
+    offsets = (torch.int8, torch.uint8) if weight.super_offsets is not None else (torch.float32, torch.float16)
+    parts = (
+        ("values", weight.values, inputs, (torch.int8, torch.uint8)),
+        ("scales", weight.scales, groups, scales),
+        ("offsets", weight.offsets, groups, offsets),
+        ("zeros", weight.zeros, groups, (torch.uint8,)),
+        ("super_scales", weight.super_scales, supers, (torch.float16,)),
+        ("super_offsets", weight.super_offsets, supers, (torch.float16,)),
+    )
+    for name, part, size, dtypes in parts:
+        if part is None:
+            continue
+        words = f"be {' or '.join(str(dtype) for dtype in dtypes)} {[*lead, size]} in the CPU's memory"
+        require(part.dtype in dtypes and tuple(part.shape) == (*lead, size) and part.is_cpu, name, part, words)
+
+
+def _flat(part: Tensor | None) -> Tensor | None:
+    """Returns a tensor [..., N, G] of a weight as [number of matrices, N, G]."""
+    return None if part is None else part.reshape(-1, *part.shape[-2:])
 
 
 class Linear:
@@ -129,33 +159,51 @@ class Linear:
 
     def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits, self._pack = other, bits, Packer()
-        self._run = library().function("a8_linear", POINTER, INT, POINTER, POINTER, POINTER, INT, INT)
+        self._rows = library().function("a8_rows", POINTER, POINTER, POINTER, INT, INT)
+        self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
 
     def pack(self, weight: Weight) -> Any:
-        """Returns the weight in the layout of the implementation that computes products with it."""
+        """Returns the weight in the layout of the implementation that computes products with it.
+
+        A stack of matrices is multiplied by 8-bit activations only if all of its matrices can be.
+        """
+        if isinstance(weight, StackedWeight) and all(takes_int8(part, self._bits) for part in weight.parts):
+            return StackedA8(tuple(self._pack(part) for part in weight.parts if takes_int8(part)))
         return self._pack(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
 
-    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+    def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        return self._other.rows(weight, ids)
+        if not isinstance(weight, PackedA8):
+            return self._other.rows(weight, ids, dtype)
+        assert dtype is not None, "the elements of a quantised weight have no dtype of their own"
+        whole("ids", ids, torch.int64, (ids.shape[0],))
+        out = ids.new_empty(len(ids), weight.inputs, dtype=dtype)
+        self._rows(weight.address, ids.data_ptr(), out.data_ptr(), len(ids), DTYPES[dtype])
+        return out
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        if not isinstance(weight, PackedA8):
+        if not isinstance(weight, (PackedA8, StackedA8)):
             return self._other(x, weight, bias)
-        weight.check(x)
+        parts = weight.parts if isinstance(weight, StackedA8) else (weight,)
+        rows, item = sum(part.rows for part in parts), x.element_size()
         if bias is not None:
-            whole("bias", bias, x.dtype, (weight.rows,))
-        y = x.new_empty(x.shape[0], weight.rows)
-        self._run(
-            x.data_ptr(),
-            x.stride(0),
-            weight.address,
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.shape[0],
-            DTYPES[x.dtype],
-        )
+            whole("bias", bias, x.dtype, (rows,))
+        y = x.new_empty(x.shape[0], rows)
+        start = 0  # the address of the first output of a part, in bytes from that of the first part
+        for part in parts:
+            part.check(x)
+            self._run(
+                x.data_ptr(),
+                x.stride(0),
+                part.address,
+                None if bias is None else bias.data_ptr() + start,
+                y.data_ptr() + start,
+                rows,
+                x.shape[0],
+                DTYPES[x.dtype],
+            )
+            start += part.rows * item
         return y
 
 

@@ -3,8 +3,10 @@ the bit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from jamba_server.kernels.cpu.library import LEVELS, Library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
-from jamba_server.kernels.ops import QuantizedWeight
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference import a8 as reference
 from jamba_server.kernels.reference.linear import Linear as PlainReference
 from jamba_server.kernels.reference.moe import RunExperts as PlainReferenceExperts
@@ -25,6 +27,70 @@ from tests.kernels.test_quantized import ROW, experts_case, formula, quantized
 
 GROUPS = [("int4", 16), ("int4", 32), ("int4", 128), ("int4", ROW), ("int8", 16), ("int8", 64), ("int8", ROW)]
 SHAPES = [(1, 1), (35, 33), (70, 261), (33, 300)]
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+class Form(NamedTuple):
+    """A format: the lowest and highest value, and what `QuantizedWeight` says of it."""
+
+    low: int
+    high: int
+    bits: int
+    group_size: int
+    scale: torch.dtype = torch.float16
+    has_offsets: bool = False
+    has_zeros: bool = False
+    table: tuple[float, ...] | None = None
+
+
+FORMS = {
+    "Q4_0": Form(-8, 7, 4, 32),
+    "Q8_0": Form(-128, 127, 8, 32),
+    "Q4_1": Form(0, 15, 4, 32, has_offsets=True),
+    "Q5_1": Form(0, 31, 8, 32, has_offsets=True),
+    "Q2_K": Form(0, 3, 4, 16, torch.uint8, has_offsets=True),
+    "Q3_K": Form(-4, 3, 4, 16, torch.int8),
+    "Q4_K": Form(0, 15, 4, 32, torch.uint8, has_offsets=True),
+    "Q6_K": Form(-32, 31, 8, 16, torch.int8),
+    "IQ4_NL": Form(0, 15, 4, 32, table=IQ4),
+    "IQ4_XS": Form(0, 15, 4, 32, torch.int8, table=IQ4),
+    "MLX, 8 bits": Form(0, 255, 8, 64, torch.float32, has_offsets=True),
+    "GPTQ, 4 bits": Form(0, 15, 4, 128, has_zeros=True),
+    "GPTQ, 8 bits, rows": Form(0, 255, 8, ROW, has_zeros=True),
+}
+
+
+def weight_of(name: str, *shape: int) -> QuantizedWeight:
+    """A random weight [..., N, K] of a format."""
+    form, generator = FORMS[name], torch.Generator().manual_seed(1)
+    *lead, inputs = shape
+    groups, supers = -(-inputs // form.group_size), -(-inputs // 256)
+    two_levels = form.scale in (torch.int8, torch.uint8)
+
+    def whole(low: int, high: int, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(low, high + 1, (*lead, count), generator=generator).to(dtype)
+
+    def factors() -> Tensor:
+        if two_levels:
+            return whole(-100 if form.scale == torch.int8 else 0, 100, groups, form.scale)
+        return (torch.rand(*lead, groups, generator=generator) / 50).to(form.scale)
+
+    def super_factors() -> Tensor | None:
+        return (torch.randn(*lead, supers, generator=generator) / 2000).half() if two_levels else None
+
+    return QuantizedWeight(
+        values=whole(form.low, form.high, inputs, torch.int8 if form.low < 0 else torch.uint8),
+        scales=factors(),
+        group_size=form.group_size,
+        bits=form.bits,
+        offsets=factors() if form.has_offsets else None,
+        zeros=whole(0, form.high, groups, torch.uint8) if form.has_zeros else None,
+        super_scales=super_factors(),
+        super_offsets=super_factors() if form.has_offsets else None,
+        table=form.table,
+    )
+
+
 ROWS = (1, 2, 3, 4, 5, 8, 9, 12, 31, 64)
 
 
@@ -32,7 +98,7 @@ def compiled() -> Linear:
     return Linear(PlainLinear())
 
 
-def expected(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def expected(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     linear = reference.Linear(PlainReference())
     return linear(x, linear.pack(weight), bias)
 
@@ -51,16 +117,22 @@ def test_fused_products_are_rounded_once() -> None:
     assert not torch.equal(reference.fused(a, b, c), (a.double() * b.double() + c.double()).float())
 
 
-@pytest.mark.parametrize(("format", "group_size"), GROUPS)
-def test_the_reference_is_near_the_product(format: str, group_size: int) -> None:
+def is_near_the_product(weights: Sequence[QuantizedWeight]) -> None:
     """Each input is at most half a step from what is multiplied, and a step is the block's largest input / 127."""
-    for outputs, inputs in SHAPES:
-        weight, x = quantized(outputs, inputs, format=format, group_size=group_size), random(9, inputs)
+    for weight in weights:
+        inputs = weight.values.shape[-1]
+        x = random(9, inputs)
         padded = np.pad(double(x), ((0, 0), (0, -inputs % 32))).reshape(9, -1, 32)
         steps = np.broadcast_to(np.abs(padded).max(-1, keepdims=True) / 127, padded.shape).reshape(9, -1)[:, :inputs]
-        wide = formula(weight)
+        wide = double(weight.dequantized())
         error = np.abs(double(expected(x, weight)) - double(x) @ wide.T)
         assert (error <= (steps / 2) @ np.abs(wide).T + 1e-4).all()
+
+
+def test_the_reference_is_near_the_product() -> None:
+    is_near_the_product([weight_of(name, 35, 300) for name in FORMS])
+    for format, group_size in GROUPS:
+        is_near_the_product([quantized(*shape, format=format, group_size=group_size) for shape in SHAPES])
 
 
 def test_the_reference_is_exact_for_inputs_that_are_whole_numbers() -> None:
@@ -88,6 +160,23 @@ def test_every_level_equals_the_reference(native: Library, format: str, group_si
         packed = linear.pack(weight)
         assert isinstance(packed, PackedA8)
         assert_same(linear(x, packed, bias), expected(x, weight, bias))
+
+
+@pytest.mark.parametrize("native", LEVELS, indirect=True)
+def test_every_format_equals_the_reference(native: Library) -> None:
+    """Also where a product has the outputs of two matrices of different formats, and where rows are embedded with."""
+    assert native.level() in LEVELS
+    linear, bias = compiled(), random(75, dtype=torch.bfloat16, seed=2)
+    x, ids = random(7, 300, dtype=torch.bfloat16), torch.tensor([34, 0, 7, 33])
+    for name in FORMS:
+        first, second = weight_of(name, 35, 300), weight_of("Q4_K", 40, 300)
+        packed, stacked = linear.pack(first), linear.pack(StackedWeight((first, second)))
+        assert isinstance(packed, PackedA8)
+        for rows in (1, 2, 7):
+            assert_same(linear(x[:rows], packed), expected(x[:rows], first))
+        joined = torch.cat([expected(x, first, bias[:35]), expected(x, second, bias[35:])], dim=1)
+        assert_same(linear(x, stacked, bias), joined)
+        assert_same(linear.rows(packed, ids, torch.bfloat16), first.dequantized(ids).bfloat16())
 
 
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
