@@ -1,12 +1,11 @@
-"""Says which weights can be multiplied by activations of 8 bits, and what the parts of such a weight are."""
+"""Says which weights can be multiplied by activations of 8 bits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Final, TypeGuard
 
 import torch
-from torch import Tensor
 
 from jamba_server.kernels.ops import QuantizedWeight, Weight
 
@@ -16,52 +15,23 @@ BLOCK: Final = 32
 ALL_BITS: Final = frozenset({4, 8})
 """The numbers of bits of the weights that can be multiplied by 8-bit activations."""
 
-SUPER: Final = 256
-"""The number of inputs that share a half precision number in factors of two levels."""
 
+def takes_int8(weight: Weight) -> TypeGuard[QuantizedWeight]:
+    """Returns whether a weight can be multiplied by 8-bit activations.
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """Contains the parts of a quantised weight that is multiplied by 8-bit activations.
-
-    `kernels.ops.QuantizedWeight` has the shapes. `bias` is the number that makes all whole numbers of the weight
-    non-negative when it is added to them. If `table` is not None, the values are indices of these 16 whole numbers.
-    """
-
-    values: Tensor
-    scales: Tensor
-    group_size: int
-    bits: int
-    bias: int
-    super_scales: Tensor | None = None
-    offsets: Tensor | None = None
-    super_offsets: Tensor | None = None
-    zeros: Tensor | None = None
-    table: tuple[int, ...] | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Returns the values, then the factors: each type of factor is followed by its half precision numbers."""
-        return self.values, self.scales, self.super_scales, self.offsets, self.super_offsets, self.zeros
-
-    def matrix(self, index: int) -> Numbers:
-        """Returns matrix number `index` of a stack of matrices [E, N, K]."""
-        names = ("values", "scales", "super_scales", "offsets", "super_offsets", "zeros")
-        parts = zip(names, self.tensors, strict=True)
-        return replace(self, **{name: None if part is None else part[index] for name, part in parts})
-
-
-def takes_int8(weight: Weight, bits: frozenset[int] = ALL_BITS) -> TypeGuard[QuantizedWeight]:
-    """Returns whether a weight can be multiplied by 8-bit activations, and its number of bits is one of `bits`.
-
-    Its numbers must be whole numbers of 4 or 8 bits, and a group must have 16 inputs, a multiple of 32, or a whole row.
+    Its numbers, or the entries of its table, must be whole numbers, and a group must have 16 inputs, a multiple of 32,
+    or a whole row.
     """
     if not isinstance(weight, QuantizedWeight) or weight.values.dtype not in (torch.int8, torch.uint8):
         return False
+    if weight.table is not None and not all(n == int(n) and -128 <= n <= 127 for n in weight.table):
+        return False
     size = weight.group_size
-    return weight.bits in bits and (size == BLOCK // 2 or size % BLOCK == 0 or size >= weight.values.shape[-1])
+    return size == BLOCK // 2 or size % BLOCK == 0 or size >= weight.values.shape[-1]
 
 
-def numbers_of(weight: QuantizedWeight) -> Numbers:
-    """Returns the parts of a weight that the function `takes_int8` accepts."""
-    return Numbers(weight.values, weight.scales, weight.group_size, weight.bits, 8 if weight.bits == 4 else 128)
+def int8_parts(parts: Sequence[Weight], bits: frozenset[int]) -> tuple[QuantizedWeight, ...] | None:
+    """Returns the weights `parts`, which one kernel multiplies together, if they are to be multiplied by 8-bit
+    activations: all of them can be, and one of them has a number of bits that is in `bits`. Otherwise returns None."""
+    able = tuple(part for part in parts if takes_int8(part))
+    return able if len(able) == len(parts) and any(part.bits in bits for part in able) else None

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from jamba_server.kernels import ops
 from jamba_server.kernels.cpu.arguments import units, whole
+from jamba_server.kernels.cpu.formats import check
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import Packer as PanelPacker
-from jamba_server.kernels.int8_activations import ALL_BITS, Numbers, numbers_of, takes_int8
-from jamba_server.kernels.ops import QuantizedWeight, Weight
+from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
 UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
@@ -72,6 +73,13 @@ class PackedA8:
         units("x", x, x.dtype, (x.shape[0], self.inputs))
 
 
+class StackedA8(NamedTuple):
+    """Contains one or more packed matrices that multiply the same input. Their outputs are stored one after the
+    other."""
+
+    parts: tuple[PackedA8, ...]
+
+
 class Packer:
     """Packs weights for products with 8-bit activations."""
 
@@ -83,13 +91,13 @@ class Packer:
 
     def __call__(self, weight: QuantizedWeight) -> PackedA8:
         """Packs a weight [N, K], or E weights [E, N, K]. The panels of the E weights are stored one after the other."""
-        numbers = numbers_of(weight)
         rows, inputs = weight.values.shape[-2:]
-        form = _format(numbers, rows, inputs)
+        check(weight)
+        form = _format(weight)
         address = ctypes.addressof(form)
-        parts = [_flat(part, rows) for part in numbers.tensors]
-        assert parts[0] is not None, "a weight has values"
-        matrices, size = len(parts[0]), self._bytes(address)
+        tensors = (weight.values, weight.scales, weight.super_scales)
+        parts = [_flat(part) for part in (*tensors, weight.offsets, weight.super_offsets, weight.zeros)]
+        matrices, size = weight.values.numel() // (rows * inputs), self._bytes(address)
         panels = self._memory(size * matrices)
         for i in range(matrices):
             own = [None if part is None else part[i].contiguous() for part in parts]
@@ -99,63 +107,78 @@ class Packer:
         return PackedA8(panels, form, address, rows, inputs, matrices)
 
 
-def _format(numbers: Numbers, rows: int, inputs: int) -> _Format:
+def _format(weight: QuantizedWeight) -> _Format:
     """Returns the description of a weight that is not packed yet. The struct keeps its address."""
-    offsets, table = numbers.offsets, numbers.table
-    biased = [] if table is None else [number + numbers.bias for number in table]
+    rows, inputs = weight.values.shape[-2:]
+    is_signed = weight.values.dtype == torch.int8
+    bias = 128 if weight.table is not None or (is_signed and weight.bits == 8) else 8 if is_signed else 0
     return _Format(
         n=rows,
         k=inputs,
-        bits=numbers.bits,
-        group_size=min(numbers.group_size, inputs),
-        scales=_FACTORS[numbers.scales.dtype],
-        offsets=0 if offsets is None else _FACTORS[offsets.dtype],
-        has_zeros=numbers.zeros is not None,
-        bias=numbers.bias,
-        has_table=table is not None,
-        table=(ctypes.c_uint8 * 16)(*biased),
+        bits=weight.bits,
+        group_size=min(weight.group_size, inputs),
+        scales=_FACTORS[weight.scales.dtype],
+        offsets=0 if weight.offsets is None else _FACTORS[weight.offsets.dtype],
+        has_zeros=weight.zeros is not None,
+        bias=bias,
+        has_table=weight.table is not None,
+        table=(ctypes.c_uint8 * 16)(*(int(number) + bias for number in weight.table or ())),
     )
 
 
-def _flat(part: Tensor | None, rows: int) -> Tensor | None:
-    """Returns a tensor [E, N, ...] of a weight as [number of matrices, N, ...]."""
-    return None if part is None else part.reshape(-1, rows, part.shape[-1])
+def _flat(part: Tensor | None) -> Tensor | None:
+    """Returns a tensor [..., N, G] of a weight as [number of matrices, N, G]."""
+    return None if part is None else part.reshape(-1, *part.shape[-2:])
 
 
 class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
-    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
-    whose number of bits is not in `bits` are other weights too."""
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
     def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits, self._pack = other, bits, Packer()
-        self._run = library().function("a8_linear", POINTER, INT, POINTER, POINTER, POINTER, INT, INT)
+        self._rows = library().function("a8_rows", POINTER, POINTER, POINTER, INT, INT)
+        self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
 
     def pack(self, weight: Weight) -> Any:
         """Returns the weight in the layout of the implementation that computes products with it."""
-        return self._pack(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
+        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
+        return self._other.pack(weight) if parts is None else StackedA8(tuple(map(self._pack, parts)))
 
-    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+    def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        return self._other.rows(weight, ids)
+        if not isinstance(weight, StackedA8):
+            return self._other.rows(weight, ids, dtype)
+        if dtype is None:
+            raise TypeError("dtype must be given for rows of a quantised weight")
+        [part] = weight.parts
+        whole("ids", ids, torch.int64, (ids.shape[0],))
+        out = ids.new_empty(len(ids), part.inputs, dtype=dtype)
+        self._rows(part.address, ids.data_ptr(), out.data_ptr(), len(ids), DTYPES[dtype])
+        return out
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        if not isinstance(weight, PackedA8):
+        if not isinstance(weight, StackedA8):
             return self._other(x, weight, bias)
-        weight.check(x)
+        rows, item = sum(part.rows for part in weight.parts), x.element_size()
         if bias is not None:
-            whole("bias", bias, x.dtype, (weight.rows,))
-        y = x.new_empty(x.shape[0], weight.rows)
-        self._run(
-            x.data_ptr(),
-            x.stride(0),
-            weight.address,
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.shape[0],
-            DTYPES[x.dtype],
-        )
+            whole("bias", bias, x.dtype, (rows,))
+        y = x.new_empty(x.shape[0], rows)
+        start = 0  # the address of the first output of a part, in bytes from that of the first part
+        for part in weight.parts:
+            part.check(x)
+            self._run(
+                x.data_ptr(),
+                x.stride(0),
+                part.address,
+                None if bias is None else bias.data_ptr() + start,
+                y.data_ptr() + start,
+                rows,
+                x.shape[0],
+                DTYPES[x.dtype],
+            )
+            start += part.rows * item
         return y
 
 
@@ -170,21 +193,23 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
-    implementation `other` if not. One call reads each expert's weights only once, for all tokens."""
+    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations for the weights that
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights. One call
+    reads each expert's weights only once, for all tokens."""
 
     def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits, self._pack = other, bits, Packer()
         self._run = library().function("a8_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
-    def pack(self, gate_up: Weight, down: Weight) -> Any:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
         """Returns the experts' weights in the layout of the implementation that runs the experts.
 
         Raises ValueError if the shapes of gate_up and down do not match.
         """
-        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
+        parts = int8_parts((gate_up, down), self._bits)
+        if parts is None:
             return self._other.pack(gate_up, down)
-        first, second = self._pack(gate_up), self._pack(down)
+        first, second = map(self._pack, parts)
         if (first.rows, first.inputs) != (2 * second.inputs, second.rows) or first.matrices != second.matrices:
             raise ValueError(
                 f"gate_up must be [E, 2F, H] and down [E, H, F]; they are {[first.matrices, first.rows, first.inputs]} "

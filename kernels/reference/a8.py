@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels import ops
-from jamba_server.kernels.int8_activations import ALL_BITS, BLOCK, Numbers, numbers_of, takes_int8
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.int8_activations import ALL_BITS, BLOCK, int8_parts
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference.moe import run_each
 
 SMALLEST_SCALE = 2.0**-126  # A smaller scale would not have the full precision of float32, so that it counts as zero.
@@ -63,21 +63,12 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(inexact, bits + away, bits).view(torch.float64).float()
 
 
-def factors(values: Tensor, supers: Tensor | None) -> Tensor:
-    """Returns scales or offsets [N, G] as float32. `supers` are the half precision numbers of two levels."""
-    if supers is None:
-        return values.float()
-    groups = values.shape[-1]
-    return values.float() * supers.float().repeat_interleave(groups // supers.shape[-1], -1)[..., :groups]
-
-
-def a8_product(x: Tensor, weight: Numbers, bias: Tensor | None = None) -> Tensor:
+def a8_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """Returns x [T, K] times the transpose of the weight [N, K], plus bias [N], in x's dtype."""
     inputs, size = x.shape[1], min(weight.group_size, x.shape[1])
-    numbers = weight.values.double()
-    if weight.table is not None:
-        numbers = torch.tensor(weight.table, dtype=torch.float64)[weight.values.long()]
+    numbers = weight._replace(zeros=None).numbers().double()
     numbers = torch.nn.functional.pad(numbers, (0, -inputs % BLOCK)).unflatten(1, (-1, BLOCK))
+    factors, shifts = weight.factors(), weight.shifts()
     q, scales = quantize_inputs(x)
     half = BLOCK if size == inputs or size % BLOCK == 0 else BLOCK // 2
     total = torch.zeros(len(x), len(numbers))
@@ -90,53 +81,67 @@ def a8_product(x: Tensor, weight: Numbers, bias: Tensor | None = None) -> Tensor
             t = fused(q[:, block, part].sum(-1, keepdim=True).float(), scale, t)
         if weight.zeros is not None:
             c = fused(-weight.zeros[:, group].float(), t, c)
-        total = fused(factors(weight.scales, weight.super_scales)[:, group], c, total)
-        if weight.offsets is not None:
-            total = fused(factors(weight.offsets, weight.super_offsets)[:, group], t, total)
+        total = fused(factors[:, group], c, total)
+        if shifts is not None:
+            total = fused(shifts[:, group], t, total)
     return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+class A8Weights(NamedTuple):
+    """Contains one or more matrices that are multiplied by the same 8-bit activations. Their outputs are joined."""
+
+    parts: tuple[QuantizedWeight, ...]
 
 
 class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
-    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
-    whose number of bits is not in `bits` are other weights too."""
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
     def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits = other, bits
 
     def pack(self, weight: Weight) -> Any:
-        """Returns the parts of the weight, or what `other.pack` returns."""
-        return numbers_of(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
+        """Returns weights for 8-bit activations, or what `other.pack` returns."""
+        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
+        return self._other.pack(weight) if parts is None else A8Weights(parts)
 
-    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+    def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        return self._other.rows(weight, ids)
+        if not isinstance(weight, A8Weights):
+            return self._other.rows(weight, ids, dtype)
+        return weight.parts[0].dequantized(ids).to(dtype)
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        return a8_product(x, weight, bias) if isinstance(weight, Numbers) else self._other(x, weight, bias)
+        if not isinstance(weight, A8Weights):
+            return self._other(x, weight, bias)
+        biases = [None] * len(weight.parts) if bias is None else bias.split([len(part.values) for part in weight.parts])
+        return torch.cat([a8_product(x, part, own) for part, own in zip(weight.parts, biases, strict=True)], dim=1)
 
 
 class Experts(NamedTuple):
     """Contains two weights for each expert: gate_up [2F, H] and down [H, F]."""
 
-    gate_up: tuple[Numbers, ...]
-    down: tuple[Numbers, ...]
+    gate_up: tuple[QuantizedWeight, ...]
+    down: tuple[QuantizedWeight, ...]
+
+
+def _matrices(weight: QuantizedWeight) -> tuple[QuantizedWeight, ...]:
+    """Splits a weight [E, N, K] into E matrices [N, K]."""
+    return tuple(weight.each(lambda part, i=i: part[i]) for i in range(len(weight.values)))
 
 
 class RunExperts:
-    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
-    implementation `other` if not."""
+    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations for the weights that
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
     def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits = other, bits
 
-    def pack(self, gate_up: Weight, down: Weight) -> Any:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
         """Returns the parts of each expert's weights, or what `other.pack` returns."""
-        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
-            return self._other.pack(gate_up, down)
-        each = [tuple(numbers_of(weight).matrix(i) for i in range(len(weight.values))) for weight in (gate_up, down)]
-        return Experts(*each)
+        parts = int8_parts((gate_up, down), self._bits)
+        return self._other.pack(gate_up, down) if parts is None else Experts(*map(_matrices, parts))
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
         """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""

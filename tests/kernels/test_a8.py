@@ -3,28 +3,31 @@ the bit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu.a8 import Linear, PackedA8, RunExperts
+from jamba_server.kernels.cpu.a8 import Linear, RunExperts, StackedA8
 from jamba_server.kernels.cpu.library import LEVELS, Library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
-from jamba_server.kernels.ops import QuantizedWeight
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference import a8 as reference
 from jamba_server.kernels.reference.linear import Linear as PlainReference
 from jamba_server.kernels.reference.moe import RunExperts as PlainReferenceExperts
 from tests.kernels.cases import assert_close, assert_same, double, random
-from tests.kernels.test_quantized import ROW, experts_case, formula, quantized
+from tests.kernels.test_formats import FORMATS, weight_of
+from tests.kernels.test_quantized import EXPERTS, HIDDEN, INNER, ROW, experts_case, formula, quantized
 
 GROUPS = [("int4", 16), ("int4", 32), ("int4", 128), ("int4", ROW), ("int8", 16), ("int8", 64), ("int8", ROW)]
 SHAPES = [(1, 1), (35, 33), (70, 261), (33, 300)]
+FORMS = [name for name in FORMATS if name != "NF4"]  # whose table has no whole numbers
 ROWS = (1, 2, 3, 4, 5, 8, 9, 12, 31, 64)
 
 
@@ -32,7 +35,7 @@ def compiled() -> Linear:
     return Linear(PlainLinear())
 
 
-def expected(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def expected(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     linear = reference.Linear(PlainReference())
     return linear(x, linear.pack(weight), bias)
 
@@ -51,16 +54,22 @@ def test_fused_products_are_rounded_once() -> None:
     assert not torch.equal(reference.fused(a, b, c), (a.double() * b.double() + c.double()).float())
 
 
-@pytest.mark.parametrize(("format", "group_size"), GROUPS)
-def test_the_reference_is_near_the_product(format: str, group_size: int) -> None:
+def is_near_the_product(weights: Sequence[QuantizedWeight]) -> None:
     """Each input is at most half a step from what is multiplied, and a step is the block's largest input / 127."""
-    for outputs, inputs in SHAPES:
-        weight, x = quantized(outputs, inputs, format=format, group_size=group_size), random(9, inputs)
+    for weight in weights:
+        inputs = weight.values.shape[-1]
+        x = random(9, inputs)
         padded = np.pad(double(x), ((0, 0), (0, -inputs % 32))).reshape(9, -1, 32)
         steps = np.broadcast_to(np.abs(padded).max(-1, keepdims=True) / 127, padded.shape).reshape(9, -1)[:, :inputs]
-        wide = formula(weight)
+        wide = double(weight.dequantized())
         error = np.abs(double(expected(x, weight)) - double(x) @ wide.T)
         assert (error <= (steps / 2) @ np.abs(wide).T + 1e-4).all()
+
+
+def test_the_reference_is_near_the_product() -> None:
+    is_near_the_product([weight_of(name, 35, 300) for name in FORMS])
+    for format, group_size in GROUPS:
+        is_near_the_product([quantized(*shape, format=format, group_size=group_size) for shape in SHAPES])
 
 
 def test_the_reference_is_exact_for_inputs_that_are_whole_numbers() -> None:
@@ -73,21 +82,53 @@ def test_the_reference_is_exact_for_inputs_that_are_whole_numbers() -> None:
         assert_same(expected(x, weight), torch.from_numpy(double(x) @ formula(weight).T).float())
 
 
+@cache
+def level_cases(format: str, group_size: int) -> list[tuple[Tensor, QuantizedWeight, Tensor, Tensor]]:
+    """x (slices of wider rows), weights, biases and what the reference makes of them. All levels share the cases."""
+    cases: list[tuple[Tensor, QuantizedWeight, Tensor, Tensor]] = []
+    for number, (outputs, inputs) in enumerate(SHAPES):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
+        weight = quantized(outputs, inputs, format=format, group_size=group_size)
+        weight.values[-1] = -8 if format == "int4" else -128
+        x = random(13, inputs + 3, dtype=dtype, scale=3)[:, :inputs]
+        x[3] = x[3].sign() * 3  # the largest sums
+        bias = random(outputs, dtype=dtype, seed=2)
+        cases.append((x, weight, bias, expected(x, weight, bias)))
+    return cases
+
+
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
 @pytest.mark.parametrize(("format", "group_size"), GROUPS)
 def test_every_level_equals_the_reference(native: Library, format: str, group_size: int) -> None:
     assert native.level() in LEVELS
     linear = compiled()
-    for number, (outputs, inputs) in enumerate(SHAPES):
-        dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
-        weight = quantized(outputs, inputs, format=format, group_size=group_size)
-        weight.values[-1] = -8 if format == "int4" else -128
-        x = random(13, inputs + 3, dtype=dtype, scale=3)[:, :inputs]  # a slice of a wider row
-        x[3] = x[3].sign() * 3  # the largest sums
-        bias = random(outputs, dtype=dtype, seed=2)
+    for x, weight, bias, result in level_cases(format, group_size):
         packed = linear.pack(weight)
-        assert isinstance(packed, PackedA8)
-        assert_same(linear(x, packed, bias), expected(x, weight, bias))
+        assert isinstance(packed, StackedA8)
+        assert_same(linear(x, packed, bias), result)
+
+
+@cache
+def stacked_case(name: str) -> tuple[Tensor, StackedWeight, Tensor, Tensor]:
+    """x, two matrices of different formats, a bias, and the product by the reference."""
+    x, bias = random(7, 300, dtype=torch.bfloat16), random(75, dtype=torch.bfloat16, seed=2)
+    stack = StackedWeight((weight_of(name, 35, 300), weight_of("Q4_K", 40, 300)))
+    return x, stack, bias, expected(x, stack, bias)
+
+
+@pytest.mark.parametrize("native", LEVELS, indirect=True)
+def test_every_format_equals_the_reference(native: Library) -> None:
+    """Also where a product has the outputs of two matrices of different formats, and where rows are embedded with."""
+    assert native.level() in LEVELS
+    linear, ids = compiled(), torch.tensor([34, 0, 7, 33])
+    for name in FORMS:
+        x, stack, bias, result = stacked_case(name)
+        first, packed = weight_of(name, 35, 300), linear.pack(stack)
+        for rows in (1, 2, 7):
+            assert_same(linear(x[:rows], packed, bias), result[:rows])
+        own = linear.pack(first)
+        assert_same(linear(x, own, bias[:35]), result[:, :35])
+        assert_same(linear.rows(own, ids, torch.bfloat16), first.dequantized(ids).bfloat16())
 
 
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
@@ -123,13 +164,14 @@ def test_a_row_has_the_same_bits_among_any_number(native: Library, format: str, 
 
 
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
-@pytest.mark.parametrize(("format", "group_size"), [("int4", 32), ("int8", 16), ("int8", ROW)])
-def test_experts_are_made_of_the_other_ops(native: Library, format: str, group_size: int) -> None:
+@pytest.mark.parametrize(("up", "back"), [("Q4_0", "Q4_0"), ("Q4_K", "Q6_K"), ("GPTQ, whole rows", "IQ4_NL")])
+def test_experts_are_made_of_the_other_ops(native: Library, up: str, back: str) -> None:
     """One expert with weight 1 does what `linear` and `silu_and_mul` do one after the other, and a token gets the same
     bits among any others."""
     linear, run_experts, silu_and_mul = compiled(), RunExperts(PlainExperts()), SiluAndMul()
-    gate_up, down, weights, ids = experts_case(format, group_size)
-    first, second = (all_._replace(values=all_.values[0], scales=all_.scales[0]) for all_ in (gate_up, down))
+    _, _, weights, ids = experts_case("int4", 32)
+    gate_up, down = weight_of(up, EXPERTS, 2 * INNER, HIDDEN), weight_of(back, EXPERTS, HIDDEN, INNER)
+    first, second = (weight.each(lambda tensor: tensor[0]) for weight in (gate_up, down))
     x, packed = random(len(ids), gate_up.values.shape[-1], dtype=torch.bfloat16), run_experts.pack(gate_up, down)
     once, zeros = torch.ones(len(ids), 1), torch.zeros(len(ids), 1, dtype=torch.int32)
     out = run_experts(x, packed, once, zeros)
@@ -158,9 +200,11 @@ def test_other_weights_go_to_the_other_implementation(native: Library) -> None:
     x, linear, plain = random(3, 64), compiled(), PlainLinear()
     for weight in (random(4, 64), *weights):
         assert_same(linear(x, linear.pack(weight)), plain(x, plain.pack(weight)))
-    four = Linear(plain, frozenset({4}))
-    assert not isinstance(four.pack(quantized(4, 64, format="int8", group_size=ROW)), PackedA8)
-    assert isinstance(four.pack(quantized(4, 64, format="int4", group_size=32)), PackedA8)
+    four, eight_bits = Linear(plain, frozenset({4})), quantized(4, 64, format="int8", group_size=ROW)
+    four_bits = quantized(4, 64, format="int4", group_size=32)
+    assert not isinstance(four.pack(eight_bits), StackedA8)
+    assert isinstance(four.pack(four_bits), StackedA8)
+    assert isinstance(four.pack(StackedWeight((eight_bits, four_bits))), StackedA8)
 
 
 @pytest.mark.parametrize("native", LEVELS[:1], indirect=True)

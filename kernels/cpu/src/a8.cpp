@@ -135,6 +135,44 @@ void pack_panel(const A8Weights& w, const A8Layout& l, const Source& s, int64_t 
     }
 }
 
+// Returns the factor of one column from the factors of a group. `supers` has the half precision numbers of all columns.
+float read_factor(int64_t kind, const uint8_t* p, int64_t column, const uint8_t* supers) {
+    f16 half;
+    float single;
+    switch (Factor(kind)) {
+        case Factor::none: return 0;
+        case Factor::f32: return std::memcpy(&single, p + 4 * column, 4), single;
+        case Factor::f16: return std::memcpy(&half, p + 2 * column, 2), to_float(half);
+        default: break;
+    }
+    std::memcpy(&half, supers + 2 * column, 2);
+    return to_float(half) * (Factor(kind) == Factor::int8 ? float(int8_t(p[column])) : float(p[column]));
+}
+
+// Writes the elements of one row of a packed matrix.
+template <class T>
+void unpack_row(const A8Weights& w, const A8Layout& l, int64_t row, T* out) {
+    const int64_t c = row % PANEL, size = A8_BLOCK / l.halves;
+    const uint8_t* const panel = w.panels + row / PANEL * l.panel_bytes;
+    for (int64_t k = 0; k < w.k; k++) {
+        const int64_t block = k / A8_BLOCK, word = k % A8_BLOCK / 4, unit = block / (A8_SUPER / A8_BLOCK);
+        const uint8_t* const numbers = panel + l.numbers(block);
+        const int64_t after = (block / l.group_blocks + 1) * l.group_blocks;
+        const int64_t group_end = after < l.blocks ? after : l.blocks;
+        const uint8_t* const factors =
+            numbers + (group_end - block) * l.block_bytes + k % A8_BLOCK / size * l.factor_bytes;
+        const uint8_t* const supers = panel + l.numbers(unit * (A8_SUPER / A8_BLOCK)) - l.super_bytes;
+        const uint8_t byte = numbers[((w.bits == 8 ? word : word / 2) * PANEL + c) * 4 + k % 4];
+        const uint8_t stored = w.bits == 8 ? byte : byte >> (word % 2 * 4) & 15;
+        const int64_t zero = w.has_zeros ? factors[l.scale_bytes + l.offset_bytes + c] : 0;
+        const auto number = float((w.has_table ? w.table[stored] : stored) - w.bias - zero);
+        const float product = read_factor(w.scales, factors, c, supers) * number;
+        const uint8_t* const second = supers + (A8Layout::two_levels(w.scales) ? 2 * PANEL : 0);
+        const float offset = read_factor(w.offsets, factors + l.scale_bytes, c, second);
+        out[k] = from_float<T>(w.offsets ? product + offset : product);
+    }
+}
+
 }  // namespace
 
 // Packs one matrix. packed: a8_packed_bytes(weights) bytes of memory; `Source` describes the other arguments. Arguments
@@ -148,12 +186,26 @@ EXPORT void a8_pack(const A8Weights* weights, const uint8_t* values, const uint8
     });
 }
 
-// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n].
-EXPORT void a8_linear(const void* x, int64_t x_stride, const A8Weights* weights, const void* bias, void* y, int64_t m,
-                      int64_t dtype) {
+// Copies row ids[i] of a weight [n, k] to row i of `out`, for each i below `count`. ids: [count]; out: [count, k]. An
+// element is scale * (number - zero), rounded to float32, then plus the offset, rounded to float32 and then to the dtype.
+EXPORT void a8_rows(const A8Weights* weights, const int64_t* ids, void* out, int64_t count, int64_t dtype) {
+    const A8Layout l(*weights);
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const A8Product<T> p{(const T*)x, x_stride, nullptr, weights, weights->panels, (const T*)bias, (T*)y, m};
+        parallel_for(count, ceil_div(1 << 12, weights->k), [&](int64_t i, int64_t end) {
+            for (; i < end; i++) unpack_row(*weights, l, ids[i], static_cast<T*>(out) + i * weights->k);
+        });
+    });
+}
+
+// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n], with rows
+// `y_stride` elements apart.
+EXPORT void a8_linear(const void* x, int64_t x_stride, const A8Weights* weights, const void* bias, void* y,
+                      int64_t y_stride, int64_t m, int64_t dtype) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const A8Product<T> p{(const T*)x, x_stride, nullptr, weights, weights->panels, (const T*)bias, (T*)y,
+                             y_stride, m};
         DISPATCH_A8(a8_multiply, p);
     });
 }

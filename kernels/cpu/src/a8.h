@@ -81,8 +81,8 @@ struct A8Product {
     const A8Weights* weights;
     const uint8_t* panels;  // the panels of the matrix that is multiplied
     const T* bias;          // bias: [n], or null if there is no bias
-    T* y;                   // y: [m, n]
-    int64_t m;
+    T* y;                   // y: [m, n], with rows `y_stride` elements apart
+    int64_t y_stride, m;
 };
 
 // The struct `A8Experts` has the weights of a layer of experts, and the tokens with the experts that each token chose.

@@ -237,7 +237,9 @@ void a8_tile(const A8Walk& a) {
     const int32_t* x = a.x;
     const char* next = a.next;
     constexpr int64_t WORDS = A8_WORDS * R::Dot::STRIDED;
-    for (int64_t block = a.first; block < a.end;) {
+    const int64_t begun = a.first / l.group_blocks;
+    const float* totals = a.totals + begun * HALVES * MR;
+    for (int64_t block = a.first, group_end = begun * l.group_blocks; block < a.end;) {
         if (l.super_bytes && block % (A8_SUPER / A8_BLOCK) == 0) {
             const auto* half = reinterpret_cast<const f16*>(p - l.super_bytes);
 #pragma GCC unroll 4
@@ -247,10 +249,9 @@ void a8_tile(const A8Walk& a) {
                 if (A8Layout::two_levels(a.weights->offsets)) supers[1][v] = load(place + (l.super_bytes / 2 - PANEL));
             }
         }
-        const int64_t group = block / l.group_blocks, after = (group + 1) * l.group_blocks;
-        const int64_t group_end = after < l.blocks ? after : l.blocks, until = group_end < a.end ? group_end : a.end;
+        group_end = group_end + l.group_blocks < l.blocks ? group_end + l.group_blocks : l.blocks;
+        const int64_t until = group_end < a.end ? group_end : a.end;
         const uint8_t* const factors = p + (group_end - block) * l.block_bytes;
-        const float* const totals = a.totals + group * HALVES * MR;
         for (; block < until; block++, p += l.block_bytes, x += (WORDS + HALVES + 1) * MR) {
             for (const char* const stop = next + a.stride; next < stop; next += 64) __builtin_prefetch(next, 0, 3);
             const int32_t* const starts = x + WORDS * MR;
@@ -268,6 +269,7 @@ void a8_tile(const A8Walk& a) {
         if (block < group_end) break;
         if (HALVES == 1) add_group(a, factors, totals, supers, c, results);
         p = factors + HALVES * l.factor_bytes;
+        totals += HALVES * MR;
         if (l.super_bytes && block % (A8_SUPER / A8_BLOCK) == 0) p += l.super_bytes;
     }
     move_sums(results, a.sums, a.vector, false);
@@ -294,7 +296,7 @@ template <class T>
 void write_results(const A8Product<T>& p, int64_t panel, int64_t first, int64_t size, const float* sums) {
     const int64_t left = p.weights->n - panel * PANEL, columns = left < PANEL ? left : PANEL;
     for (int64_t m = 0; m < size; m++, sums += PANEL) {
-        T* const y = p.y + (first + m) * p.weights->n + panel * PANEL;
+        T* const y = p.y + (first + m) * p.y_stride + panel * PANEL;
         for (int64_t i = 0; i < columns; i += WIDTH) {
             const int64_t n = columns - i < WIDTH ? columns - i : WIDTH;
             Vec result = load(sums + i);

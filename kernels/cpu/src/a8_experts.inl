@@ -25,14 +25,14 @@ void a8_mix_experts(const A8Experts<T>& e) {
     const auto first = each_expert(
         *e.gate_up, first_layout, first_row, [&](const uint8_t* panels, int64_t start, int64_t size) {
             return A8Product<T>{e.x, e.x_stride, order.tokens + start, e.gate_up, panels, nullptr, hidden + start * wide,
-                                size};
+                                wide, size};
         });
     first.quantize(first_layout, [](const A8Product<T>&, int64_t, int64_t) {});
     first.multiply(first_layout);
     const auto second = each_expert(
         *e.down, second_layout, second_row, [&](const uint8_t* panels, int64_t start, int64_t size) {
             return A8Product<T>{hidden + start * wide, wide, nullptr, e.down, panels, nullptr,
-                                outputs + start * e.hidden, size};
+                                outputs + start * e.hidden, e.hidden, size};
         });
     second.quantize(second_layout, [&](const A8Product<T>& p, int64_t row, int64_t size) {
         for (T* gate = const_cast<T*>(p.x) + row * wide; size > 0; size--, gate += wide) {
