@@ -9,7 +9,8 @@ import msgspec
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Quantization = Literal["int8", "int4", "fp8"]
+Quantization = Literal["int8", "int4", "int4-g32", "fp8"]
+ActivationQuantization = Literal["none", "int8"]
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
 StateCacheDtype = Literal["auto", "int8"]
@@ -28,6 +29,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer if `tokenizer` is None. For a size that is None the engine chooses the value. `kernels` maps an operation
     of `kernels.ops` (or "mamba", "attention", "moe" or "all" for a family) to an implementation in `kernels.table`.
 
+    `activation_quantization` "int8" rounds the inputs of products with weights of 4 or 8 bits to 8 bits, "none" does
+    not, and None does so where it is faster and the loss is small (`engine.start.activations`).
+
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
     a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None means on a GPU only. It changes no token.
@@ -45,6 +49,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
     quantize_mamba: bool = False
+    activation_quantization: ActivationQuantization | None = None
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64

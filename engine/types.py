@@ -169,6 +169,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
     quantization: str | None = None
     quantize_mamba: bool = False
+    activation_quantization: str = "none"
     state_cache_dtype: str = "auto"
     batch_dependent_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -20,9 +20,11 @@ Every implementation keeps these rules, which make results independent of the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -285,33 +287,101 @@ class RouteExperts(Protocol):
         ...
 
 
+SUPER_GROUP = 256
+"""The number of neighbouring elements of a row that share a factor of the second level."""
+
+
 class QuantizedWeight(NamedTuple):
-    """Contains a quantised weight [..., N, K]. An element of the weight is value * scale.
+    """Contains a quantised weight [..., N, K]. An element of the weight is scale * (number - zero) + offset.
 
-    Each group of neighbouring elements of a row shares one scale.
+    Each group of neighbouring elements of a row shares one scale, one zero and one offset. A group has `group_size`
+    elements; a row's last group may be shorter. A row has G = ceil(K / group_size) groups. `bits` is 8 or 4.
 
-    A group has `group_size` elements; a row's last group may be shorter. `bits` is 8 or 4. values: [..., N, K]. The
-    format int8 (8 bits) has values of dtype int8. The format int4 (4 bits) has values of dtype int8
-    from -8 to 7, one value per byte. The format fp8 (8 bits) has finite values of dtype float8_e4m3fn. scales: float32
-    [..., N, ceil(K / group_size)]. A product is the sum over groups, in ascending order, of scale * (float32 sum of
-    value * x).
+    `values` [..., N, K] has one value per byte:
+
+    * int8: the number is the value; with 4 bits, it lies from -8 to 7.
+    * uint8: the number is the value, from 0 to 255, or with 4 bits from 0 to 15. With a `table`, the number is the
+      entry of the table of 16 numbers that the value selects.
+    * float8_e4m3fn: the number is the value, which is finite. `bits` is 8, and there are no zeros, offsets or tables.
+
+    `scales` [..., N, G] is float32 or float16. If `super_scales` is given, `scales` is int8 or uint8, and the scale of
+    a group is super_scales * scales, where super_scales, float16 [..., N, ceil(K / 256)], has one number for 256
+    elements of a row. `group_size` then divides 256. Such a product of two numbers is exact in float32.
+
+    `offsets` is None, which means 0, or has the shape and dtype of `scales`. If `super_offsets` is given, the offset of
+    a group is super_offsets * offsets, as with `super_scales`.
+
+    `zeros`, uint8 [..., N, G] or None, has the integers that are subtracted from the values. A weight has zeros or
+    offsets, not both.
+
+    The sum over a group of number * x is computed in float32, and so is the sum of x over the group. A product is the
+    sum over groups, in ascending order, of scale * (sum of number * x - zero * sum of x) + offset * sum of x.
     """
 
     values: Tensor
     scales: Tensor
     group_size: int
     bits: int
+    offsets: Tensor | None = None
+    zeros: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_offsets: Tensor | None = None
+    table: tuple[float, ...] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """Returns a copy in which each tensor is the result of the function `change` for that tensor."""
+        return QuantizedWeight(*(change(field) if isinstance(field, Tensor) else field for field in self))
+
+    def numbers(self) -> Tensor:
+        """Returns the numbers minus the zeros: float32 [..., N, K]."""
+        if self.table is not None:
+            return torch.tensor(self.table, device=self.values.device)[self.values.int()]
+        numbers = self.values.float()
+        return numbers if self.zeros is None else numbers - self._spread(self.zeros.float())
+
+    def factors(self) -> Tensor:
+        """Returns the scale of each group: float32 [..., N, G]."""
+        return self._joined(self.scales, self.super_scales)
+
+    def shifts(self) -> Tensor | None:
+        """Returns the offset of each group, float32 [..., N, G], or None if all offsets are 0."""
+        return None if self.offsets is None else self._joined(self.offsets, self.super_offsets)
+
+    def dequantized(self, index: Tensor | None = None) -> Tensor:
+        """Returns the elements of the weight, or of the rows `index` [T] of a weight [N, K]: float32 [..., N, K]. Each
+        element is rounded after the product with the scale, and after the addition of the offset."""
+        weight = self if index is None else self.each(lambda tensor: tensor[index])
+        elements, shifts = weight._spread(weight.factors()) * weight.numbers(), weight.shifts()
+        return elements if shifts is None else elements + weight._spread(shifts)
+
+    def _joined(self, numbers: Tensor, supers: Tensor | None) -> Tensor:
+        if supers is None:
+            return numbers.float()
+        repeated = supers.float().repeat_interleave(SUPER_GROUP // self.group_size, -1)[..., : numbers.shape[-1]]
+        return repeated * numbers.float()
+
+    def _spread(self, groups: Tensor) -> Tensor:
+        """Returns for each element the number of its group: [..., N, G] becomes [..., N, K]."""
+        return groups.repeat_interleave(self.group_size, -1)[..., : self.values.shape[-1]]
 
 
-Weight = Tensor | QuantizedWeight
-"""The type of a weight that the methods `Linear.pack` and `RunExperts.pack` accept."""
+class StackedWeight(NamedTuple):
+    """Contains matrices [N1, K], [N2, K] ... that multiply the same input. The matrices may have different formats. The
+    result of a product has the outputs of all matrices, one after the other."""
+
+    parts: tuple[Tensor | QuantizedWeight, ...]
+
+
+Weight = Tensor | QuantizedWeight | StackedWeight
+"""The type of a weight that the method `Linear.pack` accepts."""
 
 
 class RunExperts(Protocol):
-    def pack(self, gate_up: Weight, down: Weight) -> Any:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
         """Returns the experts' weights in this implementation's layout. `pack` is called once, when a model is loaded.
 
-        gate_up: [E, 2F, H]; each expert has the F rows of the gate, then the F rows of up. down: [E, H, F].
+        gate_up: [E, 2F, H]; each expert has the F rows of the gate, then the F rows of up. down: [E, H, F]. Both
+        weights are quantised or none, and each may have a format of its own.
         """
         ...
 
@@ -329,10 +399,12 @@ class Linear(Protocol):
         """Returns a weight [N, K] in this implementation's layout. `pack` is called once, when a model is loaded."""
         ...
 
-    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+    def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Looks up embeddings: returns row ids[t] of a weight [N, K] for each index t: dtype [T, K].
 
-        ids: int64 [T]. The weight is a plain tensor or the result of the method `pack`, and must not be quantised.
+        ids: int64 [T]. The weight is a plain tensor or the result of the method `pack`. dtype is the weight's, or the
+        argument `dtype` if the weight is quantised. The elements of a quantised weight are computed in float32, as in
+        `QuantizedWeight.dequantized`, and rounded to `dtype`.
         """
         ...
 

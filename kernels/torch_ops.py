@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jamba_server.kernels import ops
-from jamba_server.kernels.ops import KernelUnavailable, Pages, Weight
+from jamba_server.kernels.ops import KernelUnavailable, Pages, QuantizedWeight, Weight
 
 # Flash attention is used only if some sequence of the batch has at least this number of new tokens. With fewer new
 # tokens, copying the cached keys and values takes more time than flash attention saves.
@@ -108,9 +108,9 @@ class Linear:
         """Returns the weight as `other.pack` returns it. Only a quantised weight gets another layout."""
         return self._other.pack(weight)
 
-    def rows(self, weight: Any, ids: Tensor) -> Tensor:
+    def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        return self._other.rows(weight, ids)
+        return self._other.rows(weight, ids, dtype)
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
@@ -143,7 +143,7 @@ class RunExperts:
             raise KernelUnavailable(f"torch's grouped product needs a GPU of compute capability {need}")
         self._silu_and_mul, self._other = silu_and_mul, other
 
-    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Returns the weights for torch's grouped product and for the Triton kernel.
 
         Only quantised weights get another layout.

@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from jamba_server.engine.checkpoint import open_checkpoint, read_object
 from jamba_server.engine.config import (
+    ActivationQuantization,
     Device,
     Dtype,
     EngineConfig,
@@ -224,6 +225,14 @@ class ServerConfig:
     quantize_mamba: Annotated[
         bool, Help("model", "Quantise in_proj and out_proj of the Mamba layers as well; needs --quantization")
     ] = False
+    activation_quantization: Annotated[
+        ActivationQuantization | None,
+        Help(
+            "model",
+            "Rounding of the inputs of products with int8 or int4 weights to 8 bits, on a CPU",
+            default="int8 where it is faster and costs little",
+        ),
+    ] = None
     load_format: Annotated[
         LoadFormat, Help("expert", "Source of the weights: auto reads the model's files, dummy draws random numbers")
     ] = "auto"

@@ -20,25 +20,49 @@ x_proj, dt_proj and the matrix of the router are small, and rounding errors in t
 model's outputs strongly."""
 
 
+Scale = Literal["float32", "float16", "two_levels"]
+"""How a format stores the scales, and the offsets if it has them. With two levels, each group has a whole number of 8
+bits, and 256 inputs share a float16 factor of these numbers."""
+
+SUPER_GROUP: Final = 256
+_SCALE_BYTES: Final[Mapping[Scale, int]] = {"float32": 4, "float16": 2, "two_levels": 1}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
     """A format of quantised weights. Each quantised number has `bits` bits. The numbers that this server makes lie
     between -limit and limit; a number of a file may also be one less. In each output row, every `group_size`
-    consecutive inputs share one float32 scale; if `group_size` is None, the whole row shares one scale."""
+    consecutive inputs share one scale; if `group_size` is None, the whole row shares one scale.
+
+    If `is_unsigned`, the numbers are 0 or more. If `has_offset`, a group also has an offset, which is stored as the
+    scale is and is added to the product of scale and number. If `has_zero`, a group has a whole number of 8 bits, which
+    is subtracted from the numbers. If `has_table`, the four bits of a number select one of 16 numbers.
+    `kernels.ops.QuantizedWeight` defines the weights of each format.
+    """
 
     bits: int
     limit: int
     group_size: int | None
+    scale: Scale = "float32"
+    is_unsigned: bool = False
+    has_offset: bool = False
+    has_zero: bool = False
+    has_table: bool = False
 
     def num_bytes(self, rows: int, inputs: int) -> int:
-        """Returns the size in bytes of a quantised weight [rows, inputs], its scales included."""
+        """Returns the size in bytes of a quantised weight [rows, inputs], with its scales, offsets and zeros."""
         groups = 1 if self.group_size is None else -(-inputs // self.group_size)
-        return rows * (-(-inputs * self.bits // 8) + 4 * groups)
+        factors = 2 if self.has_offset else 1
+        per_row = groups * (factors * _SCALE_BYTES[self.scale] + self.has_zero)
+        if self.scale == "two_levels":
+            per_row += factors * 2 * -(-inputs // SUPER_GROUP)
+        return rows * (-(-inputs * self.bits // 8) + per_row)
 
 
 FORMATS: Final[Mapping[Quantization, Format]] = {
     "int8": Format(bits=8, limit=127, group_size=None),
     "int4": Format(bits=4, limit=7, group_size=128),
+    "int4-g32": Format(bits=4, limit=7, group_size=32, scale="float16"),
     "fp8": Format(bits=8, limit=448, group_size=None),
 }
 

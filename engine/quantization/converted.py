@@ -14,7 +14,7 @@ from jamba_server.engine.quantization import FORMATS, Role
 from jamba_server.engine.quantization.methods import OWN
 
 # Each name is a format in which `jamba convert` writes weights.
-FORMATS_WRITTEN: Final[Mapping[str, Quantization]] = {"int8": "int8", "int4": "int4"}
+FORMATS_WRITTEN: Final[Mapping[str, Quantization]] = {"int8": "int8", "int4": "int4", "int4-g32": "int4-g32"}
 _VERSION: Final = 1
 
 

@@ -18,7 +18,7 @@ from jamba_server.engine.cache.manager import CacheManager
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.cache.state_store import CompressedStates, SlotStates
 from jamba_server.engine.cache.storage import CacheStorage
-from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.config import ActivationQuantization, EngineConfig
 from jamba_server.engine.core import EngineCore
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.grammar.compiler import GrammarCompiler
@@ -31,6 +31,7 @@ from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory
@@ -40,6 +41,7 @@ from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
 from jamba_server.engine.weight_sizes import policy_of, weight_bytes
+from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
@@ -60,6 +62,7 @@ class Loaded:
     layout: CacheLayout
     device: torch.device
     warnings: tuple[str, ...] = ()
+    activation_quantization: ActivationQuantization = "none"
 
     def storage(self, num_pages: int, num_slots: int, num_compressed: int = 0) -> CacheStorage:
         return CacheStorage(
@@ -90,6 +93,9 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
     kernels = select(device.type, config.kernels, config.batch_invariant)
     check_kernels(config, dtype, device, kernels.names)
+    int8_bits = int8_activations(config, policy, dtype, device, kernels.names)
+    if int8_bits:
+        kernels = with_int8_activations(kernels, int8_bits)
     layout = wanted_layout(model_config, config)
     planned = partial(
         plan_memory,
@@ -110,7 +116,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         load(model, config, on_progress)
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
-    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings)
+    activations: ActivationQuantization = "int8" if int8_bits else "none"
+    loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
@@ -222,6 +229,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
         dtype=str(loaded.dtype).removeprefix("torch."),
         quantization=loaded.policy.quantization,
         quantize_mamba=loaded.policy.mamba,
+        activation_quantization=loaded.activation_quantization,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -90,11 +90,11 @@ class MambaDecode:
         pointers = _Pointers(
             conv_weight=weights.conv_weight.data_ptr(),
             conv_bias=None if bias is None else bias.data_ptr(),
-            x_proj=x_proj.panels.data_ptr(),
+            x_proj=x_proj.address,
             dt_norm=weights.dt_norm.data_ptr(),
             b_norm=weights.b_norm.data_ptr(),
             c_norm=weights.c_norm.data_ptr(),
-            dt_proj=dt_proj.panels.data_ptr(),
+            dt_proj=dt_proj.address,
             a=scan.a.data_ptr(),
             d=scan.d.data_ptr(),
             dt_bias=scan.dt_bias.data_ptr(),
@@ -147,13 +147,13 @@ def _check(weights: MambaWeights) -> None:
     whole("a", weights.scan.a, torch.float32, (channels, states))
     whole("d", weights.scan.d, torch.float32, (channels,))
     whole("dt_bias", weights.scan.dt_bias, torch.float32, (channels,))
-    # The weights x_proj and dt_proj must not be quantised, because `src/mamba.cpp` has no code for quantised weights.
-    # The check below rejects quantised weights, because a quantised weight has the `dtype` None.
     for name, weight, expected in (
-        ("x_proj", weights.x_proj, (rank + 2 * states, channels, dtype)),
-        ("dt_proj", weights.dt_proj, (channels, rank, dtype)),
+        ("x_proj", weights.x_proj, (rank + 2 * states, channels)),
+        ("dt_proj", weights.dt_proj, (channels, rank)),
     ):
         if not isinstance(weight, PackedWeight):
             raise TypeError(f"{name} must be packed by kernels.cpu's Linear; it is a {type(weight).__name__}")
-        if (weight.rows, weight.inputs, weight.dtype) != expected:
-            raise ValueError(f"{name} must be {expected}; it is {(weight.rows, weight.inputs, weight.dtype)}")
+        if (weight.rows, weight.inputs) != expected or weight.dtype not in (None, dtype):
+            raise ValueError(
+                f"{name} must be {expected}, quantised or {dtype}; it is {(weight.rows, weight.inputs)} {weight.dtype}"
+            )

@@ -10,7 +10,7 @@ from torch import Tensor
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import PackedWeight, Packer
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight
 
 
 class SiluAndMul:
@@ -40,28 +40,25 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements the protocol `kernels.ops.RunExperts`.
+    """Implements the protocol `kernels.ops.RunExperts`, at the level that `kernels.cpu.linear.Packer` describes.
 
     One call reads each expert's weights only once, for all tokens.
     """
 
-    def __init__(self) -> None:
-        self._pack = Packer()
-        self._run = library().function(
-            "run_experts", *(POINTER, INT, POINTER, POINTER, INT, INT, INT), *(POINTER,) * 3, *(INT,) * 6
-        )
+    def __init__(self, level: str | None = None) -> None:
+        self._pack = Packer(level)
+        self._run = library().function("run_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
-    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Packs the weights of the experts.
 
-        Raises ValueError if gate_up and down have different dtypes, different numbers of bits per element, or shapes
-        that do not match.
+        Raises ValueError if gate_up and down have different dtypes, if one of them is quantised and the other is not,
+        or if their shapes do not match.
         """
         packed = Experts(self._pack(gate_up), self._pack(down), len(down if isinstance(down, Tensor) else down.values))
-        first, second = ((weight.dtype, weight.bits) for weight in packed[:2])
-        if first != second:
-            raise ValueError(f"the experts' gate_up and down differ in (dtype, bits): {first} and {second}")
         gate, out = packed.gate_up, packed.down
+        if gate.dtype != out.dtype:
+            raise ValueError(f"the experts' gate_up and down differ in dtype: {gate.dtype} and {out.dtype}")
         if (gate.rows, gate.inputs) != (2 * out.inputs, out.rows) or gate.matrices != out.matrices:
             raise ValueError(
                 f"gate_up must be [E, 2F, H] and down [E, H, F]; they are {[gate.matrices, gate.rows, gate.inputs]} "
@@ -80,19 +77,14 @@ class RunExperts:
         self._run(
             x.data_ptr(),
             x.stride(0),
-            experts.gate_up.panels.data_ptr(),
-            experts.down.panels.data_ptr(),
-            experts.down.bits,
-            experts.gate_up.group_size,
-            experts.down.group_size,
+            experts.gate_up.address,
+            experts.down.address,
             weights.data_ptr(),
             ids.data_ptr(),
             y.data_ptr(),
             tokens,
             top_k,
             experts.num_experts,
-            experts.down.rows,
-            experts.down.inputs,
             DTYPES[x.dtype],
         )
         return y

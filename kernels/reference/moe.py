@@ -7,12 +7,13 @@ the order of the experts' ids.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.kernels.reference.exact import ordered_sum, silu
 from jamba_server.kernels.reference.linear import contiguous, product
 
@@ -39,17 +40,16 @@ class Experts(NamedTuple):
     In gate_up, the F rows of the gate come before the F rows of the up projection.
     """
 
-    gate_up: tuple[Weight, ...]
-    down: tuple[Weight, ...]
+    gate_up: tuple[Tensor | QuantizedWeight, ...]
+    down: tuple[Tensor | QuantizedWeight, ...]
 
 
-def _each(weight: Weight) -> tuple[Weight, ...]:
+def _each(weight: Tensor | QuantizedWeight) -> tuple[Tensor | QuantizedWeight, ...]:
     """Splits a weight [E, N, K] into E matrices [N, K]."""
     whole = contiguous(weight)
     if isinstance(whole, Tensor):
         return whole.unbind()
-    pairs = zip(whole.values.unbind(), whole.scales.unbind(), strict=True)
-    return tuple(whole._replace(values=values, scales=scales) for values, scales in pairs)
+    return tuple(whole.each(lambda tensor, e=e: tensor[e]) for e in range(len(whole.values)))
 
 
 class RunExperts:
@@ -58,24 +58,37 @@ class RunExperts:
     The results are not batch-invariant, because torch's matrix products are not batch-invariant.
     """
 
-    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Returns the weights as one contiguous matrix for each expert."""
         return Experts(_each(gate_up), _each(down))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
-        """Runs each expert once, on all tokens that chose this expert."""
-        tokens, top_k = ids.shape
-        chosen = ids.flatten()  # chosen[t * K + i] is entry i of token t's top-k list
-        by_expert = chosen.argsort(stable=True)
-        outputs = x.new_empty(tokens * top_k, x.shape[1])
-        counts = chosen.bincount(minlength=len(experts.down)).tolist()
-        for expert, entries in enumerate(by_expert.split(counts)):
-            if len(entries):
-                hidden = silu_and_mul(product(x[entries // top_k], experts.gate_up[expert]))
-                outputs[entries] = product(hidden, experts.down[expert])
-        # As in transformers, the routing weights are rounded to x's dtype, and so is each expert's weighted output.
-        weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
-        total = weighted[:, 0].float()
-        for rank in range(1, top_k):
-            total = total + weighted[:, rank].float()
-        return total.to(x.dtype)
+        """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""
+        return run_each(x, experts.gate_up, experts.down, weights, ids, product)
+
+
+def run_each(
+    x: Tensor,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    weights: Tensor,
+    ids: Tensor,
+    multiply: Callable[[Tensor, Any], Tensor],
+) -> Tensor:
+    """Runs each expert once, on all tokens that chose this expert. `multiply(x, weight)` computes x times the transpose
+    of the weight of one expert."""
+    tokens, top_k = ids.shape
+    chosen = ids.flatten()  # chosen[t * K + i] is entry i of token t's top-k list
+    by_expert = chosen.argsort(stable=True)
+    outputs = x.new_empty(tokens * top_k, x.shape[1])
+    counts = chosen.bincount(minlength=len(down)).tolist()
+    for expert, entries in enumerate(by_expert.split(counts)):
+        if len(entries):
+            hidden = silu_and_mul(multiply(x[entries // top_k], gate_up[expert]))
+            outputs[entries] = multiply(hidden, down[expert])
+    # As in transformers, the routing weights are rounded to x's dtype, and so is each expert's weighted output.
+    weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype)[:, :, None]
+    total = weighted[:, 0].float()
+    for rank in range(1, top_k):
+        total = total + weighted[:, rank].float()
+    return total.to(x.dtype)

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import StackedWeight, Weight
 from jamba_server.kernels.triton.launch import cdiv, jit, rounded
 from jamba_server.kernels.triton.narrow import is_narrow, narrow_linear
 from jamba_server.kernels.triton.product import product, tile_for
@@ -23,9 +24,11 @@ class Linear:
 
     def pack(self, weight: Weight) -> Tensor | PackedWeight:
         """Packs a quantised weight without making it larger. A weight that is not quantised keeps its layout."""
+        if isinstance(weight, StackedWeight):
+            raise ValueError("the triton kernels read one matrix, not several of different formats")
         return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
 
-    def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
+    def rows(self, weight: Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Implements `Linear.rows`, a method of the protocol that the module `kernels.ops` documents."""
         return F.embedding(ids, weight)
 

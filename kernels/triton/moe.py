@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.kernels.triton.launch import cdiv, jit, next_power_of_2, rounded, silu
 from jamba_server.kernels.triton.product import Tile, product, tile_for
 from jamba_server.kernels.triton.quantized import PackedWeight, pack, read
@@ -58,7 +58,7 @@ class Groups(NamedTuple):
 class RunExperts:
     """Implements the protocol `RunExperts`, which is documented in the module `kernels.ops`."""
 
-    def pack(self, gate_up: Weight, down: Weight) -> Experts:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
         """Packs quantised weights without making them larger. Weights that are not quantised keep their layout.
 
         Raises ValueError if gate_up and down differ in format.

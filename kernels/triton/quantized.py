@@ -63,7 +63,9 @@ def read(weight: Tensor | PackedWeight) -> PackedWeight:
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """Packs a quantised weight for the Triton kernels. Raises ValueError if there is no kernel for its format."""
-    values, scales, group_size, bits = weight
+    values, scales, group_size, bits = weight[:4]
+    if weight.offsets is not None or weight.zeros is not None or weight.table is not None:
+        raise ValueError("the triton kernels read weights without offsets, zeros and tables")
     inputs, group = values.shape[-1], GROUP.value
     format = {(torch.int8, 8): "int8", (torch.int8, 4): "int4", (torch.float8_e4m3fn, 8): "fp8"}.get(
         (values.dtype, bits)

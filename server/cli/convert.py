@@ -27,6 +27,7 @@ class Target(StrEnum):
     gguf = "gguf"
     int8 = "int8"
     int4 = "int4"
+    int4_g32 = "int4-g32"
 
 
 class GgufType(StrEnum):
@@ -43,7 +44,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file or folder to write", show_default=False)],
     to: Annotated[
         Target,
-        typer.Option("--to", help="A GGUF file, or a folder with the weights of --quantization int8 or int4"),
+        typer.Option("--to", help="A GGUF file, or a folder with the weights of --quantization int8, int4 or int4-g32"),
     ],
     kind: Annotated[
         GgufType | None,

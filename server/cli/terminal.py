@@ -64,7 +64,9 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
     kernels = "; ".join(f"{name}: {', '.join(op for op, n in info.kernels.items() if n == name)}" for name in names)
     return [
         f"model     {info.architecture}, {info.num_parameters:,} parameters, "
-        f"{describe_weights(info.dtype, info.quantization, info.quantize_mamba)} on {info.device}, "
+        f"{describe_weights(info.dtype, info.quantization, info.quantize_mamba)}"
+        f"{'' if info.activation_quantization == 'none' else f', {info.activation_quantization} activations'}"
+        f" on {info.device}, "
         f"loaded in {info.load_seconds:.1f} s",
         f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
         f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, "

@@ -19,6 +19,7 @@ from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.errors import error_response
+from jamba_server.server.http.grammar_queue import GrammarQueue
 from jamba_server.server.http.lifecycle import StartupQueue
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.key_limits import RATE_HEADERS, KeyLimits
@@ -99,12 +100,8 @@ def create_app(
         tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=_response_store(config),
-        streams=KeptStreams(
-            max_streams=config.max_kept_streams,
-            max_bytes=config.kept_stream_bytes,
-            resume_timeout=config.resume_timeout,
-        ),
-        grammars=grammar_builder(tokenizer),
+        streams=KeptStreams.of(config),
+        grammars=GrammarQueue(grammar_builder(tokenizer)),
         reply_style=find_reply_style(
             chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
         ),

@@ -1,7 +1,8 @@
 // This file reads weights in each format that `gemm.h` defines. The weights are converted to the type in which they are
 // multiplied: bf16 with DOT_PRODUCTS, otherwise float32. The conversion is exact, because bf16 can represent every
-// int4, int8 and e4m3 number. To convert an e4m3 number, the number's bits are moved to the places that they have in a
-// float32, and a multiplication by 2^120 corrects the exponent. This also converts subnormal e4m3 numbers correctly.
+// integer of 8 bits and every e4m3 number; only a table's numbers are rounded to bf16 with DOT_PRODUCTS. To convert an
+// e4m3 number, the number's bits are moved to the places that they have in a float32, and a multiplication by 2^120
+// corrects the exponent. This also converts subnormal e4m3 numbers correctly.
 //
 // A pair is two neighbouring elements along K. The struct `Reader<W>` reads weights of format W in steps. A step has
 // PAIRS pairs of each column of a panel and takes BYTES bytes. Neighbouring columns are COLUMN_BYTES bytes apart. With
@@ -13,6 +14,22 @@
 // A panel has STRIPS strips of STRIP columns each.
 constexpr int64_t STRIP = 2 * WIDTH, STRIPS = PANEL / STRIP;
 
+// Reads WIDTH signed or unsigned bytes and returns their values as floats.
+template <bool SIGNED>
+INLINE Vec float_bytes(const char* p) {
+#if defined(LEVEL_AVX512) || defined(DOT_PRODUCTS)
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return _mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(LEVEL_AVX2)
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    return _mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+    Vec x;
+    for (int i = 0; i < 4; i++) x[i] = SIGNED ? float(int8_t(p[i])) : float(uint8_t(p[i]));
+    return x;
+#endif
+}
+
 #ifdef DOT_PRODUCTS
 using Weight = __m512bh;  // A vector has two neighbouring elements along K, side by side, for each of its columns.
 
@@ -23,53 +40,66 @@ template <>
 struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
-    static INLINE Weight vector(const char* step, int vector, int) {
+    explicit Reader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int) const {
         return (Weight)_mm512_loadu_si512(step + 64 * vector);
     }
 };
 
-template <>
-struct Reader<Int8> {
+template <bool SIGNED>
+struct ByteReader {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
-    static INLINE __m512i bits(const char* p) {
-        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
-    }
-    static INLINE Weight vector(const char* step, int vector, int) {
-        // An int8 number that was converted to float32 has zeros in the lower 16 bits. So the first element of a pair
-        // is shifted to the lower 16 bits, and a bitwise or combines the first element with the second element.
-        const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
+    explicit ByteReader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int) const {
+        // An integer of 8 bits that was converted to float32 has zeros in the lower 16 bits. So the first element of a
+        // pair is shifted to the lower 16 bits, and a bitwise or combines the first element with the second element.
+        const __m512i even = _mm512_castps_si512(float_bytes<SIGNED>(step + 16 * vector));
+        const __m512i odd = _mm512_castps_si512(float_bytes<SIGNED>(step + PANEL + 16 * vector));
         return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
     }
+};
+template <>
+struct Reader<Int8> : ByteReader<true> {
+    using ByteReader::ByteReader;
+};
+template <>
+struct Reader<UInt8> : ByteReader<false> {
+    using ByteReader::ByteReader;
 };
 
 template <>
 struct Reader<Fp8> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
+    explicit Reader(const Weights&) {}
     static INLINE __m512i bits(const char* p) {
         const __m512i moved = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)), 20);
         const __m512i places = _mm512_and_si512(moved, _mm512_set1_epi32(int(0x87f00000)));
         return _mm512_castps_si512(_mm512_castsi512_ps(places) * set(0x1p120f));
     }
-    static INLINE Weight vector(const char* step, int vector, int) {
+    INLINE Weight vector(const char* step, int vector, int) const {
         const __m512i even = bits(step + 16 * vector), odd = bits(step + PANEL + 16 * vector);
         return (Weight)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
     }
 };
 
+// All formats of four bits are read with the table of their numbers.
 template <>
-struct Reader<Int4> {
+struct Reader<Table4> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
-    static INLINE Weight vector(const char* step, int vector, int pair) {
-        // This table has the bf16 number for each of the 16 bit patterns of int4. The permutation instruction uses five
-        // bits as the index, and the fifth bit is part of the next int4 number. The table is therefore stored twice in
-        // a row, so that the fifth bit does not change the result.
-        const __m256i once = _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, -0x3f00,
-                                               -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080);
+    // The bf16 number for each of the 16 patterns of bits. The permutation instruction uses five bits as the index, and
+    // the fifth bit is part of the next number. The table is therefore stored twice in a row, so that the fifth bit
+    // does not change the result.
+    __m512i table;
+    explicit Reader(const Weights& w) {
+        const __m256i once = narrow(bf16{}, load(w.table));
+        table = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+    }
+    INLINE Weight vector(const char* step, int vector, int pair) const {
         const __m512i four = _mm512_srli_epi16(_mm512_loadu_si512(step + 64 * vector), 4 * pair);
-        return (Weight)_mm512_permutexvar_epi16(four, _mm512_broadcast_i64x4(once));
+        return (Weight)_mm512_permutexvar_epi16(four, table);
     }
 };
 #else
@@ -102,7 +132,8 @@ template <class T>
 struct Reader {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = sizeof(T), PAIRS = 1, BYTES = PAIR_BYTES<T>;
-    static INLINE Weight vector(const char* step, int vector, int, int half) {
+    explicit Reader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int, int half) const {
         return load((const T*)step + half * PANEL + vector * WIDTH);
     }
 };
@@ -111,37 +142,91 @@ template <>
 struct Reader<bf16> {
     static constexpr bool SCALED = false;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = 1, BYTES = PAIR_BYTES<bf16>;
-    static INLINE Weight vector(const char* step, int vector, int, int half) {
+    explicit Reader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int, int half) const {
         // A lane of 32 bits holds two neighbouring elements along K. The first element is in the lower 16 bits.
         const Lanes pairs = read_lanes(step + 4 * WIDTH * vector);
         return (Vec)(half ? pairs & int(0xffff0000) : pairs << 16);
     }
 };
 
-template <>
-struct Reader<Int8> {
+template <bool SIGNED>
+struct ByteReader {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
-    static INLINE Weight vector(const char* step, int vector, int, int half) {
-        return __builtin_convertvector(read_bytes(step + half * PANEL + WIDTH * vector), Vec);
+    explicit ByteReader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int, int half) const {
+        return float_bytes<SIGNED>(step + half * PANEL + WIDTH * vector);
     }
+};
+template <>
+struct Reader<Int8> : ByteReader<true> {
+    using ByteReader::ByteReader;
+};
+template <>
+struct Reader<UInt8> : ByteReader<false> {
+    using ByteReader::ByteReader;
 };
 
 template <>
 struct Reader<Fp8> {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 1, PAIRS = 1, BYTES = PANEL * 2;
-    static INLINE Weight vector(const char* step, int vector, int, int half) {
+    explicit Reader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int, int half) const {
         return (Vec)(read_bytes(step + half * PANEL + WIDTH * vector) << 20 & int(0x87f00000)) * set(0x1p120f);
     }
 };
 
-template <>
-struct Reader<Int4> {
+// The part of all readers of formats of four bits that is the same.
+struct FourBits {
     static constexpr bool SCALED = true;
     static constexpr int64_t COLUMN_BYTES = 4, PAIRS = INT4_PAIRS, BYTES = PANEL * 4;
-    static INLINE Weight vector(const char* step, int vector, int pair, int half) {
-        return number(read_lanes(step + 4 * WIDTH * vector), 16 * half + 4 * pair, 4);
+    static INLINE Lanes words(const char* step, int vector) { return read_lanes(step + 4 * WIDTH * vector); }
+};
+
+#if defined(LEVEL_AVX512) || defined(DOT_PRODUCTS)
+template <>
+struct Reader<Table4> : FourBits {
+    Vec table;
+    explicit Reader(const Weights& w) : table(load(w.table)) {}
+    INLINE Weight vector(const char* step, int vector, int pair, int half) const {
+        // The permutation instruction ignores all bits of an index but the lowest four.
+        return _mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words(step, vector), 16 * half + 4 * pair), table);
     }
 };
+#else
+template <>
+struct Reader<Int4> : FourBits {
+    explicit Reader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int pair, int half) const {
+        return number(words(step, vector), 16 * half + 4 * pair, 4);
+    }
+};
+
+template <>
+struct Reader<UInt4> : FourBits {
+    explicit Reader(const Weights&) {}
+    INLINE Weight vector(const char* step, int vector, int pair, int half) const {
+        return __builtin_convertvector(words(step, vector) >> (16 * half + 4 * pair) & 15, Vec);
+    }
+};
+
+template <>
+struct Reader<Table4> : FourBits {
+    const float* table;
+    explicit Reader(const Weights& w) : table(w.table) {}
+    INLINE Weight vector(const char* step, int vector, int pair, int half) const {
+        const Lanes index = words(step, vector) >> (16 * half + 4 * pair);
+#if defined(LEVEL_AVX2)
+        // Each permutation uses the lowest three bits of an index. The fourth bit selects one of the two results.
+        const Vec low = _mm256_permutevar8x32_ps(load(table), (__m256i)index);
+        const Vec high = _mm256_permutevar8x32_ps(load(table + 8), (__m256i)index);
+        return _mm256_blendv_ps(low, high, (Vec)(index << 28));
+#else
+        return Vec{table[index[0] & 15], table[index[1] & 15], table[index[2] & 15], table[index[3] & 15]};
+#endif
+    }
+};
+#endif
 #endif

@@ -1,6 +1,7 @@
 // This file has the functions that pack weight matrices, and the functions `linear` and `run_experts`, which multiply
 // inputs by packed weights.
 #include "gemm.h"
+#include "amx.h"
 #include "ops.h"
 
 #include <sys/mman.h>
@@ -36,27 +37,6 @@ void pack_panel(const T* weight, T* out, int64_t columns, int64_t k) {
             for (int64_t c = 0; c < PANEL; c++) out[paired ? 2 * c + i % 2 : (i % 2) * PANEL + c] = lines[c][i];
         }
     }
-}
-
-// Packs elements `start` to `end` - 1 along K, for `columns` columns of one panel, as numbers of BITS bits each.
-// Returns the address after the last byte written.
-template <int BITS>
-uint8_t* pack_numbers(const int8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
-    // Each iteration packs one step: INPUTS elements of each column, which take BYTES bytes per column.
-    constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;
-    for (; start < end; start += INPUTS, out += PANEL * BYTES) {
-        std::memset(out, 0, PANEL * BYTES);
-        for (int64_t c = 0; c < columns; c++) {
-            for (int64_t i = 0; i < INPUTS && start + i < end; i++) {
-                const uint8_t bits = uint8_t(values[c * k + start + i]);
-                if (BITS == 8) out[i * PANEL + c] = bits;
-                // In int4, element i of a column is stored in the 16-bit word i % 2 of the column, from bit 4 * (i / 2)
-                // on. The lower byte of a word is stored first.
-                else out[4 * c + 2 * (i % 2) + i / 4] |= uint8_t((bits & 15) << (i / 2 % 2 * 4));
-            }
-        }
-    }
-    return out;
 }
 
 }  // namespace
@@ -110,72 +90,55 @@ EXPORT void gather_rows(const void* weight, int64_t is_packed, const int64_t* id
     });
 }
 
-EXPORT int64_t packed_quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_t group_size) {
-    return ceil_div(n, PANEL) * panel_bytes<float>(Weights{nullptr, k, bits, group_size});
-}
+// Returns the instruction set that multiplies a weight.
+static Level level_of(const Weights& weights) { return weights.level < 0 ? product_level() : Level(weights.level); }
 
-// Packs a quantised weight. values: [n, k] and scales: [n, ceil(k / group_size)], both contiguous; packed:
-// packed_quantized_bytes(n, k, bits, group_size) bytes of memory.
-EXPORT void pack_quantized(const int8_t* values, const float* scales, void* packed, int64_t n, int64_t k, int64_t bits,
-                           int64_t group_size) {
-    const Weights weights{nullptr, k, bits, group_size};
-    const int64_t panel = panel_bytes<float>(weights), groups = weights.groups();
-    parallel_for(ceil_div(n, PANEL), 1, [=](int64_t p, int64_t last) {
-        for (; p < last; p++) {
-            const int64_t columns = n - p * PANEL < PANEL ? n - p * PANEL : PANEL;
-            const int8_t* const from = values + p * PANEL * k;
-            auto* out = static_cast<uint8_t*>(packed) + p * panel;
-            for (int64_t group = 0; group < groups; group++) {
-                const int64_t start = group * group_size, end = k - start < group_size ? k : start + group_size;
-                out = bits == 4 ? pack_numbers<4>(from, out, columns, k, start, end)
-                                : pack_numbers<8>(from, out, columns, k, start, end);
-                float row[PANEL] = {};
-                for (int64_t c = 0; c < columns; c++) row[c] = scales[(p * PANEL + c) * groups + group];
-                std::memcpy(out, row, sizeof(row));
-                out += sizeof(row);
-            }
-        }
-    });
-}
-
+// This macro calls the version of the function f<T> that was compiled for the instruction set `wanted`. If T is bf16, f
+// also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
 #if JAMBA_X86
-// This macro calls the version of the function f<T> that was compiled for the machine's instruction set. If T is bf16,
-// f also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
-#define DISPATCH_PRODUCT(f, argument)                                                              \
-    do {                                                                                           \
-        if constexpr (std::is_same_v<T, bf16>) {                                                   \
-            if (level() == Level::avx512_bf16) return avx512_bf16::f(argument);                    \
-        }                                                                                          \
-        DISPATCH(f, argument);                                                                     \
+#define DISPATCH_PRODUCT(wanted, f, argument)                                            \
+    do {                                                                                 \
+        const Level chosen = wanted < Level::amx ? wanted : level();                     \
+        if constexpr (std::is_same_v<T, bf16>) {                                         \
+            if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument);           \
+        }                                                                                \
+        if (chosen >= Level::avx512) return avx512::f(argument);                         \
+        if (chosen == Level::avx2) return avx2::f(argument);                             \
+        return portable::f(argument);                                                    \
     } while (0)
 #else
-#define DISPATCH_PRODUCT(f, argument) DISPATCH(f, argument)
+#define DISPATCH_PRODUCT(wanted, f, argument) portable::f(argument)
 #endif
 
-// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bits and group_size: see the struct
-// `Weights` in `gemm.h`; bias: [n] or null; y: [m, n].
-EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t bits, int64_t group_size,
-                   const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t dtype) {
+// Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n], with rows
+// `y_stride` elements apart.
+EXPORT void linear(const void* x, int64_t x_stride, const Weights* weights, const void* bias, void* y, int64_t y_stride,
+                   int64_t m, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const Weights weights{(const char*)weight, k, bits, group_size};
-        const Product<T> p{(const T*)x, x_stride, nullptr, weights, (const T*)bias, (T*)y, m, n};
-        DISPATCH_PRODUCT(multiply, p);
+        const Product<T> p{(const T*)x, x_stride, nullptr, *weights, (const T*)bias, (T*)y, y_stride, m, weights->n};
+        const Level wanted = level_of(*weights);
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (wanted >= Level::amx) return amx_linear(wanted, p);
+        }
+        DISPATCH_PRODUCT(wanted, multiply, p);
     });
 }
 
 // Computes the operation that `kernels.ops.RunExperts` defines. x: [tokens, hidden], with rows `x_stride` elements
 // apart; gate_up: packed weights [experts, 2 * inner, hidden]; down: packed weights [experts, hidden, inner]; weights,
 // ids: [tokens, top_k]; y: [tokens, hidden].
-EXPORT void run_experts(const void* x, int64_t x_stride, const void* gate_up, const void* down, int64_t bits,
-                        int64_t gate_up_group, int64_t down_group, const float* weights, const int32_t* ids, void* y,
-                        int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden, int64_t inner, int64_t dtype) {
+EXPORT void run_experts(const void* x, int64_t x_stride, const Weights* gate_up, const Weights* down,
+                        const float* weights, const int32_t* ids, void* y, int64_t tokens, int64_t top_k,
+                        int64_t experts, int64_t dtype) {
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const Weights first{(const char*)gate_up, hidden, bits, gate_up_group};
-        const Weights second{(const char*)down, inner, bits, down_group};
-        const Experts<T> e{(const T*)x, x_stride, first, second, weights, ids, (T*)y,
-                           tokens, top_k, experts, hidden, inner};
-        DISPATCH_PRODUCT(mix_experts, e);
+        const Experts<T> e{(const T*)x, x_stride, *gate_up, *down, weights, ids, (T*)y,
+                           tokens, top_k, experts, down->n, down->k};
+        const Level wanted = level_of(*gate_up);
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (wanted >= Level::amx) return amx_experts(wanted, e);
+        }
+        DISPATCH_PRODUCT(wanted, mix_experts, e);
     });
 }

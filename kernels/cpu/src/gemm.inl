@@ -19,11 +19,11 @@ constexpr int64_t X_PER_PAIR = 1;
 // Multiplies two elements along K of MR rows of x by the weights of NS strips, and adds the products to the
 // accumulators c. The weights of strip s are `offset` bytes after the address w[s].
 template <class W, int MR, int NS>
-INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
-                          int pair) {
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const Reader<W>& reader, const PackedX* x, const char* const (&w)[NS],
+                          int64_t offset, int pair) {
 #pragma GCC unroll 8
     for (int s = 0; s < NS; s++) {
-        const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair), b1 = Reader<W>::vector(w[s] + offset, 1, pair);
+        const Weight b0 = reader.vector(w[s] + offset, 0, pair), b1 = reader.vector(w[s] + offset, 1, pair);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; m++) {
             const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[m]));
@@ -49,14 +49,14 @@ using PackedX = float;
 constexpr int64_t X_PER_PAIR = 2;
 
 template <class W, int MR, int NS>
-INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const PackedX* x, const char* const (&w)[NS], int64_t offset,
-                          int pair) {
+INLINE void multiply_pair(Vec (&c)[MR][2 * NS], const Reader<W>& reader, const PackedX* x, const char* const (&w)[NS],
+                          int64_t offset, int pair) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 8
         for (int s = 0; s < NS; s++) {
-            const Weight b0 = Reader<W>::vector(w[s] + offset, 0, pair, half);
-            const Weight b1 = Reader<W>::vector(w[s] + offset, 1, pair, half);
+            const Weight b0 = reader.vector(w[s] + offset, 0, pair, half);
+            const Weight b1 = reader.vector(w[s] + offset, 1, pair, half);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) {
                 const Vec a = set(x[half * MR + m]);
@@ -84,9 +84,15 @@ constexpr int max_strips(int rows) {
     return strips;
 }
 
-// Returns the number of elements in a packed row of x. The row is padded, so that the row's length is a whole number of
-// steps in every weight format (see the struct `Reader` in `formats.inl`).
-inline int64_t x_row(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
+// Returns the number of elements along K in a packed row of x. The row is padded, so that the row's length is a whole
+// number of steps in every weight format (see the struct `Reader` in `formats.inl`).
+inline int64_t x_inputs(int64_t k) { return ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS * X_PER_PAIR; }
+
+// Returns the number of elements in a packed row of x. If a weight has offsets or zeros, the row's sum over each group
+// follows the elements along K.
+inline int64_t x_row(const Weights& w) {
+    return x_inputs(w.k) + (w.quantized() && w.shift != Shift::none ? w.groups() : 0);
+}
 
 // Packs rows `first` to `first` + `size` - 1 of the input x into `out`, in the order in which a tile reads these rows.
 template <class T>
@@ -98,8 +104,9 @@ void pack_rows(const Product<T>& p, int64_t first, int64_t size, PackedX* out) {
             interleave_pairs(x + k, n, out + k / 2 * X_PER_PAIR * size + m, size);
         }
     }
-    const int64_t used = ceil_div(p.weights.k, 2) * X_PER_PAIR;
-    std::memset(out + used * size, 0, (x_row(p.weights.k) - used) * size * sizeof(*out));
+    const int64_t used = ceil_div(p.weights.k, 2) * X_PER_PAIR, row = x_inputs(p.weights.k);
+    std::memset(out + used * size, 0, (row - used) * size * sizeof(*out));
+    if (x_row(p.weights) > row) sum_groups(p, first, size, reinterpret_cast<float*>(out + row * size));
 }
 
 // The struct `Walk` says which part of K one call of the function `tile` computes: steps `first` to `end` - 1 of the
@@ -116,6 +123,9 @@ struct Walk {
     // - 1 are not all steps of K. Before the call, the intermediate sums include all earlier steps. After the call, the
     // intermediate sums also include the steps of this call, unless this call computed the last step of K.
     float* sums;
+    // If `converted` is not null, it has the weights of the strip for the steps `first` to `end` - 1, converted to bf16
+    // in the layout [pair][column][2].
+    const char* converted = nullptr;
 };
 
 // The struct `TileArguments` has the arguments of the function `tile` that are not template arguments.
@@ -133,34 +143,17 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
     for (int v = 0; v < NV; v++) {
         const int64_t column = a.walk.strip * STRIP + v * WIDTH, n = p.n - column;
         if (n <= 0) return;
-        T* y = p.y + a.first_row * p.n + column;
+        T* y = p.y + a.first_row * p.y_stride + column;
         const Vec bias = !p.bias ? set(0.0f) : n < WIDTH ? load(p.bias + column, n) : load(p.bias + column);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; m++) {
             const Vec result = p.bias ? c[m][v] + bias : c[m][v];
             if (n < WIDTH) {
-                store(y + m * p.n, result, n);
+                store(y + m * p.y_stride, result, n);
             } else {
-                store(y + m * p.n, result);
+                store(y + m * p.y_stride, result);
             }
         }
-    }
-}
-
-// Returns the prefetch distance for a tile of `strips` strips: the number of bytes from the weights in use to the
-// weights that are prefetched. The distance was found by measurement.
-constexpr int64_t ahead(int strips) { return 8192 / strips; }
-
-// Computes totals += scale * c, where c has the unscaled sums over one group of a quantised weight. The group's scales
-// for strip s are `offset` bytes after scales[s].
-template <int MR, int NS>
-INLINE void add_group(const Vec (&c)[MR][2 * NS], const char* const (&scales)[NS], int64_t offset,
-                      Vec (&totals)[MR][2 * NS]) {
-#pragma GCC unroll 16
-    for (int v = 0; v < 2 * NS; v++) {
-        const Vec scale = load((const float*)(scales[v / 2] + offset) + v % 2 * WIDTH);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) totals[m][v] = fma(scale, c[m][v], totals[m][v]);
     }
 }
 
@@ -172,10 +165,10 @@ struct Steps {
     explicit Steps(const Weights& w) : count(w.pairs() / Reader<W>::PAIRS) {
         group = Reader<W>::SCALED ? w.group_pairs() / Reader<W>::PAIRS : count;
     }
-    // Returns the offset in bytes, within its panel, of a step along K. A panel also holds the scales of
-    // each quantisation group. So in a weight that has scales, the step must be the first one of its group.
-    int64_t offset(int64_t step) const {
-        return step * Reader<W>::BYTES + (Reader<W>::SCALED ? step / group * 4 * PANEL : 0);
+    // Returns the offset in bytes, within its panel, of a step along K.
+    int64_t offset(const Weights& w, int64_t step) const {
+        if (!Reader<W>::SCALED) return step * Reader<W>::BYTES;
+        return w.group_offset(step / group) + step % group * Reader<W>::BYTES;
     }
 };
 
@@ -209,15 +202,19 @@ void tile(const TileArguments<T>& a) {
     const Steps<W> steps(weights);
     const int64_t panel = panel_bytes<T>(weights);
     const bool one_group = steps.group == steps.count;
-    const char *w[NS], *scales[NS];
+    const char *w[NS], *panels[NS];
     for (int s = 0; s < NS; s++) {
-        const int64_t strip = walk.strip + s, column = strip % STRIPS * STRIP;
-        w[s] = weights.panels + strip / STRIPS * panel + column * R::COLUMN_BYTES;
-        scales[s] = weights.panels + strip / STRIPS * panel + column * 4;
+        const int64_t strip = walk.strip + s;
+        panels[s] = weights.panels + strip / STRIPS * panel;
+        w[s] = panels[s] + strip % STRIPS * STRIP * R::COLUMN_BYTES;
     }
+    const R reader(weights);
     const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
-    int64_t offset = steps.offset(walk.first);
-    const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
+    const auto* const sums_of_x = reinterpret_cast<const float*>(walk.x + x_inputs(weights.k) * MR);
+    int64_t offset = steps.offset(weights, walk.first);
+    // Several strips are read as several streams, which share the distance.
+    const int64_t ahead = prefetch_distance() / NS;
+    const char* next = walk.next ? walk.next : w[0] + offset + ahead;
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
     // The variable `totals` has the sums over the groups that were already computed, each multiplied by the group's
     // scale.
@@ -234,23 +231,97 @@ void tile(const TileArguments<T>& a) {
             } else {
 #pragma GCC unroll 8
                 for (int s = 0; s < NS; s++) {
-                    __builtin_prefetch(w[s] + offset + ahead(NS), 0, 3);
-                    if (R::BYTES > 64) __builtin_prefetch(w[s] + offset + ahead(NS) + 64, 0, 3);
+                    __builtin_prefetch(w[s] + offset + ahead, 0, 3);
+                    if (R::BYTES > 64) __builtin_prefetch(w[s] + offset + ahead + 64, 0, 3);
                 }
             }
 #pragma GCC unroll 4
             for (int pair = 0; pair < R::PAIRS; pair++, x += MR * X_PER_PAIR) {
-                multiply_pair<W, MR, NS>(c, x, w, offset, pair);
+                multiply_pair<W, MR, NS>(c, reader, x, w, offset, pair);
             }
         }
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
         if constexpr (!R::SCALED) return store_tile<T, MR, 2 * NS>(c, a);
-        add_group<MR, NS>(c, scales, offset, totals);
-        offset += 4 * PANEL;
+        const int64_t group = step / steps.group;
+        add_group<MR, NS>(c, weights, {panels, walk.strip, group, offset}, sums_of_x + group * MR, totals);
+        offset = weights.group_offset(group + 1);
     }
     if (walk.end < steps.count) return store_sums(totals, walk.sums);
     store_tile<T, MR, 2 * NS>(totals, a);
 }
+
+// Whether the weights of format W are converted to bf16 once for all tiles that share a strip. This is done where every
+// number of W is exact in bf16, and where a conversion for each tile takes longer than reading bf16.
+template <class W>
+constexpr bool CONVERTS = false;
+#if defined(LEVEL_AVX2)
+template <>
+constexpr bool CONVERTS<Fp8> = true;
+#endif
+constexpr int64_t CONVERTING_TILES = 4;  // the least number of tiles that share a strip for which its weights are converted
+
+#ifndef DOT_PRODUCTS
+// Converts steps `first` to `end` - 1 of a strip to bf16, in the layout [pair][column][2].
+template <class T, class W>
+void convert_strip(const Weights& weights, int64_t strip, int64_t first, int64_t end, char* out) {
+    using R = Reader<W>;
+    const R reader(weights);
+    const Steps<W> steps(weights);
+    const char* const start = weights.panels + strip / STRIPS * panel_bytes<T>(weights) +
+                              strip % STRIPS * STRIP * R::COLUMN_BYTES;
+    for (int64_t step = first; step < end; step++) {
+        const char* const from = start + steps.offset(weights, step);
+        for (int pair = 0; pair < R::PAIRS; pair++) {
+            for (int v = 0; v < 2; v++, out += 4 * WIDTH) {
+                // A number that is exact in bf16 has zeros in the lower 16 bits of its float32.
+                const Lanes even = (Lanes)reader.vector(from, v, pair, 0), odd = (Lanes)reader.vector(from, v, pair, 1);
+                const Lanes both = (even >> 16 & 0xffff) | odd;
+                std::memcpy(out, &both, sizeof(both));
+            }
+        }
+    }
+}
+
+// Computes what the function `tile` computes for one strip, from weights that were converted to bf16.
+template <class T, class W, int MR>
+void converted_tile(const TileArguments<T>& a) {
+    using R = Reader<W>;
+    const Weights& weights = a.product->weights;
+    const Walk& walk = a.walk;
+    const Steps<W> steps(weights);
+    const bool one_group = steps.group == steps.count;
+    const char* const panel = weights.panels + walk.strip / STRIPS * panel_bytes<T>(weights);
+    const char* const w[1] = {walk.converted};
+    const Reader<bf16> reader(weights);
+    const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
+    const auto* const sums_of_x = reinterpret_cast<const float*>(walk.x + x_inputs(weights.k) * MR);
+    const char* next = walk.next;
+    Vec totals[MR][2] = {};
+    if (!one_group && walk.first) load_sums(totals, walk.sums);
+    int64_t offset = 0;
+    for (int64_t step = walk.first; step < walk.end; step += steps.group) {
+        Vec c[MR][2] = {};
+        if (one_group && walk.first) load_sums(c, walk.sums);
+        const int64_t count = walk.end - step < steps.group ? walk.end - step : steps.group;
+        for (int64_t i = 0; i < count; i++) {
+            for (const char* const until = next + walk.stride; next < until; next += 64) {
+                __builtin_prefetch(next, 0, 3);
+            }
+            next += walk.stride - ceil_div(walk.stride, 64) * 64;
+#pragma GCC unroll 4
+            for (int pair = 0; pair < R::PAIRS; pair++, x += MR * X_PER_PAIR, offset += 4 * STRIP) {
+                multiply_pair<bf16, MR, 1>(c, reader, x, w, offset, 0);
+            }
+        }
+        if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
+        const int64_t group = step / steps.group;
+        const int64_t factors = steps.offset(weights, step) + count * R::BYTES;
+        add_group<MR, 1>(c, weights, {&panel, walk.strip, group, factors}, sums_of_x + group * MR, totals);
+    }
+    if (walk.end < steps.count) return store_sums(totals, walk.sums);
+    store_tile<T, MR, 2>(totals, a);
+}
+#endif
 
 // Computes strips `a.walk.strip` to `end` - 1 of a tile of MR rows, NS strips at a time.
 template <class T, class W, int MR, int NS>
@@ -266,6 +337,9 @@ template <class T, class W, int MR>
 void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
         if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
+        if constexpr (CONVERTS<W>) {
+            if (a.walk.converted) return converted_tile<T, W, MR>(a);
+        }
         if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
         tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
@@ -289,21 +363,26 @@ void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t t
     const Tiles tiles(p.m, MAX_ROWS);
     const Steps<W> steps(p.weights);
     const int64_t span = steps.group == steps.count ? UNIT : ceil_div(UNIT, steps.group) * steps.group;
-    const int64_t sharers = tile_end - tile, row = x_row(p.weights.k), panel = panel_bytes<T>(p.weights);
-    float* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
+    const int64_t sharers = tile_end - tile, row = x_row(p.weights), panel = panel_bytes<T>(p.weights);
+    const bool converts = CONVERTS<W> && sharers >= CONVERTING_TILES;
+    auto* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4 + converts * span * R::PAIRS * STRIP * 4));
+    char* const converted = converts ? (char*)(sums + sharers * SUMS) : nullptr;
     auto address = [&](int64_t of_strip, int64_t step) {
         const int64_t column = of_strip % STRIPS * STRIP;
-        return p.weights.panels + of_strip / STRIPS * panel + column * R::COLUMN_BYTES + steps.offset(step);
+        return p.weights.panels + of_strip / STRIPS * panel + column * R::COLUMN_BYTES + steps.offset(p.weights, step);
     };
     for (; strip < strip_end; strip++) {
         for (int64_t first = 0; first < steps.count; first += span) {
             const int64_t end = first + span < steps.count ? first + span : steps.count;
             const char* next = end < steps.count ? address(strip, end) : address(strip + (strip + 1 < strip_end), 0);
             const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
+            if constexpr (CONVERTS<W>) {
+                if (converts) convert_strip<T, W>(p.weights, strip, first, end, converted);
+            }
             for (int64_t t = tile; t < tile_end; t++) {
                 const int64_t first_row = tiles.first(t), turn = t - tile;
                 const char* const share = next + turn * (end - first) * stride;
-                const Walk walk{x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS};
+                const Walk walk{x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS, converted};
                 tile_rows<T, W, MAX_ROWS>(tiles.size(t), {&p, first_row, walk}, strip + 1);
             }
         }
@@ -316,7 +395,7 @@ void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_
     if (tile_end - tile > 1) return share_strips<T, W>(p, x, tile, tile_end, strip, strip_end);
     const Tiles tiles(p.m, MAX_ROWS);
     const int64_t first = tiles.first(tile);
-    const Walk walk{x + first * x_row(p.weights.k), strip, 0, Steps<W>(p.weights).count, nullptr, 0, nullptr};
+    const Walk walk{x + first * x_row(p.weights), strip, 0, Steps<W>(p.weights).count, nullptr, 0, nullptr};
     tile_rows<T, W, MAX_ROWS>(tiles.size(tile), {&p, first, walk}, strip_end);
 }
 
@@ -325,11 +404,19 @@ void multiply_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_
 template <class T>
 void multiply_block(const Product<T>& p, const PackedX* x, int64_t tile, int64_t tile_end, int64_t strip,
                     int64_t strip_end) {
-    switch (p.weights.bits) {
-        case 8: return multiply_strips<T, Int8>(p, x, tile, tile_end, strip, strip_end);
-        case 4: return multiply_strips<T, Int4>(p, x, tile, tile_end, strip, strip_end);
-        case FP8: return multiply_strips<T, Fp8>(p, x, tile, tile_end, strip, strip_end);
-        default: return multiply_strips<T, T>(p, x, tile, tile_end, strip, strip_end);
+    const auto strips = [&](auto kind) {
+        multiply_strips<T, decltype(kind)>(p, x, tile, tile_end, strip, strip_end);
+    };
+    switch (p.weights.kind) {
+        case Kind::plain: return strips(T{});
+        case Kind::int8: return strips(Int8{});
+        case Kind::uint8: return strips(UInt8{});
+        case Kind::fp8: return strips(Fp8{});
+#if !defined(LEVEL_AVX512) && !defined(DOT_PRODUCTS)
+        case Kind::int4: return strips(Int4{});
+        case Kind::uint4: return strips(UInt4{});
+#endif
+        default: return strips(Table4{});
     }
 }
 
@@ -380,7 +467,7 @@ template <class T, class F>
 void pack_parts(const Parts<T>& all, const F& before) {
     if (!all.tiles) return;
     const Product<T>& typical = all.parts[0].product;
-    const int64_t tile_bytes = x_row(typical.weights.k) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
+    const int64_t tile_bytes = x_row(typical.weights) * 4 * ceil_div(typical.m, Tiles(typical.m, MAX_ROWS).count);
     parallel_for(all.tiles, ceil_div(PIECE_BYTES / 2, tile_bytes), [&](int64_t tile, int64_t end) {
         const Part<T>* part = all.parts;
         for (; tile < end; tile++) {
@@ -388,7 +475,7 @@ void pack_parts(const Parts<T>& all, const F& before) {
             const Tiles tiles(part->product.m, MAX_ROWS);
             const int64_t t = part->tile + tile - part->tiles_before, first = tiles.first(t);
             before(part->product, first, tiles.size(t));
-            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row(part->product.weights.k));
+            pack_rows(part->product, first, tiles.size(t), part->x + first * x_row(part->product.weights));
         }
     });
 }
@@ -411,7 +498,7 @@ void multiply_parts(const Parts<T>& all) {
 template <class T>
 void multiply(const Product<T>& p) {
     if (p.m == 0) return;
-    const int64_t x_bytes = p.m * x_row(p.weights.k) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
+    const int64_t x_bytes = p.m * x_row(p.weights) * 4, tiles = Tiles(p.m, MAX_ROWS).count, threads = num_threads();
     // A product with few columns is divided by rows into more parts than the cache size requires, so that all threads
     // have work.
     const int64_t by_size = ceil_div(x_bytes, X_BLOCK_BYTES), by_threads = ceil_div(4 * threads, ceil_div(p.n, STRIP));

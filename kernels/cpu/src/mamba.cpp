@@ -22,7 +22,10 @@ struct Memory {
 // packed weight [rank + 2 * states, channels]; dt_proj: packed weight [channels, rank], where `rank` is the model's
 // dt_rank.
 struct MambaWeights {
-    const void *conv_weight, *conv_bias, *x_proj, *dt_norm, *b_norm, *c_norm, *dt_proj;
+    const void *conv_weight, *conv_bias;
+    const Weights* x_proj;
+    const void *dt_norm, *b_norm, *c_norm;
+    const Weights* dt_proj;
     const float *a, *d, *dt_bias;
     int64_t width, channels, states, rank, dtype;
     float eps;
@@ -45,14 +48,14 @@ EXPORT void mamba_decode(const MambaWeights* weights, const void* xz, int64_t st
 
     causal_conv1d(xz, w.conv_weight, w.conv_bias, conv_state, u, w.channels, w.width, stride, conv_stride, rows,
                   nullptr, state_ids, nullptr, nullptr, nullptr, nullptr, w.dtype);
-    linear(u, w.channels, w.x_proj, 0, 0, nullptr, parts, rows, projected, w.channels, w.dtype);
+    linear(u, w.channels, w.x_proj, nullptr, parts, projected, rows, w.dtype);
     auto norm = [&](int64_t first, int64_t size, const void* weight, void* normed) {
         rms_norm(parts + first * item, nullptr, weight, normed, nullptr, rows, size, projected, 0, w.dtype, w.eps);
     };
     norm(0, w.rank, w.dt_norm, rank);
     norm(w.rank, w.states, w.b_norm, b);
     norm(w.rank + w.states, w.states, w.c_norm, c);
-    linear(rank, w.rank, w.dt_proj, 0, 0, nullptr, dt, rows, w.channels, w.rank, w.dtype);
+    linear(rank, w.rank, w.dt_proj, nullptr, dt, w.channels, rows, w.dtype);
     selective_scan(u, dt, b, c, static_cast<const char*>(xz) + w.channels * item, w.a, w.d, w.dt_bias, ssm_state, out,
                    w.channels, w.states, w.channels, w.channels, w.states, w.states, stride, ssm_stride, rows, nullptr,
                    state_ids, nullptr, nullptr, nullptr, nullptr, w.dtype);

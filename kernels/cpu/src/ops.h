@@ -8,8 +8,10 @@ EXPORT void causal_conv1d(const void* x, const void* weight, const void* bias, v
                           const int32_t* query_start, const int32_t* state_ids, const uint8_t* has_state,
                           const int32_t* save_start, const int32_t* save_rows, const int32_t* save_slots, int64_t dtype);
 
-EXPORT void linear(const void* x, int64_t x_stride, const void* weight, int64_t bits, int64_t group_size,
-                   const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t dtype);
+struct Weights;  // a packed weight, defined in `gemm.h`
+
+EXPORT void linear(const void* x, int64_t x_stride, const Weights* weights, const void* bias, void* y, int64_t y_stride,
+                   int64_t m, int64_t dtype);
 
 EXPORT void rms_norm(const void* x, const void* residual, const void* weight, void* normed, void* total, int64_t rows,
                      int64_t size, int64_t x_stride, int64_t residual_stride, int64_t dtype, float eps);

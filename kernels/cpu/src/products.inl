@@ -1,4 +1,6 @@
 #include "formats.inl"
+#include "factors.inl"
 #include "gemm.inl"
 #include "silu.inl"
+#include "entries.inl"
 #include "experts.inl"

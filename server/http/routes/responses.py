@@ -14,7 +14,7 @@ from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.errors import StreamNotFound, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM, json_response
 from jamba_server.server.http.schemas.responses.items import Item, Reasoning, new_id
 from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
@@ -151,15 +151,16 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
     await wait_for_start(request, services)
     model = services.model(body.model)
     names = FunctionNames.of(body.declared_tools)
-    items = await read_input(body, services.responses, owner)
+    limit = services.config.max_body_bytes
+    items = await read_input(body, services.responses, owner, max_bytes=limit)
     history: list[Item] = []
     if body.previous_response_id is not None:
-        limit = services.config.max_body_bytes
         history = await services.responses.conversation(body.previous_response_id, owner, max_bytes=limit)
     task = chat_task(body, names, history + items)
-    spec, num_left_out = await plan_response(
+    planning = plan_response(
         task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
     )
+    spec, num_left_out = await prepared(request, planning)
     _warn(request, body, names, num_left_out)
     return _Plan(model, names, items, spec)
 

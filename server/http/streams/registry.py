@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Self
 
 from jamba_server.engine.errors import Overloaded, RequestRejected
+from jamba_server.server.config import ServerConfig
 from jamba_server.server.http.errors import RateLimited, StreamNotFound
 from jamba_server.server.http.streams.kept import KeptStream, Reader
 
@@ -26,6 +28,15 @@ class KeptStreams:
         self._streams: dict[str, KeptStream] = {}  # the oldest stream comes first
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self.num_resumed = self.num_expired = 0
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Self:
+        """Returns the object for the limits that a configuration asks for."""
+        return cls(
+            max_streams=config.max_kept_streams,
+            max_bytes=config.kept_stream_bytes,
+            resume_timeout=config.resume_timeout,
+        )
 
     def __len__(self) -> int:
         return len(self._streams)

@@ -1,0 +1,87 @@
+"""Decides which matrix products of a model use activations of 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import torch
+
+from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
+from jamba_server.kernels.activations import without_int8
+from jamba_server.kernels.cpu.a8 import machine_units
+from jamba_server.kernels.cpu.library import library
+
+INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[int]]] = {
+    ("avx2", "avx2"): frozenset({4}),
+    ("avx2", "avx_vnni"): frozenset({4}),
+    ("avx512", "avx512_vnni"): frozenset({4}),
+    ("avx512_bf16", "avx512_vnni"): frozenset({4}),
+}
+"""Maps an instruction set of the CPU kernels, and the instruction set of their products with 8-bit activations, to the
+numbers of bits of the weights whose products use 8-bit activations by default.
+
+An entry is here if the products are faster for 1 to 16 rows and at most 5 % slower for 256 rows, and if the loss is at
+most 0.001 bits per byte (benchmarks/results/activation-products.md and activation-loss.md). The products for AVX-VNNI
+were not measured: they do in one instruction what those for AVX2 do in two.
+"""
+
+
+def int8_activations(
+    config: EngineConfig,
+    policy: QuantizationPolicy,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Mapping[str, str],
+) -> frozenset[int]:
+    """Returns the numbers of bits of the weights that are multiplied by 8-bit activations. Other products have
+    activations of the model's dtype. `names` maps each operation to the name of its kernel.
+
+    Raises ConfigError if the options ask for 8-bit activations where there are none.
+    """
+    bits, wanted = frozenset(_whole_number_bits(policy)), config.activation_quantization
+    if wanted == "int8":
+        _check(policy, dtype, device, names, bits)
+        return bits
+    if wanted == "none" or device.type != "cpu" or dtype == torch.float32 or names["linear"] != "cpu":
+        return frozenset()
+    if without_int8(names):
+        return frozenset()
+    return bits & INT8_BY_DEFAULT.get((library().level(), machine_units()), frozenset())
+
+
+def _whole_number_bits(policy: QuantizationPolicy) -> Iterator[int]:
+    """Yields the numbers of bits of the weights that are whole numbers."""
+    for form in policy.blocks.values():
+        yield form.bits
+    if policy.quantization is not None and policy.quantization != "fp8":
+        yield FORMATS[policy.quantization].bits
+
+
+def _check(
+    policy: QuantizationPolicy,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Mapping[str, str],
+    bits: frozenset[int],
+) -> None:
+    if device.type != "cpu":
+        raise ConfigError(
+            f"activation_quantization 'int8' is for CPUs; the model runs on {device.type}, where activations keep the "
+            "model's dtype. Leave the option out."
+        )
+    if dtype == torch.float32:
+        raise ConfigError(
+            "activation_quantization 'int8' and dtype 'float32' exclude each other: 8-bit activations are less precise "
+            "than bfloat16."
+        )
+    if not bits:
+        weights = "plain" if policy.quantization is None else policy.quantization
+        raise ConfigError(
+            f"activation_quantization 'int8' needs weights that are whole numbers of 4 or 8 bits; this model's weights "
+            f"are {weights}. Add --quantization int4 or int8, or leave the option out."
+        )
+    if missing := without_int8(names):
+        raise ConfigError(f"activation_quantization 'int8' is not supported by the kernels {', '.join(missing)}.")

@@ -1,0 +1,5 @@
+#include "silu.inl"
+#include "entries.inl"
+#include "a8_dot.inl"
+#include "a8.inl"
+#include "a8_experts.inl"
