@@ -84,7 +84,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     if model_config.is_classifier:
         raise ConfigError(f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet.")
     dtype = choose_dtype(config, model_config)
-    policy = policy_of(config, model_config, device.type)
+    policy = policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch

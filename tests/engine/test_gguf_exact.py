@@ -85,11 +85,10 @@ def test_formats_of_a_fused_product() -> None:
 def test_weights_stay_where_the_kernels_can_read_them(tmp_path: Path) -> None:
     path = written(tmp_path, "Q4_K", "Q6_K")
     config = load_model_config(path)
-    blocks = kept_formats(config, "cpu")
+    blocks = kept_formats(config)
     experts = "model.layers.1.feed_forward.experts."
     assert set(blocks) == {"model.layers.0.feed_forward.down_proj.weight"}, "Q4_K stands beside the other Q6_K weights"
     assert config.stored[f"{experts}3.down_proj.weight"].kind == "Q6_K"
-    assert kept_formats(config, "cuda") == {}
     policy = QuantizationPolicy.of(EngineConfig(model=str(path)), blocks=blocks)
     [text] = conversions(config, policy, "bfloat16")
     count = len(config.stored)
@@ -104,7 +103,7 @@ def test_weights_stay_where_the_kernels_can_read_them(tmp_path: Path) -> None:
 def test_the_plan_counts_the_bytes_of_blocks(kind: str, bits: int, group: int, tmp_path: Path) -> None:
     path = written(tmp_path, kind)
     config = load_model_config(path)
-    policy = QuantizationPolicy(blocks=kept_formats(config, "cpu"))
+    policy = QuantizationPolicy(blocks=kept_formats(config))
     h = 256
     numbers = 4 * h * h  # q, k, v and o: two heads and one of 128
     numbers -= h * h  # k and v have half of the rows
