@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jamba_server.engine.checkpoint import Checkpoint, Folder
@@ -15,7 +13,10 @@ from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
 from jamba_server.engine.gguf.weights import read_tensors
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization.stored import Read
-from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, weight_files
+from jamba_server.engine.start import quantized_folder
+from jamba_server.engine.start.contents import EMBEDDING, HEAD
+from jamba_server.engine.start.quantized_folder import read_file
+from jamba_server.engine.weight_files import header, weight_files
 
 
 class Source(NamedTuple):
@@ -43,7 +44,11 @@ def _from_folder(checkpoint: Folder, config: JambaConfig, dtype: torch.dtype) ->
     paths = weight_files(checkpoint.path)
     tied = config.tie_word_embeddings and not config.is_classifier
     aliases = {} if not tied or any(EMBEDDING in header(path) for path in paths) else {HEAD: EMBEDDING}
-    tensors = (Read(*_unpacked(name, tensor), path, tensor.nbytes) for path in paths for name, tensor in _read(path))
+    if (layout := checkpoint.layout()) is not None:
+        return Source(quantized_folder.read_tensors(paths, layout), sum(path.stat().st_size for path in paths), aliases)
+    tensors = (
+        Read(*_unpacked(name, tensor), path, tensor.nbytes) for path in paths for name, tensor in read_file(path)
+    )
     return Source(tensors, sum(path.stat().st_size for path in paths), aliases)
 
 
@@ -63,14 +68,3 @@ def _unpacked(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     # Both shifts copy the sign bit of the number.
     low, high = signed << 4 >> 4, signed >> 4
     return name.removesuffix("_packed"), torch.stack([low, high], dim=-1).flatten(-2)
-
-
-def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for each tensor in one file. The tensors are views of the memory-mapped file."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names: list[str] = file.keys()
-            for name in names:
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise incomplete(path, error) from error

@@ -18,8 +18,9 @@ from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.layers.parameter import Fill, Raw, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.quantization import stored
-from jamba_server.engine.start.contents import HEAD, listed
+from jamba_server.engine.start.contents import HEAD
 from jamba_server.engine.start.sources import open_weights
+from jamba_server.engine.weight_files import listed
 from jamba_server.kernels.ops import QuantizedWeight
 
 # Maps the end of a tensor's name to the key of config.json that decides whether the model has tensors whose names end

@@ -140,6 +140,11 @@ class Linear:
         self._rows = library().function("a8_rows", POINTER, POINTER, POINTER, INT, INT)
         self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
 
+    @property
+    def other(self) -> ops.Linear:
+        """Returns the implementation of the products with activations of the model's dtype."""
+        return self._other
+
     def pack(self, weight: Weight) -> Any:
         """Returns the weight in the layout of the implementation that computes products with it."""
         parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
