@@ -93,13 +93,12 @@ def test_a_format_for_several_matrices() -> None:
 
 def test_every_matrix_keeps_its_format(tmp_path: Path) -> None:
     config = load_model_config(path := written(tmp_path, "Q4_K", "Q6_K"))
-    kept = kept_formats(config, "cpu")
+    kept = kept_formats(config)
     assert kept == {name: entry.format for name, entry in config.stored.items()}
     experts, attention = "model.layers.1.feed_forward.experts.3.", "model.layers.1.self_attn."
     for four, eight in ((f"{attention}q_proj", f"{attention}v_proj"), (f"{experts}up_proj", f"{experts}down_proj")):
         assert (kept[f"{four}.weight"], kept[f"{eight}.weight"]) == (Q4_K, Q6_K)
     assert {"model.embed_tokens.weight", "model.layers.0.mamba.x_proj.weight"} <= set(kept)
-    assert kept_formats(config, "cuda") == {}
     policy = QuantizationPolicy.of(EngineConfig(model=str(path)), blocks=kept)
     assert conversions(config, policy, "bfloat16") == ()
     requested = QuantizationPolicy.of(EngineConfig(model=str(path), quantization="int8"), blocks=kept)
@@ -111,11 +110,11 @@ def test_experts_share_a_format_or_are_converted(tmp_path: Path) -> None:
     config = load_model_config(written(tmp_path, "Q4_K"))
     gate, up, down = (f"model.layers.1.feed_forward.experts.0.{name}_proj.weight" for name in ("gate", "up", "down"))
     other = replace(config.stored[gate], format=Q8_0, kind="Q8_0")
-    kept = kept_formats(replace(config, stored={**config.stored, gate: other}), "cpu")
+    kept = kept_formats(replace(config, stored={**config.stored, gate: other}))
     assert kept[gate] == kept[up] == Format(bits=8, limit=127, group_size=32, has_offset=True)
     assert kept[down] == Q4_K
     plain = replace(config, stored={name: entry for name, entry in config.stored.items() if name != down})
-    policy = QuantizationPolicy(blocks=kept_formats(plain, "cpu"))
+    policy = QuantizationPolicy(blocks=kept_formats(plain))
     assert not any(".experts." in name for name in policy.blocks)
     [text] = conversions(plain, policy, "bfloat16")
     count = len(plain.stored)
@@ -127,7 +126,7 @@ def test_experts_share_a_format_or_are_converted(tmp_path: Path) -> None:
 def test_the_plan_counts_the_bytes_of_blocks(kind: str, tied: bool, tmp_path: Path) -> None:
     path = written(tmp_path, kind, tie_word_embeddings=tied)
     config = load_model_config(path)
-    policy = QuantizationPolicy(blocks=kept_formats(config, "cpu"))
+    policy = QuantizationPolicy(blocks=kept_formats(config))
     numbers = sum(entry.numbers for entry in config.stored.values())
     plain = ("router.weight", "conv1d.weight", "dt_proj.weight", "A_log")
     stored = load_file(tmp_path / "model.safetensors")
