@@ -51,7 +51,7 @@ def test_the_option_decides(policy: QuantizationPolicy, bits: set[int]) -> None:
 @pytest.mark.parametrize("level", ["portable", "avx2"])
 def test_the_default_follows_from_the_level_and_the_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Library, "level", lambda self: level)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
-    monkeypatch.setattr(activations, "machine_units", lambda: level)
+    monkeypatch.setattr(activations, "units_of", lambda level: level)
     expected = {4} if level == "avx2" else set[int]()
     assert choose(None, QuantizationPolicy("int4")) == expected
     assert choose(None, QuantizationPolicy("int4-g32")) == expected
