@@ -24,6 +24,7 @@ from jamba_server.server.http.limits.turns import Turns, client_of
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.store.responses import ResponseStore
+from jamba_server.server.http.streams.registry import KeptStreams
 from jamba_server.server.http.tracing.setup import Tracing
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, RenderedText, RenderOptions
@@ -65,6 +66,7 @@ class Services:
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     responses: ResponseStore
+    streams: KeptStreams
     edge: Edge
     tracing: Tracing | None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from jamba_server.engine.errors import Overloaded
 from jamba_server.server.http.errors import Problem, error_response
+from jamba_server.server.http.streams.reply import CLOSE_CONNECTION
 
 # If a reply is sent before the request's body was read, the client may go on sending the body for this time in seconds.
 # If the server closed the connection at once, the client's operating system would discard the reply.
@@ -158,13 +159,14 @@ class Connection(H11Protocol):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Calls the application for one request. If too many connections are open, the header `connection: close` is
-        added to the reply."""
+        added to the reply. The application gets a function that closes the connection."""
 
         async def send_or_close(message: Message) -> None:
             if message["type"] == "http.response.start" and self._manner.crowded():
                 message = {**message, "headers": [*message.get("headers", ()), CLOSE]}
             await send(message)
 
+        scope.setdefault("extensions", {})[CLOSE_CONNECTION] = self.transport.abort
         await self._served(scope, receive, send_or_close)
 
 
