@@ -58,7 +58,8 @@ def _whole_number_bits(policy: QuantizationPolicy) -> Iterator[int]:
     """Yields the numbers of bits of the weights that can be multiplied by 8-bit activations, as
     `kernels.int8_activations.takes_int8` decides for the weights themselves."""
     for form in policy.blocks.values():
-        if form.group_size is None or form.group_size == BLOCK // 2 or form.group_size % BLOCK == 0:
+        is_whole = form != FORMATS["fp8"] and all(number == int(number) for number in form.table or ())
+        if is_whole and (form.group_size is None or form.group_size == BLOCK // 2 or form.group_size % BLOCK == 0):
             yield form.bits
     if policy.quantization is not None and policy.quantization != "fp8":
         yield FORMATS[policy.quantization].bits

@@ -37,6 +37,14 @@ def units_of(level: str) -> str:
     return UNITS[native.function("a8_units", INT, result=INT)(native.number(level))]
 
 
+def machine_units() -> str:
+    """Returns the instruction set of products with 8-bit activations at the library's own level.
+
+    Raises KernelUnavailable if there is no compiled library.
+    """
+    return units_of(library().level())
+
+
 class _Format(ctypes.Structure):
     """Contains the address and the format of a packed weight, with the layout of the C++ struct `A8Weights`."""
 

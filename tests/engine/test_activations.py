@@ -48,6 +48,13 @@ def test_the_option_decides(policy: QuantizationPolicy, bits: set[int]) -> None:
     assert not choose("none", policy)
 
 
+def test_blocks_without_whole_numbers_are_no_reason_for_8_bits() -> None:
+    nf4 = Format(bits=4, limit=1, group_size=64, table=(0.5,) * 16)
+    assert choose(None, QuantizationPolicy(blocks={"a": nf4})) == set()
+    with pytest.raises(ConfigError, match="needs weights that are whole numbers"):
+        choose("int8", QuantizationPolicy(blocks={"a": nf4}))
+
+
 @pytest.mark.parametrize("level", ["portable", "avx2"])
 def test_the_default_follows_from_the_level_and_the_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Library, "level", lambda self: level)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
