@@ -246,7 +246,7 @@ class ServerConfig:
             "memory",
             "Prompt tokens per step, on top of one token per running reply",
             "TOKENS",
-            "by --max-step-ms on a CPU, 8192 on a GPU",
+            "by the time of a step on a CPU, 8192 on a GPU",
         ),
     ] = None
     max_step_ms: Annotated[

@@ -153,7 +153,7 @@ class Linear:
         self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
 
     @property
-    def other(self) -> ops.Linear:
+    def other(self) -> PlainLinear:
         """Returns the implementation of the products with activations of the model's dtype."""
         return self._other
 

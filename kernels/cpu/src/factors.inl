@@ -53,9 +53,17 @@ INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[
     }
 }
 
+// With AVX2, the factors of a group need so many registers that the compiler would keep accumulators of the loop before
+// in memory, which halves the speed of that loop. The function `add_group` is therefore a function of its own there.
+#if defined(LEVEL_AVX2)
+#define INLINE_IF_REGISTERS __attribute__((noinline))
+#else
+#define INLINE_IF_REGISTERS INLINE
+#endif
+
 // Adds what one group contributes to the sums of a tile. `c`, `x` and `totals` are those of the function `add_scaled`.
 template <int MR, int NS>
-INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
+INLINE_IF_REGISTERS void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
                       Vec (&totals)[MR][2 * NS]) {
     alignas(64) float factors[NS][STRIP], shifts[NS][STRIP];
     const float* scales[NS];
@@ -79,6 +87,8 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupP
         case Shift::zero: return add_scaled<Shift::zero, MR, NS>(c, scales, shifts, x, totals);
     }
 }
+
+#undef INLINE_IF_REGISTERS
 
 // Computes the sums of the rows `first` to `first` + `size` - 1 of x over each group of the weight: sums [group][row].
 // Every WIDTH-th element of a group is added in ascending order, and then the WIDTH partial sums are added in halves.
