@@ -21,6 +21,8 @@ from jamba_server.server.config import ServerConfig, load_config
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.metrics import EdgeCollector
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.streams.metrics import StreamCollector
+from jamba_server.server.http.streams.registry import KeptStreams
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -45,7 +47,8 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 def exported_names() -> set[str]:
     """The names under which queries find the server's metrics."""
     metrics = Metrics(SimpleNamespace(stats=EngineStats(), supervision=SupervisionStats()), model_name="m")  # pyright: ignore[reportArgumentType]
-    metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig())))
+    metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig(), EngineStats)))
+    metrics.registry.register(StreamCollector("m", KeptStreams.of(ServerConfig())))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 

@@ -96,7 +96,7 @@ def create_app(
         metrics=Metrics(engine, model_name=config.served_model_name[0]),
         demo=demo,
         version=package_version(),
-        edge=Edge.of(config),
+        edge=Edge.of(config, lambda: engine.stats),
         tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=_response_store(config),

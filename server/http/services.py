@@ -91,7 +91,8 @@ class Services:
         return requested
 
     def generation(self, spec: GenerationSpec) -> Generation:
-        admission = Admission(spec.requests(), self.edge.waiting, self.edge.keys.account(spec.tenant))
+        account = self.edge.keys.account(spec.tenant)
+        admission = Admission(spec.requests(), self.edge.waiting, account, spec.time_limit)
         return Generation(spec, self.engine, self.tokenizer, self.metrics, admission)
 
     def check_size(self, text: str, *, param: str) -> None:
