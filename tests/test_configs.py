@@ -101,6 +101,13 @@ def test_the_documents_list_every_metric_and_no_other() -> None:
     assert metric_names((ROOT / "docs" / "operations.md").read_text()) == families
 
 
+def test_every_alert_has_a_line_of_the_runbook() -> None:
+    groups = yaml.safe_load((CONFIGS / "alerts.yml").read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"]]
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert re.findall(r"^\| `(Jamba\w+)` \| \S", page, re.MULTILINE) == alerts
+
+
 @pytest.mark.parametrize("file", DEPLOYMENTS, ids=lambda path: path.name)
 def test_deployments_are_valid(file: Path) -> None:
     assert load_config({}, {}, file).model is not None
