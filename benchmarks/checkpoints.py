@@ -12,8 +12,8 @@ from benchmarks.http.shapes import write_tokenizer
 from benchmarks.shapes import SHAPES, write_config
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import build_model
-from jamba_server.engine.start.contents import INDEX_FILE
 from jamba_server.engine.start.weights import fill_unit
+from jamba_server.engine.weight_files import INDEX_FILE
 from jamba_server.kernels.table import select
 
 CPU = torch.device("cpu")

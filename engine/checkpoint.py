@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from jamba_server.engine.files import MAX_BYTES, parse_object, parse_text, read_bytes
 from jamba_server.engine.gguf.recognition import is_gguf
+from jamba_server.engine.prequantized.settings import find_settings
 from jamba_server.engine.quantization.blocks import StoredMatrix
+
+if TYPE_CHECKING:
+    from jamba_server.engine.prequantized.layout import Layout
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 # Maximum size of a tokenizer.json in bytes; the file of a tokenizer with 256 thousand tokens has 33 MB.
@@ -60,7 +64,18 @@ class Folder:
         return self.path / name
 
     def stored(self) -> Mapping[str, StoredMatrix]:
-        return {}
+        layout = self.layout()
+        return {} if layout is None else {name: matrix.stored for name, matrix in layout.matrices.items()}
+
+    def layout(self) -> Layout | None:
+        """Returns what the weight files hold if another tool has quantised the weights to integers, else None. Raises
+        CheckpointError if this server cannot read such weights."""
+        if find_settings(self.path) is None:
+            return None
+        # The import is made only here, because the imported module loads numpy.
+        from jamba_server.engine.prequantized.table import open_layout
+
+        return open_layout(self.path)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

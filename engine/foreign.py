@@ -60,9 +60,12 @@ def refuse_foreign(path: Path) -> None:
             raise CheckpointError(f"{path} {reason}.")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    for name in METHOD_FILES:
-        if (path / name).is_file():
-            raise refuse_file(path / name)
+    if files := [path / name for name in METHOD_FILES if (path / name).is_file()]:
+        # The import is made only here, because the imported module loads numpy.
+        from jamba_server.engine.prequantized.table import is_known
+
+        if not is_known(path):
+            raise refuse_file(files[0])
 
 
 def _no_folder(path: Path) -> CheckpointError:

@@ -188,14 +188,17 @@ def load_model_config(folder: Path, *, own_head: bool = False) -> JambaConfig:
     for key, value in _IMPLEMENTED.items():
         if file.values.get(key, value) != value:
             raise file.refusal(key, f"this server implements only {json.dumps(value)}")
-    methods.refuse_foreign(file.path, file.values)
+    layout = checkpoint.layout() if isinstance(checkpoint, Folder) else None
+    if layout is None:
+        methods.refuse_foreign(file.path, file.values)
     config = _read_config(file, architecture, eos_token_ids=_eos_token_ids(file, checkpoint))
     _check_schedules(file, config)
-    config = replace(config, stored=checkpoint.stored())
+    stored = checkpoint.stored() if layout is None else {name: m.stored for name, m in layout.matrices.items()}
+    config = replace(config, stored=stored)
     if own_head:
         config = replace(config, tie_word_embeddings=False)
     quantization = file.values.get("quantization_config")
-    if quantization is None:
+    if quantization is None or layout is not None:
         return config
     if (method := methods.made_at_load(quantization)) is not None:
         return replace(config, made_at_load=method)

@@ -7,42 +7,37 @@ This module works without torch, so that the command `jamba plan` does not need 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.model_config import JambaConfig, scan_parameters
+from jamba_server.engine.model_config import JambaConfig, linear_modules, scan_parameters
 from jamba_server.engine.quantization import UNQUANTIZED, Format, QuantizationPolicy, Role
-from jamba_server.engine.quantization.blocks import expert_names, shared_formats
+from jamba_server.engine.quantization.blocks import common_format, expert_names
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def weight_bytes(config: JambaConfig, dtype_bytes: int, *, policy: QuantizationPolicy = UNQUANTIZED) -> int:
     """Returns the size of the loaded weights in bytes. Mamba's A, D and dt bias are in float32. If `policy` quantises a
     weight, the size of the weight includes its scales. Elements of weights that are neither quantised nor in float32
-    take `dtype_bytes` bytes each. A quantised output head takes memory of its own even if it is tied to the embedding,
-    which is never quantised.
+    take `dtype_bytes` bytes each. If the output head is tied to the embedding, it takes memory of its own only if this
+    server quantises it, because the embedding then stays unquantised.
     """
     scan = len(config.mamba_layers) * config.d_inner * scan_parameters(config)
     total = (config.num_parameters() - scan) * dtype_bytes + 4 * scan
-    for matrix, one in _sizes(config, dtype_bytes, policy):
-        size = matrix.count * one
-        if matrix.role == "head" and config.tie_word_embeddings:
-            total += size if policy.quantization_of("head") is not None else 0
-        else:
-            total += size - matrix.count * matrix.rows * matrix.inputs * dtype_bytes
+    for _, _, size, numbers in _sizes(config, dtype_bytes, policy):
+        total += size - numbers * dtype_bytes
+    if config.tie_word_embeddings and not config.is_classifier and policy.quantization_of("head") is not None:
+        total += policy.num_bytes("head", config.vocab_size, config.hidden_size, dtype_bytes=dtype_bytes)
     return total
 
 
-def _sizes(config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy) -> Iterator[tuple[Matrix, int]]:
-    """Yields the groups of weight matrices, and for each group the size of one matrix in bytes."""
-    if not policy.blocks:
-        for matrix in matrices(config):
-            yield matrix, policy.num_bytes(matrix.role, matrix.rows, matrix.inputs, dtype_bytes=dtype_bytes)
-        return
-    for products in fused_products(config):
-        formats = shared_formats(policy.blocks, [names for _, names in products])
-        for i, (matrix, _) in enumerate(products):
-            plain = matrix.rows * matrix.inputs * dtype_bytes
-            yield matrix, plain if formats is None else formats[i].num_bytes(matrix.rows, matrix.inputs)
+def _sizes(config: JambaConfig, dtype_bytes: int, policy: QuantizationPolicy) -> Iterator[tuple[str, Role, int, int]]:
+    """Yields the name of each weight matrix, the part of the model that uses it, its size in bytes, and its number of
+    elements."""
+    for name, role, rows, inputs in weight_matrices(config):
+        form = policy.blocks.get(name)
+        plain = policy.num_bytes(role, rows, inputs, dtype_bytes=dtype_bytes)
+        yield name, role, plain if form is None else form.num_bytes(rows, inputs), rows * inputs
 
 
 def step_bytes(
@@ -52,93 +47,68 @@ def step_bytes(
     sequences. The step reads all weights except the embedding and the experts that no token chooses. The estimate
     assumes that all experts are equally likely."""
     total = weight_bytes(config, dtype_bytes, policy=policy)
-    if not config.tie_word_embeddings or policy.quantization_of("head") is not None:
-        total -= config.vocab_size * config.hidden_size * dtype_bytes
     missed = (1 - config.num_experts_per_tok / config.num_experts) ** num_sequences
-    for matrix, size in _sizes(config, dtype_bytes, policy):
-        if matrix.role == "experts":
-            total -= round(matrix.count * missed * size)
-    return total
+    experts = 0
+    for name, role, size, _ in _sizes(config, dtype_bytes, policy):
+        is_read = config.tie_word_embeddings and policy.quantization_of("head") is None
+        if name == _EMBEDDING and not is_read:
+            total -= size
+        experts += size if role == "experts" else 0
+    return total - round(missed * experts)
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A group of weight matrices with the same shape, [rows, inputs]. The field `role` names the part of the model that
-    uses the matrices, for example "attention" or "experts". A quantisation policy chooses the format of the matrices by
-    this name. The field `count` is the number of matrices in the group."""
-
-    role: Role
-    rows: int
-    inputs: int
-    count: int
-
-
-def matrices(config: JambaConfig) -> Iterator[Matrix]:
-    """Yields the groups of weight matrices that a quantisation policy may quantise. The output head is included even if
-    the output head and the embedding share one weight."""
-    h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
+def weight_matrices(config: JambaConfig) -> Iterator[tuple[str, Role, int, int]]:
+    """Yields the name of each weight matrix in a checkpoint, the part of the model that uses it, and its numbers of
+    rows and inputs. The convolutions are left out, and so is a head that is tied to the embedding."""
+    h, d, f, v = config.hidden_size, config.d_inner, config.intermediate_size, config.vocab_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention, mamba = len(config.attention_layers), len(config.mamba_layers)
-    moe = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
-    yield Matrix("attention", q + 2 * kv, h, attention)
-    yield Matrix("attention", h, q, attention)
-    yield Matrix("mamba", 2 * d, h, mamba)
-    yield Matrix("mamba", h, d, mamba)
-    feed_forward: tuple[tuple[Role, int], ...] = (
-        ("mlp", config.num_hidden_layers - moe),
-        ("experts", moe * config.num_experts),
-    )
-    for role, count in feed_forward:
-        yield Matrix(role, 2 * f, h, count)
-        yield Matrix(role, h, f, count)
-    if not config.is_classifier:
-        yield Matrix("head", config.vocab_size, h, 1)
+    rank, states = config.mamba_dt_rank, config.mamba_d_state
+    shapes = {
+        "q_proj": (q, h),
+        "k_proj": (kv, h),
+        "v_proj": (kv, h),
+        "o_proj": (h, q),
+        "in_proj": (2 * d, h),
+        "x_proj": (rank + 2 * states, d),
+        "dt_proj": (d, rank),
+        "out_proj": (h, d),
+        "gate_proj": (f, h),
+        "up_proj": (f, h),
+        "down_proj": (h, f),
+        "router": (config.num_experts, h),
+        "score": (config.num_labels, h),
+        "lm_head": (v, h),
+    }
+    yield _EMBEDDING, "other", v, h
+    for name, role in linear_modules(config):
+        yield f"{name}.weight", role, *shapes[name.rpartition(".")[2]]
 
 
-def fused_products(config: JambaConfig) -> Iterator[list[tuple[Matrix, list[str]]]]:
-    """Yields lists of matrix products that one kernel computes together. Each product has the names of the weights that
-    are joined in its matrix. The two products of a layer of experts form one list; the count of their matrices is the
-    number of experts. An output head that is tied to the embedding is left out."""
-    h, d, f = config.hidden_size, config.d_inner, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+def kept_formats(config: JambaConfig, device: str) -> Mapping[str, Format]:
+    """Returns the names of the weights that stay quantised as the checkpoint has them when the model runs on `device`,
+    and their formats in memory. Only the CPU kernels can read such weights.
 
-    def product(role: Role, rows: int, inputs: int, prefix: str, *names: str) -> list[tuple[Matrix, list[str]]]:
-        return [(Matrix(role, rows, inputs, 1), [f"{prefix}{name}_proj.weight" for name in names])]
-
-    for i in range(config.num_hidden_layers):
-        mixer = f"model.layers.{i}.{'self_attn' if config.is_attention(i) else 'mamba'}."
-        feed_forward, count = f"model.layers.{i}.feed_forward.", config.num_experts
-        if config.is_attention(i):
-            yield product("attention", q + 2 * kv, h, mixer, "q", "k", "v")
-            yield product("attention", h, q, mixer, "o")
-        else:
-            yield product("mamba", 2 * d, h, mixer, "in")
-            yield product("mamba", h, d, mixer, "out")
-        if config.is_moe(i):
-            gate_up, down = expert_names(f"{feed_forward}experts.", count)
-            yield [(Matrix("experts", 2 * f, h, count), gate_up), (Matrix("experts", h, f, count), down)]
-        else:
-            yield product("mlp", 2 * f, h, feed_forward, "gate", "up")
-            yield product("mlp", h, f, feed_forward, "down")
-    if not config.is_classifier and not config.tie_word_embeddings:
-        yield [(Matrix("head", config.vocab_size, h, 1), ["lm_head.weight"])]
-
-
-def kept_blocks(config: JambaConfig, device: str) -> Mapping[str, Format]:
-    """Returns the names and formats of the weights that are kept in the format of the checkpoint when the model runs on
-    `device`. Only the CPU kernels can read such weights. A weight is kept only if all weights of its fused product can
-    be kept."""
-    blocks = {name: entry.format for name, entry in config.stored.items() if entry.format is not None}
-    if device != "cpu" or not blocks:
+    The weights of all experts of a layer are in one format for the gate and up projections, and in one for the down
+    projections. They stay quantised only if there are both formats.
+    """
+    stored = {name: entry.format for name, entry in config.stored.items() if entry.format is not None}
+    if device != "cpu" or not stored:
         return {}
-    groups = [[names for _, names in products] for products in fused_products(config)]
-    kept = [names for group in groups if shared_formats(blocks, group) is not None for names in group]
-    return {name: blocks[name] for names in kept for name in names}
+    roles = {name: role for name, role, _, _ in weight_matrices(config)}
+    kept = {name: form for name, form in stored.items() if roles.get(name, "experts") != "experts"}
+    for layer in filter(config.is_moe, range(config.num_hidden_layers)):
+        products = expert_names(f"model.layers.{layer}.feed_forward.experts.", config.num_experts)
+        formats = [
+            common_format(stored[name] for name in names) if stored.keys() >= set(names) else None for names in products
+        ]
+        if None not in formats:
+            kept |= {name: form for names, form in zip(products, formats, strict=True) if form for name in names}
+    return kept
 
 
 def policy_of(engine: EngineConfig, config: JambaConfig, device: str) -> QuantizationPolicy:
     """Returns the policy for a model on `device`, with the options in `engine`. Raises ConfigError for options that do
     not fit to the checkpoint."""
-    blocks = {} if engine.load_format == "dummy" else kept_blocks(config, device)
+    blocks = {} if engine.load_format == "dummy" else kept_formats(config, device)
     roles, at_load = config.quantized_roles, config.made_at_load
     return QuantizationPolicy.of(engine, roles, at_load, blocks, config.stored_format)

@@ -246,8 +246,12 @@ class ServerConfig:
             "memory",
             "Prompt tokens per step, on top of one token per running reply",
             "TOKENS",
-            "128 on a CPU, 8192 on a GPU",
+            "by --max-step-ms on a CPU, 8192 on a GPU",
         ),
+    ] = None
+    max_step_ms: Annotated[
+        Count | None,
+        Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "150"),
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")

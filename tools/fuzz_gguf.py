@@ -106,7 +106,7 @@ def header_size(path: Path) -> int:
     from jamba_server.engine.gguf.reader import read_gguf
 
     tensors = read_gguf(path).tensors.values()
-    return path.stat().st_size - sum(tensor.data.nbytes for tensor in tensors)
+    return path.stat().st_size - sum(tensor.num_bytes for tensor in tensors)
 
 
 def run(source: Path, first: int, total: int) -> int:

@@ -13,7 +13,9 @@ from torch import Tensor
 from jamba_server.engine.checkpoint import Checkpoint
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.model_config import JambaConfig
-from jamba_server.engine.start.weights import open_weights
+from jamba_server.engine.quantization import stored
+from jamba_server.engine.start.sources import open_weights
+from jamba_server.kernels.ops import QuantizedWeight
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Tensors that transformers 5 writes for all experts of a layer together.
@@ -27,7 +29,8 @@ def read_plain(checkpoint: Checkpoint, config: JambaConfig) -> Iterator[tuple[st
     if config.quantized_roles:
         raise CheckpointError(f"{checkpoint.path} has quantised weights already; convert the original checkpoint.")
     source = open_weights(checkpoint, config, DTYPES[config.dtype])
-    for name, tensor, path, _ in source.tensors:
+    for name, weight, path, _ in source.tensors:
+        tensor = _plain(weight, DTYPES[config.dtype]) if isinstance(weight, QuantizedWeight) else weight
         own = source.aliases.get(name, name)
         if own.endswith(_UNUSED) or (own == "lm_head.weight" and config.tie_word_embeddings):
             continue
@@ -36,6 +39,12 @@ def read_plain(checkpoint: Checkpoint, config: JambaConfig) -> Iterator[tuple[st
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: tensor {name} holds values that are infinite or not a number (NaN).")
         yield from _unfused(own, tensor)
+
+
+def _plain(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(weight.values.shape, dtype=dtype)
+    stored.dequantize(weight, tensor)
+    return tensor
 
 
 def _unfused(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,8 @@ from jamba_server.engine.model_config import JambaConfig, linear_modules
 from jamba_server.engine.quantization import QuantizationPolicy, Role
 from jamba_server.engine.quantization.converted import FORMATS_WRITTEN, settings
 from jamba_server.engine.quantization.quantize import quantize
-from jamba_server.engine.start.contents import INDEX_FILE, read_model
+from jamba_server.engine.start.contents import read_model
+from jamba_server.engine.weight_files import INDEX_FILE
 
 _SHARD: Final = 2 << 30  # bytes of tensors in a file
 _DOCUMENTS: Final = (

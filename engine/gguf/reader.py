@@ -2,16 +2,19 @@
 
 A file may come from an untrusted source. Every count, length and offset is compared with the size of the file before it
 is used, so a file can neither make this reader allocate more memory than a few times the size of its header nor read
-outside of the file. Files are memory-mapped.
+outside of the file.
+
+Files are read, not memory-mapped: if a mapped file becomes shorter, a read of the lost part ends the process, and the
+pages of a mapped file count as memory of the process.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import stat
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,6 +36,8 @@ _MAX_NAME: Final = 1 << 10  # bytes of a key or of the name of a tensor
 _MAX_PIECES: Final = 1000
 _MAX_DIMENSIONS: Final = 4
 _MAX_ALIGNMENT: Final = 1 << 20
+_STEP: Final = 1 << 20  # at least so many bytes of the header are read at a time
+_AHEAD: Final = 64 << 20  # number of bytes that the operating system is asked to read before they are needed
 _ALIGNMENT: Final = 32  # bytes; used if the file does not say otherwise
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 # Maps the number of a type of metadata to the format of the struct module.
@@ -67,16 +72,73 @@ def value_shown(value: Value | None) -> str:
     return "missing" if value is None else shown(value)
 
 
+class OpenFile:
+    """A file that is open until this object is no longer used. `size` is the number of its bytes when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file. Raises CheckpointError unless `path` is a regular file."""
+        self.path = path
+        try:
+            # O_NONBLOCK: opening a named pipe would otherwise block until another process opens the pipe for writing.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a regular file; a GGUF file is expected.")
+        self.size = status.st_size
+
+    def read(self, start: int, size: int) -> bytes:
+        """Returns `size` bytes from the offset `start`, which lie within the size that the file had when it was opened.
+        Raises CheckpointError if the file has become shorter or cannot be read."""
+        try:
+            data = os.pread(self._descriptor, size, start)
+            while 0 < len(data) < size:  # a call may return less than it could
+                rest = os.pread(self._descriptor, size - len(data), start + len(data))
+                if not rest:
+                    break
+                data += rest
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if len(data) < size:
+            raise CheckpointError(
+                f"{self.path} has become shorter while it was read: it had {self.size:,} bytes. Is a download still "
+                "running?"
+            )
+        return data
+
+    def announce(self, start: int, size: int) -> None:
+        """Asks the operating system to begin to read a part of the file."""
+        os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
+
+
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
     """A tensor in a GGUF file. The last dimension of `shape` is the one whose neighbours are adjacent in memory; the
-    file itself lists the dimensions in the opposite order. `data` is a view of the file's bytes."""
+    file itself lists the dimensions in the opposite order. The tensor takes `num_bytes` bytes from the offset `start`
+    of `file`."""
 
-    path: Path
     name: str
     kind: BlockType
     shape: tuple[int, ...]
-    data: npt.NDArray[np.uint8]
+    file: OpenFile
+    start: int
+    num_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self, start: int, size: int) -> npt.NDArray[np.uint8]:
+        """Returns `size` bytes of the tensor from the offset `start` within the tensor. Raises CheckpointError if the
+        file cannot be read."""
+        assert 0 <= start <= start + size <= self.num_bytes, "the bytes belong to the tensor"
+        return np.frombuffer(self.file.read(self.start + start, size), np.uint8)
+
+    def announce(self) -> None:
+        """Asks the operating system to begin to read this tensor and what follows it."""
+        self.file.announce(self.start, self.num_bytes + _AHEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,33 +191,19 @@ def _pieces(path: Path) -> list[Path]:
 
 
 def _read_piece(path: Path) -> GgufFile:
-    return _Header(path, _map(path)).read()
-
-
-def _map(path: Path) -> mmap.mmap:
-    """Maps a file into memory. Raises CheckpointError unless it is a regular file with at least a header."""
-    try:
-        # O_NONBLOCK: opening a named pipe would otherwise block until another process opens the pipe for writing.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path} is not a regular file; a GGUF file is expected.")
-            if status.st_size < 24:
-                raise CheckpointError(f"{path} has {status.st_size} bytes, which is no GGUF file; download it again.")
-            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    file = OpenFile(path)
+    if file.size < 24:
+        raise CheckpointError(f"{path} has {file.size} bytes, which is no GGUF file; download it again.")
+    return _Header(file).read()
 
 
 class _Header:
-    """Reads the header of one file from its start to its end. `_position` is the offset of the next byte."""
+    """Reads the header of one file from its start to its end. `_data` has the bytes that have been read, and
+    `_position` is the offset of the next byte to parse. The header ends before the offset `_end`."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data, self._position = path, data, 0
-        self._end = min(len(data), _MAX_HEADER)
+    def __init__(self, file: OpenFile) -> None:
+        self._file, self._path, self._position = file, file.path, 0
+        self._data, self._end = bytearray(), min(file.size, _MAX_HEADER)
 
     def read(self) -> GgufFile:
         self._check_version()
@@ -170,6 +218,13 @@ class _Header:
         listed = [self._tensor() for _ in range(num_tensors)]
         start = self._aligned(self._position, self._alignment(metadata))
         return GgufFile(self._path, metadata, self._tensors(listed, start, self._alignment(metadata)))
+
+    def _fetch(self, end: int) -> None:
+        """Reads the header at least up to the offset `end`, which is within the header. Each call that reads anything
+        doubles what has been read, so a long header takes few calls."""
+        if end > (have := len(self._data)):
+            size = max(end - have, have, _STEP)
+            self._data += self._file.read(have, min(size, self._end - have))
 
     def _refusal(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: {problem}; the file is damaged or no GGUF file for this server.")
@@ -191,7 +246,8 @@ class _Header:
             raise self._refusal(f"the header needs {size:,} more bytes at offset {self._position:,}, beyond its end")
         start = self._position
         self._position += size
-        return self._data[start : self._position]
+        self._fetch(self._position)
+        return bytes(self._data[start : self._position])
 
     def _scalar(self, code: str) -> int:
         [value] = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))
@@ -242,15 +298,17 @@ class _Header:
     def _strings(self, key: str) -> StringArray:
         count = self._count(f"strings in {shown(key)}", _MAX_STRINGS, smallest=8)
         data, ends = bytearray(), np.empty(count, np.int64)
-        mapped, position, end, length = self._data, self._position, self._end, struct.Struct("<Q")
+        header, position, end, length = self._data, self._position, self._end, struct.Struct("<Q")
         for i in range(count):
             if end - position < 8:
                 raise self._refusal(f"the header ends within the strings of {shown(key)}")
-            [size] = length.unpack_from(mapped, position)
+            self._fetch(position + 8)
+            [size] = length.unpack_from(header, position)
             position += 8
             if size > end - position:
                 raise self._refusal(f"a string of {shown(key)} has {size:,} bytes, beyond the end of the header")
-            data += mapped[position : position + size]
+            self._fetch(position + size)
+            data += header[position : position + size]
             position += size
             ends[i] = len(data)
         self._position = position
@@ -290,8 +348,8 @@ class _Header:
     ) -> dict[str, GgufTensor]:
         """Returns the tensors by their names. `start` is the offset of the data section in the file. Tensors lie within
         the data section, and no two of them overlap."""
-        section, tensors = max(0, len(self._data) - start), dict[str, GgufTensor]()
-        everything, end, last = np.frombuffer(self._data, np.uint8), 0, ""
+        section, tensors = max(0, self._file.size - start), dict[str, GgufTensor]()
+        end, last = 0, ""
         for name, kind, shape, offset in sorted(listed, key=lambda entry: entry[3]):
             size = kind.num_bytes
             for length in shape:  # Python's integers do not overflow
@@ -302,13 +360,12 @@ class _Header:
             if offset + size > section:
                 raise CheckpointError(
                     f"{self._path} is incomplete: tensor {shown(name)} ends at byte {start + offset + size:,}, and the "
-                    f"file has {len(self._data):,} bytes; download it again."
+                    f"file has {self._file.size:,} bytes; download it again."
                 )
             if offset < end:
                 raise self._refusal(f"tensors {shown(last)} and {shown(name)} overlap")
             if name in tensors:
                 raise self._refusal(f"there are two tensors {shown(name)}")
-            data = everything[start + offset : start + offset + size]
-            tensors[name] = GgufTensor(self._path, name, kind, shape, data)
+            tensors[name] = GgufTensor(name, kind, shape, self._file, start + offset, size)
             end, last = offset + size, name
         return tensors

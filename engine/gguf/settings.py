@@ -163,5 +163,5 @@ def _is_tied(file: GgufFile) -> bool:
     embedding = file.tensors[EMBEDDING]
     if (head.kind, head.shape) != (embedding.kind, embedding.shape):
         return False
-    starts = range(0, len(head.data), _SLICE)
-    return all(np.array_equal(head.data[i : i + _SLICE], embedding.data[i : i + _SLICE]) for i in starts)
+    parts = ((start, min(_SLICE, head.num_bytes - start)) for start in range(0, head.num_bytes, _SLICE))
+    return all(np.array_equal(head.read(*part), embedding.read(*part)) for part in parts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 
-from jamba_server.engine.layers.parameter import Backend, Destination, Unit, matrix, part
+from jamba_server.engine.layers.parameter import Backend, Destination, Raw, Unit, part
 from jamba_server.engine.quantization import Role
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import StackedWeight
 
 
 class Linear:
@@ -30,28 +31,31 @@ class Linear:
         *,
         role: Role,
         bias: bool = False,
-        shared: Tensor | None = None,
+        shared: Raw | None = None,
     ) -> None:
         self._backend = backend
         self._role: Role = role
         self._linear = backend.kernels.linear
         self._parts, self.is_shared = dict(parts), shared is not None
-        rows = sum(parts.values())
-        # After the method `pack` has run, the weight is an object in the layout that the kernel needs.
-        self._weight: Any = self._raw(rows, in_features) if shared is None else shared
-        self._bias = backend.empty(rows) if bias else None
-
-    def _raw(self, rows: int, in_features: int) -> Weight:
-        formats = self._backend.formats([f"{name}.weight" for name in self._parts])
-        return self._backend.raw(self._role, rows, in_features, stored=formats[0] if formats else None)
+        # The raw weights: one for all neighbouring projections that have the same format in memory.
+        self._raw: list[tuple[list[str], Raw]] = [(list(parts), shared)] if shared is not None else []
+        if shared is None:
+            for form, names in groupby(parts, key=lambda name: backend.format(f"{name}.weight")):
+                own = list(names)
+                rows = sum(parts[name] for name in own)
+                self._raw.append((own, backend.raw(role, rows, in_features, stored=form)))
+        self._weight: Any = None  # set by `pack`, in the layout that the kernel needs
+        self._bias = backend.empty(sum(parts.values())) if bias else None
 
     @property
     def is_quantized(self) -> bool:
+        """Returns whether this server itself quantises the weight, or the checkpoint has quantised all weights of this
+        part of the model in the same way."""
         return self._backend.policy.quantization_of(self._role) is not None
 
     @property
     def weight(self) -> Any:
-        """Returns the weight. After the method `pack` has run, the weight is in the layout that the kernel needs. Fused
+        """Returns the weight in the layout that the kernel needs, or None before the method `pack` has run. Fused
         operations, which compute this matrix product among other work, take the weight as an argument."""
         return self._weight
 
@@ -65,17 +69,20 @@ class Linear:
     def unit(self, prefix: str) -> Unit:
         assert not self.is_shared, "a shared weight is loaded by the layer that owns it"
         destinations: dict[str, Destination] = {}
-        start = 0
-        for name, rows in self._parts.items():
-            destinations |= matrix(f"{prefix}{name}", part(self._weight, slice(start, start + rows)))
-            if self._bias is not None:
-                destinations[f"{prefix}{name}.bias"] = Destination(self._bias[start : start + rows], "normed")
-            start += rows
+        for names, raw in self._raw:
+            start = 0
+            for name in names:
+                rows = slice(start, start := start + self._parts[name])
+                destinations |= self._backend.matrix(f"{prefix}{name}", part(raw, rows))
+        if self._bias is not None:
+            biases = zip(self._parts, self._bias.split(list(self._parts.values())), strict=True)
+            destinations |= {f"{prefix}{name}.bias": Destination(bias, "normed") for name, bias in biases}
         return Unit(destinations, self.pack)
 
     def pack(self) -> None:
         """Quantises the weight if the policy says so, and converts it to the kernel's layout. Call it once, after the
         weight is filled."""
-        weight, self._weight = self._weight, None
-        weight = self._backend.quantize(self._role, weight)  # the call drops the last reference to the raw weight
-        self._weight = self._linear.pack(weight)
+        parts: list[Raw] = []
+        while self._raw:  # each turn drops the last reference to a raw weight that is quantised
+            parts.append(self._backend.quantize(self._role, self._raw.pop(0)[1]))
+        self._weight = self._linear.pack(parts[0] if len(parts) == 1 else StackedWeight(tuple(parts)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from jamba_server.engine.layers.linear import Linear
-from jamba_server.engine.layers.parameter import Backend, Destination, Fused, Unit, Units, matrix, part
+from jamba_server.engine.layers.parameter import Backend, Destination, Fused, Raw, Unit, Units, part
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization.blocks import expert_names
 
@@ -25,9 +26,17 @@ class Moe:
         self._router = Linear(backend, h, {"router": e}, role="other")
         # The raw weights of the gate and up projections, and of the down projection. The method `_pack` converts these
         # raw weights to the kernel's layout and stores the result in the field `_experts`.
-        first, second = backend.formats(*expert_names("experts.", e)) or (None, None)
-        self._raw = [backend.raw("experts", e, 2 * f, h, stored=first), backend.raw("experts", e, h, f, stored=second)]
+        shapes = (e, 2 * f, h), (e, h, f)
+        self._raw = [
+            self._empty(names, *shape) for names, shape in zip(expert_names("experts.", e), shapes, strict=True)
+        ]
         self._experts: Any = None
+
+    def _empty(self, names: Sequence[str], *shape: int) -> Raw:
+        """Returns uninitialised memory for the weights `names`, all of which stay in the same format."""
+        formats = {self._backend.format(name) for name in names}
+        assert len(formats) == 1, "the weights of all experts have one format in memory"
+        return self._backend.raw("experts", *shape, stored=formats.pop())
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, ids = self._route(self._router(x), self._top_k)
@@ -43,9 +52,9 @@ class Moe:
         destinations: dict[str, Destination] = {}
         for e in range(self._num_experts):
             gate_up, down = (part(raw, e) for raw in self._raw)
-            destinations |= matrix(f"{prefix}{e}.gate_proj", part(gate_up, slice(None, self._rows)))
-            destinations |= matrix(f"{prefix}{e}.up_proj", part(gate_up, slice(self._rows, None)))
-            destinations |= matrix(f"{prefix}{e}.down_proj", down)
+            destinations |= self._backend.matrix(f"{prefix}{e}.gate_proj", part(gate_up, slice(None, self._rows)))
+            destinations |= self._backend.matrix(f"{prefix}{e}.up_proj", part(gate_up, slice(self._rows, None)))
+            destinations |= self._backend.matrix(f"{prefix}{e}.down_proj", down)
         return destinations
 
     def _fused(self, prefix: str) -> dict[str, Fused]:

@@ -3,7 +3,7 @@ fills."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy, Role
-from jamba_server.engine.quantization.blocks import shared_formats
 from jamba_server.engine.quantization.quantize import quantize
-from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
+from jamba_server.engine.quantization.stored import empty
+from jamba_server.kernels.ops import Kernels, QuantizedWeight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 """The ways to fill a tensor with dummy weights. "normed": random with variance 1 / (size of the last dimension).
@@ -21,12 +21,21 @@ Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 softplus is a time step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 
+Raw = Tensor | QuantizedWeight
+"""A weight that is not packed yet."""
+
+
 class Destination(NamedTuple):
     """The memory that one checkpoint tensor fills. `data` is a view of this memory. The view has the shape of the
-    tensor on disk. The strides of the view are arbitrary."""
+    tensor on disk. The strides of the view are arbitrary. A QuantizedWeight is filled by one quantised matrix of the
+    checkpoint."""
 
-    data: Tensor
+    data: Raw
     fill: Fill
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape if isinstance(self.data, Tensor) else self.data.values.shape
 
 
 class Fused(NamedTuple):
@@ -38,20 +47,10 @@ class Fused(NamedTuple):
     parts: tuple[str, ...]
 
 
-def part(raw: Weight, index: int | slice) -> Weight:
+def part(raw: Raw, index: int | slice) -> Raw:
     """Returns a view of a weight that is not packed yet: a slice of the rows of a matrix, or one matrix of a stack of
     matrices."""
-    if isinstance(raw, Tensor):
-        return raw[index]
-    return raw._replace(values=raw.values[index], scales=raw.scales[index])
-
-
-def matrix(name: str, raw: Weight) -> dict[str, Destination]:
-    """Returns a map from tensor names to the memory that the weight loader fills for the linear module `name`. The map
-    has the weight and, if this weight is quantised on disk, its scales."""
-    if isinstance(raw, Tensor):
-        return {f"{name}.weight": Destination(raw, "normed")}
-    return {f"{name}.weight": Destination(raw.values, "normed"), f"{name}.weight_scale": Destination(raw.scales, "one")}
+    return raw[index] if isinstance(raw, Tensor) else raw.each(lambda tensor: tensor[index])
 
 
 def leave_unpacked() -> None:
@@ -105,40 +104,38 @@ class Backend:
         `prefix`."""
         return replace(self, prefix=prefix)
 
-    def formats(self, *products: Sequence[str]) -> tuple[Format, ...] | None:
-        """Returns the formats of matrix products that one kernel computes together, if their weights are kept in the
-        quantised blocks of the checkpoint. Otherwise returns None. `products` lists the names of each product's
-        weights, without `prefix`."""
-        names = [[f"{self.prefix}{name}" for name in product] for product in products]
-        return shared_formats(self.policy.blocks, names)
+    def format(self, name: str) -> Format | None:
+        """Returns the format in which the weight `name` stays as the checkpoint stores it, or None if this is no such
+        weight. The name lacks `prefix`."""
+        return self.policy.blocks.get(f"{self.prefix}{name}")
 
-    def raw(self, role: Role, *shape: int, stored: Format | None = None) -> Weight:
+    def raw(self, role: Role, *shape: int, stored: Format | None = None) -> Raw:
         """Returns uninitialised memory for a matrix as the checkpoint stores it. If `stored` is not None, that is the
-        format of the stored matrix. The memory is on the host if the matrix is quantised on disk or will be quantised,
-        so that the device holds only the quantised matrix."""
+        format in which the matrix stays. The memory is on the host if the matrix is quantised on disk or will be
+        quantised, so that the device holds only the quantised matrix."""
         host = self.device if self.device.type == "meta" else torch.device("cpu")
         if stored is not None:
-            return self._quantized(stored, shape)
+            return empty(stored, shape, host)
+        quantization = self.policy.quantization_of(role)
         if role in self.policy.stored:
-            quantization = self.policy.quantization_of(role)
             assert quantization is not None, "stored weights have a format"
-            return self._quantized(FORMATS[quantization], shape, fp8=quantization == "fp8")
-        on_host = self.policy.quantization_of(role) is not None
-        return torch.empty(shape, dtype=self.dtype, device=host if on_host else self.device)
+            raw = empty(FORMATS[quantization], shape, host)
+            return raw._replace(values=raw.values.view(torch.float8_e4m3fn)) if quantization == "fp8" else raw
+        return torch.empty(shape, dtype=self.dtype, device=self.device if quantization is None else host)
 
-    def _quantized(self, form: Format, shape: Sequence[int], *, fp8: bool = False) -> QuantizedWeight:
-        """Returns uninitialised memory on the host for a weight that is quantised on disk."""
-        host = self.device if self.device.type == "meta" else torch.device("cpu")
-        size = form.group_size or shape[-1]
-        values = torch.empty(*shape, dtype=torch.float8_e4m3fn if fp8 else torch.int8, device=host)
-        scales = torch.empty(*shape[:-1], -(-shape[-1] // size), device=host)
-        return QuantizedWeight(values, scales, group_size=size, bits=form.bits)
+    def matrix(self, name: str, raw: Raw) -> dict[str, Destination]:
+        """Returns a map from tensor names to the memory that the weight loader fills for the linear module `name`. In a
+        checkpoint whose policy has `stored` roles, the scales of a quantised weight are a tensor of their own."""
+        if isinstance(raw, Tensor) or not self.policy.stored:
+            return {f"{name}.weight": Destination(raw, "normed")}
+        values, scales = Destination(raw.values, "normed"), Destination(raw.scales, "one")
+        return {f"{name}.weight": values, f"{name}.weight_scale": scales}
 
-    def quantize(self, role: Role, weight: Weight) -> Weight:
+    def quantize(self, role: Role, weight: Raw) -> Raw:
         """Takes a raw weight that has been filled, and returns the weight on the device in the form that kernels take.
         The weight is quantised if the policy says so."""
         if isinstance(weight, QuantizedWeight):
-            return weight._replace(values=weight.values.to(self.device), scales=weight.scales.to(self.device))
+            return weight.each(lambda tensor: tensor.to(self.device))
         quantization = self.policy.quantization_of(role)
         return weight if quantization is None else quantize(weight.to(self.device), quantization)
 

@@ -21,7 +21,7 @@ from jamba_server.engine.layers.mamba import Mamba
 from jamba_server.engine.layers.mlp import Mlp
 from jamba_server.engine.layers.moe import Moe
 from jamba_server.engine.layers.norm import RmsNorm
-from jamba_server.engine.layers.parameter import Backend, TensorMap, Units, leave_unpacked
+from jamba_server.engine.layers.parameter import Backend, TensorMap, Units
 from jamba_server.engine.model_config import JambaConfig
 
 
@@ -97,7 +97,7 @@ class Jamba(ABC):
         tied = self._head.is_shared
         return TensorMap(
             units=(
-                self._embed_tokens.unit("model.embed_tokens", self._pack_tied_head if tied else leave_unpacked),
+                self._embed_tokens.unit(self._pack_tied_head if tied else None),
                 *chain.from_iterable(layer.units() for layer in self._layers),
                 self._final_norm.unit("model.final_layernorm"),
                 *([] if tied else [self._head.unit("")]),
@@ -123,7 +123,7 @@ class JambaForCausalLM(Jamba):
     """Jamba with a language model head. If `tie_word_embeddings` is set, the head shares the embedding's matrix."""
 
     def _make_head(self) -> Linear:
-        shared = self._embed_tokens.weight if self.config.tie_word_embeddings else None
+        shared = self._embed_tokens.raw if self.config.tie_word_embeddings else None
         parts = {"lm_head": self.config.vocab_size}
         return Linear(self._backend, self.config.hidden_size, parts, role="head", shared=shared)
 

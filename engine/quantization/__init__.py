@@ -15,9 +15,9 @@ from jamba_server.engine.errors import ConfigError
 
 Role = Literal["attention", "mlp", "experts", "head", "mamba", "other"]
 """The part of the model that contains a weight matrix. "mamba" are in_proj and out_proj of the Mamba mixers. "other"
-are matrices that this server never quantises: x_proj, dt_proj, the router, and the head of a classifier. The matrices
-x_proj, dt_proj and the matrix of the router are small, and rounding errors in these three matrices would change the
-model's outputs strongly."""
+are matrices that this server never quantises itself: the embedding, x_proj, dt_proj, the router, and the head of a
+classifier. The matrices x_proj, dt_proj and the matrix of the router are small, and rounding errors in these three
+matrices would change the model's outputs strongly. If a checkpoint has them quantised, they stay as they are."""
 
 
 Scale = Literal["float32", "float16", "two_levels"]
@@ -36,7 +36,7 @@ class Format:
 
     If `is_unsigned`, the numbers are 0 or more. If `has_offset`, a group also has an offset, which is stored as the
     scale is and is added to the product of scale and number. If `has_zero`, a group has a whole number of 8 bits, which
-    is subtracted from the numbers. If `has_table`, the four bits of a number select one of 16 numbers.
+    is subtracted from the numbers. If there is a `table` of 16 numbers, the four bits of a number select one of them.
     `kernels.ops.QuantizedWeight` defines the weights of each format.
     """
 
@@ -47,7 +47,7 @@ class Format:
     is_unsigned: bool = False
     has_offset: bool = False
     has_zero: bool = False
-    has_table: bool = False
+    table: tuple[float, ...] | None = None
 
     def num_bytes(self, rows: int, inputs: int) -> int:
         """Returns the size in bytes of a quantised weight [rows, inputs], with its scales, offsets and zeros."""
@@ -71,8 +71,8 @@ NO_BLOCKS: Final[Mapping[str, Format]] = {}
 
 @dataclass(frozen=True, slots=True)
 class QuantizationPolicy:
-    """The policy that says which weights are quantised, and in which format. Only matrices that multiply activations
-    are quantised. The embedding, the norms, the convolutions, and A and D of the Mamba layers are never quantised.
+    """The policy that says which weights are quantised, and in which format. This server itself quantises only matrices
+    that multiply activations. The norms, the convolutions, and A and D of the Mamba layers are never quantised.
 
     The projections of the Mamba mixers are quantised only if `mamba` is set. The int8 recipe on the model cards of
     Jamba skips these projections as well: they are a small part of a large model, and their rounding errors accumulate
@@ -81,8 +81,8 @@ class QuantizationPolicy:
     If the checkpoint has quantised weights already, `stored` names the parts of the model that have them, and the
     weights of all other parts stay unquantised.
 
-    If the checkpoint has matrices in blocks of integers, `blocks` maps the names of their weights to the formats in
-    which they stay. All other weights are then unquantised.
+    If the checkpoint has quantised matrices of several formats, `blocks` maps the names of their weights to the formats
+    in which the weights stay. All other weights are then unquantised.
     """
 
     quantization: Quantization | None = None

@@ -1,12 +1,11 @@
-"""Describes weights that a checkpoint stores in quantised blocks: small integers, where the integers of some
-consecutive inputs share a scale."""
+"""Describes matrices that a checkpoint stores quantised, each in a format of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jamba_server.engine.quantization import Format
+from jamba_server.engine.quantization import SUPER_GROUP, Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +21,28 @@ class StoredMatrix:
     num_bytes: int
 
 
-def shared_formats(blocks: Mapping[str, Format], products: Sequence[Sequence[str]]) -> tuple[Format, ...] | None:
-    """Returns a format for each of several matrix products that one kernel computes together, such as both products of
-    a layer of experts. `products` lists the names of the weights in each product, and `blocks` maps each name to the
-    format in which the weight is stored.
+def common_format(formats: Iterable[Format]) -> Format | None:
+    """Returns one format that represents the numbers of matrices in all of `formats` exactly. Returns None if there is
+    no such format.
 
-    One kernel needs the same number of bits for all weights, and one product needs groups of the same size. Numbers of
-    4 bits become numbers of 8 bits, and a large group becomes several groups with the same scale; nothing is rounded.
-    Returns None if a weight is not in `blocks`.
+    If the formats differ, the numbers become integers from -128 to 127 with float32 scales. A group of inputs of one
+    format becomes several groups with the same scale.
     """
-    found = [[blocks[name] for name in names if name in blocks] for names in products]
-    if any(len(formats) < len(names) for formats, names in zip(found, products, strict=True)):
+    found = set(formats)
+    if len(found) == 1:
+        return found.pop()
+    if not all(map(_fits_int8, found)):
         return None
-    bits = max(format.bits for formats in found for format in formats)
-    limit = max(format.limit for formats in found for format in formats)
-    sizes = (min(format.group_size or 0 for format in formats) for formats in found)
-    return tuple(Format(bits=bits, limit=limit, group_size=size) for size in sizes)
+    size = min(form.group_size or 0 for form in found)
+    has_offset = any(form.has_offset for form in found)
+    return Format(bits=8, limit=127, group_size=size, has_offset=has_offset)
+
+
+def _fits_int8(form: Format) -> bool:
+    """Returns whether the numbers of a format are integers from -128 to 127 in groups of 16, 32, 64, 128 or 256."""
+    is_group = form.group_size is not None and form.group_size >= 16 and SUPER_GROUP % form.group_size == 0
+    integers = form.limit <= 127 if form.table is None else all(number == int(number) for number in form.table)
+    return is_group and integers and not form.has_zero
 
 
 def expert_names(prefix: str, num_experts: int) -> tuple[list[str], list[str]]:

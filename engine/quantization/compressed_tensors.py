@@ -40,14 +40,14 @@ def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -
     `quantization_config` of the file `path`. `modules` lists all linear modules: for each module its name on disk and
     the part of the model that contains it. Raises CheckpointError, which names the key and the value, for a setting
     that this server does not support."""
-    reader = _Reader(path)
+    reader = ConfigReader(path)
     groups = reader.groups(config)
     ignored = reader.patterns("ignore", cast(dict[str, Any], config).get("ignore") or [])
     # Maps each role (the part of the model that a linear module belongs to, such as attention) to up to two names of
     # modules: under the key True the first module that is fp8, under the key False the first module that is not fp8.
     found: dict[Role, dict[bool, str]] = {}
     for name, role in modules:
-        quantized = not _named(name, ignored) and any(_named(name, targets, "Linear") for targets in groups)
+        quantized = not is_named(name, ignored) and any(is_named(name, targets, "Linear") for targets in groups)
         found.setdefault(role, {}).setdefault(quantized, name)
     for role, names in found.items():
         if role == "other" and True in names:
@@ -63,7 +63,7 @@ def fp8_roles(path: Path, config: object, modules: Iterable[tuple[str, Role]]) -
     return frozenset(role for role, names in found.items() if True in names)
 
 
-def _named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
+def is_named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
     """Returns whether one of the patterns matches the module `name`. A pattern `re:...` is a regular expression that
     must match from the start of the name. Any other pattern must equal the name or `kind`, the class of the module."""
     return any(
@@ -72,7 +72,7 @@ def _named(name: str, patterns: Iterable[str], kind: str | None = None) -> bool:
     )
 
 
-class _Reader:
+class ConfigReader:
     """Reads and checks a `quantization_config`. Every error names the file, the key and the value."""
 
     def __init__(self, path: Path) -> None:
@@ -84,13 +84,17 @@ class _Reader:
         values = self.mapping("", config)
         self.expect("quant_method", values.get("quant_method"), COMPRESSED_TENSORS)
         self.expect("format", values.get("format"), FORMAT, None)
+        self.check_extras(values)
+        groups = self.mapping("config_groups", values.get("config_groups"))
+        return [self.group(f"config_groups.{name}", self.mapping(name, group)) for name, group in groups.items()]
+
+    def check_extras(self, values: Mapping[str, Any]) -> None:
+        """Checks the settings that have nothing to do with the numbers of the weights."""
         # A transform_config would rotate weights by Hadamard matrices, and this server does not support that.
         for name in ("kv_cache_scheme", "transform_config"):
             self.expect(name, values.get(name) or None, None)
         if sparsity := values.get("sparsity_config"):
             self.expect("sparsity_config.format", self.mapping("sparsity_config", sparsity).get("format"), "dense")
-        groups = self.mapping("config_groups", values.get("config_groups"))
-        return [self.group(f"config_groups.{name}", self.mapping(name, group)) for name, group in groups.items()]
 
     def group(self, key: str, group: Mapping[str, Any]) -> list[str]:
         self.expect(f"{key}.format", group.get("format"), FORMAT, None)

@@ -1,6 +1,5 @@
-"""Recognises checkpoints that other tools have quantised, and tells the user how to proceed. This server reads only one
-format of such checkpoints, compressed-tensors. Weights that are not quantised in the checkpoint can be quantised by
-this server itself."""
+"""Recognises checkpoints that other tools have quantised by methods that this server does not read, and tells the user
+how to proceed. Weights that are not quantised in the checkpoint can be quantised by this server itself."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from jamba_server.engine.config import Quantization
 from jamba_server.engine.errors import CheckpointError, shown
 
 COMPRESSED_TENSORS: Final = "compressed-tensors"
+READ: Final = "compressed-tensors, gptq, awq, bitsandbytes and the format of mlx-lm"
 OWN: Final = "jamba-server"  # the method of folders that `jamba convert` writes
 # With these methods, vLLM quantises the weights when it loads a checkpoint. The weights in the files are therefore not
 # quantised.
@@ -73,7 +73,10 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
     """Raises CheckpointError if the config.json at `path` says that the weights are quantised by a method that this
     server does not read. The error names the method and tells the user how to proceed."""
     if values.get("quantization") is not None:
-        raise _mlx(path, "quantization", values["quantization"])
+        value = shown(values["quantization"])
+        raise CheckpointError(
+            f"{path}: quantization is {value}; the settings of mlx-lm, bits and group_size, are expected."
+        )
     if values.get("compression_config") is not None:
         value = shown(values["compression_config"])
         raise CheckpointError(
@@ -85,15 +88,10 @@ def refuse_foreign(path: Path, values: Mapping[str, Any]) -> None:
         return
     settings = cast(dict[str, Any], config)
     method = settings.get("quant_method")
-    if method is None and {"group_size", "bits"} <= settings.keys():
-        raise _mlx(path, "quantization_config", settings)
-    # Old checkpoints of bitsandbytes have no `quant_method`.
-    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        method = "bitsandbytes"
     if isinstance(method, str) and method not in (COMPRESSED_TENSORS, OWN, *MADE_AT_LOAD):
         raise CheckpointError(
             f"{path}: quantization_config.quant_method is {shown(method)}{_label(method)}; this server reads "
-            f"{shown(COMPRESSED_TENSORS)} only. {advice(_nearest(method, settings))}"
+            f"{READ} only. {advice(_nearest(method, settings))}"
         )
 
 
@@ -128,20 +126,7 @@ def _label(method: str) -> str:
 
 
 def _nearest(method: str, settings: Mapping[str, Any]) -> Quantization | None:
-    if settings.get("load_in_4bit"):
-        return "int4"
-    if settings.get("load_in_8bit"):
-        return "int8"
     bits = settings.get("bits")
     by_bits = _NEAREST_BY_BITS.get(bits) if isinstance(bits, int) else None
     _, usual = _METHODS.get(_ALIASES.get(method, method), ("", None))
     return by_bits or usual
-
-
-def _mlx(path: Path, key: str, value: object) -> CheckpointError:
-    bits = cast(dict[str, object], value).get("bits") if isinstance(value, dict) else None
-    nearest = _NEAREST_BY_BITS.get(bits) if isinstance(bits, int) else None
-    return CheckpointError(
-        f"{path}: {key} is {shown(value)}: the folder is a conversion for MLX, which this server does not read. "
-        f"{advice(nearest)}"
-    )

@@ -3,56 +3,30 @@ configuration contradicts the files. Works without torch, so that the command `j
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
-
-from safetensors import SafetensorError, safe_open
+from typing import Final
 
 from jamba_server.engine.checkpoint import Folder, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.files import read_object
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.start.machine import format_bytes
+from jamba_server.engine.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    header,
+    names_in_index,
+    weight_files,
+)
 
-SINGLE_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 _CLASSIFIER_HEAD: Final = "score.weight"
-_OTHER_FORMATS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
-_NAMES_SHOWN: Final = 3  # an error lists at most this many tensor names, because a wrong checkpoint may have thousands
-_SLICE: Final = 4 << 20  # two tensors are compared in pieces of this many bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor in a file. It is stored between the byte offsets `start` (inclusive) and `end` (exclusive) of the file.
-    `dtype` is the name that safetensors uses, for example "BF16"."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    def equals(self, other: StoredTensor) -> bool:
-        """Returns whether both tensors have the same dtype, shape and bytes. Stops reading at the first piece in which
-        the bytes differ."""
-        if (self.dtype, self.shape, self.end - self.start) != (other.dtype, other.shape, other.end - other.start):
-            return False
-        with self.path.open("rb") as mine, other.path.open("rb") as theirs:
-            mine.seek(self.start)
-            theirs.seek(other.start)
-            return all(mine.read(size) == theirs.read(size) for size in _slices(self.end - self.start))
-
-
-def _slices(size: int) -> Iterable[int]:
-    return (min(_SLICE, size - start) for start in range(0, size, _SLICE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +41,29 @@ class StoredModel:
 def read_model(folder: Path) -> StoredModel:
     """Reads the configuration and the headers of the weight files of the checkpoint at `folder`. Raises CheckpointError
     if a file is missing, incomplete or not in the expected format."""
-    if not isinstance(open_checkpoint(folder), Folder):
+    checkpoint = open_checkpoint(folder)
+    if not isinstance(checkpoint, Folder):
         return StoredModel(load_model_config(folder))
     paths = weight_files(folder)
     tensors = {name: tensor for path in paths for name, tensor in header(path).items()}
-    config = load_model_config(folder)
-    warnings = [*_unread_files(folder), *_unused_tensors(config, tensors)]
+    config, layout = load_model_config(folder), checkpoint.layout()
+    warnings = [*_unread_files(folder), *_unused_tensors(config, tensors), *(layout.notes if layout else ())]
     tied = config.tie_word_embeddings and not config.is_classifier
-    if tied and {EMBEDDING, HEAD} <= tensors.keys() and not tensors[HEAD].equals(tensors[EMBEDDING]):
+    if tied and _has_own_head(tensors, config.stored):
         config = load_model_config(folder, own_head=True)
         warnings.append(
             f"config.json has tie_word_embeddings true, but {HEAD} differs from {EMBEDDING} in the files: the separate "
             "head is used, as in transformers; set tie_word_embeddings to false to hide this warning"
         )
     return StoredModel(config, tuple(warnings))
+
+
+def _has_own_head(tensors: Mapping[str, StoredTensor], stored: Mapping[str, StoredMatrix]) -> bool:
+    """Returns whether the files have a head that differs from the embedding. A head and an embedding that are quantised
+    differ."""
+    if HEAD in stored or EMBEDDING in stored:
+        return HEAD in stored or HEAD in tensors
+    return {EMBEDDING, HEAD} <= tensors.keys() and not tensors[HEAD].equals(tensors[EMBEDDING])
 
 
 def read_plan(folder: Path) -> StoredModel:
@@ -90,7 +73,7 @@ def read_plan(folder: Path) -> StoredModel:
     try:
         return read_model(folder)
     except CheckpointError:  # the weight files are absent, or replaced by Git LFS pointers
-        if config.is_classifier or not config.tie_word_embeddings or HEAD not in _names_in_index(folder):
+        if config.is_classifier or not config.tie_word_embeddings or HEAD not in names_in_index(folder):
             return StoredModel(config)
     return StoredModel(
         load_model_config(folder, own_head=True),
@@ -128,86 +111,3 @@ def _unused_tensors(config: JambaConfig, tensors: Mapping[str, StoredTensor]) ->
     if unused in tensors:
         return [f"tensor {unused} is in the files, but {config.architecture} (config.json) does not use it"]
     return []
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns model.safetensors if it exists, else the files that the index file names, as transformers does. Raises
-    CheckpointError if neither model.safetensors nor the index file exists."""
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        return _shards(folder / INDEX_FILE)
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS) if folder.is_dir() else []
-    beside = f"; {listed(found)} cannot be loaded: {_remedy(found)}" if found else ""
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}.")
-
-
-def _remedy(found: list[str]) -> str:
-    if any(name.endswith(".safetensors") for name in found):
-        return f"{INDEX_FILE} must say which of them make up the model; finish the download"
-    if any(name.endswith(".gguf") for name in found):
-        return "give the path of the GGUF file instead of the folder"
-    if any(name.endswith(".onnx") for name in found):
-        return "serve the original checkpoint in safetensors format instead"
-    return "convert them to safetensors (transformers: from_pretrained, then save_pretrained)"
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _weight_map(index)
-    files = list(cast(dict[str, Any], weight_map).values()) if isinstance(weight_map, dict) else []
-    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
-        raise CheckpointError(f"{index}: weight_map must map tensor names to names of files in the same folder.")
-    paths = [index.parent / name for name in sorted(set(files))]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise CheckpointError(f"{index.parent} lacks {listed(missing)}, named in {index.name}; finish the download.")
-    return paths
-
-
-def _weight_map(index: Path) -> object:
-    values = read_object(index) or {}
-    if "weight_map" not in values:
-        raise CheckpointError(f"{index} cannot be read as an index of shards: it has no weight_map.")
-    return values["weight_map"]
-
-
-def _names_in_index(folder: Path) -> set[str]:
-    if not (folder / INDEX_FILE).is_file():
-        return set()
-    weight_map = _weight_map(folder / INDEX_FILE)
-    return set(cast(dict[str, Any], weight_map)) if isinstance(weight_map, dict) else set()
-
-
-def header(path: Path) -> dict[str, StoredTensor]:
-    """Returns a map from the name of each tensor in one file to its dtype, shape and byte offsets, as the header of the
-    file lists them. Raises CheckpointError if the file is incomplete."""
-    try:
-        # `safe_open` checks the header, and checks that the file has the size that the header implies.
-        with safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            return _read_header(path, file)
-    except (SafetensorError, OSError) as error:
-        raise incomplete(path, error) from error
-
-
-def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
-    size = int.from_bytes(file.read(8), "little")
-    entries = cast(dict[str, Any], json.loads(file.read(size)))
-    entries.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            path, entry["dtype"], tuple(entry["shape"]), *(8 + size + offset for offset in entry["data_offsets"])
-        )
-        for name, entry in entries.items()
-    }
-
-
-def incomplete(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a complete safetensors file ({path.stat().st_size:,} bytes; {error}); download it again."
-    )
-
-
-def listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

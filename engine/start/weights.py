@@ -6,22 +6,22 @@ import hashlib
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jamba_server.engine.checkpoint import Checkpoint, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
-from jamba_server.engine.gguf.weights import NO_GROUPS, Read, read_tensors
-from jamba_server.engine.layers.parameter import Fill, TensorMap, Unit
-from jamba_server.engine.model_config import JambaConfig
+from jamba_server.engine.layers.parameter import Fill, Raw, TensorMap, Unit
 from jamba_server.engine.models import Model
-from jamba_server.engine.start.contents import EMBEDDING, HEAD, header, incomplete, listed, weight_files
+from jamba_server.engine.quantization import stored
+from jamba_server.engine.start.contents import HEAD
+from jamba_server.engine.start.sources import open_weights
+from jamba_server.engine.weight_files import listed
+from jamba_server.kernels.ops import QuantizedWeight
 
 # Maps the end of a tensor's name to the key of config.json that decides whether the model has tensors whose names end
 # in this way.
@@ -43,8 +43,9 @@ _DT_RANGE: Final = (0.001, 0.1)  # Mamba's training begins with time steps in th
 def load_weights(
     model: Model, folder: Path, progress: Callable[[str, float], None], *, phase: str = "loading weights"
 ) -> None:
-    """Fills `model` from the checkpoint at `folder`, tensor by tensor, and converts each tensor to the model's dtype.
-    The files are memory-mapped.
+    """Fills `model` from the checkpoint at `folder`, tensor by tensor. A tensor is converted to the dtype of the memory
+    that it fills: a matrix that the checkpoint has quantised stays in its format if the model has memory of this
+    format.
 
     Weights that one kernel uses together (one matrix product, the experts of one layer) are quantised and packed as
     soon as all of these weights are read. The raw weights are then freed, so the model is never in memory twice.
@@ -57,70 +58,18 @@ def load_weights(
     CheckpointError if files are missing or truncated, or if their tensors do not match the model's configuration.
     """
     checkpoint, tensor_map = open_checkpoint(folder), model.tensor_map()
-    source = open_weights(checkpoint, model.config, model.dtype, _groups(tensor_map))
+    source = open_weights(checkpoint, model.config, model.dtype)
     loader, done, shown = _Loader(tensor_map, checkpoint, source.aliases), 0, -1
     del tensor_map  # it has references to the raw weights, which must be freed one by one
-    for name, tensor, path, num_bytes in source.tensors:
-        loader.put(name, tensor, path)
+    for name, weight, path, num_bytes in source.tensors:
+        loader.put(name, weight, path)
+        del weight  # the next weight is read into other memory
         done += num_bytes
         if (percent := 100 * done // source.num_bytes) > shown:
             shown = percent
             progress(phase, done / source.num_bytes)
     loader.check_complete()
     progress(phase, 1.0)
-
-
-class Source(NamedTuple):
-    """The tensors of a checkpoint, which take `num_bytes` bytes in its files. `aliases` maps the name of a tensor to
-    the name under which the tensor is loaded."""
-
-    tensors: Iterator[Read]
-    num_bytes: int
-    aliases: Mapping[str, str] = {}
-
-
-def _groups(tensor_map: TensorMap) -> dict[str, int]:
-    """Returns the weights that stay in the blocks in which they are stored: those whose scales the model asks for. Maps
-    their names to the number of inputs that share a scale."""
-    shapes = {name: data.shape for name, (data, _) in tensor_map.destinations.items()}
-    return {name: shapes[name][-1] // shapes[scale][-1] for name in shapes if (scale := f"{name}_scale") in shapes}
-
-
-def open_weights(
-    checkpoint: Checkpoint, config: JambaConfig, dtype: torch.dtype, groups: Mapping[str, int] = NO_GROUPS
-) -> Source:
-    """Returns the tensors of a checkpoint under the names of a Hugging Face folder. If the checkpoint is not a folder,
-    its matrices are converted to `dtype`, but the weights in `groups` stay in blocks with groups of the given size."""
-    if isinstance(checkpoint, GgufCheckpoint):
-        size = sum(tensor.data.nbytes for tensor in checkpoint.file.tensors.values())
-        return Source(read_tensors(checkpoint.file, dtype, groups), size)
-    paths = weight_files(checkpoint.path)
-    tied = config.tie_word_embeddings and not config.is_classifier
-    aliases = {} if not tied or any(EMBEDDING in header(path) for path in paths) else {HEAD: EMBEDDING}
-    tensors = (Read(*_unpacked(name, tensor), path, tensor.nbytes) for path in paths for name, tensor in _read(path))
-    return Source(tensors, sum(path.stat().st_size for path in paths), aliases)
-
-
-def _unpacked(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Returns the name of a weight and its tensor. If the tensor in the file packs two 4-bit numbers into each byte,
-    they are unpacked: the result has one number in each byte. Every other tensor is returned unchanged."""
-    if tensor.dtype != torch.uint8 or not name.endswith(".weight_packed"):
-        return name, tensor
-    signed = tensor.view(torch.int8)
-    # Both shifts copy the sign bit of the number.
-    low, high = signed << 4 >> 4, signed >> 4
-    return name.removesuffix("_packed"), torch.stack([low, high], dim=-1).flatten(-2)
-
-
-def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for each tensor in one file. The tensors are views of the memory-mapped file."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names: list[str] = file.keys()
-            for name in names:
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise incomplete(path, error) from error
 
 
 class _Waiting:
@@ -135,7 +84,7 @@ class _Waiting:
         self.parts = {name: (name,) for name in unit.destinations}
         self.parts |= {name: fused.parts for name, fused in unit.fused.items()}
 
-    def data(self, name: str) -> Tensor:
+    def data(self, name: str) -> Raw:
         assert self._unit is not None, "a tensor of a packed unit was read again"
         unit = self._unit
         return unit.fused[name].data if name in unit.fused else unit.destinations[name].data
@@ -163,17 +112,20 @@ class _Loader:
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
         self._filled_by: dict[str, str] = {}  # maps the name of a weight to the name of the tensor that filled it
 
-    def put(self, name: str, tensor: Tensor, path: Path) -> None:
-        """Copies `tensor` into the weights that it fills. Raises CheckpointError in three cases: the name of the tensor
+    def put(self, name: str, weight: Raw, path: Path) -> None:
+        """Copies `weight` into the weights that it fills. Raises CheckpointError in three cases: the name of the tensor
         is unknown, the weights are filled already, or the tensor's shape, its dtype or one of its values is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
-            self._copy(name, tensor, unit.data(name), path)
+            if isinstance(weight, QuantizedWeight):
+                self._copy_quantized(name, weight, unit.data(name), path)
+            else:
+                self._copy(name, weight, unit.data(name), path)
             unit.mark_filled(name)
         elif name not in self._ignored:
             why = _decided_by([name], "without it")
-            what = f"{name} {_shape(tensor)}"
+            what = f"{name} {_shape(weight)}"
             raise CheckpointError(f"{path}: tensor {what} has no place in the model of {self._config}{why}.")
 
     def check_complete(self) -> None:
@@ -181,12 +133,28 @@ class _Loader:
             count, why = f"{len(missing)} of {len(self._names)}", _decided_by(missing, "with it")
             raise CheckpointError(f"{self._folder}: {count} tensors are missing: {listed(missing)}{why}.")
 
-    def _copy(self, name: str, tensor: Tensor, destination: Tensor, path: Path) -> None:
-        if tensor.shape != destination.shape:
+    def _copy_quantized(self, name: str, weight: QuantizedWeight, destination: Raw, path: Path) -> None:
+        """Copies a quantised matrix. It is dequantised if the model has memory of plain numbers for it."""
+        self._check_shape(name, weight, destination, path)
+        if not all(_is_finite(part) for part in weight if isinstance(part, Tensor)):
+            raise CheckpointError(f"{path}: tensor {name} has scales that are infinite or not a number (NaN).")
+        if isinstance(destination, QuantizedWeight):
+            stored.fill(destination, weight)
+            return
+        stored.dequantize(weight, destination)
+        if not _is_finite(destination):
+            raise CheckpointError(f"{path}: tensor {name} holds numbers beyond the range of {destination.dtype}.")
+
+    def _check_shape(self, name: str, weight: Raw, destination: Raw, path: Path) -> None:
+        if (values := _values(weight)).shape != (expected := _values(destination)).shape:
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {_shape(tensor)}; {self._config} makes it "
-                f"{_shape(destination)}{_transposed(name, tensor, destination)}."
+                f"{path}: tensor {name} has shape {_shape(weight)}; {self._config} makes it "
+                f"{_shape(destination)}{_transposed(name, values, expected)}."
             )
+
+    def _copy(self, name: str, tensor: Tensor, destination: Raw, path: Path) -> None:
+        self._check_shape(name, tensor, destination, path)
+        assert isinstance(destination, Tensor), "a matrix that the checkpoint lists as quantised is read as such"
         if destination.dtype in (torch.float8_e4m3fn, torch.int8):
             if tensor.dtype != destination.dtype:
                 raise CheckpointError(
@@ -223,8 +191,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+def _values(weight: Raw) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.values
+
+
+def _shape(weight: Raw) -> str:
+    return str(list(_values(weight).shape))
 
 
 def _decided_by(names: Collection[str], how: str) -> str:
@@ -252,7 +224,7 @@ def dummy_weights(model: Model, seed: int) -> None:
     quantised and packed as in `load_weights`.
     """
     units = deque(model.tensor_map().units)
-    devices = [data.device for unit in units for data, _ in unit.destinations.values()]
+    devices = [_values(data).device for unit in units for data, _ in unit.destinations.values()]
     # Raw weights that will be quantised are in host memory. If the model runs on a GPU, the random numbers for these
     # weights are still drawn on the GPU, because a GPU draws billions of numbers much faster than a CPU.
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
@@ -265,6 +237,7 @@ def fill_unit(unit: Unit, seed: int, device: torch.device) -> Callable[[], None]
     """Fills the tensors of `unit` and returns its `pack` function. The caller must drop its own reference to the unit
     before it calls `pack`, so that the raw weights can be freed."""
     for name, (data, fill) in unit.destinations.items():
+        assert isinstance(data, Tensor), "a model with dummy weights keeps no quantised matrices of a checkpoint"
         key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         _fill(data, fill, struct.unpack("<2i", key), device)
     return unit.pack

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
@@ -131,6 +132,27 @@ class Library:
     def set_threads(self, threads: int) -> None:
         """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads."""
         self.function("set_threads", INT)(threads)
+
+
+PREFETCH_DISTANCES = (0, 512, 1024, 2048, 4096, 8192, 16384)
+"""The distances in bytes between the memory in use and the memory that is prefetched, for measurements."""
+
+
+def read_bandwidth(native: Library, memory: torch.Tensor, seconds: float) -> float:
+    """Measures how many bytes of `memory` the library reads per second, with the best of `PREFETCH_DISTANCES`.
+
+    Each distance is measured at least once, and all of them as often as `seconds` allows. A measurement of the machine
+    needs `memory` that is larger than the processor's caches.
+    """
+    run = native.function("read_memory", POINTER, INT, INT, result=INT)
+    size = memory.numel() * memory.element_size() // (1 << 20) << 20
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        for distance in PREFETCH_DISTANCES:
+            start = time.perf_counter()
+            run(memory.data_ptr(), size, distance)
+            best = min(best, time.perf_counter() - start)
+    return size / best
 
 
 def library() -> Library:

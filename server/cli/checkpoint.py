@@ -9,7 +9,7 @@ from pathlib import Path
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.foreign import names_a_file
 from jamba_server.engine.model_config import load_model_config
-from jamba_server.engine.start.contents import INDEX_FILE
+from jamba_server.engine.weight_files import INDEX_FILE
 from jamba_server.server.cli.download import download
 from jamba_server.server.cli.gguf_choice import split_name
 from jamba_server.server.config import ServerConfig

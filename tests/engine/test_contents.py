@@ -16,8 +16,9 @@ from torch import Tensor
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import QuantizationPolicy
-from jamba_server.engine.start.contents import EMBEDDING, HEAD, StoredTensor, header, read_model, read_plan
+from jamba_server.engine.start.contents import EMBEDDING, HEAD, read_model, read_plan
 from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.weight_files import StoredTensor, header
 from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.llm import LLM
 from tests.engine.test_weights import INDEX_FILE, MODEL_FILE, Tensors, rewrite, set_tensor, shard, write_checkpoint
@@ -109,7 +110,7 @@ def test_random_weights_follow_the_configuration(tmp_path: Path) -> None:
 def test_tensors_are_compared_up_to_the_first_slice_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jamba_server.engine.start.contents._SLICE", 1000)
+    monkeypatch.setattr("jamba_server.engine.weight_files._SLICE", 1000)
     first = torch.arange(2500, dtype=torch.uint8)
     second = first.clone()
     save_file({"a": first, "b": second, "c": first.clone().view(50, 50)}, tmp_path / "x.safetensors")

@@ -16,7 +16,7 @@ from jamba_server.engine.errors import CheckpointError, ConfigError
 from jamba_server.engine.files import MAX_BYTES
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import QuantizationPolicy
-from jamba_server.engine.start.contents import INDEX_FILE, weight_files
+from jamba_server.engine.weight_files import INDEX_FILE, weight_files
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.config import GenerationDefaults, ServerConfig, load_config
 from jamba_server.server.text.chat_template import ChatTemplate
