@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
-from jamba_server.engine.scheduler import Scheduler
+from jamba_server.engine.scheduler import Scheduler, SchedulerOutput
 from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepKind, StepResult, StepTime, TokenUpdate
 
 
@@ -178,7 +178,7 @@ class EngineCore:
     def _take(self, step: PendingStep) -> list[TokenUpdate]:
         """Waits for the results of a step, gives the results to the scheduler, and returns the updates for the step's
         requests."""
-        self._kind = step.output.kind
+        self._kind = kind_of(step.output)
         return self.scheduler.update(step.output, step.results())
 
     @contextmanager
@@ -199,3 +199,10 @@ class EngineCore:
         self._in_flight = None
         self.scheduler.discard()
         self._is_whole = True
+
+
+def kind_of(step: SchedulerOutput) -> StepKind:
+    """Returns what a step computes. Chunks that decode come before all other chunks of the step."""
+    if not step.chunks[0].is_decode:
+        return "prefill"
+    return "decode" if step.chunks[-1].is_decode else "mixed"

@@ -19,7 +19,7 @@ from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixH
 from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.sequence import Sequence
-from jamba_server.engine.types import EngineStats, FinishReason, Request, StepKind, TokenLogprob, TokenUpdate
+from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 from jamba_server.engine.waiting import WaitingQueue
 
 
@@ -61,12 +61,6 @@ class SchedulerOutput:
     chunks: tuple[Chunk, ...]
     copies: CacheCopies
     started: tuple[str, ...]
-
-    @property
-    def kind(self) -> StepKind:
-        if not self.chunks[0].is_decode:
-            return "prefill"
-        return "decode" if self.chunks[-1].is_decode else "mixed"
 
 
 class ChunkResult(NamedTuple):

@@ -17,7 +17,8 @@ from starlette.responses import Response
 
 from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.errors import error_response
 from jamba_server.server.http.grammar_queue import GrammarQueue
 from jamba_server.server.http.lifecycle import StartupQueue

@@ -42,8 +42,8 @@ async def test_no_event_is_lost_or_doubled(tmp_path: Path) -> None:
                             break
                 if len(ids) == 30 and engine.pid is not None:
                     os.kill(engine.pid, signal.SIGKILL)
-                stream = ids[0].partition(":")[0]
                 headers = {"last-event-id": ids[-1]}
+        stream = ids[0].partition(":")[0]
         assert ids == [f"{stream}:{number}" for number in range(len(ids))]
         chunks = [httpx.Response(200, text=text).json() for text in texts[:-1]]
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
