@@ -39,6 +39,7 @@ def by_size(sources: list[str]) -> list[str]:
     slowest = [path for path in sources if os.path.basename(path) in ("gemm.cpp", "a8.cpp", "attention.cpp")]
     return [*slowest, *(path for path in sources if path not in slowest)]
 
+
 setup(
     ext_modules=[
         Extension(
