@@ -32,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `activation_quantization` "int8" rounds the inputs of products with weights of 4 or 8 bits to 8 bits, "none" does
     not, and None does so where it is faster and the loss is small (`engine.start.activations`).
 
+    `max_step_ms` limits the time of a step on a CPU: it decides `max_num_batched_tokens` where that is None.
+
     `gpu_memory_utilization` is the fraction of the GPU's memory that may be in use, by this and all other processes. On
     a CPU the memory plan uses a fixed share. `enforce_eager` turns off graphs of decode steps. `async_scheduling`
     launches a step before the tokens of the last one are known; None means on a GPU only. It changes no token.
@@ -54,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    max_step_ms: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
     state_cache_memory_bytes: int | None = None

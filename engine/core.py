@@ -52,7 +52,13 @@ class Inbox:
         for request in requests:
             if request.params.grammar:
                 assert self._compiler is not None, "an inbox without a compiler got a grammar"
-                self._compiler.start(request, partial(self._compiled, request))
+                self._compiler.start(request, partial(self._compiled, request), partial(self._awaits, request))
+
+    def _awaits(self, request: Request) -> bool:
+        """Returns whether a request still waits for its grammar to be compiled. The compiler's thread calls this
+        method."""
+        with self._changed:
+            return self._compiling.get(request.id) is request
 
     def _compiled(self, request: Request, result: Constraint | GrammarError) -> None:
         """Stores the result of compiling a request's grammar, so that the next step can start the request. The

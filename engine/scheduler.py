@@ -116,12 +116,12 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.eos_token_ids = max_model_len, frozenset(eos_token_ids)
         self.waiting = WaitingQueue(max_short=max_num_batched_tokens)
-        # The running sequences, sorted by priority and then by arrival (`Sequence.order`).
+        # The running sequences are sorted by priority and then by arrival (`Sequence.order`).
         self.running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._tenants: Counter[str] = Counter()  # number of running and waiting sequences of each tenant
-        self._work = 0  # prompt tokens scheduled since the engine started; prompts age by this number, not by a clock
+        self._tenants: Counter[str] = Counter()  # counts the running and waiting sequences of each tenant
+        self._work = 0  # counts the prompt tokens that were ever scheduled; prompts age by this number, not by a clock
         self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
 
     # Adding and aborting requests -------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class Scheduler:
             return None
         full, shares = len(self.running) >= self.max_num_seqs, Shares(self.running)
         if full and not shares.one_holds_several and len(self._tenants) < 2:
-            return None  # the usual case under load, in which this early return saves time
+            return None  # nothing can be displaced, which is the usual case under load; this early return saves time
         no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
         in_progress = self._groups_in_progress()
         return self.waiting.next(

@@ -146,7 +146,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
-    number of states that can be saved while `max_num_seqs` sequences run.
+    number of states that can be saved while `max_num_seqs` sequences run. `step_size` gives the reason for
+    `max_num_batched_tokens` if the time of a step decided it.
     """
 
     architecture: str
@@ -173,6 +174,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     state_cache_dtype: str = "auto"
     batch_dependent_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    step_size: str = ""
 
 
 # Messages from the client to the engine ---------------------------------------------------------------------------

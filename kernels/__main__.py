@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from jamba_server.kernels.cpu.a8 import machine_units
 from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.table import describe
@@ -21,11 +22,12 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Returns the versions of Python and torch, the CPU's features, the instruction set of the CPU kernels, the
-    number of threads, the GPUs, and the kernels for each device.
+    """Returns the versions of Python and torch, the CPU's features, the instruction sets of the CPU kernels and of their
+    products with 8-bit activations, what is known of AMX, the number of threads, the GPUs, and the kernels for each
+    device.
 
-    The CPU features are None where /proc/cpuinfo does not exist, the instruction set is None where the CPU kernels were
-    not built, and the GPUs are None without CUDA.
+    The CPU features are None where /proc/cpuinfo does not exist, the instruction sets and what is known of AMX are None
+    where the CPU kernels were not built, and the GPUs are None without CUDA.
     """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
@@ -35,6 +37,8 @@ def machine() -> dict[str, Any]:
         "cpu_flags": _cpu_flags(),
         "cpu_level": _cpu_level(),
         "cpu_levels": list(LEVELS),
+        "cpu_units": _cpu_units(),
+        "cpu_amx": _cpu_amx(),
         "threads": torch.get_num_threads(),
         "cuda_devices": _cuda_devices(),
         "kernels": {device: [dataclasses.asdict(row) for row in describe(device)] for device in devices},
@@ -51,6 +55,20 @@ def _cpu_flags() -> dict[str, bool] | None:
 def _cpu_level() -> str | None:
     try:
         return library().level()
+    except KernelUnavailable:
+        return None
+
+
+def _cpu_units() -> str | None:
+    try:
+        return machine_units()
+    except KernelUnavailable:
+        return None
+
+
+def _cpu_amx() -> str | None:
+    try:
+        return library().amx()
     except KernelUnavailable:
         return None
 

@@ -34,7 +34,7 @@ def without_int8(names: Mapping[str, str]) -> list[str]:
 
 def with_int8_activations(kernels: Kernels, bits: frozenset[int]) -> Kernels:
     """Returns kernels whose products with quantised weights use 8-bit activations if the weights have one of these
-    numbers of bits. All other products stay as they are.
+    numbers of bits (`kernels.int8_activations.int8_parts`). All other products stay as they are.
 
     Products of different implementations give the same bits, except that experts apply their own implementation of the
     activation function.

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 from jamba_server.kernels import external, torch_ops
 from jamba_server.kernels.cpu import attention as cpu_attention
@@ -178,6 +178,12 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("mamba_decode", "reference", _BOTH, mamba.MambaDecode, _MAMBA_PARTS),
 )
 
+LEVEL_OPS: Final = ("linear", "run_experts")
+"""The ops that multiply by packed weights. All of them use the same instruction set, so that they agree in their bits.
+
+The implementation "cpu" of these ops can be held to one instruction set ("linear=cpu:avx2").
+"""
+
 OPS: tuple[str, ...] = tuple(
     field.name for field in fields(Kernels) if field.name not in ("names", "batch_dependent_ops")
 )
@@ -204,19 +210,21 @@ def select(device: str, requested: Mapping[str, str], batch_invariant: bool | No
     For each op this is the requested implementation. For an op without a request, the first implementation that loads
     is chosen.
 
-    `requested` maps an op or a family ("mamba", "attention", "moe", "all") to the name of an implementation. For an op
+    `requested` maps an op or a family ("mamba", "attention", "moe", "all") to the name of an implementation. For the op
+    "linear" the name may be "cpu:LEVEL": the ops `LEVEL_OPS` then use this instruction set. For an op
     that is not requested, an implementation that cannot load is skipped with a warning, and `batch_invariant` sets the
     order: True tries batch-invariant implementations only, None tries them before all others, False tries all in the
     table's order. Raises KernelError if a device, op, family or implementation is unknown, if a requested
     implementation cannot load, or if no implementation of an op can.
     """
+    requested, level = _split_level(requested)
     by_op = _expand(device, requested)
     chosen: dict[str, tuple[Implementation, Any]] = {}
     skipped: dict[tuple[str, str], list[str]] = {}
     for op in OPS:
         reasons: dict[str, str] = {}
         for entry in by_op.get(op) or _candidates(op, device, batch_invariant):
-            loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in chosen.items()})
+            loaded, reason = _try_load(entry, {op: loaded for op, (_, loaded) in chosen.items()}, level)
             if not reason:
                 chosen[op] = (entry, loaded)
                 break
@@ -273,12 +281,35 @@ def _is_batch_invariant(entry: Implementation, chosen: Mapping[str, Implementati
     return entry.batch_invariant and all(chosen[part].batch_invariant for part in entry.parts)
 
 
-def _try_load(entry: Implementation, chosen: Mapping[str, Any]) -> tuple[Any, str]:
+def _split_level(requested: Mapping[str, str]) -> tuple[Mapping[str, str], str | None]:
+    """Returns the requested implementations without the instruction set of "linear", and this instruction set.
+
+    Raises KernelError if an instruction set is requested for anything else.
+    """
+    level = None
+    plain = dict(requested)
+    for op, name in requested.items():
+        implementation, colon, wanted = name.partition(":")
+        if not colon:
+            continue
+        if op != "linear" or implementation != "cpu":
+            raise KernelError(
+                f"kernels: {op}={name} asks for a level; only linear=cpu:LEVEL may, and the level then holds for "
+                f"{' and '.join(LEVEL_OPS)}"
+            )
+        plain[op], level = implementation, wanted
+    return plain, level
+
+
+def _try_load(entry: Implementation, chosen: Mapping[str, Any], level: str | None = None) -> tuple[Any, str]:
     """Returns (the loaded implementation, ""), or (None, the reason) if the implementation cannot be loaded.
 
-    `chosen` maps names of ops to their loaded implementations.
+    `chosen` maps names of ops to their loaded implementations. `level` is the instruction set that was requested for
+    the ops `LEVEL_OPS`.
     """
     try:
+        if level is not None and entry.op in LEVEL_OPS and entry.name == "cpu":
+            return entry.load(level=level), ""
         return entry.load(*(chosen[part] for part in entry.parts)), ""
     except (KernelUnavailable, ImportError, OSError) as error:
         return None, str(error) or type(error).__name__

@@ -127,6 +127,15 @@ class ServerConfig:
     send_timeout: Annotated[
         Seconds, Help("server", "Seconds after which a client that does not read its reply is cut off", "SECONDS")
     ] = 60.0
+    max_kept_streams: Annotated[
+        Number, Help("server", "Streams that are kept for clients that reconnect (X-On-Disconnect); 0 keeps none")
+    ] = 256
+    kept_stream_bytes: Annotated[
+        Count, Help("server", "Bytes of events that are kept of one stream for a client that reconnects", "BYTES")
+    ] = 1024**2
+    resume_timeout: Annotated[
+        Seconds, Help("server", "Seconds after which a stream without a connection is dropped and aborted", "SECONDS")
+    ] = 60.0
     exit_on_dead: Annotated[
         bool, Help("server", "End with status 1 when the engine cannot be restarted, instead of answering 503")
     ] = True
@@ -237,8 +246,12 @@ class ServerConfig:
             "memory",
             "Prompt tokens per step, on top of one token per running reply",
             "TOKENS",
-            "128 on a CPU, 8192 on a GPU",
+            "by --max-step-ms on a CPU, 8192 on a GPU",
         ),
+    ] = None
+    max_step_ms: Annotated[
+        Count | None,
+        Help("memory", "Time of a step on a CPU that decides the prompt tokens per step", "MS", "150"),
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDtype, Help("memory", "Number format of KV pages; auto is --dtype, fp8 needs half the memory")

@@ -26,7 +26,7 @@ import llguidance
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.text.grammars.builder import GrammarBuilder
 from jamba_server.server.text.grammars.checker import verdict
-from jamba_server.server.text.grammars.compile_check import Outcome
+from jamba_server.server.text.grammars.compile_check import Allowance, Outcome
 from jamba_server.server.text.grammars.string_formats import BUILT_IN, PATTERNS
 from jamba_server.server.text.grammars.types import OutputFormat, ToolGrammar
 
@@ -75,14 +75,16 @@ The reasoning that some models write before the content is not restricted.
 ## Tools
 
 - With `tool_choice` "required" or a function's name, the reply consists only of calls. With "auto", the reply may be
-  text, but whenever it has the opening tag of a call, a valid call follows.
+  text, but whenever it has the opening tag of a call, a valid call follows. If the request names a function, OpenAI's
+  APIs give exactly one call. In Anthropic's API, `disable_parallel_tool_use` decides about that.
 - Calls have the white space of the model's chat template, with a space after each comma and colon, because the models
   were trained with calls in this form.
 - Type names such as `dict`, `float` or `tuple` are translated to those of JSON Schema. If an object lists properties,
   no other properties are allowed, unless the schema says otherwise.
 - A function without a schema, or with an empty list of properties, has no arguments.
 - The schema of a function with `strict` true is followed exactly or refused. For other functions, keywords that are
-  malformed or cannot be enforced are left out. If a schema cannot be enforced at all, any JSON object is allowed.
+  malformed or cannot be enforced are left out, and `oneOf` allows what `anyOf` allows. If a schema cannot be enforced
+  at all, any JSON object is allowed. The header `X-Warning` names the functions and the places in their schemas.
 """
 
 
@@ -109,7 +111,7 @@ class CheckHere:
     """Checks whether llguidance can compile a grammar. It compiles in this process and not in a child process, which is
     acceptable because the schemas of a test suite are known to be harmless."""
 
-    def outcome(self, grammar: str) -> Outcome:
+    def outcome(self, grammar: str, allowance: Allowance | None = None) -> Outcome:
         return Outcome(verdict(grammar, byte_tokenizer()))
 
     def close(self) -> None:

@@ -3,9 +3,9 @@
     python -m benchmarks.cpu.activation_products --name activation-products --levels avx2 avx512_bf16
 
 Each contender uses several copies of a weight in turn, which together exceed the CPU's caches. So each product reads
-its weight from memory, as in a step of a model. The contenders take turns. A turn's time is the median of its calls, and a
-ratio is the median over all turns of the ratio within a turn, because the speed of a machine that others use changes
-from second to second. The program writes benchmarks/results/NAME.md.
+its weight from memory, as in a step of a model. The contenders take turns. A turn's time is the median of its calls,
+and a ratio is the median over all turns of the ratio within a turn, because the speed of a machine that others use
+changes from second to second. The program writes benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.cpu.engine import RESULTS
 from benchmarks.http.serving import describe_commit
 from jamba_server.engine.config import Quantization
+from jamba_server.engine.quantization import FORMATS
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.cpu import a8
 from jamba_server.kernels.cpu.library import LEVELS, library
@@ -29,7 +30,7 @@ from jamba_server.kernels.cpu.linear import Linear
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
 
 ROWS = (1, 4, 8, 16, 64, 256)
-FORMATS: tuple[Quantization, ...] = ("int4", "int4-g32", "int8")
+NAMES: tuple[Quantization, ...] = ("int4", "int4-g32", "int8")
 COPIES_BYTES = 200_000_000
 TURNS, SECONDS = 9, 0.1
 
@@ -41,11 +42,10 @@ def calls(level: str, shape: tuple[int, int]) -> dict[tuple[str, str], list[Call
     with different copies of the weight."""
     library().set_level(level)
     plain, products = Linear(), {}
-    for name in FORMATS:
+    for name in NAMES:
         weight = quantize(torch.randn(*shape), name)
         for kind, linear in (("none", plain), ("int8", a8.Linear(plain))):
-            first = linear.pack(weight)
-            copies = [first, *(linear.pack(weight) for _ in range(COPIES_BYTES // first.panels.numel()))]
+            copies = [linear.pack(weight) for _ in range(1 + COPIES_BYTES // FORMATS[name].num_bytes(*shape))]
             products[name, kind] = [lambda x, linear=linear, w=w: linear(x, w) for w in copies]
     return products
 
@@ -69,15 +69,15 @@ def turn_times(contenders: Sequence[Sequence[Call]], x: Tensor) -> list[list[flo
 def table(level: str, shape: tuple[int, int]) -> str:
     """Returns a table with the times of each number of rows."""
     products = calls(level, shape)
-    header = [f"{name}: none (ms) | int8 (ms) | ratio" for name in FORMATS]
+    header = [f"{name}: none (ms) | int8 (ms) | ratio" for name in NAMES]
     lines = [
         f"| rows | {' | '.join(header)} | int4 none / int4-g32 int8 |",
-        "| ---: |" + " ---: |" * (3 * len(FORMATS) + 1),
+        "| ---: |" + " ---: |" * (3 * len(NAMES) + 1),
     ]
     for rows in ROWS:
         times = dict(zip(products, turn_times(list(products.values()), random_rows(rows, shape)), strict=True))
         cells = [str(rows)]
-        for name in FORMATS:
+        for name in NAMES:
             plain, rounded = times[name, "none"], times[name, "int8"]
             cells += [f"{statistics.median(t) * 1e3:.3f}" for t in (plain, rounded)] + [ratio(plain, rounded)]
         cells.append(ratio(times["int4", "none"], times["int4-g32", "int8"]))

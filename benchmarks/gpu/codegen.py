@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -37,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu.formats import FORMATS
 from benchmarks.gpu.rehearsal import MODELS, STEPS, rehearsal_of
 from jamba_server.kernels.ops import (
     CompressedStates,
@@ -68,7 +68,7 @@ from jamba_server.kernels.triton.launch import capability
 RESULTS = Path(__file__).parents[1] / "results"
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8"})
+TYPES.update({torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.uint8: "u8"})
 # The largest number of columns of tensor memory that a kernel can use. Tensor memory is the memory of the matrix units
 # on Blackwell GPUs. If a kernel needs more columns, Triton produces no compiled kernel and reports no error.
 TENSOR_COLUMNS = 512
@@ -84,7 +84,13 @@ TWINS = {
     "selective_state_update, 64": ("selective_scan",),
     "mamba_decode, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
     "mamba_decode, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+    "mamba_decode, Q8_0, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+    "mamba_decode, Q8_0, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+    "mamba_decode, Q4_K, 1": ("selective_scan", "rms_norm 16", "rms_norm 256"),
+    "mamba_decode, Q4_K, 256": ("selective_scan", "rms_norm 16", "rms_norm 256"),
 }
+EXPERT_FORMATS = ("", "int8", "fp8", "int4", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
+"""The formats for which the products of experts are compiled too. They call the same function as other products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,18 +261,19 @@ def mamba_calls(channels: int, states: int) -> Iterator[tuple[str, Callable[[], 
     yield "selective_scan, chunked", lambda: scan_chunked.selective_scan(inputs, weights, ssm, long)
 
 
-def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields calls of the op `mamba_decode`, the fused decode of a Mamba layer, with 1 and with 256 sequences."""
+def decode_calls(channels: int, states: int, rank: int, format: str = "") -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields calls of the op `mamba_decode`, the fused decode of a Mamba layer, with 1 and with 256 sequences. `format`
+    is the format of x_proj and dt_proj."""
     a, d = empty(channels, states, dtype=torch.float32), empty(channels, dtype=torch.float32)
     weights = MambaWeights(
         conv_weight=empty(4, channels),
         conv_bias=empty(channels),
-        x_proj=empty(rank + 2 * states, channels),
+        x_proj=matrix(format, rank + 2 * states, channels),
         dt_norm=empty(rank),
         b_norm=empty(states),
         c_norm=empty(states),
         eps=1e-6,
-        dt_proj=empty(channels, rank),
+        dt_proj=matrix(format, channels, rank),
         scan=ScanWeights(a, d, d),
     )
     parts = (conv.causal_conv1d_update, linear.Linear(), norm.rms_norm, scan.selective_state_update)
@@ -275,7 +282,7 @@ def decode_calls(channels: int, states: int, rank: int) -> Iterator[tuple[str, C
         ids, xz = torch.zeros(rows, dtype=torch.int32), empty(rows, 2 * channels)
         state, ssm = empty(rows, 26, 3, channels)[:, 1], empty(rows, 26, channels, states, dtype=torch.float32)[:, 1]
         args = (xz, decode.pack(weights), state, ssm, ids)
-        yield f"mamba_decode, {rows}", lambda args=args: decode(*args)
+        yield f"mamba_decode, {f'{format}, ' if format else ''}{rows}", lambda args=args: decode(*args)
 
 
 def attention_calls(
@@ -314,12 +321,7 @@ def row_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def matrix(format: str, *shape: int) -> Tensor | quantized.PackedWeight:
     """Returns an uninitialised weight array [..., N, K]. The array is quantised in the weight format `format`, or has
     the dtype bfloat16 if `format` is ''."""
-    if not format:
-        return empty(*shape)
-    *rows, inputs = shape
-    words = empty(*rows, inputs * quantized.BITS[format] // 32, dtype=torch.int32)
-    groups = inputs // quantized.GROUP.value if format == "int4" else 1
-    return quantized.PackedWeight(words, empty(groups, math.prod(rows), dtype=torch.float32), inputs, format)
+    return quantized.pack(FORMATS[format].empty(*shape)) if format else empty(*shape)
 
 
 def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -331,7 +333,19 @@ def product_calls(format: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for rows in (1, 32, 512) if format else (1, 512):
         x, weights, ids = empty(rows, 4096), torch.ones(rows, 2), torch.zeros(rows, 2, dtype=torch.int32)
         yield f"linear{name}, {rows}", lambda x=x: linear.Linear()(x, weight)
-        yield f"run_experts{name}, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
+        if format in EXPERT_FORMATS:
+            yield f"run_experts{name}, {rows}", lambda x=x, w=weights, i=ids: moe.RunExperts()(x, experts, w, i)
+
+
+def format_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields calls that only some models make: a decode step of a Mamba layer whose x_proj and dt_proj are quantised,
+    and rows of a quantised embedding."""
+    for format in ("Q8_0", "Q4_K"):
+        yield from decode_calls(5120, 16, 160, format)
+        embedding = matrix(format, 65536, 4096)
+        assert isinstance(embedding, quantized.PackedWeight)
+        rows = torch.zeros(8, dtype=torch.int64)
+        yield f"rows, {format}", lambda w=embedding, i=rows: linear.Linear().rows(w, i, torch.bfloat16)
 
 
 def narrow_calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -381,7 +395,8 @@ def identity(launch: Launch) -> str:
 
 def all_launches() -> list[Launch]:
     calls = [*mamba_calls(5120, 16), *decode_calls(5120, 16, 160), *attention_calls(20, 1, 128), *row_calls()]
-    calls += [*(call for format in quantized.BITS for call in product_calls(format)), *narrow_calls()]
+    calls += [call for format in ("", *FORMATS) for call in product_calls(format)]
+    calls += [*narrow_calls(), *format_calls()]
     launches = [launch for op, call in calls for launch in record(op, call)]
     launches += rehearsed(launches)
     # The attention kernels are compiled again for the Mini model, because the numbers of heads are compile-time

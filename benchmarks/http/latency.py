@@ -22,8 +22,7 @@ from typing import Any
 
 from benchmarks.http.clients import Result, percentile, post
 from benchmarks.http.processes import gauges
-from benchmarks.http.record import Verdict, conditions, model_of, table, write_results
-from benchmarks.http.serving import announcement, running_server
+from benchmarks.http.record import Verdict, measure_server, table, write_results
 
 START_TIMEOUT = 600.0
 SHORT_LEN, SHORT_TOKENS = 8, 8
@@ -164,11 +163,12 @@ def to_markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     flags = parse_arguments()
-    with model_of(flags.shape) as model:
-        arguments = [*model, "--threads", str(flags.threads), "--max-model-len", str(flags.long + 1024)]
-        with running_server(arguments, START_TIMEOUT) as (url, log):
-            found = asyncio.run(measure(flags, url))
-            circumstances = conditions(announcement(log), sys.argv[1:])
+    found, circumstances = measure_server(
+        flags.shape,
+        ["--threads", str(flags.threads), "--max-model-len", str(flags.long + 1024)],
+        lambda url: asyncio.run(measure(flags, url)),
+        timeout=START_TIMEOUT,
+    )
     title = (
         f"A short request ({SHORT_LEN} tokens in, {SHORT_TOKENS} out) each second, on the shape {flags.shape}; long "
     )

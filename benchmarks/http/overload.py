@@ -22,8 +22,7 @@ from typing import Any
 
 from benchmarks.http.clients import Result, percentile, post
 from benchmarks.http.processes import LIMITED, descriptors_of, gauges, memory_of, processes
-from benchmarks.http.record import Verdict, conditions, model_of, table, write_results
-from benchmarks.http.serving import announcement, running_server
+from benchmarks.http.record import Verdict, measure_server, table, write_results
 
 START_TIMEOUT = 300.0
 SETTLE_SECONDS = 10.0  # seconds to wait after a flood, in which connections are closed and memory is freed
@@ -145,12 +144,13 @@ def main() -> None:
     # This program needs a file descriptor for the connection of each request.
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     limits = ["--max-num-seqs", str(flags.running), "--max-queue-requests", str(flags.queue)]
-    prefix = (*LIMITED, str(flags.descriptors))
-    with model_of(flags.shape) as model:
-        arguments = [*model, *limits, "--threads", str(flags.threads)]
-        with running_server(arguments, START_TIMEOUT, prefix) as (url, log):
-            found = measure(flags, url)
-            circumstances = conditions(announcement(log), sys.argv[1:])
+    found, circumstances = measure_server(
+        flags.shape,
+        [*limits, "--threads", str(flags.threads)],
+        lambda url: measure(flags, url),
+        timeout=START_TIMEOUT,
+        prefix=(*LIMITED, str(flags.descriptors)),
+    )
     title = (
         f"{flags.requests} requests at once; {flags.running} replies run and {flags.queue} wait; soft and hard limit "
     )

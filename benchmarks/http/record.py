@@ -6,18 +6,20 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from benchmarks.http.serving import RESULTS, describe_commit
+from benchmarks.http.serving import RESULTS, announcement, describe_commit, running_server
 from benchmarks.http.shapes import write_tokenizer
 from benchmarks.shapes import SHAPES, write_config
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,17 @@ def model_of(shape: str) -> Generator[list[str]]:
         write_config(shape, Path(name))
         write_tokenizer(SHAPES[shape]["vocab_size"], Path(name))
         yield [name, "--load-format", "dummy"]
+
+
+def measure_server(
+    shape: str, arguments: Sequence[str], measure: Callable[[str], T], *, timeout: float, prefix: Sequence[str] = ()
+) -> tuple[T, dict[str, Any]]:
+    """Starts a server for a model of the size `shape`, and calls `measure` with the server's URL. Returns the result of
+    this call and the conditions of the measurement. `arguments`, `timeout` and `prefix` are described at
+    `running_server`."""
+    with model_of(shape) as model, running_server([*model, *arguments], timeout, prefix) as (url, log):
+        found = measure(url)
+        return found, conditions(announcement(log), sys.argv[1:])
 
 
 def conditions(server: list[str], arguments: Sequence[str]) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from benchmarks.http.processes import descriptors_of, gauges, memory_of, processes
-from benchmarks.http.record import Verdict, conditions, model_of, table, write_results
-from benchmarks.http.serving import announcement, running_server
+from benchmarks.http.record import Verdict, measure_server, table, write_results
 from benchmarks.http.visitors import PAUSES, VISITORS, Place
 
 START_TIMEOUT = 600.0
@@ -163,12 +162,11 @@ def to_markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     flags = parse_arguments()
-    with model_of(flags.shape) as model:
-        arguments = [*model, "--max-num-seqs", str(flags.running), "--threads", str(flags.threads)]
-        arguments += ["--max-model-len", str(flags.context)]
-        with running_server(arguments, START_TIMEOUT) as (url, log):
-            found = measure(flags, url)
-            circumstances = conditions(announcement(log), sys.argv[1:])
+    arguments = ["--max-num-seqs", str(flags.running), "--threads", str(flags.threads)]
+    arguments += ["--max-model-len", str(flags.context)]
+    found, circumstances = measure_server(
+        flags.shape, arguments, lambda url: measure(flags, url), timeout=START_TIMEOUT
+    )
     title = f"{flags.minutes:g} minutes of mixed clients on the shape {flags.shape}."
     write_results(flags.name, title, circumstances, found, to_markdown(found), judge(found, flags.minutes))
 

@@ -50,8 +50,15 @@ class Client:
 CLIENTS = (
     Client(title="openai", packages=("openai",), script="use_openai.py"),
     Client(title="anthropic", packages=("anthropic",), script="use_anthropic.py"),
-    Client(title="LangChain (OpenAI)", packages=("langchain-openai",), script="use_langchain.py"),
-    Client(title="LangChain (Anthropic)", packages=("langchain-anthropic",), script="use_langchain_anthropic.py"),
+    Client(
+        title="LangChain (OpenAI)", packages=("langchain-openai",), script="use_langchain.py", arguments=("openai",)
+    ),
+    Client(
+        title="LangChain (Anthropic)",
+        packages=("langchain-anthropic",),
+        script="use_langchain.py",
+        arguments=("anthropic",),
+    ),
     Client(title="LlamaIndex", packages=("llama-index-llms-openai-like",), script="use_llamaindex.py"),
     Client(title="LiteLLM (OpenAI)", packages=("litellm",), script="use_litellm.py", arguments=("openai",)),
     Client(title="LiteLLM (Anthropic)", packages=("litellm",), script="use_litellm.py", arguments=("anthropic",)),

@@ -8,11 +8,14 @@ the tokens of the reply to it one by one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from llguidance import LLMatcher
 
 from jamba_server.engine.types import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 _MAX_ERROR_CHARS = 500
 
@@ -34,8 +37,8 @@ class Constraint:
         self._eos = frozenset(eos_token_ids)
         self._end = params.thinking_end
         self._budget = params.thinking_token_budget
-        self._count = 0  # number of tokens that the reply has so far
-        # Number of tokens at the end of the reply that are equal to the first tokens of `thinking_end`.
+        self._count = 0  # counts the tokens that the reply has so far
+        # The last tokens of the reply, as many as this number says, are equal to the first tokens of `thinking_end`.
         self._matched = 0
         # Forced tokens are computed only without `bad_words` and `allowed_token_ids`, because these parameters may
         # forbid a token of the forced text. With these parameters every token is sampled under a mask. A mask that
@@ -54,7 +57,13 @@ class Constraint:
         return bool(self.forced) or self.matcher is not None
 
     def take(self, token_id: int) -> None:
-        """Records the next token of the reply."""
+        """Records the next token of the reply. If that fails, `error` is set."""
+        try:
+            self._take(token_id)
+        except BaseException as error:  # noqa: BLE001 - `break_off` logs the error
+            self.break_off(error)
+
+    def _take(self, token_id: int) -> None:
         self._count += 1
         self._find_end_of_thoughts(token_id)
         if self.matcher is not None and not self.matcher.consume_token(token_id):
@@ -80,6 +89,15 @@ class Constraint:
         assert self.matcher is not None
         problem = self.matcher.get_error().strip() or "the grammar does not allow the token"
         self.error, self.forced = f"The grammar of this reply failed: {problem[:_MAX_ERROR_CHARS]}", ()
+
+    def break_off(self, error: BaseException) -> None:
+        """Ends the request because llguidance has raised an exception. Raises the exception again if it is an interrupt
+        from the keyboard or the end of the program. A panic of llguidance, which is written in Rust, is an exception
+        that is no subclass of Exception."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+        logger.error("the grammar of a request failed", exc_info=error)
+        self.error, self.forced = f"The grammar of this reply failed: {error!r}"[:_MAX_ERROR_CHARS], ()
 
     def _find_end_of_thoughts(self, token_id: int) -> None:
         """Updates the search for the token sequence `thinking_end`, which ends the model's reasoning, after the token

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# The arguments of `llguidance.LLParserLimits`. A unit of fuel is one step in the construction of a regular expression's
-# automaton; about 50,000 steps take a millisecond. An item is one entry of the Earley parser's table.
+# These are the arguments of `llguidance.LLParserLimits`. A unit of fuel is one step in the construction of a regular
+# expression's automaton; about 50,000 steps take a millisecond. An item is one entry of the Earley parser's table.
 PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
     {
         "max_items_in_row": 2000,
@@ -20,8 +20,8 @@ PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
         "step_max_items": 50_000,
         # A state takes 1 to 2 kB of memory, so the states of a grammar take at most about 100 MB.
         "max_lexer_states": 50_000,
-        # The number of symbols in all rules. A grammar with this many symbols is compiled in about one second, and the
-        # mask of its first token takes tens of milliseconds. llguidance's own limit is 500,000.
+        # This limits the number of symbols in all rules. A grammar with this many symbols is compiled in about one
+        # second, and the mask of its first token takes tens of milliseconds. llguidance's own limit is 500,000.
         "max_grammar_size": 150_000,
     }
 )
@@ -32,8 +32,9 @@ PARSER_LIMITS: Mapping[str, int] = MappingProxyType(
 COMPILE_CPU_SECONDS = 1.0
 COMPILE_MEMORY_BYTES = 1 << 30
 
-MAX_SCHEMA_DEPTH = 48  # maximum nesting of JSON schemas inside each other; llguidance reads at most 127 levels of JSON
-MAX_SCHEMA_NODES = 20_000  # maximum number of JSON values in a schema, including its annotations
+# JSON schemas may be nested this deeply inside each other. llguidance reads at most 127 levels of JSON.
+MAX_SCHEMA_DEPTH = 48
+MAX_SCHEMA_NODES = 20_000  # a schema may have at most this number of JSON values, including its annotations
 MAX_REGEX_CHARS = 8192
 MAX_CHOICES = 4096
 MAX_CHOICE_CHARS = 4096

@@ -3,6 +3,7 @@ masks of a step while the forward pass of the step runs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.sampling.row import SamplingRow
 
-_BITS = 32  # number of tokens for which one int32 of a mask has a bit
+logger = logging.getLogger(__name__)
+
+_BITS = 32  # one int32 of a mask has a bit for each of this number of tokens
 _MOST_THREADS = 8
 
 
@@ -81,20 +84,43 @@ class MaskFiller:
                 filled.exception()
 
     def _fill(self, rows: Sequence[ConstrainedRow], masks: NDArray[np.int32]) -> None:
+        """Computes the masks of `rows`. An error in one row ends the request of this row only."""
         matchers = [_matcher(entry.constraint) for entry in rows]
         pairs = [(matcher, i) for i, matcher in enumerate(matchers) if matcher is not None]
-        if pairs:
-            self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, self._words * 4, len(masks))
+        try:
+            if pairs:
+                self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, self._words * 4, len(masks))
+        except BaseException:
+            logger.exception("the masks of a step cannot be computed together, so each is computed alone")
+            self._fill_one_by_one(rows, masks)
         for (_, row, constraint), mask in zip(rows, masks, strict=True):
-            if constraint.forced:
-                mask[:] = _only(constraint.forced[:1], len(mask))
-            elif constraint.matcher is None or constraint.error:
+            try:
+                self._complete(mask, row, constraint)
+            except BaseException as error:  # noqa: BLE001 - `break_off` logs the error
+                constraint.break_off(error)
                 mask.fill(-1)
-            elif constraint.matcher.is_error():
-                constraint.fail()
-                mask.fill(-1)
-            else:
-                self._restrict(mask, row, constraint)
+
+    def _fill_one_by_one(self, rows: Sequence[ConstrainedRow], masks: NDArray[np.int32]) -> None:
+        """Computes the masks of the grammars in `rows` one after the other."""
+        for (_, _, constraint), mask in zip(rows, masks, strict=True):
+            try:
+                if (matcher := _matcher(constraint)) is not None:
+                    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            except BaseException as error:  # noqa: BLE001 - `break_off` logs the error
+                constraint.break_off(error)
+
+    def _complete(self, mask: NDArray[np.int32], row: SamplingRow, constraint: Constraint) -> None:
+        """Changes the mask of one row, which the row's grammar has filled, so that it allows exactly the tokens that
+        may come next. After an error it allows all tokens, because the request then ends."""
+        if constraint.forced:
+            mask[:] = _only(constraint.forced[:1], len(mask))
+        elif constraint.matcher is None or constraint.error:
+            mask.fill(-1)
+        elif constraint.matcher.is_error():
+            constraint.fail()
+            mask.fill(-1)
+        else:
+            self._restrict(mask, row, constraint)
 
     def _restrict(self, mask: NDArray[np.int32], row: SamplingRow, constraint: Constraint) -> None:
         """Removes from a grammar's mask the tokens that `bad_words`, `allowed_token_ids`, `min_tokens` or `ignore_eos`

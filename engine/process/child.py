@@ -23,12 +23,13 @@ from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import HEADER_BYTES, body_bytes, pack
 from jamba_server.engine.types import Shutdown
 
+# The option -P keeps Python from importing modules of the current folder.
 ENGINE_COMMAND = (
     sys.executable,
     "-P",
     "-m",
     "jamba_server.engine.process",
-)  # the option -P keeps Python from importing modules of the current folder
+)
 # These environment variables hold secrets. The engine process does not get them, because it does not need them.
 SECRETS = frozenset({"JAMBA_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was told to end is killed
@@ -73,7 +74,12 @@ class Child:
             except OSError:
                 ours.close()
                 raise
-        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except OSError:
+            process.kill()
+            ours.close()
+            raise
         child = cls(process, reader, writer)
         child.send(config)
         return child

@@ -151,18 +151,19 @@ class EngineClient:
     ) -> None:
         self._on_progress = on_progress
         self._max_queue = max_queue_requests
-        self._live: dict[str, LiveRequest] = {}  # all requests that have not ended, in the order of their arrival
-        # The live requests that must still be sent to the present child; those of paused streams are left out.
+        self._live: dict[str, LiveRequest] = {}  # holds all requests that have not ended, in the order of their arrival
+        # This dict holds the live requests that must still be sent to the present child, except those of paused
+        # streams.
         self._unsent: dict[str, LiveRequest] = {}
-        # The live requests that were sent to the present child, by the ids that they have in the child.
+        # This dict holds the live requests that were sent to the present child, by the ids that they have in the child.
         self._sent: dict[str, LiveRequest] = {}
         self._info: EngineInfo | None = None
         self._health = _loading(Progress("starting the engine", 0.0))
         self._stats, self._base = EngineStats(), EngineStats()
-        # The requests that the present child has announced that it is putting into its queue.
+        # These requests are being put into the queue of the present child, as the child has announced.
         self._adding: list[LiveRequest] = []
-        self._progressed = False  # whether the present child has finished a step
-        self._load_error = ""  # the reason why the present child cannot load the model
+        self._progressed = False  # says whether the present child has finished a step
+        self._load_error = ""  # says why the present child cannot load the model
         self._restarts = dict.fromkeys(RESTART_REASONS, 0)
         self._num_replayed = self._num_pauses = 0
         self._suspects, self._policy = Suspects(), RestartPolicy()

@@ -21,7 +21,8 @@ RESTART_REASONS: tuple[RestartReason, ...] = (
     "message",
     "spawn",
 )
-# A process gets these signals because of what it does itself. All other signals are sent by other processes.
+# The system sends these signals to a process that has made an error, such as an access to invalid memory. All other
+# signals that can end the engine come from other processes, or from the system when memory is short.
 CRASHES = frozenset(
     {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 )
@@ -30,9 +31,9 @@ VMSTAT = Path("/proc/vmstat")
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """The end of an engine process. `text` describes it as the beginning of a sentence. `loading` says whether the
-    process had not become ready yet. `from_outside` says that another process killed the engine, so that no request can
-    be the cause."""
+    """Describes how an engine process ended. `text` says so in words with which a sentence can begin. `loading` is true
+    if the process had not become ready yet. `from_outside` is true if another process killed the engine, so that no
+    request can be the cause."""
 
     reason: RestartReason
     text: str
@@ -41,14 +42,15 @@ class Death:
 
 
 def death_by_status(status: int, *, loading: bool, oom_kills_before: int | None) -> Death:
-    """Returns the death of a process with this exit status, or the death by a signal if `status` is negative.
-    `oom_kills_before` is the result of `oom_kills` from a time when the process was still running."""
+    """Returns the description of how a process ended. `status` is its exit status; a negative status is minus the
+    number of the signal that ended the process. `loading` says whether the process had not become ready yet.
+    `oom_kills_before` is the result that `oom_kills` had while the process was still running."""
     if status >= 0:
         return Death("exit", f"the engine process ended with status {status}", loading)
     text = f"the engine process ended with signal {-status}"
     if -status == signal.SIGKILL:
         if oom_kills_before is None:
-            return Death("signal", text, loading)  # it is not known whether memory was short
+            return Death("signal", text, loading)  # this system does not tell whether memory was short
         if oom_kills() != oom_kills_before:
             return Death("out_of_memory", f"{text}, because the system had too little memory", loading)
     return Death("signal", text, loading, from_outside=-status not in CRASHES)
@@ -56,7 +58,7 @@ def death_by_status(status: int, *, loading: bool, oom_kills_before: int | None)
 
 def oom_kills() -> int | None:
     """Returns how many processes the system has killed because memory was short. Returns None if the system does not
-    tell."""
+    count them."""
     try:
         counters = dict(line.split() for line in VMSTAT.read_text().splitlines())
         return int(counters["oom_kill"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAX_FAILURES = 3
-# The delay before the first restart, in seconds; every further delay is twice as long as the previous delay.
+# The delay before the first restart has this number of seconds. Each further delay is twice as long as the one before.
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
 

@@ -26,9 +26,9 @@ RESUME_PART = 4
 
 # The following numbers are estimated sizes of objects in memory, in bytes.
 _UPDATE_BYTES = 400
-_NUMBER_BYTES = 40  # one integer or float in a list
+_NUMBER_BYTES = 40  # this is the size of an integer or a float in a list
 _LOGPROB_BYTES = 150
-_ALTERNATIVE_BYTES = 120  # one entry of the list of the most likely tokens, for log-probabilities
+_ALTERNATIVE_BYTES = 120  # this is the size of one entry in a list of the most likely tokens
 
 
 class LiveRequest:
@@ -118,7 +118,7 @@ class Stream:
     ) -> None:
         self.open = set(request_ids)
         self.paused = False
-        self.backlog = 0  # estimated size of the updates in the queue, in bytes
+        self.backlog = 0  # this is the estimated size of the updates in the queue, in bytes
         self.limit = BACKLOG_BYTES + BACKLOG_BYTES_PER_REQUEST * len(request_ids)
         self._forget, self._resume = forget, resume
         self._queue: asyncio.Queue[TokenUpdate | EngineError] = asyncio.Queue()

@@ -14,7 +14,7 @@ from jamba_server.engine.types import FromEngine
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 1.0  # longest time between two checks of the engine process, in seconds
+WATCH_SECONDS = 1.0  # the engine process is checked at least once in this number of seconds
 
 
 class Owner(Protocol):
@@ -87,7 +87,7 @@ class Supervisor:
     def __init__(
         self, owner: Owner, spawn: Callable[[], Awaitable[Child]], *, engine_timeout: float, load_timeout: float
     ) -> None:
-        self.child: Child | None = None  # the engine process that is running now, or None
+        self.child: Child | None = None  # this is None while no engine process runs
         self._owner, self._spawn = owner, spawn
         self._watchdog = Watchdog(owner, engine_timeout=engine_timeout, load_timeout=load_timeout)
         self._stopping = asyncio.Event()

@@ -29,8 +29,8 @@ class Suspects:
 
     def __init__(self) -> None:
         self._trial: list[LiveRequest] = []
-        self._alone = False  # whether the request of the present trial must run without any other request
-        # Number of steps that the engine has finished since it got the requests of the present trial.
+        self._alone = False  # says whether the request of the present trial must run without any other request
+        # The engine has finished this number of steps since it got the requests of the present trial.
         self._num_steps = 0
 
     @property

@@ -62,7 +62,7 @@ class Format:
 FORMATS: Final[Mapping[Quantization, Format]] = {
     "int8": Format(bits=8, limit=127, group_size=None),
     "int4": Format(bits=4, limit=7, group_size=128),
-    "int4-g32": Format(bits=4, limit=7, group_size=32),
+    "int4-g32": Format(bits=4, limit=7, group_size=32, scale="float16"),
     "fp8": Format(bits=8, limit=448, group_size=None),
 }
 

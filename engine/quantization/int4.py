@@ -1,5 +1,6 @@
 """int4 and int4-g32: quantise weights symmetrically with one scale for each group of 128 or 32 inputs of an output row.
-Weights of large magnitude are clipped if that reduces the squared error of the group.
+Weights of large magnitude are clipped if that reduces the squared error of the group. The scales of int4-g32 are in
+half precision.
 
 Few weights of a group are near the largest magnitude of the group, so a smaller scale reduces the errors of most
 weights more than it increases the errors of the clipped weights. Clipping reduces the root mean square error of the
@@ -35,6 +36,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         error = (_round(weight, tried) * tried - weight).square_().sum(-1, keepdim=True)
         scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
     return _round(weight, scales), scales.squeeze(-1)
+
+
+def quantize_half(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises as the function `quantize` does, with scales that float16 can represent. Scales outside the range of
+    float16 are replaced by its smallest or largest number."""
+    _, scales = quantize(weight)
+    scales = scales.half().float().clamp(2.0**-24, 65504.0)
+    return _round(weight, scales.unsqueeze(-1)), scales
 
 
 def _round(weight: Tensor, scales: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ QuantizeGroups = Callable[[Tensor], tuple[Tensor, Tensor]]
 QUANTIZERS: Final[Mapping[Quantization, QuantizeGroups]] = {
     "int8": int8.quantize,
     "int4": int4.quantize,
-    "int4-g32": int4.quantize,
+    "int4-g32": int4.quantize_half,
     "fp8": fp8.quantize,
 }
 # The number of float32 numbers that are quantised at a time. On a CPU these numbers take 1 MiB, which fits into the
@@ -35,7 +35,8 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     rows = weight.flatten(0, -2)
     dtype = torch.float8_e4m3fn if quantization == "fp8" else torch.int8
     values = torch.empty(rows.shape, dtype=dtype, device=weight.device)
-    scales = torch.empty(len(rows), num_groups, device=weight.device)
+    scale_dtype = torch.float16 if FORMATS[quantization].scale == "float16" else torch.float32
+    scales = torch.empty(len(rows), num_groups, dtype=scale_dtype, device=weight.device)
     # A tensor on the device "meta" has no memory, so such a tensor is not cut into chunks.
     step = len(rows) if rows.is_meta else max(1, _CHUNK[rows.device.type] // inputs)
     for chunk, chunk_values, chunk_scales in zip(*(t.split(step) for t in (rows, values, scales)), strict=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 
 from jamba_server.engine.batch import SampledTokens
@@ -38,6 +39,7 @@ from jamba_server.engine.start.machine import available_cpus, available_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_sizes, plan_memory
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
+from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
 from jamba_server.engine.weight_sizes import policy_of, weight_bytes
@@ -96,6 +98,9 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     int8_bits = int8_activations(config, policy, dtype, device, kernels.names)
     if int8_bits:
         kernels = with_int8_activations(kernels, int8_bits)
+    step = choose_steps(config, model_config, policy, dtype, device, kernels)
+    if step is not None:
+        config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
     layout = wanted_layout(model_config, config)
     planned = partial(
         plan_memory,
@@ -126,9 +131,26 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     return EngineCore(
         make_runner(loaded, config, plan),
         make_scheduler(loaded, config, plan),
-        make_info(loaded, config, plan, load_seconds=time.monotonic() - started),
+        make_info(loaded, config, plan, load_seconds=time.monotonic() - started, step_size=step and step.reason),
         compiler,
     )
+
+
+def choose_steps(
+    config: EngineConfig,
+    model: JambaConfig,
+    policy: QuantizationPolicy,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+) -> StepSize | None:
+    """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
+    is given for a GPU."""
+    if device.type == "cpu":
+        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype))
+    if config.max_step_ms is not None:
+        raise ConfigError("max_step_ms is for CPUs; on a GPU, max_num_batched_tokens limits a step.")
+    return None
 
 
 def read_stored(config: EngineConfig) -> StoredModel:
@@ -212,7 +234,9 @@ def make_runner(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Model
     )
 
 
-def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float) -> EngineInfo:
+def make_info(
+    loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_seconds: float, step_size: str | None = None
+) -> EngineInfo:
     model_config = loaded.model.config
     warnings = loaded.warnings + plan.warnings
     reason = None if config.enforce_eager else why_no_graphs(loaded.kernels.names, loaded.device.type)
@@ -245,6 +269,7 @@ def make_info(loaded: Loaded, config: EngineConfig, plan: MemoryPlan, *, load_se
         batch_dependent_ops=loaded.kernels.batch_dependent_ops,
         load_seconds=load_seconds,
         warnings=warnings,
+        step_size=step_size or "",
     )
 
 

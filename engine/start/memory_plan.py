@@ -14,7 +14,8 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.start.machine import format_bytes
 
-# The default of max_num_batched_tokens, the largest number of tokens in a step. On a CPU the number is small, because
+# The default of max_num_batched_tokens, the largest number of tokens in a step. On a CPU, `step_size` replaces it for
+# models that are large enough. On a CPU the number is small, because
 # all sequences that decode wait while a step computes a chunk of a new prompt. A prompt also waits for the other
 # prompts in its step. Steps of 512 tokens would prefill faster than steps of 128 tokens: by 5 % for a model with 3
 # billion parameters, by 13 % for a model with 16 experts, and by 30 % for a model with 0.1 billion parameters.
@@ -125,7 +126,7 @@ def plan_memory(
 def check_sizes(engine: EngineConfig) -> None:
     """Raises ConfigError if a size is out of its range, or if compressed saved states are combined with an option that
     they do not support."""
-    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "threads")
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_step_ms", "block_size", "threads")
     for name, least in (*((name, 1) for name in names), ("state_cache_memory_bytes", 0)):
         value = getattr(engine, name)
         if value is not None and value < least:

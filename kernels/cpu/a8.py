@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels import ops
-from jamba_server.kernels.arguments import require
 from jamba_server.kernels.cpu.arguments import units, whole
+from jamba_server.kernels.cpu.formats import check
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
 from jamba_server.kernels.cpu.linear import Packer as PanelPacker
-from jamba_server.kernels.int8_activations import ALL_BITS, takes_int8
-from jamba_server.kernels.ops import SUPER_GROUP, QuantizedWeight, StackedWeight, Weight
+from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
 UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
@@ -74,7 +74,8 @@ class PackedA8:
 
 
 class StackedA8(NamedTuple):
-    """Contains packed weights that multiply the same input. Their outputs are stored one after the other."""
+    """Contains one or more packed matrices that multiply the same input. Their outputs are stored one after the
+    other."""
 
     parts: tuple[PackedA8, ...]
 
@@ -91,7 +92,7 @@ class Packer:
     def __call__(self, weight: QuantizedWeight) -> PackedA8:
         """Packs a weight [N, K], or E weights [E, N, K]. The panels of the E weights are stored one after the other."""
         rows, inputs = weight.values.shape[-2:]
-        _check(weight)
+        check(weight)
         form = _format(weight)
         address = ctypes.addressof(form)
         tensors = (weight.values, weight.scales, weight.super_scales)
@@ -125,28 +126,6 @@ def _format(weight: QuantizedWeight) -> _Format:
     )
 
 
-def _check(weight: QuantizedWeight) -> None:
-    """Raises ValueError unless the tensors of a weight are in the CPU's memory and have the shapes and dtypes that
-    `kernels.ops.QuantizedWeight` allows."""
-    *lead, inputs = weight.values.shape
-    groups, supers = -(-inputs // weight.group_size), -(-inputs // SUPER_GROUP)
-    scales = (torch.int8, torch.uint8) if weight.super_scales is not None else (torch.float32, torch.float16)
-    offsets = (torch.int8, torch.uint8) if weight.super_offsets is not None else (torch.float32, torch.float16)
-    parts = (
-        ("values", weight.values, inputs, (torch.int8, torch.uint8)),
-        ("scales", weight.scales, groups, scales),
-        ("offsets", weight.offsets, groups, offsets),
-        ("zeros", weight.zeros, groups, (torch.uint8,)),
-        ("super_scales", weight.super_scales, supers, (torch.float16,)),
-        ("super_offsets", weight.super_offsets, supers, (torch.float16,)),
-    )
-    for name, part, size, dtypes in parts:
-        if part is None:
-            continue
-        words = f"be {' or '.join(str(dtype) for dtype in dtypes)} {[*lead, size]} in the CPU's memory"
-        require(part.dtype in dtypes and tuple(part.shape) == (*lead, size) and part.is_cpu, name, part, words)
-
-
 def _flat(part: Tensor | None) -> Tensor | None:
     """Returns a tensor [..., N, G] of a weight as [number of matrices, N, G]."""
     return None if part is None else part.reshape(-1, *part.shape[-2:])
@@ -154,8 +133,7 @@ def _flat(part: Tensor | None) -> Tensor | None:
 
 class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
-    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
-    whose number of bits is not in `bits` are other weights too."""
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
     def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits, self._pack = other, bits, Packer()
@@ -163,35 +141,32 @@ class Linear:
         self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
 
     def pack(self, weight: Weight) -> Any:
-        """Returns the weight in the layout of the implementation that computes products with it.
-
-        A stack of matrices is multiplied by 8-bit activations only if all of its matrices can be.
-        """
-        if isinstance(weight, StackedWeight) and all(takes_int8(part, self._bits) for part in weight.parts):
-            return StackedA8(tuple(self._pack(part) for part in weight.parts if takes_int8(part)))
-        return self._pack(weight) if takes_int8(weight, self._bits) else self._other.pack(weight)
+        """Returns the weight in the layout of the implementation that computes products with it."""
+        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
+        return self._other.pack(weight) if parts is None else StackedA8(tuple(map(self._pack, parts)))
 
     def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        if not isinstance(weight, PackedA8):
+        if not isinstance(weight, StackedA8):
             return self._other.rows(weight, ids, dtype)
-        assert dtype is not None, "the elements of a quantised weight have no dtype of their own"
+        if dtype is None:
+            raise TypeError("dtype must be given for rows of a quantised weight")
+        [part] = weight.parts
         whole("ids", ids, torch.int64, (ids.shape[0],))
-        out = ids.new_empty(len(ids), weight.inputs, dtype=dtype)
-        self._rows(weight.address, ids.data_ptr(), out.data_ptr(), len(ids), DTYPES[dtype])
+        out = ids.new_empty(len(ids), part.inputs, dtype=dtype)
+        self._rows(part.address, ids.data_ptr(), out.data_ptr(), len(ids), DTYPES[dtype])
         return out
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
-        if not isinstance(weight, (PackedA8, StackedA8)):
+        if not isinstance(weight, StackedA8):
             return self._other(x, weight, bias)
-        parts = weight.parts if isinstance(weight, StackedA8) else (weight,)
-        rows, item = sum(part.rows for part in parts), x.element_size()
+        rows, item = sum(part.rows for part in weight.parts), x.element_size()
         if bias is not None:
             whole("bias", bias, x.dtype, (rows,))
         y = x.new_empty(x.shape[0], rows)
         start = 0  # the address of the first output of a part, in bytes from that of the first part
-        for part in parts:
+        for part in weight.parts:
             part.check(x)
             self._run(
                 x.data_ptr(),
@@ -218,21 +193,23 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
-    implementation `other` if not. One call reads each expert's weights only once, for all tokens."""
+    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations for the weights that
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights. One call
+    reads each expert's weights only once, for all tokens."""
 
     def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits, self._pack = other, bits, Packer()
         self._run = library().function("a8_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
-    def pack(self, gate_up: Weight, down: Weight) -> Any:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
         """Returns the experts' weights in the layout of the implementation that runs the experts.
 
         Raises ValueError if the shapes of gate_up and down do not match.
         """
-        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
+        parts = int8_parts((gate_up, down), self._bits)
+        if parts is None:
             return self._other.pack(gate_up, down)
-        first, second = self._pack(gate_up), self._pack(down)
+        first, second = map(self._pack, parts)
         if (first.rows, first.inputs) != (2 * second.inputs, second.rows) or first.matrices != second.matrices:
             raise ValueError(
                 f"gate_up must be [E, 2F, H] and down [E, H, F]; they are {[first.matrices, first.rows, first.inputs]} "

@@ -37,6 +37,7 @@ class Description(ctypes.Structure):
         ("scale", INT),
         ("shift", INT),
         ("table", ctypes.c_float * 16),
+        ("level", INT),
     )
 
 

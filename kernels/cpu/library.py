@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
@@ -17,12 +18,24 @@ from jamba_server.kernels.ops import KernelUnavailable
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """The instruction sets for which the library has code, in ascending order.
 
 The index of an instruction set is its number in the library's functions. A machine that has one of
 the instruction sets can also run the code for all earlier instruction sets.
 """
+
+EMULATED = "amx-emulated"
+"""The level at which matrix products of bfloat16 compute in other instructions what `amx` computes. It is for tests."""
+
+ALL_LEVELS = (*LEVELS, EMULATED)
+_NUMBERS = {level: number for number, level in enumerate(ALL_LEVELS)}
+_AMX = (
+    "this processor has no AMX",
+    "in use",
+    "the processor has AMX, but the operating system does not let this process use it",
+    "the processor may have AMX, but the compiler that built the library did not know it",
+)
 
 
 class _Dtypes(dict[torch.dtype, int]):
@@ -94,16 +107,52 @@ class Library:
 
     def level(self) -> str:
         """Returns the name of the instruction set that the library uses."""
-        return LEVELS[self.function("machine_level", result=INT)()]
+        return ALL_LEVELS[self.function("machine_level", result=INT)()]
 
     def set_level(self, level: str) -> None:
-        """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`."""
-        if self.function("set_level", INT, result=INT)(LEVELS.index(level)) != LEVELS.index(level):
+        """Makes the library use the instruction set `level`, for tests. Raises ValueError if the CPU lacks `level`.
+
+        With the level "amx-emulated", kernels that are not matrix products use the machine's highest instruction set.
+        """
+        wanted = self.number(level)
+        self.function("set_level", INT, result=INT)(wanted)
+
+    def number(self, level: str) -> int:
+        """Returns the number of an instruction set. Raises ValueError if it is unknown or if the CPU lacks it."""
+        if level not in _NUMBERS:
+            raise ValueError(f"there is no level {level!r}; there are {', '.join(_NUMBERS)}")
+        if level != EMULATED and _NUMBERS[level] > self.function("highest_level", result=INT)():
             raise ValueError(f"this machine has no {level}")
+        return _NUMBERS[level]
+
+    def amx(self) -> str:
+        """Returns in words whether the library can use the processor extension AMX, or why it cannot."""
+        return _AMX[self.function("amx_availability", result=INT)()]
 
     def set_threads(self, threads: int) -> None:
         """Sets the largest number of threads that a kernel uses. The calling thread is one of these threads."""
         self.function("set_threads", INT)(threads)
+
+
+PREFETCH_DISTANCES = (0, 512, 1024, 2048, 4096, 8192, 16384)
+"""The distances in bytes between the memory in use and the memory that is prefetched, for measurements."""
+
+
+def read_bandwidth(native: Library, memory: torch.Tensor, seconds: float) -> float:
+    """Measures how many bytes of `memory` the library reads per second, with the best of `PREFETCH_DISTANCES`.
+
+    Each distance is measured at least once, and all of them as often as `seconds` allows. A measurement of the machine
+    needs `memory` that is larger than the processor's caches.
+    """
+    run = native.function("read_memory", POINTER, INT, INT, result=INT)
+    size = memory.numel() * memory.element_size() // (1 << 20) << 20
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        for distance in PREFETCH_DISTANCES:
+            start = time.perf_counter()
+            run(memory.data_ptr(), size, distance)
+            best = min(best, time.perf_counter() - start)
+    return size / best
 
 
 def library() -> Library:

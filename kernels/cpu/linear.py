@@ -12,7 +12,7 @@ from jamba_server.kernels.arguments import require
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.formats import Description, describe
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
-from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
+from jamba_server.kernels.ops import KernelUnavailable, QuantizedWeight, StackedWeight, Weight
 
 _HUGE_PAGE = 2 << 20
 
@@ -59,10 +59,18 @@ class PackedStack:
 
 
 class Packer:
-    """Packs weights into panels of 32 rows. Packed weights of at least 2 MiB are stored in huge pages of memory."""
+    """Packs weights into panels of 32 rows. Packed weights of at least 2 MiB are stored in huge pages of memory.
 
-    def __init__(self) -> None:
+    Products with the packed weights use the instruction set `level`, or the library's if `level` is None. Raises
+    KernelUnavailable if the CPU lacks `level`.
+    """
+
+    def __init__(self, level: str | None = None) -> None:
         native = library()
+        try:
+            self._level = -1 if level is None else native.number(level)
+        except ValueError as error:
+            raise KernelUnavailable(str(error)) from error
         self._packed_bytes = native.function("packed_bytes", INT, INT, INT, result=INT)
         self._packed_quantized_bytes = native.function("packed_quantized_bytes", POINTER, result=INT)
         self._use_huge_pages = native.function("use_huge_pages", POINTER, INT)
@@ -81,10 +89,12 @@ class Packer:
         for i, matrix in enumerate(matrices):
             whole = matrix.contiguous()
             self._pack(whole.data_ptr(), panels.data_ptr() + i * size, rows, inputs, DTYPES[weight.dtype])
-        return PackedWeight.of(panels, Description(n=rows, k=inputs), weight.dtype, len(matrices))
+        description = Description(n=rows, k=inputs, level=self._level)
+        return PackedWeight.of(panels, description, weight.dtype, len(matrices))
 
     def _quantized(self, weight: QuantizedWeight) -> PackedWeight:
         description = describe(weight)
+        description.level = self._level
         address = ctypes.addressof(description)
         size = self._packed_quantized_bytes(address)
         shifts = weight.zeros if weight.offsets is None else weight.offsets
@@ -114,10 +124,10 @@ def _check_dense(weight: Tensor) -> None:
 
 
 class Linear:
-    """Implements the protocol `kernels.ops.Linear` with the compiled library."""
+    """Implements the protocol `kernels.ops.Linear` with the compiled library, at the level that `Packer` describes."""
 
-    def __init__(self) -> None:
-        self._pack = Packer()
+    def __init__(self, level: str | None = None) -> None:
+        self._pack = Packer(level)
         native = library()
         self._gather = native.function("gather_rows", POINTER, INT, POINTER, POINTER, *[INT] * 3)
         self._gather_quantized = native.function("gather_quantized", *[POINTER] * 3, INT, INT)

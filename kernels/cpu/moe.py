@@ -40,13 +40,13 @@ class Experts(NamedTuple):
 
 
 class RunExperts:
-    """Implements the protocol `kernels.ops.RunExperts`.
+    """Implements the protocol `kernels.ops.RunExperts`, at the level that `kernels.cpu.linear.Packer` describes.
 
     One call reads each expert's weights only once, for all tokens.
     """
 
-    def __init__(self) -> None:
-        self._pack = Packer()
+    def __init__(self, level: str | None = None) -> None:
+        self._pack = Packer(level)
         self._run = library().function("run_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jamba_server.kernels import ops
-from jamba_server.kernels.int8_activations import ALL_BITS, BLOCK, takes_int8
+from jamba_server.kernels.int8_activations import ALL_BITS, BLOCK, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 from jamba_server.kernels.reference.moe import run_each
 
@@ -95,20 +95,15 @@ class A8Weights(NamedTuple):
 
 class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
-    `kernels.int8_activations.takes_int8` accepts, and with the implementation `other` for all other weights. Weights
-    whose number of bits is not in `bits` are other weights too."""
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
     def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits = other, bits
 
     def pack(self, weight: Weight) -> Any:
-        """Returns weights for 8-bit activations, or what `other.pack` returns.
-
-        A stack of matrices is multiplied by 8-bit activations only if all of its matrices can be.
-        """
-        parts = weight.parts if isinstance(weight, StackedWeight) else (weight,)
-        taken = tuple(part for part in parts if takes_int8(part, self._bits))
-        return A8Weights(taken) if len(taken) == len(parts) else self._other.pack(weight)
+        """Returns weights for 8-bit activations, or what `other.pack` returns."""
+        parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)
+        return self._other.pack(weight) if parts is None else A8Weights(parts)
 
     def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
@@ -137,17 +132,16 @@ def _matrices(weight: QuantizedWeight) -> tuple[QuantizedWeight, ...]:
 
 
 class RunExperts:
-    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations if both weights allow it, and with the
-    implementation `other` if not."""
+    """Implements the protocol `kernels.ops.RunExperts`: with 8-bit activations for the weights that
+    `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
     def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits = other, bits
 
-    def pack(self, gate_up: Weight, down: Weight) -> Any:
+    def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:
         """Returns the parts of each expert's weights, or what `other.pack` returns."""
-        if not takes_int8(gate_up, self._bits) or not takes_int8(down, self._bits):
-            return self._other.pack(gate_up, down)
-        return Experts(_matrices(gate_up), _matrices(down))
+        parts = int8_parts((gate_up, down), self._bits)
+        return self._other.pack(gate_up, down) if parts is None else Experts(*map(_matrices, parts))
 
     def __call__(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor) -> Tensor:
         """See the protocol `kernels.ops.RunExperts` for the arguments and the result."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import triton
@@ -18,6 +18,9 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from jamba_server.kernels.triton import interpreted
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """This launch option is for kernels whose bits must equal those of another kernel. It lets only `tl.fma` fuse a
@@ -44,6 +47,12 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return partial(jit, **options)
     return triton.jit(function, **options) if interpreted() else Kernel(function, **options)
+
+
+def constant(function: Callable[P, T]) -> Callable[P, T]:
+    """Turns a function of constants into a function that a kernel can call while it is compiled. The function can also
+    be called outside kernels, and may call only built-in functions and other functions of this kind."""
+    return cast("Callable[P, T]", triton.constexpr_function(function))
 
 
 def compile_launches(launch: Callable[[], object], executor: Executor) -> int:

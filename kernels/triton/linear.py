@@ -6,71 +6,112 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
-from jamba_server.kernels.ops import StackedWeight, Weight
-from jamba_server.kernels.triton.launch import cdiv, jit, rounded
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
+from jamba_server.kernels.triton.formats import chunk_of, group_of, has, part_of
+from jamba_server.kernels.triton.launch import EXACT, cdiv, jit, rounded
 from jamba_server.kernels.triton.narrow import is_narrow, narrow_linear
 from jamba_server.kernels.triton.product import product, tile_for
-from jamba_server.kernels.triton.quantized import PackedWeight, pack, read
+from jamba_server.kernels.triton.quantized import SUPER, PackedWeight, factors, numbers, pack, read
+
+CHUNKS = 16  # The number of chunks of a row that a program of `rows_kernel` converts.
+
+
+class Stacked(NamedTuple):
+    """Holds the packed parts of a `StackedWeight`."""
+
+    parts: tuple[Tensor | PackedWeight, ...]
 
 
 class Linear:
     """Implements the protocol `Linear`, which is documented in the module `kernels.ops`."""
 
-    def pack(self, weight: Weight) -> Tensor | PackedWeight:
+    def pack(self, weight: Weight) -> Tensor | PackedWeight | Stacked:
         """Packs a quantised weight without making it larger. A weight that is not quantised keeps its layout."""
         if isinstance(weight, StackedWeight):
-            raise ValueError("the triton kernels read one matrix, not several of different formats")
-        return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
+            return Stacked(tuple(pack_one(part) for part in weight.parts))
+        return pack_one(weight)
 
-    def rows(self, weight: Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def rows(self, weight: Tensor | PackedWeight, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Implements `Linear.rows`, a method of the protocol that the module `kernels.ops` documents."""
-        return F.embedding(ids, weight)
-
-    def __call__(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """Implements `Linear.__call__`, a method of the protocol that the module `kernels.ops` documents."""
-        data, scales, inputs, format = read(weight)
-        rows, outputs = len(x), len(data)
-        fits = x.shape[1] == inputs and x.stride(1) == 1 and (bool(format) or x.dtype == data.dtype)
-        require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
-        if not format and is_narrow(outputs, inputs):
-            return narrow_linear(x, data, bias)
-        tile = tile_for(rows, x.element_size(), quantized=bool(format))
-        out = x.new_empty(rows, outputs)
-        linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
-            x,
-            data,
-            scales,
-            data if bias is None else bias,
-            out,
-            rows,
-            outputs,
-            inputs,
-            x.stride(0),
-            HAS_BIAS=bias is not None,
-            FORMAT=format,
-            STAGES=tile.num_stages,
-            **tile.options,
+        if isinstance(weight, Tensor):
+            return F.embedding(ids, weight)
+        if dtype is None:
+            raise TypeError("dtype must be given for rows of a quantised weight")
+        out = torch.empty(len(ids), weight.inputs, dtype=dtype, device=ids.device)
+        grid = (len(ids), cdiv(cdiv(weight.inputs, chunk_of(weight.format)), CHUNKS))
+        rows_kernel[grid](
+            *(*weight.tensors, ids, out, weight.inputs, len(weight.words)),
+            **EXACT,
+            FORMAT=weight.format,
+            CHUNKS=CHUNKS,
         )
         return out
+
+    def __call__(self, x: Tensor, weight: Tensor | PackedWeight | Stacked, bias: Tensor | None = None) -> Tensor:
+        """Implements `Linear.__call__`, a method of the protocol that the module `kernels.ops` documents."""
+        parts = [read(part) for part in (weight.parts if isinstance(weight, Stacked) else (weight,))]
+        out, start = x.new_empty(len(x), sum(len(part.words) for part in parts)), 0
+        for part in parts:
+            end = start + len(part.words)
+            _multiply(x, part, None if bias is None else bias[start:end], out[:, start:end])
+            start = end
+        return out
+
+
+def pack_one(weight: Tensor | QuantizedWeight) -> Tensor | PackedWeight:
+    """Packs a weight that is quantised. Another weight keeps its layout."""
+    return weight.contiguous() if isinstance(weight, Tensor) else pack(weight)
+
+
+def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
+    """Writes x @ weight.T + bias to `out` [T, N], whose rows may be parts of wider rows."""
+    rows, outputs = out.shape
+    fits = x.shape[1] == weight.inputs and x.stride(1) == 1 and (bool(weight.format) or x.dtype == weight.words.dtype)
+    require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
+    if is_narrow(outputs, weight.inputs):
+        narrow_linear(x, weight, bias, out)
+        return
+    tile = tile_for(rows, x.element_size(), weight.format)
+    linear_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
+        x,
+        *weight.tensors,
+        weight.words if bias is None else bias,
+        out,
+        rows,
+        outputs,
+        weight.inputs,
+        x.stride(0),
+        out.stride(0),
+        HAS_BIAS=bias is not None,
+        FORMAT=weight.format,
+        STAGES=tile.num_stages,
+        **tile.options,
+    )
 
 
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
     x: tl.tensor,
-    weight: tl.tensor,
+    words: tl.tensor,
     scales: tl.tensor,
+    supers: tl.tensor,
+    zeros: tl.tensor,
+    table: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     outputs: tl.tensor,
     inputs: tl.tensor,
     x_stride: tl.tensor,
+    out_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -86,8 +127,7 @@ def linear_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = product(
         x + row.to(tl.int64) * x_stride,
-        weight,
-        scales,
+        (words, scales, supers, zeros, table),
         column.to(tl.int64),
         row < rows,
         column < outputs,
@@ -101,5 +141,45 @@ def linear_kernel(
     )
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)
-    at = out + row.to(tl.int64) * outputs + column
+    at = out + row.to(tl.int64) * out_stride + column
     tl.store(at, rounded(total, out.type.element_ty), mask=(row < rows) & (column < outputs))
+
+
+@jit
+def rows_kernel(
+    words: tl.tensor,
+    scales: tl.tensor,
+    supers: tl.tensor,
+    zeros: tl.tensor,
+    table: tl.tensor,
+    ids: tl.tensor,
+    out: tl.tensor,
+    inputs: tl.tensor,
+    weight_rows: tl.tensor,
+    FORMAT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """Converts some chunks of one row of a quantised weight. The grid is (len(ids), cdiv(chunks of a row, CHUNKS))."""
+    inner: tl.constexpr = part_of(FORMAT)
+    chunk: tl.constexpr = chunk_of(FORMAT)
+    size: tl.constexpr = group_of(FORMAT)
+    level: tl.constexpr = 2 if has(FORMAT, "offsets") else 1
+    row = tl.load(ids + tl.program_id(0)).to(tl.int64)
+    number = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+    mask = number * chunk < inputs
+    words_at = words + row * (tl.cdiv(inputs, chunk) * (inner // 2)) + number * (inner // 2)
+    packed = tl.load(words_at + tl.arange(0, inner // 2)[None, :], mask=mask, other=0)
+    super_at = supers + (number * chunk // SUPER * level).to(tl.int64) * weight_rows + row
+    for part in tl.static_range(chunk // inner):
+        k = number * chunk + part * inner
+        group = (k // size if size else k * 0).to(tl.int64)
+        zero = mask
+        if has(FORMAT, "zeros"):
+            zero = tl.load(zeros + group * weight_rows + row, mask=mask, other=0)
+        scale_at = scales + group * level * weight_rows + row
+        x = numbers(packed, zero, table, part, FORMAT, tl.float32) * factors(scale_at, super_at, mask, FORMAT)
+        if has(FORMAT, "offsets"):
+            x += factors(scale_at + weight_rows, super_at + weight_rows, mask, FORMAT)
+        k += tl.arange(0, inner)[None, :]
+        at = out + tl.program_id(0).to(tl.int64) * inputs + k
+        tl.store(at, rounded(x, out.type.element_ty), mask=k < inputs)

@@ -24,6 +24,8 @@ from jamba_server.kernels.triton.launch import EXACT, LOG2_E, cdiv, jit, next_po
 from jamba_server.kernels.triton.linear import Linear
 from jamba_server.kernels.triton.narrow import add_sections, is_narrow, section_product, section_sums, tile_for
 from jamba_server.kernels.triton.norm import normalized, rms_norm, tile_rows
+from jamba_server.kernels.triton.product import quantized_product
+from jamba_server.kernels.triton.quantized import PackedWeight, read
 from jamba_server.kernels.triton.scan import load, selective_state_update, step
 
 PROGRAMS = 1024
@@ -50,8 +52,9 @@ class MambaDecode:
 
     def pack(self, weights: MambaWeights) -> MambaWeights:
         """Implements `MambaDecode.pack`, a method of the protocol that the module `kernels.ops` documents."""
-        if not isinstance(weights.dt_proj, Tensor):
-            raise TypeError(f"dt_proj must not be quantised; it is a {type(weights.dt_proj).__name__}")
+        for name, weight in (("x_proj", weights.x_proj), ("dt_proj", weights.dt_proj)):
+            if not isinstance(weight, Tensor | PackedWeight):
+                raise TypeError(f"{name} must be one matrix; it is a {type(weight).__name__}")
         return weights._replace(scan=type(weights.scan)(*(weight.contiguous() for weight in weights.scan)))
 
     def __call__(
@@ -60,27 +63,29 @@ class MambaDecode:
         """Implements `MambaDecode.__call__`, a method of the protocol that the module `kernels.ops` documents."""
         x, z = xz.chunk(2, dim=-1)
         u = causal_conv1d_update(x, weights.conv_weight, weights.conv_bias, conv_state, state_ids)
-        few = program_rows(len(u), *weights.scan.a.shape) == 1
-        sectioned = few and isinstance(weights.x_proj, Tensor) and is_narrow(*weights.x_proj.shape)
-        projected = section_sums(u, weights.x_proj) if sectioned else self._linear(u, weights.x_proj)
+        x_proj, quantized = read(weights.x_proj), bool(read(weights.dt_proj).format)
+        few = program_rows(len(u), *weights.scan.a.shape, quantized=quantized) == 1
+        sectioned = few and is_narrow(len(x_proj.words), x_proj.inputs)
+        projected = section_sums(u, x_proj) if sectioned else self._linear(u, weights.x_proj)
         return _update(u, z, projected, weights, ssm_state, state_ids)
 
 
-def block_channels(states: int) -> int:
-    """Returns the number of channels that a program computes: 32, or more if each channel has few state entries.
+def block_channels(states: int, *, quantized: bool = False) -> int:
+    """Returns the number of channels that a program computes: 32, or more if each channel has few state entries, or 64
+    if dt_proj is quantised, as in the tiles of the product with a quantised weight.
 
     Each thread must hold at least four elements of the state. Otherwise the sum over a channel's states would be
     distributed over threads in another way than in the scan, and its bits would differ.
     """
-    return max(32, min(128, 512 // next_power_of_2(states)))
+    return max(64 if quantized else 32, min(128, 512 // next_power_of_2(states)))
 
 
-def program_rows(rows: int, channels: int, states: int) -> int:
+def program_rows(rows: int, channels: int, states: int, *, quantized: bool) -> int:
     """Returns the number of rows (tokens) that a program computes.
 
     A program reads its part of dt_proj's weight once for all its rows.
     """
-    programs = rows * cdiv(channels, block_channels(states))
+    programs = rows * cdiv(channels, block_channels(states, quantized=quantized))
     return 1 if programs <= PROGRAMS else 4 if programs <= 4 * PROGRAMS else 16
 
 
@@ -95,8 +100,11 @@ def _update(
     require(u.is_contiguous(), "u", u, "be contiguous")
     require(z.stride(1) == 1, "z", z, "have contiguous rows")
     require(ssm_state.stride()[1:] == (states, 1), "ssm_state", ssm_state, "have contiguous slots of [D, S]")
-    tile = tile_for(1, u.element_size())
-    rank, shared, block = len(weights.dt_norm), program_rows(rows, channels, states), block_channels(states)
+    dt_proj = read(weights.dt_proj)
+    quantized = bool(dt_proj.format)
+    tile = tile_for(1, u.element_size(), dt_proj.format)
+    rank, block = len(weights.dt_norm), block_channels(states, quantized=quantized)
+    shared = program_rows(rows, channels, states, quantized=quantized)
     rank_block, state_block = next_power_of_2(rank), next_power_of_2(states)
     sections = len(projected) if projected.dim() == 3 else 0
     scratch = (u.new_empty(1 + bool(sections), rows, projected.shape[-1]), torch.empty_like(u))
@@ -108,7 +116,7 @@ def _update(
         weights.dt_norm,
         weights.b_norm,
         weights.c_norm,
-        weights.dt_proj,
+        *dt_proj.tensors,
         *weights.scan,
         ssm_state,
         state_ids,
@@ -121,6 +129,8 @@ def _update(
         z.stride(0),
         ssm_state.stride(0),
         weights.eps,
+        FORMAT=dt_proj.format,
+        STAGES=STAGES,
         STATES=states,
         ROWS=shared,
         SECTIONED=sections > 0,
@@ -142,13 +152,14 @@ def _update(
 @jit(do_not_specialize=["rows"])
 def update_kernel(
     u: tl.tensor, z: tl.tensor, projected: tl.tensor,
-    dt_norm: tl.tensor, b_norm: tl.tensor, c_norm: tl.tensor, dt_proj: tl.tensor,
+    dt_norm: tl.tensor, b_norm: tl.tensor, c_norm: tl.tensor,
+    words: tl.tensor, scales: tl.tensor, supers: tl.tensor, zeros: tl.tensor, table: tl.tensor,
     a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
     ssm_state: tl.tensor, state_ids: tl.tensor,
     normed: tl.tensor, dt: tl.tensor, out: tl.tensor,
     rows: tl.tensor, sections: tl.tensor, channels: tl.tensor, rank: tl.tensor,
     z_stride: tl.tensor, slot_stride: tl.tensor, eps: tl.tensor,
-    STATES: tl.constexpr, ROWS: tl.constexpr, SECTIONED: tl.constexpr,
+    FORMAT: tl.constexpr, STAGES: tl.constexpr, STATES: tl.constexpr, ROWS: tl.constexpr, SECTIONED: tl.constexpr,
     TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
     BLOCK_R: tl.constexpr, NORM_ROWS_R: tl.constexpr, BLOCK_S: tl.constexpr, NORM_ROWS_S: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -156,7 +167,8 @@ def update_kernel(
 
     `normed` [1 or 2, rows, rank + 2 * STATES] and `dt` [rows, channels] are scratch memory: a program writes tiles
     there and reads them in another layout. All programs of the same rows write the same bits into `normed`. With
-    SECTIONED, where ROWS is 1, `projected` holds the sums of x_proj's sections.
+    SECTIONED, where ROWS is 1, `projected` holds the sums of x_proj's sections. `words` to `table` are the tensors of
+    dt_proj.
     """
     first = tl.program_id(1).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, rows)
@@ -176,8 +188,14 @@ def update_kernel(
     tl.debug_barrier()
     row = first + tl.arange(0, TILE_ROWS)[:, None]
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    weight = dt_proj + column.to(tl.int64) * rank
-    total = section_product(normed + row * width, weight, row < end, column < channels, rank, TILE_ROWS, BLOCK_D, INNER)
+    normed_at, place, here, exists = normed + row * width, column.to(tl.int64), row < end, column < channels
+    if FORMAT == "":
+        total = section_product(normed_at, words + place * rank, here, exists, rank, TILE_ROWS, BLOCK_D, INNER)
+    else:
+        dt_proj = (words, scales, supers, zeros, table)
+        total = quantized_product(
+            normed_at, dt_proj, place, here, exists, 0, rank, rank, channels, TILE_ROWS, BLOCK_D, FORMAT, STAGES
+        )
     tl.store(dt + row * channels + column, rounded(total, dt.type.element_ty), mask=(row < end) & (column < channels))
     tl.debug_barrier()
     channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)

@@ -11,7 +11,7 @@ tiles, and each program finds its own expert. So the host does not wait for the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -59,15 +59,8 @@ class RunExperts:
     """Implements the protocol `RunExperts`, which is documented in the module `kernels.ops`."""
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
-        """Packs quantised weights without making them larger. Weights that are not quantised keep their layout.
-
-        Raises ValueError if gate_up and down differ in format.
-        """
-        experts = Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
-        first, second = (read(weight).format or "none" for weight in experts)
-        if first != second:
-            raise ValueError(f"the experts' gate_up and down differ in format: {first} and {second}")
-        return experts
+        """Packs quantised weights without making them larger. Weights that are not quantised keep their layout."""
+        return Experts(*(w.contiguous() if isinstance(w, Tensor) else pack(w) for w in (gate_up, down)))
 
     def __call__(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor) -> Tensor:
         """Implements `RunExperts.__call__`, a method of the protocol that the module `kernels.ops` documents."""
@@ -80,22 +73,30 @@ class RunExperts:
         start = torch.searchsorted(in_order.values, torch.arange(count + 1, device=x.device, dtype=torch.int32))
         groups = Groups(in_order.indices, start)
         require(x.shape[1] == first.inputs == hidden, "x", x, "have as many inputs as both weights of the experts")
-        tile = tile_for(tokens * top_k, x.element_size(), quantized=bool(first.format))
+        tiles = [tile_for(tokens * top_k, x.element_size(), w.format) for w in (first, second)]
         activated = x.new_empty(tokens * top_k, intermediate)
         constants = {"TOP_K": top_k, "EXPERTS": count, "BLOCK_E": next_power_of_2(count + 1)}
-        constants |= {"FORMAT": first.format, "STAGES": tile.num_stages}
-        grid = (_num_tiles(tokens * top_k, count, tile), cdiv(intermediate, tile.columns // 2))
+        grid = (_num_tiles(tokens * top_k, count, tiles[0]), cdiv(intermediate, tiles[0].columns // 2))
         gate_up_kernel[grid](
-            *(x, *first[:2], *groups, activated, hidden, intermediate, x.stride(0)), **constants, **tile.options
+            *(x, *first.tensors, *groups, activated, hidden, intermediate, x.stride(0)),
+            **constants,
+            **_options(first, tiles[0]),
         )
         outputs = x.new_empty(tokens * top_k, hidden)
-        grid = (grid[0], cdiv(hidden, tile.columns))
+        grid = (_num_tiles(tokens * top_k, count, tiles[1]), cdiv(hidden, tiles[1].columns))
         down_kernel[grid](
-            *(activated, *second[:2], *groups, weights, outputs, hidden, intermediate), **constants, **tile.options
+            *(activated, *second.tensors, *groups, weights, outputs, hidden, intermediate),
+            **constants,
+            **_options(second, tiles[1]),
         )
         out = x.new_empty(tokens, hidden)
         sum_kernel[(tokens, cdiv(hidden, BLOCK))](outputs, out, hidden, TOP_K=top_k, BLOCK=BLOCK)
         return out
+
+
+def _options(weight: PackedWeight, tile: Tile) -> dict[str, Any]:
+    """Returns the keyword arguments of a launch that depend on the weight and on its tile."""
+    return {"FORMAT": weight.format, "STAGES": tile.num_stages} | tile.options
 
 
 def _num_tiles(choices: int, experts: int, tile: Tile) -> int:
@@ -131,8 +132,11 @@ def find_tile(
 @jit
 def gate_up_kernel(
     x: tl.tensor,
-    gate_up: tl.tensor,
+    words: tl.tensor,
     scales: tl.tensor,
+    supers: tl.tensor,
+    zeros: tl.tensor,
+    table: tl.tensor,
     entries: tl.tensor,
     start: tl.tensor,
     activated: tl.tensor,
@@ -162,8 +166,7 @@ def gate_up_kernel(
     weight_row = (expert.to(tl.int64) * 2 + pair % 2) * intermediate + weight_column
     both = product(
         x + entry // TOP_K * x_stride,
-        gate_up,
-        scales,
+        (words, scales, supers, zeros, table),
         weight_row,
         filled,
         weight_column < intermediate,
@@ -186,8 +189,11 @@ def gate_up_kernel(
 @jit
 def down_kernel(
     activated: tl.tensor,
-    down: tl.tensor,
+    words: tl.tensor,
     scales: tl.tensor,
+    supers: tl.tensor,
+    zeros: tl.tensor,
+    table: tl.tensor,
     entries: tl.tensor,
     start: tl.tensor,
     weights: tl.tensor,
@@ -216,8 +222,7 @@ def down_kernel(
     down_row = expert.to(tl.int64) * hidden + column
     total = product(
         activated_row,
-        down,
-        scales,
+        (words, scales, supers, zeros, table),
         down_row,
         filled,
         mask,

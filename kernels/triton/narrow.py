@@ -12,13 +12,17 @@ sums that these programs have written to memory. Both ways give the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from jamba_server.kernels.arguments import require
 from jamba_server.kernels.triton.launch import EXACT, cdiv, dot, jit, rounded
-from jamba_server.kernels.triton.product import Tile
+from jamba_server.kernels.triton.product import Tile, quantized_product
+from jamba_server.kernels.triton.product import tile_for as product_tile
+from jamba_server.kernels.triton.quantized import PackedWeight
 
 SECTION = 512  # The number of elements in a section of K, the summed dimension of the product.
 # If x has at least this number of rows, one program computes a tile over all sections of K. With fewer rows there would
@@ -35,11 +39,13 @@ def is_narrow(outputs: int, inputs: int) -> bool:
     return 8 * outputs <= inputs
 
 
-def tile_for(rows: int, item_bytes: int) -> Tile:
+def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
     """Returns the tile for a product with `rows` rows of x.
 
-    The tile has at least 64 rows.
+    The tile for a weight that is not quantised has at least 64 rows.
     """
+    if format:
+        return product_tile(rows, item_bytes, format)
     inner = 128 // item_bytes
     # On GPUs of compute capability 12.0, the compiler spills registers of this smaller tile without `max_registers`.
     if rows < MANY_ROWS:
@@ -47,45 +53,50 @@ def tile_for(rows: int, item_bytes: int) -> Tile:
     return Tile(rows=128, columns=64, inner=inner, num_warps=8, num_stages=4)
 
 
-def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Implements the protocol `Linear`, which is documented in the module `kernels.ops`."""
-    rows, outputs = len(x), len(weight)
-    out = x.new_empty(rows, outputs)
+def narrow_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
+    """Writes x @ weight.T + bias to `out` [T, N], whose rows may be parts of wider rows."""
+    rows, outputs = out.shape
     if rows < MANY_ROWS:
         sums = section_sums(x, weight)
         grid = (cdiv(out.numel(), SUM_BLOCK),)
-        bias_or_any = sums if bias is None else bias
-        sum_kernel[grid](
-            sums, bias_or_any, out, out.numel(), outputs, len(sums), HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK
-        )
-        return out
-    tile = tile_for(rows, x.element_size())
+        bias_or_any, sizes = sums if bias is None else bias, (out.numel(), outputs, len(sums), out.stride(0))
+        sum_kernel[grid](sums, bias_or_any, out, *sizes, HAS_BIAS=bias is not None, BLOCK=SUM_BLOCK)
+        return
+    tile = tile_for(rows, x.element_size(), weight.format)
+    bias_or_any, sizes = weight.words if bias is None else bias, (rows, outputs, weight.inputs)
     narrow_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns))](
-        *(x, weight, weight if bias is None else bias, out, rows, outputs, x.shape[1], x.stride(0)),
+        *(x, *weight.tensors, bias_or_any, out, *sizes, x.stride(0), out.stride(0)),
         HAS_BIAS=bias is not None,
-        SECTION=SECTION,
-        **tile.options | EXACT,
+        **_options(weight, tile),
     )
-    return out
 
 
-def section_sums(x: Tensor, weight: Tensor) -> Tensor:
+def section_sums(x: Tensor, weight: PackedWeight) -> Tensor:
     """Returns the part of x @ weight.T that each section of K contributes: float32 [sections, T, N]."""
-    (rows, inputs), outputs = x.shape, len(weight)
-    fits = x.dtype == weight.dtype and x.stride(1) == 1 and weight.shape[1] == inputs
+    (rows, inputs), outputs = x.shape, len(weight.words)
+    fits = weight.inputs == inputs and x.stride(1) == 1 and (bool(weight.format) or x.dtype == weight.words.dtype)
     require(fits, "x", x, "have the weight's dtype and as many inputs, in contiguous rows")
     sums = torch.empty(cdiv(inputs, SECTION), rows, outputs, device=x.device)
-    tile = tile_for(1, x.element_size())
+    tile = tile_for(min(rows, MANY_ROWS - 1), x.element_size(), weight.format)
     section_kernel[(cdiv(rows, tile.rows), cdiv(outputs, tile.columns), len(sums))](
-        x, weight, sums, rows, outputs, inputs, x.stride(0), SECTION=SECTION, **tile.options | EXACT
+        *(x, *weight.tensors, sums, rows, outputs, inputs, x.stride(0)), **_options(weight, tile)
     )
     return sums
+
+
+def _options(weight: PackedWeight, tile: Tile) -> dict[str, Any]:
+    """Returns the keyword arguments of a launch that depend on the weight and on its tile."""
+    return {"SECTION": SECTION, "FORMAT": weight.format, "STAGES": tile.num_stages} | tile.options | EXACT
 
 
 @jit(do_not_specialize=["rows"])
 def section_kernel(
     x: tl.tensor,
-    weight: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    supers: tl.tensor,
+    zeros: tl.tensor,
+    table: tl.tensor,
     sums: tl.tensor,
     rows: tl.tensor,
     outputs: tl.tensor,
@@ -95,14 +106,15 @@ def section_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    FORMAT: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Writes one section's part of one tile. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS), sections)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    start = tl.program_id(2) * SECTION
-    x_at, weight_at = x + row.to(tl.int64) * x_stride + start, weight + column.to(tl.int64) * inputs + start
-    size = tl.minimum(inputs - start, SECTION)
-    total = section_product(x_at, weight_at, row < rows, column < outputs, size, ROWS, COLUMNS, INNER)
+    x_at, weight = x + row.to(tl.int64) * x_stride, (words, scales, supers, zeros, table)
+    masks, start = (row < rows, column < outputs), tl.program_id(2) * SECTION
+    total = section(x_at, weight, column, masks, start, inputs, outputs, SECTION, ROWS, COLUMNS, INNER, FORMAT, STAGES)
     at = sums + (tl.program_id(2).to(tl.int64) * rows + row) * outputs + column
     tl.store(at, total, mask=(row < rows) & (column < outputs))
 
@@ -110,33 +122,72 @@ def section_kernel(
 @jit(do_not_specialize=["rows"])
 def narrow_kernel(
     x: tl.tensor,
-    weight: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    supers: tl.tensor,
+    zeros: tl.tensor,
+    table: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     outputs: tl.tensor,
     inputs: tl.tensor,
     x_stride: tl.tensor,
+    out_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
     SECTION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    FORMAT: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Computes one tile of the product over all sections. The grid is (cdiv(rows, ROWS), cdiv(outputs, COLUMNS))."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    x_at, weight_at = x + row.to(tl.int64) * x_stride, weight + column.to(tl.int64) * inputs
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    x_at, weight = x + row.to(tl.int64) * x_stride, (words, scales, supers, zeros, table)
+    masks, total = (row < rows, column < outputs), tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, inputs, SECTION):
-        size = tl.minimum(inputs - start, SECTION)
-        total += section_product(x_at, weight_at, row < rows, column < outputs, size, ROWS, COLUMNS, INNER)
-        x_at += SECTION
-        weight_at += SECTION
+        total += section(
+            x_at, weight, column, masks, start, inputs, outputs, SECTION, ROWS, COLUMNS, INNER, FORMAT, STAGES
+        )
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)
-    at = out + row.to(tl.int64) * outputs + column
+    at = out + row.to(tl.int64) * out_stride + column
     tl.store(at, rounded(total, out.type.element_ty), mask=(row < rows) & (column < outputs))
+
+
+@jit
+def section(
+    x: tl.tensor,
+    weight: tl.tuple,
+    column: tl.tensor,
+    masks: tl.tuple,
+    start: tl.tensor,
+    inputs: tl.tensor,
+    outputs: tl.tensor,
+    SECTION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    FORMAT: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tl.tensor:
+    """Returns the part of x @ weight.T that the section from `start` on contributes: float32 [ROWS, COLUMNS].
+
+    x: pointers to the first input of each row [ROWS, 1]; weight: the tensors of a PackedWeight; masks: which rows and
+    which columns there are.
+    """
+    size, place = tl.minimum(inputs - start, SECTION), column.to(tl.int64)
+    if FORMAT == "":
+        weight_at = weight[0] + place * inputs + start
+        total = section_product(x + start, weight_at, masks[0], masks[1], size, ROWS, COLUMNS, INNER)
+    else:
+        end = start + size
+        total = quantized_product(
+            x, weight, place, masks[0], masks[1], start, end, inputs, outputs, ROWS, COLUMNS, FORMAT, STAGES
+        )
+    return total
 
 
 @jit
@@ -176,15 +227,20 @@ def sum_kernel(
     size: tl.tensor,
     outputs: tl.tensor,
     sections: tl.tensor,
+    out_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds the parts of all sections, and the bias. The grid is (cdiv(size, BLOCK)), where `size` is out.numel()."""
+    """Adds the parts of all sections, and the bias. The grid is (cdiv(size, BLOCK)), where `size` is out.numel().
+
+    Neighbouring rows of `out` are `out_stride` apart.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = add_sections(sums + at, at < size, sections, size)
     if HAS_BIAS:
         total += tl.load(bias + at % outputs, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out + at, rounded(total, out.type.element_ty), mask=at < size)
+    place = out + at // outputs * out_stride + at % outputs
+    tl.store(place, rounded(total, out.type.element_ty), mask=at < size)
 
 
 @jit

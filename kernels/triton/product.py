@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
+from jamba_server.kernels.triton.formats import chunk_of, group_of, has, kind_of, part_of
 from jamba_server.kernels.triton.launch import EXACT, dot, jit
-from jamba_server.kernels.triton.quantized import GROUP, numbers
+from jamba_server.kernels.triton.quantized import SUPER, factors, numbers
 
 FEW_ROWS = 64
 FEWER_ROWS = 16  # The number of rows of x in the smallest tile, for quantised weights only.
@@ -55,38 +56,43 @@ class Tile(NamedTuple):
         }
 
 
-def tile_for(rows: int, item_bytes: int, *, quantized: bool = False) -> Tile:
-    """Returns the tile for a product with `rows` rows of x, whose elements have `item_bytes` bytes."""
-    if quantized:
-        return _quantized_tile(rows, item_bytes)
+def tile_for(rows: int, item_bytes: int, format: str = "") -> Tile:
+    """Returns the tile for a product with `rows` rows of x, whose elements have `item_bytes` bytes.
+
+    `format` is the weight's format, or "" if the weight is not quantised.
+    """
+    if format:
+        return _quantized_tile(rows, item_bytes, format)
     inner = 128 // item_bytes
     if rows <= FEW_ROWS:
         return Tile(rows=64, columns=32, inner=inner, num_warps=4, num_stages=6)
     return Tile(rows=128, columns=128, inner=inner, num_warps=8, num_stages=3)
 
 
-def _quantized_tile(rows: int, item_bytes: int) -> Tile:
+def _quantized_tile(rows: int, item_bytes: int, format: str) -> Tile:
     """Returns the tile for a product with a quantised weight.
 
     Without `max_registers` the compiler spills registers to raise the occupancy, which shared memory limits anyway.
     """
-    inner, max_registers = GROUP.value, 255
+    inner, max_registers = chunk_of(format), 255
     # Each float32 element needs three registers, one for each of its three TF32 products, so the tile is small. With
     # int4 weights, more than 3 pipeline stages do not fit into 99 KiB of shared memory.
     if item_bytes == 4:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=3, max_registers=max_registers)
     if rows <= FEWER_ROWS:
         return Tile(FEWER_ROWS, 64, inner, num_warps=4, num_stages=6, max_registers=max_registers)
+    # The sums of several groups, and what is computed for each of them, need more registers.
+    heavy = has(format, "offsets") or has(format, "zeros") or kind_of(format) == "table"
+    most = FEW_ROWS // 2 if heavy and 0 < group_of(format) < inner else FEW_ROWS
     if rows <= FEW_ROWS:
-        return Tile(FEW_ROWS, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
-    return Tile(FEW_ROWS, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
+        return Tile(most, 64, inner, num_warps=4, num_stages=4, max_registers=max_registers)
+    return Tile(most, 128, inner, num_warps=8, num_stages=3, max_registers=max_registers)
 
 
 @jit
 def product(
     x: tl.tensor,
-    weight: tl.tensor,
-    scales: tl.tensor,
+    weight: tl.tuple,
     weight_row: tl.tensor,
     x_mask: tl.tensor,
     weight_mask: tl.tensor,
@@ -100,15 +106,15 @@ def product(
 ) -> tl.tensor:
     """Returns x @ weight.T: float32 [ROWS, COLUMNS].
 
-    x: pointers to the first element of each row [ROWS, 1]; weight_row: int64 [1, COLUMNS], the numbers of the weight's
-    rows; `weight_rows` is how many rows the weight has, and `size` is K. Only a quantised weight, whose FORMAT is not
-    empty, uses `scales` and STAGES.
+    x: pointers to the first element of each row [ROWS, 1]; weight: the tensors of a PackedWeight; weight_row: int64
+    [1, COLUMNS], the numbers of the weight's rows; `weight_rows` is how many rows the weight has, and `size` is K. Only
+    a quantised weight, whose FORMAT is not empty, uses STAGES.
     """
     if FORMAT == "":
-        total = plain_product(x, weight, weight_row, x_mask, weight_mask, size, ROWS, COLUMNS, INNER)
+        total = plain_product(x, weight[0], weight_row, x_mask, weight_mask, size, ROWS, COLUMNS, INNER)
     else:
         total = quantized_product(
-            x, weight, scales, weight_row, x_mask, weight_mask, size, weight_rows, ROWS, COLUMNS, FORMAT, STAGES
+            x, weight, weight_row, x_mask, weight_mask, 0, size, size, weight_rows, ROWS, COLUMNS, FORMAT, STAGES
         )
     return total
 
@@ -142,41 +148,74 @@ def plain_product(
 @jit
 def quantized_product(
     x: tl.tensor,
-    weight: tl.tensor,
-    scales: tl.tensor,
+    weight: tl.tuple,
     weight_row: tl.tensor,
     x_mask: tl.tensor,
     weight_mask: tl.tensor,
-    size: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    inputs: tl.tensor,
     weight_rows: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FORMAT: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tl.tensor:
-    """Computes the result of the function `product` for a quantised weight.
+    """Computes the result of the function `product` for a quantised weight with K = `inputs`, over the inputs from
+    `start` to `end` - 1. `start` is a multiple of 256.
 
-    Inside, it computes weight @ x.T, so that the tensor cores can read the weight's numbers from registers.
+    Inside, it computes weight @ x.T, so that the tensor cores can read the weight's numbers from registers. The sum of
+    x over a group, which offsets are multiplied by, is a product with ones, so it has one order of summation too.
     """
-    words: tl.constexpr = GROUP // 8 if FORMAT == "int4" else GROUP // 4
+    inner: tl.constexpr = part_of(FORMAT)
+    chunk: tl.constexpr = chunk_of(FORMAT)
+    parts: tl.constexpr = chunk // inner
+    whole: tl.constexpr = group_of(FORMAT) == 0  # A row has one scale.
+    # The number of parts that share a scale. All of them are in one chunk, unless the whole row has one scale.
+    each: tl.constexpr = parts if whole else group_of(FORMAT) // inner
+    offsets: tl.constexpr = has(FORMAT, "offsets")
+    level: tl.constexpr = 2 if offsets else 1  # `scales` has a scale and perhaps an offset for each group.
+    words, scales, supers, zeros, table = weight
     dtype: tl.constexpr = x.dtype.element_ty
-    k, mask, scale_at = tl.arange(0, GROUP)[None, :], tl.trans(weight_mask), tl.trans(scales + weight_row)
-    weight_at = tl.trans(weight + weight_row * (tl.cdiv(size, GROUP) * words)) + tl.arange(0, words)[None, :]
-    x_at = x + k
-    total = tl.zeros((COLUMNS, ROWS), tl.float32)
+    row, mask, k = tl.trans(weight_row), tl.trans(weight_mask), tl.arange(0, inner)[None, :]
+    stride = tl.full((1, 1), 1, tl.int64) * weight_rows
+    words_at = words + row * (tl.cdiv(inputs, chunk) * (inner // 2)) + tl.arange(0, inner // 2)[None, :]
+    words_at += start // chunk * (inner // 2)
+    scale_at, zero_at, x_at = scales + row, zeros + row, x + start + k
+    if not whole:
+        scale_at += start // chunk * (parts // each * level) * stride
+        zero_at += start // chunk * (parts // each) * stride
+    none = tl.zeros((COLUMNS, ROWS), tl.float32)
+    total = none
     # If the number of the loop's pipeline stages is given explicitly, the loop prefetches the scales as well as the
     # weight.
-    for start in tl.range(0, size, GROUP, num_stages=STAGES):
-        a = numbers(tl.load(weight_at, mask=mask, other=0), FORMAT).to(dtype)
-        b = tl.trans(tl.load(x_at, mask=x_mask & (k < size - start), other=0.0))
-        if FORMAT == "int4":
-            group = dot(a, b, tl.zeros((COLUMNS, ROWS), tl.float32))
-            total = tl.fma(tl.load(scale_at, mask=mask, other=0.0), group, total)
-            scale_at += weight_rows
-        else:
-            total = dot(a, b, total)
-        x_at += GROUP
-        weight_at += words
-    if FORMAT != "int4":
-        total *= tl.load(scale_at, mask=mask, other=0.0)
+    for at in tl.range(start, end, chunk, num_stages=STAGES):
+        packed = tl.load(words_at, mask=mask, other=0)
+        super_at = supers + at // SUPER * level * stride + row
+        for part in tl.static_range(parts):
+            b = tl.trans(tl.load(x_at + part * inner, mask=x_mask & (k < end - at - part * inner), other=0.0))
+            zero = mask
+            if has(FORMAT, "zeros"):
+                zero = tl.load(zero_at + part // each * stride, mask=mask, other=0)
+            a = numbers(packed, zero, table, part, FORMAT, dtype)
+            if whole:
+                total = dot(a, b, total)
+            else:
+                group = dot(a, b, none if part % each == 0 else group)  # noqa: F821
+                if offsets:
+                    ones = tl.full((COLUMNS, inner), 1.0, tl.float32).to(dtype)
+                    sums = dot(ones, b, none if part % each == 0 else sums)  # noqa: F821
+                if part % each == each - 1:
+                    group_at = scale_at + part // each * level * stride
+                    total = tl.fma(factors(group_at, super_at, mask, FORMAT), group, total)
+                    if offsets:
+                        offset = factors(group_at + stride, super_at + stride, mask, FORMAT)
+                        total = tl.fma(offset, sums, total)
+        x_at += chunk
+        words_at += inner // 2
+        if not whole:
+            scale_at += parts // each * level * stride
+            zero_at += parts // each * stride
+    if whole:
+        total *= factors(scale_at, scale_at, mask, FORMAT)
     return tl.trans(total)

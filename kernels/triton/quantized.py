@@ -1,26 +1,29 @@
 """This module defines how quantised weights are stored on the GPU, and how a matrix product reads such weights.
 
-The inputs of a row are padded with zeros to whole groups of 128. A group of int8 or fp8 has 32 words of 32 bits and two
-parts; a group of int4 has 16 words and four parts. Number 2w + h of a part is in half h of word w, and the first part
+The numbers of a row are cut into chunks of up to 128, and the last chunk is padded. A chunk has two parts of 8-bit
+numbers, or four parts of 4-bit numbers. No part has numbers of more than one group, which is why a part has only 16 or
+32 numbers where the groups are small. Number 2w + h of a part is in half h of word w of the chunk, and the first part
 is in the lowest bits of each half. A shift and a mask move two numbers of a part to the places of two bfloat16 in one
 register. One more instruction then converts both numbers:
 
-* An int4 number is stored with 8 added. It becomes the lowest mantissa bits of 128; 136 is subtracted.
-* An int8 number is stored as a sign and a magnitude of seven bits. It becomes the lowest mantissa bits of 128 or -128,
-  which is subtracted.
+* A 4-bit number becomes the lowest mantissa bits of 128, which is subtracted. A signed number is stored with 8 added,
+  so 136 is subtracted.
+* The lower seven bits of an 8-bit number become the lowest mantissa bits of 128. If the number's sign bit is set, 256
+  is subtracted, else 128. An unsigned number is stored with 128 subtracted, which is added again.
 * The sign, exponent and mantissa of an fp8 number move to their places in a bfloat16. A multiplication by 2^120
   corrects the exponent, also of subnormal numbers.
+* An index into a table is replaced by the table's number, in float32, which is rounded to the dtype of x.
 
-Every such number is exact in bfloat16 and in every other dtype of x. The scales are applied after the products.
+Zeros are subtracted from the numbers. All such numbers but those of a table are exact in bfloat16 and in every other
+dtype of x. The scales are applied after the products.
 """
 
 # Pyright, a type checker, cannot infer the types inside Triton kernels. The settings below turn off the pyright checks
 # that would report false errors there.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -28,122 +31,163 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from jamba_server.kernels.ops import QuantizedWeight
-from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit
+from jamba_server.kernels.ops import SUPER_GROUP, QuantizedWeight
+from jamba_server.kernels.triton.formats import bits_of, chunk_of, format_of, group_of, has, kind_of, part_of
+from jamba_server.kernels.triton.launch import INTERPRETED, cdiv, jit, rounded
 
-GROUP = tl.constexpr(128)
-"""The number of inputs that share a scale in int4. Every row of a weight is padded to a multiple of it."""
-
+SUPER = tl.constexpr(SUPER_GROUP)
 # The largest number of weight elements that are packed at a time. Packing needs 4 bytes of temporary memory for each
 # element.
 CHUNK: Final = 1 << 22
-BITS: Final[Mapping[str, int]] = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 
 
 class PackedWeight(NamedTuple):
-    """Holds a packed quantised weight [..., N, K].
+    """Holds a packed quantised weight [..., N, K]. `rows` below counts the rows of all matrices.
 
-    words: int32 [..., N, words per row]; scales: float32 [groups, rows], where `rows` counts the rows of all matrices,
-    so that a tile reads neighbouring scales. int8 and fp8 have one group, because a row has one scale.
+    `words`: int32 [..., N, words per row]. `scales` [groups, 1, rows] has the dtype of the weight's scales. With
+    offsets it is [groups, 2, rows], and the offset of a group follows its scale. `supers`, float16 [groups of 256, 1 or
+    2, rows], has the factors of the second level. `zeros`: uint8 [groups, rows]. `table`: float32 [16]. A tensor that
+    the format does not have is any tensor, and kernels do not read it. The scales of neighbouring rows are neighbours,
+    because they are those of one tile. `format` is as in the module `formats`, or "" if the weight is not quantised.
     """
 
     words: Tensor
     scales: Tensor
+    supers: Tensor
+    zeros: Tensor
+    table: Tensor
     inputs: int
     format: str
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns the tensors in the order in which kernels take them."""
+        return self[:5]
+
 
 def read(weight: Tensor | PackedWeight) -> PackedWeight:
-    """Returns a weight [..., N, K] as a PackedWeight. The weight is already packed, or it is not quantised.
-
-    An unquantised weight gets the format "", and kernels do not read its scales.
-    """
-    return weight if isinstance(weight, PackedWeight) else PackedWeight(weight, weight, weight.shape[-1], "")
+    """Returns a weight [..., N, K] as a PackedWeight. The weight is already packed, or it is not quantised."""
+    if isinstance(weight, PackedWeight):
+        return weight
+    return PackedWeight(weight, weight, weight, weight, weight, weight.shape[-1], "")
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """Packs a quantised weight for the Triton kernels. Raises ValueError if there is no kernel for its format."""
-    values, scales, group_size, bits = weight[:4]
-    if weight.offsets is not None or weight.zeros is not None or weight.table is not None:
-        raise ValueError("the triton kernels read weights without offsets, zeros and tables")
-    inputs, group = values.shape[-1], GROUP.value
-    format = {(torch.int8, 8): "int8", (torch.int8, 4): "int4", (torch.float8_e4m3fn, 8): "fp8"}.get(
-        (values.dtype, bits)
-    )
-    if format is None:
-        raise ValueError(f"the triton kernels read int8, int4 and fp8 weights, not {values.dtype} of {bits} bits")
-    if group_size != group if format == "int4" else group_size < inputs:
-        rule = f"{group} inputs" if format == "int4" else "whole rows"
-        raise ValueError(f"the triton kernels read {format} weights in groups of {rule}, not of {group_size}")
-    expected = (*values.shape[:-1], cdiv(inputs, group_size))
-    if tuple(scales.shape) != expected or scales.dtype != torch.float32:
-        raise ValueError(
-            f"values {tuple(values.shape)} in groups of {group_size} have float32 scales {expected}, not "
-            f"{scales.dtype} {tuple(scales.shape)}"
-        )
-    words = values.new_empty(*values.shape[:-1], cdiv(inputs, group) * group * bits // 32, dtype=torch.int32)
+    format, inputs = format_of(weight), weight.values.shape[-1]
+    chunks, group = cdiv(inputs, chunk_of(format)), group_of(format)
+    words = weight.values.new_empty(*weight.values.shape[:-1], chunks * part_of(format) // 2, dtype=torch.int32)
     step = len(words.flatten(0, -2)) if words.is_meta else max(1, CHUNK // inputs)
-    chunks = zip(*(rows.flatten(0, -2).split(step) for rows in (values.view(torch.int8), words)), strict=True)
-    for some_values, some_words in chunks:
+    pieces = (rows.flatten(0, -2).split(step) for rows in (weight.values.view(torch.int8), words))
+    for some_values, some_words in zip(*pieces, strict=True):
         some_words.copy_(_words(some_values, format))
-    return PackedWeight(words, scales.flatten(0, -2).t().contiguous(), inputs, format)
+    # A group that is larger than those of the kernels becomes several groups with the same scale.
+    groups = chunks * chunk_of(format) // group if group else 1
+    repeats = min(cdiv(weight.group_size, group), groups) if group else 1
+    scales, supers, zeros, table = _by_group(weight.scales, weight.offsets, groups, repeats), words, words, words
+    if weight.super_scales is not None:
+        supers = _by_group(weight.super_scales, weight.super_offsets, weight.super_scales.shape[-1])
+    if weight.zeros is not None:
+        zeros = _by_group(weight.zeros, None, groups, repeats).squeeze(1)
+    if weight.table is not None:
+        table = torch.tensor(weight.table, dtype=torch.float32, device=words.device)
+    return PackedWeight(words, scales, supers, zeros, table, inputs, format)
+
+
+def _by_group(scales: Tensor, offsets: Tensor | None, groups: int, repeats: int = 1) -> Tensor:
+    """Returns the scales [..., N, G] and the offsets of all groups as one tensor [groups, 1 or 2, rows].
+
+    Each group is repeated `repeats` times. Groups beyond the last one get zeros.
+    """
+    pair = torch.stack([scales] if offsets is None else [scales, offsets]).flatten(1, -2)
+    pair = pair.repeat_interleave(repeats, dim=-1)[..., :groups]
+    return F.pad(pair, (0, groups - pair.shape[-1])).permute(2, 0, 1).contiguous()
 
 
 def _words(values: Tensor, format: str) -> Tensor:
-    """Packs int8 numbers [rows, K] into int32 words [rows, words per row]. fp8 numbers are passed as int8 bits."""
-    bits = BITS[format]
-    numbers = F.pad(values, (0, -values.shape[-1] % GROUP.value)).int()
-    if format == "int4":
-        numbers = numbers + 8
-    elif format == "int8":
-        numbers = numbers.abs() | (numbers & 0x80)
-    else:
-        numbers = numbers & 0xFF
-    # The last dimension is split. The new shape is [rows, groups, numbers per half word, words per group, halves per
-    # word].
-    numbers = numbers.unflatten(-1, (-1, 16 // bits, GROUP.value * bits // 32, 2))
+    """Packs values [rows, K], which are passed as int8 bits, into int32 words [rows, words per row]."""
+    bits, shift = bits_of(format), {"int4": 8, "uint8": -128}.get(kind_of(format), 0)
+    numbers = (F.pad(values, (0, -values.shape[-1] % chunk_of(format))).int() + shift) & ((1 << bits) - 1)
+    # The last dimension is split. The new shape is [rows, chunks, parts, words per chunk, halves per word].
+    numbers = numbers.unflatten(-1, (-1, 16 // bits, part_of(format) // 2, 2))
     shifts = torch.arange(16 // bits, dtype=torch.int32, device=values.device) * bits
     halves = (numbers << shifts[:, None, None]).sum(2, dtype=torch.int32)
     return (halves[..., 0] | (halves[..., 1] << 16)).flatten(-2)
 
 
 @jit
-def numbers(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """Unpacks the numbers of one group, from int32 words [rows, words of a group] to bfloat16 [rows, GROUP]."""
-    if FORMAT == "int4":
-        first = tl.join(int4_part(words, 0), int4_part(words, 1))
-        second = tl.join(int4_part(words, 2), int4_part(words, 3))
-        parts = tl.permute(tl.join(first, second), (0, 3, 2, 1))
+def numbers(
+    words: tl.tensor, zero: tl.tensor, table: tl.tensor, part: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """Returns the numbers of one part of a chunk, minus the zeros: DTYPE [rows, inputs of a part].
+
+    words: int32 [rows, words of a chunk]; zero: uint8 [rows, 1], which only a format with zeros reads.
+    """
+    kind: tl.constexpr = kind_of(FORMAT)
+    if kind == "table":
+        shifted = words >> (4 * part)
+        index = tl.join(shifted & 15, (shifted >> 16) & 15)
+        # A load of each number by its index would take much shared memory, because it would be prefetched.
+        entries = tl.load(table + tl.arange(0, 16))[None, :] + tl.zeros((words.shape[0], 1), tl.float32)
+        found = tl.gather(entries, tl.reshape(index, (words.shape[0], 2 * words.shape[1])), 1)
+        x = rounded(found, DTYPE)
     else:
-        parts = tl.permute(tl.join(byte_part(words << 8, FORMAT), byte_part(words, FORMAT)), (0, 2, 1))
-    return tl.reshape(parts, (words.shape[0], GROUP))
-
-
-@jit
-def int4_part(words: tl.tensor, PART: tl.constexpr) -> tl.tensor:
-    """Returns the int4 numbers in bits 4 * PART to 4 * PART + 3 of the two 16-bit halves of each word."""
-    return difference((words >> (4 * PART)) & 0x000F000F | 0x43004300, tl.full(words.shape, 0x43084308, tl.int32))
-
-
-@jit
-def byte_part(words: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """Returns the int8 or fp8 numbers in the upper bytes of the two 16-bit halves of each word."""
-    sign = words & -0x7FFF8000
-    if FORMAT == "int8":
-        x = difference((words >> 8) & 0x007F007F | sign | 0x43004300, sign | 0x43004300)
-    else:
-        x = scaled((words >> 4) & 0x07F007F0 | sign)
+        if bits_of(FORMAT) == 4:
+            x = int4_part(words, part, kind)
+        elif part == 0:
+            x = byte_part(words << 8, kind)
+        else:
+            x = byte_part(words, kind)
+        if has(FORMAT, "zeros"):  # The number of the kind uint8 is stored with 128 subtracted.
+            x = minus(x, (zero.to(tl.float32) - (128.0 if kind == "uint8" else 0.0)).to(tl.bfloat16))
+        elif kind == "uint8":
+            x = minus(x, tl.full((1, 1), -128.0, tl.float32).to(tl.bfloat16))
+        x = x.to(DTYPE)
     return x
 
 
-# Triton's interpreter cannot compute in bfloat16. In the interpreter, the functions `difference` and `scaled` compute
-# in float32.
+@jit
+def factors(scales: tl.tensor, supers: tl.tensor, mask: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """Returns the scales or the offsets at the pointers `scales`: float32. With two levels they are multiplied by the
+    factors of the second level at the pointers `supers`."""
+    x = tl.load(scales, mask=mask, other=0).to(tl.float32)
+    if has(FORMAT, "two_levels"):
+        x *= tl.load(supers, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@jit
+def int4_part(words: tl.tensor, PART: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
+    """Returns the 4-bit numbers in bits 4 * PART to 4 * PART + 3 of the two 16-bit halves of each word."""
+    zero: tl.constexpr = 0x43084308 if KIND == "int4" else 0x43004300
+    return difference((words >> (4 * PART)) & 0x000F000F | 0x43004300, tl.full(words.shape, zero, tl.int32))
+
+
+@jit
+def byte_part(words: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Returns the 8-bit numbers in the upper bytes of the two 16-bit halves of each word. An unsigned number is
+    returned with 128 subtracted."""
+    if KIND == "fp8":
+        x = scaled((words >> 4) & 0x07F007F0 | words & -0x7FFF8000)
+    else:
+        lower = words >> 8
+        x = difference(lower & 0x007F007F | 0x43004300, lower & 0x00800080 | 0x43004300)
+    return x
+
+
+# Triton's interpreter cannot compute in bfloat16. In the interpreter, the functions `difference`, `minus` and `scaled`
+# compute in float32.
 
 
 @jit
 def difference(words: tl.tensor, others: tl.tensor) -> tl.tensor:
     """Returns words - others without rounding errors. Each word of the two tensors holds two bfloat16 numbers."""
-    x, y = pairs(words), pairs(others)
+    return minus(pairs(words), pairs(others))
+
+
+@jit
+def minus(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """Returns x - y in bfloat16. The result must be exact."""
     if INTERPRETED:
         return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
     return x - y

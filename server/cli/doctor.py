@@ -71,6 +71,8 @@ class Machine(msgspec.Struct, frozen=True):
     cpu_flags: dict[str, bool] | None
     cpu_level: str | None
     cpu_levels: list[str]
+    cpu_units: str | None
+    cpu_amx: str | None
     threads: int
     cuda_devices: list[CudaDevice] | None
     kernels: dict[str, list[KernelRow]]
@@ -174,12 +176,18 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def cpu_kernels(machine: Machine) -> str:
-    """Returns words on the CPU kernels: the instruction set of the kernels that would run, and the other instruction
-    sets for which kernels are compiled."""
-    if machine.cpu_level is None:
+    """Returns words on the CPU kernels: the instruction sets of the kernels that would run, the faster instruction sets
+    for which kernels are compiled but which cannot run, with the reason, and the slower ones."""
+    level = machine.cpu_level
+    if level is None:
         return "not compiled, so the slower reference kernels run"
-    others = ", ".join(level for level in machine.cpu_levels if level != machine.cpu_level)
-    return f"{machine.cpu_level} (also compiled: {others})"
+    place = machine.cpu_levels.index(level)
+    slower, faster = machine.cpu_levels[:place], machine.cpu_levels[place + 1 :]
+    reasons = [f"{name} ({machine.cpu_amx if name == 'amx' else 'this processor lacks it'})" for name in faster]
+    return (
+        f"{level}, products with 8-bit activations {machine.cpu_units}; compiled and faster, but not usable: "
+        f"{', '.join(reasons) or 'none'}; compiled and slower: {', '.join(slower) or 'none'}"
+    )
 
 
 def kernel_table(device: str, rows: list[KernelRow]) -> Table:

@@ -81,6 +81,7 @@ class Server:
             listener,
             max_connections=max_connections,
             header_timeout=config.header_timeout,
+            send_timeout=config.send_timeout,
             counts=app.state.services.edge.connections,
             tls=tls_context(config),
         )

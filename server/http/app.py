@@ -19,6 +19,7 @@ from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.errors import error_response
+from jamba_server.server.http.grammar_queue import GrammarQueue
 from jamba_server.server.http.lifecycle import StartupQueue
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.key_limits import RATE_HEADERS, KeyLimits
@@ -38,16 +39,24 @@ from jamba_server.server.http.routes import (
     pages,
     render,
     responses,
+    streams,
     tokenize,
 )
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
+from jamba_server.server.http.streams.headers import STREAM_ID
+from jamba_server.server.http.streams.metrics import StreamCollector
+from jamba_server.server.http.streams.registry import KeptStreams
+from jamba_server.server.http.streams.resumption import Resumption
 from jamba_server.server.http.tracing.setup import open_tracing
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.grammars.builder import grammar_builder
 from jamba_server.server.text.reply_style import find_reply_style
 from jamba_server.server.text.tokenizer import Tokenizer
 from jamba_server.server.version import package_version
+
+# Web pages of other origins may read these headers of replies.
+SHOWN_HEADERS = ("X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", STREAM_ID)
 
 ROUTERS = (
     chat.router,
@@ -56,6 +65,7 @@ ROUTERS = (
     responses.router,
     messages.router,
     models.router,
+    streams.router,
     tokenize.router,
     operations.router,
     pages.router,
@@ -90,13 +100,15 @@ def create_app(
         tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=_response_store(config),
-        grammars=grammar_builder(tokenizer),
+        streams=KeptStreams.of(config),
+        grammars=GrammarQueue(grammar_builder(tokenizer)),
         reply_style=find_reply_style(
             chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser
         ),
         longest_token=max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)),
     )
     services.metrics.registry.register(EdgeCollector(services.metrics.model_name, services.edge))
+    services.metrics.registry.register(StreamCollector(services.metrics.model_name, services.streams))
     open_paths = OPEN_PATHS | {"/metrics"} if config.metrics_public else OPEN_PATHS
     app = App(
         open_paths=open_paths if config.needs_key else None,
@@ -145,7 +157,7 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
                 allow_origins=list(config.allowed_origins),
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After", *RATE_HEADERS],
+                expose_headers=[*SHOWN_HEADERS, *RATE_HEADERS],
             )
         )
     if services.tracing is not None:
@@ -159,7 +171,8 @@ def _middleware(services: Services, open_paths: frozenset[str]) -> list[Middlewa
         most = config.max_queue_requests + config.max_num_seqs
         chain.append(Middleware(QueueGate, waiting=edge.waiting, limit=most))
     body = Middleware(JsonBody, max_bytes=config.max_body_bytes, memory=edge.bodies, whole_timeout=config.body_timeout)
-    return [*chain, body]
+    resumption = Middleware(Resumption, streams=services.streams, send_timeout=config.send_timeout)
+    return [*chain, body, resumption]
 
 
 @contextlib.asynccontextmanager
@@ -176,6 +189,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    services.streams.close()
     await services.responses.close()
     # Runs in a thread, because `close` may have to wait until the check of a grammar has ended.
     await asyncio.to_thread(services.grammars.close)

@@ -20,11 +20,15 @@ from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.services import Services
-from jamba_server.server.http.unknown_fields import ignore_field
+from jamba_server.server.http.unknown_fields import ignore_field, listed, warn
 from jamba_server.server.text.chat_template import RenderedChat
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.reasoning import THINK_TAGS
 from jamba_server.server.text.tool_calls import TOOL_TAGS, ToolCallOptions
+
+# The header X-Warning names parts of schemas that are not enforced in at most this number of characters.
+MAX_LEFT_OUT_CHARS = 400
+MAX_PATH_CHARS = 120  # number of characters of a part's path that are shown
 
 ToolMode = Literal["none", "auto", "required"]
 
@@ -103,6 +107,7 @@ async def render_task(task: ChatTask, services: Services, scope: Scope) -> Rende
         )
     return await services.render(
         task.messages,
+        scope,
         template=task.chat_template,
         tools=[tool.to_template() for tool in task.tools],
         documents=task.documents,
@@ -169,7 +174,7 @@ async def _sampling_params(task: ChatTask, chat: RenderedChat, services: Service
         logprobs=task.logprobs,
         prompt_logprobs=task.prompt_logprobs,
         bad_words=await services.bad_words(body.bad_words) + _forbidden_tags(task, services),
-        grammar=await _grammar(task, chat, services),
+        grammar=await _grammar(task, chat, services, scope),
     )
     budget, thinking_end = task.thinking_token_budget, ()
     if budget is not None and chat.opens_reasoning:
@@ -181,8 +186,9 @@ async def _sampling_params(task: ChatTask, chat: RenderedChat, services: Service
     return msgspec.structs.replace(params, thinking_token_budget=budget, thinking_end=thinking_end)
 
 
-async def _grammar(task: ChatTask, chat: RenderedChat, services: Services) -> str:
-    """Returns the grammar of the whole reply, or "" if the request allows every reply."""
+async def _grammar(task: ChatTask, chat: RenderedChat, services: Services, scope: Scope) -> str:
+    """Returns the grammar of the whole reply, or "" if the request allows every reply. If the grammar does not enforce
+    a part of a function's schema, the reply's header X-Warning says so."""
     style, functions = services.reply_style, task.callable_tools
     tools = None
     if functions and style.tool_calls is not None:
@@ -195,7 +201,14 @@ async def _grammar(task: ChatTask, chat: RenderedChat, services: Services) -> st
     if tools is None and task.output_format is None:
         return ""
     reasoning = ReasoningGrammar(opened=chat.opens_reasoning) if style.reasoning else None
-    return await services.grammar(task.output_format, tools, reasoning, leading_space=chat.strip_leading_space)
+    grammar = await services.grammar(
+        scope, task.output_format, tools, reasoning, leading_space=chat.strip_leading_space
+    )
+    places = [f"{name} {path[:MAX_PATH_CHARS]}" for name, paths in grammar.left_out.items() for path in paths]
+    if places:
+        text = listed(places, MAX_LEFT_OUT_CHARS)
+        warn(f"the grammar does not enforce these parts of the schemas of functions: {text}", scope)
+    return grammar.text
 
 
 def _forbidden_tags(task: ChatTask, services: Services) -> tuple[tuple[int, ...], ...]:

@@ -50,6 +50,14 @@ class DeadlineExceeded(EngineError):
     """A request whose reply was not complete within the time that the client gave."""
 
 
+class StreamNotFound(EngineError):
+    """A request that names a stream which is not kept or was made with another API key."""
+
+
+class EventsDropped(EngineError):
+    """A request for events of a stream that were dropped, because newer events needed their memory."""
+
+
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
 MAX_MESSAGE_CHARS = 1000  # longer messages are cut at the end; a message might quote a long value of the request
@@ -60,6 +68,8 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (ResponseNotFound, 404, "invalid_request_error", "response_not_found"),
+    (StreamNotFound, 404, "invalid_request_error", "stream_not_found"),
+    (EventsDropped, 410, "invalid_request_error", "events_dropped"),
     (Overloaded, 503, "service_unavailable_error", "overloaded"),
     (RateLimited, 429, "requests", "rate_limit_exceeded"),
     (DeadlineExceeded, 504, "timeout_error", "deadline_exceeded"),

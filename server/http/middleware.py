@@ -1,8 +1,8 @@
 """The middleware that every request passes before the function of its route is called.
 
 The classes are plain ASGI middleware, so that the events of a stream are sent at once and not buffered. A request
-passes first `RequestContext`, then `ApiKey`, then `limits.KeyLimits`, then `JsonBody`. The class `RequestContext` also
-turns the exceptions that the others raise into error replies.
+passes `RequestContext`, `ApiKey`, `limits.KeyLimits`, `JsonBody` and `streams.Resumption`, in this order. The class
+`RequestContext` also turns the exceptions that the others raise into error replies.
 """
 
 from __future__ import annotations

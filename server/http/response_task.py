@@ -14,24 +14,27 @@ from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.schemas.responses.items import Item, ItemReference
 from jamba_server.server.http.schemas.responses.request import LOGPROBS, ResponseRequest
-from jamba_server.server.http.schemas.responses.tools import FunctionNames, allowed_names, joined_name
+from jamba_server.server.http.schemas.responses.tools import FunctionNames, NamedFunction, allowed_names, joined_name
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.store.responses import ResponseStore
 
 ChatMessage = dict[str, Any]
 
 
-async def read_input(body: ResponseRequest, store: ResponseStore, owner: str) -> list[Item]:
+async def read_input(body: ResponseRequest, store: ResponseStore, owner: str, *, max_bytes: int) -> list[Item]:
     """Returns the items of the field `input`. Items of the type `item_reference` are replaced by the stored items that
     they name.
 
-    Raises RequestRejected if an item that is referred to is not stored.
+    Raises RequestRejected if an item that is referred to is not stored, or if these items have more than `max_bytes`
+    bytes together.
     """
+    references = [given.id for given in body.items if isinstance(given, ItemReference)]
+    stored = await store.items(references, owner, max_bytes=max_bytes) if references else {}
     items: list[Item] = []
     for position, given in enumerate(body.items):
         if not isinstance(given, ItemReference):
             items.append(given.to_item())
-        elif (item := await store.item(given.id, owner)) is not None:
+        elif (item := stored.get(given.id)) is not None:
             items.append(item)
         else:
             raise RequestRejected(
@@ -62,7 +65,8 @@ def chat_task(body: ResponseRequest, names: FunctionNames, items: Iterable[Item]
         ),
         tool_choice=mode,
         allowed_tools=allowed,
-        parallel_tool_calls=body.parallel_tool_calls is not False,
+        # As in OpenAI's API, a named function is called exactly once.
+        parallel_tool_calls=body.parallel_tool_calls is not False and not isinstance(body.choice, NamedFunction),
         output_format=body.output_format,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )

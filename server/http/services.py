@@ -11,20 +11,23 @@ from typing import Annotated, TypeVar, Unpack, cast
 import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
+from starlette.types import Scope
 
 from jamba_server.engine.errors import ModelNotFound, RequestRejected
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import GenerationDefaults, ServerConfig
 from jamba_server.server.http.generation import Generation, GenerationSpec
+from jamba_server.server.http.grammar_queue import GrammarQueue, ReplyGrammar
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.limits.edge import Edge
+from jamba_server.server.http.limits.turns import Turns, client_of
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.store.responses import ResponseStore
+from jamba_server.server.http.streams.registry import KeptStreams
 from jamba_server.server.http.tracing.setup import Tracing
 from jamba_server.server.text.bad_words import bad_word_tokens
 from jamba_server.server.text.chat_template import ChatTemplate, RenderedChat, RenderedText, RenderOptions
-from jamba_server.server.text.grammars.builder import GrammarBuilder
 from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar, ToolGrammar
 from jamba_server.server.text.rendering.process import NUM_PROCESSES
 from jamba_server.server.text.reply_style import ReplyStyle
@@ -36,11 +39,16 @@ T = TypeVar("T")
 # Number of threads that tokenise and do similar work; more threads would take CPU cores from the engine.
 TEXT_THREADS = 4
 
-GRAMMAR_THREADS = 2
+# Longest time in seconds that a request waits for one of the processes that render chat templates.
+RENDER_WAIT_SECONDS = 10.0
 
 
 def _draw_seed() -> int:
     return secrets.randbits(63)
+
+
+def _render_turns(size: int) -> Turns:
+    return Turns(size, seconds=RENDER_WAIT_SECONDS, what="the rendering of its chat template")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,22 +61,22 @@ class Services:
     metrics: Metrics
     demo: bool
     version: str
-    grammars: GrammarBuilder
+    grammars: GrammarQueue
     reply_style: ReplyStyle
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     responses: ResponseStore
+    streams: KeptStreams
     edge: Edge
     tracing: Tracing | None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))
     threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TEXT_THREADS))
-    # Limits the number of threads that build grammars. These threads wait for the process that checks grammars, which
-    # takes one grammar at a time.
-    grammar_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(GRAMMAR_THREADS))
-    # Limits the number of threads that wait for the processes which render chat templates.
-    render_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(NUM_PROCESSES))
+    render_turns: Turns = field(default_factory=lambda: _render_turns(NUM_PROCESSES))
+    # Templates that requests have sent may take one process less than there are, because they may take long. So the
+    # model's own template always finds a process.
+    sent_template_turns: Turns = field(default_factory=lambda: _render_turns(NUM_PROCESSES - 1))
 
     def model(self, requested: str | None) -> str:
         """Returns the requested model name, or the server's first model name if the request names no model.
@@ -135,14 +143,16 @@ class Services:
     async def render(
         self,
         messages: Sequence[Mapping[str, object]],
+        scope: Scope,
         *,
         template: str | None = None,
         **options: Unpack[RenderOptions],
     ) -> RenderedChat:
         """Returns the prompt that the chat template makes from messages, which are dictionaries as templates read
-        them. `template` is a template that replaces the model's own.
+        them. `scope` is the request's ASGI scope. `template` is a template that replaces the model's own.
 
-        Raises RequestRejected for what the template refuses, and for a text that is too long.
+        Raises RequestRejected for what the template refuses, and for a text that is too long. Raises Overloaded if no
+        process can render the template in time.
         """
         own = self.chat_template
         if own is None:
@@ -156,28 +166,26 @@ class Services:
             used = own if template is None else own.with_source(template)
             return used, used.render_text(messages, **options)
 
-        # The event loop does not wait for the thread if the request is cancelled. The thread ends within the time limit
-        # of a template.
-        used, text = await anyio.to_thread.run_sync(work, limiter=self.render_threads, abandon_on_cancel=True)
+        turns = self.render_turns if template is None else self.sent_template_turns
+        used, text = await turns.run(client_of(scope), work)
         return await self.in_thread(lambda: used.encode(text))
 
     async def grammar(
         self,
+        scope: Scope,
         format: OutputFormat | None = None,
         tools: ToolGrammar | None = None,
         reasoning: ReasoningGrammar | None = None,
         *,
         leading_space: bool = False,
-    ) -> str:
-        """Returns the grammar that a reply must follow, or "" if every reply is allowed. The method
-        `GrammarBuilder.build` describes the arguments."""
+    ) -> ReplyGrammar:
+        """Returns the grammar that a reply must follow; its text is "" if every reply is allowed. `scope` is the
+        request's ASGI scope. The method `GrammarBuilder.build` describes the other arguments. Raises RequestRejected,
+        and Overloaded if the grammar cannot be checked in time."""
         if format is None and tools is None:
-            return ""
-        # The event loop does not wait for the thread if the request is cancelled. The thread ends within seconds.
-        return await anyio.to_thread.run_sync(
-            lambda: self.grammars.build(format, tools, reasoning, leading_space=leading_space),
-            limiter=self.grammar_threads,
-            abandon_on_cancel=True,
+            return ReplyGrammar("", {})
+        return await self.grammars.build(
+            client_of(scope), self.threads, format, tools, reasoning, leading_space=leading_space
         )
 
     async def in_thread(self, work: Callable[[], T]) -> T:

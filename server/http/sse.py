@@ -15,16 +15,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from jamba_server.server.http.disconnect import disconnected
 from jamba_server.server.http.errors import describe, request_id_of
 from jamba_server.server.http.generation import SendTimeout
 from jamba_server.server.http.services import Services
+from jamba_server.server.http.streams.headers import body_digest, continues_without_client
+from jamba_server.server.http.streams.kept import KEEP_ALIVE
+from jamba_server.server.http.streams.reply import EVENT_STREAM, EVENT_STREAM_HEADERS, KeptReply
 from jamba_server.server.http.writers.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 async def answer(request: Request, writer: Writer, services: Services, *, stream: bool) -> Response:
@@ -33,8 +35,12 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
     If `stream` is set, the generation runs later, while the reply is sent. Otherwise the generation runs to its end
     before this function returns.
     """
+    config = services.config
+    if continues_without_client(request.scope, stream=stream):
+        events = EventStream(writer, keep_alive=config.sse_keep_alive, send_timeout=None)
+        digest = body_digest(await request.body())
+        return KeptReply(events, services.streams, writer.generation.spec.id, digest, config.send_timeout)
     if stream:
-        config = services.config
         return EventStream(writer, keep_alive=config.sse_keep_alive, send_timeout=config.send_timeout)
     choices = await until_disconnect(request.receive, writer.collect())
     # Many log-probabilities take long to convert to JSON, so a thread converts them.
@@ -48,7 +54,7 @@ async def answer(request: Request, writer: Writer, services: Services, *, stream
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Returns the result of `work`. If the client disconnects first, cancels `work` and raises ClientDisconnect."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    gone = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -58,11 +64,6 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
         task.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(Response):
@@ -75,13 +76,13 @@ class EventStream(Response):
 
     While the client does not read, `send` does not return, and no delta is taken from the engine's stream. Once too
     many updates wait in that stream, its requests are paused. After `send_timeout` seconds the generation is aborted
-    and the connection is closed.
+    and the connection is closed. If `send_timeout` is None, there is no such limit.
     """
 
-    media_type = "text/event-stream"
+    media_type = EVENT_STREAM
 
-    def __init__(self, writer: Writer, *, keep_alive: float, send_timeout: float) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, writer: Writer, *, keep_alive: float, send_timeout: float | None) -> None:
+        super().__init__(headers=EVENT_STREAM_HEADERS)
         del self.headers["content-length"]
         self.writer = writer
         self.keep_alive, self.send_timeout = keep_alive, send_timeout

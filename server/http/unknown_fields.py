@@ -41,7 +41,7 @@ def settle_unknown_fields(body: BaseModel, request: Request, services: Services)
             code="unknown_parameter",
         )
     services.metrics.count_ignored_fields(names)
-    add_reply_header(request.scope, "X-Ignored-Fields", _listed(names))
+    add_reply_header(request.scope, "X-Ignored-Fields", listed(names, MAX_HEADER_CHARS))
 
 
 def ignore_field(name: str, scope: Scope, services: Services) -> None:
@@ -80,10 +80,10 @@ def _printable(path: str) -> str:
     return _NOT_IN_A_NAME.sub("?", path[:MAX_NAME_CHARS]) or "?"
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Returns the names that fit into MAX_HEADER_CHARS characters, as one text. If names are left out, the text ends
-    with the number of these names."""
-    listed, left = "", list(names)
-    while left and len(listed) + len(left[0]) + 2 <= MAX_HEADER_CHARS:
-        listed += (", " if listed else "") + left.pop(0)
-    return listed + (f", and {len(left)} more" if left else "")
+def listed(names: Iterable[str], max_chars: int) -> str:
+    """Returns the names that fit into `max_chars` characters, as one text. If names are left out, the text ends with
+    the number of these names."""
+    text, left = "", list(names)
+    while left and len(text) + len(left[0]) + 2 <= max_chars:
+        text += (", " if text else "") + left.pop(0)
+    return text + (f", and {len(left)} more" if left else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -169,3 +171,21 @@ async def test_the_engine_does_not_inherit_secrets(monkeypatch: pytest.MonkeyPat
     child = await Child.spawn(EngineConfig(model="any"), (sys.executable, "-c", program))
     assert await child.close() == 0
     assert [name for name, value in json.loads(file.read_text()).items() if "value of" in value] == ["HARMLESS"]
+
+
+async def test_a_child_whose_socket_cannot_be_used_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[asyncio.subprocess.Process] = []
+    create = asyncio.create_subprocess_exec
+
+    async def recorded(*arguments: Any, **settings: Any) -> asyncio.subprocess.Process:
+        started.append(await create(*arguments, **settings))
+        return started[-1]
+
+    async def refuse(**_: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", recorded)
+    monkeypatch.setattr(asyncio, "open_connection", refuse)
+    with pytest.raises(OSError, match="no memory"):
+        await Child.spawn(EngineConfig(model="any"), (sys.executable, "-c", "import time; time.sleep(60)"))
+    assert await asyncio.wait_for(started[0].wait(), 10) == -signal.SIGKILL

@@ -36,6 +36,7 @@ CONFIG = {
 QUANTIZED = {"quantize_mamba": True}  # every product that can be
 FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
+    "amx": {"dtype": "bfloat16", "kernels": {"linear": "cpu:amx-emulated"}},
     "float32": {"dtype": "float32"},
     "int8": {"dtype": "bfloat16", "quantization": "int8", "activation_quantization": "none", **QUANTIZED},
     "int4": {"dtype": "bfloat16", "quantization": "int4-g32", "activation_quantization": "int8", **QUANTIZED},

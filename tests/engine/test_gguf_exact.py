@@ -11,10 +11,10 @@ import pytest
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import Format, QuantizationPolicy
-from jamba_server.engine.quantization.blocks import shared_formats
+from jamba_server.engine.quantization.blocks import common_format
 from jamba_server.engine.start.contents import conversions
 from jamba_server.engine.types import SamplingParams
-from jamba_server.engine.weight_sizes import kept_blocks, step_bytes, weight_bytes
+from jamba_server.engine.weight_sizes import kept_formats, step_bytes, weight_bytes
 from jamba_server.llm import LLM, Completion
 from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
@@ -74,22 +74,22 @@ def test_a_reply_is_the_same_in_every_company(kind: str, tmp_path: Path) -> None
 
 def test_formats_of_a_fused_product() -> None:
     blocks = {"a": FOUR, "b": FOUR, "c": SIX, "d": EIGHT}
-    assert shared_formats(blocks, [["a", "b"]]) == (FOUR,)
-    assert shared_formats(blocks, [["a", "c"]]) == (SIX,), "4 bits in groups of 32 fit into 8 bits in groups of 16"
-    assert shared_formats(blocks, [["a", "b"], ["d"]]) == (EIGHT, EIGHT), "experts have one number of bits"
-    assert shared_formats(blocks, [["a", "d"], ["c"]]) == (EIGHT, SIX), "but each product has groups of its own"
-    assert shared_formats(blocks, [["a", "e"]]) is None
-    assert shared_formats({}, [["a"]]) is None
+    assert common_format(blocks, [["a", "b"]]) == (FOUR,)
+    assert common_format(blocks, [["a", "c"]]) == (SIX,), "4 bits in groups of 32 fit into 8 bits in groups of 16"
+    assert common_format(blocks, [["a", "b"], ["d"]]) == (EIGHT, EIGHT), "experts have one number of bits"
+    assert common_format(blocks, [["a", "d"], ["c"]]) == (EIGHT, SIX), "but each product has groups of its own"
+    assert common_format(blocks, [["a", "e"]]) is None
+    assert common_format({}, [["a"]]) is None
 
 
 def test_weights_stay_where_the_kernels_can_read_them(tmp_path: Path) -> None:
     path = written(tmp_path, "Q4_K", "Q6_K")
     config = load_model_config(path)
-    blocks = kept_blocks(config, "cpu")
+    blocks = kept_formats(config, "cpu")
     experts = "model.layers.1.feed_forward.experts."
     assert set(blocks) == {"model.layers.0.feed_forward.down_proj.weight"}, "Q4_K stands beside the other Q6_K weights"
     assert config.stored[f"{experts}3.down_proj.weight"].kind == "Q6_K"
-    assert kept_blocks(config, "cuda") == {}
+    assert kept_formats(config, "cuda") == {}
     policy = QuantizationPolicy.of(EngineConfig(model=str(path)), blocks=blocks)
     [text] = conversions(config, policy, "bfloat16")
     count = len(config.stored)
@@ -104,7 +104,7 @@ def test_weights_stay_where_the_kernels_can_read_them(tmp_path: Path) -> None:
 def test_the_plan_counts_the_bytes_of_blocks(kind: str, bits: int, group: int, tmp_path: Path) -> None:
     path = written(tmp_path, kind)
     config = load_model_config(path)
-    policy = QuantizationPolicy(blocks=kept_blocks(config, "cpu"))
+    policy = QuantizationPolicy(blocks=kept_formats(config, "cpu"))
     h = 256
     numbers = 4 * h * h  # q, k, v and o: two heads and one of 128
     numbers -= h * h  # k and v have half of the rows

@@ -17,6 +17,7 @@ from llguidance import LLMatcher
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.scheduler import SchedulerOutput
 from jamba_server.engine.types import Request, SamplingParams, TokenUpdate
@@ -338,3 +339,49 @@ def test_a_budget_within_a_grammar(llm: LLM, logprobs: int | None) -> None:
     # where the grammar has no place for the mark, the budget does nothing
     [json_reply] = llm.generate([SUBJECT], msgspec.structs.replace(PLAIN, **asked))
     assert json_reply.token_ids == llm.generate([SUBJECT], PLAIN)[0].token_ids
+
+
+class Panic(BaseException):
+    """Stands for a panic of llguidance, which Python sees as an exception that is no subclass of Exception."""
+
+
+class Broken:
+    """A matcher that panics whenever it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Panic(name)
+
+
+@pytest.mark.parametrize("when", ["mask", "token"])
+def test_a_matcher_that_panics_ends_its_own_request_only(
+    folder: Path, alone: list[Any], when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = load(folder).core
+    core.inbox.submit([Request(id=id_, prompt=SUBJECT, params=PLAIN) for id_ in ("right", "broken")])
+    updates: list[TokenUpdate] = []
+    while len(core.scheduler.running) < 2 or len(core.scheduler.running[1].tokens) < len(SUBJECT) + 3:
+        if not core.has_work:
+            core.inbox.wait()
+        updates += core.step().updates
+    broken = core.scheduler.running[1].constraint
+    assert broken is not None
+    if when == "mask":
+        broken.matcher = Broken()  # pyright: ignore[reportAttributeAccessIssue]
+        broken.forced = ()
+    else:
+        filler = core.model_runner.masks
+        complete = filler._complete  # pyright: ignore[reportPrivateUsage]
+
+        def complete_and_break(mask: Any, row: Any, constraint: Constraint) -> None:
+            complete(mask, row, constraint)
+            if constraint is broken:
+                constraint.matcher = Broken()  # pyright: ignore[reportAttributeAccessIssue]
+
+        filler._complete = complete_and_break  # pyright: ignore[reportPrivateUsage]
+    while core.has_work:
+        updates += core.step().updates
+    own = [update for update in updates if update.request_id == "broken"]
+    assert own[-1].finish_reason == "error"
+    assert "Panic" in (own[-1].error or "")
+    assert gathered([update for update in updates if update.request_id == "right"]) == alone[1]
+    assert "the grammar of a request failed" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ class Held(GrammarCompiler):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, VOCAB, EOS)
-        self.held: list[tuple[Request, Done]] = []
+        self.held: list[tuple[Request, Done, Callable[[], bool]]] = []
 
-    def start(self, request: Request, done: Done) -> None:
-        self.held.append((request, done))
+    def start(self, request: Request, done: Done, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        self.held.append((request, done, is_wanted))
 
     def release(self) -> None:
-        for request, done in self.held:
-            super().start(request, done)
+        for request, done, is_wanted in self.held:
+            super().start(request, done, is_wanted)
 
 
 def test_a_grammar_that_is_compiled_holds_up_nobody(folder: Path) -> None:
@@ -194,3 +195,71 @@ def test_a_step_that_fails_leaves_constrained_requests_that_have_not_begun(
     updates = [update for _ in range(200) for update in llm.core.step().updates]
     assert {update.request_id for update in updates} == {waiting.request.id}
     assert gathered(updates) == expected[int(waiting.request.id)]
+
+
+class Panic(BaseException):
+    """Stands for a panic of llguidance, which Python sees as an exception that is no subclass of Exception."""
+
+
+def test_a_panic_ends_one_request_and_the_next_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(tokenizer: Any, grammar: str) -> LLMatcher:
+        if grammar == regex("a"):
+            raise Panic
+        return compile_grammar(tokenizer, grammar)
+
+    monkeypatch.setattr(module, "compile_grammar", panic)
+    updates = run(load(folder), [
+        Request(id="panics", prompt=PROMPTS[0], params=msgspec.structs.replace(PLAIN, grammar=regex("a"))),
+        Request(id="right", prompt=PROMPTS[1], params=PLAIN),
+    ])  # fmt: skip
+    assert "Panic" in (updates["panics"][0].error or "")
+    assert updates["right"][-1].finish_reason == "stop"
+
+
+def test_a_panic_over_the_tokenizer_ends_requests_with_grammars(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*arguments: Any) -> None:
+        raise Panic
+
+    monkeypatch.setattr(module, "load_tokenizer", panic)
+    with pytest.raises(EngineFailed, match="cannot follow grammars: Panic"):
+        load(folder).generate([[5]], PLAIN)
+
+
+def test_tenants_take_turns_and_a_known_slow_grammar_comes_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, may_go, all_done = list[str](), threading.Event(), threading.Semaphore(0)
+    compiled: list[str] = []
+
+    def held(tokenizer: Any, grammar: str) -> LLMatcher:
+        compiled.append(grammar)
+        assert may_go.wait(60)
+        return compile_grammar(tokenizer, grammar)
+
+    monkeypatch.setattr(module, "compile_grammar", held)
+    monkeypatch.setattr(module, "SLOW_SECONDS", -1.0)  # every compilation takes long
+    monkeypatch.setattr(module, "MAX_CACHED_CHARS", 0)  # nothing stays in the cache
+    compiler = GrammarCompiler(folder, VOCAB, EOS)
+
+    def start(tenant: str, text: str, *, wanted: bool = True) -> None:
+        def done(result: Constraint | GrammarError) -> None:
+            order.append(f"{tenant} {text}")
+            all_done.release()
+
+        params = msgspec.structs.replace(PLAIN, grammar=regex(text))
+        compiler.start(Request(id="r", prompt=[5], params=params, tenant=tenant), done, lambda: wanted)
+
+    start("flood", "s")
+    may_go.set()
+    assert all_done.acquire(timeout=60)
+    may_go.clear()
+    start("flood", "first")
+    for text in ("s", "a", "b", "c"):
+        start("flood", text)
+    start("honest", "x")
+    start("left", "y", wanted=False)
+    start("honest", "z")
+    may_go.set()
+    for _ in range(7):
+        assert all_done.acquire(timeout=60)
+    honest = [place for place, name in enumerate(order) if name.startswith("honest")]
+    assert order[-1] == "flood s" and honest[0] <= 3 and honest[1] <= 5, order
+    assert regex("y") not in compiled

@@ -119,6 +119,18 @@ def test_int4_is_the_best_of_the_clippings_that_it_tries(shape: tuple[int, ...],
     assert gained > 0, "clipping must have been worth it somewhere"
 
 
+def test_int4_g32_has_half_precision_scales_near_those_of_int4() -> None:
+    weight = random_weight(30, 100, dtype=torch.float32)
+    result = quantize(weight, "int4-g32")
+    assert (result.bits, result.group_size) == (4, 32)
+    assert (result.scales.dtype, result.scales.shape) == (torch.float16, (30, 4))
+    for i, part in enumerate(weight.split(32, dim=-1)):
+        exact_scales = quantize(part, "int4").scales[:, 0]
+        assert torch.equal(result.scales[:, i], exact_scales.half())
+        rounded = (part / result.scales[:, i, None].float()).round().clamp(-7, 7)
+        assert torch.equal(result.values[:, 32 * i : 32 * (i + 1)].float(), rounded)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_zeros_and_the_smallest_numbers_give_finite_scales(name: Quantization) -> None:
     weight = torch.zeros(4, 300)
@@ -128,7 +140,9 @@ def test_zeros_and_the_smallest_numbers_give_finite_scales(name: Quantization) -
     result = quantize(weight, name)
     assert result.scales.isfinite().all()
     assert (result.scales > 0).all()
-    np.testing.assert_allclose(exact(result), weight.double().numpy(), rtol=1e-6, atol=1e-42)
+    # float16 scales have 11 bits, and the smallest one is 2^-24
+    rtol, atol = (2.0**-11, 2.0**-25) if result.scales.dtype == torch.float16 else (1e-6, 1e-42)
+    np.testing.assert_allclose(exact(result), weight.double().numpy(), rtol=rtol, atol=atol)
     assert result.values[0].float().eq(0).all()
     assert result.values[3, 299].item() == -FORMATS[name].limit
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.grammar.limits import MAX_SCHEMA_NODES
 from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
 from jamba_server.server.text.grammars.builder import GrammarBuilder
-from jamba_server.server.text.grammars.compile_check import CompileCheck, Outcome
+from jamba_server.server.text.grammars.checker import Setup, Verdict
+from jamba_server.server.text.grammars.checker_process import CheckerProcess
+from jamba_server.server.text.grammars.compile_check import Allowance, CompileCheck, Outcome, OverAllowance
 from jamba_server.server.text.grammars.types import FormatKind, OutputFormat, ToolGrammar
 from tests.synthetic_tokenizer import build_tokenizer, special_ids
 from tools.schema_suite import Function
@@ -171,3 +174,61 @@ def test_a_process_that_was_ended_from_outside_is_replaced(monkeypatch: pytest.M
 def test_a_tokenizer_that_llguidance_cannot_read_is_told() -> None:
     check = CompileCheck(lambda: "{}", eos_token_id=0)
     assert "tokenizer cannot be used with grammars" in check.outcome('start: "a"').error
+
+
+SLOW = "start: %json " + json.dumps({"type": "integer", "multipleOf": 999_983})
+
+
+def test_the_checks_of_a_request_have_an_allowance() -> None:
+    texts: list[int] = []
+
+    def tokenizer_json() -> str:
+        texts.append(os.getpid())
+        return build_tokenizer("reasoning").to_str()
+
+    check = CompileCheck(tokenizer_json, eos_token_id=IM_END)
+    try:
+        with pytest.raises(OverAllowance):
+            check.outcome('start: "a"', Allowance(0, final=False))
+        assert not texts
+        assert check.outcome('start: "a"', Allowance(0.1, final=False)) == Outcome()
+        assert check.outcome('start: "a"', Allowance(0, final=False)) == Outcome()
+        for number in range(5):
+            with pytest.raises(OverAllowance):
+                check.outcome(f"{SLOW}\n// {number}", Allowance(0.02, final=False))
+        assert check.outcome('start: "b"', Allowance(0.1, final=False)) == Outcome()
+        assert len(texts) == 1  # the tokenizer was loaded once, although five checks were stopped
+        rest = Allowance(0.05)
+        stopped = check.outcome(SLOW, rest)
+        assert stopped.too_complex and "all checks for this request" in stopped.error
+        assert rest.seconds <= 0
+        assert "all checks for this request" in check.outcome('start: "c"', rest).error
+        assert check.outcome('start: "c"') == Outcome()  # the earlier answer was not about this grammar alone
+    finally:
+        check.close()
+
+
+def test_the_process_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAMBA_API_KEY", "secret")
+    process = CheckerProcess()
+    try:
+        assert process.exchange(Setup(build_tokenizer("reasoning").to_str(), IM_END)) == Verdict()
+        variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        assert {entry.partition(b"=")[0] for entry in variables} <= {b"", b"PYTHONPATH", b"LD_LIBRARY_PATH"}
+    finally:
+        process.end()
+
+
+def test_a_child_of_the_process_that_was_killed_gives_no_later_grammar_a_wrong_answer() -> None:
+    check = CompileCheck(build_tokenizer("reasoning").to_str, eos_token_id=IM_END)
+    try:
+        assert check.outcome('start: "a"') == Outcome()
+        process = check._lanes[True]._process  # pyright: ignore[reportPrivateUsage]
+        assert process is not None
+        [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert "interrupted" in check.outcome("start: b").error
+        assert check.outcome('start: "c"') == Outcome()
+        assert "interrupted" not in check.outcome("start: b").error
+    finally:
+        check.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from jamba_server.kernels.cpu.library import LEVELS, Library, library
+from jamba_server.kernels.cpu.library import ALL_LEVELS, Library, library
 from jamba_server.kernels.ops import KernelUnavailable
 from jamba_server.kernels.triton import interpreted
 from tests.kernels.interpreter_guard import guard
@@ -21,7 +21,7 @@ def guarded() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=ALL_LEVELS)
 def native(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library, held to one level, with two threads (it takes as many as torch has)."""
     threads = torch.get_num_threads()
@@ -30,9 +30,10 @@ def native(request: pytest.FixtureRequest) -> Iterator[Library]:
     except KernelUnavailable as error:
         pytest.skip(str(error))
     machine = found.level()
-    if LEVELS.index(request.param) > LEVELS.index(machine):
-        pytest.skip(f"this machine has no {request.param}")
-    found.set_level(request.param)
+    try:
+        found.set_level(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
     torch.set_num_threads(2)
     yield found
     found.set_level(machine)

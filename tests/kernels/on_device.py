@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
 
 class OnDevice:
@@ -22,9 +22,17 @@ class OnDevice:
         return self._op.pack(*map(self._move, weights))
 
     def _move(self, weight: Weight) -> Weight:
+        if isinstance(weight, StackedWeight):
+            return StackedWeight(tuple(self._move_one(part) for part in weight.parts))
+        return self._move_one(weight)
+
+    def _move_one(self, weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
         if isinstance(weight, Tensor):
             return weight.to(self._device)
-        return weight._replace(values=weight.values.to(self._device), scales=weight.scales.to(self._device))
+        return weight.each(lambda tensor: tensor.to(self._device))
+
+    def rows(self, weight: Any, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._op.rows(weight, ids.to(self._device), dtype).cpu()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # by address and type: the memory behind some views here, and its copy there

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu.a8 import Linear, PackedA8, RunExperts
+from jamba_server.kernels.cpu.a8 import Linear, RunExperts, StackedA8
 from jamba_server.kernels.cpu.library import LEVELS, Library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
@@ -23,74 +22,12 @@ from jamba_server.kernels.reference import a8 as reference
 from jamba_server.kernels.reference.linear import Linear as PlainReference
 from jamba_server.kernels.reference.moe import RunExperts as PlainReferenceExperts
 from tests.kernels.cases import assert_close, assert_same, double, random
-from tests.kernels.test_quantized import ROW, experts_case, formula, quantized
+from tests.kernels.test_formats import FORMATS, weight_of
+from tests.kernels.test_quantized import EXPERTS, HIDDEN, INNER, ROW, experts_case, formula, quantized
 
 GROUPS = [("int4", 16), ("int4", 32), ("int4", 128), ("int4", ROW), ("int8", 16), ("int8", 64), ("int8", ROW)]
 SHAPES = [(1, 1), (35, 33), (70, 261), (33, 300)]
-IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-
-class Form(NamedTuple):
-    """A format: the lowest and highest value, and what `QuantizedWeight` says of it."""
-
-    low: int
-    high: int
-    bits: int
-    group_size: int
-    scale: torch.dtype = torch.float16
-    has_offsets: bool = False
-    has_zeros: bool = False
-    table: tuple[float, ...] | None = None
-
-
-FORMS = {
-    "Q4_0": Form(-8, 7, 4, 32),
-    "Q8_0": Form(-128, 127, 8, 32),
-    "Q4_1": Form(0, 15, 4, 32, has_offsets=True),
-    "Q5_1": Form(0, 31, 8, 32, has_offsets=True),
-    "Q2_K": Form(0, 3, 4, 16, torch.uint8, has_offsets=True),
-    "Q3_K": Form(-4, 3, 4, 16, torch.int8),
-    "Q4_K": Form(0, 15, 4, 32, torch.uint8, has_offsets=True),
-    "Q6_K": Form(-32, 31, 8, 16, torch.int8),
-    "IQ4_NL": Form(0, 15, 4, 32, table=IQ4),
-    "IQ4_XS": Form(0, 15, 4, 32, torch.int8, table=IQ4),
-    "MLX, 8 bits": Form(0, 255, 8, 64, torch.float32, has_offsets=True),
-    "GPTQ, 4 bits": Form(0, 15, 4, 128, has_zeros=True),
-    "GPTQ, 8 bits, rows": Form(0, 255, 8, ROW, has_zeros=True),
-}
-
-
-def weight_of(name: str, *shape: int) -> QuantizedWeight:
-    """A random weight [..., N, K] of a format."""
-    form, generator = FORMS[name], torch.Generator().manual_seed(1)
-    *lead, inputs = shape
-    groups, supers = -(-inputs // form.group_size), -(-inputs // 256)
-    two_levels = form.scale in (torch.int8, torch.uint8)
-
-    def whole(low: int, high: int, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.randint(low, high + 1, (*lead, count), generator=generator).to(dtype)
-
-    def factors() -> Tensor:
-        if two_levels:
-            return whole(-100 if form.scale == torch.int8 else 0, 100, groups, form.scale)
-        return (torch.rand(*lead, groups, generator=generator) / 50).to(form.scale)
-
-    def super_factors() -> Tensor | None:
-        return (torch.randn(*lead, supers, generator=generator) / 2000).half() if two_levels else None
-
-    return QuantizedWeight(
-        values=whole(form.low, form.high, inputs, torch.int8 if form.low < 0 else torch.uint8),
-        scales=factors(),
-        group_size=form.group_size,
-        bits=form.bits,
-        offsets=factors() if form.has_offsets else None,
-        zeros=whole(0, form.high, groups, torch.uint8) if form.has_zeros else None,
-        super_scales=super_factors(),
-        super_offsets=super_factors() if form.has_offsets else None,
-        table=form.table,
-    )
-
-
+FORMS = [name for name in FORMATS if name != "NF4"]  # whose table has no whole numbers
 ROWS = (1, 2, 3, 4, 5, 8, 9, 12, 31, 64)
 
 
@@ -145,38 +82,53 @@ def test_the_reference_is_exact_for_inputs_that_are_whole_numbers() -> None:
         assert_same(expected(x, weight), torch.from_numpy(double(x) @ formula(weight).T).float())
 
 
+@cache
+def level_cases(format: str, group_size: int) -> list[tuple[Tensor, QuantizedWeight, Tensor, Tensor]]:
+    """x (slices of wider rows), weights, biases and what the reference makes of them. All levels share the cases."""
+    cases: list[tuple[Tensor, QuantizedWeight, Tensor, Tensor]] = []
+    for number, (outputs, inputs) in enumerate(SHAPES):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
+        weight = quantized(outputs, inputs, format=format, group_size=group_size)
+        weight.values[-1] = -8 if format == "int4" else -128
+        x = random(13, inputs + 3, dtype=dtype, scale=3)[:, :inputs]
+        x[3] = x[3].sign() * 3  # the largest sums
+        bias = random(outputs, dtype=dtype, seed=2)
+        cases.append((x, weight, bias, expected(x, weight, bias)))
+    return cases
+
+
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
 @pytest.mark.parametrize(("format", "group_size"), GROUPS)
 def test_every_level_equals_the_reference(native: Library, format: str, group_size: int) -> None:
     assert native.level() in LEVELS
     linear = compiled()
-    for number, (outputs, inputs) in enumerate(SHAPES):
-        dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
-        weight = quantized(outputs, inputs, format=format, group_size=group_size)
-        weight.values[-1] = -8 if format == "int4" else -128
-        x = random(13, inputs + 3, dtype=dtype, scale=3)[:, :inputs]  # a slice of a wider row
-        x[3] = x[3].sign() * 3  # the largest sums
-        bias = random(outputs, dtype=dtype, seed=2)
+    for x, weight, bias, result in level_cases(format, group_size):
         packed = linear.pack(weight)
-        assert isinstance(packed, PackedA8)
-        assert_same(linear(x, packed, bias), expected(x, weight, bias))
+        assert isinstance(packed, StackedA8)
+        assert_same(linear(x, packed, bias), result)
+
+
+@cache
+def stacked_case(name: str) -> tuple[Tensor, StackedWeight, Tensor, Tensor]:
+    """x, two matrices of different formats, a bias, and the product by the reference."""
+    x, bias = random(7, 300, dtype=torch.bfloat16), random(75, dtype=torch.bfloat16, seed=2)
+    stack = StackedWeight((weight_of(name, 35, 300), weight_of("Q4_K", 40, 300)))
+    return x, stack, bias, expected(x, stack, bias)
 
 
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
 def test_every_format_equals_the_reference(native: Library) -> None:
     """Also where a product has the outputs of two matrices of different formats, and where rows are embedded with."""
     assert native.level() in LEVELS
-    linear, bias = compiled(), random(75, dtype=torch.bfloat16, seed=2)
-    x, ids = random(7, 300, dtype=torch.bfloat16), torch.tensor([34, 0, 7, 33])
+    linear, ids = compiled(), torch.tensor([34, 0, 7, 33])
     for name in FORMS:
-        first, second = weight_of(name, 35, 300), weight_of("Q4_K", 40, 300)
-        packed, stacked = linear.pack(first), linear.pack(StackedWeight((first, second)))
-        assert isinstance(packed, PackedA8)
+        x, stack, bias, result = stacked_case(name)
+        first, packed = weight_of(name, 35, 300), linear.pack(stack)
         for rows in (1, 2, 7):
-            assert_same(linear(x[:rows], packed), expected(x[:rows], first))
-        joined = torch.cat([expected(x, first, bias[:35]), expected(x, second, bias[35:])], dim=1)
-        assert_same(linear(x, stacked, bias), joined)
-        assert_same(linear.rows(packed, ids, torch.bfloat16), first.dequantized(ids).bfloat16())
+            assert_same(linear(x[:rows], packed, bias), result[:rows])
+        own = linear.pack(first)
+        assert_same(linear(x, own, bias[:35]), result[:, :35])
+        assert_same(linear.rows(own, ids, torch.bfloat16), first.dequantized(ids).bfloat16())
 
 
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
@@ -212,13 +164,14 @@ def test_a_row_has_the_same_bits_among_any_number(native: Library, format: str, 
 
 
 @pytest.mark.parametrize("native", LEVELS, indirect=True)
-@pytest.mark.parametrize(("format", "group_size"), [("int4", 32), ("int8", 16), ("int8", ROW)])
-def test_experts_are_made_of_the_other_ops(native: Library, format: str, group_size: int) -> None:
+@pytest.mark.parametrize(("up", "back"), [("Q4_0", "Q4_0"), ("Q4_K", "Q6_K"), ("GPTQ, whole rows", "IQ4_NL")])
+def test_experts_are_made_of_the_other_ops(native: Library, up: str, back: str) -> None:
     """One expert with weight 1 does what `linear` and `silu_and_mul` do one after the other, and a token gets the same
     bits among any others."""
     linear, run_experts, silu_and_mul = compiled(), RunExperts(PlainExperts()), SiluAndMul()
-    gate_up, down, weights, ids = experts_case(format, group_size)
-    first, second = (all_._replace(values=all_.values[0], scales=all_.scales[0]) for all_ in (gate_up, down))
+    _, _, weights, ids = experts_case("int4", 32)
+    gate_up, down = weight_of(up, EXPERTS, 2 * INNER, HIDDEN), weight_of(back, EXPERTS, HIDDEN, INNER)
+    first, second = (weight.each(lambda tensor: tensor[0]) for weight in (gate_up, down))
     x, packed = random(len(ids), gate_up.values.shape[-1], dtype=torch.bfloat16), run_experts.pack(gate_up, down)
     once, zeros = torch.ones(len(ids), 1), torch.zeros(len(ids), 1, dtype=torch.int32)
     out = run_experts(x, packed, once, zeros)
@@ -247,9 +200,11 @@ def test_other_weights_go_to_the_other_implementation(native: Library) -> None:
     x, linear, plain = random(3, 64), compiled(), PlainLinear()
     for weight in (random(4, 64), *weights):
         assert_same(linear(x, linear.pack(weight)), plain(x, plain.pack(weight)))
-    four = Linear(plain, frozenset({4}))
-    assert not isinstance(four.pack(quantized(4, 64, format="int8", group_size=ROW)), PackedA8)
-    assert isinstance(four.pack(quantized(4, 64, format="int4", group_size=32)), PackedA8)
+    four, eight_bits = Linear(plain, frozenset({4})), quantized(4, 64, format="int8", group_size=ROW)
+    four_bits = quantized(4, 64, format="int4", group_size=32)
+    assert not isinstance(four.pack(eight_bits), StackedA8)
+    assert isinstance(four.pack(four_bits), StackedA8)
+    assert isinstance(four.pack(StackedWeight((eight_bits, four_bits))), StackedA8)
 
 
 @pytest.mark.parametrize("native", LEVELS[:1], indirect=True)

@@ -24,6 +24,7 @@ FORMATS = {
     "Q8_0": (torch.int8, 8, torch.float16, False, "", None, 32),
     "Q4_0": (torch.int8, 4, torch.float16, False, "", None, 32),
     "Q4_1": (torch.uint8, 4, torch.float16, False, "offset", None, 32),
+    "Q5_0": (torch.int8, 8, torch.float16, False, "", None, 32),
     "Q5_1": (torch.uint8, 8, torch.float16, False, "offset", None, 32),
     "Q2_K": (torch.uint8, 4, torch.uint8, True, "offset", None, 16),
     "Q3_K": (torch.int8, 4, torch.int8, True, "", None, 16),

@@ -14,6 +14,7 @@ from jamba_server.kernels.table import KernelError, select
 from jamba_server.kernels.triton import interpreted
 from tests.kernels import oracle
 from tests.kernels.cases import DTYPES, EXACT_DTYPES, assert_close, assert_same, double, layer_storage, random, segments
+from tests.kernels.test_formats import weight_of
 
 SLOTS = 40
 MANY = 9 if interpreted() else 33  # rows
@@ -126,6 +127,23 @@ def test_every_level_gives_a_row_the_same_bits_alone_and_among_others(native: Li
     assert_same(torch.cat(alone), together)
     assert_same(alone_conv, conv)
     assert_same(alone_ssm, ssm)
+
+
+@pytest.mark.parametrize("formats", [("Q4_K", "Q5_0"), ("Q6_K", "Q8_0"), ("MLX", "MLX")])
+def test_quantised_projections_give_the_bits_of_the_parts(native: Library, formats: tuple[str, str]) -> None:
+    kernels, rows, slots = select("cpu", {"mamba_decode": "cpu"}), 5, [4, 0, 9, 3, 7]
+    x_proj, dt_proj = weight_of(formats[0], 160 + 32, 512), weight_of(formats[1], 512, 160, seed=1)
+    dense = make_weights(512, 16, 160, torch.bfloat16)
+    weights = pack(kernels, dense._replace(x_proj=x_proj, dt_proj=dt_proj))
+    conv, ssm = make_states(512, 16, slots, torch.bfloat16)
+    expected_conv, expected_ssm = conv.clone(), ssm.clone()
+    xz, known = random(rows, 2 * 512, dtype=torch.bfloat16, seed=11), segments([1] * rows, slots, [True] * rows)
+    expected = by_prefill(kernels, xz, weights, expected_conv, expected_ssm, known)
+    actual = kernels.mamba_decode(xz, kernels.mamba_decode.pack(weights), conv, ssm, known.state_ids)
+    assert not actual.isnan().any()
+    assert_same(actual, expected)
+    assert_same(ssm, expected_ssm)
+    assert native.level()
 
 
 @pytest.mark.parametrize("name", NAMES)

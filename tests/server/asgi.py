@@ -16,7 +16,9 @@ TIMEOUT_SECONDS = 10.0  # only a test that fails ever waits for it
 class Exchange:
     """One request to `app`, running in a task while the `async with` lasts."""
 
-    def __init__(self, app: FastAPI, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, app: FastAPI, path: str, body: dict[str, Any], headers: dict[str, str] | None = None, method: str = "POST"
+    ) -> None:
         self._app = app
         self._sent: asyncio.Queue[Message] = asyncio.Queue()
         self._gone = asyncio.Event()
@@ -25,11 +27,11 @@ class Exchange:
         self._scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "method": "POST",
+            "method": method,
             "scheme": "http",
-            "path": path,
+            "path": path.partition("?")[0],
             "root_path": "",
-            "query_string": b"",
+            "query_string": path.partition("?")[2].encode(),
             "headers": [(name.encode(), value.encode()) for name, value in sent_headers.items()],
         }
 
@@ -68,6 +70,10 @@ class Exchange:
     @property
     def silent(self) -> bool:
         return self._sent.empty()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._sent.qsize()
 
     def disconnect(self) -> None:
         self._gone.set()

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from jamba_server.server.cli.server import http_config
@@ -23,6 +24,7 @@ async def edge_server(bench: Bench, **settings: Any) -> AsyncGenerator[tuple[Htt
     services = bench.app.state.services
     config: ServerConfig = services.config
     defaults: dict[str, Any] = {"max_connections": 100, "header_timeout": config.header_timeout}
+    defaults["send_timeout"] = config.send_timeout
     with socket.create_server(("127.0.0.1", 0)) as listener:
         defaults["counts"] = services.edge.connections
         server = HttpServer(http_config(config, bench.app), listener, **(defaults | settings))
@@ -52,8 +54,8 @@ class FakeLoop:
     def __init__(self) -> None:
         self.timers: list[Timer] = []
 
-    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        self.timers.append(Timer(seconds, call))
+    def call_later(self, seconds: float, call: Callable[..., None], *arguments: object) -> Timer:
+        self.timers.append(Timer(seconds, partial(call, *arguments)))
         return self.timers[-1]
 
     def create_task(self, work: Any) -> asyncio.Task[None]:
@@ -71,16 +73,22 @@ class FakeLoop:
 
 
 class FakeTransport:
-    """What a connection has written, and whether it is closed."""
+    """What a connection has written, and whether it is closed or aborted. `unread` bytes wait for the client."""
 
     def __init__(self) -> None:
-        self.written, self.closed = b"", False
+        self.written, self.closed, self.aborted, self.unread = b"", False, False, 0
 
     def write(self, data: bytes) -> None:
         self.written += data
 
     def close(self) -> None:
         self.closed = True
+
+    def abort(self) -> None:
+        self.closed = self.aborted = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
 
     def is_closing(self) -> bool:
         return self.closed
@@ -99,7 +107,9 @@ class FakeConnection:
     def __init__(self, bench: Bench, *, refused: bool = False, crowded: bool = False) -> None:
         config = http_config(bench.app.state.services.config, bench.app)
         self.loop, self.transport, self.num_lost = FakeLoop(), FakeTransport(), 0
-        manner = Manner(header_seconds=20.0, refused=refused, crowded=lambda: crowded, lost=self._lose)
+        manner = Manner(
+            header_seconds=20.0, send_seconds=60.0, refused=refused, crowded=lambda: crowded, lost=self._lose
+        )
         self._state = _ServerState()
         self.protocol = Connection(config, self._state, {}, manner)  # pyright: ignore[reportArgumentType]
         self.protocol.loop = self.loop  # pyright: ignore[reportAttributeAccessIssue]

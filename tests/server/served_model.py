@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import pytest
 
 from jamba_server.engine.types import EngineInfo
 from jamba_server.server.config import GenerationDefaults, ServerConfig
@@ -155,3 +156,17 @@ async def serve(
     )
     async with app.router.lifespan_context(app):
         yield Model(Bench(app, engine), tokenizer)
+
+
+@pytest.fixture
+async def hermes(tmp_path: Path) -> AsyncGenerator[Model]:
+    """A model that writes thoughts and calls as Jamba Reasoning does."""
+    async with serve(tmp_path, "reasoning", REASONING_TEMPLATE) as model:
+        yield model
+
+
+@pytest.fixture
+async def jamba(tmp_path: Path) -> AsyncGenerator[Model]:
+    """A model that writes calls as Jamba 1.7 does."""
+    async with serve(tmp_path, "jamba-1.5", JAMBA_TEMPLATE) as model:
+        yield model

@@ -4,7 +4,6 @@ message."""
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,16 @@ from tests.server.served_model import (
     JAMBA_TEMPLATE,
     PARIS,
     QUESTION,
-    REASONING_TEMPLATE,
     TOOLS,
     Model,
     call,
     events,
+    hermes,
+    jamba,
     serve,
 )
 
-
-@pytest.fixture
-async def hermes(tmp_path: Path) -> AsyncGenerator[Model]:
-    async with serve(tmp_path, "reasoning", REASONING_TEMPLATE) as model:
-        yield model
-
-
-@pytest.fixture
-async def jamba(tmp_path: Path) -> AsyncGenerator[Model]:
-    async with serve(tmp_path, "jamba-1.5", JAMBA_TEMPLATE) as model:
-        yield model
+__all__ = ["hermes", "jamba"]
 
 
 # The conversation -----------------------------------------------------------------------------------------------------

@@ -393,7 +393,9 @@ def machine(*rows: tuple[str, str, str]) -> doctor.Machine:
         platform="Linux",
         cpu_flags={"avx2": True, "amx": False},
         cpu_level="avx2",
-        cpu_levels=["portable", "avx2", "avx512"],
+        cpu_levels=["portable", "avx2", "avx512", "amx"],
+        cpu_units="avx_vnni",
+        cpu_amx="no tiles",
         threads=2,
         cuda_devices=None,
         kernels={"cpu": [KernelRow(*row) for row in rows]},
@@ -406,7 +408,8 @@ ROWS = (("linear", "cpu", "no compiler"), ("linear", "reference", "selected"), (
 def test_doctor_shows_versions_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ask_kernels", lambda: machine(*ROWS))
     text = invoke("doctor")
-    assert "avx2 (also compiled: portable, avx512)" in text
+    assert "avx2, products with 8-bit activations avx_vnni; compiled and faster, but not usable: " in text
+    assert "avx512 (this processor lacks it), amx (no tiles); compiled and slower: portable\n" in text
     [row] = [line.split() for line in text.splitlines() if line.strip().startswith("linear ")]
     assert row == ["linear", "reference", "slow", "cpu:", "no", "compiler"]
 

@@ -17,8 +17,9 @@ import pytest
 from jamba_server.server.cli.server import fit_queue, limit_connections
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.http.connections import acceptor as acceptor_module
+from jamba_server.server.http.connections import protocol as protocol_module
 from jamba_server.server.http.connections.descriptors import connections_that_fit, open_descriptors, raise_soft_limit
-from jamba_server.server.http.connections.protocol import LINGER_SECONDS, REFUSAL_SECONDS
+from jamba_server.server.http.connections.protocol import LINGER_SECONDS, REFUSAL_SECONDS, SEND_GRACE_SECONDS
 from tests.server.conftest import Bench
 from tests.server.edge_server import SECONDS, FakeConnection, edge_server
 
@@ -49,6 +50,54 @@ async def test_headers_that_do_not_end_get_408(bench: Bench) -> None:
     assert (status, headers["connection"], client.transport.closed) == (408, "close", True)
     assert json.loads(body)["error"]["code"] == "request_timeout"
     await client.finish()
+
+
+async def test_a_client_that_reads_nothing_is_cut_off(bench: Bench) -> None:
+    client = FakeConnection(bench)
+    await client.sends(LIVE)
+    client.transport.unread = 100_000
+    client.protocol.pause_writing()
+    send = next(timer for timer in client.loop.timers if timer.seconds == 60.0 + SEND_GRACE_SECONDS)
+    client.transport.unread = 70_000  # it reads slowly
+    send.call()
+    assert not client.transport.closed
+    later = client.loop.timers[-1]
+    assert later is not send and later.seconds == send.seconds
+    later.call()
+    assert client.transport.aborted
+    await client.finish()
+
+
+async def test_a_client_that_reads_in_time_is_not_cut_off(bench: Bench) -> None:
+    client = FakeConnection(bench)
+    await client.sends(LIVE)
+    client.transport.unread = 100_000
+    client.protocol.pause_writing()
+    client.transport.unread = 10
+    client.protocol.resume_writing()
+    assert client.loop.timers[-1].cancelled
+    client.protocol.timeout_keep_alive_handler()  # the connection is closed, and its last bytes are still unread
+    assert client.transport.closed and not client.loop.timers[-1].cancelled
+    client.loop.timers[-1].call()
+    assert client.transport.aborted
+    await client.finish()
+
+
+async def test_a_client_that_never_reads_its_reply_holds_no_connection(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol_module, "SEND_GRACE_SECONDS", 0.0)
+    counts = bench.app.state.services.edge.connections
+    async with edge_server(bench, send_timeout=0.1) as (_, port):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        while not counts.num_open:
+            await asyncio.sleep(0.005)
+        # So many replies fit neither into the buffers of the kernel nor into that of the client, which reads nothing.
+        writer.write(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 200)
+        async with asyncio.timeout(SECONDS):
+            while counts.num_open:
+                await asyncio.sleep(0.01)
+        writer.close()
 
 
 async def test_a_connection_that_sends_nothing_is_closed(bench: Bench) -> None:

@@ -16,11 +16,12 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.reload import Reloader, Watched
 from jamba_server.server.cli.server import watched_files
 from jamba_server.server.config import ServerConfig
+from jamba_server.server.http.connections import acceptor
 from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.http.limits.key_file import read_keys
 from jamba_server.server.http.limits.keys import Keys
 from tests.server.conftest import Bench
-from tests.server.edge_server import edge_server
+from tests.server.edge_server import SECONDS, edge_server
 
 
 def test_only_a_changed_file_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,6 +123,27 @@ async def test_new_connections_use_the_new_certificate(
         assert not (await asyncio.to_thread(sends_no_handshake, port)).startswith(b"HTTP")
         assert await presented(port) == after
     assert after == ssl.PEM_cert_to_DER_cert(read(second))
+
+
+async def test_a_handshake_that_does_not_end_holds_no_connection(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptor, "HANDSHAKE_SECONDS", 0.1)
+    crt, key = certificate(tmp_path, "a")
+    counts = bench.app.state.services.edge.connections
+    tls = tls_context(ServerConfig(ssl_certfile=crt, ssl_keyfile=key))
+    async with edge_server(bench, tls=tls, max_connections=3) as (_, port):
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        silent[1].sendall(b"\x16\x03\x01\x02\x00")  # the beginning of a handshake
+        async with asyncio.timeout(SECONDS):
+            while counts.num_open < 3:
+                await asyncio.sleep(0.005)
+            silent[2].close()
+            while counts.num_open:
+                await asyncio.sleep(0.01)
+        await presented(port)
+        for each in silent:
+            each.close()
 
 
 def test_an_encrypted_key_is_an_error_and_no_question(tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ async def test_a_client_that_leaves_ends_the_generation(bench: Bench, ids: Ids) 
         await bench.engine.left.wait()
     assert bench.engine.aborted == [bench.engine.requests[0].id]
     bench.engine.left.clear()
+    bench.engine.stalled.clear()
     async with Exchange(bench.app, "/v1/responses", {"input": "a"}) as exchange:
         await bench.engine.stalled.wait()
         exchange.disconnect()

@@ -28,7 +28,7 @@ def texts(*texts: str) -> list[dict[str, str]]:
 async def messages(items: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     body = request(input=items, **fields)
     store = ResponseStore(None, max_responses=1, max_bytes=1000)
-    read = await read_input(body, store, "")
+    read = await read_input(body, store, "", max_bytes=1000)
     await store.close()
     return chat_messages(body.instructions, read)
 

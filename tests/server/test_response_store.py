@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jamba_server.engine.errors import ConfigError, RequestRejected, ResponseNotFound
+from jamba_server.engine.errors import ConfigError, Overloaded, RequestRejected, ResponseNotFound
 from jamba_server.server.http.store.database import StoredResponse
 from jamba_server.server.http.store.responses import FILE_NAME, ResponseStore
 
@@ -64,7 +64,7 @@ async def test_another_owner_finds_nothing() -> None:
     await put(store, stored("a"), stored("theirs", owner="them"))
     for owner, mine in ((OWNER, "a"), ("them", "theirs"), ("", None)):
         assert await kept(store, "a", "theirs", owner=owner) == ([mine] if mine else [])
-        assert (await store.item("in_a", owner) is not None) == (owner == OWNER)
+        assert bool(await store.items(["in_a"], owner, max_bytes=1000)) == (owner == OWNER)
     with pytest.raises(ResponseNotFound):
         await store.delete("a", "them")
     with pytest.raises(RequestRejected, match="'theirs' is not stored"):
@@ -111,7 +111,7 @@ async def test_a_deleted_response_cannot_be_continued() -> None:
     await put(store, stored("a"), stored("b", "a"))
     await store.delete("a", OWNER)
     assert await kept(store, "a", "b") == ["b"]
-    assert await store.item("in_a", OWNER) is None
+    assert await store.items(["in_a"], OWNER, max_bytes=1000) == {}
     with pytest.raises(RequestRejected, match="'a' is not stored") as caught:
         await conversation(store, "b")
     assert (caught.value.param, caught.value.code) == ("previous_response_id", "previous_response_not_found")
@@ -130,12 +130,27 @@ async def test_a_conversation_that_is_too_large_is_not_read() -> None:
     await store.close()
 
 
-async def test_an_item_is_found_by_its_id() -> None:
+async def test_items_are_found_by_their_ids() -> None:
     store = make()
     await put(store, stored("a"), stored("b", "a", text="Ho"))
-    assert await store.item("in_b", OWNER) == {"id": "in_b", "type": "message", "text": "Ho"}
-    assert await store.item("out_a", OWNER) == {"id": "out_a", "type": "message"}
-    assert await store.item("in_z", OWNER) is None
+    found = await store.items(["in_b", "out_a", "in_z", "out_b", "in_b"], OWNER, max_bytes=1000)
+    assert found == {
+        "in_b": {"id": "in_b", "type": "message", "text": "Ho"},
+        "out_a": {"id": "out_a", "type": "message"},
+        "out_b": {"id": "out_b", "type": "message"},
+    }
+    await store.close()
+
+
+async def test_items_that_are_too_large_together_are_not_read() -> None:
+    store = make()
+    first, second = stored("a", text="x" * 500), stored("b", text="y" * 500)
+    await put(store, first, second)
+    assert len(await store.items(["in_a"], OWNER, max_bytes=first.size)) == 1
+    with pytest.raises(RequestRejected, match=r"The referenced items have \d+ bytes; at most 1000 are read"):
+        await store.items(["in_a"] * 2, OWNER, max_bytes=1000)  # one item, whose text the prompt would have twice
+    with pytest.raises(RequestRejected, match="The responses to which the item references lead have"):
+        await store.items(["out_a", "out_b"], OWNER, max_bytes=first.size + second.size - 1)
     await store.close()
 
 
@@ -215,3 +230,54 @@ def test_a_file_of_another_version_stops_the_start(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(ConfigError, match="has version 7 and not 1"):
         make(tmp_path)
+
+
+async def test_a_conversation_is_read_from_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = make(tmp_path)
+    await put(store, stored("a"), stored("b", "a"))
+    connection = store._database._connection  # pyright: ignore[reportPrivateUsage]
+    connection.execute("PRAGMA query_only = ON")  # every write fails, as on a full disk
+    assert await conversation(store, "b") == ["in_a", "out_a", "in_b", "out_b"]
+    assert "cannot be marked as used" in caplog.text
+    assert not await store.put(stored("c", "b"), [])
+    connection.execute("PRAGMA query_only = OFF")
+    await put(store, stored("c", "b"))
+    await store.close()
+
+
+async def test_a_file_that_is_damaged_while_the_server_runs(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    with sqlite3.connect(tmp_path / FILE_NAME) as other:
+        other.execute("DROP TABLE responses")
+    other.close()
+    for read in (store.get("a", OWNER), store.delete("a", OWNER), store.items(["a"], OWNER, max_bytes=9)):
+        with pytest.raises(Overloaded, match="cannot be used at present: no such table"):
+            await read
+    await store.close()
+
+
+async def test_responses_that_refer_to_each_other_in_a_circle(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    await put(store, stored("a"), stored("b", "a"))
+    with sqlite3.connect(tmp_path / FILE_NAME) as other:
+        other.execute("UPDATE responses SET previous_id = 'b' WHERE id = 'a'")
+    other.close()
+    with pytest.raises(RequestRejected, match="is not stored"):
+        await conversation(store, "b")
+    await store.close()
+
+
+async def test_two_servers_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(tmp_path)
+    second = make(tmp_path)
+    second._database._create()  # pyright: ignore[reportPrivateUsage]  # as if both had found an empty file
+    await put(first, stored("a"))
+    await put(second, stored("b", "a"))
+    assert await conversation(first, "b") == ["in_a", "out_a", "in_b", "out_b"]
+    links = first._database.chain("b", OWNER)  # pyright: ignore[reportPrivateUsage]
+    await second.delete("a", OWNER)
+    monkeypatch.setattr(first._database, "chain", lambda *_: links)  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(RequestRejected, match="'a' is not stored"):
+        await conversation(first, "b")
+    await first.close()
+    await second.close()

@@ -102,6 +102,7 @@ async def test_choices_of_tools_become_grammars(jamba: Model) -> None:
     assert not none
     assert [name in required for name in ("weather", "crm__find")] == [True, True]
     assert [name in named for name in ("weather", "crm__find")] == [False, True]
+    assert ["call)*" in grammar or "block)*" in grammar for grammar in (required, named)] == [True, False]
 
 
 class City(BaseModel):

@@ -27,6 +27,20 @@ class NotReading(Exchange):
         await asyncio.wait_for(asyncio.shield(self._task), TIMEOUT_SECONDS)
 
 
+async def test_a_kept_stream_goes_on_after_its_slow_client_was_cut_off(make_bench: MakeBench) -> None:
+    bench = make_bench(send_timeout=0.05)
+    async with NotReading(bench.app, CHAT, chat(stream=True), {"x-on-disconnect": "continue"}) as exchange:
+        exchange.reads = 2
+        await exchange.end()
+        [start, first] = [await exchange.next_message() for _ in range(2)]
+    assert bench.engine.aborted == []
+    id_ = dict(start["headers"])[b"x-stream-id"].decode()
+    async with bench.http() as http:
+        whole = (await http.get(f"/v1/streams/{id_}")).content
+    assert whole.startswith(first["body"])
+    assert whole.endswith(b"data: [DONE]\n\n")
+
+
 @pytest.mark.parametrize("reads", [0, 1, 3])  # not even the headers; the headers; a part of the reply
 async def test_a_client_that_does_not_read_is_cut_off(
     make_bench: MakeBench, caplog: pytest.LogCaptureFixture, reads: int

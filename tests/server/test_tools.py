@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,14 @@ from tests.server.served_model import (
     Model,
     call,
     events,
+    hermes,
+    jamba,
     serve,
     without_ids,
 )
 from tests.synthetic_tokenizer import Family, write_tokenizer
 
-
-@pytest.fixture
-async def hermes(tmp_path: Path) -> AsyncGenerator[Model]:
-    async with serve(tmp_path, "reasoning", REASONING_TEMPLATE) as model:
-        yield model
-
-
-@pytest.fixture
-async def jamba(tmp_path: Path) -> AsyncGenerator[Model]:
-    async with serve(tmp_path, "jamba-1.5", JAMBA_TEMPLATE) as model:
-        yield model
+__all__ = ["hermes", "jamba"]
 
 
 # Tool calls -----------------------------------------------------------------------------------------------------------
@@ -191,6 +182,31 @@ async def test_arguments_under_a_grammar_are_streamed_as_they_come(hermes: Model
     assert pieces[0]["function"] == {"name": "get_weather", "arguments": ""}
     assert len(pieces) > len(PARIS) / 2
     assert "".join(piece["function"]["arguments"] for piece in pieces) == PARIS
+
+
+async def test_a_named_function_is_called_once(hermes: Model) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    hermes.say(f"</think>{HERMES_CALL}\n{HERMES_CALL}")
+    message = await hermes.message(tools=TOOLS, tool_choice=named)
+    assert without_ids(message)["tool_calls"] == [call("get_weather", PARIS)]
+    grammar = hermes.params.grammar
+    await hermes.message(tools=TOOLS, tool_choice=named, parallel_tool_calls=False)
+    assert hermes.params.grammar == grammar
+    await hermes.message(tools=TOOLS[:1], tool_choice="required")
+    assert hermes.params.grammar != grammar  # several calls
+
+
+async def test_parts_of_a_schema_that_are_not_enforced_are_named(hermes: Model) -> None:
+    hermes.say("</think>a")
+    loose = {"properties": {"a": {"oneOf": [{"type": "string"}, {"type": "null"}], "not": {"const": ""}}}}
+    hopeless = {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 1}}, "required": ["a"]}
+    functions = [function("loose", parameters=loose), function("hopeless", parameters=hopeless), CLOCK]
+    response = await hermes.post(tools=functions)
+    assert response.headers["x-warning"] == (
+        "the grammar does not enforce these parts of the schemas of functions: "
+        "loose #/properties/a/oneOf, loose #/properties/a/not, hopeless #"
+    )
+    assert "x-warning" not in (await hermes.post(tools=[CLOCK])).headers
 
 
 async def test_one_call_at_most(jamba: Model) -> None:

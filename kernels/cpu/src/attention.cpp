@@ -89,7 +89,7 @@ END_TARGET
 #define DISPATCH_ATTENTION(f, ...)                                                       \
     do {                                                                                 \
         if constexpr (std::is_same_v<T, bf16>) {                                         \
-            if (level() == Level::avx512_bf16) return avx512_bf16::f(__VA_ARGS__);       \
+            if (level() >= Level::avx512_bf16) return avx512_bf16::f(__VA_ARGS__);       \
         }                                                                                \
         return DISPATCH(f, __VA_ARGS__);                                                 \
     } while (0)

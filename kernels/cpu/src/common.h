@@ -27,6 +27,8 @@
 #define BEGIN_TARGET_AVX2 JAMBA_TARGET("avx2,fma,f16c")
 #define BEGIN_TARGET_AVX512 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define BEGIN_TARGET_AVX512_BF16 JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define BEGIN_TARGET_AMX \
+    JAMBA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #else
 #define END_TARGET _Pragma("GCC pop_options")
 #define BEGIN_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -34,12 +36,31 @@
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\")")
 #define BEGIN_TARGET_AVX512_BF16 \
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
+#define BEGIN_TARGET_AMX                \
+    _Pragma("GCC push_options")         \
+    _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16\")")
+#endif
+// Compilers before GCC 11 and Clang 12 have no functions for AMX, and only Linux lets a process use AMX in the way that
+// `amx.cpp` knows.
+#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define JAMBA_AMX 1
 #endif
 
 // The instruction sets for which kernels are compiled. Each instruction set includes all instruction sets before it in
-// this list.
-enum class Level : int64_t { portable, avx2, avx512, avx512_bf16 };
+// this list. The last value is no instruction set: with `amx_emulated`, matrix products of bf16 compute in other
+// instructions what `amx` computes, for tests.
+enum class Level : int64_t { portable, avx2, avx512, avx512_bf16, amx, amx_emulated };
+// Returns the instruction set of all kernels but the matrix products. It is never `amx_emulated`.
 Level level();
+// Returns the instruction set of the matrix products whose weights name none.
+Level product_level();
+
+// These functions note that the calling thread uses the tiles of AMX, and release the thread's tiles if it used them.
+void tiles_in_use();
+void release_tiles();
+
+// Returns how many bytes ahead of the weights in use a matrix product with one stream of weights prefetches.
+int64_t prefetch_distance();
 
 // Divides the items 0 to n - 1 into pieces of `grain` items. Calls body(begin, end) for ranges of pieces, on the
 // calling thread and on idle workers. Any of these threads can run any piece, so the result of a piece must not depend

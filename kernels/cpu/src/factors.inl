@@ -34,44 +34,49 @@ inline void read_shifts(const Weights& w, const char* numbers, const char* super
     }
 }
 
-// Computes totals += scale * c, where c has the unscaled sums over one group, and what an offset or a zero adds. The
-// argument x has the sum of each of the MR rows of x over the group.
+// Computes totals += scale * c for the columns of NS strips, where c has the unscaled sums over one group. With SHIFT,
+// what an offset or a zero adds is computed too: scales[s] and shifts[s] have the factors of strip s, and x has the sum of
+// each of the MR rows of x over the group.
+template <Shift SHIFT, int MR, int NS>
+INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[NS], const float (&shifts)[NS][STRIP],
+                       const float* x, Vec (&totals)[MR][2 * NS]) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * NS; v++) {
+        const Vec scale = load(scales[v / 2] + v % 2 * WIDTH);
+        const Vec shift = SHIFT == Shift::none ? scale : load(shifts[v / 2] + v % 2 * WIDTH);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) {
+            const Vec sum = SHIFT == Shift::zero ? fma(shift, set(x[m]), c[m][v]) : c[m][v];
+            totals[m][v] = fma(scale, sum, totals[m][v]);
+            if (SHIFT == Shift::offset) totals[m][v] = fma(shift, set(x[m]), totals[m][v]);
+        }
+    }
+}
+
+// Adds what one group contributes to the sums of a tile. `c`, `x` and `totals` are those of the function `add_scaled`.
 template <int MR, int NS>
-INLINE void add_group(Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
+INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
                       Vec (&totals)[MR][2 * NS]) {
     alignas(64) float factors[NS][STRIP], shifts[NS][STRIP];
     const float* scales[NS];
     for (int s = 0; s < NS; s++) {
+        scales[s] = (const float*)(place.panels[s] + place.offset) + (place.strip + s) % STRIPS * STRIP;
+    }
+    if (w.scale == Scale::f32 && w.shift == Shift::none) {
+        return add_scaled<Shift::none, MR, NS>(c, scales, shifts, x, totals);
+    }
+    for (int s = 0; s < NS; s++) {
         const char *const panel = place.panels[s], *const numbers = panel + place.offset;
         const int64_t column = (place.strip + s) % STRIPS * STRIP;
-        scales[s] = (const float*)numbers + column;
-        if (w.scale == Scale::f32 && w.shift == Shift::none) continue;
         const char* const second = w.two_levels() ? panel + w.super_offset(place.group) : nullptr;
         read_factors(w.scale, numbers, second, column, factors[s]);
         scales[s] = factors[s];
         if (w.shift != Shift::none) read_shifts(w, numbers + PANEL * w.scale_item(), second, column, shifts[s]);
     }
-    if (w.shift == Shift::zero) {
-#pragma GCC unroll 16
-        for (int v = 0; v < 2 * NS; v++) {
-            const Vec shift = load(shifts[v / 2] + v % 2 * WIDTH);
-#pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) c[m][v] = fma(shift, set(x[m]), c[m][v]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < 2 * NS; v++) {
-        const Vec scale = load(scales[v / 2] + v % 2 * WIDTH);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) totals[m][v] = fma(scale, c[m][v], totals[m][v]);
-    }
-    if (w.shift == Shift::offset) {
-#pragma GCC unroll 16
-        for (int v = 0; v < 2 * NS; v++) {
-            const Vec shift = load(shifts[v / 2] + v % 2 * WIDTH);
-#pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) totals[m][v] = fma(shift, set(x[m]), totals[m][v]);
-        }
+    switch (w.shift) {
+        case Shift::none: return add_scaled<Shift::none, MR, NS>(c, scales, shifts, x, totals);
+        case Shift::offset: return add_scaled<Shift::offset, MR, NS>(c, scales, shifts, x, totals);
+        case Shift::zero: return add_scaled<Shift::zero, MR, NS>(c, scales, shifts, x, totals);
     }
 }
 

@@ -1,6 +1,7 @@
 // This file has the functions that pack weight matrices, and the functions `linear` and `run_experts`, which multiply
 // inputs by packed weights.
 #include "gemm.h"
+#include "amx.h"
 #include "ops.h"
 
 #include <sys/mman.h>
@@ -89,18 +90,24 @@ EXPORT void gather_rows(const void* weight, int64_t is_packed, const int64_t* id
     });
 }
 
+// Returns the instruction set that multiplies a weight.
+static Level level_of(const Weights& weights) { return weights.level < 0 ? product_level() : Level(weights.level); }
+
+// This macro calls the version of the function f<T> that was compiled for the instruction set `wanted`. If T is bf16, f
+// also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
 #if JAMBA_X86
-// This macro calls the version of the function f<T> that was compiled for the machine's instruction set. If T is bf16,
-// f also has a version for AVX-512 with bf16 dot products, in the namespace avx512_bf16.
-#define DISPATCH_PRODUCT(f, argument)                                                              \
-    do {                                                                                           \
-        if constexpr (std::is_same_v<T, bf16>) {                                                   \
-            if (level() == Level::avx512_bf16) return avx512_bf16::f(argument);                    \
-        }                                                                                          \
-        DISPATCH(f, argument);                                                                     \
+#define DISPATCH_PRODUCT(wanted, f, argument)                                            \
+    do {                                                                                 \
+        const Level chosen = wanted < Level::amx ? wanted : level();                     \
+        if constexpr (std::is_same_v<T, bf16>) {                                         \
+            if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument);           \
+        }                                                                                \
+        if (chosen >= Level::avx512) return avx512::f(argument);                         \
+        if (chosen == Level::avx2) return avx2::f(argument);                             \
+        return portable::f(argument);                                                    \
     } while (0)
 #else
-#define DISPATCH_PRODUCT(f, argument) DISPATCH(f, argument)
+#define DISPATCH_PRODUCT(wanted, f, argument) portable::f(argument)
 #endif
 
 // Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n], with rows
@@ -110,7 +117,11 @@ EXPORT void linear(const void* x, int64_t x_stride, const Weights* weights, cons
     with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
         const Product<T> p{(const T*)x, x_stride, nullptr, *weights, (const T*)bias, (T*)y, y_stride, m, weights->n};
-        DISPATCH_PRODUCT(multiply, p);
+        const Level wanted = level_of(*weights);
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (wanted >= Level::amx) return amx_linear(wanted, p);
+        }
+        DISPATCH_PRODUCT(wanted, multiply, p);
     });
 }
 
@@ -124,6 +135,10 @@ EXPORT void run_experts(const void* x, int64_t x_stride, const Weights* gate_up,
         using T = decltype(t);
         const Experts<T> e{(const T*)x, x_stride, *gate_up, *down, weights, ids, (T*)y,
                            tokens, top_k, experts, down->n, down->k};
-        DISPATCH_PRODUCT(mix_experts, e);
+        const Level wanted = level_of(*gate_up);
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (wanted >= Level::amx) return amx_experts(wanted, e);
+        }
+        DISPATCH_PRODUCT(wanted, mix_experts, e);
     });
 }

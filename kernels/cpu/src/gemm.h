@@ -54,6 +54,7 @@ struct Weights {
     Scale scale;
     Shift shift;
     float table[16];  // for the kinds of four bits: the number that each pattern of bits stands for
+    int64_t level;  // the instruction set that multiplies this weight (see the enum `Level`), or -1 for the machine's
 
     bool quantized() const { return kind != Kind::plain; }
     bool four_bits() const { return kind == Kind::int4 || kind == Kind::uint4 || kind == Kind::table4; }

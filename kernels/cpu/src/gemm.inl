@@ -123,6 +123,9 @@ struct Walk {
     // - 1 are not all steps of K. Before the call, the intermediate sums include all earlier steps. After the call, the
     // intermediate sums also include the steps of this call, unless this call computed the last step of K.
     float* sums;
+    // If `converted` is not null, it has the weights of the strip for the steps `first` to `end` - 1, converted to bf16
+    // in the layout [pair][column][2].
+    const char* converted = nullptr;
 };
 
 // The struct `TileArguments` has the arguments of the function `tile` that are not template arguments.
@@ -153,10 +156,6 @@ void store_tile(const Vec (&c)[MR][NV], const TileArguments<T>& a) {
         }
     }
 }
-
-// Returns the prefetch distance for a tile of `strips` strips: the number of bytes from the weights in use to the
-// weights that are prefetched. The distance was found by measurement.
-constexpr int64_t ahead(int strips) { return 8192 / strips; }
 
 // The struct `Steps` divides the steps of a weight (see the struct `Reader` in `formats.inl`) into groups of steps that
 // share a scale.
@@ -213,7 +212,9 @@ void tile(const TileArguments<T>& a) {
     const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
     const auto* const sums_of_x = reinterpret_cast<const float*>(walk.x + x_inputs(weights.k) * MR);
     int64_t offset = steps.offset(weights, walk.first);
-    const char* next = walk.next ? walk.next : w[0] + offset + ahead(1);
+    // Several strips are read as several streams, which share the distance.
+    const int64_t ahead = prefetch_distance() / NS;
+    const char* next = walk.next ? walk.next : w[0] + offset + ahead;
     const int64_t stride = walk.next ? walk.stride : R::BYTES;
     // The variable `totals` has the sums over the groups that were already computed, each multiplied by the group's
     // scale.
@@ -230,8 +231,8 @@ void tile(const TileArguments<T>& a) {
             } else {
 #pragma GCC unroll 8
                 for (int s = 0; s < NS; s++) {
-                    __builtin_prefetch(w[s] + offset + ahead(NS), 0, 3);
-                    if (R::BYTES > 64) __builtin_prefetch(w[s] + offset + ahead(NS) + 64, 0, 3);
+                    __builtin_prefetch(w[s] + offset + ahead, 0, 3);
+                    if (R::BYTES > 64) __builtin_prefetch(w[s] + offset + ahead + 64, 0, 3);
                 }
             }
 #pragma GCC unroll 4
@@ -249,6 +250,79 @@ void tile(const TileArguments<T>& a) {
     store_tile<T, MR, 2 * NS>(totals, a);
 }
 
+// Whether the weights of format W are converted to bf16 once for all tiles that share a strip. This is done where every
+// number of W is exact in bf16, and where a conversion for each tile takes longer than reading bf16.
+template <class W>
+constexpr bool CONVERTS = false;
+#if defined(LEVEL_AVX2)
+template <>
+constexpr bool CONVERTS<Fp8> = true;
+#endif
+constexpr int64_t CONVERTING_TILES = 4;  // the least number of tiles that share a strip for which its weights are converted
+
+#ifndef DOT_PRODUCTS
+// Converts steps `first` to `end` - 1 of a strip to bf16, in the layout [pair][column][2].
+template <class T, class W>
+void convert_strip(const Weights& weights, int64_t strip, int64_t first, int64_t end, char* out) {
+    using R = Reader<W>;
+    const R reader(weights);
+    const Steps<W> steps(weights);
+    const char* const start = weights.panels + strip / STRIPS * panel_bytes<T>(weights) +
+                              strip % STRIPS * STRIP * R::COLUMN_BYTES;
+    for (int64_t step = first; step < end; step++) {
+        const char* const from = start + steps.offset(weights, step);
+        for (int pair = 0; pair < R::PAIRS; pair++) {
+            for (int v = 0; v < 2; v++, out += 4 * WIDTH) {
+                // A number that is exact in bf16 has zeros in the lower 16 bits of its float32.
+                const Lanes even = (Lanes)reader.vector(from, v, pair, 0), odd = (Lanes)reader.vector(from, v, pair, 1);
+                const Lanes both = (even >> 16 & 0xffff) | odd;
+                std::memcpy(out, &both, sizeof(both));
+            }
+        }
+    }
+}
+
+// Computes what the function `tile` computes for one strip, from weights that were converted to bf16.
+template <class T, class W, int MR>
+void converted_tile(const TileArguments<T>& a) {
+    using R = Reader<W>;
+    const Weights& weights = a.product->weights;
+    const Walk& walk = a.walk;
+    const Steps<W> steps(weights);
+    const bool one_group = steps.group == steps.count;
+    const char* const panel = weights.panels + walk.strip / STRIPS * panel_bytes<T>(weights);
+    const char* const w[1] = {walk.converted};
+    const Reader<bf16> reader(weights);
+    const PackedX* x = walk.x + walk.first * R::PAIRS * MR * X_PER_PAIR;
+    const auto* const sums_of_x = reinterpret_cast<const float*>(walk.x + x_inputs(weights.k) * MR);
+    const char* next = walk.next;
+    Vec totals[MR][2] = {};
+    if (!one_group && walk.first) load_sums(totals, walk.sums);
+    int64_t offset = 0;
+    for (int64_t step = walk.first; step < walk.end; step += steps.group) {
+        Vec c[MR][2] = {};
+        if (one_group && walk.first) load_sums(c, walk.sums);
+        const int64_t count = walk.end - step < steps.group ? walk.end - step : steps.group;
+        for (int64_t i = 0; i < count; i++) {
+            for (const char* const until = next + walk.stride; next < until; next += 64) {
+                __builtin_prefetch(next, 0, 3);
+            }
+            next += walk.stride - ceil_div(walk.stride, 64) * 64;
+#pragma GCC unroll 4
+            for (int pair = 0; pair < R::PAIRS; pair++, x += MR * X_PER_PAIR, offset += 4 * STRIP) {
+                multiply_pair<bf16, MR, 1>(c, reader, x, w, offset, 0);
+            }
+        }
+        if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
+        const int64_t group = step / steps.group;
+        const int64_t factors = steps.offset(weights, step) + count * R::BYTES;
+        add_group<MR, 1>(c, weights, {&panel, walk.strip, group, factors}, sums_of_x + group * MR, totals);
+    }
+    if (walk.end < steps.count) return store_sums(totals, walk.sums);
+    store_tile<T, MR, 2>(totals, a);
+}
+#endif
+
 // Computes strips `a.walk.strip` to `end` - 1 of a tile of MR rows, NS strips at a time.
 template <class T, class W, int MR, int NS>
 void tile_strips(TileArguments<T> a, int64_t end) {
@@ -263,6 +337,9 @@ template <class T, class W, int MR>
 void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
         if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
+        if constexpr (CONVERTS<W>) {
+            if (a.walk.converted) return converted_tile<T, W, MR>(a);
+        }
         if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
         tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
@@ -287,7 +364,9 @@ void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t t
     const Steps<W> steps(p.weights);
     const int64_t span = steps.group == steps.count ? UNIT : ceil_div(UNIT, steps.group) * steps.group;
     const int64_t sharers = tile_end - tile, row = x_row(p.weights), panel = panel_bytes<T>(p.weights);
-    float* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4));
+    const bool converts = CONVERTS<W> && sharers >= CONVERTING_TILES;
+    auto* const sums = static_cast<float*>(scratch(4, sharers * SUMS * 4 + converts * span * R::PAIRS * STRIP * 4));
+    char* const converted = converts ? (char*)(sums + sharers * SUMS) : nullptr;
     auto address = [&](int64_t of_strip, int64_t step) {
         const int64_t column = of_strip % STRIPS * STRIP;
         return p.weights.panels + of_strip / STRIPS * panel + column * R::COLUMN_BYTES + steps.offset(p.weights, step);
@@ -297,10 +376,13 @@ void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t t
             const int64_t end = first + span < steps.count ? first + span : steps.count;
             const char* next = end < steps.count ? address(strip, end) : address(strip + (strip + 1 < strip_end), 0);
             const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
+            if constexpr (CONVERTS<W>) {
+                if (converts) convert_strip<T, W>(p.weights, strip, first, end, converted);
+            }
             for (int64_t t = tile; t < tile_end; t++) {
                 const int64_t first_row = tiles.first(t), turn = t - tile;
                 const char* const share = next + turn * (end - first) * stride;
-                const Walk walk{x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS};
+                const Walk walk{x + first_row * row, strip, first, end, share, stride, sums + turn * SUMS, converted};
                 tile_rows<T, W, MAX_ROWS>(tiles.size(t), {&p, first_row, walk}, strip + 1);
             }
         }

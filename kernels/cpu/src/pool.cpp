@@ -104,6 +104,7 @@ private:
                 relax();
             }
         } while (now() < limit);
+        release_tiles();
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
         wake_.wait(lock, [&] { return epoch_.load() != seen; });

@@ -40,4 +40,5 @@ void call(const Call& c) {
 
 EXPORT void replay(const Call* calls, int64_t count) {
     for (int64_t i = 0; i < count; i++) call<0>(calls[i]);
+    release_tiles();  // The calling thread may sleep until the next step.
 }

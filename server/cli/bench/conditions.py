@@ -42,11 +42,21 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_bandwidth(threads: int, *, size: int = 1 << 29, rounds: int = 8) -> float:
+def uncached_size() -> int:
+    """Returns a number of bytes of which the processor's caches hold at most a quarter, or half a gigabyte where the
+    size of the caches is not known."""
+    name = "SC_LEVEL3_CACHE_SIZE"
+    cache = os.sysconf(name) if name in os.sysconf_names else 0
+    return max(1 << 29, 4 * cache)
+
+
+def read_bandwidth(threads: int, *, size: int | None = None, rounds: int = 8) -> float:
     """Measures the bandwidth at which the CPU reads memory, in bytes per second.
 
-    In each of `rounds` runs, `threads` threads together read `size` bytes. The fastest run gives the result.
+    In each of `rounds` runs, `threads` threads together read `size` bytes, or as many as `uncached_size` returns if
+    `size` is None. The fastest run gives the result.
     """
+    size = uncached_size() if size is None else size
     parts = [np.ones(size // threads // 8, dtype=np.uint64) for _ in range(threads)]
 
     def seconds(pool: ThreadPoolExecutor) -> float:

@@ -29,13 +29,15 @@ class HttpServer(uvicorn.Server):
         *,
         max_connections: int,
         header_timeout: float,
+        send_timeout: float,
         counts: ConnectionCounts,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """`tls` is the TLS context, or None for plain HTTP. A client must send its headers in `header_timeout`
-        seconds."""
+        seconds. A client that reads nothing of its reply for `send_timeout` seconds is cut off."""
         super().__init__(config)
-        self._listener, self._max_connections, self._header_timeout = listener, max_connections, header_timeout
+        self._listener, self._max_connections = listener, max_connections
+        self._header_timeout, self._send_timeout = header_timeout, send_timeout
         self._counts = counts
         # The TLS context for connections that are accepted from now on; it is replaced when the certificate changes.
         self.tls = tls
@@ -68,6 +70,10 @@ class HttpServer(uvicorn.Server):
         assert self.acceptor is not None
         acceptor = self.acceptor
         manner = Manner(
-            header_seconds=self._header_timeout, refused=refused, crowded=lambda: acceptor.crowded, lost=lost
+            header_seconds=self._header_timeout,
+            send_seconds=self._send_timeout,
+            refused=refused,
+            crowded=lambda: acceptor.crowded,
+            lost=lost,
         )
         return Connection(self.config, self.server_state, self.lifespan.state, manner)

@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jamba_server.server.http.errors import tenant_of
 from jamba_server.server.http.limits.keys import Keys
+from jamba_server.server.http.streams.headers import begins_nothing
 
 # The names of the headers that tell a client the limits of its API key and what is left of them.
 RATE_HEADERS = tuple(
@@ -17,7 +18,7 @@ COUNTED_METHODS = ("POST", "PUT", "PATCH", "DELETE")
 
 class KeyLimits:
     """Counts requests with methods such as POST against the limits of their API key. GET requests, such as the list of
-    models, do not count.
+    models, do not count, and neither do requests about a stream that exists already.
 
     All replies to a key with limits say how much of the limits is left, in headers with the names of OpenAI's API.
     """
@@ -36,7 +37,7 @@ class KeyLimits:
                 MutableHeaders(scope=message).update(account.headers())
             await send(message)
 
-        if scope["method"] not in COUNTED_METHODS:
+        if scope["method"] not in COUNTED_METHODS or begins_nothing(scope):
             await self.app(scope, receive, send_with_limits)
             return
         try:

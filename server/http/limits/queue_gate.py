@@ -6,9 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jamba_server.engine.errors import Overloaded
 from jamba_server.server.http.limits.waiting import WaitingTokens
-
-# The paths of the endpoints whose requests wait in the engine's queue.
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+from jamba_server.server.http.streams.headers import STREAM_PATHS, begins_nothing
 
 
 class QueueGate:
@@ -35,4 +33,5 @@ class QueueGate:
 
 def _needs_place(scope: Scope) -> bool:
     path: str = scope["path"]
-    return scope["method"] == "POST" and path.removeprefix(scope.get("root_path", "")) in PATHS
+    path = path.removeprefix(scope.get("root_path", ""))
+    return scope["method"] == "POST" and path in STREAM_PATHS and not begins_nothing(scope)

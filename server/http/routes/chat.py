@@ -11,11 +11,11 @@ from starlette.types import Scope
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.deadlines import set_timeout
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.chat_replies import ChatCompletion
-from jamba_server.server.http.schemas.tools import FunctionTool, OtherTool, Tools, mode_and_allowed
+from jamba_server.server.http.schemas.tools import FunctionTool, NamedTool, OtherTool, Tools, mode_and_allowed
 from jamba_server.server.http.services import ServicesOf
 from jamba_server.server.http.sse import answer
 from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
@@ -33,7 +33,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     await wait_for_start(request, services, num_choices=body.n or 1)
     model = services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
-    spec = await plan_chat(chat_task(body), services, id_=f"chatcmpl-{uuid.uuid4().hex}", scope=request.scope)
+    id_ = f"chatcmpl-{uuid.uuid4().hex}"
+    spec = await prepared(request, plan_chat(chat_task(body), services, id_=id_, scope=request.scope))
     writer = ChatWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
@@ -61,7 +62,8 @@ def chat_task(body: ChatCompletionRequest) -> ChatTask:
         tools=declared_tools(body.tools),
         tool_choice=mode,
         allowed_tools=allowed,
-        parallel_tool_calls=body.parallel_tool_calls,
+        # As in OpenAI's API, a named function is called exactly once.
+        parallel_tool_calls=body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool),
         output_format=body.output_format,
         reasoning_effort=body.reasoning_effort,
         thinking_token_budget=body.thinking_token_budget,

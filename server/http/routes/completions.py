@@ -13,7 +13,7 @@ from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import set_timeout, time_limit_of
 from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
@@ -37,7 +37,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         warn_of_bos(request, services)
     await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
     model = services.model(body.model)
-    spec = await _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request.scope)
+    spec = await prepared(request, _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request.scope))
     writer = CompletionWriter(
         generation=services.generation(spec),
         tokenizer=services.tokenizer,
@@ -56,7 +56,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
 async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     priority = check_priority(body.priority, enabled=services.config.enable_priority)
     bad_words = await services.bad_words(body.bad_words)
-    grammar = await services.grammar(body.output_format)
+    grammar = (await services.grammar(scope, body.output_format)).text
     text = TextOptions(
         stops=body.stops,
         include_stop=body.include_stop_str_in_output,

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, ToolMode, plan_chat, render_task
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import STREAM, json_response
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.schemas.messages.reply import Hello, MessageErrorReply, MessageReply, TokensCount
@@ -45,7 +45,8 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
         top_k=body.top_k,
     )
     task = _task(body, conversation, sampling, request, services)
-    spec = await plan_chat(task, services, id_=f"msg_{uuid.uuid4().hex}", scope=request.scope)
+    id_ = f"msg_{uuid.uuid4().hex}"
+    spec = await prepared(request, plan_chat(task, services, id_=id_, scope=request.scope))
     writer = MessagesWriter(
         generation=services.generation(spec),
         model=model,
@@ -65,7 +66,7 @@ async def count_tokens(body: CountTokensRequest, request: Request, services: Ser
     conversation = translate(body)
     _warn_of_left_out(body, conversation, request)
     task = _task(body, conversation, GenerationBody(max_tokens=0), request, services)
-    chat = await render_task(task, services, request.scope)
+    chat = await prepared(request, render_task(task, services, request.scope))
     return json_response(TokensCount(input_tokens=len(chat.prompt_ids)))
 
 

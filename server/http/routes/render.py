@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.server.http.chat_task import render_task
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.chat import chat_task, warn_of_other_tools
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
@@ -24,7 +24,7 @@ async def render_chat_completion(body: ChatCompletionRequest, request: Request, 
     await wait_for_start(request, services)
     services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
-    chat = await render_task(chat_task(body), services, request.scope)
+    chat = await prepared(request, render_task(chat_task(body), services, request.scope))
     reply = RenderReply(
         prompt=chat.text,
         token_ids=chat.prompt_ids,

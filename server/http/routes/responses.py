@@ -11,10 +11,10 @@ from starlette.responses import Response as HttpResponse
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.deadlines import set_timeout
-from jamba_server.server.http.errors import tenant_of
+from jamba_server.server.http.errors import StreamNotFound, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM, json_response
 from jamba_server.server.http.schemas.responses.items import Item, Reasoning, new_id
 from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
@@ -24,6 +24,7 @@ from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import answer
 from jamba_server.server.http.store.database import StoredResponse
 from jamba_server.server.http.store.responses import input_items
+from jamba_server.server.http.streams.reply import StreamReply
 from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
 from jamba_server.server.http.writers.responses import ResponseOptions, ResponseWriter, Save
 
@@ -71,14 +72,22 @@ async def retrieve_response(
     response_id: str,
     request: Request,
     services: ServicesOf,
-    stream: Annotated[bool, Query(description="Must be false: events are sent only while a response is made.")] = False,
+    stream: Annotated[
+        bool, Query(description="Send the response's events. They must be kept (`X-On-Disconnect: continue`).")
+    ] = False,
+    starting_after: Annotated[
+        int, Query(ge=-1, le=10**15, description="With `stream`: the number of the last event that the client has.")
+    ] = -1,
 ) -> HttpResponse:
-    """Returns a stored response."""
+    """Returns a stored response, or the events of a response whose stream is kept."""
+    owner = tenant_of(request.scope)
     if stream:
-        raise RequestRejected(
-            "stream is true, but the events of a stored response cannot be sent again.", param="stream"
-        )
-    stored = await services.responses.get(response_id, tenant_of(request.scope))
+        try:
+            kept = services.streams.find(response_id, owner)
+        except StreamNotFound as error:
+            raise RequestRejected(f"stream is true, but there are no events. {error}", param="stream") from None
+        return StreamReply(kept, services.streams, starting_after + 1, services.config.send_timeout)
+    stored = await services.responses.get(response_id, owner)
     return HttpResponse(stored.response, media_type="application/json")
 
 
@@ -142,15 +151,16 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
     await wait_for_start(request, services)
     model = services.model(body.model)
     names = FunctionNames.of(body.declared_tools)
-    items = await read_input(body, services.responses, owner)
+    limit = services.config.max_body_bytes
+    items = await read_input(body, services.responses, owner, max_bytes=limit)
     history: list[Item] = []
     if body.previous_response_id is not None:
-        limit = services.config.max_body_bytes
         history = await services.responses.conversation(body.previous_response_id, owner, max_bytes=limit)
     task = chat_task(body, names, history + items)
-    spec, num_left_out = await plan_response(
+    planning = plan_response(
         task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
     )
+    spec, num_left_out = await prepared(request, planning)
     _warn(request, body, names, num_left_out)
     return _Plan(model, names, items, spec)
 

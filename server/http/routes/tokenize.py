@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.chat_task import ChatTask, render_task
-from jamba_server.server.http.routes.admission import wait_for_start
+from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.chat import declared_tools, warn_of_other_tools
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.base import GenerationBody
@@ -39,7 +39,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesOf
     await wait_for_start(request, services)
     services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
-    tokens = await _tokens(body, services, request.scope)
+    tokens = await prepared(request, _tokens(body, services, request.scope))
     if body.return_token_strs:
         _check_number(len(tokens), services, param="return_token_strs")
 

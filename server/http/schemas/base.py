@@ -206,6 +206,16 @@ class NoEffect(RequestBody):
     ] = None
 
 
+Temperature = Annotated[
+    Annotated[float, within("temperature")] | None,
+    Field(description="Randomness of sampling. 0 always chooses the most likely token."),
+]
+TopP = Annotated[
+    Annotated[float, within("top_p")] | None,
+    Field(description="Sample from the fewest tokens whose probabilities add up to this. 1 means all tokens."),
+]
+
+
 class GenerationBody(NoEffect):
     """The fields that requests for chat completions and for completions have in common.
 
@@ -233,14 +243,8 @@ class GenerationBody(NoEffect):
     stop: Annotated[Stop | None, Field(description=f"A string that ends the reply, or up to {MAX_STOPS} of them.")] = (
         None
     )
-    temperature: Annotated[
-        Annotated[float, within("temperature")] | None,
-        Field(description="Randomness of sampling. 0 always chooses the most likely token."),
-    ] = None
-    top_p: Annotated[
-        Annotated[float, within("top_p")] | None,
-        Field(description="Sample from the fewest tokens whose probabilities add up to this. 1 means all tokens."),
-    ] = None
+    temperature: Temperature = None
+    top_p: TopP = None
     presence_penalty: Annotated[
         Annotated[float, within("presence_penalty")] | None,
         Field(description="Subtracted from the logits of tokens that the reply already contains."),

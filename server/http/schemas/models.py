@@ -1,4 +1,5 @@
-"""The requests and replies of /v1/models, /tokenize, /detokenize, /tokenizer_info and of the operators' routes."""
+"""The requests and replies of /v1/models, /v1/streams, /tokenize, /detokenize and /tokenizer_info, and of the routes
+for operators."""
 
 from __future__ import annotations
 
@@ -21,6 +22,12 @@ class ModelCard(Reply):
     max_model_len: int
     demonstration: bool
     description: str | None
+
+
+class DeletedStream(Reply):
+    id: str
+    object: Literal["stream"] = "stream"
+    deleted: Literal[True] = True
 
 
 class ModelList(Reply):

@@ -3,6 +3,7 @@ call them at a time."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import weakref
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jamba_server.engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # version of the tables, which the file has as its `user_version`; a file of another version is not opened
 
@@ -37,13 +40,14 @@ CREATE INDEX items_by_response ON items (response_id);
 """
 
 # Selects the response with the id ?1 of the owner ?2, and all earlier responses of its conversation. `depth` is 0 for
-# the response ?1 itself and grows by 1 with each earlier response.
+# the response ?1 itself and grows by 1 with each earlier response. At most ?3 responses are selected, so that a file in
+# which responses refer to each other in a circle does no harm.
 _CHAIN = """
 WITH RECURSIVE chain (id, previous_id, size, depth) AS (
     SELECT id, previous_id, size, 0 FROM responses WHERE id = ?1 AND owner = ?2
     UNION ALL
     SELECT r.id, r.previous_id, r.size, depth + 1 FROM responses AS r JOIN chain ON r.id = chain.previous_id
-    WHERE r.owner = ?2
+    WHERE r.owner = ?2 LIMIT ?3
 )
 SELECT id, previous_id, size FROM chain ORDER BY depth DESC
 """
@@ -130,8 +134,18 @@ class Database:
         if tables and version != VERSION:
             raise ConfigError(f"The database {path} has version {version} and not {VERSION}; move the file away.")
         if not tables:
-            self._connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            self._create()
         self._evict()
+
+    def _create(self) -> None:
+        """Creates the tables, unless another server that uses the same file has created them meanwhile."""
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            if self._connection.execute("PRAGMA user_version").fetchone() == (VERSION,):
+                return
+            for statement in _SCHEMA.split(";"):
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         self._connection.close()
@@ -165,11 +179,16 @@ class Database:
         recently used.
 
         The result is empty if the response is not stored. If an earlier response of the conversation is missing, the
-        result begins after it.
+        result begins after it. If the file cannot be written, for example because the disk is full, the responses are
+        not marked.
         """
-        with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            return self._use(id_, owner)
+        try:
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                return self._use(id_, owner)
+        except sqlite3.OperationalError as error:
+            logger.warning("responses cannot be marked as used: %s", error)
+            return self._links(id_, owner)
 
     def find_item(self, item_id: str, owner: str) -> StoredResponse | None:
         """Returns a response that has an input or output item with this id, or None if there is no such response."""
@@ -191,9 +210,14 @@ class Database:
         The oldest response gets the highest number in this column. Otherwise it would be evicted before the later ones,
         which cannot be continued without it.
         """
-        links = [Link(*row) for row in self._connection.execute(_CHAIN, (id_, owner)).fetchall()]
+        links = self._links(id_, owner)
         self._connection.executemany(_MARK_USED, [(link.id,) for link in reversed(links)])
         return links
+
+    def _links(self, id_: str, owner: str) -> list[Link]:
+        """Returns a response and all earlier responses of its conversation, the oldest first."""
+        limit = self._max_responses + 1
+        return [Link(*row) for row in self._connection.execute(_CHAIN, (id_, owner, limit)).fetchall()]
 
     def _evict(self) -> None:
         [[number, size]] = self._connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM responses").fetchall()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from jamba_server.engine.errors import RequestRejected, ResponseNotFound
+from jamba_server.engine.errors import Overloaded, RequestRejected, ResponseNotFound
 from jamba_server.server.http.store.database import Database, StoredResponse
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,8 @@ class ResponseStore:
     """Keeps responses until there are too many. Then the least recently used responses are deleted.
 
     Every method takes the name of an owner of API keys, and finds only the responses of this owner. A thread runs the
-    methods of the database one after the other.
+    methods of the database one after the other. If the database cannot be read, for example because another server has
+    locked its file for too long, all methods but `put` raise Overloaded.
     """
 
     def __init__(self, folder: Path | None, *, max_responses: int, max_bytes: int) -> None:
@@ -42,7 +43,7 @@ class ResponseStore:
         self._one_at_a_time = anyio.CapacityLimiter(1)
 
     async def close(self) -> None:
-        await self._run(self._database.close)
+        await self._in_thread(self._database.close)
 
     async def put(self, response: StoredResponse, item_ids: Iterable[str]) -> bool:
         """Stores a response with the ids of its items. Returns whether the response is stored.
@@ -58,7 +59,7 @@ class ResponseStore:
             )  # fmt: skip
             return False
         try:
-            await self._run(lambda: self._database.put(response, item_ids))
+            await self._in_thread(lambda: self._database.put(response, item_ids))
         except sqlite3.Error as error:
             logger.error("%s is not stored: %s", response.id, error)
             return False
@@ -83,20 +84,19 @@ class ResponseStore:
         """
         return await self._run(lambda: self._conversation(id_, owner, max_bytes))
 
-    async def item(self, item_id: str, owner: str) -> Item | None:
-        """Returns the input or output item of this id, or None."""
-        return await self._run(lambda: self._item(item_id, owner))
+    async def items(self, ids: Sequence[str], owner: str, *, max_bytes: int) -> dict[str, Item]:
+        """Returns the input and output items of these ids, by their ids. Items that are not stored are left out.
+
+        Raises RequestRejected if the items have more than `max_bytes` bytes together. An item counts as often as its id
+        occurs. The responses that have the items may not have more bytes either, because all of them must be read.
+        """
+        return await self._run(lambda: self._items(ids, owner, max_bytes))
 
     def _conversation(self, id_: str, owner: str, max_bytes: int) -> list[Item]:
         links = self._database.chain(id_, owner)
         missing = links[0].previous_id if links else id_
         if missing is not None:
-            raise RequestRejected(
-                f"The response {missing[:64]!r} is not stored, so it cannot be continued. It may have been deleted, or "
-                "newer responses may have taken its place.",
-                param="previous_response_id",
-                code="previous_response_not_found",
-            )
+            raise _not_stored(missing)
         if (size := sum(link.size for link in links)) > max_bytes:
             raise RequestRejected(
                 f"The conversation up to this response has {size} bytes; at most {max_bytes} are read "
@@ -107,19 +107,55 @@ class ResponseStore:
         items: list[Item] = []
         for link in links:
             stored = self._database.get(link.id, owner)
-            assert stored is not None, "no other thread deletes responses"
+            if stored is None:  # another server that uses the same file has deleted the response meanwhile
+                raise _not_stored(link.id)
             items += input_items(stored)
             items += output_items(stored)
         return items
 
-    def _item(self, item_id: str, owner: str) -> Item | None:
-        stored = self._database.find_item(item_id, owner)
-        if stored is None:
-            return None
-        return next(item for item in (*input_items(stored), *output_items(stored)) if item["id"] == item_id)
+    def _items(self, ids: Sequence[str], owner: str, max_bytes: int) -> dict[str, Item]:
+        read: dict[str, Item] = {}
+        found: dict[str, Item] = {}
+        num_read = 0
+        for item_id in dict.fromkeys(ids):
+            if item_id not in read:
+                if (stored := self._database.find_item(item_id, owner)) is None:
+                    continue
+                if (num_read := num_read + stored.size) > max_bytes:
+                    raise _too_large("The responses to which the item references lead have", num_read, max_bytes)
+                read |= {item["id"]: item for item in (*input_items(stored), *output_items(stored))}
+            found[item_id] = read[item_id]
+        sizes = {item_id: len(msgspec.json.encode(item)) for item_id, item in found.items()}
+        if (size := sum(sizes.get(item_id, 0) for item_id in ids)) > max_bytes:
+            raise _too_large("The referenced items have", size, max_bytes)
+        return found
 
     async def _run(self, work: Callable[[], T]) -> T:
+        try:
+            return await self._in_thread(work)
+        except sqlite3.Error as error:
+            logger.error("the stored responses cannot be used: %s", error)
+            raise Overloaded(f"The stored responses cannot be used at present: {error}.") from error
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
+
+
+def _not_stored(response_id: str) -> RequestRejected:
+    return RequestRejected(
+        f"The response {response_id[:64]!r} is not stored, so it cannot be continued. It may have been deleted, or "
+        "newer responses may have taken its place.",
+        param="previous_response_id",
+        code="previous_response_not_found",
+    )
+
+
+def _too_large(what: str, size: int, limit: int) -> RequestRejected:
+    return RequestRejected(
+        f"{what} {size} bytes; at most {limit} are read (--max-body-bytes).",
+        param="input",
+        code="context_length_exceeded",
+    )
 
 
 def input_items(stored: StoredResponse) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.validation import MAX_GRAMMAR_CHARS
-from jamba_server.server.text.grammars.compile_check import CompileCheck, Outcome
+from jamba_server.server.text.grammars.compile_check import Allowance, CompileCheck, Outcome
 from jamba_server.server.text.grammars.explain import explain
 from jamba_server.server.text.grammars.json_schema import inline, prepare
 from jamba_server.server.text.grammars.reply import build_grammar
@@ -25,17 +25,24 @@ class Check(Protocol):
     """The interface of an object that finds out whether llguidance, the library that follows grammars, can compile a
     grammar."""
 
-    def outcome(self, grammar: str) -> Outcome: ...
+    def outcome(self, grammar: str, allowance: Allowance | None = None) -> Outcome: ...
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarBuilder:
     """Builds grammars for the replies of one model. `token_ids` maps those tags that are single tokens of its
-    vocabulary, such as "<tool_call>", to their ids."""
+    vocabulary, such as "<tool_call>", to their ids. `allowance` is the CPU time that the checks may take; if it is
+    None, each check has an allowance of its own."""
 
     check: Check
     token_ids: Mapping[str, int]
+    allowance: Allowance | None = None
+
+    def within(self, allowance: Allowance) -> GrammarBuilder:
+        """Returns a builder for one request, whose checks may take the CPU time `allowance` together. Its method
+        `build` raises OverAllowance if that is not enough and the allowance is not final."""
+        return replace(self, allowance=allowance)
 
     def build(
         self,
@@ -44,12 +51,14 @@ class GrammarBuilder:
         reasoning: ReasoningGrammar | None = None,
         *,
         leading_space: bool = False,
+        left_out: dict[str, list[str]] | None = None,
     ) -> str:
         """Returns the grammar of a reply in the form that the engine takes, or "" if every reply is allowed.
 
         If llguidance refuses the argument schema of a tool function that is not strict, the grammar allows any JSON
-        object as the arguments of this function. The method blocks while another process compiles the grammar, for up
-        to a second or two.
+        object as the arguments of this function. If `left_out` is given, it gets, for the names of such functions, the
+        paths of the parts of their schemas that the grammar does not enforce. The method blocks while another process
+        compiles the grammar, for up to a second or two.
 
         Raises RequestRejected for a format or a strict function that cannot be enforced, and for a grammar whose
         compilation takes too long.
@@ -57,7 +66,13 @@ class GrammarBuilder:
         unchecked: frozenset[str] = frozenset()
         for _ in range(2):
             grammar = build_grammar(
-                format, tools, reasoning, token_ids=self.token_ids, leading_space=leading_space, unchecked=unchecked
+                format,
+                tools,
+                reasoning,
+                token_ids=self.token_ids,
+                leading_space=leading_space,
+                unchecked=unchecked,
+                left_out=left_out,
             )
             if not grammar:
                 return ""
@@ -83,7 +98,7 @@ class GrammarBuilder:
             )
         if _SURROGATE.search(grammar):
             raise RequestRejected("It holds half of a surrogate pair, which is not valid Unicode.", param=param)
-        return self.check.outcome(grammar)
+        return self.check.outcome(grammar, self.allowance)
 
     def _refused_functions(self, tools: ToolGrammar) -> frozenset[str]:
         """Returns the names of the tool functions that are not strict and whose argument schemas llguidance refuses."""
@@ -97,13 +112,13 @@ class GrammarBuilder:
         """Checks a grammar that allows only calls of the tool function with the index `number`. Returns the result of
         the check."""
         alone = replace(tools, functions=(tools.functions[number],), mode="required", parallel=False)
-        return self.check.outcome(build_grammar(None, alone, token_ids=self.token_ids))
+        return self.check.outcome(build_grammar(None, alone, token_ids=self.token_ids), self.allowance)
 
     def _error(self, outcome: Outcome, format: OutputFormat | None, tools: ToolGrammar | None) -> RequestRejected:
         """Returns the error for a request whose grammar cannot be used. The error names the part of the request that is
         the reason."""
         if format is not None:
-            alone = self.check.outcome(build_grammar(format, None, token_ids=self.token_ids))
+            alone = self.check.outcome(build_grammar(format, None, token_ids=self.token_ids), self.allowance)
             if alone.error:
                 return self._format_error(alone, format)
         for number, function in enumerate(tools.functions if tools is not None else ()):
@@ -132,7 +147,7 @@ class GrammarBuilder:
 
         def fails(part: dict[str, Any]) -> bool:
             try:
-                return bool(self.check.outcome(f"start: {inline(prepared(part))}\n").error)
+                return bool(self.check.outcome(f"start: {inline(prepared(part))}\n", self.allowance).error)
             # This part of the schema cannot be checked alone, because it refers to other parts of the schema.
             except RequestRejected:
                 return False
@@ -150,7 +165,7 @@ def _content(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(part: dict[str, Any]) -> dict[str, Any]:
-    return prepare_arguments(part, strict=True, param="")
+    return prepare_arguments(part, param="")
 
 
 def _first_line(error: str) -> str:

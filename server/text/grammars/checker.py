@@ -1,4 +1,4 @@
-"""A process that compiles grammars to find out whether llguidance accepts them. The module `compile_check` starts it.
+"""A process that compiles grammars to find out whether llguidance accepts them. The module `checker_process` starts it.
 
 The limits of llguidance do not bound every part of a compilation, and compiling a deeply nested grammar can end the
 process with a stack overflow. Therefore grammars are checked in this separate process, whose death does not harm the
@@ -6,25 +6,29 @@ server. The kernel kills the process when a check has used too much CPU time. CP
 time, because it does not depend on the load of the machine.
 
 The process reads lines of JSON from its standard input: first a `Setup`, then one `Check` for each grammar. For each
-line it writes a `Verdict` to its standard output.
+line it writes a `Verdict` to its standard output. It loads the tokenizer, which takes about half a second, and then
+forks. The forked process makes the checks. If a check ends the forked process, the first process reports that and forks
+again, which takes milliseconds. So a grammar that is stopped does not make the next one wait for the tokenizer.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
-import threading
+import time
 from pathlib import Path
 
 import llguidance
 import msgspec
 
-from jamba_server.engine.grammar.limits import COMPILE_CPU_SECONDS, COMPILE_MEMORY_BYTES, PARSER_LIMITS
+from jamba_server.engine.grammar.limits import COMPILE_MEMORY_BYTES, PARSER_LIMITS
 
-# The size in bytes of the stack of the thread that compiles grammars. It is smaller than the stack of the engine's
-# compiling thread, so a grammar that does not overflow this stack does not overflow that one.
+# The size in bytes of the stack on which grammars are compiled. It is smaller than the stack of the engine's compiling
+# thread, so a grammar that does not overflow this stack does not overflow that one.
 _STACK_BYTES = 4 << 20
+_MAX_ERROR_CHARS = 4000  # longer error messages of llguidance are cut, because the server keeps them
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -35,13 +39,20 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
+    """A grammar, and the number of seconds of CPU time after which its check is stopped."""
+
     grammar: str
+    seconds: float
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The process's answer to a message. `error` is llguidance's error message, or "" if the grammar can be used."""
+    """The process's answer to a message. `error` is llguidance's error message, or "" if the grammar can be used.
+    `seconds` is the CPU time that the check took. If the check ended the process that made it, `signal` is the number
+    of the signal that did so, or 0 if the process ended without a signal."""
 
-    error: str
+    error: str = ""
+    seconds: float = 0.0
+    signal: int | None = None
 
 
 def verdict(grammar: str, tokenizer: llguidance.LLTokenizer) -> str:
@@ -65,21 +76,39 @@ def _serve() -> None:
     try:
         tokenizer = llguidance.LLTokenizer(setup.tokenizer, eos_token=setup.eos_token_id)
     except Exception as error:  # noqa: BLE001  llguidance raises several classes, also for a panic in Rust
-        _answer(str(error))
+        _answer(Verdict(str(error)[:_MAX_ERROR_CHARS]))
         return
-    _answer("")
+    _answer(Verdict())
     _limit_memory()
-    while line := sys.stdin.buffer.readline():
-        check = msgspec.json.decode(line, type=Check)
-        # The timer measures CPU time; when it expires, the signal SIGPROF ends the process.
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_SECONDS)
-        error = verdict(check.grammar, tokenizer)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _answer(error)
+    while True:
+        if (pid := os.fork()) == 0:
+            _make_checks(tokenizer)
+        _, status, usage = os.wait4(pid, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+            return
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        _answer(Verdict(seconds=usage.ru_utime + usage.ru_stime, signal=number))
 
 
-def _answer(error: str) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(Verdict(error)) + b"\n")
+def _make_checks(tokenizer: llguidance.LLTokenizer) -> None:
+    """Answers checks until the end of the standard input, and then ends this process with the status 0."""
+    status = 1
+    try:
+        while line := sys.stdin.buffer.readline():
+            check = msgspec.json.decode(line, type=Check)
+            before = time.process_time()
+            # The timer measures CPU time; when it expires, the signal SIGPROF ends this process.
+            signal.setitimer(signal.ITIMER_PROF, check.seconds)
+            error = verdict(check.grammar, tokenizer)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _answer(Verdict(error[:_MAX_ERROR_CHARS], time.process_time() - before))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _answer(verdict: Verdict) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
     sys.stdout.buffer.flush()
 
 
@@ -96,10 +125,10 @@ def _limit_memory() -> None:
 def main() -> None:
     # Some grammars overflow the stack; such an expected death must not leave a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=_serve)
-    thread.start()
-    thread.join()
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    lowest = _STACK_BYTES if hard == resource.RLIM_INFINITY else min(_STACK_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (lowest, hard))
+    _serve()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ llguidance.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 from urllib.parse import unquote
 
@@ -28,17 +28,18 @@ _MAX_EXACT = 2**53
 _MIN_EXACT = 1e-6
 
 
-def prepare(schema: Any, *, param: str, lenient: bool = False) -> dict[str, Any]:
+def prepare(schema: Any, *, param: str, left_out: list[str] | None = None) -> dict[str, Any]:
     """Returns a schema for llguidance that allows the same values as `schema`.
 
     Raises RequestRejected for what cannot be enforced exactly. The argument `param` is the name of the request's field
-    that has the schema. If `lenient` is true, keywords that are malformed or cannot be enforced are left out instead,
-    and `oneOf` becomes `anyOf`, so the result may allow more values.
+    that has the schema. If the argument `left_out` is a list, keywords that are malformed or cannot be enforced are
+    left out instead, and `oneOf` becomes `anyOf`, so the result may allow more values. The paths of these keywords are
+    added to the list.
     """
     check_size(schema, param=param)
-    walk = _Walk(param, lenient=lenient)
+    walk = _Walk(param, left_out)
     prepared = walk.schema(schema, ())
-    if not lenient:
+    if left_out is None:
         walk.check_references()
     if isinstance(prepared, bool):
         if not prepared:
@@ -98,10 +99,8 @@ class _Walk:
     """Walks once through a schema and prepares it. The object records the paths of all schemas inside the document, so
     that references to them can be checked at the end."""
 
-    def __init__(self, param: str, *, lenient: bool) -> None:
-        self._param = param
-        self._lenient = lenient
-        self._tolerance = suppress(RequestRejected) if lenient else nullcontext()
+    def __init__(self, param: str, left_out: list[str] | None) -> None:
+        self._param, self._left_out = param, left_out
         # The JSON pointers of all schemas in the document, to which references may point.
         self._schemas: set[str] = set()
         self._references: list[tuple[str, Path]] = []
@@ -112,22 +111,34 @@ class _Walk:
         if isinstance(node, bool):
             return node
         if not isinstance(node, dict):
-            if self._lenient:
+            if self._left_out is not None:
+                self._left_out.append(pointer(path))
                 return True
             self._reject(path, f"is {_shown(node)}; a schema is an object, true or false")
         schema = cast("dict[str, Any]", node)
         prepared: dict[str, Any] = {}
         for keyword, value in schema.items():
-            with self._tolerance:
+            with self._tolerance((*path, keyword)):
                 self._keyword(keyword, value, schema, (*path, keyword), prepared)
-        with self._tolerance:
+        with self._tolerance((*path, "format")):
             if (part := self._format(schema, (*path, "format"))) is not None:
                 prepared["allOf"] = [*prepared.get("allOf", ()), part]
         if _counts_equal_names(prepared):
-            if not self._lenient:
+            with self._tolerance((*path, "minProperties")):
                 self._refuse((*path, "minProperties"))
             del prepared["minProperties"]
         return prepared
+
+    @contextmanager
+    def _tolerance(self, path: Path) -> Generator[None]:
+        """Context manager: if keywords may be left out, catches the error about the keyword at `path`, and records that
+        this keyword is left out."""
+        try:
+            yield
+        except RequestRejected:
+            if self._left_out is None:
+                raise
+            self._left_out.append(pointer(path))
 
     def _keyword(self, keyword: str, value: Any, schema: keywords.Schema, path: Path, prepared: dict[str, Any]) -> None:
         """Translates one keyword of `schema` and adds the result to the dictionary `prepared`."""
@@ -136,7 +147,10 @@ class _Walk:
                 self._refuse(path)
         elif keyword in keywords.SCHEMA_LISTS and isinstance(value, list):
             items = cast("list[Any]", value)
-            name = "anyOf" if self._lenient and keyword == "oneOf" and "anyOf" not in schema else keyword
+            name = keyword
+            if self._left_out is not None and keyword == "oneOf" and "anyOf" not in schema:
+                self._left_out.append(pointer(path))
+                name = "anyOf"
             prepared[name] = [self.schema(item, (*path, index)) for index, item in enumerate(items)]
         elif keyword == "additionalItems" and not isinstance(schema.get("items"), list):
             return  # `additionalItems` has no effect unless `items` is a list
@@ -190,7 +204,7 @@ class _Walk:
             self._reject(path, f"is {_shown(value)}; it must be a regular expression")
         if len(value) > MAX_REGEX_CHARS:
             self._reject(path, f"has {len(value)} characters; the limit is {MAX_REGEX_CHARS}")
-        if self._lenient and looks_around(value):
+        if self._left_out is not None and looks_around(value):
             self._refuse(path)
         return from_ecma(value)
 

@@ -45,13 +45,16 @@ def build_grammar(
     token_ids: Mapping[str, int],
     leading_space: bool = False,
     unchecked: frozenset[str] = frozenset(),
+    left_out: dict[str, list[str]] | None = None,
 ) -> str:
     """Returns a grammar for a whole reply, from its first generated token on, or "" if every reply is allowed.
 
     The mapping `token_ids` has the token ids of tags that are single tokens of the model's vocabulary, such as
     "<tool_call>". Tags that are not in this mapping are generated as ordinary text. If `leading_space` is true, the
     content begins with one space, which the server removes from the text: the chat template of Jamba 1.5 to 1.7 puts a
-    space before each reply in the history. The functions named in `unchecked` take any JSON object as arguments.
+    space before each reply in the history. The functions named in `unchecked` take any JSON object as arguments. If
+    `left_out` is given, it gets for the name of each function that is not strict the paths of those parts of its schema
+    that the grammar does not enforce.
 
     If there are tools in the mode "auto" and also a format, the reply is either a block of tool calls or content in
     this format. With tools in the mode "required", the format has no effect, because the reply then has no content.
@@ -63,7 +66,9 @@ def build_grammar(
         return ""
     if tools is None and reasoning is None and not leading_space and format is not None and format.kind == "lark":
         return format.value
-    return _Grammar(token_ids, unchecked).build(format, tools, reasoning, leading_space=leading_space)
+    return _Grammar(token_ids, unchecked, {} if left_out is None else left_out).build(
+        format, tools, reasoning, leading_space=leading_space
+    )
 
 
 @dataclass(slots=True)
@@ -72,6 +77,7 @@ class _Grammar:
 
     token_ids: Mapping[str, int]
     unchecked: frozenset[str]
+    left_out: dict[str, list[str]]
     rules: list[str] = field(default_factory=list[str])
     # Further grammars, to which rules refer by name.
     nested: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
@@ -185,8 +191,12 @@ class _Grammar:
         """Adds the rules for a call of one function, and returns the symbol of the call."""
         if function.name in self.unchecked:
             schema = any_arguments()
+            self.left_out[function.name] = ["#"]
         else:
-            schema = prepare_arguments(function.parameters, strict=function.strict, param=function.param)
+            left_out = None if function.strict else list[str]()
+            schema = prepare_arguments(function.parameters, param=function.param, left_out=left_out)
+            if left_out:
+                self.left_out[function.name] = left_out
         before = f'{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": '
         self.rules.append(f"call{number}: {literal(before)} arguments{number} {literal('}')}")
         self.rules.append(f"arguments{number}: {inline(schema, spaced=True)}")

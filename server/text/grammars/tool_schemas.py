@@ -42,28 +42,31 @@ _TYPES: Final[Mapping[str, str | None]] = MappingProxyType(
 _COMBINING: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties", "if"})
 
 
-def prepare_arguments(parameters: Mapping[str, Any], *, strict: bool, param: str) -> dict[str, Any]:
+def prepare_arguments(
+    parameters: Mapping[str, Any], *, param: str, left_out: list[str] | None = None
+) -> dict[str, Any]:
     """Returns the schema of a call's arguments for llguidance.
 
     Type names of programming languages are replaced by those of JSON Schema. Arguments that the schema does not declare
     are forbidden: if an object of the schema lists properties and does not mention others, the result allows no others.
-    If there is no schema, the call has no arguments, as in OpenAI's API. If `strict` is false, keywords that are
-    malformed or cannot be enforced are left out.
+    If there is no schema, the call has no arguments, as in OpenAI's API. If `left_out` is a list, keywords that are
+    malformed or cannot be enforced are left out, and their paths are added to the list.
 
-    Raises RequestRejected for a schema that is too large, and, if `strict` is true, for one that is not valid or cannot
-    be enforced.
+    Raises RequestRejected for a schema that is too large, and, if `left_out` is None, for one that is not valid or
+    cannot be enforced.
     """
     check_size(parameters, param=param)
     schema = _mapped(parameters) if parameters else {"properties": {}}
     types = schema.get("type", "object")
     if types != "object" and not (isinstance(types, list) and "object" in types):
-        if strict:
+        if left_out is None:
             raise RequestRejected("The schema of a function's arguments must allow an object.", param=param)
+        left_out.append("#/type")
         return any_arguments()
     schema["type"] = "object"
     if schema.get("properties") == {} and not _COMBINING & schema.keys():
         schema["additionalProperties"] = False
-    return prepare(_closed(schema), param=param, lenient=not strict)
+    return prepare(_closed(schema), param=param, left_out=left_out)
 
 
 def any_arguments() -> dict[str, Any]:

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from jamba_server.server.http.schemas import peer_fields
-from jamba_server.server.http.schemas.base import MAX_STOPS, RequestBody, StopString, invalid, within
+from jamba_server.server.http.schemas.base import (
+    MAX_STOPS,
+    RequestBody,
+    StopString,
+    Temperature,
+    TopP,
+    invalid,
+    within,
+)
 from jamba_server.server.http.schemas.messages.content import CacheControl, InputMessage, Texts
 from jamba_server.server.http.schemas.messages.tools import (
     MAX_TOOLS,
@@ -152,14 +160,8 @@ class MessagesRequest(Conversation):
         Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None,
         Field(description=f"Up to {MAX_STOPS} strings that end the reply."),
     ] = None
-    temperature: Annotated[
-        Annotated[float, within("temperature")] | None,
-        Field(description="Randomness of sampling. 0 always chooses the most likely token."),
-    ] = None
-    top_p: Annotated[
-        Annotated[float, within("top_p")] | None,
-        Field(description="Sample from the fewest tokens whose probabilities add up to this. 1 means all tokens."),
-    ] = None
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: Annotated[
         Annotated[int, within("top_k")] | None,
         Field(description="Sample from this number of the most likely tokens. 0 means all tokens."),

@@ -1,0 +1,8 @@
+#include "formats.inl"
+#include "factors.inl"
+#include "silu.inl"
+#include "entries.inl"
+namespace emulated {
+#include "amx_tiles.inl"
+#include "amx.inl"
+}

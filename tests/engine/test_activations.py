@@ -1,0 +1,98 @@
+"""Which products use 8-bit activations, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jamba_server.engine.config import ActivationQuantization, EngineConfig, Quantization
+from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.quantization import Format, QuantizationPolicy
+from jamba_server.engine.start import activations
+from jamba_server.engine.start.activations import int8_activations
+from jamba_server.kernels.cpu.library import Library, library
+from jamba_server.llm import LLM
+from tests.engine.test_exact import CONFIG, SUBJECT
+
+CPU_KERNELS = {"linear": "cpu", "run_experts": "cpu"}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def choose(
+    wanted: ActivationQuantization | None,
+    policy: QuantizationPolicy,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+    **names: str,
+) -> frozenset[int]:
+    config = EngineConfig(model="m", activation_quantization=wanted)
+    return int8_activations(config, policy, dtype, device, CPU_KERNELS | names)
+
+
+@pytest.mark.parametrize(
+    ("policy", "bits"),
+    [
+        (QuantizationPolicy("int4"), {4}),
+        (QuantizationPolicy("int4-g32"), {4}),
+        (QuantizationPolicy("int8"), {8}),
+        (QuantizationPolicy(blocks={"a": Format(bits=8, limit=31, group_size=16)}), {8}),
+    ],
+)
+def test_the_option_decides(policy: QuantizationPolicy, bits: set[int]) -> None:
+    assert choose("int8", policy) == bits
+    assert choose("int8", policy, linear="reference", run_experts="reference") == bits
+    assert not choose("none", policy)
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2"])
+def test_the_default_follows_from_the_level_and_the_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Library, "level", lambda self: level)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    monkeypatch.setattr(activations, "machine_units", lambda: level)
+    expected = {4} if level == "avx2" else set[int]()
+    assert choose(None, QuantizationPolicy("int4")) == expected
+    assert choose(None, QuantizationPolicy("int4-g32")) == expected
+    assert choose(None, QuantizationPolicy("int8")) == set()
+    assert choose(None, QuantizationPolicy("fp8")) == set()
+    assert choose(None, QuantizationPolicy()) == set()
+
+
+def test_the_default_is_none_without_code_for_it_and_for_exact_dtypes() -> None:
+    four = QuantizationPolicy("int4")
+    assert not choose(None, four, dtype=torch.float32)
+    assert not choose(None, four, device=GPU)
+    assert not choose(None, four, linear="reference", run_experts="reference")
+    assert not choose(None, four, run_experts="other")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "device", "kernel", "message"),
+    [
+        ("int4", torch.bfloat16, GPU, "cpu", "'int8' is for CPUs; the model runs on cuda"),
+        ("int4", torch.float32, CPU, "cpu", "'int8' and dtype 'float32' exclude each other"),
+        (None, torch.bfloat16, CPU, "cpu", "this model's weights are plain. Add --quantization int4 or int8"),
+        ("fp8", torch.bfloat16, CPU, "cpu", "this model's weights are fp8"),
+        ("int4", torch.bfloat16, CPU, "triton", "not supported by the kernels linear=triton, run_experts=triton"),
+    ],
+)
+def test_int8_is_refused_where_it_cannot_be(
+    quantization: Quantization | None, dtype: torch.dtype, device: torch.device, kernel: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose("int8", QuantizationPolicy(quantization), dtype=dtype, device=device, linear=kernel, run_experts=kernel)
+
+
+def test_the_engine_says_which_activations_it_uses(tmp_path: Path) -> None:
+    library()
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    scores: list[list[float]] = []
+    for kind in ("none", "int8"):
+        settings = {"quantization": "int4-g32", "activation_quantization": kind, "load_format": "dummy"}
+        llm = LLM(tmp_path, dtype="bfloat16", max_model_len=512, threads=1, **settings)
+        assert llm.core.info.activation_quantization == kind
+        [reply] = llm.generate([SUBJECT], max_tokens=4, temperature=0.0, logprobs=1)
+        scores.append([entry.logprob for entry in reply.logprobs])
+    assert scores[0] != scores[1]
