@@ -44,7 +44,15 @@ def rewrite(folder: Path, to: Path, settings: dict[str, Any], write: Writer, key
             tensors[name] = tensor
         else:
             tensors |= {f"{module}.{end}": part for end, part in written.tensors.items()}
-    config = json.loads((folder / "config.json").read_text())
+    return save(to, folder / "config.json", tensors, plain, key, settings)
+
+
+def save(
+    to: Path, document: Path, tensors: dict[str, Array], plain: dict[str, Array], key: str, settings: dict[str, Any]
+) -> Path:
+    """Writes quantised tensors to the folder `to` and the same numbers in float32 to `to`/plain. `document` is the
+    config.json of the model, to which `settings` are added as `key`."""
+    config = json.loads(document.read_text())
     for path, values, config_values in ((to, tensors, config | {key: settings}), (to / "plain", plain, config)):
         path.mkdir(parents=True, exist_ok=True)
         save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path / "model.safetensors")

@@ -127,7 +127,8 @@ class ConfigReader:
 
     def expect(self, key: str, value: object, *allowed: object) -> None:
         if not any(value == known and type(value) is type(known) for known in allowed):
-            self.refuse(key, value, f"this server reads {shown(allowed[0])} only. {advice(None).removesuffix('.')}")
+            known = ", ".join(shown(item) for item in allowed if item is not None) or shown(None)
+            self.refuse(key, value, f"this server reads {known} only. {advice(None).removesuffix('.')}")
 
     def refuse(self, key: str, value: object, rule: str) -> NoReturn:
         name = f"quantization_config.{key}".rstrip(".")

@@ -181,8 +181,9 @@ def group(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quant_method": "gptq"}, 'quant_method is "gptq"; this server reads "compressed-tensors"'),
-        ({"format": "pack-quantized"}, 'format is "pack-quantized"; this server reads "float-quantized"'),
+        ({"quant_method": "hqq"}, 'quant_method is "hqq"; this server reads compressed-tensors, gptq, awq'),
+        ({"format": "nvfp4-pack-quantized"}, 'format is "nvfp4-pack-quantized"; this server reads "float-quantized"'),
+        ({"format": "pack-quantized"}, 'weights.type is "float"; this server reads "int" only'),
         ({"kv_cache_scheme": {"num_bits": 8}}, 'kv_cache_scheme is {"num_bits": 8}; this server reads null'),
         ({"config_groups": None}, "config_groups is null; an object"),
         (weights(num_bits=4), "config_groups.group_0.weights.num_bits is 4; this server reads 8"),

@@ -73,7 +73,6 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "hub cache": (files("refs/main", "snapshots/1a2b/config.json"), "is an entry of a hub cache; give the hub id, or "),
     "half a download": (files("tokenizer.json"), "has no config.json, so it is not a checkpoint folder in Hugging F"),
     "modelopt": (files("config.json", "hf_quant_config.json"), "has weights quantised by NVIDIA ModelOpt (hf_quant_c"),
-    "old gptq": (files("config.json", "quantize_config.json"), "has weights quantised by GPTQ (quantize_config.json)"),
     "a long name": (lambda _: Path("/" + "a" * 5000), "a cannot be read: File name too long."),
 }
 
@@ -95,8 +94,7 @@ def quantized(**config: Any) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-ONLY = '; this server reads "compressed-tensors" only. '
-MLX = f"is a conversion for MLX, which this server does not read. {PLAIN}"
+ONLY = "; this server reads compressed-tensors, gptq, awq, bitsandbytes and the format of mlx-lm only. "
 
 
 def compressed(**config: Any) -> dict[str, Any]:
@@ -104,19 +102,16 @@ def compressed(**config: Any) -> dict[str, Any]:
 
 
 METHODS: list[tuple[dict[str, Any], str]] = [
-    ({"quantization": {"group_size": 64, "bits": 4}}, f"{MLX}int4"),
-    (quantized(group_size=64, bits=8), f"{MLX}int8"),
-    (quantized(quant_method="gptq", bits=4), f'quant_method is "gptq"{ONLY}{PLAIN}int4'),
-    (quantized(quant_method="gptq", bits=8), f"{PLAIN}int8"),
-    (quantized(quant_method="awq"), f"{PLAIN}int4"),
-    (quantized(quant_method="bitsandbytes", load_in_4bit=True), f"{PLAIN}int4"),
-    (quantized(load_in_8bit=True), f'quant_method is "bitsandbytes"{ONLY}{PLAIN}int8'),
+    ({"quantization": {"group_size": 64}}, 'quantization is {"group_size": 64}; the settings of mlx-lm, bits and'),
+    (quantized(group_size=64, bits=3), f"bits is 3; of MLX folders, this server reads 4, 8 only. {PLAIN}int8, int4 or"),
+    (quantized(quant_method="gptq", bits=2), f"bits is 2; this server reads 4, 8 only. {PLAIN}int8, int4 or fp8"),
+    (quantized(quant_method="awq"), f"bits is null; this server reads 4 only. {PLAIN}"),
     (quantized(quant_method="fp8", weight_block_size=[128, 128]), f"{PLAIN}fp8"),
     (quantized(quant_method="fbgemm_fp8"), f", weights quantised by FBGEMM{ONLY}"),
     (quantized(quant_method="modelopt_fp4"), f", weights quantised by NVIDIA ModelOpt{ONLY}"),
     *((quantized(quant_method=name), f"{PLAIN}int") for name in ("torchao", "hqq", "quanto", "aqlm", "marlin")),
     (quantized(quant_method="of-tomorrow"), f'quant_method is "of-tomorrow"{ONLY}'),
-    (compressed(format="pack-quantized"), f'this server reads "float-quantized" only. {PLAIN}int8, int4 or fp8'),
+    (compressed(format="marlin-24"), f'this server reads "float-quantized" only. {PLAIN}int8, int4 or fp8'),
     (compressed(transform_config={"config_groups": {"R1": {}}}), "transform_config is {"),
     (compressed(sparsity_config={"format": "sparse-24-bitmask"}), 'sparsity_config.format is "sparse-24-bitmask"'),
     ({"compression_config": {"format": "float-quantized"}}, "this is an old name of quantization_config"),
@@ -146,7 +141,7 @@ def test_a_method_that_quantises_plain_weights_is_taken_by_its_name_here(tmp_pat
         EngineConfig(model="", quantization="int8"), config.quantized_roles, config.made_at_load
     )
     assert policy == QuantizationPolicy("int8")
-    with pytest.raises(ConfigError, match=r"it must be one of int8, int4, fp8\. The nearest value is int8\."):
+    with pytest.raises(ConfigError, match=r"it must be one of int8, int4, int4-g32, fp8\. The nearest value is int8\."):
         load_config({"quantization": "experts_int8"}, {})
 
 
