@@ -29,6 +29,7 @@ def write_checkpoint(shape: str, folder: Path) -> None:
     for number, unit in enumerate(model.tensor_map().units):
         fill_unit(unit, 0, CPU)  # the weights are not packed, because the files have them as they are
         file = f"model-{number:05}.safetensors"
-        save_file({name: data.contiguous() for name, (data, _) in unit.destinations.items()}, folder / file)
+        tensors = {name: destination.tensor.contiguous() for name, destination in unit.destinations.items()}
+        save_file(tensors, folder / file)
         files |= dict.fromkeys(unit.destinations, file)
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}))

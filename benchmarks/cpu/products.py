@@ -24,7 +24,7 @@ from jamba_server.engine.quantization import FORMATS
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.cpu.linear import Linear, PackedWeight
-from jamba_server.kernels.ops import Weight
+from jamba_server.kernels.ops import QuantizedWeight
 from jamba_server.server.cli.bench.conditions import uncached_size
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
@@ -51,10 +51,10 @@ def best_times(contenders: Sequence[Sequence[Callable[[], Tensor]]]) -> list[flo
     return best
 
 
-def rotated(weight: Weight, linear: Linear) -> list[PackedWeight]:
+def rotated(weight: Tensor | QuantizedWeight, linear: Linear) -> list[PackedWeight]:
     """Returns at least two copies of a packed weight, with a total size of about ROTATED_BYTES."""
-    first = linear.pack(weight)
-    return [first, *(linear.pack(weight) for _ in range(max(1, ROTATED_BYTES // first.panels.numel())))]
+    first = linear.packer(weight)
+    return [first, *(linear.packer(weight) for _ in range(max(1, ROTATED_BYTES // first.panels.numel())))]
 
 
 def compare(outputs: int, inputs: int, dtype: torch.dtype, rows: Sequence[int]) -> None:

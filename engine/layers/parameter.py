@@ -35,6 +35,12 @@ class Destination(NamedTuple):
     fill: Fill
 
     @property
+    def tensor(self) -> Tensor:
+        """The view of a weight that is not quantised in the checkpoint."""
+        assert isinstance(self.data, Tensor), "the weight is not quantised in the checkpoint"
+        return self.data
+
+    @property
     def shape(self) -> torch.Size:
         return self.data.shape if isinstance(self.data, Tensor) else self.data.values.shape
 

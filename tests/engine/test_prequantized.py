@@ -140,7 +140,7 @@ def test_the_numbers_are_those_of_the_files(name: str, tmp_path: Path) -> None:
     notes = " ".join(read_model(folder).warnings)
     assert ("rounding of activations to 8 bits is not followed" in notes) == (name in ("rows of 8 bits", "int8"))
     # Most matrices stay as they are in the files.
-    kept = kept_formats(config, "cpu")
+    kept = kept_formats(config)
     assert (len(kept) == len(config.stored)) == (name not in ("gptq desc_act", "nf4 across rows"))
 
 

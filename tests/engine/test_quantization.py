@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jamba_server.engine.config import EngineConfig, Quantization
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.layers.parameter import Raw
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import Model, build_model
 from jamba_server.engine.quantization import FORMATS, UNQUANTIZED, QuantizationPolicy, Role
@@ -22,7 +23,7 @@ from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import SamplingParams
 from jamba_server.engine.weight_sizes import step_bytes, weight_bytes
-from jamba_server.kernels.ops import Kernels, QuantizedWeight, Weight
+from jamba_server.kernels.ops import Kernels, QuantizedWeight
 from jamba_server.kernels.table import select
 from jamba_server.llm import LLM
 from jamba_server.server.demo import demo_folder
@@ -192,10 +193,10 @@ def test_quantize_mamba_needs_a_format() -> None:
 class Recorder:
     """An op that packs as its inner one does, and keeps what it was given."""
 
-    def __init__(self, inner: Any, packed: list[Weight]) -> None:
+    def __init__(self, inner: Any, packed: list[Raw]) -> None:
         self.inner, self.packed = inner, packed
 
-    def pack(self, *weights: Weight) -> Any:
+    def pack(self, *weights: Raw) -> Any:
         self.packed += weights
         return self.inner.pack(*weights)
 
@@ -203,8 +204,8 @@ class Recorder:
         return self.inner(*arguments)
 
 
-def recording() -> tuple[Kernels, list[Weight]]:
-    kernels, packed = select("cpu", REFERENCE), list[Weight]()
+def recording() -> tuple[Kernels, list[Raw]]:
+    kernels, packed = select("cpu", REFERENCE), list[Raw]()
     ops: dict[str, Any] = {name: Recorder(getattr(kernels, name), packed) for name in REFERENCE}
     return replace(kernels, **ops), packed
 
@@ -217,11 +218,11 @@ def load(
     return model
 
 
-def shape_of(weight: Weight) -> tuple[int, ...]:
+def shape_of(weight: Raw) -> tuple[int, ...]:
     return tuple(weight.shape if isinstance(weight, Tensor) else weight.values.shape)
 
 
-def size_of(weight: Weight) -> float:
+def size_of(weight: Raw) -> float:
     """Bytes, int4 packed."""
     if isinstance(weight, Tensor):
         return weight.nbytes
@@ -307,23 +308,24 @@ def test_raw_weights_are_let_go_before_the_quantised_ones_are_packed(random: boo
     left: list[int] = []
 
     class Watched(Recorder):
-        def pack(self, *weights: Weight) -> Any:
+        def pack(self, *weights: Raw) -> Any:
             if isinstance(weights[0], QuantizedWeight):
                 left.append(sum(ref() is not None for ref in raw.values()) + sum(map(len, [*packed, weights])))
                 packed.append(weights)
             return self.inner.pack(*weights)
 
-    kernels, packed = select("cpu", REFERENCE), list[tuple[Weight, ...]]()
+    kernels, packed = select("cpu", REFERENCE), list[tuple[Raw, ...]]()
     ops: dict[str, Any] = {name: Watched(getattr(kernels, name), []) for name in REFERENCE}
     policy = QuantizationPolicy("int8", mamba=True)
     model = build_model(
         load_model_config(tmp_path), replace(kernels, **ops), dtype=torch.bfloat16, device=CPU, policy=policy
     )
-    for name, (data, _) in model.tensor_map().destinations.items():
+    for name, destination in model.tensor_map().destinations.items():
+        data = destination.tensor
         if name.split(".")[-2] in PRODUCTS:
             assert data._base is not None, "a view of the raw weight"
             raw[id(data._base)] = weakref.ref(data._base)
-        del data
+        del data, destination
     matrices = 3 * 2 + 2 + 2 * 2 + 2 * 2 + 1  # mixers, attention, dense, experts, head
     assert len(raw) == matrices
     if random:

@@ -131,12 +131,13 @@ def test_weights_are_rounded_once_and_the_scan_keeps_float32(
     tensors = tensors_of(tmp_path)
     assert set(destinations) == set(tensors)
     scan = ("A_log", "D", "dt_proj.bias")
-    for name, (data, _) in destinations.items():
+    for name, destination in destinations.items():
+        data = destination.tensor
         is_scan = "mamba" in name and name.endswith(scan)
         assert data.dtype == (torch.float32 if is_scan else dtype)
         expected = tensors[name].to(data.dtype)
         assert torch.equal(data, -expected.exp() if name.endswith("A_log") else expected)
-    assert sum(d.data.nbytes for d in destinations.values()) == weight_bytes(model.config, dtype.itemsize)
+    assert sum(d.tensor.nbytes for d in destinations.values()) == weight_bytes(model.config, dtype.itemsize)
     assert logits(model, dtype).isfinite().all()
 
 
@@ -416,11 +417,12 @@ def test_random_weights_need_no_file_and_depend_on_the_seed_alone(tmp_path: Path
     finally:
         torch.set_num_threads(threads)
     seen: set[float] = set()
-    for name, (data, fill) in first.items():
-        assert torch.equal(data, second[name].data)
-        assert torch.equal(data.to(half[name].data.dtype), half[name].data)
+    for name, destination in first.items():
+        data, fill = destination.tensor, destination.fill
+        assert torch.equal(data, second[name].tensor)
+        assert torch.equal(data.to(half[name].tensor.dtype), half[name].tensor)
         if fill in ("normed", "unit"):
-            assert not torch.equal(data, other[name].data)
+            assert not torch.equal(data, other[name].tensor)
             expected = 1.0 if fill == "unit" else data.shape[-1] ** -0.5
             assert data.std().item() == pytest.approx(expected, rel=0.2)
             seen.add(data.flatten()[0].item() / data.std().item())
@@ -430,12 +432,12 @@ def test_random_weights_need_no_file_and_depend_on_the_seed_alone(tmp_path: Path
 def test_random_time_steps_and_decays_are_mambas_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     weights = random_weights(tmp_path, 0)
-    dt = torch.nn.functional.softplus(weights[f"{MAMBA}dt_proj.bias"].data)
+    dt = torch.nn.functional.softplus(weights[f"{MAMBA}dt_proj.bias"].tensor)
     assert dt.min() >= 0.00099
     assert dt.max() <= 0.101
     assert dt.max() > 5 * dt.min()
-    torch.testing.assert_close(weights[f"{MAMBA}A_log"].data, -torch.arange(1.0, 5.0).expand(32, 4))
-    assert (weights[f"{MAMBA}D"].data == 1).all()
+    torch.testing.assert_close(weights[f"{MAMBA}A_log"].tensor, -torch.arange(1.0, 5.0).expand(32, 4))
+    assert (weights[f"{MAMBA}D"].tensor == 1).all()
 
 
 def test_random_numbers_are_those_of_a_plain_hash(monkeypatch: pytest.MonkeyPatch) -> None:
