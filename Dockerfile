@@ -61,6 +61,16 @@ ENV PATH=/opt/jamba/bin:${PATH} \
     JAMBA_HOST=0.0.0.0 \
     JAMBA_PORT=8000 \
     JAMBA_ADDRESS_FILE=/tmp/jamba-address
+# `docker buildx build --sbom=true --provenance=mode=max` attaches the list of packages and the build's inputs to the image.
+ARG VERSION=
+ARG REVISION=
+ARG BASE_IMAGE
+LABEL org.opencontainers.image.title="jamba-server" \
+    org.opencontainers.image.description="Inference server for Jamba models with an OpenAI-compatible API" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.base.name="${BASE_IMAGE}"
 WORKDIR /home/jamba
 VOLUME ["/models", "/hub"]
 EXPOSE 8000

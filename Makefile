@@ -5,6 +5,7 @@
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
+#   make sbom                             write sbom.json: the installed packages, in the format CycloneDX
 #   make clean                            remove .venv and the tools' caches
 #
 # Variables:
@@ -28,7 +29,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton check format clean
+.PHONY: help serve test test-triton check format sbom clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -56,8 +57,16 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# cyclonedx-bom is installed into an environment of its own, so that it and its dependencies are not in the list.
+sbom: .venv/serve.stamp
+	@test -x .venv-sbom/bin/cyclonedx-py || { $(PYTHON) -m venv .venv-sbom && \
+	  .venv-sbom/bin/python -m pip --disable-pip-version-check install --quiet 'cyclonedx-bom>=7,<8'; }
+	@.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json \
+	  $(BIN)/python
+	@echo "sbom.json lists the packages in .venv"
+
 clean:
-	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-sbom sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

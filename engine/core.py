@@ -13,8 +13,8 @@ from typing import NamedTuple
 from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
-from jamba_server.engine.scheduler import Scheduler
-from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepResult, TokenUpdate
+from jamba_server.engine.scheduler import Scheduler, SchedulerOutput
+from jamba_server.engine.types import Adding, EngineInfo, Request, Starting, StepKind, StepResult, StepTime, TokenUpdate
 
 
 class Submitted(NamedTuple):
@@ -128,6 +128,8 @@ class EngineCore:
         self.inbox = Inbox(compiler)
         # The step that was launched and whose results have not been read yet, or None.
         self._in_flight: PendingStep | None = None
+        # The kind of the step whose results the present call of `step` has read, or None if it has read none.
+        self._kind: StepKind | None = None
         # This flag is false from the start of a step until that step is finished or completely discarded.
         self._is_whole = True
 
@@ -142,7 +144,9 @@ class EngineCore:
 
         If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
         entries that no earlier step has confirmed. Later steps work normally."""
+        began = time.monotonic()
         with self._whole_or_discarded():
+            self._kind = None
             last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
             self.scheduler.abort(self.inbox.aborted())  # aborts come first, so that aborted requests get no update
@@ -163,7 +167,8 @@ class EngineCore:
             elif self._in_flight is not None and self.model_runner.sampled is None:
                 updates += self._take(self._in_flight)
                 self._in_flight = None
-            return StepResult(updates, self.scheduler.stats)
+            kind, seconds = self._kind, time.monotonic() - began
+            return StepResult(updates, self.scheduler.stats, StepTime(kind, seconds) if kind else None)
 
     def _add(self, submitted: list[Submitted]) -> None:
         self.announce(Adding([new.request.id for new in submitted]))
@@ -173,6 +178,7 @@ class EngineCore:
     def _take(self, step: PendingStep) -> list[TokenUpdate]:
         """Waits for the results of a step, gives the results to the scheduler, and returns the updates for the step's
         requests."""
+        self._kind = kind_of(step.output)
         return self.scheduler.update(step.output, step.results())
 
     @contextmanager
@@ -193,3 +199,10 @@ class EngineCore:
         self._in_flight = None
         self.scheduler.discard()
         self._is_whole = True
+
+
+def kind_of(step: SchedulerOutput) -> StepKind:
+    """Returns what a step computes. Chunks that decode come before all other chunks of the step."""
+    if not step.chunks[0].is_decode:
+        return "prefill"
+    return "decode" if step.chunks[-1].is_decode else "mixed"

@@ -243,11 +243,24 @@ class Starting(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
+# What a step computed: only prompt tokens, only one token for each running reply, or both.
+StepKind = Literal["prefill", "decode", "mixed"]
+
+
+class StepTime(msgspec.Struct, frozen=True, array_like=True):
+    """The time that one step took, in seconds, and what it computed."""
+
+    kind: StepKind
+    seconds: float
+
+
 class StepResult(msgspec.Struct, frozen=True, tag=True):
-    """This message of the engine has the results of one step: the new tokens of the requests, and statistics."""
+    """This message of the engine has the results of one step: the new tokens of the requests, and statistics. `time` is
+    None if no sequence ran in the step."""
 
     updates: list[TokenUpdate]
     stats: EngineStats
+    time: StepTime | None = None
 
 
 FromEngine = Progress | Working | LogLine | Ready | Failed | Adding | Starting | StepResult

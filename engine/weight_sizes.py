@@ -84,15 +84,14 @@ def weight_matrices(config: JambaConfig) -> Iterator[tuple[str, Role, int, int]]
         yield f"{name}.weight", role, *shapes[name.rpartition(".")[2]]
 
 
-def kept_formats(config: JambaConfig, device: str) -> Mapping[str, Format]:
-    """Returns the names of the weights that stay quantised as the checkpoint has them when the model runs on `device`,
-    and their formats in memory. Only the CPU kernels can read such weights.
+def kept_formats(config: JambaConfig) -> Mapping[str, Format]:
+    """Returns the names of the weights that stay quantised as the checkpoint has them, and their formats in memory.
 
     The weights of all experts of a layer are in one format for the gate and up projections, and in one for the down
     projections. They stay quantised only if there are both formats.
     """
     stored = {name: entry.format for name, entry in config.stored.items() if entry.format is not None}
-    if device != "cpu" or not stored:
+    if not stored:
         return {}
     roles = {name: role for name, role, _, _ in weight_matrices(config)}
     kept = {name: form for name, form in stored.items() if roles.get(name, "experts") != "experts"}
@@ -106,9 +105,9 @@ def kept_formats(config: JambaConfig, device: str) -> Mapping[str, Format]:
     return kept
 
 
-def policy_of(engine: EngineConfig, config: JambaConfig, device: str) -> QuantizationPolicy:
-    """Returns the policy for a model on `device`, with the options in `engine`. Raises ConfigError for options that do
+def policy_of(engine: EngineConfig, config: JambaConfig) -> QuantizationPolicy:
+    """Returns the policy for a model with the options in `engine`. Raises ConfigError for options that do
     not fit to the checkpoint."""
-    blocks = {} if engine.load_format == "dummy" else kept_formats(config, device)
+    blocks = {} if engine.load_format == "dummy" else kept_formats(config)
     roles, at_load = config.quantized_roles, config.made_at_load
     return QuantizationPolicy.of(engine, roles, at_load, blocks, config.stored_format)

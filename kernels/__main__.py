@@ -22,9 +22,9 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Returns the versions of Python and torch, the CPU's features, the instruction sets of the CPU kernels and of their
-    products with 8-bit activations, what is known of AMX, the number of threads, the GPUs, and the kernels for each
-    device.
+    """Returns the versions of Python and torch, the CPU's features, the instruction sets of the CPU kernels and of
+    their products with 8-bit activations, what is known of AMX, the number of threads, the GPUs, and the kernels for
+    each device.
 
     The CPU features are None where /proc/cpuinfo does not exist, the instruction sets and what is known of AMX are None
     where the CPU kernels were not built, and the GPUs are None without CUDA.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from jamba_server.kernels.cpu import a8 as cpu_a8
-from jamba_server.kernels.ops import Kernels
+from jamba_server.kernels.ops import Kernels, Linear
 from jamba_server.kernels.reference import a8 as reference_a8
 
 
@@ -46,3 +46,9 @@ def with_int8_activations(kernels: Kernels, bits: frozenset[int]) -> Kernels:
         linear=linear.linear(kernels.linear, bits),
         run_experts=experts.run_experts(kernels.run_experts, bits),
     )
+
+
+def without_int8_activations(linear: Linear) -> Linear:
+    """Returns the operation `linear` of kernels with 8-bit activations, or of any others, with activations of the
+    model's dtype."""
+    return linear.other if isinstance(linear, cpu_a8.Linear | reference_a8.Linear) else linear

@@ -330,7 +330,8 @@ class QuantizedWeight(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         """Returns a copy in which each tensor is the result of the function `change` for that tensor."""
-        return QuantizedWeight(*(change(field) if isinstance(field, Tensor) else field for field in self))
+        fields = zip(self._fields, self, strict=True)
+        return self._replace(**{name: change(field) for name, field in fields if isinstance(field, Tensor)})
 
     def numbers(self) -> Tensor:
         """Returns the numbers minus the zeros: float32 [..., N, K]."""

@@ -21,6 +21,8 @@ from jamba_server.server.config import ServerConfig, load_config
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.metrics import EdgeCollector
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.streams.metrics import StreamCollector
+from jamba_server.server.http.streams.registry import KeptStreams
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -45,7 +47,8 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 def exported_names() -> set[str]:
     """The names under which queries find the server's metrics."""
     metrics = Metrics(SimpleNamespace(stats=EngineStats(), supervision=SupervisionStats()), model_name="m")  # pyright: ignore[reportArgumentType]
-    metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig())))
+    metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig(), EngineStats)))
+    metrics.registry.register(StreamCollector("m", KeptStreams.of(ServerConfig())))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 
@@ -96,6 +99,13 @@ def test_the_dashboard_is_laid_out_without_gaps_and_overlaps() -> None:
 def test_the_documents_list_every_metric_and_no_other() -> None:
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported_names()}
     assert metric_names((ROOT / "docs" / "operations.md").read_text()) == families
+
+
+def test_every_alert_has_a_line_of_the_runbook() -> None:
+    groups = yaml.safe_load((CONFIGS / "alerts.yml").read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"]]
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert re.findall(r"^\| `(Jamba\w+)` \| \S", page, re.MULTILINE) == alerts
 
 
 @pytest.mark.parametrize("file", DEPLOYMENTS, ids=lambda path: path.name)

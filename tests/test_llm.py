@@ -15,8 +15,9 @@ from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.types import SamplingParams, StepResult
 from jamba_server.llm import LLM, Completion
 from jamba_server.server.cli.checkpoint import find_checkpoint
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
+from jamba_server.server.generation_defaults import GenerationDefaults
 from tests.server.real_engine import served_engine
 from tests.tiny import TINY_CONFIGS, save_tiny
 

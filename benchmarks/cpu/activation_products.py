@@ -112,7 +112,7 @@ def main() -> None:
     )
     for level in arguments.levels:
         found = table(level, shape)
-        text += f"\nLevel {level}, 8-bit products for {a8.machine_units()}:\n\n{found}\n"
+        text += f"\nLevel {level}, 8-bit products for {a8.units_of(level)}:\n\n{found}\n"
     (RESULTS / f"{arguments.name}.md").write_text(text)
 
 

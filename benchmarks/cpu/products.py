@@ -25,9 +25,10 @@ from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.kernels.cpu.library import LEVELS, library
 from jamba_server.kernels.cpu.linear import Linear, PackedWeight
 from jamba_server.kernels.ops import Weight
+from jamba_server.server.cli.bench.conditions import uncached_size
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048)
-ROTATED_BYTES = 250_000_000
+ROTATED_BYTES = max(250_000_000, uncached_size() // 2)
 # For each number of rows, torch and each weight format are timed in TURNS turns of SECONDS seconds each.
 TURNS, SECONDS = 5, 0.12
 

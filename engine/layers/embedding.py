@@ -23,6 +23,7 @@ class Embedding:
     """
 
     def __init__(self, backend: Backend, vocab_size: int, hidden_size: int) -> None:
+        # A head that shares the matrix packs it with the same operation.
         self._backend, self._linear = backend, backend.kernels.linear
         self._form = backend.format(NAME)
         self.raw: Raw | None = backend.raw("other", vocab_size, hidden_size, stored=self._form)

@@ -35,7 +35,7 @@ class Linear:
     ) -> None:
         self._backend = backend
         self._role: Role = role
-        self._linear = backend.kernels.linear
+        self._linear = backend.linear(role)
         self._parts, self.is_shared = dict(parts), shared is not None
         # The raw weights: one for all neighbouring projections that have the same format in memory.
         self._raw: list[tuple[list[str], Raw]] = [(list(parts), shared)] if shared is not None else []

@@ -13,7 +13,8 @@ from torch import Tensor
 from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.quantization.stored import empty
-from jamba_server.kernels.ops import Kernels, QuantizedWeight
+from jamba_server.kernels.activations import without_int8_activations
+from jamba_server.kernels.ops import Kernels, Linear, QuantizedWeight
 
 Fill = Literal["normed", "unit", "one", "a_log", "dt_bias"]
 """The ways to fill a tensor with dummy weights. "normed": random with variance 1 / (size of the last dimension).
@@ -103,6 +104,12 @@ class Backend:
         """Returns a copy of this backend for the part of the model whose weights have names that begin with
         `prefix`."""
         return replace(self, prefix=prefix)
+
+    def linear(self, role: Role) -> Linear:
+        """Returns the operation that multiplies by the weights of a part of the model. The matrices x_proj, dt_proj and
+        the router are never multiplied by activations of 8 bits: they are small, and rounding errors in their products
+        would change the model's outputs strongly."""
+        return without_int8_activations(self.kernels.linear) if role == "other" else self.kernels.linear
 
     def format(self, name: str) -> Format | None:
         """Returns the format in which the weight `name` stays as the checkpoint stores it, or None if this is no such

@@ -28,6 +28,7 @@ from jamba_server.engine.errors import (
 from jamba_server.engine.process.child import ENGINE_COMMAND, Child
 from jamba_server.engine.process.deaths import RESTART_REASONS, Death, RestartReason
 from jamba_server.engine.process.restarts import RestartPolicy
+from jamba_server.engine.process.step_times import StepHistogram, StepTimes, empty_histograms
 from jamba_server.engine.process.streams import LiveRequest, Stream
 from jamba_server.engine.process.supervisor import Supervisor
 from jamba_server.engine.process.suspects import Suspects
@@ -43,6 +44,7 @@ from jamba_server.engine.types import (
     Ready,
     Request,
     Starting,
+    StepKind,
     StepResult,
     Submit,
     TokenUpdate,
@@ -67,15 +69,16 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SupervisionStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Statistics about restarts of the engine and slow readers since the server started. `restarts` has the number of
-    restarts for each reason. `replayed_requests` counts requests that were sent again to a restarted engine. `pauses`
-    counts how often a stream was paused because its reader was slow. `backlog_bytes` is the estimated size of all token
-    updates that readers have not taken yet."""
+    """Statistics about the engine's steps, its restarts and slow readers since the server started. `restarts` has the
+    number of restarts for each reason. `replayed_requests` counts requests that were sent again to a restarted engine.
+    `pauses` counts how often a stream was paused because its reader was slow. `backlog_bytes` is the estimated size of
+    all token updates that readers have not taken yet."""
 
     restarts: dict[RestartReason, int] = msgspec.field(default_factory=lambda: dict.fromkeys(RESTART_REASONS, 0))
     replayed_requests: int = 0
     pauses: int = 0
     backlog_bytes: int = 0
+    step_times: dict[StepKind, StepHistogram] = msgspec.field(default_factory=empty_histograms)
 
 
 class UpdateStream(Protocol):
@@ -166,6 +169,7 @@ class EngineClient:
         self._load_error = ""  # says why the present child cannot load the model
         self._restarts = dict.fromkeys(RESTART_REASONS, 0)
         self._num_replayed = self._num_pauses = 0
+        self._step_times = StepTimes()
         self._suspects, self._policy = Suspects(), RestartPolicy()
         # This event is set when the engine is ready for the first time or has failed to start.
         self._started = asyncio.Event()
@@ -193,6 +197,7 @@ class EngineClient:
             replayed_requests=self._num_replayed,
             pauses=self._num_pauses,
             backlog_bytes=sum(stream.backlog for stream in streams),
+            step_times=self._step_times.histograms(),
         )
 
     @property
@@ -423,6 +428,8 @@ class EngineClient:
 
     def _book(self, result: StepResult) -> None:
         self._stats = _continue(self._base, result.stats)
+        if result.time is not None:
+            self._step_times.add(result.time)
         if result.stats.num_steps_total:
             self._progressed = True
             self._policy.progressed()

@@ -11,8 +11,9 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.quantization import FORMATS, QuantizationPolicy
 from jamba_server.kernels.activations import without_int8
-from jamba_server.kernels.cpu.a8 import machine_units
+from jamba_server.kernels.cpu.a8 import units_of
 from jamba_server.kernels.cpu.library import library
+from jamba_server.kernels.int8_activations import BLOCK
 
 INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[int]]] = {
     ("avx2", "avx2"): frozenset({4}),
@@ -49,13 +50,17 @@ def int8_activations(
         return frozenset()
     if without_int8(names):
         return frozenset()
-    return bits & INT8_BY_DEFAULT.get((library().level(), machine_units()), frozenset())
+    level = config.kernels.get("linear", "").partition(":")[2] or library().level()
+    return bits & INT8_BY_DEFAULT.get((level, units_of(level)), frozenset())
 
 
 def _whole_number_bits(policy: QuantizationPolicy) -> Iterator[int]:
-    """Yields the numbers of bits of the weights that are whole numbers."""
+    """Yields the numbers of bits of the weights that can be multiplied by 8-bit activations, as
+    `kernels.int8_activations.takes_int8` decides for the weights themselves."""
     for form in policy.blocks.values():
-        yield form.bits
+        is_whole = form != FORMATS["fp8"] and all(number == int(number) for number in form.table or ())
+        if is_whole and (form.group_size is None or form.group_size == BLOCK // 2 or form.group_size % BLOCK == 0):
+            yield form.bits
     if policy.quantization is not None and policy.quantization != "fp8":
         yield FORMATS[policy.quantization].bits
 

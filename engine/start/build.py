@@ -35,7 +35,7 @@ from jamba_server.engine.scheduler import Scheduler
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
 from jamba_server.engine.start.kernel_choice import check_kernels
-from jamba_server.engine.start.machine import available_cpus, available_memory
+from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_sizes, plan_memory
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
@@ -86,7 +86,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     if model_config.is_classifier:
         raise ConfigError(f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet.")
     dtype = choose_dtype(config, model_config)
-    policy = policy_of(config, model_config, device.type)
+    policy = policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
     # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
@@ -119,6 +119,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
+        release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
     activations: ActivationQuantization = "int8" if int8_bits else "none"

@@ -3,6 +3,7 @@ without torch."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Iterator
@@ -37,6 +38,14 @@ def available_memory(root: Path = Path("/")) -> int:
         if limit is not None and used is not None:
             available = min(available, limit - used + _inactive_file(folder / "memory.stat", v1))
     return max(available, 0)
+
+
+def release_free_memory() -> None:
+    """Returns freed memory, which the C library keeps for later allocations, to the operating system. Loading a model
+    frees many large temporary tensors. Only glibc, the C library of most Linux systems, has a function for this."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_cpus(root: Path = Path("/")) -> int:

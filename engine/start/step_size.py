@@ -15,7 +15,7 @@ from jamba_server.engine.quantization import QuantizationPolicy
 from jamba_server.engine.start.memory_plan import DEFAULT_BATCHED_TOKENS
 from jamba_server.engine.weight_sizes import step_bytes
 from jamba_server.kernels.cpu.library import library, read_bandwidth
-from jamba_server.kernels.ops import KernelUnavailable, Kernels
+from jamba_server.kernels.ops import Kernels, KernelUnavailable
 
 DEFAULT_STEP_MS: Final = 150
 SMALLEST, LARGEST = 16, 512

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jamba_server.kernels import ops
 from jamba_server.kernels.cpu.arguments import units, whole
 from jamba_server.kernels.cpu.formats import check
 from jamba_server.kernels.cpu.library import DTYPES, INT, POINTER, library
+from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.linear import Packer as PanelPacker
+from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
@@ -27,12 +28,21 @@ UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 _FACTORS = {torch.float32: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # as in the C++ enum `Factor`
 
 
+def units_of(level: str) -> str:
+    """Returns the instruction set of products with 8-bit activations where other products use the level `level`.
+
+    Raises KernelUnavailable if there is no compiled library, and ValueError if the machine lacks the level.
+    """
+    native = library()
+    return UNITS[native.function("a8_units", INT, result=INT)(native.number(level))]
+
+
 def machine_units() -> str:
-    """Returns the instruction set that the products with 8-bit activations use on this machine.
+    """Returns the instruction set of products with 8-bit activations at the library's own level.
 
     Raises KernelUnavailable if there is no compiled library.
     """
-    return UNITS[library().function("a8_units", result=INT)()]
+    return units_of(library().level())
 
 
 class _Format(ctypes.Structure):
@@ -48,6 +58,7 @@ class _Format(ctypes.Structure):
         ("offsets", INT),
         ("has_zeros", INT),
         ("bias", INT),
+        ("level", INT),
         ("has_table", INT),
         ("table", ctypes.c_uint8 * 16),
     )
@@ -81,11 +92,11 @@ class StackedA8(NamedTuple):
 
 
 class Packer:
-    """Packs weights for products with 8-bit activations."""
+    """Packs weights for products with 8-bit activations, which use the instruction set of the packer `other`."""
 
-    def __init__(self) -> None:
+    def __init__(self, other: PanelPacker) -> None:
         native, source = library(), [POINTER] * 6
-        self._memory = PanelPacker().memory
+        self._level, self._memory = other.level, other.memory
         self._bytes = native.function("a8_packed_bytes", POINTER, result=INT)
         self._pack = native.function("a8_pack", POINTER, *source, POINTER)
 
@@ -94,6 +105,7 @@ class Packer:
         rows, inputs = weight.values.shape[-2:]
         check(weight)
         form = _format(weight)
+        form.level = self._level
         address = ctypes.addressof(form)
         tensors = (weight.values, weight.scales, weight.super_scales)
         parts = [_flat(part) for part in (*tensors, weight.offsets, weight.super_offsets, weight.zeros)]
@@ -135,10 +147,15 @@ class Linear:
     """Implements the protocol `kernels.ops.Linear`: with 8-bit activations for the weights that
     `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights."""
 
-    def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
-        self._other, self._bits, self._pack = other, bits, Packer()
+    def __init__(self, other: PlainLinear, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits, self._pack = other, bits, Packer(other.packer)
         self._rows = library().function("a8_rows", POINTER, POINTER, POINTER, INT, INT)
         self._run = library().function("a8_linear", POINTER, INT, *[POINTER] * 3, *[INT] * 3)
+
+    @property
+    def other(self) -> PlainLinear:
+        """Returns the implementation of the products with activations of the model's dtype."""
+        return self._other
 
     def pack(self, weight: Weight) -> Any:
         """Returns the weight in the layout of the implementation that computes products with it."""
@@ -197,8 +214,8 @@ class RunExperts:
     `kernels.int8_activations.int8_parts` chooses, and with the implementation `other` for all other weights. One call
     reads each expert's weights only once, for all tokens."""
 
-    def __init__(self, other: ops.RunExperts, bits: frozenset[int] = ALL_BITS) -> None:
-        self._other, self._bits, self._pack = other, bits, Packer()
+    def __init__(self, other: PlainExperts, bits: frozenset[int] = ALL_BITS) -> None:
+        self._other, self._bits, self._pack = other, bits, Packer(other.packer)
         self._run = library().function("a8_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Any:

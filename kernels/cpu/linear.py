@@ -68,7 +68,7 @@ class Packer:
     def __init__(self, level: str | None = None) -> None:
         native = library()
         try:
-            self._level = -1 if level is None else native.number(level)
+            self.level = -1 if level is None else native.number(level)
         except ValueError as error:
             raise KernelUnavailable(str(error)) from error
         self._packed_bytes = native.function("packed_bytes", INT, INT, INT, result=INT)
@@ -89,12 +89,12 @@ class Packer:
         for i, matrix in enumerate(matrices):
             whole = matrix.contiguous()
             self._pack(whole.data_ptr(), panels.data_ptr() + i * size, rows, inputs, DTYPES[weight.dtype])
-        description = Description(n=rows, k=inputs, level=self._level)
+        description = Description(n=rows, k=inputs, level=self.level)
         return PackedWeight.of(panels, description, weight.dtype, len(matrices))
 
     def _quantized(self, weight: QuantizedWeight) -> PackedWeight:
         description = describe(weight)
-        description.level = self._level
+        description.level = self.level
         address = ctypes.addressof(description)
         size = self._packed_quantized_bytes(address)
         shifts = weight.zeros if weight.offsets is None else weight.offsets
@@ -127,7 +127,7 @@ class Linear:
     """Implements the protocol `kernels.ops.Linear` with the compiled library, at the level that `Packer` describes."""
 
     def __init__(self, level: str | None = None) -> None:
-        self._pack = Packer(level)
+        self.packer = Packer(level)
         native = library()
         self._gather = native.function("gather_rows", POINTER, INT, POINTER, POINTER, *[INT] * 3)
         self._gather_quantized = native.function("gather_quantized", *[POINTER] * 3, INT, INT)
@@ -136,8 +136,8 @@ class Linear:
     def pack(self, weight: Weight) -> PackedWeight | PackedStack:
         """See the protocol `kernels.ops.Linear` for the arguments and the result."""
         if not isinstance(weight, StackedWeight):
-            return self._pack(weight)
-        parts = tuple(self._pack(part) for part in weight.parts)
+            return self.packer(weight)
+        parts = tuple(self.packer(part) for part in weight.parts)
         return PackedStack(parts, sum(part.rows for part in parts))
 
     def rows(self, weight: PackedWeight | Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:

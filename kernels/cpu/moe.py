@@ -46,7 +46,7 @@ class RunExperts:
     """
 
     def __init__(self, level: str | None = None) -> None:
-        self._pack = Packer(level)
+        self.packer = Packer(level)
         self._run = library().function("run_experts", POINTER, INT, *(POINTER,) * 5, *(INT,) * 4)
 
     def pack(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Experts:
@@ -55,7 +55,9 @@ class RunExperts:
         Raises ValueError if gate_up and down have different dtypes, if one of them is quantised and the other is not,
         or if their shapes do not match.
         """
-        packed = Experts(self._pack(gate_up), self._pack(down), len(down if isinstance(down, Tensor) else down.values))
+        packed = Experts(
+            self.packer(gate_up), self.packer(down), len(down if isinstance(down, Tensor) else down.values)
+        )
         gate, out = packed.gate_up, packed.down
         if gate.dtype != out.dtype:
             raise ValueError(f"the experts' gate_up and down differ in dtype: {gate.dtype} and {out.dtype}")

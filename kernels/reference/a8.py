@@ -100,6 +100,11 @@ class Linear:
     def __init__(self, other: ops.Linear, bits: frozenset[int] = ALL_BITS) -> None:
         self._other, self._bits = other, bits
 
+    @property
+    def other(self) -> ops.Linear:
+        """Returns the implementation of the products with activations of the model's dtype."""
+        return self._other
+
     def pack(self, weight: Weight) -> Any:
         """Returns weights for 8-bit activations, or what `other.pack` returns."""
         parts = int8_parts(weight.parts if isinstance(weight, StackedWeight) else (weight,), self._bits)

@@ -99,7 +99,7 @@ class Served:
         speed = None if bandwidth is None else parse_bandwidth(bandwidth)
         engine = EngineConfig(model=str(folder), quantization=kind, quantize_mamba=quantize_mamba)
         model = read_plan(folder).config
-        policy = policy_of(engine, model, "cpu")
+        policy = policy_of(engine, model)
         return cls(model=model, policy=policy, bandwidth=speed)
 
     def describe(self, levels: Iterable[Level]) -> list[str]:

@@ -107,9 +107,7 @@ def describe_checkpoint(name: str) -> list[tuple[str, str]]:
     folder = find_checkpoint(ServerConfig(model=name)).folder
     stored = read_model(folder)
     config = stored.config
-    policy = policy_of(
-        EngineConfig(model=str(folder), quantization="int8" if config.made_at_load else None), config, "cpu"
-    )
+    policy = policy_of(EngineConfig(model=str(folder), quantization="int8" if config.made_at_load else None), config)
     kept = Counter(entry.kind for name, entry in config.stored.items() if name in policy.blocks)
     documents = [document for document in DOCUMENTS if open_checkpoint(folder).has(document)]
     texts = [*stored.warnings, *conversions(config, policy, config.dtype)]

@@ -16,7 +16,8 @@ from jamba_server.engine.errors import ConfigError, EngineFailed
 from jamba_server.engine.process.client import Engine, EngineClient
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.server.cli.terminal import LoadProgress
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.generation import Prompt
 from jamba_server.server.http.sampling import admit_prompt
 from jamba_server.server.text.chat_template import ChatTemplate

@@ -174,7 +174,7 @@ def make_report(
     model = stored.config
     device, available = find_memory(engine.device, memory, engine.gpu_memory_utilization)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    policy = policy_of(engine, model, device)
+    policy = policy_of(engine, model)
     weights = weight_bytes(model, DTYPE_BYTES[dtype], policy=policy)
     layout = wanted_layout(model, engine)
     spec = CacheSpec.of(layout)

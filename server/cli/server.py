@@ -22,7 +22,8 @@ from jamba_server.engine.types import EngineInfo
 from jamba_server.server.cli.checkpoint import Checkpoint
 from jamba_server.server.cli.reload import Reloader, Watched
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
 from jamba_server.server.http.connections.acceptor import REFUSALS
 from jamba_server.server.http.connections.descriptors import connections_that_fit, raise_soft_limit

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from jamba_server.engine.start.machine import format_bytes
 from jamba_server.engine.types import EngineInfo
-from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.generation_defaults import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 

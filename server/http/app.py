@@ -17,7 +17,8 @@ from starlette.responses import Response
 
 from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.errors import error_response
 from jamba_server.server.http.grammar_queue import GrammarQueue
 from jamba_server.server.http.lifecycle import StartupQueue
@@ -96,7 +97,7 @@ def create_app(
         metrics=Metrics(engine, model_name=config.served_model_name[0]),
         demo=demo,
         version=package_version(),
-        edge=Edge.of(config),
+        edge=Edge.of(config, lambda: engine.stats),
         tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=_response_store(config),

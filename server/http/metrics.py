@@ -10,14 +10,18 @@ process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from jamba_server.engine.process.client import Engine
+from jamba_server.engine.process.client import Engine, SupervisionStats
+from jamba_server.engine.process.step_times import BOUNDS
 from jamba_server.engine.types import EngineStats, FinishReason
+from jamba_server.server.http.tracing.annotations import exemplar
 
 # Upper bounds of the histograms' buckets, in seconds. Prometheus estimates a quantile by linear interpolation between
 # the bounds of one bucket. If all values were far below the first bound, Prometheus would show half of that bound as
@@ -87,7 +91,11 @@ _MISSED: tuple[tuple[str, _Read], ...] = (
 
 class Metrics:
     """All metrics of one application. Each application has its own Prometheus registry, so that two applications in one
-    process do not share metrics."""
+    process do not share metrics.
+
+    If spans are recorded, the histograms of latencies have exemplars: for each bucket, the ids of a trace and a span
+    whose request has such a latency. Only the format OpenMetrics has them.
+    """
 
     def __init__(self, engine: Engine, *, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -143,18 +151,18 @@ class Metrics:
             self._aborted.labels(model_name, reason)
 
     def queued(self, seconds: float) -> None:
-        self._queue_time.labels(self.model_name).observe(seconds)
+        self._queue_time.labels(self.model_name).observe(seconds, exemplar())
 
     def first_token(self, seconds: float) -> None:
-        self._time_to_first_token.labels(self.model_name).observe(seconds)
+        self._time_to_first_token.labels(self.model_name).observe(seconds, exemplar())
 
     def next_token(self, seconds: float) -> None:
-        self._inter_token_latency.labels(self.model_name).observe(seconds)
+        self._inter_token_latency.labels(self.model_name).observe(seconds, exemplar())
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._success.labels(self.model_name, reason).inc()
         if reason in ("stop", "length"):  # failed and aborted choices end early and would lower the measured latency
-            self._e2e_latency.labels(self.model_name).observe(seconds)
+            self._e2e_latency.labels(self.model_name).observe(seconds, exemplar())
 
     def aborted(self, reason: AbortReason) -> None:
         self._aborted.labels(self.model_name, reason).inc()
@@ -232,6 +240,20 @@ class _EngineCollector(Collector):
         )
         backlog.add_metric(labels, done.backlog_bytes)
         yield backlog
+        yield self._steps(done, labels)
+
+    def _steps(self, done: SupervisionStats, labels: list[str]) -> Metric:
+        steps = HistogramMetricFamily(
+            "jamba_engine_step_seconds",
+            "Duration of the engine's steps, in seconds, by what a step computes: prompts (prefill), replies (decode) "
+            "or both (mixed).",
+            labels=["model_name", "kind"],
+        )
+        for kind, histogram in done.step_times.items():
+            totals = accumulate(histogram.counts)
+            bounds = [*map(floatToGoString, BOUNDS), "+Inf"]
+            steps.add_metric([*labels, kind], list(zip(bounds, totals, strict=True)), histogram.seconds)
+        return steps
 
 
 def _counter_family(name: str, text: str, labels: list[str], value: float) -> CounterMetricFamily:

@@ -308,14 +308,19 @@ def _check_surrogates(body: bytes) -> None:
 def _canonical(scope: Scope) -> Scope:
     """Returns a copy of the ASGI scope with the method and the path in the form that the routes expect.
 
-    The method HEAD becomes GET; the HTTP server leaves out the body of the reply to HEAD. A slash at the end of the
+    The method HEAD becomes GET, except for streams, of which only one connection gets the events. The HTTP server
+    leaves out the body of the reply to HEAD. A slash at the end of the
     path is removed. If the proxy has removed its path prefix, the prefix is added again, because ASGI requires it in
     the path.
     """
     method, path, root = scope["method"], scope["path"].rstrip("/"), scope["root_path"]
     if path != root and not path.startswith(f"{root}/"):
         path = root + path
-    return {**scope, "method": "GET" if method == "HEAD" else method, "path": f"{path}/" if path == root else path}
+    return {
+        **scope,
+        "method": "GET" if method == "HEAD" and "/v1/streams/" not in path else method,
+        "path": f"{path}/" if path == root else path,
+    }
 
 
 def _has_route(scope: Scope) -> bool:

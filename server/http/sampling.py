@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.types import EngineInfo, SamplingParams
 from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
-from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.generation import Prompt
 from jamba_server.server.http.schemas.base import GenerationBody
 

@@ -15,7 +15,8 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import ModelNotFound, RequestRejected
 from jamba_server.engine.process.client import Engine
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.grammar_queue import GrammarQueue, ReplyGrammar
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
@@ -91,7 +92,8 @@ class Services:
         return requested
 
     def generation(self, spec: GenerationSpec) -> Generation:
-        admission = Admission(spec.requests(), self.edge.waiting, self.edge.keys.account(spec.tenant))
+        account = self.edge.keys.account(spec.tenant)
+        admission = Admission(spec.requests(), self.edge.waiting, account, spec.time_limit)
         return Generation(spec, self.engine, self.tokenizer, self.metrics, admission)
 
     def check_size(self, text: str, *, param: str) -> None:

@@ -23,7 +23,8 @@ from jamba_server.engine.start.build import build_engine
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenLogprob, TokenUpdate
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.settings import LOCAL
-from jamba_server.server.config import GenerationDefaults, ServerConfig, cast_settings
+from jamba_server.server.config import ServerConfig, cast_settings
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.choice import Choice, TextOptions
 from jamba_server.server.http.errors import describe
 from jamba_server.server.http.generation import GenerationSpec

@@ -39,6 +39,7 @@ TOKENIZE = [
 PATHS = {
     "/v1/models",
     "/v1/models/{model}",
+    "/v1/streams/{stream_id}",
     "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items",

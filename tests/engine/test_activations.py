@@ -48,10 +48,17 @@ def test_the_option_decides(policy: QuantizationPolicy, bits: set[int]) -> None:
     assert not choose("none", policy)
 
 
+def test_blocks_without_whole_numbers_are_no_reason_for_8_bits() -> None:
+    nf4 = Format(bits=4, limit=1, group_size=64, table=(0.5,) * 16)
+    assert choose(None, QuantizationPolicy(blocks={"a": nf4})) == set()
+    with pytest.raises(ConfigError, match="needs weights that are whole numbers"):
+        choose("int8", QuantizationPolicy(blocks={"a": nf4}))
+
+
 @pytest.mark.parametrize("level", ["portable", "avx2"])
 def test_the_default_follows_from_the_level_and_the_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Library, "level", lambda self: level)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
-    monkeypatch.setattr(activations, "machine_units", lambda: level)
+    monkeypatch.setattr(activations, "units_of", lambda level: level)
     expected = {4} if level == "avx2" else set[int]()
     assert choose(None, QuantizationPolicy("int4")) == expected
     assert choose(None, QuantizationPolicy("int4-g32")) == expected

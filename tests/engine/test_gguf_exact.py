@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from jamba_server.engine.config import EngineConfig
+from jamba_server.engine.gguf.blocks import TYPES
+from jamba_server.engine.gguf.stored import format_of
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import Format, QuantizationPolicy
 from jamba_server.engine.quantization.blocks import common_format
@@ -32,7 +35,7 @@ WIDE: dict[str, Any] = {
 SUBJECT = [1, *((7 * i) % 61 + 3 for i in range(69))]
 OTHERS = [[1, *((5 * i + n) % 61 + 3 for i in range(3 + n))] for n in range(31)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=3)
-FOUR, SIX, EIGHT = (Format(bits=b, limit=m, group_size=g) for b, m, g in ((4, 7, 32), (8, 127, 16), (8, 127, 32)))
+Q4_0, Q8_0, Q4_K, Q6_K, IQ4_NL = (format_of(TYPES[number]) for number in (2, 8, 12, 14, 20))
 
 
 def written(folder: Path, kind: str, second: str | None = None, **changes: Any) -> Path:
@@ -51,7 +54,7 @@ def result(completion: Completion) -> tuple[list[int], list[Any]]:
     return completion.token_ids, [(entry.logprob, entry.top) for entry in completion.logprobs]
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
 def test_a_reply_is_the_same_in_every_company(kind: str, tmp_path: Path) -> None:
     path = written(tmp_path, kind)
 
@@ -60,7 +63,7 @@ def test_a_reply_is_the_same_in_every_company(kind: str, tmp_path: Path) -> None
 
     llm = load()
     alone = result(llm.generate([SUBJECT], GREEDY)[0])
-    assert len(set(alone[0])) > 1, "a reply of one token would say little"
+    assert len({logprob for logprob, _ in alone[1]}) > 1, "a reply of equal numbers would say little"
     [cached] = llm.generate([SUBJECT], GREEDY)
     assert cached.num_cached > 0
     assert result(cached) == alone
@@ -72,50 +75,69 @@ def test_a_reply_is_the_same_in_every_company(kind: str, tmp_path: Path) -> None
     assert result(load(threads=2).generate([SUBJECT], GREEDY)[0]) == alone
 
 
-def test_formats_of_a_fused_product() -> None:
-    blocks = {"a": FOUR, "b": FOUR, "c": SIX, "d": EIGHT}
-    assert common_format(blocks, [["a", "b"]]) == (FOUR,)
-    assert common_format(blocks, [["a", "c"]]) == (SIX,), "4 bits in groups of 32 fit into 8 bits in groups of 16"
-    assert common_format(blocks, [["a", "b"], ["d"]]) == (EIGHT, EIGHT), "experts have one number of bits"
-    assert common_format(blocks, [["a", "d"], ["c"]]) == (EIGHT, SIX), "but each product has groups of its own"
-    assert common_format(blocks, [["a", "e"]]) is None
-    assert common_format({}, [["a"]]) is None
+def test_a_format_for_several_matrices() -> None:
+    assert common_format([Q4_0, Q4_0]) == Q4_0
+    wide = Format(bits=8, limit=127, group_size=32)
+    assert common_format([Q4_0, Q8_0]) == wide
+    assert common_format([Q8_0, Q6_K]) == replace(wide, group_size=16)
+    assert common_format([Q8_0, Q4_K]) == replace(wide, has_offset=True)
+    assert common_format([IQ4_NL, Q4_0]) == wide, "the table has whole numbers"
+    for other in (
+        replace(Q4_0, group_size=None),
+        replace(Q4_0, is_unsigned=True, has_zero=True),
+        replace(IQ4_NL, table=(0.5,) * 16),
+        Format(bits=8, limit=255, group_size=32, is_unsigned=True, has_offset=True),
+    ):
+        assert common_format([other, Q4_0]) is None
 
 
-def test_weights_stay_where_the_kernels_can_read_them(tmp_path: Path) -> None:
-    path = written(tmp_path, "Q4_K", "Q6_K")
-    config = load_model_config(path)
-    blocks = kept_formats(config, "cpu")
-    experts = "model.layers.1.feed_forward.experts."
-    assert set(blocks) == {"model.layers.0.feed_forward.down_proj.weight"}, "Q4_K stands beside the other Q6_K weights"
-    assert config.stored[f"{experts}3.down_proj.weight"].kind == "Q6_K"
-    assert kept_formats(config, "cuda") == {}
-    policy = QuantizationPolicy.of(EngineConfig(model=str(path)), blocks=blocks)
-    [text] = conversions(config, policy, "bfloat16")
-    count = len(config.stored)
-    assert text.startswith(f"{count - 1} of {count} quantised matrices are converted to bfloat16 (")
-    assert "5 of type Q6_K" in text
-    requested = QuantizationPolicy.of(EngineConfig(model=str(path), quantization="int8"), blocks=blocks)
+def test_every_matrix_keeps_its_format(tmp_path: Path) -> None:
+    config = load_model_config(path := written(tmp_path, "Q4_K", "Q6_K"))
+    kept = kept_formats(config)
+    assert kept == {name: entry.format for name, entry in config.stored.items()}
+    experts, attention = "model.layers.1.feed_forward.experts.3.", "model.layers.1.self_attn."
+    for four, eight in ((f"{attention}q_proj", f"{attention}v_proj"), (f"{experts}up_proj", f"{experts}down_proj")):
+        assert (kept[f"{four}.weight"], kept[f"{eight}.weight"]) == (Q4_K, Q6_K)
+    assert {"model.embed_tokens.weight", "model.layers.0.mamba.x_proj.weight"} <= set(kept)
+    policy = QuantizationPolicy.of(EngineConfig(model=str(path)), blocks=kept)
+    assert conversions(config, policy, "bfloat16") == ()
+    requested = QuantizationPolicy.of(EngineConfig(model=str(path), quantization="int8"), blocks=kept)
     assert (requested.blocks, requested.quantization) == ({}, "int8")
     assert conversions(config, requested, "bfloat16") == ()
 
 
-@pytest.mark.parametrize(("kind", "bits", "group"), [("Q8_0", 8, 32), ("Q4_0", 4, 32), ("Q6_K", 8, 16)])
-def test_the_plan_counts_the_bytes_of_blocks(kind: str, bits: int, group: int, tmp_path: Path) -> None:
-    path = written(tmp_path, kind)
+def test_experts_share_a_format_or_are_converted(tmp_path: Path) -> None:
+    config = load_model_config(written(tmp_path, "Q4_K"))
+    gate, up, down = (f"model.layers.1.feed_forward.experts.0.{name}_proj.weight" for name in ("gate", "up", "down"))
+    other = replace(config.stored[gate], format=Q8_0, kind="Q8_0")
+    kept = kept_formats(replace(config, stored={**config.stored, gate: other}))
+    assert kept[gate] == kept[up] == Format(bits=8, limit=127, group_size=32, has_offset=True)
+    assert kept[down] == Q4_K
+    plain = replace(config, stored={name: entry for name, entry in config.stored.items() if name != down})
+    policy = QuantizationPolicy(blocks=kept_formats(plain))
+    assert not any(".experts." in name for name in policy.blocks)
+    [text] = conversions(plain, policy, "bfloat16")
+    count = len(plain.stored)
+    assert text.startswith(f"11 of {count} quantised matrices are converted to bfloat16 (11 of type Q4_K)")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_the_plan_counts_the_bytes_of_blocks(kind: str, tied: bool, tmp_path: Path) -> None:
+    path = written(tmp_path, kind, tie_word_embeddings=tied)
     config = load_model_config(path)
-    policy = QuantizationPolicy(blocks=kept_formats(config, "cpu"))
-    h = 256
-    numbers = 4 * h * h  # q, k, v and o: two heads and one of 128
-    numbers -= h * h  # k and v have half of the rows
-    numbers += 2 * 2 * h * h + 2 * h * h + 3 * h * h + 4 * 3 * h * h + 64 * h  # Mamba, the MLP, experts, head
-    saved = round(numbers * (2 - bits / 8 - 4 / group))
+    policy = QuantizationPolicy(blocks=kept_formats(config))
+    numbers = sum(entry.numbers for entry in config.stored.values())
+    plain = ("router.weight", "conv1d.weight", "dt_proj.weight", "A_log")
+    stored = load_file(tmp_path / "model.safetensors")
+    assert numbers == sum(w.size for name, w in stored.items() if w.ndim > 1 and not name.endswith(plain))
+    form = config.stored["model.embed_tokens.weight"].format
+    assert form is not None
+    saved = 2 * numbers - form.num_bytes(1, numbers)
     assert weight_bytes(config, 2) - weight_bytes(config, 2, policy=policy) == saved
     llm = LLM(path, threads=1, max_num_seqs=1)
     assert llm.core.info.weight_bytes == weight_bytes(config, 2, policy=policy)
     assert step_bytes(config, 2, policy=policy) < step_bytes(config, 2)
-    del llm
-    gc.collect()
 
 
 def test_a_requested_format_replaces_the_blocks(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ WIDE: dict[str, Any] = {
     "intermediate_size": 256,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
+    "mamba_dt_rank": 32,
 }
 
 
@@ -62,9 +63,18 @@ def test_every_shape_of_model(name: str, tmp_path: Path) -> None:
 
 
 def kind_in(kinds: str) -> Callable[[str], str]:
-    """Types by the name of a tensor: the value projection and the down projections have the second type."""
-    first, _, second = kinds.partition("+")
-    return lambda name: second if second and name.split(".")[-2] in ("attn_v", "ffn_down", "ffn_down_exps") else first
+    """Types by the name of a tensor: the value projection and the down projections have the second type, and the up
+    projections of experts the third."""
+    first, *others = kinds.split("+")
+    second, third = (*others, first, first)[:2]
+
+    def kind_of(name: str) -> str:
+        part = name.split(".")[-2]
+        if part == "ssm_dt":  # its rows have 32 numbers
+            return "F16" if first in ("F16", "BF16") else "Q5_0"
+        return second if part in ("attn_v", "ffn_down", "ffn_down_exps") else third if part == "ffn_up_exps" else first
+
+    return kind_of
 
 
 @pytest.mark.parametrize(
@@ -74,8 +84,10 @@ def kind_in(kinds: str) -> Callable[[str], str]:
         "BF16",
         "Q8_0",
         "Q4_0",
-        "Q5_1",
+        "Q5_1+Q4_1",
+        "Q5_0+Q6_K",
         "Q4_K+Q6_K",
+        "Q4_0+Q4_K+Q6_K",
         "Q3_K+Q5_K",
         "Q2_K",
         "Q4_0+Q6_K",
@@ -85,11 +97,7 @@ def kind_in(kinds: str) -> Callable[[str], str]:
 )
 def test_every_type(kinds: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, **WIDE)
-
-    def kind_of(name: str) -> str:  # the rows of dt_proj have four numbers
-        return "F16" if name.endswith("ssm_dt.weight") else kind_in(kinds)(name)
-
-    path = write_gguf(tmp_path / "model.gguf", tmp_path, kind_of)
+    path = write_gguf(tmp_path / "model.gguf", tmp_path, kind_in(kinds))
     assert load_model_config(path).dtype == ("float16" if kinds == "F16" else "bfloat16")
     assert largest_difference(path, tmp_path) < 1e-3
 

@@ -15,6 +15,7 @@ from jamba_server.engine.types import SamplingParams
 from jamba_server.kernels import table
 from jamba_server.kernels.triton import interpreted
 from jamba_server.llm import LLM, Completion
+from tests.engine.test_gguf_exact import written
 from tests.engine.test_graphs import with_graphs
 from tests.engine.test_parity import NEW_TOKENS, check
 from tests.kernels.interpreter_guard import guard
@@ -65,6 +66,21 @@ def test_quantised_weights_give_what_the_other_kernels_give(
         (tokens, scores), (other_tokens, other_scores) = result(ours), result(theirs)
         assert tokens == other_tokens
         assert scores == pytest.approx(other_scores, abs=1e-4)
+
+
+def test_weights_of_a_gguf_file_stay_packed(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q6_K stands beside Q4_K in a product of several matrices and in the experts."""
+    path = written(tmp_path, "Q4_K", "Q6_K")
+    prompts, params = [[5, 9, 23, 4], [7]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=0)
+    triton = LLM(path, **settings)
+    found = triton.generate(prompts, params)
+    monkeypatch.setattr(build, "select", table.select)
+    other = LLM(path, **settings | {"device": "cpu", "kernels": {"linear": "reference", "run_experts": "reference"}})
+    assert triton.core.info.weight_bytes == other.core.info.weight_bytes
+    for ours, theirs in zip(found, other.generate(prompts, params), strict=True):
+        assert result(ours)[1] == pytest.approx(result(theirs)[1], abs=1e-3)
 
 
 def test_equals_transformers_and_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:

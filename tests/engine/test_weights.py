@@ -184,7 +184,7 @@ class CopyingLinear:
         self.raw.append(weakref.ref(weight))
         return Transposed(weight.t().clone())
 
-    def rows(self, weight: Transposed | Tensor, ids: Tensor) -> Tensor:
+    def rows(self, weight: Transposed | Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return weight.data.t()[ids] if isinstance(weight, Transposed) else weight[ids]
 
     def __call__(self, x: Tensor, weight: Transposed, bias: Tensor | None = None) -> Tensor:
@@ -246,7 +246,7 @@ def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeyp
             return self.inner.pack(*weights)
 
     monkeypatch.setattr(
-        "jamba_server.engine.start.weights.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs))
+        "jamba_server.engine.start.sources.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs))
     )
     kernels = select("cpu", {})
     watched: Any = {name: Watched(getattr(kernels, name)) for name in ("linear", "run_experts")}

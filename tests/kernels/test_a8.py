@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jamba_server.kernels.cpu.a8 import Linear, RunExperts, StackedA8
+from jamba_server.kernels.cpu.a8 import UNITS, Linear, RunExperts, StackedA8, units_of
 from jamba_server.kernels.cpu.library import LEVELS, Library
 from jamba_server.kernels.cpu.linear import Linear as PlainLinear
 from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
@@ -205,6 +205,16 @@ def test_other_weights_go_to_the_other_implementation(native: Library) -> None:
     assert not isinstance(four.pack(eight_bits), StackedA8)
     assert isinstance(four.pack(four_bits), StackedA8)
     assert isinstance(four.pack(StackedWeight((eight_bits, four_bits))), StackedA8)
+
+
+@pytest.mark.parametrize("native", LEVELS[:1], indirect=True)
+def test_products_use_the_level_of_the_other_implementation(native: Library) -> None:
+    """The library stays at its own level. All levels have the same bits, so that only the choice can be compared."""
+    for level in LEVELS[: LEVELS.index(native.level()) + 1]:
+        packed = Linear(PlainLinear(level)).pack(quantized(4, 64, format="int4", group_size=32))
+        assert packed.parts[0].form.level == native.number(level)
+        assert units_of(level) in UNITS
+    assert units_of("portable") == "portable"
 
 
 @pytest.mark.parametrize("native", LEVELS[:1], indirect=True)

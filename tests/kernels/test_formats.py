@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jamba_server.kernels.cpu.library import Library
 from jamba_server.kernels.cpu.linear import Linear as CpuLinear
+from jamba_server.kernels.cpu.linear import PackedWeight
 from jamba_server.kernels.cpu.moe import RunExperts as CpuRunExperts
 from jamba_server.kernels.cpu.moe import SiluAndMul
 from jamba_server.kernels.ops import SUPER_GROUP, Linear, QuantizedWeight, StackedWeight
@@ -120,6 +121,7 @@ def test_a_row_has_the_same_bits_among_any_number(native: Library, name: str, dt
 def test_rows_are_the_dequantised_numbers(native: Library, name: str) -> None:
     weight, ids, linear = weight_of(name, 70, INPUTS), torch.tensor([0, 69, 31, 32, 0]), CpuLinear()
     packed = linear.pack(weight)
+    assert isinstance(packed, PackedWeight)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert_same(linear.rows(packed, ids, dtype), weight.dequantized(ids).to(dtype))
     assert native.level()
@@ -154,5 +156,6 @@ def test_experts_have_a_format_for_each_projection(native: Library, names: tuple
 @pytest.mark.parametrize(("name", "bits"), [("Q8_0", 8.5), ("Q4_0", 4.5), ("Q4_K", 4.625), ("Q6_K", 8.5625)])
 def test_packed_weights_take_what_their_file_takes(native: Library, name: str, bits: float) -> None:
     packed = CpuLinear().pack(weight_of(name, 64, 1024))
+    assert isinstance(packed, PackedWeight)
     assert packed.panels.numel() == 64 * 1024 * bits / 8
     assert native.level()

@@ -16,7 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI
 
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer

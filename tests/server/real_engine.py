@@ -11,8 +11,9 @@ from typing import Any, cast
 from openai import AsyncOpenAI
 
 from jamba_server.engine.process.client import EngineClient
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer

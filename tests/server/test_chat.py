@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from jamba_server.server.config import GenerationDefaults
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.text.tokenizer import Tokenizer
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import EOS, MAX_MODEL_LEN, NUM_CACHED, says, score

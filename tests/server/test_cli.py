@@ -27,8 +27,9 @@ from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
 from jamba_server.server.cli.serve import bind, is_loopback
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
-from jamba_server.server.config import OPTIONS, GenerationDefaults, ServerConfig
+from jamba_server.server.config import OPTIONS, ServerConfig
 from jamba_server.server.demo import demo_folder
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.options import PANELS
 from tests import quantized_folders

@@ -27,7 +27,8 @@ from jamba_server.server.cli.chat import (
 from jamba_server.server.cli.history import line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.run import reply
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.parts import Reasoning

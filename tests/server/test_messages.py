@@ -9,7 +9,8 @@ import pytest
 from anthropic.types import Message, TextBlock, ThinkingBlock, ToolUseBlock
 from anthropic.types.shared import ErrorResponse
 
-from jamba_server.server.config import GenerationDefaults, ServerConfig
+from jamba_server.server.config import ServerConfig
+from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer

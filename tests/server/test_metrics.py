@@ -11,7 +11,9 @@ from subprocess import PIPE, STDOUT
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jamba_server.engine.types import EngineStats
+from jamba_server.engine.process.client import SupervisionStats
+from jamba_server.engine.process.step_times import StepTimes
+from jamba_server.engine.types import EngineStats, StepTime
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import QUEUE_SECONDS, FakeEngine
 
@@ -57,6 +59,21 @@ async def test_what_the_engine_counts(bench: Bench) -> None:
     assert found["jamba_prefix_cache_missed_tokens_total", "evicted"] == 12
 
 
+async def test_how_long_steps_take(bench: Bench) -> None:
+    times = StepTimes()
+    for step in (StepTime("decode", 0.002), StepTime("decode", 0.01), StepTime("decode", 99), StepTime("mixed", 0.5)):
+        times.add(step)
+    bench.engine.supervision = SupervisionStats(step_times=times.histograms())
+    found = samples(await scrape(bench))
+    name = "jamba_engine_step_seconds"
+    at_most = [
+        found[f"{name}_bucket", "decode", bound] for bound in ("0.001", "0.0025", "0.005", "0.01", "60.0", "+Inf")
+    ]
+    assert at_most == [0, 1, 1, 2, 2, 3]
+    assert [found[f"{name}_count", kind] for kind in ("prefill", "decode", "mixed")] == [0, 3, 1]
+    assert found[f"{name}_sum", "decode"] == 99.012
+
+
 async def test_what_the_server_counts(bench: Bench, ids: Ids) -> None:
     async with bench.http() as http:
         await http.post("/v1/chat/completions", json=chat(n=2))
@@ -86,9 +103,9 @@ async def test_milliseconds_are_told_apart(bench: Bench) -> None:
     async with bench.http() as http:
         await http.post("/v1/chat/completions", json=chat())
     for name, *labels in samples(await scrape(bench)):
-        if name.endswith("_seconds_bucket"):
-            buckets.setdefault(name, []).append(float(labels[0]))
-    assert len(buckets) == 5
+        if name.endswith("_seconds_bucket") and labels[0] not in ("prefill", "mixed"):
+            buckets.setdefault(name, []).append(float(labels[-1]))
+    assert len(buckets) == 6
     for name, bounds in buckets.items():
         assert bounds == sorted(set(bounds)), name
         assert bounds[0] == 0.001, name
@@ -152,4 +169,5 @@ async def test_openmetrics(bench: Bench, engine: FakeEngine) -> None:
     async with bench.http() as http:
         response = await http.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert " # {" not in response.text  # exemplars need spans
     assert response.text.endswith("# EOF\n")

@@ -99,6 +99,7 @@ async def test_the_openapi_document(bench: Bench) -> None:
         "/v1/chat/completions/render",
         "/v1/messages",
         "/v1/messages/count_tokens",
+        "/v1/streams/{stream_id}",
     }
     responses = {"", "/input_tokens", "/{response_id}", "/{response_id}/input_items", "/{response_id}/cancel"}
     paths |= {f"/v1/responses{end}" for end in responses}

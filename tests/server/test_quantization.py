@@ -9,8 +9,9 @@ from openai import AsyncOpenAI
 
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.cli.terminal import describe_engine
-from jamba_server.server.config import GenerationDefaults, load_config
+from jamba_server.server.config import load_config
 from jamba_server.server.demo import demo_folder
+from jamba_server.server.generation_defaults import GenerationDefaults
 from tests.server.real_engine import served_engine
 
 PROMPT = "Once upon a time there was a small bird who lived in a tall tree near the river. One day the bird"

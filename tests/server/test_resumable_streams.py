@@ -180,6 +180,8 @@ async def test_an_error_is_kept_too(bench: Bench) -> None:
     async with bench.http() as http:
         made = await http.post(CHAT, json=BODIES[CHAT], headers=CONTINUE)
         again = await http.get(f"/v1/streams/{made.headers['x-stream-id']}")
+        head = await http.head(f"/v1/streams/{made.headers['x-stream-id']}")
+    assert head.status_code == 405  # it would take the events away from the client that reads them
     assert "the engine is gone" in made.text
     assert again.text == made.text
     bench.engine.refusal = EngineDead("gone")

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from starlette.middleware import Middleware
 
 from jamba_server.engine.errors import ConfigError
@@ -67,6 +68,24 @@ async def test_a_chat_has_one_span_in_the_clients_trace(
     assert found["gen_ai.latency.time_in_queue"] == 0.25
     assert found["gen_ai.latency.time_to_first_token"] >= 0
     assert span.resource.attributes["service.name"] == "jamba-server"
+
+
+async def test_latencies_have_exemplars(traced: Bench) -> None:
+    key = {"x-api-key": "key"}
+    async with traced.http() as http:
+        await http.post("/v1/chat/completions", json=chat(), headers=key | PARENT)
+        accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+        text = (await http.get("/metrics", headers=key | accept)).text
+        plain = (await http.get("/metrics", headers=key)).text
+    found = {
+        sample.name: sample.exemplar.labels["trace_id"]
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+    names = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
+    assert found == {f"jamba_{name}_seconds_bucket": TRACE for name in names}
+    assert "trace_id" not in plain
 
 
 async def test_refusals_have_a_span_and_probes_have_none(traced: Bench, exporter: InMemorySpanExporter) -> None:

@@ -49,11 +49,15 @@ namespace {
 // the code for AVX2 runs there.
 enum class Units : int64_t { portable, avx2, avx_vnni, avx512, avx512_vnni };
 
-Units units() {
+// Returns the instruction set for a weight with the field `level` = `wanted`. There is no code for AMX.
+Units units(int64_t wanted) {
 #if JAMBA_X86
     static const bool has_512 = __builtin_cpu_supports("avx512vnni"), has_256 = __builtin_cpu_supports("avxvnni");
-    if (level() >= Level::avx512) return has_512 ? Units::avx512_vnni : Units::avx512;
-    if (level() == Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
+    const Level chosen = wanted < 0 || Level(wanted) >= Level::amx ? level() : Level(wanted);
+    if (chosen >= Level::avx512) return has_512 ? Units::avx512_vnni : Units::avx512;
+    if (chosen == Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
+#else
+    (void)wanted;
 #endif
     return Units::portable;
 }
@@ -61,8 +65,8 @@ Units units() {
 }  // namespace
 
 #if JAMBA_X86
-#define DISPATCH_A8(f, argument)                                        \
-    switch (units()) {                                                  \
+#define DISPATCH_A8(f, argument, level)                                 \
+    switch (units(level)) {                                             \
         case Units::avx512_vnni: return vnni_512::f(argument);          \
         case Units::avx_vnni: return vnni_256::f(argument);             \
         case Units::avx512:                                             \
@@ -70,11 +74,12 @@ Units units() {
         case Units::portable: return a8_portable::f(argument);          \
     }
 #else
-#define DISPATCH_A8(f, argument) a8_portable::f(argument)
+#define DISPATCH_A8(f, argument, level) a8_portable::f(argument)
 #endif
 
-// Returns the instruction set of products with 8-bit activations, as a value of the enum `Units`.
-EXPORT int64_t a8_units() { return int64_t(units()); }
+// Returns the instruction set of products with 8-bit activations whose weight has the field `level`, as a value of the
+// enum `Units`.
+EXPORT int64_t a8_units(int64_t level) { return int64_t(units(level)); }
 
 // Returns the number of bytes of one packed matrix. The address of the panels may be null.
 EXPORT int64_t a8_packed_bytes(const A8Weights* weights) {
@@ -206,7 +211,7 @@ EXPORT void a8_linear(const void* x, int64_t x_stride, const A8Weights* weights,
         using T = decltype(t);
         const A8Product<T> p{(const T*)x, x_stride, nullptr, weights, weights->panels, (const T*)bias, (T*)y,
                              y_stride, m};
-        DISPATCH_A8(a8_multiply, p);
+        DISPATCH_A8(a8_multiply, p, weights->level);
     });
 }
 
@@ -220,6 +225,6 @@ EXPORT void a8_experts(const void* x, int64_t x_stride, const A8Weights* gate_up
         using T = decltype(t);
         const A8Experts<T> e{(const T*)x, x_stride, gate_up, down, weights, ids, (T*)y, tokens, top_k, experts,
                              down->n, down->k};
-        DISPATCH_A8(a8_mix_experts, e);
+        DISPATCH_A8(a8_mix_experts, e, gate_up->level);
     });
 }

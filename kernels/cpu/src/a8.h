@@ -24,6 +24,7 @@ struct A8Weights {
     int64_t scales, offsets;  // values of the enum `Factor`
     int64_t has_zeros;   // 1 if each group has a whole number that is subtracted from the numbers of the group
     int64_t bias;        // `bias` was added to each number, so that the stored numbers are not negative.
+    int64_t level;       // the instruction set that multiplies this weight (see the enum `Level`), or -1 for the machine's
     int64_t has_table;   // 1 if the stored numbers are indices into `table`
     uint8_t table[16];   // whole numbers, to each of which `bias` was added
 };

@@ -1,6 +1,6 @@
-// This file computes what the scales, offsets and zeros of a quantised weight add to a product. `gemm.h` defines where a
-// panel has them. A sum over a group of inputs is multiplied by the group's scale. An offset is multiplied by the sum of x
-// over the group, and a zero by the negative of this sum.
+// This file computes what the scales, offsets and zeros of a quantised weight add to a product. `gemm.h` defines where
+// a panel has them. A sum over a group of inputs is multiplied by the group's scale. An offset is multiplied by the sum
+// of x over the group, and a zero by the negative of this sum.
 
 // The struct `GroupPlace` says where a tile finds the factors of a group: the addresses of the panels of the tile's
 // strips, the number of the first strip, the number of the group, and the offset of the group's factors in a panel.
@@ -34,9 +34,9 @@ inline void read_shifts(const Weights& w, const char* numbers, const char* super
     }
 }
 
-// Computes totals += scale * c for the columns of NS strips, where c has the unscaled sums over one group. With SHIFT,
-// what an offset or a zero adds is computed too: scales[s] and shifts[s] have the factors of strip s, and x has the sum of
-// each of the MR rows of x over the group.
+// Computes totals += scale * c for the columns of NS strips, where c has the unscaled sums over one group. If SHIFT is
+// not `none`, what the offsets or the zeros add is computed too. scales[s] and shifts[s] have the factors of strip s: a
+// shift is an offset or the negative of a zero. x has the sum of each of the MR rows of x over the group.
 template <Shift SHIFT, int MR, int NS>
 INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[NS], const float (&shifts)[NS][STRIP],
                        const float* x, Vec (&totals)[MR][2 * NS]) {
@@ -53,9 +53,17 @@ INLINE void add_scaled(const Vec (&c)[MR][2 * NS], const float* const (&scales)[
     }
 }
 
+// With AVX2, the factors of a group need so many registers that the compiler would keep accumulators of the loop before
+// in memory, which halves the speed of that loop. The function `add_group` is therefore a function of its own there.
+#if defined(LEVEL_AVX2)
+#define INLINE_IF_REGISTERS __attribute__((noinline))
+#else
+#define INLINE_IF_REGISTERS INLINE
+#endif
+
 // Adds what one group contributes to the sums of a tile. `c`, `x` and `totals` are those of the function `add_scaled`.
 template <int MR, int NS>
-INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
+INLINE_IF_REGISTERS void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupPlace& place, const float* x,
                       Vec (&totals)[MR][2 * NS]) {
     alignas(64) float factors[NS][STRIP], shifts[NS][STRIP];
     const float* scales[NS];
@@ -68,7 +76,7 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupP
     for (int s = 0; s < NS; s++) {
         const char *const panel = place.panels[s], *const numbers = panel + place.offset;
         const int64_t column = (place.strip + s) % STRIPS * STRIP;
-        const char* const second = w.two_levels() ? panel + w.super_offset(place.group) : nullptr;
+        const char* const second = panel + w.super_offset(place.group);
         read_factors(w.scale, numbers, second, column, factors[s]);
         scales[s] = factors[s];
         if (w.shift != Shift::none) read_shifts(w, numbers + PANEL * w.scale_item(), second, column, shifts[s]);
@@ -79,6 +87,8 @@ INLINE void add_group(const Vec (&c)[MR][2 * NS], const Weights& w, const GroupP
         case Shift::zero: return add_scaled<Shift::zero, MR, NS>(c, scales, shifts, x, totals);
     }
 }
+
+#undef INLINE_IF_REGISTERS
 
 // Computes the sums of the rows `first` to `first` + `size` - 1 of x over each group of the weight: sums [group][row].
 // Every WIDTH-th element of a group is added in ascending order, and then the WIDTH partial sums are added in halves.

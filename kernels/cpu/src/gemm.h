@@ -61,7 +61,7 @@ struct Weights {
     bool two_levels() const { return scale == Scale::two_levels_unsigned || scale == Scale::two_levels_signed; }
     int64_t pairs() const { return four_bits() ? ceil_div(k, 2 * INT4_PAIRS) * INT4_PAIRS : ceil_div(k, 2); }
     int64_t groups() const { return quantized() ? ceil_div(k, group_size) : 1; }
-    int64_t group_pairs() const { return groups() == 1 ? pairs() : group_size / 2; }
+    int64_t group_pairs() const { return !quantized() || k <= group_size ? pairs() : group_size / 2; }
     // Returns the number of pairs in group `g`. The last group of a row may be shorter than the others.
     int64_t group_pairs(int64_t g) const { return g + 1 < groups() ? group_pairs() : pairs() - g * group_pairs(); }
     // Returns the number of bytes of one column's number for K elements.
@@ -77,9 +77,12 @@ struct Weights {
         const int64_t supers = two_levels() ? g * group_size / SUPER_GROUP + 1 : 0;
         return g * (PANEL * number_bytes(2 * group_pairs()) + factor_bytes()) + supers * super_bytes();
     }
-    // Returns the offset in a panel of the numbers of the second level that group `g` uses.
+    // Returns the offset in a panel of the numbers of the second level that group `g` uses, or 0 if the weight has one
+    // level. With two levels, group_size is a power of 2.
     int64_t super_offset(int64_t g) const {
-        return group_offset(g * group_size / SUPER_GROUP * SUPER_GROUP / group_size) - super_bytes();
+        if (!two_levels()) return 0;
+        const int64_t groups_before = g * group_size % SUPER_GROUP >> __builtin_ctzll(uint64_t(group_size));
+        return group_offset(g - groups_before) - super_bytes();
     }
     int64_t quantized_panel_bytes() const {
         const int64_t supers = two_levels() ? ceil_div(k, SUPER_GROUP) : 0;

@@ -243,7 +243,9 @@ void tile(const TileArguments<T>& a) {
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
         if constexpr (!R::SCALED) return store_tile<T, MR, 2 * NS>(c, a);
         const int64_t group = step / steps.group;
-        add_group<MR, NS>(c, weights, {panels, walk.strip, group, offset}, sums_of_x + group * MR, totals);
+        Vec sums[MR][2 * NS];  // A copy, so that `c` can stay in registers if `add_group` is not inlined.
+        std::memcpy(sums, c, sizeof(sums));
+        add_group<MR, NS>(sums, weights, {panels, walk.strip, group, offset}, sums_of_x + group * MR, totals);
         offset = weights.group_offset(group + 1);
     }
     if (walk.end < steps.count) return store_sums(totals, walk.sums);
@@ -316,7 +318,9 @@ void converted_tile(const TileArguments<T>& a) {
         if (one_group && walk.end < steps.count) return store_sums(c, walk.sums);
         const int64_t group = step / steps.group;
         const int64_t factors = steps.offset(weights, step) + count * R::BYTES;
-        add_group<MR, 1>(c, weights, {&panel, walk.strip, group, factors}, sums_of_x + group * MR, totals);
+        Vec sums[MR][2];
+        std::memcpy(sums, c, sizeof(sums));
+        add_group<MR, 1>(sums, weights, {&panel, walk.strip, group, factors}, sums_of_x + group * MR, totals);
     }
     if (walk.end < steps.count) return store_sums(totals, walk.sums);
     store_tile<T, MR, 2>(totals, a);

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
+from jamba_server.engine.types import EngineStats
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.http.connections.counts import ConnectionCounts
 from jamba_server.server.http.limits.bodies import BodyMemory
+from jamba_server.server.http.limits.forecast import Forecast
 from jamba_server.server.http.limits.key_file import read_keys
 from jamba_server.server.http.limits.keys import Keys
 from jamba_server.server.http.limits.waiting import WaitingTokens
@@ -24,11 +27,11 @@ class Edge:
     connections: ConnectionCounts = field(default_factory=ConnectionCounts)
 
     @classmethod
-    def of(cls, config: ServerConfig) -> Self:
-        """Returns the limits that a configuration asks for. Raises ConfigError if the file of the API keys cannot be
-        used."""
+    def of(cls, config: ServerConfig, stats: Callable[[], EngineStats]) -> Self:
+        """Returns the limits that a configuration asks for. `stats` returns the engine's latest statistics. Raises
+        ConfigError if the file of the API keys cannot be used."""
         return cls(
             keys=Keys(read_keys(config.api_key, config.api_key_file)),
-            waiting=WaitingTokens(config.max_queue_tokens),
+            waiting=WaitingTokens(config.max_queue_tokens, Forecast(stats)),
             bodies=BodyMemory(config.body_memory_bytes),
         )
