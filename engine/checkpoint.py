@@ -7,13 +7,14 @@ file. The list `_FORMATS` names these classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from jamba_server.engine.files import MAX_BYTES, parse_object, parse_text, read_bytes
 from jamba_server.engine.gguf.recognition import is_gguf
 from jamba_server.engine.prequantized.settings import find_settings
+from jamba_server.engine.quantization import Role
 from jamba_server.engine.quantization.blocks import StoredMatrix
 
 if TYPE_CHECKING:
@@ -66,6 +67,18 @@ class Folder:
     def stored(self) -> Mapping[str, StoredMatrix]:
         layout = self.layout()
         return {} if layout is None else {name: matrix.stored for name, matrix in layout.matrices.items()}
+
+    def expected(
+        self, shapes: Iterable[tuple[str, Role, int, int]], names: Collection[str]
+    ) -> Mapping[str, StoredMatrix]:
+        """Returns what the method `stored` is expected to return once the weight files are there. `shapes` has the
+        name, the part of the model, the rows and the inputs of each matrix. `names` are the tensors in the index file,
+        or empty if there is none."""
+        if find_settings(self.path) is None:
+            return {}
+        from jamba_server.engine.prequantized.table import expected
+
+        return expected(self.path, shapes, names)
 
     def layout(self) -> Layout | None:
         """Returns what the weight files hold if another tool has quantised the weights to integers, else None. Raises

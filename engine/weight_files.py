@@ -101,6 +101,12 @@ def headers(folder: Path) -> dict[str, StoredTensor] | None:
         return None
 
 
+def files_in_index(folder: Path) -> set[str]:
+    """Returns the names of files in the index file of a folder. Returns no names if the file has no index."""
+    weight_map = (read_object(folder / INDEX_FILE) or {}).get("weight_map")
+    return set(map(str, cast(dict[str, Any], weight_map).values())) if isinstance(weight_map, dict) else set()
+
+
 def header(path: Path) -> dict[str, StoredTensor]:
     """Returns a map from the name of each tensor in one file to its dtype, shape and byte offsets, as the header of the
     file lists them. Raises CheckpointError if the file is incomplete."""

@@ -38,6 +38,7 @@ def convert_to_folder(source: Path, target: Path, form: str) -> None:
     checkpoint, config = open_checkpoint(source), read_model(source).config
     quantization = FORMATS_WRITTEN[form]
     values = read_object(checkpoint, "config.json") or {}
+    values.pop("quantization", None)  # mlx-lm's name of the settings
     values |= {"quantization_config": settings(quantization), "tie_word_embeddings": config.tie_word_embeddings}
     target.mkdir()
     _write_shards(target, _quantized(read_plain(checkpoint, config), config, quantization))

@@ -14,12 +14,14 @@ import numpy as np
 from jamba_server.engine.prequantized.arrays import FLOATS, read_array, scale_of, unpack_rows
 from jamba_server.engine.prequantized.layout import Array, Layout, Matrix, Numbers, Tensors, require
 from jamba_server.engine.prequantized.settings import Settings
-from jamba_server.engine.quantization import Format
+from jamba_server.engine.quantization import Format, Scale
 from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.weight_files import StoredTensor
 
 _METHODS: Final = ("awq", "autoawq", "quant_config.json")
 _END: Final = ".qweight"
+MARKS: Final = (_END,)
+_KIND: Final = "AWQ of 4 bits"
 # The place in a word of each of its eight outputs.
 _PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -29,14 +31,25 @@ def recognises(settings: Settings) -> bool:
 
 
 def layout(settings: Settings, tensors: Tensors) -> Layout:
-    old = "w_bit" in settings.values
-    settings.one_of("w_bit" if old else "bits", 4)
-    size = settings.group_size("q_group_size" if old else "group_size")
+    settings.one_of("w_bit" if "w_bit" in settings.values else "bits", 4)
+    size = _group_size(settings)
     for key in ("version", "format", "checkpoint_format"):
         settings.one_of(key, "gemm", "GEMM", None)
     settings.one_of("zero_point", True, None)
     modules = [name.removesuffix(_END) for name in tensors if name.endswith(_END)]
     return Layout({f"{module}.weight": _matrix(tensors, module, size) for module in modules})
+
+
+def usual(settings: Settings, module: str) -> tuple[str, Format]:
+    return _KIND, _format(_group_size(settings), "float16")
+
+
+def _group_size(settings: Settings) -> int | None:
+    return settings.group_size("q_group_size" if "w_bit" in settings.values else "group_size")
+
+
+def _format(size: int | None, scale: Scale) -> Format:
+    return Format(bits=4, limit=15, group_size=size, scale=scale, is_unsigned=True, has_zero=True)
 
 
 def _matrix(tensors: Tensors, module: str, size: int | None) -> Matrix:
@@ -45,10 +58,10 @@ def _matrix(tensors: Tensors, module: str, size: int | None) -> Matrix:
     groups = 1 if size is None else -(-inputs // size)
     scales = require(tensors, f"{module}.scales", FLOATS, (groups, outputs))
     zeros = require(tensors, f"{module}.qzeros", ("I32",), (groups, words.shape[1]))
-    form = Format(bits=4, limit=15, group_size=size, scale=scale_of(scales), is_unsigned=True, has_zero=True)
+    form = _format(size, scale_of(scales))
     num_bytes = sum(tensor.end - tensor.start for tensor in (words, scales, zeros))
     names = tuple(f"{module}.{end}" for end in ("qweight", "scales", "qzeros"))
-    stored = StoredMatrix("AWQ of 4 bits", form, inputs * outputs, num_bytes)
+    stored = StoredMatrix(_KIND, form, inputs * outputs, num_bytes)
     return Matrix(stored, names, partial(_read, words, scales, zeros))
 
 

@@ -26,6 +26,7 @@ from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.weight_files import StoredTensor
 
 _ROW_SCALES: Final = ".SCB"
+MARKS: Final = (_ROW_SCALES, ".weight.absmax")
 _STATE: Final = ".weight.quant_state.bitsandbytes__"
 _MAX_STATE: Final = 1 << 16  # the JSON object with the state of a matrix has about 200 bytes
 _TABLES: Final = ("nf4", "fp4")
@@ -59,6 +60,13 @@ def layout(settings: Settings, tensors: Tensors) -> Layout:
             matrices[f"{module}.weight"] = _of_blocks(tensors, module, name, kind)
     notes = ("the method's rounding of activations to 8 bits is not followed: activations keep the model's dtype",)
     return Layout(matrices, unused=frozenset(unused), notes=notes if settings.values.get("load_in_8bit") else ())
+
+
+def usual(settings: Settings, module: str) -> tuple[str, Format]:
+    if settings.values.get("load_in_8bit"):
+        return "int8 of bitsandbytes", Format(bits=8, limit=127, group_size=None)
+    kind = str(settings.values.get("bnb_4bit_quant_type") or "fp4").upper()  # the package's defaults
+    return f"{kind} of bitsandbytes", Format(bits=4, limit=1, group_size=64, is_unsigned=True)
 
 
 def _of_rows(tensors: Tensors, module: str) -> Matrix:

@@ -26,7 +26,7 @@ from jamba_server.engine.prequantized.arrays import (
 )
 from jamba_server.engine.prequantized.layout import Array, Layout, Matrix, Numbers, Tensors, require
 from jamba_server.engine.prequantized.settings import Settings
-from jamba_server.engine.quantization import Format
+from jamba_server.engine.quantization import Format, Scale
 from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.quantization.compressed_tensors import ConfigReader, is_named
 from jamba_server.engine.quantization.methods import COMPRESSED_TENSORS
@@ -35,6 +35,7 @@ from jamba_server.engine.weight_files import StoredTensor
 _PACKED, _PLAIN, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _PACKED_END: Final = ".weight_packed"
 _SCALE_END: Final = ".weight_scale"
+MARKS: Final = (_SCALE_END,)
 _ACTIVATIONS: Final = ("input_scale", "input_zero_point", "input_global_scale")
 
 
@@ -73,11 +74,34 @@ def layout(settings: Settings, tensors: Tensors) -> Layout:
     return Layout(matrices, unused=frozenset(unused), notes=notes if any(g.has_activations for g in groups) else ())
 
 
+def usual(settings: Settings, module: str) -> tuple[str, Format]:
+    groups = _groups(ConfigReader(settings.path), settings.values)
+    group = next((group for group in groups if is_named(module, group.targets, "Linear")), groups[0])
+    return _kind(group), _format(group, "float32")
+
+
+def _kind(group: _Group) -> str:
+    return f"int{group.bits} of compressed-tensors"
+
+
+def _format(group: _Group, scale: Scale) -> Format:
+    return Format(
+        bits=group.bits,
+        limit=2 ** (group.bits - 1) - 1 if group.is_symmetric else 2**group.bits - 1,
+        group_size=group.size,
+        scale=scale,
+        is_unsigned=not group.is_symmetric,
+        has_zero=not group.is_symmetric,
+    )
+
+
 def _groups(reader: ConfigReader, values: Mapping[str, Any]) -> list[_Group]:
     reader.expect("format", values.get("format"), _PACKED, _PLAIN, _MIXED, None)
     reader.expect("quantization_status", values.get("quantization_status"), "compressed", None)
     reader.check_extras(values)
     groups = reader.mapping("config_groups", values.get("config_groups"))
+    if not groups:
+        reader.refuse("config_groups", groups, "at least one group is expected")
     return [_group(reader, f"config_groups.{name}", reader.mapping(name, group)) for name, group in groups.items()]
 
 
@@ -149,15 +173,8 @@ def _matrix(
         index = require(tensors, f"{module}.weight_g_idx", ("I32", "I64"), (inputs,))
         parts[f"{module}.weight_g_idx"] = index
         order = _order(module, index, group.size, groups)
-    form = Format(
-        bits=group.bits,
-        limit=2 ** (group.bits - 1) - 1 if zeros is None else 2**group.bits - 1,
-        group_size=group.size,
-        scale=scale_of(scales),
-        is_unsigned=zeros is not None,
-        has_zero=zeros is not None,
-    )
-    kind = f"int{group.bits} of compressed-tensors" + ("" if order is None else " in an order of its own")
+    form = _format(group, scale_of(scales))
+    kind = _kind(group) + ("" if order is None else " in an order of its own")
     num_bytes = sum(part.end - part.start for part in parts.values())
     stored = StoredMatrix(kind, form if order is None else None, rows * inputs, num_bytes)
     values = next(iter(parts.values()))

@@ -24,12 +24,13 @@ from jamba_server.engine.prequantized.arrays import (
 )
 from jamba_server.engine.prequantized.layout import Array, Layout, Matrix, Numbers, Tensors, require
 from jamba_server.engine.prequantized.settings import Settings
-from jamba_server.engine.quantization import Format
+from jamba_server.engine.quantization import Format, Scale
 from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.weight_files import StoredTensor
 
 _METHODS: Final = ("gptq", "auto_gptq", "gptqmodel", "quantize_config.json")
 _END: Final = ".qweight"
+MARKS: Final = (_END,)
 
 
 def recognises(settings: Settings) -> bool:
@@ -55,6 +56,15 @@ def layout(settings: Settings, tensors: Tensors) -> Layout:
     return Layout(matrices, unused=frozenset(unused))
 
 
+def usual(settings: Settings, module: str) -> tuple[str, Format]:
+    bits = settings.values["bits"]
+    return f"GPTQ of {bits} bits", _format(bits, settings.group_size("group_size"), "float16")
+
+
+def _format(bits: int, size: int | None, scale: Scale) -> Format:
+    return Format(bits=bits, limit=2**bits - 1, group_size=size, scale=scale, is_unsigned=True, has_zero=True)
+
+
 def _matrix(tensors: Tensors, module: str, size: int | None, less: int) -> Matrix:
     words = require(tensors, f"{module}{_END}", ("I32",), (None, None))
     outputs = words.shape[1]
@@ -75,14 +85,7 @@ def _matrix(tensors: Tensors, module: str, size: int | None, less: int) -> Matri
     if f"{module}.g_idx" in tensors:
         names.append(f"{module}.g_idx")
         order = _order(names[-1], require(tensors, names[-1], ("I32", "I64"), (inputs,)), size, groups)
-    form = Format(
-        bits=bits,
-        limit=2**bits - 1,
-        group_size=size,
-        scale=scale_of(scales),
-        is_unsigned=True,
-        has_zero=True,
-    )
+    form = _format(bits, size, scale_of(scales))
     kind = f"GPTQ of {bits} bits" + (" with desc_act" if order is not None else "")
     num_bytes = sum(tensors[name].end - tensors[name].start for name in names)
     stored = StoredMatrix(kind, None if order is not None else form, inputs * outputs, num_bytes)

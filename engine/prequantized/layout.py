@@ -9,6 +9,7 @@ import numpy as np
 
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.prequantized.settings import Settings
+from jamba_server.engine.quantization import Format
 from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.weight_files import StoredTensor
 
@@ -56,7 +57,11 @@ class Layout(NamedTuple):
 
 
 class Loader(Protocol):
-    """The interface of a module for one method."""
+    """The interface of a module for one method. `MARKS` are ends of names of tensors. A quantised module has a tensor
+    of one of these names."""
+
+    @property
+    def MARKS(self) -> tuple[str, ...]: ...  # noqa: N802
 
     def recognises(self, settings: Settings) -> bool:
         """Returns whether the settings are those of the method."""
@@ -65,6 +70,11 @@ class Loader(Protocol):
     def layout(self, settings: Settings, tensors: Tensors) -> Layout:
         """Returns what the tensors of a folder hold. There are no tensors if the weight files are absent. Raises
         CheckpointError for settings that this server does not support, and for tensors that do not fit to them."""
+        ...
+
+    def usual(self, settings: Settings, module: str) -> tuple[str, Format]:
+        """Returns the name and the format of a quantised matrix, as far as the settings tell them. The settings are
+        those of a folder for which `layout` raises no error."""
         ...
 
 

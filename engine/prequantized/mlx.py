@@ -17,11 +17,12 @@ from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.prequantized.arrays import FLOATS, read_array, scale_of, unpack_rows
 from jamba_server.engine.prequantized.layout import Array, Layout, Matrix, Numbers, Plain, Tensors, require
 from jamba_server.engine.prequantized.settings import Settings
-from jamba_server.engine.quantization import Format
+from jamba_server.engine.quantization import Format, Scale
 from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.weight_files import StoredTensor
 
 _SCALES: Final = ".scales"
+MARKS: Final = (_SCALES,)
 _STACKED: Final = ".switch_mlp."
 _CONVOLUTION: Final = ".conv1d.weight"
 _SIZES: Final = (32, 64, 128)
@@ -37,10 +38,7 @@ def layout(settings: Settings, tensors: Tensors) -> Layout:
     plain: dict[str, Plain] = {}
     quantized = {name.removesuffix(_SCALES) for name in tensors if name.endswith(_SCALES)}
     for module in quantized:
-        own = settings.values.get(module)
-        values = cast(dict[str, Any], own) if isinstance(own, dict) else settings.values
-        bits, size = _bits_and_size(settings, module if values is own else "", values)
-        matrices |= _matrices(tensors, module, bits, size)
+        matrices |= _matrices(tensors, module, *_own(settings, module))
     for name, tensor in tensors.items():
         if name.endswith(_CONVOLUTION) and len(tensor.shape) == 3:
             plain[name] = Plain(name, partial(_convolution, tensor))
@@ -48,6 +46,23 @@ def layout(settings: Settings, tensors: Tensors) -> Layout:
             names = _names(name.removesuffix(".weight"), tensor)
             plain |= {own: Plain(name, partial(read_array, tensor, e)) for e, own in enumerate(names)}
     return Layout(matrices, plain)
+
+
+def usual(settings: Settings, module: str) -> tuple[str, Format]:
+    bits, size = _own(settings, module)
+    return f"MLX of {bits} bits", _format(bits, size, "float32")
+
+
+def _format(bits: int, size: int, scale: Scale) -> Format:
+    return Format(bits=bits, limit=2**bits - 1, group_size=size, scale=scale, is_unsigned=True, has_offset=True)
+
+
+def _own(settings: Settings, module: str) -> tuple[int, int]:
+    """Returns the bits and the group size of a module, which may have settings of its own."""
+    own = settings.values.get(module)
+    if isinstance(own, dict):
+        return _bits_and_size(settings, module, cast(dict[str, Any], own))
+    return _bits_and_size(settings, "", settings.values)
 
 
 def _bits_and_size(settings: Settings, module: str, values: Mapping[str, Any]) -> tuple[int, int]:
@@ -80,14 +95,7 @@ def _matrices(tensors: Tensors, module: str, bits: int, size: int) -> dict[str, 
     biases = require(tensors, names[2], (scales.dtype,), shape)
     if inputs % size:
         raise CheckpointError(f"{words.path}: tensor {names[0]} has {inputs} inputs, no multiple of {size}.")
-    form = Format(
-        bits=bits,
-        limit=2**bits - 1,
-        group_size=size,
-        scale=scale_of(scales),
-        is_unsigned=True,
-        has_offset=True,
-    )
+    form = _format(bits, size, scale_of(scales))
     owners = _names(module, words)
     num_bytes = sum(tensor.end - tensor.start for tensor in (words, scales, biases)) // max(1, len(owners))
     stored = StoredMatrix(f"MLX of {bits} bits", form, words.shape[-2] * inputs, num_bytes)

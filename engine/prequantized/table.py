@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
 from jamba_server.engine.prequantized import awq, bitsandbytes, compressed, gptq, mlx
-from jamba_server.engine.prequantized.layout import Layout, Loader, Tensors
+from jamba_server.engine.prequantized.expected import expected_matrices
+from jamba_server.engine.prequantized.layout import Layout, Loader
 from jamba_server.engine.prequantized.settings import Settings, find_settings
+from jamba_server.engine.quantization import Role
+from jamba_server.engine.quantization.blocks import StoredMatrix
 from jamba_server.engine.weight_files import headers
 
 _LOADERS: Final[tuple[Loader, ...]] = (gptq, awq, compressed, mlx, bitsandbytes)
@@ -29,8 +33,14 @@ def open_layout(folder: Path) -> Layout | None:
     layout is empty. Raises CheckpointError for a folder that a loader recognises but cannot read."""
     settings = find_settings(folder)
     loader = None if settings is None else loader_of(settings)
-    return None if settings is None or loader is None else loader.layout(settings, _tensors(folder))
+    return None if settings is None or loader is None else loader.layout(settings, headers(folder) or {})
 
 
-def _tensors(folder: Path) -> Tensors:
-    return headers(folder) or {}
+def expected(
+    folder: Path, shapes: Iterable[tuple[str, Role, int, int]], names: Collection[str]
+) -> dict[str, StoredMatrix]:
+    """Returns the matrices that a folder without weight files is expected to have quantised. `expected_matrices`
+    describes the arguments."""
+    settings = find_settings(folder)
+    loader = None if settings is None else loader_of(settings)
+    return {} if settings is None or loader is None else expected_matrices(loader, settings, shapes, names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +19,12 @@ from jamba_server.engine.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
     StoredTensor,
+    files_in_index,
     header,
     names_in_index,
     weight_files,
 )
+from jamba_server.engine.weight_sizes import weight_matrices
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -73,15 +75,18 @@ def read_plan(folder: Path) -> StoredModel:
     try:
         return read_model(folder)
     except CheckpointError:  # the weight files are absent, or replaced by Git LFS pointers
-        if config.is_classifier or not config.tie_word_embeddings or HEAD not in names_in_index(folder):
-            return StoredModel(config)
-    return StoredModel(
-        load_model_config(folder, own_head=True),
-        (
+        names, warnings = names_in_index(folder), tuple[str, ...]()
+    if config.tie_word_embeddings and not config.is_classifier and HEAD in names:
+        config = load_model_config(folder, own_head=True)
+        warnings = (
             f"config.json has tie_word_embeddings true, but {INDEX_FILE} names {HEAD}: it is counted as a separate "
             "head; loading leaves it out if it equals the embedding",
-        ),
-    )
+        )
+    checkpoint = open_checkpoint(folder)
+    stored = checkpoint.expected(weight_matrices(config), names) if isinstance(checkpoint, Folder) else {}
+    if stored:
+        warnings += ("the weight files are not here, so their formats are those that config.json lets expect",)
+    return StoredModel(replace(config, stored=stored), warnings)
 
 
 def conversions(config: JambaConfig, policy: QuantizationPolicy, dtype: str) -> tuple[str, ...]:
@@ -101,7 +106,8 @@ def conversions(config: JambaConfig, policy: QuantizationPolicy, dtype: str) -> 
 
 
 def _unread_files(folder: Path) -> list[str]:
-    if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
+    both = (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file()
+    if both and files_in_index(folder) != {SINGLE_FILE}:  # mlx-lm writes an index for a single file, too
         return [f"the folder has both {SINGLE_FILE}, which is loaded, and {INDEX_FILE}, which is ignored"]
     return []
 

@@ -124,6 +124,7 @@ def describe_checkpoint(name: str) -> list[tuple[str, str]]:
             "weights",
             f"{format_bytes(weight_bytes(config, DTYPE_BYTES[config.dtype], policy=policy))} of memory on a CPU",
         ),
+        ("converting", _loss(config)),
         ("documents", ", ".join(documents)),
         *(("note", text) for text in texts),
     ]
@@ -135,6 +136,18 @@ def _quantized(config: JambaConfig) -> str:
         return f"{', '.join(sorted(config.quantized_roles))} in {config.stored_format}"
     kinds = Counter(entry.kind for entry in config.stored.values())
     return ", ".join(f"{count} matrices of type {kind}" for kind, count in sorted(kinds.items())) or "nothing"
+
+
+def _loss(config: JambaConfig) -> str:
+    """Returns in words what `jamba convert` and `--quantization` would lose."""
+    if config.quantized_roles:
+        return "is refused, because the weights are quantised; convert the original checkpoint"
+    if config.stored:
+        return (
+            f"rounds {len(config.stored)} quantised matrices twice, first to {config.dtype} and then to the new "
+            "format; convert the original checkpoint if you have it"
+        )
+    return "to a smaller format rounds each weight once"
 
 
 def ask_kernels() -> Machine:

@@ -13,11 +13,14 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from jamba_server.engine.convert.to_folder import convert_to_folder
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.model_config import load_model_config
-from jamba_server.engine.start.contents import read_model
+from jamba_server.engine.quantization import QuantizationPolicy
+from jamba_server.engine.start.contents import read_model, read_plan
 from jamba_server.engine.types import SamplingParams
-from jamba_server.engine.weight_sizes import kept_formats
+from jamba_server.engine.weight_files import INDEX_FILE
+from jamba_server.engine.weight_sizes import kept_formats, weight_bytes
 from jamba_server.llm import LLM
 from tests import quantized_folders as written
 from tests.quantized_folders import Array, Written
@@ -144,9 +147,14 @@ def test_the_numbers_are_those_of_the_files(name: str, tmp_path: Path) -> None:
     assert (len(kept) == len(config.stored)) == (name not in ("gptq desc_act", "nf4 across rows"))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", [SHAPE, DENSE], ids=["experts", "dense"])
+@pytest.mark.parametrize(("shape", "bits"), [(SHAPE, 4), (DENSE, 8)], ids=["experts", "dense"])
 def test_the_layout_of_mlx(shape: dict[str, Any], bits: int, tmp_path: Path) -> None:
+    folder = write_for_mlx(tmp_path, shape, bits)
+    assert set(load_model_config(folder).stored) >= {"model.embed_tokens.weight", "model.layers.0.mamba.x_proj.weight"}
+    assert largest_difference(folder) < 1e-3
+
+
+def write_for_mlx(tmp_path: Path, shape: dict[str, Any], bits: int) -> Path:
     save_tiny(tmp_path, **shape)
     settings: dict[str, Any] = {"group_size": 64, "bits": bits, "mode": "affine"}
     tensors: dict[str, Array] = {}
@@ -164,9 +172,7 @@ def test_the_layout_of_mlx(shape: dict[str, Any], bits: int, tmp_path: Path) -> 
             plain |= unstacked(module, result.numbers)
             settings[module] = {"group_size": size, "bits": own}
     tensors |= {name: plain[name] for name in plain if not name.endswith(".weight") or plain[name].ndim == 1}
-    folder = written.save(tmp_path / "mlx", tmp_path / "config.json", tensors, plain, "quantization", settings)
-    assert set(load_model_config(folder).stored) >= {"model.embed_tokens.weight", "model.layers.0.mamba.x_proj.weight"}
-    assert largest_difference(folder) < 1e-3
+    return written.save(tmp_path / "mlx", tmp_path / "config.json", tensors, plain, "quantization", settings)
 
 
 def stacked_for_mlx(tensors: dict[str, Array]) -> dict[str, Array]:
@@ -233,6 +239,42 @@ def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(settings | {"bits": 2}))
     with pytest.raises(CheckpointError, match=r"quantize_config\.json: bits is 2; this server reads 4, 8 only"):
         load_model_config(folder)
+
+
+@pytest.mark.parametrize("name", ["gptq", "mlx"])
+def test_a_conversion_to_int8(name: str, tmp_path: Path) -> None:
+    folder = write_for_mlx(tmp_path, SHAPE, 4) if name == "mlx" else write(name, tmp_path, SHAPE)
+    convert_to_folder(folder, tmp_path / "int8", "int8")
+    convert_to_folder(folder / "plain", tmp_path / "plain", "int8")
+    ours, theirs = (load_file(path / "model-00001.safetensors") for path in (tmp_path / "int8", tmp_path / "plain"))
+    assert ours.keys() == theirs.keys()
+    for key, numbers in ours.items():
+        np.testing.assert_allclose(numbers, theirs[key], rtol=1e-6, atol=1 if numbers.dtype == np.int8 else 1e-6)
+    assert load_model_config(tmp_path / "int8").stored_format == "int8"
+
+
+PLANNED = ["gptq", "awq", "packed int4 with zeros", "int8", "rows of 8 bits", "nf4", "mlx"]
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_needs_no_weight_files(name: str, has_index: bool, tmp_path: Path) -> None:
+    """With the index, the plan without weight files differs only by the dtype of the scales."""
+    folder = write_for_mlx(tmp_path, SHAPE, 4) if name == "mlx" else write(name, tmp_path, SHAPE)
+    real = read_plan(folder)
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    if has_index:
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, "absent.safetensors")}))
+    planned = read_plan(folder)
+    assert any("weight files are not here" in warning for warning in planned.warnings)
+    if has_index:
+        assert planned.config.stored.keys() == real.config.stored.keys()
+    sizes = [
+        weight_bytes(config, 2, policy=QuantizationPolicy(blocks=kept_formats(config, "cpu")))
+        for config in (real.config, planned.config)
+    ]
+    assert 0.7 < sizes[1] / sizes[0] < 1.2
 
 
 Q = "model.layers.1.self_attn.q_proj"

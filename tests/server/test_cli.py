@@ -32,6 +32,7 @@ from jamba_server.server.demo import demo_folder
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.options import PANELS
+from tests import quantized_folders
 from tests.geometries import write_geometry
 from tests.gguf_file import write_gguf
 from tests.server.fake_engine import INFO
@@ -424,8 +425,20 @@ def test_doctor_describes_a_checkpoint(tmp_path: Path) -> None:
     facts = {line[:16].strip(): line[17:] for line in lines}
     assert facts["checkpoint"] == f"{tmp_path / 'tiny.gguf'}, a GGUF file"
     assert facts["quantised"].endswith(" matrices of type Q4_1")
-    assert "are converted to bfloat16" in facts["note"]
-    assert "as stored" not in facts
+    assert facts["quantised"] == facts["as stored"].replace(" of type", " matrices of type")
+
+
+def test_doctor_describes_a_folder_that_another_tool_has_quantised(tmp_path: Path) -> None:
+    save_tiny(tmp_path, hidden_size=64, mamba_dt_rank=32, intermediate_size=64)
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+
+    def write(module: str, weight: quantized_folders.Array) -> quantized_folders.Written | None:
+        return quantized_folders.awq(weight, size=32) if module.endswith(("gate_proj", "up_proj")) else None
+
+    folder = quantized_folders.rewrite(tmp_path, tmp_path / "awq", settings, write)
+    facts = {line[:16].strip(): line[17:] for line in invoke("doctor", str(folder)).splitlines()}
+    assert facts["quantised"] == "20 matrices of type AWQ of 4 bits"
+    assert facts["converting"].startswith("rounds 20 quantised matrices twice, first to float32 and then to the new fo")
 
 
 def test_doctor_fails_where_an_op_has_no_kernel(
