@@ -149,26 +149,38 @@ def _update(
     return out
 
 
+@jit
+def dt_product(
+    x: tl.tensor, weight: tl.tuple, weight_row: tl.tensor, x_mask: tl.tensor, weight_mask: tl.tensor,
+    rank: tl.tensor, channels: tl.tensor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, FORMAT: tl.constexpr, STAGES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Returns the product of a tile of x with the weight dt_proj, which may be quantised."""
+    if FORMAT == "":
+        total = section_product(x, weight[0] + weight_row * rank, x_mask, weight_mask, rank, ROWS, COLUMNS, INNER)
+    else:
+        total = quantized_product(
+            x, weight, weight_row, x_mask, weight_mask, 0, rank, rank, channels, ROWS, COLUMNS, FORMAT, STAGES
+        )
+    return total
+
+
 @jit(do_not_specialize=["rows"])
 def update_kernel(
-    u: tl.tensor, z: tl.tensor, projected: tl.tensor,
-    dt_norm: tl.tensor, b_norm: tl.tensor, c_norm: tl.tensor,
-    words: tl.tensor, scales: tl.tensor, supers: tl.tensor, zeros: tl.tensor, table: tl.tensor,
-    a: tl.tensor, d: tl.tensor, dt_bias: tl.tensor,
-    ssm_state: tl.tensor, state_ids: tl.tensor,
-    normed: tl.tensor, dt: tl.tensor, out: tl.tensor,
-    rows: tl.tensor, sections: tl.tensor, channels: tl.tensor, rank: tl.tensor,
-    z_stride: tl.tensor, slot_stride: tl.tensor, eps: tl.tensor,
-    FORMAT: tl.constexpr, STAGES: tl.constexpr, STATES: tl.constexpr, ROWS: tl.constexpr, SECTIONED: tl.constexpr,
-    TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
-    BLOCK_R: tl.constexpr, NORM_ROWS_R: tl.constexpr, BLOCK_S: tl.constexpr, NORM_ROWS_S: tl.constexpr,
+    u: tl.tensor, z: tl.tensor, projected: tl.tensor, dt_norm: tl.tensor, b_norm: tl.tensor, c_norm: tl.tensor,
+    words: tl.tensor, scales: tl.tensor, supers: tl.tensor, zeros: tl.tensor, table: tl.tensor, a: tl.tensor,
+    d: tl.tensor, dt_bias: tl.tensor, ssm_state: tl.tensor, state_ids: tl.tensor, normed: tl.tensor, dt: tl.tensor,
+    out: tl.tensor, rows: tl.tensor, sections: tl.tensor, channels: tl.tensor, rank: tl.tensor, z_stride: tl.tensor,
+    slot_stride: tl.tensor, eps: tl.tensor, FORMAT: tl.constexpr, STAGES: tl.constexpr, STATES: tl.constexpr,
+    ROWS: tl.constexpr, SECTIONED: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    INNER: tl.constexpr, BLOCK_R: tl.constexpr, NORM_ROWS_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    NORM_ROWS_S: tl.constexpr,
 ) -> None:  # fmt: skip
     """Computes the norms, dt_proj and the state update. The grid is (cdiv(channels, BLOCK_D), cdiv(rows, ROWS)).
 
     `normed` [1 or 2, rows, rank + 2 * STATES] and `dt` [rows, channels] are scratch memory: a program writes tiles
     there and reads them in another layout. All programs of the same rows write the same bits into `normed`. With
-    SECTIONED, where ROWS is 1, `projected` holds the sums of x_proj's sections. `words` to `table` are the tensors of
-    dt_proj.
+    SECTIONED, where ROWS is 1, `projected` holds the sums of x_proj's sections. `words` to `table` belong to dt_proj.
     """
     first = tl.program_id(1).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, rows)
@@ -181,22 +193,18 @@ def update_kernel(
         tl.store(projected + column, rounded(total, normed.type.element_ty), mask=mask)
         tl.debug_barrier()
     normalize(projected, normed, dt_norm, first, end, width, rank, eps, ROWS, BLOCK_R, NORM_ROWS_R)
-    b_raw, b_at = projected + rank, normed + rank
-    normalize(b_raw, b_at, b_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
-    c_at = b_at + STATES
-    normalize(b_raw + STATES, c_at, c_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
+    b_at, c_at = normed + rank, normed + rank + STATES
+    normalize(projected + rank, b_at, b_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
+    normalize(projected + rank + STATES, c_at, c_norm, first, end, width, STATES, eps, ROWS, BLOCK_S, NORM_ROWS_S)
     tl.debug_barrier()
     row = first + tl.arange(0, TILE_ROWS)[:, None]
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     normed_at, place, here, exists = normed + row * width, column.to(tl.int64), row < end, column < channels
-    if FORMAT == "":
-        total = section_product(normed_at, words + place * rank, here, exists, rank, TILE_ROWS, BLOCK_D, INNER)
-    else:
-        dt_proj = (words, scales, supers, zeros, table)
-        total = quantized_product(
-            normed_at, dt_proj, place, here, exists, 0, rank, rank, channels, TILE_ROWS, BLOCK_D, FORMAT, STAGES
-        )
-    tl.store(dt + row * channels + column, rounded(total, dt.type.element_ty), mask=(row < end) & (column < channels))
+    dt_proj = (words, scales, supers, zeros, table)
+    total = dt_product(
+        normed_at, dt_proj, place, here, exists, rank, channels, TILE_ROWS, BLOCK_D, INNER, FORMAT, STAGES
+    )
+    tl.store(dt + row * channels + column, rounded(total, dt.type.element_ty), mask=here & exists)
     tl.debug_barrier()
     channel, s = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     inside, inside_s = channel < channels, s < STATES

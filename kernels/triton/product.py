@@ -147,20 +147,10 @@ def plain_product(
 
 @jit
 def quantized_product(
-    x: tl.tensor,
-    weight: tl.tuple,
-    weight_row: tl.tensor,
-    x_mask: tl.tensor,
-    weight_mask: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    inputs: tl.tensor,
-    weight_rows: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> tl.tensor:
+    x: tl.tensor, weight: tl.tuple, weight_row: tl.tensor, x_mask: tl.tensor, weight_mask: tl.tensor, start: tl.tensor,
+    end: tl.tensor, inputs: tl.tensor, weight_rows: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr, STAGES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Computes the result of the function `product` for a quantised weight with K = `inputs`, over the inputs from
     `start` to `end` - 1. `start` is a multiple of 256.
 
@@ -187,16 +177,13 @@ def quantized_product(
         zero_at += start // chunk * (parts // each) * stride
     none = tl.zeros((COLUMNS, ROWS), tl.float32)
     total = none
-    # If the number of the loop's pipeline stages is given explicitly, the loop prefetches the scales as well as the
-    # weight.
+    # An explicit number of pipeline stages makes the loop prefetch the scales as well as the weight.
     for at in tl.range(start, end, chunk, num_stages=STAGES):
         packed = tl.load(words_at, mask=mask, other=0)
         super_at = supers + at // SUPER * level * stride + row
         for part in tl.static_range(parts):
             b = tl.trans(tl.load(x_at + part * inner, mask=x_mask & (k < end - at - part * inner), other=0.0))
-            zero = mask
-            if has(FORMAT, "zeros"):
-                zero = tl.load(zero_at + part // each * stride, mask=mask, other=0)
+            zero = tl.load(zero_at + part // each * stride, mask=mask, other=0) if has(FORMAT, "zeros") else mask
             a = numbers(packed, zero, table, part, FORMAT, dtype)
             if whole:
                 total = dot(a, b, total)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -17,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jamba_server.engine.errors import CheckpointError, ConfigError
+from jamba_server.engine.errors import CheckpointError
 from jamba_server.server.cli import checkpoint, doctor
 from jamba_server.server.cli.application import app, run
 from jamba_server.server.cli.bench import report as bench
@@ -25,12 +24,10 @@ from jamba_server.server.cli.bench.client import Reply
 from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.doctor import KernelRow, kernel_table, without_kernel
-from jamba_server.server.cli.serve import bind, is_loopback
 from jamba_server.server.cli.terminal import LoadProgress, describe_engine
 from jamba_server.server.config import OPTIONS, ServerConfig
 from jamba_server.server.demo import demo_folder
 from jamba_server.server.generation_defaults import GenerationDefaults
-from jamba_server.server.http.connections.tls import tls_context
 from jamba_server.server.options import PANELS
 from tests import quantized_folders
 from tests.geometries import write_geometry
@@ -128,9 +125,15 @@ def test_a_mistyped_command_gets_a_suggestion(
     ("arguments", "sentence"),
     [
         (["serve", "--port", "http"], "jamba: --port is 'http'; it must be a whole number"),
-        (["serve", "--quantization", "int5"], "jamba: --quantization is 'int5'; it must be one of int8, int4, fp8."),
-        (["serve", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4 or fp8."),
-        (["plan", "org/name", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4 or fp8."),
+        (
+            ["serve", "--quantization", "int5"],
+            "jamba: --quantization is 'int5'; it must be one of int8, int4, int4-g32, fp8.",
+        ),
+        (["serve", "--quantize-mamba"], "jamba: quantize_mamba needs quantization: int8 or int4 or int4-g32 or fp8."),
+        (
+            ["plan", "org/name", "--quantize-mamba"],
+            "jamba: quantize_mamba needs quantization: int8 or int4 or int4-g32 or fp8.",
+        ),
         (["serve", "--tensor-parallel-size", "2"], "jamba: tensor_parallel_size 2 is not supported yet"),
         (["serve", "--config", "/no/such.yaml"], "jamba: --config /no/such.yaml: there is no such file."),
         (["serve", "--port", "0", "/no/such"], "jamba: There is no folder /no/such, and a hub id"),
@@ -467,40 +470,3 @@ def test_the_kernels_report_is_what_doctor_reads() -> None:
 
 
 # serve --------------------------------------------------------------------------------------------------------------
-
-
-def test_an_address_in_use_is_found_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    with bind("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        message = jamba(monkeypatch, "serve", "--port", str(port), "/no/such/model")
-    assert message == f"jamba: --port {port} of --host 127.0.0.1 cannot be used: Address already in use."
-
-
-def test_an_address_of_nobody() -> None:
-    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1"):
-        bind("192.0.2.1", 0)
-
-
-def test_an_ipv6_address() -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("no IPv6 here")
-    with bind("::1", 0) as listener:
-        assert listener.family == socket.AF_INET6
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
-)
-def test_loopback(host: str, loopback: bool) -> None:
-    assert is_loopback(host) == loopback
-
-
-def test_a_certificate_that_is_none(tmp_path: Path) -> None:
-    file = tmp_path / "file.pem"
-    file.write_text("no certificate")
-    config = ServerConfig(ssl_keyfile=str(file), ssl_certfile=str(file))
-    with pytest.raises(ConfigError, match="ssl_keyfile and ssl_certfile cannot be used"):
-        tls_context(config)
