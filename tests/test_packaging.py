@@ -33,10 +33,11 @@ def run(command: Sequence[str | Path], *, cwd: Path, path: Path | None = None) -
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, for setuptools leaves its work beside the sources. Most of the time is the C++ compiler's."""
+    """Built from a copy, because setuptools leaves its work beside the sources. The compiled kernels are copied, too, so
+    that they need not be compiled again."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in (*PACKAGES, "src"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored, symlinks=True)
     for name in METADATA_FILES:
         if (ROOT / name).exists():
