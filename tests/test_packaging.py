@@ -33,15 +33,15 @@ def run(command: Sequence[str | Path], *, cwd: Path, path: Path | None = None) -
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, because setuptools leaves its work beside the sources. The compiled kernels are copied, too, so
-    that they need not be compiled again."""
+    """Built from a copy, because setuptools leaves its work beside the sources. The compiled kernels are copied too, so
+    that they are not compiled again."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in (*PACKAGES, "src"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored, symlinks=True)
     for name in METADATA_FILES:
         if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
+            shutil.copy2(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     run([*pip, "--wheel-dir", output, source], cwd=source)
     (path,) = output.glob("jamba_server-*.whl")

@@ -271,7 +271,7 @@ def test_the_plan_needs_no_weight_files(name: str, has_index: bool, tmp_path: Pa
     if has_index:
         assert planned.config.stored.keys() == real.config.stored.keys()
     sizes = [
-        weight_bytes(config, 2, policy=QuantizationPolicy(blocks=kept_formats(config, "cpu")))
+        weight_bytes(config, 2, policy=QuantizationPolicy(blocks=kept_formats(config)))
         for config in (real.config, planned.config)
     ]
     assert 0.7 < sizes[1] / sizes[0] < 1.2

@@ -247,7 +247,7 @@ def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeyp
             return self.inner.pack(*weights)
 
     monkeypatch.setattr(
-        "jamba_server.engine.start.sources.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs))
+        "jamba_server.engine.start.quantized_folder.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs))
     )
     kernels = select("cpu", {})
     watched: Any = {name: Watched(getattr(kernels, name)) for name in ("linear", "run_experts")}

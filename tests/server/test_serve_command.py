@@ -141,7 +141,7 @@ def test_sigterm_while_loading_ends_at_once() -> None:
 def test_a_choice_that_cannot_be_met_is_one_sentence() -> None:
     for flags, message in (
         (("/no/such/folder",), "no folder /no/such/folder"),
-        (("--quantization", "gptq"), "--quantization is 'gptq'; it must be one of int8, int4, fp8."),
+        (("--quantization", "gptq"), "--quantization is 'gptq'; it must be one of int8, int4, int4-g32, fp8."),
         (("--tensor-parallel-size", "2"), "2 is not supported yet"),
         (("--kernels", "linear=magic"), "magic"),
     ):
