@@ -246,9 +246,8 @@ def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeyp
             events.append(("pack", int(weights[0].flatten()[0]) - 1))
             return self.inner.pack(*weights)
 
-    monkeypatch.setattr(
-        "jamba_server.engine.start.quantized_folder.safe_open", lambda *args, **kwargs: Watched(safe_open(*args, **kwargs))
-    )
+    place = "jamba_server.engine.start.quantized_folder.safe_open"
+    monkeypatch.setattr(place, lambda *args, **kwargs: Watched(safe_open(*args, **kwargs)))
     kernels = select("cpu", {})
     watched: Any = {name: Watched(getattr(kernels, name)) for name in ("linear", "run_experts")}
     model = build_model(load_model_config(folder), replace(kernels, **watched), dtype=torch.float32, device=CPU)
