@@ -17,9 +17,6 @@ from jamba_server.kernels.int8_activations import BLOCK
 
 INT8_BY_DEFAULT: Final[Mapping[tuple[str, str], frozenset[int]]] = {
     ("avx2", "avx2"): frozenset({4}),
-    ("avx2", "avx_vnni"): frozenset({4}),
-    ("avx512", "avx512_vnni"): frozenset({4}),
-    ("avx512_bf16", "avx512_vnni"): frozenset({4}),
 }
 """Maps an instruction set of the CPU kernels, and the instruction set of their products with 8-bit activations, to the
 numbers of bits of the weights whose products use 8-bit activations by default.
