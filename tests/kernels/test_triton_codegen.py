@@ -15,7 +15,7 @@ if interpreted():
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from benchmarks.gpu import codegen
-from benchmarks.gpu.codegen import Resources, attention_calls, compile_for, problems, product_calls, record
+from benchmarks.gpu.codegen import MAX_SPILLED, Resources, attention_calls, compile_for, problems, product_calls, record
 
 
 def of_float32(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,5 +47,9 @@ def test_what_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(codegen, "TWINS", {})
     fits = Resources("some op", "some_kernel", "sm_100", 255, 0, 227 << 10, 4, "", (), 512)
     assert problems([fits]) == []
-    for wrong in (replace(fits, spilled=4), replace(fits, shared=fits.shared + 1), replace(fits, tensor_columns=513)):
+    for wrong in (
+        replace(fits, spilled=MAX_SPILLED + 1),
+        replace(fits, shared=fits.shared + 1),
+        replace(fits, tensor_columns=513),
+    ):
         assert len(problems([wrong])) == 1
