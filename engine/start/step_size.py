@@ -17,10 +17,14 @@ from jamba_server.engine.weight_sizes import step_bytes
 from jamba_server.kernels.cpu.library import library, read_bandwidth
 from jamba_server.kernels.ops import Kernels, KernelUnavailable
 
-DEFAULT_STEP_MS: Final = 150
-SMALLEST, LARGEST = 16, 512
-"""The range of the numbers of prompt tokens that are chosen. Steps of fewer tokens would read the weights too often;
-steps of more tokens would hardly be faster per token."""
+DEFAULT_STEP_MS: Final = 50
+"""A step of this time keeps the first token of a short request within three times its time without other load, plus one
+step, beside prompts of 30,000 tokens. With 150 ms a long prompt is 7 % faster, and short requests wait three times as
+long (benchmarks/results/latency.md)."""
+SMALLEST, LARGEST = 32, 512
+"""The range of the numbers of prompt tokens that are chosen, and the distance between them. Steps of fewer tokens would
+read the weights too often: with the 3B shape, a prompt takes a tenth longer in steps of 32 tokens than in steps of 128,
+and a third longer in steps of 16. Steps of more tokens would hardly be faster per token."""
 MEASURING_SECONDS: Final = 0.025
 """The time for each of the two measurements."""
 _SLOWEST: Final = 2e10
