@@ -17,7 +17,7 @@ from jamba_server.engine.weight_sizes import step_bytes
 from jamba_server.kernels.cpu.library import library, read_bandwidth
 from jamba_server.kernels.ops import Kernels, KernelUnavailable
 
-DEFAULT_STEP_MS: Final = 50
+DEFAULT_STEP_MS: Final = 40
 """A step of this time keeps the first token of a short request within three times its time without other load, plus one
 step, beside prompts of 30,000 tokens. With 150 ms a long prompt is 7 % faster, and short requests wait three times as
 long (benchmarks/results/latency.md)."""
