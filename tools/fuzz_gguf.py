@@ -1,10 +1,12 @@
-"""Changes bytes of a small GGUF file at random and loads the result: `python -m tools.fuzz_gguf --mutations 2000`.
+"""Changes bytes of small GGUF files at random and loads the results: `python -m tools.fuzz_gguf --mutations 2000`.
 
-Each mutated file must load, or end in one CheckpointError or ConfigError. Nothing else may happen: no other exception,
-no crash, no error text of more than 1 kB, and no more than 1 GB of memory. Nine in ten mutations are in the header. The
-mutations run in child processes, so that a crash is seen, and a limit of their address space bounds the memory.
+Each mutated file must load and answer a prompt, or end in one CheckpointError or ConfigError. Nothing else may happen:
+no other exception, no crash, no error text of more than 1 kB, no more than 20 seconds of processor time, and no more
+than 1 GB of memory. Nine in ten mutations are in the header. The mutations run in child processes, so that a crash is
+seen, and a limit of their address space bounds the memory.
 
-Without --file a tiny model is written with random weights. The same --seed gives the same mutations.
+Without --file, tiny models with random weights are written, one for each of several types of blocks. The mutations take
+the files in turn. The same --seed gives the same mutations.
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ from __future__ import annotations
 import argparse
 import random
 import resource
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 MEMORY: Final = 1 << 30  # bytes that a child may take beyond what it has after its imports
-PER_CHILD: Final = 250  # mutations
-SECONDS: Final = 300.0  # time limit for the mutations of one child
+PER_CHILD: Final = 500  # mutations
+SECONDS: Final = 900.0  # time limit for the mutations of one child
+SECONDS_EACH: Final = 20.0  # limit of the processor time for one mutation
+# The types of the matrices in the tiny models.
+KINDS: Final = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
 # Numbers that programs often handle wrongly.
 NUMBERS: Final = (
     0,
@@ -70,34 +77,43 @@ def mutated(data: bytes, header: int, generator: random.Random) -> bytes:
 
 
 def try_file(path: Path) -> str:
-    """Loads all that a server loads of the file. Returns "loaded", or "refused" if an error names what is wrong."""
+    """Loads all that a server loads of the file, and answers a prompt. Returns "loaded", or "refused" if an error names
+    what is wrong."""
     # These imports take seconds and are needed in child processes only.
     from jamba_server.engine.errors import CheckpointError, ConfigError
     from jamba_server.llm import LLM
     from jamba_server.server.text.chat_template import ChatTemplate
     from jamba_server.server.text.tokenizer import Tokenizer
 
+    errors: list[str] = []
     try:
-        tokenizer = Tokenizer.from_folder(path)
-        ChatTemplate.from_folder(path, tokenizer)
-        LLM(path, max_num_seqs=1, max_model_len=64, threads=1, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+        ChatTemplate.from_folder(path, Tokenizer.from_folder(path))
     except (CheckpointError, ConfigError) as error:
-        return "refused" if len(str(error)) < 1024 else "refused with a long error"
-    return "loaded"
+        errors.append(str(error))
+    try:
+        llm = LLM(path, max_num_seqs=1, max_model_len=64, threads=1, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+        llm.generate([[1, 3]], max_tokens=2)
+    except (CheckpointError, ConfigError) as error:
+        errors.append(str(error))
+    if any(len(error) >= 1024 for error in errors):
+        return "refused with a long error"
+    return "refused" if errors else "loaded"
 
 
-def child(source: Path, header: int, first: int, count: int) -> None:
+def child(sources: list[Path], first: int, count: int) -> None:
     """Tries the mutations with the seeds `first` to `first + count - 1`. Prints the seed before each one, so that the
     parent knows which one has ended the process, and then the result."""
     import_module("jamba_server.llm")  # the memory is measured after the imports
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    data = source.read_bytes()
+    contents = [(source.read_bytes(), header_size(source)) for source in sources]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         for seed in range(first, first + count):
             print(seed, end=" ", flush=True)
+            data, header = contents[seed % len(contents)]
             path.write_bytes(mutated(data, header, random.Random(seed)))
+            signal.setitimer(signal.ITIMER_PROF, SECONDS_EACH)  # its signal ends the process
             print(try_file(path), flush=True)
 
 
@@ -105,22 +121,17 @@ def header_size(path: Path) -> int:
     """Returns the offset of the first tensor's bytes."""
     from jamba_server.engine.gguf.reader import read_gguf
 
-    tensors = read_gguf(path).tensors.values()
-    return path.stat().st_size - sum(tensor.num_bytes for tensor in tensors)
+    return min(tensor.start for tensor in read_gguf(path).tensors.values())
 
 
-def run(source: Path, first: int, total: int) -> int:
+def run(sources: list[Path], first: int, total: int) -> int:
     """Runs all mutations. Returns the number of failures, each of which is printed with its seed."""
-    header, results, failures, started = (
-        header_size(source),
-        dict.fromkeys(("loaded", "refused"), 0),
-        0,
-        time.monotonic(),
-    )
+    results, failures, started = dict.fromkeys(("loaded", "refused"), 0), 0, time.monotonic()
     seed, end = first, first + total
     while seed < end:
         count = min(PER_CHILD, end - seed)
-        command = [sys.executable, "-m", "tools.fuzz_gguf", "--child", str(source), str(header), str(seed), str(count)]
+        command = [sys.executable, "-m", "tools.fuzz_gguf", "--child", str(seed), str(count)]
+        command += [f"--file={source}" for source in sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             output, status, errors = done.stdout, done.returncode, done.stderr
@@ -146,25 +157,35 @@ def run(source: Path, first: int, total: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, help="the file to mutate  [default: a tiny model]")
+    parser.add_argument("--file", type=Path, action="append", help="a file to mutate  [default: tiny models]")
     parser.add_argument("--mutations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first mutation")
-    parser.add_argument("--child", nargs=4, metavar=("FILE", "HEADER", "FIRST", "COUNT"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=int, nargs=2, metavar=("FIRST", "COUNT"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child is not None:
-        source, header, first, count = flags.child
-        child(Path(source), int(header), int(first), int(count))
+        child(flags.file, *flags.child)
         return
     with tempfile.TemporaryDirectory() as folder:
-        source = flags.file or tiny(Path(folder))
-        sys.exit(run(source, flags.seed, flags.mutations) > 0)
+        sys.exit(run(flags.file or tiny_files(Path(folder)), flags.seed, flags.mutations) > 0)
 
 
-def tiny(folder: Path) -> Path:
-    """Writes a tiny model with a vocabulary and a template."""
-    from tests.engine.test_gguf_vocabulary import LEARNT, vocabulary, write
+def tiny_files(folder: Path) -> list[Path]:
+    """Writes tiny models with a vocabulary and a template."""
+    from tests.engine.test_gguf_exact import WIDE
+    from tests.engine.test_gguf_vocabulary import LEARNT, vocabulary
+    from tests.gguf_file import write_gguf
+    from tests.tiny import save_tiny
 
-    return write(folder, vocabulary(LEARNT))
+    def kinds(kind: str) -> Callable[[str], str]:
+        """dt_proj has rows of four numbers, which are no whole blocks."""
+        return lambda name: "F16" if name.endswith("ssm_dt.weight") else kind
+
+    metadata, paths = vocabulary(LEARNT), list[Path]()
+    for kind in KINDS:
+        changes = WIDE if kind.endswith("_K") else {"intermediate_size": 64}  # rows of whole blocks
+        save_tiny(folder / kind, vocab_size=len(metadata["tokenizer.ggml.tokens"]), **changes)
+        paths.append(write_gguf(folder / kind / "model.gguf", folder / kind, kinds(kind), vocabulary=metadata))
+    return paths
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from jamba_server.engine.gguf.blocks import TYPES
 from jamba_server.engine.gguf.stored import format_of
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.quantization import Format, QuantizationPolicy
+from jamba_server.engine.process.client import EngineClient
 from jamba_server.engine.quantization.blocks import common_format
 from jamba_server.engine.start.contents import conversions
-from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.types import Request, SamplingParams, TokenLogprob
 from jamba_server.engine.weight_sizes import kept_formats, step_bytes, weight_bytes
 from jamba_server.llm import LLM, Completion
 from tests.gguf_file import write_gguf
@@ -50,18 +53,29 @@ def written(folder: Path, kind: str, second: str | None = None, **changes: Any) 
     return write_gguf(folder / "model.gguf", folder, kind_of)
 
 
+def of_four_types(name: str) -> str:
+    """Each of the four types is that of some matrices of an attention layer and of a Mamba layer."""
+    kinds = {"attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q6_K", "ssm_in": "Q8_0", "ssm_x": "Q6_K", "ssm_dt": "F16"}
+    kinds |= {"ffn_down_exps": "Q6_K", "ffn_down": "Q8_0", "ffn_up": "Q4_0", "output": "Q6_K"}
+    return kinds.get(name.split(".")[-2], "Q4_K")
+
+
 def result(completion: Completion) -> tuple[list[int], list[Any]]:
     return completion.token_ids, [(entry.logprob, entry.top) for entry in completion.logprobs]
 
 
+# By default, 4-bit weights have 8-bit activations on processors without AVX-512, and weights of 8 bits nowhere.
+@pytest.mark.parametrize("activations", ["none", "int8"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
-def test_a_reply_is_the_same_in_every_company(kind: str, tmp_path: Path) -> None:
+def test_a_reply_is_the_same_in_every_company(kind: str, activations: str, tmp_path: Path) -> None:
     path = written(tmp_path, kind)
 
     def load(**settings: Any) -> LLM:
-        return LLM(path, max_model_len=512, **{"threads": 1, "max_num_seqs": 4} | settings)
+        changes = {"threads": 1, "max_num_seqs": 4, "activation_quantization": activations} | settings
+        return LLM(path, max_model_len=512, **changes)
 
     llm = load()
+    assert llm.core.info.activation_quantization == activations
     alone = result(llm.generate([SUBJECT], GREEDY)[0])
     assert len({logprob for logprob, _ in alone[1]}) > 1, "a reply of equal numbers would say little"
     [cached] = llm.generate([SUBJECT], GREEDY)
@@ -73,6 +87,30 @@ def test_a_reply_is_the_same_in_every_company(kind: str, tmp_path: Path) -> None
         chunked = load(max_num_batched_tokens=chunk, max_num_seqs=1, enable_prefix_caching=False)
         assert result(chunked.generate([SUBJECT], GREEDY)[0]) == alone
     assert result(load(threads=2).generate([SUBJECT], GREEDY)[0]) == alone
+
+
+async def test_a_reply_is_the_same_after_the_engine_process_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With this machine's default of `activation_quantization`."""
+    monkeypatch.setattr("jamba_server.engine.process.restarts.BACKOFF_SECONDS", 0.0)
+    save_tiny(tmp_path, **WIDE)
+    path = write_gguf(tmp_path / "model.gguf", tmp_path, of_four_types)
+    assert {entry.kind for entry in load_model_config(path).stored.values()} == {"Q4_0", "Q4_K", "Q6_K", "Q8_0"}
+    alone = LLM(path, max_model_len=512, threads=1, max_num_seqs=4).generate([SUBJECT], GREEDY)[0]
+    engine = EngineClient(EngineConfig(model=str(path), max_model_len=512, threads=1, max_num_seqs=4))
+    await engine.start()
+    first, tokens, logprobs = engine.pid, list[int](), list[TokenLogprob]()
+    assert first is not None
+    async with engine.generate([Request(id="a", prompt=SUBJECT, params=GREEDY)]) as updates:
+        async for update in updates:
+            tokens += update.token_ids
+            logprobs += update.logprobs
+            if len(tokens) == 3:
+                os.kill(first, signal.SIGKILL)
+    assert engine.pid != first
+    await engine.close()
+    assert (tokens, [(entry.logprob, entry.top) for entry in logprobs]) == result(alone)
 
 
 def test_a_format_for_several_matrices() -> None:

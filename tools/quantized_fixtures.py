@@ -1,0 +1,250 @@
+"""Writes tiny checkpoints with the packages that quantise: `python -m tools.quantized_fixtures TOOL FOLDER`.
+
+`tests/data/prequantized/` has what this program wrote, and `tests/data/README.md` names the versions. Each folder has
+the checkpoint that a package wrote and `expected.json`: a prompt, and the log-probabilities that transformers computes
+for it in float32 from the numbers to which the package itself dequantises its weights.
+
+The packages are no dependencies of this project. Install the one that TOOL needs into an environment of its own:
+bitsandbytes and accelerate, llmcompressor, mlx[cpu] and mlx-lm, gptqmodel, or autoawq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.tiny import oracle_logits, save_tiny
+
+# Every row has a multiple of 64 inputs, because the packages leave other rows as they are.
+SHAPE: Final[dict[str, Any]] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "num_experts": 2,
+    "mamba_dt_rank": 64,
+    "mamba_d_state": 8,
+}
+DENSE: Final[dict[str, Any]] = SHAPE | {"num_experts": 1, "num_experts_per_tok": 1}
+PROMPT: Final = list(range(3, 40))
+# What the GPTQ and AWQ folders leave as it is, as the tools' definitions of Jamba do.
+PLAIN: Final = ("embed_tokens", "lm_head", "x_proj", "dt_proj", "router")
+Numbers = dict[str, Tensor]
+"""Maps names of weights to the float32 numbers that they stand for."""
+
+
+def bitsandbytes(source: Path, target: Path, **options: Any) -> Numbers:
+    functional = import_module("bitsandbytes.functional")
+    config = transformers.BitsAndBytesConfig(**options)
+    model: Any = transformers.JambaForCausalLM.from_pretrained(
+        source, quantization_config=config, device_map="cpu", dtype=torch.bfloat16
+    )
+    model.save_pretrained(target)
+    numbers: Numbers = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "Linear4bit":
+            numbers[f"{name}.weight"] = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif kind == "Linear8bitLt":
+            scales = module.weight.SCB[:, None].float()
+            numbers[f"{name}.weight"] = module.weight.data.float() * (scales / 127)
+    return numbers
+
+
+def llmcompressor(source: Path, target: Path, **scheme: Any) -> Numbers:
+    """Without calibration data: the scales come from the weights."""
+    package, modifiers = import_module("llmcompressor"), import_module("llmcompressor.modifiers.quantization")
+    decompress: Any = import_module("compressed_tensors.compressors").decompress_module
+    model: Any = transformers.JambaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    recipe = modifiers.QuantizationModifier(ignore=["lm_head", "re:.*router"], **scheme)
+    package.oneshot(model=model, recipe=recipe)
+    model.save_pretrained(target, save_compressed=True)
+    numbers: Numbers = {}
+    for name, module in model.named_modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.weight_scale.data = module.weight_scale.data.float()  # so that the numbers are not rounded
+            decompress(module)
+            numbers[f"{name}.weight"] = module.weight.detach()
+    return numbers
+
+
+def mlx(source: Path, target: Path, *, bits: int, size: int) -> Numbers:
+    core, utils = import_module("mlx.core"), import_module("mlx_lm.utils")
+    core.set_default_device(core.cpu)
+    model, config = utils.load_model(source)
+    model.update(import_module("mlx.utils").tree_map(lambda x: x.astype(core.bfloat16), model.parameters()))
+    model, config = utils.quantize_model(model, config, group_size=size, bits=bits)
+    utils.save_model(target, model, donate_model=False)
+    utils.save_config(config, target / "config.json")
+    numbers: Numbers = {}
+    for name, module in model.named_modules():
+        if "scales" not in module:
+            continue
+        plain = core.dequantize(
+            module.weight,
+            module.scales.astype(core.float32),
+            module.biases.astype(core.float32),
+            group_size=module.group_size,
+            bits=module.bits,
+        )
+        weight = torch.tensor(plain.tolist())
+        layer, stacked, projection = name.partition(".switch_mlp.")
+        if stacked:
+            numbers |= {f"{layer}.experts.{e}.{projection}.weight": weight[e] for e in range(len(weight))}
+        else:
+            numbers[f"{name}.weight"] = weight
+    return numbers
+
+
+def autoawq(source: Path, target: Path, *, size: int) -> Numbers:
+    """AutoAWQ has no class for Jamba: its linear modules take the places of the model's, with scales and zero points
+    of the largest and smallest number of each group."""
+    kind: Any = import_module("awq.modules.linear.gemm").WQLinear_GEMM
+    unpack: Any = import_module("awq.utils.packing_utils").dequantize_gemm
+    model: Any = transformers.JambaForCausalLM.from_pretrained(source, dtype=torch.float16)
+    numbers: Numbers = {}
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, torch.nn.Linear) or any(part in name for part in PLAIN):
+            continue
+        groups = linear.weight.data.float().reshape(linear.out_features, -1, size)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales = ((high - low) / 15).half()
+        zeros = (-low / scales.float()).round().clamp(0, 15)
+        module = kind.from_linear(linear, 4, size, False, scales.T.contiguous(), zeros.T.contiguous())
+        plain = unpack(module.qweight, module.qzeros, module.scales.float(), 4, size)
+        numbers[f"{name}.weight"] = plain.T.contiguous()
+        model.set_submodule(name, module)
+    model.config.quantization_config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": size,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": list(PLAIN),
+    }
+    save(model.config, model.state_dict(), target)
+    return numbers
+
+
+def gptqmodel(source: Path, target: Path, *, bits: int, size: int, desc_act: bool) -> Numbers:
+    package, definition = import_module("gptqmodel"), import_module("gptqmodel.models.definitions.jamba")
+    definition.JambaQModel.require_pkgs = None  # transformers computes the model without mamba-ssm, too
+    config = package.QuantizeConfig(bits=bits, group_size=size, desc_act=desc_act, sym=not desc_act)
+    model = package.GPTQModel.load(str(source), config, device="cpu")
+    rng = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 64, (1, 64), generator=rng) for _ in range(16)]
+    model.quantize([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts], batch_size=1)
+    model.save(str(target))
+    loaded: Any = package.GPTQModel.load(str(target), device="cpu", backend="torch", dtype=torch.float16)
+    numbers: Numbers = {}
+    for name, module in loaded.model.named_modules():
+        if hasattr(module, "dequantize_weight"):
+            module.scales = module.scales.float()
+            numbers[f"{name}.weight"] = module.dequantize_weight().detach().T.contiguous()
+    return numbers
+
+
+def save(config: Any, tensors: Mapping[str, Tensor], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(target)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+
+
+TOOLS: Final[dict[str, tuple[dict[str, Any], str, Callable[[Path, Path], Numbers]]]] = {
+    "bitsandbytes-nf4": (
+        DENSE,
+        "bfloat16",
+        lambda source, target: bitsandbytes(
+            source, target, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    ),
+    "bitsandbytes-int8": (DENSE, "bfloat16", lambda source, target: bitsandbytes(source, target, load_in_8bit=True)),
+    "llmcompressor-w4a16": (
+        SHAPE,
+        "bfloat16",
+        lambda source, target: llmcompressor(
+            source,
+            target,
+            config_groups={
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+                }
+            },
+        ),
+    ),
+    "llmcompressor-w8a8": (
+        SHAPE,
+        "bfloat16",
+        lambda source, target: llmcompressor(source, target, targets="Linear", scheme="W8A8"),
+    ),
+    "mlx-4": (SHAPE, "bfloat16", lambda source, target: mlx(source, target, bits=4, size=64)),
+    "mlx-8": (DENSE, "bfloat16", lambda source, target: mlx(source, target, bits=8, size=32)),
+    "autoawq": (SHAPE, "float16", lambda source, target: autoawq(source, target, size=32)),
+    "gptqmodel": (
+        DENSE,
+        "float16",
+        lambda source, target: gptqmodel(source, target, bits=4, size=32, desc_act=False),
+    ),
+    "gptqmodel-desc-act": (
+        DENSE,
+        "float16",
+        lambda source, target: gptqmodel(source, target, bits=4, size=32, desc_act=True),
+    ),
+}
+
+
+def write(tool: str, target: Path) -> None:
+    """Writes the checkpoint of a tool to `target`, and what is expected of it."""
+    shape, dtype, quantize = TOOLS[tool]
+    with TemporaryDirectory() as folder:
+        source, plain = Path(folder) / "source", Path(folder) / "plain"
+        save_tiny(source, **shape)
+        rounded = {
+            name: tensor.to(getattr(torch, dtype)) if tensor.ndim > 1 and not name.endswith("A_log") else tensor
+            for name, tensor in load_file(source / "model.safetensors").items()
+        }
+        config = transformers.AutoConfig.from_pretrained(source)
+        config.dtype = dtype
+        save(config, {name: tensor.to(getattr(torch, dtype)) for name, tensor in rounded.items()}, source)
+        numbers = quantize(source, target)
+        assert numbers, "the package quantised nothing"
+        tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+        assert numbers.keys() <= tensors.keys(), numbers.keys() - tensors.keys()
+        assert all(numbers[name].shape == tensors[name].shape for name in numbers)
+        config.dtype = "float32"
+        save(config, tensors | {name: tensor.float() for name, tensor in numbers.items()}, plain)
+        model = transformers.JambaForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+        found = oracle_logits(model, PROMPT).log_softmax(-1)
+    logprobs = [round(found[i, token].item(), 6) for i, token in enumerate(PROMPT[1:])]
+    expected = {"prompt": PROMPT, "logprobs": logprobs, "quantized": sorted(numbers)}
+    (target / "expected.json").write_text(json.dumps(expected) + "\n")
+    for path in target.iterdir():
+        if path.name not in ("config.json", "model.safetensors", "expected.json", "quantize_config.json"):
+            path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", choices=TOOLS)
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    flags = parser.parse_args()
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    write(flags.tool, flags.folder)
+
+
+if __name__ == "__main__":
+    main()
