@@ -39,6 +39,9 @@ SHAPE: Final[dict[str, Any]] = {
     "mamba_d_state": 8,
 }
 DENSE: Final[dict[str, Any]] = SHAPE | {"num_experts": 1, "num_experts_per_tok": 1}
+# GPTQModel's and our AWQ folders leave dt_proj as it is.
+FEW: Final[dict[str, Any]] = DENSE | {"mamba_dt_rank": 8}
+SMALL: Final[dict[str, Any]] = FEW | {"hidden_size": 32}
 PROMPT: Final = list(range(3, 40))
 # What the GPTQ and AWQ folders leave as it is, as the tools' definitions of Jamba do.
 PLAIN: Final = ("embed_tokens", "lm_head", "x_proj", "dt_proj", "router")
@@ -135,7 +138,7 @@ def autoawq(source: Path, target: Path, *, size: int) -> Numbers:
         "zero_point": True,
         "modules_to_not_convert": list(PLAIN),
     }
-    save(model.config, model.state_dict(), target)
+    model.save_pretrained(target)
     return numbers
 
 
@@ -171,7 +174,7 @@ TOOLS: Final[dict[str, tuple[dict[str, Any], str, Callable[[Path, Path], Numbers
             source, target, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
     ),
-    "bitsandbytes-int8": (DENSE, "bfloat16", lambda source, target: bitsandbytes(source, target, load_in_8bit=True)),
+    "bitsandbytes-int8": (SMALL, "bfloat16", lambda source, target: bitsandbytes(source, target, load_in_8bit=True)),
     "llmcompressor-w4a16": (
         SHAPE,
         "bfloat16",
@@ -181,26 +184,32 @@ TOOLS: Final[dict[str, tuple[dict[str, Any], str, Callable[[Path, Path], Numbers
             config_groups={
                 "group_0": {
                     "targets": ["Linear"],
-                    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "strategy": "group",
+                        "group_size": 32,
+                        "symmetric": False,
+                    },
                 }
             },
         ),
     ),
     "llmcompressor-w8a8": (
-        SHAPE,
+        SMALL,
         "bfloat16",
         lambda source, target: llmcompressor(source, target, targets="Linear", scheme="W8A8"),
     ),
     "mlx-4": (SHAPE, "bfloat16", lambda source, target: mlx(source, target, bits=4, size=64)),
-    "mlx-8": (DENSE, "bfloat16", lambda source, target: mlx(source, target, bits=8, size=32)),
-    "autoawq": (SHAPE, "float16", lambda source, target: autoawq(source, target, size=32)),
+    "mlx-8": (SMALL, "bfloat16", lambda source, target: mlx(source, target, bits=8, size=32)),
+    "autoawq": (FEW, "float16", lambda source, target: autoawq(source, target, size=32)),
     "gptqmodel": (
-        DENSE,
+        FEW,
         "float16",
         lambda source, target: gptqmodel(source, target, bits=4, size=32, desc_act=False),
     ),
     "gptqmodel-desc-act": (
-        DENSE,
+        FEW,
         "float16",
         lambda source, target: gptqmodel(source, target, bits=4, size=32, desc_act=True),
     ),

@@ -24,6 +24,8 @@ def read_settings(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
     if (found := file.metadata.get("general.architecture")) != ARCHITECTURE:
         raise reader.refusal("general.architecture", f'this server runs "{ARCHITECTURE}" models only', found)
     hidden, inner = reader.integer("embedding_length"), reader.integer("ssm.inner_size")
+    if hidden < 1:
+        raise reader.refusal("embedding_length", "a whole number of at least 1 is expected", hidden)
     if inner % hidden:
         raise reader.refusal("ssm.inner_size", f"a multiple of embedding_length, {hidden}, is expected", inner)
     attention, experts = reader.attention_layers(), reader.expert_layers()

@@ -69,7 +69,7 @@ def _bits_and_size(settings: Settings, module: str, values: Mapping[str, Any]) -
     prefix = f"{module}." if module else ""
     for key, allowed in (("bits", (4, 8)), ("group_size", _SIZES), ("mode", ("affine", None))):
         value = values.get(key)
-        if value not in allowed or isinstance(value, bool):
+        if not any(value == known and type(value) is type(known) for known in allowed):
             known = ", ".join(str(item) for item in allowed if item is not None)
             settings.refuse(f"{prefix}{key}", value, f"of MLX folders, this server reads {known} only")
     return values["bits"], values["group_size"]

@@ -15,8 +15,8 @@ from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.gguf.blocks import TYPES
 from jamba_server.engine.gguf.stored import format_of
 from jamba_server.engine.model_config import load_model_config
-from jamba_server.engine.quantization import Format, QuantizationPolicy
 from jamba_server.engine.process.client import EngineClient
+from jamba_server.engine.quantization import Format, QuantizationPolicy
 from jamba_server.engine.quantization.blocks import common_format
 from jamba_server.engine.start.contents import conversions
 from jamba_server.engine.types import Request, SamplingParams, TokenLogprob

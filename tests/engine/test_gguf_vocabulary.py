@@ -130,6 +130,8 @@ def test_a_space_in_front_and_no_bos(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "pieces": ({"ggml.tokens": [1, 2, 3]}, "tokens is an array of 3 elements; an array of strings is expected"),
+    "text types": ({"ggml.token_type": ["a"]}, "token_type is an array of 1 elements; a whole number for each of"),
     "kind": ({"ggml.model": "gpt2"}, r'tokenizer\.ggml\.model is "gpt2"; this server reads vocabularies of the kind'),
     "types": ({"ggml.token_type": [1, 2]}, r"token_type is an array of 2 elements; a whole number for each of \d+"),
     "scores": ({"ggml.scores": [1.0]}, "scores is an array of 1 elements; a number for each of"),

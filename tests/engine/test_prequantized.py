@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jamba_server.engine.convert.to_folder import convert_to_folder
 from jamba_server.engine.errors import CheckpointError
@@ -199,34 +199,6 @@ def unstacked(module: str, numbers: Array) -> dict[str, Array]:
     return {f"{layer}.experts.{e}.{projection}.weight": numbers[e] for e in range(len(numbers))}
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq bits": (GPTQ | {"bits": 3}, "quantization_config.bits is 3; this server reads 4, 8 only"),
-    "gptq layout": (GPTQ | {"checkpoint_format": "marlin"}, 'checkpoint_format is "marlin"; this server reads "gptq"'),
-    "gptq groups": (GPTQ | {"group_size": 20}, "group_size is 20; a multiple of 8 is expected"),
-    "awq layout": (AWQ | {"version": "gemv"}, 'quantization_config.version is "gemv"; this server reads "gemm"'),
-    "awq bits": (AWQ | {"bits": 8}, "quantization_config.bits is 8; this server reads 4 only"),
-    "packed bits": (scheme(True, 3, 32, True), "weights.num_bits is 3; this server reads 4, 8 only"),
-    "packed strategy": (scheme(True, 4, 0, True), "weights.group_size is 0; a multiple of 8 is expected"),
-    "other floats": (BNB | {"bnb_4bit_quant_type": "fp8"}, 'bnb_4bit_quant_type is "fp8"; this server reads "nf4"'),
-    "mlx bits": (
-        {"group_size": 64, "bits": 6},
-        "bits is 6; of MLX folders, this server reads 4, 8",
-    ),
-    "mlx mode": ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, 'mode is "mxfp4"; of MLX folders'),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    settings, words = REFUSED[name]
-    save_tiny(tmp_path, **SHAPE)
-    folder = written.rewrite(tmp_path, tmp_path / "quantised", settings, lambda module, weight: None)
-    with pytest.raises(CheckpointError) as refusal:
-        load_model_config(folder)
-    assert words in str(refusal.value)
-    assert "config.json: quantization_config." in str(refusal.value)
-
-
 def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
     """Old versions of AutoGPTQ and AutoAWQ wrote their settings beside config.json."""
     folder = write("gptq", tmp_path, DENSE)
@@ -275,35 +247,3 @@ def test_the_plan_needs_no_weight_files(name: str, has_index: bool, tmp_path: Pa
         for config in (real.config, planned.config)
     ]
     assert 0.7 < sizes[1] / sizes[0] < 1.2
-
-
-Q = "model.layers.1.self_attn.q_proj"
-DAMAGED: dict[str, tuple[str, str, Callable[[Array], Array] | None, str]] = {
-    "part": ("gptq", f"{Q}.scales", None, "is missing, although other parts of this weight are there"),
-    "dtype": (
-        "awq",
-        f"{Q}.qzeros",
-        lambda a: a.astype(np.int64),
-        "qzeros is I64 [2, 8]; I32 [2, 8] is expected",
-    ),
-    "groups": ("gptq", f"{Q}.scales", lambda a: a[:1], "qzeros is I32 [2, 8]; I32 [1, any] is expected"),
-    "order": ("gptq desc_act", f"{Q}.g_idx", lambda a: a - 1, "g_idx has numbers beyond 0 to 1"),
-    "shape": ("packed int4", f"{Q}.weight_shape", lambda a: a * 2, "weight_shape is [128, 128], to which"),
-    "scale": ("packed int8 rows", f"{Q}.weight_scale", lambda a: a * np.inf, "scales that are infinite"),
-    "state": ("nf4", f"{Q}.weight.quant_state.bitsandbytes__nf4", lambda a: a[:-1], "no valid state of a matrix"),
-    "table": ("nf4", f"{Q}.weight.quant_map", lambda a: a * np.nan, "quant_map has infinite numbers or NaN"),
-    "rows": ("rows of 8 bits", f"{Q}.SCB", lambda a: a[:-1], "SCB is F32 [63]; F32 [64] is expected"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_tensor_is_named(name: str, tmp_path: Path) -> None:
-    case, tensor, change, words = DAMAGED[name]
-    folder = write(case, tmp_path, SHAPE)
-    tensors = load_file(folder / "model.safetensors")
-    old = tensors.pop(tensor)
-    save_file(tensors | ({} if change is None else {tensor: change(old)}), folder / "model.safetensors")
-    with pytest.raises(CheckpointError) as refusal:
-        LLM(folder, dtype="float32", max_num_seqs=2, threads=1)
-    assert words in str(refusal.value)
-    assert "model.safetensors" in str(refusal.value)
