@@ -3,6 +3,7 @@
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
+#   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
 #   make sbom                             write sbom.json: the installed packages, in the format CycloneDX
@@ -16,10 +17,12 @@
 #   COVERAGE     with COVERAGE=1, `make test` measures how many lines of server/ and engine/ the tests run, and fails
 #                below the share that pyproject.toml sets
 #   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
+#   MUTATIONS    the number of files of `make fuzz-gguf` (default 20000)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
 
 PYTHON ?= python3
 TARGETS ?= 90
+MUTATIONS ?= 20000
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -29,7 +32,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton check format sbom clean
+.PHONY: help serve test test-triton fuzz-gguf check format sbom clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -52,6 +55,9 @@ test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
+
+fuzz-gguf: .venv/dev.stamp
+	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

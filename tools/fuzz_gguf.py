@@ -31,6 +31,7 @@ SECONDS: Final = 900.0  # time limit for the mutations of one child
 SECONDS_EACH: Final = 20.0  # limit of the processor time for one mutation
 # The types of the matrices in the tiny models.
 KINDS: Final = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
+NUMBERS_END: Final = 1500  # the numbers of the model are in about so many bytes at the beginning of a header
 # Numbers that programs often handle wrongly.
 NUMBERS: Final = (
     0,
@@ -50,12 +51,20 @@ NUMBERS: Final = (
 )
 
 
+def place_of(header: int, size: int, generator: random.Random) -> int:
+    """Returns where to change a file of `size` bytes. Most of a header is the vocabulary, so two of three changes of
+    the header are in the numbers at its beginning or in the list of tensors at its end."""
+    if generator.random() >= 0.9:
+        return generator.randrange(size)
+    ranges = (0, NUMBERS_END), (header * 3 // 4, header), (0, header)
+    return generator.randrange(*generator.choice(ranges))
+
+
 def mutated(data: bytes, header: int, generator: random.Random) -> bytes:
     """Returns `data` with one to four changes. `header` is the size of the header in bytes."""
     result = bytearray(data)
     for _ in range(generator.choice((1, 1, 1, 2, 4))):
-        end = header if generator.random() < 0.9 else len(result)
-        place = generator.randrange(max(1, min(end, len(result) - 8)))
+        place = min(place_of(header, len(result), generator), max(0, len(result) - 8))
         match generator.randrange(7):
             case 0:
                 result[place] ^= 1 << generator.randrange(8)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from jamba_server.engine.errors import CheckpointError
@@ -16,7 +17,7 @@ from jamba_server.engine.start.contents import read_model
 from jamba_server.engine.types import SamplingParams
 from jamba_server.llm import LLM, Completion
 from tests.gguf_file import write_gguf
-from tests.tiny import TINY_CONFIGS, save_tiny
+from tests.tiny import TINY_CONFIGS, oracle_logits, save_tiny
 
 PROMPTS = [[5], [7, 9, 11, 30, 12], list(range(3, 40))]
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
@@ -100,6 +101,20 @@ def test_every_type(kinds: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", tmp_path, kind_in(kinds))
     assert load_model_config(path).dtype == ("float16" if kinds == "F16" else "bfloat16")
     assert largest_difference(path, tmp_path) < 1e-3
+
+
+@pytest.mark.parametrize("kinds", ["F16", "Q8_0", "Q4_0", "Q6_K", "Q4_K+Q6_K"])
+def test_log_probabilities_are_those_of_transformers(kinds: str, tmp_path: Path) -> None:
+    """With the numbers to which the package `gguf` dequantises the file, in float32."""
+    save_tiny(tmp_path, **WIDE)
+    path = write_gguf(tmp_path / "model.gguf", tmp_path, kind_in(kinds))
+    model = transformers.JambaForCausalLM.from_pretrained(tmp_path).eval()
+    for prompt, reply in zip(PROMPTS, load(path).generate(PROMPTS, GREEDY), strict=True):
+        tokens = [*prompt, *reply.token_ids]
+        expected = oracle_logits(model, tokens).log_softmax(-1)
+        found = logprobs(reply)
+        assert len(found) == len(tokens) - 1
+        assert max(abs(found[i] - expected[i, token].item()) for i, token in enumerate(tokens[1:])) < 1e-3
 
 
 def test_a_head_that_equals_the_embedding_is_tied(tmp_path: Path) -> None:
