@@ -60,6 +60,7 @@ def bitsandbytes(source: Path, target: Path, **options: Any) -> Numbers:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind == "Linear4bit":
+            module.weight.quant_state.dtype = torch.float32  # so that the numbers are not rounded
             numbers[f"{name}.weight"] = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         elif kind == "Linear8bitLt":
             scales = module.weight.SCB[:, None].float()

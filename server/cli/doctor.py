@@ -125,7 +125,7 @@ def describe_checkpoint(name: str) -> list[tuple[str, str]]:
             f"{format_bytes(weight_bytes(config, DTYPE_BYTES[config.dtype], policy=policy))} of memory on a CPU",
         ),
         ("converting", _loss(config)),
-        ("documents", ", ".join(documents)),
+        ("documents", ", ".join(documents) or "none"),
         *(("note", text) for text in texts),
     ]
 
@@ -135,7 +135,10 @@ def _quantized(config: JambaConfig) -> str:
     if config.quantized_roles:
         return f"{', '.join(sorted(config.quantized_roles))} in {config.stored_format}"
     kinds = Counter(entry.kind for entry in config.stored.values())
-    return ", ".join(f"{count} matrices of type {kind}" for kind, count in sorted(kinds.items())) or "nothing"
+    words = (
+        f"{count} {'matrix' if count == 1 else 'matrices'} of type {kind}" for kind, count in sorted(kinds.items())
+    )
+    return ", ".join(words) or "nothing"
 
 
 def _loss(config: JambaConfig) -> str:
