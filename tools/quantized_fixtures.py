@@ -113,52 +113,73 @@ def mlx(source: Path, target: Path, *, bits: int, size: int) -> Numbers:
     return numbers
 
 
-def autoawq(source: Path, target: Path, *, size: int) -> Numbers:
-    """AutoAWQ has no class for Jamba: its linear modules take the places of the model's, with scales and zero points
-    of the largest and smallest number of each group."""
-    kind: Any = import_module("awq.modules.linear.gemm").WQLinear_GEMM
-    unpack: Any = import_module("awq.utils.packing_utils").dequantize_gemm
+def with_linear_modules(
+    source: Path, target: Path, settings: dict[str, Any], replace: Callable[[str, torch.nn.Linear], tuple[Any, Tensor]]
+) -> Numbers:
+    """For packages whose own commands do not run on the model: their linear modules take the places of the model's.
+    `replace` returns such a module and the numbers in it."""
     model: Any = transformers.JambaForCausalLM.from_pretrained(source, dtype=torch.float16)
     numbers: Numbers = {}
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, torch.nn.Linear) or any(part in name for part in PLAIN):
-            continue
-        groups = linear.weight.data.float().reshape(linear.out_features, -1, size)
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scales = ((high - low) / 15).half()
-        zeros = (-low / scales.float()).round().clamp(0, 15)
-        module = kind.from_linear(linear, 4, size, False, scales.T.contiguous(), zeros.T.contiguous())
-        plain = unpack(module.qweight, module.qzeros, module.scales.float(), 4, size)
-        numbers[f"{name}.weight"] = plain.T.contiguous()
-        model.set_submodule(name, module)
-    model.config.quantization_config = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": size,
-        "version": "gemm",
-        "zero_point": True,
-        "modules_to_not_convert": list(PLAIN),
-    }
+        if isinstance(linear, torch.nn.Linear) and not any(part in name for part in PLAIN):
+            module, numbers[f"{name}.weight"] = replace(name, linear)
+            model.set_submodule(name, module)
+    model.config.quantization_config = settings
     model.save_pretrained(target)
     return numbers
 
 
-def gptqmodel(source: Path, target: Path, *, bits: int, size: int, desc_act: bool) -> Numbers:
-    package, definition = import_module("gptqmodel"), import_module("gptqmodel.models.definitions.jamba")
-    definition.JambaQModel.require_pkgs = None  # transformers computes the model without mamba-ssm, too
-    config = package.QuantizeConfig(bits=bits, group_size=size, desc_act=desc_act, sym=not desc_act)
-    model = package.GPTQModel.load(str(source), config, device="cpu")
-    rng = torch.Generator().manual_seed(0)
-    texts = [torch.randint(3, 64, (1, 64), generator=rng) for _ in range(16)]
-    model.quantize([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts], batch_size=1)
-    model.save(str(target))
-    loaded: Any = package.GPTQModel.load(str(target), device="cpu", backend="torch", dtype=torch.float16)
-    numbers: Numbers = {}
-    for name, module in loaded.model.named_modules():
-        if hasattr(module, "dequantize_weight"):
-            module.scales = module.scales.float()
-            numbers[f"{name}.weight"] = module.dequantize_weight().detach().T.contiguous()
-    return numbers
+def scales_of(linear: torch.nn.Linear, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scales and zero points [N, G] from the largest and smallest number of each group. `groups` has the group
+    of each input."""
+    weight = linear.weight.data.float()
+    parts = [weight[:, groups == group] for group in range(int(groups.max()) + 1)]
+    low = torch.stack([part.amin(1).clamp(max=0) for part in parts], 1)
+    high = torch.stack([part.amax(1).clamp(min=0) for part in parts], 1)
+    scales = ((high - low) / 15).half()
+    return scales, (-low / scales.float()).round().clamp(0, 15)
+
+
+def autoawq(source: Path, target: Path, *, size: int) -> Numbers:
+    """AutoAWQ has no class for Jamba."""
+    kind: Any = import_module("awq.modules.linear.gemm").WQLinear_GEMM
+    unpack: Any = import_module("awq.utils.packing_utils").dequantize_gemm
+
+    def replace(name: str, linear: torch.nn.Linear) -> tuple[Any, Tensor]:
+        scales, zeros = scales_of(linear, torch.arange(linear.in_features) // size)
+        module = kind.from_linear(linear, 4, size, False, scales.T.contiguous(), zeros.T.contiguous())
+        plain = unpack(module.qweight, module.qzeros, module.scales.float(), 4, size)
+        return module, plain.T.contiguous()
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm", "zero_point": True}
+    return with_linear_modules(source, target, settings | {"modules_to_not_convert": list(PLAIN)}, replace)
+
+
+def gptqmodel(source: Path, target: Path, *, size: int, desc_act: bool) -> Numbers:
+    """GPTQModel's class for Jamba needs the package mamba-ssm, and with it a GPU."""
+    kind: Any = import_module("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    to_v1: Any = import_module("gptqmodel.utils.model").convert_gptq_v2_to_v1_format_module
+    generator = torch.Generator().manual_seed(0)
+
+    def replace(name: str, linear: torch.nn.Linear) -> tuple[Any, Tensor]:
+        inputs, outputs = linear.in_features, linear.out_features
+        order = torch.randperm(inputs, generator=generator) if desc_act else torch.arange(inputs)
+        groups = (order // size).int()
+        scales, zeros = scales_of(linear, groups)
+        module = kind(
+            bits=4, group_size=size, sym=False, desc_act=desc_act, in_features=inputs, out_features=outputs, bias=False
+        )
+        module.pack_original(linear, scales, zeros, groups)
+        module.optimize = lambda *_, **__: None  # torch.compile would take minutes
+        module.post_init()
+        kept, module.scales = module.scales, module.scales.float()  # so that the numbers are not rounded
+        plain = module.dequantize_weight().float().T.contiguous()
+        module.scales = kept
+        to_v1(module, import_module("gptqmodel").QuantizeConfig(bits=4, group_size=size, sym=False, desc_act=desc_act))
+        return module, plain
+
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": size, "desc_act": desc_act, "sym": False}
+    return with_linear_modules(source, target, settings | {"checkpoint_format": "gptq"}, replace)
 
 
 def save(config: Any, tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -207,12 +228,12 @@ TOOLS: Final[dict[str, tuple[dict[str, Any], str, Callable[[Path, Path], Numbers
     "gptqmodel": (
         FEW,
         "float16",
-        lambda source, target: gptqmodel(source, target, bits=4, size=32, desc_act=False),
+        lambda source, target: gptqmodel(source, target, size=32, desc_act=False),
     ),
     "gptqmodel-desc-act": (
         FEW,
         "float16",
-        lambda source, target: gptqmodel(source, target, bits=4, size=32, desc_act=True),
+        lambda source, target: gptqmodel(source, target, size=32, desc_act=True),
     ),
 }
 
