@@ -164,16 +164,16 @@ def test_an_impossible_state_of_a_matrix_is_refused(key: str, value: object, tmp
     assert "no valid state of a matrix of bitsandbytes" in text
 
 
-@pytest.mark.parametrize(
-    ("tensor", "change", "words"),
-    [
-        (f"{Q}.biases", None, "q_proj.biases is missing, although other parts of this weight are there"),
-        (f"{Q}.scales", None, "q_proj.biases [64, 2] has no place in the model"),
-        ("model.layers.1.feed_forward.switch_mlp.up_proj.weight", lambda a: a[0], "U32 [any, any, any] is expected"),
-        ("model.layers.1.feed_forward.switch_mlp.up_proj.scales", lambda a: a[:1], "up_proj.scales is F16 [1, 128, 1]"),
-        ("model.layers.1.feed_forward.switch_mlp.up_proj.scales", lambda a: a * np.inf, "scales that are infinite"),
-    ],
-)
+DAMAGED_MLX: list[tuple[str, Callable[[Array], Array] | None, str]] = [
+    (f"{Q}.biases", None, "q_proj.biases is missing, although other parts of this weight are there"),
+    (f"{Q}.scales", None, "q_proj.biases [64, 2] has no place in the model"),
+    ("model.layers.1.feed_forward.switch_mlp.up_proj.weight", lambda a: a[0], "U32 [any, any, any] is expected"),
+    ("model.layers.1.feed_forward.switch_mlp.up_proj.scales", lambda a: a[:1], "up_proj.scales is F16 [1, 128, 1]"),
+    ("model.layers.1.feed_forward.switch_mlp.up_proj.scales", lambda a: a * np.inf, "scales that are infinite"),
+]
+
+
+@pytest.mark.parametrize(("tensor", "change", "words"), DAMAGED_MLX)
 def test_a_damaged_tensor_of_mlx_is_named(
     tensor: str, change: Callable[[Array], Array] | None, words: str, tmp_path: Path
 ) -> None:
