@@ -156,7 +156,7 @@ def autoawq(source: Path, target: Path, *, size: int) -> Numbers:
 
 
 def gptqmodel(source: Path, target: Path, *, size: int, desc_act: bool) -> Numbers:
-    """GPTQModel's class for Jamba needs the package mamba-ssm, and with it a GPU."""
+    """Packs with GPTQModel's linear module. GPTQModel's own loop, which calibrates the weights, does not run here."""
     kind: Any = import_module("gptqmodel.nn_modules.qlinear.torch").TorchLinear
     to_v1: Any = import_module("gptqmodel.utils.model").convert_gptq_v2_to_v1_format_module
     generator = torch.Generator().manual_seed(0)
