@@ -29,7 +29,8 @@ def read_plain(checkpoint: Checkpoint, config: JambaConfig) -> Iterator[tuple[st
     if config.quantized_roles:
         raise CheckpointError(f"{checkpoint.path} has quantised weights already; convert the original checkpoint.")
     source = open_weights(checkpoint, config, DTYPES[config.dtype])
-    for name, weight, path, _ in source.tensors:
+    for read in source.tensors:
+        name, path, weight = read.name, read.path, read.loaded
         tensor = _plain(weight, DTYPES[config.dtype]) if isinstance(weight, QuantizedWeight) else weight
         own = source.aliases.get(name, name)
         if own.endswith(_UNUSED) or (own == "lm_head.weight" and config.tie_word_embeddings):

@@ -61,13 +61,15 @@ def _product(factors: npt.NDArray[np.float16 | np.int8], supers: Halves | None) 
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """A type of tensor. A block has `inputs` numbers and takes `num_bytes` bytes. `unpack` maps blocks, uint8
-    [n, num_bytes], to their content; it is None for types of floating-point numbers, whose blocks have one number.
+    """A type of tensor. `number` is its number in GGUF files. A block has `inputs` numbers and takes `num_bytes` bytes.
+    `unpack` maps blocks, uint8 [n, num_bytes], to their content; it is None for types of floating-point numbers, whose
+    blocks have one number.
 
     `bits` is 4 if all values lie between -8 and 7, or between 0 and 15, and 8 otherwise. `limit` is the largest value.
     `group` is the number of inputs that share a scale. If there is a `table`, a value is an index of this table.
     """
 
+    number: int
     name: str
     inputs: int
     num_bytes: int
@@ -182,24 +184,25 @@ def _unpack_iq4_xs(blocks: Bytes) -> Groups:
     return Groups(values, factors.view(np.int8) - np.int8(32), super_scales=_halves(blocks[:, :2]))
 
 
+_TYPES: Final = (
+    BlockType(0, "F32", 1, 4),
+    BlockType(1, "F16", 1, 2),
+    BlockType(2, "Q4_0", _BLOCK, 18, _unpack_q4_0, 4, 7, 32),
+    BlockType(3, "Q4_1", _BLOCK, 20, _unpack_q4_1, 4, 15, 32, has_offset=True),
+    BlockType(6, "Q5_0", _BLOCK, 22, _unpack_q5_0, 8, 15, 32),
+    BlockType(7, "Q5_1", _BLOCK, 24, _unpack_q5_1, 8, 31, 32, has_offset=True),
+    BlockType(8, "Q8_0", _BLOCK, 34, _unpack_q8_0, 8, 127, 32),
+    BlockType(10, "Q2_K", SUPER_BLOCK, 84, _unpack_q2_k, 4, 3, 16, has_offset=True),
+    BlockType(11, "Q3_K", SUPER_BLOCK, 110, _unpack_q3_k, 4, 3, 16),
+    BlockType(12, "Q4_K", SUPER_BLOCK, 144, _unpack_q4_k, 4, 15, 32, has_offset=True),
+    BlockType(13, "Q5_K", SUPER_BLOCK, 176, _unpack_q5_k, 8, 31, 32, has_offset=True),
+    BlockType(14, "Q6_K", SUPER_BLOCK, 210, _unpack_q6_k, 8, 31, 16),
+    BlockType(20, "IQ4_NL", _BLOCK, 18, _unpack_iq4_nl, 4, 15, 32, table=_IQ4_TABLE),
+    BlockType(23, "IQ4_XS", SUPER_BLOCK, 136, _unpack_iq4_xs, 4, 15, 32, table=_IQ4_TABLE),
+    BlockType(30, "BF16", 1, 2),
+)
 # Maps the number of a type in a GGUF file to the type.
-TYPES: Final[Mapping[int, BlockType]] = {
-    0: BlockType("F32", 1, 4),
-    1: BlockType("F16", 1, 2),
-    2: BlockType("Q4_0", _BLOCK, 18, _unpack_q4_0, 4, 7, 32),
-    3: BlockType("Q4_1", _BLOCK, 20, _unpack_q4_1, 4, 15, 32, has_offset=True),
-    6: BlockType("Q5_0", _BLOCK, 22, _unpack_q5_0, 8, 15, 32),
-    7: BlockType("Q5_1", _BLOCK, 24, _unpack_q5_1, 8, 31, 32, has_offset=True),
-    8: BlockType("Q8_0", _BLOCK, 34, _unpack_q8_0, 8, 127, 32),
-    10: BlockType("Q2_K", SUPER_BLOCK, 84, _unpack_q2_k, 4, 3, 16, has_offset=True),
-    11: BlockType("Q3_K", SUPER_BLOCK, 110, _unpack_q3_k, 4, 3, 16),
-    12: BlockType("Q4_K", SUPER_BLOCK, 144, _unpack_q4_k, 4, 15, 32, has_offset=True),
-    13: BlockType("Q5_K", SUPER_BLOCK, 176, _unpack_q5_k, 8, 31, 32, has_offset=True),
-    14: BlockType("Q6_K", SUPER_BLOCK, 210, _unpack_q6_k, 8, 31, 16),
-    20: BlockType("IQ4_NL", _BLOCK, 18, _unpack_iq4_nl, 4, 15, 32, table=_IQ4_TABLE),
-    23: BlockType("IQ4_XS", SUPER_BLOCK, 136, _unpack_iq4_xs, 4, 15, 32, table=_IQ4_TABLE),
-    30: BlockType("BF16", 1, 2),
-}
+TYPES: Final[Mapping[int, BlockType]] = {kind.number: kind for kind in _TYPES}
 # The names of types that other programs write and this server does not read.
 OTHER_TYPES: Final[Mapping[int, str]] = {
     4: "Q4_2",

@@ -37,7 +37,6 @@ _MAX_PIECES: Final = 1000
 _MAX_DIMENSIONS: Final = 4
 _MAX_ALIGNMENT: Final = 1 << 20
 _STEP: Final = 1 << 20  # at least so many bytes of the header are read at a time
-_AHEAD: Final = 64 << 20  # number of bytes that the operating system is asked to read before they are needed
 _ALIGNMENT: Final = 32  # bytes; used if the file does not say otherwise
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 # Maps the number of a type of metadata to the format of the struct module.
@@ -89,6 +88,11 @@ class OpenFile:
             raise CheckpointError(f"{path} is not a regular file; a GGUF file is expected.")
         self.size = status.st_size
 
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the open file. It is closed when this object is no longer used."""
+        return self._descriptor
+
     def read(self, start: int, size: int) -> bytes:
         """Returns `size` bytes from the offset `start`, which lie within the size that the file had when it was opened.
         Raises CheckpointError if the file has become shorter or cannot be read."""
@@ -107,10 +111,6 @@ class OpenFile:
                 "running?"
             )
         return data
-
-    def announce(self, start: int, size: int) -> None:
-        """Asks the operating system to begin to read a part of the file."""
-        os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,6 @@ class GgufTensor:
         file cannot be read."""
         assert 0 <= start <= start + size <= self.num_bytes, "the bytes belong to the tensor"
         return np.frombuffer(self.file.read(self.start + start, size), np.uint8)
-
-    def announce(self) -> None:
-        """Asks the operating system to begin to read this tensor and what follows it."""
-        self.file.announce(self.start, self.num_bytes + _AHEAD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from jamba_server.engine.in_file import InFile
 from jamba_server.engine.quantization import SUPER_GROUP, Format
 from jamba_server.kernels.ops import QuantizedWeight
 
@@ -17,14 +18,20 @@ _CHUNK: Final = 1 << 20
 
 
 class Read(NamedTuple):
-    """A tensor that was read from a checkpoint. `name` is its name in a checkpoint of Hugging Face's format. `weight`
-    is a plain tensor, or a quantised matrix [N, K] in the format that the checkpoint's method `stored` says. `path` is
-    the file that the tensor comes from, and `num_bytes` is how many bytes the tensor takes in this file."""
+    """A tensor of a checkpoint. `name` is its name in a checkpoint of Hugging Face's format. `weight` is a plain
+    tensor, or a quantised matrix [N, K] in the format that the checkpoint's method `stored` says, or one of them that is
+    still in its file. `path` is the file that the tensor comes from, and `num_bytes` is how many bytes the tensor takes
+    in this file."""
 
     name: str
-    weight: Tensor | QuantizedWeight
+    weight: Tensor | QuantizedWeight | InFile
     path: Path
     num_bytes: int
+
+    @property
+    def loaded(self) -> Tensor | QuantizedWeight:
+        """The tensor in memory."""
+        return self.weight.read() if isinstance(self.weight, InFile) else self.weight
 
 
 def empty(form: Format, shape: Sequence[int], device: torch.device) -> QuantizedWeight:
@@ -56,7 +63,7 @@ def empty(form: Format, shape: Sequence[int], device: torch.device) -> Quantized
 def fill(destination: QuantizedWeight, source: QuantizedWeight) -> None:
     """Copies `source` to the memory of `destination`. Both have the same shape. If their formats differ, the format of
     `destination` is one that `common_format` returned for several formats, among them that of `source`."""
-    if not _is_like(destination, source):
+    if not is_like(destination, source):
         source = _widened(source, destination.group_size, has_offset=destination.offsets is not None)
     for own, other in zip(destination, source, strict=True):
         if isinstance(own, Tensor):
@@ -65,7 +72,7 @@ def fill(destination: QuantizedWeight, source: QuantizedWeight) -> None:
             own.copy_(other)
 
 
-def _is_like(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+def is_like(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Returns whether two weights of the same shape differ at most in the contents of their tensors."""
     return all(
         x.dtype == y.dtype if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y) and x == y

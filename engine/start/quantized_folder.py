@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.prequantized.layout import Array, Layout, Matrix, Numbers
 from jamba_server.engine.quantization import Format
 from jamba_server.engine.quantization.stored import Read, empty
-from jamba_server.engine.weight_files import incomplete
+from jamba_server.engine.start.safetensors_file import read_file
 from jamba_server.kernels.ops import QuantizedWeight
 
 
@@ -29,26 +28,15 @@ def read_tensors(paths: Iterable[Path], layout: Layout) -> Iterator[Read]:
         first[plain.tensor].append(name)
     used = layout.unused.union(*(matrix.tensors for matrix in layout.matrices.values()))
     for path in paths:
-        for name, tensor in read_file(path):
-            for own in first.get(name, ()):
+        for read in read_file(path):
+            for own in first.get(read.name, ()):
                 if (matrix := layout.matrices.get(own)) is None:
                     weight = torch.from_numpy(layout.plain[own].read())
-                    yield Read(own, weight, path, tensor.nbytes // len(first[name]))
+                    yield Read(own, weight, path, read.num_bytes // len(first[read.name]))
                 else:
                     yield Read(own, _weight(own, matrix, path), path, matrix.stored.num_bytes)
-            if name not in first and name not in used:
-                yield Read(name, tensor, path, tensor.nbytes)
-
-
-def read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for each tensor in one file. The tensors are views of the memory-mapped file."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names: list[str] = file.keys()
-            for name in names:
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise incomplete(path, error) from error
+            if read.name not in first and read.name not in used:
+                yield read
 
 
 def _weight(name: str, matrix: Matrix, path: Path) -> Tensor | QuantizedWeight:

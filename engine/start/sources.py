@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
 
 from jamba_server.engine.checkpoint import Checkpoint, Folder
 from jamba_server.engine.gguf.checkpoint import GgufCheckpoint
@@ -15,16 +15,18 @@ from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.quantization.stored import Read
 from jamba_server.engine.start import quantized_folder
 from jamba_server.engine.start.contents import EMBEDDING, HEAD
-from jamba_server.engine.start.quantized_folder import read_file
+from jamba_server.engine.start.safetensors_file import read_file
 from jamba_server.engine.weight_files import header, weight_files
 
 
 class Source(NamedTuple):
-    """The tensors of a checkpoint, which take `num_bytes` bytes in its files. `aliases` maps the name of a tensor to
+    """The tensors of a checkpoint, which take `num_bytes` bytes in its files. The files `paths` are read one after the
+    other, each from its start to its end. `aliases` maps the name of a tensor to
     the name under which the tensor is loaded."""
 
     tensors: Iterator[Read]
     num_bytes: int
+    paths: Sequence[Path]
     aliases: Mapping[str, str] = {}
 
 
@@ -37,19 +39,18 @@ def open_weights(checkpoint: Checkpoint, config: JambaConfig, dtype: torch.dtype
 
 def _from_gguf(checkpoint: GgufCheckpoint, config: JambaConfig, dtype: torch.dtype) -> Source:
     size = sum(tensor.num_bytes for tensor in checkpoint.file.tensors.values())
-    return Source(read_tensors(checkpoint.file, dtype), size)
+    paths = dict.fromkeys(tensor.path for tensor in checkpoint.file.tensors.values())
+    return Source(read_tensors(checkpoint.file, dtype), size, tuple(paths))
 
 
 def _from_folder(checkpoint: Folder, config: JambaConfig, dtype: torch.dtype) -> Source:
     paths = weight_files(checkpoint.path)
     tied = config.tie_word_embeddings and not config.is_classifier
     aliases = {} if not tied or any(EMBEDDING in header(path) for path in paths) else {HEAD: EMBEDDING}
-    if (layout := checkpoint.layout()) is not None:
-        return Source(quantized_folder.read_tensors(paths, layout), sum(path.stat().st_size for path in paths), aliases)
-    tensors = (
-        Read(*_unpacked(name, tensor), path, tensor.nbytes) for path in paths for name, tensor in read_file(path)
-    )
-    return Source(tensors, sum(path.stat().st_size for path in paths), aliases)
+    layout, size = checkpoint.layout(), sum(path.stat().st_size for path in paths)
+    if layout is not None:
+        return Source(quantized_folder.read_tensors(paths, layout), size, paths, aliases)
+    return Source((read for path in paths for read in read_file(path)), size, paths, aliases)
 
 
 # Maps the class of a checkpoint to the function that reads its tensors.
@@ -57,14 +58,3 @@ _READERS: Final[Mapping[type[Checkpoint], Callable[[Any, JambaConfig, torch.dtyp
     GgufCheckpoint: _from_gguf,
     Folder: _from_folder,
 }
-
-
-def _unpacked(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Returns the name of a weight and its tensor. If the tensor in the file packs two 4-bit numbers into each byte,
-    they are unpacked: the result has one number in each byte. Every other tensor is returned unchanged."""
-    if tensor.dtype != torch.uint8 or not name.endswith(".weight_packed"):
-        return name, tensor
-    signed = tensor.view(torch.int8)
-    # Both shifts copy the sign bit of the number.
-    low, high = signed << 4 >> 4, signed >> 4
-    return name.removesuffix("_packed"), torch.stack([low, high], dim=-1).flatten(-2)

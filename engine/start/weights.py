@@ -15,9 +15,11 @@ from torch import Tensor
 
 from jamba_server.engine.checkpoint import Checkpoint, open_checkpoint
 from jamba_server.engine.errors import CheckpointError
+from jamba_server.engine.in_file import InFile, not_finite
 from jamba_server.engine.layers.parameter import Fill, Raw, TensorMap, Unit
 from jamba_server.engine.models import Model
 from jamba_server.engine.quantization import stored
+from jamba_server.engine.read_ahead import ReadAhead
 from jamba_server.engine.start.contents import HEAD
 from jamba_server.engine.start.sources import open_weights
 from jamba_server.engine.weight_files import listed
@@ -61,13 +63,15 @@ def load_weights(
     source = open_weights(checkpoint, model.config, model.dtype)
     loader, done, shown = _Loader(tensor_map, checkpoint, source.aliases), 0, -1
     del tensor_map  # it has references to the raw weights, which must be freed one by one
-    for name, weight, path, num_bytes in source.tensors:
-        loader.put(name, weight, path)
-        del weight  # the next weight is read into other memory
-        done += num_bytes
-        if (percent := 100 * done // source.num_bytes) > shown:
-            shown = percent
-            progress(phase, done / source.num_bytes)
+    with ReadAhead(source.paths) as ahead:
+        for name, weight, path, num_bytes in source.tensors:
+            loader.put(name, weight, path)
+            del weight  # the next weight is read into other memory
+            done += num_bytes
+            ahead.used(done)
+            if (percent := 100 * done // source.num_bytes) > shown:
+                shown = percent
+                progress(phase, done / source.num_bytes)
     loader.check_complete()
     progress(phase, 1.0)
 
@@ -112,16 +116,13 @@ class _Loader:
         self._waiting = {name: unit for unit in map(_Waiting, tensor_map.units) for name in unit.parts}
         self._filled_by: dict[str, str] = {}  # maps the name of a weight to the name of the tensor that filled it
 
-    def put(self, name: str, weight: Raw, path: Path) -> None:
+    def put(self, name: str, weight: Raw | InFile, path: Path) -> None:
         """Copies `weight` into the weights that it fills. Raises CheckpointError in three cases: the name of the tensor
         is unknown, the weights are filled already, or the tensor's shape, its dtype or one of its values is wrong."""
         name = self._aliases.get(name, name)
         if (unit := self._waiting.get(name)) is not None:
             self._account(unit.parts[name], name, path)
-            if isinstance(weight, QuantizedWeight):
-                self._copy_quantized(name, weight, unit.data(name), path)
-            else:
-                self._copy(name, weight, unit.data(name), path)
+            self._fill(name, weight, unit.data(name), path)
             unit.mark_filled(name)
         elif name not in self._ignored:
             why = _decided_by([name], "without it")
@@ -133,11 +134,21 @@ class _Loader:
             count, why = f"{len(missing)} of {len(self._names)}", _decided_by(missing, "with it")
             raise CheckpointError(f"{self._folder}: {count} tensors are missing: {listed(missing)}{why}.")
 
+    def _fill(self, name: str, weight: Raw | InFile, destination: Raw, path: Path) -> None:
+        self._check_shape(name, weight, destination, path)
+        if isinstance(weight, InFile):
+            if weight.read_into(destination):
+                return
+            weight = weight.read()
+        if isinstance(weight, QuantizedWeight):
+            self._copy_quantized(name, weight, destination, path)
+        else:
+            self._copy(name, weight, destination, path)
+
     def _copy_quantized(self, name: str, weight: QuantizedWeight, destination: Raw, path: Path) -> None:
         """Copies a quantised matrix. It is dequantised if the model has memory of plain numbers for it."""
-        self._check_shape(name, weight, destination, path)
         if not all(_is_finite(part) for part in weight if isinstance(part, Tensor)):
-            raise CheckpointError(f"{path}: tensor {name} has scales that are infinite or not a number (NaN).")
+            raise not_finite(path, name, weight)
         if isinstance(destination, QuantizedWeight):
             stored.fill(destination, weight)
             return
@@ -145,15 +156,14 @@ class _Loader:
         if not _is_finite(destination):
             raise CheckpointError(f"{path}: tensor {name} holds numbers beyond the range of {destination.dtype}.")
 
-    def _check_shape(self, name: str, weight: Raw, destination: Raw, path: Path) -> None:
-        if (values := _values(weight)).shape != (expected := _values(destination)).shape:
+    def _check_shape(self, name: str, weight: Raw | InFile, destination: Raw, path: Path) -> None:
+        if (shape := _shape(weight)) != (expected := _shape(destination)):
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {_shape(weight)}; {self._config} makes it "
-                f"{_shape(destination)}{_transposed(name, values, expected)}."
+                f"{path}: tensor {name} has shape {shape}; {self._config} makes it {expected}"
+                f"{_transposed(name, shape, expected)}."
             )
 
     def _copy(self, name: str, tensor: Tensor, destination: Raw, path: Path) -> None:
-        self._check_shape(name, tensor, destination, path)
         assert isinstance(destination, Tensor), "a matrix that the checkpoint lists as quantised is read as such"
         if destination.dtype in (torch.float8_e4m3fn, torch.int8):
             if tensor.dtype != destination.dtype:
@@ -172,7 +182,7 @@ class _Loader:
                 raise CheckpointError(
                     f"{path}: tensor {name} holds numbers beyond float16's range; use --dtype bfloat16."
                 )
-            raise CheckpointError(f"{path}: tensor {name} holds values that are infinite or not a number (NaN).")
+            raise not_finite(path, name, destination)
 
     def _account(self, parts: Collection[str], name: str, path: Path) -> None:
         for part in parts:
@@ -185,7 +195,10 @@ class _Loader:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Returns whether all numbers of `tensor` are finite. Only the minimum and the maximum are checked, because both
-    are NaN if any number is NaN. This takes one pass over the tensor and needs no mask of the tensor's size."""
+    are NaN if any number is NaN. This takes one pass over the tensor and needs no mask of the tensor's size. Integers
+    are always finite."""
+    if not tensor.dtype.is_floating_point:
+        return True
     if tensor.dtype == torch.float8_e4m3fn:  # float8_e4m3fn has no infinity, and its NaN is the byte 0x7F or 0xFF
         return bool((tensor.view(torch.uint8) & 0x7F).amax() < 0x7F)
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
@@ -195,8 +208,8 @@ def _values(weight: Raw) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.values
 
 
-def _shape(weight: Raw) -> str:
-    return str(list(_values(weight).shape))
+def _shape(weight: Raw | InFile) -> list[int]:
+    return list(weight.shape if isinstance(weight, InFile) else _values(weight).shape)
 
 
 def _decided_by(names: Collection[str], how: str) -> str:
@@ -207,10 +220,10 @@ def _decided_by(names: Collection[str], how: str) -> str:
     return f"; {keys[0]} in config.json makes a model {how}" if keys else ""
 
 
-def _transposed(name: str, tensor: Tensor, destination: Tensor) -> str:
+def _transposed(name: str, shape: list[int], expected: list[int]) -> str:
     """Returns the end of an error text if the last two dimensions of a convolution weight are swapped, as in
     checkpoints for MLX. Returns an empty text otherwise."""
-    if name.endswith("conv1d.weight") and tensor.ndim == 3 and tensor.mT.shape == destination.shape:
+    if name.endswith("conv1d.weight") and len(shape) == 3 and [shape[0], shape[2], shape[1]] == expected:
         return "; MLX stores it in this shape: serve the checkpoint from which the MLX one was converted"
     return ""
 

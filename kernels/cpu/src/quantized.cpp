@@ -1,13 +1,37 @@
 // This file packs quantised weights, and reads rows of packed quantised weights.
-#include "gemm.h"
+#include "panels.h"
 
 namespace {
+
+// Packs as many of `n` elements along K as fill whole tiles, for all columns of a panel, and returns their number.
+template <int BITS>
+int64_t pack_tiles(const uint8_t* values, uint8_t* out, int64_t k, int64_t n) {
+    constexpr int64_t TILE = BITS == 8 ? 16 : 2 * INT4_PAIRS;
+    for (int64_t i = 0; i + TILE <= n; i += TILE, out += PANEL * TILE * BITS / 8) {
+        if (BITS == 8) {
+            for (int64_t c = 0; c < PANEL; c += 16) transpose_bytes(values + c * k + i, k, out + c);
+            continue;
+        }
+        // `pack_numbers` says where each of the eight elements is stored.
+        for (int64_t c = 0; c < PANEL; c++) {
+            const uint64_t low = eight_bytes(values + c * k + i) & 0x0f0f0f0f0f0f0f0f, two = low | low >> 12;
+            const uint32_t word = uint32_t(two & 0xff) | uint32_t(two >> 24 & 0xff00) | uint32_t(two << 8 & 0xff0000) |
+                                  uint32_t(two >> 16 & 0xff000000);
+            std::memcpy(out + 4 * c, &word, 4);
+        }
+    }
+    return n / TILE * TILE;
+}
 
 // Packs elements `start` to `end` - 1 along K, for `columns` columns of one panel, as numbers of BITS bits each.
 template <int BITS>
 void pack_numbers(const uint8_t* values, uint8_t* out, int64_t columns, int64_t k, int64_t start, int64_t end) {
     // Each iteration packs one step: INPUTS elements of each column, which take BYTES bytes per column.
     constexpr int64_t INPUTS = BITS == 8 ? 2 : 2 * INT4_PAIRS, BYTES = INPUTS * BITS / 8;
+    if (columns == PANEL) {
+        const int64_t packed = pack_tiles<BITS>(values + start, out, k, end - start);
+        start += packed, out += packed * PANEL * BITS / 8;
+    }
     for (; start < end; start += INPUTS, out += PANEL * BYTES) {
         std::memset(out, 0, PANEL * BYTES);
         for (int64_t c = 0; c < columns; c++) {
@@ -25,8 +49,8 @@ void pack_numbers(const uint8_t* values, uint8_t* out, int64_t columns, int64_t 
 // Copies the numbers of `columns` columns, which are `stride` numbers apart, and fills the rest of a panel with zeros.
 // Each number takes `item` bytes.
 void pack_factors(const uint8_t* numbers, uint8_t* out, int64_t columns, int64_t stride, int64_t item) {
-    std::memset(out, 0, PANEL * item);
-    for (int64_t c = 0; c < columns; c++) std::memcpy(out + c * item, numbers + c * stride * item, item);
+    gather_items(numbers, out, columns, stride, item);
+    std::memset(out + columns * item, 0, (PANEL - columns) * item);
 }
 
 // Reads factors of a packed weight one by one: those of one column.
