@@ -53,8 +53,9 @@ def test_weights_in_memory_have_the_numbers_of_the_file(number: int, tmp_path: P
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    [(name, weight, _, num_bytes)] = read_tensors(read_gguf(path), torch.float32)
-    assert (name, num_bytes) == ("lm_head.weight", len(data))
+    [read] = read_tensors(read_gguf(path), torch.float32)
+    assert (read.name, read.num_bytes) == ("lm_head.weight", len(data))
+    weight = read.loaded
     assert isinstance(weight, QuantizedWeight)
     assert weight.values.shape == (len(blocks), kind.inputs)
     form = format_of(kind)

@@ -33,7 +33,7 @@ def test_the_numbers_are_those_of_the_package(path: Path) -> None:
     tensors = header(path)
     expected_tensor = tensors.pop("expected")
     layout = loader.layout(settings, tensors)
-    found = {read.name: read.weight for read in read_tensors([path], layout)}
+    found = {read.name: read.loaded for read in read_tensors([path], layout)}
     assert set(found) == {"m.weight", "expected"}
     weight, expected = found["m.weight"], found["expected"]
     assert isinstance(expected, Tensor)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +18,8 @@ from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.layers.parameter import Destination
 from jamba_server.engine.model_config import load_model_config
 from jamba_server.engine.models import Model, build_model
+from jamba_server.engine.quantization.stored import Read
+from jamba_server.engine.start.sources import Source, open_weights
 from jamba_server.engine.start.weights import dummy_weights, fill_uniform, load_weights
 from jamba_server.engine.weight_sizes import weight_bytes
 from jamba_server.kernels.ops import Weight
@@ -221,33 +222,27 @@ def test_a_layer_is_packed_before_the_next_but_one_is_read(folder: Path, monkeyp
     rewrite(folder, number)
     events: list[tuple[str, int]] = []
 
+    def watched_source(*arguments: Any) -> Source:
+        source = open_weights(*arguments)
+        return source._replace(tensors=map(noted, source.tensors))
+
+    def noted(read: Read) -> Read:
+        if ".layers." in read.name:
+            events.append(("read", int(read.name.split(".")[2])))
+        return read
+
     class Watched:
-        """A file of weights, or an op, that notes what passes."""
+        """An op that notes what passes."""
 
         def __init__(self, inner: Any) -> None:
             self.inner = inner
-
-        def __enter__(self) -> Watched:
-            return Watched(self.inner.__enter__())
-
-        def __exit__(self, *error: object) -> None:
-            self.inner.__exit__(*error)
-
-        def keys(self) -> list[str]:
-            return sorted(self.inner.keys())
-
-        def get_tensor(self, name: str) -> Tensor:
-            if ".layers." in name:
-                events.append(("read", int(name.split(".")[2])))
-            return self.inner.get_tensor(name)
 
         def pack(self, *weights: Tensor) -> Any:
             assert all((weight == weights[0].flatten()[0]).all() for weight in weights), "of one layer, all filled"
             events.append(("pack", int(weights[0].flatten()[0]) - 1))
             return self.inner.pack(*weights)
 
-    place = "jamba_server.engine.start.quantized_folder.safe_open"
-    monkeypatch.setattr(place, lambda *args, **kwargs: Watched(safe_open(*args, **kwargs)))
+    monkeypatch.setattr("jamba_server.engine.start.weights.open_weights", watched_source)
     kernels = select("cpu", {})
     watched: Any = {name: Watched(getattr(kernels, name)) for name in ("linear", "run_experts")}
     model = build_model(load_model_config(folder), replace(kernels, **watched), dtype=torch.float32, device=CPU)
