@@ -3,13 +3,17 @@
     python -m benchmarks.cpu.startup --name startup --folder FOLDER [--shape 3b] [--threads 2]
 
 A checkpoint with random weights is written to FOLDER in bfloat16 and converted to each format, one after the other. All
-files are removed at the end. For each case, the pages of the files are dropped from the system's page cache and the
-files are read once, which gives the disk's read rate. After the pages have been dropped again, a new process loads the
-engine. Its time runs from the start of the process, so it includes the imports, until the engine can take requests.
+files are removed at the end, unless --keep is given. For each case, the pages of the files are dropped from the
+system's page cache and the files are read once, which gives the disk's read rate. After the pages have been dropped
+again, a new process loads the engine. Its time runs from the start of the process, so it includes the imports, until
+the engine can take requests.
 
-The time that the disk needs is the size of the files divided by the read rate of the same case. Memory is that of the
-process: what loading adds to its own memory, without the pages of mapped files, and its largest resident memory, which
-includes them. Caches take memory only as far as they were used. The planned weights are those that the engine reports.
+The time that the disk needs is the size of the files divided by the read rate of the same case. The time of the
+imports, which no faster disk shortens, is given beside it. Memory is that of the process: what loading adds to its own
+memory, without the pages of mapped files, at the end and at most, which is sampled every 10 ms. Caches take memory only
+as far as they were used. The planned weights are those that the engine reports.
+
+The option --tree measures another tree of this repository in the same run, before this tree in each case.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +61,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=1, help="how often each case is measured; the fastest counts")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the files in the folder, and use those that are there"
+    )
+    parser.add_argument("--tree", type=Path, help="another tree of this repository, which is measured as well")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="the cases that are measured; all by default")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, default={}, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,23 +76,45 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(path: Path, settings: dict[str, Any]) -> None:
     """Loads an engine and prints a JSON object with the memory of this process. Runs in a process of its own."""
-    before = memory_field("RssAnon")
-    llm = LLM(path, max_model_len=1024, max_num_seqs=1, **CACHES, **settings)
+    imported, before = time.time(), memory_field("RssAnon")
+    with Sampled() as sampled:
+        llm = LLM(path, max_model_len=1024, max_num_seqs=1, **CACHES, **settings)
     info = llm.core.info
     found = {
+        "imported": imported,
         "ready": time.time(),
         "weights": info.weight_bytes,
         "caches": info.kv_bytes + info.state_bytes,
         "before": before,
         "after": memory_field("RssAnon"),
-        "most": memory_field("VmHWM"),
+        "most": sampled.most,
     }
     print(json.dumps(found))
 
 
+class Sampled:
+    """Samples the memory of this process every 10 ms, in a thread, while the object is used as a context manager."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Sampled:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(0.01):
+            self.most = max(self.most, memory_field("RssAnon"))
+
+
 def memory_field(name: str) -> int:
-    """Returns a size in bytes from the status of this process. RssAnon is resident memory that is not of a file, and
-    VmHWM is the largest resident memory so far."""
+    """Returns a size in bytes from the status of this process. RssAnon is resident memory that is not of a file."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
@@ -111,36 +144,57 @@ def read_rate(files: list[Path]) -> float:
     return count / (time.monotonic() - started)
 
 
-def measure(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def measure(path: Path, settings: dict[str, Any], tree: Path | None = None) -> dict[str, Any]:
+    """Measures one start of the engine, with the code of another tree if `tree` is given."""
     files = files_of(path)
     rate = read_rate(files)
     drop_pages(files)
-    command = [sys.executable, "-m", "benchmarks.cpu.startup", "--load", str(path), "--settings", json.dumps(settings)]
+    # The script of this tree runs with the modules of the other one.
+    command = [sys.executable, str(Path(__file__).absolute()), "--load", str(path), "--settings", json.dumps(settings)]
+    tree = tree or Path(__file__).absolute().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{tree / 'src'}:{tree}"}
     started = time.time()
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     found = json.loads(output.splitlines()[-1])
     size = sum(file.stat().st_size for file in files)
-    return found | {"seconds": found["ready"] - started, "bytes": size, "rate": rate}
+    seconds, imports = found["ready"] - started, found.get("imported", started) - started
+    return found | {"seconds": seconds, "imports": imports, "bytes": size, "rate": rate}
 
 
-def measured(folder: Path, shape: str, threads: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yields the results of all cases. A converted checkpoint is removed before the next one is written."""
-    with tempfile.TemporaryDirectory(dir=folder) as root:
-        source = Path(root) / "source"
-        source.mkdir()
-        subprocess.run([sys.executable, "-c", WRITE, shape, str(source)], check=True)
+def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the results of all cases. A converted checkpoint is removed before the next one is written, unless all
+    files are kept."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
+        place = arguments.folder if arguments.keep else Path(root)
+        source = place / "source"
+        if not source.exists():
+            source.mkdir()
+            subprocess.run([sys.executable, "-c", WRITE, arguments.shape, str(source)], check=True)
         for name, form, settings in CASES:
-            with tempfile.TemporaryDirectory(dir=root) as place:
-                path, seconds = source, 0.0
-                if form:
-                    path = Path(place) / ("model.gguf" if form in FILE_TYPES else "model")
-                    started = time.monotonic()
-                    convert = [sys.executable, "-m", "jamba_server.engine.convert", str(source), str(path), form]
-                    subprocess.run(convert, check=True)
-                    seconds = time.monotonic() - started
-                runs = [measure(path, settings | {"threads": threads}) for _ in range(rounds)]
-                best = min(runs, key=lambda run: run["seconds"])
-                yield {"case": name, "convert_seconds": seconds} | best
+            if arguments.cases and name not in arguments.cases:
+                continue
+            path, seconds = converted(source, form) if form else (source, 0.0)
+            trees = {"before": arguments.tree} if arguments.tree else {}
+            for label, tree in (trees | {"": None}).items():
+                best = best_of(arguments.rounds, path, settings | {"threads": arguments.threads}, tree)
+                yield {"case": name, "tree": label, "convert_seconds": seconds} | best
+            if form and not arguments.keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def converted(source: Path, form: str) -> tuple[Path, float]:
+    """Returns the path of the checkpoint in another format, and the time of the conversion, which is 0 if the file was
+    there already."""
+    path, started = source.parent / (f"{form}.gguf" if form in FILE_TYPES else form), time.monotonic()
+    if path.exists():
+        return path, 0.0
+    convert = [sys.executable, "-m", "jamba_server.engine.convert", str(source), str(path), form]
+    subprocess.run(convert, check=True)
+    return path, time.monotonic() - started
+
+
+def best_of(rounds: int, path: Path, settings: dict[str, Any], tree: Path | None) -> dict[str, Any]:
+    return min((measure(path, settings, tree) for _ in range(rounds)), key=lambda run: run["seconds"])
 
 
 # The checkpoint is written by another process, so that its memory is free again.
@@ -154,25 +208,30 @@ write_checkpoint(sys.argv[1], Path(sys.argv[2]))
 
 def table(results: list[dict[str, Any]]) -> str:
     head = (
-        "| case | files | disk | time at the disk's rate | start-up | memory for the engine | of it caches, at most | "
+        "| case | files | disk | time at the disk's rate | imports | start-up | start-up without imports / disk | "
+        "memory for the engine | of it caches, at most | weights, planned | memory / files | most memory | "
+        "most memory / files | conversion |"
     )
-    head += "weights, planned | memory / files | most resident, with mapped files | conversion |"
-    lines = [head, f"| --- |{' ---: |' * 10}"]
+    lines = [head, f"| --- |{' ---: |' * 13}"]
     for r in results:
-        held = r["after"] - r["before"]
+        held, most = r["after"] - r["before"], r["most"] - r["before"]
+        disk = r["bytes"] / r["rate"]
         cells = [
             f"{r['bytes'] / GB:.2f} GB",
             f"{r['rate'] / GB:.2f} GB/s",
-            f"{r['bytes'] / r['rate']:.1f} s",
+            f"{disk:.1f} s",
+            f"{r['imports']:.1f} s",
             f"{r['seconds']:.1f} s",
+            f"{(r['seconds'] - r['imports']) / disk:.2f}",
             f"{held / GB:.2f} GB",
             f"{r['caches'] / GB:.2f} GB",
             f"{r['weights'] / GB:.2f} GB",
             f"{held / r['bytes']:.2f}",
-            f"{r['most'] / GB:.2f} GB",
+            f"{most / GB:.2f} GB",
+            f"{most / r['bytes']:.2f}",
             f"{r['convert_seconds']:.0f} s" if r["convert_seconds"] else "",
         ]
-        lines.append(f"| {r['case']} | {' | '.join(cells)} |")
+        lines.append(f"| {r['case']}{', ' * bool(r['tree'])}{r['tree']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -189,9 +248,10 @@ def main() -> None:
         "shape": arguments.shape,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
+        "before": None if arguments.tree is None else describe_commit(arguments.tree),
     }
     results: list[dict[str, Any]] = []
-    for result in measured(arguments.folder, arguments.shape, arguments.threads, arguments.rounds):
+    for result in measured(arguments):
         print(json.dumps(result), flush=True)
         results.append(result)
         conditions = "\n".join(f"* {key}: {value}" for key, value in report.items())

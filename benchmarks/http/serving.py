@@ -166,9 +166,9 @@ def measure_transformers(
     return answer["conditions"], report.summarize(report.Plan(ClosedLoop(1), len(requests)), replies)
 
 
-def describe_commit() -> str:
-    """Returns the commit of this checkout, with the suffix "-dirty" if there are uncommitted changes."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def describe_commit(root: Path = ROOT) -> str:
+    """Returns the commit of a checkout, with the suffix "-dirty" if there are uncommitted changes."""
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     result = subprocess.run(git, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,10 +26,11 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.process.heartbeat import beating
 from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import pack, receive
+from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.types import Abort, Failed, LogLine, Progress, Ready, Submit, ToEngine, Working
 
 if TYPE_CHECKING:
-    from jamba_server.engine.core import Inbox
+    from jamba_server.engine.core import EngineCore, Inbox
 
 Send = Callable[[msgspec.Struct], None]
 
@@ -88,19 +90,27 @@ def read(connection: socket.socket, inbox: Inbox, stop: threading.Event) -> None
         inbox.wake()
 
 
-def run(connection: socket.socket, send: Send) -> int:
+def load(config: EngineConfig, send: Send) -> EngineCore | None:
+    """Returns the engine, or None after the parent was told why there is none."""
     # These modules import torch, so they are imported only after the log handler is set. Warnings of torch then go to
     # the parent's log.
     from jamba_server.engine.start.build import build_engine
     from jamba_server.kernels.table import KernelError
 
-    if (config := receive(connection, EngineConfig)) is None:
-        return 1
     try:
         with beating(lambda: send(Working())):
-            core = build_engine(config, lambda phase, fraction: send(Progress(phase, fraction)))
+            return build_engine(config, lambda phase, fraction: send(Progress(phase, fraction)))
     except (ConfigError, KernelError) as error:
         send(Failed(str(error)))
+        return None
+
+
+def run(connection: socket.socket, send: Send) -> int:
+    if (config := receive(connection, EngineConfig)) is None:
+        return 1
+    with reading_early(Path(config.model), config.load_format):
+        core = load(config, send)
+    if core is None:
         return 1
     gc.collect()
     # The objects that exist now live as long as the process. The function `gc.freeze` excludes these objects from

@@ -19,9 +19,9 @@ _CHUNK: Final = 1 << 20
 
 class Read(NamedTuple):
     """A tensor of a checkpoint. `name` is its name in a checkpoint of Hugging Face's format. `weight` is a plain
-    tensor, or a quantised matrix [N, K] in the format that the checkpoint's method `stored` says, or one of them that is
-    still in its file. `path` is the file that the tensor comes from, and `num_bytes` is how many bytes the tensor takes
-    in this file."""
+    tensor, or a quantised matrix [N, K] in the format that the checkpoint's method `stored` says, or one of them that
+    is still in its file. `path` is the file that the tensor comes from, and `num_bytes` is how many bytes the tensor
+    takes in this file."""
 
     name: str
     weight: Tensor | QuantizedWeight | InFile

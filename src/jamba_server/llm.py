@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jamba_server.engine.checkpoint import TOKENIZER_FILE, open_checkpoint
 from jamba_server.engine.errors import ConfigError, EngineFailed, RequestRejected
+from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.start.build import build_engine
 from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenLogprob, TokenUpdate
 from jamba_server.server.cli.checkpoint import find_checkpoint
@@ -78,14 +79,15 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         config = model_config(model, settings)
         folder = find_checkpoint(config).folder
-        self._defaults = GenerationDefaults.of(folder)
         self._tokenizer = self._template = None
         self._tokenizer_folder = Path(config.tokenizer or folder)
-        if config.chat_template or config.tokenizer or open_checkpoint(folder).has(TOKENIZER_FILE):
-            self._tokenizer = Tokenizer.from_folder(self._tokenizer_folder)
-            override = None if config.chat_template is None else Path(config.chat_template)
-            self._template = ChatTemplate.from_folder(folder, self._tokenizer, override)
-        self.core = build_engine(config.engine(folder))
+        with reading_early(folder, config.load_format):
+            self._defaults = GenerationDefaults.of(folder)
+            if config.chat_template or config.tokenizer or open_checkpoint(folder).has(TOKENIZER_FILE):
+                self._tokenizer = Tokenizer.from_folder(self._tokenizer_folder)
+                override = None if config.chat_template is None else Path(config.chat_template)
+                self._template = ChatTemplate.from_folder(folder, self._tokenizer, override)
+            self.core = build_engine(config.engine(folder))
         for warning in self.core.info.warnings:
             logger.warning("%s", warning)
         self._num_prompts = 0
