@@ -13,6 +13,9 @@ imports, which no faster disk shortens, is given beside it. Memory is that of th
 memory, without the pages of mapped files, at the end and at most, which is sampled every 10 ms. Caches take memory only
 as far as they were used. The planned weights are those that the engine reports.
 
+The same start is measured of `jamba serve`, until it is ready for requests. Its engine begins to read the files before
+its imports.
+
 The option --tree measures another tree of this repository in the same run, before this tree in each case.
 """
 
@@ -33,7 +36,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.http.serving import RESULTS, describe_commit
+from benchmarks.http.serving import RESULTS, describe_commit, running_server
 from benchmarks.shapes import SHAPES
 from jamba_server.engine.convert.metadata import FILE_TYPES
 from jamba_server.llm import LLM
@@ -152,13 +155,25 @@ def measure(path: Path, settings: dict[str, Any], tree: Path | None = None) -> d
     # The script of this tree runs with the modules of the other one.
     command = [sys.executable, str(Path(__file__).absolute()), "--load", str(path), "--settings", json.dumps(settings)]
     tree = tree or Path(__file__).absolute().parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{tree / 'src'}:{tree}"}
+    python_path = f"{tree / 'src'}:{tree}"
+    environment = {**os.environ, "PYTHONPATH": python_path}
     started = time.time()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     found = json.loads(output.splitlines()[-1])
     size = sum(file.stat().st_size for file in files)
     seconds, imports = found["ready"] - started, found.get("imported", started) - started
-    return found | {"seconds": seconds, "imports": imports, "bytes": size, "rate": rate}
+    drop_pages(files)
+    server = serve_seconds(path, settings, python_path)
+    return found | {"seconds": seconds, "imports": imports, "serve_seconds": server, "bytes": size, "rate": rate}
+
+
+def serve_seconds(path: Path, settings: dict[str, Any], python_path: str) -> float:
+    """Returns the time from the start of `jamba serve` until it is ready, to about 0.2 s."""
+    options = {"max_model_len": 1024, "max_num_seqs": 1, **CACHES, **settings}
+    arguments = [str(path), *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+    started = time.monotonic()
+    with running_server(arguments, 120, ("env", f"PYTHONPATH={python_path}")):
+        return time.monotonic() - started
 
 
 def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -209,10 +224,11 @@ write_checkpoint(sys.argv[1], Path(sys.argv[2]))
 def table(results: list[dict[str, Any]]) -> str:
     head = (
         "| case | files | disk | time at the disk's rate | imports | start-up | start-up without imports / disk | "
+        "`jamba serve` | "
         "memory for the engine | of it caches, at most | weights, planned | memory / files | most memory | "
         "most memory / files | conversion |"
     )
-    lines = [head, f"| --- |{' ---: |' * 13}"]
+    lines = [head, f"| --- |{' ---: |' * 14}"]
     for r in results:
         held, most = r["after"] - r["before"], r["most"] - r["before"]
         disk = r["bytes"] / r["rate"]
@@ -223,6 +239,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{r['imports']:.1f} s",
             f"{r['seconds']:.1f} s",
             f"{(r['seconds'] - r['imports']) / disk:.2f}",
+            f"{r['serve_seconds']:.1f} s",
             f"{held / GB:.2f} GB",
             f"{r['caches'] / GB:.2f} GB",
             f"{r['weights'] / GB:.2f} GB",

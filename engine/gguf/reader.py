@@ -16,6 +16,7 @@ import stat
 import struct
 import weakref
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -149,8 +150,26 @@ class GgufFile:
 
 def read_gguf(path: Path) -> GgufFile:
     """Reads the header of a GGUF file, and of all other pieces of the same model if the file is one of several pieces.
-    Raises CheckpointError if a file is missing, incomplete, or not what it should be."""
-    pieces = [_read_piece(piece) for piece in _pieces(path)]
+    Raises CheckpointError if a file is missing, incomplete, or not what it should be.
+
+    The header that was read last is kept, because a vocabulary takes a while and is asked for several times during a
+    start. It is read again if a file has been replaced or changed."""
+    pieces = tuple(_pieces(path))
+    return _read_pieces(path, pieces, tuple(map(_identity, pieces)))
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Returns numbers that change when a file is replaced or written. Raises CheckpointError if it is not there."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _read_pieces(path: Path, paths: tuple[Path, ...], identities: tuple[tuple[int, ...], ...]) -> GgufFile:
+    pieces = [_read_piece(piece) for piece in paths]
     first = pieces[0]
     count = first.metadata.get("split.count", len(pieces))
     if not isinstance(count, int) or (count != len(pieces) and (count, len(pieces)) != (0, 1)):
@@ -293,22 +312,28 @@ class _Header:
 
     def _strings(self, key: str) -> StringArray:
         count = self._count(f"strings in {shown(key)}", _MAX_STRINGS, smallest=8)
-        data, ends = bytearray(), np.empty(count, np.int64)
-        header, position, end, length = self._data, self._position, self._end, struct.Struct("<Q")
+        data, ends, total = list[bytes](), np.empty(count, np.int64), 0
+        header, position, end, length = self._data, self._position, self._end, struct.Struct("<Q").unpack_from
+        have = len(header)  # the number of bytes that have been fetched
         for i in range(count):
-            if end - position < 8:
+            start = position + 8
+            if start > end:
                 raise self._refusal(f"the header ends within the strings of {shown(key)}")
-            self._fetch(position + 8)
-            [size] = length.unpack_from(header, position)
-            position += 8
-            if size > end - position:
+            if start > have:
+                self._fetch(start)
+                have = len(header)
+            [size] = length(header, position)
+            if size > end - start:
                 raise self._refusal(f"a string of {shown(key)} has {size:,} bytes, beyond the end of the header")
-            self._fetch(position + size)
-            data += header[position : position + size]
-            position += size
-            ends[i] = len(data)
+            position = start + size
+            if position > have:
+                self._fetch(position)
+                have = len(header)
+            data.append(bytes(header[start:position]))
+            total += size
+            ends[i] = total
         self._position = position
-        return StringArray(bytes(data), ends)
+        return StringArray(b"".join(data), ends)
 
     def _tensor(self) -> tuple[str, BlockType, tuple[int, ...], int]:
         """Reads an entry of the list of tensors. Returns the name, the type, the shape and the offset of the tensor in

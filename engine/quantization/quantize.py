@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Final
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from jamba_server.engine.config import Quantization
 from jamba_server.engine.quantization import FORMATS, fp8, int4, int8
-from jamba_server.kernels.ops import QuantizedWeight
+from jamba_server.kernels.cpu.quantize import QuantizeInt8
+from jamba_server.kernels.ops import KernelUnavailable, QuantizedWeight
 
 # A function that maps finite float32 numbers [rows, groups, inputs of a group] to quantised numbers of the same shape
 # and to scales [rows, groups].
@@ -30,6 +32,9 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     """Returns the weight [..., N, K], quantised to the format that `quantization` names. All numbers of the weight must
     be finite. The result is bit-identical for any number of threads."""
     inputs = weight.shape[-1]
+    if quantization == "int8" and weight.is_cpu and weight.is_contiguous() and (compiled := _compiled_int8()):
+        values, scales = compiled(weight.flatten(0, -2))
+        return QuantizedWeight(values.view(weight.shape), scales.view(*weight.shape[:-1], 1), inputs, bits=8)
     group_size = FORMATS[quantization].group_size or inputs
     num_groups = -(-inputs // group_size)
     rows = weight.flatten(0, -2)
@@ -47,3 +52,12 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     return QuantizedWeight(
         values.view(weight.shape), scales.view(*weight.shape[:-1], num_groups), group_size, FORMATS[quantization].bits
     )
+
+
+@cache
+def _compiled_int8() -> QuantizeInt8 | None:
+    """Returns compiled code that quantises as the module `int8` does, or None if there is no compiled library."""
+    try:
+        return QuantizeInt8()
+    except KernelUnavailable:
+        return None
