@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from jamba_server.engine.errors import EngineDead
 from jamba_server.engine.process.client import EngineClient
+from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.types import EngineInfo
 from jamba_server.server.cli.checkpoint import Checkpoint
 from jamba_server.server.cli.reload import Reloader, Watched
@@ -62,9 +63,11 @@ class Server:
         self._config, self._listener, self._progress = config, listener, progress
         folder = checkpoint.folder
         self._defaults = GenerationDefaults.of(folder)
-        tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
-        override = None if config.chat_template is None else Path(config.chat_template)
-        template = ChatTemplate.from_folder(folder, tokenizer, override, templates)
+        # The disk reads the weights while this process reads the tokenizer. The engine goes on reading when it starts.
+        with reading_early(folder, config.load_format):
+            tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
+            override = None if config.chat_template is None else Path(config.chat_template)
+            template = ChatTemplate.from_folder(folder, tokenizer, override, templates)
         self._has_template = template is not None
         self._client = EngineClient(
             config.engine(folder),
