@@ -94,7 +94,7 @@ def test_scales_of_every_block_must_be_finite(number: int, reader: Reader, writt
 def test_numbers_are_read_as_they_are(dtype: torch.dtype, reader: Reader, written: Written) -> None:
     """In a tensor of more than two pieces of 262144 bytes."""
     expected = torch.randn(700_001).mul(20).to(dtype)
-    data = bytearray(expected.view(torch.uint8).numpy().tobytes())
+    data = expected.view(torch.uint8).numpy().tobytes()
     found = torch.empty_like(expected)
     assert reader.numbers(written(data), START, found) is None
     assert found.view(torch.uint8).equal(expected.view(torch.uint8))
