@@ -162,6 +162,7 @@ class ServerConfig:
     root_path: Annotated[
         str, Help("server", "Path under which a proxy publishes the server, such as /jamba", "PATH")
     ] = ""
+    ui: Annotated[bool, Help("server", "Show browsers a chat page at /; --no-ui leaves a list of links there")] = True
     ssl_keyfile: Annotated[
         str | None, Help("server", "Private key for HTTPS; needs --ssl-certfile", "PATH", "none, plain HTTP")
     ] = None

@@ -31,6 +31,7 @@ from jamba_server.server.http.loop_lag import measure_lag
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, PROBE_PATHS, ApiKey, JsonBody, RequestContext
 from jamba_server.server.http.openapi import App
+from jamba_server.server.http.page.files import ChatPage
 from jamba_server.server.http.routes import (
     chat,
     completions,
@@ -102,6 +103,7 @@ def create_app(
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=_response_store(config),
         streams=KeptStreams.of(config),
+        page=ChatPage.read(config.root_path) if config.ui else None,
         grammars=GrammarQueue(grammar_builder(tokenizer)),
         reply_style=find_reply_style(
             chat_template, tokenizer, tool_calls=config.tool_call_parser, reasoning=config.reasoning_parser

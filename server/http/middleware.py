@@ -53,6 +53,7 @@ _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
+PAGE_PATH = "/page"  # the folder of the files that the chat page loads
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
 # These paths need no API key. A browser that opens a page cannot send a key, a health probe often has no key, and the
 # replies on these paths have no secrets.
@@ -117,7 +118,7 @@ class RequestContext:
 class ApiKey:
     """Refuses requests that have none of the valid API keys.
 
-    The paths in the argument `open_paths`, and the paths of the files that the page /docs loads, need no key.
+    The paths in the argument `open_paths`, and the paths of the files that the pages / and /docs load, need no key.
 
     A client sends the key as a bearer token in the header `authorization`, or in the header `x-api-key`. If a client
     sends both headers, one header with a valid key is enough, because the other header might hold a placeholder or the
@@ -142,7 +143,7 @@ class ApiKey:
         )
 
     def _open(self, path: str) -> bool:
-        return path in self.open_paths or path.startswith(f"{ASSETS_PATH}/")
+        return path in self.open_paths or path.startswith((f"{ASSETS_PATH}/", f"{PAGE_PATH}/"))
 
     def _owner(self, headers: Headers) -> str | None:
         """Returns the owner of the valid key in the request's headers, or None if there is no valid key."""

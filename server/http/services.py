@@ -24,6 +24,7 @@ from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.turns import Turns, client_of
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.metrics import Metrics
+from jamba_server.server.http.page.files import ChatPage
 from jamba_server.server.http.store.responses import ResponseStore
 from jamba_server.server.http.streams.registry import KeptStreams
 from jamba_server.server.http.tracing.setup import Tracing
@@ -68,6 +69,7 @@ class Services:
     startup: StartupQueue
     responses: ResponseStore
     streams: KeptStreams
+    page: ChatPage | None  # the chat page at /, unless --no-ui
     edge: Edge
     tracing: Tracing | None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

@@ -103,7 +103,7 @@ async def test_the_openapi_document(bench: Bench) -> None:
     }
     responses = {"", "/input_tokens", "/{response_id}", "/{response_id}/input_items", "/{response_id}/cancel"}
     paths |= {f"/v1/responses{end}" for end in responses}
-    assert set(document["paths"]) == paths | {"/health", "/ready", "/live", "/version", "/metrics"}
+    assert set(document["paths"]) == paths | {"/health", "/ready", "/live", "/version", "/server_info", "/metrics"}
     schemas = document["components"]["schemas"]
     chat_request = schemas["ChatCompletionRequest"]
     assert chat_request["additionalProperties"] is True

@@ -1,4 +1,4 @@
-"""The routes for operators: /health, /ready, /live, /version and /metrics."""
+"""The routes for operators: /health, /ready, /live, /version, /server_info and /metrics."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from fastapi import APIRouter, Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import PlainTextResponse, Response
 
-from jamba_server.server.http.routes.replies import json_response
-from jamba_server.server.http.schemas.models import HealthReply, LoadingReply, VersionReply
+from jamba_server.server.http.routes.replies import ERRORS, json_response
+from jamba_server.server.http.schemas.models import (
+    HealthReply,
+    LoadingReply,
+    MemoryPlan,
+    ServerInfoReply,
+    VersionReply,
+)
 from jamba_server.server.http.services import ServicesOf
 
 router = APIRouter(tags=["operations"])
@@ -50,6 +56,36 @@ async def live() -> Response:
 @router.get("/version", response_model=VersionReply)
 async def version(services: ServicesOf) -> Response:
     return json_response(VersionReply(version=services.version))
+
+
+@router.get("/server_info", response_model=ServerInfoReply, responses=ERRORS)
+async def server_info(services: ServicesOf) -> Response:
+    """Returns what the engine loaded and how it divides its memory. Answers 503 until the model has loaded."""
+    info = services.engine.info
+    memory = MemoryPlan(
+        weight_bytes=info.weight_bytes,
+        kv_bytes=info.kv_bytes,
+        kv_tokens=info.num_kv_blocks * info.block_size,
+        state_bytes=info.state_bytes,
+        running_sequences=info.max_num_seqs,
+        saved_states=info.num_saved_states,
+    )
+    reply = ServerInfoReply(
+        version=services.version,
+        architecture=info.architecture,
+        num_parameters=info.num_parameters,
+        device=info.device,
+        dtype=info.dtype,
+        quantization=info.quantization,
+        activation_quantization=info.activation_quantization,
+        max_model_len=info.max_model_len,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        memory=memory,
+        kernels=info.kernels,
+        batch_invariant=not info.batch_dependent_ops,
+        load_seconds=info.load_seconds,
+    )
+    return json_response(reply)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

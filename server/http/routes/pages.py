@@ -1,4 +1,5 @@
-"""The pages for a browser: GET / shows the names and links of this server, and GET /docs shows its API.
+"""The pages for a browser: GET / is the chat page or, with --no-ui, the names and links of this server, and GET /docs
+shows its API.
 
 Both pages work without an API key and without internet access.
 """
@@ -9,10 +10,11 @@ from html import escape
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from jamba_server.server.http.middleware import ASSETS_PATH
+from jamba_server.server.http.middleware import ASSETS_PATH, PAGE_PATH
 from jamba_server.server.http.routes.replies import json_response
 from jamba_server.server.http.schemas.models import AboutReply
 from jamba_server.server.http.services import ServicesOf
@@ -25,7 +27,13 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/", response_model=AboutReply)
 async def about(request: Request, services: ServicesOf) -> Response:
-    """Returns the server's name, version, models and links, as JSON or, for a browser, as an HTML page."""
+    """Returns the server's name, version, models and links, as JSON. A browser gets the chat page or, with --no-ui, an
+    HTML page with the same data."""
+    wants_html = "text/html" in request.headers.get("accept", "")
+    if wants_html and services.page is not None:
+        response = services.page.document.response(request)
+        response.headers["Vary"] = "Accept"
+        return response
     root = _prefix(request)
     reply = AboutReply(
         name=NAME,
@@ -33,12 +41,17 @@ async def about(request: Request, services: ServicesOf) -> Response:
         models=list(services.config.served_model_name),
         links={name: f"{root}/{name}" for name in ("docs", "openapi.json", "v1/models", "health", "metrics")},
     )
-    if "text/html" not in request.headers.get("accept", ""):
-        response = json_response(reply)
-    else:
-        response = HTMLResponse(_page(reply))
+    response = HTMLResponse(_page(reply)) if wants_html else json_response(reply)
     response.headers["Vary"] = "Accept"
     return response
+
+
+@router.get(f"{PAGE_PATH}/{{name}}", include_in_schema=False)
+async def page_file(name: str, request: Request, services: ServicesOf) -> Response:
+    """Returns one of the files that the chat page loads."""
+    if services.page is None or (file := services.page.files.get(name)) is None:
+        raise HTTPException(404)
+    return file.response(request)
 
 
 @router.get("/docs", include_in_schema=False)

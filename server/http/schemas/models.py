@@ -145,6 +145,40 @@ class LoadingReply(HealthReply):
     fraction: float
 
 
+class MemoryPlan(Reply):
+    """How the engine divides its memory. Sizes are in bytes.
+
+    The KV pages hold the keys and values of `kv_tokens` tokens. The states are those of `running_sequences` running
+    sequences, and `saved_states` states that are saved for later requests.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    state_bytes: int
+    running_sequences: int
+    saved_states: int
+
+
+class ServerInfoReply(Reply):
+    """What the engine loaded and which sizes it chose. `dtype` is the number format of weights and KV pages;
+    `quantization` is that of quantised weights. `kernels` names the implementation of each operation."""
+
+    version: str
+    architecture: str
+    num_parameters: int
+    device: str
+    dtype: str
+    quantization: str | None
+    activation_quantization: str
+    max_model_len: int
+    max_num_batched_tokens: int
+    memory: MemoryPlan
+    kernels: dict[str, str]
+    batch_invariant: bool
+    load_seconds: float
+
+
 class AboutReply(Reply):
     """The server's name and version, the names of its models, and the paths of its pages."""
 
