@@ -233,10 +233,13 @@ export class Chat {
     if (this.conversations.includes(conversation)) this.store.save(conversation);
   }
 
-  /** Saves replies under way, because the page may be left. */
-  saveAll() {
+  /** Saves replies under way, because the page is about to be left. */
+  leave() {
     for (const conversation of this.conversations) {
-      if (this.#replies.has(conversation.id)) this.store.save(conversation);
+      const reply = this.#replies.get(conversation.id);
+      if (!reply) continue;
+      reply.leaving = true;
+      this.store.save(conversation);
     }
   }
 

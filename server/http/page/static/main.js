@@ -83,7 +83,7 @@ function welcome() {
   const context = model && `Up to ${model.max_model_len.toLocaleString("en")} tokens per conversation. `;
   return element("div", { class: "welcome" },
     element("h2", {}, model ? model.id : "jamba-server"),
-    element("p", {}, model?.description ? `This is ${model.description}. ` : "", context ?? "",
+    element("p", {}, model?.description ? `This is the ${model.description}. ` : "", context ?? "",
       "The server saves its state after each turn, so a follow-up question or an edited turn costs only what is new."),
     element("div", { class: "suggestions" }, texts.map(suggestion)));
 }
@@ -109,7 +109,7 @@ function closePanels() {
 
 function arrangePanels() {
   openPanel("list", !NARROW.matches);
-  openPanel("settings", window.innerWidth > 1280);
+  openPanel("settings", window.innerWidth >= 1280);
 }
 
 for (const [name, button] of Object.entries(PANELS)) {
@@ -225,7 +225,9 @@ async function readModels() {
 
 // Start ----------------------------------------------------------------------------------------------------------------
 
-window.addEventListener("pagehide", () => chat.saveAll());
+// Browsers break off replies before the event "pagehide".
+window.addEventListener("beforeunload", () => chat.leave());
+window.addEventListener("pagehide", () => chat.leave());
 window.addEventListener("storage", (event) => Store.concerns(event) && chat.reload());
 arrangePanels();
 chat.open(chat.current);

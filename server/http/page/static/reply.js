@@ -2,12 +2,15 @@
 
 import { events, request } from "./api.js";
 
+const SHORTEST = 0.05; // seconds; the rate of a shorter stream would be that of the network
+
 /** One reply under way. It fills `turn` and calls `onchange` after each event. */
 export class Reply {
   #controller = new AbortController();
   #sent = performance.now();
   #first = 0; // when the first token came
   #last = 0;
+  leaving = false; // the page is about to be left, which breaks the connection
 
   constructor(turn, body, onchange) {
     this.turn = turn;
@@ -30,10 +33,12 @@ export class Reply {
       turn.warning = response.headers.get("X-Warning");
       for await (const event of events(response)) {
         this.#read(event);
+        if (event.usage) this.#measure(event.usage);
         this.onchange();
       }
     } catch (error) {
-      if (error.name === "AbortError") turn.finish = "stopped";
+      if (this.leaving) turn.finish = "interrupted";
+      else if (error.name === "AbortError") turn.finish = "stopped";
       else turn.error = { status: error.status ?? 0, message: error.message };
     }
     turn.streaming = false;
@@ -42,7 +47,6 @@ export class Reply {
 
   #read(event) {
     const { turn } = this;
-    if (event.usage) this.#measure(event.usage);
     const choice = event.choices?.[0];
     if (!choice) return;
     const { content, reasoning, tool_calls: calls } = choice.delta;
@@ -71,7 +75,7 @@ export class Reply {
       thoughts: usage.completion_tokens_details?.reasoning_tokens ?? 0,
       firstTokenMs: this.#first ? Math.round(this.#first - this.#sent) : null,
       // The first token's time is that of the prompt.
-      rate: seconds > 0 && usage.completion_tokens > 1 ? (usage.completion_tokens - 1) / seconds : null,
+      rate: seconds >= SHORTEST && usage.completion_tokens > 1 ? (usage.completion_tokens - 1) / seconds : null,
     };
   }
 }

@@ -56,7 +56,7 @@ export class ServerView {
     const names = models.data.map(({ id }) => id).join(", ");
     byId("server").replaceChildren(
       element("h2", {}, names),
-      element("p", { class: "lead" }, models.data[0].description ? `${models.data[0].description}.` :
+      element("p", { class: "lead" }, models.data[0].description ? sentence(models.data[0].description) :
         `${info.architecture} on ${info.device}, version ${info.version} of the server.`),
       this.#activity(metrics, rates),
       memoryCard(info.memory),
@@ -94,6 +94,9 @@ export class ServerView {
   }
 }
 
+/** Returns a description, which begins with a small letter, as a sentence. */
+export const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
+
 const json = async (path) => (await request(path)).json();
 
 function push(samples, value) {
@@ -103,7 +106,7 @@ function push(samples, value) {
 
 function card(title, value, note, figure = null) {
   return element("section", { class: "card" }, element("h3", {}, title),
-    element("p", { class: "value" }, value, note ? element("small", {}, note) : ""), figure);
+    element("p", { class: "value" }, value), note && element("p", { class: "note" }, note), figure);
 }
 
 function meter(share) {

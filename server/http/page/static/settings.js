@@ -48,6 +48,7 @@ export class SettingsPanel {
 
   /** Says which models the server has, and how long a context may be. */
   setModels(models, longest) {
+    if (this.#longest === longest && this.#models.join() === models.join()) return;
     this.#models = models;
     this.#longest = longest;
     this.show(this.#settings);
@@ -63,7 +64,7 @@ export class SettingsPanel {
       ...SLIDERS.map((slider) => this.#sliderField(slider)),
       this.#seedField(),
       ...BOXES.map((box) => this.#boxField(box)),
-      element("button", { type: "button", onclick: () => this.#reset() }, "Reset all to the server's defaults"),
+      element("button", { type: "button", onclick: () => this.#reset() }, "Reset to the server's defaults"),
     ].filter(Boolean));
   }
 
@@ -100,8 +101,10 @@ export class SettingsPanel {
       placeholder: "default", inputmode: "decimal" });
     const problem = element("p", { class: "invalid", role: "alert" });
     range.value = value ?? Math.min(middle, top);
+    range.classList.toggle("unset", value === null);
     number.value = value ?? "";
     range.addEventListener("input", () => {
+      range.classList.remove("unset");
       number.value = range.value;
       problem.textContent = "";
       this.#set(name, Number(range.value));
@@ -110,6 +113,7 @@ export class SettingsPanel {
       problem.textContent = number.checkValidity() ? "" : `From ${min} to ${top}, or empty.`;
       if (problem.textContent) return;
       range.value = number.value === "" ? Math.min(middle, top) : number.value;
+      range.classList.toggle("unset", number.value === "");
       this.#set(name, number.value === "" ? null : Number(number.value));
     });
     return field(name, label, element("div", { class: "slider" }, range, number), problem);

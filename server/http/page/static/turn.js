@@ -4,7 +4,7 @@ import { copy, element, icon, iconButton, notify } from "./dom.js";
 import { codeBlock, MarkdownView } from "./markdown.js";
 
 const FINISHES = {
-  length: "cut off at the maximum of tokens",
+  length: "reached the maximum of tokens",
   stopped: "stopped",
   interrupted: "interrupted when the page was left",
 };
@@ -107,7 +107,7 @@ export class TurnView {
     const actions = element("div", { class: "actions" }, this.#branches(), this.#buttons());
     this.#parts.receipt = element("div", { class: "receipt" }, receipt(turn));
     const isReply = turn.role === "assistant";
-    this.#parts.footer.replaceChildren(...(isReply ? [actions, this.#parts.receipt] : [actions]));
+    this.#parts.footer.replaceChildren(...(isReply ? [this.#parts.receipt, actions] : [actions]));
     actions.hidden = Boolean(turn.streaming);
   }
 
@@ -132,8 +132,12 @@ export class TurnView {
       copying,
       iconButton("again", "Regenerate", () => actions.again(turn)),
       iconButton("terminal", "Copy the request as a curl command", async () => {
-        await copy(actions.curl(turn), copying);
-        notify("The request was copied as a curl command.", { seconds: 3 });
+        try {
+          await copy(actions.curl(turn), copying);
+          notify("The request was copied as a curl command.", { seconds: 3 });
+        } catch (error) {
+          notify(error.message); // the schema or the tools are not JSON at the moment
+        }
       }),
     ];
   }
