@@ -77,6 +77,15 @@ def test_the_wheel_has_the_demonstration_checkpoint(wheel: Path) -> None:
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(packed)
 
 
+def test_the_wheel_has_the_chat_page(wheel: Path) -> None:
+    """The image installs the wheel, so it has the page, too."""
+    folder = Path("server/http/page/static")
+    names = {Path(name) for name in ZipFile(wheel).namelist()}
+    expected = {"jamba_server" / file.relative_to(ROOT) for file in (ROOT / folder).iterdir()}
+    assert {name for name in names if name.parent == "jamba_server" / folder} == expected
+    assert "jamba_server" / folder / "index.html" in expected
+
+
 def test_the_product_does_not_depend_on_its_oracles(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]

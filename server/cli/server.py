@@ -185,7 +185,8 @@ class Server:
         return [*info.warnings, "the model has no chat template: /v1/chat/completions needs --chat-template"]
 
     def _invitation(self) -> str:
-        """Returns the log line with the server's address and a curl command that sends a request."""
+        """Returns the log line with the addresses of the chat page and the API, and a curl command that sends a request.
+        """
         config = self._config
         address: tuple[str, int] = self._listener.getsockname()[:2]
         host, port = address
@@ -194,8 +195,9 @@ class Server:
         chat, completion = {"messages": [{"role": "user", "content": "Hello!"}]}, {"prompt": "Hello"}
         path, body = ("chat/completions", chat) if self._has_template else ("completions", completion)
         key = " -H 'Authorization: Bearer YOUR_KEY'" if config.needs_key else ""
+        page = f"chat page at {url}/; " if config.ui else ""
         return (
-            f"ready     listening on {url}/v1 as {', '.join(config.served_model_name)}; try: "
+            f"ready     listening on {url}/v1 as {', '.join(config.served_model_name)}; {page}try: "
             f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
         )
 

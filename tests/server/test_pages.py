@@ -15,8 +15,9 @@ CHAT = "/v1/chat/completions"
 
 @pytest.mark.parametrize("prefix", ["", "/jamba"])
 async def test_the_root_says_what_this_is(make_bench: MakeBench, prefix: str) -> None:
+    """Without the chat page, of which tests/server/page has the tests."""
     names = ("jamba", "<b>&alias")
-    async with make_bench(root_path=prefix, served_model_name=names).http() as http:
+    async with make_bench(root_path=prefix, served_model_name=names, ui=False).http() as http:
         machine = await http.get(f"{prefix}/")
         browser = await http.get(f"{prefix}/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
         linked = [(await http.get(link)).status_code for link in machine.json()["links"].values()]

@@ -38,6 +38,13 @@ async def test_a_message_streams_and_says_what_it_cost(open_page: OpenPage) -> N
         assert await visit.page.locator("#status").inner_text() != ""
 
 
+async def test_the_page_works_behind_a_path_of_a_proxy(open_page: OpenPage) -> None:
+    async with open_page(root_path="/jamba") as (visit, _):
+        await visit.send("Hi there")
+        assert await visit.replies() == ["Hello, world."]
+        assert {url.removeprefix(visit.address)[:7] for url in visit.requested} == {"/", "/jamba/"}
+
+
 async def test_escape_stops_and_the_engine_is_told(open_page: OpenPage) -> None:
     async with open_page() as (visit, bench):
         bench.engine.limit = 5
