@@ -185,8 +185,7 @@ class Server:
         return [*info.warnings, "the model has no chat template: /v1/chat/completions needs --chat-template"]
 
     def _invitation(self) -> str:
-        """Returns the log line with the addresses of the chat page and the API, and a curl command that sends a request.
-        """
+        """Returns the log line with the addresses of the API and the chat page, and a curl command for a request."""
         config = self._config
         address: tuple[str, int] = self._listener.getsockname()[:2]
         host, port = address

@@ -9,7 +9,17 @@ import pytest
 from jamba_server.server.http.loop_lag import measure_lag
 from tests.server.conftest import Bench, MakeBench, chat
 
-PATHS = ("/", "/page/main.js", "/docs", "/docs/assets/swagger-ui.css", "/health", "/metrics", "/openapi.json", "/nothing", "/v1/models")
+PATHS = (
+    "/",
+    "/page/main.js",
+    "/docs",
+    "/docs/assets/swagger-ui.css",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/nothing",
+    "/v1/models",
+)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,5 +1,4 @@
-"""The files of the chat page. They are read once, when the application is built, so that no request waits for a disk.
-"""
+"""The files of the chat page. They are read when the application is built, so that no request waits for a disk."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ async def browser() -> AsyncGenerator[Any]:
 
     sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium's sandbox does not start as root
     async with async_playwright() as playwright:
-        launched = await playwright.chromium.launch(
-            executable_path=chromium, args=[*sandbox, *SWITCHES]
-        )
+        launched = await playwright.chromium.launch(executable_path=chromium, args=[*sandbox, *SWITCHES])
         yield launched
         await launched.close()
 

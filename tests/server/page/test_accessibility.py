@@ -16,7 +16,18 @@ pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 FOLDER = Path(__file__).parent
 AXE = FOLDER / "node_modules" / "axe-core" / "axe.min.js"
-REPLY = "## Head\n\nSome `code` and a [link](https://a.example/).\n\n```python\nprint(1)\n```\n\n| a | b |\n| - | - |\n| 1 | 2 |\n"
+REPLY = """## Head
+
+Some `code` and a [link](https://a.example/).
+
+```python
+print(1)
+```
+
+| a | b |
+| - | - |
+| 1 | 2 |
+"""
 # The name of the focused element and whether its focus can be seen, or null at the end of the page.
 FOCUSED = """(() => {
     const at = document.activeElement;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ async def test_a_conversation_outlives_a_reload(open_page: OpenPage) -> None:
         await bench.engine.stalled.wait()
         await visit.page.locator(".turn.assistant").nth(1).get_by_text("Hel").wait_for()
         await visit.page.reload()
-        assert await visit.page.locator(".turn.user .content").all_inner_texts() == ["First question", "Second question"]
+        questions = await visit.page.locator(".turn.user .content").all_inner_texts()
+        assert questions == ["First question", "Second question"]
         first, second = await visit.replies()
         assert first == "Hello, world."
         assert second == "Hello"[: len(second)] and second
@@ -186,7 +188,8 @@ async def test_an_export_has_the_messages(open_page: OpenPage) -> None:
             await visit.page.get_by_role("button", name="Export").click()
         download = await started.value
         assert download.suggested_filename == "What-is-this.json"
-        exported = json.loads(Path(await download.path()).read_text(encoding="utf-8"))
+        path = Path(await download.path())
+        exported = json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8"))
         assert exported["messages"] == [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "What is this?"},
@@ -217,7 +220,8 @@ async def test_conversations_are_listed_deleted_and_brought_back(open_page: Open
 
 async def test_full_and_denied_storage_are_said(open_page: OpenPage) -> None:
     full = "void (Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); })"
-    denied = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
+    getter = "{ get() { throw new DOMException('no', 'SecurityError'); } }"
+    denied = f"Object.defineProperty(window, 'localStorage', {getter})"
     async with open_page() as (visit, _):
         await visit.send("Hi")
         await visit.replies()

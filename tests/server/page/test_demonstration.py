@@ -5,6 +5,7 @@ the documents are made here.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="package")
 DOCS = Path(__file__).parent.parent.parent.parent / "docs"
 MAX_BYTES = 200_000
 SYSTEM = "You tell short stories for small children."
-SETTINGS = {"#system": SYSTEM, "#temperature": "0.6", "#maxTokens": "120", "#seed": "1"}
+SETTINGS = {"#system": SYSTEM, "#temperature": "0.5", "#maxTokens": "200", "#seed": "3"}
 STORY = "Tell me a story about a dog and a ball."
-NEXT = "Tell me another one, about a cat."
+NEXT = "What is the name of the dog, and how old is it?"
 
 
 async def shoot(visit: Visit, folder: Path, name: str) -> None:
@@ -33,13 +34,15 @@ async def shoot(visit: Visit, folder: Path, name: str) -> None:
 
 
 async def talk(visit: Visit) -> list[list[int]]:
-    """Asks two questions; returns the cached prompt tokens and the prompt tokens of each reply, as the page shows
+    """Asks two questions, the second one with a JSON schema; returns the cached prompt tokens and the prompt tokens of each reply, as the page shows
     them."""
     for field, value in SETTINGS.items():
         await visit.page.locator(field).fill(value)
-    for question in (STORY, NEXT):
-        await visit.send(question)
-        await visit.settled()
+    await visit.send(STORY)
+    await visit.settled()
+    await visit.page.get_by_role("checkbox", name="JSON schema").check()
+    await visit.send(NEXT)
+    await visit.settled()
     texts = await visit.page.locator(".receipt > span:nth-child(2)").all_inner_texts()
     return [[int(word) for word in text.split() if word.isdecimal()] for text in texts]
 
@@ -57,6 +60,7 @@ async def test_the_second_question_costs_only_what_is_new(browser: Any, tmp_path
                 first, second = await talk(seen)
                 assert first[0] == 0
                 assert first[1] < second[0] < second[1]  # all of the first question and its reply
+                assert set(json.loads(await seen.page.locator("figure code").inner_text())) == {"name", "age"}
                 await shoot(seen, folder, "page-light")
                 state = await seen.page.context.storage_state()
             async with visit(browser, address, viewport=wide, color_scheme="dark", storage_state=state) as seen:
