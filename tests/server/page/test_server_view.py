@@ -35,7 +35,7 @@ async def test_the_numbers_are_those_of_the_server(open_page: OpenPage) -> None:
         await visit.page.get_by_text("Memory", exact=True).wait_for()
         assert await card(visit, "Running") == "Running 3 2 waiting"
         assert await card(visit, "From the prefix cache") == "From the prefix cache 75 % of 1,000 prompt tokens"
-        assert await card(visit, "KV pages in use") == "KV pages in use 50 %"
+        assert await card(visit, "KV pages in use") == "KV pages in use 50 % of 160 tokens"
         assert (await card(visit, "Saved states")).startswith("Saved states 7")
         assert "JambaForCausalLM" in await card(visit, "Model")
         assert "4 running, 4 saved" in await card(visit, "Memory")

@@ -58,7 +58,7 @@ export class ServerView {
       element("h2", {}, names),
       element("p", { class: "lead" }, models.data[0].description ? sentence(models.data[0].description) :
         `${info.architecture} on ${info.device}, version ${info.version} of the server.`),
-      this.#activity(metrics, rates),
+      this.#activity(metrics, rates, info.memory.kv_tokens),
       memoryCard(info.memory),
       factsCard(info),
     );
@@ -74,7 +74,7 @@ export class ServerView {
     return { generated: (now.generated - last.generated) / seconds, prompt: (now.prompt - last.prompt) / seconds };
   }
 
-  #activity(metrics, rates) {
+  #activity(metrics, rates, tokens) {
     const queries = metrics.sum("jamba_prefix_cache_queries_total");
     const hits = metrics.sum("jamba_prefix_cache_hits_total");
     const pages = metrics.sum("jamba_kv_cache_usage_perc");
@@ -85,7 +85,7 @@ export class ServerView {
       card("Generated now", count(Math.round(rates.generated)), "tokens/s", chart(this.#history.rate)),
       card("From the prefix cache", queries ? percent(hits / queries) : "–",
         queries ? `of ${count(queries)} prompt tokens` : "no prompts yet", meter(queries ? hits / queries : 0)),
-      card("KV pages in use", percent(pages), "", meter(pages)),
+      card("KV pages in use", percent(pages), `of ${count(tokens)} tokens`, meter(pages)),
       card("Saved states", count(metrics.sum("jamba_saved_states")),
         `${metrics.sum("jamba_state_slots_used")} of ${metrics.sum("jamba_state_slots_capacity")} slots running`),
       card("First token after", firstToken === null ? "–" : seconds(firstToken), "median"),
