@@ -40,7 +40,8 @@ def server(*flags: str) -> Generator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_the_lines_of_a_start() -> None:
-    """All have one format, whoever says them; the last one says where it listens, with a command that works."""
+    """All have one format, whoever says them. The last one names the addresses of the API and the chat page, with a
+    command that works."""
     command = (*COMMAND, "--port", "0", "--threads", "1", "--max-model-len", "1000000")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -52,6 +53,8 @@ def test_the_lines_of_a_start() -> None:
             assert (words[0], words[2], words[4]) == ("curl", "-H", "-d")
             header = dict([words[3].split(": ")])
             assert httpx.post(words[1], headers=header, content=words[5], timeout=60).status_code == 200
+            page = log[-1].partition("; chat page at ")[2].partition("; ")[0]
+            assert "main.js" in httpx.get(page, headers={"Accept": "text/html"}, timeout=60).text
             process.send_signal(signal.SIGTERM)
             rest = process.stderr.readlines()
         finally:

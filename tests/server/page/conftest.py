@@ -5,6 +5,7 @@ installs both."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -36,8 +37,7 @@ async def browser() -> AsyncGenerator[Any]:
         pytest.skip("chromium is not installed (apt-get install chromium)")
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("playwright, which drives chromium, is not installed (pip install playwright)")
-    from playwright.async_api import async_playwright  # pyright: ignore[reportMissingImports]
-
+    async_playwright: Any = importlib.import_module("playwright.async_api").async_playwright
     sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium's sandbox does not start as root
     async with async_playwright() as playwright:
         launched = await playwright.chromium.launch(executable_path=chromium, args=[*sandbox, *SWITCHES])

@@ -59,6 +59,7 @@ export async function copy(text, button) {
     said = copyBySelection(text) ? "Copied" : "Not allowed";
   }
   say(said);
+  if (button.classList.contains("done")) return; // it still says so
   button.classList.add("done");
   if (label) label.textContent = said;
   setTimeout(() => {
