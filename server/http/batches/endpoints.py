@@ -28,7 +28,7 @@ def lines_app(services: Services) -> FastAPI:
     clients, because the lines of batches have passed it with the upload."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    for router in dict.fromkeys(ROUTERS.values()):
+    for router in ROUTERS.values():
         app.include_router(router)
     for kind in (EngineError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)

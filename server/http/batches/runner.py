@@ -71,7 +71,8 @@ class BatchRunner:
 
     async def _await_engine(self) -> None:
         engine, config = self._services.engine, self._services.config
-        await engine.first_start()
+        if engine.health.loading is not None:
+            await engine.first_start()
         with contextlib.suppress(EngineError):  # an engine that has failed to start has no properties
             self._limit = config.max_batch_requests or 2 * engine.info.max_num_seqs
             self._fill()
@@ -242,15 +243,17 @@ class BatchRunner:
 
     async def _line(self, job: Job, line: Pending) -> None:
         """Runs a line and stores its result."""
+        custom_id = None
         try:
             request = await anyio.to_thread.run_sync(job.read, line)
+            custom_id = request.custom_id
             outcome = await self._answer(job, line, request)
-            text = reply_line(request.custom_id, outcome)
-            result = Result(line=line.number, ok=outcome.ok, text=text, tokens=tokens_of(outcome))
-            await self._put(job, result)
-        except OSError as error:
-            logger.error("%s: line %d cannot be read: %s", job.record.id, line.number + 1, error)
-            await self._put(job, Result(line=line.number, ok=False, text=error_line(None, "unreadable", str(error))))
+            text = reply_line(custom_id, outcome)
+            await self._put(job, Result(line=line.number, ok=outcome.ok, text=text, tokens=tokens_of(outcome)))
+        except Exception:  # whatever is wrong, each line has a result
+            logger.exception("%s: line %d failed", job.record.id, line.number + 1)
+            text = error_line(custom_id, "server_error", f"Line {line.number + 1}: the server's log has the error.")
+            await self._put(job, Result(line=line.number, ok=False, text=text))
         finally:
             job.order.computed(line)
             del job.running[line.number]

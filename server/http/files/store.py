@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -159,7 +158,7 @@ class FileStore:
         def work() -> None:
             assert self._table is not None, "without files there are no batches"
             path = self.path(id_ + PART)
-            with open(path, "wb", opener=_private) as content:
+            with path.open("wb") as content:
                 size = sum(content.write(line) for line in lines())
             self._complete(self._table, path, self._new(id_, owner, "batch_output", filename, size, lifetime))
 
@@ -243,7 +242,7 @@ class Arriving:
         self._grow(self.size + len(data))
         try:
             if self._content is None:
-                self._content = open(self.path, "wb", opener=_private)
+                self._content = self.path.open("wb")
             self._content.write(data)
         except OSError as error:
             raise Overloaded(f"The file cannot be stored at present: {error.strerror}.") from error
@@ -253,7 +252,3 @@ class Arriving:
         """Writes what is still in memory, and closes the file. Raises OSError if the disk is full."""
         if self._content is not None:
             self._content.close()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
