@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import NoEffect
+from jamba_server.server.http.schemas.batches import BatchRequest
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest, ChatMessage
 from jamba_server.server.http.schemas.completions import CompletionRequest
 from jamba_server.server.http.schemas.messages.request import MessagesRequest
@@ -34,6 +35,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "response": ResponseRequest,
     "tokenize": TokenizeRequest,
     "detokenize": DetokenizeRequest,
+    "batch": BatchRequest,
     "messages": MessagesRequest,
     "messages_tool": ToolDefinition,
 }

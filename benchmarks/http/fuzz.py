@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -154,7 +155,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests")
     parser.add_argument("--minutes", type=float, default=60.0, help="minutes after which the program ends")
     flags = parser.parse_args(sys.argv[1:split])
-    with running_server([*SERVER_FLAGS, *sys.argv[split + 1 :]], START_TIMEOUT) as (url, _):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server([*SERVER_FLAGS, "--data-dir", folder, *sys.argv[split + 1 :]], START_TIMEOUT) as (url, _),
+    ):
         before, start = _main_processes(), time.monotonic()
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         findings = fuzz(schema, cases=flags.cases, random_seed=flags.seed, until=start + 60 * flags.minutes)
