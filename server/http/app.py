@@ -200,7 +200,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         asyncio.create_task(log_stats(services.metrics, services.engine), name="statistics"),
         asyncio.create_task(measure_lag(services.metrics.loop_lag), name="event loop lag"),
     ]
-    runner = BatchRunner(services)
+    runner = BatchRunner(services, ROUTERS)
     runner.start()
     yield
     await runner.close()

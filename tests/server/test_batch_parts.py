@@ -19,7 +19,9 @@ from jamba_server.server.cli.run_batch import callers
 from jamba_server.server.cli.run_batch.output import Output
 from jamba_server.server.cli.run_batch.run import Run, read_input, run_file
 from jamba_server.server.config import ServerConfig
+from jamba_server.server.http.app import ROUTERS
 from jamba_server.server.http.batches.call import Outcome
+from jamba_server.server.http.batches.endpoints import PATHS, called_routes
 from jamba_server.server.http.batches.job import read_contents
 from jamba_server.server.http.batches.lines import BadLine, check_line, places
 from jamba_server.server.http.batches.order import LEADERS, Order, Pending, beginnings
@@ -229,8 +231,12 @@ async def test_a_server_that_is_gone_stops_the_run(
         await run_file(CONFIG, address, None, Run(source, read_input(source, CONFIG), output, CONSOLE))
 
 
+def test_every_endpoint_of_batches_is_a_route() -> None:
+    assert sorted(getattr(route, "path", "") for route in called_routes(ROUTERS)) == sorted(PATHS)
+
+
 async def test_it_runs_with_the_endpoints_in_this_process(bench: Bench, source: Path, tmp_path: Path) -> None:
-    caller = callers.LocalCaller(callers.lines_app(bench.app.state.services))
+    caller = callers.LocalCaller(callers.lines_app(bench.app.state.services, ROUTERS))
     with Output(tmp_path / "out.jsonl") as output:
         run = Run(source, read_input(source, CONFIG), output, CONSOLE)
         assert run.prepare()

@@ -20,7 +20,7 @@ from jamba_server.server.cli.checkpoint import Checkpoint
 from jamba_server.server.cli.terminal import LoadProgress
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
-from jamba_server.server.http.app import create_app
+from jamba_server.server.http.app import ROUTERS, create_app
 from jamba_server.server.http.batches.call import Outcome, call
 from jamba_server.server.http.batches.endpoints import lines_app
 from jamba_server.server.text.chat_template import ChatTemplate
@@ -109,7 +109,7 @@ async def local(config: ServerConfig, checkpoint: Checkpoint, console: Console) 
             logger.warning("%s", warning)
         app = create_app(config, client, tokenizer, template, GenerationDefaults.of(folder), demo=checkpoint.demo)
         services = app.state.services
-        yield LocalCaller(lines_app(services))
+        yield LocalCaller(lines_app(services, ROUTERS))
         await services.responses.close()
         services.grammars.close()
     finally:

@@ -16,7 +16,7 @@ from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.run_batch.callers import Caller, local, remote
 from jamba_server.server.cli.run_batch.output import Output
 from jamba_server.server.config import ServerConfig
-from jamba_server.server.http.batches.endpoints import ROUTERS
+from jamba_server.server.http.batches.endpoints import PATHS
 from jamba_server.server.http.batches.job import Contents, read_contents
 from jamba_server.server.http.batches.lines import Line
 from jamba_server.server.http.batches.order import Order, Pending
@@ -28,7 +28,7 @@ REMOTE_REQUESTS = 64  # number of requests in flight at a server, if the user ch
 
 def read_input(path: Path, config: ServerConfig) -> Contents:
     try:
-        contents = read_contents(path, ROUTERS, max_bytes=config.max_body_bytes, max_lines=MAX_LINES)
+        contents = read_contents(path, PATHS, max_bytes=config.max_body_bytes, max_lines=MAX_LINES)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     if contents.problem is not None:

@@ -9,10 +9,9 @@ import sqlite3
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cached_property
 
 import anyio.to_thread
-from fastapi import FastAPI
+from fastapi import APIRouter
 
 from jamba_server.engine.errors import EngineError
 from jamba_server.server.http.batches.call import Outcome, call
@@ -42,16 +41,14 @@ class BatchRunner:
     runs again at the next start.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, routers: Iterable[APIRouter]) -> None:
+        """`routers` have the routes of the server."""
         self._services, self._store, self._files = services, services.batches, services.files
+        self._app = lines_app(services, routers)
         self._jobs: dict[int, Job] = {}
         self._limit = 0  # number of lines in flight; 0 until the engine has loaded
         self._bytes_in_flight = 0
         self._tasks: list[asyncio.Task[None]] = []
-
-    @cached_property
-    def _app(self) -> FastAPI:
-        return lines_app(self._services)
 
     def start(self) -> None:
         """Starts to run batches, in tasks of the running event loop."""

@@ -10,7 +10,12 @@ from pydantic import ConfigDict, Field, field_validator
 from jamba_server.server.http.schemas.base import Reply, RequestBody
 from jamba_server.server.http.schemas.files import MAX_LIFETIME_SECONDS, MIN_LIFETIME_SECONDS
 
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+# The paths that the requests of a batch may have. Each is the path of a route of this server.
+Endpoint = Literal[
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+]
 WINDOW = r"^[1-9][0-9]{0,6}[smhd]$"
 MAX_WINDOW_SECONDS = 30 * 24 * 3600
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
