@@ -261,7 +261,9 @@ class Scheduler:
         self.cache.free(seq)  # saves the state, too; `seq` resumes from this state if the pages of `seq` stay cached
         seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
         self.waiting.add(seq)
-        self._counters["preemptions"] += 1
+        # Operators watch this number, because pages are short if it grows. Making room for others is normal in the
+        # background.
+        self._counters["preemptions"] += not seq.is_background
 
     def _next_waiting(self, plan: Plan, background: bool) -> Sequence | None:
         """Returns the waiting sequence that should run next, or None if this step can admit no sequence. The result is

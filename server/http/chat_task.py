@@ -15,7 +15,7 @@ from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.types import SamplingParams
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import time_limit_of
-from jamba_server.server.http.errors import first_token_hook, request_id_of, tenant_of
+from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt, engine_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
@@ -151,7 +151,7 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
         tenant=tenant_of(scope),
         time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),
-        on_first_token=first_token_hook(scope),
+        on_progress=progress_hook(scope),
     )
 
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import cast
+from typing import Literal, cast
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
@@ -66,6 +66,10 @@ class NotStored(EngineError):
 class EventsDropped(EngineError):
     """A request for events of a stream that were dropped, because newer events needed their memory."""
 
+
+# What has happened to a request: the engine has it, or a reply has its first token.
+Stage = Literal["submitted", "first_token"]
+OnProgress = Callable[[Stage], None]
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
@@ -203,9 +207,9 @@ def is_background(scope: Scope) -> bool:
     return "background" in scope["state"]
 
 
-def first_token_hook(scope: Scope) -> Callable[[], None] | None:
-    """Returns the function that is called when a line of a batch has its first token, or None for other requests."""
-    return scope["state"].get("on_first_token")
+def progress_hook(scope: Scope) -> OnProgress | None:
+    """Returns the function that is told of the progress of a line of a batch, or None for other requests."""
+    return scope["state"].get("on_progress")
 
 
 def _describe_http(exc: HTTPException) -> Problem:

@@ -13,7 +13,7 @@ from jamba_server.engine.process.client import Engine, UpdateStream
 from jamba_server.engine.types import BACKGROUND_PRIORITY, FinishReason, Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
 from jamba_server.server.http.deadlines import TimeLimit, enforced
-from jamba_server.server.http.errors import DeadlineExceeded
+from jamba_server.server.http.errors import DeadlineExceeded, OnProgress
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import AbortReason, Metrics
@@ -65,7 +65,8 @@ class GenerationSpec:
     """The data of a validated HTTP request that the class `Generation` needs.
 
     The choices are ordered by prompt: first the `n` choices of the first prompt, then the `n` choices of the second
-    prompt, and so on. The function `on_first_token` is called when a choice has its first token.
+    prompt, and so on. The function `on_progress` is told when the engine has the request, and when a choice has its
+    first token.
     """
 
     id: str
@@ -77,7 +78,7 @@ class GenerationSpec:
     tenant: str = ""
     http_request_id: str = ""
     time_limit: TimeLimit | None = None
-    on_first_token: Callable[[], None] | None = None
+    on_progress: OnProgress | None = None
 
     @property
     def is_background(self) -> bool:
@@ -192,6 +193,8 @@ class Generation:
         requests = [choice.request for choice in self._choices.values()]
         with self._admission:
             async with self._engine.generate(requests) as updates:
+                if self.spec.on_progress is not None:
+                    self.spec.on_progress("submitted")
                 reason: AbortReason = "disconnect"
                 try:
                     async with enforced(self.spec.time_limit), aclosing(self._deltas(updates)) as deltas:
@@ -247,8 +250,8 @@ class Generation:
         last, timeline.last_token = timeline.last_token, now
         if last is None:
             timeline.first_token = now
-            if self.spec.on_first_token is not None:
-                self.spec.on_first_token()
+            if self.spec.on_progress is not None:
+                self.spec.on_progress("first_token")
         if self.spec.is_background:
             return  # lines of batches wait for others on purpose, so their times would make the latencies look bad
         if last is None:

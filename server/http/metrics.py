@@ -86,7 +86,7 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
 _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     (
         "num_preemptions",
-        "Number of preemptions: a running sequence loses its KV pages and waits again.",
+        "Number of preemptions: a running sequence, not of a batch, loses its KV pages and waits again.",
         lambda s: s.num_preemptions_total,
     ),
     (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -25,6 +24,7 @@ from jamba_server.server.http.batches.endpoints import PATHS, called_routes
 from jamba_server.server.http.batches.job import read_contents
 from jamba_server.server.http.batches.lines import BadLine, check_line, places
 from jamba_server.server.http.batches.order import LEADERS, Order, Pending, beginnings
+from jamba_server.server.http.errors import OnProgress
 from tests.server.batch_client import BODIES, CHAT, COMPLETIONS, Json, jsonl, line
 from tests.server.conftest import Bench, MakeBench
 
@@ -152,11 +152,11 @@ class Echo:
         self.bodies: list[bytes] = []
         self.stop_after, self.num_running, self.most = stop_after, 0, 0
 
-    async def __call__(self, path: str, body: bytes, on_first_token: Callable[[], None]) -> Outcome:
+    async def __call__(self, path: str, body: bytes, on_progress: OnProgress) -> Outcome:
         self.num_running += 1
         self.most = max(self.most, self.num_running)
         await asyncio.sleep(0)
-        on_first_token()
+        on_progress("first_token")
         await asyncio.sleep(0)
         self.num_running -= 1
         if len(self.bodies) >= self.stop_after:

@@ -13,6 +13,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types import FileObject
 
+from jamba_server.engine.errors import ConfigError
 from jamba_server.server.http.files.store import FileStore
 from jamba_server.server.http.files.upload import clean_name
 from tests.conformance.strict import check
@@ -217,6 +218,14 @@ async def test_a_server_without_a_folder_refuses_files(
         assert [batch async for batch in client.batches.list()] == []
         with pytest.raises(openai.BadRequestError):
             await client.batches.create(input_file_id="file-1", endpoint="/v1/completions", completion_window="24h")
+
+
+async def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = FileStore(tmp_path, max_bytes=1)
+    with pytest.raises(ConfigError, match="another server"):
+        FileStore(tmp_path, max_bytes=1)
+    await first.close()
+    await FileStore(tmp_path, max_bytes=1).close()
 
 
 def test_names_of_files_are_shown_without_folders_and_control_characters() -> None:

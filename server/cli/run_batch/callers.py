@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import ROUTERS, create_app
 from jamba_server.server.http.batches.call import Outcome, call
 from jamba_server.server.http.batches.endpoints import lines_app
+from jamba_server.server.http.errors import OnProgress
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -34,9 +35,8 @@ RETRIED = (429, 503)  # a server answers with these statuses when it cannot take
 
 
 class Caller(Protocol):
-    async def __call__(self, path: str, body: bytes, on_first_token: Callable[[], None]) -> Outcome:
-        """Returns the reply of an endpoint. Calls `on_first_token` when the reply has its first token, if this is
-        known."""
+    async def __call__(self, path: str, body: bytes, on_progress: OnProgress) -> Outcome:
+        """Returns the reply of an endpoint. Tells `on_progress` what is known of the progress of the request."""
         ...
 
 
@@ -46,8 +46,8 @@ class LocalCaller:
 
     app: FastAPI
 
-    async def __call__(self, path: str, body: bytes, on_first_token: Callable[[], None]) -> Outcome:
-        return await call(self.app, path, body, owner="", background=False, on_first_token=on_first_token)
+    async def __call__(self, path: str, body: bytes, on_progress: OnProgress) -> Outcome:
+        return await call(self.app, path, body, owner="", background=False, on_progress=on_progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class RemoteCaller:
 
     http: httpx.AsyncClient
 
-    async def __call__(self, path: str, body: bytes, on_first_token: Callable[[], None]) -> Outcome:
+    async def __call__(self, path: str, body: bytes, on_progress: OnProgress) -> Outcome:
         attempt = 1
         while True:
             try:

@@ -21,6 +21,7 @@ from jamba_server.server.http.batches.job import Contents, read_contents
 from jamba_server.server.http.batches.lines import Line
 from jamba_server.server.http.batches.order import Order, Pending
 from jamba_server.server.http.batches.results import reply_line
+from jamba_server.server.http.errors import Stage
 
 MAX_LINES = 10**9  # the file is the user's own, so there is no other limit than the memory
 REMOTE_REQUESTS = 64  # number of requests in flight at a server, if the user chooses none
@@ -95,13 +96,14 @@ class Run:
                 await asyncio.gather(*running, return_exceptions=True)
 
     async def _one(self, caller: Caller, line: Pending, show: Callable[[], None]) -> None:
-        def on_first_token() -> None:
-            self._order.computed(line)
-            self._freed.set()
+        def on_progress(stage: Stage) -> None:
+            if stage == "first_token":
+                self._order.computed(line)
+                self._freed.set()
 
         try:
             request = self._read(line)
-            outcome = await caller(request.url, bytes(request.body), on_first_token)
+            outcome = await caller(request.url, bytes(request.body), on_progress)
             self._output.write(reply_line(request.custom_id, outcome))
             show()
         finally:

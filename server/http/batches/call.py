@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
-from jamba_server.server.http.errors import describe
+from jamba_server.server.http.errors import OnProgress, describe
 
 CLIENT = "batches"  # the name of the client, where clients take turns and there are no API keys
 
@@ -35,11 +34,11 @@ async def call(
     *,
     owner: str,
     background: bool,
-    on_first_token: Callable[[], None] = lambda: None,
+    on_progress: OnProgress = lambda stage: None,
 ) -> Outcome:
     """Calls an endpoint for an owner of API keys. With `background`, the engine runs the request when it has nothing
-    else to do. The function `on_first_token` is called when the reply has its first token. If the caller is cancelled,
-    so is the request."""
+    else to do. The function `on_progress` is told of the progress of the request. If the caller is cancelled, so is the
+    request."""
     request_id = uuid.uuid4().hex
     parts: list[bytes] = []
     status = 0
@@ -63,7 +62,7 @@ async def call(
         "request_id": request_id,
         "tenant": owner,
         "arrived": asyncio.get_running_loop().time(),
-        "on_first_token": on_first_token,
+        "on_progress": on_progress,
     }
     if background:
         state["background"] = True

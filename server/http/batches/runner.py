@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import anyio.to_thread
+import msgspec
 from fastapi import APIRouter
 
 from jamba_server.engine.errors import EngineError
@@ -21,12 +22,16 @@ from jamba_server.server.http.batches.lines import Line
 from jamba_server.server.http.batches.order import Pending
 from jamba_server.server.http.batches.results import error_line, reply_line, tokens_of
 from jamba_server.server.http.batches.table import Batch, BatchTable, Record, Result, Status
+from jamba_server.server.http.errors import Stage
 from jamba_server.server.http.services import Services
 
 logger = logging.getLogger(__name__)
 
 UNAVAILABLE = 503  # the status of a line that cannot run now and is tried again
 RETRY_SECONDS = 1.0
+# Number of lines whose prompts are rendered and tokenised at the same time. The prompts of other requests wait for
+# them.
+MAX_PREPARING = 4
 SWEEP_SECONDS = 60.0  # longest time between two searches for files and batches whose time is over
 # The bodies of lines in flight may have this part of the memory for the bodies of all requests, on top of it.
 BODY_PART = 4
@@ -48,6 +53,8 @@ class BatchRunner:
         self._jobs: dict[int, Job] = {}
         self._limit = 0  # number of lines in flight; 0 until the engine has loaded
         self._bytes_in_flight = 0
+        # The batches and numbers of the lines in flight that the engine does not have yet.
+        self._preparing: set[tuple[int, int]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -78,16 +85,31 @@ class BatchRunner:
         while True:
             self._store.changed.clear()
             try:
-                for batch in await self._store.run(BatchTable.open_batches):
-                    await self._advance(batch)
+                going_on = [await self._try(batch) for batch in await self._store.run(BatchTable.open_batches)]
                 await self._sweep()
             except (sqlite3.Error, OSError, EngineError) as error:
                 logger.error("batches cannot go on and are tried again: %s", error)
+                going_on = [False]
+            if not all(going_on):
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._seconds_to_wait()):
                     await self._store.changed.wait()
+
+    async def _try(self, batch: Batch) -> bool:
+        """Does what can be done for a batch now. Returns whether this has succeeded."""
+        try:
+            await self._advance(batch)
+        except FileNotFoundError:
+            logger.error("%s fails: its input file is gone", batch.record.id)
+            errors = _errors("input_file_missing", "The input file is gone.")
+            await self._change(batch.number, lambda record: msgspec.structs.replace(record, errors=errors))
+            await self._finalize(batch.number, "failed")
+        except (sqlite3.Error, OSError) as error:
+            logger.error("%s cannot go on and is tried again: %s", batch.record.id, error)
+            return False
+        return True
 
     def _seconds_to_wait(self) -> float:
         ends = [job.record.expires - self._store.now() for job in self._jobs.values()]
@@ -123,14 +145,9 @@ class BatchRunner:
                 self._fill()
 
     async def _validate(self, batch: Batch) -> None:
-        try:
-            contents = await self._read(batch.record)
-        except OSError:
-            contents = Contents(problem=("input_file_missing", "The input file is gone."))
-        now = self._store.now()
+        contents, now = await self._read(batch.record), self._store.now()
         if contents.problem is not None:
-            code, message = contents.problem
-            errors = [{"code": code, "message": message, "param": "input_file_id", "line": None}]
+            errors = _errors(*contents.problem)
             await self._change(batch.number, lambda record: record.at("failed", now, errors=errors))
             return
         record = await self._store.run(
@@ -222,8 +239,13 @@ class BatchRunner:
         num_running = Counter[str]()
         for job in self._jobs.values():
             num_running[job.record.owner] += len(job.running)
-        while num_running.total() < self._limit and (found := self._next(num_running)) is not None:
+        while (
+            num_running.total() < self._limit
+            and len(self._preparing) < MAX_PREPARING
+            and (found := self._next(num_running)) is not None
+        ):
             job, line = found
+            self._preparing.add((job.number, line.number))
             job.running[line.number] = asyncio.create_task(self._line(job, line), name=job.record.id)
             num_running[job.record.owner] += 1
 
@@ -253,6 +275,7 @@ class BatchRunner:
             await self._put(job, Result(line=line.number, ok=False, text=text))
         finally:
             job.order.computed(line)
+            self._preparing.discard((job.number, line.number))
             del job.running[line.number]
             self._bytes_in_flight -= line.size
             self._fill()
@@ -262,8 +285,10 @@ class BatchRunner:
     async def _answer(self, job: Job, line: Pending, request: Line) -> Outcome:
         """Returns the reply to a line. While the server cannot run it, the line waits."""
 
-        def on_first_token() -> None:
-            job.order.computed(line)
+        def on_progress(stage: Stage) -> None:
+            self._preparing.discard((job.number, line.number))
+            if stage == "first_token":
+                job.order.computed(line)
             self._fill()
 
         while True:
@@ -273,7 +298,7 @@ class BatchRunner:
                 bytes(request.body),
                 owner=job.record.owner,
                 background=True,
-                on_first_token=on_first_token,
+                on_progress=on_progress,
             )
             if outcome.status != UNAVAILABLE:
                 return outcome
@@ -287,3 +312,8 @@ class BatchRunner:
             except sqlite3.Error as error:
                 logger.error("%s: a result cannot be stored and is tried again: %s", job.record.id, error)
                 await asyncio.sleep(RETRY_SECONDS)
+
+
+def _errors(code: str, message: str) -> list[dict[str, object]]:
+    """Returns the reason why a whole batch fails, in the form of OpenAI's API."""
+    return [{"code": code, "message": message, "param": "input_file_id", "line": None}]

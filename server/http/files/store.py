@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import sqlite3
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FOLDER, TABLE = "files", "files.sqlite"
+FOLDER, TABLE, LOCK = "files", "files.sqlite", "lock"
 MAX_UPLOAD_BYTES = 200 * 1024**2  # the largest upload, as in OpenAI's API
 LIFETIME_SECONDS = 30 * 24 * 3600  # time after which a file is deleted if the client chooses no other time
 # A file counts with at least this number of bytes, so that very many small files are limited, too.
@@ -42,11 +45,12 @@ class FileStore:
 
     def __init__(self, data: Path | None, *, max_bytes: int, now: Callable[[], float] = time.time) -> None:
         """Opens the folder. If `data` is None or `max_bytes` is 0, no files are kept. Raises ConfigError if the folder
-        cannot be used."""
+        cannot be used, or if another server uses it."""
         self.now, self._max_bytes = now, max_bytes
         self._folder = None if data is None or not max_bytes else data / FOLDER
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._table: FileTable | None = None
+        self._held: BinaryIO | None = None
         self._sizes: dict[str, int] = {}  # maps the ids of all files, and of those that arrive, to their sizes
         self._lock = threading.Lock()  # threads write the files that arrive
         self.total = 0  # number of bytes that all files count together
@@ -55,6 +59,8 @@ class FileStore:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"The folder {self._folder} cannot be made: {error.strerror}.") from error
+            self._held = _hold(self._folder)
+            weakref.finalize(self, self._held.close)
             self._table = FileTable(self._folder / TABLE)
             for id_, size in self._table.sizes().items():
                 self._count(id_, size)
@@ -63,6 +69,8 @@ class FileStore:
     async def close(self) -> None:
         if self._table is not None:
             await self._in_thread(self._table.close)
+        if self._held is not None:
+            self._held.close()
 
     def check_enabled(self) -> None:
         """Raises RequestRejected if the server keeps no files."""
@@ -160,6 +168,8 @@ class FileStore:
             path = self.path(id_ + PART)
             with path.open("wb") as content:
                 size = sum(content.write(line) for line in lines())
+                content.flush()
+                os.fsync(content.fileno())  # the results are deleted from the database afterwards
             self._complete(self._table, path, self._new(id_, owner, "batch_output", filename, size, lifetime))
 
         await self._in_thread(work)
@@ -252,3 +262,18 @@ class Arriving:
         """Writes what is still in memory, and closes the file. Raises OSError if the disk is full."""
         if self._content is not None:
             self._content.close()
+
+
+def _hold(folder: Path) -> BinaryIO:
+    """Locks a folder for this process, until the result is closed or the process ends. Otherwise two servers would run
+    the same batches. Raises ConfigError if another server has the lock."""
+    file = (folder / LOCK).open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(
+            f"The folder {folder} is in use by another server, so it cannot be used for files and batches: "
+            f"{error.strerror}. Give this server another --data-dir, or --max-file-bytes 0."
+        ) from error
+    return file

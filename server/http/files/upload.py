@@ -20,6 +20,7 @@ FILE = "file"
 MAX_FIELD_BYTES = 256  # longest value of a field that is no file
 MAX_NAME_BYTES = 255  # longest name of a file
 MAX_PARTS = 16
+LEAST_RATE = 16 * 1024  # bytes of a file that must arrive in each second, after the first seconds
 IDLE_SECONDS = 30.0  # time after which an upload is refused if nothing of it arrives
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -32,12 +33,12 @@ class Form:
     filename: str | None = None
 
 
-async def read_upload(request: Request, arriving: Arriving, known: frozenset[str]) -> Form:
+async def read_upload(request: Request, arriving: Arriving, known: frozenset[str], *, patience: float) -> Form:
     """Reads a form with one file and with fields of the names `known`. Writes the file into `arriving`.
 
     Raises RequestRejected for a form that is malformed or has other fields, and HTTPException for a body of another
-    media type and for an upload that stops. Raises what `arriving.write` raises. Raises ClientDisconnect if the
-    connection breaks.
+    media type, and for an upload that stops or is very slow after the first `patience` seconds. Raises what
+    `arriving.write` raises. Raises ClientDisconnect if the connection breaks.
     """
     media_type, options = parse_options_header(request.headers.get("content-type", ""))
     if media_type != b"multipart/form-data":
@@ -46,8 +47,10 @@ async def read_upload(request: Request, arriving: Arriving, known: frozenset[str
     reader = _Reader(arriving, known)
     try:
         parser = MultipartParser(options.get(b"boundary", b""), reader.callbacks())  # pyright: ignore[reportArgumentType]
-        chunks = aiter(request.stream())
+        chunks, start = aiter(request.stream()), asyncio.get_running_loop().time()
         while True:
+            if asyncio.get_running_loop().time() - start > patience + arriving.size / LEAST_RATE:
+                raise HTTPException(408, f"The body arrives with less than {LEAST_RATE} bytes per second.")
             try:
                 async with asyncio.timeout(IDLE_SECONDS):
                     chunk = await anext(chunks, b"")

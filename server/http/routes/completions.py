@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import set_timeout, time_limit_of
-from jamba_server.server.http.errors import first_token_hook, request_id_of, tenant_of
+from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
 from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
@@ -73,7 +73,7 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
         tenant=tenant_of(scope),
         time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),
-        on_first_token=first_token_hook(scope),
+        on_progress=progress_hook(scope),
     )
 
 

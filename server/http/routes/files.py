@@ -45,7 +45,7 @@ async def upload_file(request: Request, services: ServicesOf) -> Response:
     services.lifecycle.admit()
     store = services.files
     with store.arriving() as arriving:
-        form = await read_upload(request, arriving, FIELDS)
+        form = await read_upload(request, arriving, FIELDS, patience=services.config.body_timeout)
         lifetime = _check(form)
         if form.filename is None or not arriving.size:
             raise RequestRejected("file is missing or empty.", param="file")
