@@ -24,7 +24,8 @@ def request(name: str, length: int = 4, max_tokens: int = 100, *, background: bo
 
 class Run(Simulator):
     def __init__(self, **sizes: Any) -> None:
-        super().__init__(make_scheduler(**{"max_num_seqs": 4, **ROOM, **sizes}))
+        settings: dict[str, Any] = {"max_num_seqs": 4, **ROOM, **sizes}
+        super().__init__(make_scheduler(**settings))
 
     def add(self, *requests: Request) -> None:
         self.scheduler.add(requests, now=self.time)

@@ -46,10 +46,10 @@ def _prepare(connection: sqlite3.Connection, path: Path | None, schema: str, ver
     if tables and found != version:
         raise ConfigError(f"The database {path} has version {found} and not {version}; move the file away.")
     if not tables:
-        _create(connection, schema, version)
+        create_tables(connection, schema, version)
 
 
-def _create(connection: sqlite3.Connection, schema: str, version: int) -> None:
+def create_tables(connection: sqlite3.Connection, schema: str, version: int) -> None:
     """Creates the tables, unless another server that uses the same file has created them meanwhile."""
     with connection:
         connection.execute("BEGIN IMMEDIATE")
