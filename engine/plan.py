@@ -27,6 +27,7 @@ class Plan:
     started: list[str] = field(default_factory=list[str])
     preempted: bool = False
     no_background: bool = False
+    held: int = 0
 
     def add(self, seq: Sequence, end: int, cost: int) -> None:
         self.chunks[seq] = (seq.num_computed, end, cost)
@@ -38,5 +39,10 @@ class Plan:
 
     @property
     def has_prompts(self) -> bool:
-        """Returns whether the step computes a part of a prompt."""
-        return any(not seq.decodes for seq in self.chunks)
+        """Returns whether the step computes a part of a prompt, for whose first token a client waits."""
+        return any(not seq.decodes or not seq.num_generated + seq.num_pending for seq in self.chunks)
+
+    def hold_back(self, limit: int) -> None:
+        """Reduces the budget to `limit` tokens. The rest is not used in this step."""
+        self.held = max(0, self.budget - limit)
+        self.budget -= self.held

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
-from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
+from jamba_server.engine.fairness import BACKGROUND_PART, MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.plan import Plan
 from jamba_server.engine.sequence import Sequence
@@ -160,15 +160,16 @@ class Scheduler:
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
         their urgency. A decoded token does not count against the step's token budget, so a prompt as long as the budget
         takes one step. If a grammar forces further tokens after a decoded token, they are computed in the same step and
-        do count. Background sequences sit out a step that computes a prompt of another request, so that the first token
-        of that request comes as early as without them.
+        do count. Background sequences sit out a step that computes a prompt of another request.
         """
         budget = self.max_num_batched_tokens
         plan = Plan(budget, budget - budget // RESERVED_PART)
         self._fill(plan, now, background=False)
         if not plan.has_prompts:
+            if plan.chunks:
+                plan.hold_back(budget // BACKGROUND_PART)
             self._fill(plan, now, background=True)
-        self._work += budget - plan.budget
+        self._work += budget - plan.budget - plan.held
         chunks = [
             Chunk(seq, start, end, int(seq.samples_at(end)), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end, _) in plan.chunks.items()

@@ -80,6 +80,16 @@ def test_the_background_starts_nothing_while_a_long_prompt_runs_and_everything_a
     assert run.updated() == {"live", "b"}
 
 
+def test_while_others_reply_the_background_computes_short_pieces_of_prompts() -> None:
+    run = Run()
+    run.add(request("live", 4, 100, background=False))
+    run.updated()
+    run.add(request("b", BUDGET))
+    for _ in range(3):
+        assert run.updated() == {"live"}
+    assert run.updated() == {"live", "b"}, "a quarter of the prompt was computed in each step"
+
+
 def test_long_prompts_of_the_background_do_not_hold_up_others() -> None:
     run = Run()
     run.add(*(request(f"b{i}", 900) for i in range(3)))
