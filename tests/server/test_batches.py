@@ -181,6 +181,23 @@ async def test_a_kill_between_the_files_and_the_end_makes_no_second_file(
         assert len(await content(client, done.output_file_id)) == 1
 
 
+async def test_a_batch_whose_input_is_gone_fails_and_others_go_on(
+    make_bench: MakeBench, tmp_path: Path, engine: FakeEngine
+) -> None:
+    engine.limit = 0
+    async with make_bench(data_dir=str(tmp_path), max_batch_requests=1).openai() as client:
+        lost, other = [await start(client, [line("a"), line("b")]) for _ in range(2)]
+        await until(client, other, "in_progress")
+    (tmp_path / "files" / lost.input_file_id).unlink()
+    engine.limit = float("inf")
+    async with make_bench(data_dir=str(tmp_path)).openai() as client:
+        failed = await until(client, lost, "failed")
+        assert failed.errors is not None
+        assert failed.errors.data is not None
+        assert [error.code for error in failed.errors.data] == ["input_file_missing"]
+        assert counts(await until(client, other, "completed")) == (2, 2, 0)
+
+
 async def test_a_cancelled_batch_keeps_what_has_finished(
     make_bench: MakeBench, tmp_path: Path, engine: FakeEngine
 ) -> None:

@@ -109,6 +109,9 @@ class BatchRunner:
         except (sqlite3.Error, OSError) as error:
             logger.error("%s cannot go on and is tried again: %s", batch.record.id, error)
             return False
+        except Exception:  # whatever is wrong with one batch, the others go on
+            logger.exception("%s cannot go on and is tried again", batch.record.id)
+            return False
         return True
 
     def _seconds_to_wait(self) -> float:
