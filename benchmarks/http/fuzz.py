@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ CHECKS: Any = [
     negative_data_rejection,
 ]
 CASES_WITHOUT_BODY = 2  # number of test requests to an endpoint without a request body, because there is little to vary
+BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}\n'
 SERVER_FLAGS = ["--threads", "1", "--max-model-len", "512"]
 START_TIMEOUT = 300.0
 
@@ -72,21 +74,32 @@ def fuzz(schema: Any, *, cases: int, random_seed: int, until: float = float("inf
     operations = [result.ok() for result in schema.get_all_operations()]
     with_body = [operation for operation in operations if operation.body]
     findings = Findings()
+    file_id = _upload(schema)
     rest = cases - CASES_WITHOUT_BODY * (len(operations) - len(with_body))
     for operation in operations:
         if operation not in with_body:
-            _run(operation, GenerationMode.POSITIVE, CASES_WITHOUT_BODY, random_seed, _checker(findings, until))
+            check = _checker(findings, until, file_id)
+            _run(operation, GenerationMode.POSITIVE, CASES_WITHOUT_BODY, random_seed, check)
             continue
         for mode in GenerationMode:
             number = max(1, rest // (2 * len(with_body)))
-            _run(operation, mode, number, random_seed, _checker(findings, until))
+            _run(operation, mode, number, random_seed, _checker(findings, until, file_id))
     return findings
 
 
-def _checker(findings: Findings, until: float) -> Callable[[Any], None]:
+def _upload(schema: Any) -> str:
+    """Uploads a file with the request of a batch, and returns its id."""
+    body = {"purpose": "batch", "file": BATCH_LINE}
+    reply = schema["/v1/files"]["POST"].Case(body=body, media_type="multipart/form-data").call()
+    return json.loads(reply.content)["id"]
+
+
+def _checker(findings: Findings, until: float, file_id: str) -> Callable[[Any], None]:
     def check(case: Any) -> None:
         if time.monotonic() > until:
             return
+        if case.operation.path == "/v1/batches" and _is_valid(case):
+            case.body["input_file_id"] = file_id  # a random text is never the id of a file
         response = case.call()
         findings.statuses[response.status_code] += 1
         # schemathesis does not know that a body which is too large (413) is refused, too.

@@ -208,6 +208,8 @@ class JsonBody:
 
     async def _read(self, headers: Headers, receive: Receive, share: BodyShare) -> bytes:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not media_type and headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            return b""  # some endpoints take no body
         if media_type != "application/json":
             raise HTTPException(415, f"Content-Type is {media_type[:64]!r}; it must be application/json.")
         length = headers.get("content-length", "")
