@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
@@ -30,6 +30,8 @@ from jamba_server.server.http.unknown_fields import settle_unknown_fields
 router = APIRouter(tags=["batches"])
 
 MAX_PAGE, DEFAULT_PAGE = 100, 20
+# The statuses whose times a reply has, each in a field such as `completed_at`.
+DATED = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 BatchId = Annotated[str, Path(description="The id of the batch.")]
 
@@ -90,6 +92,7 @@ async def cancel_batch(batch_id: BatchId, request: Request, services: ServicesOf
 
 def batch_object(batch: Batch) -> BatchObject:
     record, times, tokens = batch.record, batch.record.times, batch.tokens
+    reached: dict[str, Any] = {f"{status}_at": times.get(status) for status in DATED}
     return BatchObject(
         id=record.id,
         endpoint=record.endpoint,
@@ -101,10 +104,7 @@ def batch_object(batch: Batch) -> BatchObject:
         error_file_id=None if record.is_open else record.error_file,
         created_at=record.created,
         expires_at=record.expires,
-        **{
-            f"{status}_at": times.get(status)
-            for status in ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
-        },
+        **reached,
         request_counts=BatchRequestCounts(total=record.total, completed=batch.completed, failed=batch.failed),
         usage=BatchUsage(
             input_tokens=tokens.input,
