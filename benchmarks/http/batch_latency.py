@@ -218,7 +218,7 @@ def summary(times: dict[str, list[list[Result]]]) -> dict[str, dict[str, float]]
 
 def judge(found: dict[str, Any]) -> list[Verdict]:
     alone, beside = found["short"]["alone"], found["short"]["beside a batch"]
-    # A request that arrives while only the batch runs waits for the end of a step. Most of the time passes in the longer
+    # A request that arrives while only the batch runs waits for the end of a step. Most of the time passes in longer
     # steps, which compute prompts and replies.
     step = found["batch alone"]["mixed_step_seconds"]
     allowed = FACTOR * alone["p95"] + step
