@@ -72,7 +72,7 @@ def fate(name: str, field: FieldInfo, schema: type[BaseModel]) -> str:
     for item in field.metadata:
         if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
             return "refused"
-    if schema is ResponseRequest:
+    if schema in (ResponseRequest, BatchRequest):
         return "ignored" if "no effect" in (field.description or "") else "honoured"
     return "ignored" if name in NoEffect.model_fields or name in WITHOUT_EFFECT else "honoured"
 
