@@ -1,5 +1,6 @@
 """The rules of fairness: which prompt is computed first, and which running sequence is stopped to make room for a
-waiting sequence. No rule uses a clock.
+waiting sequence. No rule uses a clock. Requests in the background (`Request.is_background`) share only what others
+leave.
 
 Prompts in progress and new ones share the token budget of a step. The prompt with the fewest tokens left comes first
 (shortest remaining time first), so that a short prompt need not wait for a long one. Prompts age, so that none starves:
@@ -17,6 +18,9 @@ from jamba_server.engine.sequence import Sequence
 # engine schedules fewer than AGEING * L prompt tokens between the arrivals of these two prompts.
 AGEING = 8
 RESERVED_PART = 4  # prompts that need several steps leave 1/RESERVED_PART of each step's token budget to other prompts
+# While replies of other requests are generated, prompts in the background get 1/BACKGROUND_PART of each step's token
+# budget, because all these replies wait for the step.
+BACKGROUND_PART = 4
 # Maximum number of long prompts (prompts that need several steps) that the engine computes at the same time. The number
 # is limited because each long prompt occupies many cache pages.
 MAX_LONG_PREFILLS = 2

@@ -11,13 +11,14 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
-from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
+from jamba_server.engine.fairness import BACKGROUND_PART, MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
+from jamba_server.engine.plan import Plan
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 from jamba_server.engine.waiting import WaitingQueue
@@ -71,32 +72,6 @@ class ChunkResult(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     vector: tuple[float, ...] | None = None
-
-
-@dataclass(slots=True)
-class _Plan:
-    """The plan of the next step while the scheduler makes this plan. The field `budget` is the number of prompt tokens
-    that can still be added to the step. The dict `chunks` has (start, end, cost) for each sequence that is planned
-    already. `cost` is the number of tokens that was subtracted from `budget` for the chunk.
-
-    While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
-    `shortened` are the sequences that received fewer tokens for this reason.
-    """
-
-    budget: int
-    for_long: int
-    chunks: dict[Sequence, tuple[int, int, int]] = field(default_factory=dict[Sequence, tuple[int, int, int]])
-    shortened: list[Sequence] = field(default_factory=list[Sequence])
-    started: list[str] = field(default_factory=list[str])
-    preempted: bool = False
-
-    def add(self, seq: Sequence, end: int, cost: int) -> None:
-        self.chunks[seq] = (seq.num_computed, end, cost)
-        self.budget -= cost
-
-    def drop(self, seq: Sequence) -> None:
-        *_, cost = self.chunks.pop(seq, (0, 0, 0))
-        self.budget += cost
 
 
 class Scheduler:
@@ -160,7 +135,9 @@ class Scheduler:
         pages, slots, count = self.cache.pages, self.cache.slots, self._counters
         return EngineStats(
             num_running=len(self.running),
-            num_waiting=len(self.waiting),
+            num_waiting=self.waiting.number(background=False),
+            num_background_running=sum(seq.is_background for seq in self.running),
+            num_background_waiting=self.waiting.number(background=True),
             kv_blocks_used=pages.capacity - pages.num_free,
             kv_blocks_capacity=pages.capacity,
             state_slots_used=slots.capacity - slots.num_free,
@@ -183,15 +160,16 @@ class Scheduler:
         Sequences that decode come first, so that a long prompt never stalls a reply. Prompts follow in the order of
         their urgency. A decoded token does not count against the step's token budget, so a prompt as long as the budget
         takes one step. If a grammar forces further tokens after a decoded token, they are computed in the same step and
-        do count.
+        do count. Background sequences sit out a step that computes a prompt of another request.
         """
         budget = self.max_num_batched_tokens
-        plan = _Plan(budget, budget - budget // RESERVED_PART)
-        for seq in [seq for seq in self.running if seq.decodes]:
-            if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
-                self._extend(seq, plan, 1 + plan.budget)
-        self._share_out(plan, now)
-        self._work += budget - plan.budget
+        plan = Plan(budget, budget - budget // RESERVED_PART)
+        self._fill(plan, now, background=False)
+        if not plan.has_prompts:
+            if plan.chunks:
+                plan.hold_back(budget // BACKGROUND_PART)
+            self._fill(plan, now, background=True)
+        self._work += budget - plan.budget - plan.held
         chunks = [
             Chunk(seq, start, end, int(seq.samples_at(end)), tuple(self.cache.plan_saves(seq, start, end)))
             for seq, (start, end, _) in plan.chunks.items()
@@ -201,11 +179,19 @@ class Scheduler:
         copies = self.cache.take_copies() if chunks else CacheCopies()  # copies run only in a step with chunks
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
-    def _share_out(self, plan: _Plan, now: float) -> None:
+    def _fill(self, plan: Plan, now: float, *, background: bool) -> None:
+        """Plans chunks of all background sequences, or of all others."""
+        for seq in [seq for seq in self.running if seq.decodes and seq.is_background == background]:
+            if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
+                self._extend(seq, plan, 1 + plan.budget)
+        self._share_out(plan, now, background)
+
+    def _share_out(self, plan: Plan, now: float, background: bool) -> None:
         """Divides the step's budget of prompt tokens among prompts in progress and new prompts. The most urgent prompt
         gets tokens first."""
-        prompts = sorted((seq for seq in self.running if seq.num_remaining and not seq.decodes), key=urgency)
-        newcomer = self._next_waiting(plan)
+        peers = [seq for seq in self.running if seq.is_background == background]
+        prompts = sorted((seq for seq in peers if seq.num_remaining and not seq.decodes), key=urgency)
+        newcomer = self._next_waiting(plan, background)
         while plan.budget and (prompts or newcomer):
             if newcomer is None or (prompts and urgency(prompts[0]) < urgency(newcomer)):
                 seq = prompts.pop(0)
@@ -213,9 +199,10 @@ class Scheduler:
                     self._extend(seq, plan, self._part(seq, plan, others=bool(prompts or newcomer)))
                 newcomer = None if plan.preempted else newcomer
             else:
-                others = bool(prompts) or len(self.waiting) > 1
+                others = bool(prompts) or self.waiting.number(background) > 1
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
-                newcomer = self._next_waiting(plan) if admitted else None
+                plan.no_background |= not admitted
+                newcomer = self._next_waiting(plan, background) if admitted else None
         # Some prompts got less than they need, to leave a part of the token budget to others. They now get what no
         # other prompt has used.
         for seq in plan.shortened:
@@ -223,7 +210,7 @@ class Scheduler:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
 
-    def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
+    def _part(self, seq: Sequence, plan: Plan, *, others: bool) -> int:
         """Returns how many prompt tokens of `seq` can be computed in this step. The argument `others` says whether
         other prompts could use tokens of the step's budget. If `others` is true and the prompt of `seq` needs several
         steps, some of the budget is left to the other prompts."""
@@ -248,7 +235,7 @@ class Scheduler:
         """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
-    def _extend(self, seq: Sequence, plan: _Plan, limit: int) -> None:
+    def _extend(self, seq: Sequence, plan: Plan, limit: int) -> None:
         """Plans up to `limit` more tokens of a running sequence. While too few pages are free, the youngest running
         sequence is preempted."""
         remaining = seq.num_remaining
@@ -259,14 +246,15 @@ class Scheduler:
         while not self.cache.grow(seq, end):
             victim = self.running[-1]
             self._park(victim, plan)
-            plan.preempted = True
+            plan.preempted |= victim.is_background == seq.is_background
             if victim is seq:
                 return
         plan.add(seq, end, cost=size - seq.decodes)
 
-    def _park(self, seq: Sequence, plan: _Plan) -> None:
+    def _park(self, seq: Sequence, plan: Plan) -> None:
         """Removes a running sequence from the planned step and puts it back into the queue."""
         plan.drop(seq)
+        plan.no_background = True
         self._preempt(seq)
 
     def _preempt(self, seq: Sequence) -> None:
@@ -274,48 +262,57 @@ class Scheduler:
         self.cache.free(seq)  # saves the state, too; `seq` resumes from this state if the pages of `seq` stay cached
         seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
         self.waiting.add(seq)
-        self._counters["preemptions"] += 1
+        # Operators watch this number, because pages are short if it grows. Making room for others is normal in the
+        # background.
+        self._counters["preemptions"] += not seq.is_background
 
-    def _next_waiting(self, plan: _Plan) -> Sequence | None:
-        """Returns the waiting sequence that should run next, or None if this step can admit no sequence.
+    def _next_waiting(self, plan: Plan, background: bool) -> Sequence | None:
+        """Returns the waiting sequence that should run next, or None if this step can admit no sequence. The result is
+        a background sequence or another one, as the argument says.
 
         Tenants and requests take turns: within a priority, the tenant or request with the fewest running sequences
         comes first. If `max_num_seqs` sequences run, only a tenant or request without a running sequence can start one,
-        and only if another tenant or request has several and can give up one of these.
+        and only if another tenant or request has several and can give up one of these. Slots of background sequences
+        count as free for the others.
         """
-        if plan.preempted or not plan.budget or not self.waiting:
+        if plan.preempted or not plan.budget or not self.waiting.number(background):
             return None
-        full, shares = len(self.running) >= self.max_num_seqs, Shares(self.running)
+        if background and plan.no_background:
+            return None
+        peers = [seq for seq in self.running if seq.is_background == background]
+        taken = len(self.running) if background else len(peers)
+        full, shares = taken >= self.max_num_seqs, Shares(peers)
         if full and not shares.one_holds_several and len(self._tenants) < 2:
             return None  # nothing can be displaced, which is the usual case under load; this early return saves time
-        no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
+        no_more_long = sum(map(self._is_long, peers)) >= MAX_LONG_PREFILLS
         in_progress = self._groups_in_progress()
         return self.waiting.next(
             shares,
             full=full,
             with_long=not no_more_long,
+            background=background,
             may_start=lambda seq: not self._awaits_sibling(seq, in_progress),
         )
 
-    def _admit(self, seq: Sequence, plan: _Plan, limit: int, now: float) -> bool:
+    def _admit(self, seq: Sequence, plan: Plan, limit: int, now: float) -> bool:
         """Admits `seq` with a first chunk of up to `limit` tokens, or returns False and leaves `seq` in the queue.
 
-        If too few slots or pages are free, a tenant or request with several running sequences gives up one of them to a
-        tenant or request that has none.
+        If too few slots or pages are free, background sequences make room for the others. Otherwise, a tenant or
+        request with several running sequences gives up one of them to a tenant or request that has none.
         """
         if not limit:
             return False
-        hit, end = self._match(seq), None
+        hit, end, holder = self._match(seq), None, None
         if len(self.running) < self.max_num_seqs:
             end = self._occupy(seq, hit, limit)
-        if end is None:
-            if (holder := Shares(self.running).holder_for(seq)) is None:
+        while end is None:
+            is_last = holder is not None and holder.is_background == seq.is_background
+            if is_last or (holder := self._holder_for(seq)) is None:
                 return False
             self._park(holder, plan)
             # `_park` has changed the contents of the cache, so the cached prefix is searched again.
             hit = self._match(seq)
-            if (end := self._occupy(seq, hit, limit)) is None:
-                return False
+            end = self._occupy(seq, hit, limit)
         self.waiting.remove(seq)
         insort(self.running, seq, key=lambda s: s.order)
         if seq.queue_seconds is None:
@@ -324,6 +321,13 @@ class Scheduler:
             plan.started.append(seq.request.id)
         plan.add(seq, end, cost=end - seq.num_computed)
         return True
+
+    def _holder_for(self, seq: Sequence) -> Sequence | None:
+        """Returns the running sequence that must make room for the waiting sequence `seq`, or None if `seq` must wait.
+        Background sequences are the last in the list of running sequences."""
+        if not seq.is_background and self.running and self.running[-1].is_background:
+            return self.running[-1]
+        return Shares(s for s in self.running if s.is_background == seq.is_background).holder_for(seq)
 
     def _match(self, seq: Sequence) -> PrefixHit:
         """Finds the longest prefix of `seq` that can be reused from the cache. The result is empty if the request asks

@@ -78,6 +78,10 @@ class Sequence:
         return self.request.params
 
     @property
+    def is_background(self) -> bool:
+        return self.request.is_background
+
+    @property
     def parent(self) -> str:
         """The id of the client's request for which this sequence generates one of the replies."""
         return self.request.parent or self.request.id

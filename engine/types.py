@@ -13,6 +13,9 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestKind = Literal["generate", "classify", "embed"]
 MAX_LOGPROBS = 20
+# Requests with this priority or a less urgent one (a larger number) run in the background: in slots and steps that no
+# other request needs. The priorities that clients can choose have 32 bits, so all of them are more urgent.
+BACKGROUND_PRIORITY = 2**40
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -96,6 +99,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     generated: list[int] = msgspec.field(default_factory=list[int])
     num_prompt_logprobs: int = 0
 
+    @property
+    def is_background(self) -> bool:
+        return self.priority >= BACKGROUND_PRIORITY
+
 
 class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The results of one step for one request.
@@ -123,10 +130,16 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the engine after a step. Counters (`*_total`) count from the start of this engine process."""
+    """The state of the engine after a step. Counters (`*_total`) count from the start of this engine process.
+
+    `num_running` counts all running sequences, those in the background included. `num_waiting` leaves those in the
+    background out.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_background_running: int = 0
+    num_background_waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_capacity: int = 1
     state_slots_used: int = 0

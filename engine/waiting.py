@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from jamba_server.engine.fairness import Shares, urgency
 from jamba_server.engine.sequence import Sequence
@@ -13,25 +13,32 @@ from jamba_server.engine.sequence import Sequence
 Urgency = tuple[int, int, int]  # this is a result of `fairness.urgency`; no two sequences have the same
 
 
+class _Key(NamedTuple):
+    tenant: str
+    is_long: bool
+    background: bool
+
+
 class WaitingQueue:
     """The queue of waiting sequences. A prompt counts as long if more than `max_short` of its tokens were not in the
     cache when it arrived.
 
     The sequences are in sorted lists within each other. For each tenant (API key) there is one list for its long
-    prompts and one for its other prompts. Each of them has a list for each client request, which has a list for each
-    group (the choices of one prompt). In all lists the most urgent sequence comes first. The sequences of a client
-    request have the same number of running sequences, and the sequences of a group may either all start or all not.
-    So the search for the next sequence looks at one sequence of each group that is running and at few others, however
-    many sequences wait.
+    prompts and one for its other prompts, and two more for its background sequences. Each of them has a list for each
+    client request, which has a list for each group (the choices of one prompt). In all lists the most urgent sequence
+    comes first. The sequences of a client request have the same number of running sequences, and the sequences of a
+    group may either all start or all not. So the search for the next sequence looks at one sequence of each group that
+    is running and at few others, however many sequences wait.
     """
 
     def __init__(self, max_short: int) -> None:
         self._max_short = max_short
-        # the key of each list is its tenant and whether its prompts are long
-        self._lists: dict[tuple[str, bool], _Requests] = {}
+        # the key of each list is its tenant, whether its prompts are long, and whether they are background sequences
+        self._lists: dict[_Key, _Requests] = {}
+        self._num_background = 0
         # For each sequence, this dict has its urgency when it was added and the key of its list. While a sequence is
         # being started, its urgency changes before it is removed from the queue.
-        self._entries: dict[Sequence, tuple[Urgency, tuple[str, bool]]] = {}
+        self._entries: dict[Sequence, tuple[Urgency, _Key]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -40,32 +47,48 @@ class WaitingQueue:
         """Yields all waiting sequences, sorted by `Sequence.order`: by priority, and by arrival within a priority."""
         return iter(sorted(self._entries, key=lambda s: s.order))
 
+    def number(self, background: bool) -> int:
+        """Returns how many background sequences wait, or how many others."""
+        return self._num_background if background else len(self._entries) - self._num_background
+
     def add(self, seq: Sequence) -> None:
-        key, rank = (seq.request.tenant, seq.num_uncached > self._max_short), urgency(seq)
+        key = _Key(seq.request.tenant, seq.num_uncached > self._max_short, seq.is_background)
+        rank = urgency(seq)
         self._entries[seq] = rank, key
+        self._num_background += seq.is_background
         self._change(key, seq, lambda group: group.add(rank, seq))
 
     def remove(self, seq: Sequence) -> None:
         rank, key = self._entries.pop(seq)
+        self._num_background -= seq.is_background
         self._change(key, seq, lambda group: group.remove(rank))
         if self._lists[key].first is None:
             del self._lists[key]
 
     def next(
-        self, shares: Shares, *, full: bool, with_long: bool, may_start: Callable[[Sequence], bool]
+        self,
+        shares: Shares,
+        *,
+        full: bool,
+        with_long: bool,
+        may_start: Callable[[Sequence], bool],
+        background: bool = False,
     ) -> Sequence | None:
         """Returns the sequence that should start next: the one with the smallest key `Shares.turn` among those that can
         start, or None if no sequence can start. A sequence can start if `may_start` returns true for it, whose result
         must be the same for all sequences of a group. A long prompt can start only if `with_long` is true. If all slots
-        are taken (`full`), a sequence can start only if a running sequence must stop for it."""
+        are taken (`full`), a sequence can start only if a running sequence must stop for it. Only background sequences
+        are considered, or only others, as `background` says; `shares` has running sequences of the same kind."""
         firsts = [
             _first(requests, shares, full, may_start)
-            for (tenant, is_long), requests in self._lists.items()
-            if (with_long or not is_long) and (not full or shares.may_displace(tenant))
+            for key, requests in self._lists.items()
+            if key.background == background
+            and (with_long or not key.is_long)
+            and (not full or shares.may_displace(key.tenant))
         ]
         return min((seq for seq in firsts if seq is not None), key=shares.turn, default=None)
 
-    def _change(self, key: tuple[str, bool], seq: Sequence, change: Callable[[_Group], None]) -> None:
+    def _change(self, key: _Key, seq: Sequence, change: Callable[[_Group], None]) -> None:
         """Calls `change` with the list of the group of `seq`."""
         requests = self._lists.get(key) or self._lists.setdefault(key, _Sorted(_new_groups))
         # The sequences of a request usually have one priority. If not, they do not share a list.

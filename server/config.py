@@ -188,7 +188,12 @@ class ServerConfig:
     ] = "ignore"
     data_dir: Annotated[
         str | None,
-        Help("server", "Folder for the stored responses of /v1/responses", "PATH", "none, they are kept in memory"),
+        Help(
+            "server",
+            "Folder for stored responses, files and batches",
+            "PATH",
+            "none, responses are kept in memory, files are refused",
+        ),
     ] = None
     max_stored_responses: Annotated[
         Number, Help("server", "Responses of /v1/responses that are kept for later requests; 0 keeps none")
@@ -196,6 +201,13 @@ class ServerConfig:
     max_stored_bytes: Annotated[
         Number, Help("server", "Size of all stored responses; the ones not used for longest go first", "BYTES")
     ] = 64 * 1024**2
+    max_file_bytes: Annotated[
+        Number, Help("server", "Size of all files of /v1/files together; 0 refuses files and batches", "BYTES")
+    ] = 1024**3
+    max_batch_requests: Annotated[
+        Count | None,
+        Help("server", "Requests of all batches that are in flight at the same time", default="twice --max-num-seqs"),
+    ] = None
     log_level: Annotated[LogLevel, Help("server", "Lowest severity of the lines in the log")] = "info"
     log_format: Annotated[LogFormat, Help("server", "Form of the log: lines of text, or one JSON object per line")] = (
         "text"

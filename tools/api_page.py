@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import NoEffect
+from jamba_server.server.http.schemas.batches import BatchRequest
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest, ChatMessage
 from jamba_server.server.http.schemas.completions import CompletionRequest
 from jamba_server.server.http.schemas.messages.request import MessagesRequest
@@ -34,6 +35,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "response": ResponseRequest,
     "tokenize": TokenizeRequest,
     "detokenize": DetokenizeRequest,
+    "batch": BatchRequest,
     "messages": MessagesRequest,
     "messages_tool": ToolDefinition,
 }
@@ -70,7 +72,7 @@ def fate(name: str, field: FieldInfo, schema: type[BaseModel]) -> str:
     for item in field.metadata:
         if isinstance(item, BeforeValidator) and item.func.__qualname__.startswith("unsupported."):
             return "refused"
-    if schema is ResponseRequest:
+    if schema in (ResponseRequest, BatchRequest):
         return "ignored" if "no effect" in (field.description or "") else "honoured"
     return "ignored" if name in NoEffect.model_fields or name in WITHOUT_EFFECT else "honoured"
 

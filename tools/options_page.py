@@ -40,7 +40,7 @@ Every option of `jamba serve` can be given in three ways. A flag wins over a var
 - An option that is on or off has two flags (`--enforce-eager` and `--no-enforce-eager`). In a variable or a file its
   value is `true` or `false`.
 - An option that may be repeated is a list in a YAML file, and separated by commas in a variable.
-- `jamba run` and `jamba chat` take the options marked with \\* when they load a model.
+- `jamba run`, `jamba chat` and `jamba run-batch` take the options marked with \\* when they load a model.
 """
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -45,6 +47,7 @@ CHECKS: Any = [
     negative_data_rejection,
 ]
 CASES_WITHOUT_BODY = 2  # number of test requests to an endpoint without a request body, because there is little to vary
+BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}\n'
 SERVER_FLAGS = ["--threads", "1", "--max-model-len", "512"]
 START_TIMEOUT = 300.0
 
@@ -71,21 +74,32 @@ def fuzz(schema: Any, *, cases: int, random_seed: int, until: float = float("inf
     operations = [result.ok() for result in schema.get_all_operations()]
     with_body = [operation for operation in operations if operation.body]
     findings = Findings()
+    file_id = _upload(schema)
     rest = cases - CASES_WITHOUT_BODY * (len(operations) - len(with_body))
     for operation in operations:
         if operation not in with_body:
-            _run(operation, GenerationMode.POSITIVE, CASES_WITHOUT_BODY, random_seed, _checker(findings, until))
+            check = _checker(findings, until, file_id)
+            _run(operation, GenerationMode.POSITIVE, CASES_WITHOUT_BODY, random_seed, check)
             continue
         for mode in GenerationMode:
             number = max(1, rest // (2 * len(with_body)))
-            _run(operation, mode, number, random_seed, _checker(findings, until))
+            _run(operation, mode, number, random_seed, _checker(findings, until, file_id))
     return findings
 
 
-def _checker(findings: Findings, until: float) -> Callable[[Any], None]:
+def _upload(schema: Any) -> str:
+    """Uploads a file with the request of a batch, and returns its id."""
+    body = {"purpose": "batch", "file": BATCH_LINE}
+    reply = schema["/v1/files"]["POST"].Case(body=body, media_type="multipart/form-data").call()
+    return json.loads(reply.content)["id"]
+
+
+def _checker(findings: Findings, until: float, file_id: str) -> Callable[[Any], None]:
     def check(case: Any) -> None:
         if time.monotonic() > until:
             return
+        if case.operation.path == "/v1/batches" and _is_valid(case):
+            case.body["input_file_id"] = file_id  # a random text is never the id of a file
         response = case.call()
         findings.statuses[response.status_code] += 1
         # schemathesis does not know that a body which is too large (413) is refused, too.
@@ -154,7 +168,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests")
     parser.add_argument("--minutes", type=float, default=60.0, help="minutes after which the program ends")
     flags = parser.parse_args(sys.argv[1:split])
-    with running_server([*SERVER_FLAGS, *sys.argv[split + 1 :]], START_TIMEOUT) as (url, _):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server([*SERVER_FLAGS, "--data-dir", folder, *sys.argv[split + 1 :]], START_TIMEOUT) as (url, _),
+    ):
         before, start = _main_processes(), time.monotonic()
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         findings = fuzz(schema, cases=flags.cases, random_seed=flags.seed, until=start + 60 * flags.minutes)

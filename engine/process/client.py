@@ -139,7 +139,7 @@ class EngineClient:
 
     The child is killed if it has requests but sends no message for `engine_timeout` seconds, or if it reports no
     progress for `load_timeout` seconds while it loads. A new request is refused if more than `max_queue_requests`
-    choices would then wait to be run; 0 means no limit.
+    choices would then wait to be run; 0 means no limit. Requests in the background are never refused and do not count.
     """
 
     def __init__(
@@ -240,7 +240,9 @@ class EngineClient:
             validate_kind(request.kind)
         if not self._health.alive:
             raise EngineDead(self._health.reason)
-        num_waiting, limit = sum(not live.started for live in self._live.values()), self._max_queue
+        limit = 0 if requests[0].is_background else self._max_queue
+        others = [live for live in self._live.values() if not live.request.is_background]
+        num_waiting = sum(not live.started for live in others)
         # A request with more choices than the queue may have could never be admitted. The status 503, which means that
         # the client may try again, would mislead the client.
         if limit and len(requests) > limit:
@@ -250,7 +252,7 @@ class EngineClient:
         # The engine runs up to `max_num_seqs` sequences at the same time. Choices for which such a place is free do not
         # count as waiting, even if they have not started yet, for example at the beginning of a burst of requests.
         num_places = self._info.max_num_seqs if self._info else 0
-        num_free = max(0, num_places - (len(self._live) - num_waiting))
+        num_free = max(0, num_places - (len(others) - num_waiting))
         if limit and num_waiting + len(requests) > limit + num_free:
             raise Overloaded(
                 f"{num_waiting} choices are waiting and the request has {len(requests)}; {num_free} places are free, "
@@ -392,7 +394,9 @@ class EngineClient:
             self.give_up(reason)
         if not self._health.alive:
             return None
-        self._base = msgspec.structs.replace(self._stats, num_running=0, num_waiting=0)
+        self._base = msgspec.structs.replace(
+            self._stats, num_running=0, num_waiting=0, num_background_running=0, num_background_waiting=0
+        )
         self._stats = self._base
         delay = self._delay_after_death(death)
         if delay is None:

@@ -19,11 +19,12 @@ from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
 # Maps the name of each command to the Python module that implements the command. The module's main function has the
-# command's name.
+# command's name, with underscores.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
     "run": "jamba_server.server.cli.run",
     "chat": "jamba_server.server.cli.chat",
+    "run-batch": "jamba_server.server.cli.run_batch.command",
     "plan": "jamba_server.server.cli.plan",
     "bench": "jamba_server.server.cli.bench.command",
     "doctor": "jamba_server.server.cli.doctor",
@@ -70,7 +71,7 @@ class Commands(Mapping[str, Any]):
     name is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        function = getattr(import_module(MODULES[name]), name)
+        function = getattr(import_module(MODULES[name]), name.replace("-", "_"))
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         alone.command(name, cls=Command)(function)
         return typer.main.get_command(alone)

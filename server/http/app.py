@@ -19,7 +19,10 @@ from jamba_server.engine.errors import EngineError
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
+from jamba_server.server.http.batches.runner import BatchRunner
+from jamba_server.server.http.batches.store import BatchStore
 from jamba_server.server.http.errors import error_response
+from jamba_server.server.http.files.store import FileStore
 from jamba_server.server.http.grammar_queue import GrammarQueue
 from jamba_server.server.http.lifecycle import StartupQueue
 from jamba_server.server.http.limits.edge import Edge
@@ -33,8 +36,10 @@ from jamba_server.server.http.middleware import ASSETS_PATH, OPEN_PATHS, PROBE_P
 from jamba_server.server.http.openapi import App
 from jamba_server.server.http.page.files import ChatPage
 from jamba_server.server.http.routes import (
+    batches,
     chat,
     completions,
+    files,
     messages,
     models,
     operations,
@@ -66,6 +71,8 @@ ROUTERS = (
     completions.router,
     responses.router,
     messages.router,
+    files.router,
+    batches.router,
     models.router,
     streams.router,
     tokenize.router,
@@ -102,6 +109,8 @@ def create_app(
         tracing=open_tracing(config.otlp_traces_endpoint, package_version()),
         startup=StartupQueue(engine, seconds=config.startup_wait, max_waiting=config.max_queue_requests),
         responses=_response_store(config),
+        files=FileStore(_data(config), max_bytes=config.max_file_bytes),
+        batches=BatchStore(_data(config), enabled=config.max_file_bytes > 0),
         streams=KeptStreams.of(config),
         page=ChatPage.read(config.root_path) if config.ui else None,
         grammars=GrammarQueue(grammar_builder(tokenizer)),
@@ -133,8 +142,11 @@ def create_app(
 
 
 def _response_store(config: ServerConfig) -> ResponseStore:
-    folder = Path(config.data_dir) if config.data_dir else None
-    return ResponseStore(folder, max_responses=config.max_stored_responses, max_bytes=config.max_stored_bytes)
+    return ResponseStore(_data(config), max_responses=config.max_stored_responses, max_bytes=config.max_stored_bytes)
+
+
+def _data(config: ServerConfig) -> Path | None:
+    return Path(config.data_dir) if config.data_dir else None
 
 
 def _add_routes(app: FastAPI) -> None:
@@ -188,12 +200,17 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         asyncio.create_task(log_stats(services.metrics, services.engine), name="statistics"),
         asyncio.create_task(measure_lag(services.metrics.loop_lag), name="event loop lag"),
     ]
+    runner = BatchRunner(services, ROUTERS)
+    runner.start()
     yield
+    await runner.close()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     services.streams.close()
     await services.responses.close()
+    await services.batches.close()
+    await services.files.close()
     # Runs in a thread, because `close` may have to wait until the check of a grammar has ended.
     await asyncio.to_thread(services.grammars.close)
     if services.tracing is not None:

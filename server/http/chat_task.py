@@ -15,9 +15,9 @@ from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.types import SamplingParams
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import time_limit_of
-from jamba_server.server.http.errors import request_id_of, tenant_of
+from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
-from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
+from jamba_server.server.http.sampling import admit_prompt, engine_priority, sampling_params
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.unknown_fields import ignore_field, listed, warn
@@ -126,7 +126,7 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     RequestRejected if the conversation is too long or has something that the model's template cannot show.
     """
     body = task.body
-    priority = check_priority(body.priority, enabled=services.config.enable_priority)
+    priority = engine_priority(body.priority, scope, enabled=services.config.enable_priority)
     _check_abilities(task, services)
     chat = await render_task(task, services, scope)
     params = await _sampling_params(task, chat, services, scope)
@@ -151,6 +151,7 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
         tenant=tenant_of(scope),
         time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),
+        on_progress=progress_hook(scope),
     )
 
 

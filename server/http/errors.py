@@ -9,10 +9,10 @@ reply. If a stream has begun, the error is the last JSON event of the stream.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import cast
+from typing import Literal, cast
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
@@ -54,9 +54,22 @@ class StreamNotFound(EngineError):
     """A request that names a stream which is not kept or was made with another API key."""
 
 
+class NotStored(EngineError):
+    """A request that names a file or a batch which does not exist or belongs to another owner. `kind` is "file" or
+    "batch"."""
+
+    def __init__(self, kind: str, id_: str) -> None:
+        super().__init__(f"There is no {kind} with the id {id_[:64]!r}.")
+        self.code = f"{kind}_not_found"
+
+
 class EventsDropped(EngineError):
     """A request for events of a stream that were dropped, because newer events needed their memory."""
 
+
+# What has happened to a request: the engine has it, or a reply has its first token.
+Stage = Literal["submitted", "first_token"]
+OnProgress = Callable[[Stage], None]
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; only the log and the metrics show it
 MAX_SUB_ERRORS = 3
@@ -69,6 +82,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (ResponseNotFound, 404, "invalid_request_error", "response_not_found"),
     (StreamNotFound, 404, "invalid_request_error", "stream_not_found"),
+    (NotStored, 404, "invalid_request_error", None),
     (EventsDropped, 410, "invalid_request_error", "events_dropped"),
     (Overloaded, 503, "service_unavailable_error", "overloaded"),
     (RateLimited, 429, "requests", "rate_limit_exceeded"),
@@ -185,6 +199,17 @@ def tenant_of(scope: Scope) -> str:
     """
     state: dict[str, str] = scope["state"]
     return state.get("tenant", "")
+
+
+def is_background(scope: Scope) -> bool:
+    """Returns whether a request is a line of a batch, which runs in the background. The server makes the scopes of such
+    requests itself, so no client can send one."""
+    return "background" in scope["state"]
+
+
+def progress_hook(scope: Scope) -> OnProgress | None:
+    """Returns the function that is told of the progress of a line of a batch, or None for other requests."""
+    return scope["state"].get("on_progress")
 
 
 def _describe_http(exc: HTTPException) -> Problem:

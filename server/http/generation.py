@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from jamba_server.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
 from jamba_server.engine.process.client import Engine, UpdateStream
-from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenUpdate
+from jamba_server.engine.types import BACKGROUND_PRIORITY, FinishReason, Request, SamplingParams, TokenUpdate
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
 from jamba_server.server.http.deadlines import TimeLimit, enforced
-from jamba_server.server.http.errors import DeadlineExceeded
+from jamba_server.server.http.errors import DeadlineExceeded, OnProgress
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import AbortReason, Metrics
@@ -65,7 +65,8 @@ class GenerationSpec:
     """The data of a validated HTTP request that the class `Generation` needs.
 
     The choices are ordered by prompt: first the `n` choices of the first prompt, then the `n` choices of the second
-    prompt, and so on.
+    prompt, and so on. The function `on_progress` is told when the engine has the request, and when a choice has its
+    first token.
     """
 
     id: str
@@ -77,6 +78,11 @@ class GenerationSpec:
     tenant: str = ""
     http_request_id: str = ""
     time_limit: TimeLimit | None = None
+    on_progress: OnProgress | None = None
+
+    @property
+    def is_background(self) -> bool:
+        return self.priority >= BACKGROUND_PRIORITY
 
     def requests(self) -> list[Request]:
         return [
@@ -187,6 +193,8 @@ class Generation:
         requests = [choice.request for choice in self._choices.values()]
         with self._admission:
             async with self._engine.generate(requests) as updates:
+                if self.spec.on_progress is not None:
+                    self.spec.on_progress("submitted")
                 reason: AbortReason = "disconnect"
                 try:
                     async with enforced(self.spec.time_limit), aclosing(self._deltas(updates)) as deltas:
@@ -215,7 +223,7 @@ class Generation:
             delta = choice.take(update)
             if choice.finish_reason:
                 num_open -= 1
-                self._metrics.finished(_engine_reason(choice.finish_reason), self._clock() - self._arrived)
+                self._finished(_engine_reason(choice.finish_reason))
                 # The engine does not know stop strings. If a stop string ended the choice, the engine must abort it.
                 if update.finish_reason is None:
                     updates.abort(update.request_id)
@@ -234,16 +242,25 @@ class Generation:
                 self._metrics.prompt_tokens += len(choice.request.prompt)
         if update.queue_seconds is not None:
             timeline.queue_seconds = update.queue_seconds
-            self._metrics.queued(update.queue_seconds)
+            if not self.spec.is_background:
+                self._metrics.queued(update.queue_seconds)
         if not update.token_ids:
             return
         self._metrics.generation_tokens += len(update.token_ids)
-        if timeline.last_token is None:
+        last, timeline.last_token = timeline.last_token, now
+        if last is None:
             timeline.first_token = now
+            if self.spec.on_progress is not None:
+                self.spec.on_progress("first_token")
+        if self.spec.is_background:
+            return  # lines of batches wait for others on purpose, so their times would make the latencies look bad
+        if last is None:
             self._metrics.first_token(now - self._arrived)
         else:
-            self._metrics.next_token((now - timeline.last_token) / len(update.token_ids))
-        timeline.last_token = now
+            self._metrics.next_token((now - last) / len(update.token_ids))
+
+    def _finished(self, reason: FinishReason) -> None:
+        self._metrics.finished(reason, None if self.spec.is_background else self._clock() - self._arrived)
 
     def _close(self, reason: AbortReason) -> None:
         """Counts the request's end in the metrics, in the span and in the log. `reason` says why the choices that have
@@ -252,7 +269,7 @@ class Generation:
         ends: list[str] = [choice.finish_reason or end for choice in self._choices.values()]
         for choice in self._choices.values():
             if choice.finish_reason is None:
-                self._metrics.finished(end, self._clock() - self._arrived)
+                self._finished(end)
                 self._metrics.aborted(reason)
         usage, timelines = self.usage, self._timelines.values()
         queue = max((t.queue_seconds for t in timelines if t.queue_seconds is not None), default=None)

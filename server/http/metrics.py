@@ -54,7 +54,21 @@ _Read = Callable[[EngineStats], float]
 
 _GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("num_requests_running", "Number of choices that are running.", lambda s: s.num_running),
-    ("num_requests_waiting", "Number of choices that wait in the queue.", lambda s: s.num_waiting),
+    (
+        "num_requests_waiting",
+        "Number of choices that wait in the queue, without those of batches.",
+        lambda s: s.num_waiting,
+    ),
+    (
+        "num_background_running",
+        "Number of running choices that belong to batches.",
+        lambda s: s.num_background_running,
+    ),
+    (
+        "num_background_waiting",
+        "Number of choices of batches that wait in the queue.",
+        lambda s: s.num_background_waiting,
+    ),
     (
         "kv_cache_usage_perc",
         "Share of the KV pages that are in use, from 0 to 1.",
@@ -72,7 +86,7 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
 _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     (
         "num_preemptions",
-        "Number of preemptions: a running sequence loses its KV pages and waits again.",
+        "Number of preemptions: a running sequence, not of a batch, loses its KV pages and waits again.",
         lambda s: s.num_preemptions_total,
     ),
     (
@@ -159,9 +173,13 @@ class Metrics:
     def next_token(self, seconds: float) -> None:
         self._inter_token_latency.labels(self.model_name).observe(seconds, exemplar())
 
-    def finished(self, reason: FinishReason, seconds: float) -> None:
+    def finished(self, reason: FinishReason, seconds: float | None) -> None:
+        """Counts a choice that has ended. `seconds` is its latency, or None if the latency is not measured."""
         self._success.labels(self.model_name, reason).inc()
-        if reason in ("stop", "length"):  # failed and aborted choices end early and would lower the measured latency
+        if seconds is not None and reason in (
+            "stop",
+            "length",
+        ):  # failed and aborted choices end early and would lower the measured latency
             self._e2e_latency.labels(self.model_name).observe(seconds, exemplar())
 
     def aborted(self, reason: AbortReason) -> None:

@@ -54,6 +54,7 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
 PAGE_PATH = "/page"  # the folder of the files that the chat page loads
+FILES_PATH = "/v1/files"  # uploads to this path have no JSON and go to the disk while they arrive
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
 # These paths need no API key. A browser that opens a page cannot send a key, a health probe often has no key, and the
 # replies on these paths have no secrets.
@@ -153,7 +154,7 @@ class ApiKey:
 
 
 class JsonBody:
-    """Reads and checks the whole body of a request, and then calls the application.
+    """Reads and checks the whole body of a request, and then calls the application. Uploads of files are not read.
 
     A body is refused if it is too large, nested too deeply, not in UTF-8 or not of the media type JSON.
     """
@@ -177,7 +178,12 @@ class JsonBody:
         self.whole_timeout, self.body_timeout = whole_timeout, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH") or not _has_route(scope):
+        if (
+            scope["type"] != "http"
+            or scope["method"] not in ("POST", "PUT", "PATCH")
+            or not _has_route(scope)
+            or _route_path(scope) == FILES_PATH
+        ):
             await self.app(scope, receive, send)
             return
         with BodyShare(self.memory) as share:
@@ -202,6 +208,8 @@ class JsonBody:
 
     async def _read(self, headers: Headers, receive: Receive, share: BodyShare) -> bytes:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not media_type and headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            return b""  # some endpoints take no body
         if media_type != "application/json":
             raise HTTPException(415, f"Content-Type is {media_type[:64]!r}; it must be application/json.")
         length = headers.get("content-length", "")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+from starlette.types import Scope
+
 from jamba_server.engine.errors import RequestRejected
-from jamba_server.engine.types import EngineInfo, SamplingParams
+from jamba_server.engine.types import BACKGROUND_PRIORITY, EngineInfo, SamplingParams
 from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
 from jamba_server.server.generation_defaults import GenerationDefaults
+from jamba_server.server.http.errors import is_background
 from jamba_server.server.http.generation import Prompt
-from jamba_server.server.http.schemas.base import GenerationBody
+from jamba_server.server.http.schemas.base import INT32_MAX, GenerationBody
 
 T = TypeVar("T")
 
@@ -87,12 +90,17 @@ def admit_prompt(
     return Prompt(token_ids, clamp_max_tokens(params, len(token_ids), info.max_model_len), save_positions)
 
 
-def check_priority(priority: int | None, *, enabled: bool) -> int:
+def engine_priority(priority: int | None, scope: Scope, *, enabled: bool) -> int:
+    """Returns the priority of a request in the engine, from the value of its field `priority`. Lines of batches run in
+    the background; among them, their own priorities count.
+
+    Raises RequestRejected for a priority if the server does not have the option `enable_priority`.
+    """
     if priority and not enabled:
         raise RequestRejected(
             f"priority is {priority}, but this server was started without --enable-priority.", param="priority"
         )
-    return priority or 0
+    return (priority or 0) + (BACKGROUND_PRIORITY + INT32_MAX + 1 if is_background(scope) else 0)
 
 
 def _first(requested: T | None, default: T) -> T:

@@ -17,12 +17,14 @@ from jamba_server.engine.errors import ModelNotFound, RequestRejected
 from jamba_server.engine.process.client import Engine
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
+from jamba_server.server.http.batches.store import BatchStore
+from jamba_server.server.http.files.store import FileStore
 from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.grammar_queue import GrammarQueue, ReplyGrammar
 from jamba_server.server.http.lifecycle import Lifecycle, StartupQueue
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.turns import Turns, client_of
-from jamba_server.server.http.limits.waiting import Admission
+from jamba_server.server.http.limits.waiting import Admission, WaitingTokens
 from jamba_server.server.http.metrics import Metrics
 from jamba_server.server.http.page.files import ChatPage
 from jamba_server.server.http.store.responses import ResponseStore
@@ -68,6 +70,8 @@ class Services:
     longest_token: int  # number of bytes in the longest token of the vocabulary
     startup: StartupQueue
     responses: ResponseStore
+    files: FileStore
+    batches: BatchStore
     streams: KeptStreams
     page: ChatPage | None  # the chat page at /, unless --no-ui
     edge: Edge
@@ -94,8 +98,12 @@ class Services:
         return requested
 
     def generation(self, spec: GenerationSpec) -> Generation:
-        account = self.edge.keys.account(spec.tenant)
-        admission = Admission(spec.requests(), self.edge.waiting, account, spec.time_limit)
+        if spec.is_background:
+            # Lines of batches wait without a limit, do not delay others, and do not count against limits of the key.
+            admission = Admission(spec.requests(), WaitingTokens(0), None)
+        else:
+            account = self.edge.keys.account(spec.tenant)
+            admission = Admission(spec.requests(), self.edge.waiting, account, spec.time_limit)
         return Generation(spec, self.engine, self.tokenizer, self.metrics, admission)
 
     def check_size(self, text: str, *, param: str) -> None:

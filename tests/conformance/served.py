@@ -59,7 +59,11 @@ def serve(folder: Path, family: Family) -> Served:
     tokenizer = Tokenizer.from_folder(folder)
     engine = LongEngine(says([]))
     config = ServerConfig(
-        served_model_name=("jamba", "alias"), enable_priority=True, allow_request_templates=True, max_model_len=None
+        served_model_name=("jamba", "alias"),
+        enable_priority=True,
+        allow_request_templates=True,
+        max_model_len=None,
+        data_dir=str(folder / "data"),
     )
     template = ChatTemplate(TEMPLATE if family == "jamba-1.5" else REASONING_TEMPLATE, tokenizer)
     app = create_app(config, engine, tokenizer, template, GenerationDefaults(), demo=False)

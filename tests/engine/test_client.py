@@ -20,7 +20,7 @@ from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, En
 from jamba_server.engine.process.client import EngineClient, Health
 from jamba_server.engine.process.streams import BACKLOG_BYTES, LiveRequest
 from jamba_server.engine.process.supervisor import Watchdog
-from jamba_server.engine.types import Progress, Request, SamplingParams, TokenUpdate
+from jamba_server.engine.types import BACKGROUND_PRIORITY, Progress, Request, SamplingParams, TokenUpdate
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 
@@ -435,6 +435,20 @@ async def test_a_full_queue_is_refused() -> None:
     with pytest.raises(RequestRejected, match=r"asks for 3 choices; the limit .* is 2"):  # it would never be admitted
         async with engine.generate([request(name) for name in "ghi"]):
             pass
+    await engine.close()
+
+
+async def test_the_background_takes_no_place_in_the_queue() -> None:
+    engine = client(max_queue=2)
+    await engine.start()
+    async with AsyncExitStack() as stack:
+        for number in range(20):
+            line = msgspec.structs.replace(request(f"b{number}"), priority=BACKGROUND_PRIORITY)
+            await stack.enter_async_context(engine.generate([line]))
+        for number in range(10):
+            await stack.enter_async_context(engine.generate([request(f"a{number}")]))
+        with pytest.raises(Overloaded, match="10 choices are waiting"):
+            await stack.enter_async_context(engine.generate([request("c")]))
     await engine.close()
 
 

@@ -57,7 +57,8 @@ def invoke(*arguments: str) -> str:
 
 def test_help_names_every_command_and_flag() -> None:
     text = invoke("--help")
-    assert all(f"  {command} " in text for command in ("serve", "run", "chat", "plan", "bench", "doctor", "convert"))
+    commands = ("serve", "run", "chat", "run-batch", "plan", "bench", "doctor", "convert")
+    assert all(f"  {command} " in text for command in commands)
     assert "..." not in text.replace("[ARGS]...", ""), "a description is cut"
     text = invoke("serve", "-h")
     assert "--api-key KEY" in text

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from jamba_server.engine.errors import ConfigError, Overloaded, RequestRejected, ResponseNotFound
+from jamba_server.server.http.store import database
 from jamba_server.server.http.store.database import StoredResponse
 from jamba_server.server.http.store.responses import FILE_NAME, ResponseStore
+from jamba_server.server.http.store.sqlite import create_tables
 
 OWNER = "key"
 
@@ -270,7 +272,8 @@ async def test_responses_that_refer_to_each_other_in_a_circle(tmp_path: Path) ->
 async def test_two_servers_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make(tmp_path)
     second = make(tmp_path)
-    second._database._create()  # pyright: ignore[reportPrivateUsage]  # as if both had found an empty file
+    connection, schema = second._database._connection, database._SCHEMA  # pyright: ignore[reportPrivateUsage]
+    create_tables(connection, schema, database.VERSION)  # as if both had found an empty file
     await put(first, stored("a"))
     await put(second, stored("b", "a"))
     assert await conversation(first, "b") == ["in_a", "out_a", "in_b", "out_b"]

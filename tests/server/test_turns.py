@@ -120,6 +120,8 @@ def test_a_client_is_its_key_or_its_address() -> None:
     assert client_of({"state": {"tenant": "team"}, "client": ("10.0.0.1", 5)}) == "team"
     assert client_of({"state": {}, "client": ("10.0.0.1", 5)}) == "10.0.0.1"
     assert client_of({"state": {}, "client": None}) == ""
+    line = {"state": {"tenant": "team", "background": True}, "client": ("batches", 0)}
+    assert client_of(line) != "team", "other requests of the team do not wait for lines of its batches"
 
 
 class Check:

@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import Overloaded
 from jamba_server.engine.round_robin import RoundRobin
-from jamba_server.server.http.errors import tenant_of
+from jamba_server.server.http.errors import is_background, tenant_of
 
 T = TypeVar("T")
 
@@ -89,6 +89,8 @@ class Turns:
 
 def client_of(scope: Scope) -> str:
     """Returns a name for the client that sent a request: the name of its API key, or its address if the server requires
-    no key."""
+    no key. The lines of batches of an owner count as another client, so that the owner's other requests do not wait for
+    them."""
     address, *_ = scope.get("client") or ("",)
-    return tenant_of(scope) or str(address)
+    name = tenant_of(scope) or str(address)
+    return f"batches of {name}" if is_background(scope) else name

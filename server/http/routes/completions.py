@@ -11,11 +11,11 @@ from starlette.types import Scope
 
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import set_timeout, time_limit_of
-from jamba_server.server.http.errors import request_id_of, tenant_of
+from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
 from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
-from jamba_server.server.http.sampling import admit_prompt, check_priority, sampling_params
+from jamba_server.server.http.sampling import admit_prompt, engine_priority, sampling_params
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
 from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import answer
@@ -54,7 +54,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
 
 
 async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
-    priority = check_priority(body.priority, enabled=services.config.enable_priority)
+    priority = engine_priority(body.priority, scope, enabled=services.config.enable_priority)
     bad_words = await services.bad_words(body.bad_words)
     grammar = (await services.grammar(scope, body.output_format)).text
     text = TextOptions(
@@ -73,6 +73,7 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
         tenant=tenant_of(scope),
         time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),
+        on_progress=progress_hook(scope),
     )
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response as HttpResponse
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.deadlines import set_timeout
-from jamba_server.server.http.errors import StreamNotFound, tenant_of
+from jamba_server.server.http.errors import StreamNotFound, is_background, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
 from jamba_server.server.http.routes.admission import prepared, wait_for_start
@@ -44,7 +44,9 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
         why = "store is true, but this server stores no responses (--max-stored-responses)."
         raise RequestRejected(why, param="store")
     plan = await _plan(body, request, services, owner)
-    stores = store.enabled and body.store is not False
+    # Lines of batches are stored only on demand, because there are so many of them that all others would be deleted.
+    wanted = body.store is True if is_background(request.scope) else body.store is not False
+    stores = store.enabled and wanted
     writer = ResponseWriter(
         services.generation(plan.spec),
         services.tokenizer,

@@ -4,7 +4,6 @@ call them at a time."""
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 import weakref
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jamba_server.engine.errors import ConfigError
+from jamba_server.server.http.store.sqlite import open_database
 
 logger = logging.getLogger(__name__)
 
@@ -104,48 +104,14 @@ class Database:
         Raises ConfigError if the file cannot be used.
         """
         self._max_responses, self._max_bytes = max_responses, max_bytes
-        try:
-            if path is not None:
-                # Only the server's user may read the file, because it contains conversations.
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"The database {path} cannot be opened: {error}.") from error
+        self._connection = open_database(path, _SCHEMA, VERSION)
         # From Python 3.13 on, Python warns of a connection that was not closed.
         weakref.finalize(self, self._connection.close)
         try:
-            self._prepare(path)
+            self._evict()
         except sqlite3.Error as error:
             self._connection.close()
             raise ConfigError(f"The database {path} cannot be used: {error}.") from error
-        except ConfigError:
-            self._connection.close()
-            raise
-
-    def _prepare(self, path: Path | None) -> None:
-        run = self._connection.execute
-        run("PRAGMA foreign_keys = ON")
-        run("PRAGMA secure_delete = ON")  # SQLite overwrites deleted conversations in the file with zeros
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = NORMAL")  # with the write-ahead log, nothing is lost if the process crashes
-        [[version]] = run("PRAGMA user_version").fetchall()
-        [[tables]] = run("SELECT count(*) FROM sqlite_schema").fetchall()
-        if tables and version != VERSION:
-            raise ConfigError(f"The database {path} has version {version} and not {VERSION}; move the file away.")
-        if not tables:
-            self._create()
-        self._evict()
-
-    def _create(self) -> None:
-        """Creates the tables, unless another server that uses the same file has created them meanwhile."""
-        with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            if self._connection.execute("PRAGMA user_version").fetchone() == (VERSION,):
-                return
-            for statement in _SCHEMA.split(";"):
-                self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         self._connection.close()
