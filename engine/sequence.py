@@ -9,7 +9,7 @@ from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A prompt and the reply that is being generated. The sequence has `len(tokens)` tokens. The first `num_computed`
     of these tokens need no further computation: they were found in the cache, or a launched step computes them. The
@@ -85,6 +85,18 @@ class Sequence:
     @property
     def kind(self) -> RequestKind:
         return self.request.kind
+
+    @property
+    def num_reusable(self) -> int:
+        """Returns how many of the first tokens need not be computed if they are found in the cache. The hidden states
+        of all other tokens may be needed; the cache has no hidden states."""
+        if self.params.prompt_logprobs is not None or self.request.pooling == "mean":
+            return 0
+        return len(self.tokens) - max(1, len(self.request.targets))
+
+    @property
+    def reads_cache(self) -> bool:
+        return self.num_reusable > 0 or len(self.tokens) == 1
 
     def vacate(self) -> None:
         """Resets the fields that name the sequence's pages and state slot. This method does not free the pages or the
