@@ -30,6 +30,7 @@ from jamba_server.engine.config import (
 )
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.files import read_text
+from jamba_server.engine.types import Pooling
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,13 @@ class ServerConfig:
     reasoning_parser: Annotated[
         ReasoningParser, Help("model", "Whether thoughts are separated from the content; auto asks the chat template")
     ] = "auto"
+    embedding_pooling: Annotated[
+        Pooling,
+        Help("model", "What an embedding is made of: the last token's hidden state, or the mean over all tokens"),
+    ] = "last"
+    classify_labels: Annotated[
+        str, Help("model", "Words by which a language model answers /classify, separated by commas", "WORDS")
+    ] = ""
     max_queue_requests: Annotated[
         Number, Help("server", "Replies that may wait for a free place before requests get 503; 0 is no limit")
     ] = 1024

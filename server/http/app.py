@@ -34,13 +34,17 @@ from jamba_server.server.http.openapi import App
 from jamba_server.server.http.page.files import ChatPage
 from jamba_server.server.http.routes import (
     chat,
+    classify,
     completions,
+    decisions,
+    embeddings,
     messages,
     models,
     operations,
     pages,
     render,
     responses,
+    scoring,
     streams,
     tokenize,
 )
@@ -66,6 +70,10 @@ ROUTERS = (
     completions.router,
     responses.router,
     messages.router,
+    embeddings.router,
+    classify.router,
+    scoring.router,
+    decisions.router,
     models.router,
     streams.router,
     tokenize.router,
