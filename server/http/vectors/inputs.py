@@ -49,7 +49,7 @@ def without_padding(services: Services, token_ids: list[int]) -> list[int]:
     pad, end = services.engine.info.pad_token_id, len(token_ids)
     while end > 1 and token_ids[end - 1] == pad:
         end -= 1
-    return token_ids if any(token != pad for token in token_ids[:end]) else token_ids[:1]
+    return token_ids[:end]
 
 
 async def encode_labels(services: Services, labels: Sequence[str], *, param: str) -> tuple[tuple[int, ...], ...]:

@@ -46,6 +46,8 @@ class LabelScores:
 async def score_labels(run: VectorRun, prompts: Sequence[LabelPrompt]) -> LabelScores:
     """Returns the log-probabilities of all labels. Raises what `VectorRun` raises."""
     shared = common_beginning([prompt.token_ids for prompt in prompts]) if len(prompts) > 1 else 0
+    if shared < run.block_size:
+        shared = 0  # computing so few tokens again costs less than another step
     counted = {str(n): prompt.token_ids[shared:] for n, prompt in enumerate(prompts)}
     if shared:
         counted[SHARED] = prompts[0].token_ids[:shared]

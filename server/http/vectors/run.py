@@ -99,6 +99,10 @@ class VectorRun:
             found |= await self._run(part)
         return found
 
+    @property
+    def block_size(self) -> int:
+        return self._services.engine.info.block_size
+
     def at_most(self, number: int) -> int:
         """Returns `number`, or fewer if the queue of the server is shorter (--max-queue-requests)."""
         return min(number, self._services.config.max_queue_requests or number)

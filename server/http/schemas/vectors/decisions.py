@@ -215,7 +215,30 @@ class ScoreQuestion(_Question):
     ]
 
 
-Question = Annotated[Predicate | ChoiceQuestion | ScoreQuestion, Field(discriminator="type")]
+QUESTION_TYPES = ("predicate", "choice", "score")
+
+
+def _known_question(value: Any) -> Any:
+    if isinstance(value, dict) and (kind := value.get("type")) not in QUESTION_TYPES:
+        why = f"has the type {str(kind)[:48]!r}; it must be one of {', '.join(QUESTION_TYPES)}"
+        raise PydanticCustomError("question_type", "{why}", {"why": why})
+    return value
+
+
+def _question_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"({kind or 'predicate'})"
+
+
+Question = Annotated[
+    Annotated[
+        Annotated[Predicate, Tag("(predicate)")]
+        | Annotated[ChoiceQuestion, Tag("(choice)")]
+        | Annotated[ScoreQuestion, Tag("(score)")],
+        Discriminator(_question_kind),
+    ],
+    BeforeValidator(_known_question),
+]
 
 
 class DecisionRequest(VectorBody):
