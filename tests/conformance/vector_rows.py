@@ -18,7 +18,7 @@ SCORE = {"type": "score", "instructions": "How?", "levels": [{"label": "a"}, {"l
 DECIDE = {"input": "Hi", "questions": [PREDICATE]}
 USER = {"role": "user", "content": "Hi"}
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "out"}
+OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "zzz"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ DECISIONS = VectorTable(
     [
         *_shared({"input": "Ho"}),
         Row(field="input.role", base=_items(USER), body=_items({**USER, "role": "system"}), prompt="<|system|> Hi"),
-        Row(field="input.type", base=_items(USER), body=_items(CALL, OUTPUT, USER), prompt="out"),
+        Row(field="input.type", base=_items(USER), body=_items(CALL, OUTPUT, USER), prompt="zzz"),
         Row(field="input.content", base=_items(USER), body=_items({**USER, "content": "Ho"}), prompt="Ho"),
         Row(field="input.content.type", base=_items(USER), body=_part(type="input_json", data={"a": 1}), prompt='"a"'),
         Row(field="input.content.data", base=_items(USER), body=_part(type="input_json", data=[{"b": 1}]), prompt='"b"'),
@@ -164,6 +164,12 @@ DECISIONS = VectorTable(
             base=_items(CALL, OUTPUT),
             body=_items({**CALL, "name": "other"}, OUTPUT),
             prompt="other",
+        ),
+        Row(
+            field="input.call_id",
+            base=_items(CALL, OUTPUT),
+            body=_items({**CALL, "call_id": "deep"}, {**OUTPUT, "call_id": "deep"}),
+            prompt="deep",
         ),
         Row(
             field="input.namespace",
@@ -252,11 +258,6 @@ DECISIONS = VectorTable(
         Inert("input.phase", _items({**USER, "phase": "final_answer"}), _items(USER)),
         Inert("input.id", _items({**CALL, "id": "i"}, OUTPUT), _items(CALL, OUTPUT)),
         Inert("input.status", _items({**CALL, "status": "completed"}, OUTPUT), _items(CALL, OUTPUT)),
-        Inert(
-            "input.call_id",
-            _items({**CALL, "call_id": "d"}, {**OUTPUT, "call_id": "d"}),
-            _items(CALL, OUTPUT),
-        ),
         Inert(
             "input.content.prompt_cache_breakpoint",
             _part(type="input_text", text="Hi", prompt_cache_breakpoint={"mode": "explicit"}),
