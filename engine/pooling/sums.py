@@ -1,8 +1,8 @@
 """Exact sums of hidden states, for the mean over the tokens of a prompt.
 
 A sum of floating-point numbers depends on the order of the additions, and the chunks of a prompt would change this
-order. Hidden states are therefore rounded to whole multiples of a power of two and added as int64 numbers. Such sums are
-the same in every order, so each chunk can be summed on its own, by any kernel.
+order. Hidden states are therefore rounded to whole multiples of a power of two and added as int64 numbers. Such sums
+are the same in every order, so each chunk can be summed on its own, by any kernel.
 """
 
 from __future__ import annotations

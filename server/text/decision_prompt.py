@@ -54,7 +54,11 @@ class DecisionQuestion:
         word = "letter" if len(self.options) <= len(ascii_uppercase) else "letters"
         first, last = self.labels[0], self.labels[-1]
         return "\n".join(
-            [self.instructions, *lines, f"Answer with the {word} of the {what} that fits best ({first} to {last}) only."]
+            [
+                self.instructions,
+                *lines,
+                f"Answer with the {word} of the {what} that fits best ({first} to {last}) only.",
+            ]
         )
 
 

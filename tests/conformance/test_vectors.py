@@ -68,7 +68,9 @@ async def observed(model: Bench, path: str, body: dict[str, Any]) -> tuple[httpx
     model.engine.requests.clear()
     async with model.http() as http:
         reply = await http.post(path, json=body)
-    asked = [msgspec.to_builtins(msgspec.structs.replace(request, id="", parent="")) for request in model.engine.requests]
+    asked = [
+        msgspec.to_builtins(msgspec.structs.replace(request, id="", parent="")) for request in model.engine.requests
+    ]
     return reply, [{"pooling": "last", "cache_salt": "", "priority": 0, "targets": []} | request for request in asked]
 
 
@@ -124,7 +126,7 @@ async def test_a_refused_field(table: VectorTable, row: Refused, models: dict[Mo
 
 @pytest.mark.parametrize("table", VECTOR_TABLES, ids=lambda table: table.path)
 async def test_unknown_fields(table: VectorTable, models: dict[Model, Bench]) -> None:
-    """A misspelling is refused by its name; what is no field at all is named in a header, or refused if so configured."""
+    """A misspelling is refused by its name. What is no field at all is named in a header, or refused if configured."""
     model = models[table.model]
     reply, _ = await observed(model, table.path, {**table.example, "cache_sal": "a"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "cache_sal")

@@ -156,7 +156,9 @@ DECISIONS = VectorTable(
         Row(field="input.type", base=_items(USER), body=_items(CALL, OUTPUT, USER), prompt="zzz"),
         Row(field="input.content", base=_items(USER), body=_items({**USER, "content": "Ho"}), prompt="Ho"),
         Row(field="input.content.type", base=_items(USER), body=_part(type="input_json", data={"a": 1}), prompt='"a"'),
-        Row(field="input.content.data", base=_items(USER), body=_part(type="input_json", data=[{"b": 1}]), prompt='"b"'),
+        Row(
+            field="input.content.data", base=_items(USER), body=_part(type="input_json", data=[{"b": 1}]), prompt='"b"'
+        ),
         Row(field="input.content.text", base=_items(USER), body=_part(type="input_text", text="Ho"), prompt="Ho"),
         Row(field="input.content.refusal", base=_items(USER), body=_part(type="refusal", refusal="No"), prompt="No\n"),
         Row(

@@ -114,11 +114,8 @@ def load(folder: Path, **settings: Any) -> LLM:
 
 def subjects(llm: LLM) -> list[Request]:
     """One request of each kind that the model serves."""
-    if llm.core.info.labels:
-        kinds = [KINDS["last"], KINDS["mean"], {"kind": "classify"}]
-    else:
-        kinds = list(KINDS.values())
-    return [wanted(SUBJECT, **fields) for fields in kinds]
+    kinds = KINDS if not llm.core.info.labels else {**KINDS, "score": {"kind": "classify"}}
+    return [wanted(SUBJECT, **fields) for fields in kinds.values()]
 
 
 def one_by_one(folder: Path) -> list[bytes]:

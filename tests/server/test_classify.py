@@ -1,4 +1,4 @@
-"""/classify, /pooling, /v1/score and /v1/rerank: a classifier's head, or the probabilities of a language model's words."""
+"""/classify, /pooling, /v1/score and /v1/rerank: a classifier's head, or the probabilities of words."""
 
 from __future__ import annotations
 
@@ -117,11 +117,12 @@ async def test_labels_equal_the_logprobs_of_completions(language_model: Bench) -
     found = await post(language_model, "/classify", input=TEXTS, labels=LABELS)
     for text, item in zip(TEXTS, found["data"], strict=True):
         for label, logprob in zip(LABELS, item["logprobs"], strict=True):
-            prompt = [await tokens_of(language_model, text, True), await tokens_of(language_model, label, False)]
+            prompt = await tokens_of(language_model, text, True)
+            words = await tokens_of(language_model, label, False)
             scored = await post(
-                language_model, "/v1/completions", prompt=sum(prompt, []), echo=True, max_tokens=0, logprobs=0
+                language_model, "/v1/completions", prompt=[*prompt, *words], echo=True, max_tokens=0, logprobs=0
             )
-            parts = scored["choices"][0]["logprobs"]["token_logprobs"][-len(prompt[1]) :]
+            parts = scored["choices"][0]["logprobs"]["token_logprobs"][-len(words) :]
             assert logprob == sum(parts[1:], start=parts[0])
         total = sum(map(math.exp, item["logprobs"]))
         assert item["probs"] == pytest.approx([math.exp(each) / total for each in item["logprobs"]])

@@ -158,7 +158,7 @@ async def test_what_is_refused(served: Bench, body: dict[str, Any], param: str |
 
 
 async def test_a_model_without_a_template_answers_nothing(folder: Path) -> None:
-    error = (await post(serve_model(folder, template=False), "/v1/decisions", 400, input="a", questions=QUESTIONS))
+    error = await post(serve_model(folder, template=False), "/v1/decisions", 400, input="a", questions=QUESTIONS)
     assert "chat template" in error["error"]["message"]
 
 

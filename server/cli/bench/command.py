@@ -257,7 +257,9 @@ class Bench:
         rng = np.random.default_rng([self.options.seed, index, 0])
         return schedule(load, self.workload.sessions(rng, count, tokens), rng)
 
-    async def _measure(self, client: Client | DecisionClient, tokens: TokenRange, target: Target, index: int) -> report.Level:
+    async def _measure(
+        self, client: Client | DecisionClient, tokens: TokenRange, target: Target, index: int
+    ) -> report.Level:
         load = self.loads[index]
         drawn = self.sessions(tokens, index)
         sessions = leave_out_long(drawn, target.max_model_len)

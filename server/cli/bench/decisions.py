@@ -126,7 +126,7 @@ def note(level: Level) -> str:
     if level.computed_tokens is None or not level.prompt_tokens:
         return f"{level.load}: the server's /metrics does not tell how many prompt tokens were computed"
     return (
-        f"{level.load}: {level.output_tokens:,} answers; inputs and questions have {level.prompt_tokens:,} tokens if each "
-        f"input counts once, and {level.computed_tokens:,} prompt tokens were computed "
-        f"({level.computed_tokens / level.prompt_tokens:.2f} of them)"
+        f"{level.load}: {level.output_tokens:,} answers; inputs and questions have {level.prompt_tokens:,} tokens if "
+        f"each input counts once, and {level.computed_tokens:,} prompt tokens were computed "
+        f"({level.computed_tokens / level.prompt_tokens:.0%})"
     )

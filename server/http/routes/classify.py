@@ -12,7 +12,7 @@ from jamba_server.server.http.routes.admission import prepared, require
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.routes.vectors import begin, run_all, run_of, usage
 from jamba_server.server.http.schemas.vectors.classify import Class, ClassifyRequest, ClassList
-from jamba_server.server.http.schemas.vectors.common import usage_of
+from jamba_server.server.http.schemas.vectors.fields import usage_of
 from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import until_disconnect
 from jamba_server.server.http.vectors.arithmetic import probabilities, softmax

@@ -58,7 +58,7 @@ async def create_pooling(body: PoolingRequest, request: Request, services: Servi
     if task == "classify":
         for name in ("pooling", "dimensions"):
             if getattr(body, name) is not None:
-                raise RequestRejected(f"{name} is only allowed for hidden states (`task`: \"embed\").", param=name)
+                raise RequestRejected(f'{name} is only allowed for hidden states (`task`: "embed").', param=name)
         prompts = await prepared(request, class_prompts(body, services))
     else:
         _check_dimensions(body, services)

@@ -11,7 +11,7 @@ from jamba_server.engine.errors import ModelCannot
 from jamba_server.server.http.routes.admission import prepared
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.routes.vectors import begin, run_all, run_of, usage
-from jamba_server.server.http.schemas.vectors.common import VectorUsage
+from jamba_server.server.http.schemas.vectors.fields import VectorUsage
 from jamba_server.server.http.schemas.vectors.scoring import (
     Ranked,
     RankedText,

@@ -11,7 +11,7 @@ from jamba_server.engine.types import RequestKind
 from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.routes.admission import require, wait_for_start
 from jamba_server.server.http.sampling import check_priority
-from jamba_server.server.http.schemas.vectors.common import VectorBody, VectorUsage, usage_of
+from jamba_server.server.http.schemas.vectors.fields import VectorBody, VectorUsage, usage_of
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.unknown_fields import settle_unknown_fields
 from jamba_server.server.http.vectors.run import Vector, VectorPrompt, VectorRun, numbered

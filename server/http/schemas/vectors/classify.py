@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import Reply, if_any
-from jamba_server.server.http.schemas.vectors.common import InputBody, Text, UseActivation, VectorUsage
+from jamba_server.server.http.schemas.vectors.fields import InputBody, Text, UseActivation, VectorUsage
 
 MAX_LABELS = 256  # maximum number of label words in a request
 

@@ -17,7 +17,7 @@ from jamba_server.server.http.schemas.responses.items import (
     FunctionCallOutput,
     Item,
 )
-from jamba_server.server.http.schemas.vectors.common import Text, VectorBody
+from jamba_server.server.http.schemas.vectors.fields import Text, VectorBody
 
 MAX_QUESTIONS = 400  # this limit and the next one are those of OpenAI's API
 MAX_OPTIONS = 255
@@ -256,7 +256,9 @@ class DecisionRequest(VectorBody):
     )
     peers = peer_fields.DECISION
 
-    input: Annotated[DecisionInput, Field(description="The input of all questions: a text, or messages and tool calls.")]
+    input: Annotated[
+        DecisionInput, Field(description="The input of all questions: a text, or messages and tool calls.")
+    ]
     questions: Annotated[
         list[Question], Field(min_length=1, max_length=MAX_QUESTIONS, fail_fast=True, description="The questions.")
     ]

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from jamba_server.engine.types import Pooling
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import Reply
-from jamba_server.server.http.schemas.vectors.common import InputBody, UseActivation, VectorUsage
+from jamba_server.server.http.schemas.vectors.fields import InputBody, UseActivation, VectorUsage
 
 Dimensions = Annotated[
     Annotated[int, Field(ge=1)] | None,

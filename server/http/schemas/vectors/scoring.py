@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import Reply, RequestBody, if_any, invalid, string_or_list
-from jamba_server.server.http.schemas.vectors.common import MAX_INPUTS, Text, UseActivation, VectorBody, VectorUsage
+from jamba_server.server.http.schemas.vectors.fields import MAX_INPUTS, Text, UseActivation, VectorBody, VectorUsage
 
 Texts = Annotated[
     Annotated[Text, Tag("(string)")]
@@ -24,7 +24,9 @@ Texts = Annotated[
 class ScoreRequest(VectorBody):
     """A request for the scores of pairs of texts, with vLLM's fields."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text_1": "What is wet?", "text_2": ["Water.", "Sand."]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text_1": "What is wet?", "text_2": ["Water.", "Sand."]}]}
+    )
     peers = peer_fields.PAIR
 
     text_1: Annotated[Texts, Field(description="A text, such as a question, or a list of texts.")]
