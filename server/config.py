@@ -329,6 +329,11 @@ class ServerConfig:
         return EngineConfig(**settings)
 
     @property
+    def label_words(self) -> tuple[str, ...]:
+        """The words in `classify_labels`. A space at the beginning of a word is part of it."""
+        return tuple(word for word in self.classify_labels.split(",") if word)
+
+    @property
     def needs_key(self) -> bool:
         """Returns whether requests must carry an API key."""
         return bool(self.api_key or self.api_key_file)
@@ -344,6 +349,8 @@ class ServerConfig:
             raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
         if self.tensor_parallel_size > 1:
             raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
+        if len(set(self.label_words)) < len(self.label_words):
+            raise ConfigError(f"classify_labels is {self.classify_labels!r}; each word may be there only once.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both of them or neither.")
         if self.body_memory_bytes < self.max_body_bytes:

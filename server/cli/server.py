@@ -180,7 +180,10 @@ class Server:
                 logger.warning("%d requests are cut off, because --shutdown-timeout is over", len(remaining))
 
     def _warnings(self, info: EngineInfo) -> list[str]:
-        if self._has_template or info.labels:
+        if info.labels:
+            unused = "classify_labels is ignored: the model is a classifier, which has labels of its own"
+            return [*info.warnings, *([unused] if self._config.classify_labels else [])]
+        if self._has_template:
             return [*info.warnings]
         return [*info.warnings, "the model has no chat template: /v1/chat/completions needs --chat-template"]
 

@@ -24,6 +24,7 @@ from tests.conformance.rows import Inert, Refused, Row, met
 from tests.conformance.served import TEMPLATE
 from tests.conformance.strict import check
 from tests.conformance.vector_rows import HI, VECTOR_TABLES, Model, VectorTable
+from tests.server.asgi import TIMEOUT_SECONDS, Exchange
 from tests.server.conftest import Bench
 from tests.server.fake_engine import INFO, Event, FakeEngine
 from tests.synthetic_tokenizer import write_tokenizer
@@ -152,6 +153,25 @@ async def test_a_time_limit(table: VectorTable, models: dict[Model, Bench]) -> N
         model.engine.limit = float("inf")
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert model.engine.aborted, "the engine must not go on"
+
+
+@pytest.mark.parametrize("table", VECTOR_TABLES, ids=lambda table: table.path)
+async def test_a_client_that_goes_away(table: VectorTable, models: dict[Model, Bench]) -> None:
+    model = models[table.model]
+    engine = model.engine
+    engine.limit, engine.num_updates, engine.aborted = 0, 0, []
+    engine.stalled, engine.resume, engine.left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    engine.requests.clear()
+    try:
+        async with Exchange(model.app, table.path, dict(table.example)) as exchange:
+            await asyncio.wait_for(engine.stalled.wait(), TIMEOUT_SECONDS)
+            exchange.disconnect()
+            await asyncio.wait_for(engine.left.wait(), TIMEOUT_SECONDS)
+    finally:
+        engine.limit = float("inf")
+    assert sorted(engine.aborted) == sorted(request.id for request in engine.requests)
+    waiting = model.app.state.services.edge.waiting
+    assert (waiting.total, waiting.num_choices) == (0, 0)
 
 
 @pytest.mark.parametrize("table", VECTOR_TABLES, ids=lambda table: table.path)

@@ -28,7 +28,7 @@ async def classify(body: ClassifyRequest, request: Request, services: ServicesOf
     """Returns the class of each text with the probabilities of all classes."""
     model = await begin(body, request, services, kind=None)
     run = run_of(body, request, services, prefix="classify", name="classify")
-    labels = body.labels or [word for word in services.config.classify_labels.split(",") if word]
+    labels = body.labels or list(services.config.label_words)
     if services.engine.info.labels:
         if body.labels is not None:
             raise RequestRejected(

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from jamba_server.engine.errors import EngineFailed
+from jamba_server.engine.errors import EngineFailed, Overloaded, RequestRejected
 from jamba_server.engine.types import Pooling, Request, RequestKind, SamplingParams, TokenUpdate
 from jamba_server.server.http.deadlines import enforced, time_limit_of
 from jamba_server.server.http.errors import request_id_of, tenant_of
 from jamba_server.server.http.generation import abort_reason
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.log_fields import fields
+from jamba_server.server.http.metrics import AbortReason
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.tracing.annotations import annotate
 
@@ -77,18 +78,20 @@ class VectorRun:
         requests = [self._request(name, VectorPrompt(tokens, "embed")) for name, tokens in counted.items()]
         account = services.edge.keys.account(tenant)
         self._num_tokens = sum(map(len, counted.values()))
-        services.metrics.prompt_tokens += self._num_tokens
-        end = "length"
-        try:
-            with Admission(requests, services.edge.waiting, account, limit) as self._admission:
+        with Admission(requests, services.edge.waiting, account, limit) as self._admission:
+            services.metrics.prompt_tokens += self._num_tokens
+            reason: AbortReason | None = None
+            try:
                 async with enforced(limit):
                     yield
-        except BaseException as exc:
-            end = "error"
-            services.metrics.aborted(abort_reason(exc))
-            raise
-        finally:
-            self._close(end, time.monotonic() - began)
+            except BaseException as exc:
+                # A refusal is counted by its status; it ends no work.
+                reason = None if isinstance(exc, Overloaded | RequestRejected) else abort_reason(exc)
+                raise
+            finally:
+                if reason is not None:
+                    services.metrics.aborted(reason)
+                self._close(reason or "done", time.monotonic() - began)
 
     async def vectors(self, prompts: Mapping[str, VectorPrompt]) -> dict[str, Vector]:
         """Returns the vector of each prompt, under the name of the prompt. Raises EngineFailed if the engine could not
