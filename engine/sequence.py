@@ -87,16 +87,16 @@ class Sequence:
         return self.request.kind
 
     @property
-    def num_reusable(self) -> int:
-        """Returns how many of the first tokens need not be computed if they are found in the cache. The hidden states
-        of all other tokens may be needed; the cache has no hidden states."""
-        if self.params.prompt_logprobs is not None or self.request.pooling == "mean":
-            return 0
-        return len(self.tokens) - max(1, len(self.request.targets))
+    def reads_cache(self) -> bool:
+        """Returns whether a cached prefix need not be computed again. A request for log-probabilities of the prompt, or
+        for a mean, needs the hidden states of all tokens, which the cache does not have."""
+        return self.params.prompt_logprobs is None and self.request.pooling != "mean"
 
     @property
-    def reads_cache(self) -> bool:
-        return self.num_reusable > 0 or len(self.tokens) == 1
+    def num_reusable(self) -> int:
+        """Returns how many of the first tokens need not be computed if they are found in the cache. The hidden state of
+        the last token is always needed, and so are those of the positions that the request scores."""
+        return len(self.tokens) - max(1, len(self.request.targets)) if self.reads_cache else 0
 
     def vacate(self) -> None:
         """Resets the fields that name the sequence's pages and state slot. This method does not free the pages or the

@@ -91,6 +91,7 @@ async def test_scores_and_ranks_equal_transformers(folders: dict[int, tuple[Any,
     assert [item["document"]["text"] for item in ranked["results"]] == [TEXTS[i] for i in order]
     best = await post(scorer, "/rerank", query=TEXTS[0], documents=TEXTS, top_n=1, return_documents=False)
     assert best["results"] == [{"index": order[0], "relevance_score": scores[order[0]]}]
+    assert (await post(scorer, "/v2/rerank", query=TEXTS[0], documents=TEXTS))["results"] == ranked["results"]
     classes = await post(scorer, "/classify", input=encoded[0])
     assert classes["data"][0]["probs"] == [scores[0]]
     error = await post(scorer, "/v1/score", 400, text_1=TEXTS, text_2=TEXTS[:2])

@@ -41,6 +41,7 @@ async def score(body: ScoreRequest, request: Request, services: ServicesOf) -> R
 
 
 @router.post("/rerank", include_in_schema=False)
+@router.post("/v2/rerank", include_in_schema=False)
 @router.post("/v1/rerank", response_model=Ranking, responses=ERRORS)
 async def rerank(body: RerankRequest, request: Request, services: ServicesOf) -> Response:
     """Returns documents in the order of their scores with a query, the best first."""
