@@ -44,6 +44,8 @@ class Pooler:
         """Launches the computation of vectors from the hidden states, [T, H], of all rows of a step. Returns a dict
         from the index of a chunk to what the chunk adds to its request's vector. The dict has only chunks that add
         something."""
+        if all(chunk.num_sampled for chunk in chunks):
+            return {}  # the usual step: every chunk samples a token, and requests for vectors sample none
         pending: dict[int, PendingVector] = {}
         row = 0
         last: list[tuple[int, Chunk, int]] = []  # the index of a chunk, the chunk, and the row of its last token
