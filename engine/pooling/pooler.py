@@ -40,6 +40,11 @@ class Pooler:
         self._sums: WeakKeyDictionary[Sequence, Sums] = WeakKeyDictionary()
         self._logprobs: WeakKeyDictionary[Sequence, dict[int, list[float]]] = WeakKeyDictionary()
 
+    @property
+    def num_kept(self) -> int:
+        """Returns for how many sequences parts of vectors are kept."""
+        return len(self._sums) + len(self._logprobs)
+
     def launch(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingVector]:
         """Launches the computation of vectors from the hidden states, [T, H], of all rows of a step. Returns a dict
         from the index of a chunk to what the chunk adds to its request's vector. The dict has only chunks that add

@@ -237,8 +237,8 @@ class EngineClient:
     @asynccontextmanager
     async def generate(self, requests: list[Request]) -> AsyncGenerator[Stream]:
         if self._info is not None:
-            for kind in {request.kind for request in requests}:
-                validate_kind(kind, self._info)
+            for request in requests:
+                validate_kind(request.kind, self._info)
         if not self._health.alive:
             raise EngineDead(self._health.reason)
         num_waiting, limit = sum(not live.started for live in self._live.values()), self._max_queue

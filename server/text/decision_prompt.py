@@ -6,7 +6,7 @@ the beginning of another one, so their probabilities are those of different repl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Literal
@@ -82,10 +82,10 @@ def expected_level(probabilities: Sequence[float]) -> float:
     return sum(level * p for level, p in enumerate(probabilities))
 
 
-def with_question(messages: Sequence[dict[str, object]], question: str) -> list[dict[str, object]]:
+def with_question(messages: Sequence[Mapping[str, object]], question: str) -> list[dict[str, object]]:
     """Returns a conversation that ends with the question. It becomes the end of the last message if that is the user's,
     because some chat templates refuse two messages of the user in a row."""
     *earlier, last = messages
     if last.get("role") == "user" and isinstance(last["content"], str):
-        return [*earlier, {**last, "content": f"{last['content']}\n\n{question}"}]
-    return [*messages, {"role": "user", "content": question}]
+        return [*map(dict, earlier), {**last, "content": f"{last['content']}\n\n{question}"}]
+    return [*map(dict, messages), {"role": "user", "content": question}]

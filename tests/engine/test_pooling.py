@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -145,10 +146,7 @@ def run_among(llm: LLM, requests: list[Request], count: int) -> list[bytes]:
     """The vectors of requests that run among others."""
     submit_texts(llm, count)
     names = [f"s{i}" for i in range(len(requests))]
-    named = [
-        Request(**{field: getattr(request, field) for field in Request.__struct_fields__} | {"id": name})
-        for name, request in zip(names, requests, strict=True)
-    ]
+    named = [msgspec.structs.replace(request, id=name) for name, request in zip(names, requests, strict=True)]
     llm.core.inbox.submit(named)
     found: dict[str, bytes] = {}
     while llm.core.has_work or len(found) < len(names):
@@ -199,15 +197,15 @@ def test_a_fork_continues_exactly_after_the_prompt(text_model: Path) -> None:
 def test_preempted(text_model: Path, alone_text: list[bytes]) -> None:
     page = 16 * 2 * 2 * 20 * 2  # one attention layer: K and V, two heads of 20 numbers of two bytes
     llm = load(text_model, max_num_seqs=8, kv_cache_memory_bytes=36 * page, max_num_batched_tokens=4)
-    scheduler, preempted = llm.core.scheduler, list[str]()
-    park = scheduler._park
+    cache, preempted = llm.core.scheduler.cache, list[str]()
+    free = cache.free
 
-    def recorded(seq: Sequence, plan: Any) -> None:
+    def recorded(seq: Sequence) -> None:
         if 0 < seq.num_computed < seq.num_prompt:
             preempted.append(seq.request.id)
-        park(seq, plan)
+        free(seq)
 
-    scheduler._park = recorded  # type: ignore[method-assign]
+    cache.free = recorded
     long = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
     llm.core.inbox.submit([Request(id=f"t{i}", prompt=SUBJECT[i : i + 9], params=long) for i in range(5)])
     for _ in range(12):
@@ -222,11 +220,11 @@ def test_an_aborted_request_leaves_nothing(folder: Path) -> None:
     request = wanted(SUBJECT, **KINDS["mean"])
     llm.core.inbox.submit([request])
     llm.core.step()
-    assert len(pooler._sums) == 1
+    assert pooler.num_kept == 1
     llm.core.inbox.abort([request.id])
     llm.core.step()
     gc.collect()
-    assert (len(pooler._sums), llm.core.has_work) == (0, False)
+    assert (pooler.num_kept, llm.core.has_work) == (0, False)
 
 
 async def test_a_killed_engine_computes_vectors_again(text_model: Path, alone_text: list[bytes]) -> None:
@@ -238,10 +236,7 @@ async def test_a_killed_engine_computes_vectors_again(text_model: Path, alone_te
     await engine.start()
     first = engine.pid
     assert first is not None
-    requests = [
-        Request(**{field: getattr(request, field) for field in Request.__struct_fields__} | {"id": str(number)})
-        for number, request in enumerate(wanted(SUBJECT, **fields) for fields in KINDS.values())
-    ]
+    requests = [msgspec.structs.replace(wanted(SUBJECT, **fields), id=name) for name, fields in KINDS.items()]
     found: dict[str, TokenUpdate] = {}
     async with engine.generate(requests) as updates, asyncio.timeout(60):
         os.kill(first, signal.SIGKILL)

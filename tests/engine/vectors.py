@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from jamba_server.engine.types import Request, SamplingParams
 from jamba_server.llm import LLM
 
@@ -19,7 +21,7 @@ def wanted(prompt: Sequence[int], **fields: Any) -> Request:
 def run(llm: LLM, requests: Sequence[Request]) -> list[bytes]:
     """The vectors of requests that are submitted together, and nothing left behind."""
     named = {f"v{number}": request for number, request in enumerate(requests)}
-    llm.core.inbox.submit([_with_id(request, name) for name, request in named.items()])
+    llm.core.inbox.submit([msgspec.structs.replace(request, id=name) for name, request in named.items()])
     found: dict[str, bytes] = {}
     while len(found) < len(requests) or llm.core.has_work:
         for update in llm.core.step().updates:
@@ -29,8 +31,3 @@ def run(llm: LLM, requests: Sequence[Request]) -> list[bytes]:
     stats = llm.core.scheduler.stats
     assert (stats.kv_blocks_used, stats.state_slots_used) == (0, 0)
     return [found[name] for name in named]
-
-
-def _with_id(request: Request, name: str) -> Request:
-    fields = {field: getattr(request, field) for field in Request.__struct_fields__}
-    return Request(**fields | {"id": name})

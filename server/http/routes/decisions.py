@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
@@ -70,7 +70,7 @@ async def _prompts(
     body: DecisionRequest, questions: Sequence[DecisionQuestion], services: Services, scope: Scope
 ) -> list[LabelPrompt]:
     """Returns the prompt of each question: the input, then the question, as a conversation."""
-    messages = (
+    messages: Sequence[Mapping[str, object]] = (
         [{"role": "user", "content": body.input}]
         if isinstance(body.input, str)
         else chat_messages(None, [item.to_item() for item in body.input])
@@ -102,7 +102,9 @@ class _Rendered:
     strip_leading_space: bool
 
 
-async def _render(messages: list[dict[str, object]], question: str, services: Services, scope: Scope) -> _Rendered:
+async def _render(
+    messages: Sequence[Mapping[str, object]], question: str, services: Services, scope: Scope
+) -> _Rendered:
     task = ChatTask(
         messages=tuple(with_question(messages, question)),
         body=GenerationBody(),
