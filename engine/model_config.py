@@ -392,7 +392,9 @@ def _labels(file: _ConfigFile) -> tuple[str, ...]:
     numbers = cast(dict[str, Any], named) if isinstance(named, dict) else {}
     labels = [numbers.get(str(i)) for i in range(len(numbers))]
     if not labels or not all(isinstance(label, str) for label in labels):
-        raise file.refusal("id2label", "an object from label numbers, which count from 0, to names is expected")
+        raise file.refusal(
+            "id2label", "an object from label numbers to names is expected, where the numbers count from 0"
+        )
     return tuple(str(label) for label in labels)
 
 

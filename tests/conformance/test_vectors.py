@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import msgspec
 import pytest
 from openai.types import CreateEmbeddingResponse
 
-from jamba_server.engine.types import EngineInfo, Request, TokenUpdate
+from jamba_server.engine.types import EngineInfo
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
@@ -26,28 +24,18 @@ from tests.conformance.strict import check
 from tests.conformance.vector_rows import HI, VECTOR_TABLES, Model, VectorTable
 from tests.server.asgi import TIMEOUT_SECONDS, Exchange
 from tests.server.conftest import Bench
-from tests.server.fake_engine import INFO, Event, FakeEngine
+from tests.server.fake_engine import INFO, FakeEngine, says
 from tests.synthetic_tokenizer import write_tokenizer
-
-HIDDEN_SIZE = 8
-
-
-def vectors(request: Request) -> Iterator[Event]:
-    """Numbers that depend on the prompt: of the size of a hidden state, of one label, or of the targets."""
-    number = (sum(request.prompt) % 97 + 1) / 13
-    size = {"embed": HIDDEN_SIZE, "classify": 1}.get(request.kind, sum(map(len, request.targets)))
-    numbers = array("f", [-number / (i + 1) for i in range(size)])
-    yield TokenUpdate(request_id=request.id, vector=numbers.tobytes(), finish_reason="length", num_cached=1)
 
 
 class VectorEngine(FakeEngine):
     def __init__(self, labels: tuple[str, ...]) -> None:
-        super().__init__(vectors)
+        super().__init__(says([]))
         self._labels = labels
 
     @property
     def info(self) -> EngineInfo:
-        return msgspec.structs.replace(INFO, labels=self._labels, hidden_size=HIDDEN_SIZE, max_model_len=8192)
+        return msgspec.structs.replace(INFO, labels=self._labels, max_model_len=8192)
 
 
 @pytest.fixture(scope="module")

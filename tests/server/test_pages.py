@@ -87,6 +87,9 @@ async def test_the_document_declares_the_keys(make_bench: MakeBench) -> None:
     assert '"security":' not in json.dumps(without_keys)
 
 
+SCORES = {"/v1/score", "/v1/rerank"}  # they need a classifier, which this model is not
+
+
 async def test_the_openapi_document(bench: Bench) -> None:
     async with bench.http() as http:
         document = (await http.get("/openapi.json")).json()
@@ -102,6 +105,7 @@ async def test_the_openapi_document(bench: Bench) -> None:
         "/v1/messages/count_tokens",
         "/v1/streams/{stream_id}",
     }
+    paths |= {"/v1/embeddings", "/pooling", "/classify", "/v1/decisions", *SCORES}
     responses = {"", "/input_tokens", "/{response_id}", "/{response_id}/input_items", "/{response_id}/cancel"}
     paths |= {f"/v1/responses{end}" for end in responses}
     assert set(document["paths"]) == paths | {"/health", "/ready", "/live", "/version", "/server_info", "/metrics"}
@@ -126,7 +130,8 @@ async def test_every_field_of_a_request_is_described(bench: Bench) -> None:
             reference = methods["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
             name = reference.rsplit("/", 1)[1]
             [example] = schemas[name]["examples"]
-            assert (await http.post(path, json=example)).status_code == 200
+            reply = await http.post(path, json=example)
+            assert reply.status_code == 200 or (path in SCORES and "model_not_capable" in reply.text)
             todo = {name}
             while todo:
                 found |= todo
