@@ -8,6 +8,7 @@ JambaError
     + RequestRejected      400: the request is wrong; `param` names the field
       - ContextTooLong     400 context_length_exceeded: prompt and reply do not fit into the context
       - NotSupportedYet    400: the field is known, but not implemented yet
+      - ModelCannot        400 model_not_capable: the served model lacks what the endpoint needs
     + ModelNotFound        404 model_not_found: the request names another model than the served one
     + ResponseNotFound     404 response_not_found: no response of this id is stored for this API key
     + Overloaded           503 with Retry-After: the queue is full or the server is stopping
@@ -79,6 +80,13 @@ class NotSupportedYet(RequestRejected):
 
     def __init__(self, feature: str, *, param: str | None = None) -> None:
         super().__init__(f"{feature} is not supported yet.", param=param, code="unsupported_parameter")
+
+
+class ModelCannot(RequestRejected):
+    """A request that the served model cannot answer, such as a request for text to a classifier."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model", code="model_not_capable")
 
 
 class ModelNotFound(EngineError):

@@ -22,6 +22,8 @@ CAUSAL_LM: Final = "JambaForCausalLM"
 SEQUENCE_CLASSIFICATION: Final = "JambaForSequenceClassification"
 ARCHITECTURES: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 DTYPES: Final = ("bfloat16", "float16", "float32")
+# The values of transformers' key `problem_type`, which says what the outputs of a classifier's head mean.
+PROBLEM_TYPES: Final = ("regression", "single_label_classification", "multi_label_classification")
 _EXAMPLE: Final = "ai21labs/AI21-Jamba-Reasoning-3B"
 
 # These limits are far above the sizes of all published models. A larger number in a config.json is a mistake or an
@@ -31,6 +33,7 @@ _MAX_EXPERTS: Final = 1024
 _MAX_SIZE: Final = 1 << 20  # largest allowed value of a dimension such as hidden_size, in elements
 _MAX_TOKENS: Final = 1 << 30  # largest allowed context length in tokens
 _MAX_VOCABULARY: Final = 1 << 24
+_MAX_LABELS: Final = 1 << 16
 
 # Keys of config.json that change what the model computes. This table maps each key to the only value that this server
 # implements. If a key is absent, this value is assumed.
@@ -49,7 +52,9 @@ class JambaConfig:
     """The checked values of a `config.json`. Most fields have the name of their key in the file.
 
     `mamba_dt_rank` is a number even if the file says "auto". `eos_token_ids` come from `generation_config.json` if it
-    has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. Two fields come from
+    has any, else from `config.json`. `dtype` is that of the checkpoint, one of `DTYPES`. `labels` are the names of a
+    classifier's labels, and `score_bias` says whether its head has a bias, which only the weight files tell. Two fields
+    come from
     `quantization_config`: `quantized_roles` names the parts of the model whose weights have the format
     `stored_format` in the checkpoint, and
     `made_at_load` is a method by which another server would quantise plain weights as it loads them. `stored` maps the
@@ -83,7 +88,9 @@ class JambaConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
-    num_labels: int
+    labels: tuple[str, ...]
+    problem_type: str = ""
+    score_bias: bool = False
     quantized_roles: frozenset[Role] = frozenset()
     stored_format: Quantization = "fp8"
     made_at_load: str | None = None
@@ -105,6 +112,10 @@ class JambaConfig:
     @property
     def is_classifier(self) -> bool:
         return self.architecture == SEQUENCE_CLASSIFICATION
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
 
     def is_attention(self, layer: int) -> bool:
         return layer % self.attn_layer_period == self.attn_layer_offset
@@ -134,7 +145,7 @@ class JambaConfig:
 
     def _head_parameters(self) -> int:
         if self.is_classifier:
-            return self.num_labels * self.hidden_size
+            return self.num_labels * (self.hidden_size + self.score_bias)
         return 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
 
 
@@ -315,7 +326,8 @@ def _read_config(file: _ConfigFile, architecture: str, *, eos_token_ids: tuple[i
         bos_token_id=file.token_id("bos_token_id", 1, vocab_size=vocab_size),
         eos_token_ids=eos_token_ids,
         pad_token_id=file.token_id("pad_token_id", 0, vocab_size=vocab_size),
-        num_labels=_num_labels(file),
+        labels=_labels(file),
+        problem_type=_problem_type(file),
     )
 
 
@@ -371,15 +383,26 @@ def _dt_rank(file: _ConfigFile, hidden_size: int) -> int:
     return file.integer(key)
 
 
-def _num_labels(file: _ConfigFile) -> int:
-    """Returns the number of labels of a classifier. transformers writes `id2label` with an entry for each label, and
+def _labels(file: _ConfigFile) -> tuple[str, ...]:
+    """Returns the names of a classifier's labels. transformers writes `id2label` with an entry for each label, and
     omits `id2label` if there are two labels, which is the default number."""
-    labels = file.values.get("id2label")
-    if labels is None:
-        return file.integer("num_labels", 2)
-    if not isinstance(labels, dict) or not labels:
-        raise file.refusal("id2label", "an object from label numbers to names is expected")
-    return len(cast(dict[str, Any], labels))
+    named = file.values.get("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(file.integer("num_labels", 2, maximum=_MAX_LABELS)))
+    numbers = cast(dict[str, Any], named) if isinstance(named, dict) else {}
+    labels = [numbers.get(str(i)) for i in range(len(numbers))]
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise file.refusal(
+            "id2label", "an object from label numbers to names is expected, where the numbers count from 0"
+        )
+    return tuple(str(label) for label in labels)
+
+
+def _problem_type(file: _ConfigFile) -> str:
+    kind = file.values.get("problem_type")
+    if kind is not None and kind not in PROBLEM_TYPES:
+        raise file.refusal("problem_type", f"one of {', '.join(PROBLEM_TYPES)} is expected")
+    return kind or ""
 
 
 def _check_schedules(file: _ConfigFile, config: JambaConfig) -> None:

@@ -16,6 +16,7 @@ from jamba_server.engine.config import PROMPT_LOGITS_ROWS
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
 from jamba_server.engine.graphs import DecodeGraphs
 from jamba_server.engine.models import Model
+from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
 from jamba_server.engine.scheduler import Chunk, ChunkResult, SchedulerOutput
@@ -44,11 +45,13 @@ class PendingPrompt:
 class PendingStep:
     """A launched step whose results have not been read. The field `tokens` has the sampled tokens of all chunks, in the
     order of the chunks. The field `prompts` maps the index of a chunk to the log-probabilities of the chunk's prompt
-    tokens. The field `prompts` has only chunks whose requests ask for prompt log-probabilities."""
+    tokens. The field `prompts` has only chunks whose requests ask for prompt log-probabilities. The field `vectors`
+    does the same for requests that ask for a vector."""
 
     output: SchedulerOutput
     tokens: PendingTokens | None
     prompts: dict[int, PendingPrompt]
+    vectors: dict[int, PendingVector]
 
     def results(self) -> list[ChunkResult]:
         """Waits for the device and returns one result for each chunk, in the order of the chunks."""
@@ -63,7 +66,8 @@ class PendingStep:
             else:
                 chosen = tokens[first : first + chunk.num_sampled]
                 logprobs = [token.logprob for token in chosen if token.logprob is not None]
-                results.append(ChunkResult(tuple(token.token_id for token in chosen), tuple(logprobs), prompt))
+                vector = self.vectors[i].read() if i in self.vectors else None
+                results.append(ChunkResult(tuple(token.token_id for token in chosen), tuple(logprobs), prompt, vector))
             first += chunk.num_sampled
         return results
 
@@ -94,6 +98,7 @@ class ModelRunner:
         self.masks = masks
         self.graphs, self.sampled, self.states = graphs, sampled, state_copies(storage, kernels)
         self.device = storage.kv.device
+        self.pooler = Pooler(model)
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> PendingStep:
@@ -109,7 +114,8 @@ class ModelRunner:
         with self.masks.filling(constrained) as masks:
             hidden, chosen = self._forward(output.chunks)
             tokens = self._sample(chosen, rows, masks) if rows else None
-        return PendingStep(output, tokens, self._prompt_logprobs(output.chunks, hidden))
+        prompts = self._prompt_logprobs(output.chunks, hidden)
+        return PendingStep(output, tokens, prompts, self.pooler.launch(output.chunks, hidden))
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
         """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled."""

@@ -66,12 +66,12 @@ class SchedulerOutput:
 
 class ChunkResult(NamedTuple):
     """The model's results for one chunk: the sampled tokens and, if the request asks for them, log-probabilities of
-    sampled tokens and of prompt tokens. `vector` is an embedding or a classifier's scores."""
+    sampled tokens and of prompt tokens. `vector` comes with the last chunk of a request for a vector."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    vector: tuple[float, ...] | None = None
+    vector: bytes | None = None
 
 
 class Scheduler:
@@ -109,13 +109,12 @@ class Scheduler:
         constraint."""
         for request in requests:
             assert request.id not in self._by_id, f"request {request.id} is here already"
-            assert request.kind == "generate", "the kind of the request was not validated"
             assert 0 < len(request.prompt) + len(request.generated) <= self.max_model_len, "prompt was not validated"
             self._arrivals += 1
             seq = Sequence.of(request, arrival=self._arrivals, now=now, constraint=constraints.get(request.id))
             self._append_forced(seq)
             seq.work_before = self._work
-            seq.num_uncached = len(seq.tokens) - self._match(seq).num_tokens
+            seq.num_uncached = len(seq.tokens) - self.cache.match(seq).num_tokens
             self._by_id[request.id] = seq
             self._tenants[request.tenant] += 1
             self.waiting.add(seq)
@@ -302,7 +301,7 @@ class Scheduler:
         """
         if not limit:
             return False
-        hit, end, holder = self._match(seq), None, None
+        hit, end, holder = self.cache.match(seq), None, None
         if len(self.running) < self.max_num_seqs:
             end = self._occupy(seq, hit, limit)
         while end is None:
@@ -311,7 +310,7 @@ class Scheduler:
                 return False
             self._park(holder, plan)
             # `_park` has changed the contents of the cache, so the cached prefix is searched again.
-            hit = self._match(seq)
+            hit = self.cache.match(seq)
             end = self._occupy(seq, hit, limit)
         self.waiting.remove(seq)
         insort(self.running, seq, key=lambda s: s.order)
@@ -329,11 +328,6 @@ class Scheduler:
             return self.running[-1]
         return Shares(s for s in self.running if s.is_background == seq.is_background).holder_for(seq)
 
-    def _match(self, seq: Sequence) -> PrefixHit:
-        """Finds the longest prefix of `seq` that can be reused from the cache. The result is empty if the request asks
-        for log-probabilities of the prompt, because the logits of every position must then be computed."""
-        return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
-
     def _groups_in_progress(self) -> set[str]:
         """Returns the ids of the groups in which a running sequence has not yet computed all full pages of its prompt.
         A group consists of the choices of one prompt."""
@@ -344,7 +338,7 @@ class Scheduler:
         """Returns whether `seq` should wait, because another reply to the same prompt is computing the prompt. After
         this computation, `seq` can take the pages of the prompt from the cache."""
         group = seq.request.group
-        return bool(group) and group in in_progress and self.cache.enabled and seq.params.prompt_logprobs is None
+        return bool(group) and group in in_progress and self.cache.enabled and seq.reads_cache
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
         """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if too few
@@ -361,7 +355,7 @@ class Scheduler:
         return None
 
     def _count_hit(self, seq: Sequence, hit: PrefixHit) -> None:
-        if seq.params.prompt_logprobs is not None or not self.cache.enabled:
+        if not seq.reads_cache or not self.cache.enabled:
             return
         self._counters["queries"] += seq.num_prompt
         self._counters["hits"] += seq.num_cached

@@ -9,7 +9,7 @@ from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.types import Request, RequestKind, SamplingParams
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A prompt and the reply that is being generated. The sequence has `len(tokens)` tokens. The first `num_computed`
     of these tokens need no further computation: they were found in the cache, or a launched step computes them. The
@@ -89,6 +89,18 @@ class Sequence:
     @property
     def kind(self) -> RequestKind:
         return self.request.kind
+
+    @property
+    def reads_cache(self) -> bool:
+        """Returns whether a cached prefix need not be computed again. A request for log-probabilities of the prompt, or
+        for a mean, needs the hidden states of all tokens, which the cache does not have."""
+        return self.params.prompt_logprobs is None and self.request.pooling != "mean"
+
+    @property
+    def num_reusable(self) -> int:
+        """Returns how many of the first tokens need not be computed if they are found in the cache. The hidden state of
+        the last token is always needed, and so are those of the positions that the request scores."""
+        return len(self.tokens) - max(1, len(self.request.targets)) if self.reads_cache else 0
 
     def vacate(self) -> None:
         """Resets the fields that name the sequence's pages and state slot. This method does not free the pages or the

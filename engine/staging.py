@@ -82,6 +82,13 @@ class HostCopy:
     def tolist(self) -> list[Any]:
         """Waits until the copy is done, and returns the elements as a list, nested as deeply as the tensor has
         dimensions."""
+        return self._arrived_values().tolist()
+
+    def numpy(self) -> Array:
+        """Waits until the copy is done, and returns the elements as an array, which shares the memory of the copy."""
+        return self._arrived_values().numpy()
+
+    def _arrived_values(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._values.tolist()
+        return self._values

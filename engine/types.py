@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-RequestKind = Literal["generate", "classify", "embed"]
+RequestKind = Literal["generate", "classify", "embed", "score"]
+Pooling = Literal["last", "mean"]
 MAX_LOGPROBS = 20
 # Requests with this priority or a less urgent one (a larger number) run in the background: in slots and steps that no
 # other request needs. The priorities that clients can choose have 32 bits, so all of them are more urgent.
@@ -74,8 +75,14 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A request for one reply to one prompt. `kind` says whether the request asks for tokens, for a classifier's
-    scores, or for an embedding.
+    """A request for one reply to one prompt.
+
+    `kind` says what the reply is: tokens ("generate"), or one vector of float32 numbers. "embed" asks for the model's
+    hidden state after the final norm, `pooling` for that of the last token or for the mean over all tokens. "classify"
+    asks for the output of a classifier's head at the last token. "score" asks for log-probabilities of the raw
+    distribution: `targets` has one tuple of token ids for each of the last `len(targets)` positions of the prompt, and
+    the reply has the log-probability of each of these ids as the next token, in the order of `targets`. A request for a
+    vector has max_tokens 0.
 
     `index` (0 to n-1) is the number of the reply among the n replies to the same prompt. The requests for these share
     `group`, so that the prompt is computed once. `parent` is the id of the client's request that this is a part of
@@ -90,6 +97,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     params: SamplingParams
     kind: RequestKind = "generate"
     index: int = 0
+    pooling: Pooling = "last"
+    targets: tuple[tuple[int, ...], ...] = ()
     group: str = ""
     parent: str = ""
     tenant: str = ""
@@ -113,7 +122,8 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     `queue_seconds`. An update with `finish_reason` is the last one of its request. `stop_token_id` is the token that
     ended the reply, and also the last of `token_ids`. If `finish_reason` is "error", `error` is the error message.
     `contradictory` says that the client is at fault, because the parameters of the request contradict each other.
-    `vector` has a classifier's scores, or an embedding.
+    `vector` is the reply to a request for a vector: float32 numbers, little-endian. It has NaN if the model computed
+    numbers that are not finite.
     """
 
     request_id: str
@@ -126,7 +136,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     queue_seconds: float | None = None
     error: str | None = None
     contradictory: bool = False
-    vector: tuple[float, ...] | None = None
+    vector: bytes | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +170,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     `batch_dependent_ops` are operations whose last bits may depend on the batch. The `num_state_slots` hold the states
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
     number of states that can be saved while `max_num_seqs` sequences run. `step_size` gives the reason for
-    `max_num_batched_tokens` if the time of a step decided it.
+    `max_num_batched_tokens` if the time of a step decided it. `labels` are the names of a classifier's labels, and
+    empty for a language model. `problem_type` is that of transformers' classifiers, or "".
     """
 
     architecture: str
@@ -188,6 +199,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_dependent_ops: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     step_size: str = ""
+    hidden_size: int = 0
+    labels: tuple[str, ...] = ()
+    problem_type: str = ""
+    pad_token_id: int | None = None
 
 
 # Messages from the client to the engine ---------------------------------------------------------------------------

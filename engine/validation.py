@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from jamba_server.engine.errors import ContextTooLong, RequestRejected
-from jamba_server.engine.types import MAX_LOGPROBS, RequestKind, SamplingParams
+from jamba_server.engine.errors import ContextTooLong, ModelCannot, RequestRejected
+from jamba_server.engine.types import MAX_LOGPROBS, EngineInfo, RequestKind, SamplingParams
 
 MAX_LOGIT_BIAS_ENTRIES = 300  # maximum number of entries in logit_bias; OpenAI's API has the same limit
 MAX_STOP_TOKEN_IDS = 128
@@ -71,10 +71,19 @@ def validate(params: SamplingParams, *, vocab_size: int, eos_token_ids: tuple[in
     _check_choice_is_left(params, vocab_size, eos_token_ids)
 
 
-def validate_kind(kind: RequestKind) -> None:
-    """Raises RequestRejected for a kind of request that the engine does not implement yet."""
-    if kind != "generate":
-        _reject("kind", f"is {kind!r}; this engine serves 'generate' only")
+def validate_kind(kind: RequestKind, info: EngineInfo) -> None:
+    """Raises ModelCannot if the model cannot serve requests of this kind. A language model has no classifier's head,
+    and a classifier has no language model head. Both have hidden states."""
+    if info.labels and kind in ("generate", "score"):
+        raise ModelCannot(
+            f"This model is a classifier ({info.architecture}): it cannot generate text or give the probabilities of "
+            "tokens. It serves /classify, /pooling, /v1/embeddings, and with one label /v1/score and /v1/rerank."
+        )
+    if not info.labels and kind == "classify":
+        raise ModelCannot(
+            f"This model is a language model ({info.architecture}) without a classifier's head. It serves /classify if "
+            "the request has `labels` or the server runs with --classify-labels."
+        )
 
 
 def validate_prompt(

@@ -30,6 +30,7 @@ from jamba_server.engine.config import (
 )
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.files import read_text
+from jamba_server.engine.types import Pooling
 from jamba_server.server.options import ENV_PREFIX, Help, Option, options_of
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,13 @@ class ServerConfig:
     reasoning_parser: Annotated[
         ReasoningParser, Help("model", "Whether thoughts are separated from the content; auto asks the chat template")
     ] = "auto"
+    embedding_pooling: Annotated[
+        Pooling,
+        Help("model", "What an embedding is made of: the last token's hidden state, or the mean over all tokens"),
+    ] = "last"
+    classify_labels: Annotated[
+        str, Help("model", "Words by which a language model answers /classify, separated by commas", "WORDS")
+    ] = ""
     max_queue_requests: Annotated[
         Number, Help("server", "Replies that may wait for a free place before requests get 503; 0 is no limit")
     ] = 1024
@@ -333,6 +341,11 @@ class ServerConfig:
         return EngineConfig(**settings)
 
     @property
+    def label_words(self) -> tuple[str, ...]:
+        """The words in `classify_labels`. A space at the beginning of a word is part of it."""
+        return tuple(word for word in self.classify_labels.split(",") if word)
+
+    @property
     def needs_key(self) -> bool:
         """Returns whether requests must carry an API key."""
         return bool(self.api_key or self.api_key_file)
@@ -348,6 +361,8 @@ class ServerConfig:
             raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
         if self.tensor_parallel_size > 1:
             raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
+        if len(set(self.label_words)) < len(self.label_words):
+            raise ConfigError(f"classify_labels is {self.classify_labels!r}; each word may be there only once.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both of them or neither.")
         if self.body_memory_bytes < self.max_body_bytes:

@@ -1,5 +1,5 @@
-"""Writes the tables of docs/api.md. For each field of a request, the tables say whether the server honours, ignores or
-refuses the field.
+"""Writes the tables of docs/api.md and docs/vectors.md. For each field of a request, the tables say whether the server
+honours, ignores or refuses the field.
 
 python -m tools.api_page            rewrites the tables between the page's markers
 python -m tools.api_page --check    fails where the page and the schemas differ
@@ -26,8 +26,13 @@ from jamba_server.server.http.schemas.messages.tools import ToolDefinition
 from jamba_server.server.http.schemas.models import DetokenizeRequest, TokenizeRequest
 from jamba_server.server.http.schemas.responses import items
 from jamba_server.server.http.schemas.responses.request import ResponseRequest
+from jamba_server.server.http.schemas.vectors.classify import ClassifyRequest
+from jamba_server.server.http.schemas.vectors.decisions import DecisionRequest
+from jamba_server.server.http.schemas.vectors.embeddings import EmbeddingRequest, PoolingRequest
+from jamba_server.server.http.schemas.vectors.scoring import RerankRequest, ScoreRequest
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = (DOCS / "api.md", DOCS / "vectors.md")
 SCHEMAS: dict[str, type[BaseModel]] = {
     "chat": ChatCompletionRequest,
     "message": ChatMessage,
@@ -38,6 +43,12 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "batch": BatchRequest,
     "messages": MessagesRequest,
     "messages_tool": ToolDefinition,
+    "embedding": EmbeddingRequest,
+    "pooling": PoolingRequest,
+    "classify": ClassifyRequest,
+    "score": ScoreRequest,
+    "rerank": RerankRequest,
+    "decision": DecisionRequest,
 }
 
 WITHOUT_EFFECT = (
@@ -144,10 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
     arguments = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    if arguments.check:
-        sys.exit("docs/api.md is out of date: run python -m tools.api_page" if rendered(page) != page else 0)
-    PAGE.write_text(rendered(page), encoding="utf-8")
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if not arguments.check:
+            path.write_text(rendered(page), encoding="utf-8")
+        elif rendered(page) != page:
+            sys.exit(f"docs/{path.name} is out of date: run python -m tools.api_page")
 
 
 if __name__ == "__main__":

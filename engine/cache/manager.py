@@ -115,7 +115,7 @@ class CacheManager:
         nothing."""
         if not self.enabled:
             return PrefixHit()
-        limit = len(seq.tokens) - 1  # at least the last token must be computed, because its logits are needed
+        limit = seq.num_reusable
         hashes = self._hashes(seq, limit // self.block_size)
         blocks: list[int] = []
         for key in hashes:

@@ -137,7 +137,8 @@ class JambaForSequenceClassification(Jamba):
     """Jamba as a classifier: the head is a linear layer that gives a score for each label."""
 
     def _make_head(self) -> Linear:
-        return Linear(self._backend, self.config.hidden_size, {"score": self.config.num_labels}, role="other")
+        labels, bias = {"score": self.config.num_labels}, self.config.score_bias
+        return Linear(self._backend, self.config.hidden_size, labels, role="other", bias=bias)
 
     def _other_heads(self) -> frozenset[str]:
         return frozenset(["lm_head.weight"])

@@ -236,8 +236,9 @@ class EngineClient:
 
     @asynccontextmanager
     async def generate(self, requests: list[Request]) -> AsyncGenerator[Stream]:
-        for request in requests:
-            validate_kind(request.kind)
+        if self._info is not None:
+            for request in requests:
+                validate_kind(request.kind, self._info)
         if not self._health.alive:
             raise EngineDead(self._health.reason)
         limit = 0 if requests[0].is_background else self._max_queue

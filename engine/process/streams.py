@@ -162,10 +162,10 @@ class Stream:
 
 def size_of(update: TokenUpdate) -> int:
     """Returns an estimate of the memory that an update occupies, in bytes."""
-    numbers = len(update.token_ids) + len(update.vector or ())
     return (
         _UPDATE_BYTES
-        + _NUMBER_BYTES * numbers
+        + _NUMBER_BYTES * len(update.token_ids)
+        + len(update.vector or b"")
         + _size_of_logprobs(update.logprobs)
         + _size_of_logprobs(update.prompt_logprobs)
     )

@@ -83,8 +83,6 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     device = choose_device(config)
     stored = read_stored(config)
     model_config = stored.config
-    if model_config.is_classifier:
-        raise ConfigError(f"{config.model} is a {model_config.architecture}; serving classifiers is not supported yet.")
     dtype = choose_dtype(config, model_config)
     policy = policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
@@ -205,6 +203,7 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
         max_num_seqs=min(config.max_num_seqs, max(plan.max_num_batched_tokens, plan.max_num_seqs)),
         max_model_len=min(config.max_model_len or trained, trained),
         block_size=config.block_size,
+        kind="classify" if model_config.is_classifier else "generate",
     )
 
 
@@ -271,6 +270,10 @@ def make_info(
         load_seconds=load_seconds,
         warnings=warnings,
         step_size=step_size or "",
+        hidden_size=model_config.hidden_size,
+        labels=model_config.labels if model_config.is_classifier else (),
+        problem_type=model_config.problem_type,
+        pad_token_id=model_config.pad_token_id,
     )
 
 

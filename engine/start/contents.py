@@ -29,6 +29,7 @@ from jamba_server.engine.weight_sizes import weight_matrices
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 _CLASSIFIER_HEAD: Final = "score.weight"
+_CLASSIFIER_BIAS: Final = "score.bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ def read_model(folder: Path) -> StoredModel:
             f"config.json has tie_word_embeddings true, but {HEAD} differs from {EMBEDDING} in the files: the separate "
             "head is used, as in transformers; set tie_word_embeddings to false to hide this warning"
         )
+    if config.is_classifier and _CLASSIFIER_BIAS in tensors:
+        config = replace(config, score_bias=True)
     return StoredModel(config, tuple(warnings))
 
 

@@ -14,7 +14,7 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.scheduler import Chunk, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.start.memory_plan import Measured, usable_bytes
-from jamba_server.engine.types import MAX_LOGPROBS, Request, SamplingParams
+from jamba_server.engine.types import MAX_LOGPROBS, Request, RequestKind, SamplingParams
 
 # With these parameters a request needs the most memory. Penalties are left out: the memory that penalties need grows
 # with the lengths of all contexts in the batch, and contexts of the greatest length do not all fit into memory at once.
@@ -76,11 +76,22 @@ def usable_memory(memory: DeviceMemory, utilization: float) -> int:
 
 class DummySteps:
     """Builds dummy steps of the sizes that decide how much memory a step needs and which kernels it runs. The steps use
-    only KV page 0 and state slot 0, which no sequence owns."""
+    only KV page 0 and state slot 0, which no sequence owns. `kind` is the kind of their requests: a classifier samples
+    no tokens."""
 
-    def __init__(self, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        kind: RequestKind = "generate",
+    ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs, self._max_model_len, self.block_size = max_num_seqs, max_model_len, block_size
+        self._kind: RequestKind = kind
+        self._params = PARAMS if kind == "generate" else SamplingParams(max_tokens=0)
 
     def __str__(self) -> str:
         return (
@@ -98,9 +109,9 @@ class DummySteps:
         if (last := self._max_model_len - 1) > 0:
             longest = self._sequence(self._max_model_len)
             first = max(self._max_model_len - self.max_num_batched_tokens, 0)
-            yield self._output([Chunk(longest, first, self._max_model_len, num_sampled=1)])
-            yield self._output([Chunk(longest, last, last + 1, num_sampled=1)] * self.max_num_seqs)
-            yield self._output([Chunk(self._sequence(2), 1, 2, num_sampled=1)])
+            yield self._output([self._chunk(longest, first, self._max_model_len)])
+            yield self._output([self._chunk(longest, last, last + 1)] * self.max_num_seqs)
+            yield self._output([self._chunk(self._sequence(2), 1, 2)])
 
     def of_all_sizes(self) -> Iterator[SchedulerOutput]:
         """Yields steps of decodes, of long prompts and of one-token prompts, whose sizes are powers of two. A kernel
@@ -110,7 +121,7 @@ class DummySteps:
         kernel again if an address is not a multiple of 16. In a list of one copy, the column of destinations has such
         an address."""
         if self._max_model_len > 1:
-            reply = Chunk(self._sequence(2), 1, 2, num_sampled=1)
+            reply = self._chunk(self._sequence(2), 1, 2)
             for count in _powers_of_two(self.max_num_seqs):
                 yield self._output([reply] * count)
             # This step has a decode at row 0 of the batch, so the prompt begins at another row.
@@ -127,12 +138,16 @@ class DummySteps:
         tokens."""
         full, rest = divmod(tokens, longest)
         lengths = [longest] * full + ([rest] if rest else [])
-        return [Chunk(self._sequence(length), 0, length, num_sampled=1) for length in lengths]
+        return [self._chunk(self._sequence(length), 0, length) for length in lengths]
 
     def _sequence(self, length: int) -> Sequence:
-        seq = Sequence.of(Request(id="", prompt=[0] * length, params=PARAMS), arrival=0, now=0.0)
+        request = Request(id="", prompt=[0] * length, params=self._params, kind=self._kind)
+        seq = Sequence.of(request, arrival=0, now=0.0)
         seq.block_ids = array("i", [0] * -(-length // self.block_size))
         return seq
+
+    def _chunk(self, seq: Sequence, start: int, end: int) -> Chunk:
+        return Chunk(seq, start, end, num_sampled=min(1, self._params.max_tokens))
 
     def _output(self, chunks: list[Chunk]) -> SchedulerOutput:
         return SchedulerOutput(tuple(chunks), CacheCopies(), ())

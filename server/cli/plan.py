@@ -181,8 +181,6 @@ def make_report(
     speed = find_bandwidth(device, bandwidth, engine.threads)
     result, refusal = None, None
     try:
-        if model.is_classifier:
-            raise ConfigError(f"{name} is a {model.architecture}; serving classifiers is not supported yet.")
         result = plan_memory(model, engine, layout, weight_bytes=weights, available_bytes=available, device=device)
     except ConfigError as error:
         refusal = str(error)

@@ -180,6 +180,9 @@ class Server:
                 logger.warning("%d requests are cut off, because --shutdown-timeout is over", len(remaining))
 
     def _warnings(self, info: EngineInfo) -> list[str]:
+        if info.labels:
+            unused = "classify_labels is ignored: the model is a classifier, which has labels of its own"
+            return [*info.warnings, *([unused] if self._config.classify_labels else [])]
         if self._has_template:
             return [*info.warnings]
         return [*info.warnings, "the model has no chat template: /v1/chat/completions needs --chat-template"]
@@ -192,12 +195,14 @@ class Server:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http{'s' if config.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
         chat, completion = {"messages": [{"role": "user", "content": "Hello!"}]}, {"prompt": "Hello"}
-        path, body = ("chat/completions", chat) if self._has_template else ("completions", completion)
+        path, body = ("v1/chat/completions", chat) if self._has_template else ("v1/completions", completion)
+        if self._client.info.labels:
+            path, body = "classify", {"input": "Hello"}
         key = " -H 'Authorization: Bearer YOUR_KEY'" if config.needs_key else ""
         page = f"chat page at {url}/; " if config.ui else ""
         return (
             f"ready     listening on {url}/v1 as {', '.join(config.served_model_name)}; {page}try: "
-            f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+            f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
         )
 
 

@@ -71,6 +71,7 @@ def describe_engine(info: EngineInfo, defaults: GenerationDefaults) -> list[str]
         f"memory    weights {format_bytes(info.weight_bytes)}; KV pages {format_bytes(info.kv_bytes)} for {tokens:,} "
         f"tokens; states {format_bytes(info.state_bytes)}: {info.max_num_seqs} running, "
         f"{info.num_saved_states} saved{' as int8' if info.state_cache_dtype == 'int8' else ''}",
+        *([f"classes   {', '.join(info.labels[:8])}{', ...' if len(info.labels) > 8 else ''}"] if info.labels else []),
         f"limits    {info.max_model_len:,} tokens per sequence, {info.max_num_seqs} sequences, "
         f"{info.max_num_batched_tokens} prompt tokens per step",
         *([f"steps     {info.step_size}"] if info.step_size else []),

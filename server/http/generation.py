@@ -103,6 +103,11 @@ class GenerationSpec:
         ]
 
 
+def abort_reason(exc: BaseException) -> AbortReason:
+    """Returns the reason under which the metrics count a request that this exception has ended."""
+    return next(reason for kind, reason in _ABORT_REASONS if isinstance(exc, kind))
+
+
 class _Timeline:
     """Data about one choice for the metrics and the log: the times at which its first and latest tokens arrived, the
     seconds that it waited in the engine's queue, and the number of its prompt tokens found in the prefix cache."""
@@ -200,7 +205,7 @@ class Generation:
                     async with enforced(self.spec.time_limit), aclosing(self._deltas(updates)) as deltas:
                         yield deltas
                 except BaseException as exc:
-                    reason = next(reason for kind, reason in _ABORT_REASONS if isinstance(exc, kind))
+                    reason = abort_reason(exc)
                     raise
                 finally:
                     self._close(reason)

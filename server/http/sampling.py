@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.types import BACKGROUND_PRIORITY, EngineInfo, SamplingParams
-from jamba_server.engine.validation import clamp_max_tokens, validate, validate_prompt
+from jamba_server.engine.validation import clamp_max_tokens, validate, validate_kind, validate_prompt
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.errors import is_background
 from jamba_server.server.http.generation import Prompt
@@ -79,6 +79,7 @@ def admit_prompt(
     that has the prompt; an error about the prompt names this field.
     """
     info = engine.info
+    validate_kind("generate", info)
     validate(params, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids)
     validate_prompt(
         token_ids,

@@ -137,6 +137,15 @@ class Tokenizer:
         # encode_batch_fast does not compute the offsets of tokens in the text, which are not needed here.
         return self._encode(self._raw.encode_batch_fast, text, add_special_tokens).ids
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Returns the token ids of a pair of texts, joined by special tokens as the checkpoint's post-processor says.
+        `tokenizer(first, second)` of transformers returns the same."""
+        try:
+            [encoding] = self._raw.encode_batch_fast([(first, second)], add_special_tokens=True)
+        except TypeError as error:
+            raise RequestRejected("The text holds half of a surrogate pair, which is not valid Unicode.") from error
+        return encoding.ids
+
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Returns the token ids of `text` without BOS. For each token, also returns the offset in characters at which
         the token ends in `text`.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
@@ -21,7 +22,16 @@ from jamba_server.engine.checkpoint import TOKENIZER_FILE, open_checkpoint
 from jamba_server.engine.errors import ConfigError, EngineFailed, RequestRejected
 from jamba_server.engine.read_ahead import reading_early
 from jamba_server.engine.start.build import build_engine
-from jamba_server.engine.types import FinishReason, Request, SamplingParams, TokenLogprob, TokenUpdate
+from jamba_server.engine.types import (
+    FinishReason,
+    Pooling,
+    Request,
+    RequestKind,
+    SamplingParams,
+    TokenLogprob,
+    TokenUpdate,
+)
+from jamba_server.engine.validation import validate_kind, validate_prompt
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.settings import LOCAL
 from jamba_server.server.config import ServerConfig, cast_settings
@@ -31,6 +41,7 @@ from jamba_server.server.http.errors import describe
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.sampling import admit_prompt
 from jamba_server.server.http.schemas.chat import Messages
+from jamba_server.server.http.vectors.arithmetic import Numbers, probabilities, unit_vector
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -42,6 +53,8 @@ SETTINGS = frozenset({*LOCAL, "max_num_seqs", "seed"})
 DEFAULT_MAX_TOKENS = 16
 
 Message = Mapping[str, object]
+# One or several prompts, each a text or a list of token ids.
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
 
 
@@ -94,7 +107,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        prompts: Inputs,
         params: SamplingParams | None = None,
         *,
         n: int = 1,
@@ -139,6 +152,40 @@ class LLM:
             ending = replace(options, strip_leading_space=chat.strip_leading_space)
             specs.append(self._spec(chat.prompt_ids, sampled, n, ending, saves=chat.save_positions, param="messages"))
         return self._run(specs, progress)
+
+    def embed(self, inputs: Inputs, *, pooling: Pooling = "last", use_activation: bool = True) -> list[Numbers]:
+        """Returns the last hidden state of each input (a text or a list of token ids), of its last token or the mean
+        over all tokens: float32 arrays of length 1, or with `use_activation` false the hidden states as they are. The
+        model was not trained for embeddings. Raises RequestRejected."""
+        found = self._vectors(inputs, "embed", pooling)
+        return [unit_vector(numbers) for numbers in found] if use_activation else found
+
+    def classify(self, inputs: Inputs) -> list[list[float]]:
+        """Returns the probabilities of the labels (`core.info.labels`) of each input (a text or a list of token ids).
+        Raises RequestRejected, also if the model is not a classifier."""
+        problem = self.core.info.problem_type
+        return [probabilities(numbers, problem) for numbers in self._vectors(inputs, "classify", "last")]
+
+    def _vectors(self, inputs: Inputs, kind: RequestKind, pooling: Pooling) -> list[Numbers]:
+        info = self.core.info
+        validate_kind(kind, info)
+        requests: list[Request] = []
+        for prompt in split_prompts(inputs):
+            ids = self._encode(prompt)
+            validate_prompt(ids, vocab_size=info.vocab_size, max_model_len=info.max_model_len, max_tokens=0)
+            self._num_prompts += 1
+            params = SamplingParams(max_tokens=0)
+            requests.append(
+                Request(id=f"llm-{self._num_prompts}", prompt=ids, params=params, kind=kind, pooling=pooling)
+            )
+        self.core.inbox.submit(requests)
+        found: dict[str, bytes] = {}
+        try:
+            while len(found) < len(requests) or self.core.has_work:
+                found |= {update.request_id: update.vector or b"" for update in self.core.step().updates}
+        finally:
+            self.core.inbox.abort([request.id for request in requests if request.id not in found])
+        return [np.frombuffer(found[request.id], dtype="<f4") for request in requests]
 
     # Tokenizer and chat template --------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ EXTRA_FIELDS = frozenset(
         "max_model_len",
         "demonstration",
         "description",
+        "prompt_tokens_details",  # of embeddings
     }
 )
 API_PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from tests.conformance import chat_rows, file_rows, message_rows, other_rows
 from tests.conformance.served import Served
 from tests.conformance.strict import API_PAGE, EXTRA_FIELDS
 from tests.conformance.tables import TABLES, Table
+from tests.conformance.vector_rows import VECTOR_TABLES
 
 # Fields that the tests of this folder cover without a row.
 _EVERYWHERE = {"stream"}
@@ -46,6 +47,9 @@ COVERED["/tokenize"] |= {"model", "tools.function.strict"}  # the latter has no 
 COVERED["/detokenize"] = {"model", "tokens"}
 COVERED["/v1/files"] = {row.field for row in (*file_rows.UPLOAD, *file_rows.REFUSED_UPLOADS)} - {"unknown"}
 COVERED["/v1/batches"] = {row.field for row in (*file_rows.BATCHES, *file_rows.REFUSED_BATCHES)} - {"completion_windo"}
+for vectors in VECTOR_TABLES:  # test_vectors.py sends them
+    rows = (*vectors.rows, *vectors.inert, *(row for row in vectors.refused if row.field in vectors.example))
+    COVERED[vectors.path] = {row.field for row in rows} | {"timeout"}
 
 
 def _fields(document: Any, schema: Any, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:

@@ -63,6 +63,8 @@ class Simulator:
         self.slots: dict[int, int] = {}
         self.saved = saved_states(scheduler.cache.store, self.slots)
         self.texts: dict[Sequence, list[int]] = {}  # of every sequence that ran, as far as is known
+        self.computed: dict[Sequence, set[int]] = {}  # positions whose hidden states requests for vectors have seen
+        self.num_vectors = 0
         self.time = 0.0
         self.num_saves = 0
         self.num_tail_hits = 0
@@ -211,10 +213,27 @@ class Simulator:
             assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"
         assert state == expected, "state corrupted"
         self.texts[seq] = tokens
+        self.check_hidden_states(chunk)
         if not chunk.num_sampled:
             return ChunkResult()
         forced = seq.constraint.forced if seq.constraint is not None and not chunk.is_ahead else ()
         return ChunkResult((forced[0] if forced else choose(chunk),))
+
+    def check_hidden_states(self, chunk: Chunk) -> None:
+        """The hidden states that a vector needs are not in the cache, so its request must compute all of them."""
+        seq, length = chunk.sequence, chunk.sequence.num_prompt
+        if seq.kind == "generate":
+            return
+        computed = self.computed.setdefault(seq, set())
+        if seq.request.pooling == "mean":
+            assert chunk.start in (0, len(computed)), "a token is missing or counts twice"
+            if chunk.start == 0:
+                computed.clear()
+        computed.update(range(chunk.start, chunk.end))
+        if chunk.end == length:
+            first = 0 if seq.request.pooling == "mean" else length - max(1, len(seq.request.targets))
+            assert computed >= set(range(first, length))
+            self.num_vectors += 1
 
     def pools(self) -> list[BlockPool]:
         """All that units can leak from."""
@@ -265,6 +284,8 @@ def random_request(random: Random, number: int, stems: list[list[int]], max_len:
     stem = random.choice(stems)
     prompt = stem[: random.randint(1, max_len - 3)] + [random.randrange(5) for _ in range(random.randint(0, 3))]
     prompt = prompt[: max_len - 2]
+    if random.random() < 0.15:
+        return random_vector_request(random, number, prompt)
     return Request(
         id=f"r{number}",
         prompt=prompt,
@@ -281,4 +302,17 @@ def random_request(random: Random, number: int, stems: list[list[int]], max_len:
         priority=random.choice((0, 0, 1, BACKGROUND_PRIORITY)),
         save_positions=tuple(random.randint(1, len(prompt)) for _ in range(random.randint(0, 2))),
         cache_salt=random.choice(("", "", "", "tenant")),
+    )
+
+
+def random_vector_request(random: Random, number: int, prompt: list[int]) -> Request:
+    num_targets = random.choice((0, 0, 1, random.randint(1, len(prompt))))
+    return Request(
+        id=f"r{number}",
+        prompt=prompt,
+        params=SamplingParams(max_tokens=0),
+        kind="score" if num_targets else "embed",
+        pooling="last" if num_targets else random.choice(("last", "mean")),
+        targets=((0,),) * num_targets,
+        priority=random.choice((0, 0, 0, 1)),
     )

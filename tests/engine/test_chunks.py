@@ -57,5 +57,5 @@ def test_several_tokens_come_at_once_up_to_the_one_that_ends_the_reply() -> None
 
 
 def test_a_vector_ends_a_request_that_wants_no_token() -> None:
-    update = bring(ChunkResult(vector=(0.25, 0.75)), max_tokens=0)
-    assert (update.vector, update.token_ids, update.finish_reason) == ((0.25, 0.75), [], "length")
+    update = bring(ChunkResult(vector=b"12345678"), max_tokens=0)
+    assert (update.vector, update.token_ids, update.finish_reason) == (b"12345678", [], "length")

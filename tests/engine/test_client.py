@@ -16,7 +16,15 @@ import msgspec
 import pytest
 
 from jamba_server.engine.config import EngineConfig
-from jamba_server.engine.errors import ConfigError, EngineDead, EngineFailed, EngineLoading, Overloaded, RequestRejected
+from jamba_server.engine.errors import (
+    ConfigError,
+    EngineDead,
+    EngineFailed,
+    EngineLoading,
+    ModelCannot,
+    Overloaded,
+    RequestRejected,
+)
 from jamba_server.engine.process.client import EngineClient, Health
 from jamba_server.engine.process.streams import BACKLOG_BYTES, LiveRequest
 from jamba_server.engine.process.supervisor import Watchdog
@@ -111,9 +119,9 @@ async def test_one_choice_can_end_while_its_sibling_goes_on(running: EngineClien
     assert sum(u.request_id == "b" for u in after) == 30
 
 
-async def test_a_kind_that_no_engine_serves_is_refused(running: EngineClient) -> None:
-    with pytest.raises(RequestRejected, match="kind is 'embed'"):
-        async with running.generate([msgspec.structs.replace(request("a", tokens=1), kind="embed")]):
+async def test_a_kind_that_the_model_cannot_serve_is_refused(running: EngineClient) -> None:
+    with pytest.raises(ModelCannot, match="without a classifier"):
+        async with running.generate([msgspec.structs.replace(request("a", tokens=1), kind="classify")]):
             pass
     assert await collect(running, [request("a", tokens=2)]), "it left nothing behind"
 

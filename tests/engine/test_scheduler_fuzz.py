@@ -89,6 +89,7 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         saves=simulator.num_saves,
         saved=simulator.num_saved,
         tail_hits=simulator.num_tail_hits,
+        vectors=simulator.num_vectors,
         aborted=aborted,
         stopped=stopped,
         forced=forced,
@@ -117,6 +118,7 @@ def test_random_work(kind: str, first: int, ahead: bool) -> None:
         "aborted",
         "stopped",
         "forced",
+        "vectors",
     ):
         assert total[event] > 0, f"the fuzz never saw {event}"
 

@@ -9,9 +9,10 @@ import sys
 import msgspec
 import pytest
 
-from jamba_server.engine.errors import ContextTooLong, RequestRejected
-from jamba_server.engine.types import SamplingParams
+from jamba_server.engine.errors import ContextTooLong, ModelCannot, RequestRejected
+from jamba_server.engine.types import RequestKind, SamplingParams
 from jamba_server.engine.validation import MAX_GRAMMAR_CHARS, clamp_max_tokens, validate, validate_kind, validate_prompt
+from tests.engine.scripted_engine import INFO
 
 VOCAB = 100
 
@@ -210,8 +211,19 @@ def test_validation_does_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_kinds_that_are_not_served_are_refused_by_name() -> None:
-    validate_kind("generate")
-    for kind in ("classify", "embed"):
-        with pytest.raises(RequestRejected, match=f"kind is '{kind}'; this engine serves 'generate' only"):
-            validate_kind(kind)
+@pytest.mark.parametrize(
+    ("labels", "served", "refused"),
+    [
+        ((), ("generate", "score", "embed"), {"classify": "without a classifier's head"}),
+        (("no", "yes"), ("classify", "embed"), dict.fromkeys(("generate", "score"), "is a classifier")),
+    ],
+)
+def test_kinds_that_the_model_cannot_serve_are_refused(
+    labels: tuple[str, ...], served: tuple[RequestKind, ...], refused: dict[RequestKind, str]
+) -> None:
+    info = msgspec.structs.replace(INFO, labels=labels)
+    for kind in served:
+        validate_kind(kind, info)
+    for kind, why in refused.items():
+        with pytest.raises(ModelCannot, match=why):
+            validate_kind(kind, info)

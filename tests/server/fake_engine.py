@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from jamba_server.engine.types import (
 EOS = 2
 VOCAB_SIZE = 2048
 MAX_MODEL_LEN = 256
+HIDDEN_SIZE = 8
 QUEUE_SECONDS = 0.25
 NUM_CACHED = 3
 
@@ -45,6 +47,7 @@ INFO = EngineInfo(
     state_bytes=1,
     kernels={},
     load_seconds=0.0,
+    hidden_size=HIDDEN_SIZE,
 )
 
 Event = TokenUpdate | Exception
@@ -104,12 +107,21 @@ def says(*replies: list[int]) -> Script:
     return script
 
 
+def vectors(request: Request) -> Iterator[Event]:
+    """Numbers that depend on the prompt: of the size of a hidden state, of one label, or of the targets."""
+    number = (sum(request.prompt) % 97 + 1) / 13
+    size = {"embed": HIDDEN_SIZE, "classify": 1}.get(request.kind, sum(map(len, request.targets)))
+    numbers = array("f", [-number / (i + 1) for i in range(size)])
+    yield TokenUpdate(request_id=request.id, vector=numbers.tobytes(), finish_reason="length", num_cached=1)
+
+
 class FakeStream:
     """Updates of the requests in turn, one each."""
 
     def __init__(self, engine: FakeEngine, requests: list[Request]) -> None:
         self._engine = engine
-        self.open = {request.id: iter(engine.script(request)) for request in requests}
+        scripts = {request.id: engine.script if request.kind == "generate" else vectors for request in requests}
+        self.open = {request.id: iter(scripts[request.id](request)) for request in requests}
         self._turns = deque(self.open)
 
     def __aiter__(self) -> FakeStream:

@@ -87,6 +87,9 @@ async def test_the_document_declares_the_keys(make_bench: MakeBench) -> None:
     assert '"security":' not in json.dumps(without_keys)
 
 
+SCORES = {"/v1/score", "/v1/rerank"}  # they need a classifier, which this model is not
+
+
 async def test_the_openapi_document(bench: Bench) -> None:
     async with bench.http() as http:
         document = (await http.get("/openapi.json")).json()
@@ -104,6 +107,7 @@ async def test_the_openapi_document(bench: Bench) -> None:
     }
     paths |= {"/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"}
     paths |= {"/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel"}
+    paths |= {"/v1/embeddings", "/pooling", "/classify", "/v1/decisions", *SCORES}
     responses = {"", "/input_tokens", "/{response_id}", "/{response_id}/input_items", "/{response_id}/cancel"}
     paths |= {f"/v1/responses{end}" for end in responses}
     assert set(document["paths"]) == paths | {"/health", "/ready", "/live", "/version", "/server_info", "/metrics"}
@@ -133,7 +137,8 @@ async def test_every_field_of_a_request_is_described(bench: Bench) -> None:
             [example] = schemas[name]["examples"]
             # The example of a batch names a file that has to be uploaded first.
             wanted = 400 if path == "/v1/batches" else 200
-            assert (await http.post(path, json=example)).status_code == wanted
+            reply = await http.post(path, json=example)
+            assert reply.status_code == wanted or (path in SCORES and "model_not_capable" in reply.text)
             todo = {name}
             while todo:
                 found |= todo

@@ -20,6 +20,7 @@ from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.bench import report
 from jamba_server.server.cli.bench.client import Client, Failure, Reply
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
+from jamba_server.server.cli.bench.decisions import DecisionClient, Decisions, computed_tokens, note
 from jamba_server.server.cli.bench.discovery import BenchError, Target, discover, discover_tokens
 from jamba_server.server.cli.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner, schedule
 from jamba_server.server.cli.bench.workloads import (
@@ -34,11 +35,12 @@ from jamba_server.server.cli.bench.workloads import (
 )
 from jamba_server.server.cli.decode_limit import Served
 
-WORKLOADS: dict[str, type[Random] | type[Trace]] = {
+WORKLOADS: dict[str, type[Random] | type[Trace] | type[Decisions]] = {
     "random": Random,
     "shared-prefix": SharedPrefix,
     "multi-turn": MultiTurn,
     "trace": Trace,
+    "decisions": Decisions,
 }
 
 
@@ -86,7 +88,8 @@ class BenchOptions:
     ] = None
     max_seconds: Annotated[float, _option("Seconds after which a measurement ends.")] = 300.0
     input_len: Annotated[
-        int | None, _option("Tokens in each prompt; with multi-turn, words in each message. [default: 256]")
+        int | None,
+        _option("Tokens in each prompt; with multi-turn and decisions, words in each message. [default: 256]"),
     ] = None
     output_len: Annotated[int | None, _option("Tokens in each reply. [default: 64]")] = None
     range_ratio: Annotated[
@@ -98,6 +101,7 @@ class BenchOptions:
         int | None, _option("For shared-prefix: number of prefixes, which are used in turn. [default: 4]")
     ] = None
     turns: Annotated[int | None, _option("For multi-turn: user messages in each chat. [default: 4]")] = None
+    questions: Annotated[int | None, _option("For decisions: questions about each input. [default: 16]")] = None
     trace: Annotated[
         str | None,
         _option(
@@ -156,8 +160,8 @@ class BenchOptions:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if unused := given.keys() - set(kind.__struct_fields__):
             raise ConfigError(f"{_flags(unused)} means nothing for --workload {self.workload}.")
-        if kind is MultiTurn and self.vocab_size is not None:
-            raise ConfigError("--vocab-size means nothing for --workload multi-turn, whose prompts are text.")
+        if kind in (MultiTurn, Decisions) and self.vocab_size is not None:
+            raise ConfigError(f"--vocab-size means nothing for --workload {self.workload}, whose prompts are text.")
         if kind is Trace and self.trace is None:
             raise ConfigError("--workload trace needs --trace FILE.")
         return kind(**given)
@@ -224,6 +228,8 @@ class Bench:
         target = await discover(self._http, self.options.model)
         tokens = await self.token_range(target.model)
         client = Client(self._http, target.model, temperature=self.options.temperature, now=self._now)
+        if isinstance(self.workload, Decisions):
+            client = DecisionClient(self._http, target.model, now=self._now)
         levels: list[report.Level] = []
         for index in range(len(self.loads)):
             levels.append(await self._measure(client, tokens, target, index))
@@ -232,8 +238,8 @@ class Bench:
         return report.Report(_conditions(self.options, self.workload, self._http.base_url, target), levels)
 
     async def token_range(self, model: str) -> TokenRange:
-        if isinstance(self.workload, MultiTurn):
-            return TokenRange(0, 0)  # a prompt of a chat is made of words, so no range of token ids is needed
+        if isinstance(self.workload, MultiTurn | Decisions):
+            return TokenRange(0, 0)  # the prompts are made of words, so no range of token ids is needed
         if self.options.vocab_size is not None:
             return TokenRange(0, self.options.vocab_size - 1)
         return await discover_tokens(self._http, model)
@@ -251,7 +257,9 @@ class Bench:
         rng = np.random.default_rng([self.options.seed, index, 0])
         return schedule(load, self.workload.sessions(rng, count, tokens), rng)
 
-    async def _measure(self, client: Client, tokens: TokenRange, target: Target, index: int) -> report.Level:
+    async def _measure(
+        self, client: Client | DecisionClient, tokens: TokenRange, target: Target, index: int
+    ) -> report.Level:
         load = self.loads[index]
         drawn = self.sessions(tokens, index)
         sessions = leave_out_long(drawn, target.max_model_len)
@@ -261,13 +269,17 @@ class Bench:
         planned = sum(len(session.turns) for session in sessions)
         task = self._progress.add_task(str(load), total=planned)
         runner = Runner(client, on_end=lambda: self._progress.advance(task))
+        before = await computed_tokens(self._http) if isinstance(self.workload, Decisions) else None
         cpu_start = time.process_time()
         await runner.run(load, sessions, max_seconds=self.options.max_seconds)
         cpu_seconds = time.process_time() - cpu_start
         plan = report.Plan(load, planned, len(drawn) - len(sessions))
-        return report.summarize(plan, runner.records, slo=self._slo, cpu_seconds=cpu_seconds)
+        level = report.summarize(plan, runner.records, slo=self._slo, cpu_seconds=cpu_seconds)
+        if before is None or (after := await computed_tokens(self._http)) is None:
+            return level
+        return msgspec.structs.replace(level, computed_tokens=after - before)
 
-    async def _warm_up(self, client: Client, tokens: TokenRange, target: Target, index: int) -> None:
+    async def _warm_up(self, client: Client | DecisionClient, tokens: TokenRange, target: Target, index: int) -> None:
         load = self.loads[index]
         concurrency = load.concurrency if isinstance(load, ClosedLoop) else 1
         count = concurrency if self.options.num_warmups is None else self.options.num_warmups
@@ -322,8 +334,9 @@ def bench(**flags: Any) -> None:
         result = run_bench(url, options, progress)
     console = Console()
     console.print(report.table(result.levels))
-    for note in [*report.notes(result.levels), *(served.describe(result.levels) if served else ())]:
-        console.print(note, markup=False, highlight=False)
+    computed = map(note, result.levels) if options.workload == "decisions" else ()
+    for line in [*report.notes(result.levels), *computed, *(served.describe(result.levels) if served else ())]:
+        console.print(line, markup=False, highlight=False)
     if options.output:
         options.output.write_bytes(report.to_json(result))
     if not result.levels[-1].completed:

@@ -69,6 +69,7 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     server's context; they are not in `planned`. `short_replies` counts replies with fewer tokens than requested.
     `cached_share` is the cached share of the prompt tokens, over the replies that report it, or None if none does.
     `client_cpu_share` is this process's CPU time / duration. Near 1, the load generator limits the result.
+    `computed_tokens`, for the workload `decisions` only, is the number of prompt tokens that the server computed.
     """
 
     load: Load
@@ -91,6 +92,7 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: Distribution | None
     itl_ms: Distribution | None
     e2el_ms: Distribution | None
+    computed_tokens: int | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):

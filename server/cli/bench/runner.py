@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import msgspec
 import numpy as np
 from numpy.random import Generator
 
-from jamba_server.server.cli.bench.client import Client, Failure, Message, Record, Reply
-from jamba_server.server.cli.bench.workloads import Session
+from jamba_server.server.cli.bench.client import Failure, Message, Record, Reply
+from jamba_server.server.cli.bench.workloads import Session, Turn
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
@@ -63,6 +64,14 @@ def schedule(load: Load, sessions: list[Session], rng: Generator) -> list[Sessio
     return [Session(session.turns, arrival) for session, arrival in zip(sessions, arrivals, strict=True)]
 
 
+class Sender(Protocol):
+    """What sends one turn. `now` is its clock, in seconds."""
+
+    now: Callable[[], float]
+
+    async def send(self, turn: Turn, history: list[Message]) -> Record: ...
+
+
 class Runner:
     """Sends the requests of one load. Records the reply to each request, or the reason why no complete reply came.
 
@@ -70,7 +79,7 @@ class Runner:
     of each request.
     """
 
-    def __init__(self, client: Client, on_end: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, client: Sender, on_end: Callable[[], None] = lambda: None) -> None:
         self.records: list[Record] = []
         self._client = client
         self._on_end = on_end

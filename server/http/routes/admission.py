@@ -8,11 +8,18 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from jamba_server.engine.types import RequestKind
+from jamba_server.engine.validation import validate_kind
 from jamba_server.server.http.deadlines import enforced, time_limit_of
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.sse import until_disconnect
 
 T = TypeVar("T")
+
+
+def require(services: Services, kind: RequestKind) -> None:
+    """Raises ModelCannot if the served model cannot answer requests of this kind. The engine must have loaded."""
+    validate_kind(kind, services.engine.info)
 
 
 async def wait_for_start(request: Request, services: Services, *, num_choices: int = 1) -> None:

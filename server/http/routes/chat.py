@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, plan_chat
 from jamba_server.server.http.deadlines import set_timeout
-from jamba_server.server.http.routes.admission import prepared, wait_for_start
+from jamba_server.server.http.routes.admission import prepared, require, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.schemas.chat import ChatCompletionRequest
 from jamba_server.server.http.schemas.chat_replies import ChatCompletion
@@ -31,6 +31,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     set_timeout(request.scope, body.timeout)
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services, num_choices=body.n or 1)
+    require(services, "generate")
     model = services.model(body.model)
     warn_of_other_tools(body.tools, request.scope)
     id_ = f"chatcmpl-{uuid.uuid4().hex}"

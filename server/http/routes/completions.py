@@ -13,7 +13,7 @@ from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import set_timeout, time_limit_of
 from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
 from jamba_server.server.http.generation import GenerationSpec, Prompt
-from jamba_server.server.http.routes.admission import prepared, wait_for_start
+from jamba_server.server.http.routes.admission import prepared, require, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM
 from jamba_server.server.http.sampling import admit_prompt, engine_priority, sampling_params
 from jamba_server.server.http.schemas.completions import Completion, CompletionRequest
@@ -36,6 +36,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     if any(isinstance(prompt, str) and services.begins_with_bos(prompt) for prompt in body.prompts):
         warn_of_bos(request, services)
     await wait_for_start(request, services, num_choices=len(body.prompts) * (body.n or 1))
+    require(services, "generate")
     model = services.model(body.model)
     spec = await prepared(request, _spec(body, services, f"cmpl-{uuid.uuid4().hex}", request.scope))
     writer = CompletionWriter(

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jamba_server.server.http.chat_task import ChatTask, Tool, ToolMode, plan_chat, render_task
-from jamba_server.server.http.routes.admission import prepared, wait_for_start
+from jamba_server.server.http.routes.admission import prepared, require, wait_for_start
 from jamba_server.server.http.routes.replies import STREAM, json_response
 from jamba_server.server.http.schemas.base import GenerationBody
 from jamba_server.server.http.schemas.messages.reply import Hello, MessageErrorReply, MessageReply, TokensCount
@@ -34,6 +34,7 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
     services.lifecycle.admit()
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services)
+    require(services, "generate")
     model = services.model(body.model)
     conversation = translate(body)
     _warn_of_left_out(body, conversation, request)

@@ -14,7 +14,7 @@ from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.errors import StreamNotFound, is_background, tenant_of
 from jamba_server.server.http.generation import GenerationSpec
 from jamba_server.server.http.response_task import chat_task, plan_response, read_input
-from jamba_server.server.http.routes.admission import prepared, wait_for_start
+from jamba_server.server.http.routes.admission import prepared, require, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, STREAM, json_response
 from jamba_server.server.http.schemas.responses.items import Item, Reasoning, new_id
 from jamba_server.server.http.schemas.responses.reply import DeletedResponse, InputItemList, InputTokens, Response
@@ -151,6 +151,7 @@ class _Plan(NamedTuple):
 async def _plan(body: ResponseRequest, request: Request, services: Services, owner: str) -> _Plan:
     settle_unknown_fields(body, request, services)
     await wait_for_start(request, services)
+    require(services, "generate")
     model = services.model(body.model)
     names = FunctionNames.of(body.declared_tools)
     limit = services.config.max_body_bytes

@@ -75,6 +75,20 @@ class RequestBody(BaseModel):
         return body
 
 
+class NullableBody(RequestBody):
+    """The base class of requests in which an optional field may be null, which means the same as leaving it out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        """Removes optional fields whose value is null, so that these fields get their default values."""
+        if not isinstance(data, dict):
+            return data
+        fields = cast("dict[str, Any]", data)
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in fields.items() if value is not None or name not in optional}
+
+
 class Reply(BaseModel):
     """The base class of all JSON objects in replies."""
 
@@ -216,7 +230,7 @@ TopP = Annotated[
 ]
 
 
-class GenerationBody(NoEffect):
+class GenerationBody(NoEffect, NullableBody):
     """The fields that requests for chat completions and for completions have in common.
 
     A sampling parameter that is null or missing gets its default from the model's generation_config.json.
@@ -312,16 +326,6 @@ class GenerationBody(NoEffect):
     max_completion_tokens: Annotated[
         TokenLimit | None, Field(description="OpenAI's newer name for `max_tokens`. Send only one of the two.")
     ] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        """Removes optional fields whose value is null, so that these fields get their default values."""
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[str, Any]", data)
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value for name, value in fields.items() if value is not None or name not in optional}
 
     @model_validator(mode="after")
     def _check_shared_pairs(self) -> Self:

@@ -279,4 +279,59 @@ DETOKENIZE: PeerFields = MappingProxyType(
     }
 )
 
+# Fields of vLLM's requests for vectors, and names of its request fields that are different here.
+_VECTORS = {
+    "truncate_prompt_tokens": PeerField("vLLM"),
+    "truncation_side": PeerField("vLLM"),
+    "messages": PeerField("vLLM", ([],)),
+    "chat_template": PeerField("vLLM", ("",)),
+    "embed_dtype": PeerField("vLLM", ("float32",)),
+    "endianness": PeerField("vLLM", ("native", "little")),
+    "normalize": PeerField("vLLM", (True,), instead="use_activation"),
+    "softmax": PeerField("vLLM", (True,), instead="use_activation"),
+    "activation": PeerField("vLLM", (True,), instead="use_activation"),
+}
+EMBEDDING: PeerFields = MappingProxyType(
+    _VECTORS
+    | {
+        "input_type": PeerField("Cohere", instead="input"),
+        "task": PeerField("Jina"),
+        "late_chunking": PeerField("Jina", (False,)),
+        "truncate": PeerField("Jina", (False,)),
+        "truncate_dim": PeerField("TEI", instead="dimensions"),
+        "embedding_type": PeerField("Jina", ("float",), instead="encoding_format"),
+        "prompt_name": PeerField("TEI"),
+        "instruction": PeerField("SGLang", ("",)),
+    }
+)
+VECTOR: PeerFields = MappingProxyType(_VECTORS)
+PAIR: PeerFields = MappingProxyType(
+    _VECTORS
+    | {
+        "data_1": PeerField("vLLM", instead="text_1"),
+        "data_2": PeerField("vLLM", instead="text_2"),
+        "queries": PeerField("vLLM", instead="text_1"),
+        "items": PeerField("SGLang", instead="text_2"),
+        "label_token_ids": PeerField("SGLang"),
+        "apply_softmax": PeerField("SGLang", (False,)),
+        "instruction": PeerField("vLLM", ("",)),
+        "max_tokens_per_doc": PeerField("Cohere"),
+        "rank_fields": PeerField("Cohere", ([],)),
+        "max_chunks_per_doc": PeerField("Cohere"),
+    }
+)
+DECISION: PeerFields = MappingProxyType(
+    {
+        "state": PeerField("System One", instead="input"),
+        "messages": PeerField("/v1/chat/completions", ([],), instead="input"),
+        "assets": PeerField("System One", ({},)),
+        "images": PeerField("System One", ([],)),
+        "temperature": PeerField("SGLang", (1,)),
+        "chat_template": PeerField("SGLang", ("",)),
+        "chat_template_kwargs": PeerField("SGLang", ({},)),
+        "instructions": PeerField("OpenAI's responses", ("",), instead="input"),
+        "tools": PeerField("OpenAI's responses", ([],)),
+    }
+)
+
 NONE: PeerFields = MappingProxyType({})
