@@ -11,14 +11,17 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from jamba_server.engine.cache.explain import PrefixCounts, Salts, explain
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
 from jamba_server.engine.fairness import MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
+from jamba_server.engine.joining import Joining
 from jamba_server.engine.sequence import Sequence
+from jamba_server.engine.step_plan import StepPlan
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
 from jamba_server.engine.waiting import WaitingQueue
 
@@ -73,32 +76,6 @@ class ChunkResult(NamedTuple):
     vector: tuple[float, ...] | None = None
 
 
-@dataclass(slots=True)
-class _Plan:
-    """The plan of the next step while the scheduler makes this plan. The field `budget` is the number of prompt tokens
-    that can still be added to the step. The dict `chunks` has (start, end, cost) for each sequence that is planned
-    already. `cost` is the number of tokens that was subtracted from `budget` for the chunk.
-
-    While other prompts wait, all prompts that need several steps may together add only `for_long` more tokens.
-    `shortened` are the sequences that received fewer tokens for this reason.
-    """
-
-    budget: int
-    for_long: int
-    chunks: dict[Sequence, tuple[int, int, int]] = field(default_factory=dict[Sequence, tuple[int, int, int]])
-    shortened: list[Sequence] = field(default_factory=list[Sequence])
-    started: list[str] = field(default_factory=list[str])
-    preempted: bool = False
-
-    def add(self, seq: Sequence, end: int, cost: int) -> None:
-        self.chunks[seq] = (seq.num_computed, end, cost)
-        self.budget -= cost
-
-    def drop(self, seq: Sequence) -> None:
-        *_, cost = self.chunks.pop(seq, (0, 0, 0))
-        self.budget += cost
-
-
 class Scheduler:
     """Owns the waiting and running sequences. The cache manager owns the pages and state slots that these sequences
     use."""
@@ -122,7 +99,10 @@ class Scheduler:
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # counts the running and waiting sequences of each tenant
         self._work = 0  # counts the prompt tokens that were ever scheduled; prompts age by this number, not by a clock
-        self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
+        self._num_preemptions = self._num_steps = 0
+        self._prefixes, self._salts = PrefixCounts(), Salts()
+        self.joining = Joining(cache, max_num_batched_tokens)
+        self._new_pins: list[tuple[str, float]] = []
 
     # Adding and aborting requests -------------------------------------------------------------------------------
 
@@ -139,6 +119,8 @@ class Scheduler:
             self._arrivals += 1
             seq = Sequence.of(request, arrival=self._arrivals, now=now, constraint=constraints.get(request.id))
             self._append_forced(seq)
+            if request.cache.write:
+                self._salts.add(request.tenant, request.cache_salt)
             seq.work_before = self._work
             seq.num_uncached = len(seq.tokens) - self._match(seq).num_tokens
             self._by_id[request.id] = seq
@@ -157,7 +139,7 @@ class Scheduler:
 
     @property
     def stats(self) -> EngineStats:
-        pages, slots, count = self.cache.pages, self.cache.slots, self._counters
+        pages, slots, prefixes = self.cache.pages, self.cache.slots, self._prefixes
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -166,12 +148,18 @@ class Scheduler:
             state_slots_used=slots.capacity - slots.num_free,
             state_slots_capacity=slots.capacity,
             saved_states=self.cache.store.num_saved,
-            num_preemptions_total=count["preemptions"],
-            prefix_queries_total=count["queries"],
-            prefix_hits_total=count["hits"],
-            missed_no_state_total=count["no_state"],
-            missed_evicted_total=count["evicted"],
-            num_steps_total=count["steps"],
+            pinned_blocks=pages.num_pinned,
+            pinned_states=self.cache.store.saved.num_pinned,
+            num_preemptions_total=self._num_preemptions,
+            prefix_queries_total=prefixes.queries,
+            prefix_hits_total=prefixes.hits,
+            hits_device_total=prefixes.hits,
+            missed_no_state_total=prefixes.no_state,
+            missed_evicted_total=prefixes.evicted,
+            missed_not_seen_total=prefixes.not_seen,
+            missed_read_disabled_total=prefixes.read_disabled,
+            num_joined_total=prefixes.joined,
+            num_steps_total=self._num_steps,
         )
 
     # Planning a step --------------------------------------------------------------------------------------------
@@ -186,7 +174,7 @@ class Scheduler:
         do count.
         """
         budget = self.max_num_batched_tokens
-        plan = _Plan(budget, budget - budget // RESERVED_PART)
+        plan = StepPlan(budget, budget - budget // RESERVED_PART)
         for seq in [seq for seq in self.running if seq.decodes]:
             if seq.state_id:  # the state id is 0 if this loop has preempted `seq` meanwhile
                 self._extend(seq, plan, 1 + plan.budget)
@@ -197,11 +185,11 @@ class Scheduler:
             for seq, (start, end, _) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
-        self._counters["steps"] += bool(chunks)
+        self._num_steps += bool(chunks)
         copies = self.cache.take_copies() if chunks else CacheCopies()  # copies run only in a step with chunks
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
-    def _share_out(self, plan: _Plan, now: float) -> None:
+    def _share_out(self, plan: StepPlan, now: float) -> None:
         """Divides the step's budget of prompt tokens among prompts in progress and new prompts. The most urgent prompt
         gets tokens first."""
         prompts = sorted((seq for seq in self.running if seq.num_remaining and not seq.decodes), key=urgency)
@@ -223,7 +211,7 @@ class Scheduler:
                 plan.drop(seq)
                 self._extend(seq, plan, plan.budget)
 
-    def _part(self, seq: Sequence, plan: _Plan, *, others: bool) -> int:
+    def _part(self, seq: Sequence, plan: StepPlan, *, others: bool) -> int:
         """Returns how many prompt tokens of `seq` can be computed in this step. The argument `others` says whether
         other prompts could use tokens of the step's budget. If `others` is true and the prompt of `seq` needs several
         steps, some of the budget is left to the other prompts."""
@@ -248,7 +236,7 @@ class Scheduler:
         """
         return any(s.num_pending and (s.counts_tokens or self.cache.saves_after(len(s.tokens))) for s in self.running)
 
-    def _extend(self, seq: Sequence, plan: _Plan, limit: int) -> None:
+    def _extend(self, seq: Sequence, plan: StepPlan, limit: int) -> None:
         """Plans up to `limit` more tokens of a running sequence. While too few pages are free, the youngest running
         sequence is preempted."""
         remaining = seq.num_remaining
@@ -264,7 +252,7 @@ class Scheduler:
                 return
         plan.add(seq, end, cost=size - seq.decodes)
 
-    def _park(self, seq: Sequence, plan: _Plan) -> None:
+    def _park(self, seq: Sequence, plan: StepPlan) -> None:
         """Removes a running sequence from the planned step and puts it back into the queue."""
         plan.drop(seq)
         self._preempt(seq)
@@ -274,9 +262,9 @@ class Scheduler:
         self.cache.free(seq)  # saves the state, too; `seq` resumes from this state if the pages of `seq` stay cached
         seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
         self.waiting.add(seq)
-        self._counters["preemptions"] += 1
+        self._num_preemptions += 1
 
-    def _next_waiting(self, plan: _Plan) -> Sequence | None:
+    def _next_waiting(self, plan: StepPlan) -> Sequence | None:
         """Returns the waiting sequence that should run next, or None if this step can admit no sequence.
 
         Tenants and requests take turns: within a priority, the tenant or request with the fewest running sequences
@@ -289,15 +277,14 @@ class Scheduler:
         if full and not shares.one_holds_several and len(self._tenants) < 2:
             return None  # nothing can be displaced, which is the usual case under load; this early return saves time
         no_more_long = sum(map(self._is_long, self.running)) >= MAX_LONG_PREFILLS
-        in_progress = self._groups_in_progress()
         return self.waiting.next(
             shares,
             full=full,
             with_long=not no_more_long,
-            may_start=lambda seq: not self._awaits_sibling(seq, in_progress),
+            may_start=lambda seq: not self.joining.must_wait(seq, self.running, self._work),
         )
 
-    def _admit(self, seq: Sequence, plan: _Plan, limit: int, now: float) -> bool:
+    def _admit(self, seq: Sequence, plan: StepPlan, limit: int, now: float) -> bool:
         """Admits `seq` with a first chunk of up to `limit` tokens, or returns False and leaves `seq` in the queue.
 
         If too few slots or pages are free, a tenant or request with several running sequences gives up one of them to a
@@ -320,27 +307,16 @@ class Scheduler:
         insort(self.running, seq, key=lambda s: s.order)
         if seq.queue_seconds is None:
             seq.queue_seconds, seq.num_cached = now - seq.submitted_at, min(seq.num_computed, seq.num_prompt)
-            self._count_hit(seq, hit)
+            self._prefixes.add(self.cache, seq, hit)
+            if seq.request.cache.explain:
+                seq.report = explain(self.cache, seq, hit, self._salts)
             plan.started.append(seq.request.id)
         plan.add(seq, end, cost=end - seq.num_computed)
         return True
 
     def _match(self, seq: Sequence) -> PrefixHit:
-        """Finds the longest prefix of `seq` that can be reused from the cache. The result is empty if the request asks
-        for log-probabilities of the prompt, because the logits of every position must then be computed."""
-        return PrefixHit() if seq.params.prompt_logprobs is not None else self.cache.match(seq)
-
-    def _groups_in_progress(self) -> set[str]:
-        """Returns the ids of the groups in which a running sequence has not yet computed all full pages of its prompt.
-        A group consists of the choices of one prompt."""
-        size = self.cache.block_size
-        return {seq.request.group for seq in self.running if seq.num_computed < (seq.num_prompt - 1) // size * size}
-
-    def _awaits_sibling(self, seq: Sequence, in_progress: set[str]) -> bool:
-        """Returns whether `seq` should wait, because another reply to the same prompt is computing the prompt. After
-        this computation, `seq` can take the pages of the prompt from the cache."""
-        group = seq.request.group
-        return bool(group) and group in in_progress and self.cache.enabled and seq.params.prompt_logprobs is None
+        """Finds the longest prefix of `seq` that can be reused from the cache."""
+        return self.cache.match(seq) if seq.reads_cache else PrefixHit()
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
         """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if too few
@@ -355,17 +331,6 @@ class Scheduler:
             return end
         assert self.running, "the memory plan has room for one sequence of any length"
         return None
-
-    def _count_hit(self, seq: Sequence, hit: PrefixHit) -> None:
-        if seq.params.prompt_logprobs is not None or not self.cache.enabled:
-            return
-        self._counters["queries"] += seq.num_prompt
-        self._counters["hits"] += seq.num_cached
-        # `hit` may also count generated tokens, which `left` excludes from the counts below
-        left = seq.num_prompt - seq.num_cached
-        no_state = min(hit.missed_no_state, left)
-        self._counters["no_state"] += no_state
-        self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
 
     # Recording a launched step and its results ------------------------------------------------------------------
 
@@ -400,10 +365,29 @@ class Scheduler:
                 if reason is None:
                     self._append_forced(seq)
             if result.token_ids or result.prompt_logprobs or reason:
-                updates.append(self._report(seq, result, reason))
+                updates.append(self._report(seq, result, reason, self._pin(seq) if reason else None))
             if reason:
                 self._remove(seq)
         return updates
+
+    def _pin(self, seq: Sequence) -> int | None:
+        """Pins the prefix of a sequence that ends, if its request asks for that. Returns how many tokens are pinned."""
+        if not (seconds := seq.request.cache.pin_seconds):
+            return None
+        if num_pinned := self.cache.pin(seq):
+            self._new_pins.append((seq.request.id, seconds))
+        return num_pinned
+
+    def take_new_pins(self) -> list[tuple[str, float]]:
+        """Returns, for each pin since the last call, its name and the number of seconds that it lasts. The caller
+        measures the time and then calls `unpin`."""
+        pins, self._new_pins = self._new_pins, []
+        return pins
+
+    def unpin(self, names: Iterable[str]) -> None:
+        """Ends pins. Names that are not pinned are ignored."""
+        for name in names:
+            self.cache.pins.release(name)
 
     def discard(self) -> None:
         """Must be called after a failed step. Drops all requests that have begun, because the pages and states of these
@@ -468,7 +452,9 @@ class Scheduler:
             return False
         return token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos)
 
-    def _report(self, seq: Sequence, result: ChunkResult, reason: FinishReason | None) -> TokenUpdate:
+    def _report(
+        self, seq: Sequence, result: ChunkResult, reason: FinishReason | None, num_pinned: int | None
+    ) -> TokenUpdate:
         first, seq.announced = not seq.announced, True
         token_ids = seq.tokens[seq.num_reported :].tolist()
         seq.num_reported = len(seq.tokens)
@@ -484,6 +470,8 @@ class Scheduler:
             vector=result.vector,
             num_cached=seq.num_cached if first else None,
             queue_seconds=seq.queue_seconds if first else None,
+            cache=seq.report if first else None,
+            num_pinned=num_pinned,
         )
 
     def _remove(self, seq: Sequence) -> None:
