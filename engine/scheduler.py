@@ -102,7 +102,6 @@ class Scheduler:
         self._num_preemptions = self._num_steps = 0
         self._prefixes, self._salts = PrefixCounts(), Salts()
         self.joining = Joining(cache, max_num_batched_tokens)
-        self._new_pins: list[tuple[str, float]] = []
 
     # Adding and aborting requests -------------------------------------------------------------------------------
 
@@ -365,29 +364,10 @@ class Scheduler:
                 if reason is None:
                     self._append_forced(seq)
             if result.token_ids or result.prompt_logprobs or reason:
-                updates.append(self._report(seq, result, reason, self._pin(seq) if reason else None))
+                updates.append(self._report(seq, result, reason, self.cache.pin(seq) if reason else None))
             if reason:
                 self._remove(seq)
         return updates
-
-    def _pin(self, seq: Sequence) -> int | None:
-        """Pins the prefix of a sequence that ends, if its request asks for that. Returns how many tokens are pinned."""
-        if not (seconds := seq.request.cache.pin_seconds):
-            return None
-        if num_pinned := self.cache.pin(seq):
-            self._new_pins.append((seq.request.id, seconds))
-        return num_pinned
-
-    def take_new_pins(self) -> list[tuple[str, float]]:
-        """Returns, for each pin since the last call, its name and the number of seconds that it lasts. The caller
-        measures the time and then calls `unpin`."""
-        pins, self._new_pins = self._new_pins, []
-        return pins
-
-    def unpin(self, names: Iterable[str]) -> None:
-        """Ends pins. Names that are not pinned are ignored."""
-        for name in names:
-            self.cache.pins.release(name)
 
     def discard(self) -> None:
         """Must be called after a failed step. Drops all requests that have begun, because the pages and states of these

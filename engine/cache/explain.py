@@ -16,9 +16,12 @@ The reasons, in the order in which they are tried:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Protocol
+
+import msgspec
 
 from jamba_server.engine.cache.manager import CacheManager, PrefixHit, chain
 from jamba_server.engine.sequence import Sequence
@@ -26,6 +29,16 @@ from jamba_server.engine.types import CacheReport, MissReason
 
 MAX_SALTS = 8  # salts that are remembered of one tenant
 MAX_TENANTS = 256
+
+
+class Chunk(Protocol):
+    """The part of `scheduler.Chunk` that this module uses."""
+
+    @property
+    def sequence(self) -> Sequence: ...
+
+    @property
+    def start(self) -> int: ...
 
 
 class Salts:
@@ -100,6 +113,13 @@ def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) ->
         missed=missed,
         waited=seq.has_waited,
     )
+
+
+def record_restores(chunks: Iterable[Chunk], seconds: float) -> None:
+    """Records in the reports of the sequences that start in a step how long the step's copies of saved states took."""
+    for chunk in chunks:
+        if (report := chunk.sequence.report) is not None and 0 < report.used_tokens == chunk.start:
+            chunk.sequence.report = msgspec.structs.replace(report, restore_seconds=seconds)
 
 
 def _reason(cache: CacheManager, seq: Sequence, kv_tokens: int, missed: dict[MissReason, int]) -> MissReason:

@@ -283,10 +283,12 @@ class CacheManager:
         is computed."""
         return 1 < seq.num_prompt <= self.block_size
 
-    def pin(self, seq: Sequence) -> int:
-        """Protects the pages and the saved states of `seq` from eviction, under the id of its request. Must be called
+    def pin(self, seq: Sequence) -> int | None:
+        """Protects the pages and the saved states of `seq` from eviction if its request asks for that. Must be called
         just before `free`. Returns how many tokens are protected: all that were computed, or 0 if pins would then take
-        more than their share of the memory."""
+        more than their share of the memory. Returns None if the request asks for no pin."""
+        if not (seconds := seq.request.cache.pin_seconds):
+            return None
         if not self.enabled or not seq.request.cache.write or not seq.num_computed:
             return 0
         end = seq.num_computed
@@ -294,7 +296,7 @@ class CacheManager:
         positions = {end, *(p for p in self.worthy_positions(seq) if 0 < p < end)}
         keys = {position: self._key(seq, position) for position in sorted(positions)}
         states = [key for position, key in keys.items() if position == end or self.store.find(key) is not None]
-        return end if self.pins.add(seq.request.id, pages, states) else 0
+        return end if self.pins.add(seq.request.id, pages, states, seconds) else 0
 
     def take_copies(self) -> CacheCopies:
         """Returns the copies that must run before the next step. The pages, slots and places that these copies read
