@@ -124,9 +124,10 @@ MissReason = Literal[
 class CacheReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the prefix cache had for a prompt when the prompt was started. All numbers are numbers of prompt tokens.
 
-    The cache had keys and values of the first `kv_tokens` tokens, and its last usable state was saved after
-    `state_tokens` tokens, whether or not the keys and values before it were still there. The first `used_tokens` tokens
-    were not computed again. Their state was stored in `tier` (None if no token was used) and was copied in
+    The cache had keys and values of the first `kv_tokens` tokens. `differs` says whether the cached tokens go on
+    differently there; otherwise the prompt continues them, or is a part of them. The last state of the prefix was saved
+    after `state_tokens` tokens, whether or not the keys and values before it were still there. The first `used_tokens`
+    tokens were not computed again. Their state was stored in `tier` (None if no token was used) and was copied in
     `restore_seconds` together with the other states of the same step. `reason` says why no more tokens were used.
     `missed` has the numbers of tokens that were computed again although the cache had, or once had, their keys and
     values: the reasons are `no_state`, `evicted` and `salt`. `waited` says whether the request has waited until another
@@ -134,6 +135,7 @@ class CacheReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """
 
     kv_tokens: int = 0
+    differs: bool = False
     state_tokens: int = 0
     used_tokens: int = 0
     tier: CacheTier | None = None

@@ -98,7 +98,8 @@ def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) ->
     """Returns the explanation for a sequence that starts with the cached prefix `hit`."""
     used = seq.num_cached
     found = hit if seq.reads_cache else cache.match(seq)
-    kv_tokens = min(max(cache.shared_tokens(seq, found), found.num_tokens), seq.num_prompt)
+    shared, differs = cache.shared_tokens(seq, found)
+    kv_tokens = min(max(shared, found.num_tokens), seq.num_prompt)
     missed: dict[MissReason, int] = {"no_state": found.missed_no_state, "evicted": found.missed_evicted}
     if seq.reads_cache and cache.enabled:
         missed["salt"] = max(0, _tokens_under_other_salts(cache, seq, salts) - max(kv_tokens, used))
@@ -106,6 +107,7 @@ def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) ->
     missed = {reason: min(count, left) for reason, count in missed.items() if count}
     return CacheReport(
         kv_tokens=kv_tokens,
+        differs=differs and kv_tokens == shared < seq.num_prompt - 1,
         state_tokens=min(cache.deepest_state(seq, found), seq.num_prompt),
         used_tokens=used,
         tier="device" if used else None,

@@ -160,14 +160,16 @@ class CacheManager:
         longer = (tokens for tokens in self._index.after(root) if tokens[: len(tail)] == tail)
         return next((page for t in longer if (page := self.pages.lookup(chain(root, t))) is not None), None)
 
-    def shared_tokens(self, seq: Sequence, hit: PrefixHit) -> int:
-        """Returns how many tokens at the beginning of `seq` have keys and values in the cache, to the token. `hit` is
-        the result of `match`."""
+    def shared_tokens(self, seq: Sequence, hit: PrefixHit) -> tuple[int, bool]:
+        """Returns how many tokens at the beginning of `seq` have keys and values in the cache, to the token, and
+        whether the cached tokens go on differently there. `hit` is the result of `match`."""
         full = hit.shared - hit.shared % self.block_size
         root = self._key(seq, full)
         rest = seq.tokens[full : min(full + self.block_size, len(seq.tokens) - 1)]
         alive = (t for t in self._index.after(root) if self.pages.lookup(chain(root, t)) is not None)
-        return full + max((common_length(tokens, rest) for tokens in alive), default=0)
+        lengths = ((common_length(tokens, rest), len(tokens)) for tokens in alive)
+        common, length = max(lengths, key=lambda pair: (pair[0], -pair[1]), default=(0, 0))
+        return full + common, common < min(length, len(rest))
 
     def deepest_state(self, seq: Sequence, hit: PrefixHit) -> int:
         """Returns the number of tokens at the beginning of `seq` after which the last state is saved, whether or not

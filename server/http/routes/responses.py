@@ -53,7 +53,7 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
             names=plan.names,
             with_logprobs=body.includes(LOGPROBS),
             with_encoded_reasoning=body.includes(ENCRYPTED_REASONING),
-            caches=services.config.enable_prefix_caching,
+            caches=services.config.enable_prefix_caching and plan.spec.cache.write,
         ),
         _save(services, owner, plan.items) if stores else None,
     )

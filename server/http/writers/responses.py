@@ -187,6 +187,7 @@ class ResponseWriter(Writer):
                 "incomplete_details": None if complete else details,
                 "output": tuple(self._output),
                 "usage": self._usage(),
+                "jamba_cache": self.generation.cache,
             }
         )
 

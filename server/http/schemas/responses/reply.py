@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jamba_server.server.http.schemas.base import Reply
+from jamba_server.server.http.schemas.base import Reply, if_any
+from jamba_server.server.http.schemas.cache_report import JambaCache
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -131,6 +132,7 @@ class Response(Reply):
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None = None
     user: str | None
+    jamba_cache: Annotated[JambaCache | None, if_any] = None
 
 
 class DeletedResponse(Reply):
