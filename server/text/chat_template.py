@@ -214,7 +214,7 @@ class ChatTemplate:
         offsets = _offsets(with_marks, later, final_text, text)
         found = {count: offsets[n] for count, place in by_count.items() if (n := places.index(place)) in offsets}
         boundaries = [*found.values(), *self._prefix_lengths(text, messages, variables, set(counts) - found.keys())]
-        starts = self._message_starts(text, messages, variables) if options.get("with_message_starts") else []
+        starts = self._message_starts(text, messages, variables, found) if options.get("with_message_starts") else []
         client_end = offsets.get(places.index(end), 0) if end else 0
         opens_reasoning = self._opens_reasoning(text, client_end)
         if opens_reasoning and closes_reasoning:
@@ -226,9 +226,12 @@ class ChatTemplate:
         """Renders several conversations with the chat template. All of them get the same variables."""
         return self._renderer.render(self.source, [{**variables, "messages": turns} for turns in conversations])
 
-    def _message_starts(self, text: str, messages: Messages, variables: Mapping[str, object]) -> list[int]:
+    def _message_starts(
+        self, text: str, messages: Messages, variables: Mapping[str, object], boundaries: Mapping[int, int]
+    ) -> list[int]:
         """Returns the offset in the prompt `text` at which each message begins. A message whose beginning no mark can
-        show gets the offset of the message before it. The last MAX_LOCATED messages are looked for."""
+        show gets the offset of the message before it. The last MAX_LOCATED messages are looked for. `boundaries` has
+        the offsets that are known already, by the number of messages before them."""
         first = max(1, len(messages) - MAX_LOCATED)
         places = {i: place for i in range(first, len(messages)) if (place := place_of(i, messages)) is not None}
         numbers = list(places)
@@ -240,6 +243,7 @@ class ChatTemplate:
             if not result.error and text.startswith(unmarked[: len(text)]):
                 first_offsets = dict(reversed(offsets))
                 found |= {i: first_offsets[n] for n, i in enumerate(batch) if n in first_offsets}
+        found |= boundaries
         starts = [0]
         for i in range(1, len(messages)):
             starts.append(max(starts[-1], _before_spaces(text, found[i]) if i in found else 0))
