@@ -88,6 +88,12 @@ class Inbox:
                     self._aborted.append(request_id)
             self._changed.notify()
 
+    @property
+    def has_submitted(self) -> bool:
+        """Returns whether new requests are ready for the next step."""
+        with self._changed:
+            return bool(self._submitted)
+
     def submitted(self) -> list[Submitted]:
         """Returns the new requests, and removes them from the inbox."""
         with self._changed:

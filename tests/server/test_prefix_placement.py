@@ -102,7 +102,7 @@ def test_a_shared_system_message_is_reused_from_the_second_request_on(talker: Ta
 def test_twenty_turns(talker: Talker) -> None:
     """1.5 to 1.7: all but the new turn comes from the cache. Reasoning: what came before the last turn, whose thoughts
     and instruction vanish."""
-    messages, before = [system(talker, 40)], 0
+    messages, before = [system(talker, 200)], 0
     for turn in range(20):
         question, answer = user(f"what is after {turn}?"), f"{turn + 1}"
         _, cached = talker.ask([*messages, question], answer)
