@@ -176,9 +176,10 @@ class EngineCore:
             pins = self.scheduler.cache.pins
             last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
-            for name in self.inbox.ended_pins():
+            aborted = self.inbox.aborted()
+            for name in (*self.inbox.ended_pins(), *aborted):
                 pins.release(name)
-            self.scheduler.abort(self.inbox.aborted())  # aborts come first, so that aborted requests get no update
+            self.scheduler.abort(aborted)  # aborts come first, so that aborted requests get no update
             if last is not None and self.scheduler.must_wait():
                 updates += self._take(last)
                 last = None

@@ -41,6 +41,7 @@ from jamba_server.server.http.routes import (
     pages,
     render,
     responses,
+    sessions,
     streams,
     tokenize,
 )
@@ -65,6 +66,7 @@ ROUTERS = (
     render.router,
     completions.router,
     responses.router,
+    sessions.router,
     messages.router,
     models.router,
     streams.router,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jamba_server.engine.errors import ConfigError
+from jamba_server.server.http.store.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class Database:
         if not tables:
             self._create()
         self._evict()
+        self.sessions = Sessions(self._connection, self._max_responses)
 
     def _create(self) -> None:
         """Creates the tables, unless another server that uses the same file has created them meanwhile."""

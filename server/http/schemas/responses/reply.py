@@ -100,6 +100,8 @@ class Response(Reply):
     """A response. It repeats the fields of the request that change the reply, with the values that were used.
 
     `tools` leaves out the tools that were not offered to the model. `store` says whether the response is stored.
+    `session` is the session whose last response this one is; it is missing if another request has used the session
+    meanwhile.
     """
 
     id: str
@@ -133,6 +135,7 @@ class Response(Reply):
     usage: ResponseUsage | None = None
     user: str | None
     jamba_cache: Annotated[JambaCache | None, if_any] = None
+    session: Annotated[str | None, if_any] = None
 
 
 class DeletedResponse(Reply):
