@@ -34,7 +34,7 @@ class Server:
 
     async def chat(self, *messages: dict[str, str], **body: Any) -> tuple[str, dict[str, Any]]:
         reply = await self.post("chat/completions", messages=messages, **{"cache": EXPLAIN} | body)
-        return reply["choices"][0]["message"]["content"], reply.get("jamba_cache")
+        return reply["choices"][0]["message"]["content"], reply["jamba_cache"]
 
 
 @pytest.fixture
