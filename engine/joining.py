@@ -7,7 +7,7 @@ depend on the order of requests and on numbers of tokens, and on no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jamba_server.engine.cache.manager import CacheManager
 from jamba_server.engine.sequence import Sequence
@@ -27,10 +27,16 @@ class Joining:
     def __init__(self, cache: CacheManager, budget: int, min_saved: int = MIN_SAVED_TOKENS) -> None:
         self._cache, self._budget, self.min_saved = cache, budget, min_saved
 
+    def gate(self, running: Iterable[Sequence], work: int) -> Callable[[Sequence], bool]:
+        """Returns a function that says whether a waiting sequence may start now. `running` and `work` are those of
+        `must_wait`. The function is called for many waiting sequences, so it looks at few running ones."""
+        prefilling = [seq for seq in running if seq.num_computed < seq.num_prompt and seq.request.cache.write]
+        return lambda seq: not (prefilling and self.must_wait(seq, prefilling, work))
+
     def must_wait(self, seq: Sequence, running: Iterable[Sequence], work: int) -> bool:
-        """Returns whether `seq` waits for one of the running sequences. `work` is the number of prompt tokens that were
-        ever scheduled. The running sequence then saves a state where its tokens begin to differ from those of `seq`,
-        unless it saves one shortly before."""
+        """Returns whether `seq` waits for one of the running sequences, all of which write to the cache. `work` is the
+        number of prompt tokens that were ever scheduled. The running sequence then saves a state where its tokens begin
+        to differ from those of `seq`, unless it saves one shortly before."""
         if not self._cache.enabled or not seq.reads_cache or not seq.num_uncached:
             return False
         for other in running:
@@ -48,14 +54,14 @@ class Joining:
         """Returns the number of tokens after which a state for `seq` will be saved while `other` is computed, or None
         if it is not worth waiting for this state. The number is a multiple of the block size."""
         size = self._cache.block_size
-        if other.num_computed >= other.num_prompt or other.order[0] > seq.order[0] or not other.request.cache.write:
+        if other.num_computed >= other.num_prompt or other.order[0] > seq.order[0]:
             return None
         is_sibling = bool(seq.request.group) and seq.request.group == other.request.group
         min_saved = size if is_sibling else max(size, self.min_saved)
         start = max(len(seq.tokens) - seq.num_uncached, other.num_cached)
-        ours = self._cache.page_keys(seq, (len(seq.tokens) - 1) // size)
-        theirs = self._cache.page_keys(other, min(other.num_prompt // size, len(ours)))
-        shared = _common(ours, theirs, at_least=(start + min_saved) // size) * size
+        limit = min((len(seq.tokens) - 1) // size, other.num_prompt // size)
+        ours, theirs = self._cache.all_page_keys(seq, limit), self._cache.all_page_keys(other, limit)
+        shared = _common(ours, theirs, limit, at_least=(start + min_saved) // size) * size
         if shared - start < min_saved or shared <= other.num_computed:
             return None
         saved = max((p for p in self._cache.worthy_positions(other) if p <= shared), default=0)
@@ -65,10 +71,10 @@ class Joining:
         return saved if saved > other.num_computed and saved - start >= min_saved else None
 
 
-def _common(ours: list[bytes], theirs: list[bytes], *, at_least: int) -> int:
-    """Returns the number of equal keys at the beginning of two lists, or 0 if fewer than `at_least` are equal. Each key
-    is a hash of all tokens up to it, so the lists differ from the first different key on."""
-    low, high = at_least, min(len(ours), len(theirs))
+def _common(ours: list[bytes], theirs: list[bytes], limit: int, *, at_least: int) -> int:
+    """Returns the number of equal keys among the first `limit` keys of two lists, or 0 if fewer than `at_least` are
+    equal. Each key is a hash of all tokens up to it, so the lists differ from the first different key on."""
+    low, high = at_least, limit
     if low > high or (low and ours[low - 1] != theirs[low - 1]):
         return 0
     while low < high:

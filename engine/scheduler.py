@@ -280,7 +280,7 @@ class Scheduler:
             shares,
             full=full,
             with_long=not no_more_long,
-            may_start=lambda seq: not self.joining.must_wait(seq, self.running, self._work),
+            may_start=self.joining.gate(self.running, self._work),
         )
 
     def _admit(self, seq: Sequence, plan: StepPlan, limit: int, now: float) -> bool:

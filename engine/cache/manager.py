@@ -120,7 +120,7 @@ class CacheManager:
         if not self.enabled:
             return PrefixHit()
         limit = len(seq.tokens) - 1  # at least the last token must be computed, because its logits are needed
-        hashes = self._hashes(seq, limit // self.block_size)
+        hashes = self.page_keys(seq, limit // self.block_size)
         blocks: list[int] = []
         for key in hashes:
             if (block := self.pages.lookup(key)) is None:
@@ -246,8 +246,8 @@ class CacheManager:
         """Reserves room for the states that a step should save while the step computes the tokens of `seq` from index
         `start` to index `end` - 1. Returns the saves in the order of their positions. This method must be called after
         all running sequences have got their pages. If too few slots are free for all states, the states that most
-        likely lead to prefix hits are saved. To save a regular state (one every `interval` tokens), no other saved
-        state is evicted."""
+        likely lead to prefix hits are saved. To save a regular state (one every `interval` tokens) or the state of a
+        short prompt, no other saved state is evicted."""
         if not self.enabled or not seq.request.cache.write:
             return []
         ends_short = self._is_short(seq) and start < seq.num_prompt - 1
@@ -259,7 +259,8 @@ class CacheManager:
         for position in dict.fromkeys([*worthy, *regular]):
             if not start < position <= end or self.store.find(key := self._key(seq, position)) is not None:
                 continue
-            if (room := self.store.reserve(key, evict=position in worthy)) is not None:
+            evict = position in worthy and position % self.block_size == 0
+            if (room := self.store.reserve(key, evict=evict)) is not None:
                 saves.append(Save(seq, position, room))
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
@@ -340,30 +341,30 @@ class CacheManager:
 
     def page_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """Returns the keys of the first `num_blocks` full blocks of `seq`."""
-        return self._hashes(seq, num_blocks)
+        return self.all_page_keys(seq, num_blocks)[:num_blocks]
 
-    def _root(self, seq: Sequence) -> bytes:
-        return sha256(seq.request.cache_salt.encode()).digest()
-
-    def _hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """Returns the keys of the first `num_blocks` full blocks of `seq`. Each key is computed once and stored in
-        `seq.hashes`."""
+    def all_page_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """Returns the keys of all full blocks of `seq` that are known, at least of the first `num_blocks`. Each key is
+        computed once and stored in `seq.hashes`, which is returned without a copy."""
         while len(seq.hashes) < num_blocks:
             start = len(seq.hashes) * self.block_size
             previous = seq.hashes[-1] if seq.hashes else self._root(seq)
             seq.hashes.append(chain(previous, seq.tokens[start : start + self.block_size]))
-        return seq.hashes[:num_blocks]
+        return seq.hashes
+
+    def _root(self, seq: Sequence) -> bytes:
+        return sha256(seq.request.cache_salt.encode()).digest()
 
     def _key(self, seq: Sequence, position: int) -> bytes:
         n = position // self.block_size
-        hashes = self._hashes(seq, n)
+        hashes = self.page_keys(seq, n)
         root = hashes[-1] if n else self._root(seq)
         tail = seq.tokens[n * self.block_size : position]
         return chain(root, tail) if tail else root
 
     def _publish_pages(self, seq: Sequence, position: int) -> None:
         n, tail = divmod(position, self.block_size)
-        for i, (block, key) in enumerate(zip(seq.block_ids, self._hashes(seq, n), strict=False)):
+        for i, (block, key) in enumerate(zip(seq.block_ids, self.page_keys(seq, n), strict=False)):
             self._publish_page(seq, i, block, key)
         if tail:
             self._publish_page(seq, n, seq.block_ids[n], self._key(seq, position), tail)
@@ -394,7 +395,7 @@ class CacheManager:
         """Returns how many tokens would be computed again if the state at `position` were lost: the number of tokens
         between the previous saved state and `position`. Marconi (arXiv 2411.19379, section 4) divides this cost by the
         size of the cache entry. The division is left out here, because all saved states have the same size."""
-        hashes = self._hashes(seq, (position - 1) // self.block_size)
+        hashes = self.page_keys(seq, (position - 1) // self.block_size)
         before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
         return position - next(before, 0) * self.block_size
 

@@ -69,6 +69,14 @@ def test_a_branch_point_pays_from_its_third_request(num_compressed: int) -> None
     assert scheduler.stats.missed_no_state_total == 24
 
 
+def test_of_two_states_before_the_end_of_the_pages_the_later_one_is_taken() -> None:
+    scheduler, simulator = fresh(block_size=4)
+    shared = list(range(50, 78))
+    run(scheduler, simulator, [*shared, *[1] * 9], save_positions=(8, 20))
+    assert cached(run(scheduler, simulator, [*shared[:26], *[2] * 9])) == 20
+    assert scheduler.stats.missed_no_state_total == 4
+
+
 def test_a_salt_separates_tenants() -> None:
     scheduler, simulator = fresh()
     prompt = list(range(30))

@@ -64,25 +64,17 @@ def pins_take_all_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 def waits_for_other_tokens(patch: pytest.MonkeyPatch) -> None:
-    def faulty(ours: list[bytes], theirs: list[bytes], *, at_least: int) -> int:
-        return min(len(ours), len(theirs))
+    def faulty(ours: list[bytes], theirs: list[bytes], limit: int, *, at_least: int) -> int:
+        return limit
 
     patch.setattr(joining, "_common", faulty)
 
 
 def waits_for_what_nobody_writes(patch: pytest.MonkeyPatch) -> None:
-    must_wait = joining.Joining.must_wait
+    def faulty(self: joining.Joining, running: Iterable[Sequence], work: int) -> Callable[[Sequence], bool]:
+        return lambda seq: not self.must_wait(seq, running, work)
 
-    def faulty(self: joining.Joining, seq: Sequence, running: Iterable[Sequence], work: int) -> bool:
-        requests = {other: other.request for other in running}
-        for other, request in requests.items():
-            other.request = msgspec.structs.replace(request, cache=CacheUse())
-        found = must_wait(self, seq, requests, work)
-        for other, request in requests.items():
-            other.request = request
-        return found
-
-    patch.setattr(joining.Joining, "must_wait", faulty)
+    patch.setattr(joining.Joining, "gate", faulty)
 
 
 FAULTS: list[tuple[Callable[[Any], None], str]] = [

@@ -89,13 +89,20 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         checks.take_pins()
         checks.unpin([name for name in checks.held if random.random() < 0.05])
     assert not scheduler.has_work
-    stats = scheduler.stats
+    return end(simulator, checks) + Counter(
+        aborted=aborted, stopped=stopped, forced=forced, ahead=simulator.num_ahead, explained=explained
+    )
+
+
+def end(simulator: Simulator, checks: CacheChecks) -> Counter[str]:
+    """Checks what is left when nothing runs any more, and counts what happened."""
+    stats = simulator.scheduler.stats
     assert stats.kv_blocks_used == 0
     assert stats.state_slots_used == 0
     simulator.finish()
     checks.finish(simulator.texts)
     checks.unpin([*checks.held])
-    assert not stats_of_pins(scheduler)
+    assert not stats_of_pins(simulator.scheduler)
     return Counter(
         hits=stats.prefix_hits_total,
         preemptions=stats.num_preemptions_total,
@@ -104,15 +111,10 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         saves=simulator.num_saves,
         saved=simulator.num_saved,
         tail_hits=simulator.num_tail_hits,
-        aborted=aborted,
-        stopped=stopped,
-        forced=forced,
-        ahead=simulator.num_ahead,
         waits=checks.num_waits,
         joined=stats.num_joined_total,
         pins=checks.num_pins,
         evicted_pins=checks.num_evicted_pins,
-        explained=explained,
     )
 
 
