@@ -89,12 +89,12 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         checks.take_pins()
         checks.unpin([name for name in checks.held if random.random() < 0.05])
     assert not scheduler.has_work
-    return end(simulator, checks) + Counter(
+    return what_happened(simulator, checks) + Counter(
         aborted=aborted, stopped=stopped, forced=forced, ahead=simulator.num_ahead, explained=explained
     )
 
 
-def end(simulator: Simulator, checks: CacheChecks) -> Counter[str]:
+def what_happened(simulator: Simulator, checks: CacheChecks) -> Counter[str]:
     """Checks what is left when nothing runs any more, and counts what happened."""
     stats = simulator.scheduler.stats
     assert stats.kv_blocks_used == 0
