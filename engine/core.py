@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
+from jamba_server.engine.cache.explain import record_restores
 from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
@@ -31,10 +32,14 @@ class Inbox:
 
     A request with a grammar is held back until `compiler` has compiled the grammar. Without a compiler, such requests
     must not be submitted.
+
+    The inbox also measures how long pins of the prefix cache last, because neither the scheduler nor the cache reads a
+    clock. `clock` returns seconds.
     """
 
-    def __init__(self, compiler: GrammarCompiler | None = None) -> None:
-        self._compiler = compiler
+    def __init__(self, compiler: GrammarCompiler | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._compiler, self._clock = compiler, clock
+        self._pin_ends: dict[str, float] = {}  # maps the name of each pin to the time when it ends
         self._changed = threading.Condition()
         self._compiling: dict[str, Request] = {}
         self._submitted: dict[str, Submitted] = {}
@@ -83,6 +88,12 @@ class Inbox:
                     self._aborted.append(request_id)
             self._changed.notify()
 
+    @property
+    def has_submitted(self) -> bool:
+        """Returns whether new requests are ready for the next step."""
+        with self._changed:
+            return bool(self._submitted)
+
     def submitted(self) -> list[Submitted]:
         """Returns the new requests, and removes them from the inbox."""
         with self._changed:
@@ -95,6 +106,21 @@ class Inbox:
         with self._changed:
             updates, self._failed = self._failed, []
         return updates
+
+    def pinned(self, pins: Iterable[tuple[str, float]]) -> None:
+        """Begins to measure the time of new pins. Each of `pins` is (name, number of seconds that the pin lasts)."""
+        now = self._clock()
+        self._pin_ends.update({name: now + seconds for name, seconds in pins})
+
+    def ended_pins(self) -> list[str]:
+        """Returns the names of the pins that have ended, and removes them from the inbox."""
+        if not self._pin_ends:
+            return []
+        now = self._clock()
+        ended = [name for name, end in self._pin_ends.items() if end <= now]
+        for name in ended:
+            del self._pin_ends[name]
+        return ended
 
     def aborted(self) -> list[str]:
         with self._changed:
@@ -147,9 +173,13 @@ class EngineCore:
         began = time.monotonic()
         with self._whole_or_discarded():
             self._kind = None
+            pins = self.scheduler.cache.pins
             last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
-            self.scheduler.abort(self.inbox.aborted())  # aborts come first, so that aborted requests get no update
+            aborted = self.inbox.aborted()
+            for name in (*self.inbox.ended_pins(), *aborted):
+                pins.release(name)
+            self.scheduler.abort(aborted)  # aborts come first, so that aborted requests get no update
             if last is not None and self.scheduler.must_wait():
                 updates += self._take(last)
                 last = None
@@ -161,12 +191,14 @@ class EngineCore:
                 self.announce(Starting(list(output.started)))
             if output.chunks:
                 self._in_flight = self.model_runner.launch(output)
+                record_restores(output.chunks, self._in_flight.restore_seconds)
                 self.scheduler.advance(output)
             if last is not None:
                 updates += self._take(last)
             elif self._in_flight is not None and self.model_runner.sampled is None:
                 updates += self._take(self._in_flight)
                 self._in_flight = None
+            self.inbox.pinned(pins.take_new())
             kind, seconds = self._kind, time.monotonic() - began
             return StepResult(updates, self.scheduler.stats, StepTime(kind, seconds) if kind else None)
 

@@ -3,6 +3,7 @@ makes the input tensors of the step, runs the model and samples tokens."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -46,12 +47,13 @@ class PendingStep:
     """A launched step whose results have not been read. The field `tokens` has the sampled tokens of all chunks, in the
     order of the chunks. The field `prompts` maps the index of a chunk to the log-probabilities of the chunk's prompt
     tokens. The field `prompts` has only chunks whose requests ask for prompt log-probabilities. The field `vectors`
-    does the same for requests that ask for a vector."""
+    does the same for requests that ask for a vector. The copies of saved states to slots took `restore_seconds`."""
 
     output: SchedulerOutput
     tokens: PendingTokens | None
     prompts: dict[int, PendingPrompt]
     vectors: dict[int, PendingVector]
+    restore_seconds: float = 0.0
 
     def results(self) -> list[ChunkResult]:
         """Waits for the device and returns one result for each chunk, in the order of the chunks."""
@@ -104,7 +106,7 @@ class ModelRunner:
     def launch(self, output: SchedulerOutput) -> PendingStep:
         """Launches a step and does not wait for the step's results. Must be called before the method
         `Scheduler.advance`, which changes the sequences."""
-        self._copy_units(output.copies)
+        restore_seconds = self._copy_units(output.copies)
         rows = [row for chunk in output.chunks for row in _sampling_rows(chunk)]
         constrained = [
             ConstrainedRow(n, row, seq.constraint)
@@ -114,8 +116,8 @@ class ModelRunner:
         with self.masks.filling(constrained) as masks:
             hidden, chosen = self._forward(output.chunks)
             tokens = self._sample(chosen, rows, masks) if rows else None
-        prompts = self._prompt_logprobs(output.chunks, hidden)
-        return PendingStep(output, tokens, prompts, self.pooler.launch(output.chunks, hidden))
+        prompts, vectors = self._prompt_logprobs(output.chunks, hidden), self.pooler.launch(output.chunks, hidden)
+        return PendingStep(output, tokens, prompts, vectors, restore_seconds)
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
         """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled."""
@@ -136,13 +138,18 @@ class ModelRunner:
             self.sampled.put(tokens.token_ids, [seq for _, seq in rows])
         return tokens
 
-    def _copy_units(self, copies: CacheCopies) -> None:
+    def _copy_units(self, copies: CacheCopies) -> float:
+        """Launches the copies of a step. Returns how many seconds the copies of saved states to slots took; on a GPU,
+        this is the time of their launch."""
         if copies.pages:
             self.kernels.copy_slots((self.storage.kv,), *columns(copies.pages, self.device))
         if copies.saves:
             self.states.save(copies.saves)
-        if copies.states:
-            self.states.restore(copies.states)
+        if not copies.states:
+            return 0.0
+        began = time.monotonic()
+        self.states.restore(copies.states)
+        return time.monotonic() - began
 
     def _prompt_logprobs(self, chunks: Many[Chunk], hidden: Tensor) -> dict[int, PendingPrompt]:
         """Returns the log-probabilities of prompt tokens, as a dict from the index of a chunk to the log-probabilities

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from jamba_server.engine.cache.explain import PrefixCounts, Salts, explain
 from jamba_server.engine.cache.manager import CacheCopies, CacheManager, PrefixHit, Save
 from jamba_server.engine.fairness import BACKGROUND_PART, MAX_LONG_PREFILLS, RESERVED_PART, Shares, tokens_left, urgency
 from jamba_server.engine.grammar.constraint import Constraint
+from jamba_server.engine.joining import Joining
 from jamba_server.engine.plan import Plan
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import EngineStats, FinishReason, Request, TokenLogprob, TokenUpdate
@@ -97,7 +99,9 @@ class Scheduler:
         self._arrivals = 0
         self._tenants: Counter[str] = Counter()  # counts the running and waiting sequences of each tenant
         self._work = 0  # counts the prompt tokens that were ever scheduled; prompts age by this number, not by a clock
-        self._counters = dict.fromkeys(("preemptions", "queries", "hits", "no_state", "evicted", "steps"), 0)
+        self._num_preemptions = self._num_steps = 0
+        self._prefixes, self._salts = PrefixCounts(), Salts()
+        self.joining = Joining(cache, max_num_batched_tokens)
 
     # Adding and aborting requests -------------------------------------------------------------------------------
 
@@ -113,6 +117,8 @@ class Scheduler:
             self._arrivals += 1
             seq = Sequence.of(request, arrival=self._arrivals, now=now, constraint=constraints.get(request.id))
             self._append_forced(seq)
+            if request.cache.write:
+                self._salts.add(request.tenant, request.cache_salt)
             seq.work_before = self._work
             seq.num_uncached = len(seq.tokens) - self.cache.match(seq).num_tokens
             self._by_id[request.id] = seq
@@ -131,7 +137,7 @@ class Scheduler:
 
     @property
     def stats(self) -> EngineStats:
-        pages, slots, count = self.cache.pages, self.cache.slots, self._counters
+        pages, slots, prefixes = self.cache.pages, self.cache.slots, self._prefixes
         return EngineStats(
             num_running=len(self.running),
             num_waiting=self.waiting.number(background=False),
@@ -142,12 +148,18 @@ class Scheduler:
             state_slots_used=slots.capacity - slots.num_free,
             state_slots_capacity=slots.capacity,
             saved_states=self.cache.store.num_saved,
-            num_preemptions_total=count["preemptions"],
-            prefix_queries_total=count["queries"],
-            prefix_hits_total=count["hits"],
-            missed_no_state_total=count["no_state"],
-            missed_evicted_total=count["evicted"],
-            num_steps_total=count["steps"],
+            pinned_blocks=pages.num_pinned,
+            pinned_states=self.cache.store.saved.num_pinned,
+            num_preemptions_total=self._num_preemptions,
+            prefix_queries_total=prefixes.queries,
+            prefix_hits_total=prefixes.hits,
+            hits_device_total=prefixes.hits,
+            missed_no_state_total=prefixes.no_state,
+            missed_evicted_total=prefixes.evicted,
+            missed_not_seen_total=prefixes.not_seen,
+            missed_read_disabled_total=prefixes.read_disabled,
+            num_joined_total=prefixes.joined,
+            num_steps_total=self._num_steps,
         )
 
     # Planning a step --------------------------------------------------------------------------------------------
@@ -174,7 +186,7 @@ class Scheduler:
             for seq, (start, end, _) in plan.chunks.items()
         ]
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.order))
-        self._counters["steps"] += bool(chunks)
+        self._num_steps += bool(chunks)
         copies = self.cache.take_copies() if chunks else CacheCopies()  # copies run only in a step with chunks
         return SchedulerOutput(tuple(chunks), copies, tuple(plan.started))
 
@@ -263,7 +275,7 @@ class Scheduler:
         self.waiting.add(seq)
         # Operators watch this number, because pages are short if it grows. Making room for others is normal in the
         # background.
-        self._counters["preemptions"] += not seq.is_background
+        self._num_preemptions += not seq.is_background
 
     def _next_waiting(self, plan: Plan, background: bool) -> Sequence | None:
         """Returns the waiting sequence that should run next, or None if this step can admit no sequence. The result is
@@ -284,13 +296,12 @@ class Scheduler:
         if full and not shares.one_holds_several and len(self._tenants) < 2:
             return None  # nothing can be displaced, which is the usual case under load; this early return saves time
         no_more_long = sum(map(self._is_long, peers)) >= MAX_LONG_PREFILLS
-        in_progress = self._groups_in_progress()
         return self.waiting.next(
             shares,
             full=full,
             with_long=not no_more_long,
             background=background,
-            may_start=lambda seq: not self._awaits_sibling(seq, in_progress),
+            may_start=self.joining.gate(peers, self._work),
         )
 
     def _admit(self, seq: Sequence, plan: Plan, limit: int, now: float) -> bool:
@@ -316,7 +327,9 @@ class Scheduler:
         insort(self.running, seq, key=lambda s: s.order)
         if seq.queue_seconds is None:
             seq.queue_seconds, seq.num_cached = now - seq.submitted_at, min(seq.num_computed, seq.num_prompt)
-            self._count_hit(seq, hit)
+            self._prefixes.add(self.cache, seq, hit)
+            if seq.request.cache.explain:
+                seq.report = explain(self.cache, seq, hit, self._salts)
             plan.started.append(seq.request.id)
         plan.add(seq, end, cost=end - seq.num_computed)
         return True
@@ -327,18 +340,6 @@ class Scheduler:
         if not seq.is_background and self.running and self.running[-1].is_background:
             return self.running[-1]
         return Shares(s for s in self.running if s.is_background == seq.is_background).holder_for(seq)
-
-    def _groups_in_progress(self) -> set[str]:
-        """Returns the ids of the groups in which a running sequence has not yet computed all full pages of its prompt.
-        A group consists of the choices of one prompt."""
-        size = self.cache.block_size
-        return {seq.request.group for seq in self.running if seq.num_computed < (seq.num_prompt - 1) // size * size}
-
-    def _awaits_sibling(self, seq: Sequence, in_progress: set[str]) -> bool:
-        """Returns whether `seq` should wait, because another reply to the same prompt is computing the prompt. After
-        this computation, `seq` can take the pages of the prompt from the cache."""
-        group = seq.request.group
-        return bool(group) and group in in_progress and self.cache.enabled and seq.reads_cache
 
     def _occupy(self, seq: Sequence, hit: PrefixHit, budget: int) -> int | None:
         """Allocates pages and a state slot for the first chunk of `seq`. Returns the chunk's end, or None if too few
@@ -353,17 +354,6 @@ class Scheduler:
             return end
         assert self.running, "the memory plan has room for one sequence of any length"
         return None
-
-    def _count_hit(self, seq: Sequence, hit: PrefixHit) -> None:
-        if not seq.reads_cache or not self.cache.enabled:
-            return
-        self._counters["queries"] += seq.num_prompt
-        self._counters["hits"] += seq.num_cached
-        # `hit` may also count generated tokens, which `left` excludes from the counts below
-        left = seq.num_prompt - seq.num_cached
-        no_state = min(hit.missed_no_state, left)
-        self._counters["no_state"] += no_state
-        self._counters["evicted"] += min(hit.missed_evicted, left - no_state)
 
     # Recording a launched step and its results ------------------------------------------------------------------
 
@@ -398,7 +388,7 @@ class Scheduler:
                 if reason is None:
                     self._append_forced(seq)
             if result.token_ids or result.prompt_logprobs or reason:
-                updates.append(self._report(seq, result, reason))
+                updates.append(self._report(seq, result, reason, self.cache.pin(seq) if reason else None))
             if reason:
                 self._remove(seq)
         return updates
@@ -466,7 +456,9 @@ class Scheduler:
             return False
         return token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos)
 
-    def _report(self, seq: Sequence, result: ChunkResult, reason: FinishReason | None) -> TokenUpdate:
+    def _report(
+        self, seq: Sequence, result: ChunkResult, reason: FinishReason | None, num_pinned: int | None
+    ) -> TokenUpdate:
         first, seq.announced = not seq.announced, True
         token_ids = seq.tokens[seq.num_reported :].tolist()
         seq.num_reported = len(seq.tokens)
@@ -482,6 +474,8 @@ class Scheduler:
             vector=result.vector,
             num_cached=seq.num_cached if first else None,
             queue_seconds=seq.queue_seconds if first else None,
+            cache=seq.report if first else None,
+            num_pinned=num_pinned,
         )
 
     def _remove(self, seq: Sequence) -> None:

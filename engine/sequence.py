@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from jamba_server.engine.grammar.constraint import Constraint
-from jamba_server.engine.types import Request, RequestKind, SamplingParams
+from jamba_server.engine.types import CacheReport, Request, RequestKind, SamplingParams
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -24,6 +24,10 @@ class Sequence:
     Steps in flight sample `num_pending` further tokens, whose values are known only on the device. The results of steps
     in flight are not confirmed yet. `num_uncached` tokens were not in the cache when the sequence arrived, and
     `work_before` prompt tokens had been scheduled by then; both numbers decide how urgent the prompt is.
+
+    While the prompt is computed, states are also saved at the positions `junctions`, because other sequences wait for
+    them (`engine.joining`). `has_waited` says whether this sequence has waited for another one; it gives up waiting
+    when more than `waits_until` prompt tokens have been scheduled. `report` explains what the cache had for the prompt.
 
     `constraint` applies the grammar or the limit on reasoning tokens, or is None if the request has neither. The last
     `num_forced` tokens were not sampled, because the constraint allowed only these tokens. The first `num_reported`
@@ -47,6 +51,10 @@ class Sequence:
     announced: bool = False
     num_uncached: int = 0
     work_before: int = 0
+    junctions: list[int] = field(default_factory=list[int])
+    has_waited: bool = False
+    waits_until: int = 0
+    report: CacheReport | None = None
     constraint: Constraint | None = None
     num_forced: int = 0
     num_reported: int = 0
@@ -92,9 +100,10 @@ class Sequence:
 
     @property
     def reads_cache(self) -> bool:
-        """Returns whether a cached prefix need not be computed again. A request for log-probabilities of the prompt, or
-        for a mean, needs the hidden states of all tokens, which the cache does not have."""
-        return self.params.prompt_logprobs is None and self.request.pooling != "mean"
+        """Returns whether a cached prefix need not be computed again. A request may ask not to read the cache. If it
+        asks for log-probabilities of the prompt, or for a mean, it needs the hidden states of all tokens, which the
+        cache does not have."""
+        return self.request.cache.read and self.params.prompt_logprobs is None and self.request.pooling != "mean"
 
     @property
     def num_reusable(self) -> int:

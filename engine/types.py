@@ -74,6 +74,21 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class CacheUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request uses the prefix cache. It never changes the reply.
+
+    With `read` false, the whole prompt is computed. With `write` false, no page and no state of the request can be
+    found by later requests. The engine protects the pages and states of the request from eviction for `pin_seconds`
+    seconds after its end, as far as the share of memory for this purpose allows. With `explain`, the first update has a
+    `CacheReport`.
+    """
+
+    read: bool = True
+    write: bool = True
+    pin_seconds: float = 0.0
+    explain: bool = False
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request for one reply to one prompt.
 
@@ -89,7 +104,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     (empty: of its own), and `tenant` identifies the client's API key; both take turns when the engine is full. After a
     restart of the engine, `generated` and `num_prompt_logprobs` tell what the client has received already.
     `save_positions` are token positions in the prompt where a state should be saved. A request reuses only cached
-    prefixes of requests with the same `cache_salt`.
+    prefixes of requests with the same `cache_salt`, and `cache` says whether it reads, writes and pins prefixes.
     """
 
     id: str
@@ -105,6 +120,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
     save_positions: tuple[int, ...] = ()
     cache_salt: str = ""
+    cache: CacheUse = CacheUse()
     generated: list[int] = msgspec.field(default_factory=list[int])
     num_prompt_logprobs: int = 0
 
@@ -113,13 +129,47 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.priority >= BACKGROUND_PRIORITY
 
 
+# Where the saved state of a prefix hit was stored.
+CacheTier = Literal["device"]
+# Why no more of a prompt was taken from the prefix cache. `engine.cache.explain` describes the reasons.
+MissReason = Literal[
+    "complete", "no_state", "evicted", "salt", "not_seen", "too_short", "read_disabled", "prompt_logprobs", "disabled"
+]
+
+
+class CacheReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the prefix cache had for a prompt when the prompt was started. All numbers are numbers of prompt tokens.
+
+    The cache had keys and values of the first `kv_tokens` tokens. `differs` says whether the cached tokens go on
+    differently there; otherwise the prompt continues them, or is a part of them. The last state of the prefix was saved
+    after `state_tokens` tokens, whether or not the keys and values before it were still there. The first `used_tokens`
+    tokens were not computed again. Their state was stored in `tier` (None if no token was used) and was copied in
+    `restore_seconds` together with the other states of the same step. `reason` says why no more tokens were used.
+    `missed` has the numbers of tokens that were computed again although the cache had, or once had, their keys and
+    values: the reasons are `no_state`, `evicted` and `salt`. `waited` says whether the request has waited until another
+    one had computed the prefix.
+    """
+
+    kv_tokens: int = 0
+    differs: bool = False
+    state_tokens: int = 0
+    used_tokens: int = 0
+    tier: CacheTier | None = None
+    restore_seconds: float = 0.0
+    reason: MissReason = "complete"
+    missed: dict[MissReason, int] = msgspec.field(default_factory=dict[MissReason, int])
+    waited: bool = False
+
+
 class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The results of one step for one request.
 
     `token_ids` are the new tokens, and `logprobs` has one entry for each of them, or is empty if the request did not
     ask for them. `prompt_logprobs` continue where the last update ended; the entry of the first prompt token is None. A
     request's first update has `num_cached`, the number of prompt tokens read from the prefix cache, and
-    `queue_seconds`. An update with `finish_reason` is the last one of its request. `stop_token_id` is the token that
+    `queue_seconds`, and also `cache` if the request asks for an explanation. An update with `finish_reason` is the last
+    one of its request; if the request pins its prefix, this update has `num_pinned`, the number of tokens that are now
+    protected from eviction. `stop_token_id` is the token that
     ended the reply, and also the last of `token_ids`. If `finish_reason` is "error", `error` is the error message.
     `contradictory` says that the client is at fault, because the parameters of the request contradict each other.
     `vector` is the reply to a request for a vector: float32 numbers, little-endian. It has NaN if the model computed
@@ -134,13 +184,17 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     stop_token_id: int | None = None
     num_cached: int | None = None
     queue_seconds: float | None = None
+    cache: CacheReport | None = None
+    num_pinned: int | None = None
     error: str | None = None
     contradictory: bool = False
     vector: bytes | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the engine after a step. Counters (`*_total`) count from the start of this engine process.
+    """The state of the engine after a step. Counters (`*_total`) count from the start of this engine process. The
+    numbers `missed_*_total` and `hits_*_total` count prompt tokens. `num_joined_total` counts requests that waited
+    until another request had computed the prefix that both have.
 
     `num_running` counts all running sequences, those in the background included. `num_waiting` leaves those in the
     background out.
@@ -160,6 +214,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hits_total: int = 0
     missed_no_state_total: int = 0
     missed_evicted_total: int = 0
+    missed_not_seen_total: int = 0
+    missed_read_disabled_total: int = 0
+    hits_device_total: int = 0
+    num_joined_total: int = 0
+    pinned_blocks: int = 0
+    pinned_states: int = 0
     num_steps_total: int = 0
 
 

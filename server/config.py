@@ -309,6 +309,9 @@ class ServerConfig:
     enable_prefix_caching: Annotated[bool, Help("memory", "Compute a prefix that several requests share only once")] = (
         True
     )
+    share_prefix_cache: Annotated[
+        bool, Help("memory", "Share cached prefixes among all API keys; otherwise each key has prefixes of its own")
+    ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
     tensor_parallel_size: Annotated[
         Count, Help("expert", "GPUs that share the model; more than 1 is not supported yet")

@@ -3,7 +3,7 @@ state; each of these three kinds has a pool of its own."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Set
 from heapq import heapify, heappop, heappush
 
@@ -20,6 +20,9 @@ class BlockPool:
     evicted first. A block of higher cost stays longer, but not for ever. Id 0 is never handed out: padding rows use it.
     The pool remembers the keys of the most recently evicted blocks, so that statistics can count the cache misses that
     are due to an eviction.
+
+    A pinned key protects its block: while another cached block is left, that one is evicted first, and `allocate` can
+    be told to evict no pinned block at all. A key can be pinned before a block has it, and several times.
     """
 
     def __init__(self, size: int) -> None:
@@ -39,6 +42,9 @@ class BlockPool:
         self._clock = 0.0  # the eviction priority of the most recently evicted block
         self._releases = 0
         self._lost: OrderedDict[bytes, None] = OrderedDict()
+        self._pins: Counter[bytes] = Counter()
+        # The ids of cached blocks without references whose key is pinned. They are in `_ranks` but not in `_queue`.
+        self._pinned: set[int] = set()
         # (id, key) of each block that the most recent call of `allocate` evicted.
         self.evicted: list[tuple[int, bytes]] = []
 
@@ -65,11 +71,12 @@ class BlockPool:
         pool."""
         return key in self._lost
 
-    def allocate(self, n: int, *, evict: bool = True) -> list[int] | None:
+    def allocate(self, n: int, *, evict: bool = True, evict_pinned: bool = True) -> list[int] | None:
         """Returns the ids of `n` free blocks and gives each of these blocks one reference. Returns None, and changes
         nothing, if fewer than `n` blocks are free. If `evict` is false, only blocks without a key are handed out, so
-        that no block is evicted."""
-        if n > (self.num_free if evict else len(self._empty)):
+        that no block is evicted. If `evict_pinned` is false, no block with a pinned key is evicted."""
+        spared = 0 if evict_pinned else len(self._pinned)
+        if n > (self.num_free - spared if evict else len(self._empty)):
             return None
         self.evicted = []
         ids = [self._empty.pop() if self._empty else self._evict() for _ in range(n)]
@@ -83,6 +90,7 @@ class BlockPool:
         for i in ids:
             if self.refs[i] == 0:
                 del self._ranks[i]
+                self._pinned.discard(i)
             self.refs[i] += 1
 
     def release(self, ids: Iterable[int]) -> None:
@@ -106,6 +114,33 @@ class BlockPool:
         self._lost.pop(key, None)
         return True
 
+    @property
+    def num_pinned(self) -> int:
+        """Returns the number of pinned keys, whether a block has the key or not."""
+        return len(self._pins)
+
+    def is_pinned(self, key: bytes) -> bool:
+        return key in self._pins
+
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """Pins each of `keys` once more. The block that has the key, now or later, is protected from eviction."""
+        for key in keys:
+            self._pins[key] += 1
+            if (i := self._ids.get(key)) is not None and i in self._ranks:
+                self._pinned.add(i)
+
+    def unpin(self, keys: Iterable[bytes]) -> None:
+        """Takes back one pin of each of `keys`."""
+        for key in keys:
+            assert self._pins[key] > 0, "the key is not pinned"
+            self._pins[key] -= 1
+            if self._pins[key]:
+                continue
+            del self._pins[key]
+            if (i := self._ids.get(key)) in self._pinned:
+                self._pinned.discard(i)
+                heappush(self._queue, (*self._ranks[i], i))
+
     def reset(self, forgotten: Set[bytes]) -> None:
         """Drops the references to all blocks and forgets the keys in the set `forgotten`. All other fields of the pool
         are rebuilt from the map of ids to keys, because a failed step might have left these fields inconsistent."""
@@ -114,6 +149,7 @@ class BlockPool:
         self._worth = {i: self._worth.get(i, 0.0) for i in self._keys}
         self._ranks = {i: self._ranks.get(i, (self._clock + worth, self._releases)) for i, worth in self._worth.items()}
         self._empty = [i for i in range(self.capacity, 0, -1) if i not in self._keys]
+        self._pinned = {i for i, key in self._keys.items() if key in self._pins}
         self._rebuild_queue()
         self.refs = [0] * len(self.refs)
 
@@ -123,21 +159,23 @@ class BlockPool:
             return
         self._releases += 1
         self._ranks[i] = (self._clock + self._worth[i], self._releases)
+        if self._keys[i] in self._pins:
+            self._pinned.add(i)
+            return
         heappush(self._queue, (*self._ranks[i], i))
         if len(self._queue) > 2 * len(self.refs):
             self._rebuild_queue()
 
     def _rebuild_queue(self) -> None:
-        self._queue = [(*rank, i) for i, rank in self._ranks.items()]
+        self._queue = [(*rank, i) for i, rank in self._ranks.items() if i not in self._pinned]
         heapify(self._queue)
 
     def _evict(self) -> int:
-        """Forgets the key of the cached block with the lowest eviction priority and returns the id of that block."""
-        while True:
-            rank, released, i = heappop(self._queue)
-            if self._ranks.get(i) == (rank, released):
-                break
-        self._clock = rank
+        """Forgets the key of the cached block with the lowest eviction priority and returns the id of that block. A
+        block with a pinned key is chosen only if there is no other cached block."""
+        i = self._lowest()
+        self._clock = max(self._clock, self._ranks[i][0])
+        self._pinned.discard(i)
         del self._ranks[i], self._worth[i]
         key = self._keys.pop(i)
         del self._ids[key]
@@ -146,3 +184,10 @@ class BlockPool:
         if len(self._lost) > 4 * len(self.refs):
             self._lost.popitem(last=False)
         return i
+
+    def _lowest(self) -> int:
+        while self._queue:
+            rank, released, i = heappop(self._queue)
+            if self._ranks.get(i) == (rank, released) and i not in self._pinned:
+                return i
+        return min(self._pinned, key=self._ranks.__getitem__)

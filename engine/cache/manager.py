@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from jamba_server.engine.cache.block_pool import BlockPool
+from jamba_server.engine.cache.page_index import PageIndex, common_length
+from jamba_server.engine.cache.pins import Pins
 from jamba_server.engine.cache.state_store import Pairs, Room, StateStore
 from jamba_server.engine.cache.unconfirmed import Unconfirmed
 from jamba_server.engine.sequence import Sequence
@@ -97,8 +99,10 @@ class CacheManager:
         assert interval % block_size == 0, f"interval {interval} is not a multiple of the block size {block_size}"
         self.pages, self.store = BlockPool(num_pages), store
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
-        # Maps the key of a prefix of full blocks to the token lists that follow this prefix in partly filled pages.
-        # Only pages at whose end a state is saved are listed.
+        self.pins = Pins(self.pages, store.saved)
+        self._index = PageIndex(self.pages.capacity)
+        # Maps the key of a prefix of full blocks to the token lists, shorter than a block, that follow this prefix and
+        # after which a state is saved.
         self._tails: dict[bytes, list[tuple[int, ...]]] = {}
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
@@ -116,7 +120,7 @@ class CacheManager:
         if not self.enabled:
             return PrefixHit()
         limit = seq.num_reusable
-        hashes = self._hashes(seq, limit // self.block_size)
+        hashes = self.page_keys(seq, limit // self.block_size)
         blocks: list[int] = []
         for key in hashes:
             if (block := self.pages.lookup(key)) is None:
@@ -135,20 +139,44 @@ class CacheManager:
         return PrefixHit(0, (), None, None, shared, *self._missed(hashes, 0, len(blocks)))
 
     def _find_tail(self, seq: Sequence, root: bytes, start: int, limit: int) -> tuple[int, int, int] | None:
-        """Finds a partly filled page that continues the prefix with key `root` by tokens of `seq`, and at whose end a
-        state is saved. Of several such pages, the page with the most tokens is chosen. Returns (position of the page's
-        end in `seq`, page, place of the state), or None if there is no such page. `start` is the number of tokens in
-        the prefix. The returned position is at most `limit`."""
+        """Finds a state that was saved inside the block after the prefix with key `root`, and a page with the keys and
+        values up to this state. Of several such states, the one after the most tokens is chosen. Returns (position of
+        the state in `seq`, page, place of the state), or None if there is no such state. `start` is the number of
+        tokens in the prefix. The returned position is at most `limit`."""
         found: tuple[int, int, int] | None = None
         for tail in self._tails.get(root, ()):
             end = start + len(tail)
             if end > limit or (found and end <= found[0]) or tuple(seq.tokens[start:end]) != tail:
                 continue
-            key = chain(root, tail)
-            page, state = self.pages.lookup(key), self.store.find(key)
+            state, page = self.store.find(chain(root, tail)), self._page_with(root, tail)
             if page is not None and state is not None:
                 found = (end, page, state)
         return found
+
+    def _page_with(self, root: bytes, tail: tuple[int, ...]) -> int | None:
+        """Returns a page that follows the prefix with key `root` and begins with the tokens `tail`, or None."""
+        if (page := self.pages.lookup(chain(root, tail))) is not None:
+            return page
+        longer = (tokens for tokens in self._index.after(root) if tokens[: len(tail)] == tail)
+        return next((page for t in longer if (page := self.pages.lookup(chain(root, t))) is not None), None)
+
+    def shared_tokens(self, seq: Sequence, hit: PrefixHit) -> tuple[int, bool]:
+        """Returns how many tokens at the beginning of `seq` have keys and values in the cache, to the token, and
+        whether the cached tokens go on differently there. `hit` is the result of `match`."""
+        full = hit.shared - hit.shared % self.block_size
+        root = self._key(seq, full)
+        rest = seq.tokens[full : min(full + self.block_size, len(seq.tokens) - 1)]
+        alive = (t for t in self._index.after(root) if self.pages.lookup(chain(root, t)) is not None)
+        lengths = ((common_length(tokens, rest), len(tokens)) for tokens in alive)
+        common, length = max(lengths, key=lambda pair: (pair[0], -pair[1]), default=(0, 0))
+        return full + common, common < min(length, len(rest))
+
+    def deepest_state(self, seq: Sequence, hit: PrefixHit) -> int:
+        """Returns the number of tokens at the beginning of `seq` after which the last state is saved, whether or not
+        the keys and values before it are still cached. `hit` is the result of `match`."""
+        keys = self.page_keys(seq, (len(seq.tokens) - 1) // self.block_size)
+        blocks = (n for n in range(len(keys), 0, -1) if self.store.find(keys[n - 1]) is not None)
+        return max(hit.num_tokens, next(blocks, 0) * self.block_size)
 
     def _missed(self, hashes: list[bytes], hit: int, shared: int) -> tuple[int, int]:
         """Returns (no_state, evicted) for the tokens after a prefix hit: the number of tokens that have pages but no
@@ -201,7 +229,7 @@ class CacheManager:
         The state after the last computed token is saved, because the next turn of the conversation continues from this
         state. A preempted sequence also continues from this state when the sequence is resumed.
         """
-        if self.enabled and seq.num_computed:
+        if self.enabled and seq.request.cache.write and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
             key = self._key(seq, seq.num_computed)
             if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
@@ -218,17 +246,21 @@ class CacheManager:
         """Reserves room for the states that a step should save while the step computes the tokens of `seq` from index
         `start` to index `end` - 1. Returns the saves in the order of their positions. This method must be called after
         all running sequences have got their pages. If too few slots are free for all states, the states that most
-        likely lead to prefix hits are saved. To save a regular state (one every `interval` tokens), no other saved
-        state is evicted."""
-        if not self.enabled or start // self.block_size == end // self.block_size:
-            return []  # states are saved at block boundaries only, and this step reaches none
+        likely lead to prefix hits are saved. To save a regular state (one every `interval` tokens) or the state of a
+        short prompt, no other saved state is evicted."""
+        if not self.enabled or not seq.request.cache.write:
+            return []
+        ends_short = self._is_short(seq) and start < seq.num_prompt - 1
+        if start // self.block_size == end // self.block_size and not ends_short:
+            return []  # apart from short prompts, states are saved at block boundaries only; this step reaches none
         saves: list[Save] = []
-        worthy = self._worthy(seq)
+        worthy = self.worthy_positions(seq)
         regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
         for position in dict.fromkeys([*worthy, *regular]):
             if not start < position <= end or self.store.find(key := self._key(seq, position)) is not None:
                 continue
-            if (room := self.store.reserve(key, evict=position in worthy)) is not None:
+            evict = position in worthy and position % self.block_size == 0
+            if (room := self.store.reserve(key, evict=evict)) is not None:
                 saves.append(Save(seq, position, room))
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
@@ -238,14 +270,36 @@ class CacheManager:
         tokens), which the step that decodes this token should save."""
         return self.enabled and (position + 1) % self.interval == 0
 
-    def _worthy(self, seq: Sequence) -> list[int]:
+    def worthy_positions(self, seq: Sequence) -> list[int]:
         """Returns the positions where a saved state most likely leads to a prefix hit, the most likely position first.
-        These positions are the ends of messages, the end of the prefix that other requests share, the end of the
-        prompt, and the position one token before the end of the prompt. A later request with the same prompt would
-        continue from the position one token before the end of the prompt. Each position is rounded down to a block
-        boundary."""
-        boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
-        return [p - p % self.block_size for p in boundaries]
+        These positions are the ends of messages, the end of the prefix that other requests share or wait for, the end
+        of the prompt, and the position one token before the end of the prompt. A later request with the same prompt
+        would continue from the position one token before the end of the prompt. Each position is rounded down to a
+        block boundary, except that of a prompt with less than a block."""
+        ends = [seq.num_prompt, seq.num_prompt - 1]
+        boundaries = [*seq.request.save_positions, seq.branch, *seq.junctions, *ends]
+        positions = [p - p % self.block_size for p in boundaries]
+        return [*positions, seq.num_prompt - 1] if self._is_short(seq) else positions
+
+    def _is_short(self, seq: Sequence) -> bool:
+        """Returns whether no block of the prompt can be reused as a whole, because at least the last token of a prompt
+        is computed."""
+        return 1 < seq.num_prompt <= self.block_size
+
+    def pin(self, seq: Sequence) -> int | None:
+        """Protects the pages and the saved states of `seq` from eviction if its request asks for that. Must be called
+        just before `free`. Returns how many tokens are protected: all that were computed, or 0 if pins would then take
+        more than their share of the memory. Returns None if the request asks for no pin."""
+        if not (seconds := seq.request.cache.pin_seconds):
+            return None
+        if not self.enabled or not seq.request.cache.write or not seq.num_computed:
+            return 0
+        end = seq.num_computed
+        pages = [*self.page_keys(seq, end // self.block_size), self._key(seq, end)]
+        positions = {end, *(p for p in self.worthy_positions(seq) if 0 < p < end)}
+        keys = {position: self._key(seq, position) for position in sorted(positions)}
+        states = [key for position, key in keys.items() if position == end or self.store.find(key) is not None]
+        return end if self.pins.add(seq.request.id, pages, states, seconds) else 0
 
     def take_copies(self) -> CacheCopies:
         """Returns the copies that must run before the next step. The pages, slots and places that these copies read
@@ -263,7 +317,8 @@ class CacheManager:
         self.store.launch(copies.saves, copies.states)
         self.pages.release(source for source, _ in copies.pages)
         for save in self._saves:
-            self._publish_pages(save.sequence, save.position)
+            # A partly filled page of a running sequence is published later, under the key that it has then.
+            self._publish_pages(save.sequence, save.position - save.position % self.block_size)
             self._publish_state(save)
             self.slots.release([save.slot])
         self._saves = []
@@ -284,36 +339,46 @@ class CacheManager:
 
     # Computing and publishing the keys of prefixes --------------------------------------------------------------
 
-    def _root(self, seq: Sequence) -> bytes:
-        return sha256(seq.request.cache_salt.encode()).digest()
+    def page_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """Returns the keys of the first `num_blocks` full blocks of `seq`."""
+        return self.all_page_keys(seq, num_blocks)[:num_blocks]
 
-    def _hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """Returns the keys of the first `num_blocks` full blocks of `seq`. Each key is computed once and stored in
-        `seq.hashes`."""
+    def all_page_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """Returns the keys of all full blocks of `seq` that are known, at least of the first `num_blocks`. Each key is
+        computed once and stored in `seq.hashes`, which is returned without a copy."""
         while len(seq.hashes) < num_blocks:
             start = len(seq.hashes) * self.block_size
             previous = seq.hashes[-1] if seq.hashes else self._root(seq)
             seq.hashes.append(chain(previous, seq.tokens[start : start + self.block_size]))
-        return seq.hashes[:num_blocks]
+        return seq.hashes
+
+    def _root(self, seq: Sequence) -> bytes:
+        return sha256(seq.request.cache_salt.encode()).digest()
 
     def _key(self, seq: Sequence, position: int) -> bytes:
         n = position // self.block_size
-        hashes = self._hashes(seq, n)
+        hashes = self.page_keys(seq, n)
         root = hashes[-1] if n else self._root(seq)
         tail = seq.tokens[n * self.block_size : position]
         return chain(root, tail) if tail else root
 
     def _publish_pages(self, seq: Sequence, position: int) -> None:
         n, tail = divmod(position, self.block_size)
-        for block, key in zip(seq.block_ids, self._hashes(seq, n), strict=False):
-            self._publish_page(block, key)
+        for i, (block, key) in enumerate(zip(seq.block_ids, self.page_keys(seq, n), strict=False)):
+            self._publish_page(seq, i, block, key)
         if tail:
-            self._publish_page(seq.block_ids[n], self._key(seq, position))
+            self._publish_page(seq, n, seq.block_ids[n], self._key(seq, position), tail)
 
-    def _publish_page(self, block: int, key: bytes) -> None:
+    def _publish_page(self, seq: Sequence, number: int, block: int, key: bytes, length: int | None = None) -> None:
+        """Makes a page of `seq` findable. `number` is the number of the page in the sequence, and `length` the number
+        of tokens in it (None: it is full)."""
         if self.pages.lookup(key) is None:
             self._unconfirmed.add(key)
-            self.pages.publish(block, key)
+            if self.pages.publish(block, key):
+                start = number * self.block_size
+                root = seq.hashes[number - 1] if number else self._root(seq)
+                tokens = tuple(seq.tokens[start : start + (length or self.block_size)])
+                self._index.add(root, tokens, lambda root, t: self.pages.lookup(chain(root, t)) is not None)
 
     def _publish_state(self, save: Save) -> None:
         seq, position = save.sequence, save.position
@@ -330,7 +395,7 @@ class CacheManager:
         """Returns how many tokens would be computed again if the state at `position` were lost: the number of tokens
         between the previous saved state and `position`. Marconi (arXiv 2411.19379, section 4) divides this cost by the
         size of the cache entry. The division is left out here, because all saved states have the same size."""
-        hashes = self._hashes(seq, (position - 1) // self.block_size)
+        hashes = self.page_keys(seq, (position - 1) // self.block_size)
         before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
         return position - next(before, 0) * self.block_size
 

@@ -36,6 +36,11 @@ class StateStore(Protocol):
     slots: BlockPool
 
     @property
+    def saved(self) -> BlockPool:
+        """Returns the pool on the device in which saved states are found by their keys."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Returns how many saved states fit into the store."""
         ...
@@ -63,7 +68,8 @@ class StateStore(Protocol):
         """Reserves room for a state under `key`. If the argument `slot` is given, the state is in this slot already; if
         it is None, the store chooses a slot and the next step writes the state there. Returns None if no slot or no
         place is free. A store is also allowed to return None if a state is saved under `key` already. If `evict` is
-        false, no saved state is evicted to make room."""
+        false, no saved state is evicted to make room. A pinned saved state is never evicted for another saved
+        state."""
         ...
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
@@ -107,6 +113,10 @@ class SlotStates:
         self._unconfirmed = Unconfirmed()
 
     @property
+    def saved(self) -> BlockPool:
+        return self.slots
+
+    @property
     def capacity(self) -> int:
         return self.slots.capacity
 
@@ -133,7 +143,7 @@ class SlotStates:
         return slot
 
     def reserve(self, key: bytes, *, slot: int | None = None, evict: bool = True) -> Room | None:
-        slot = _one(self.slots.allocate(1, evict=evict)) if slot is None else slot
+        slot = _one(self.slots.allocate(1, evict=evict, evict_pinned=False)) if slot is None else slot
         return None if slot is None else Room(slot, slot)
 
     def save(self, key: bytes, room: Room, *, worth: float) -> bool:
@@ -173,6 +183,10 @@ class CompressedStates:
         self._unconfirmed = Unconfirmed()
 
     @property
+    def saved(self) -> BlockPool:
+        return self.places
+
+    @property
     def capacity(self) -> int:
         return self.places.capacity
 
@@ -199,7 +213,7 @@ class CompressedStates:
         found = _one(self.slots.allocate(1)) if slot is None else slot
         if found is None:
             return None
-        if (place := _one(self.places.allocate(1, evict=evict))) is not None:
+        if (place := _one(self.places.allocate(1, evict=evict, evict_pinned=False))) is not None:
             return Room(found, place)
         if slot is None:
             self.slots.release([found])

@@ -132,6 +132,10 @@ class Engine(Protocol):
         """
         ...
 
+    def unpin(self, request_id: str) -> None:
+        """Ends the pin of a request that has ended (`CacheUse.pin_seconds`), if it has not ended yet."""
+        ...
+
 
 class EngineClient:
     """Runs the engine as a child process. Kills a child process that hangs, and starts a new child process when one has
@@ -341,6 +345,10 @@ class EngineClient:
             live.leave_engine()
         if sent and self._supervisor.child:
             self._supervisor.child.send(Abort(sent))
+
+    def unpin(self, request_id: str) -> None:
+        if self._health.ready and self._supervisor.child:
+            self._supervisor.child.send(Abort([request_id]))  # the abort of a request also ends its pin
 
     # The interface for the supervisor (class `supervisor.Owner`) ------------------------------------------------
 

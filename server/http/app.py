@@ -50,6 +50,7 @@ from jamba_server.server.http.routes import (
     render,
     responses,
     scoring,
+    sessions,
     streams,
     tokenize,
 )
@@ -74,6 +75,7 @@ ROUTERS = (
     render.router,
     completions.router,
     responses.router,
+    sessions.router,
     messages.router,
     files.router,
     batches.router,

@@ -13,6 +13,7 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.engine.types import SamplingParams
+from jamba_server.server.http.cache_use import cache_salt, cache_use
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import time_limit_of
 from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
@@ -116,6 +117,7 @@ async def render_task(task: ChatTask, services: Services, scope: Scope) -> Rende
         continue_final_message=task.continue_final_message,
         reasoning_effort=task.reasoning_effort,
         save_after=task.save_after,
+        with_message_starts=cache_use(task.body).explain,
     )
 
 
@@ -131,7 +133,12 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
     chat = await render_task(task, services, scope)
     params = await _sampling_params(task, chat, services, scope)
     prompt = admit_prompt(
-        chat.prompt_ids, params, services.engine, param="messages", save_positions=chat.save_positions
+        chat.prompt_ids,
+        params,
+        services.engine,
+        param="messages",
+        save_positions=chat.save_positions,
+        message_starts=chat.message_starts,
     )
     text = TextOptions(
         stops=body.stops,
@@ -147,7 +154,8 @@ async def plan_chat(task: ChatTask, services: Services, *, id_: str, scope: Scop
         n=body.n or 1,
         text=text,
         priority=priority,
-        cache_salt=body.cache_salt or "",
+        cache_salt=cache_salt(body.cache_salt, tenant_of(scope), services.config),
+        cache=cache_use(body),
         tenant=tenant_of(scope),
         time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),

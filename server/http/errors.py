@@ -50,6 +50,10 @@ class DeadlineExceeded(EngineError):
     """A request whose reply was not complete within the time that the client gave."""
 
 
+class SessionNotFound(EngineError):
+    """A request that names a session which does not exist or was made with another API key."""
+
+
 class StreamNotFound(EngineError):
     """A request that names a stream which is not kept or was made with another API key."""
 
@@ -81,6 +85,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (RequestRejected, 400, "invalid_request_error", None),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (ResponseNotFound, 404, "invalid_request_error", "response_not_found"),
+    (SessionNotFound, 404, "invalid_request_error", "session_not_found"),
     (StreamNotFound, 404, "invalid_request_error", "stream_not_found"),
     (NotStored, 404, "invalid_request_error", None),
     (EventsDropped, 410, "invalid_request_error", "events_dropped"),

@@ -6,11 +6,19 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jamba_server.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
 from jamba_server.engine.process.client import Engine, UpdateStream
-from jamba_server.engine.types import BACKGROUND_PRIORITY, FinishReason, Request, SamplingParams, TokenUpdate
+from jamba_server.engine.types import (
+    BACKGROUND_PRIORITY,
+    CacheReport,
+    CacheUse,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenUpdate,
+)
 from jamba_server.server.http.choice import Choice, ChoiceDelta, TextOptions, merge
 from jamba_server.server.http.deadlines import TimeLimit, enforced
 from jamba_server.server.http.errors import DeadlineExceeded, OnProgress
@@ -19,6 +27,7 @@ from jamba_server.server.http.log_fields import fields
 from jamba_server.server.http.metrics import AbortReason, Metrics
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
 from jamba_server.server.http.schemas.base import FinishReason as ReplyFinishReason
+from jamba_server.server.http.schemas.cache_report import JambaCache, jamba_cache
 from jamba_server.server.http.tracing.annotations import Value, annotate
 from jamba_server.server.text.tokenizer import Tokenizer
 
@@ -52,12 +61,14 @@ class Prompt:
     """A prompt's token ids and the sampling parameters of the prompt's choices.
 
     The field `save_positions` has lengths of prefixes of `token_ids`, in tokens. A later request is likely to begin
-    with such a prefix, so the model's recurrent state after the prefix is worth saving.
+    with such a prefix, so the model's recurrent state after the prefix is worth saving. The field `message_starts` has
+    the positions at which the messages of a conversation begin, if the request asks for an explanation of the cache.
     """
 
     token_ids: list[int]
     params: SamplingParams
     save_positions: tuple[int, ...] = ()
+    message_starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +86,7 @@ class GenerationSpec:
     text: TextOptions
     priority: int = 0
     cache_salt: str = ""
+    cache: CacheUse = field(default_factory=CacheUse)
     tenant: str = ""
     http_request_id: str = ""
     time_limit: TimeLimit | None = None
@@ -91,11 +103,13 @@ class GenerationSpec:
                 prompt=prompt.token_ids,
                 params=prompt.params,
                 index=index,
-                group=f"{self.id}-{number}" if self.n > 1 else "",
+                # The engine lets the choices of one prompt wait for each other, but not those of several prompts.
+                group=f"{self.id}-{number}" if self.n > 1 or len(self.prompts) > 1 else "",
                 parent=self.id,
                 tenant=self.tenant,
                 priority=self.priority,
                 cache_salt=self.cache_salt,
+                cache=self.cache,
                 save_positions=prompt.save_positions,
             )
             for number, prompt in enumerate(self.prompts)
@@ -110,13 +124,16 @@ def abort_reason(exc: BaseException) -> AbortReason:
 
 class _Timeline:
     """Data about one choice for the metrics and the log: the times at which its first and latest tokens arrived, the
-    seconds that it waited in the engine's queue, and the number of its prompt tokens found in the prefix cache."""
+    seconds that it waited in the engine's queue, the number of its prompt tokens found in the prefix cache, and what it
+    asked to know about the prefix cache."""
 
     def __init__(self) -> None:
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.queue_seconds: float | None = None
         self.num_cached: int | None = None
+        self.cache: CacheReport | None = None
+        self.num_pinned: int | None = None
 
 
 class Generation:
@@ -185,6 +202,15 @@ class Generation:
             queue_ms=1000 * queue,
         )
 
+    @property
+    def cache(self) -> JambaCache | None:
+        """What the prefix cache had for the prompt of the first choice, or None if the request does not ask for it or
+        has not started yet."""
+        timeline, prompt = next(iter(self._timelines.values())), self.spec.prompts[0]
+        if timeline.cache is None:
+            return None
+        return jamba_cache(timeline.cache, prompt.message_starts, timeline.num_pinned)
+
     @asynccontextmanager
     async def run(self) -> AsyncGenerator[AsyncIterator[ChoiceDelta]]:
         """Yields an iterator over the deltas of all choices, in the order in which the deltas arrive.
@@ -245,6 +271,8 @@ class Generation:
             timeline.num_cached = update.num_cached
             if choice.request.index == 0:
                 self._metrics.prompt_tokens += len(choice.request.prompt)
+        timeline.cache = timeline.cache or update.cache
+        timeline.num_pinned = update.num_pinned if timeline.num_pinned is None else timeline.num_pinned
         if update.queue_seconds is not None:
             timeline.queue_seconds = update.queue_seconds
             if not self.spec.is_background:

@@ -20,7 +20,7 @@ from prometheus_client.utils import floatToGoString
 
 from jamba_server.engine.process.client import Engine, SupervisionStats
 from jamba_server.engine.process.step_times import BOUNDS
-from jamba_server.engine.types import EngineStats, FinishReason
+from jamba_server.engine.types import CacheTier, EngineStats, FinishReason, MissReason
 from jamba_server.server.http.tracing.annotations import exemplar
 
 # Upper bounds of the histograms' buckets, in seconds. Prometheus estimates a quantile by linear interpolation between
@@ -80,6 +80,12 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
         "Number of state slots; each holds one recurrent state.",
         lambda s: s.state_slots_capacity,
     ),
+    (
+        "pinned_kv_pages",
+        "Number of KV pages that requests have pinned (`cache.pin`).",
+        lambda s: s.pinned_blocks,
+    ),
+    ("pinned_states", "Number of saved states that requests have pinned (`cache.pin`).", lambda s: s.pinned_states),
     ("saved_states", "Number of saved states from which a later request can continue.", lambda s: s.saved_states),
 )
 
@@ -95,11 +101,26 @@ _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
         lambda s: s.prefix_queries_total,
     ),
     ("prefix_cache_hits", "Number of prompt tokens found in the prefix cache.", lambda s: s.prefix_hits_total),
+    (
+        "prefix_cache_joined_requests",
+        "Number of choices that waited until another one had computed the prefix that both have.",
+        lambda s: s.num_joined_total,
+    ),
 )
 
 _MISSED: tuple[tuple[str, _Read], ...] = (
     ("no_state", lambda s: s.missed_no_state_total),
     ("evicted", lambda s: s.missed_evicted_total),
+)
+
+# Prompt tokens found in the prefix cache, by the place where their state was stored.
+_TIERS: tuple[tuple[CacheTier, _Read], ...] = (("device", lambda s: s.hits_device_total),)
+
+# Prompt tokens that were computed because nothing could be found: nobody has computed them before, as far as the cache
+# remembers, or the request did not read the cache.
+_UNCACHED: tuple[tuple[MissReason, _Read], ...] = (
+    ("not_seen", lambda s: s.missed_not_seen_total),
+    ("read_disabled", lambda s: s.missed_read_disabled_total),
 )
 
 
@@ -234,6 +255,7 @@ class _EngineCollector(Collector):
         for reason, read in _MISSED:
             missed.add_metric([*labels, reason], read(stats))
         yield missed
+        yield from _prefix_cache(stats, labels)
         yield from self._supervision(labels)
 
     def _supervision(self, labels: list[str]) -> Iterable[Metric]:
@@ -272,6 +294,26 @@ class _EngineCollector(Collector):
             bounds = [*map(floatToGoString, BOUNDS), "+Inf"]
             steps.add_metric([*labels, kind], list(zip(bounds, totals, strict=True)), histogram.seconds)
         return steps
+
+
+def _prefix_cache(stats: EngineStats, labels: list[str]) -> Iterable[Metric]:
+    tiers = CounterMetricFamily(
+        "jamba_prefix_cache_tier_hits",
+        "Number of prompt tokens found in the prefix cache, by the tier that had their state.",
+        labels=["model_name", "tier"],
+    )
+    for tier, read in _TIERS:
+        tiers.add_metric([*labels, tier], read(stats))
+    yield tiers
+    uncached = CounterMetricFamily(
+        "jamba_prefix_cache_uncached_tokens",
+        "Number of prompt tokens that were computed and that the prefix cache had never had, as far as it remembers "
+        "(not_seen), or whose request did not read the cache (read_disabled).",
+        labels=["model_name", "reason"],
+    )
+    for reason, read in _UNCACHED:
+        uncached.add_metric([*labels, reason], read(stats))
+    yield uncached
 
 
 def _counter_family(name: str, text: str, labels: list[str], value: float) -> CounterMetricFamily:

@@ -70,7 +70,13 @@ def sampling_params(
 
 
 def admit_prompt(
-    token_ids: list[int], params: SamplingParams, engine: HasInfo, *, param: str, save_positions: tuple[int, ...] = ()
+    token_ids: list[int],
+    params: SamplingParams,
+    engine: HasInfo,
+    *,
+    param: str,
+    save_positions: tuple[int, ...] = (),
+    message_starts: tuple[int, ...] = (),
 ) -> Prompt:
     """Checks a prompt and its sampling parameters against the limits of the engine, and returns a `Prompt` object.
 
@@ -88,7 +94,8 @@ def admit_prompt(
         max_tokens=params.max_tokens,
         param=param,
     )
-    return Prompt(token_ids, clamp_max_tokens(params, len(token_ids), info.max_model_len), save_positions)
+    clamped = clamp_max_tokens(params, len(token_ids), info.max_model_len)
+    return Prompt(token_ids, clamped, save_positions, message_starts)
 
 
 def engine_priority(priority: int | None, scope: Scope, *, enabled: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -31,6 +31,7 @@ from jamba_server.server.text.tool_calls import TOOL_TAGS
 # Maximum number of characters of a template. The longest published templates have 30 thousand characters.
 _MAX_TEMPLATE_CHARS = 1 << 20
 MAX_SAVE_AFTER = 4  # maximum number of messages after which a request may ask for a saved state, as in Anthropic's API
+MAX_LOCATED = 140  # number of messages whose beginning is looked for; this takes at most five renderings
 _OWN_VARIABLES = frozenset({"messages", "add_generation_prompt"})
 _API_FIELDS = frozenset({"tools", "documents"})
 _ASSISTANT = "<|assistant|>"
@@ -49,7 +50,8 @@ class RenderOptions(TypedDict, total=False):
     has no content, so the reply continues that text. The `reasoning_effort` "none" makes the model answer without
     reasoning first: the prompt ends with empty reasoning, whose end tag is already there. Other efforts are passed to
     the template if it has a variable `reasoning_effort`. `save_after` are indices of at most MAX_SAVE_AFTER messages
-    after which the model's state should be saved.
+    after which the model's state should be saved. With `with_message_starts`, the result has the positions at which
+    messages begin.
     """
 
     tools: Sequence[Any]
@@ -59,6 +61,7 @@ class RenderOptions(TypedDict, total=False):
     continue_final_message: bool
     reasoning_effort: str | None
     save_after: Sequence[int]
+    with_message_starts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +69,15 @@ class RenderedText:
     """The text that a chat template made, before it is encoded.
 
     The text still contains the marks that the class `SpecialText` has inserted into the client's text. `boundaries` are
-    the offsets of message boundaries in the text, in characters. `opens_reasoning` has the same meaning as in
+    the offsets of message boundaries in the text, in characters. `message_starts` are the offsets at which the messages
+    begin, in their order, or nothing if they were not asked for. `opens_reasoning` has the same meaning as in
     `RenderedChat`.
     """
 
     marked: str
     boundaries: list[int]
     opens_reasoning: bool
+    message_starts: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class RenderedChat:
 
     `save_positions` are offsets into `prompt_ids` at message boundaries. Later requests are likely to begin with the
     same tokens up to such an offset, so a saved state is useful there. `strip_leading_space` is true if the reply will
-    begin with a space that belongs to the template. `opens_reasoning` is true if the prompt has a tag <think> without
+    begin with a space that belongs to the template. `message_starts` are the offsets into `prompt_ids` at which the
+    messages begin, if they were asked for. `opens_reasoning` is true if the prompt has a tag <think> without
     its end tag, so that the reply begins with reasoning.
     """
 
@@ -90,6 +96,7 @@ class RenderedChat:
     save_positions: tuple[int, ...]
     strip_leading_space: bool
     opens_reasoning: bool
+    message_starts: tuple[int, ...] = ()
 
 
 class ChatTemplate:
@@ -207,16 +214,40 @@ class ChatTemplate:
         offsets = _offsets(with_marks, later, final_text, text)
         found = {count: offsets[n] for count, place in by_count.items() if (n := places.index(place)) in offsets}
         boundaries = [*found.values(), *self._prefix_lengths(text, messages, variables, set(counts) - found.keys())]
+        starts = self._message_starts(text, messages, variables, found) if options.get("with_message_starts") else []
         client_end = offsets.get(places.index(end), 0) if end else 0
         opens_reasoning = self._opens_reasoning(text, client_end)
         if opens_reasoning and closes_reasoning:
             # Chat templates write reasoning as "<think>\n...\n</think>\n\n". The added text has the same line feeds.
             text += "\n" * (1 + text.endswith(_THINK)) + _END_OF_THINK + "\n\n"
-        return RenderedText(text, boundaries, opens_reasoning and not closes_reasoning)
+        return RenderedText(text, boundaries, opens_reasoning and not closes_reasoning, starts)
 
     def _run(self, variables: Mapping[str, object], conversations: Sequence[Messages]) -> list[Rendering]:
         """Renders several conversations with the chat template. All of them get the same variables."""
         return self._renderer.render(self.source, [{**variables, "messages": turns} for turns in conversations])
+
+    def _message_starts(
+        self, text: str, messages: Messages, variables: Mapping[str, object], boundaries: Mapping[int, int]
+    ) -> list[int]:
+        """Returns the offset in the prompt `text` at which each message begins. A message whose beginning no mark can
+        show gets the offset of the message before it. The last MAX_LOCATED messages are looked for. `boundaries` has
+        the offsets that are known already, by the number of messages before them."""
+        first = max(1, len(messages) - MAX_LOCATED)
+        places = {i: place for i in range(first, len(messages)) if (place := place_of(i, messages)) is not None}
+        numbers = list(places)
+        batches = [numbers[i : i + _CUT] for i in range(0, len(numbers), _CUT)]
+        rendered = self._run(variables, [mark(messages, [places[i] for i in batch]) for batch in batches])
+        found: dict[int, int] = {}
+        for batch, result in zip(batches, rendered, strict=True):
+            unmarked, offsets = take_places(result.text)
+            if not result.error and text.startswith(unmarked[: len(text)]):
+                first_offsets = dict(reversed(offsets))
+                found |= {i: first_offsets[n] for n, i in enumerate(batch) if n in first_offsets}
+        found |= boundaries
+        starts = [0]
+        for i in range(1, len(messages)):
+            starts.append(max(starts[-1], _before_spaces(text, found[i]) if i in found else 0))
+        return starts
 
     def _prefix_lengths(
         self, text: str, messages: Messages, variables: Mapping[str, object], counts: AbstractSet[int]
@@ -307,12 +338,14 @@ class ChatTemplate:
         if prompt_ids[: len(self._bos)] != self._bos:
             prompt_ids = self._bos + prompt_ids
             offsets = [offset + len(self._bos) for offset in offsets]
+        starts = self._encode(rendered.marked, rendered.message_starts)[1] if rendered.message_starts else []
         return RenderedChat(
             text=restore(rendered.marked),
             prompt_ids=prompt_ids,
             save_positions=tuple(sorted({offset for offset in offsets if 0 < offset < len(prompt_ids)})),
             strip_leading_space=prompt_ids[-1:] == [self._tokenizer.special_tokens.get(_ASSISTANT)],
             opens_reasoning=rendered.opens_reasoning,
+            message_starts=tuple(starts),
         )
 
     def _encode(self, rendered: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.conformance.rows import DIFFERS, Inert, Refused, Row, contains, params, some
-from tests.conformance.shared_rows import SCHEMA
+from tests.conformance.shared_rows import CACHE_ROWS, SCHEMA
 
 TEXT = "content.0.text"
 USER = {"role": "user", "content": "Hi"}
@@ -30,6 +30,8 @@ ONLY_GENERATION = frozenset(
         "service_tier",
         "inference_geo",
         "diagnostics",
+        "cache",
+        *(row.field for row in CACHE_ROWS),
     }
 )
 
@@ -79,6 +81,7 @@ ROWS = [
         body={"stop_sequences": [" the"]},
         reply={TEXT: "hello", "stop_reason": "stop_sequence", "stop_sequence": " the"},
     ),
+    *CACHE_ROWS,
     Row(field="system", body={"system": "Be kind."}, prompt="<|system|> Be kind."),
     Row(field="system.text", body={"system": [_text("a"), _text("b")]}, prompt="<|system|> a\nb"),
     Row(field="messages.role", body={"messages": [{"role": "system", "content": "Hi"}, USER]}, prompt="<|system|> Hi"),

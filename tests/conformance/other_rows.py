@@ -41,6 +41,9 @@ PATHS = {
     "/v1/models/{model}",
     "/v1/streams/{stream_id}",
     "/v1/responses/{response_id}",
+    # tests/server/test_sessions.py calls these.
+    "/v1/sessions",
+    "/v1/sessions/{name}",
     "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items",
     "/tokenizer_info",
@@ -50,6 +53,7 @@ PATHS = {
     "/ready",
     "/live",
     "/version",
+    "/server_info",
     "/metrics",
     "/",
 }

@@ -128,6 +128,7 @@ ROWS = [
     *shared_rows.sampling_rows(TEXT),
     *shared_rows.FORM_ROWS,
     *ITEM_ROWS,
+    Row(field="session", body={"session": "talk"}, reply={"session": "talk"}, streamed=False),
     Row(field="instructions", body={"instructions": "Be kind."}, prompt="<|system|> Be kind."),
     Row(
         field="max_output_tokens",

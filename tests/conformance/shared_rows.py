@@ -23,11 +23,20 @@ _EXACT: dict[str, Any] = {
 }
 
 
+CACHE_ROWS = [
+    Row(field="cache.explain", body={"cache": {"explain": True}}, engine={"0.cache.explain": True}),
+    Row(field="cache.read", body={"cache": {"read": False}}, engine={"0.cache.read": False}),
+    Row(field="cache.write", body={"cache": {"write": False}}, engine={"0.cache.write": False}),
+    Row(field="cache.pin", body={"cache": {"pin": 5}}, engine={"0.cache.pin_seconds": 5.0}),
+]
+
+
 def sampling_rows(text: str) -> list[Row]:
     """`text` is the path of the reply's text."""
     rows = [Row(field=name, body={name: value}, engine=params(**{name: value})) for name, value in _EXACT.items()]
     return [
         *rows,
+        *CACHE_ROWS,
         Row(field="model", body={"model": "alias"}, reply={"model": "alias"}),
         Row(field="logit_bias", body={"logit_bias": {"9": 2.5}}, engine=params(logit_bias={"9": 2.5})),
         Row(field="stop_token_ids", body={"stop_token_ids": [9]}, engine=params(stop_token_ids=[9])),

@@ -13,6 +13,8 @@ from pydantic import BaseModel, TypeAdapter
 EXTRA_FIELDS = frozenset(
     {
         "store",
+        "session",
+        "jamba_cache",
         "name",  # of a function, in the event at the end of its arguments; earlier versions of the client require it
         "bytes",  # of tokens, in the log-probabilities of a response's events
         "stop_reason",

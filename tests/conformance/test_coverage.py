@@ -44,6 +44,10 @@ COVERED["/v1/messages/count_tokens"] = COVERED["/v1/messages"] - message_rows.ON
 COVERED["/tokenize"] = {row.field for row in other_rows.TOKENIZE} | {row.field for row in chat_rows.REFUSED_MESSAGES}
 COVERED["/tokenize"] |= {row.field for row in chat_rows.INERT_MESSAGES}
 COVERED["/tokenize"] |= {"model", "tools.function.strict"}  # the latter has no effect without a reply
+# tests/server/test_sessions.py sends these.
+COVERED["/v1/sessions/{name}/fork"] = {"id"}
+COVERED["/v1/sessions/{name}/rewind"] = {"responses"}
+COVERED["/v1/sessions/{name}/pin"] = {"seconds"}
 COVERED["/detokenize"] = {"model", "tokens"}
 COVERED["/v1/files"] = {row.field for row in (*file_rows.UPLOAD, *file_rows.REFUSED_UPLOADS)} - {"unknown"}
 COVERED["/v1/batches"] = {row.field for row in (*file_rows.BATCHES, *file_rows.REFUSED_BATCHES)} - {"completion_windo"}

@@ -17,7 +17,7 @@ from jamba_server.engine.cache.manager import CacheCopies, CacheManager
 from jamba_server.engine.cache.state_store import CompressedStates, SlotStates, StateStore
 from jamba_server.engine.scheduler import Chunk, ChunkResult, Scheduler, SchedulerOutput
 from jamba_server.engine.sequence import Sequence
-from jamba_server.engine.types import BACKGROUND_PRIORITY, Request, SamplingParams, TokenUpdate
+from jamba_server.engine.types import BACKGROUND_PRIORITY, CacheUse, Request, SamplingParams, TokenUpdate
 from tests.engine.host_states import HostStates
 
 
@@ -302,6 +302,12 @@ def random_request(random: Random, number: int, stems: list[list[int]], max_len:
         priority=random.choice((0, 0, 1, BACKGROUND_PRIORITY)),
         save_positions=tuple(random.randint(1, len(prompt)) for _ in range(random.randint(0, 2))),
         cache_salt=random.choice(("", "", "", "tenant")),
+        cache=CacheUse(
+            read=random.random() < 0.9,
+            write=random.random() < 0.9,
+            pin_seconds=float(random.random() < 0.2),
+            explain=random.random() < 0.2,
+        ),
     )
 
 

@@ -34,12 +34,12 @@ EITHER_KIND = pytest.mark.parametrize("num_compressed", [0, 8])  # in the slots 
 
 
 @EITHER_KIND
-def test_the_same_prompt_again_leaves_one_block_at_most(num_compressed: int) -> None:
+def test_the_same_prompt_again_leaves_one_token_of_a_short_one_and_at_most_one_block(num_compressed: int) -> None:
     for length in range(1, 20):
         scheduler, simulator = fresh(block_size=4, num_compressed=num_compressed)
         prompt = list(range(length))
         assert cached(run(scheduler, simulator, prompt)) == 0
-        assert cached(run(scheduler, simulator, prompt)) == (length - 1) // 4 * 4
+        assert cached(run(scheduler, simulator, prompt)) == (length - 1 if length <= 4 else (length - 1) // 4 * 4)
 
 
 @EITHER_KIND
@@ -67,6 +67,14 @@ def test_a_branch_point_pays_from_its_third_request(num_compressed: int) -> None
     hits = [cached(run(scheduler, simulator, [*shared, *[i] * 9])) for i in range(3)]
     assert hits == [0, 0, 24]
     assert scheduler.stats.missed_no_state_total == 24
+
+
+def test_of_two_states_before_the_end_of_the_pages_the_later_one_is_taken() -> None:
+    scheduler, simulator = fresh(block_size=4)
+    shared = list(range(50, 78))
+    run(scheduler, simulator, [*shared, *[1] * 9], save_positions=(8, 20))
+    assert cached(run(scheduler, simulator, [*shared[:26], *[2] * 9])) == 20
+    assert scheduler.stats.missed_no_state_total == 4
 
 
 def test_a_salt_separates_tenants() -> None:

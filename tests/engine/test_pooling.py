@@ -197,6 +197,7 @@ def test_a_fork_continues_exactly_after_the_prompt(text_model: Path) -> None:
 def test_preempted(text_model: Path, alone_text: list[bytes]) -> None:
     page = 16 * 2 * 2 * 20 * 2  # one attention layer: K and V, two heads of 20 numbers of two bytes
     llm = load(text_model, max_num_seqs=8, kv_cache_memory_bytes=36 * page, max_num_batched_tokens=4)
+    llm.core.scheduler.joining.min_saved = len(SUBJECT) + 1  # no request waits for another one with the same prompt
     cache, preempted = llm.core.scheduler.cache, list[str]()
     free = cache.free
 

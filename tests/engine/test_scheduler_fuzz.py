@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from jamba_server.engine.scheduler import Scheduler, SchedulerOutput
-from jamba_server.engine.types import Request, SamplingParams
+from jamba_server.engine.types import CacheReport, Request, SamplingParams
+from tests.engine.cache_checks import CacheChecks
 from tests.engine.host_states import HostStates
 from tests.engine.simulator import Simulator, make_scheduler, random_request
 
@@ -44,13 +45,15 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
     scheduler = some_scheduler(random, kind)
     max_len = scheduler.max_model_len
     scheduler.eos_token_ids = frozenset({EOS})
-    simulator = Simulator(scheduler, ahead=ahead)
+    scheduler.joining.min_saved = random.choice((1, 8, 64))
+    simulator, checks = Simulator(scheduler, ahead=ahead), CacheChecks(scheduler)
     stems = [[random.randrange(5) for _ in range(random.randint(1, max_len))] for _ in range(4)]
     requests = [random_request(random, i, stems, max_len) for i in range(NUM_REQUESTS)]
     fresh, left = list(requests), {r.id: r for r in requests}
     generated: dict[str, int] = Counter()
     replies = {request.id: list[int]() for request in requests}
-    aborted = stopped = forced = 0
+    requests_by_id = {request.id: request for request in requests}
+    aborted = stopped = forced = explained = 0
     while left or simulator.under_way:
         assert simulator.time < 20_000, "livelock"
         if fresh and (random.random() < 0.5 or not scheduler.has_work):
@@ -64,7 +67,14 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         for update in simulator.step(lambda _: EOS if random.random() < 0.03 else random.randrange(5)):
             generated[update.request_id] += len(update.token_ids)
             replies[update.request_id] += update.token_ids
+            if update.cache is not None:
+                check_report(update.cache, requests_by_id[update.request_id])
+                explained += 1
+            if not requests_by_id[update.request_id].cache.read:
+                assert not update.num_cached, "a request that must not read has read"
             if update.finish_reason:
+                ended = next(seq for seq in simulator.texts if seq.request.id == update.request_id)
+                checks.end(ended, list(ended.tokens), update.num_pinned)
                 request = left.pop(update.request_id)
                 allowed = min(request.params.max_tokens, max_len - len(request.prompt))
                 if update.finish_reason == "stop":
@@ -76,11 +86,23 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
                 if budget is not None and len(replies[request.id]) >= budget + len(end):
                     assert tuple(replies[request.id][budget : budget + len(end)]) == end
                     forced += len(end)
+        checks.take_pins()
+        checks.unpin([name for name in checks.held if random.random() < 0.05])
     assert not scheduler.has_work
-    stats = scheduler.stats
+    return what_happened(simulator, checks) + Counter(
+        aborted=aborted, stopped=stopped, forced=forced, ahead=simulator.num_ahead, explained=explained
+    )
+
+
+def what_happened(simulator: Simulator, checks: CacheChecks) -> Counter[str]:
+    """Checks what is left when nothing runs any more, and counts what happened."""
+    stats = simulator.scheduler.stats
     assert stats.kv_blocks_used == 0
     assert stats.state_slots_used == 0
     simulator.finish()
+    checks.finish(simulator.texts)
+    checks.unpin([*checks.held])
+    assert not stats_of_pins(simulator.scheduler)
     return Counter(
         hits=stats.prefix_hits_total,
         preemptions=stats.num_preemptions_total,
@@ -90,15 +112,32 @@ def run(seed: int, kind: str, *, ahead: bool) -> Counter[str]:
         saved=simulator.num_saved,
         tail_hits=simulator.num_tail_hits,
         vectors=simulator.num_vectors,
-        aborted=aborted,
-        stopped=stopped,
-        forced=forced,
-        ahead=simulator.num_ahead,
+        waits=checks.num_waits,
+        joined=stats.num_joined_total,
+        pins=checks.num_pins,
+        evicted_pins=checks.num_evicted_pins,
     )
 
 
+def stats_of_pins(scheduler: Scheduler) -> int:
+    return scheduler.stats.pinned_blocks + scheduler.stats.pinned_states
+
+
+def check_report(report: CacheReport, request: Request) -> None:
+    limit = len(request.prompt) + len(request.generated)
+    assert 0 <= report.used_tokens <= min(report.kv_tokens, report.state_tokens) <= limit
+    assert (report.tier is None) == (report.used_tokens == 0)
+    assert sum(report.missed.values()) <= len(request.prompt) - report.used_tokens or len(report.missed) > 1
+    if report.reason in ("no_state", "evicted", "salt") and report.kv_tokens < len(request.prompt) - 1:
+        assert report.missed[report.reason] > 0
+
+
 SEEDS = [(0, False), (50, False), (100, False), (150, True), (200, True)]  # the first of 50, whether steps run ahead
-KINDS = [*(("slots", *seeds) for seeds in SEEDS), *(("compressed", *seeds) for seeds in SEEDS)]
+KINDS = [
+    *(("slots", *seeds) for seeds in SEEDS),
+    ("compressed", 250, False),
+    *(("compressed", *seeds) for seeds in SEEDS[1:]),
+]
 
 
 @pytest.mark.parametrize(("kind", "first", "ahead"), [*KINDS, ("host", 0, False), ("host", 150, True)])
@@ -119,6 +158,10 @@ def test_random_work(kind: str, first: int, ahead: bool) -> None:
         "stopped",
         "forced",
         "vectors",
+        "waits",
+        "joined",
+        "pins",
+        "explained",
     ):
         assert total[event] > 0, f"the fuzz never saw {event}"
 

@@ -160,6 +160,7 @@ class FakeEngine:
         self.supervision = SupervisionStats()
         self.requests: list[Request] = []
         self.aborted: list[str] = []
+        self.unpinned: list[str] = []
         self.num_updates = 0
         self.stalled = asyncio.Event()
         self.resume = asyncio.Event()
@@ -199,6 +200,9 @@ class FakeEngine:
             await self.resume.wait()
         self.num_updates += 1
         await asyncio.sleep(0)
+
+    def unpin(self, request_id: str) -> None:
+        self.unpinned.append(request_id)
 
     @asynccontextmanager
     async def generate(self, requests: list[Request]) -> AsyncGenerator[FakeStream]:

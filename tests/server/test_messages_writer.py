@@ -13,6 +13,7 @@ from jamba_server.engine.types import SamplingParams
 from jamba_server.server.http.choice import ChoiceDelta, TextOptions
 from jamba_server.server.http.generation import Generation, GenerationSpec, Prompt
 from jamba_server.server.http.schemas.base import CompletionTokensDetails, PromptTokensDetails, Usage
+from jamba_server.server.http.schemas.cache_report import JambaCache
 from jamba_server.server.http.schemas.messages.reply import ReplyThinking
 from jamba_server.server.http.writers.messages import MessagesWriter, arguments_of
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall, join
@@ -27,6 +28,7 @@ class Finished:
 
     spec: GenerationSpec
     usage: Usage
+    cache: JambaCache | None = None
 
 
 def writer(

@@ -39,6 +39,7 @@ class UsageOnly:
     """What the writer needs of a generation."""
 
     usage = USAGE
+    cache = None
 
 
 def make(tokenizer: Tokenizer, *, logprobs: bool = False, encoded: bool = False) -> ResponseWriter:

@@ -9,6 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
+from jamba_server.engine.errors import RequestRejected
+from jamba_server.server.http.cache_use import cache_salt, cache_use
 from jamba_server.server.http.choice import TextOptions
 from jamba_server.server.http.deadlines import set_timeout, time_limit_of
 from jamba_server.server.http.errors import progress_hook, request_id_of, tenant_of
@@ -56,6 +58,11 @@ async def create_completion(body: CompletionRequest, request: Request, services:
 
 async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Scope) -> GenerationSpec:
     priority = engine_priority(body.priority, scope, enabled=services.config.enable_priority)
+    if body.cache is not None and body.cache.explain and len(body.prompts) > 1:
+        raise RequestRejected(
+            f"cache.explain is true, but there are {len(body.prompts)} prompts; an explanation is for one.",
+            param="cache",
+        )
     bad_words = await services.bad_words(body.bad_words)
     grammar = (await services.grammar(scope, body.output_format)).text
     text = TextOptions(
@@ -70,7 +77,8 @@ async def _spec(body: CompletionRequest, services: Services, id_: str, scope: Sc
         n=body.n or 1,
         text=text,
         priority=priority,
-        cache_salt=body.cache_salt or "",
+        cache_salt=cache_salt(body.cache_salt, tenant_of(scope), services.config),
+        cache=cache_use(body),
         tenant=tenant_of(scope),
         time_limit=time_limit_of(scope),
         http_request_id=request_id_of(scope),

@@ -44,6 +44,7 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
+        cache=body.cache,
     )
     task = _task(body, conversation, sampling, request, services)
     id_ = f"msg_{uuid.uuid4().hex}"
@@ -52,7 +53,7 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
         generation=services.generation(spec),
         model=model,
         max_tokens=body.max_tokens,
-        num_saved=max(spec.prompts[0].save_positions, default=0) if conversation.save_after else 0,
+        num_saved=max(spec.prompts[0].save_positions, default=0) if conversation.save_after and spec.cache.write else 0,
         shows_thinking=body.thinking is None or body.thinking.display != "omitted",
     )
     return await answer(request, writer, services, stream=bool(body.stream))

@@ -24,9 +24,10 @@ from jamba_server.server.http.services import Services, ServicesOf
 from jamba_server.server.http.sse import answer
 from jamba_server.server.http.store.database import StoredResponse
 from jamba_server.server.http.store.responses import input_items
+from jamba_server.server.http.store.sessions import Sessions
 from jamba_server.server.http.streams.reply import StreamReply
 from jamba_server.server.http.unknown_fields import settle_unknown_fields, warn
-from jamba_server.server.http.writers.responses import ResponseOptions, ResponseWriter, Save
+from jamba_server.server.http.writers.responses import ResponseOptions, ResponseWriter, Save, Saved
 
 router = APIRouter(tags=["responses"])
 
@@ -55,9 +56,9 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
             names=plan.names,
             with_logprobs=body.includes(LOGPROBS),
             with_encoded_reasoning=body.includes(ENCRYPTED_REASONING),
-            caches=services.config.enable_prefix_caching,
+            caches=services.config.enable_prefix_caching and plan.spec.cache.write,
         ),
-        _save(services, owner, plan.items) if stores else None,
+        _save(services, owner, plan.items, body.session) if stores else None,
     )
     return await answer(request, writer, services, stream=bool(body.stream))
 
@@ -139,13 +140,14 @@ async def list_input_items(
 
 
 class _Plan(NamedTuple):
-    """The data of a request before its generation begins: the model's name, the functions, the input items and the data
-    for the engine."""
+    """The data of a request before its generation begins: the model's name, the functions, the input items, the data
+    for the engine, and the id of the response that the new one continues."""
 
     model: str
     names: FunctionNames
     items: list[Item]
     spec: GenerationSpec
+    previous_id: str | None
 
 
 async def _plan(body: ResponseRequest, request: Request, services: Services, owner: str) -> _Plan:
@@ -157,15 +159,24 @@ async def _plan(body: ResponseRequest, request: Request, services: Services, own
     limit = services.config.max_body_bytes
     items = await read_input(body, services.responses, owner, max_bytes=limit)
     history: list[Item] = []
-    if body.previous_response_id is not None:
-        history = await services.responses.conversation(body.previous_response_id, owner, max_bytes=limit)
+    previous_id = await _previous_response(body, services, owner)
+    if previous_id is not None:
+        history = await services.responses.conversation(previous_id, owner, max_bytes=limit)
     task = chat_task(body, names, history + items)
     planning = plan_response(
         task, services, truncate=body.truncation == "auto", id_=new_id("resp"), scope=request.scope
     )
     spec, num_left_out = await prepared(request, planning)
     _warn(request, body, names, num_left_out)
-    return _Plan(model, names, items, spec)
+    return _Plan(model, names, items, spec, previous_id)
+
+
+async def _previous_response(body: ResponseRequest, services: Services, owner: str) -> str | None:
+    """Returns the id of the response that a request continues, or None if it begins a conversation."""
+    if (name := body.session) is None:
+        return body.previous_response_id
+    session = await services.responses.sessions(lambda table: table.get(name, owner))
+    return session.response_id if session is not None else None
 
 
 def _warn(request: Request, body: ResponseRequest, names: FunctionNames, num_left_out: int) -> None:
@@ -194,7 +205,7 @@ def _begun(plan: _Plan, body: ResponseRequest, services: Services, *, stores: bo
         metadata=body.metadata or {},
         model=plan.model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        previous_response_id=body.previous_response_id,
+        previous_response_id=plan.previous_id,
         prompt_cache_key=body.prompt_cache_key,
         reasoning={"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         safety_identifier=body.safety_identifier,
@@ -226,10 +237,11 @@ def _offered_tools(body: ResponseRequest) -> list[dict[str, Any]]:
     return tools
 
 
-def _save(services: Services, owner: str, items: list[Item]) -> Save:
-    """Returns a function that stores a finished response together with the input items of its request."""
+def _save(services: Services, owner: str, items: list[Item], session: str | None) -> Save:
+    """Returns a function that stores a finished response together with the input items of its request. The response
+    becomes the last one of `session`."""
 
-    async def save(response: Response) -> bool:
+    async def save(response: Response) -> Saved:
         stored = StoredResponse(
             id=response.id,
             owner=owner,
@@ -238,6 +250,16 @@ def _save(services: Services, owner: str, items: list[Item]) -> Save:
             response=(await services.in_thread(response.model_dump_json)).encode(),
         )
         ids = [item["id"] for item in items] + [item.id for item in response.output]
-        return await services.responses.put(stored, ids)
+        if not await services.responses.put(stored, ids):
+            return Saved(stored=False, session=None)
+        if session is None:
+            return Saved(stored=True, session=None)
+
+        def move(table: Sessions) -> bool:
+            table.add(session, owner, None, response.created_at)
+            return table.move(session, owner, response.previous_response_id, response.id)
+
+        moved = await services.responses.sessions(move)
+        return Saved(stored=True, session=session if moved else None)
 
     return save

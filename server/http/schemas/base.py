@@ -22,6 +22,7 @@ MAX_CHOICES = 128  # maximum value of `n`, the number of choices for one prompt
 MAX_STOPS = 64  # maximum number of stop strings in a request; more strings make the search of a reply slower
 MAX_BAD_WORDS = 64
 MAX_CACHE_SALT_CHARS = 128
+MAX_PIN_SECONDS = 24 * 3600
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600
 
 
@@ -191,6 +192,31 @@ class StreamOptions(RequestBody):
     ] = None
 
 
+class CacheOptions(RequestBody):
+    """How a request uses the prefix cache. No option changes the reply."""
+
+    explain: Annotated[
+        bool, Field(description="Add `jamba_cache` to the reply: what the cache had for the prompt, and why not more.")
+    ] = False
+    read: Annotated[bool, Field(description="If false, the whole prompt is computed.")] = True
+    write: Annotated[
+        bool, Field(description="If false, nothing of the request stays in the cache, and each choice is computed.")
+    ] = True
+    pin: Annotated[
+        Annotated[float, Field(gt=0, le=MAX_PIN_SECONDS)] | None,
+        Field(
+            description="Protect the prompt and the reply from eviction for this number of seconds after the reply. "
+            "Running requests still get the memory that they need."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_pin(self) -> Self:
+        if self.pin and not self.write:
+            raise invalid("needs `write`: true, because only what is in the cache can be pinned", field="pin")
+        return self
+
+
 class NoEffect(RequestBody):
     """Fields of OpenAI's specification that this server accepts and ignores, because they do not affect the answer."""
 
@@ -308,7 +334,11 @@ class GenerationBody(NoEffect, NullableBody):
     ] = None
     cache_salt: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None,
-        Field(description="Share cached prefixes only with requests that have the same salt."),
+        Field(description="Share cached prefixes only with requests of this API key that have the same salt."),
+    ] = None
+    cache: Annotated[
+        CacheOptions | None,
+        Field(description="How the request uses the prefix cache: `explain`, `read`, `write` and `pin`."),
     ] = None
     priority: Annotated[
         Annotated[int, Field(ge=-INT32_MAX - 1, le=INT32_MAX)] | None,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Required
 from typing_extensions import TypedDict  # pydantic cannot use typing.TypedDict before Python 3.12
 
 from jamba_server.server.http.schemas.base import FinishReason, PromptLogprobs, Reply, Timings, Usage, if_any
+from jamba_server.server.http.schemas.cache_report import JambaCache
 
 
 class TopLogprob(Reply):
@@ -75,6 +76,7 @@ class ChatCompletion(Reply):
     prompt_logprobs: Annotated[PromptLogprobs | None, if_any] = None
     prompt_token_ids: Annotated[list[int] | None, if_any] = None
     timings: Annotated[Timings | None, if_any] = None
+    jamba_cache: Annotated[JambaCache | None, if_any] = None
 
 
 class FunctionDelta(TypedDict, total=False):
@@ -125,3 +127,4 @@ class ChatCompletionChunk(Reply):
     usage: Usage | None = None
     prompt_token_ids: Annotated[list[int] | None, if_any] = None
     timings: Annotated[Timings | None, if_any] = None
+    jamba_cache: Annotated[JambaCache | None, if_any] = None

@@ -19,6 +19,7 @@ from jamba_server.server.http.schemas.base import (
     invalid,
     unsupported,
 )
+from jamba_server.server.http.schemas.cache_report import JambaCache
 from jamba_server.server.http.schemas.details import DetailedBody
 from jamba_server.server.http.schemas.formats import FormatFields
 
@@ -154,3 +155,4 @@ class Completion(Reply):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     timings: Annotated[Timings | None, if_any] = None
+    jamba_cache: Annotated[JambaCache | None, if_any] = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jamba_server.engine.errors import ConfigError
+from jamba_server.server.http.store.sessions import Sessions
 from jamba_server.server.http.store.sqlite import open_database
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Database:
         weakref.finalize(self, self._connection.close)
         try:
             self._evict()
+            self.sessions = Sessions(self._connection, self._max_responses)
         except sqlite3.Error as error:
             self._connection.close()
             raise ConfigError(f"The database {path} cannot be used: {error}.") from error

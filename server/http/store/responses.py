@@ -14,6 +14,7 @@ import msgspec
 
 from jamba_server.engine.errors import Overloaded, RequestRejected, ResponseNotFound
 from jamba_server.server.http.store.database import Database, StoredResponse
+from jamba_server.server.http.store.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,16 @@ class ResponseStore:
         """Deletes a stored response. Raises ResponseNotFound if the owner has no response with this id."""
         if not await self._run(lambda: self._database.delete(id_, owner)):
             raise ResponseNotFound(id_)
+
+    async def chain(self, id_: str | None, owner: str) -> list[str]:
+        """Returns the ids of a response and of all responses that it continues, the oldest first. Responses that are
+        not stored any more, and those before them, are left out."""
+        links = [] if id_ is None else await self._run(lambda: self._database.chain(id_, owner))
+        return [link.id for link in links]
+
+    async def sessions(self, work: Callable[[Sessions], T]) -> T:
+        """Calls `work` with the table of sessions, in the thread of the database, and returns its result."""
+        return await self._run(lambda: work(self._database.sessions))
 
     async def conversation(self, id_: str, owner: str, *, max_bytes: int) -> list[Item]:
         """Returns the items of a response and of all responses that it continues, the oldest first.

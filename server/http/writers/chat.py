@@ -53,6 +53,7 @@ class ChatWriter(ChunkWriter[ChunkChoice]):
             prompt_logprobs=self._prompt_logprobs(choices[0].prompt_scores),
             prompt_token_ids=self._prompt_token_ids(0),
             timings=self._timings,
+            jamba_cache=self.generation.cache,
         )
 
     def begin(self) -> Iterable[bytes]:

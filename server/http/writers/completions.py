@@ -18,7 +18,7 @@ class CompletionWriter(ChunkWriter[CompletionChoice]):
 
     def reply(self, choices: list[ChoiceDelta]) -> Completion:
         chunk = self._chunk([self._choice(choice, whole=True) for choice in choices], self.generation.usage)
-        return chunk.model_copy(update={"timings": self._timings})
+        return chunk.model_copy(update={"timings": self._timings, "jamba_cache": self.generation.cache})
 
     def begin(self) -> Iterable[bytes]:
         """Yields, with `return_token_ids`, one event for each choice, which has the token ids of its prompt."""

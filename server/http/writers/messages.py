@@ -83,7 +83,7 @@ class MessagesWriter(Writer):
     def end(self) -> Iterable[bytes]:
         assert self._stop is not None, "the last delta of a choice has its finish reason"
         yield from map(event, self._blocks.close())
-        yield event(MessageDelta(delta=self._stop, usage=self._usage()))
+        yield event(MessageDelta(delta=self._stop, usage=self._usage(), jamba_cache=self.generation.cache))
         yield event(MessageStop())
 
     def fail(self, error: bytes) -> Iterable[bytes]:
@@ -105,6 +105,7 @@ class MessagesWriter(Writer):
             stop_reason=stop_reason,
             stop_sequence=stop_sequence,
             usage=self._usage(),
+            jamba_cache=self.generation.cache if stop_reason is not None else None,
         )
 
     def _block(self, part: Part) -> ReplyBlock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 from pydantic_core import to_json
@@ -35,7 +36,15 @@ from jamba_server.server.http.writers.writer import Writer
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall
 from jamba_server.server.text.tokenizer import Tokenizer
 
-Save = Callable[[Response], Awaitable[bool]]
+
+class Saved(NamedTuple):
+    """Whether a response is stored, and the session whose last response it has become, or None."""
+
+    stored: bool
+    session: str | None
+
+
+Save = Callable[[Response], Awaitable[Saved]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +63,7 @@ class ResponseWriter(Writer):
 
     A reply without `stream` is built in the same way, but its events are dropped. The argument `response` is the
     response object before the first token. The function `save` stores the finished response and returns whether that
-    succeeded. If `save` is None, the response is not stored.
+    succeeded, and the session that the response now ends. If `save` is None, the response is not stored.
     """
 
     def __init__(
@@ -103,8 +112,8 @@ class ResponseWriter(Writer):
 
     async def complete(self) -> None:
         if self._save is not None:
-            stored = await self._save(self.response)
-            self.response = self.response.model_copy(update={"store": stored})
+            saved = await self._save(self.response)
+            self.response = self.response.model_copy(update={"store": saved.stored, "session": saved.session})
 
     def end(self) -> Iterable[bytes]:
         yield self._encode(Event(f"response.{self.response.status}", {"response": self.response}))
@@ -187,6 +196,7 @@ class ResponseWriter(Writer):
                 "incomplete_details": None if complete else details,
                 "output": tuple(self._output),
                 "usage": self._usage(),
+                "jamba_cache": self.generation.cache,
             }
         )
 

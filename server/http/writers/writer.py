@@ -69,7 +69,8 @@ class ChunkWriter(Writer, Generic[C]):
 
     If `with_usage` is set, the stream has one more event at its end, whose field `usage` has the token counts. If
     `with_usage_so_far` is also set, every event has the token counts up to that event. If `with_timings` is set, the
-    reply or the last event has the times of the request. The option `with_token_ids` adds the token ids, and
+    reply or the last event has the times of the request. If the request asks for an explanation of the prefix cache,
+    the reply or the last event has it in the field `jamba_cache`. The option `with_token_ids` adds the token ids, and
     `with_prompt_logprobs` adds the log-probabilities of the prompt.
     """
 
@@ -88,9 +89,11 @@ class ChunkWriter(Writer, Generic[C]):
         return ()
 
     def end(self) -> Iterable[bytes]:
-        if self.with_usage or self.with_timings:
+        cache = self.generation.cache
+        if self.with_usage or self.with_timings or cache is not None:
             chunk = self._chunk([], self.generation.usage if self.with_usage else None)
-            yield event(chunk.model_copy(update={"timings": self._timings}), exclude=self._excluded)
+            extras = {"timings": self._timings, "jamba_cache": cache}
+            yield event(chunk.model_copy(update=extras), exclude=self._excluded)
         yield DONE
 
     def fail(self, error: bytes) -> Iterable[bytes]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from jamba_server.server.http.schemas.base import Reply
+from jamba_server.server.http.schemas.base import Reply, if_any
+from jamba_server.server.http.schemas.cache_report import JambaCache
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
@@ -67,6 +68,7 @@ class MessageReply(Reply):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+    jamba_cache: Annotated[JambaCache | None, if_any] = None
 
 
 class TokensCount(Reply):
@@ -146,6 +148,7 @@ class MessageDelta(Reply):
     type: Literal["message_delta"] = "message_delta"
     delta: StopDelta
     usage: MessageUsage
+    jamba_cache: Annotated[JambaCache | None, if_any] = None
 
 
 class MessageStop(Reply):

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from jamba_server.server.http.schemas import peer_fields
 from jamba_server.server.http.schemas.base import (
     MAX_STOPS,
+    CacheOptions,
     RequestBody,
     StopString,
     Temperature,
@@ -165,6 +166,10 @@ class MessagesRequest(Conversation):
     top_k: Annotated[
         Annotated[int, within("top_k")] | None,
         Field(description="Sample from this number of the most likely tokens. 0 means all tokens."),
+    ] = None
+    cache: Annotated[
+        CacheOptions | None,
+        Field(description="How the request uses the prefix cache: `explain`, `read`, `write` and `pin`."),
     ] = None
     metadata: Annotated[
         dict[str, Any] | None, Field(description="The client's name for its user. It has no effect.")

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jamba_server.server.http.schemas.base import Reply
+from jamba_server.server.http.schemas.base import Reply, if_any
+from jamba_server.server.http.schemas.cache_report import JambaCache
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -99,6 +100,8 @@ class Response(Reply):
     """A response. It repeats the fields of the request that change the reply, with the values that were used.
 
     `tools` leaves out the tools that were not offered to the model. `store` says whether the response is stored.
+    `session` is the session whose last response this one is; it is missing if another request has used the session
+    meanwhile.
     """
 
     id: str
@@ -131,6 +134,8 @@ class Response(Reply):
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None = None
     user: str | None
+    jamba_cache: Annotated[JambaCache | None, if_any] = None
+    session: Annotated[str | None, if_any] = None
 
 
 class DeletedResponse(Reply):

@@ -21,6 +21,7 @@ from jamba_server.server.http.schemas.formats import FormatFields, JsonObjectFor
 from jamba_server.server.http.schemas.peer_fields import PeerField
 from jamba_server.server.http.schemas.responses.items import AnyInputItem, InputItem, ItemId, Message
 from jamba_server.server.http.schemas.responses.tools import MAX_TOOLS, AnyTool, AnyToolChoice, Tool, ToolChoice
+from jamba_server.server.http.schemas.sessions import SessionName
 from jamba_server.server.text.grammars.types import OutputFormat
 
 LOGPROBS = "message.output_text.logprobs"
@@ -135,6 +136,10 @@ class ResponseRequest(FormatFields, GenerationBody):
     previous_response_id: Annotated[
         ItemId | None, Field(description="The stored response that this one continues.")
     ] = None
+    session: Annotated[
+        SessionName | None,
+        Field(description="A name for the conversation. The response continues the last one with this name."),
+    ] = None
     max_output_tokens: Annotated[
         Annotated[int, Field(ge=1, le=2**31 - 1)] | None,
         Field(description="Maximum tokens of the reply, reasoning included. Default: the rest of the context."),
@@ -206,6 +211,10 @@ class ResponseRequest(FormatFields, GenerationBody):
         for position, name in enumerate(self.include or []):
             if name not in (LOGPROBS, ENCRYPTED_REASONING, *_OTHER_INCLUDES):
                 raise invalid(f"has {name[:64]!r}, which does not exist", field=f"include.{position}")
+        if self.session is not None and self.previous_response_id is not None:
+            raise invalid("has a last response of its own; do not send `previous_response_id`", field="session")
+        if self.session is not None and self.store is False:
+            raise invalid("needs `store`: true, because a session is made of stored responses", field="session")
         if self.top_logprobs and not self.includes(LOGPROBS):
             raise invalid(f"is only allowed with `{LOGPROBS}` in `include`", field="top_logprobs")
         return self
