@@ -56,6 +56,19 @@ async def test_a_batch_gives_the_reply_of_the_endpoint_for_each_line(client: Asy
     check(Batch, raw.text)
 
 
+async def test_a_batch_of_embeddings(make_bench: MakeBench, tmp_path: Path, engine: FakeEngine) -> None:
+    url = "/v1/embeddings"
+    lines = [{"custom_id": f"c{i}", "method": "POST", "url": url, "body": {"input": ["Hi", "Ho"]}} for i in range(9)]
+    async with make_bench(data_dir=str(tmp_path)).openai() as client:
+        done = await until(client, await start(client, lines, url), "completed")
+        assert counts(done) == (9, 9, 0)
+        for each in await content(client, done.output_file_id):
+            assert len(each["response"]["body"]["data"]) == 2
+        assert done.usage is not None
+        assert done.usage.input_tokens > 0
+    assert all(request.is_background for request in engine.requests)
+
+
 async def test_an_invalid_line_fails_alone_and_with_a_reason(client: AsyncOpenAI) -> None:
     lines = [
         line("good"),
