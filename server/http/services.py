@@ -15,9 +15,11 @@ from starlette.types import Scope
 
 from jamba_server.engine.errors import ModelNotFound, RequestRejected
 from jamba_server.engine.process.client import Engine
+from jamba_server.engine.types import Request as EngineRequest
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.batches.store import BatchStore
+from jamba_server.server.http.deadlines import TimeLimit
 from jamba_server.server.http.files.store import FileStore
 from jamba_server.server.http.generation import Generation, GenerationSpec
 from jamba_server.server.http.grammar_queue import GrammarQueue, ReplyGrammar
@@ -98,13 +100,17 @@ class Services:
         return requested
 
     def generation(self, spec: GenerationSpec) -> Generation:
-        if spec.is_background:
-            # Lines of batches wait without a limit, do not delay others, and do not count against limits of the key.
-            admission = Admission(spec.requests(), WaitingTokens(0), None)
-        else:
-            account = self.edge.keys.account(spec.tenant)
-            admission = Admission(spec.requests(), self.edge.waiting, account, spec.time_limit)
+        admission = self.admission(spec.requests(), spec.time_limit)
         return Generation(spec, self.engine, self.tokenizer, self.metrics, admission)
+
+    def admission(self, requests: Sequence[EngineRequest], time_limit: TimeLimit | None) -> Admission:
+        """Returns the context manager that checks the limits for one HTTP request, which has these engine requests.
+
+        Lines of batches wait without a limit, do not delay others, and do not count against the limits of their key.
+        """
+        if requests[0].is_background:
+            return Admission(requests, WaitingTokens(0), None)
+        return Admission(requests, self.edge.waiting, self.edge.keys.account(requests[0].tenant), time_limit)
 
     def check_size(self, text: str, *, param: str) -> None:
         """Raises RequestRejected if a text has too many bytes for the context length.

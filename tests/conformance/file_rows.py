@@ -27,6 +27,7 @@ BATCHES = [
     Row(field="input_file_id", body={"input_file_id": "another"}, reply={"input_file_id": DIFFERS}),
     Row(field="endpoint", body={"endpoint": "/v1/completions"}, reply={"endpoint": "/v1/completions"}),
     Row(field="endpoint", body={"endpoint": "/v1/responses"}, reply={"endpoint": "/v1/responses"}),
+    Row(field="endpoint", body={"endpoint": "/v1/embeddings"}, reply={"endpoint": "/v1/embeddings"}),
     Row(
         field="completion_window",
         body={"completion_window": "90m"},
@@ -37,7 +38,7 @@ BATCHES = [
 OUTPUT_EXPIRES = {"output_expires_after": {"anchor": "created_at", "seconds": 7200}}
 REFUSED_BATCHES = [
     Refused("input_file_id", {"input_file_id": "file-none"}),
-    Refused("endpoint", {"endpoint": "/v1/embedding"}),
+    Refused("endpoint", {"endpoint": "/v1/moderations"}),
     Refused("completion_window", {"completion_window": "soon"}),
     Refused("completion_window", {"completion_window": "31d"}),
     Refused("metadata", {"metadata": {"a": 5}}, "metadata.a"),

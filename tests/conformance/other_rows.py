@@ -47,6 +47,7 @@ PATHS = {
     "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items",
     "/tokenizer_info",
+    "/server_info",  # tests/server/page calls it
     "/api/hello",
     # tests/server/test_operations.py and test_pages.py call these.
     "/health",

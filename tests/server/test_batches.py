@@ -56,6 +56,19 @@ async def test_a_batch_gives_the_reply_of_the_endpoint_for_each_line(client: Asy
     check(Batch, raw.text)
 
 
+async def test_a_batch_of_embeddings(make_bench: MakeBench, tmp_path: Path, engine: FakeEngine) -> None:
+    url = "/v1/embeddings"
+    lines = [{"custom_id": f"c{i}", "method": "POST", "url": url, "body": {"input": ["Hi", "Ho"]}} for i in range(9)]
+    async with make_bench(data_dir=str(tmp_path)).openai() as client:
+        done = await until(client, await start(client, lines, url), "completed")
+        assert counts(done) == (9, 9, 0)
+        for each in await content(client, done.output_file_id):
+            assert len(each["response"]["body"]["data"]) == 2
+        assert done.usage is not None
+        assert done.usage.input_tokens > 0
+    assert all(request.is_background for request in engine.requests)
+
+
 async def test_an_invalid_line_fails_alone_and_with_a_reason(client: AsyncOpenAI) -> None:
     lines = [
         line("good"),
@@ -150,10 +163,14 @@ async def test_a_batch_goes_on_after_a_kill_without_a_line_lost_or_repeated(
     async with make_bench(data_dir=str(killed), max_batch_requests=IN_FLIGHT, engine=old).openai() as client:
         batch = await start(client, lines)
         await old.stalled.wait()
-        before = await until(client, batch, "in_progress", finished=5)
+        before = await until(client, batch, "in_progress", finished=3)
         shutil.copytree(killed, copy)
-    finished = sum(counts(before)[1:])
-    assert 5 <= finished < 21
+    table = runner.BatchTable(copy / "batches.sqlite")
+    kept = table.get(batch.id, "")
+    table.close()
+    assert kept is not None
+    finished = kept.completed + kept.failed
+    assert sum(counts(before)[1:]) <= finished < 21, "a line may have finished since the client asked"
     async with make_bench(data_dir=str(copy), engine=new).openai() as client:
         done = await until(client, batch, "completed")
         assert counts(done) == (21, 20, 1)
@@ -211,8 +228,8 @@ async def test_a_cancelled_batch_keeps_what_has_finished(
         done = await until(client, batch, "cancelled")
         assert done.cancelling_at
         assert done.cancelled_at
-        assert counts(done) == counts(before)
-        assert len(await content(client, done.output_file_id)) == counts(before)[1]
+        assert counts(before)[1] <= counts(done)[1] < 20
+        assert len(await content(client, done.output_file_id)) == counts(done)[1]
         assert engine.aborted, "lines in flight are aborted"
         assert (await client.batches.cancel(batch.id)).status == "cancelled", "again is no error"
         engine.resume.set()
@@ -238,7 +255,8 @@ async def test_an_expired_batch_has_an_error_for_each_line_that_is_left(
         store.changed.set()
         done = await until(client, batch, "expired")
         assert done.expired_at
-        assert counts(done) == (20, counts(before)[1], 20 - counts(before)[1])
+        assert counts(before)[1] <= counts(done)[1] < 20
+        assert sum(counts(done)[1:]) == 20
         errors = await content(client, done.error_file_id)
         assert {each["error"]["code"] for each in errors} == {"batch_expired"}
         output = await content(client, done.output_file_id)

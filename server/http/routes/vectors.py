@@ -10,7 +10,7 @@ from fastapi import Request
 from jamba_server.engine.types import RequestKind
 from jamba_server.server.http.deadlines import set_timeout
 from jamba_server.server.http.routes.admission import require, wait_for_start
-from jamba_server.server.http.sampling import check_priority
+from jamba_server.server.http.sampling import engine_priority
 from jamba_server.server.http.schemas.vectors.fields import VectorBody, VectorUsage, usage_of
 from jamba_server.server.http.services import Services
 from jamba_server.server.http.unknown_fields import settle_unknown_fields
@@ -37,7 +37,7 @@ def run_of(body: VectorBody, request: Request, services: Services, *, prefix: st
         request.scope,
         id=f"{prefix}-{uuid.uuid4().hex}",
         name=name,
-        priority=check_priority(body.priority, enabled=services.config.enable_priority),
+        priority=engine_priority(body.priority, request.scope, enabled=services.config.enable_priority),
         cache_salt=body.cache_salt or "",
     )
 

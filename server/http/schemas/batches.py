@@ -15,6 +15,7 @@ Endpoint = Literal[
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
+    "/v1/embeddings",
 ]
 WINDOW = r"^[1-9][0-9]{0,6}[smhd]$"
 MAX_WINDOW_SECONDS = 30 * 24 * 3600

@@ -17,7 +17,7 @@ from starlette.types import Scope
 from jamba_server.engine.errors import EngineFailed, Overloaded, RequestRejected
 from jamba_server.engine.types import Pooling, Request, RequestKind, SamplingParams, TokenUpdate
 from jamba_server.server.http.deadlines import enforced, time_limit_of
-from jamba_server.server.http.errors import request_id_of, tenant_of
+from jamba_server.server.http.errors import is_background, progress_hook, request_id_of, tenant_of
 from jamba_server.server.http.generation import abort_reason
 from jamba_server.server.http.limits.waiting import Admission
 from jamba_server.server.http.log_fields import fields
@@ -74,11 +74,10 @@ class VectorRun:
         line to the log. The block is cancelled, with DeadlineExceeded, when the request's time limit expires.
         """
         services, scope, began = self._services, self._scope, time.monotonic()
-        tenant, limit = tenant_of(scope), time_limit_of(scope)
+        limit = time_limit_of(scope)
         requests = [self._request(name, VectorPrompt(tokens, "embed")) for name, tokens in counted.items()]
-        account = services.edge.keys.account(tenant)
         self._num_tokens = sum(map(len, counted.values()))
-        with Admission(requests, services.edge.waiting, account, limit) as self._admission:
+        with services.admission(requests, limit) as self._admission:
             services.metrics.prompt_tokens += self._num_tokens
             reason: AbortReason | None = None
             try:
@@ -116,17 +115,20 @@ class VectorRun:
         found: dict[str, Vector] = {}
         cached = dict.fromkeys(names, 0)
         requests = [self._request(name, prompt) for name, prompt in prompts.items()]
+        on_progress, background = progress_hook(self._scope), is_background(self._scope)
         async with self._services.engine.generate(requests) as updates:
+            if on_progress is not None:
+                on_progress("submitted")
             async for update in updates:
                 if update.finish_reason == "error":
                     raise EngineFailed(update.error or "The engine failed to run this request.")
                 if self._admission is not None:
                     self._admission.count(update)
-                if update.queue_seconds is not None:
+                if update.queue_seconds is not None and not background:
                     metrics.queued(update.queue_seconds)
                 cached[update.request_id] = update.num_cached or cached[update.request_id]
                 if update.finish_reason:
-                    metrics.finished(update.finish_reason, time.monotonic() - began)
+                    metrics.finished(update.finish_reason, None if background else time.monotonic() - began)
                     found[names[update.request_id]] = Vector(_numbers(update), cached[update.request_id])
         self._num_cached += sum(cached.values())
         return found
