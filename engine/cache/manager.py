@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from jamba_server.engine.cache.block_pool import BlockPool
+from jamba_server.engine.cache.policy import Kind, SavePolicy
 from jamba_server.engine.cache.state_store import Pairs, Room, StateStore
 from jamba_server.engine.cache.unconfirmed import Unconfirmed
 from jamba_server.engine.sequence import Sequence
@@ -52,11 +53,12 @@ class PrefixHit:
 @dataclass(frozen=True, slots=True)
 class Save:
     """A state that a step saves. The step writes the state of `sequence` after its first `position` tokens to the slot
-    `room.slot`, and the state store keeps the state at `room.place`."""
+    `room.slot`, and the state store keeps the state at `room.place`. The field `kind` is the reason for the save."""
 
     sequence: Sequence
     position: int
     room: Room
+    kind: Kind
 
     @property
     def slot(self) -> int:
@@ -83,7 +85,8 @@ def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
 
 class CacheManager:
     """Gives KV pages and state slots to sequences, and finds pages and saved states again for later requests. During
-    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`.
+    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`. The object `policy`
+    chooses the other positions where states are saved, and says what a saved state is worth.
 
     The memory plan must ensure that a sequence of the greatest length fits when no other sequence runs. For this, one
     page more than the sequence itself occupies is needed, for the source of a copied page. With prefix caching and the
@@ -92,10 +95,17 @@ class CacheManager:
     """
 
     def __init__(
-        self, store: StateStore, *, num_pages: int, block_size: int, interval: int, enabled: bool = True
+        self,
+        store: StateStore,
+        *,
+        num_pages: int,
+        block_size: int,
+        interval: int,
+        enabled: bool = True,
+        policy: SavePolicy | None = None,
     ) -> None:
         assert interval % block_size == 0, f"interval {interval} is not a multiple of the block size {block_size}"
-        self.pages, self.store = BlockPool(num_pages), store
+        self.pages, self.store, self.policy = BlockPool(num_pages), store, policy or SavePolicy()
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         # Maps the key of a prefix of full blocks to the token lists that follow this prefix in partly filled pages.
         # Only pages at whose end a state is saved are listed.
@@ -203,9 +213,9 @@ class CacheManager:
         """
         if self.enabled and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
-            key = self._key(seq, seq.num_computed)
-            if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
-                self._publish_state(Save(seq, seq.num_computed, room))
+            key, saves = self._key(seq, seq.num_computed), self.policy.saves_answers
+            if saves and (room := self.store.reserve(key, slot=seq.state_id)) is not None:
+                self._publish_state(Save(seq, seq.num_computed, room, Kind.ANSWER))
         # The last page is released first. Pages released first are evicted first, and a later page of a sequence is
         # useless without the earlier pages.
         self.pages.release(reversed(seq.block_ids))
@@ -223,13 +233,16 @@ class CacheManager:
         if not self.enabled or start // self.block_size == end // self.block_size:
             return []  # states are saved at block boundaries only, and this step reaches none
         saves: list[Save] = []
-        worthy = self._worthy(seq)
-        regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
-        for position in dict.fromkeys([*worthy, *regular]):
+        kinds: dict[int, Kind] = {}  # the kind of each position; the most likely position comes first
+        for position, kind in self.policy.positions(seq):
+            kinds.setdefault(position - position % self.block_size, kind)
+        for position in range((start // self.interval + 1) * self.interval, end + 1, self.interval):
+            kinds.setdefault(position, Kind.INTERVAL)
+        for position, kind in kinds.items():
             if not start < position <= end or self.store.find(key := self._key(seq, position)) is not None:
                 continue
-            if (room := self.store.reserve(key, evict=position in worthy)) is not None:
-                saves.append(Save(seq, position, room))
+            if (room := self.store.reserve(key, evict=kind is not Kind.INTERVAL)) is not None:
+                saves.append(Save(seq, position, room, kind))
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
 
@@ -237,15 +250,6 @@ class CacheManager:
         """Returns whether the state after the token at index `position` is a regular state (one every `interval`
         tokens), which the step that decodes this token should save."""
         return self.enabled and (position + 1) % self.interval == 0
-
-    def _worthy(self, seq: Sequence) -> list[int]:
-        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely position first.
-        These positions are the ends of messages, the end of the prefix that other requests share, the end of the
-        prompt, and the position one token before the end of the prompt. A later request with the same prompt would
-        continue from the position one token before the end of the prompt. Each position is rounded down to a block
-        boundary."""
-        boundaries = [*seq.request.save_positions, seq.branch, seq.num_prompt, seq.num_prompt - 1]
-        return [p - p % self.block_size for p in boundaries]
 
     def take_copies(self) -> CacheCopies:
         """Returns the copies that must run before the next step. The pages, slots and places that these copies read
@@ -317,7 +321,8 @@ class CacheManager:
 
     def _publish_state(self, save: Save) -> None:
         seq, position = save.sequence, save.position
-        if not self.store.save(self._key(seq, position), save.room, worth=self._worth(seq, position)):
+        worth = self.policy.worth(self._recomputed(seq, position), save.kind)
+        if not self.store.save(self._key(seq, position), save.room, worth=worth):
             return
         n, tail = divmod(position, self.block_size)
         if tail:
@@ -326,10 +331,9 @@ class CacheManager:
             tails.append(tuple(seq.tokens[position - tail : position]))
             self._drop_dead_tails(root)
 
-    def _worth(self, seq: Sequence, position: int) -> int:
+    def _recomputed(self, seq: Sequence, position: int) -> int:
         """Returns how many tokens would be computed again if the state at `position` were lost: the number of tokens
-        between the previous saved state and `position`. Marconi (arXiv 2411.19379, section 4) divides this cost by the
-        size of the cache entry. The division is left out here, because all saved states have the same size."""
+        between the previous saved state and `position`."""
         hashes = self._hashes(seq, (position - 1) // self.block_size)
         before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
         return position - next(before, 0) * self.block_size
