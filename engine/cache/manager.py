@@ -85,8 +85,8 @@ def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
 
 class CacheManager:
     """Gives KV pages and state slots to sequences, and finds pages and saved states again for later requests. During
-    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`. The object `policy`
-    chooses the other positions where states are saved, and says what a saved state is worth.
+    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`. The object
+    `policy` chooses the other positions where states are saved, and says what a saved state is worth.
 
     The memory plan must ensure that a sequence of the greatest length fits when no other sequence runs. For this, one
     page more than the sequence itself occupies is needed, for the source of a copied page. With prefix caching and the

@@ -24,10 +24,10 @@ class SavePolicy:
     saves_answers = True
 
     def positions(self, seq: Sequence) -> list[tuple[int, Kind]]:
-        """Returns the positions of `seq` where a saved state most likely leads to a prefix hit, the most likely position
-        first. These positions are the ends of messages, the end of the prefix that other requests share, the end of the
-        prompt, and the position one token before the end of the prompt. A later request with the same prompt would
-        continue from the position one token before the end of the prompt."""
+        """Returns the positions of `seq` where a saved state most likely leads to a prefix hit, the most likely
+        position first. These positions are the ends of messages, the end of the prefix that other requests share, the
+        end of the prompt, and the position one token before the end of the prompt. A later request with the same prompt
+        would continue from the position one token before the end of the prompt."""
         return [
             *((position, Kind.MESSAGE) for position in seq.request.save_positions),
             (seq.branch, Kind.BRANCH),

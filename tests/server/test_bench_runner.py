@@ -6,7 +6,7 @@ import pytest
 
 from jamba_server.server.cli.bench.client import Client, Failure, Record, Reply
 from jamba_server.server.cli.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner
-from jamba_server.server.cli.bench.workloads import Session, Turn
+from jamba_server.server.cli.bench.sessions import Session, Turn
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 
@@ -47,7 +47,7 @@ def test_open_loop_sends_at_the_given_times_whatever_still_runs() -> None:
 
 def test_a_chat_feeds_the_real_replies_back() -> None:
     server = FakeServer()
-    turns = (Turn("one", 2), Turn("two", 3), Turn("three", 1))
+    turns = (Turn("one", 2), Turn("two", 3, 0), Turn("three", 1, 1))
     records = run(server, ClosedLoop(1), [Session(turns)])
     roles = [[message["role"] for message in body["messages"]] for body in server.bodies]
     assert roles == [["user"], ["user", "assistant", "user"], ["user", "assistant"] * 2 + ["user"]]

@@ -8,16 +8,8 @@ import pytest
 
 from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson, poisson_arrivals, schedule
-from jamba_server.server.cli.bench.workloads import (
-    MultiTurn,
-    Random,
-    Session,
-    SharedPrefix,
-    TokenRange,
-    Trace,
-    Turn,
-    leave_out_long,
-)
+from jamba_server.server.cli.bench.sessions import Session, TokenRange, Turn
+from jamba_server.server.cli.bench.workloads import MultiTurn, Random, SharedPrefix, Trace, leave_out_long
 
 TOKENS = TokenRange(10, 12)
 
