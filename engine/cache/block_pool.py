@@ -4,7 +4,7 @@ state; each of these three kinds has a pool of its own."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from heapq import heapify, heappop, heappush
 
 
@@ -22,7 +22,13 @@ class BlockPool:
     are due to an eviction.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, ages: bool = True) -> None:
+        """Makes a pool of `size` blocks, including block 0. If `ages` is false, priorities do not age: a block of a
+        lower cost is always evicted before a block of a higher cost, and the least recently used of equal blocks
+        first."""
+        self._ages = ages
+        # Called with the key of each block that is evicted or forgotten, but not by `reset`.
+        self.on_loss: Callable[[bytes], None] = lambda key: None
         self.refs = [0] * size
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
@@ -55,6 +61,11 @@ class BlockPool:
     def num_cached(self) -> int:
         """Returns the number of blocks with a key. These blocks are counted whether they have references or not."""
         return len(self._keys)
+
+    @property
+    def keys(self) -> Iterable[bytes]:
+        """Returns the keys of all blocks that have one."""
+        return self._ids.keys()
 
     def lookup(self, key: bytes) -> int | None:
         return self._ids.get(key)
@@ -106,6 +117,23 @@ class BlockPool:
         self._lost.pop(key, None)
         return True
 
+    def appraise(self, key: bytes, worth: float) -> None:
+        """Changes the cost of losing the block that has `key`, if there is such a block."""
+        if (i := self._ids.get(key)) is None:
+            return
+        self._worth[i] = worth
+        if i in self._ranks:
+            self._ranks[i] = (self._clock + worth, self._ranks[i][1])
+            self._enqueue(i)
+
+    def forget(self, key: bytes) -> None:
+        """Takes `key` away from its block, if there is such a block, as if the block had been evicted."""
+        if (i := self._ids.get(key)) is None:
+            return
+        if self._ranks.pop(i, None) is not None:
+            self._empty.append(i)
+        self._lose(i)
+
     def reset(self, forgotten: Set[bytes]) -> None:
         """Drops the references to all blocks and forgets the keys in the set `forgotten`. All other fields of the pool
         are rebuilt from the map of ids to keys, because a failed step might have left these fields inconsistent."""
@@ -123,6 +151,9 @@ class BlockPool:
             return
         self._releases += 1
         self._ranks[i] = (self._clock + self._worth[i], self._releases)
+        self._enqueue(i)
+
+    def _enqueue(self, i: int) -> None:
         heappush(self._queue, (*self._ranks[i], i))
         if len(self._queue) > 2 * len(self.refs):
             self._rebuild_queue()
@@ -137,12 +168,17 @@ class BlockPool:
             rank, released, i = heappop(self._queue)
             if self._ranks.get(i) == (rank, released):
                 break
-        self._clock = rank
-        del self._ranks[i], self._worth[i]
+        self._clock = rank if self._ages else 0.0
+        del self._ranks[i]
+        self.evicted.append((i, self._keys[i]))
+        self._lose(i)
+        return i
+
+    def _lose(self, i: int) -> None:
+        """Takes the key of block `i` away and remembers that it was evicted."""
         key = self._keys.pop(i)
-        del self._ids[key]
-        self.evicted.append((i, key))
+        del self._ids[key], self._worth[i]
         self._lost[key] = None
         if len(self._lost) > 4 * len(self.refs):
             self._lost.popitem(last=False)
-        return i
+        self.on_loss(key)

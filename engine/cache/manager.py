@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from jamba_server.engine.cache.block_pool import BlockPool
-from jamba_server.engine.cache.policy import Kind, SavePolicy
+from jamba_server.engine.cache.chains import Chains
+from jamba_server.engine.cache.policy import SavePolicy
+from jamba_server.engine.cache.reuse import Kind
 from jamba_server.engine.cache.state_store import Pairs, Room, StateStore
 from jamba_server.engine.cache.unconfirmed import Unconfirmed
 from jamba_server.engine.sequence import Sequence
@@ -58,7 +60,7 @@ class Save:
     sequence: Sequence
     position: int
     room: Room
-    kind: Kind
+    kind: Kind = Kind.ANSWER
 
     @property
     def slot(self) -> int:
@@ -105,7 +107,8 @@ class CacheManager:
         policy: SavePolicy | None = None,
     ) -> None:
         assert interval % block_size == 0, f"interval {interval} is not a multiple of the block size {block_size}"
-        self.pages, self.store, self.policy = BlockPool(num_pages), store, policy or SavePolicy()
+        self.pages, self.store = BlockPool(num_pages, ages=False), store
+        self.policy = SavePolicy(store.capacity) if policy is None else policy
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         # Maps the key of a prefix of full blocks to the token lists that follow this prefix in partly filled pages.
         # Only pages at whose end a state is saved are listed.
@@ -113,6 +116,9 @@ class CacheManager:
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
         self._unconfirmed = Unconfirmed()  # tracks the keys of pages; the state store tracks the keys of saved states
+        self.chains = Chains()
+        if self.policy.protects_pages:
+            self.pages.on_loss, self.store.saved.on_loss = self._page_lost, self._state_lost
 
     @property
     def slots(self) -> BlockPool:
@@ -184,6 +190,10 @@ class CacheManager:
             return False
         if (slot := self.store.start(hit.place)) is None:
             return False
+        if hit.place is not None:
+            key = self._key(seq, hit.num_tokens)
+            if (worth := self.policy.hit(key, hit.num_tokens)) is not None:
+                self.store.saved.appraise(key, worth)
         # The method `launch` releases the source page once the copy from this page has been launched.
         self.pages.retain((*hit.block_ids, *sources))
         fresh = self.pages.allocate(need)
@@ -285,6 +295,8 @@ class CacheManager:
         self.pages.reset(self._unconfirmed.discard())
         self._unconfirmed.clear()
         self.store.discard()
+        for key in [*self.chains.restrict(self.store.saved.keys), *self.chains]:
+            self.pages.appraise(key, float(key in self.chains))
 
     # Computing and publishing the keys of prefixes --------------------------------------------------------------
 
@@ -321,22 +333,31 @@ class CacheManager:
 
     def _publish_state(self, save: Save) -> None:
         seq, position = save.sequence, save.position
-        worth = self.policy.worth(self._recomputed(seq, position), save.kind)
-        if not self.store.save(self._key(seq, position), save.room, worth=worth):
+        key = self._key(seq, position)
+        worth = 0.0 if self.store.find(key) is not None else self.policy.saved(key, position, save.kind)
+        if not self.store.save(key, save.room, worth=worth):
             return
         n, tail = divmod(position, self.block_size)
+        if self.policy.protects_pages:
+            for page in self.chains.add([*self._hashes(seq, n), key] if tail else self._hashes(seq, n)):
+                self.pages.appraise(page, 1.0)
         if tail:
             root = seq.hashes[n - 1] if n else self._root(seq)
             tails = self._tails.setdefault(root, [])
             tails.append(tuple(seq.tokens[position - tail : position]))
             self._drop_dead_tails(root)
 
-    def _recomputed(self, seq: Sequence, position: int) -> int:
-        """Returns how many tokens would be computed again if the state at `position` were lost: the number of tokens
-        between the previous saved state and `position`."""
-        hashes = self._hashes(seq, (position - 1) // self.block_size)
-        before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
-        return position - next(before, 0) * self.block_size
+    # Keeping pages and saved states together --------------------------------------------------------------------
+
+    def _state_lost(self, key: bytes) -> None:
+        """Pages that only the lost state needed are evicted before pages that a saved state needs."""
+        for page in self.chains.remove(key):
+            self.pages.appraise(page, 0.0)
+
+    def _page_lost(self, key: bytes) -> None:
+        """No request can continue from the states that need the lost page, so they make room for others."""
+        for state in self.chains.states_after(key):
+            self.store.saved.forget(state)
 
     def _drop_dead_tails(self, root: bytes) -> None:
         alive = [t for t in dict.fromkeys(self._tails[root]) if self.store.find(chain(root, t)) is not None]

@@ -36,6 +36,11 @@ class StateStore(Protocol):
     slots: BlockPool
 
     @property
+    def saved(self) -> BlockPool:
+        """Returns the pool of the saved states, which may be `slots`."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Returns how many saved states fit into the store."""
         ...
@@ -107,6 +112,10 @@ class SlotStates:
         self._unconfirmed = Unconfirmed()
 
     @property
+    def saved(self) -> BlockPool:
+        return self.slots
+
+    @property
     def capacity(self) -> int:
         return self.slots.capacity
 
@@ -171,6 +180,10 @@ class CompressedStates:
         self._saves: Pairs = []
         self._restores: Pairs = []
         self._unconfirmed = Unconfirmed()
+
+    @property
+    def saved(self) -> BlockPool:
+        return self.places
 
     @property
     def capacity(self) -> int:
