@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from jamba_server.server.cli.bench.trees import ChatTrees
 
 RESULTS = Path(__file__).parents[1] / "results"
 TRACES = {"conv": "chats", "code": "code completions"}
+TABLE = """
+Requests: the first {requests} of each of the Azure LLM inference traces of 2023 (Microsoft Azure, CC BY 4.0). Arrivals
+and lengths are those of the trace; arrivals are stretched, because two cores are slower than what the trace was
+recorded on. The traces have no text. **Which requests share a prefix is drawn by a model**, `ChatTrees` in
+`server/cli/bench/trees.py`, with seed 0: {continued:.0%} of the requests continue one of the {open_chats} chats used
+last, if one is shorter than the prompt; {rewound:.0%} of these replace an earlier turn; chats begin with one of
+{systems} system prompts of {system_least} to {system_most} tokens. The hit rates are those of this model, not of the
+users who were recorded.
+
+Engine: the real scheduler and the real cache with a simulated model. A step takes the time that was measured for the
+shape `small` (see below). A state of this shape has the size of the keys and values of 980 tokens, as in Jamba Mini. A
+quarter of the cache is for saved states. vLLM's block rule is simulated, too: pages of 144 tokens, states at the last
+page border of a prompt and where two requests were seen to part. Of three shares of the memory for states, the best one
+counts for it. The hit rate is the share of prompt tokens that were read from the cache.
+"""
+PARTS = "The same with the first {requests} requests of each trace, without one part of the policy at a time."
+REAL = """
+A real engine of the shape `small` (random weights, bfloat16) answers the first {requests} requests of the chats with a
+cache of {mib} MiB: {pages} pages and {saved_states} saved states. The clock of the replay is the sum of the times of
+its {steps} steps, {seconds:.0f} s. Least squares over these steps give {step:.1f} ms for a step, {prompt_token:.2f} ms
+for a prompt token and {decode:.1f} ms for a sequence that decodes. The simulation uses these times.
+"""
+CHATS = """
+`jamba bench --workload multi-turn` over HTTP, one server after the other, with the same GGUF file (F16) of the shape
+`small` and {slots} sequences at a time. llama.cpp {version}, with its default checkpoints and its default cache in RAM.
+"""
 
 
 def to_markdown(name: str, report: Mapping[str, Any]) -> str:
@@ -42,47 +71,28 @@ def grid(rows: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def paragraphs(text: str, **values: Any) -> list[str]:
+    """Returns `text` with `values` in it, in lines of at most 120 characters."""
+    parts = text.format(**values).strip().split("\n\n")
+    return [line for part in parts for line in ("", *textwrap.wrap(part, 120, break_on_hyphens=False))][1:]
+
+
 def table(found: Mapping[str, Any]) -> list[str]:
-    model = ChatTrees()
-    return [
-        "## Policies on two traces",
-        "",
-        f"The first {found['requests']} requests of the Azure LLM inference traces of 2023 (Microsoft Azure, CC BY 4.0): arrivals",
-        "(stretched, for two cores are slower than what they were recorded on) and lengths. The traces have no text. Which",
-        "requests share a prefix is drawn by the model `ChatTrees` in `server/cli/bench/trees.py` with seed 0:",
-        f"{100 * model.continued:.0f} % of the requests continue one of the {model.open_chats} chats used last if one is shorter than the prompt,",
-        f"{100 * model.rewound:.0f} % of these replace an earlier turn, and chats begin with one of {model.systems} system prompts of {model.system_least} to {model.system_most} tokens.",
-        "The hit rates are those of this model and not of the users who were recorded.",
-        "",
-        "The scheduler and the cache are the real ones. The model is simulated: a step takes the time that was measured for",
-        "the shape `small` (see below). A state of this shape takes as much memory as the keys and values of 980 tokens, as in",
-        "Jamba Mini. A quarter of the cache is for saved states. vLLM's block rule is simulated, too: pages of 144 tokens,",
-        "states at the last page border of a prompt and where two requests were seen to part; of three shares of memory for",
-        "states, the best one counts. The hit rate is the share of prompt tokens that were read from the cache.",
-        "",
-        *grid(found["rows"]),
-    ]
+    model = msgspec.structs.asdict(ChatTrees())
+    text = paragraphs(TABLE, requests=found["requests"], **model)
+    return ["## Policies on two traces", "", *text, "", *grid(found["rows"])]
 
 
 def parts(found: Mapping[str, Any]) -> list[str]:
-    return [
-        "## What each part of the policy does",
-        "",
-        f"The same with {found['requests']} requests of each trace, leaving out one part of the policy at a time.",
-        "",
-        *grid(found["rows"]),
-    ]
+    text = paragraphs(PARTS, requests=found["requests"])
+    return ["## What each part of the policy does", "", *text, "", *grid(found["rows"])]
 
 
 def real(found: Mapping[str, Any]) -> list[str]:
-    costs = found["costs"]
     return [
         "## Does the simulation agree with a real engine?",
         "",
-        f"The first {found['requests']} chat requests on a real engine with random weights of the shape `small` in bfloat16, with a",
-        f"cache of {found['mib']} MiB ({found['pages']} pages, {found['saved_states']} saved states). The clock of the replay is the sum of the times of its {found['steps']}",
-        f"steps ({found['seconds']:.0f} s). Least squares over these steps give {costs['step']:.1f} ms for a step, {costs['prompt_token']:.2f} ms for a prompt token and",
-        f"{costs['decode']:.1f} ms for a sequence that decodes, which is what the simulation uses.",
+        *paragraphs(REAL, **found, **found["costs"]),
         "",
         "| engine | hit % | TTFT p50 s | p95 s |",
         "| --- | ---: | ---: | ---: |",
@@ -95,8 +105,7 @@ def chats(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Beside llama.cpp",
         "",
-        f"`jamba bench --workload multi-turn` with the same GGUF file (F16) of the shape `small`, {found['slots']} sequences at a time,",
-        f"over HTTP, one server after the other. llama.cpp {found['llama.cpp version']}, with its defaults for checkpoints and its cache in RAM.",
+        *paragraphs(CHATS, slots=found["slots"], version=found["llama.cpp version"]),
         "",
         "| server | clients | requests | prompt tokens | hit % | TTFT p50 s | p95 s | output tok/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
