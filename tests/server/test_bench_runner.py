@@ -80,8 +80,8 @@ def test_a_conversation_of_token_ids_continues_with_the_ids_of_the_reply() -> No
         [1, 2, 3, 7000, 7001, 5, 6],
     ]
     assert [body.get("return_token_ids", False) for body in server.bodies] == [True, False, False]
-    # The first reply takes 0.625 s, so the second turn is late; the third one waits for its time in the trace. The event
-    # with the ids of the prompt, which comes at once, is no token.
+    # The first reply takes 0.625 s, so the second turn is late; the third one waits for its time in the trace. The
+    # event with the ids of the prompt, which comes at once, is no token.
     assert [record.start for record in records] == [1.0, 1.625, 9.0]
     assert [record.ttft for record in records if isinstance(record, Reply)] == [0.5] * 3
 
