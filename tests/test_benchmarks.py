@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from benchmarks.cache.policies import PARTS, ROWS, Row
-from benchmarks.cache.replay import Costs, Outcome, Replay, Simulated, StepWork, summarize
+from benchmarks.cache.replay import Costs, Replay, Simulated, StepWork, summarize
 from benchmarks.cpu import saved_state_error as saved_state_error
 from benchmarks.http.shapes import write_tokenizer
 from benchmarks.shapes import SHAPES, Format, active_parameters, weights_read, write_config
@@ -93,10 +93,10 @@ def test_a_replay_counts_hits_and_waits() -> None:
     scheduler = make_scheduler(block_size=4, max_num_batched_tokens=64)
     costs = Costs(step=1000.0, prompt_token=100.0, decode=10.0)
     found = Replay(sessions).run(Simulated(scheduler, costs, first_token=1 << 20))
-    # The first prompt takes one step. The second one goes on after the reply, whose last token was not computed.
-    assert found[:2] == [Outcome(40, 0, 5.0), Outcome(83, 42, pytest.approx(5.1))]
-    # The third one comes while the second is computed, and shares no token with it.
-    assert (found[2].cached_tokens, found[3]) == (0, Outcome(40, 0, pytest.approx(5.0)))
+    # The first prompt takes one step. The second one goes on after the reply, whose last token was not computed. The
+    # third one comes while the second is computed, and shares no token with it.
+    assert [(o.prompt_tokens, o.cached_tokens) for o in found] == [(40, 0), (83, 42), (40, 0), (40, 0)]
+    assert [o.ttft for o in (found[0], found[1], found[3])] == pytest.approx([5.0, 5.1, 5.0])
     assert summarize(found).hit_rate == 42 / (40 + 83 + 40 + 40)
 
 

@@ -269,7 +269,7 @@ def make_scheduler(
     defaults = {"num_pages": 64, "block_size": 4, "interval": 1024}
     if store is None:
         store = CompressedStates(num_slots, num_compressed) if num_compressed else SlotStates(num_slots)
-    cache = CacheManager(store, **defaults | sizes, enabled=caching)
+    cache = CacheManager(store, **defaults | sizes, enabled=caching, policy=None)
     return Scheduler(
         cache,
         max_num_seqs=max_num_seqs,

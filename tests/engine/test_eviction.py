@@ -1,5 +1,7 @@
 """Which states and pages go first, and what the fuzz says if the bookkeeping behind it has a fault."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections import Counter
@@ -11,7 +13,7 @@ import pytest
 from jamba_server.engine.cache.block_pool import BlockPool
 from jamba_server.engine.cache.chains import Chains
 from jamba_server.engine.cache.policy import SavePolicy
-from jamba_server.engine.cache.reuse import Kind, Reuse
+from jamba_server.engine.cache.reuse import Kind, Life, Reuse
 from jamba_server.engine.types import Request, SamplingParams
 from tests.engine.simulator import Simulator, make_scheduler
 from tests.engine.test_scheduler_fuzz import run as fuzz
@@ -50,7 +52,7 @@ def test_chains_that_an_interrupt_left_half_built_are_built_anew() -> None:
     chains = Chains()
     chains.add(names("abc"))
     chains.add(names("abd"))
-    chains._nodes[b"ab"].children.clear()  # pyright: ignore[reportPrivateUsage]
+    chains._nodes[b"ab"].children.clear()
     chains.restrict([b"abc", b"abd"])
     assert chains.states_after(b"a") == [b"abc", b"abd"]
     chains.remove(b"abc")
@@ -74,9 +76,9 @@ def test_the_share_of_a_kind_follows_what_happens_to_it() -> None:
 
 
 def test_old_lives_weigh_less_and_old_keys_are_forgotten() -> None:
-    reuse = Reuse(capacity=3)
+    reuse, life = Reuse(capacity=3), Life(Kind.ANSWER, was_hit=False)
     for number in range(2000):
-        life = reuse.save(b"%d" % number, Kind.ANSWER)
+        assert reuse.save(b"%d" % number, Kind.ANSWER) == life
     assert reuse.share(life) < 0.01
     assert reuse.hit(b"0") is None
     for number in range(2000, 4000):
