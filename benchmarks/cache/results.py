@@ -22,8 +22,9 @@ last, if one is shorter than the prompt; {rewound:.0%} of these replace an earli
 {systems} system prompts of {system_least} to {system_most} tokens. The hit rates are those of this model, not of the
 users who were recorded.
 
-Engine: the real scheduler and the real cache with a simulated model. A step takes the time that was measured for the
-shape `small` (see below). A state of this shape has the size of the keys and values of 980 tokens, as in Jamba Mini. A
+Engine: the real scheduler and the real cache with a simulated model. A step takes {step} ms and besides
+{prompt_token} ms for a prompt token and {decode} ms for a sequence that decodes, as measured with the shape `small` on
+two cores ([cpu-small-moe](cpu-small-moe.md)). A state of this shape has the size of the keys and values of 980 tokens, as in Jamba Mini. A
 quarter of the cache is for saved states. vLLM's block rule is simulated, too: pages of 144 tokens, states at the last
 page border of a prompt and where two requests were seen to part. Of three shares of the memory for states, the best one
 counts for it. The hit rate is the share of prompt tokens that were read from the cache.
@@ -33,7 +34,7 @@ REAL = """
 A real engine of the shape `small` (random weights, bfloat16) answers the first {requests} requests of the chats with a
 cache of {mib} MiB: {pages} pages and {saved_states} saved states. The clock of the replay is the sum of the times of
 its {steps} steps, {seconds:.0f} s. Least squares over these steps give {step:.1f} ms for a step, {prompt_token:.2f} ms
-for a prompt token and {decode:.1f} ms for a sequence that decodes. The simulation uses these times.
+for a prompt token and {decode:.1f} ms for a sequence that decodes. The simulation beside it uses these times.
 """
 CHATS = """
 `jamba bench --workload multi-turn` over HTTP, one server after the other, with the same GGUF file (F16) of the shape
@@ -79,7 +80,7 @@ def paragraphs(text: str, **values: Any) -> list[str]:
 
 def table(found: Mapping[str, Any]) -> list[str]:
     model = msgspec.structs.asdict(ChatTrees())
-    text = paragraphs(TABLE, requests=found["requests"], **model)
+    text = paragraphs(TABLE, requests=found["requests"], **found["costs"], **model)
     return ["## Policies on two traces", "", *text, "", *grid(found["rows"])]
 
 
