@@ -20,7 +20,7 @@ from jamba_server.server.cli.bench.command import BenchOptions, run_bench
 
 START_TIMEOUT = 120.0
 PORT = 8428
-SLOTS, SLOT_TOKENS = 4, 4096
+SLOTS, SLOT_TOKENS = 2, 4096
 # The checkpoint has no chat template. Both servers get this one, which is llama.cpp's default.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -28,7 +28,7 @@ TEMPLATE = (
 )
 # More clients take turns than the server has slots, so that a chat does not find its slot as it left it.
 OPTIONS = BenchOptions(
-    workload="multi-turn", turns=4, input_len=32, output_len=32, num_prompts=8, num_warmups=1, concurrency="8"
+    workload="multi-turn", turns=4, input_len=8, output_len=8, num_prompts=4, num_warmups=0, concurrency="4"
 )
 
 

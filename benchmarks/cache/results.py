@@ -24,10 +24,10 @@ users who were recorded.
 
 Engine: the real scheduler and the real cache with a simulated model. A step takes {step} ms and besides
 {prompt_token} ms for a prompt token and {decode} ms for a sequence that decodes, as measured with the shape `small` on
-two cores ([cpu-small-moe](cpu-small-moe.md)). A state of this shape has the size of the keys and values of 980 tokens, as in Jamba Mini. A
-quarter of the cache is for saved states. vLLM's block rule is simulated, too: pages of 144 tokens, states at the last
-page border of a prompt and where two requests were seen to part. Of three shares of the memory for states, the best one
-counts for it. The hit rate is the share of prompt tokens that were read from the cache.
+two cores ([cpu-small-moe](cpu-small-moe.md)). A state of this shape has the size of the keys and values of 980 tokens,
+as in Jamba Mini. A quarter of the cache is for saved states. vLLM's block rule is simulated, too: pages of 144 tokens,
+states at the last page border of a prompt and where two requests were seen to part. Of three shares of the memory for
+states, the best one counts for it. The hit rate is the share of prompt tokens that were read from the cache.
 """
 PARTS = "The same with the first {requests} requests of each trace, without one part of the policy at a time."
 REAL = """

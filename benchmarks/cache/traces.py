@@ -5,9 +5,10 @@
 
 `real` replays the beginning of a trace on a real engine of the shape `small`, fits the time of a step to what was
 measured, and replays the same requests in the simulation, to see whether it agrees. `table` replays traces with each
-policy and each size of the cache in the simulation, and `parts` with parts of this server's policy left out. `chats` sends the workload `multi-turn` of
-`jamba bench` to this server and to llama.cpp's, with the same GGUF file. FOLDER has the files azure-llm-trace-2023-conv
-and -code of the Azure public dataset (CC BY 4.0) as CSV with the columns seconds,input_tokens,output_tokens.
+policy and each size of the cache in the simulation, and `parts` with parts of this server's policy left out. `chats`
+sends the workload `multi-turn` of `jamba bench` to this server and to llama.cpp's, with the same GGUF file. FOLDER has
+the files azure-llm-trace-2023-conv and -code of the Azure public dataset (CC BY 4.0) as CSV, compressed to .xz, with the
+columns seconds,input_tokens,output_tokens.
 
 A trace has no text: which requests share a prefix is drawn by the model `ChatTrees`. All parts write into
 benchmarks/results/NAME.json, and NAME.md is made of what is there.
@@ -51,7 +52,7 @@ SEED = 0
 # recorded on. Without a cache, the engine is then busy for about half of the time with chats. Code completions come in
 # bursts, during which requests wait.
 TIME_SCALE = {"conv": 3.0, "code": 2.0}
-# The times of steps in the table: those of the shape `small` in bfloat16 in benchmarks/results/cpu-small-moe.md, that is
+# The times of steps in the table: those of the shape `small` in bfloat16 in benchmarks/results/cpu-small-moe.md. It has
 # 8,235 prompt tokens/s, and 2.5, 4.7 and 5.4 ms for a step in which 1, 8 and 16 sequences decode.
 TABLE_COSTS = Costs(step=2.6, prompt_token=0.121, decode=0.19)
 
