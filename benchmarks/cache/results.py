@@ -67,7 +67,8 @@ def grid(rows: list[Mapping[str, Any]]) -> list[str]:
     lines = [f"| trace | policy | {header} |", "| --- | --- |" + " ---: |" * (3 * len(sizes))]
     by_place = {(row["trace"], row["policy"], row["mib"]): row for row in rows}
     for trace, policy in dict.fromkeys((row["trace"], row["policy"]) for row in rows):
-        cells = " | ".join(cell(by_place[trace, policy, mib]) for mib in sizes)
+        found = [by_place.get((trace, policy, mib)) for mib in sizes]
+        cells = " | ".join("- | - | -" if row is None else cell(row) for row in found)
         lines.append(f"| {TRACES[trace]} | {policy} | {cells} |")
     return lines
 

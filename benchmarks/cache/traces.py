@@ -7,7 +7,7 @@
 measured, and replays the same requests in the simulation, to see whether it agrees. `table` replays traces with each
 policy and each size of the cache in the simulation, and `parts` with parts of this server's policy left out. `chats`
 sends the workload `multi-turn` of `jamba bench` to this server and to llama.cpp's, with the same GGUF file. FOLDER has
-the files azure-llm-trace-2023-conv and -code of the Azure public dataset (CC BY 4.0) as CSV, compressed to .xz, with the
+the files azure-llm-trace-2023-conv.csv.xz and -code.csv.xz, made of the Azure public dataset (CC BY 4.0), with the
 columns seconds,input_tokens,output_tokens.
 
 A trace has no text: which requests share a prefix is drawn by the model `ChatTrees`. All parts write into
