@@ -27,12 +27,12 @@ Engine: the real scheduler and the real cache with a simulated model. A step tak
 two cores ([cpu-small-moe](cpu-small-moe.md)). A state of this shape has the size of the keys and values of 980 tokens,
 as in Jamba Mini. A quarter of the cache is for saved states. vLLM's block rule is simulated, too: pages of 144 tokens,
 states at the last page border of a prompt and where two requests were seen to part. Of three shares of the memory for
-states, the best one counts for it. The hit rate is the share of prompt tokens that were read from the cache. A dash stands for what was
-not measured.
+states, the best one counts for it. The hit rate is the share of prompt tokens that were read from the cache. A dash
+stands for what was not measured.
 """
 PARTS = """
-The same with the first {requests} requests of each trace, without one part of the policy at a time. "Tokens only" counts
-neither how often kinds are hit nor which states were hit before.
+The same with the first {requests} requests of each trace, without one part of the policy at a time. "Tokens only"
+counts neither how often kinds are hit nor which states were hit before.
 """
 REAL = """
 A real engine of the shape `small` (random weights, bfloat16) answers the first {requests} requests of the chats with a
@@ -61,7 +61,7 @@ def conditions(found: Mapping[str, Any]) -> str:
 
 
 def cell(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['hit_rate']:.1f} | {row['p50']:.2f} | {row['p95']:.1f}"
+    return f"{100 * row['hit_rate']:.1f} | {row['p50']:.2f} | {row['p95']:.2f}"
 
 
 def grid(rows: list[Mapping[str, Any]]) -> list[str]:
