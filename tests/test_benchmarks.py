@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from benchmarks.cache.policies import PARTS, ROWS, Row
+from benchmarks.cache.replay import Costs, Replay, Simulated, StepWork, summarize
 from benchmarks.cpu import saved_state_error as saved_state_error
 from benchmarks.http.shapes import write_tokenizer
 from benchmarks.shapes import SHAPES, Format, active_parameters, weights_read, write_config
+from jamba_server.engine.cache.manager import CacheManager
+from jamba_server.engine.cache.state_store import SlotStates
 from jamba_server.engine.model_config import JambaConfig, load_model_config
 from jamba_server.engine.types import SamplingParams
+from jamba_server.server.cli.bench.sessions import Session, Turn
 from jamba_server.server.text.tokenizer import Tokenizer
+from tests.engine.simulator import Simulator, make_scheduler, random_request
 
 
 def shape(name: str, folder: Path) -> JambaConfig:
@@ -72,3 +80,43 @@ def test_a_forced_text_without_a_restore_is_scored_as_a_prompt_is() -> None:
         assert len(found) == 299
         assert sum(row["tokens"] for row in rows) == 299
         assert all(0 < row["mean"] < 0.1 for row in rows)
+
+
+def test_a_replay_counts_hits_and_waits() -> None:
+    """Two turns of one chat and a request beside them, on a clock that only the costs move."""
+    turns = (
+        Turn(tuple(range(100, 140)), 3, system=20),
+        Turn(tuple(range(40)), 1, parent=0, history=43, system=20, arrival=9.0),
+        Turn(tuple(range(200, 240)), 1, system=20, arrival=9.5),
+    )
+    sessions = [Session(turns), Session((Turn(tuple(range(300, 340)), 1, arrival=100.0),), arrival=100.0)]
+    scheduler = make_scheduler(block_size=4, max_num_batched_tokens=64)
+    costs = Costs(step=1000.0, prompt_token=100.0, decode=10.0)
+    found = Replay(sessions).run(Simulated(scheduler, costs, first_token=1 << 20))
+    # The first prompt takes one step. The second one goes on after the reply, whose last token was not computed. The
+    # third one comes while the second is computed, and shares no token with it.
+    assert [(o.prompt_tokens, o.cached_tokens) for o in found] == [(40, 0), (83, 42), (40, 0), (40, 0)]
+    assert [o.ttft for o in (found[0], found[1], found[3])] == pytest.approx([5.0, 5.1, 5.0])
+    assert summarize(found).hit_rate == 42 / (40 + 83 + 40 + 40)
+
+
+def test_the_costs_of_steps_are_found_again() -> None:
+    costs = Costs(step=5.0, prompt_token=0.5, decode=3.0)
+    works = [StepWork(prompt, decodes) for prompt in (0, 7, 100, 256) for decodes in (0, 1, 5)]
+    fitted = Costs.fit([(work, costs.seconds(work)) for work in works])
+    assert astuple(fitted) == pytest.approx(astuple(costs))
+
+
+@pytest.mark.parametrize("row", [*ROWS, *PARTS], ids=lambda row: row.name)
+def test_every_policy_of_the_trace_table_keeps_the_cache_whole(row: Row) -> None:
+    random = Random(0)
+    scheduler = make_scheduler(num_pages=40, num_slots=9, max_model_len=60, caching=row.enabled)
+    scheduler.cache = CacheManager(
+        SlotStates(9), num_pages=40, block_size=4, interval=64, enabled=row.enabled, policy=row.policy(8)
+    )
+    simulator, stems = Simulator(scheduler), [[random.randrange(5) for _ in range(50)] for _ in range(3)]
+    scheduler.add([random_request(random, number, stems, 60) for number in range(40)], now=0.0)
+    while scheduler.has_work:
+        simulator.step(lambda _: random.randrange(5))
+    assert (scheduler.stats.prefix_hits_total > 0) == row.enabled
+    assert scheduler.stats.kv_blocks_used == 0

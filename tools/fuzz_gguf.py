@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 MEMORY: Final = 1 << 30  # bytes that a child may take beyond what it has after its imports
 PER_CHILD: Final = 500  # mutations
@@ -191,7 +191,7 @@ def tiny_files(folder: Path) -> list[Path]:
 
     metadata, paths = vocabulary(LEARNT), list[Path]()
     for kind in KINDS:
-        changes = WIDE if kind.endswith("_K") else {"intermediate_size": 64}  # rows of whole blocks
+        changes: dict[str, Any] = WIDE if kind.endswith("_K") else {"intermediate_size": 64}  # rows of whole blocks
         save_tiny(folder / kind, vocab_size=len(metadata["tokenizer.ggml.tokens"]), **changes)
         paths.append(write_gguf(folder / kind / "model.gguf", folder / kind, kinds(kind), vocabulary=metadata))
     return paths

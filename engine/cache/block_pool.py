@@ -4,7 +4,7 @@ state; each of these three kinds has a pool of its own."""
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from heapq import heapify, heappop, heappush
 
 
@@ -25,7 +25,13 @@ class BlockPool:
     be told to evict no pinned block at all. A key can be pinned before a block has it, and several times.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, ages: bool = True) -> None:
+        """Makes a pool of `size` blocks, including block 0. If `ages` is false, priorities do not age: a block of a
+        lower cost is always evicted before a block of a higher cost, and the least recently used of equal blocks
+        first."""
+        self._ages = ages
+        # Called with the key of each block that is evicted or forgotten, but not by `reset`.
+        self.on_loss: Callable[[bytes], None] = lambda key: None
         self.refs = [0] * size
         self._keys: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
@@ -61,6 +67,11 @@ class BlockPool:
     def num_cached(self) -> int:
         """Returns the number of blocks with a key. These blocks are counted whether they have references or not."""
         return len(self._keys)
+
+    @property
+    def keys(self) -> Iterable[bytes]:
+        """Returns the keys of all blocks that have one."""
+        return self._ids.keys()
 
     def lookup(self, key: bytes) -> int | None:
         return self._ids.get(key)
@@ -139,7 +150,25 @@ class BlockPool:
             del self._pins[key]
             if (i := self._ids.get(key)) in self._pinned:
                 self._pinned.discard(i)
-                heappush(self._queue, (*self._ranks[i], i))
+                self._enqueue(i)
+
+    def appraise(self, key: bytes, worth: float) -> None:
+        """Changes the cost of losing the block that has `key`, if there is such a block."""
+        if (i := self._ids.get(key)) is None:
+            return
+        self._worth[i] = worth
+        if i in self._ranks:
+            self._ranks[i] = (self._clock + worth, self._ranks[i][1])
+            self._enqueue(i)
+
+    def forget(self, key: bytes) -> None:
+        """Takes `key` away from its block, if there is such a block, as if the block had been evicted."""
+        if (i := self._ids.get(key)) is None:
+            return
+        if self._ranks.pop(i, None) is not None:
+            self._pinned.discard(i)
+            self._empty.append(i)
+        self._lose(i)
 
     def reset(self, forgotten: Set[bytes]) -> None:
         """Drops the references to all blocks and forgets the keys in the set `forgotten`. All other fields of the pool
@@ -161,6 +190,10 @@ class BlockPool:
         self._ranks[i] = (self._clock + self._worth[i], self._releases)
         if self._keys[i] in self._pins:
             self._pinned.add(i)
+        self._enqueue(i)
+
+    def _enqueue(self, i: int) -> None:
+        if i in self._pinned:
             return
         heappush(self._queue, (*self._ranks[i], i))
         if len(self._queue) > 2 * len(self.refs):
@@ -174,15 +207,11 @@ class BlockPool:
         """Forgets the key of the cached block with the lowest eviction priority and returns the id of that block. A
         block with a pinned key is chosen only if there is no other cached block."""
         i = self._lowest()
-        self._clock = max(self._clock, self._ranks[i][0])
+        self._clock = max(self._clock, self._ranks[i][0]) if self._ages else 0.0
         self._pinned.discard(i)
-        del self._ranks[i], self._worth[i]
-        key = self._keys.pop(i)
-        del self._ids[key]
-        self.evicted.append((i, key))
-        self._lost[key] = None
-        if len(self._lost) > 4 * len(self.refs):
-            self._lost.popitem(last=False)
+        del self._ranks[i]
+        self.evicted.append((i, self._keys[i]))
+        self._lose(i)
         return i
 
     def _lowest(self) -> int:
@@ -191,3 +220,12 @@ class BlockPool:
             if self._ranks.get(i) == (rank, released) and i not in self._pinned:
                 return i
         return min(self._pinned, key=self._ranks.__getitem__)
+
+    def _lose(self, i: int) -> None:
+        """Takes the key of block `i` away and remembers that it was evicted."""
+        key = self._keys.pop(i)
+        del self._ids[key], self._worth[i]
+        self._lost[key] = None
+        if len(self._lost) > 4 * len(self.refs):
+            self._lost.popitem(last=False)
+        self.on_loss(key)

@@ -20,13 +20,16 @@ forgotten.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 from jamba_server.engine.cache.block_pool import BlockPool
+from jamba_server.engine.cache.chains import Chains
 from jamba_server.engine.cache.page_index import PageIndex, common_length
 from jamba_server.engine.cache.pins import Pins
+from jamba_server.engine.cache.policy import SavePolicy
+from jamba_server.engine.cache.reuse import Kind
 from jamba_server.engine.cache.state_store import Pairs, Room, StateStore
 from jamba_server.engine.cache.unconfirmed import Unconfirmed
 from jamba_server.engine.sequence import Sequence
@@ -54,11 +57,12 @@ class PrefixHit:
 @dataclass(frozen=True, slots=True)
 class Save:
     """A state that a step saves. The step writes the state of `sequence` after its first `position` tokens to the slot
-    `room.slot`, and the state store keeps the state at `room.place`."""
+    `room.slot`, and the state store keeps the state at `room.place`. The field `kind` is the reason for the save."""
 
     sequence: Sequence
     position: int
     room: Room
+    kind: Kind = Kind.ANSWER
 
     @property
     def slot(self) -> int:
@@ -85,7 +89,8 @@ def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
 
 class CacheManager:
     """Gives KV pages and state slots to sequences, and finds pages and saved states again for later requests. During
-    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`.
+    prefill and decode, a state is saved every `interval` tokens, which is a multiple of `block_size`. The object
+    `policy` chooses the other positions where states are saved, and says what a saved state is worth.
 
     The memory plan must ensure that a sequence of the greatest length fits when no other sequence runs. For this, one
     page more than the sequence itself occupies is needed, for the source of a copied page. With prefix caching and the
@@ -94,10 +99,18 @@ class CacheManager:
     """
 
     def __init__(
-        self, store: StateStore, *, num_pages: int, block_size: int, interval: int, enabled: bool = True
+        self,
+        store: StateStore,
+        *,
+        num_pages: int,
+        block_size: int,
+        interval: int,
+        enabled: bool = True,
+        policy: SavePolicy | None = None,
     ) -> None:
         assert interval % block_size == 0, f"interval {interval} is not a multiple of the block size {block_size}"
-        self.pages, self.store = BlockPool(num_pages), store
+        self.pages, self.store = BlockPool(num_pages, ages=False), store
+        self.policy = SavePolicy(store.capacity) if policy is None else policy
         self.block_size, self.interval, self.enabled = block_size, interval, enabled
         self.pins = Pins(self.pages, store.saved)
         self._index = PageIndex(self.pages.capacity)
@@ -107,6 +120,9 @@ class CacheManager:
         self._page_copies: Pairs = []
         self._saves: list[Save] = []
         self._unconfirmed = Unconfirmed()  # tracks the keys of pages; the state store tracks the keys of saved states
+        self.chains = Chains()
+        if self.policy.protects_pages:
+            self.pages.on_loss, self.store.saved.on_loss = self._page_lost, self._state_lost
 
     @property
     def slots(self) -> BlockPool:
@@ -202,6 +218,10 @@ class CacheManager:
             return False
         if (slot := self.store.start(hit.place)) is None:
             return False
+        if hit.place is not None:
+            key = self._key(seq, hit.num_tokens)
+            if (worth := self.policy.hit(key, hit.num_tokens)) is not None:
+                self.store.saved.appraise(key, worth)
         # The method `launch` releases the source page once the copy from this page has been launched.
         self.pages.retain((*hit.block_ids, *sources))
         fresh = self.pages.allocate(need)
@@ -231,9 +251,9 @@ class CacheManager:
         """
         if self.enabled and seq.request.cache.write and seq.num_computed:
             self._publish_pages(seq, seq.num_computed)
-            key = self._key(seq, seq.num_computed)
-            if (room := self.store.reserve(key, slot=seq.state_id)) is not None:
-                self._publish_state(Save(seq, seq.num_computed, room))
+            key, saves = self._key(seq, seq.num_computed), self.policy.saves_answers
+            if saves and (room := self.store.reserve(key, slot=seq.state_id)) is not None:
+                self._publish_state(Save(seq, seq.num_computed, room, Kind.ANSWER))
         # The last page is released first. Pages released first are evicted first, and a later page of a sequence is
         # useless without the earlier pages.
         self.pages.release(reversed(seq.block_ids))
@@ -254,14 +274,17 @@ class CacheManager:
         if start // self.block_size == end // self.block_size and not ends_short:
             return []  # apart from short prompts, states are saved at block boundaries only; this step reaches none
         saves: list[Save] = []
-        worthy = self.worthy_positions(seq)
-        regular = range((start // self.interval + 1) * self.interval, end + 1, self.interval)
-        for position in dict.fromkeys([*worthy, *regular]):
+        kinds: dict[int, Kind] = {}  # the kind of each position; the most likely position comes first
+        for position, kind in self._worthy(seq):
+            kinds.setdefault(position, kind)
+        for position in range((start // self.interval + 1) * self.interval, end + 1, self.interval):
+            kinds.setdefault(position, Kind.INTERVAL)
+        for position, kind in kinds.items():
             if not start < position <= end or self.store.find(key := self._key(seq, position)) is not None:
                 continue
-            evict = position in worthy and position % self.block_size == 0
+            evict = kind is not Kind.INTERVAL and position % self.block_size == 0
             if (room := self.store.reserve(key, evict=evict)) is not None:
-                saves.append(Save(seq, position, room))
+                saves.append(Save(seq, position, room, kind))
         self._saves += saves
         return sorted(saves, key=lambda save: save.position)
 
@@ -271,15 +294,17 @@ class CacheManager:
         return self.enabled and (position + 1) % self.interval == 0
 
     def worthy_positions(self, seq: Sequence) -> list[int]:
-        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely position first.
-        These positions are the ends of messages, the end of the prefix that other requests share or wait for, the end
-        of the prompt, and the position one token before the end of the prompt. A later request with the same prompt
-        would continue from the position one token before the end of the prompt. Each position is rounded down to a
-        block boundary, except that of a prompt with less than a block."""
-        ends = [seq.num_prompt, seq.num_prompt - 1]
-        boundaries = [*seq.request.save_positions, seq.branch, *seq.junctions, *ends]
-        positions = [p - p % self.block_size for p in boundaries]
-        return [*positions, seq.num_prompt - 1] if self._is_short(seq) else positions
+        """Returns the positions where a saved state most likely leads to a prefix hit, the most likely position
+        first."""
+        return [position for position, _ in self._worthy(seq)]
+
+    def _worthy(self, seq: Sequence) -> Iterator[tuple[int, Kind]]:
+        """Yields the positions that the policy chooses, with their kinds. Each position is rounded down to a block
+        boundary, except that of a prompt with less than a block."""
+        for position, kind in self.policy.positions(seq):
+            yield position - position % self.block_size, kind
+        if self._is_short(seq):
+            yield seq.num_prompt - 1, Kind.PROMPT
 
     def _is_short(self, seq: Sequence) -> bool:
         """Returns whether no block of the prompt can be reused as a whole, because at least the last token of a prompt
@@ -336,6 +361,8 @@ class CacheManager:
         self.pages.reset(self._unconfirmed.discard())
         self._unconfirmed.clear()
         self.store.discard()
+        for key in [*self.chains.restrict(self.store.saved.keys), *self.chains]:
+            self.pages.appraise(key, float(key in self.chains))
 
     # Computing and publishing the keys of prefixes --------------------------------------------------------------
 
@@ -382,22 +409,32 @@ class CacheManager:
 
     def _publish_state(self, save: Save) -> None:
         seq, position = save.sequence, save.position
-        if not self.store.save(self._key(seq, position), save.room, worth=self._worth(seq, position)):
+        key = self._key(seq, position)
+        worth = 0.0 if self.store.find(key) is not None else self.policy.saved(key, position, save.kind)
+        if not self.store.save(key, save.room, worth=worth):
             return
         n, tail = divmod(position, self.block_size)
+        # The only page of a prompt with less than a block is not findable yet, so nothing can be protected.
+        if self.policy.protects_pages and (n or self.pages.lookup(key) is not None):
+            for page in self.chains.add([*self.page_keys(seq, n), key] if tail else self.page_keys(seq, n)):
+                self.pages.appraise(page, 1.0)
         if tail:
             root = seq.hashes[n - 1] if n else self._root(seq)
             tails = self._tails.setdefault(root, [])
             tails.append(tuple(seq.tokens[position - tail : position]))
             self._drop_dead_tails(root)
 
-    def _worth(self, seq: Sequence, position: int) -> int:
-        """Returns how many tokens would be computed again if the state at `position` were lost: the number of tokens
-        between the previous saved state and `position`. Marconi (arXiv 2411.19379, section 4) divides this cost by the
-        size of the cache entry. The division is left out here, because all saved states have the same size."""
-        hashes = self.page_keys(seq, (position - 1) // self.block_size)
-        before = (n for n in range(len(hashes), 0, -1) if self.store.find(hashes[n - 1]) is not None)
-        return position - next(before, 0) * self.block_size
+    # Keeping pages and saved states together --------------------------------------------------------------------
+
+    def _state_lost(self, key: bytes) -> None:
+        """Pages that only the lost state needed are evicted before pages that a saved state needs."""
+        for page in self.chains.remove(key):
+            self.pages.appraise(page, 0.0)
+
+    def _page_lost(self, key: bytes) -> None:
+        """No request can continue from the states that need the lost page, so they make room for others."""
+        for state in self.chains.states_after(key):
+            self.store.saved.forget(state)
 
     def _drop_dead_tails(self, root: bytes) -> None:
         alive = [t for t in dict.fromkeys(self._tails[root]) if self.store.find(chain(root, t)) is not None]

@@ -37,7 +37,7 @@ class StateStore(Protocol):
 
     @property
     def saved(self) -> BlockPool:
-        """Returns the pool on the device in which saved states are found by their keys."""
+        """Returns the pool on the device in which saved states are found by their keys. It may be `slots`."""
         ...
 
     @property

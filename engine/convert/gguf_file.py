@@ -14,7 +14,7 @@ from jamba_server.engine.gguf.recognition import MAGIC
 
 _ALIGNMENT: Final = 32
 _VERSION: Final = 3
-_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,9 @@ def _value(value: Any) -> bytes:
     if isinstance(value, list):
         elements = [_value(element) for element in cast(list[Any], value)]
         # Every element begins with its type, which an array has only once.
-        return struct.pack("<I", _ARRAY) + elements[0][:4] + struct.pack("<Q", len(elements)) + _joined(elements)
+        # llama.cpp refuses a file whose types of tokens are not signed.
+        kind = struct.pack("<I", _INT32) if isinstance(value[0], int) else elements[0][:4]
+        return struct.pack("<I", _ARRAY) + kind + struct.pack("<Q", len(elements)) + _joined(elements)
     match value:
         case bool():
             return struct.pack("<I?", _BOOL, value)

@@ -54,7 +54,6 @@ PATHS = {
     "/ready",
     "/live",
     "/version",
-    "/server_info",
     "/metrics",
     "/",
 }

@@ -171,11 +171,33 @@ class Simulator:
         self.copy(copies)
         cache.launch(copies)
         assert not any(count for pool in self.pools() for count in pool.refs)
+        self.check_chains()
         for seq, tokens in self.texts.items():
             for key, state in self.prefixes(seq.request.cache_salt, tokens):
                 if (place := cache.store.find(key)) is not None:
                     assert self.saved[place] == state, "a saved state is not that of its prefix"
                     self.num_saved += 1
+
+    def check_chains(self) -> None:
+        """The pages that the cache protects are those that its saved states need, and all of these are there."""
+        cache = self.scheduler.cache
+        needed: set[bytes] = set()
+        states: set[bytes] = set()
+        short: set[bytes] = set()
+        for seq, tokens in self.texts.items():
+            chain: list[bytes] = []
+            for position, (key, _) in enumerate(self.prefixes(seq.request.cache_salt, tokens), start=1):
+                if cache.store.saved.lookup(key) is not None:
+                    needed |= {*chain, key}
+                    states.add(key)
+                    short |= set() if chain else {key}
+                if position % self.block_size == 0:
+                    chain.append(key)
+        assert set(cache.store.saved.keys) == states, "a state was saved that no text has"
+        # The state of a prompt with less than a block may be there before its page can be found.
+        assert needed - short <= set(cache.chains) <= needed, "other pages are protected than saved states need"
+        for page in needed - short:
+            assert cache.pages.lookup(page) is not None, "a state stays although a page that it needs is gone"
 
     def prefixes(self, salt: str, tokens: list[int]) -> Iterator[tuple[bytes, int]]:
         """Keys of all prefixes, computed anew, and the states after them."""
@@ -248,6 +270,8 @@ class Simulator:
         slots = [seq.state_id for seq in running]
         for i in range(1, len(cache.slots.refs)):
             assert cache.slots.refs[i] == slots.count(i), f"slot {i} has {cache.slots.refs[i]} references"
+        for page in cache.chains:
+            assert cache.pages.lookup(page) is not None, "a protected page is not there"
         for pool in self.pools():
             assert pool.num_free == sum(r == 0 for r in pool.refs[1:]), "a unit leaked"
 
@@ -267,7 +291,7 @@ def make_scheduler(
     defaults = {"num_pages": 64, "block_size": 4, "interval": 1024}
     if store is None:
         store = CompressedStates(num_slots, num_compressed) if num_compressed else SlotStates(num_slots)
-    cache = CacheManager(store, **defaults | sizes, enabled=caching)
+    cache = CacheManager(store, **defaults | sizes, enabled=caching, policy=None)
     return Scheduler(
         cache,
         max_num_seqs=max_num_seqs,

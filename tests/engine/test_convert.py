@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import quantize as oracle
 from safetensors import safe_open
 
@@ -82,6 +82,8 @@ def test_the_package_reads_the_file(source: Path, tmp_path: Path) -> None:
     }
     assert {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}["blk.0.ssm_dt.weight"] == "F16"
     types = reader.fields["tokenizer.ggml.token_type"].contents()
+    # llama.cpp refuses any other type (llama-vocab.cpp)
+    assert reader.fields["tokenizer.ggml.token_type"].types == [GGUFValueType.ARRAY, GGUFValueType.INT32]
     pieces = reader.fields["tokenizer.ggml.tokens"].contents()
     assert pieces[4096:] == [f"[PAD{id}]" for id in range(4096, 4100)]
     assert types[0] == 3 and types[4096:] == [5] * 4

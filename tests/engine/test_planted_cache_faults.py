@@ -18,7 +18,10 @@ from tests.engine.test_scheduler_fuzz import run
 
 
 def reads_always(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Sequence, "reads_cache", property(lambda seq: seq.params.prompt_logprobs is None))
+    def reads(seq: Sequence) -> bool:
+        return seq.params.prompt_logprobs is None and seq.request.pooling != "mean"
+
+    patch.setattr(Sequence, "reads_cache", property(reads))
 
 
 def writes_at_the_end(patch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ class FakeServer:
         self.cached: int | None = None
         self.refuse: dict[int, int] = {}
         self.break_after: int | None = None
+        self.returns_ids = True
         self.max_model_len = 4096
         self.tokenize_status = 200
         self.bodies: list[dict[str, Any]] = []
@@ -97,12 +98,16 @@ class FakeServer:
         chat = "messages" in body
         if chat:
             yield _choice({"delta": {"role": "assistant", "content": ""}})
+        with_ids = body.get("return_token_ids") and self.returns_ids
+        if with_ids:
+            yield _choice({"text": "", "prompt_token_ids": body["prompt"]})
         count = min(body["max_tokens"], self.limit)
         for index in range(count):
             await asyncio.sleep(self.step if index else self.prefill)
             if index == self.break_after:
                 return
-            yield _choice({"delta": {"content": f" t{index}"}} if chat else {"text": f" t{index}"})
+            ids = {"token_ids": [7000 + index]} if with_ids else {}
+            yield _choice({"delta": {"content": f" t{index}"}} if chat else {"text": f" t{index}"} | ids)
         empty: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         yield _choice(empty | {"finish_reason": "length"})
         usage: dict[str, Any] = {"prompt_tokens": prompt_tokens(body), "completion_tokens": count}

@@ -8,17 +8,17 @@ import httpx
 import pytest
 from typing_extensions import override
 
-from jamba_server.server.cli.bench.client import Client, EventDecoder, Failure, Message, Record, Reply
-from jamba_server.server.cli.bench.workloads import Turn
+from jamba_server.server.cli.bench.client import Client, Context, EventDecoder, Failure, Message, Record, Reply
+from jamba_server.server.cli.bench.sessions import Turn
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 TURN = Turn((5, 6, 7), 4)
 
 
-def send(server: FakeServer, turn: Turn = TURN, history: list[Message] | None = None) -> Record:
+def send(server: FakeServer, turn: Turn = TURN, context: Context | None = None) -> Record:
     async def main(now: Callable[[], float]) -> Record:
         async with server.http() as http:
-            return await Client(http, "tiny", now=now).send(turn, history or [])
+            return await Client(http, "tiny", now=now).send(turn, context or Context())
 
     return run_virtual(main)
 
@@ -97,8 +97,8 @@ def test_the_body_of_a_completion_fixes_the_lengths() -> None:
 
 def test_the_role_of_a_chat_is_not_its_first_token() -> None:
     server = FakeServer(prefill=0.5)
-    history = [Message("user", "one"), Message("assistant", "two")]
-    record = send(server, Turn("three four", 2), history)
+    context = Context((Message("user", "one"), Message("assistant", "two")))
+    record = send(server, Turn("three four", 2), context)
     assert isinstance(record, Reply)
     assert record.arrivals == (0.5, 0.625)
     assert (record.text, record.prompt_tokens) == (" t0 t1", 4)
@@ -122,7 +122,7 @@ def reply_with(*chunks: bytes, status: int = 200, error: Exception | None = None
     async def main(now: Callable[[], float]) -> Record:
         transport = httpx.MockTransport(lambda request: httpx.Response(status, stream=Stream()))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            return await Client(http, "tiny", now=now).send(TURN, [])
+            return await Client(http, "tiny", now=now).send(TURN, Context())
 
     return run_virtual(main)
 

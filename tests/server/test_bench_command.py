@@ -23,7 +23,8 @@ from jamba_server.server.cli.bench.command import Bench, BenchOptions, bench, op
 from jamba_server.server.cli.bench.discovery import BenchError
 from jamba_server.server.cli.bench.report import Report
 from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson, Replay
-from jamba_server.server.cli.bench.workloads import SharedPrefix, TokenRange
+from jamba_server.server.cli.bench.sessions import TokenRange
+from jamba_server.server.cli.bench.workloads import SharedPrefix
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 SMALL = BenchOptions(concurrency="1,2", num_prompts=4, num_warmups=0, input_len=10, output_len=5)
@@ -170,7 +171,7 @@ def test_conditions_name_the_server_and_hide_the_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (BenchOptions(workload="chat"), "'chat' must be one of: random, shared-prefix, multi-turn, trace"),
+        (BenchOptions(workload="chat"), "'chat' must be one of: random, shared-prefix, multi-turn, agents, trace"),
         (BenchOptions(prefix_len=3), "--prefix-len means nothing for --workload random"),
         (BenchOptions(workload="trace", trace="x", input_len=3, turns=2), "--input-len, --turns means nothing"),
         (BenchOptions(workload="trace"), "needs --trace FILE"),

@@ -6,7 +6,7 @@ import pytest
 
 from jamba_server.server.cli.bench.client import Client, Failure, Record, Reply
 from jamba_server.server.cli.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner
-from jamba_server.server.cli.bench.workloads import Session, Turn
+from jamba_server.server.cli.bench.sessions import Session, Turn
 from tests.server.bench_fakes import FakeServer, run_virtual
 
 
@@ -47,7 +47,7 @@ def test_open_loop_sends_at_the_given_times_whatever_still_runs() -> None:
 
 def test_a_chat_feeds_the_real_replies_back() -> None:
     server = FakeServer()
-    turns = (Turn("one", 2), Turn("two", 3), Turn("three", 1))
+    turns = (Turn("one", 2), Turn("two", 3, 0), Turn("three", 1, 1))
     records = run(server, ClosedLoop(1), [Session(turns)])
     roles = [[message["role"] for message in body["messages"]] for body in server.bodies]
     assert roles == [["user"], ["user", "assistant", "user"], ["user", "assistant"] * 2 + ["user"]]
@@ -59,6 +59,54 @@ def test_a_chat_feeds_the_real_replies_back() -> None:
         "three",
     ]
     assert [record.prompt_tokens for record in records if isinstance(record, Reply)] == [1, 4, 8]
+
+
+def conversation() -> Session:
+    """The second turn follows the first; the third one replaces the second."""
+    turns = (
+        Turn((1, 2, 3), 2, arrival=1.0),
+        Turn((4,), 1, parent=0, history=5, arrival=1.5),
+        Turn((5, 6), 1, parent=0, history=5, arrival=9.0),
+    )
+    return Session(turns, arrival=1.0)
+
+
+def test_a_conversation_of_token_ids_continues_with_the_ids_of_the_reply() -> None:
+    server = FakeServer()
+    records = run(server, Replay(), [conversation()])
+    assert [body["prompt"] for body in server.bodies] == [
+        [1, 2, 3],
+        [1, 2, 3, 7000, 7001, 4],
+        [1, 2, 3, 7000, 7001, 5, 6],
+    ]
+    assert [body.get("return_token_ids", False) for body in server.bodies] == [True, False, False]
+    # The first reply takes 0.625 s, so the second turn is late; the third one waits for its time in the trace. The
+    # event with the ids of the prompt, which comes at once, is no token.
+    assert [record.start for record in records] == [1.0, 1.625, 9.0]
+    assert [record.ttft for record in records if isinstance(record, Reply)] == [0.5] * 3
+
+
+def test_only_a_replay_waits_for_the_times_of_a_trace() -> None:
+    records = run(FakeServer(), ClosedLoop(1), [conversation()])
+    assert [record.start for record in records] == [0.0, 0.625, 1.125]
+
+
+def test_a_server_without_token_ids_cannot_continue_a_conversation_of_them() -> None:
+    server = FakeServer()
+    server.returns_ids = False
+    (record,) = run(server, Replay(), [conversation()])
+    assert isinstance(record, Failure)
+    assert record.kind == "no_token_ids"
+
+
+def test_a_session_has_its_system_message_and_tools_in_every_request() -> None:
+    server, tools = FakeServer(), ({"type": "function", "function": {"name": "look"}},)
+    run(server, ClosedLoop(1), [Session((Turn("task", 1), Turn("result", 1, parent=0)), 0.0, "be brief", tools)])
+    assert [body["tools"] for body in server.bodies] == [list(tools)] * 2
+    assert [[message["content"] for message in body["messages"]] for body in server.bodies] == [
+        ["be brief", "task"],
+        ["be brief", "task", " t0", "result"],
+    ]
 
 
 def test_a_failure_ends_its_chat_and_no_other() -> None:

@@ -8,16 +8,8 @@ import pytest
 
 from jamba_server.engine.errors import ConfigError
 from jamba_server.server.cli.bench.runner import ClosedLoop, Poisson, poisson_arrivals, schedule
-from jamba_server.server.cli.bench.workloads import (
-    MultiTurn,
-    Random,
-    Session,
-    SharedPrefix,
-    TokenRange,
-    Trace,
-    Turn,
-    leave_out_long,
-)
+from jamba_server.server.cli.bench.sessions import Session, TokenRange, Turn
+from jamba_server.server.cli.bench.workloads import Agents, MultiTurn, Random, SharedPrefix, Trace, leave_out_long
 
 TOKENS = TokenRange(10, 12)
 
@@ -67,6 +59,33 @@ def test_multi_turn_messages_are_text_of_so_many_words() -> None:
     assert [len(str(turn.prompt).split()) for turn in session.turns] == [5, 5, 5]
     assert {turn.max_tokens for turn in session.turns} == {9}
     assert len({turn.prompt for turn in session.turns}) == 3
+
+
+def test_agents_share_a_system_prompt_and_tools_and_their_loops_grow() -> None:
+    workload = Agents(prefix_len=30, tools=3, turns=4, input_len=9, result_len=5, output_len=2)
+    one, two = workload.sessions(rng(), 2, TOKENS)
+    assert len(one.system.split()) == 30
+    assert (one.system, one.tools) == (two.system, two.tools)
+    assert [tool["function"]["name"] for tool in one.tools] == ["tool_0", "tool_1", "tool_2"]
+    assert len({tool["function"]["description"] for tool in one.tools}) == 3
+    assert [len(str(turn.prompt).split()) for turn in one.turns] == [9, 5, 5, 5]
+    assert [turn.parent for turn in one.turns] == [-1, 0, 1, 2]
+    assert one.turns != two.turns
+
+
+def test_a_trace_can_have_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    lines = [f"{30 * number},{100 * (number + 1)},9" for number in range(20)]
+    path.write_text("\n".join(["seconds,input_tokens,output_tokens", *lines, ""]))
+    for scale in (1.0, 0.01):
+        sessions = Trace(trace=str(path), sharing="chats", time_scale=scale).sessions(rng(), 100, TokenRange(3, 900))
+        assert 1 < len(sessions) < 20, "the time to think is on the clock of the trace"
+        arrivals = sorted(turn.arrival for session in sessions for turn in session.turns)
+        assert arrivals == pytest.approx([30 * number * scale for number in range(20)])
+        lengths = sorted(turn.history + len(turn.prompt) for session in sessions for turn in session.turns)
+        assert lengths == [100 * (number + 1) for number in range(20)]
+    alone = Trace(trace=str(path)).sessions(rng(), 100, TOKENS)
+    assert [len(session.turns) for session in alone] == [1] * 20
 
 
 TRACE = "seconds,input_tokens,output_tokens\n2.000,3,4\n2.500,5,1\n4.000,1,2\n"
@@ -142,11 +161,16 @@ def test_sessions_longer_than_the_context_are_left_out() -> None:
     chat = Session((Turn("a text of unknown length", 4),))
     assert leave_out_long([*sessions, chat], 10) == [*sessions[:2], chat]
     assert leave_out_long(sessions, None) == sessions
+    long = Session((Turn((1,) * 5, 4), Turn((1,), 1, parent=0, history=9)))
+    assert leave_out_long([long], 11) == [long]
+    assert leave_out_long([long], 10) == []
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Agents(result_len=0), r"--result-len 0 must be at least 1"),
+        (lambda: Trace(trace="x", sharing="all"), r"--sharing 'all' must be one of: none, chats"),
         (lambda: Random(input_len=0), r"--input-len 0 must be at least 1"),
         (lambda: Random(range_ratio=1.0), r"--range-ratio 1 must be"),
         (lambda: SharedPrefix(num_prefixes=0), r"--num-prefixes 0"),

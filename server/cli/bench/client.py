@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from jamba_server.server.cli.bench.workloads import Turn
+from jamba_server.server.cli.bench.sessions import Turn
 
 MAX_MESSAGE = 300  # maximum number of characters that a report quotes from a server's error message
 LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -23,7 +23,7 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """A complete reply to one request: its text, its numbers of tokens, and the times in seconds at which its events
-    arrived.
+    arrived. It has token ids only if they were asked for.
 
     `arrivals` are the times of the events that carry tokens. `end` is the time of the event with the finish reason, or
     of the last event with a token if that comes later.
@@ -37,6 +37,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     cached_tokens: int | None = None
     text: str = ""
+    token_ids: tuple[int, ...] = ()
 
     @property
     def ttft(self) -> float:
@@ -81,6 +82,16 @@ class Message(msgspec.Struct, frozen=True):
     content: str
 
 
+class Context(msgspec.Struct, frozen=True):
+    """What comes before a turn: the messages and tools of a chat, or the tokens of a conversation of token ids. If
+    `continues` is true, the token ids of the reply are asked for, because a later turn continues this one."""
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    tokens: tuple[int, ...] = ()
+    continues: bool = False
+
+
 class EventDecoder:
     """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of bytes. One event can begin in one chunk
     and end in a later chunk."""
@@ -122,6 +133,8 @@ class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
     @property
     def content(self) -> str:
@@ -132,8 +145,11 @@ class _Choice(msgspec.Struct):
         """True if the server sent the event because it generated a token, even if the event has no text.
 
         A server sends an event without text for a token whose text is empty or still held back. The first event (which
-        has the role) and the last (which has the finish reason) do not count unless they have text.
+        has the role or the ids of the prompt) and the last (which has the finish reason) do not count unless they have
+        text.
         """
+        if self.prompt_token_ids and not self.token_ids:
+            return False
         if self.content or (self.delta and (self.delta.reasoning or self.delta.reasoning_content)):
             return True
         return self.finish_reason is None and not (self.delta and self.delta.role)
@@ -191,18 +207,25 @@ class Client:
             "stream_options": {"include_usage": True},
         }
 
-    async def send(self, turn: Turn, history: list[Message]) -> Record:
+    async def send(self, turn: Turn, context: Context) -> Record:
         """Sends one turn and returns the server's reply. If the server or the network fails, a Failure is returned
         instead."""
         body = self._common | {"max_tokens": turn.max_tokens}
         if isinstance(turn.prompt, str):
-            path, body["messages"] = "/v1/chat/completions", [*history, Message("user", turn.prompt)]
+            path, body["messages"] = "/v1/chat/completions", [*context.messages, Message("user", turn.prompt)]
+            if context.tools:
+                body["tools"] = context.tools
         else:
-            path, body["prompt"] = "/v1/completions", turn.prompt
+            path, body["prompt"] = "/v1/completions", context.tokens + turn.prompt
+            if context.continues:
+                body["return_token_ids"] = True
         content = msgspec.json.encode(body)
         start = self.now()
         try:
-            return await self._stream(path, content, start, turn.max_tokens)
+            reply = await self._stream(path, content, start, turn.max_tokens)
+            if context.continues and len(reply.token_ids) != reply.output_tokens:
+                raise _Failed("no_token_ids", "The server did not return the token ids of a reply that continues.")
+            return reply
         except _Failed as error:
             kind, message = error.kind, str(error)
         except httpx.TimeoutException as error:
@@ -214,6 +237,7 @@ class Client:
     async def _stream(self, path: str, content: bytes, start: float, max_tokens: int) -> Reply:
         arrivals: list[float] = []
         text: list[str] = []
+        token_ids: list[int] = []
         end: float | None = None
         usage: _Usage | None = None
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
@@ -222,6 +246,7 @@ class Client:
                 usage = event.usage or usage
                 for choice in event.choices:
                     text.append(choice.content)
+                    token_ids += choice.token_ids or ()
                     if choice.carries_token:
                         arrivals.append(arrival)
                     if choice.finish_reason:
@@ -239,6 +264,7 @@ class Client:
             max_tokens=max_tokens,
             cached_tokens=usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens,
             text="".join(text),
+            token_ids=tuple(token_ids),
         )
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[tuple[float, _Event]]:

@@ -23,12 +23,12 @@ from jamba_server.server.cli.bench.conditions import describe_machine, describe_
 from jamba_server.server.cli.bench.decisions import DecisionClient, Decisions, computed_tokens, note
 from jamba_server.server.cli.bench.discovery import BenchError, Target, discover, discover_tokens
 from jamba_server.server.cli.bench.runner import ClosedLoop, Load, Poisson, Replay, Runner, schedule
+from jamba_server.server.cli.bench.sessions import Session, TokenRange
 from jamba_server.server.cli.bench.workloads import (
+    Agents,
     MultiTurn,
     Random,
-    Session,
     SharedPrefix,
-    TokenRange,
     Trace,
     Workload,
     leave_out_long,
@@ -39,6 +39,7 @@ WORKLOADS: dict[str, type[Random] | type[Trace] | type[Decisions]] = {
     "random": Random,
     "shared-prefix": SharedPrefix,
     "multi-turn": MultiTurn,
+    "agents": Agents,
     "trace": Trace,
     "decisions": Decisions,
 }
@@ -89,19 +90,34 @@ class BenchOptions:
     max_seconds: Annotated[float, _option("Seconds after which a measurement ends.")] = 300.0
     input_len: Annotated[
         int | None,
-        _option("Tokens in each prompt; with multi-turn and decisions, words in each message. [default: 256]"),
+        _option(
+            "Tokens in each prompt; with multi-turn and decisions, words in each message; with agents, words in each "
+            "task. [default: 256]"
+        ),
     ] = None
     output_len: Annotated[int | None, _option("Tokens in each reply. [default: 64]")] = None
     range_ratio: Annotated[
         float | None,
         _option("Share by which lengths vary at random: 0.2 draws from 80% to 120% of the length. [default: 0]"),
     ] = None
-    prefix_len: Annotated[int | None, _option("For shared-prefix: tokens in each prefix. [default: 512]")] = None
+    prefix_len: Annotated[
+        int | None,
+        _option("For shared-prefix: tokens in each prefix; for agents, words in the system prompt. [default: 512]"),
+    ] = None
     num_prefixes: Annotated[
         int | None, _option("For shared-prefix: number of prefixes, which are used in turn. [default: 4]")
     ] = None
-    turns: Annotated[int | None, _option("For multi-turn: user messages in each chat. [default: 4]")] = None
+    turns: Annotated[
+        int | None,
+        _option("For multi-turn: messages of each user; for agents: requests of each agent. [default: 4; agents: 8]"),
+    ] = None
     questions: Annotated[int | None, _option("For decisions: questions about each input. [default: 16]")] = None
+    tools: Annotated[int | None, _option("For agents: number of tools that each request describes. [default: 8]")] = (
+        None
+    )
+    result_len: Annotated[int | None, _option("For agents: words in the result of each tool call. [default: 128]")] = (
+        None
+    )
     trace: Annotated[
         str | None,
         _option(
@@ -111,6 +127,13 @@ class BenchOptions:
     time_scale: Annotated[
         float | None,
         _option("For trace: factor by which the arrival times are multiplied; 0.5 sends twice as fast. [default: 1]"),
+    ] = None
+    sharing: Annotated[
+        str | None,
+        _option(
+            "For trace: none for independent prompts; chats for a model of conversations, drawn from the seed, because "
+            "a trace has no text. [default: none]"
+        ),
     ] = None
     vocab_size: Annotated[
         int | None, _option("Draw prompts from the token ids below this number. [default: ask the server's /tokenize]")
@@ -160,7 +183,7 @@ class BenchOptions:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if unused := given.keys() - set(kind.__struct_fields__):
             raise ConfigError(f"{_flags(unused)} means nothing for --workload {self.workload}.")
-        if kind in (MultiTurn, Decisions) and self.vocab_size is not None:
+        if (issubclass(kind, MultiTurn) or kind is Decisions) and self.vocab_size is not None:
             raise ConfigError(f"--vocab-size means nothing for --workload {self.workload}, whose prompts are text.")
         if kind is Trace and self.trace is None:
             raise ConfigError("--workload trace needs --trace FILE.")

@@ -14,9 +14,10 @@ import msgspec
 from numpy.random import Generator
 
 from jamba_server.engine.errors import ConfigError
-from jamba_server.server.cli.bench.client import MAX_MESSAGE, Failure, Message, Record, Reply, error_message
+from jamba_server.server.cli.bench.client import MAX_MESSAGE, Context, Failure, Record, Reply, error_message
 from jamba_server.server.cli.bench.report import Level
-from jamba_server.server.cli.bench.workloads import WORDS, Random, Session, TokenRange, Turn
+from jamba_server.server.cli.bench.sessions import Session, TokenRange, Turn
+from jamba_server.server.cli.bench.workloads import WORDS, Random
 
 QUESTION_WORDS = 8
 
@@ -74,7 +75,7 @@ class DecisionClient:
         self.now = now
         self._http, self._model = http, model
 
-    async def send(self, turn: Turn, history: list[Message]) -> Record:
+    async def send(self, turn: Turn, context: Context) -> Record:
         """Sends one request. The reply comes as a whole, so its first token arrives at its end."""
         assert isinstance(turn, DecisionTurn)
         questions = [{"type": "predicate", "instructions": text} for text in turn.questions]

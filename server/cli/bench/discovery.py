@@ -9,7 +9,8 @@ import msgspec
 
 from jamba_server.engine.errors import JambaError
 from jamba_server.server.cli.bench.client import error_message
-from jamba_server.server.cli.bench.workloads import TEXT, TokenRange
+from jamba_server.server.cli.bench.sessions import TokenRange
+from jamba_server.server.cli.bench.workloads import TEXT
 
 Reply = TypeVar("Reply")
 # Time limit in seconds for each reply of the server. A server that is still loading its model can delay a reply by the

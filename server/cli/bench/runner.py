@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 from numpy.random import Generator
 
-from jamba_server.server.cli.bench.client import Failure, Message, Record, Reply
-from jamba_server.server.cli.bench.workloads import Session, Turn
+from jamba_server.server.cli.bench.client import Context, Failure, Message, Record, Reply
+from jamba_server.server.cli.bench.sessions import Session, Turn
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed_loop"):
@@ -83,6 +83,7 @@ class Runner:
         self.records: list[Record] = []
         self._client = client
         self._on_end = on_end
+        self._replays = False
 
     async def run(self, load: Load, sessions: Iterable[Session], *, max_seconds: float) -> None:
         """Sends the requests of `sessions`. Stops when every session has ended, or after `max_seconds`.
@@ -90,6 +91,7 @@ class Runner:
         Requests in flight at that time are cancelled and recorded as cut_off. No further requests are sent.
         """
         concurrency = load.concurrency if isinstance(load, ClosedLoop) else None
+        self._replays = isinstance(load, Replay)
         work = self._open_loop(sessions) if concurrency is None else self._closed_loop(iter(sessions), concurrency)
         try:
             async with asyncio.timeout(max_seconds):
@@ -110,17 +112,28 @@ class Runner:
         start = self._client.now()
         async with asyncio.TaskGroup() as group:
             for session in sessions:
-                await asyncio.sleep(max(0.0, start + session.arrival - self._client.now()))
-                group.create_task(self._converse(session))
+                await self._sleep_until(start + session.arrival)
+                group.create_task(self._converse(session, start if self._replays else None))
 
-    async def _converse(self, session: Session) -> None:
-        """Sends the turns of one session in order. If a request fails, the session ends, because the next turn of a
-        chat would have to contain the missing reply."""
-        history: list[Message] = []
-        for turn in session.turns:
+    async def _sleep_until(self, moment: float) -> None:
+        await asyncio.sleep(max(0.0, moment - self._client.now()))
+
+    async def _converse(self, session: Session, replay_start: float | None = None) -> None:
+        """Sends the turns of one session in order. With `replay_start`, the time at which the replay of a trace began,
+        no turn is sent before its arrival. If a request fails, the session ends, because the next turn of a chat would
+        have to contain the missing reply."""
+        parents = {turn.parent for turn in session.turns}
+        system = (Message("system", session.system),) if session.system else ()
+        contexts: list[Context] = []  # the context after each turn
+        for number, turn in enumerate(session.turns):
+            before = contexts[turn.parent] if turn.parent >= 0 else Context(system, session.tools)
+            continues = number in parents and not isinstance(turn.prompt, str)
+            before = msgspec.structs.replace(before, continues=continues)
+            if replay_start is not None:
+                await self._sleep_until(replay_start + turn.arrival)
             start = self._client.now()
             try:
-                record = await self._client.send(turn, history)
+                record = await self._client.send(turn, before)
             except asyncio.CancelledError:
                 message = "The request was still running when the time was up."
                 self._add(Failure(start=start, end=self._client.now(), kind="cut_off", message=message))
@@ -128,9 +141,16 @@ class Runner:
             self._add(record)
             if not isinstance(record, Reply):
                 return
-            if isinstance(turn.prompt, str):
-                history += [Message("user", turn.prompt), Message("assistant", record.text)]
+            contexts.append(_after(before, turn, record))
 
     def _add(self, record: Record) -> None:
         self.records.append(record)
         self._on_end()
+
+
+def _after(context: Context, turn: Turn, reply: Reply) -> Context:
+    """Returns the context of a turn that continues `turn`, which had the context `context`."""
+    if isinstance(turn.prompt, str):
+        said = (Message("user", turn.prompt), Message("assistant", reply.text))
+        return msgspec.structs.replace(context, messages=context.messages + said)
+    return msgspec.structs.replace(context, tokens=context.tokens + turn.prompt + reply.token_ids)

@@ -1,9 +1,8 @@
-"""Draws a benchmark's sessions from a seed. A session is a sequence of one or several requests. Each request is called
-a turn.
+"""Draws a benchmark's sessions from a seed.
 
 Most workloads send token ids to /v1/completions, so the length of a prompt is exact and no tokenizer is needed here.
-Only `multi-turn` sends text, because the history of a chat is text. Its lengths are counted in words; the report has
-the server's token counts.
+Only `multi-turn` and `agents` send text, because the history of a chat is text. Their lengths are counted in words; the
+report has the server's token counts.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import lzma
 from collections.abc import Iterator
 from itertools import islice
 from math import ceil, floor
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import msgspec
 from numpy.random import Generator
 
 from jamba_server.engine.errors import ConfigError
+from jamba_server.server.cli.bench.sessions import Session, TokenRange, Turn
+from jamba_server.server.cli.bench.trees import ChatTrees, Row
 
 TEXT = (
     "about after again always animal another answer apple around autumn because before begin better between bread "
@@ -31,34 +32,9 @@ TEXT = (
     "world write yellow yesterday young"
 )
 WORDS = tuple(TEXT.split())
-
-
-class Turn(msgspec.Struct, frozen=True):
-    """One request of a session. The field `prompt` is a list of token ids for /v1/completions, or the text of the
-    user's next message in a chat."""
-
-    prompt: tuple[int, ...] | str
-    max_tokens: int
-
-
-class Session(msgspec.Struct, frozen=True):
-    """A sequence of requests, called turns. Each turn is sent when the reply to the previous turn is complete.
-
-    `arrival` is the time of the first turn, in seconds after the start of the measurement.
-    """
-
-    turns: tuple[Turn, ...]
-    arrival: float = 0.0
-
-
-class TokenRange(msgspec.Struct, frozen=True):
-    """The range of the token ids from which prompts are drawn, from `first` to `last`, both included."""
-
-    first: int
-    last: int
-
-    def draw(self, rng: Generator, count: int) -> tuple[int, ...]:
-        return tuple(rng.integers(self.first, self.last + 1, size=count).tolist())
+TOOL_WORDS = 40
+SHARING = ("none", "chats")
+THINK_SECONDS = 10.0  # the least time between two requests of a chat, on the clock of the trace
 
 
 class Workload(Protocol):
@@ -130,11 +106,44 @@ class MultiTurn(Random, frozen=True, kw_only=True, tag="multi-turn"):
         _at_least(self, 1, "turns")
 
     def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
-        return [Session(tuple(self._message(rng) for _ in range(self.turns))) for _ in range(count)]
+        return [Session(tuple(self._message(rng, turn - 1) for turn in range(self.turns))) for _ in range(count)]
 
-    def _message(self, rng: Generator) -> Turn:
-        words = TokenRange(0, len(WORDS) - 1).draw(rng, self.draw_length(rng, self.input_len))
-        return Turn(" ".join(WORDS[word] for word in words), self.draw_length(rng, self.output_len))
+    def _message(self, rng: Generator, parent: int) -> Turn:
+        text = words(rng, self.draw_length(rng, self.input_len))
+        return Turn(text, self.draw_length(rng, self.output_len), parent)
+
+
+class Agents(MultiTurn, frozen=True, kw_only=True, tag="agents"):
+    """A workload of agents, each of which calls tools in a loop.
+
+    All agents have the same system prompt of `prefix_len` words and the same `tools` tools, whose descriptions have
+    TOOL_WORDS words each. An agent's conversation begins with a task of `input_len` words. In each of its `turns`
+    requests, the server's reply stands for a tool call, and a result of `result_len` words follows it. A result is sent
+    as a message of the user, because a model with random weights writes no valid tool call that a message of the role
+    `tool` could answer.
+    """
+
+    prefix_len: int = 512
+    tools: int = 8
+    result_len: int = 128
+    turns: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "prefix_len", "result_len")
+        _at_least(self, 0, "tools")
+
+    def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
+        system = words(rng, self.prefix_len)
+        tools = tuple(describe_tool(rng, number) for number in range(self.tools))
+        return [Session(self._loop(rng), system=system, tools=tools) for _ in range(count)]
+
+    def _loop(self, rng: Generator) -> tuple[Turn, ...]:
+        return (self._message(rng, -1), *(self._result(rng, parent) for parent in range(self.turns - 1)))
+
+    def _result(self, rng: Generator, parent: int) -> Turn:
+        text = words(rng, self.draw_length(rng, self.result_len))
+        return Turn(text, self.draw_length(rng, self.output_len), parent)
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
@@ -143,23 +152,30 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
 
     The file is CSV, or CSV compressed to .xz, with the columns seconds,input_tokens,output_tokens. The first row
     arrives at 0. `time_scale` multiplies the arrival times; 0.5 sends twice as fast. A trace does not contain the text
-    of the requests, so the prompts are random tokens and share no prefixes.
+    of the requests. With `sharing` "none", prompts are random tokens and share no prefixes. With "chats", the model
+    `ChatTrees` makes conversations of the rows.
     """
 
     trace: str
     time_scale: float = 1.0
+    sharing: str = "none"
 
     def __post_init__(self) -> None:
         if not self.time_scale > 0:
             raise ConfigError(f"--time-scale {self.time_scale:g} must be more than 0.")
+        if self.sharing not in SHARING:
+            raise ConfigError(f"--sharing {self.sharing!r} must be one of: {', '.join(SHARING)}.")
 
     def sessions(self, rng: Generator, count: int, tokens: TokenRange) -> list[Session]:
-        rows = list(islice(self._rows(), count))
+        rows = [Row(seconds * self.time_scale, *lengths) for seconds, *lengths in islice(self._rows(), count)]
         if not rows:
             raise ConfigError(f"--trace {self.trace} has no requests.")
+        if self.sharing == "chats":
+            # A user's time to think shrinks with the times of the trace, so that --time-scale changes no conversation.
+            return ChatTrees(think=THINK_SECONDS * self.time_scale).grow(rows, rng, tokens)
         return [
-            Session((Turn(tokens.draw(rng, length), output),), (seconds - rows[0][0]) * self.time_scale)
-            for seconds, length, output in rows
+            Session((Turn(tokens.draw(rng, row.input_tokens), row.output_tokens),), row.seconds - rows[0].seconds)
+            for row in rows
         ]
 
     def _rows(self) -> Iterator[tuple[float, int, int]]:
@@ -204,9 +220,21 @@ def leave_out_long(sessions: list[Session], max_model_len: int | None) -> list[S
         return sessions
 
     def fits(turn: Turn) -> bool:
-        return isinstance(turn.prompt, str) or len(turn.prompt) + turn.max_tokens <= max_model_len
+        return isinstance(turn.prompt, str) or turn.num_tokens <= max_model_len
 
     return [session for session in sessions if all(map(fits, session.turns))]
+
+
+def words(rng: Generator, count: int) -> str:
+    """Returns a text of `count` random words."""
+    return " ".join(WORDS[word] for word in TokenRange(0, len(WORDS) - 1).draw(rng, count))
+
+
+def describe_tool(rng: Generator, number: int) -> dict[str, Any]:
+    """Returns a tool of the OpenAI API with a random description and one argument."""
+    arguments = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+    function = {"name": f"tool_{number}", "description": words(rng, TOOL_WORDS), "parameters": arguments}
+    return {"type": "function", "function": function}
 
 
 def _open_text(path: str) -> TextIO:
