@@ -47,7 +47,7 @@ class Decisions(msgspec.Struct, frozen=True, kw_only=True, tag="decisions"):
 
     def _turn(self, rng: Generator, length: int) -> DecisionTurn:
         questions = tuple(f"It says: {_words(rng, QUESTION_WORDS)}." for _ in range(self.questions))
-        return DecisionTurn(_words(rng, length), self.questions, questions)
+        return DecisionTurn(_words(rng, length), self.questions, questions=questions)
 
 
 def _words(rng: Generator, count: int) -> str:
