@@ -460,11 +460,6 @@ async def test_the_background_takes_no_place_in_the_queue() -> None:
     await engine.close()
 
 
-async def test_a_model_that_cannot_be_loaded_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="the model is broken"):
-        await client(model="broken").start()
-
-
 async def test_closing_fails_what_still_runs() -> None:
     engine = client()
     await engine.start()
@@ -494,10 +489,10 @@ async def test_health_follows_the_first_start_and_no_later_one() -> None:
     await engine.close()
 
 
-async def test_who_waits_for_an_engine_that_cannot_load_learns_it() -> None:
+async def test_a_model_that_cannot_be_loaded_is_one_sentence_for_all_who_wait() -> None:
     engine = client(model="broken")
     waiting = asyncio.create_task(engine.first_start())
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="the model is broken"):
         await engine.start()
     await waiting
     with pytest.raises(EngineDead, match="the model is broken"):
