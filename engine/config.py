@@ -20,6 +20,9 @@ StateCacheDtype = Literal["auto", "int8"]
 PROMPT_LOGITS_ROWS = 128
 
 
+DISK_BYTES = 16 << 30  # default of the size of the prefix cache's disk tier
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The options of the engine. An option that is a size is an upper bound: if that size does not fit into memory, the
     engine chooses a smaller one and adds a warning. If an option that is not a size cannot be satisfied, the engine
@@ -43,6 +46,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     precedence. `kv_cache_dtype` "fp8" stores keys and values as float8_e4m3fn without a scale, "auto" in the model's
     dtype. `state_cache_dtype` "int8" stores saved SSM states in one byte a number with a scale for each channel, so
     that prefix hits are not exact; "auto" stores them as running sequences do.
+
+    `state_cache_host_bytes` is the memory of the prefix cache's host tier, and `state_cache_disk_path` the folder of
+    its disk tier, in which all servers together have at most `state_cache_disk_bytes`.
     """
 
     model: str
@@ -61,6 +67,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     state_cache_memory_bytes: int | None = None
     state_cache_dtype: StateCacheDtype = "auto"
+    state_cache_host_bytes: int = 0
+    state_cache_disk_path: str | None = None
+    state_cache_disk_bytes: int = DISK_BYTES
     block_size: int = 16
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False

@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jamba_server.engine.cache.explain import record_restores
+from jamba_server.engine.cache.tiers.events import Event
 from jamba_server.engine.grammar.compiler import GrammarCompiler, GrammarError
 from jamba_server.engine.grammar.constraint import Constraint
 from jamba_server.engine.model_runner import ModelRunner, PendingStep
@@ -45,6 +46,7 @@ class Inbox:
         self._submitted: dict[str, Submitted] = {}
         self._failed: list[TokenUpdate] = []
         self._aborted: list[str] = []
+        self._events: list[Event] = []
 
     def submit(self, requests: list[Request]) -> None:
         with self._changed:
@@ -127,10 +129,22 @@ class Inbox:
             request_ids, self._aborted = self._aborted, []
         return request_ids
 
-    def wait(self) -> None:
-        """Blocks until there is a request to run, a request that failed, or an abort."""
+    def post(self, event: Event) -> None:
+        """Takes what a thread of the prefix cache's disk tier has done."""
         with self._changed:
-            self._changed.wait_for(lambda: self._submitted or self._failed or self._aborted)
+            self._events.append(event)
+            self._changed.notify()
+
+    def events(self) -> list[Event]:
+        """Returns what the threads of the disk tier have done, and removes it from the inbox."""
+        with self._changed:
+            events, self._events = self._events, []
+        return events
+
+    def wait(self) -> None:
+        """Blocks until there is a request to run, a request that failed, an abort, or an event of the disk tier."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._submitted or self._failed or self._aborted or self._events)
 
     def wake(self) -> None:
         """Wakes a thread that is blocked in the method `wait`."""
@@ -170,10 +184,14 @@ class EngineCore:
 
         If anything raises here, an interrupt included, all requests that had begun are dropped, and so are the cache
         entries that no earlier step has confirmed. Later steps work normally."""
+        if self._in_flight is None and only_restores(self.scheduler):
+            self.inbox.wait()
         began = time.monotonic()
         with self._whole_or_discarded():
             self._kind = None
             pins = self.scheduler.cache.pins
+            for event in self.inbox.events():
+                self.scheduler.cache.take(event)
             last, self._in_flight = self._in_flight, None
             updates: list[TokenUpdate] = []
             aborted = self.inbox.aborted()
@@ -201,6 +219,16 @@ class EngineCore:
             self.inbox.pinned(pins.take_new())
             kind, seconds = self._kind, time.monotonic() - began
             return StepResult(updates, self.scheduler.stats, StepTime(kind, seconds) if kind else None)
+
+    def close(self, timeout: float) -> None:
+        """Ends the engine: saves the states of running sequences, and waits up to `timeout` seconds until everything
+        that the next engine may use is written to the disk tier. Requests end without an update."""
+        with self._whole_or_discarded():
+            if self._in_flight is not None:
+                self._take(self._in_flight)
+                self._in_flight = None
+            self.scheduler.park()
+        self.scheduler.cache.close(timeout)
 
     def _add(self, submitted: list[Submitted]) -> None:
         self.announce(Adding([new.request.id for new in submitted]))
@@ -231,6 +259,11 @@ class EngineCore:
         self._in_flight = None
         self.scheduler.discard()
         self._is_whole = True
+
+
+def only_restores(scheduler: Scheduler) -> bool:
+    """Returns whether nothing can run before a prefix has been read from a disk."""
+    return scheduler.cache.is_restoring and not scheduler.running and all(seq.restoring for seq in scheduler.waiting)
 
 
 def kind_of(step: SchedulerOutput) -> StepKind:

@@ -120,7 +120,7 @@ class Scheduler:
             if request.cache.write:
                 self._salts.add(request.tenant, request.cache_salt)
             seq.work_before = self._work
-            seq.num_uncached = len(seq.tokens) - self.cache.match(seq).num_tokens
+            seq.num_uncached = len(seq.tokens) - self.cache.expect(seq)
             self._by_id[request.id] = seq
             self._tenants[request.tenant] += 1
             self.waiting.add(seq)
@@ -130,6 +130,11 @@ class Scheduler:
         for request_id in request_ids:
             if (seq := self._by_id.get(request_id)) is not None:
                 self._remove(seq)
+
+    def park(self) -> None:
+        """Stops all running sequences and saves their states, so that an engine with the same disk tier finds them."""
+        for seq in list(self.running):
+            self._preempt(seq)
 
     @property
     def has_work(self) -> bool:
@@ -160,6 +165,7 @@ class Scheduler:
             missed_read_disabled_total=prefixes.read_disabled,
             num_joined_total=prefixes.joined,
             num_steps_total=self._num_steps,
+            tiers=self.cache.tier_stats,
         )
 
     # Planning a step --------------------------------------------------------------------------------------------
@@ -213,7 +219,7 @@ class Scheduler:
                 others = bool(prompts) or self.waiting.number(background) > 1
                 admitted = self._admit(newcomer, plan, self._part(newcomer, plan, others=others), now)
                 plan.no_background |= not admitted
-                newcomer = self._next_waiting(plan, background) if admitted else None
+                newcomer = self._next_waiting(plan, background) if admitted or newcomer.restoring else None
         # Some prompts got less than they need, to leave a part of the token budget to others. They now get what no
         # other prompt has used.
         for seq in plan.shortened:
@@ -271,6 +277,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.cache.free(seq)  # saves the state, too; `seq` resumes from this state if the pages of `seq` stay cached
+        seq.num_restores = 0
         seq.num_uncached = 0  # 0 makes the sequence more urgent than a new prompt, because it has waited before
         self.waiting.add(seq)
         # Operators watch this number, because pages are short if it grows. Making room for others is normal in the
@@ -310,7 +317,7 @@ class Scheduler:
         If too few slots or pages are free, background sequences make room for the others. Otherwise, a tenant or
         request with several running sequences gives up one of them to a tenant or request that has none.
         """
-        if not limit:
+        if not limit or self.cache.seek(seq):
             return False
         hit, end, holder = self.cache.match(seq), None, None
         if len(self.running) < self.max_num_seqs:
@@ -401,6 +408,9 @@ class Scheduler:
         """
         self.running = []
         waiting = [seq for seq in self.waiting if seq.queue_seconds is None]
+        for seq in self.waiting:
+            if seq.restoring and seq.queue_seconds is not None:
+                self.cache.give_up(seq)
         self.waiting = WaitingQueue(max_short=self.max_num_batched_tokens)
         self._by_id = {seq.request.id: seq for seq in waiting}
         self._tenants = Counter(seq.request.tenant for seq in waiting)
@@ -486,3 +496,5 @@ class Scheduler:
             self.cache.free(seq)
         else:
             self.waiting.remove(seq)
+            if seq.restoring:
+                self.cache.give_up(seq)

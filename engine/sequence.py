@@ -32,6 +32,9 @@ class Sequence:
     `constraint` applies the grammar or the limit on reasoning tokens, or is None if the request has neither. The last
     `num_forced` tokens were not sampled, because the constraint allowed only these tokens. The first `num_reported`
     tokens are the prompt and those reply tokens that updates have already reported to the HTTP process.
+
+    A sequence that is `restoring` waits until its prefix has been read from a disk. `num_restores` counts the attempts
+    to bring its prefix back to the device since it last ran.
     """
 
     request: Request
@@ -58,6 +61,8 @@ class Sequence:
     constraint: Constraint | None = None
     num_forced: int = 0
     num_reported: int = 0
+    restoring: bool = False
+    num_restores: int = 0
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float, constraint: Constraint | None = None) -> Sequence:

@@ -191,13 +191,38 @@ class TokenUpdate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     vector: bytes | None = None
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Statistics of the prefix cache's tiers. The dicts have one number for each tier, "host" and "disk";
+    `ignored_files_total` has one for each reason.
+
+    `hits_total` counts prefixes that came from a tier, and `hit_tokens_total` their tokens that the device
+    did not have.
+    `dropped_segments_total` are segments that were not kept because too many waited for the disk, and
+    `failed_writes_total` those that the disk did not take. `staged_bytes` wait for the disk now. `num_bytes` and
+    `segments` are what a tier has now; on the disk they count the files of all models and servers in the folder.
+    """
+
+    hits_total: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    hit_tokens_total: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    restored_bytes_total: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    restore_seconds_total: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    ignored_files_total: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    written_bytes_total: int = 0
+    written_segments_total: int = 0
+    failed_writes_total: int = 0
+    dropped_segments_total: int = 0
+    staged_bytes: int = 0
+    num_bytes: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    segments: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The state of the engine after a step. Counters (`*_total`) count from the start of this engine process. The
     numbers `missed_*_total` and `hits_*_total` count prompt tokens. `num_joined_total` counts requests that waited
     until another request had computed the prefix that both have.
 
     `num_running` counts all running sequences, those in the background included. `num_waiting` leaves those in the
-    background out.
+    background out. `tiers` is None if the prefix cache has no tiers.
     """
 
     num_running: int = 0
@@ -221,6 +246,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     pinned_blocks: int = 0
     pinned_states: int = 0
     num_steps_total: int = 0
+    tiers: TierStats | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

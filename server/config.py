@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, cast
 from msgspec import Meta
 
 from jamba_server.engine.config import (
+    DISK_BYTES,
     ActivationQuantization,
     Device,
     Dtype,
@@ -295,6 +296,15 @@ class ServerConfig:
             formerly="checkpoint_dtype",
         ),
     ] = "auto"
+    state_cache_host_bytes: Annotated[
+        Number, Help("memory", "Memory on the host for prefixes beyond the device's, such as 8GiB", "BYTES", "none")
+    ] = 0
+    state_cache_disk_path: Annotated[
+        str | None, Help("memory", "Folder in which prefixes outlast a restart, conversations in clear", "PATH")
+    ] = None
+    state_cache_disk_bytes: Annotated[
+        Count, Help("memory", "Size of this folder; the prefixes not used for longest go first", "BYTES")
+    ] = DISK_BYTES
     block_size: Annotated[Count, Help("expert", "Tokens per KV page", "TOKENS")] = 16
     gpu_memory_utilization: Annotated[
         Share, Help("memory", "Share of the GPU's memory the server may use", "FRACTION")

@@ -23,7 +23,8 @@ from typing import Protocol
 
 import msgspec
 
-from jamba_server.engine.cache.manager import CacheManager, PrefixHit, chain
+from jamba_server.engine.cache.keys import chain
+from jamba_server.engine.cache.manager import CacheManager, PrefixHit
 from jamba_server.engine.sequence import Sequence
 from jamba_server.engine.types import CacheReport, MissReason
 

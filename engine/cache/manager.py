@@ -20,12 +20,14 @@ forgotten.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 from jamba_server.engine.cache.block_pool import BlockPool
 from jamba_server.engine.cache.chains import Chains
+from jamba_server.engine.cache.keys import chain
 from jamba_server.engine.cache.page_index import PageIndex, common_length
 from jamba_server.engine.cache.pins import Pins
 from jamba_server.engine.cache.policy import SavePolicy
@@ -33,6 +35,10 @@ from jamba_server.engine.cache.reuse import Kind
 from jamba_server.engine.cache.state_store import Pairs, Room, StateStore
 from jamba_server.engine.cache.unconfirmed import Unconfirmed
 from jamba_server.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from jamba_server.engine.cache.tiers.events import Event
+    from jamba_server.engine.types import TierStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +85,6 @@ class CacheCopies:
     pages: Pairs = field(default_factory=list[tuple[int, int]])
     saves: Pairs = field(default_factory=list[tuple[int, int]])
     states: Pairs = field(default_factory=list[tuple[int, int]])
-
-
-def chain(previous: bytes, tokens: Iterable[int]) -> bytes:
-    """Returns the key of the prefix that ends with `tokens`. `previous` is the key of the prefix that ends before
-    `tokens`."""
-    return sha256(previous + array("q", tokens).tobytes()).digest()
 
 
 class CacheManager:
@@ -203,6 +203,34 @@ class CacheManager:
             evicted_to += 1
         lost = next((n for n in range(shared, hit, -1) if self.store.was_evicted(hashes[n - 1])), hit)
         return (shared - lost) * self.block_size, (evicted_to - shared + lost - hit) * self.block_size
+
+    # What a cache with tiers does besides (`engine/cache/tiers/cache.py`) ----------------------------------------
+
+    @property
+    def is_restoring(self) -> bool:
+        """Returns whether a sequence waits for its prefix to be read from a disk."""
+        return False
+
+    def expect(self, seq: Sequence) -> int:
+        """Returns how many tokens of a new sequence will be found in the cache."""
+        return self.match(seq).num_tokens
+
+    def seek(self, seq: Sequence) -> bool:
+        """Returns whether `seq`, which is about to start, must wait because its prefix has to be read from a disk."""
+        return False
+
+    def give_up(self, seq: Sequence) -> None:
+        """Must be called when a sequence that waits for its prefix ends."""
+
+    def take(self, event: Event) -> None:
+        """Takes what the threads of the disk tier have done."""
+
+    def close(self, timeout: float) -> None:
+        """Waits up to `timeout` seconds until everything is written to the disk."""
+
+    @property
+    def tier_stats(self) -> TierStats | None:
+        return None
 
     # Giving pages and slots to sequences, and taking pages and slots back ---------------------------------------
 

@@ -124,6 +124,11 @@ class SlotStates:
     def num_saved(self) -> int:
         return self.slots.num_cached
 
+    @property
+    def pending_slots(self) -> set[int]:
+        """Returns the slots to which a copy will be made before the next step."""
+        return {slot for _, slot in self._restores}
+
     def find(self, key: bytes) -> int | None:
         return self.slots.lookup(key)
 

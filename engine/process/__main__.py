@@ -23,6 +23,7 @@ import msgspec
 
 from jamba_server.engine.config import EngineConfig
 from jamba_server.engine.errors import ConfigError
+from jamba_server.engine.process.child import CLOSE_SECONDS, DISK_CLOSE_SECONDS
 from jamba_server.engine.process.heartbeat import beating
 from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.engine.process.wire import pack, receive
@@ -125,6 +126,7 @@ def run(connection: socket.socket, send: Send) -> int:
         if not core.has_work:
             core.inbox.wait()
         send(core.step())
+    core.close(CLOSE_SECONDS if config.state_cache_disk_path is None else DISK_CLOSE_SECONDS)
     return 0
 
 

@@ -33,6 +33,8 @@ ENGINE_COMMAND = (
 # These environment variables hold secrets. The engine process does not get them, because it does not need them.
 SECRETS = frozenset({"JAMBA_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 CLOSE_SECONDS = 5.0  # a child that still runs this many seconds after it was told to end is killed
+# A child with a disk tier gets this many seconds, in which it writes what is not on the disk yet.
+DISK_CLOSE_SECONDS = 30.0
 
 
 class Child:
@@ -44,6 +46,7 @@ class Child:
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
+        self._close_seconds = CLOSE_SECONDS
         self.num_messages = 0
         self.oom_kills_before = oom_kills()
 
@@ -81,6 +84,8 @@ class Child:
             ours.close()
             raise
         child = cls(process, reader, writer)
+        if config.state_cache_disk_path is not None:
+            child._close_seconds = DISK_CLOSE_SECONDS + CLOSE_SECONDS
         child.send(config)
         return child
 
@@ -111,9 +116,9 @@ class Child:
             handle(message)
 
     def shut_down(self) -> None:
-        """Tells the child to end after its current step, and kills it if it still runs after CLOSE_SECONDS."""
+        """Tells the child to end after its current step, and kills it if it still runs some seconds later."""
         self.send(Shutdown())
-        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.kill)
+        asyncio.get_running_loop().call_later(self._close_seconds, self.kill)
 
     def kill(self) -> None:
         if self._process.returncode is None:
@@ -121,11 +126,11 @@ class Child:
                 self._process.kill()
 
     async def close(self) -> int:
-        """Closes the connection, kills the process if it still runs after CLOSE_SECONDS, and returns its exit status. A
+        """Closes the connection, kills the process if it still runs some seconds later, and returns its exit status. A
         negative status is minus the number of the signal that ended the process."""
         self._writer.close()
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
+            async with asyncio.timeout(self._close_seconds):
                 await self._process.wait()
         except TimeoutError:
             self.kill()

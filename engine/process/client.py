@@ -32,6 +32,7 @@ from jamba_server.engine.process.step_times import StepHistogram, StepTimes, emp
 from jamba_server.engine.process.streams import LiveRequest, Stream
 from jamba_server.engine.process.supervisor import Supervisor
 from jamba_server.engine.process.suspects import Suspects
+from jamba_server.engine.process.tier_totals import continued
 from jamba_server.engine.types import (
     Abort,
     Adding,
@@ -492,7 +493,7 @@ def _continue(base: EngineStats, now: EngineStats) -> EngineStats:
     """Returns the statistics `now` of the current engine process, with the counters of all earlier engine processes
     added to the counters in `now`. The argument `base` has the counters of all earlier engine processes."""
     totals = {f: getattr(base, f) + getattr(now, f) for f in EngineStats.__struct_fields__ if f.endswith("_total")}
-    return msgspec.structs.replace(now, **totals)
+    return msgspec.structs.replace(now, **totals, tiers=continued(base.tiers, now.tiers))
 
 
 def _loading(progress: Progress) -> Health:

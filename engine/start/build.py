@@ -15,12 +15,11 @@ import torch
 from jamba_server.engine.batch import SampledTokens
 from jamba_server.engine.cache.graph_sizes import GraphSizes
 from jamba_server.engine.cache.layout import CacheLayout
-from jamba_server.engine.cache.manager import CacheManager
 from jamba_server.engine.cache.spec import CacheSpec
-from jamba_server.engine.cache.state_store import CompressedStates, SlotStates
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import ActivationQuantization, EngineConfig
 from jamba_server.engine.core import EngineCore
+from jamba_server.engine.disk_tier.worker import Worker
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.grammar.compiler import GrammarCompiler
 from jamba_server.engine.grammar.masks import MaskFiller
@@ -34,12 +33,15 @@ from jamba_server.engine.sampling.sampler import Sampler
 from jamba_server.engine.scheduler import Scheduler
 from jamba_server.engine.start.activations import int8_activations
 from jamba_server.engine.start.contents import StoredModel, conversions, read_model
+from jamba_server.engine.start.fingerprint import WeightHash, fingerprint
 from jamba_server.engine.start.kernel_choice import check_kernels
 from jamba_server.engine.start.machine import available_cpus, available_memory, release_free_memory
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, check_sizes, plan_memory
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
 from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
+from jamba_server.engine.start.tier_sizes import with_host_tier
+from jamba_server.engine.start.tiers import check_folder, make_cache, make_worker
 from jamba_server.engine.start.weights import dummy_weights, load_weights
 from jamba_server.engine.types import EngineInfo
 from jamba_server.engine.weight_sizes import policy_of, weight_bytes
@@ -87,15 +89,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     policy = policy_of(config, model_config)
     warnings = stored.warnings + conversions(model_config, policy, str(dtype).removeprefix("torch."))
     check_sizes(config)
-    # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
-    # is set to use at the time of loading.
-    if device.type == "cpu":
-        torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
-    kernels = select(device.type, config.kernels, config.batch_invariant)
-    check_kernels(config, dtype, device, kernels.names)
-    int8_bits = int8_activations(config, policy, dtype, device, kernels.names)
-    if int8_bits:
-        kernels = with_int8_activations(kernels, int8_bits)
+    check_folder(config)
+    kernels, activations = choose_kernels(config, policy, dtype, device)
     step = choose_steps(config, model_config, policy, dtype, device, kernels)
     if step is not None:
         config = msgspec.structs.replace(config, max_num_batched_tokens=step.tokens, max_step_ms=None)
@@ -109,30 +104,51 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
         device=device.type,
     )
     plan = planned(available_bytes=available_bytes(device, config))
+    config, more = with_host_tier(config, available_memory() - (device.type == "cpu") * plan.total_bytes)
+    warnings += more
     steps = dummy_steps(config, model_config, plan)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
     tokenizer = Path(config.tokenizer or config.model)
     compiler = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+    weights = None if config.state_cache_disk_path is None else WeightHash(config)
     with compiled_meanwhile(rehearsal, steps) if rehearsal.is_for(device) else nullcontext():
         model = build_model(model_config, kernels, dtype=dtype, device=device, policy=policy)
         load(model, config, on_progress)
         release_free_memory()
     sampler = Sampler(kernels, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     masks = MaskFiller(model_config.vocab_size, model_config.eos_token_ids, config.threads or available_cpus())
-    activations: ActivationQuantization = "int8" if int8_bits else "none"
     loaded = Loaded(model, sampler, masks, kernels, policy, dtype, layout, device, warnings, activations)
     if device.type == "cuda":
         on_progress("measuring memory", 0.0)
         measured = measure_steps(loaded, steps, CudaMemory(device))
         plan = planned(available_bytes=plan.weight_bytes + available_bytes(device, config), measured=measured)
         on_progress("measuring memory", 1.0)
-    return EngineCore(
-        make_runner(loaded, config, plan),
-        make_scheduler(loaded, config, plan),
+    runner, worker = make_runner(loaded, config, plan), open_disk_tier(loaded, config, weights)
+    core = EngineCore(
+        runner,
+        make_scheduler(loaded, config, plan, runner.storage, worker),
         make_info(loaded, config, plan, load_seconds=time.monotonic() - started, step_size=step and step.reason),
         compiler,
     )
+    if worker is not None:
+        worker.start(core.inbox.post)
+    return core
+
+
+def choose_kernels(
+    config: EngineConfig, policy: QuantizationPolicy, dtype: torch.dtype, device: torch.device
+) -> tuple[Kernels, ActivationQuantization]:
+    """Returns the kernels, and the format to which they round activations. Raises ConfigError or KernelError."""
+    # The number of torch's threads is set before the kernels are loaded: the CPU kernels use as many threads as torch
+    # is set to use at the time of loading.
+    if device.type == "cpu":
+        torch.set_num_threads(available_cpus() if config.threads is None else config.threads)
+    kernels = select(device.type, config.kernels, config.batch_invariant)
+    check_kernels(config, dtype, device, kernels.names)
+    if int8_bits := int8_activations(config, policy, dtype, device, kernels.names):
+        return with_int8_activations(kernels, int8_bits), "int8"
+    return kernels, "none"
 
 
 def choose_steps(
@@ -277,23 +293,33 @@ def make_info(
     )
 
 
-def make_scheduler(loaded: Loaded, config: EngineConfig, plan: MemoryPlan) -> Scheduler:
+def make_scheduler(
+    loaded: Loaded, config: EngineConfig, plan: MemoryPlan, storage: CacheStorage, worker: Worker | None
+) -> Scheduler:
     spec = CacheSpec.of(loaded.layout)
     # The interval between regularly saved states is chosen so that one saved state takes at most a quarter of the
     # memory of the KV pages in the interval.
     interval = -(-4 * spec.bytes_per_saved_state // spec.bytes_per_page) * config.block_size
-    slots, compressed = plan.num_slots, plan.num_compressed
-    cache = CacheManager(
-        CompressedStates(slots, compressed) if compressed else SlotStates(slots),
-        num_pages=plan.num_pages,
-        block_size=config.block_size,
-        interval=interval,
-        enabled=config.enable_prefix_caching,
-    )
     return Scheduler(
-        cache,
+        make_cache(config, plan, storage, loaded.layout, worker=worker, interval=interval),
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         eos_token_ids=loaded.model.config.eos_token_ids,
     )
+
+
+def open_disk_tier(loaded: Loaded, config: EngineConfig, weights: WeightHash | None) -> Worker | None:
+    """Returns the threads of the disk tier, which have not started yet, or None if there is no such tier."""
+    if weights is None:
+        return None
+    choices = {
+        "dtype": str(loaded.dtype),
+        "quantization": str(loaded.policy),
+        "activations": loaded.activation_quantization,
+    }
+
+    def found() -> str:
+        return fingerprint(weights.digest(), config, loaded.device, loaded.kernels, loaded.layout, choices)
+
+    return make_worker(config, loaded.layout, found)

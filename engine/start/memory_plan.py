@@ -13,6 +13,7 @@ from jamba_server.engine.config import PROMPT_LOGITS_ROWS, EngineConfig
 from jamba_server.engine.errors import ConfigError
 from jamba_server.engine.model_config import JambaConfig
 from jamba_server.engine.start.machine import format_bytes
+from jamba_server.engine.start.tier_sizes import check_tiers
 
 # The default of max_num_batched_tokens, the largest number of tokens in a step. On a CPU, `step_size` replaces it for
 # models that are large enough. On a CPU the number is small, because
@@ -144,6 +145,7 @@ def check_sizes(engine: EngineConfig) -> None:
         )
     if engine.state_cache_dtype == "int8" and not engine.enable_prefix_caching:
         raise ConfigError("state_cache_dtype 'int8' compresses the prefix cache, so it needs enable_prefix_caching.")
+    check_tiers(engine)
 
 
 def activation_bytes(config: JambaConfig, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:

@@ -58,6 +58,7 @@ class Library:
     """Loads one shared library (a .so file), looks up its functions and records calls to these functions."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         self._functions: list[Any] = []
         self._recorder = threading.Lock()

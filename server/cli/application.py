@@ -29,6 +29,7 @@ MODULES: Final[Mapping[str, str]] = {
     "bench": "jamba_server.server.cli.bench.command",
     "doctor": "jamba_server.server.cli.doctor",
     "convert": "jamba_server.server.cli.convert",
+    "cache": "jamba_server.server.cli.cache",
 }
 
 

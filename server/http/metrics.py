@@ -21,6 +21,7 @@ from prometheus_client.utils import floatToGoString
 from jamba_server.engine.process.client import Engine, SupervisionStats
 from jamba_server.engine.process.step_times import BOUNDS
 from jamba_server.engine.types import CacheTier, EngineStats, FinishReason, MissReason
+from jamba_server.server.http.tier_metrics import tier_metrics
 from jamba_server.server.http.tracing.annotations import exemplar
 
 # Upper bounds of the histograms' buckets, in seconds. Prometheus estimates a quantile by linear interpolation between
@@ -256,6 +257,8 @@ class _EngineCollector(Collector):
             missed.add_metric([*labels, reason], read(stats))
         yield missed
         yield from _prefix_cache(stats, labels)
+        if stats.tiers is not None:
+            yield from tier_metrics(stats.tiers, self._metrics.model_name)
         yield from self._supervision(labels)
 
     def _supervision(self, labels: list[str]) -> Iterable[Metric]:

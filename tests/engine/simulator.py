@@ -53,7 +53,8 @@ class Simulator:
     """Pages hold, per token, the fold up to it; slots hold the fold of all tokens before the next one, and so do
     compressed slots. `ahead`: a step is run before the scheduler has seen the tokens of the one before."""
 
-    def __init__(self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0) -> None:
+    def __init__(self, scheduler: Scheduler, *, ahead: bool = False, second: float = 1.0, model: int = 0) -> None:
+        self.model = model  # another model has other pages and states for the same text
         self.scheduler, self.ahead, self.second = scheduler, ahead, second  # what the clock moves by in a step
         self.under_way: tuple[SchedulerOutput, list[ChunkResult]] | None = None
         self.chosen: dict[Sequence, list[int]] = {}  # tokens of steps that the scheduler has not seen
@@ -201,13 +202,17 @@ class Simulator:
 
     def prefixes(self, salt: str, tokens: list[int]) -> Iterator[tuple[bytes, int]]:
         """Keys of all prefixes, computed anew, and the states after them."""
-        root, state = sha256(salt.encode()).digest(), 0
+        root, state = sha256(salt.encode()).digest(), self.before(salt)
         for position, token in enumerate(tokens):
             state, start = fold(state, token), position - position % self.block_size
             key = sha256(root + array("q", tokens[start : position + 1]).tobytes()).digest()
             yield key, state
             if position % self.block_size == self.block_size - 1:
                 root = key
+
+    def before(self, salt: str) -> int:
+        """The state before the first token. It depends on the salt, so that a prefix of another one is found."""
+        return 100 * self.model + len(salt)
 
     def run(self, chunk: Chunk, choose: Callable[[Chunk], int]) -> ChunkResult:
         seq, size = chunk.sequence, self.block_size
@@ -220,7 +225,8 @@ class Simulator:
             assert chunk.is_decode and not seq.counts_tokens, "a token that is not known would be counted or saved"
             assert len(tokens) - seq.num_prompt < seq.params.max_tokens, "nobody wants what follows the last token"
             assert len(tokens) < self.scheduler.max_model_len, "it has all the tokens that it may have"
-        state = self.slots[seq.state_id] if chunk.start else 0
+        before = self.before(seq.request.cache_salt)
+        state = self.slots[seq.state_id] if chunk.start else before
         for position in range(chunk.start, chunk.end):
             state = fold(state, tokens[position])
             self.pages[seq.block_ids[position // size], position % size] = state
@@ -229,7 +235,7 @@ class Simulator:
                 self.num_saves += 1
         assert not saves, "a save lies outside its chunk"
         self.slots[seq.state_id] = state
-        expected = 0
+        expected = before
         for position in range(chunk.end):
             expected = fold(expected, tokens[position])
             assert self.pages[seq.block_ids[position // size], position % size] == expected, "page corrupted"

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jamba_server.engine.process.client import SupervisionStats
 from jamba_server.engine.process.step_times import StepTimes
-from jamba_server.engine.types import EngineStats, StepTime
+from jamba_server.engine.process.tier_totals import continued
+from jamba_server.engine.types import EngineStats, StepTime, TierStats
 from tests.server.conftest import HELLO, Bench, Ids, MakeBench, chat
 from tests.server.fake_engine import QUEUE_SECONDS, FakeEngine
 
@@ -49,6 +50,29 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+TIERS = TierStats(
+    hits_total={"host": 1, "disk": 2}, hit_tokens_total={"host": 100, "disk": 200},
+    restored_bytes_total={"host": 10, "disk": 20}, restore_seconds_total={"host": 0.5, "disk": 1.5},
+    ignored_files_total={"torn": 3, "edited": 0}, written_bytes_total=4, written_segments_total=5,
+    failed_writes_total=6, dropped_segments_total=7, staged_bytes=8,
+    num_bytes={"host": 9, "disk": 11}, segments={"host": 12, "disk": 13},
+)  # fmt: skip
+
+
+async def test_the_tiers_of_the_prefix_cache(bench: Bench) -> None:
+    assert "prefix_tier" not in await scrape(bench)
+    bench.engine.stats = EngineStats(tiers=continued(TIERS, TIERS))  # after a restart of the engine
+    found = samples(await scrape(bench))
+    assert found["jamba_prefix_tier_hits_total", "disk"] == 4
+    assert found["jamba_prefix_tier_hit_tokens_total", "host"] == 200
+    assert found["jamba_prefix_tier_restore_seconds_total", "disk"] == 3.0
+    assert found["jamba_prefix_tier_ignored_files_total", "torn"] == 6
+    assert found["jamba_prefix_tier_dropped_segments_total",] == 14
+    assert found["jamba_prefix_tier_bytes", "disk"] == 11
+    assert found["jamba_prefix_tier_segments", "host"] == 12
+    assert found["jamba_prefix_tier_staged_bytes",] == 8
 
 
 async def test_what_the_engine_counts(bench: Bench) -> None:

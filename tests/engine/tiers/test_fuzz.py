@@ -1,0 +1,26 @@
+"""The simulator's fuzz with tiers."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.engine.tiers.fuzz import EVENTS, run
+
+NUM_SEEDS = 20
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_random_work(tmp_path: Path, ahead: bool) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(NUM_SEEDS):
+        total += run(seed, tmp_path / str(seed), ahead=ahead)
+    assert {event for event in EVENTS if not total[event]} == set()
