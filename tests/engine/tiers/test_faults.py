@@ -38,11 +38,6 @@ def same_fingerprint(patch: Patch) -> None:
     patch.setattr(shapes, "fingerprint_of", lambda model: "0" * 64)
 
 
-def foreign_file(patch: Patch) -> None:
-    """Nobody checks which model has written a file."""
-    patch.setattr(folder, "check_layout", lambda header, layout, fingerprint: None)
-
-
 def no_verification(patch: Patch) -> None:
     """Any hash is right."""
 
@@ -241,7 +236,6 @@ def skipped_ancestor(patch: Patch) -> None:
 FAULTS: dict[Callable[[Patch], None], int] = {
     no_salt: 0,
     same_fingerprint: 0,
-    foreign_file: 61,
     no_verification: 25,
     torn_file: 25,
     page_off_by_one: 0,
