@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from jamba_server.engine.errors import ConfigError
-from jamba_server.server.cli.bench.client import Failure
+from jamba_server.server.cli.bench.client import Context, Failure
 from jamba_server.server.cli.bench.command import Bench, BenchOptions
 from jamba_server.server.cli.bench.decisions import DecisionClient, DecisionTurn, note
 from tests.server.vector_server import save_model, serve_model
@@ -34,7 +34,7 @@ async def test_a_failure_is_recorded() -> None:
         return httpx.Response(400, json={"error": {"message": "no"}})
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(refuse), base_url="http://server") as http:
-        record = await DecisionClient(http, "m").send(DecisionTurn("a", 1, ("b",)), [])
+        record = await DecisionClient(http, "m").send(DecisionTurn("a", 1, questions=("b",)), Context())
     assert isinstance(record, Failure)
     assert (record.kind, record.message) == ("http_400", "no")
 

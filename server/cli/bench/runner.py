@@ -69,7 +69,7 @@ class Sender(Protocol):
 
     now: Callable[[], float]
 
-    async def send(self, turn: Turn, history: list[Message]) -> Record: ...
+    async def send(self, turn: Turn, context: Context) -> Record: ...
 
 
 class Runner:

@@ -241,7 +241,7 @@ def skipped_ancestor(patch: Patch) -> None:
 FAULTS: dict[Callable[[Patch], None], int] = {
     no_salt: 0,
     same_fingerprint: 0,
-    foreign_file: 61,
+    foreign_file: 425,
     no_verification: 25,
     torn_file: 25,
     page_off_by_one: 0,
