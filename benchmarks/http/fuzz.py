@@ -125,14 +125,28 @@ def _checker(findings: Findings, until: float, file_id: str) -> Callable[[Any], 
 
 
 def _is_valid(case: Any) -> bool:
-    """Returns whether the JSON body of a request follows the OpenAPI document. schemathesis takes some such bodies for
-    invalid: those in which it replaced a text by null where the document allows both."""
+    """Returns whether the body of a request follows the OpenAPI document. schemathesis takes some such bodies for
+    invalid: those in which it replaced a text by null where the document allows both, and forms in which it replaced a
+    value by a list with this value, which is sent in the same way."""
     document = case.operation.schema.raw_schema
     body = document["paths"][case.operation.path][case.operation.method].get("requestBody")
-    if body is None or case.media_type != "application/json":
+    if body is None or case.media_type not in body["content"]:
         return False
-    schema = {**body["content"]["application/json"]["schema"], "components": document["components"]}
-    return jsonschema.Draft202012Validator(schema).is_valid(case.body)
+    schema = {**body["content"][case.media_type]["schema"], "components": document["components"]}
+    sent = case.body
+    if case.media_type == "multipart/form-data" and isinstance(sent, dict):
+        alone = {
+            name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in sent.items()
+        }
+        sent = {name: "" if isinstance(value, bytes) else value for name, value in alone.items()}
+    return jsonschema.Draft202012Validator(schema).is_valid(sent)
+
+
+def _in_form(value: Any) -> Any:
+    """Returns the value of a form's field as JSON has it: a text for a file, and the value alone for a list of one."""
+    if isinstance(value, list) and len(value) == 1:
+        return _in_form(value[0])
+    return "" if isinstance(value, bytes) else value
 
 
 def _run(operation: Any, mode: GenerationMode, number: int, random_seed: int, check: Callable[[Any], None]) -> None:

@@ -84,6 +84,8 @@ class PrefixCounts:
         if not seq.request.cache.read:
             self.read_disabled += seq.num_prompt
             return
+        if not seq.reads_cache:
+            return
         self.queries += seq.num_prompt
         self.hits += seq.num_cached
         # `hit` may also count generated tokens, which `left` excludes from the counts below
@@ -98,7 +100,7 @@ class PrefixCounts:
 def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) -> CacheReport:
     """Returns the explanation for a sequence that starts with the cached prefix `hit`."""
     used = seq.num_cached
-    found = hit if seq.reads_cache else cache.match(seq)
+    found = hit if seq.reads_cache else cache.match(seq, len(seq.tokens) - 1)
     shared, differs = cache.shared_tokens(seq, found)
     kv_tokens = min(max(shared, found.num_tokens), seq.num_prompt)
     missed: dict[MissReason, int] = {"no_state": found.missed_no_state, "evicted": found.missed_evicted}

@@ -130,12 +130,12 @@ class CacheManager:
 
     # Finding cached prefixes ------------------------------------------------------------------------------------
 
-    def match(self, seq: Sequence) -> PrefixHit:
-        """Returns the longest prefix of `seq` whose pages are all cached and at whose end a state is saved. Changes
-        nothing."""
+    def match(self, seq: Sequence, limit: int | None = None) -> PrefixHit:
+        """Returns the longest prefix of `seq` whose pages are all cached and at whose end a state is saved. The prefix has
+        at most `limit` tokens, or as many as may be reused if `limit` is None. Changes nothing."""
         if not self.enabled:
             return PrefixHit()
-        limit = seq.num_reusable
+        limit = seq.num_reusable if limit is None else limit
         hashes = self.page_keys(seq, limit // self.block_size)
         blocks: list[int] = []
         for key in hashes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -21,7 +22,7 @@ from tests.conformance.file_rows import (
     UPLOAD,
 )
 from tests.conformance.rows import Refused, Row, met
-from tests.conformance.served import Served
+from tests.conformance.served import Served, serve
 from tests.conformance.strict import check
 from tests.server.batch_client import content, line, start, until
 
@@ -96,8 +97,8 @@ async def test_a_refused_field_of_a_batch(row: Refused, client: AsyncOpenAI) -> 
     assert error.value.param == (row.param or row.field)
 
 
-async def test_the_time_of_the_results_files(served: dict[str, Served]) -> None:
-    model = served["jamba"]
+async def test_the_time_of_the_results_files(tmp_path: Path) -> None:
+    model = serve(tmp_path, "jamba-1.5")  # an application of its own, because this test ends it
     model.say(" hello")
     async with model.app.router.lifespan_context(model.app):
         api = model.api(ResponseApi)
