@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from jamba_server.engine.process.client import SupervisionStats
-from jamba_server.engine.types import EngineStats
+from jamba_server.engine.types import EngineStats, TierStats
 from jamba_server.server.config import ServerConfig, load_config
 from jamba_server.server.http.limits.edge import Edge
 from jamba_server.server.http.limits.metrics import EdgeCollector
@@ -46,7 +46,9 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 def exported_names() -> set[str]:
     """The names under which queries find the server's metrics."""
-    metrics = Metrics(SimpleNamespace(stats=EngineStats(), supervision=SupervisionStats()), model_name="m")  # pyright: ignore[reportArgumentType]
+    metrics = Metrics(
+        SimpleNamespace(stats=EngineStats(tiers=TierStats()), supervision=SupervisionStats()), model_name="m"
+    )  # pyright: ignore[reportArgumentType]
     metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig(), EngineStats)))
     metrics.registry.register(StreamCollector("m", KeptStreams.of(ServerConfig())))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}

@@ -131,8 +131,8 @@ class CacheManager:
     # Finding cached prefixes ------------------------------------------------------------------------------------
 
     def match(self, seq: Sequence, limit: int | None = None) -> PrefixHit:
-        """Returns the longest prefix of `seq` whose pages are all cached and at whose end a state is saved. The prefix has
-        at most `limit` tokens, or as many as may be reused if `limit` is None. Changes nothing."""
+        """Returns the longest prefix of `seq` whose pages are all cached and at whose end a state is saved. The prefix
+        has at most `limit` tokens, or as many as may be reused if `limit` is None. Changes nothing."""
         if not self.enabled:
             return PrefixHit()
         limit = seq.num_reusable if limit is None else limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from jamba_server.server.http.schemas.base import MAX_PIN_SECONDS, Reply, RequestBody
 from jamba_server.server.http.schemas.cache_report import JambaCache
@@ -31,6 +31,8 @@ class SessionList(Reply):
 
 
 class PinRequest(RequestBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"seconds": 600}]})
+
     seconds: Annotated[
         Annotated[float, Field(gt=0, le=MAX_PIN_SECONDS)], Field(description="How long the pin lasts, in seconds.")
     ]
@@ -44,10 +46,14 @@ class PinnedSession(SessionObject):
 
 
 class ForkRequest(RequestBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "another-ending"}]})
+
     id: Annotated[SessionName, Field(description="The name of the new session.")]
 
 
 class RewindRequest(RequestBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"responses": 1}]})
+
     responses: Annotated[
         Annotated[int, Field(ge=1)], Field(description="The number of responses to leave out at the end.")
     ] = 1
