@@ -45,7 +45,7 @@ async def test_a_field_changes_what_it_should(table: Table, row: Row, served: di
         streamed = await _observed(api, model, row.says, body, stream=True)
         assert api.same(streamed.reply) == api.same(found.reply)
         assert streamed.engine == found.engine
-    if api.count_path and row.unstreamed:
+    if api.count_path and row.unstreamed and row.field != "session":  # a session has gone on meanwhile
         await _check_count(table, api, body, found.engine[0]["prompt"])
 
 

@@ -39,6 +39,14 @@ async def test_a_session_continues_its_last_response(bench: Bench, tokenizer: To
         assert [s["id"] for s in (await http.get("/v1/sessions")).json()["data"]] == ["other", "talk"]
 
 
+@pytest.mark.parametrize(("action", "body"), [("fork", {"id": "new"}), ("rewind", {}), ("pin", {"seconds": 5})])
+async def test_unknown_fields_are_ignored_visibly(bench: Bench, action: str, body: dict[str, Any]) -> None:
+    async with bench.http() as http:
+        await respond(http, "a", session="talk")
+        reply = await http.post(f"/v1/sessions/talk/{action}", json={**body, "unheard_of": 1})
+        assert (reply.status_code, reply.headers.get("x-ignored-fields")) == (200, "unheard_of")
+
+
 async def test_fork_rewind_and_delete(bench: Bench, tokenizer: Tokenizer) -> None:
     async with bench.http() as http:
         ids = [(await respond(http, text, session="talk"))["id"] for text in "abc"]
