@@ -36,14 +36,14 @@ class Download(msgspec.Struct, frozen=True):
     with this quantisation, or the usual one if `quantization` is "".
 
     The files that are downloaded are compared with the hub's checksums. With `check_all` so are those that were in the
-    local cache before. With `list_only` the answer is Listed, and nothing is downloaded."""
+    local cache before. With `with_list` the answer is Listed instead of Done."""
 
     name: str
     revision: str | None
     patterns: list[str]
     quantization: str | None = None
     check_all: bool = False
-    list_only: bool = False
+    with_list: bool = False
 
 
 class HubFile(msgspec.Struct, frozen=True):
@@ -69,9 +69,11 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Listed(msgspec.Struct, frozen=True, tag=True):
-    """Message of the download process: all files of a model on the hub. Nothing was downloaded."""
+    """Message of the download process: all files of a model on the hub. The files that the order wants are in
+    `folder`."""
 
     files: list[HubFile]
+    folder: str
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -101,18 +103,18 @@ def download(
     With `check_all`, files that were in the cache before are compared with the hub's checksums too. Raises
     CheckpointError with one sentence that says what to do."""
     done = _ask(Download(name, revision, patterns, quantization, check_all=check_all))
-    assert isinstance(done, Done), "only an order with `list_only` is answered by Listed"
+    assert isinstance(done, Done), "only an order with `with_list` is answered by Listed"
     if len(done.found) > 1 and not quantization:
         logger.info("%s has the quantisations %s; %s is taken", name, ", ".join(done.found), done.file)
     return Path(done.folder) / done.file
 
 
-def list_files(name: str, revision: str | None) -> list[HubFile]:
-    """Returns all files that the hub id `name` has on the hub. Raises CheckpointError with one sentence that says what
-    to do."""
-    listed = _ask(Download(name, revision, [], list_only=True))
-    assert isinstance(listed, Listed), "an order with `list_only` is never answered by Done"
-    return listed.files
+def list_files(name: str, revision: str | None, patterns: list[str]) -> tuple[list[HubFile], Path]:
+    """Returns all files that the hub id `name` has on the hub, and the folder with those that match `patterns`, which
+    are downloaded. Raises CheckpointError with one sentence that says what to do."""
+    listed = _ask(Download(name, revision, patterns, with_list=True))
+    assert isinstance(listed, Listed), "an order with `with_list` is never answered by Done"
+    return listed.files, Path(listed.folder)
 
 
 def _ask(wanted: Download) -> Done | Listed:

@@ -184,11 +184,12 @@ def blob_of(path: Path) -> Path | None:
 
 
 def list_files(wanted: Download) -> Listed:
-    """Returns the names and sizes of all files of a model on the hub."""
+    """Asks for the names and sizes of all files of a model on the hub, then downloads those that `wanted` names."""
     hub = HfApi()
     commit = hub.model_info(wanted.name, revision=wanted.revision).sha
     tree = hub.list_repo_tree(wanted.name, recursive=True, revision=commit)
-    return Listed([HubFile(entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile)])
+    files = [HubFile(entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile)]
+    return Listed(files, str(fetch(wanted)))
 
 
 def describe(error: Exception, wanted: Download) -> str:
@@ -223,7 +224,7 @@ def describe(error: Exception, wanted: Download) -> str:
                 f"The disk of the hub cache {constants.HF_HUB_CACHE} is full, so {shown} is not complete: free some "
                 "space and run the command again; complete files are not downloaded again."
             )
-        case HTTPError() if wanted.list_only:
+        case HTTPError() if wanted.with_list:
             return f"{hub} cannot be asked for the files of {shown}: {text.rstrip('.')}."
         case HTTPError() | OSError():
             return (
@@ -243,7 +244,7 @@ def refused(shown: str, error: HfHubHTTPError) -> str:
 
 def answer(wanted: Download) -> Done | Listed:
     """Carries out an order and returns the final message."""
-    if wanted.list_only:
+    if wanted.with_list:
         return list_files(wanted)
     if wanted.quantization is not None:
         return fetch_gguf(wanted, wanted.quantization)

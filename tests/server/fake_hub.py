@@ -17,10 +17,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What it has and how it behaves. Like the real hub it names files that end in .safetensors or .gguf by their SHA-256
-    checksums; a file in `damaged` comes with other bytes than those of the checksum. `gated` refuses all files, but not
-    their list; `sizes` has false sizes of files. `stalls` names a file of which only the first half comes until `go_on` is set,
-    `cuts` one after whose first half the connection is closed, once. `strange` is the answer to everything."""
+    """What it has and how it behaves. Like the real hub it names files that end in .safetensors or .gguf by their
+    SHA-256 checksums; a file in `damaged` comes with other bytes than those of its checksum. `gated` refuses all files,
+    but not their list. `sizes` has false sizes of files. `stalls` names a file of which only the first half comes until
+    `go_on` is set, `cuts` one after whose first half the connection is closed, once. `strange` is the answer to
+    everything."""
 
     files: Mapping[str, bytes]
     stalls: str | None = None
@@ -66,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, hub.strange, {"Content-Type": "application/json"}, body=body)
         elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
             self._send(200, json.dumps(hub.tree()).encode(), {"Content-Type": "application/json"}, body=body)
-        elif path in (f"/api/models/{REPOSITORY}", f"/api/models/{REPOSITORY}/revision/main"):
+        elif path in (prefix := f"/api/models/{REPOSITORY}", *(f"{prefix}/revision/{name}" for name in ("main", COMMIT))):
             self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT}).encode(), {}, body=body)
         elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body=body)
