@@ -67,7 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, hub.strange, {"Content-Type": "application/json"}, body=body)
         elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
             self._send(200, json.dumps(hub.tree()).encode(), {"Content-Type": "application/json"}, body=body)
-        elif path in (prefix := f"/api/models/{REPOSITORY}", *(f"{prefix}/revision/{name}" for name in ("main", COMMIT))):
+        elif path in (
+            prefix := f"/api/models/{REPOSITORY}",
+            *(f"{prefix}/revision/{name}" for name in ("main", COMMIT)),
+        ):
             self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT}).encode(), {}, body=body)
         elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body=body)

@@ -17,6 +17,8 @@ from jamba_server.engine.errors import CheckpointError
 from jamba_server.server.cli.application import app
 from jamba_server.server.cli.models import cached, removal
 from jamba_server.server.demo import demo_folder
+from tests.gguf_file import write_gguf
+from tests.tiny import save_tiny
 
 OLD, NEW = "0" * 39 + "1", "f" * 40
 GB = 10**9
@@ -29,7 +31,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(cached, "find_memory", memory)
-    monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 
@@ -83,7 +84,15 @@ def test_what_the_cache_holds(cache: Path) -> None:
     assert (rows["org/whole"]["revision"], rows["org/whole"]["refs"]) == (NEW, ["main"])
     text = jamba("list")
     assert "org/whole" in text and "ffffffff (main)" in text and "17.7 MB" in text
-    assert 'org/other: cannot be loaded: ' in text and 'model_type is "llama"' in text
+    assert "org/other: cannot be loaded: " in text and 'model_type is "llama"' in text
+
+
+def test_a_gguf_file_is_listed_with_its_quantisation(cache: Path) -> None:
+    save_tiny(cache)
+    file = write_gguf(cache / "model.gguf", cache, lambda name: "Q8_0")
+    store(cache, "org/demo-GGUF", {"demo-Q8_0.gguf": file.read_bytes()})
+    row = listed()["org/demo-GGUF:Q8_0"]
+    assert (row["architecture"], row["quantization"], row["fits"]) == ("JambaForCausalLM", "Q8_0", "yes")
 
 
 def test_a_model_that_is_too_large_says_why(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,6 @@ def test_check_finds_what_was_damaged_on_the_disk(pull: Pull, tmp_path: Path) ->
         data = bytearray(blob.read_bytes())
         data[-1] ^= 1
         blob.write_bytes(data)
-        assert pull(at, REPOSITORY)[0] == 0, "without --check nothing is read again"
         assert "has the SHA-256 checksum" in one_sentence(pull(at, REPOSITORY, "--check"))
         assert not blob.exists()
 
@@ -166,5 +165,5 @@ def test_revisions_and_paths(pull: Pull, tmp_path: Path) -> None:
 
 
 def test_pickles_have_no_weights_that_are_read() -> None:
-    with pytest.raises(CheckpointError, match="has no safetensors files; pytorch_model.bin would have to be converted"):
+    with pytest.raises(CheckpointError, match=r"no safetensors files; pytorch_model\.bin would have to be converted"):
         select(REPOSITORY, [HubFile("pytorch_model.bin", 5), HubFile("config.json", 2)], None)

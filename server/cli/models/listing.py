@@ -26,6 +26,7 @@ from jamba_server.server.cli.models.cached import (
 from jamba_server.server.cli.settings import with_options
 from jamba_server.server.config import ServerConfig
 
+WIDTH = 400  # characters; a row stays one line, which a narrow terminal wraps, so that names can be copied
 HASH_SHOWN = 8  # characters of a commit's hash that the table shows; `jamba rm --revision` takes as many
 
 
@@ -59,20 +60,19 @@ def list_models(
     if not rows:
         typer.echo(f"The hub cache {constants.HF_HUB_CACHE} holds no models; `jamba pull MODEL` downloads one.")
         return
-    console = Console()
-    console.print(table(rows, machine))
+    Console(width=WIDTH).print(table(rows))
     for row in rows:
         if row.description.reason:
-            line = f"{row.model.id}: {row.description.fits}: {row.description.reason}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    typer.echo(f"{constants.HF_HUB_CACHE}: {filesize.decimal(sum(r.size_on_disk for r in model_repositories(cache)))}")
-
-
-def table(rows: list[Row], machine: Machine) -> Table:
-    """Returns a table with one row for each model. Its last column refers to the memory of `machine`."""
-    result = Table(box=SIMPLE_HEAD, pad_edge=False)
+            typer.echo(f"{row.model.id}: {row.description.fits}: {row.description.reason}")
+    size = filesize.decimal(sum(repository.size_on_disk for repository in model_repositories(cache)))
     memory = filesize.decimal(machine.available)
-    for column in ("model", "revision", "size", "architecture", "quantisation", f"fits {memory} ({machine.device})"):
+    typer.echo(f"{size} in {constants.HF_HUB_CACHE}; a server here may use {memory} of memory ({machine.device})")
+
+
+def table(rows: list[Row]) -> Table:
+    """Returns a table with one row for each model."""
+    result = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", "revision", "size", "architecture", "quantisation", "fits"):
         result.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for row in rows:
         model, found = row.model, row.description
