@@ -88,7 +88,7 @@ def test_what_the_cache_holds(cache: Path) -> None:
 
 
 def test_a_gguf_file_is_listed_with_its_quantisation(cache: Path) -> None:
-    save_tiny(cache)
+    save_tiny(cache, hidden_size=64, mamba_dt_rank=32, intermediate_size=64)
     file = write_gguf(cache / "model.gguf", cache, lambda name: "Q8_0")
     store(cache, "org/demo-GGUF", {"demo-Q8_0.gguf": file.read_bytes()})
     row = listed()["org/demo-GGUF:Q8_0"]
