@@ -219,7 +219,7 @@ def describe(error: Exception, wanted: Download) -> str:
             return refused(shown, error)
         case OfflineModeIsEnabled():
             return f"{hub} is not asked for {shown}, because HF_HUB_OFFLINE is set."
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        case _ if is_disk_full(error):
             return (
                 f"The disk of the hub cache {constants.HF_HUB_CACHE} is full, so {shown} is not complete: free some "
                 "space and run the command again; complete files are not downloaded again."
@@ -233,6 +233,14 @@ def describe(error: Exception, wanted: Download) -> str:
             )
         case _:
             return f"{hub} answers in a way that the hub's client cannot read ({type(error).__name__}: {text})."
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Returns whether a file could not be written because the disk, or the user's part of it, is full. The library that
+    downloads large files for the hub's client says so in its text only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return f"os error {errno.ENOSPC}" in str(error)
 
 
 def refused(shown: str, error: HfHubHTTPError) -> str:

@@ -155,18 +155,17 @@ class SessionPartner(RemotePartner):
         error = event.error or (event.response and event.response.error)
         if error is not None:
             raise ChatError(error.message)
-        match event.type:
-            case "response.output_text.delta":
-                return event.delta
-            case "response.reasoning_text.delta":
-                return Reasoning(event.delta)
-            case "response.completed" | "response.incomplete":
-                kept = event.response.session if event.response else None
-                if kept != self._session:
-                    raise ChatError(
-                        f"The server has not kept this reply in the session {self._session}: it has no sessions, or "
-                        "another request has continued the session at the same time."
-                    )
+        if event.type == "response.output_text.delta":
+            return event.delta
+        if event.type == "response.reasoning_text.delta":
+            return Reasoning(event.delta)
+        if event.type in ("response.completed", "response.incomplete"):
+            kept = event.response.session if event.response else None
+            if kept != self._session:
+                raise ChatError(
+                    f"The server has not kept this reply in the session {self._session}: it has no sessions, or "
+                    "another request has continued the session at the same time."
+                )
         return None
 
     async def forget(self) -> None:

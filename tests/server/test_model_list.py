@@ -29,9 +29,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def memory(*_: object) -> tuple[str, int]:
         return "cpu", 4 * GB
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(cached, "find_memory", memory)
-    return tmp_path
+    return folder
 
 
 def store(cache: Path, name: str, files: Mapping[str, bytes], commit: str = NEW, ref: str | None = "main") -> Path:
@@ -88,8 +90,8 @@ def test_what_the_cache_holds(cache: Path) -> None:
 
 
 def test_a_gguf_file_is_listed_with_its_quantisation(cache: Path) -> None:
-    save_tiny(cache, hidden_size=64, mamba_dt_rank=32, intermediate_size=64)
-    file = write_gguf(cache / "model.gguf", cache, lambda name: "Q8_0")
+    save_tiny(cache.parent, hidden_size=64, mamba_dt_rank=32, intermediate_size=64)
+    file = write_gguf(cache.parent / "model.gguf", cache.parent, lambda name: "Q8_0")
     store(cache, "org/demo-GGUF", {"demo-Q8_0.gguf": file.read_bytes()})
     row = listed()["org/demo-GGUF:Q8_0"]
     assert (row["architecture"], row["quantization"], row["fits"]) == ("JambaForCausalLM", "Q8_0", "yes")
@@ -109,6 +111,15 @@ def test_an_empty_cache_is_no_error(cache: Path) -> None:
     assert jamba("list") == f"The hub cache {cache} holds no models; `jamba pull MODEL` downloads one.\n"
     cache.rmdir()
     assert json.loads(jamba("list", "--json")) == []
+
+
+def test_what_is_no_model_in_the_cache_is_named(cache: Path) -> None:
+    (cache / "models--org--torn").mkdir()
+    store(cache, "gpt2", demo("config.json"))
+    text = jamba("list")
+    assert "A part of the cache cannot be read: Snapshots dir doesn't exist in cached repo" in text
+    assert "gpt2 " in text
+    assert jamba("rm", "gpt2", "--yes").startswith("deleted gpt2: 802 bytes")
 
 
 def test_rm_asks_and_says_what_was_freed(cache: Path) -> None:

@@ -12,8 +12,8 @@ from huggingface_hub import CachedRepoInfo, CachedRevisionInfo, HFCacheInfo, con
 from rich import filesize
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.server.cli.checkpoint import is_local, split_hub_id
-from jamba_server.server.cli.gguf_choice import NoSuchFile, choose
+from jamba_server.server.cli.checkpoint import is_local
+from jamba_server.server.cli.gguf_choice import NoSuchFile, choose, split_name
 from jamba_server.server.cli.models.cached import gguf_files, model_repositories, scan
 
 MIN_HASH = 6  # a revision may be named by at least so many characters of its commit's hash
@@ -73,7 +73,7 @@ def _named(model: str, revisions: Sequence[CachedRevisionInfo]) -> str:
 def plan_removal(cache: HFCacheInfo | None, model: str, revision: str | None) -> Removal:
     """Returns what is deleted for the hub id `model`, of one revision or of all. Raises CheckpointError if the cache
     has no such model."""
-    hub_id, quantization = split_hub_id(model)
+    hub_id, quantization = split_name(model)
     repository = next((repo for repo in model_repositories(cache) if repo.repo_id == hub_id), None)
     if repository is None:
         raise CheckpointError(
