@@ -18,13 +18,16 @@ from jamba_server.engine.process.standard_streams import open_missing_streams
 from jamba_server.server.options import PANELS
 from jamba_server.server.version import package_version
 
-# Maps the name of each command to the Python module that implements the command. The module's main function has the
-# command's name, with underscores.
+# Maps the name of each command to the Python module that implements the command. The module's main function is named
+# after a colon; otherwise it has the command's name, with underscores.
 MODULES: Final[Mapping[str, str]] = {
     "serve": "jamba_server.server.cli.serve",
     "run": "jamba_server.server.cli.run",
     "chat": "jamba_server.server.cli.chat",
     "run-batch": "jamba_server.server.cli.run_batch.command",
+    "pull": "jamba_server.server.cli.models.pull",
+    "list": "jamba_server.server.cli.models.listing:list_models",
+    "rm": "jamba_server.server.cli.models.removal:remove",
     "plan": "jamba_server.server.cli.plan",
     "bench": "jamba_server.server.cli.bench.command",
     "doctor": "jamba_server.server.cli.doctor",
@@ -72,7 +75,8 @@ class Commands(Mapping[str, Any]):
     name is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        function = getattr(import_module(MODULES[name]), name.replace("-", "_"))
+        module, _, main = MODULES[name].partition(":")
+        function = getattr(import_module(module), main or name.replace("-", "_"))
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         alone.command(name, cls=Command)(function)
         return typer.main.get_command(alone)

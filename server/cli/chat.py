@@ -7,40 +7,35 @@ import asyncio
 import functools
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import httpx
-import msgspec
 import typer
 from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError, JambaError
-from jamba_server.server.cli.bench.client import EventDecoder, error_message
 from jamba_server.server.cli.checkpoint import find_checkpoint
 from jamba_server.server.cli.history import history_file, line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
 from jamba_server.server.cli.log import configure_logging
+from jamba_server.server.cli.prompt_flags import Document, Schema, System, read_document, read_schema, with_document
+from jamba_server.server.cli.remote import Messages, Piece, RemotePartner, SessionPartner
 from jamba_server.server.cli.sampling_flags import with_sampling
 from jamba_server.server.cli.settings import LOCAL, with_options
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.text.parts import Reasoning
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
 HTTP_TIMEOUT = httpx.Timeout(10.0, read=None)  # connecting may take at most 10 s; a reply may take any time
-# Time limit in seconds for the server's first answer. A server that is still loading its model can delay the answer by
-# the time of its option --startup-wait, 30 s by default. The limit must exceed that time.
-PROBE_SECONDS = 60.0
+HELP = "/system TEXT sets the system message, /reset forgets the conversation, /exit ends; Ctrl-C stops a reply."
 _ADDRESS = re.compile(
     r"([\w.-]+|\[[0-9a-f:]+\]):\d+(/.*)?", re.IGNORECASE
 )  # matches a server's address without http://, such as localhost:8000 or [::1]:8000/v1
 
-Messages = list[dict[str, str]]
-Piece = str | Reasoning  # a piece of a reply: text, or the model's thoughts
 Target = Annotated[
     str,
     typer.Argument(
@@ -49,8 +44,16 @@ Target = Annotated[
 ]
 
 
-class ChatError(JambaError):
-    """Raised if the server sends an error instead of a reply, or does not answer."""
+Session = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        metavar="NAME",
+        help="Name under which the server keeps the conversation, to go on later  [default: none]",
+        show_default=False,
+    ),
+]
+_SESSION = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Partner(Protocol):
@@ -60,89 +63,29 @@ class Partner(Protocol):
         """Yields the assistant's next message in pieces, each as soon as it is generated. Raises JambaError."""
         ...
 
+    async def forget(self) -> None:
+        """Forgets what the partner itself keeps of the conversation. Raises JambaError."""
+        ...
+
 
 class LocalPartner:
     """A model that `jamba chat` has loaded in its own process."""
 
-    def __init__(self, model: LocalModel, sampling: Sampling) -> None:
-        self._model, self._sampling = model, sampling
+    def __init__(self, model: LocalModel, sampling: Sampling, schema: dict[str, Any] | None = None) -> None:
+        self._model, self._sampling, self._schema = model, sampling, schema
 
     def reply(self, messages: Messages) -> AsyncGenerator[Piece]:
-        return self._model.chat(messages, self._sampling)
+        return self._model.chat(messages, self._sampling, schema=self._schema)
 
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _Delta
-
-
-class _Error(msgspec.Struct):
-    message: str
-
-
-class _Event(msgspec.Struct):
-    choices: list[_Choice] = msgspec.field(default_factory=list[_Choice])
-    error: _Error | None = None
-
-
-class RemotePartner:
-    """A server with OpenAI's chat API. The requests name no model, so the server's default model replies."""
-
-    def __init__(self, http: httpx.AsyncClient, sampling: Sampling) -> None:
-        self._http, self._sampling = http, sampling
-
-    async def check(self) -> None:
-        """Raises ChatError unless a server answers at the URL and accepts the API key."""
-        try:
-            response = await self._http.get("/v1/models", timeout=PROBE_SECONDS)
-        except httpx.HTTPError as error:
-            raise self._no_answer(error) from error
-        if response.is_error:
-            raise ChatError(f"{response.url} answers {response.status_code}: {error_message(response)}")
-
-    def _no_answer(self, error: httpx.HTTPError) -> ChatError:
-        return ChatError(
-            f"No server answers at {self._http.base_url} ({error!r}). Start one with `jamba serve`, or name a model."
-        )
-
-    async def reply(self, messages: Messages) -> AsyncGenerator[Piece]:
-        body = {"messages": messages, "stream": True, **self._sampling.given}
-        decoder = EventDecoder()
-        try:
-            async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.is_error:
-                    await response.aread()
-                    raise ChatError(f"{response.url} answers {response.status_code}: {error_message(response)}")
-                async for chunk in response.aiter_bytes():
-                    for data in decoder.feed(chunk):
-                        for piece in _pieces(data):
-                            yield piece
-        except httpx.HTTPError as error:
-            raise self._no_answer(error) from error
-
-
-def _pieces(data: bytes) -> Iterator[Piece]:
-    """Yields what an event of a stream adds to the reply. Raises ChatError for an error event."""
-    if data == b"[DONE]":
-        return
-    event = msgspec.json.decode(data, type=_Event)
-    if event.error is not None:
-        raise ChatError(event.error.message)
-    for choice in event.choices:
-        if choice.delta.reasoning:
-            yield Reasoning(choice.delta.reasoning)
-        if choice.delta.content:
-            yield choice.delta.content
+    async def forget(self) -> None:
+        """Does nothing, because the model keeps nothing of the conversation but its prefix cache."""
 
 
 class Conversation:
     """The messages of the user and the assistant in one chat. The argument `write` is a function that shows text to the
     user, and `write_thoughts` one that shows the model's thoughts, which do not become part of the messages.
 
+    The text `document` is put before the first message of the user.
     If `interactive` is true, an error is shown to the user and the chat goes on. Otherwise the error is raised.
     """
 
@@ -154,10 +97,12 @@ class Conversation:
         *,
         interactive: bool = True,
         write_thoughts: Callable[[str], None] | None = None,
+        document: str | None = None,
     ) -> None:
         self._write_thoughts = write_thoughts or write
         self._partner, self._write, self._system, self._interactive = partner, write, system, interactive
         self._turns: Messages = []
+        self._document = document
 
     @property
     def messages(self) -> Messages:
@@ -176,20 +121,32 @@ class Conversation:
             case "/help":
                 self._write(f"{HELP}\n")
             case "/reset":
-                self._turns = []
+                await self._forget(self._system)
             case "/system":
-                self._turns, self._system = [], argument.strip() or None
+                await self._forget(argument.strip() or None)
             case _ if command.startswith("/"):
                 self._write(f"{command} is not a command. {HELP}\n")
             case _:
                 await self._answer(line)
         return True
 
+    async def _forget(self, system: str | None) -> None:
+        """Begins a new conversation with the system message `system`. After an error the old one goes on."""
+        try:
+            await self._partner.forget()
+        except JambaError as error:
+            if not self._interactive:
+                raise
+            self._write(f"[{error}]\n")
+            return
+        self._turns, self._system = [], system
+
     async def _answer(self, line: str) -> None:
         """Adds the user's message and the reply to the conversation. If the reply is interrupted, the text received
         before the interruption is kept. After an error neither the user's message nor the reply is kept."""
         before, pieces, has_thoughts = self._turns, list[str](), False
-        self._turns = [*before, {"role": "user", "content": line}]
+        content = line if before else with_document(self._document, line)
+        self._turns = [*before, {"role": "user", "content": content}]
         try:
             async with aclosing(self._partner.reply(self.messages)) as reply:
                 async for piece in reply:
@@ -219,32 +176,51 @@ def chat(
     config: ServerConfig,
     sampling: Sampling,
     target: Target = DEFAULT_URL,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="System message  [default: none]", show_default=False)
-    ] = None,
+    system: System = None,
+    schema: Schema = None,
+    file: Document = None,
+    session: Session = None,
 ) -> None:
     """Talk in the terminal to a running server, or to a model that this command loads."""
     configure_logging("WARNING")
     interactive = sys.stdin.isatty()
+    form, document = read_schema(schema), read_document(file)
+    url = server_url(target)
+    if session is not None:
+        _check_session(session, url)
     folder = None  # the folder of the model to load; stays None if a server replies
-    if (url := server_url(target)) is None:
+    if url is None:
         config = replace(config, model=target)
         # A running event loop would delay Ctrl-C, so the model is downloaded before the loop starts.
         folder = find_checkpoint(config).folder
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:
-            opened = _load(config, folder, sampling) if folder else _connect(config, url or "", sampling)
+            opened = (
+                _load(config, folder, sampling, form)
+                if folder
+                else _connect(config, url or "", sampling, form, session)
+            )
             partner = runner.run(stack.enter_async_context(opened))
             write = functools.partial(print, end="", flush=True)
             dim = _write_dimmed if sys.stdout.isatty() else None
-            conversation = Conversation(partner, write, system, interactive=interactive, write_thoughts=dim)
+            conversation = Conversation(
+                partner, write, system, interactive=interactive, write_thoughts=dim, document=document
+            )
             if interactive:
                 Console(stderr=True).print(HELP, style="dim", markup=False, highlight=False)
             with line_editing(history_file()) if interactive else nullcontext():
                 _converse(runner, conversation, "> " if interactive else "")
         finally:
             runner.run(stack.aclose())
+
+
+def _check_session(name: str, url: str | None) -> None:
+    """Raises ConfigError if `name` is no name of a session, or if no server would keep the session."""
+    if url is None:
+        raise ConfigError(f"--session {name} needs the URL of a server; a model loaded by this command keeps none.")
+    if _SESSION.fullmatch(name) is None:
+        raise ConfigError(f"--session is {name!r}; it must have 1 to 64 letters, digits, dots, dashes or underscores.")
 
 
 def _write_dimmed(text: str) -> None:
@@ -266,19 +242,27 @@ def server_url(target: str) -> str | None:
 
 
 @asynccontextmanager
-async def _load(config: ServerConfig, folder: Path, sampling: Sampling) -> AsyncGenerator[Partner]:
+async def _load(
+    config: ServerConfig, folder: Path, sampling: Sampling, schema: dict[str, Any] | None
+) -> AsyncGenerator[Partner]:
     async with LocalModel.open(config, folder, Console(stderr=True)) as model:
-        yield LocalPartner(model, sampling)
+        yield LocalPartner(model, sampling, schema)
 
 
 @asynccontextmanager
-async def _connect(config: ServerConfig, url: str, sampling: Sampling) -> AsyncGenerator[Partner]:
+async def _connect(
+    config: ServerConfig, url: str, sampling: Sampling, schema: dict[str, Any] | None, session: str | None
+) -> AsyncGenerator[Partner]:
     async with httpx.AsyncClient(
         base_url=url.rstrip("/").removesuffix("/v1"),
         headers={"Authorization": f"Bearer {config.api_key[0]}"} if config.api_key else {},
         timeout=HTTP_TIMEOUT,
     ) as http:
-        partner = RemotePartner(http, sampling)
+        partner = (
+            RemotePartner(http, sampling, schema)
+            if session is None
+            else SessionPartner(http, sampling, schema, session)
+        )
         await partner.check()
         yield partner
 

@@ -18,6 +18,10 @@ from jamba_server.server.demo import demo_folder
 CONFIG_FILES = ("config.json", "generation_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+# The files of a model that a server needs. The index of the weights tells whether the output head is separate from the
+# embedding, so it belongs to the configuration.
+CONFIG_PATTERNS = (*CONFIG_FILES, INDEX_FILE)
+PATTERNS = (*CONFIG_PATTERNS, *TEXT_FILES, *WEIGHT_FILES)
 DEMO_NAME = "jamba-demo"
 _NAME_SHOWN = 200  # maximum number of characters that an error message quotes from a model's name
 
@@ -49,23 +53,26 @@ def find_checkpoint(config: ServerConfig, *, config_only: bool = False) -> Check
         if config.revision is not None:
             raise CheckpointError(f"--revision {config.revision} is for hub ids, but {config.model} is a local path.")
         return Checkpoint(folder, folder.stem if folder.is_file() else folder.resolve().name)
-    hub_id, quantization = split_name(config.model)
-    if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
-        raise CheckpointError(f"There is no folder {config.model}, and a hub id has the form ORGANISATION/NAME.")
+    hub_id, quantization = split_hub_id(config.model)
     if quantization is not None:
         file = download(hub_id, config.revision, [], quantization)
         load_model_config(file)
         return Checkpoint(file, config.model)
-    patterns = [
-        *CONFIG_FILES,
-        INDEX_FILE,
-    ]  # the index of the weights is needed too: it tells whether the output head is separate from the embedding
+    patterns = [*CONFIG_PATTERNS]
     if not config_only:
         patterns += TEXT_FILES
         patterns += () if config.load_format == "dummy" else WEIGHT_FILES
     folder = download(config.model, config.revision, patterns)
     load_model_config(folder)
     return Checkpoint(folder, config.model)
+
+
+def split_hub_id(model: str) -> tuple[str, str | None]:
+    """Returns the hub id in `model`, and the quantisation that it asks for, as `gguf_choice.split_name` explains.
+    Raises CheckpointError if `model` has not the form of a hub id."""
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"There is no folder {model[:_NAME_SHOWN]}, and a hub id has the form ORGANISATION/NAME.")
+    return split_name(model)
 
 
 def is_local(path: Path) -> bool:

@@ -32,9 +32,7 @@ def choose(files: Iterable[str], wanted: str) -> tuple[list[str], list[str]]:
     """Returns the names of the file with the quantisation `wanted` (of all its pieces, if the file is split), and the
     names of all quantisations. If `wanted` is "", the quantisation DEFAULT is chosen, or the only one that exists.
     Raises NoSuchFile if there is no such file."""
-    found: dict[str, list[str]] = {}
-    for file in sorted(files):
-        found.setdefault(_quantization(file), []).append(file)
+    found = quantizations(files)
     tags = list(found)
     if not found:
         raise NoSuchFile("it has no GGUF files")
@@ -45,6 +43,15 @@ def choose(files: Iterable[str], wanted: str) -> tuple[list[str], list[str]]:
         problem = f"it has no quantisation {wanted}" if wanted else f"it has no {DEFAULT}, which is taken by default"
         raise NoSuchFile(f"{problem}; name one of {listed} after a colon")
     return found[tag], tags
+
+
+def quantizations(files: Iterable[str]) -> dict[str, list[str]]:
+    """Maps each quantisation among the GGUF files `files` to the name of its file, or to the names of its pieces in
+    order."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(files):
+        found.setdefault(_quantization(file), []).append(file)
+    return found
 
 
 def _quantization(file: str) -> str:

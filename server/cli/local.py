@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError, EngineFailed
@@ -22,6 +24,8 @@ from jamba_server.server.http.generation import Prompt
 from jamba_server.server.http.sampling import admit_prompt
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.detokenizer import Detokenizer
+from jamba_server.server.text.grammars.builder import GrammarBuilder, grammar_builder
+from jamba_server.server.text.grammars.types import OutputFormat, ReasoningGrammar
 from jamba_server.server.text.parts import Part, Reasoning, Text, ToolCall
 from jamba_server.server.text.reasoning import ReasoningFilter
 from jamba_server.server.text.reply_style import find_reply_style
@@ -61,6 +65,7 @@ class LocalModel:
     ) -> None:
         self.engine, self.tokenizer, self.template, self.defaults = engine, tokenizer, template, defaults
         self._num_requests = 0
+        self._grammars: GrammarBuilder | None = None  # made for the first reply that has to follow a schema
 
     @classmethod
     @asynccontextmanager
@@ -82,12 +87,19 @@ class LocalModel:
             except BaseException:
                 await client.close()
                 raise
+        model = cls(client, tokenizer, template, defaults)
         try:
             for warning in info.warnings:
                 logger.warning("%s", warning)
-            yield cls(client, tokenizer, template, defaults)
+            yield model
         finally:
             await client.close()
+            model.close()
+
+    def close(self) -> None:
+        """Ends the processes that check grammars. The engine is closed by whoever has started it."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     async def stream(
         self,
@@ -96,16 +108,16 @@ class LocalModel:
         *,
         save_positions: tuple[int, ...] = (),
         strip_leading_space: bool = False,
+        grammar: str = "",
     ) -> AsyncGenerator[str]:
         """Yields the text with which the model continues the prompt `token_ids`, in pieces as the engine generates
         them.
 
-        `save_positions` are the offsets in the prompt after which the recurrent state is saved. Raises RequestRejected,
-        EngineDead and EngineFailed.
+        `save_positions` are the offsets in the prompt after which the recurrent state is saved. The text follows
+        `grammar` unless it is "". Raises RequestRejected, EngineDead and EngineFailed.
         """
-        prompt = admit_prompt(
-            token_ids, sampling.params(self.defaults), self.engine, param="prompt", save_positions=save_positions
-        )
+        params = msgspec.structs.replace(sampling.params(self.defaults), grammar=grammar)
+        prompt = admit_prompt(token_ids, params, self.engine, param="prompt", save_positions=save_positions)
         detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=True, strip_leading_space=strip_leading_space)
         async with self.engine.generate([self._request(prompt)]) as updates:
             async for update in updates:
@@ -115,21 +127,39 @@ class LocalModel:
                 yield detokenizer.push(update.token_ids[:-1] if stop else update.token_ids)
         yield detokenizer.finish()
 
-    async def chat(self, messages: list[dict[str, str]], sampling: Sampling) -> AsyncGenerator[str | Reasoning]:
+    def grammar(
+        self, schema: dict[str, Any] | None, reasoning: ReasoningGrammar | None = None, *, leading_space: bool = False
+    ) -> str:
+        """Returns the grammar of a reply whose content follows the JSON schema, or "" without a schema. The method
+        blocks while another process checks the schema. Raises RequestRejected if it cannot be enforced."""
+        if schema is None:
+            return ""
+        if self._grammars is None:
+            self._grammars = grammar_builder(self.tokenizer)
+        form = OutputFormat(kind="json_schema", value=schema, param="--schema")
+        return self._grammars.build(form, reasoning=reasoning, leading_space=leading_space)
+
+    async def chat(
+        self, messages: list[dict[str, str]], sampling: Sampling, *, schema: dict[str, Any] | None = None
+    ) -> AsyncGenerator[str | Reasoning]:
         """Yields the assistant's next message in pieces as the engine generates them. The model's thoughts are pieces
-        of the class `Reasoning`. Raises ConfigError if the model
-        has no chat template, and every error that `stream` raises."""
+        of the class `Reasoning`. The other pieces together follow the JSON schema, if there is one. Raises ConfigError
+        if the model has no chat template, and every error that `stream` raises."""
         if self.template is None:
             raise ConfigError("This model has no chat template: give one with --chat-template, or use `jamba run`.")
         chat = self.template.render(messages)
+        thinks = find_reply_style(self.template, self.tokenizer).reasoning
+        reasoning = ReasoningGrammar(opened=chat.opens_reasoning) if thinks else None
+        space = chat.strip_leading_space
         stream = self.stream(
             chat.prompt_ids,
             sampling,
             save_positions=chat.save_positions,
-            strip_leading_space=chat.strip_leading_space,
+            strip_leading_space=space,
+            grammar=await asyncio.to_thread(self.grammar, schema, reasoning, leading_space=space),
         )
         async with aclosing(stream) as pieces:
-            if not find_reply_style(self.template, self.tokenizer).reasoning:
+            if not thinks:
                 async for piece in pieces:
                     yield piece
                 return

@@ -17,12 +17,18 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What it has and how it behaves. `stalls` names a file of which only the first half comes until `go_on` is set,
-    `cuts` one after whose first half the connection is closed, once. `strange` is the answer to everything."""
+    """What it has and how it behaves. Like the real hub it names files that end in .safetensors or .gguf by their
+    SHA-256 checksums; a file in `damaged` comes with other bytes than those of its checksum. `gated` refuses all files,
+    but not their list. `sizes` has false sizes of files. `stalls` names a file of which only the first half comes until
+    `go_on` is set, `cuts` one after whose first half the connection is closed, once. `strange` is the answer to
+    everything."""
 
     files: Mapping[str, bytes]
     stalls: str | None = None
     cuts: str | None = None
+    damaged: set[str] = field(default_factory=set[str])
+    gated: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     refusal: tuple[int, dict[str, str]] | None = None
     strange: bytes | None = None
     url: str = ""
@@ -32,9 +38,12 @@ class Hub:
 
     def tree(self) -> list[dict[str, Any]]:
         return [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            {"type": "file", "path": name, "size": self.size(name), "oid": hashlib.sha1(data).hexdigest()}
             for name, data in self.files.items()
         ]
+
+    def size(self, name: str) -> int:
+        return self.sizes.get(name, len(self.files[name]))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -58,7 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, hub.strange, {"Content-Type": "application/json"}, body=body)
         elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
             self._send(200, json.dumps(hub.tree()).encode(), {"Content-Type": "application/json"}, body=body)
-        elif path in (f"/api/models/{REPOSITORY}", f"/api/models/{REPOSITORY}/revision/main"):
+        elif path in (
+            prefix := f"/api/models/{REPOSITORY}",
+            *(f"{prefix}/revision/{name}" for name in ("main", COMMIT)),
+        ):
             self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT}).encode(), {}, body=body)
         elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body=body)
@@ -69,10 +81,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, *, body: bool) -> None:
         hub, data = self.hub, self.hub.files[name]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if not body:
-            self._send(200, data, headers, body=False)
+        kind = hashlib.sha256 if name.endswith((".safetensors", ".gguf")) else hashlib.sha1
+        headers = {"ETag": f'"{kind(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if hub.gated:
+            self._send(401, b"{}", {"X-Error-Code": "GatedRepo"}, body=body)
             return
+        if not body:
+            self._send_head(200, hub.size(name), headers)
+            return
+        if name in hub.damaged:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         wanted = self.headers.get("Range")
         hub.fetched.append((name, wanted))
         start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0

@@ -57,7 +57,7 @@ def invoke(*arguments: str) -> str:
 
 def test_help_names_every_command_and_flag() -> None:
     text = invoke("--help")
-    commands = ("serve", "run", "chat", "run-batch", "plan", "bench", "doctor", "convert")
+    commands = ("serve", "run", "chat", "run-batch", "pull", "list", "rm", "plan", "bench", "doctor", "convert")
     assert all(f"  {command} " in text for command in commands)
     assert "..." not in text.replace("[ARGS]...", ""), "a description is cut"
     text = invoke("serve", "-h")
@@ -65,7 +65,7 @@ def test_help_names_every_command_and_flag() -> None:
     assert "--gpu-memory-utilization FRACTION" in text
 
 
-@pytest.mark.parametrize("command", ["serve", "run", "chat", "plan"])
+@pytest.mark.parametrize("command", ["serve", "run", "chat", "pull", "list", "rm", "plan"])
 def test_help_shows_every_option_whole_in_its_group(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = invoke(command, "--help")

@@ -9,24 +9,18 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from jamba_server.engine.errors import ConfigError, EngineDead, RequestRejected
 from jamba_server.server.cli import application, chat
-from jamba_server.server.cli.chat import (
-    HELP,
-    ChatError,
-    Conversation,
-    LocalPartner,
-    Messages,
-    RemotePartner,
-    server_url,
-)
+from jamba_server.server.cli.chat import HELP, Conversation, LocalPartner, server_url
 from jamba_server.server.cli.history import line_editing
 from jamba_server.server.cli.local import LocalModel, Sampling
-from jamba_server.server.cli.run import reply
+from jamba_server.server.cli.remote import ChatError, Messages, RemotePartner
+from jamba_server.server.cli.run import Question, reply
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import create_app
@@ -55,6 +49,8 @@ class Parrot:
         if self.error:
             raise self.error
         yield text[1:]
+
+    async def forget(self) -> None: ...
 
 
 def converse(conversation: Conversation, *lines: str) -> list[bool]:
@@ -142,8 +138,8 @@ def test_an_interrupted_reply_stays_as_far_as_it_came() -> None:
 
 
 def test_thoughts_are_shown_but_are_no_part_of_the_messages() -> None:
-    class Thinker:
-        async def reply(self, messages: Messages) -> AsyncGenerator[str | Reasoning]:
+    class Thinker(Parrot):
+        async def reply(self, messages: Messages) -> AsyncGenerator[Any]:
             for piece in (Reasoning("so"), Reasoning(" many"), "eye", "s"):
                 yield piece
 
@@ -262,7 +258,7 @@ def test_run_uses_the_chat_template_where_there_is_one(
     model = local(engine, tokenizer, template)
 
     async def run() -> None:
-        async with aclosing(reply(model, Sampling(max_tokens=9), "Hi", raw=raw)) as pieces:
+        async with aclosing(reply(model, Sampling(max_tokens=9), Question("Hi", raw=raw))) as pieces:
             async for _ in pieces:
                 pass
 

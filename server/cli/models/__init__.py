@@ -1,0 +1,1 @@
+"""The commands `jamba pull`, `jamba list` and `jamba rm`, which manage the models in the hub cache."""
