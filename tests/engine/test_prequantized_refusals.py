@@ -100,7 +100,7 @@ DAMAGED: dict[str, tuple[str, str, Callable[[Array], Array] | None, str]] = {
         "packed int4",
         f"{Q}.weight_scale",
         None,
-        "q_proj.weight_packed [64, 8] has no place in the model",
+        "q_proj.weight_shape [2] has no place in the model",
     ),
     "negative shape": ("packed int4", f"{Q}.weight_shape", lambda a: -a, "weight_shape is [-64, -64], to which"),
     "huge shape": (
@@ -111,7 +111,12 @@ DAMAGED: dict[str, tuple[str, str, Callable[[Array], Array] | None, str]] = {
     ),
     "row scales": ("rows of 8 bits", f"{Q}.SCB", None, "has dtype torch.int8; floats of 16 bits or more are expected"),
     "block scales": ("nf4", f"{Q}.weight.absmax", None, "is missing, although other parts of this weight are there"),
-    "no state": ("nf4", f"{Q}.weight.quant_state.bitsandbytes__nf4", None, "weight has shape [2048, 1]; "),
+    "no state": (
+        "nf4",
+        f"{Q}.weight.quant_state.bitsandbytes__nf4",
+        None,
+        "weight.absmax [64] has no place in the model",
+    ),
     "nested": (
         "nf4 nested",
         f"{Q}.weight.nested_quant_map",
@@ -166,7 +171,7 @@ def test_an_impossible_state_of_a_matrix_is_refused(key: str, value: object, tmp
 
 DAMAGED_MLX: list[tuple[str, Callable[[Array], Array] | None, str]] = [
     (f"{Q}.biases", None, "q_proj.biases is missing, although other parts of this weight are there"),
-    (f"{Q}.scales", None, "q_proj.biases [64, 2] has no place in the model"),
+    (f"{Q}.scales", None, "q_proj.weight has shape [64, 8]; "),
     ("model.layers.1.feed_forward.switch_mlp.up_proj.weight", lambda a: a[0], "U32 [any, any, any] is expected"),
     ("model.layers.1.feed_forward.switch_mlp.up_proj.scales", lambda a: a[:1], "up_proj.scales is F16 [1, 128, 1]"),
     ("model.layers.1.feed_forward.switch_mlp.up_proj.scales", lambda a: a * np.inf, "scales that are infinite"),
