@@ -142,7 +142,7 @@ class Scheduler:
 
     @property
     def stats(self) -> EngineStats:
-        pages, slots, prefixes = self.cache.pages, self.cache.slots, self._prefixes
+        pages, slots = self.cache.pages, self.cache.slots
         return EngineStats(
             num_running=len(self.running),
             num_waiting=self.waiting.number(background=False),
@@ -156,14 +156,7 @@ class Scheduler:
             pinned_blocks=pages.num_pinned,
             pinned_states=self.cache.store.saved.num_pinned,
             num_preemptions_total=self._num_preemptions,
-            prefix_queries_total=prefixes.queries,
-            prefix_hits_total=prefixes.hits,
-            hits_device_total=prefixes.hits,
-            missed_no_state_total=prefixes.no_state,
-            missed_evicted_total=prefixes.evicted,
-            missed_not_seen_total=prefixes.not_seen,
-            missed_read_disabled_total=prefixes.read_disabled,
-            num_joined_total=prefixes.joined,
+            **self._prefixes.totals,
             num_steps_total=self._num_steps,
             tiers=self.cache.tier_stats,
         )

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jamba_server.engine.grammar.constraint import Constraint
-from jamba_server.engine.types import CacheReport, Request, RequestKind, SamplingParams
+from jamba_server.engine.types import CacheReport, CacheTier, Request, RequestKind, SamplingParams
+
+
+class RestoredPrefix(NamedTuple):
+    """The first `end` tokens of a sequence were brought to the device from `tier`. `seconds` is the time of reading
+    them, and of writing them to the device."""
+
+    tier: CacheTier
+    end: int
+    seconds: float
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -34,7 +44,7 @@ class Sequence:
     tokens are the prompt and those reply tokens that updates have already reported to the HTTP process.
 
     A sequence that is `restoring` waits until its prefix has been read from a disk. `num_restores` counts the attempts
-    to bring its prefix back to the device since it last ran.
+    to bring its prefix back to the device since it last ran, and `restored` is the last attempt that succeeded.
     """
 
     request: Request
@@ -63,6 +73,7 @@ class Sequence:
     num_reported: int = 0
     restoring: bool = False
     num_restores: int = 0
+    restored: RestoredPrefix | None = None
 
     @classmethod
     def of(cls, request: Request, *, arrival: int, now: float, constraint: Constraint | None = None) -> Sequence:

@@ -129,8 +129,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.priority >= BACKGROUND_PRIORITY
 
 
-# Where the saved state of a prefix hit was stored.
-CacheTier = Literal["device"]
+# Where the saved state of a prefix hit was stored, before it was brought to the device.
+CacheTier = Literal["device", "host", "disk"]
 # Why no more of a prompt was taken from the prefix cache. `engine.cache.explain` describes the reasons.
 MissReason = Literal[
     "complete", "no_state", "evicted", "salt", "not_seen", "too_short", "read_disabled", "prompt_logprobs", "disabled"
@@ -143,8 +143,9 @@ class CacheReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     The cache had keys and values of the first `kv_tokens` tokens. `differs` says whether the cached tokens go on
     differently there; otherwise the prompt continues them, or is a part of them. The last state of the prefix was saved
     after `state_tokens` tokens, whether or not the keys and values before it were still there. The first `used_tokens`
-    tokens were not computed again. Their state was stored in `tier` (None if no token was used) and was copied in
-    `restore_seconds` together with the other states of the same step. `reason` says why no more tokens were used.
+    tokens were not computed again. Their state was stored in `tier` (None if no token was used). `restore_seconds` is
+    the time of bringing the prefix from another tier to the device, and of copying the state together with the other
+    states of the same step. `reason` says why no more tokens were used.
     `missed` has the numbers of tokens that were computed again although the cache had, or once had, their keys and
     values: the reasons are `no_state`, `evicted` and `salt`. `waited` says whether the request has waited until another
     one had computed the prefix.
@@ -242,6 +243,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     missed_not_seen_total: int = 0
     missed_read_disabled_total: int = 0
     hits_device_total: int = 0
+    hits_host_total: int = 0
+    hits_disk_total: int = 0
     num_joined_total: int = 0
     pinned_blocks: int = 0
     pinned_states: int = 0

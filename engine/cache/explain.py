@@ -15,18 +15,18 @@ The reasons, in the order in which they are tried:
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Protocol
+from typing import Protocol, get_args
 
 import msgspec
 
 from jamba_server.engine.cache.keys import chain
 from jamba_server.engine.cache.manager import CacheManager, PrefixHit
-from jamba_server.engine.sequence import Sequence
-from jamba_server.engine.types import CacheReport, MissReason
+from jamba_server.engine.sequence import RestoredPrefix, Sequence
+from jamba_server.engine.types import CacheReport, CacheTier, MissReason
 
 MAX_SALTS = 8  # salts that are remembered of one tenant
 MAX_TENANTS = 256
@@ -66,7 +66,7 @@ class Salts:
 @dataclass(slots=True)
 class PrefixCounts:
     """Counts prompt tokens by what the prefix cache had for them. `joined` counts requests that waited until another
-    request had computed their prefix."""
+    request had computed their prefix, and `tiers` counts hits by the place where the state was stored."""
 
     queries: int = 0
     hits: int = 0
@@ -75,6 +75,21 @@ class PrefixCounts:
     not_seen: int = 0
     read_disabled: int = 0
     joined: int = 0
+    tiers: Counter[CacheTier] = field(default_factory=Counter[CacheTier])
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Returns the counts by the names of the fields of `EngineStats`."""
+        return {
+            "prefix_queries_total": self.queries,
+            "prefix_hits_total": self.hits,
+            **{f"hits_{tier}_total": self.tiers[tier] for tier in get_args(CacheTier)},
+            "missed_no_state_total": self.no_state,
+            "missed_evicted_total": self.evicted,
+            "missed_not_seen_total": self.not_seen,
+            "missed_read_disabled_total": self.read_disabled,
+            "num_joined_total": self.joined,
+        }
 
     def add(self, cache: CacheManager, seq: Sequence, hit: PrefixHit) -> None:
         """Counts a sequence that starts for the first time with the cached prefix `hit`."""
@@ -88,6 +103,7 @@ class PrefixCounts:
             return
         self.queries += seq.num_prompt
         self.hits += seq.num_cached
+        self.tiers[_source(seq, hit).tier] += seq.num_cached
         # `hit` may also count generated tokens, which `left` excludes from the counts below
         left = seq.num_prompt - seq.num_cached
         no_state = min(hit.missed_no_state, left)
@@ -99,7 +115,7 @@ class PrefixCounts:
 
 def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) -> CacheReport:
     """Returns the explanation for a sequence that starts with the cached prefix `hit`."""
-    used = seq.num_cached
+    used, source = seq.num_cached, _source(seq, hit)
     found = hit if seq.reads_cache else cache.match(seq, len(seq.tokens) - 1)
     shared, differs = cache.shared_tokens(seq, found)
     kv_tokens = min(max(shared, found.num_tokens), seq.num_prompt)
@@ -113,7 +129,8 @@ def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) ->
         differs=differs and kv_tokens == shared < seq.num_prompt - 1,
         state_tokens=min(cache.deepest_state(seq, found), seq.num_prompt),
         used_tokens=used,
-        tier="device" if used else None,
+        tier=source.tier if used else None,
+        restore_seconds=source.seconds if used else 0.0,
         reason=_reason(cache, seq, kv_tokens, missed),
         missed=missed,
         waited=seq.has_waited,
@@ -121,10 +138,18 @@ def explain(cache: CacheManager, seq: Sequence, hit: PrefixHit, salts: Salts) ->
 
 
 def record_restores(chunks: Iterable[Chunk], seconds: float) -> None:
-    """Records in the reports of the sequences that start in a step how long the step's copies of saved states took."""
+    """Adds to the reports of the sequences that start in a step how long the step's copies of saved states took."""
     for chunk in chunks:
         if (report := chunk.sequence.report) is not None and 0 < report.used_tokens == chunk.start:
-            chunk.sequence.report = msgspec.structs.replace(report, restore_seconds=seconds)
+            seconds_in_all = report.restore_seconds + seconds
+            chunk.sequence.report = msgspec.structs.replace(report, restore_seconds=seconds_in_all)
+
+
+def _source(seq: Sequence, hit: PrefixHit) -> RestoredPrefix:
+    """Returns where the state was stored that `hit` found on the device."""
+    if (restored := seq.restored) is not None and restored.end == hit.num_tokens:
+        return restored
+    return RestoredPrefix("device", hit.num_tokens, 0.0)
 
 
 def _reason(cache: CacheManager, seq: Sequence, kv_tokens: int, missed: dict[MissReason, int]) -> MissReason:

@@ -115,7 +115,11 @@ _MISSED: tuple[tuple[str, _Read], ...] = (
 )
 
 # Prompt tokens found in the prefix cache, by the place where their state was stored.
-_TIERS: tuple[tuple[CacheTier, _Read], ...] = (("device", lambda s: s.hits_device_total),)
+_TIERS: tuple[tuple[CacheTier, _Read], ...] = (
+    ("device", lambda s: s.hits_device_total),
+    ("host", lambda s: s.hits_host_total),
+    ("disk", lambda s: s.hits_disk_total),
+)
 
 # Prompt tokens that were computed because nothing could be found: nobody has computed them before, as far as the cache
 # remembers, or the request did not read the cache.

@@ -22,6 +22,7 @@ STATS = EngineStats(
     num_running=3, num_waiting=5, kv_blocks_used=1, kv_blocks_capacity=4, state_slots_used=6, state_slots_capacity=8,
     saved_states=2, num_preemptions_total=7, prefix_queries_total=100, prefix_hits_total=60,
     missed_no_state_total=11, missed_evicted_total=12, num_steps_total=13,
+    hits_device_total=30, hits_host_total=20, hits_disk_total=10,
 )  # fmt: skip
 FROM_STATS = {
     "jamba_num_requests_running": 3,
@@ -81,6 +82,8 @@ async def test_what_the_engine_counts(bench: Bench) -> None:
     assert {name: found[name,] for name in FROM_STATS} == FROM_STATS
     assert found["jamba_prefix_cache_missed_tokens_total", "no_state"] == 11
     assert found["jamba_prefix_cache_missed_tokens_total", "evicted"] == 12
+    tiers = [found["jamba_prefix_cache_tier_hits_total", tier] for tier in ("device", "host", "disk")]
+    assert tiers == [30, 20, 10]
 
 
 async def test_how_long_steps_take(bench: Bench) -> None:

@@ -18,6 +18,7 @@ from jamba_server.engine.cache.state_store import SlotStates
 from jamba_server.engine.cache.tiers.events import Event, Restore, Restored, Wanted
 from jamba_server.engine.cache.tiers.segment import Entry, Segment, SegmentLayout
 from jamba_server.engine.cache.tiers.tiers import TierName, Tiers
+from jamba_server.engine.sequence import RestoredPrefix
 from jamba_server.engine.sequence import Sequence as Text
 from jamba_server.engine.types import TierStats
 
@@ -161,7 +162,7 @@ class TieredCache(CacheManager):
             return True
         seq.num_restores += 1
         if (seconds := self._restore(seq, lineage[-1], segments)) is not None:
-            self._count("host", lineage[-1], hit, segments, seconds)
+            self._count("host", lineage[-1], hit, segments, seconds, [seq])
         return False
 
     def _better(self, seq: Text, hit: int) -> list[Entry] | None:
@@ -222,17 +223,29 @@ class TieredCache(CacheManager):
         if event.segments is None:
             return
         if (seconds := self._restore(waiting.sequences[0], target, event.segments)) is not None:
-            self._count("disk", target, waiting.hit, event.segments, event.seconds + seconds)
+            seconds += event.seconds
+            self._count("disk", target, waiting.hit, event.segments, seconds, waiting.sequences)
 
-    def _count(self, tier: TierName, target: Entry, hit: int, segments: Sequence[Segment], seconds: float) -> None:
+    def _count(
+        self,
+        tier: TierName,
+        target: Entry,
+        hit: int,
+        segments: Sequence[Segment],
+        seconds: float,
+        sequences: Sequence[Text],
+    ) -> None:
+        """Counts a prefix that has come from a tier, and records it in the sequences that it was brought for."""
+        for seq in sequences:
+            seq.restored = RestoredPrefix(tier, target.end, seconds)
         num_bytes = sum(data.nbytes for segment in segments for data in segment.tensors.values())
         self.tiers.count(tier, tokens=target.end - hit, num_bytes=num_bytes, seconds=seconds)
         self.tiers.touch(target.key)
 
     def _restore(self, seq: Text, target: Entry, segments: Sequence[Segment]) -> float | None:
         """Writes a prefix of `seq` to free pages and a free slot, and makes it findable. Returns how many seconds the
-        writing took, or None, and does nothing, if too few of
-        them are free, or if a page that is in none of `segments` was evicted meanwhile."""
+        writing took, or None, and does nothing, if too few of them are free, or if a page that is in none of `segments`
+        was evicted meanwhile."""
         keys = self._page_keys(seq, target.end)
         if self.store.find(target.key) is not None and all(self.pages.lookup(key) is not None for key in keys):
             return None

@@ -18,7 +18,9 @@ class JambaCache(Reply):
     state_tokens: Annotated[int, Field(description="Tokens before the last saved state of this prefix.")]
     used_tokens: Annotated[int, Field(description="Tokens that were not computed again.")]
     tier: Annotated[CacheTier | None, Field(description="Where the state was stored. null if no token was used.")]
-    restore_ms: Annotated[float, Field(description="Time to copy the saved states of this step, in milliseconds.")]
+    restore_ms: Annotated[
+        float, Field(description="Time to bring the prefix from its tier, and to copy its state, in milliseconds.")
+    ]
     reason: Annotated[MissReason, Field(description="Why no more tokens were used.")]
     missed_tokens: Annotated[
         dict[MissReason, int], Field(description="Tokens computed again that are or were in the cache, by reason.")
