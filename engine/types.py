@@ -201,6 +201,8 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     `dropped_segments_total` are segments that were not kept because too many waited for the disk, and
     `failed_writes_total` those that the disk did not take. `staged_bytes` wait for the disk now. `num_bytes` and
     `segments` are what a tier has now; on the disk they count the files of all models and servers in the folder.
+    `found_segments_total` are files that were there at the start or that others have written. `fingerprint` is that of
+    the model in the open folder of the disk tier, or empty.
     """
 
     hits_total: dict[str, int] = msgspec.field(default_factory=dict[str, int])
@@ -215,6 +217,8 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     staged_bytes: int = 0
     num_bytes: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     segments: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    found_segments_total: int = 0
+    fingerprint: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,7 +264,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     of running sequences and, unless `state_cache_dtype` compresses them, the saved states. `num_saved_states` is the
     number of states that can be saved while `max_num_seqs` sequences run. `step_size` gives the reason for
     `max_num_batched_tokens` if the time of a step decided it. `labels` are the names of a classifier's labels, and
-    empty for a language model. `problem_type` is that of transformers' classifiers, or "".
+    empty for a language model. `problem_type` is that of transformers' classifiers, or "". With a disk tier,
+    `segment_page` and `segment_state` have the shape and the dtype of each tensor of a page, and of a state.
     """
 
     architecture: str
@@ -292,6 +297,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     problem_type: str = ""
     pad_token_id: int | None = None
+    segment_page: dict[str, tuple[tuple[int, ...], str]] = msgspec.field(
+        default_factory=dict[str, tuple[tuple[int, ...], str]]
+    )
+    segment_state: dict[str, tuple[tuple[int, ...], str]] = msgspec.field(
+        default_factory=dict[str, tuple[tuple[int, ...], str]]
+    )
 
 
 # Messages from the client to the engine ---------------------------------------------------------------------------

@@ -166,6 +166,18 @@ class SegmentFolder:
         self._known, self._scanned = names, changed if time.time_ns() - changed > _CLOCK_STEP_NS else 0
         return found, gone
 
+    def keys(self) -> set[bytes]:
+        """Returns the keys of all files, whether they can be used or not. Raises OSError."""
+        return {key for entry in _entries(self.path) if (key := key_of(entry.name)) is not None}
+
+    def header(self, key: bytes) -> Header:
+        """Reads and checks the header of a file. Raises BadSegment."""
+        return self._header(self.path_of(key))
+
+    def unfinished(self, key: bytes) -> Path:
+        """Returns a new temporary name for a file, which `collect` deletes if its writer is killed."""
+        return self.path / f"{key.hex()[:16]}-{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}"
+
     def _header(self, path: Path) -> Header:
         with opened(path) as file:
             return self._checked(file, path)
@@ -207,7 +219,7 @@ class SegmentFolder:
         path = self.path_of(segment.key)
         if not replace and path.exists():
             return 0
-        unfinished = self.path / f"{segment.key.hex()[:16]}-{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}"
+        unfinished = self.unfinished(segment.key)
         try:
             descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with open(descriptor, "wb") as file:

@@ -18,7 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from jamba_server.engine.cache.tiers.events import Event, Found, Ignored, Lost, Occupied, Restore, Restored, Written
+from jamba_server.engine.cache.tiers.events import (
+    Event,
+    Found,
+    Ignored,
+    Lost,
+    Occupied,
+    Opened,
+    Restore,
+    Restored,
+    Written,
+)
 from jamba_server.engine.cache.tiers.segment import Segment
 from jamba_server.engine.disk_tier.folder import OtherParent, SegmentFolder, key_of
 from jamba_server.engine.disk_tier.format import BadSegment
@@ -120,6 +130,7 @@ class Worker:
             logger.error("the disk tier of the prefix cache stays closed: %s", error)
             return None
         self._scan(folder)
+        self._post(Opened(folder.fingerprint))
         return folder
 
     def _scan(self, folder: SegmentFolder | None) -> None:

@@ -17,6 +17,7 @@ from jamba_server.engine.cache.graph_sizes import GraphSizes
 from jamba_server.engine.cache.layout import CacheLayout
 from jamba_server.engine.cache.spec import CacheSpec
 from jamba_server.engine.cache.storage import CacheStorage
+from jamba_server.engine.cache.tiers.segment import SegmentLayout
 from jamba_server.engine.config import ActivationQuantization, EngineConfig
 from jamba_server.engine.core import EngineCore
 from jamba_server.engine.disk_tier.worker import Worker
@@ -260,6 +261,7 @@ def make_info(
     # result shows already that no fast kernel is used.
     if reason is not None and set(loaded.kernels.names.values()) != {"reference"}:
         warnings += (f"decode steps run without graphs: {reason}; set enforce_eager to hide this warning",)
+    segment = SegmentLayout.of(loaded.layout) if config.state_cache_disk_path is not None else None
     return EngineInfo(
         architecture=model_config.architecture,
         num_parameters=model_config.num_parameters(),
@@ -290,6 +292,8 @@ def make_info(
         labels=model_config.labels if model_config.is_classifier else (),
         problem_type=model_config.problem_type,
         pad_token_id=model_config.pad_token_id,
+        segment_page={} if segment is None else {**segment.page},
+        segment_state={} if segment is None else {**segment.state},
     )
 
 

@@ -54,7 +54,8 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
 PAGE_PATH = "/page"  # the folder of the files that the chat page loads
-FILES_PATH = "/v1/files"  # uploads to this path have no JSON and go to the disk while they arrive
+# Bodies of requests to these paths are no JSON and are read by the routes while they arrive.
+RAW_PATHS = frozenset({"/v1/files", "/v1/sessions/import"})
 PROBE_PATHS = frozenset({"/health", "/live", "/ready"})
 # These paths need no API key. A browser that opens a page cannot send a key, a health probe often has no key, and the
 # replies on these paths have no secrets.
@@ -182,7 +183,7 @@ class JsonBody:
             scope["type"] != "http"
             or scope["method"] not in ("POST", "PUT", "PATCH")
             or not _has_route(scope)
-            or _route_path(scope) == FILES_PATH
+            or _route_path(scope) in RAW_PATHS
         ):
             await self.app(scope, receive, send)
             return

@@ -44,6 +44,7 @@ PATHS = {
     # tests/server/test_sessions.py calls these.
     "/v1/sessions",
     "/v1/sessions/{name}",
+    "/v1/sessions/{name}/export",  # tests/server/test_session_files.py calls it
     "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items",
     "/tokenizer_info",

@@ -14,6 +14,12 @@ Reason = Literal["torn", "edited", "foreign", "unreadable", "missing"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
+class Opened(NamedTuple):
+    """The folder of the model with this fingerprint was opened."""
+
+    fingerprint: str
+
+
 class Found(NamedTuple):
     """Segments that are on the disk."""
 
@@ -58,7 +64,7 @@ class Restored(NamedTuple):
     seconds: float
 
 
-Event = Found | Lost | Written | Ignored | Occupied | Restored
+Event = Opened | Found | Lost | Written | Ignored | Occupied | Restored
 
 
 class Wanted(NamedTuple):

@@ -20,6 +20,7 @@ from jamba_server.engine.cache.tiers.events import (
     Ignored,
     Lost,
     Occupied,
+    Opened,
     Reason,
     Restore,
     Restored,
@@ -63,7 +64,8 @@ class Tiers:
         self._counts: dict[TierName, Counts] = {"host": Counts(), "disk": Counts()}
         self._ignored: dict[Reason, int] = dict.fromkeys(REASONS, 0)
         self._written = self._written_bytes = self._failed = self._dropped = 0
-        self._disk_bytes = self._disk_segments = 0
+        self._disk_bytes = self._disk_segments = self._found = 0
+        self._fingerprint = ""
         self.staging_bytes, self.staged_bytes = staging_bytes, 0
         self._staged: dict[bytes, Segment] = {}
         self._on_disk: set[bytes] = set()
@@ -199,6 +201,8 @@ class Tiers:
             staged_bytes=self.staged_bytes,
             num_bytes={"host": self.host.num_bytes, "disk": self._disk_bytes},
             segments={"host": len(self.host), "disk": self._disk_segments},
+            found_segments_total=self._found,
+            fingerprint=self._fingerprint,
         )
 
     # Events of the disk's threads -------------------------------------------------------------------------------
@@ -206,7 +210,10 @@ class Tiers:
     def take(self, event: Event, restored: Callable[[Restored], None]) -> None:
         """Records what the disk's threads have done. `restored` is called with the answer to a `Restore`."""
         match event:
+            case Opened(fingerprint):
+                self._fingerprint = fingerprint
             case Found(entries):
+                self._found += len(entries)
                 for entry in entries:
                     self._on_disk.add(entry.key)
                     self._bad.discard(entry.key)

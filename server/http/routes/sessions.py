@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,13 +12,10 @@ from starlette.responses import Response
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.chat_task import plan_chat
 from jamba_server.server.http.errors import SessionNotFound, tenant_of
-from jamba_server.server.http.response_task import chat_task
 from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.base import CacheOptions, GenerationBody
 from jamba_server.server.http.schemas.responses.items import new_id
-from jamba_server.server.http.schemas.responses.request import ResponseRequest
-from jamba_server.server.http.schemas.responses.tools import FunctionNames
 from jamba_server.server.http.schemas.sessions import (
     DeletedSession,
     ForkRequest,
@@ -30,6 +26,7 @@ from jamba_server.server.http.schemas.sessions import (
     SessionObject,
 )
 from jamba_server.server.http.services import Services, ServicesOf
+from jamba_server.server.http.session_task import conversation
 from jamba_server.server.http.store.sessions import Session
 from jamba_server.server.http.unknown_fields import settle_unknown_fields
 
@@ -100,16 +97,8 @@ async def pin_session(name: str, body: PinRequest, request: Request, services: S
     session = await _find(name, owner, services)
     if session.response_id is None:
         raise RequestRejected(f"The session {name!r} has no response that could be pinned.", param="name")
-    head = json.loads((await services.responses.get(session.response_id, owner)).response)
-    limit = services.config.max_body_bytes
-    history = await services.responses.conversation(session.response_id, owner, max_bytes=limit)
-    same = ResponseRequest.model_validate(
-        {"input": "-", "instructions": head["instructions"], "tools": head["tools"] or None}
-    )
-    task = replace(
-        chat_task(same, FunctionNames.of(same.declared_tools), history),
-        body=GenerationBody(max_tokens=0, cache=CacheOptions(pin=body.seconds)),
-        add_generation_prompt=False,
+    task = await conversation(
+        session.response_id, owner, services, GenerationBody(max_tokens=0, cache=CacheOptions(pin=body.seconds))
     )
     spec = await prepared(request, plan_chat(task, services, id_=new_id("pin"), scope=request.scope))
     generation = services.generation(spec)

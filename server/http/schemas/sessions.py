@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from jamba_server.server.http.schemas.base import MAX_PIN_SECONDS, Reply, RequestBody
 from jamba_server.server.http.schemas.cache_report import JambaCache
 
+# Why a file has no segments, or why a server has not taken them.
+LeftOut = Literal["not_wanted", "no_disk_tier", "not_cached", "other_model", "shared_cache", "not_written"]
+
+# The body of an import, for the OpenAPI document. The route reads it itself, while it arrives.
+SESSION_FILE = "application/vnd.jamba.session"
+SESSION_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {SESSION_FILE: {"schema": {"type": "string", "format": "binary"}}}}
+}
 SessionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
@@ -23,6 +31,14 @@ class SessionObject(Reply):
     response_id: str | None
     num_responses: int
     pinned_until: int | None
+
+
+class ImportedSession(SessionObject):
+    """A session that came from a file. `num_segments` segments of the prefix cache came with it, or none for the reason
+    in `segments_left_out`."""
+
+    num_segments: int
+    segments_left_out: LeftOut | None
 
 
 class SessionList(Reply):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,16 +124,29 @@ class Database:
         `item_ids` are the ids of the response's input and output items. Raises sqlite3.Error if the response cannot be
         stored, for example because the disk is full.
         """
+        self.put_chain([(response, item_ids)])
+
+    def put_chain(self, responses: Sequence[tuple[StoredResponse, Iterable[str]]]) -> None:
+        """Stores the responses of a conversation, the oldest first, as `put` does for one. Stores all or none."""
         with self._connection, closing(self._connection.cursor()) as cursor:
             cursor.execute("BEGIN IMMEDIATE")
-            cursor.execute(
-                _INSERT,
-                (response.id, response.owner, response.previous_id, response.size, response.input, response.response),
-            )
-            cursor.executemany(
-                "INSERT OR IGNORE INTO items VALUES (?, ?)", [(item_id, response.id) for item_id in item_ids]
-            )
-            self._use(response.id, response.owner)
+            for response, item_ids in responses:
+                cursor.execute(
+                    _INSERT,
+                    (
+                        response.id,
+                        response.owner,
+                        response.previous_id,
+                        response.size,
+                        response.input,
+                        response.response,
+                    ),
+                )
+                cursor.executemany(
+                    "INSERT OR IGNORE INTO items VALUES (?, ?)", [(item_id, response.id) for item_id in item_ids]
+                )
+            if responses:
+                self._use(responses[-1][0].id, responses[-1][0].owner)
             self._evict()
 
     def get(self, id_: str, owner: str) -> StoredResponse | None:

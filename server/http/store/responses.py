@@ -40,7 +40,7 @@ class ResponseStore:
         self.enabled = bool(max_responses and max_bytes)
         path = None if folder is None or not self.enabled else folder / FILE_NAME
         self._database = Database(path, max_responses=max_responses, max_bytes=max_bytes)
-        self._max_bytes = max_bytes
+        self._max_responses, self._max_bytes = max_responses, max_bytes
         self._one_at_a_time = anyio.CapacityLimiter(1)
 
     async def close(self) -> None:
@@ -65,6 +65,35 @@ class ResponseStore:
             logger.error("%s is not stored: %s", response.id, error)
             return False
         return True
+
+    async def put_session(
+        self, name: str, owner: str, responses: Sequence[tuple[StoredResponse, Iterable[str]]], now: int
+    ) -> bool:
+        """Stores a conversation, the oldest response first, each with the ids of its items, and makes a session of it.
+        Returns False, and stores nothing, if the owner has a session of this name.
+
+        Raises RequestRejected if the conversation alone is larger than all responses may be.
+        """
+        size = sum(response.size for response, _ in responses)
+        if len(responses) > self._max_responses or size > self._max_bytes:
+            raise RequestRejected(
+                f"The session has {len(responses)} responses with {size} bytes; at most {self._max_responses} "
+                f"(--max-stored-responses) with {self._max_bytes} bytes (--max-stored-bytes) are stored.",
+                param="file",
+            )
+
+        def work() -> bool:
+            if self._database.sessions.get(name, owner) is not None:
+                return False
+            self._database.put_chain(responses)
+            return self._database.sessions.add(name, owner, responses[-1][0].id if responses else None, now)
+
+        return await self._run(work)
+
+    async def turns(self, id_: str | None, owner: str, *, max_bytes: int) -> list[StoredResponse]:
+        """Returns a response and all responses that it continues, the oldest first. Raises RequestRejected as
+        `conversation` does."""
+        return [] if id_ is None else await self._run(lambda: self._turns(id_, owner, max_bytes))
 
     async def get(self, id_: str, owner: str) -> StoredResponse:
         """Returns a stored response. Raises ResponseNotFound if the owner has no response with this id."""
@@ -104,6 +133,10 @@ class ResponseStore:
         return await self._run(lambda: self._items(ids, owner, max_bytes))
 
     def _conversation(self, id_: str, owner: str, max_bytes: int) -> list[Item]:
+        turns = self._turns(id_, owner, max_bytes)
+        return [item for stored in turns for item in (*input_items(stored), *output_items(stored))]
+
+    def _turns(self, id_: str, owner: str, max_bytes: int) -> list[StoredResponse]:
         links = self._database.chain(id_, owner)
         missing = links[0].previous_id if links else id_
         if missing is not None:
@@ -115,14 +148,13 @@ class ResponseStore:
                 param="previous_response_id",
                 code="context_length_exceeded",
             )
-        items: list[Item] = []
+        found: list[StoredResponse] = []
         for link in links:
             stored = self._database.get(link.id, owner)
             if stored is None:  # another server that uses the same file has deleted the response meanwhile
                 raise _not_stored(link.id)
-            items += input_items(stored)
-            items += output_items(stored)
-        return items
+            found.append(stored)
+        return found
 
     def _items(self, ids: Sequence[str], owner: str, max_bytes: int) -> dict[str, Item]:
         read: dict[str, Item] = {}

@@ -1,0 +1,30 @@
+"""The whole conversation of a session as a `ChatTask`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from jamba_server.server.http.chat_task import ChatTask
+from jamba_server.server.http.response_task import chat_task
+from jamba_server.server.http.schemas.base import GenerationBody
+from jamba_server.server.http.schemas.responses.request import ResponseRequest
+from jamba_server.server.http.schemas.responses.tools import FunctionNames
+from jamba_server.server.http.services import Services
+
+
+async def conversation(response_id: str, owner: str, services: Services, body: GenerationBody) -> ChatTask:
+    """Returns the task whose prompt is the conversation up to and including a stored response. A request that continues
+    the conversation, with the same instructions and tools, has a prompt that begins in the same way.
+
+    Raises ResponseNotFound or RequestRejected if the conversation is not stored or too large.
+    """
+    head = json.loads((await services.responses.get(response_id, owner)).response)
+    limit = services.config.max_body_bytes
+    history = await services.responses.conversation(response_id, owner, max_bytes=limit)
+    same = ResponseRequest.model_validate(
+        {"input": "-", "instructions": head["instructions"], "tools": head["tools"] or None}
+    )
+    return replace(
+        chat_task(same, FunctionNames.of(same.declared_tools), history), body=body, add_generation_prompt=False
+    )
