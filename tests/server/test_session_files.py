@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from jamba_server.server.http.schemas.sessions import SESSION_FILE
-from tests.server.conftest import Bench, MakeBench
+from tests.server.conftest import MakeBench
 from tests.server.real_engine import served_engine
 
 HEADERS = {"Content-Type": SESSION_FILE}
@@ -201,9 +200,8 @@ async def served(disk: Path | None, **settings: Any) -> AsyncGenerator[tuple[htt
         async with served_engine(config, engine) as client:
             root = str(client.base_url).removesuffix("/v1/")
             async with httpx.AsyncClient(base_url=root, timeout=30) as http:
-                for _ in range(1000):  # until the engine's thread has hashed the weights and opened the disk tier
-                    if disk is None or (engine.stats.tiers is not None and engine.stats.tiers.fingerprint):
-                        break
+                # A thread of the engine hashes the weights before it opens the disk tier.
+                while disk is not None and not (engine.stats.tiers and engine.stats.tiers.fingerprint):
                     await http.get("/health")
                 yield http, engine
     finally:
@@ -212,6 +210,20 @@ async def served(disk: Path | None, **settings: Any) -> AsyncGenerator[tuple[htt
 
 GREEDY = {"max_output_tokens": 8, "temperature": 0, "cache": {"explain": True}}
 FIRST = " ".join(["once upon a time there was a dog"] * 10)
+
+
+async def test_a_conversation_that_does_not_fit_is_exported_without_segments(tmp_path: Path) -> None:
+    async with served(tmp_path, max_model_len=64) as (http, _):
+        await respond(http, "Who had a red ball?", max_output_tokens=4)
+        await respond(http, "And then?", max_output_tokens=24)
+        for _ in range(3):
+            await http.post("/v1/responses", json={"input": "a dog", "session": "talk", "truncation": "auto"})
+        reply = await http.get("/v1/sessions/talk/export")
+        assert header_of(reply.content)["segments_left_out"] == "not_cached"
+        assert len(header_of(reply.content)["turns"]) == 5
+        wanted = await http.get("/v1/sessions/talk/export?segments=false")
+        assert header_of(wanted.content)["segments_left_out"] == "not_wanted"
+        assert "x-warning" not in wanted.headers
 
 
 async def test_the_next_server_computes_nothing_again(tmp_path: Path) -> None:

@@ -140,7 +140,10 @@ async def _cached(
         return None, [], "no_disk_tier"
     assert session.response_id is not None, "a session without a response has no conversation"
     task = await conversation(session.response_id, owner, services, GenerationBody(max_tokens=0))
-    spec = await prepared(request, plan_chat(task, services, id_=new_id("export"), scope=request.scope))
+    try:
+        spec = await prepared(request, plan_chat(task, services, id_=new_id("export"), scope=request.scope))
+    except RequestRejected:  # the conversation does not fit into the context as a whole
+        return folder, [], "not_cached"
     await until_written(services.engine)
     try:
         headers = await anyio.to_thread.run_sync(find_chain, folder, spec.prompts[0].token_ids, spec.cache_salt)
