@@ -13,7 +13,7 @@ from jamba_server.server.http.schemas.cache_report import JambaCache
 LeftOut = Literal["not_wanted", "no_disk_tier", "not_cached", "other_model", "shared_cache", "not_written"]
 
 # The body of an import, for the OpenAPI document. The route reads it itself, while it arrives.
-SESSION_FILE = "application/vnd.jamba.session"
+SESSION_FILE = "application/octet-stream"
 SESSION_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {SESSION_FILE: {"schema": {"type": "string", "format": "binary"}}}}
 }
