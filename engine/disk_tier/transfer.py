@@ -54,7 +54,7 @@ class Arrivals:
     the keys that they have with `salt`. `num_written` counts those that were not there yet."""
 
     def __init__(self, folder: SegmentFolder, salt: str) -> None:
-        self._folder, self._root = folder, sha256(salt.encode()).digest()
+        self.folder, self._root = folder, sha256(salt.encode()).digest()
         self._last: Entry | None = None
         self.num_written = 0
 
@@ -63,15 +63,15 @@ class Arrivals:
         does not continue the one before it, and OSError if the segment cannot be written."""
         with opened(path) as file:
             header = read_header(file)
-            check_layout(header, self._folder.layout, self._folder.fingerprint)
+            check_layout(header, self.folder.layout, self.folder.fingerprint)
             segment = read_tensors(file, header)
         segment = self._rekeyed(segment)
-        self._folder.reserve(segment)
-        self.num_written += self._folder.write(segment) > 0
+        self.folder.reserve(segment)
+        self.num_written += self.folder.write(segment) > 0
         self._last = segment.entry
 
     def _rekeyed(self, segment: Segment) -> Segment:
-        entry, size, before = segment.entry, self._folder.layout.block_size, self._last
+        entry, size, before = segment.entry, self.folder.layout.block_size, self._last
         skipped = segment.tokens[: entry.start % size]  # tokens of the first page that the segment before it has, too
         base, parent, start = (before.last, before.key, before.end) if before else (self._root, b"", 0)
         if entry.start != start or (before and parent != (chain(base, skipped) if skipped else base)):

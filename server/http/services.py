@@ -78,6 +78,8 @@ class Services:
     page: ChatPage | None  # the chat page at /, unless --no-ui
     edge: Edge
     tracing: Tracing | None
+    # A segment of an imported session is in memory as a whole, so there is one at a time.
+    segment_turns: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     draw_seed: Callable[[], int] = _draw_seed
     created: int = field(default_factory=lambda: int(time.time()))

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
+from jamba_server.engine.disk_tier.transfer import Arrivals
 from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
@@ -226,7 +228,11 @@ async def test_a_conversation_that_does_not_fit_is_exported_without_segments(tmp
         assert "x-warning" not in wanted.headers
 
 
-async def test_the_next_server_computes_nothing_again(tmp_path: Path) -> None:
+def full_disk(*_: object) -> None:
+    raise OSError("No space left on device")
+
+
+async def test_the_next_server_computes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with served(tmp_path / "one") as (http, _):
         await respond(http, FIRST, **GREEDY)
         await respond(http, "Who had a red ball?", **GREEDY)
@@ -243,6 +249,12 @@ async def test_the_next_server_computes_nothing_again(tmp_path: Path) -> None:
         assert (await http.get("/v1/sessions")).json()["data"] == []
         foreign = await send(http, with_header(file, lambda h: h.update(fingerprint="0" * 64)), "?id=foreign")
         assert foreign.json()["segments_left_out"] == "other_model"
+        with monkeypatch.context() as patch:
+            patch.setattr(Arrivals, "take", full_disk)
+            full = (await send(http, file, "?id=full")).json()
+        assert (full["segments_left_out"], full["num_responses"]) == ("not_written", 2)
+        large = with_header(file, lambda h: h["segments"].__setitem__(0, 1 << 40))
+        assert "has at most" in (await send(http, large, "?id=large")).json()["error"]["message"]
         moved = (await send(http, file)).json()
         assert (moved["segments_left_out"], moved["num_segments"]) == (None, len(header_of(file)["segments"]))
         reply = await respond(http, "And then?", **GREEDY)

@@ -14,11 +14,12 @@ from starlette.responses import Response, StreamingResponse
 
 from jamba_server.engine.disk_tier.folder import SegmentFolder
 from jamba_server.engine.disk_tier.format import Header
-from jamba_server.engine.disk_tier.transfer import find_chain
+from jamba_server.engine.disk_tier.transfer import Arrivals, find_chain
 from jamba_server.engine.errors import RequestRejected
 from jamba_server.server.http.cache_use import cache_salt
 from jamba_server.server.http.chat_task import plan_chat
 from jamba_server.server.http.errors import SessionNotFound, tenant_of
+from jamba_server.server.http.limits.bodies import BodyShare
 from jamba_server.server.http.routes.admission import prepared, wait_for_start
 from jamba_server.server.http.routes.replies import ERRORS, json_response
 from jamba_server.server.http.schemas.base import GenerationBody
@@ -99,12 +100,20 @@ async def import_session(
 ) -> Response:
     """Makes a session from a file of `GET /v1/sessions/{name}/export`. It belongs to the API key of the request."""
     services.lifecycle.admit()
-    owner, limit = tenant_of(request.scope), services.config.max_body_bytes
     if not services.responses.enabled:
         raise RequestRejected("This server stores no responses (--max-stored-responses).", param="file")
     intake = Intake(request, patience=services.config.body_timeout)
-    contents = await intake.header(services.edge.bodies, limit=limit)
-    name = _name(contents.session) if id is None else id
+    with BodyShare(services.edge.bodies) as share:
+        contents = await intake.header(share, limit=services.config.max_body_bytes)
+        name = _name(contents.session) if id is None else id
+        return json_response(await _imported(intake, contents, name, request, services))
+
+
+async def _imported(
+    intake: Intake, contents: Contents, name: str, request: Request, services: Services
+) -> ImportedSession:
+    """Makes the session `name` from a file whose header has been read."""
+    owner = tenant_of(request.scope)
     if await services.responses.sessions(lambda table: table.get(name, owner)) is not None:
         raise _taken(name)
     turns = await services.in_thread(lambda: stored_turns(contents.turns, owner=owner, session=name))
@@ -117,16 +126,14 @@ async def import_session(
     if number:
         await until_found(services.engine, before + number)
     _warn(left_out, request)
-    return json_response(
-        ImportedSession(
-            id=name,
-            created_at=now,
-            response_id=turns[-1][0].id if turns else None,
-            num_responses=len(turns),
-            pinned_until=None,
-            num_segments=0 if left_out else len(contents.segments),
-            segments_left_out=left_out,
-        )
+    return ImportedSession(
+        id=name,
+        created_at=now,
+        response_id=turns[-1][0].id if turns else None,
+        num_responses=len(turns),
+        pinned_until=None,
+        num_segments=0 if left_out else len(contents.segments),
+        segments_left_out=left_out,
     )
 
 
@@ -177,7 +184,8 @@ async def _take_segments(
         await intake.skip(sum(contents.segments))
         return 0, left_out
     salt, longest = cache_salt(None, owner, services.config), services.engine.info.max_model_len
-    number = await intake.segments(contents.segments, folder, salt, max_tokens=longest)
+    arrivals = Arrivals(folder, salt)
+    number = await intake.segments(contents.segments, arrivals, services.segment_turns, max_tokens=longest)
     return (0, "not_written") if number is None else (number, None)
 
 

@@ -9,15 +9,16 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from jamba_server.engine.disk_tier.folder import LONGEST_HEADER, SegmentFolder
+from jamba_server.engine.disk_tier.folder import LONGEST_HEADER
 from jamba_server.engine.disk_tier.format import BadSegment
 from jamba_server.engine.disk_tier.transfer import Arrivals
 from jamba_server.server.http.files.upload import IDLE_SECONDS, LEAST_RATE
-from jamba_server.server.http.limits.bodies import BodyMemory, BodyShare
+from jamba_server.server.http.limits.bodies import BodyShare
 from jamba_server.server.http.schemas.sessions import SESSION_FILE
 from jamba_server.server.http.session_files.format import (
     PREFIX_BYTES,
@@ -45,27 +46,28 @@ class Intake:
         self._chunks, self._rest, self._patience = aiter(request.stream()), b"", patience
         self._num_bytes, self._start = 0, asyncio.get_running_loop().time()
 
-    async def header(self, memory: BodyMemory, *, limit: int) -> Contents:
-        """Reads the header of the file, which is counted in `memory` meanwhile."""
+    async def header(self, share: BodyShare, *, limit: int) -> Contents:
+        """Reads the header of the file, which is counted in `share`."""
         prefix = await self._whole(PREFIX_BYTES)
         length = header_length(prefix, limit=limit)
-        with BodyShare(memory) as share:
-            share.grow(length)
-            header = await self._whole(length)
-            return await anyio.to_thread.run_sync(unpacked, prefix, header)
+        share.grow(length)
+        header = await self._whole(length)
+        return await anyio.to_thread.run_sync(unpacked, prefix, header)
 
-    async def segments(self, sizes: Sequence[int], folder: SegmentFolder, salt: str, *, max_tokens: int) -> int | None:
-        """Reads the segments and writes them to `folder`, under the keys that they have with `salt`. Returns how many
-        were not there yet, or None if they could not be written. A segment has at most `max_tokens` tokens."""
-        largest = folder.layout.num_bytes(0, max_tokens) + LONGEST_HEADER
-        arrivals, end = Arrivals(folder, salt), self._position + sum(sizes)
+    async def segments(
+        self, sizes: Sequence[int], arrivals: Arrivals, one_at_a_time: anyio.CapacityLimiter, *, max_tokens: int
+    ) -> int | None:
+        """Reads the segments and hands them to `arrivals`, within `one_at_a_time`. Returns how many were not there yet,
+        or None if they could not be written. A segment has at most `max_tokens` tokens."""
+        largest = arrivals.folder.layout.num_bytes(0, max_tokens) + LONGEST_HEADER
+        end = self._position + sum(sizes)
         for number, size in enumerate(sizes):
             if size > largest:
                 raise bad_file(f"segment {number} has {size} bytes; one of this model has at most {largest}")
-            path = folder.unfinished(bytes(32))
+            path = arrivals.folder.unfinished(bytes(32))
             try:
                 await self._into(path, size)
-                await anyio.to_thread.run_sync(arrivals.take, path)
+                await anyio.to_thread.run_sync(arrivals.take, path, limiter=one_at_a_time)
             except BadSegment as error:
                 raise bad_file(f"segment {number} cannot be used: {error}") from None
             except OSError as error:
