@@ -6,7 +6,8 @@ For each shape, a checkpoint with random weights is converted to an F16 file. ll
 to the other types. The files are kept in the folder FOLDER, so that a second run finds them there. Time depends on
 shapes and not on the values of weights. Every client sends prompts of 128 random token ids and asks for 64 tokens,
 greedily. For each file, this server and llama.cpp's take turns for --rounds rounds, and the median of a server's rounds
-counts, because the machine's speed may change during the run. Writes benchmarks/results/NAME.json and NAME.md.
+counts, because the machine's speed may change during the run. A measurement is repeated if a server closes a
+connection between two requests, which llama.cpp's server does now and then. Writes benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from benchmarks.http.serving import RESULTS, announcement, describe_commit, runn
 from benchmarks.http.shapes import measure_level
 from benchmarks.shapes import SHAPES, matmul_rate, read_bandwidth
 from jamba_server.server.cli.bench.conditions import describe_machine, describe_versions, utc_now
+from jamba_server.server.cli.bench.report import Level
 
 START_TIMEOUT = 600.0
+ATTEMPTS = 5  # how often a measurement is tried
 MAX_LEN = 512  # tokens of the longest sequence, for both servers
 OURS, LLAMA = "jamba-server", "llama.cpp"
 
@@ -77,6 +80,13 @@ def our_server(flags: argparse.Namespace, file: Path, slots: int, log_lines: lis
         yield url
 
 
+def measured(url: str, vocab_size: int, clients: int) -> Level:
+    for _ in range(ATTEMPTS - 1):
+        with suppress(SystemExit):
+            return measure_level(url, vocab_size, str(clients), max(3, 2 * clients), 1, clients)[0]
+    return measure_level(url, vocab_size, str(clients), max(3, 2 * clients), 1, clients)[0]
+
+
 def measure_file(flags: argparse.Namespace, shape: str, kind: str) -> dict[str, Any]:
     """Measures both servers with one file, in turns. Returns lists with a result for each round."""
     file, clients = quantized_file(flags, shape, kind), [int(count) for count in flags.clients.split(",")]
@@ -90,7 +100,7 @@ def measure_file(flags: argparse.Namespace, shape: str, kind: str) -> dict[str, 
         for name, start in servers.items():
             with start() as url:
                 for count in clients:
-                    level = measure_level(url, vocab_size, str(count), max(3, 2 * count), 1, count)[0]
+                    level = measured(url, vocab_size, count)
                     found[name][str(count)].append(msgspec.to_builtins(level))
     return {"shape": shape, "type": kind, "bytes": file.stat().st_size, "server": lines, **found}
 
