@@ -7,7 +7,8 @@ to the other types. The files are kept in the folder FOLDER, so that a second ru
 shapes and not on the values of weights. Every client sends prompts of 128 random token ids and asks for 64 tokens,
 greedily. For each file, this server and llama.cpp's take turns for --rounds rounds, and the median of a server's rounds
 counts, because the machine's speed may change during the run. A measurement is repeated if a server closes a
-connection between two requests, which llama.cpp's server does now and then. Writes benchmarks/results/NAME.json and NAME.md.
+connection between two requests, which llama.cpp's server does now and then. Writes benchmarks/results/NAME.json and
+NAME.md.
 """
 
 from __future__ import annotations
