@@ -46,9 +46,8 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 def exported_names() -> set[str]:
     """The names under which queries find the server's metrics."""
-    metrics = Metrics(
-        SimpleNamespace(stats=EngineStats(tiers=TierStats()), supervision=SupervisionStats()), model_name="m"
-    )  # pyright: ignore[reportArgumentType]
+    engine = SimpleNamespace(stats=EngineStats(tiers=TierStats()), supervision=SupervisionStats())
+    metrics = Metrics(engine, model_name="m")  # pyright: ignore[reportArgumentType]
     metrics.registry.register(EdgeCollector("m", Edge.of(ServerConfig(), EngineStats)))
     metrics.registry.register(StreamCollector("m", KeptStreams.of(ServerConfig())))
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
