@@ -127,7 +127,7 @@ def _checker(findings: Findings, until: float, file_id: str) -> Callable[[Any], 
 def _is_valid(case: Any) -> bool:
     """Returns whether the body of a request follows the OpenAPI document. schemathesis takes some such bodies for
     invalid: those in which it replaced a text by null where the document allows both, and forms in which it replaced a
-    value by a list with this value, which is sent in the same way."""
+    value by a list with this value, which is sent in the same way, or by an empty list, which is not sent."""
     document = case.operation.schema.raw_schema
     body = document["paths"][case.operation.path][case.operation.method].get("requestBody")
     if body is None or case.media_type not in body["content"]:
@@ -146,7 +146,7 @@ def _in_form(value: Any) -> Any:
     """Returns the value of a form's field as JSON has it: a text for a file, and the value alone for a list of one."""
     if isinstance(value, list) and len(value) == 1:
         return _in_form(value[0])
-    return "" if isinstance(value, bytes) else value
+    return value if value is None or isinstance(value, (str, int, float, list, dict)) else ""
 
 
 def _run(operation: Any, mode: GenerationMode, number: int, random_seed: int, check: Callable[[Any], None]) -> None:
