@@ -135,10 +135,7 @@ def _is_valid(case: Any) -> bool:
     schema = {**body["content"][case.media_type]["schema"], "components": document["components"]}
     sent = case.body
     if case.media_type == "multipart/form-data" and isinstance(sent, dict):
-        alone = {
-            name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in sent.items()
-        }
-        sent = {name: "" if isinstance(value, bytes) else value for name, value in alone.items()}
+        sent = {name: _in_form(value) for name, value in sent.items() if value != []}
     return jsonschema.Draft202012Validator(schema).is_valid(sent)
 
 
