@@ -5,32 +5,42 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
 from jamba_server.engine.process.client import EngineClient
-from jamba_server.engine.types import FromEngine, StepResult
+from jamba_server.engine.process.streams import Stream
+from jamba_server.engine.types import FromEngine, Request, StepResult
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.demo import demo_folder
 from tests.server.real_engine import served_engine
 
 NUM_TOKENS = 300
+NUM_CHOICES = 9  # of all requests together
 SPLIT_FROM = 60  # the stop string ends here or later, when all streams have long been open
 CHAT = [{"role": "user", "content": "Tell me a story about a dog and a ball."}]
 
 
 class MortalEngine(EngineClient):
     """Kills its child once: when `kill_after` tokens of the choice with a stop string have arrived, which is submitted
-    last. The test sets `all_open` when it has been."""
+    last."""
 
     kill_after: int | None = None
-    all_open = False
+    num_choices = 0
+
+    @asynccontextmanager
+    async def generate(self, requests: list[Request]) -> AsyncGenerator[Stream]:
+        self.num_choices += len(requests)
+        async with super().generate(requests) as stream:
+            yield stream
 
     def receive(self, message: FromEngine) -> None:
         super().receive(message)
-        if self.kill_after is None or not self.all_open or not isinstance(message, StepResult):
+        if self.kill_after is None or self.num_choices < NUM_CHOICES or not isinstance(message, StepResult):
             return
         last = next(reversed(self._live.values()), None)
         if last is not None and len(last.generated) >= self.kill_after:
@@ -96,7 +106,6 @@ async def run(settings: dict[str, Any], kill_after: int | None, stop: str | None
                 opened = asyncio.Event()
                 tasks.append(asyncio.create_task(read(client, request, opened)))
                 await opened.wait()
-            engine.all_open = True
             replies = [await task for task in tasks]
         return replies, int(engine.pid != first)
     finally:
