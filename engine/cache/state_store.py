@@ -2,9 +2,9 @@
 states. A store itself moves no data.
 
 There are two stores. The class `SlotStates` leaves a state in the slot that the state was written to. The class
-`CompressedStates` compresses a state and copies it to a separate pool. A store in host memory or on a disk could
-implement the same protocol. A store decides where a state is kept, and lists the copies that must run before the next
-step. The module `engine.state_copies` runs these copies.
+`CompressedStates` compresses a state and copies it to a separate pool. Both keep states on the device; the tiers in
+`engine.cache.tiers` keep copies in host memory and on a disk. A store decides where a state is kept, and lists the
+copies that must run before the next step. The module `engine.state_copies` runs these copies.
 """
 
 from __future__ import annotations
