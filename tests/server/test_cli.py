@@ -57,7 +57,7 @@ def invoke(*arguments: str) -> str:
 
 def test_help_names_every_command_and_flag() -> None:
     text = invoke("--help")
-    commands = ("serve", "run", "chat", "run-batch", "pull", "list", "rm", "plan", "bench", "doctor", "convert")
+    commands = ("serve", "run", "chat", "run-batch", "pull", "list", "rm", "plan", "bench", "doctor", "convert", "sessions")
     assert all(f"  {command} " in text for command in commands)
     assert "..." not in text.replace("[ARGS]...", ""), "a description is cut"
     text = invoke("serve", "-h")
