@@ -36,8 +36,8 @@ from jamba_server.engine.disk_tier.format import BadSegment
 logger = logging.getLogger(__name__)
 
 SCAN_SECONDS: Final = 1.0  # how often the folder is searched for segments of other servers
-# This is added to the niceness of the process. A greater number would give way more, but this thread then might hold the
-# interpreter's lock while it waits for a processor, and the engine would wait with it.
+# This is added to the niceness of the process. A greater number would give way more, but this thread then might hold
+# the interpreter's lock while it waits for a processor, and the engine would wait with it.
 NICENESS: Final = 5
 EXIT_SECONDS: Final = 5.0  # what a process waits for each thread when it ends without `Worker.close`
 
