@@ -198,16 +198,29 @@ def test_an_interrupted_run_goes_on(source: Path, tmp_path: Path) -> None:
     assert not again.bodies
 
 
-def test_a_file_that_has_other_lines_is_not_touched(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"# notes\n", b"notes without an end", jsonl([line("a")]), b'{"id": "x"}\n', b"{}"])
+def test_a_file_that_has_other_lines_is_not_touched(source: Path, tmp_path: Path, content: bytes) -> None:
     target = tmp_path / "out.jsonl"
-    target.write_bytes(b"# notes\n")
-    with pytest.raises(ConfigError, match="line 1"):
+    target.write_bytes(content)
+    with pytest.raises(ConfigError, match="line 1|the last line"):
         run_all(source, target, Echo())
-    assert target.read_bytes() == b"# notes\n"
+    assert target.read_bytes() == content
+
+
+def test_files_that_cannot_be_used_are_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_input(tmp_path / "none.jsonl", CONFIG)
     with pytest.raises(ConfigError, match="--output"):
         Output(tmp_path)
+    with pytest.raises(ConfigError, match="no regular file"):
+        Output(Path("/dev/null"))
+    target = tmp_path / "out.jsonl"
+    with Output(target), pytest.raises(ConfigError, match="another run"):
+        Output(target)
+    original = source.read_bytes()
+    with pytest.raises(ConfigError, match="line 1"):
+        Output(source)
+    assert source.read_bytes() == original
 
 
 async def test_it_runs_at_a_server(make_bench: MakeBench, source: Path, tmp_path: Path) -> None:
