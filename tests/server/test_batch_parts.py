@@ -234,6 +234,15 @@ async def test_it_runs_at_a_server(make_bench: MakeBench, source: Path, tmp_path
     assert not any(request.is_background for request in bench.engine.requests)
 
 
+async def test_a_wrong_key_or_url_stops_the_run(make_bench: MakeBench, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    async with make_bench(api_key=("secret",)).served() as address:
+        for url, why in ((address, "--api-key"), (address.removeprefix("http://"), "--url is '127.*http://")):
+            with Output(target) as output, pytest.raises(ConfigError, match=why):
+                await run_file(CONFIG, url, "wrong", Run(source, read_input(source, CONFIG), output, CONSOLE))
+            assert not output.replied  # a second run with the right key does all requests
+
+
 async def test_a_server_that_is_gone_stops_the_run(
     make_bench: MakeBench, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 5  # number of attempts to reach a server
 RETRY_SECONDS = 1.0
 RETRIED = (429, 503)  # a server answers with these statuses when it cannot take a request now
+REFUSED = (401, 403)  # a server answers with these statuses if it does not accept the API key
 
 
 class Caller(Protocol):
@@ -52,7 +53,8 @@ class LocalCaller:
 
 @dataclass(frozen=True, slots=True)
 class RemoteCaller:
-    """Sends requests to a server. While the server cannot take a request, it is sent again."""
+    """Sends requests to a server. While the server cannot take a request, it is sent again. Raises ConfigError if the
+    server cannot be reached or does not accept the API key, because no other request would succeed either."""
 
     http: httpx.AsyncClient
 
@@ -70,6 +72,11 @@ class RemoteCaller:
                 attempt += 1
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
+            if reply.status_code in REFUSED:
+                raise ConfigError(
+                    f"The server {self.http.base_url} does not accept the API key (status {reply.status_code}): give "
+                    "one with --api-key. The same command goes on where this one has stopped."
+                )
             if reply.status_code not in RETRIED:
                 return Outcome(reply.status_code, reply.headers.get("x-request-id", ""), as_json(reply))
             after = reply.headers.get("retry-after", "")
@@ -122,6 +129,8 @@ async def remote(url: str, api_key: str | None) -> AsyncGenerator[RemoteCaller]:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     limits = httpx.Limits(max_connections=None)
     base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise ConfigError(f"--url is {url!r}; it must begin with http:// or https://.")
     try:
         http = httpx.AsyncClient(base_url=base, headers=headers, timeout=None, limits=limits)
     except (httpx.InvalidURL, ValueError) as error:
