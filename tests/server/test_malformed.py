@@ -314,6 +314,15 @@ async def test_millions_of_ids_are_refused_before_they_are_parsed(
         assert str(MAX_JSON_VALUES) in error["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/decisions", "/v1/embeddings"])
+async def test_numbers_with_thousands_of_digits_are_refused_by_name(bench: Bench, path: str) -> None:
+    async with bench.http(headers={"Content-Type": "application/json"}) as http:
+        error = check(await http.post(path, content=b'{"seed": ' + b"9" * 4301 + b"}"), 400)
+    assert (error["code"], "4300" in error["message"]) == ("invalid_json", True)
+    check_json(b'{"prompt": "' + b"9" * 5000 + b'"}')
+    check_json(b"[" + (b"7" * 4300 + b",") * 900 + b"1]")
+
+
 def test_commas_within_strings_are_text() -> None:
     check_json(b'{"prompt": "' + b"," * (MAX_JSON_VALUES + 1) + b'"}')
 
