@@ -59,7 +59,20 @@ def test_a_bad_line_has_a_short_reason(text: bytes) -> None:
 def test_places_count_all_lines_and_read_long_ones_in_part() -> None:
     file = io.BytesIO(b"a\n\n  \nbbbbbbbbbb\nc")
     found = [(place.number, place.offset, place.size, text) for place, text in places(file, 4)]
-    assert found == [(0, 0, 2, b"a\n"), (3, 6, 11, b"bbbbb"), (4, 17, 1, b"c")]
+    blank = [(1, 2, 1, b""), (2, 3, 3, b"")]
+    assert found == [(0, 0, 2, b"a\n"), *blank, (3, 6, 11, b"bbbbb"), (4, 17, 1, b"c")]
+
+
+def test_a_byte_order_mark_and_some_blank_lines_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl([line("a"), "", "\r", line("b")]))
+    assert read_contents(path, [CHAT], max_bytes=1000, max_lines=2).problem is None
+    assert [each["custom_id"] for each in run_all(path, tmp_path / "out.jsonl", Echo())] == ["a", "b"]
+    path.write_bytes(b"\n" * 1000)
+    problem = read_contents(path, [CHAT], max_bytes=1000, max_lines=2).problem
+    assert problem == ("too_many_blank_lines", "The file has more than 2 blank lines.")
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert (read_contents(path, [CHAT], max_bytes=1000).problem or "")[0] == "empty_file"
 
 
 def test_a_long_line_is_an_error_of_its_own(tmp_path: Path) -> None:

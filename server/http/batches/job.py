@@ -32,9 +32,15 @@ class Contents:
 def read_contents(path: Path, urls: Collection[str], *, max_bytes: int, max_lines: int = MAX_LINES) -> Contents:
     """Checks all lines of an input file. Only one line is in memory at a time. Raises OSError if the file cannot be
     read."""
-    found, seen = Contents(), set[bytes]()
+    found, seen, num_blank = Contents(), set[bytes](), 0
     with path.open("rb") as file:
         for place, text in places(file, max_bytes):
+            if not text:
+                num_blank += 1
+                if num_blank > max_lines:  # a file of nothing else would take minutes, in which other batches wait
+                    found.problem = ("too_many_blank_lines", f"The file has more than {max_lines} blank lines.")
+                    break
+                continue
             found.total += 1
             if found.total > max_lines:
                 found.problem = ("too_many_requests", f"The file has more than {max_lines} requests.")
@@ -50,7 +56,7 @@ def read_contents(path: Path, urls: Collection[str], *, max_bytes: int, max_line
                 seen.add(key)
                 body = msgspec.json.decode(line.body)
                 found.pending.append(Pending(place.number, place.offset, place.size, beginnings(body)))
-    if not found.total:
+    if not found.total and found.problem is None:
         found.problem = ("empty_file", "The file has no requests.")
     return found
 
