@@ -239,6 +239,26 @@ async def test_a_cancelled_batch_keeps_what_has_finished(
         assert error.value.param == "batch_id"
 
 
+async def test_a_line_that_is_cancelled_before_it_begins_leaves_its_place_to_others(
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, cancelled = asyncio.create_task, list[asyncio.Task[Any]]()
+
+    def create_task(work: Any, *, name: str) -> asyncio.Task[Any]:
+        task = create(work, name=name)
+        if name.startswith("batch_") and len(cancelled) < runner.MAX_PREPARING:
+            cancelled.append(task)
+            task.cancel()
+        return task
+
+    async with make_bench(data_dir=str(tmp_path)).openai() as client:
+        monkeypatch.setattr(runner.asyncio, "create_task", create_task)
+        await start(client, [line(f"c{i}") for i in range(runner.MAX_PREPARING)])
+        other = await start(client, [line("a")])
+        assert counts(await until(client, other, "completed")) == (1, 1, 0)
+        assert len(cancelled) == runner.MAX_PREPARING
+
+
 async def test_an_expired_batch_has_an_error_for_each_line_that_is_left(
     make_bench: MakeBench, tmp_path: Path, engine: FakeEngine
 ) -> None:
