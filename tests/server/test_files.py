@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import errno
+import sqlite3
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from openai.types import FileObject
 
 from jamba_server.engine.errors import ConfigError
 from jamba_server.server.http.files.store import FileStore
+from jamba_server.server.http.files.table import FileTable
 from jamba_server.server.http.files.upload import clean_name
 from tests.conformance.strict import check
 from tests.server.conftest import Bench, MakeBench
@@ -205,6 +208,28 @@ async def test_a_start_removes_what_a_kill_has_left(bench: Bench, make_bench: Ma
         assert (await client.files.content(made.id)).content == LINE
 
 
+async def test_a_full_disk_leaves_nothing_behind(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def lines() -> Iterator[bytes]:
+        yield LINE
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    services = bench.app.state.services
+    async with bench.openai() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(FileTable, "put", full)
+            with pytest.raises(openai.InternalServerError, match="disk is full"):
+                await make(client)
+        with pytest.raises(OSError, match="No space"):
+            await services.files.put_result("file-r", "", "r.jsonl", lines, None)
+        assert stored(tmp_path) == []
+        assert services.files.total == 0
+        made = await make(client)
+        assert (tmp_path / "files" / made.id).stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("settings", [{}, {"max_file_bytes": 0, "data_dir": "somewhere"}])
 async def test_a_server_without_a_folder_refuses_files(
     make_bench: MakeBench, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -226,6 +251,10 @@ async def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
         FileStore(tmp_path, max_bytes=1)
     await first.close()
     await FileStore(tmp_path, max_bytes=1).close()
+    (tmp_path / "files" / "lock").unlink()
+    (tmp_path / "files" / "lock").mkdir()
+    with pytest.raises(ConfigError, match="lock cannot be written"):
+        FileStore(tmp_path, max_bytes=1)
 
 
 def test_names_of_files_are_shown_without_folders_and_control_characters() -> None:

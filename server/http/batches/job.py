@@ -63,13 +63,13 @@ def read_contents(path: Path, urls: Collection[str], *, max_bytes: int, max_line
 
 class Job:
     """`running` has the task of each line in flight, by the number of the line. `stopping` says that no further line
-    begins."""
+    begins, and `waits_for_disk` that the last result could not be stored."""
 
     def __init__(self, number: int, record: Record, path: Path, pending: list[Pending]) -> None:
         self.number, self.record = number, record
         self.order = Order(pending)
         self.running: dict[int, asyncio.Task[None]] = {}
-        self.stopping = False
+        self.stopping = self.waits_for_disk = False
         self._path = path
 
     @property

@@ -313,13 +313,19 @@ class BatchRunner:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _put(self, job: Job, result: Result) -> None:
-        """Stores a result. While the disk is full, the line waits."""
+        """Stores a result. While the disk is full, the line waits. The log says so once for each batch, because a log
+        that grows with each attempt might lie on the same disk."""
         while True:
             try:
-                return await self._store.run(lambda table: table.put(job.number, [result]))
+                await self._store.run(lambda table: table.put(job.number, [result]))
             except sqlite3.Error as error:
-                logger.error("%s: a result cannot be stored and is tried again: %s", job.record.id, error)
+                if not job.waits_for_disk:
+                    logger.error("%s: results cannot be stored and are tried again: %s", job.record.id, error)
+                job.waits_for_disk = True
                 await asyncio.sleep(RETRY_SECONDS)
+            else:
+                job.waits_for_disk = False
+                return
 
 
 def _errors(code: str, message: str) -> list[dict[str, object]]:
