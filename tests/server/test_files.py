@@ -143,7 +143,15 @@ async def test_a_malformed_form_is_refused(bench: Bench, tmp_path: Path, body: b
         for type_ in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "b" * 1000):
             reply = await http.post("/v1/files", content=body, headers={"content-type": type_})
             assert reply.status_code == (415 if type_ == "application/json" else 400)
+            assert ("no boundary" in reply.text) == (type_ == "multipart/form-data")
     assert stored(tmp_path) == []
+
+
+async def test_headers_of_parts_are_limited(bench: Bench) -> None:
+    async with bench.http() as http:
+        for name, status in (("a" * 1900, 200), ("a" * 2100, 400)):
+            reply = await http.post("/v1/files", data={"purpose": "batch"}, files={"file": (name, LINE)})
+            assert (reply.status_code, "2048 bytes" in reply.text) == (status, status == 400)
 
 
 async def test_limits_of_one_file_and_of_all_together(

@@ -49,11 +49,23 @@ class RefusalPart(RequestBody):
         return self.refusal
 
 
+def _data_kind(value: object) -> str | None:
+    return "(object)" if isinstance(value, dict) else "(list)" if isinstance(value, list) else None
+
+
+JsonData = Annotated[
+    Annotated[dict[str, Any], Tag("(object)")] | Annotated[list[dict[str, Any]], Tag("(list)")],
+    Discriminator(
+        _data_kind, custom_error_type="content_type", custom_error_message="must be an object or a list of objects"
+    ),
+]
+
+
 class JsonPart(RequestBody):
     """JSON, which the model reads as text."""
 
     type: Literal["input_json"]
-    data: Annotated[dict[str, Any] | list[dict[str, Any]], Field(description="An object, or a list of objects.")]
+    data: Annotated[JsonData, Field(description="An object, or a list of objects.")]
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -175,10 +187,20 @@ class Predicate(_Question):
     type: Literal["predicate"]
 
 
+def _value_kind(value: object) -> str | None:
+    return "(string)" if isinstance(value, str) else "(bool)" if isinstance(value, bool) else None
+
+
+ChoiceValue = Annotated[
+    Annotated[StrictStr, Tag("(string)")] | Annotated[StrictBool, Tag("(bool)")],
+    Discriminator(_value_kind, custom_error_type="content_type", custom_error_message="must be a string, true or false"),
+]
+
+
 class Choice(NullableBody):
     """One of the options of a question."""
 
-    value: Annotated[StrictStr | StrictBool, Field(description="The value that the answer has: a text, true or false.")]
+    value: Annotated[ChoiceValue, Field(description="The value that the answer has: a text, true or false.")]
     description: Annotated[str | None, Field(description="What the option means.")] = None
 
 
@@ -220,7 +242,8 @@ QUESTION_TYPES = ("predicate", "choice", "score")
 
 def _known_question(value: Any) -> Any:
     if isinstance(value, dict) and (kind := value.get("type")) not in QUESTION_TYPES:
-        why = f"has the type {str(kind)[:48]!r}; it must be one of {', '.join(QUESTION_TYPES)}"
+        has = f"has the type {str(kind)[:48]!r}" if "type" in value else "has no `type`"
+        why = f"{has}; it must be one of {', '.join(QUESTION_TYPES)}"
         raise PydanticCustomError("question_type", "{why}", {"why": why})
     return value
 
