@@ -67,7 +67,8 @@ class ContextTooLong(RequestRejected):
     def __init__(self, *, length: int, limit: int, param: str = "messages", has_reply: bool = True) -> None:
         reply = ", including at least one token of the reply" if has_reply else ""
         super().__init__(
-            f"This model's maximum context length is {limit} tokens{reply}; the prompt has {length} tokens. Shorten it.",
+            f"This model's maximum context length is {limit} tokens{reply}; "
+            f"the prompt has {length} tokens. Shorten it.",
             param=param,
             code="context_length_exceeded",
         )

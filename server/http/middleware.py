@@ -52,8 +52,8 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
 # time of a search is proportional to the length of the text.
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-# A body with a too long number has the text _LONG_NUMBER if all its digits are replaced by 0. The search for a text takes
-# a time proportional to the length of the body, unlike that for a regular expression with a count.
+# A body with a too long number has the text _LONG_NUMBER if all its digits are replaced by 0. The search for a text
+# takes a time proportional to the length of the body, unlike that for a regular expression with a count.
 _TO_ZERO, _LONG_NUMBER = bytes.maketrans(b"123456789", b"0" * 9), b"0" * (MAX_JSON_DIGITS + 1)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 ASSETS_PATH = "/docs/assets"
@@ -265,7 +265,8 @@ def check_json(body: bytes, *, name: str = "body") -> None:
     """Raises RequestRejected for bodies that a JSON parser accepts but that would do harm after parsing.
 
     These bodies are not in UTF-8, are nested too deeply, have too many values, fields or containers, have a number with
-    too many digits, or have one half of a UTF-16 surrogate pair without the other half. Error messages call the body by the word `name`.
+    too many digits, or have one half of a UTF-16 surrogate pair without the other half. Error messages call the body by
+    the word `name`.
     """
     try:
         body.decode()
@@ -302,7 +303,8 @@ def _check_numbers(body: bytes, name: str) -> None:
     structure = _JSON_STRING.sub(b"", body)
     if structure.count(b",") >= MAX_JSON_VALUES:
         raise RequestRejected(
-            f"The {name} has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects together.",
+            f"The {name} has more values than the limit of {MAX_JSON_VALUES}, in all of its lists and objects "
+            "together.",
             code="invalid_json",
         )
     if structure.count(b":") > MAX_JSON_NAMES:

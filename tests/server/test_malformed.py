@@ -245,7 +245,7 @@ RAW: list[tuple[bytes, int, str | None, str]] = [
     (nested(MAX_JSON_DEPTH), 400, None, "messages"),
     (b"[" + b"[]," * MAX_JSON_CONTAINERS + b"[]]", 400, "invalid_json", str(MAX_JSON_CONTAINERS)),
     (b'[[],[],"\\"' + b"[" * 100, 400, "invalid_json", "Unterminated string"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "parsing the body"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", 400, "invalid_json", "limit of 4300"),
     (b'{"temperature": NaN, "messages": [{"role": "user", "content": "Hi"}]}', 400, None, "finite number"),
     (b'{"temperature": Infinity, "messages": [{"role": "user", "content": "Hi"}]}', 400, None, "finite number"),
     (b" " * (MAX_BODY_BYTES + 1), 413, "request_too_large", str(MAX_BODY_BYTES)),

@@ -167,7 +167,10 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda file: with_text(file, lambda text: text.replace(b'"created_at"', b'"x": 1' + b"0" * 5000 + b', "c"')),
         "limit of 4300",
     ),
-    "invalid UTF-8": (lambda file: with_text(file, lambda text: text.replace(b"talk", b"ta\xffk")), "The header is not"),
+    "invalid UTF-8": (
+        lambda file: with_text(file, lambda text: text.replace(b"talk", b"ta\xffk")),
+        "The header is not",
+    ),
     "deep": (lambda file: _nested(file), "nests deeper"),
 }
 

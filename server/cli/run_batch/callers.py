@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from jamba_server.engine.errors import ConfigError
-from jamba_server.engine.process.client import EngineClient
 from jamba_server.server.cli.checkpoint import Checkpoint
-from jamba_server.server.cli.terminal import LoadProgress
+from jamba_server.server.cli.local import start_engine
 from jamba_server.server.config import ServerConfig
 from jamba_server.server.generation_defaults import GenerationDefaults
 from jamba_server.server.http.app import ROUTERS, create_app
@@ -26,8 +24,6 @@ from jamba_server.server.http.batches.endpoints import lines_app
 from jamba_server.server.http.errors import OnProgress
 from jamba_server.server.text.chat_template import ChatTemplate
 from jamba_server.server.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5  # number of attempts to reach a server
 RETRY_SECONDS = 1.0
@@ -99,26 +95,15 @@ async def local(config: ServerConfig, checkpoint: Checkpoint, console: Console) 
     tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
     override = None if config.chat_template is None else Path(config.chat_template)
     template = ChatTemplate.from_folder(folder, tokenizer, override)
-    with LoadProgress(console) as progress:
-        client = EngineClient(
-            config.engine(folder),
-            engine_timeout=config.engine_timeout,
-            load_timeout=config.load_timeout,
-            on_progress=progress.update,
-        )
-        try:
-            info = await client.start()
-        except BaseException:
-            await client.close()
-            raise
+    client = await start_engine(config, folder, console)
     try:
-        for warning in info.warnings:
-            logger.warning("%s", warning)
         app = create_app(config, client, tokenizer, template, GenerationDefaults.of(folder), demo=checkpoint.demo)
         services = app.state.services
-        yield LocalCaller(lines_app(services, ROUTERS))
-        await services.responses.close()
-        services.grammars.close()
+        try:
+            yield LocalCaller(lines_app(services, ROUTERS))
+        finally:
+            await services.responses.close()
+            services.grammars.close()
     finally:
         await client.close()
 

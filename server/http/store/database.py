@@ -181,10 +181,9 @@ class Database:
             while at in previous and at not in found and at not in path:  # not in the path: no circle is followed twice
                 path[at] = None
                 at = previous[at]
-            length = found.get(at, 0)
-            for length, link in enumerate(reversed(path), start=length + 1):
-                found[link] = length
-            found.setdefault(id_, length)
+            before = found.get(at, 0)
+            found |= {link: before + number for number, link in enumerate(reversed(path), start=1)}
+            found.setdefault(id_, 0)
         return found
 
     def find_item(self, item_id: str, owner: str) -> StoredResponse | None:
