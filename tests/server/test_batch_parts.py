@@ -280,3 +280,12 @@ async def test_it_runs_with_the_endpoints_in_this_process(bench: Bench, source: 
     bodies = [json.loads(text)["response"] for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {body["body"]["object"] for body in bodies if body} == {"chat.completion", "text_completion"}
     assert BODIES[CHAT] == line("a")["body"]
+
+
+async def test_options_of_a_server_do_not_disturb_it(source: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = ServerConfig(threads=1, max_num_seqs=4, data_dir=str(data), max_queue_requests=1, max_queue_tokens=1)
+    with Output(tmp_path / "out.jsonl") as output:
+        await run_file(config, None, None, Run(source, read_input(source, config), output, CONSOLE))
+    assert (output.num_completed, output.num_failed) == (20, 3)
+    assert not data.exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -91,6 +91,9 @@ def as_json(reply: httpx.Response) -> bytes:
 @asynccontextmanager
 async def local(config: ServerConfig, checkpoint: Checkpoint, console: Console) -> AsyncGenerator[LocalCaller]:
     """Loads a model. Raises ConfigError if it cannot be loaded."""
+    # The environment and the YAML file may have options of a server. This process has no other clients that a limit
+    # would protect, and must not touch the data of a server.
+    config = replace(config, data_dir=None, max_queue_requests=0, max_queue_tokens=0)
     folder = checkpoint.folder
     tokenizer = Tokenizer.from_folder(Path(config.tokenizer or folder))
     override = None if config.chat_template is None else Path(config.chat_template)
