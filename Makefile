@@ -19,13 +19,17 @@
 #   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
 #   MUTATIONS    the number of files of `make fuzz-gguf` (default 20000)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
+#   WORKERS      the number of processes that share the tests (default 2; with 0, pytest runs them itself, as for --pdb)
 
 PYTHON ?= python3
 TARGETS ?= 90
 MUTATIONS ?= 20000
+WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# A worker that has run its share takes half of what is left of another's, so none waits for the slowest file.
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PACKAGING := pyproject.toml $(wildcard setup.py)
 
 # $(call step,DESCRIPTION,COMMAND) prints the description, runs the command and prints how long it took.
@@ -48,12 +52,12 @@ check: .venv/dev.stamp
 
 test: check
 	@echo "== pytest: tests"
-	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) -m pytest $(TESTS)
+	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) $(PYTEST) $(TESTS)
 	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
 
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
+	@TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
 
 fuzz-gguf: .venv/dev.stamp
