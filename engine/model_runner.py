@@ -14,8 +14,9 @@ from jamba_server.engine.batch import SampledTokens, build_batch
 from jamba_server.engine.cache.manager import CacheCopies
 from jamba_server.engine.cache.storage import CacheStorage
 from jamba_server.engine.config import PROMPT_LOGITS_ROWS
+from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
-from jamba_server.engine.graphs import DecodeGraphs
+from jamba_server.engine.graphs import StepGraphs
 from jamba_server.engine.models import Model
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
@@ -80,9 +81,9 @@ class ModelRunner:
     `masks` computes, while the model runs, which tokens may come next in sequences that have a grammar or another
     constraint.
 
-    `graphs` runs decode steps as CUDA graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device
-    for the next step, if asynchronous scheduling is enabled. `states` copies Mamba states between the slots of running
-    sequences and the saved states.
+    `graphs` runs steps as graphs, if graphs are enabled. `sampled` keeps the sampled tokens on the device for the next
+    step, if asynchronous scheduling is enabled. `tables` keeps the page tables on the device, if it is a GPU. `states`
+    copies Mamba states between the slots of running sequences and the saved states.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class ModelRunner:
         kernels: Kernels,
         masks: MaskFiller,
         *,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
         sampled: SampledTokens | None = None,
+        tables: DeviceTables | None = None,
     ) -> None:
         self.model, self.storage, self.sampler, self.kernels = model, storage, sampler, kernels
         self.masks = masks
-        self.graphs, self.sampled, self.states = graphs, sampled, state_copies(storage, kernels)
+        self.graphs, self.sampled, self.tables = graphs, sampled, tables
+        self.states = state_copies(storage, kernels)
         self.device = storage.kv.device
         self.pooler = Pooler(model)
 
@@ -119,13 +122,26 @@ class ModelRunner:
         prompts, vectors = self._prompt_logprobs(output.chunks, hidden), self.pooler.launch(output.chunks, hidden)
         return PendingStep(output, tokens, prompts, vectors, restore_seconds)
 
+    @torch.inference_mode()
+    def capture_graphs(self, reply: Chunk) -> int:
+        """Captures the graphs that most requests need, before there are requests. `reply` is a chunk that decodes, with
+        page 0 and state slot 0. Returns the number of graphs."""
+        return 0 if self.graphs is None else self.graphs.capture_ladder(reply, self.sampled)
+
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled."""
-        if self.graphs is not None and (key := self.graphs.key(chunks)) is not None:
-            hidden = self.graphs.forward(key, chunks, self.sampled)
+        """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled. With
+        a graph, both are the latter: a graph runs only steps of which nothing else is needed."""
+        graphs = self.graphs
+        if graphs is not None and (key := graphs.key(chunks)) is not None and graphs.is_ready(key):
+            hidden = graphs.forward(key, chunks, self.sampled)
             return hidden, hidden
-        block_size = self.storage.block_size
-        batch = build_batch(chunks, block_size=block_size, device=self.device, sampled=self.sampled)
+        batch = build_batch(
+            chunks,
+            block_size=self.storage.block_size,
+            device=self.device,
+            sampled=self.sampled,
+            tables=self.tables,
+        )
         hidden = self.model.forward(batch, self.storage)
         # In a step in which all sequences decode, every row is a logit row, so no rows need to be selected.
         return hidden, hidden if len(batch.logit_rows) == len(hidden) else hidden[batch.logit_rows]

@@ -133,6 +133,12 @@ class DummySteps:
         for copies in ([(0, 0)], [(0, 0)] * 2):
             yield SchedulerOutput(tuple(self.prompts(1, 1)), CacheCopies(pages=copies, states=copies, saves=copies), ())
 
+    def reply(self) -> Chunk | None:
+        """Returns a chunk that decodes a sequence of two tokens, or None if no sequence decodes."""
+        if self._max_model_len == 1 or not self._params.max_tokens:
+            return None
+        return self._chunk(self._sequence(2), 1, 2)
+
     def prompts(self, tokens: int, longest: int) -> list[Chunk]:
         """Returns as few prompts as possible that have `tokens` tokens in total. No prompt is longer than `longest`
         tokens."""

@@ -138,12 +138,14 @@ def test_caches_get_what_measured_steps_and_graphs_leave(tmp_path: Path) -> None
     plan = plan_on_gpu(config, model, 60 * GIB, Measured(estimated.max_num_batched_tokens, 256, 2 * GIB))
     assert plan.activation_bytes == 2 * GIB
     assert plan.graph_bytes == 0
-    assert 58 * GIB - plan.kv_bytes - plan.state_bytes < 16 * MIB, "less than a state is left over"
+    left = 58 * GIB - plan.kv_bytes - plan.state_bytes - plan.table_bytes
+    assert 0 <= left < 16 * MIB, "less than a state is left over"
+    assert plan.table_bytes == 4 * 257 * plan.max_model_len // 16
     with_graphs = plan_on_gpu(
         EngineConfig(model="x", max_num_seqs=256), model, 60 * GIB, Measured(plan.max_num_batched_tokens, 256, 2 * GIB)
     )
     assert with_graphs.graph_bytes > 0
-    taken = with_graphs.kv_bytes + with_graphs.state_bytes + with_graphs.graph_bytes
+    taken = with_graphs.kv_bytes + with_graphs.state_bytes + with_graphs.graph_bytes + with_graphs.table_bytes
     assert 0 <= 58 * GIB - taken < 16 * MIB
 
 
