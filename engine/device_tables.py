@@ -50,10 +50,13 @@ class DeviceTables:
         self._known: dict[Sequence, _Known] = {}
         self._free = list(range(max_num_seqs, 0, -1))
         self._filled = [0] * (max_num_seqs + 1)  # how many entries of each row may differ from 0
+        self._is_stale = False  # whether changes were returned that the device never got
 
     def update(self, chunks: Many[Chunk]) -> TableChanges:
         """Gives each sequence of a step a row, and returns what must be written before the step reads the tables."""
-        if len(self._known) > len(chunks):
+        if self._is_stale:
+            self._start_anew()
+        elif len(self._known) > len(chunks):
             self._forget_ended()
         width = self.tables.shape[1]
         places: list[Array] = []
@@ -77,6 +80,10 @@ class DeviceTables:
             return TableChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32))
         return TableChanges(np.concatenate(places), np.concatenate(pages))
 
+    def invalidate(self) -> None:
+        """Must be called if a step fails after `update`. The next `update` then returns whole tables."""
+        self._is_stale = True
+
     def apply(self, places: Tensor, pages: Tensor) -> None:
         """Launches the write of `TableChanges`, whose arrays have been copied to the device."""
         if len(places):
@@ -99,6 +106,13 @@ class DeviceTables:
             self._forget_ended()
         assert self._free, f"a step of {len(chunks)} chunks has more sequences than there are tables"
         return self._free.pop()
+
+    def _start_anew(self) -> None:
+        self.tables.zero_()
+        self._known.clear()
+        self._free = list(range(len(self.tables) - 1, 0, -1))
+        self._filled = [0] * len(self.tables)
+        self._is_stale = False
 
     def _forget_ended(self) -> None:
         """Frees the rows of sequences that do not run any more. A sequence that waits has no pages."""

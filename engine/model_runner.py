@@ -18,6 +18,7 @@ from jamba_server.engine.device_tables import DeviceTables
 from jamba_server.engine.grammar.masks import ConstrainedRow, MaskFiller, PendingMasks
 from jamba_server.engine.graphs import StepGraphs
 from jamba_server.engine.models import Model
+from jamba_server.engine.out_of_memory import retried
 from jamba_server.engine.pooling.pooler import PendingVector, Pooler
 from jamba_server.engine.sampling.logprobs import PendingLogprobs
 from jamba_server.engine.sampling.sampler import PendingTokens, Sampler, SamplingRow
@@ -117,7 +118,7 @@ class ModelRunner:
             if seq.constraint is not None and seq.constraint.restricts
         ]
         with self.masks.filling(constrained) as masks:
-            hidden, chosen = self._forward(output.chunks)
+            hidden, chosen = self._run(output.chunks)
             tokens = self._sample(chosen, rows, masks) if rows else None
         prompts, vectors = self._prompt_logprobs(output.chunks, hidden), self.pooler.launch(output.chunks, hidden)
         return PendingStep(output, tokens, prompts, vectors, restore_seconds)
@@ -127,6 +128,21 @@ class ModelRunner:
         """Captures the graphs that most requests need, before there are requests. `reply` is a chunk that decodes, with
         page 0 and state slot 0. Returns the number of graphs."""
         return 0 if self.graphs is None else self.graphs.capture_ladder(reply, self.sampled)
+
+    def _run(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
+        """Returns the result of `_forward`. If the memory was short, a step that only begins prompts is tried again: it
+        reads no state, so what the first attempt has written does not matter. A step of other sequences may have moved
+        some of their states on already."""
+
+        def forward() -> tuple[Tensor, Tensor]:
+            try:
+                return self._forward(chunks)
+            except BaseException:
+                if self.tables is not None:
+                    self.tables.invalidate()
+                raise
+
+        return forward() if any(chunk.start for chunk in chunks) else retried(forward, "a step that begins prompts")
 
     def _forward(self, chunks: Many[Chunk]) -> tuple[Tensor, Tensor]:
         """Returns the hidden states of all rows, and the hidden states of the rows from which tokens are sampled. With
@@ -149,7 +165,8 @@ class ModelRunner:
     def _sample(
         self, hidden: Tensor, rows: Many[tuple[SamplingRow, Sequence]], masks: PendingMasks | None
     ) -> PendingTokens:
-        tokens = self.sampler.launch(self.model.logits(hidden), [row for row, _ in rows], masks)
+        inputs = [row for row, _ in rows]
+        tokens = retried(lambda: self.sampler.launch(self.model.logits(hidden), inputs, masks), "sampling")
         if self.sampled is not None:
             self.sampled.put(tokens.token_ids, [seq for _, seq in rows])
         return tokens

@@ -52,6 +52,7 @@ from jamba_server.kernels.activations import with_int8_activations
 from jamba_server.kernels.cpu.graph import Arena, NativeGraph
 from jamba_server.kernels.ops import Kernels
 from jamba_server.kernels.table import select
+from jamba_server.kernels.torch_ops import MAX_GATHERED_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress = lambda phase, f
     plan = planned(available_bytes=available_bytes(device, config))
     config, more = with_host_tier(config, available_memory() - (device.type == "cpu") * plan.total_bytes)
     warnings += more
-    steps = dummy_steps(config, model_config, plan)
+    gathered = gathered_tokens(model_config, dtype.itemsize) if kernels.names["attention_prefill"] == "torch" else 0
+    steps = dummy_steps(config, model_config, plan, gathered)
     rehearsal = Rehearsal(model_config, kernels, policy, dtype, layout)
     # The grammar compiler reads the tokenizer in a thread of its own while the weights are loaded.
     tokenizer = Path(config.tokenizer or config.model)
@@ -214,11 +216,12 @@ def load(model: Model, config: EngineConfig, on_progress: OnProgress) -> None:
         load_weights(model, Path(config.model), on_progress, phase=phase)
 
 
-def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan) -> DummySteps:
+def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPlan, gathered: int = 0) -> DummySteps:
     """Returns the dummy steps, which run once so that their memory is measured and their kernels are compiled.
 
     The argument `plan` is preliminary, because it is based on an estimate of the memory. The plan made after the
     measurement may allow more or longer sequences. The dummy steps are as large as the largest steps of both plans.
+    Attention copies the keys and values of at most `gathered` tokens.
     """
     trained = model_config.max_position_embeddings
     return DummySteps(
@@ -227,7 +230,13 @@ def dummy_steps(config: EngineConfig, model_config: JambaConfig, plan: MemoryPla
         max_model_len=min(config.max_model_len or trained, trained),
         block_size=config.block_size,
         kind="classify" if model_config.is_classifier else "generate",
+        gathered_tokens=gathered,
     )
+
+
+def gathered_tokens(model_config: JambaConfig, item_bytes: int) -> int:
+    """Returns the largest number of tokens whose keys and values torch's flash attention copies."""
+    return MAX_GATHERED_BYTES // (2 * model_config.num_key_value_heads * model_config.head_dim * item_bytes)
 
 
 def measure_steps(loaded: Loaded, steps: DummySteps, memory: DeviceMemory) -> Measured:
