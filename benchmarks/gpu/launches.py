@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.launches [--shapes 3b,mini] [--target 90]
 
 A step runs on torch's device "meta", where each kernel is compiled and a launch ends before it would call the driver.
-So every launch is counted, and the time of the Python code before the driver is measured. With a graph, the host
+So every launch is counted, and the time of Triton's Python code before the driver is measured. With a graph, the host
 builds the inputs of the step, sends them, and launches the graph, the choice of rows and the sampling; there, the time
 of the inputs is measured. Writes benchmarks/results/gpu-launches.md.
 """
@@ -50,14 +50,17 @@ FORMATS: Final = {"3b": "bf16", "mini": "int8"}
 BLOCK_SIZE, LONGEST, ROUNDS = 16, 262_144, 7
 # torch's operations that start no kernel: they make views, or memory without contents
 NO_LAUNCH: Final = frozenset(
-    ("view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "chunk", "t", "transpose", "permute")
-    + ("expand", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided")
-    + ("new_empty", "unbind", "reshape", "_reshape_alias", "lift_fresh", "resize_")
+    (
+        *("view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "chunk", "t", "transpose", "permute"),
+        *("expand", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided"),
+        *("new_empty", "unbind", "reshape", "_reshape_alias", "lift_fresh", "resize_"),
+    )
 )
 
 
 class Step(NamedTuple):
-    """A step of `replies` sequences that decode at the end of `context` tokens, and of one prompt of `prompt` tokens."""
+    """A step of `replies` sequences that decode at the end of `context` tokens, and of one prompt of `prompt`
+    tokens."""
 
     replies: int
     context: int
@@ -110,18 +113,34 @@ def runner_on_meta(config: JambaConfig, stored: Format, layout: CacheLayout) -> 
     return ModelRunner(model, storage, sampler, kernels, masks)
 
 
-def counted(run: Callable[[], object]) -> tuple[int, int]:
-    """Returns how many Triton kernels and how many of torch's `run` launches."""
+class Counted(NamedTuple):
+    """The launches of a step: how many kernels of Triton and how many of torch, and the microseconds in Triton's."""
+
+    triton: int
+    torch: int
+    microseconds: float
+
+
+def counted(run: Callable[[], object]) -> Counted:
+    """Counts the launches of `run`. The time is the shortest of several calls."""
     inner: Any = JITFunction.run
-    triton: list[int] = []
+    triton: list[float] = []
 
     def count(kernel: Any, *args: Any, **options: Any) -> Any:
-        triton.append(1)
-        return inner(kernel, *args, **options)
+        start = time.perf_counter()
+        found = inner(kernel, *args, **options)
+        triton.append(time.perf_counter() - start)
+        return found
 
-    with mock.patch.object(JITFunction, "run", count), Launches() as torchs:
-        run()
-    return len(triton), torchs.names.total()
+    with mock.patch.object(JITFunction, "run", count):
+        with Launches() as torchs:
+            run()
+        launches, times = len(triton), list[float]()
+        for _ in range(ROUNDS):
+            triton.clear()
+            run()
+            times.append(1e6 * sum(triton))
+    return Counted(launches, torchs.names.total(), min(times))
 
 
 def median_microseconds(run: Callable[[], object]) -> float:
@@ -133,22 +152,22 @@ def median_microseconds(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def eager(runner: ModelRunner, step: Step) -> tuple[int, int, float]:
-    """Returns the launches of Triton and of torch, and the microseconds, of a step without a graph."""
+def eager(runner: ModelRunner, step: Step) -> Counted:
+    """Returns the launches of a step without a graph."""
     output = SchedulerOutput(tuple(chunks_of(step, owned=False)), CacheCopies(), ())
     launch = torch.inference_mode()(lambda: runner.launch(output))
     launch()  # compiles the kernels
-    return *counted(launch), median_microseconds(launch)
+    return counted(launch)
 
 
-def sampling(runner: ModelRunner, rows: int) -> tuple[int, float]:
-    """Returns the launches and the microseconds of what follows a graph: logits and sampling of `rows` rows."""
+def sampling(runner: ModelRunner, rows: int) -> Counted:
+    """Returns the launches of what follows a graph: logits and sampling of `rows` rows."""
     hidden = torch.empty(rows, runner.model.config.hidden_size, dtype=torch.bfloat16, device="meta")
     [chunk] = chunks_of(Step(1, 8), owned=False)
     output = [(row, chunk.sequence) for row in _rows(chunk, rows)]
     launch = torch.inference_mode()(lambda: runner._sample(hidden, output, None))  # pyright: ignore[reportPrivateUsage]
     launch()
-    return sum(counted(launch)), median_microseconds(launch)
+    return counted(launch)
 
 
 def _rows(chunk: Chunk, rows: int) -> list[Any]:
@@ -186,12 +205,13 @@ def table(shape: str, target: int, folder: Path) -> list[str]:
     with compiling_only(target):
         runner = runner_on_meta(config, stored, layout)
         for step in STEPS:
-            triton, torchs, before = eager(runner, step)
-            after, sampled = sampling(runner, step.replies + bool(step.prompt))
+            before, sampled = eager(runner, step), sampling(runner, step.replies + bool(step.prompt))
             sent, kept = (inputs(step, runner.model, layout, on_device=kind) for kind in (False, True))
-            after += 3 if step.prompt else 2  # the copy of the inputs, the graph, and the choice of rows
-            cells = [f"{shape}, {stored.name}", str(step), f"{triton} + {torchs}", str(after)]
-            cells += [f"{microseconds:,.0f}" for microseconds in (before, sent, kept, sampled)]
+            # also the copy of the inputs, the graph, and the choice of rows
+            after = sampled.triton + sampled.torch + (3 if step.prompt else 2)
+            cells = [f"{shape}, {stored.name}", str(step), f"{before.triton} + {before.torch}", str(after)]
+            times = (before.microseconds, sampled.microseconds, sent, kept)
+            cells += [f"{microseconds:,.0f}" for microseconds in times]
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     return lines
@@ -201,12 +221,13 @@ HEAD: Final = """# gpu-launches
 
 What a step makes the host do, counted and measured without a GPU by `python -m benchmarks.gpu.launches`: {machine},
 {date}, code for sm_{target}. A launch ends here before it would call the driver, so the driver's time is missing in
-every column. Without a graph, all launches of a step are made one after the other. With one, the host builds the
-inputs, sends them, and launches the graph, the choice of rows and the sampling. "Tables sent" builds and sends whole
-page tables, as before they stayed on the device.
+every column, and so is torch's own time. Without a graph, all launches of a step are made one after the other. With
+one, the host builds the inputs, sends them, and launches the graph, the choice of rows and the sampling. "Tables sent"
+builds whole page tables, as before they stayed on the device. A step with new pages makes one launch more. Another
+program used the machine at times, so single times are upper bounds.
 
-| model | step | launches without a graph (triton + torch) | with one | us without a graph | us of inputs, tables sent | \
-us of inputs, tables stay | us of sampling |
+| model | step | launches without a graph (triton + torch) | launches with one | us in triton without a graph | \
+with one | us of inputs, tables sent | us of inputs, tables stay |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 
