@@ -52,10 +52,11 @@ class GraphKey(NamedTuple):
 
 
 class GraphSizes:
-    """The sizes of the graphs. `mixed` says whether there are graphs of steps with prompts; a CPU has none. For each number of rows there are graphs for a few context lengths; the longest context
+    """The sizes of the graphs. For each number of rows there are graphs for a few context lengths; the longest context
     has `max_model_len` tokens. On a GPU the numbers of rows are 1, 2, 4, then multiples of 8, up to the smaller of
     `max_num_seqs` and MAX_ROWS. Few numbers of rows are enough on a GPU, because padding rows cost almost nothing
-    there. On a CPU there is a graph for every number of rows, because capturing a graph is fast there."""
+    there. On a CPU there is a graph for every number of rows, because capturing a graph is fast there. `mixed` says
+    whether there are graphs of steps with prompts; on a CPU there are none."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str, *, mixed: bool = True) -> None:
         self._on_cpu = on_cpu = device == "cpu"
