@@ -20,6 +20,7 @@
 #   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
 #   MUTATIONS    the number of files of `make fuzz-gguf` (default 20000)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
+#   WORKERS      the number of processes that share the tests (default 2; with 0, pytest runs them itself, as for --pdb)
 
 PYTHON ?= python3
 TARGETS ?= 90
@@ -27,9 +28,12 @@ OLDEST_TRITON := 3.6.0
 OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py \
   tests/kernels/test_attention.py tests/kernels/test_quantized.py
 MUTATIONS ?= 20000
+WORKERS ?= 2
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# A worker that has run its share takes half of what is left of another's, so none waits for the slowest file.
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PACKAGING := pyproject.toml $(wildcard setup.py)
 
 # $(call step,DESCRIPTION,COMMAND) prints the description, runs the command and prints how long it took.
@@ -52,12 +56,12 @@ check: .venv/dev.stamp
 
 test: check
 	@echo "== pytest: tests"
-	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) -m pytest $(TESTS)
+	@$(if $(COVERAGE),rm -f .coverage .coverage.*; $(BIN)/coverage run,$(BIN)/python) $(PYTEST) $(TESTS)
 	$(if $(COVERAGE),@$(BIN)/coverage combine --quiet && $(BIN)/coverage report $(if $(TESTS),--fail-under=0))
 
 test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
+	@TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
 
 # This triton comes with torch 2.11. Its interpreter needs an older numpy. Both are put before the packages of .venv.
