@@ -74,7 +74,7 @@ CALLS: Mapping[str, Sequence[str]] = {
 }
 # Seconds after which a part makes room for the next one. Parts that are not named have no limit of their own.
 LIMITS: Mapping[str, float] = {
-    "probe": 60,
+    "probe": 75,
     "parity": 110,
     "3b": 230,
     "mini": 290,
