@@ -3,6 +3,7 @@
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
+#   make test-oldest-triton               the same, in part, with the triton of torch 2.11 (part of `.ci/run`)
 #   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
@@ -23,6 +24,9 @@
 
 PYTHON ?= python3
 TARGETS ?= 90
+OLDEST_TRITON := 3.6.0
+OLDEST_TESTS := tests/kernels/test_mamba.py tests/kernels/test_moe.py tests/kernels/test_linear.py \
+  tests/kernels/test_attention.py tests/kernels/test_quantized.py
 MUTATIONS ?= 20000
 WORKERS ?= 2
 BIN := .venv/bin
@@ -36,7 +40,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton fuzz-gguf check format sbom clean
+.PHONY: help serve test test-triton test-oldest-triton fuzz-gguf check format sbom clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -60,6 +64,19 @@ test-triton: .venv/dev.stamp
 	@TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
 
+# This triton comes with torch 2.11. Its interpreter needs an older numpy. Both are put before the packages of .venv.
+.venv-triton/$(OLDEST_TRITON).stamp: .venv/dev.stamp
+	@rm -rf .venv-triton
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target .venv-triton \
+	  triton==$(OLDEST_TRITON) 'numpy>=2.3,<2.4'
+	@touch $@
+
+test-oldest-triton: .venv-triton/$(OLDEST_TRITON).stamp
+	@echo "== pytest: some GPU kernels in the interpreter of triton $(OLDEST_TRITON)"
+	@PYTHONPATH=.venv-triton TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OLDEST_TESTS) -k triton
+	$(call step,triton $(OLDEST_TRITON): GPU kernels compiled ahead of time,\
+	  PYTHONPATH=.venv-triton $(BIN)/python -m benchmarks.gpu.codegen --targets 90 >/dev/null)
+
 fuzz-gguf: .venv/dev.stamp
 	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))
 
@@ -76,7 +93,7 @@ sbom: .venv/serve.stamp
 	@echo "sbom.json lists the packages in .venv"
 
 clean:
-	rm -rf .venv .venv-sbom sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-sbom .venv-triton sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
