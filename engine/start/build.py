@@ -42,7 +42,7 @@ from jamba_server.engine.start.machine import available_cpus, available_memory, 
 from jamba_server.engine.start.memory import CudaMemory, DeviceMemory, DummySteps, measure, usable_memory
 from jamba_server.engine.start.memory_plan import Measured, MemoryPlan, bytes_per_row, check_sizes, plan_memory
 from jamba_server.engine.start.rehearsal import Rehearsal, compiled_meanwhile
-from jamba_server.engine.start.step_size import StepSize, choose_step_size, measure_rates
+from jamba_server.engine.start.step_size import StepSize, choose_step_size, format_shares, measure_rates
 from jamba_server.engine.start.tier_sizes import with_host_tier
 from jamba_server.engine.start.tiers import check_folder, make_cache, make_worker
 from jamba_server.engine.start.weights import dummy_weights, load_weights
@@ -171,7 +171,8 @@ def choose_steps(
     """Returns the number of prompt tokens in a step if the time of a step decides it. Raises ConfigError if max_step_ms
     is given for a GPU."""
     if device.type == "cpu":
-        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype))
+        shares = format_shares(model, policy)
+        return choose_step_size(config, model, policy, dtype, partial(measure_rates, kernels, dtype, shares))
     if config.max_step_ms is not None:
         raise ConfigError("max_step_ms is for CPUs; on a GPU, max_num_batched_tokens limits a step.")
     return None
