@@ -67,7 +67,7 @@ fuzz-gguf: .venv/dev.stamp
 fuzz-pool:
 	@mkdir -p build
 	g++ -std=c++17 -O1 -g -fsanitize=thread -pthread -Ikernels/cpu/src tests/kernels/pool/driver.cpp -o build/pool-driver
-	TSAN_OPTIONS="die_after_fork=0 halt_on_error=1" build/pool-driver fuzz $(SEED) $(ROUNDS)
+	TSAN_OPTIONS="die_after_fork=0 report_thread_leaks=0 halt_on_error=1" build/pool-driver fuzz $(SEED) $(ROUNDS)
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

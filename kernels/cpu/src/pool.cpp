@@ -13,7 +13,9 @@ Pool pool(release_tiles);
 
 void watch_forks() {
     static std::atomic_flag watches = ATOMIC_FLAG_INIT;
-    if (!watches.test_and_set()) pthread_atfork(nullptr, nullptr, [] { pool.forget_workers(); });
+    if (watches.test_and_set()) return;
+    pthread_atfork([] { pool.before_fork(); }, [] { pool.after_fork_in_parent(); },
+                   [] { pool.after_fork_in_child(); });
 }
 
 struct Buffer {

@@ -117,10 +117,17 @@ public:
         }
     }
 
-    // In a forked child process the workers do not exist. The child's pool begins with one thread.
-    void forget_workers() {
+    // These functions must be called before a fork of the process, and after it in the parent and the child. A fork waits
+    // for the jobs of other threads. In the child the workers do not exist, so its pool begins with one thread.
+    void before_fork() {
+        while (!working() && busy_.test_and_set(std::memory_order_acquire)) sched_yield();
+    }
+    void after_fork_in_parent() {
+        if (!working()) busy_.clear(std::memory_order_release);
+    }
+    void after_fork_in_child() {
         threads_.store(1), count_ = 0, workers_count_ = 0, working() = false;
-        busy_.clear();
+        busy_.clear(std::memory_order_release);
     }
 
 private:

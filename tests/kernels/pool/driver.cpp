@@ -191,7 +191,8 @@ void barrier(int64_t threads) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    pthread_atfork(nullptr, nullptr, [] { pool.forget_workers(); });
+    pthread_atfork([] { pool.before_fork(); }, [] { pool.after_fork_in_parent(); },
+                   [] { pool.after_fork_in_child(); });
     const auto number = [&](int i) { return i < count ? std::atoll(arguments[i]) : 0; };
     const char* const mode = count > 1 ? arguments[1] : "";
     if (!std::strcmp(mode, "fuzz")) fuzz(uint64_t(number(2)), number(3));
