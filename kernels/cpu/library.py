@@ -174,6 +174,21 @@ class Library:
         self.function("pieces_taken", POINTER, INT)(ctypes.addressof(counts), threads)
         return list(counts)
 
+    def jobs_run(self) -> int:
+        """Returns how many times several threads have shared the work of a kernel, since the library was loaded."""
+        return self.function("jobs_run", result=INT)()
+
+    def meeting_seconds(self, times: int = 10_000) -> float:
+        """Measures how long a kernel takes in which every thread waits for all others.
+
+        There must not be more threads than processors, because the waiting threads do not let others run.
+        """
+        meet = self.function("meet", INT)
+        meet(times)
+        start = time.perf_counter()
+        meet(times)
+        return (time.perf_counter() - start) / times
+
 
 PREFETCH_DISTANCES = (0, 512, 1024, 2048, 4096, 8192, 16384)
 """The distances in bytes between the memory in use and the memory that is prefetched, for measurements."""

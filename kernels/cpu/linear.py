@@ -110,7 +110,7 @@ class Packer:
             self._pack_quantized(address, *(None if tensor is None else tensor.data_ptr() for tensor in own))
         return PackedWeight.of(panels, description, None, matrices)
 
-    def memory(self, size: int, matrices: int) -> Tensor:
+    def memory(self, size: int, matrices: int = 1) -> Tensor:
         """Returns a uint8 tensor of `size` bytes for each of `matrices` packed matrices. A tensor of at least 2 MiB is
         stored in huge pages of 2 MiB each. If the threads run on several memory nodes, each node has the part of each
         matrix that its threads read."""

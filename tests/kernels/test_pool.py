@@ -32,9 +32,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(driver: Path, *arguments: int | str) -> str:
-    result = subprocess.run(
-        [driver, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
-    )
+    result = subprocess.run([driver, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -53,7 +51,9 @@ def test_threads_take_pieces_of_their_own_node_first(driver: Path) -> None:
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < 2:
         pytest.skip("two nodes need two processors")
-    assert "20 first pieces ran on their node, and all pages were written there" in run(driver, "nodes", *processors[:2])
+    assert "20 first pieces ran on their node, and all pages were written there" in run(
+        driver, "nodes", *processors[:2]
+    )
 
 
 @pytest.fixture

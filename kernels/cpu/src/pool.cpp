@@ -59,6 +59,22 @@ EXPORT void set_together(int64_t together) { pool.set_together(together != 0); }
 // Writes to counts: [size] how many ranges of pieces each thread has taken.
 EXPORT void pieces_taken(int64_t* counts, int64_t size) { pool.taken(counts, size); }
 
+// For measurements: runs `times` jobs in which every thread waits for all others.
+EXPORT void meet(int64_t times) {
+    for (; times > 0; times--) {
+        const int64_t threads = num_threads();
+        std::atomic<int64_t> arrived{0};
+        parallel_for(threads, 1, [&](int64_t first, int64_t last) {
+            arrived.fetch_add(last - first);
+            while (arrived.load() < threads) {
+            }
+        });
+    }
+}
+
+// Returns how many jobs several threads have run together.
+EXPORT int64_t jobs_run() { return pool.jobs(); }
+
 // Places `count` arrays of `bytes` bytes on the memory nodes (see `place`). Nothing may have been written to them.
 EXPORT void place_memory(char* memory, int64_t bytes, int64_t count) {
     if (num_nodes() == 1) return;

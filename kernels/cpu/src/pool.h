@@ -71,6 +71,7 @@ public:
         work(home, job, taken_by_callers_);
         for (int64_t i = 0; i < used; i++) used_[i]->gate.fetch_and(~OPEN);
         for (int64_t i = 0; i < used; i++) wait_until_left(*used_[i]);
+        jobs_.store(jobs_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
         busy_.clear(std::memory_order_release);
     }
 
@@ -104,6 +105,8 @@ public:
     int64_t threads() const { return threads_.load(std::memory_order_relaxed); }
     // The number of workers that could not be bound to the processors of their node.
     int64_t unbound() const { return unbound_.load(); }
+    // The number of jobs that several threads have run.
+    int64_t jobs() const { return jobs_.load(std::memory_order_relaxed); }
     const Nodes& nodes() const { return nodes_; }
     // Returns the first of `count` items in the share of a node, or `count` for the node after the last one.
     int64_t share(int64_t count, int64_t node) const { return count * threads_before_node_[node] / threads(); }
@@ -426,6 +429,7 @@ private:
     // What callers write for each job is apart from what is constant between two calls of `start`.
     alignas(LINE) std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
     int64_t taking_part_ = 0;
+    std::atomic<int64_t> jobs_{0};
     std::atomic<int64_t> taken_by_callers_{0};
     Group* used_[MOST_THREADS / GROUP + Nodes::MOST + 1] = {};
     alignas(LINE) std::atomic<int64_t> arrived_{0};
