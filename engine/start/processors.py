@@ -80,7 +80,7 @@ def choose_threads(threads: int | None, numa: Numa, processors: Processors) -> T
     else:
         place = f", divided among {len(nodes)} memory nodes, each with its share of the weights"
     if threads is not None:
-        more = " (with more threads than processors, they wait for each other)" if threads > usable else ""
+        more = " (more threads than processors, so not all run at once)" if threads > usable else ""
         return Threads(threads, nodes, f"{threads} on {_count(usable, 'usable processor')}{more}{place}")
     if usable < processors.count:
         reason = f"{usable}, because a control group allows the time of {processors.quota:g} processors{place}"

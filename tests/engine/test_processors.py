@@ -79,7 +79,7 @@ def test_the_option_threads_decides_and_says_that_it_is_too_many() -> None:
     two = Processors(((0, 1),))
     assert choose_threads(2, "auto", two).reason == "2 on 2 usable processors"
     assert choose_threads(64, "none", two).count == 64
-    assert "64 on 2 usable processors (with more threads than processors" in choose_threads(64, "auto", two).reason
+    assert "64 on 2 usable processors (more threads than processors" in choose_threads(64, "auto", two).reason
 
 
 def test_the_option_numa() -> None:

@@ -5,7 +5,8 @@
 // awake join the job. When no piece is left, the caller closes the job. The caller then waits for the workers that
 // joined the job, but not for workers that were asleep. So if another process occupies a core, the pool loses only the
 // work of that core. A worker without a job spins for SPIN_NS nanoseconds, which is longer than the time between two
-// kernels of a step, and then sleeps.
+// kernels of a step, and then sleeps. With more threads than processors, no more workers are woken than there are
+// processors for, because each further one would only take a processor from another.
 //
 // The threads form groups of at most GROUP threads. All threads of a group belong to one memory node. Each group has a
 // range of the job's items of its own. A thread first takes pieces from its own group's range, then from those of other
@@ -245,7 +246,7 @@ private:
         for (int64_t i = 0; i < used; i++) {
             const int64_t limit = used_[i]->limit.load(std::memory_order_relaxed);
             // The first worker of a group wakes two others, each of which wakes two more, while pieces are left.
-            for (int64_t w = 0; w < limit && (w == 0 || job.together); w++) wake(*used_[i], w);
+            for (int64_t w = 0; w < limit && (w == 0 || job.together); w++) wake(*used_[i], w, job.together);
         }
     }
 
@@ -311,7 +312,7 @@ private:
             if ((group.gate.fetch_add(1) & OPEN) && worker.index < group.limit.load(std::memory_order_relaxed)) {
                 for (int64_t i = 2 * worker.index + 1; i <= 2 * worker.index + 2; i++) {
                     if (i < group.limit.load(std::memory_order_relaxed) && group.next.load() < group.end) {
-                        pool.wake(group, i);
+                        pool.wake(group, i, false);
                     }
                 }
                 pool.work(group, group.job, worker.taken);
@@ -323,34 +324,32 @@ private:
     // Waits until the group's epoch is not `seen`.
     void wait(Worker& worker, uint64_t seen) {
         const Group& group = *worker.group;
-        // With more threads than processors, those that spin would keep others from working.
-        const bool limited = spinners_limit_ > 0;
-        if (!limited || spinners_.fetch_add(1) < spinners_limit_) {
+        if (most_awake_ == 0 || awake_.load() <= most_awake_) {
             const int64_t limit = now() + SPIN_NS;
             do {
                 for (int i = 0; i < 32; i++) {
-                    if (group.epoch.load(std::memory_order_relaxed) != seen) {
-                        if (limited) spinners_.fetch_sub(1);
-                        return;
-                    }
+                    if (group.epoch.load(std::memory_order_relaxed) != seen) return;
                     relax();
                 }
             } while (now() < limit);
         }
-        if (limited) spinners_.fetch_sub(1);
         before_sleep_();
+        if (most_awake_) awake_.fetch_sub(1);
         pthread_mutex_lock(&worker.mutex);
         worker.asleep.store(true);
         while (group.epoch.load() == seen) pthread_cond_wait(&worker.wake, &worker.mutex);
         worker.asleep.store(false);
         pthread_mutex_unlock(&worker.mutex);
+        if (most_awake_) awake_.fetch_add(1);
     }
 
-    // Wakes a worker if it sleeps. The group's epoch must have changed before. Either this function then sees that the
-    // worker sleeps, or the worker sees the new epoch before it sleeps.
-    void wake(const Group& group, int64_t index) {
+    // Wakes a worker if it sleeps, unless as many workers are awake as there are processors for and `always` is false.
+    // The group's epoch must have changed before. Either this function then sees that the worker sleeps, or the worker
+    // sees the new epoch before it sleeps.
+    void wake(const Group& group, int64_t index, bool always) {
         Worker& worker = *workers_[group.first_worker + index];
         if (!worker.asleep.load()) return;
+        if (!always && most_awake_ && awake_.load() >= most_awake_) return;
         pthread_mutex_lock(&worker.mutex);
         pthread_cond_signal(&worker.wake);
         pthread_mutex_unlock(&worker.mutex);
@@ -361,7 +360,8 @@ private:
         stop();
         make_groups(threads);
         const int64_t processors = usable_processors();
-        spinners_limit_ = threads > processors ? (processors > 1 ? processors - 1 : 1) : 0;
+        most_awake_ = threads > processors ? (processors > 1 ? processors - 1 : 1) : 0;
+        awake_.store(threads - 1);
         patience_ = threads > processors ? 64 : 4000;
         started_.store(0), unbound_.store(0), taken_by_callers_.store(0);
         for (int64_t g = 0; g < count_; g++) {
@@ -382,7 +382,7 @@ private:
     void stop() {
         stopping_.store(true);
         for (int64_t g = 0; g < count_; g++) groups_[g].epoch.fetch_add(1);
-        for (int64_t i = 0; i < workers_count_; i++) wake(*workers_[i]->group, workers_[i]->index);
+        for (int64_t i = 0; i < workers_count_; i++) wake(*workers_[i]->group, workers_[i]->index, true);
         for (int64_t i = 0; i < workers_count_; i++) pthread_join(workers_[i]->thread, nullptr);
         for (int64_t i = 0; i < workers_count_; i++) std::free(workers_[i]);
         std::free(groups_), std::free(order_);
@@ -433,11 +433,12 @@ private:
     std::atomic<int64_t> taken_by_callers_{0};
     Group* used_[MOST_THREADS / GROUP + Nodes::MOST + 1] = {};
     alignas(LINE) std::atomic<int64_t> arrived_{0};
-    alignas(LINE) std::atomic<int64_t> spinners_{0};
+    alignas(LINE) std::atomic<int64_t> awake_{0};  // the number of workers that do not sleep, if most_awake_ is not 0
     alignas(LINE) std::atomic<int64_t> threads_{1};
     std::atomic<bool> stopping_{false};
     std::atomic<bool> together_{false};
-    int64_t count_ = 0, workers_count_ = 0, patience_ = 4000, spinners_limit_ = 0;
+    int64_t count_ = 0, workers_count_ = 0, patience_ = 4000;
+    int64_t most_awake_ = 0;  // with more threads than processors, the number of workers to keep awake, or else 0
     Group* groups_ = nullptr;
     int64_t* order_ = nullptr;  // order_: [groups, groups]; in each row the order in which a group takes others' pieces
     void (*before_sleep_)();
