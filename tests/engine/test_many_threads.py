@@ -20,7 +20,7 @@ from jamba_server.llm import LLM
 from tests.engine.test_exact import CONFIG, FORMATS, OTHERS, SUBJECT, load, result
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=5)
-# Wide enough that a product has a strip of 16 columns for each of 192 threads.
+# Wide enough that a product has a strip of 32 columns for each of 192 threads.
 WIDE = CONFIG | {"hidden_size": 96, "intermediate_size": 3072, "num_hidden_layers": 5}
 
 

@@ -74,7 +74,7 @@ def together() -> Iterator[Library]:
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_product_on_many_threads(together: Library, threads: int, rows: int) -> None:
     linear, x = Linear(), random(rows, 64, seed=1, dtype=torch.bfloat16)
-    packed = linear.pack(random(16 * 192, 64, seed=2, dtype=torch.bfloat16))
+    packed = linear.pack(random(32 * 192, 64, seed=2, dtype=torch.bfloat16))
     together.set_threads(1)
     expected = linear(x, packed)
     together.set_threads(threads)
@@ -94,8 +94,9 @@ def test_memory_on_two_nodes(together: Library) -> None:
     if len(processors) < 2:
         pytest.skip("two nodes need two processors")
     weight, x = random(2048, 600, seed=3, dtype=torch.bfloat16), random(3, 600, seed=4, dtype=torch.bfloat16)
-    expected = Linear()(x, Linear().pack(weight))
+    linear = Linear()
+    expected = linear(x, linear.pack(weight))
     assert together.set_nodes([processors[:1], processors[1:]]) == 0
     together.set_threads(5)
-    assert_same(Linear()(x, Linear().pack(weight)), expected)
+    assert_same(linear(x, linear.pack(weight)), expected)
     assert min(together.pieces_taken(5)) > 0
