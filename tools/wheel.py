@@ -32,8 +32,10 @@ SYSTEM_TOOLS: Final = ("cat", "cp", "env", "ls", "mkdir", "rm", "sh", "uname")
 PROMPT: Final = "Tell me a story about a dog and a ball."
 
 
-def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
-    """Runs a command outside the checkout and returns its standard output. Ends the program if the command fails."""
+def run(command: Sequence[str | Path]) -> str:
+    """Runs a command that does not see the checkout and returns its standard output. Ends the program if the command
+    fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stdout}{result.stderr}")
