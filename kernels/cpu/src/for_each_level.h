@@ -19,6 +19,12 @@ namespace avx2 {
 #undef LEVEL_AVX2
 }
 END_TARGET
+#elif JAMBA_ARM
+namespace neon {
+#define LEVEL_NEON
+#include KERNEL_FILE
+#undef LEVEL_NEON
+}
 #endif
 namespace portable {
 #include KERNEL_FILE
@@ -30,6 +36,8 @@ namespace portable {
     (level() >= Level::avx512 ? avx512::f(__VA_ARGS__)            \
      : level() == Level::avx2 ? avx2::f(__VA_ARGS__)              \
                               : portable::f(__VA_ARGS__))
+#elif JAMBA_ARM
+#define DISPATCH(f, ...) (level() >= Level::neon ? neon::f(__VA_ARGS__) : portable::f(__VA_ARGS__))
 #else
 #define DISPATCH(f, ...) portable::f(__VA_ARGS__)
 #endif

@@ -26,6 +26,8 @@ constexpr uint64_t OPEN = uint64_t(1) << 32;
 void relax() {
 #if JAMBA_X86
     _mm_pause();
+#elif JAMBA_ARM
+    asm volatile("isb");  // The instruction YIELD would not wait at all on most processors.
 #endif
 }
 
