@@ -61,10 +61,12 @@ END_TARGET
 #undef A8_SDOT
 #undef LEVEL_NEON
 #endif
+#if !JAMBA_ARM
 namespace a8_portable {
 using namespace portable;
 #include "a8_kernels.inl"
 }  // namespace a8_portable
+#endif
 
 namespace {
 
@@ -81,14 +83,12 @@ Units units(int64_t wanted) {
     if (chosen == Level::avx2) return has_256 ? Units::avx_vnni : Units::avx2;
 #elif JAMBA_ARM
     switch (wanted < 0 || is_emulated(Level(wanted)) ? level() : Level(wanted)) {
-        case Level::neon: return Units::neon;
-        case Level::neon_dot: return Units::neon_dot;
         case Level::neon_bf16: return Units::neon_i8mm;
-        default: break;
+        case Level::neon_dot: return Units::neon_dot;
+        default: return Units::neon;
     }
-#else
-    (void)wanted;
 #endif
+    (void)wanted;
     return Units::portable;
 }
 
@@ -108,8 +108,7 @@ Units units(int64_t wanted) {
     switch (units(level)) {                                             \
         case Units::neon_i8mm: return a8_neon_i8mm::f(argument);        \
         case Units::neon_dot: return a8_neon_dot::f(argument);          \
-        case Units::neon: return a8_neon::f(argument);                  \
-        default: return a8_portable::f(argument);                       \
+        default: return a8_neon::f(argument);                           \
     }
 #else
 #define DISPATCH_A8(f, argument, level) a8_portable::f(argument)

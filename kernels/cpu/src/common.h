@@ -54,7 +54,8 @@
 #endif
 
 // The instruction sets for which kernels are compiled: `avx2` to `amx` for x86-64, and `neon` to `neon_bf16` for ARM of
-// 64 bits. An instruction set includes those before it that belong to the same processors, and `portable`.
+// 64 bits. An instruction set includes those before it that belong to the same processors. Other processors than those of
+// ARM also have `portable`.
 //
 // `neon` is in every such processor of ARM. `neon_dot` also has the dot product of bytes (SDOT), and `neon_bf16` has the
 // matrix products of bf16 (BFMMLA) and of bytes (SMMLA).

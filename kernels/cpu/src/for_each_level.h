@@ -19,16 +19,18 @@ namespace avx2 {
 #undef LEVEL_AVX2
 }
 END_TARGET
-#elif JAMBA_ARM
+#endif
+#if JAMBA_ARM  // Every such processor has NEON, so that no portable kernels are compiled.
 namespace neon {
 #define LEVEL_NEON
 #include KERNEL_FILE
 #undef LEVEL_NEON
 }
-#endif
+#else
 namespace portable {
 #include KERNEL_FILE
 }
+#endif
 
 #ifndef DISPATCH
 #if JAMBA_X86
@@ -37,7 +39,7 @@ namespace portable {
      : level() == Level::avx2 ? avx2::f(__VA_ARGS__)              \
                               : portable::f(__VA_ARGS__))
 #elif JAMBA_ARM
-#define DISPATCH(f, ...) (level() >= Level::neon ? neon::f(__VA_ARGS__) : portable::f(__VA_ARGS__))
+#define DISPATCH(f, ...) neon::f(__VA_ARGS__)
 #else
 #define DISPATCH(f, ...) portable::f(__VA_ARGS__)
 #endif

@@ -53,33 +53,29 @@ static Level machine_level(Level wanted) { return uses_tiles(wanted) || is_emula
 // This macro calls the version of the function f<T> that was compiled for the instruction set `wanted`. If T is bf16, f
 // also has versions with bf16 dot products.
 #if JAMBA_X86
+#define RETURN_FROM_DOT_LEVEL(f, argument) \
+    if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument)
+#define RETURN_FROM_LEVEL(f, argument)                               \
+    if (chosen >= Level::avx512) return avx512::f(argument);         \
+    if (chosen == Level::avx2) return avx2::f(argument);             \
+    return portable::f(argument)
+#elif JAMBA_ARM
+#define RETURN_FROM_DOT_LEVEL(f, argument) \
+    if (chosen == Level::neon_bf16) return neon_bf16::f(argument)
+#define RETURN_FROM_LEVEL(f, argument) return neon::f(argument)
+#else
+#define RETURN_FROM_DOT_LEVEL(f, argument)
+#define RETURN_FROM_LEVEL(f, argument) return portable::f(argument)
+#endif
 #define DISPATCH_PRODUCT(wanted, f, argument)                                                         \
     do {                                                                                              \
-        const Level chosen = machine_level(wanted);                                                   \
+        [[maybe_unused]] const Level chosen = machine_level(wanted);                                  \
         if constexpr (std::is_same_v<T, bf16>) {                                                      \
             if (wanted == Level::neon_bf16_emulated) return neon_bf16_emulated::f(argument);          \
-            if (chosen >= Level::avx512_bf16) return avx512_bf16::f(argument);                        \
+            RETURN_FROM_DOT_LEVEL(f, argument);                                                       \
         }                                                                                             \
-        if (chosen >= Level::avx512) return avx512::f(argument);                                      \
-        if (chosen == Level::avx2) return avx2::f(argument);                                          \
-        return portable::f(argument);                                                                 \
+        RETURN_FROM_LEVEL(f, argument);                                                               \
     } while (0)
-#else
-#define DISPATCH_PRODUCT(wanted, f, argument)                                                         \
-    do {                                                                                              \
-        const Level chosen = machine_level(wanted);                                                   \
-        if constexpr (std::is_same_v<T, bf16>) {                                                      \
-            if (wanted == Level::neon_bf16_emulated) return neon_bf16_emulated::f(argument);          \
-            if (chosen >= Level::neon_bf16) return NEON_OR_PORTABLE(neon_bf16)::f(argument);          \
-        }                                                                                             \
-        return chosen >= Level::neon ? NEON_OR_PORTABLE(neon)::f(argument) : portable::f(argument);   \
-    } while (0)
-#endif
-#if JAMBA_ARM
-#define NEON_OR_PORTABLE(level) level
-#else
-#define NEON_OR_PORTABLE(level) portable
-#endif
 
 // Computes y = x W^T + bias. x: [m, k], with rows `x_stride` elements apart; bias: [n] or null; y: [m, n], with rows
 // `y_stride` elements apart.

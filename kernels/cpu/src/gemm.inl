@@ -270,9 +270,11 @@ template <class T, class W, int MR>
 void tile_rows(int64_t rows, const TileArguments<T>& a, int64_t end) {
     if constexpr (MR > 0) {
         if (rows != MR) return tile_rows<T, W, MR - 1>(rows, a, end);
+#ifndef DOT_PRODUCTS
         if constexpr (CONVERTS<W>) {
             if (a.walk.converted) return converted_tile<T, W, MR>(a);
         }
+#endif
         if (end - a.walk.strip == 1) return tile<T, W, MR, 1>(a);
         tile_strips<T, W, MR, max_strips(MR)>(a, end);
     }
@@ -309,9 +311,11 @@ void share_strips(const Product<T>& p, const PackedX* x, int64_t tile, int64_t t
             const int64_t end = first + span < steps.count ? first + span : steps.count;
             const char* next = end < steps.count ? address(strip, end) : address(strip + (strip + 1 < strip_end), 0);
             const int64_t stride = ceil_div(span * R::BYTES, (end - first) * sharers);
+#ifndef DOT_PRODUCTS
             if constexpr (CONVERTS<W>) {
                 if (converts) convert_strip<T, W>(p.weights, strip, first, end, converted);
             }
+#endif
             for (int64_t t = tile; t < tile_end; t++) {
                 const int64_t first_row = tiles.first(t), turn = t - tile;
                 const char* const share = next + turn * (end - first) * stride;

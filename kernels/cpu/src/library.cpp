@@ -55,11 +55,11 @@ Level detect() {
 #endif
 }
 
-// The lowest instruction set above `portable` for which this library has code.
+// The lowest instruction set for which this library has code.
 #if JAMBA_ARM
 constexpr Level LOWEST = Level::neon;
 #else
-constexpr Level LOWEST = Level::avx2;
+constexpr Level LOWEST = Level::portable;
 #endif
 
 std::atomic<Level> current{detect()}, current_products{detect()};
@@ -80,9 +80,8 @@ EXPORT int64_t highest_level() {
 
 // Returns whether this machine can run the level `wanted`.
 EXPORT int64_t has_level(int64_t wanted) {
-    const bool between = wanted >= int64_t(LOWEST) && wanted <= highest_level();
-    const bool is_last = wanted <= int64_t(Level::neon_bf16_emulated) && is_emulated(Level(wanted));
-    return wanted == int64_t(Level::portable) || between || is_last;
+    if (is_emulated(Level(wanted))) return wanted <= int64_t(Level::neon_bf16_emulated);
+    return wanted >= int64_t(LOWEST) && wanted <= highest_level();
 }
 
 // Selects the instruction set `wanted`, so that tests can also run the kernels of lower instruction sets. If the
