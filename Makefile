@@ -3,6 +3,7 @@
 #   make serve ARGS="MODEL --port 8001"   start the server; without a MODEL it serves the demonstration checkpoint
 #   make test                             run all checks: style, types, imports and tests
 #   make test-triton                      run and compile the GPU kernels without a GPU (part of `.ci/run`)
+#   make test-arm                         run the CPU kernels for ARM on an emulated processor (part of `.ci/run`)
 #   make fuzz-gguf                        load 20,000 damaged GGUF files (10 to 20 minutes; not part of `make test`)
 #   make check                            run only the quick checks: style, types, imports
 #   make format                           let ruff format the sources
@@ -32,7 +33,7 @@ PACKAGING := pyproject.toml $(wildcard setup.py)
 step = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "   passed in $$(($$(date +%s) - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton fuzz-gguf check format sbom clean
+.PHONY: help serve test test-triton test-arm fuzz-gguf check format sbom clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -55,6 +56,10 @@ test-triton: .venv/dev.stamp
 	@echo "== pytest: GPU kernels in triton's interpreter, no GPU needed"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engine/test_triton.py -k triton
 	$(call step,triton: GPU kernels compiled ahead of time,$(BIN)/python -m benchmarks.gpu.codegen --targets $(TARGETS))
+
+test-arm: .venv/dev.stamp
+	@echo "== pytest: CPU kernels for ARM on an emulated processor; needs g++-aarch64-linux-gnu and qemu-user"
+	@TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/arm
 
 fuzz-gguf: .venv/dev.stamp
 	$(call step,fuzz_gguf: $(MUTATIONS) damaged GGUF files,$(BIN)/python -m tools.fuzz_gguf --mutations $(MUTATIONS))

@@ -23,13 +23,13 @@ ARM_LEVELS = ("neon", "neon_dot", "neon_bf16")
 LEVELS = (*X86_LEVELS, *ARM_LEVELS)
 """The instruction sets for which there is code, in ascending order: those of x86-64 and those of ARM.
 
-The index of an instruction set is its number in the library's functions. A machine that has one of the instruction sets
-can also run the code for all earlier ones of the same processors. Only `portable` is for processors of every kind but ARM.
+The index of an instruction set is its number in the library's functions. A machine that has one of the instruction
+sets can also run the code for all earlier ones of the same processors. `portable` is for all processors but ARM's.
 """
 
 EMULATED, NEON_EMULATED = "amx-emulated", "neon_bf16-emulated"
-"""The levels at which matrix products of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute. They
-are for tests."""
+"""The levels at which matrix products of bfloat16 compute in other instructions what `amx` and `neon_bf16` compute.
+They are for tests."""
 
 ALL_LEVELS = (*LEVELS, EMULATED, NEON_EMULATED)
 _NUMBERS = {level: number for number, level in enumerate(ALL_LEVELS)}

@@ -234,6 +234,11 @@ struct Reader<Table4> : FourBits {
         const Vec low = _mm256_permutevar8x32_ps(load(table), (__m256i)index);
         const Vec high = _mm256_permutevar8x32_ps(load(table + 8), (__m256i)index);
         return _mm256_blendv_ps(low, high, (Vec)(index << 28));
+#elif defined(LEVEL_NEON)
+        // The instruction TBL looks up single bytes: an index i stands for the bytes 4 i to 4 i + 3.
+        const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t*)table);
+        const Lanes places = (index & 15) * 0x04040404 + 0x03020100;
+        return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_s32((int32x4_t)places)));
 #else
         return Vec{table[index[0] & 15], table[index[1] & 15], table[index[2] & 15], table[index[3] & 15]};
 #endif

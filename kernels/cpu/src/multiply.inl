@@ -33,8 +33,7 @@ INLINE void multiply_pairs(Vec (&c)[sum_rows(MR)][VECTORS * NS], const TileReade
             const Lanes low = zip_low(first, second), high = zip_high(first, second);
 #pragma GCC unroll 8
             for (int m = 0; m < MR; m += 2) {
-                Lanes rows = {};
-                std::memcpy(&rows, x + 2 * m, m + 1 < MR ? 16 : 8);
+                const Lanes rows = m + 1 < MR ? two_rows(x + 2 * m) : one_row(x + 2 * m);
                 c[m][VECTORS * s + v] = add_products(c[m][VECTORS * s + v], rows, low);
                 c[m + 1][VECTORS * s + v] = add_products(c[m + 1][VECTORS * s + v], rows, high);
             }
@@ -166,6 +165,10 @@ INLINE void multiply_step(Vec (&c)[MR][VECTORS * NS], const Reader<W>& reader, c
 // Copies the accumulators, so that they can stay in registers if `add_group` is not inlined.
 template <int MR, int NV>
 INLINE void separate_rows(const Vec (&c)[MR][NV], Vec (&sums)[MR][NV]) {
-    std::memcpy(sums, c, sizeof(sums));
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) sums[m][v] = c[m][v];
+    }
 }
 #endif

@@ -12,6 +12,9 @@
 INLINE Vec add_products(Vec c, Lanes rows, Lanes columns) {
     return vbfmmlaq_f32(c, vreinterpretq_bf16_s32((int32x4_t)rows), vreinterpretq_bf16_s32((int32x4_t)columns));
 }
+// Reads two pairs of elements along K of two rows, or of one row and zeros.
+INLINE Lanes two_rows(const uint32_t* x) { return (Lanes)vld1q_u32(x); }
+INLINE Lanes one_row(const uint32_t* x) { return (Lanes)vcombine_u32(vld1_u32(x), vdup_n_u32(0)); }
 // Interleaves the first halves, or the second halves, of two vectors.
 INLINE Lanes zip_low(Lanes a, Lanes b) { return (Lanes)vzip1q_s32((int32x4_t)a, (int32x4_t)b); }
 INLINE Lanes zip_high(Lanes a, Lanes b) { return (Lanes)vzip2q_s32((int32x4_t)a, (int32x4_t)b); }
@@ -19,6 +22,12 @@ INLINE Lanes zip_high(Lanes a, Lanes b) { return (Lanes)vzip2q_s32((int32x4_t)a,
 INLINE Vec join_low(Vec a, Vec b) { return vcombine_f32(vget_low_f32(a), vget_low_f32(b)); }
 INLINE Vec join_high(Vec a, Vec b) { return vcombine_f32(vget_high_f32(a), vget_high_f32(b)); }
 #else
+// Returns a * b + c, rounded once as with NEON, for the scales of quantised weights. `portable::fma` rounds twice.
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < WIDTH; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
+
 // Rounds a sum to float32, to odd. The exact sum is x + error, where |error| is at most half of the last place of x.
 inline float round_to_odd(double x, double error) {
     uint64_t bits;
@@ -50,6 +59,8 @@ inline Vec add_products(Vec c, Lanes rows, Lanes columns) {
     }
     return c;
 }
+INLINE Lanes two_rows(const uint32_t* x) { return read_lanes((const char*)x); }
+INLINE Lanes one_row(const uint32_t* x) { return Lanes{int32_t(x[0]), int32_t(x[1]), 0, 0}; }
 INLINE Lanes zip_low(Lanes a, Lanes b) { return Lanes{a[0], b[0], a[1], b[1]}; }
 INLINE Lanes zip_high(Lanes a, Lanes b) { return Lanes{a[2], b[2], a[3], b[3]}; }
 INLINE Vec join_low(Vec a, Vec b) { return Vec{a[0], a[1], b[0], b[1]}; }
@@ -77,20 +88,27 @@ struct PairReader<bf16> : Reader<bf16> {
 // All formats of four bits are read with the table of their numbers, rounded to bf16.
 template <>
 struct PairReader<Table4> : FourBits {
+#ifdef LEVEL_NEON
+    uint8x16x2_t table;
+#else
     bf16 table[16];
+#endif
     explicit PairReader(const Weights& w) {
-        for (int i = 0; i < 16; i++) table[i] = from_float<bf16>(w.table[i]);
+        bf16 numbers[16];
+        for (int i = 0; i < 16; i++) numbers[i] = from_float<bf16>(w.table[i]);
+        std::memcpy(&table, numbers, sizeof(table));
     }
     INLINE Lanes pairs(const char* step, int vector, int pair) const {
         const Lanes index = words(step, vector) >> 4 * pair & 0x000f000f;  // two indices: one for each half of a lane
 #ifdef LEVEL_NEON
         // The instruction TBL looks up single bytes: an index i stands for the bytes 2 i and 2 i + 1.
-        const uint8x16x2_t bytes = {{vld1q_u8((const uint8_t*)table), vld1q_u8((const uint8_t*)table + 16)}};
-        return (Lanes)vqtbl2q_u8(bytes, vreinterpretq_u8_s32((int32x4_t)(index * 0x0202 + 0x01000100)));
+        return (Lanes)vqtbl2q_u8(table, vreinterpretq_u8_s32((int32x4_t)(index * 0x0202 + 0x01000100)));
 #else
-        Lanes pairs;
-        for (int i = 0; i < WIDTH; i++) pairs[i] = table[index[i] & 15].bits | int32_t(uint32_t(table[index[i] >> 16].bits) << 16);
-        return pairs;
+        Lanes both;
+        for (int i = 0; i < WIDTH; i++) {
+            both[i] = int32_t(table[index[i] & 15].bits | uint32_t(table[index[i] >> 16].bits) << 16);
+        }
+        return both;
 #endif
     }
 };

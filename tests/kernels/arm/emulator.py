@@ -1,8 +1,8 @@
 """Runs the compiled kernels for ARM on an emulated processor, in place of the library of this machine.
 
-`build` compiles the kernels and `driver.cpp` with a cross compiler, and `EmulatedLibrary` runs them in qemu's user mode.
-The Python code above the library works as ever: it passes addresses, and a call copies the memory at these addresses to
-the emulated process and back. Therefore `EmulatedLibrary.watching` notes where tensors and structures are.
+`build` compiles the kernels and `driver.cpp` with a cross compiler, and `EmulatedLibrary` runs them in qemu's user
+mode. The Python code above the library works as ever: it passes addresses, and a call copies the memory at these
+addresses to the emulated process and back. So `EmulatedLibrary.watching` notes where tensors and structures are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import os
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "kernels/cpu/src"
 BUILD = ROOT / "build/arm"
 COMPILER, EMULATOR, DISASSEMBLER = "aarch64-linux-gnu-g++", "qemu-aarch64", "aarch64-linux-gnu-objdump"
-FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror",
-         "-Wno-maybe-uninitialized", "-Wno-uninitialized")  # fmt: skip
+FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-fno-schedule-insns", "-fvisibility=hidden", "-pthread", "-Wall",
+         "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized")  # fmt: skip
 SYSTEM = "/usr/aarch64-linux-gnu"  # where the cross compiler's package has the libraries for ARM
 _FILES = ("read_numbers", "read_nibbles", "read_blocks")  # functions whose first argument is an open file
 
@@ -87,7 +87,7 @@ class EmulatedLibrary(Library):
         self._process.communicate()
 
     @contextmanager
-    def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def watching(self, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
         """Takes the place of this machine's library, and knows the memory of which an address is asked meanwhile."""
         monkeypatch.setattr(library_module, "open_library", lambda _: self)
         monkeypatch.setattr(ctypes, "addressof", self._memory.note_structure)

@@ -44,6 +44,7 @@ from tests.kernels import (
     test_slots,
 )
 from tests.kernels.cases import DTYPES, assert_same, random, segments
+from tests.kernels.test_neon_emulated import cancelling
 
 MANY = 2048
 SOME_ROWS = [(0, 1), (1000, 1), (2047, 1), (3, 2), (5, 3), (100, 5), (1234, 6), (7, 7), (640, 40)]  # first row, rows
@@ -248,10 +249,14 @@ def bf16_products(linear: Linear) -> dict[str, Tensor]:
         x = random(9, inputs, dtype=torch.bfloat16, scale=scale)
         weight = random(45, inputs, dtype=torch.bfloat16, seed=1, scale=scale)
         found[f"{inputs} inputs, {scale}"] = linear(x, linear.pack(weight))
+    for inputs in (30, 64, 1300):
+        x, weight, _ = cancelling(inputs)
+        found[f"{inputs} inputs, last bits"] = linear(x, linear.pack(weight))
     for format, group_size in FORMATS:
         weight = test_quantized.quantized(45, 333, format=format, group_size=group_size)
-        # The groups' sums have one rounding at the end that the portable emulation does in two steps.
-        found[format] = linear(torch.eye(333, dtype=torch.bfloat16)[:9], linear.pack(weight))
+        found[f"{format}, {group_size}"] = linear(random(7, 333, dtype=torch.bfloat16), linear.pack(weight))
+    for name in test_formats.FORMATS:
+        found[name] = linear(random(7, 552, dtype=torch.bfloat16), linear.pack(test_formats.weight_of(name, 45, 552)))
     return found
 
 
