@@ -4,7 +4,7 @@ fills."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +24,11 @@ softplus is a time step between 0.001 and 0.1 (Gu & Dao 2023, section 3.6)."""
 
 Raw = Tensor | QuantizedWeight
 """A weight that is not packed yet."""
+
+
+Drawn = dict[int, Tensor]
+"""Dummy weights that were drawn on the device, although the memory that they should fill is on the host: maps the
+address of that memory to a tensor on the device with as many elements."""
 
 
 class Destination(NamedTuple):
@@ -85,10 +90,12 @@ Units = Iterator[Unit]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
-    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used."""
+    """All tensors that a checkpoint may contain. Tensors named in `ignored` are accepted but not used. `drawn` is that
+    of the model's `Backend`."""
 
     units: tuple[Unit, ...]
     ignored: frozenset[str]
+    drawn: Drawn = field(default_factory=dict[int, Tensor])
 
     @property
     def destinations(self) -> dict[str, Destination]:
@@ -98,13 +105,15 @@ class TensorMap:
 @dataclass(frozen=True, slots=True)
 class Backend:
     """The kernels that compute a model, the model's dtype and device, and the policy that says which of the model's
-    weights are quantised. `prefix` is the part that the names of all weights of a layer begin with."""
+    weights are quantised. `prefix` is the part that the names of all weights of a layer begin with. `drawn` takes
+    the place of raw weights on the host, if they are dummies that were drawn on the device."""
 
     kernels: Kernels
     dtype: torch.dtype
     device: torch.device
     policy: QuantizationPolicy
     prefix: str = ""
+    drawn: Drawn = field(default_factory=dict[int, Tensor])
 
     def under(self, prefix: str) -> Backend:
         """Returns a copy of this backend for the part of the model whose weights have names that begin with
@@ -150,7 +159,13 @@ class Backend:
         if isinstance(weight, QuantizedWeight):
             return weight.each(lambda tensor: tensor.to(self.device))
         quantization = self.policy.quantization_of(role)
-        return weight if quantization is None else quantize(weight.to(self.device), quantization)
+        return weight if quantization is None else quantize(self._on_device(weight), quantization)
+
+    def _on_device(self, weight: Tensor) -> Tensor:
+        """Returns a raw weight on the device. Drops the entry of `drawn`, so that the memory is freed when the caller
+        has quantised the weight."""
+        drawn = self.drawn.pop(weight.untyped_storage().data_ptr(), None) if self.drawn else None
+        return weight.to(self.device) if drawn is None else drawn.as_strided(weight.shape, weight.stride())
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Returns an uninitialised weight. On a CPU the weight takes physical memory only once it is written."""
