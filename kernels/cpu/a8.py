@@ -22,7 +22,7 @@ from jamba_server.kernels.cpu.moe import RunExperts as PlainExperts
 from jamba_server.kernels.int8_activations import ALL_BITS, int8_parts
 from jamba_server.kernels.ops import QuantizedWeight, StackedWeight, Weight
 
-UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+UNITS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "neon", "neon_dot", "neon_i8mm")
 """The instruction sets for which these products are compiled, in the order of the C++ enum `Units`."""
 
 _FACTORS = {torch.float32: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # as in the C++ enum `Factor`

@@ -119,7 +119,7 @@ inline void multiply_plain(TileSet& set, const Part& part, int64_t panel, int64_
 template <class W>
 INLINE void convert_pair(const Reader<W>& reader, const char* step, int pair, char* out) {
     for (int64_t strip = 0; strip < STRIPS; strip++, out += STRIP * 4, step += STRIP * Reader<W>::COLUMN_BYTES) {
-        for (int v = 0; v < 2; v++) {
+        for (int v = 0; v < VECTORS; v++) {
 #ifdef DOT_PRODUCTS
             _mm512_storeu_si512(out + 64 * v, (__m512i)reader.vector(step, v, pair));
 #else

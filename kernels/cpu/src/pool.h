@@ -185,6 +185,8 @@ private:
 #if defined(__x86_64__)
         _mm_pause();
 #elif defined(__aarch64__)
+        asm volatile("isb");  // The instruction YIELD would not wait at all on most processors.
+#elif defined(__aarch64__)
         __asm__ volatile("isb");
 #endif
     }
