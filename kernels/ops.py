@@ -394,6 +394,15 @@ class RunExperts(Protocol):
         """
         ...
 
+    def sums(self, x: Tensor, experts: Any, weights: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Writes the same weighted sum to `out`, float32 [T, H] and contiguous, for experts that are sections.
+
+        The intermediate size of such experts is a section of that of the model, so that the results of all sections
+        must be added. The outputs of the experts, their products with the weights, and the result are therefore not
+        rounded to dtype. The weights are.
+        """
+        ...
+
 
 class Linear(Protocol):
     def pack(self, weight: Weight) -> Any:
@@ -411,6 +420,14 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """Returns x [T, K] times the transpose of the packed weight [N, K], plus bias [N]: dtype [T, N]."""
+        ...
+
+    def sums(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """Writes x [T, K] times the transpose of the packed weight [N, K] to `out`, float32 [T, N] and contiguous.
+
+        The weight is a section along K of a matrix, and must not be a `StackedWeight`. The product is not rounded to
+        dtype, because the products of all sections are added.
+        """
         ...
 
 
