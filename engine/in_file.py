@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jamba_server.engine.errors import CheckpointError
-from jamba_server.engine.parallel.pieces import Piece, cut
+from jamba_server.engine.pieces import Piece, cut
 from jamba_server.kernels.cpu.read import Failure, Reader, fits
 from jamba_server.kernels.ops import KernelUnavailable, QuantizedWeight
 

@@ -324,10 +324,20 @@ class ServerConfig:
     ] = False
     enable_priority: Annotated[bool, Help("server", "Run requests with a lower `priority` field first")] = False
     tensor_parallel_size: Annotated[
-        Count, Help("expert", "GPUs that share the model; more than 1 is not supported yet")
+        Count, Help("memory", "Processes that divide the model among each other, each on its own GPU: 1, 2, 4 or 8")
     ] = 1
+    tensor_parallel_exact: Annotated[
+        bool | None,
+        Help(
+            "expert",
+            "Add the parts of sums in an order that is the same for 1, 2, 4 and 8 processes",
+            default="with more than one process",
+        ),
+    ] = None
     seed: Annotated[int, Help("expert", "Seed of the random weights of --load-format dummy")] = 0
-    threads: Annotated[Count | None, Help("expert", "CPU threads of the engine", "N", "one per core")] = None
+    threads: Annotated[
+        Count | None, Help("expert", "CPU threads of the engine, or of each of its processes", "N", "one per core")
+    ] = None
     batch_invariant: Annotated[
         bool | None,
         Help(
@@ -372,8 +382,6 @@ class ServerConfig:
         """Raises ConfigError for options that contradict each other, are not supported or name missing files."""
         if self.quantize_mamba and self.quantization is None:
             raise ConfigError(f"quantize_mamba needs quantization: {' or '.join(OPTIONS['quantization'].choices)}.")
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet; the limit is 1.")
         if len(set(self.label_words)) < len(self.label_words):
             raise ConfigError(f"classify_labels is {self.classify_labels!r}; each word may be there only once.")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):

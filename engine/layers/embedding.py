@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Destination, Raw, Unit, leave_unpacked
-from jamba_server.engine.parallel.pieces import Piece
+from jamba_server.engine.pieces import Piece
 
 NAME: Final = "model.embed_tokens.weight"
 

@@ -9,10 +9,9 @@ from typing import Any, Final
 from torch import Tensor
 
 from jamba_server.engine.layers.parameter import Backend, Destination, Raw, Unit, part
-from jamba_server.engine.parallel.pieces import Piece
+from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization import Role
 from jamba_server.kernels.ops import StackedWeight
-
 
 WHOLE_TENSORS: Final[Mapping[str, Piece | None]] = {}
 

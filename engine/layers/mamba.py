@@ -13,7 +13,7 @@ from jamba_server.engine.layers.norm import RmsNorm
 from jamba_server.engine.layers.parameter import Backend, Destination, Unit, Units
 from jamba_server.engine.layers.row_linear import row_linear
 from jamba_server.engine.model_config import JambaConfig
-from jamba_server.engine.parallel.pieces import Piece
+from jamba_server.engine.pieces import Piece
 from jamba_server.kernels.ops import MambaWeights, ScanInputs, ScanWeights, Segments
 
 

@@ -8,7 +8,7 @@ from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Units
 from jamba_server.engine.layers.row_linear import row_linear
 from jamba_server.engine.model_config import JambaConfig
-from jamba_server.engine.parallel.pieces import Piece
+from jamba_server.engine.pieces import Piece
 
 
 class Mlp:

@@ -11,7 +11,7 @@ from torch import Tensor
 from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Destination, Fused, Raw, Unit, Units, part
 from jamba_server.engine.model_config import JambaConfig
-from jamba_server.engine.parallel.pieces import Piece, cut, section
+from jamba_server.engine.pieces import Piece, cut, section
 from jamba_server.engine.quantization.blocks import expert_names
 
 

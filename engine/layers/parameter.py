@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from jamba_server.engine.parallel.group import ALONE, Group
-from jamba_server.engine.parallel.pieces import Piece
-from jamba_server.engine.parallel.shards import WHOLE, Parts
+from jamba_server.engine.parallel.shards import Parts
+from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization import FORMATS, Format, QuantizationPolicy, Role
 from jamba_server.engine.quantization.quantize import quantize
 from jamba_server.engine.quantization.stored import empty
@@ -119,7 +119,7 @@ class Backend:
     def divides_sums(self) -> bool:
         """Returns whether products are summed in sections or by several ranks, so that they take more than one call of
         a kernel."""
-        return self.parts.shard != WHOLE
+        return not self.parts.is_whole
 
     def under(self, prefix: str) -> Backend:
         """Returns a copy of this backend for the part of the model whose weights have names that begin with

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from jamba_server.engine.layers.linear import Linear
 from jamba_server.engine.layers.parameter import Backend, Destination, Raw, Unit
-from jamba_server.engine.parallel.pieces import Piece, section
 from jamba_server.engine.parallel.shards import Own
+from jamba_server.engine.pieces import Piece, section
 from jamba_server.engine.quantization import Role
 
 
@@ -27,9 +27,7 @@ class RowLinear:
         self._backend, self._own, self._name, self._out_features = backend, own, name, out_features
         self._role: Role = role
         self._linear = backend.linear(role)
-        self._raw: Raw | None = backend.raw(
-            role, out_features, len(own), stored=backend.format(f"{name}.weight")
-        )
+        self._raw: Raw | None = backend.raw(role, out_features, len(own), stored=backend.format(f"{name}.weight"))
         self._bias = backend.empty(out_features) if bias else None
         self._sections: list[tuple[int, int]] = []
         self._weights: list[Any] = []  # one packed matrix for each section, or one for all inputs

@@ -24,7 +24,7 @@ from jamba_server.engine.layers.moe import Moe
 from jamba_server.engine.layers.norm import RmsNorm
 from jamba_server.engine.layers.parameter import Backend, TensorMap, Units
 from jamba_server.engine.model_config import JambaConfig
-from jamba_server.engine.parallel.pieces import Piece
+from jamba_server.engine.pieces import Piece
 
 
 class DecoderLayer:

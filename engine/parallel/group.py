@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jamba_server.engine.parallel.shards import SECTIONS, WHOLE, Shard
 
-# The supervision of the engine ends ranks that hang, so the collective operations have no short time limit of their own.
+# The supervision of the engine ends ranks that hang, so the exchanges have no short time limit of their own.
 _TIMEOUT: Final = timedelta(days=1)
 # If the rows of a sum take at most this number of bytes in float32, each rank receives the sections of all rows, which
 # takes one exchange. Otherwise each rank adds the sections of some of the rows and then sends the results to the

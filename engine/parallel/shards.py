@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from jamba_server.engine.errors import ConfigError
@@ -61,7 +62,7 @@ class Shard:
         """Returns what this rank owns if sections begin and end at the nine numbers `borders`."""
         each = SECTIONS // self.size
         mine = borders[self.rank * each : (self.rank + 1) * each + 1]
-        sections = tuple((start - mine[0], stop - mine[0]) for start, stop in zip(mine, mine[1:], strict=False))
+        sections = tuple((start - mine[0], stop - mine[0]) for start, stop in pairwise(mine))
         return Own(borders[-1], mine[0], mine[-1], sections)
 
 
@@ -147,6 +148,11 @@ class Parts:
         )
         parts._check()
         return parts
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether this is all of the model, with sums that are not divided into sections."""
+        return self.shard == WHOLE
 
     def _check(self) -> None:
         owned = {

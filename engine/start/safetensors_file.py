@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jamba_server.engine.in_file import InFile, read_directly
-from jamba_server.engine.parallel.pieces import Piece
+from jamba_server.engine.pieces import Piece
 from jamba_server.engine.quantization.stored import Read
 from jamba_server.engine.weight_files import StoredTensor, header, incomplete
 from jamba_server.kernels.cpu.read import Reader

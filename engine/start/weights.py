@@ -18,7 +18,7 @@ from jamba_server.engine.errors import CheckpointError
 from jamba_server.engine.in_file import InFile, not_finite
 from jamba_server.engine.layers.parameter import Fill, Raw, TensorMap, Unit
 from jamba_server.engine.models import Model
-from jamba_server.engine.parallel.pieces import Piece, cut
+from jamba_server.engine.pieces import Piece, cut
 from jamba_server.engine.quantization import stored
 from jamba_server.engine.read_ahead import ReadAhead
 from jamba_server.engine.start.contents import HEAD
@@ -160,9 +160,7 @@ class _Loader:
         if not _is_finite(destination):
             raise CheckpointError(f"{path}: tensor {name} holds numbers beyond the range of {destination.dtype}.")
 
-    def _check_shape(
-        self, name: str, weight: Raw | InFile, destination: Raw, piece: Piece | None, path: Path
-    ) -> None:
+    def _check_shape(self, name: str, weight: Raw | InFile, destination: Raw, piece: Piece | None, path: Path) -> None:
         expected = _shape(destination)
         if piece is not None:
             expected[piece.dim] = piece.size

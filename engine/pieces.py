@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jamba_server.engine.parallel.shards import Own
 from jamba_server.kernels.ops import SUPER_GROUP, QuantizedWeight
+
+if TYPE_CHECKING:
+    from jamba_server.engine.parallel.shards import Own
 
 
 class Piece(NamedTuple):
