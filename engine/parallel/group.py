@@ -40,15 +40,15 @@ class Group:
         self.shard, self._group, self.traffic = shard, process_group, Traffic()
 
     @classmethod
-    def join(cls, shard: Shard, store: dist.Store, device: torch.device) -> Group:
+    def join(cls, shard: Shard, store: dist.Store, device: torch.device, timeout: timedelta = _TIMEOUT) -> Group:
         """Waits until all ranks have met in `store`, and returns their group: NCCL's on GPUs, else gloo's. On a CPU the
-        ranks are processes, or threads, of one machine."""
+        ranks are processes, or threads, of one machine. An exchange that takes longer than `timeout` fails."""
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = _TIMEOUT
+            options._timeout = timeout
             return cls(shard, dist.ProcessGroupNCCL(store, shard.rank, shard.size, options))
         options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
-        options._timeout = _TIMEOUT
+        options._timeout = timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         return cls(shard, dist.ProcessGroupGloo(store, shard.rank, shard.size, options))
 

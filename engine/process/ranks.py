@@ -116,7 +116,8 @@ class Ranks:
 
 def checksum(result: StepResult) -> int:
     """Returns a number that says which tokens a step has sampled for which requests."""
-    return zlib.crc32(repr([(update.request_id, update.token_ids) for update in result.updates]).encode())
+    tokens = [(update.request_id, update.token_ids) for update in result.updates if update.token_ids]
+    return zlib.crc32(repr(tokens).encode())
 
 
 def descriptor_path(descriptor: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from jamba_server.engine.parallel.shards import Shard
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+TIMEOUT = timedelta(seconds=60)  # a rank that has failed must not leave the others waiting for ever
 
 
 def on_ranks(size: int, run: Callable[[Group], T], *, exact: bool = True) -> list[T]:
@@ -24,7 +26,7 @@ def on_ranks(size: int, run: Callable[[Group], T], *, exact: bool = True) -> lis
 
     def one(rank: int) -> T:
         torch.set_num_threads(1)
-        return run(Group.join(Shard(rank, size, exact), store, CPU))
+        return run(Group.join(Shard(rank, size, exact), store, CPU, TIMEOUT))
 
     with ThreadPoolExecutor(size) as pool:
         return [future.result(timeout=120) for future in [pool.submit(one, rank) for rank in range(size)]]
